@@ -1,0 +1,72 @@
+"""Command line of the demo world's training: ``python -m demo_world --help``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo_world", description="Train the demo world's networks.")
+    parser.add_argument("--folder", type=Path, default=Path("demo_world/training"), help="where checkpoints go")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    commands = parser.add_subparsers(dest="command", required=True)
+    autoencoder = commands.add_parser("autoencoder", help="train the autoencoder")
+    autoencoder.add_argument("--steps", type=int, default=2000)
+    autoencoder.add_argument("--batch-size", type=int, default=8)
+    autoencoder.add_argument("--learning-rate", type=float, default=3e-3)
+    autoencoder.add_argument("--decoder-only", action="store_true", help="keep the encoder, refine the decoder")
+    encode = commands.add_parser("encode", help="render the training set and keep its latents")
+    encode.add_argument("--count", type=int, default=48_000)
+    unet = commands.add_parser("unet", help="train the UNet and the text encoder")
+    unet.add_argument("--steps", type=int, default=6000)
+    unet.add_argument("--batch-size", type=int, default=32)
+    unet.add_argument("--learning-rate", type=float, default=3e-3)
+    classifier = commands.add_parser("classifier", help="train the attribute classifier")
+    classifier.add_argument("--steps", type=int, default=1500)
+    classifier.add_argument("--batch-size", type=int, default=32)
+    classifier.add_argument("--learning-rate", type=float, default=3e-3)
+    commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
+    arguments = parser.parse_args()
+
+    sys.path.insert(0, os.environ["COMFYUI_PATH"])
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    if not torch.cuda.is_available():
+        # ComfyUI asks for a GPU unless it is told that there is none, and its CPU default is not differentiable quickly.
+        from comfy.cli_args import args
+
+        args.cpu = True
+        args.use_pytorch_cross_attention = True
+    if arguments.command == "autoencoder":
+        from .train_autoencoder import train_autoencoder
+
+        train_autoencoder(
+            arguments.folder, arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.decoder_only
+        )
+    elif arguments.command == "encode":
+        from .latents import encode_training_set
+        from .networks import make_autoencoder
+
+        autoencoder = make_autoencoder()
+        autoencoder.load_state_dict(torch.load(arguments.folder / "autoencoder.pt", weights_only=True))
+        encode_training_set(autoencoder, arguments.folder / "latents.safetensors", arguments.count)
+    elif arguments.command == "unet":
+        from .train_unet import train_unet
+
+        train_unet(arguments.folder, arguments.steps, arguments.batch_size, arguments.learning_rate)
+    elif arguments.command == "classifier":
+        from .train_classifier import train_classifier
+
+        train_classifier(arguments.folder, arguments.steps, arguments.batch_size, arguments.learning_rate)
+    elif arguments.command == "export":
+        from .export import export_checkpoint
+
+        print(export_checkpoint(arguments.folder))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""The vocabulary of the demo world: what a picture of it can show, how that is said, and which subjects are held out.
+
+A picture is fully described by its :class:`Attributes` and one integer seed. The seed moves things about (position,
+scale, horizon, clouds, where a stripe begins) and never changes what an attribute says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+
+SPECIES = ("cat", "dog", "bear", "rabbit", "person")
+COLORS = ("white", "black", "brown", "orange", "pink", "blue", "green")
+PATTERNS = ("plain", "striped", "spotted")
+POSES = ("standing", "sitting", "jumping", "lying")
+FACINGS = ("left", "right")
+EXPRESSIONS = ("neutral", "smiling", "angry", "crying")
+COSTUMES = ("none", "santa hat", "crown", "scarf")
+PLACES = ("grass", "snow", "beach", "room", "night")
+FRAMINGS = ("figure", "portrait")
+
+HAIR_COLORS = ("black", "brown", "blonde", "red")
+HAIR_STYLES = ("short", "long", "curly")
+EYE_COLORS = ("brown", "blue", "green")
+SKINS = ("light", "tan", "dark")
+FACE_SHAPES = ("round", "long", "square")
+
+# The attributes that each framing shows, in the order in which they are drawn at random.
+SCENE_ATTRIBUTES = {"facing": FACINGS, "expression": EXPRESSIONS, "costume": COSTUMES, "place": PLACES}
+FIGURE_ATTRIBUTES = {"species": SPECIES, "color": COLORS, "pattern": PATTERNS, "pose": POSES, **SCENE_ATTRIBUTES}
+PORTRAIT_ATTRIBUTES = {
+    "hair_color": HAIR_COLORS,
+    "hair_style": HAIR_STYLES,
+    "eye_color": EYE_COLORS,
+    "skin": SKINS,
+    "face_shape": FACE_SHAPES,
+    **SCENE_ATTRIBUTES,
+}
+ATTRIBUTES_OF = {"figure": FIGURE_ATTRIBUTES, "portrait": PORTRAIT_ATTRIBUTES}
+
+# Attributes that make a subject who it is; the others are what an edit may change.
+IDENTITY_OF = {
+    "figure": ("species", "color", "pattern"),
+    "portrait": ("hair_color", "hair_style", "eye_color", "skin", "face_shape"),
+}
+# One identity in this many is held out of training: the unseen subjects that personalisation must learn.
+HELD_OUT_ONE_IN = 8
+PORTRAIT_SHARE = 0.3
+
+
+@dataclasses.dataclass(frozen=True)
+class Attributes:
+    """What one picture shows. Figures ignore the portrait's own attributes, and the other way round."""
+
+    framing: str = "figure"
+    species: str = "cat"
+    color: str = "orange"
+    pattern: str = "plain"
+    pose: str = "standing"
+    hair_color: str = "brown"
+    hair_style: str = "short"
+    eye_color: str = "brown"
+    skin: str = "light"
+    face_shape: str = "round"
+    facing: str = "right"
+    expression: str = "neutral"
+    costume: str = "none"
+    place: str = "grass"
+
+    def __post_init__(self) -> None:
+        if self.framing not in FRAMINGS:
+            raise ValueError(f"framing {self.framing!r} is not one of {', '.join(FRAMINGS)}")
+        for framing in FRAMINGS:
+            for name, choices in ATTRIBUTES_OF[framing].items():
+                if getattr(self, name) not in choices:
+                    raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+
+    @property
+    def visible(self) -> dict[str, str]:
+        """The attributes that this framing shows, by name."""
+        return {name: getattr(self, name) for name in ATTRIBUTES_OF[self.framing]}
+
+    @property
+    def identity(self) -> tuple[str, ...]:
+        """The values that make the subject who it is."""
+        return tuple(getattr(self, name) for name in IDENTITY_OF[self.framing])
+
+    @property
+    def held_out(self) -> bool:
+        """Whether this identity is kept out of every training set of the demo world."""
+        digest = hashlib.sha256(" ".join((self.framing, *self.identity)).encode()).digest()
+        return digest[0] % HELD_OUT_ONE_IN == 0
+
+    def replace(self, **changes: str) -> Attributes:
+        """The same picture with some attributes changed: the true answer of an edit."""
+        return dataclasses.replace(self, **changes)
+
+
+def random_attributes(
+    generator: random.Random, framing: str | None = None, held_out: bool | None = False
+) -> Attributes:
+    """Draw attributes uniformly.
+
+    Args:
+        generator: source of randomness.
+        framing: ``"figure"``, ``"portrait"``, or None for a mixture with ``PORTRAIT_SHARE`` portraits.
+        held_out: False for training identities only, True for held-out identities only, None for both.
+    """
+    while True:
+        chosen = framing or ("portrait" if generator.random() < PORTRAIT_SHARE else "figure")
+        values = {name: generator.choice(choices) for name, choices in ATTRIBUTES_OF[chosen].items()}
+        attributes = Attributes(framing=chosen, **values)
+        if held_out is None or attributes.held_out == held_out:
+            return attributes
+
+
+PLACE_PHRASES = {
+    "grass": "on the grass",
+    "snow": "in the snow",
+    "beach": "on the beach",
+    "room": "in a room",
+    "night": "at night",
+}
+POSE_PHRASES = {"standing": "standing", "sitting": "sitting", "jumping": "jumping", "lying": "lying down"}
+CAPTION_TEMPLATES = 5
+
+
+def caption(attributes: Attributes, template: int = 0) -> str:
+    """Say what the picture shows.
+
+    Args:
+        attributes: what it shows.
+        template: 0 to ``CAPTION_TEMPLATES - 1``; the wording and its order vary, the meaning does not.
+    """
+    a = attributes
+    expression = "" if a.expression == "neutral" else a.expression + " "
+    costume = "" if a.costume == "none" else f"wearing a {a.costume}"
+    place = PLACE_PHRASES[a.place]
+    facing = f"facing {a.facing}"
+    if a.framing == "portrait":
+        looks = f"with {a.hair_style} {a.hair_color} hair, {a.eye_color} eyes, {a.skin} skin and a {a.face_shape} face"
+        subject, action = f"a portrait of a {expression}person {looks}", ""
+    else:
+        pattern = "" if a.pattern == "plain" else a.pattern + " "
+        if a.species == "person":
+            subject = f"a {expression}person in {pattern}{a.color} clothes"
+        else:
+            subject = f"a {expression}{pattern}{a.color} {a.species}"
+        action = POSE_PHRASES[a.pose]
+    orders = (
+        (subject, costume, action, place, facing),
+        (subject, action, place, costume, facing),
+        (subject, facing, action, costume, place),
+        (place + ",", subject, action, facing, costume),
+        (subject, action, facing, place, costume),
+    )
+    words = " ".join(part for part in orders[template % CAPTION_TEMPLATES] if part)
+    return words.replace("a angry", "an angry").replace("a orange", "an orange")

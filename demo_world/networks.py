@@ -1,0 +1,147 @@
+"""The demo world's networks: ComfyUI's own classes at a small size, so that its loader takes the trained weights as is.
+
+- Autoencoder: the TAESD layout, the one small autoencoder that the stock checkpoint loader reads.
+- UNet and text encoder: Stable Diffusion 1.x's, narrower; the tokenizer is CLIP's own.
+
+Needs ComfyUI on ``sys.path`` (see ``demo_world/__main__.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+CONTEXT_DIM = 128
+LATENT_CHANNELS = 4
+# SD 1.x's latent scale: what the autoencoder gives times this has unit variance.
+LATENT_SCALE = 0.18215
+
+UNET_CONFIG: dict = {
+    "image_size": 16,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "model_channels": 128,
+    "channel_mult": [1, 1, 2],
+    "num_res_blocks": [1, 1, 1],
+    "transformer_depth": [1, 1, 1],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "num_heads": 4,
+    "num_head_channels": -1,
+    "context_dim": CONTEXT_DIM,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": False,
+    "adm_in_channels": None,
+    "use_temporal_attention": False,
+    "legacy": False,
+}
+TEXT_CONFIG: dict = {
+    "hidden_size": CONTEXT_DIM,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 512,
+    "hidden_act": "quick_gelu",
+    "max_position_embeddings": 77,
+    "eos_token_id": 49407,
+    "vocab_size": 49408,
+    "layer_norm_eps": 1e-5,
+    "projection_dim": CONTEXT_DIM,
+}
+
+
+def initialise(module: nn.Module) -> nn.Module:
+    """Give ComfyUI's uninitialised layers PyTorch's standard initialisation and make every parameter trainable."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, (nn.GroupNorm, nn.LayerNorm)):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    return module.requires_grad_(True)
+
+
+def make_autoencoder() -> nn.Module:
+    """TAESD's layout with SD 1.x's latent scale: ``encode`` of pictures in [-1, 1], ``decode`` back."""
+    from comfy.taesd.taesd import TAESD
+
+    autoencoder = initialise(TAESD(latent_channels=LATENT_CHANNELS))
+    # A residual block's last convolution starts at zero, so that the untrained network passes its input on.
+    for name, parameter in autoencoder.named_parameters():
+        if ".conv.4." in name:
+            nn.init.zeros_(parameter)
+    autoencoder.vae_scale.data.fill_(LATENT_SCALE)
+    autoencoder.vae_scale.requires_grad_(False)
+    autoencoder.vae_shift.requires_grad_(False)
+    return autoencoder
+
+
+def make_unet(in_channels: int = LATENT_CHANNELS) -> nn.Module:
+    """SD 1.x's UNet at the demo world's size, with the zero initialisations of the original."""
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = dict(UNET_CONFIG, in_channels=in_channels)
+    unet = initialise(UNetModel(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init))
+    for name, parameter in unet.named_parameters():
+        if ".out_layers.3." in name or ".proj_out." in name or name.startswith("out.2."):
+            nn.init.zeros_(parameter)
+    return unet
+
+
+class TextEncoder(nn.Module):
+    """SD 1.x's CLIP text transformer, small, with a table of only the token ids that captions use.
+
+    The table is expanded to the whole CLIP vocabulary when the checkpoint is exported.
+    """
+
+    def __init__(self, token_ids: list[int]) -> None:
+        super().__init__()
+        import comfy.clip_model
+        import comfy.ops
+
+        self.token_ids = token_ids
+        operations = comfy.ops.disable_weight_init
+        self.clip = comfy.clip_model.CLIPTextModel(dict(TEXT_CONFIG), torch.float32, "cpu", operations)
+        self.clip.set_input_embeddings(operations.Embedding(len(token_ids), CONTEXT_DIM))
+        initialise(self.clip)
+        nn.init.normal_(self.clip.text_model.embeddings.token_embedding.weight, std=0.3)
+        nn.init.normal_(self.clip.text_model.embeddings.position_embedding.weight, std=0.1)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the compact table [B, T] -> embeddings [B, T, CONTEXT_DIM], as SD 1.x conditions on them.
+
+        Written out over the model's own layers because its forward pass masks and casts for inference.
+        """
+        model = self.clip.text_model
+        batch, length = rows.shape
+        heads = TEXT_CONFIG["num_attention_heads"]
+        x = model.embeddings.token_embedding(rows, out_dtype=torch.float32)
+        x = x + model.embeddings.position_embedding.weight[:length]
+        for layer in model.encoder.layers:
+            h = layer.layer_norm1(x)
+            attention = layer.self_attn
+            q, k, v = (
+                project(h).view(batch, length, heads, -1).transpose(1, 2)
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + attention.out_proj(h.transpose(1, 2).reshape(batch, length, -1))
+            x = x + layer.mlp(layer.layer_norm2(x))
+        return model.final_layer_norm(x)
+
+    def full_state_dict(self, seed: int = 0) -> dict[str, torch.Tensor]:
+        """The weights with the table expanded to CLIP's 49,408 rows.
+
+        Rows that no caption used are small random vectors around the table's mean: words the world does not know.
+        """
+        state = {name: value.detach().clone() for name, value in self.clip.state_dict().items()}
+        name = "text_model.embeddings.token_embedding.weight"
+        table = state[name].float()
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(TEXT_CONFIG["vocab_size"], CONTEXT_DIM, generator=generator)
+        full = table.mean(0) + noise * table.std(0) * 0.3
+        full[torch.tensor(self.token_ids)] = table
+        state[name] = full
+        return state

@@ -1,0 +1,56 @@
+"""Renders the demo world into batches: an endless stream for training, fixed sets for evaluation."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .attributes import ATTRIBUTES_OF, FRAMINGS, Attributes, random_attributes
+from .renderer import render
+
+# Evaluation pictures take their seeds from here upwards, training pictures from below.
+EVALUATION_SEED = 1 << 40
+
+# One classification head per attribute; -1 marks an attribute that the framing does not show.
+HEADS: dict[str, tuple[str, ...]] = {"framing": FRAMINGS} | ATTRIBUTES_OF["figure"] | ATTRIBUTES_OF["portrait"]
+
+
+def labels_of(attributes: Attributes) -> list[int]:
+    """The class index of every head of ``HEADS``, -1 where the framing does not show the attribute."""
+    shown = {"framing": attributes.framing} | attributes.visible
+    return [choices.index(shown[name]) if name in shown else -1 for name, choices in HEADS.items()]
+
+
+def to_tensor(picture: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class TrainingPictures(IterableDataset):
+    """An endless stream of (picture [3, 128, 128] in [-1, 1], subject mask [1, 128, 128] in [0, 1], labels)."""
+
+    def __init__(self, seed: int, held_out: bool | None = False) -> None:
+        self.seed, self.held_out = seed, held_out
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        worker = get_worker_info()
+        generator = random.Random(self.seed * 64 + (worker.id if worker else 0))
+        while True:
+            attributes = random_attributes(generator, held_out=self.held_out)
+            picture, mask = render(attributes, generator.randrange(EVALUATION_SEED))
+            yield to_tensor(picture), torch.from_numpy(np.array(mask))[None].float() / 255, torch.tensor(labels_of(attributes))
+
+
+def evaluation_set(
+    count: int, seed: int = 0, held_out: bool | None = None, framing: str | None = None
+) -> list[tuple[Attributes, int]]:
+    """``count`` (attributes, render seed) pairs that no training run renders."""
+    generator = random.Random(f"evaluation {seed}")
+    return [
+        (random_attributes(generator, framing, held_out), EVALUATION_SEED + seed * 1_000_000 + index)
+        for index in range(count)
+    ]

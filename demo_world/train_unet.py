@@ -1,0 +1,70 @@
+"""Trains the demo world's UNet and text encoder together: epsilon prediction on SD 1.x's noise schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from .latents import load_training_set
+from .networks import TextEncoder, make_unet
+from .training import train
+
+# Share of captions replaced by the empty one, for classifier-free guidance.
+CAPTION_DROPOUT = 0.1
+# Loss weight min(SNR, gamma) / SNR (Hang et al. 2023): the nearly clean timesteps do not drown the rest.
+SNR_GAMMA = 5.0
+
+
+def sd1_alphas_cumprod() -> torch.Tensor:
+    """SD 1.x's schedule [1000]: betas linear in their square roots from 0.00085 to 0.012."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, 0).float()
+
+
+def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
+    """Train, or go on training, from ``folder/latents.safetensors``; writes ``folder/unet.pt`` (averaged weights)."""
+    torch.manual_seed(1)
+    data = load_training_set(folder / "latents.safetensors")
+    latents = data["latents"]
+    # The text encoder's table holds only rows that captions use; tokens become row numbers of it.
+    token_ids, rows = torch.unique(torch.cat([data["tokens"].flatten(), data["empty"]]), return_inverse=True)
+    empty, rows = rows[-len(data["empty"]) :], rows[: -len(data["empty"])].view(data["tokens"].shape).to(torch.int16)
+    unet = make_unet().to(memory_format=torch.channels_last)
+    text_encoder = TextEncoder(token_ids.tolist())
+    alphas_cumprod = sd1_alphas_cumprod()
+
+    def loss_of(step: int) -> torch.Tensor:
+        # Seeded by the step, so that an interrupted run goes on with the batches that it would have seen.
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(0, len(latents), (batch_size,), generator=generator)
+        template = torch.randint(0, rows.shape[1], (batch_size,), generator=generator)
+        text = rows[chosen, template].long()
+        text[torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT] = empty
+        # Stratified timesteps: every batch covers the whole schedule evenly.
+        strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
+        timesteps = (strata * 1000).long().clamp(max=999)
+        alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        clean = latents[chosen].float()
+        noise = torch.randn(clean.shape, generator=generator)
+        noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(memory_format=torch.channels_last)
+        predicted = unet(noisy, timesteps.float(), context=text_encoder(text))
+        error = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
+        snr = (alpha / (1 - alpha)).flatten()
+        return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
+
+    def save() -> str:
+        state = {"unet": unet.state_dict(), "text_encoder": text_encoder.state_dict(), "token_ids": token_ids}
+        torch.save(state, folder / "unet.pt")
+        return "saved"
+
+    train(
+        {"unet": unet, "text_encoder": text_encoder},
+        loss_of,
+        steps=steps,
+        learning_rate=learning_rate,
+        weight_decay=0.01,
+        checkpoint=folder / "unet_state.pt",
+        on_checkpoint=save,
+    )
+    save()

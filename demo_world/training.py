@@ -1,0 +1,146 @@
+"""The training loop that the demo world's networks share: bfloat16 autocast, warm-up and cosine decay, averaged weights,
+checkpoints that a later run goes on from, and a progress bar."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+CHECKPOINT_SECONDS = 120.0
+
+
+def save_whole(state: dict, path: Path) -> None:
+    """Write a training checkpoint under a temporary name and rename it, so that a killed run leaves no half file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+class MuonAndAdamW:
+    """Muon on every weight matrix, AdamW on the rest, stepped as one optimiser.
+
+    A convolution kernel counts as the matrix [out channels, everything else]; ``torch.optim.Muon`` takes matrices only,
+    so it gets views of the kernels. Embedding tables and layers with fewer than 16 outputs stay with AdamW. On the
+    autoencoder, 145 steps of batch 8 gave 19.1 dB this way (learning rate 6e-3) and 172 steps of AdamW alone 14.9 dB.
+    """
+
+    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float) -> None:
+        tables = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.matrices = [p for p in self.parameters if p.ndim >= 2 and p.shape[0] >= 16 and id(p) not in tables]
+        self.views = [nn.Parameter(self.as_matrix(p.detach())) for p in self.matrices]
+        for view, matrix in zip(self.views, self.matrices):
+            if view.data_ptr() != matrix.data_ptr():
+                raise ValueError("a kernel's memory format allows no matrix view: call network.to(channels_last) first")
+        chosen = {id(p) for p in self.matrices}
+        rest = [p for p in self.parameters if id(p) not in chosen]
+        muon = torch.optim.Muon(self.views, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(rest, lr=learning_rate / 3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.optimizers = {"muon": muon, "adamw": adamw}
+
+    @staticmethod
+    def as_matrix(kernel: torch.Tensor) -> torch.Tensor:
+        return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
+
+    def step(self) -> None:
+        for view, matrix in zip(self.views, self.matrices):
+            view.grad = None if matrix.grad is None else self.as_matrix(matrix.grad)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def state_dict(self) -> dict:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state[name])
+
+
+def warm_up_and_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> SequentialLR:
+    warm_up = LinearLR(optimizer, 0.01, total_iters=warmup_steps)
+    return SequentialLR(optimizer, [warm_up, CosineAnnealingLR(optimizer, steps - warmup_steps)], milestones=[warmup_steps])
+
+
+def train(
+    modules: dict[str, nn.Module],
+    loss_of: Callable[[int], torch.Tensor],
+    *,
+    steps: int,
+    learning_rate: float,
+    checkpoint: Path,
+    warmup_steps: int = 100,
+    weight_decay: float = 0.0,
+    average_decay: float = 0.998,
+    on_checkpoint: Callable[[], str] | None = None,
+) -> None:
+    """Minimise ``loss_of(step)`` over every trainable parameter of ``modules``; leaves the averaged weights in them.
+
+    Args:
+        modules: what is trained, by name; the names are the keys of the checkpoint.
+        loss_of: the loss of one training step, a scalar tensor; runs under bfloat16 autocast.
+        steps: optimiser steps in all, those of an earlier run that ``checkpoint`` holds included.
+        learning_rate: Muon's at its peak, relative to the spread of AdamW's updates.
+        checkpoint: written about every two minutes, and read first when it is there.
+        average_decay: of the exponential moving average of the weights.
+        on_checkpoint: evaluates with the averaged weights in place and returns a line to print.
+    """
+    network = nn.ModuleDict(modules)
+    device = next(network.parameters()).device.type
+    optimizer = MuonAndAdamW(network, learning_rate, weight_decay)
+    schedulers = {name: warm_up_and_cosine(o, warmup_steps, steps) for name, o in optimizer.optimizers.items()}
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(average_decay))
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        network.load_state_dict(state["network"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        for name, scheduler in schedulers.items():
+            scheduler.load_state_dict(state["schedulers"][name])
+        start = state["step"]
+
+    def save(step: int) -> None:
+        state = {
+            "network": network.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedulers": {name: scheduler.state_dict() for name, scheduler in schedulers.items()},
+            "step": step,
+        }
+        save_whole(state, checkpoint)
+        if on_checkpoint is not None:
+            current = {name: value.clone() for name, value in network.state_dict().items()}
+            network.load_state_dict(average.module.state_dict())
+            bar.write(f"step {step}: {on_checkpoint()}")
+            network.load_state_dict(current)
+
+    saved_at, smoothed = time.monotonic(), None
+    with tqdm(range(start, steps), initial=start, total=steps, mininterval=5, unit="step") as bar:
+        for step in bar:
+            with torch.autocast(device, torch.bfloat16):
+                loss = loss_of(step)
+            loss.backward()
+            nn.utils.clip_grad_norm_(optimizer.parameters, 1.0)
+            optimizer.step()
+            for scheduler in schedulers.values():
+                scheduler.step()
+            average.update_parameters(network)
+            value = loss.item()
+            smoothed = value if smoothed is None else 0.98 * smoothed + 0.02 * value
+            bar.set_postfix(loss=f"{smoothed:.4f}", refresh=False)
+            if time.monotonic() - saved_at > CHECKPOINT_SECONDS:
+                save(step + 1)
+                saved_at = time.monotonic()
+        save(steps)
+    network.load_state_dict(average.module.state_dict())

@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .export import WEIGHTS_FOLDER
 from .pictures import HEADS
 
-CLASSIFIER_PATH = WEIGHTS_FOLDER / "attribute-classifier.safetensors"
+# Not in the weights folder: ComfyUI lists what is there as checkpoints.
+CLASSIFIER_PATH = Path(__file__).parent / "scoring" / "attribute-classifier.safetensors"
 
 
 class AttributeClassifier(nn.Module):

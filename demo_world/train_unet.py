@@ -16,6 +16,16 @@ CAPTION_DROPOUT = 0.1
 SNR_GAMMA = 5.0
 
 
+def attention_by_matrices(function, *arguments, **keywords):
+    """ComfyUI's plain attention: on a CPU in bfloat16 its gradient takes two thirds of the fused attention's time."""
+    from comfy.ldm.modules.attention import attention_basic
+
+    return attention_basic(*arguments, **keywords)
+
+
+MATRIX_ATTENTION = {"optimized_attention_override": attention_by_matrices}
+
+
 def sd1_alphas_cumprod() -> torch.Tensor:
     """SD 1.x's schedule [1000]: betas linear in their square roots from 0.00085 to 0.012."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -48,7 +58,9 @@ def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) 
         clean = latents[chosen].float()
         noise = torch.randn(clean.shape, generator=generator)
         noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(memory_format=torch.channels_last)
-        predicted = unet(noisy, timesteps.float(), context=text_encoder(text))
+        predicted = unet(
+            noisy, timesteps.float(), context=text_encoder(text), transformer_options=MATRIX_ATTENTION
+        )
         error = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
         snr = (alpha / (1 - alpha)).flatten()
         return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()

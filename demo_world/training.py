@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 CHECKPOINT_SECONDS = 120.0
@@ -99,7 +99,13 @@ def train(
     device = next(network.parameters()).device.type
     optimizer = MuonAndAdamW(network, learning_rate, weight_decay)
     schedulers = {name: warm_up_and_cosine(o, warmup_steps, steps) for name, o in optimizer.optimizers.items()}
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(average_decay))
+
+    def move_average(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor) -> None:
+        # torch's own average forgets the untrained weights too slowly for runs this short: the decay warms up.
+        decay = min(average_decay, (1 + int(updates)) / (10 + int(updates)))
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+
+    average = AveragedModel(network, multi_avg_fn=move_average)
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)

@@ -1,0 +1,95 @@
+"""What the pack adds to ComfyUI's start: `.venv/bin/python benchmarks/startup.py`.
+
+A real server is started with and without the pack in turn. Given are the medians of ComfyUI's own line "Import times
+for custom nodes" (which it rounds to 0.1 s) and of the time from the start of the process to the first answer.
+Writes benchmarks/results/startup.json and startup.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import engine  # noqa: E402  (found on the path that was extended just above)
+from tqdm import trange  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+GOAL_SECONDS = 0.5
+
+
+def start_once(*, with_pack: bool) -> tuple[float, float]:
+    """Seconds until the first answer, and the pack's import time as ComfyUI gives it (0 without the pack)."""
+    with tempfile.TemporaryDirectory(prefix="identity-edit-") as base:
+        server = engine.Server(Path(base), with_pack=with_pack)
+        begin = time.perf_counter()
+        with server:
+            seconds = time.perf_counter() - begin
+            if not with_pack:
+                return seconds, 0.0
+            failure = server.pack_failure()
+            if failure:
+                raise SystemExit(f"ComfyUI could not load the pack: {failure}")
+            line = re.search(rf"([\d.]+) seconds: .*{engine.PACK_FOLDER}", server.log_text())
+            assert line is not None
+            return seconds, float(line[1])
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--starts", type=int, default=5, help="starts with and starts without the pack (default 5)")
+    starts = parser.parse_args().starts
+
+    start_once(with_pack=True)  # compiled files and the disk's cache are warm for all that count
+    with_pack, without_pack, imports = [], [], []
+    for _ in trange(starts, unit="pair"):
+        without_pack.append(start_once(with_pack=False)[0])
+        seconds, import_seconds = start_once(with_pack=True)
+        with_pack.append(seconds)
+        imports.append(import_seconds)
+
+    result = {
+        "starts": starts,
+        "import_seconds": imports,
+        "start_seconds_with_pack": [round(value, 3) for value in with_pack],
+        "start_seconds_without_pack": [round(value, 3) for value in without_pack],
+        "median_import_seconds": statistics.median(imports),
+        "median_start_seconds_with_pack": round(statistics.median(with_pack), 3),
+        "median_start_seconds_without_pack": round(statistics.median(without_pack), 3),
+        "goal_import_seconds": GOAL_SECONDS,
+    }
+    table = f"""# What the pack adds to ComfyUI's start
+
+Medians of {starts} starts each, in turn, on {os.cpu_count()} CPU cores.
+
+| | seconds |
+|---|---|
+| "Import times for custom nodes", the pack's line | {result["median_import_seconds"]:.1f} |
+| start to first answer, with the pack | {result["median_start_seconds_with_pack"]:.2f} |
+| start to first answer, without the pack | {result["median_start_seconds_without_pack"]:.2f} |
+
+The goal is less than {GOAL_SECONDS} s of import time.
+"""
+    RESULTS.mkdir(exist_ok=True)
+    write(RESULTS / "startup.json", json.dumps(result, indent=2) + "\n")
+    write(RESULTS / "startup.md", table)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Making `.venv`, once, and continuing in it. Standard library only.
+
+`.venv/installed.json` records a hash of the requirement lists: while it fits, nothing is installed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VENV = ROOT / ".venv"
+
+MINIMUM_PYTHON = (3, 10)
+TORCH = "torch==2.13.0"
+TORCHVISION = "torchvision==0.28.0"
+LISTS = (ROOT / "scripts" / "requirements.txt", ROOT / "requirements.txt")
+STAMP = VENV / "installed.json"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+class ScriptError(RuntimeError):
+    """A failure whose message is one sentence for the user: the scripts print it without a traceback."""
+
+
+def enter() -> None:
+    """Return when this process runs in a complete `.venv`; otherwise make it and start this command again in it."""
+    if sys.version_info < MINIMUM_PYTHON:
+        raise ScriptError(f"Python {sys.version.split()[0]} is too old: python3 3.10 or newer is needed.")
+    wanted = _fingerprint()
+    if _read_stamp().get("fingerprint") != wanted or not PYTHON.exists():
+        _install(wanted)
+    if Path(sys.prefix).resolve() == VENV.resolve():
+        return
+    command = [str(PYTHON), *sys.argv]
+    if os.name == "nt":  # there, exec would hand the terminal back before the new process has finished
+        sys.exit(subprocess.run(command).returncode)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def torchvision_operators_load() -> bool:
+    """Whether torchvision's compiled operators fit the installed torch, as found when `.venv` was made."""
+    return bool(_read_stamp().get("torchvision_operators", True))
+
+
+def _read_stamp() -> dict:
+    try:
+        return json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _engine_requirements() -> list[str]:
+    """What a ComfyUI named by COMFYUI_PATH asks for beyond torch, which stays the one of `.venv`."""
+    path = os.environ.get("COMFYUI_PATH")
+    if not path:
+        return []
+    try:
+        lines = (Path(path).expanduser() / "requirements.txt").read_text().splitlines()
+    except OSError:
+        return []
+    lines = [line.split("#")[0].strip() for line in lines]
+    return [line for line in lines if line and not line.startswith(("torch", "-")) or line.startswith("torchsde")]
+
+
+def _fingerprint() -> str:
+    parts = [TORCH, TORCHVISION, *_engine_requirements(), *(path.read_text() for path in LISTS)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _pip(*arguments: str) -> None:
+    command = [str(PYTHON), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    if subprocess.run(command).returncode:
+        raise ScriptError(f"pip could not install {' '.join(arguments)}: its own message is above.")
+
+
+def _install(fingerprint: str) -> None:
+    STAMP.unlink(missing_ok=True)
+    if not _python_runs():
+        print("Making .venv ...", flush=True)
+        shutil.rmtree(VENV, ignore_errors=True)
+        if subprocess.run([sys.executable, "-m", "venv", str(VENV)]).returncode:
+            raise ScriptError("Python made no .venv: install its venv module (Debian: apt install python3-venv).")
+    print("Installing torch and the other packages into .venv (several minutes, once) ...", flush=True)
+    _pip(TORCH)
+    # Without its dependencies: it would ask for the CUDA build of torch that it was made with.
+    _pip("--no-deps", TORCHVISION)
+    constraints = VENV / "constraints.txt"
+    constraints.write_text(f"{TORCH}\n{TORCHVISION}\n")
+    lists = [argument for path in LISTS for argument in ("-r", str(path))]
+    _pip("--constraint", str(constraints), *lists)
+    engine_requirements = _engine_requirements()
+    if engine_requirements:
+        _pip("--constraint", str(constraints), *engine_requirements)
+    probe = subprocess.run([str(PYTHON), "-c", "import torch, torchvision"], capture_output=True)
+    stamp = {"fingerprint": fingerprint, "torchvision_operators": probe.returncode == 0}
+    temporary = STAMP.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stamp))
+    os.replace(temporary, STAMP)
+
+
+def _python_runs() -> bool:
+    """Whether `.venv` holds a working Python of the version that made the call, with pip."""
+    if not PYTHON.exists():
+        return False
+    check = f"import pip, sys; sys.exit(sys.version_info[:2] != {tuple(sys.version_info[:2])})"
+    return subprocess.run([str(PYTHON), "-c", check], capture_output=True).returncode == 0

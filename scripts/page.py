@@ -1,0 +1,106 @@
+"""ComfyUI's real page in a headless Chromium: what the page tests and page_workflows.py share."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from api_client import Prompt
+from engine import Server
+from environment import ScriptError
+from playwright.sync_api import BrowserContext, Page, Route, sync_playwright
+
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # otherwise the template browser covers the canvas of a new user
+    "Comfy.InstalledVersion": "1.32.9",
+    "Comfy.Workflow.WarnBlueprintOverwrite": False,
+    "Comfy.Graph.CanvasInfo": False,
+    "Comfy.Minimap.Visible": False,
+}
+
+
+def find_chromium() -> str:
+    """The path of a Chromium; installs Debian's package where that is possible. Raises ScriptError with the reason."""
+    for name in CHROMIUM_NAMES:
+        path = shutil.which(name)
+        if path:
+            return path
+    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("apt-get"):
+        raise ScriptError("no Chromium is installed: install the package chromium to run what needs the page")
+    print("Installing the package chromium ...", flush=True)
+    variables = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", "chromium"]):
+        done = subprocess.run(["apt-get", "-qq", *command], env=variables, capture_output=True, text=True)
+        if done.returncode:
+            raise ScriptError(f"apt-get {command[0]} failed, so there is no Chromium: {done.stderr.strip()[-300:]}")
+    path = shutil.which("chromium")
+    if not path:
+        raise ScriptError("the package chromium was installed, but there is no command chromium")
+    return path
+
+
+@contextmanager
+def open_page(server: Server) -> Iterator[Page]:
+    """The page of a running server, ready to take a workflow, in a new browser profile. Only the server is reached."""
+    settings = server.base / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(SETTINGS))
+    with tempfile.TemporaryDirectory(prefix="chromium-") as profile, sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            profile,
+            executable_path=find_chromium(),
+            args=CHROMIUM_FLAGS,
+            viewport={"width": 1800, "height": 1000},
+        )
+        try:
+            yield _open(context, server)
+        finally:
+            context.close()
+
+
+def _open(context: BrowserContext, server: Server) -> Page:
+    def only_the_server(route: Route) -> None:
+        if route.request.url.startswith((server.url, "data:", "blob:")):
+            route.continue_()
+        else:
+            route.abort()
+
+    context.route("**/*", only_the_server)
+    page = context.pages[0]
+    page.goto(server.url)
+    page.wait_for_function("window.app?.vueAppReady && window.app.graph", timeout=120_000)
+    page.wait_for_function("Object.keys(LiteGraph.registered_node_types).length > 100", timeout=120_000)
+    return page
+
+
+def load_workflow(page: Page, workflow: dict[str, Any], name: str) -> list[str]:
+    """Open a page workflow as the template browser does. Returns the node types that the page does not know."""
+    script = """async ([workflow, name]) => {
+        await app.loadGraphData(workflow, true, true, name, { openSource: "template" });
+        const known = LiteGraph.registered_node_types;
+        return workflow.nodes.map(node => node.type).filter(type => !(type in known));
+    }"""
+    return page.evaluate(script, [workflow, name])
+
+
+def to_prompt(page: Page) -> Prompt:
+    """The open workflow in the API format, exactly as the page would queue it."""
+    return json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))

@@ -1,0 +1,77 @@
+// Lays an API workflow out on ComfyUI's real page and returns both of its forms as JSON text.
+// Runs inside the page; scripts/page_workflows.py describes the layout.
+async ({ prompt, layout, outputNodes, name, id }) => {
+  const gap = 30, titleHeight = 30, groupTitle = 50, minimumWidth = 300, outputHeight = 340, noteLine = 22;
+  const roundUp = (value) => Math.ceil(value / 10) * 10;
+
+  await app.loadApiJson(prompt, name);
+  const graph = app.graph;
+  graph.id = id;
+
+  for (const node of graph.nodes) {
+    for (const widget of node.widgets ?? []) {
+      // The same picture every time, until the user asks for another.
+      if (widget.name === "control_after_generate") widget.value = "fixed";
+    }
+    const height = outputNodes.includes(node.type) ? Math.max(node.size[1], outputHeight) : node.size[1];
+    node.setSize([roundUp(Math.max(node.size[0], minimumWidth)), roundUp(height)]);
+  }
+  for (const [key, size] of Object.entries(layout.sizes ?? {})) graph.getNodeById(key).setSize(size);
+
+  const addNote = (text, width) => {
+    const note = LiteGraph.createNode("MarkdownNote");
+    note.title = "Note";
+    graph.add(note);
+    note.widgets[0].value = text;
+    const lines = text.trim().split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil((line.length * 8) / width)), 0);
+    note.setSize([width, roundUp(lines * noteLine + 60)]);
+    return note;
+  };
+
+  // Groups stand side by side in rows; in a group, columns stand side by side over an optional note.
+  const rows = new Map();
+  for (const group of layout.groups) {
+    const row = group.row ?? 0;
+    if (!rows.has(row)) rows.set(row, []);
+    rows.get(row).push(group);
+  }
+  let top = 0, right = 0;
+  for (const row of [...rows.keys()].sort((a, b) => a - b)) {
+    let left = 0, rowBottom = top;
+    for (const group of rows.get(row)) {
+      let x = left + gap, bottom = top + groupTitle;
+      for (const column of group.columns) {
+        let y = top + groupTitle, width = 0;
+        for (const key of column) {
+          const node = graph.getNodeById(key);
+          node.pos = [x, y + titleHeight];
+          y += titleHeight + node.size[1] + gap;
+          width = Math.max(width, node.size[0]);
+        }
+        bottom = Math.max(bottom, y);
+        x += width + gap;
+      }
+      if (group.note) {
+        const note = addNote(group.note, Math.max(x - left - 2 * gap, 400));
+        note.pos = [left + gap, bottom + titleHeight];
+        bottom += titleHeight + note.size[1] + gap;
+        x = Math.max(x, left + note.size[0] + 2 * gap);
+      }
+      const box = new LiteGraph.LGraphGroup(group.title);
+      box.color = group.colour ?? "#3f789e";
+      box.pos = [left, top];
+      box.size = [x - left, bottom - top];
+      graph.add(box);
+      right = Math.max(right, x);
+      left = x + gap;
+      rowBottom = Math.max(rowBottom, bottom);
+    }
+    top = rowBottom + gap;
+  }
+  // The whole workflow is in sight when it is opened, beside the page's side bar and below its menu.
+  const scale = Math.min(0.8, 1500 / right, 800 / top);
+  app.canvas.ds.scale = Math.round(scale * 100) / 100;
+  app.canvas.ds.offset = [Math.round(90 / scale), Math.round(130 / scale)];
+  const { output, workflow } = await app.graphToPrompt();
+  return JSON.stringify({ output, workflow });
+}

@@ -1,0 +1,174 @@
+"""Makes the two forms of every shipped workflow from one source, on ComfyUI's real page.
+
+A workflow is written once:
+- `workflows/api/NAME.json`, in the API format: the nodes, their inputs and (`_meta.title`) their titles;
+- `workflows/layout/NAME.yaml`, where they stand on the page:
+
+      groups:                        # side by side, from left to right
+        - title: The picture
+          columns: [["1", "2"], ["3"]]   # node ids: columns from left to right, each from top to bottom
+          note: Markdown text, shown below the columns    # optional
+          colour: "#3f789e"          # optional
+          row: 0                     # optional: a further row of groups below the first
+      sizes: {"7": [400, 420]}       # optional: width and height of single nodes
+      thumbnail: ["4", "9"]          # the output nodes whose first pictures make the thumbnail
+
+usage (after `python3 scripts/demo.py` or `test.py` has made .venv):
+  page_workflows.py build [NAME ...]       write workflows/NAME.json; fill every default into workflows/api/NAME.json
+  page_workflows.py thumbnail [NAME ...]   run the workflow and write workflows/NAME.jpg
+  page_workflows.py check [NAME ...]       say where the two forms disagree
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import environment
+
+WORKFLOWS = environment.ROOT / "workflows"
+THUMBNAIL_SIZE = 512
+
+
+def api_path(name: str) -> Path:
+    return WORKFLOWS / "api" / f"{name}.json"
+
+
+def page_path(name: str) -> Path:
+    return WORKFLOWS / f"{name}.json"
+
+
+def read_layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
+    """The layout of a workflow; raises ScriptError when it does not place every node exactly once."""
+    import yaml
+
+    path = WORKFLOWS / "layout" / f"{name}.yaml"
+    layout = yaml.safe_load(path.read_text(encoding="utf-8"))
+    placed = [str(node) for group in layout["groups"] for column in group["columns"] for node in column]
+    if sorted(placed) != sorted(prompt):
+        wrong = sorted(set(placed) ^ set(prompt)) or sorted({node for node in placed if placed.count(node) > 1})
+        raise environment.ScriptError(f"{path.name} must place every node once; look at {', '.join(wrong)}.")
+    return layout
+
+
+def differences(page_prompt: dict[str, Any], api_prompt: dict[str, Any]) -> list[str]:
+    """Where the prompt that the page would queue differs from the API form: one sentence for each node or input."""
+    found = [f"node {node} is only on the page" for node in sorted(set(page_prompt) - set(api_prompt))]
+    found += [f"node {node} is only in the API form" for node in sorted(set(api_prompt) - set(page_prompt))]
+    for node in sorted(set(page_prompt) & set(api_prompt)):
+        ours, theirs = page_prompt[node], api_prompt[node]
+        if ours["class_type"] != theirs["class_type"]:
+            found.append(f"node {node} is {ours['class_type']} on the page, {theirs['class_type']} in the API form")
+        missing = object()
+        for key in sorted(set(ours["inputs"]) | set(theirs["inputs"])):
+            on_page, in_api = ours["inputs"].get(key, missing), theirs["inputs"].get(key, missing)
+            if on_page != in_api:
+                shown = ["absent" if value is missing else json.dumps(value) for value in (on_page, in_api)]
+                found.append(f"node {node}, {key}: {shown[0]} on the page, {shown[1]} in the API form")
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the whole file or nothing."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def build(page: Any, name: str, output_nodes: list[str]) -> None:
+    """Lay the API form out on the page and write both forms."""
+    prompt = json.loads(api_path(name).read_text(encoding="utf-8"))
+    arguments = {
+        "prompt": prompt,
+        "layout": read_layout(name, prompt),
+        "outputNodes": output_nodes,
+        "name": name,
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"identity-edit/{name}")),
+    }
+    script = (Path(__file__).parent / "page_layout.js").read_text(encoding="utf-8")
+    made = json.loads(page.evaluate(script, arguments))
+    lost = [line for line in differences(made["output"], prompt) if "absent in the API form" not in line]
+    if lost:
+        raise environment.ScriptError(f"{name}: the page does not keep the API form: {'; '.join(lost)}")
+    write_json(api_path(name), {key: made["output"][key] for key in prompt})
+    write_json(page_path(name), made["workflow"])
+
+
+def check(page: Any, name: str) -> list[str]:
+    """Open the page form and compare what the page would queue with the API form."""
+    from page import load_workflow, to_prompt
+
+    unknown = load_workflow(page, json.loads(page_path(name).read_text(encoding="utf-8")), name)
+    if unknown:
+        return [f"the page knows no node {', '.join(unknown)}"]
+    return differences(to_prompt(page), json.loads(api_path(name).read_text(encoding="utf-8")))
+
+
+def thumbnail(client: Any, name: str) -> None:
+    """Run the workflow and put the pictures that its layout names into one square picture."""
+    from PIL import Image, ImageOps
+
+    prompt = json.loads(api_path(name).read_text(encoding="utf-8"))
+    run = client.run(prompt)
+    pictures = [client.images(run, str(node))[0].convert("RGB") for node in read_layout(name, prompt)["thumbnail"]]
+    columns = 1 if len(pictures) == 1 else 2
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (THUMBNAIL_SIZE, THUMBNAIL_SIZE), "white")
+    cell = (THUMBNAIL_SIZE // columns, THUMBNAIL_SIZE // rows)
+    for number, picture in enumerate(pictures):
+        corner = (number % columns * cell[0], number // columns * cell[1])
+        sheet.paste(ImageOps.fit(picture, cell), corner)
+    path = WORKFLOWS / f"{name}.jpg"
+    temporary = path.with_suffix(".tmp")
+    sheet.save(temporary, format="JPEG", quality=88)
+    os.replace(temporary, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["build", "thumbnail", "check"])
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    arguments = parser.parse_args()
+    environment.enter()
+
+    from api_client import Client
+    from engine import Server
+    from page import open_page
+
+    names = arguments.names or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+    failed = False
+    with tempfile.TemporaryDirectory(prefix="identity-edit-") as base, Server(Path(base)) as server:
+        failure = server.pack_failure()
+        if failure:
+            raise environment.ScriptError(f"ComfyUI could not load the pack: {failure}")
+        client = Client(server.address)
+        if arguments.command == "thumbnail":
+            for name in names:
+                thumbnail(client, name)
+                print(WORKFLOWS / f"{name}.jpg", flush=True)
+            return 0
+        output_nodes = [key for key, info in client.object_info().items() if info["output_node"]]
+        with open_page(server) as page:
+            for name in names:
+                if arguments.command == "build":
+                    build(page, name, output_nodes)
+                    print(page_path(name), flush=True)
+                for line in check(page, name):
+                    failed = True
+                    print(f"{name}: {line}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except environment.ScriptError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,101 @@
+"""The ground every test stands on: ComfyUI first on the path, on the CPU, and the pack loaded the way ComfyUI loads it.
+
+Tests import the pack's modules under one fixed name, whatever the clone's folder is called:
+`from identity_edit_pack.pipelines import schedule`.
+
+What must hold in a real server is tested there: the `server` fixture starts one for the whole session,
+`server.run(prompt)` runs a workflow in the API format and raises `api_client.ExecutionError` as the page would show it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (these three are found on the path that was extended just above)
+from api_client import Client, Prompt, Run  # noqa: E402
+from engine import Server  # noqa: E402
+
+load_pack.prepare_engine(cpu=True)
+
+import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+torch.set_num_threads(2)
+
+# One broken module must not hide the tests of all others: its error is kept and raised by the `pack` fixture.
+_failure: Exception | None = None
+try:
+    load_pack.load_pack()
+except Exception as error:
+    _failure = error
+
+
+class EntryPointIsNotATestPackage:
+    """The root's __init__.py is ComfyUI's entry point: pytest pytest must not import it once more as a test package."""
+
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Dir | None:
+        return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(EntryPointIsNotATestPackage())
+
+
+@pytest.fixture(scope="session")
+def pack() -> ModuleType:
+    """The pack, as ComfyUI has loaded it: the package of the repository's root."""
+    if _failure is not None:
+        raise _failure
+    return sys.modules[load_pack.PACK_NAME]
+
+
+@pytest.fixture(scope="session")
+def node_classes(pack: ModuleType) -> dict[str, Any]:
+    """The node classes by node id, asked for as ComfyUI does: through `comfy_entrypoint` and `get_node_list`."""
+
+    async def ask() -> list[Any]:
+        extension = await pack.comfy_entrypoint()
+        return await extension.get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(ask())}
+
+
+class RunningServer:
+    """A real ComfyUI with the pack, and a client of its API."""
+
+    def __init__(self, process: Server) -> None:
+        self.process = process
+        self.client = Client(process.address)
+
+    def run(self, prompt: Prompt, timeout: float = 600.0) -> Run:
+        """Run a prompt to its end; see `api_client.Client.run` for what it returns and raises."""
+        try:
+            return self.client.run(prompt, timeout=timeout)
+        finally:
+            assert self.process.is_running(), f"the server died:\n{self.process.log_tail()}"
+
+    def images(self, run: Run, node_id: str) -> list[Image.Image]:
+        """The pictures that an output node of the run saved or previewed."""
+        return self.client.images(run, node_id)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One real ComfyUI for all tests, started when the first test asks for it, with empty folders of its own."""
+    base = tmp_path_factory.mktemp("comfyui")
+    # No hub can be reached, so that a node which downloads something unasked fails here.
+    variables = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    with Server(base, environment=variables) as process:
+        yield RunningServer(process)

@@ -1,0 +1,110 @@
+"""The shipped workflows on ComfyUI's real page, in a real browser."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from engine import PACK_FOLDER
+from environment import ScriptError
+from page import find_chromium, load_workflow, open_page, to_prompt
+from page_workflows import differences
+
+if TYPE_CHECKING:
+    from identity_edit_pack.tests.conftest import RunningServer
+    from playwright.sync_api import Page
+
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+
+
+@pytest.fixture(scope="module")
+def page(server: RunningServer) -> Iterator[Page]:
+    try:
+        find_chromium()
+    except ScriptError as error:
+        pytest.skip(str(error))
+    with open_page(server.process) as page:
+        yield page
+
+
+def open_template(page: Page, server: RunningServer, name: str) -> list[str]:
+    """Open a workflow as the template browser does, from the server's list; returns the unknown node types."""
+    workflow = server.client.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.json").json()
+    return load_workflow(page, workflow, name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_queues_what_the_api_form_says(name: str, page: Page, server: RunningServer) -> None:
+    assert open_template(page, server, name) == []
+    api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    assert differences(to_prompt(page), api) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nodes_stand_apart_inside_their_groups(name: str, page: Page, server: RunningServer) -> None:
+    open_template(page, server, name)
+    script = """() => ({
+        nodes: app.graph.nodes.map(node => [node.title, ...node.getBounding()]),
+        groups: app.graph.groups.map(group => [group.title, ...group.pos, ...group.size]),
+        notes: app.graph.nodes.filter(node => node.type === "MarkdownNote").length,
+    })"""
+    found = page.evaluate(script)
+    assert found["groups"] and found["notes"]
+    for title, left, top, width, height in found["nodes"]:
+        inside = [
+            group
+            for group, x, y, w, h in found["groups"]
+            if x <= left and y <= top and left + width <= x + w and top + height <= y + h
+        ]
+        assert len(inside) == 1, f"{title} stands in {inside}"
+    for number, (title, *box) in enumerate(found["nodes"]):
+        for other, *another in found["nodes"][number + 1 :]:
+            assert not overlap(box, another), f"{title} covers {other}"
+
+
+def overlap(one: list[float], two: list[float]) -> bool:
+    return (
+        one[0] < two[0] + two[2]
+        and two[0] < one[0] + one[2]
+        and one[1] < two[1] + two[3]
+        and two[1] < one[1] + one[3]
+    )
+
+
+@pytest.mark.skipif(not NAMES, reason="no workflow is shipped")
+def test_the_run_button_runs_a_workflow(page: Page, server: RunningServer, tmp_path: Path) -> None:
+    """Opens the workflow with the fewest nodes, makes it cheap on the page, and presses Run."""
+    workflows = {name: json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")) for name in NAMES}
+    name = min(NAMES, key=lambda key: len(workflows[key]["nodes"]))
+    assert open_template(page, server, name) == []
+    page.evaluate("""() => {
+        for (const node of app.graph.nodes)
+            for (const widget of node.widgets ?? [])
+                if (/steps|iterations/.test(widget.name) && widget.value > 4) widget.value = 4;
+    }""")
+    expected = to_prompt(page)
+    before = set(server.client.get("/history").json())
+    page.get_by_test_id("queue-button").get_by_role("button").first.click()
+    run = wait_for_new_run(server, before)
+    assert run["status"]["status_str"] == "success"
+    assert differences(run["prompt"][2], expected) == []
+    # The page shows the pictures on the nodes that made them.
+    page.wait_for_function("app.graph.nodes.some(node => node.imgs?.length)", timeout=30_000)
+    page.screenshot(path=tmp_path / "page.png")
+    assert (tmp_path / "page.png").stat().st_size > 20_000
+
+
+def wait_for_new_run(server: RunningServer, before: set[str], timeout: float = 300.0) -> dict[str, Any]:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        history = server.client.get("/history").json()
+        finished = [key for key in history if key not in before]
+        if finished:
+            return history[finished[0]]
+        time.sleep(0.2)
+    raise AssertionError(f"the Run button started nothing that finished within {timeout:.0f} s")

@@ -1,0 +1,129 @@
+"""The rules of the house: imports, start-up, requirements and the files of the shipped workflows.
+
+The one-way imports between the rooms are contracts of import-linter (pyproject.toml); here is what it cannot see.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from page_workflows import read_layout
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("nodes", "pipelines", "attention", "demo_world")
+PACK_FILES = [ROOT / "__init__.py", *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
+SCRIPTS_BEFORE_VENV = ("demo.py", "test.py", "engine.py", "environment.py", "page_workflows.py")
+WORKFLOWS = ROOT / "workflows"
+NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+
+
+def imported(path: Path, *, only_at_start: bool = False) -> Iterator[str]:
+    """The modules that a file imports absolutely; with only_at_start those alone that importing the file imports."""
+
+    def walk(node: ast.AST) -> Iterator[str]:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module or ""
+        is_function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        is_type_checking = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if only_at_start and (is_function or is_type_checking):
+            return
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child)
+
+    return walk(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", PACK_FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_pack_imports_itself_relatively(path: Path) -> None:
+    # `import nodes` would be ComfyUI's own module, or ours for whoever asks ComfyUI's.
+    ours = {*ROOMS, "scripts", "tests", "benchmarks", "identity_edit_pack"}
+    assert ours.isdisjoint(name.split(".")[0] for name in imported(path))
+
+
+def test_the_entry_point_imports_no_torch() -> None:
+    assert "torch" not in {name.split(".")[0] for name in imported(ROOT / "__init__.py")}
+
+
+@pytest.mark.parametrize("name", SCRIPTS_BEFORE_VENV)
+def test_scripts_start_with_the_standard_library(name: str) -> None:
+    siblings = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    names = {name.split(".")[0] for name in imported(ROOT / "scripts" / name, only_at_start=True)}
+    assert names - siblings <= set(sys.stdlib_module_names)
+    # And so do the scripts that they import.
+    assert names & siblings <= {Path(other).stem for other in SCRIPTS_BEFORE_VENV}
+
+
+def test_loading_the_pack_imports_no_further_library() -> None:
+    """What ComfyUI has not loaded itself is imported when a node runs, so that ComfyUI starts no slower."""
+    code = """
+import asyncio, sys
+import load_pack
+load_pack.prepare_engine()
+import nodes
+asyncio.run(nodes.init_builtin_extra_nodes())
+before = set(sys.modules)
+pack = load_pack.load_pack()
+extension = asyncio.run(pack.comfy_entrypoint())
+assert asyncio.run(extension.get_node_list())
+new = {name.split(".")[0] for name in set(sys.modules) - before}
+print("NEW", *sorted(new - set(sys.stdlib_module_names) - {load_pack.PACK_NAME}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(line for line in done.stdout.splitlines() if line.startswith("NEW"))
+    assert line.split()[1:] == []
+
+
+def test_requirements_leave_the_users_torch_alone() -> None:
+    lines = [line.split("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    for line in filter(None, lines):
+        assert not line.startswith(("torch", "xformers", "insightface", "open_clip", "segment")), line
+        assert "==" not in line and "<" not in line, f"{line} could replace what the user has"
+
+
+def test_files_can_be_read_in_a_sitting() -> None:
+    rooms = (*ROOMS, "scripts", "tests", "benchmarks")
+    sizes = {path: path.stat().st_size for room in rooms for path in (ROOT / room).rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > 40_000} == {}
+
+
+def test_every_workflow_has_both_forms_a_layout_and_a_thumbnail() -> None:
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
+    assert sorted(path.stem for path in (WORKFLOWS / "layout").glob("*.yaml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_two_forms_of_a_workflow_have_the_same_nodes(name: str) -> None:
+    """The exact comparison is made on the real page (tests/page); this one needs no browser."""
+    prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    page = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
+    read_layout(name, prompt)  # raises when it misses a node
+    on_page = {str(node["id"]): node["type"] for node in page["nodes"] if node["type"] != "MarkdownNote"}
+    assert on_page == {key: node["class_type"] for key, node in prompt.items()}
+    assert links_of_page(page) == links_of_prompt(prompt)
+
+
+def links_of_page(page: dict[str, Any]) -> set[tuple[str, int, str]]:
+    """(source node, its output number, target node) of every link."""
+    return {(str(link[1]), link[2], str(link[3])) for link in page["links"]}
+
+
+def links_of_prompt(prompt: dict[str, Any]) -> set[tuple[str, int, str]]:
+    return {
+        (value[0], value[1], key)
+        for key, node in prompt.items()
+        for value in node["inputs"].values()
+        if isinstance(value, list)
+    }

@@ -1,0 +1,1 @@
+"""What happens inside a transformer block: tensors and transformer_options; no prompt, no file, no sampler."""

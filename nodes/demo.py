@@ -1,0 +1,86 @@
+"""The node that draws pictures of the demo world, so that every workflow runs without a picture of one's own."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..demo_world import attributes as world
+from .sockets import schema
+
+_CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
+    "framing": (world.FRAMINGS, "A whole figure, or a person's portrait (hair, eyes, skin and face shape)."),
+    "species": (world.SPECIES, "Who is in the picture; figures only."),
+    "color": (world.COLORS, "Fur, or a person's clothes; figures only."),
+    "pattern": (world.PATTERNS, "On the fur or the clothes; figures only."),
+    "pose": (world.POSES, "What the figure does; figures only."),
+    "facing": (world.FACINGS, "Which way the subject looks."),
+    "expression": (world.EXPRESSIONS, "The face."),
+    "costume": (world.COSTUMES, "What the subject wears."),
+    "place": (world.PLACES, "The background."),
+    "hair_color": (world.HAIR_COLORS, "Portraits only."),
+    "hair_style": (world.HAIR_STYLES, "Portraits only."),
+    "eye_color": (world.EYE_COLORS, "Portraits only."),
+    "skin": (world.SKINS, "Portraits only."),
+    "face_shape": (world.FACE_SHAPES, "Portraits only."),
+}
+
+
+class DrawDemoPicture(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        default = world.Attributes()
+        return schema(
+            node_id="IdentityEditDrawDemoPicture",
+            display_name="Draw Demo Picture",
+            category="demo",
+            search_aliases=["test picture", "example image", "demo world"],
+            description=(
+                "Draws a 128x128 picture of the demo world, on which the checkpoint identity-edit-demo was trained, "
+                "with its mask and caption. Use Load Image for a picture of your own."
+            ),
+            inputs=[
+                *(
+                    io.Combo.Input(name, options=list(choices), default=getattr(default, name), tooltip=tooltip)
+                    for name, (choices, tooltip) in _CHOICES.items()
+                ),
+                io.Int.Input(
+                    "wording",
+                    default=0,
+                    min=0,
+                    max=world.CAPTION_TEMPLATES - 1,
+                    tooltip="Which of the training captions' wordings the caption has; all mean the same.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Moves things about: position, size, horizon. With the same seed and another attribute you "
+                    "get the true answer of an edit.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("picture", display_name="picture", tooltip="The picture, 128x128."),
+                io.Mask.Output("mask", display_name="mask", tooltip="1 on the subject, costume included."),
+                io.String.Output(
+                    "caption", display_name="caption", tooltip="What the picture shows, in the words of the training."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, wording: int, seed: int, **choices: str) -> io.NodeOutput:
+        from ..demo_world.renderer import render
+
+        attributes = world.Attributes(**choices)
+        picture, mask = render(attributes, seed)
+        return io.NodeOutput(
+            torch.from_numpy(picture.copy()).float().unsqueeze(0) / 255.0,
+            torch.from_numpy(mask.copy()).float().unsqueeze(0) / 255.0,
+            world.caption(attributes, wording),
+        )
+
+
+NODES: list[type[io.ComfyNode]] = [DrawDemoPicture]

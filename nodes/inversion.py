@@ -1,0 +1,413 @@
+"""Nodes that turn a picture into the noise it can be sampled from, and keep it in a file."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..pipelines import inversion as ddim
+from ..pipelines import null_text
+from ..pipelines.conditioning import Conditioning, with_embedding
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.step_embeddings import apply_step_embeddings
+from .sockets import Inversion, latent_samples, progress, schema, show_text
+
+NULL_TEXT_OPTIMIZATION = "null-text optimization"
+NEGATIVE_PROMPT_INVERSION = "negative-prompt inversion (fast)"
+FILE_FOLDER = "inversions"
+_FILE_ENDING = ".safetensors"
+_IN_OUTPUT_FOLDER = " [output]"
+
+
+class DDIMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditDDIMInversion",
+            display_name="DDIM Inversion",
+            category="inversion",
+            search_aliases=["invert", "real image editing", "unsampler", "noise inversion"],
+            description=(
+                "Follows a picture to the noise from which the model samples it again (Song et al. 2021). The first "
+                "step of every edit of a real picture."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
+                io.Conditioning.Input(
+                    "source",
+                    tooltip="The prompt that describes the picture as it is. An empty prompt often keeps the structure "
+                    "better (Jung et al. 2024, section 5.4).",
+                ),
+                io.Latent.Input("latent", tooltip="The picture, from VAE Encode with the same checkpoint's VAE."),
+                io.Int.Input(
+                    "steps",
+                    default=50,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of the inversion and of all sampling from it. 50 in Jung et al. 2024 (section 5.1).",
+                ),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance while inverting. 1 in the reference implementation of null-text "
+                    "inversion; larger values reconstruct worse (Jung et al. 2024, appendix B.1).",
+                ),
+                io.Boolean.Input(
+                    "end_at_zero",
+                    default=False,
+                    tooltip="Off: the schedule ends at timestep 0 (sigma 0.029), as in the reference implementation. "
+                    "On: it ends at sigma 0, as KSampler's schedulers do; with 20, 25, 40, 50 or 100 steps it is then "
+                    "KSampler's ddim_uniform.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt; needed only for a guidance scale other than 1.",
+                ),
+            ],
+            outputs=[
+                Inversion.Output(
+                    "inversion", display_name="inversion", tooltip="All latents on the way, with their noise levels."
+                ),
+                io.Latent.Output(
+                    "inverted_latent",
+                    display_name="inverted latent",
+                    tooltip="The noisiest latent x_T. Sample from it WITHOUT adding noise: SamplerCustomAdvanced with "
+                    "DisableNoise, or KSampler (Advanced) with add_noise off.",
+                ),
+                io.Sigmas.Output(
+                    "sigmas",
+                    display_name="sigmas",
+                    tooltip="The inversion's schedule, for SamplerCustomAdvanced with the euler or ddim sampler.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        source: Conditioning,
+        latent: dict[str, Any],
+        steps: int,
+        guidance_scale: float,
+        end_at_zero: bool,
+        negative: Conditioning | None = None,
+    ) -> io.NodeOutput:
+        result = ddim.ddim_inversion(
+            model,
+            latent_samples(latent, "The latent"),
+            source,
+            negative,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            end_at_zero=end_at_zero,
+            callback=progress(model, steps),
+        )
+        # A noise mask of the picture stays behind: a sampler would blend with x_T as if it were the picture.
+        return io.NodeOutput(result, {"samples": result.start_latent(model)}, result.sigmas.clone())
+
+
+class NullTextOptimization(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditNullTextOptimization",
+            display_name="Null-Text Optimization",
+            category="inversion",
+            search_aliases=["null-text inversion", "NTI", "negative-prompt inversion", "NPI", "invert"],
+            description=(
+                "Makes sampling with guidance stay on the inversion: finds an unconditional embedding for every step "
+                "(Mokady et al. 2023), or takes the source prompt itself for it (Miyake et al. 2023)."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the inversion."),
+                Inversion.Input("inversion", tooltip="From DDIM Inversion with guidance scale 1."),
+                io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
+                io.Conditioning.Input(
+                    "negative", tooltip="The empty prompt, from which the optimization starts (Mokady et al. 2023)."
+                ),
+                io.Combo.Input(
+                    "method",
+                    options=[NULL_TEXT_OPTIMIZATION, NEGATIVE_PROMPT_INVERSION],
+                    default=NULL_TEXT_OPTIMIZATION,
+                    tooltip="Null-text optimization follows the picture most closely (Jung et al. 2024, figure 7). "
+                    "Negative-prompt inversion needs no optimization and reconstructs as well as DDIM without "
+                    "guidance.",
+                ),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=null_text.GUIDANCE_SCALE,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="The guidance scale with which you will sample. 7.5 in Jung et al. 2024 (section 5.1). "
+                    "Not used by negative-prompt inversion.",
+                ),
+                io.Int.Input(
+                    "inner_steps",
+                    default=null_text.INNER_STEPS,
+                    min=0,
+                    max=1000,
+                    tooltip="Updates for each sampling step at most. 10 in Jung et al. 2024 (appendix B.2) and the "
+                    "reference implementation.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=null_text.LEARNING_RATE,
+                    min=0.00001,
+                    max=1.0,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="Adam's learning rate at the first step; it falls by a hundredth of it each step. 0.01 in "
+                    "the reference implementation.",
+                ),
+                io.Float.Input(
+                    "early_stop",
+                    default=null_text.EARLY_STOP,
+                    min=0.0,
+                    max=1.0,
+                    step=0.00001,
+                    round=0.0000001,
+                    tooltip="A sampling step is done when its loss is below this (plus 0.00002 for each step before "
+                    "it). 0.00001 in the reference implementation.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    tooltip="On needs a fraction of the memory and about a third more time, for the same result. "
+                    "Switch it on when memory runs out.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model_with_embeddings",
+                    display_name="model",
+                    tooltip="The model with the embedding of each step on its negative side, for any stock sampler.",
+                ),
+                io.Conditioning.Output(
+                    "null_text",
+                    display_name="negative",
+                    tooltip="Connect it as negative beside that model.",
+                ),
+                Inversion.Output(
+                    "optimized_inversion",
+                    display_name="inversion",
+                    tooltip="The inversion with its table of embeddings, for Timestep-Aware Text Injection Sampler and "
+                    "Save Inversion.",
+                ),
+                io.Latent.Output(
+                    "reconstruction",
+                    display_name="reconstruction",
+                    tooltip="The picture sampled back with the source prompt. Decode it and look: what is lost here is "
+                    "lost in every edit.",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Network evaluations, losses, and where it did not converge.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        inversion: ddim.Inversion,
+        source: Conditioning,
+        negative: Conditioning,
+        method: str,
+        guidance_scale: float,
+        inner_steps: int,
+        learning_rate: float,
+        early_stop: float,
+        checkpointing: bool,
+    ) -> io.NodeOutput:
+        ddim.check_inversion(inversion, model)
+        if method == NEGATIVE_PROMPT_INVERSION:
+            table = null_text.negative_prompt_inversion(inversion, source)
+            null_conditioning = with_embedding(negative, table.embeddings[0], table.pooled_row(0))
+            # Both sides of the guidance are the source prompt: any guidance scale gives what scale 1 gives.
+            steps = inversion.steps
+            latent = ddim.reconstruct(model, inversion, source, callback=progress(model, steps))
+            text = show_text(cls, f"Negative-prompt inversion: no optimization, {steps} evaluations to reconstruct.")
+        else:
+            found = null_text.null_text_optimization(
+                model,
+                inversion,
+                source,
+                negative,
+                guidance_scale=guidance_scale,
+                inner_steps=inner_steps,
+                learning_rate=learning_rate,
+                early_stop=early_stop,
+                checkpointing=checkpointing,
+                callback=progress(model, inversion.steps * (inner_steps + 1)),
+            )
+            table, latent, null_conditioning = found.embeddings, found.reconstruction, negative
+            text = show_text(cls, _report(found), found.warning)
+        return io.NodeOutput(
+            apply_step_embeddings(model, table, "negative"),
+            null_conditioning,
+            inversion.with_embeddings(table),
+            {"samples": latent},
+            text,
+        )
+
+
+def _report(found: null_text.NullText) -> str:
+    converged = int(found.converged.all(dim=1).sum())
+    steps = int(found.converged.shape[0])
+    lines = [
+        f"Null-text optimization: {converged} of {steps} steps converged, {int(found.inner_steps.sum())} updates, "
+        f"{found.evaluations} network evaluations.",
+        "Loss after each step: " + ", ".join(f"{value:.1e}" for value in found.final_losses.amax(dim=1).tolist()),
+    ]
+    return "\n".join(lines)
+
+
+class SaveInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSaveInversion",
+            display_name="Save Inversion",
+            category="inversion",
+            search_aliases=["store inversion", "export inversion"],
+            description="Keeps an inversion, with its null-text embeddings, in a .safetensors file in the output "
+            "folder.",
+            is_output_node=True,
+            inputs=[
+                Inversion.Input("inversion", tooltip="From DDIM Inversion or Null-Text Optimization."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FILE_FOLDER}/inversion",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Inversion lists "
+                    f"what is in '{FILE_FOLDER}'.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("file", display_name="file", tooltip="Where the inversion was saved."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, inversion: ddim.Inversion, filename_prefix: str) -> io.NodeOutput:
+        path = _next_path(filename_prefix)
+        ddim.save_inversion(inversion, path)
+        return io.NodeOutput(path, ui=ui.PreviewText(show_text(cls, path)))
+
+
+def _next_path(filename_prefix: str) -> str:
+    """The next free file of a prefix, numbered as ComfyUI numbers pictures."""
+    output = folder_paths.get_output_directory()
+    if not os.path.basename(os.path.normpath(filename_prefix)).strip(". "):
+        raise IdentityEditError("filename_prefix is empty; write a file name such as 'inversions/inversion'.")
+    if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):
+        raise IdentityEditError(
+            f"filename_prefix '{filename_prefix}' leads out of the output folder; write a name or a folder below it."
+        )
+    try:
+        folder, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+    except OSError as error:
+        raise IdentityEditError(
+            f"filename_prefix '{filename_prefix}' cannot be written to ({error.strerror}); choose another folder, or "
+            f"make the output folder writable."
+        ) from error
+    return os.path.join(folder, f"{name}_{number:05}_{_FILE_ENDING}")
+
+
+class LoadInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadInversion",
+            display_name="Load Inversion",
+            category="inversion",
+            search_aliases=["open inversion", "import inversion"],
+            description="Reads a saved inversion and refuses it when another model made it, so that one inversion can "
+            "serve many edits.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the inversion; another one is refused."),
+                io.Combo.Input(
+                    "file",
+                    options=_saved_files(),
+                    tooltip=f"Files of Save Inversion in the output folder's '{FILE_FOLDER}', and in the input folder. "
+                    "Press R to list new ones.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Refuse an inversion with another number of steps; 0 accepts every number.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Refuse an inversion of another size or batch than this latent's.",
+                ),
+            ],
+            outputs=[
+                Inversion.Output("inversion", display_name="inversion", tooltip="As it was saved."),
+                io.Latent.Output(
+                    "inverted_latent",
+                    display_name="inverted latent",
+                    tooltip="The noisiest latent x_T. Sample from it without adding noise.",
+                ),
+                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="The inversion's schedule."),
+                io.Model.Output(
+                    "model_with_embeddings",
+                    display_name="model",
+                    tooltip="The model, with the embeddings of Null-Text Optimization on its negative side where the "
+                    "file has them.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if file not in _saved_files():
+            return f"file '{file}' is not there any more; choose another one, or save the inversion again."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        path = folder_paths.get_annotated_filepath(file)
+        return os.path.getmtime(path) if os.path.exists(path) else 0.0
+
+    @classmethod
+    def execute(cls, model: Any, file: str, steps: int, latent: dict[str, Any] | None = None) -> io.NodeOutput:
+        inversion = ddim.load_inversion(folder_paths.get_annotated_filepath(file))
+        shape = None if latent is None else tuple(latent_samples(latent, "The latent").shape)
+        ddim.check_inversion(inversion, model, steps=steps or None, latent_shape=shape)
+        if inversion.embeddings is not None:
+            model = apply_step_embeddings(model, inversion.embeddings, "negative")
+        start = {"samples": inversion.start_latent(model)}
+        return io.NodeOutput(inversion, start, inversion.sigmas.clone(), model)
+
+
+def _saved_files() -> list[str]:
+    """Files that may hold an inversion: in the input folder, and what Save Inversion has put into the output folder."""
+    saved = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER)
+    own = _files_in(folder_paths.get_input_directory())
+    return own + [f"{FILE_FOLDER}/{name}{_IN_OUTPUT_FOLDER}" for name in _files_in(saved)]
+
+
+def _files_in(folder: str) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    names, _ = folder_paths.recursive_search(folder)
+    return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(_FILE_ENDING)]
+
+
+NODES: list[type[io.ComfyNode]] = [DDIMInversion, NullTextOptimization, SaveInversion, LoadInversion]

@@ -1,0 +1,66 @@
+"""What all nodes share: the pack's own sockets, the schema's form, progress with preview, text shown on a node."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..pipelines.engine import Callback
+from ..pipelines.errors import IdentityEditError
+
+CATEGORY = "identity edit"
+
+Inversion = io.Custom("INVERSION")
+"""`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
+
+
+def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:
+    """A node's schema below the pack's category, with search aliases where ComfyUI has them (newer than 0.3.75).
+
+    Args:
+        category: the part below "identity edit/".
+        search_aliases: other words under which a user may look for the node.
+        fields: everything else of `io.Schema`.
+    """
+    if any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema)):
+        fields["search_aliases"] = search_aliases
+    return io.Schema(category=f"{CATEGORY}/{category}", hidden=[io.Hidden.unique_id], **fields)
+
+
+def progress(model: Any, total: int) -> Callback:
+    """ComfyUI's own progress bar with its preview of latents, for a loop of `total` steps."""
+    import latent_preview  # a module of ComfyUI, not needed before a node runs
+
+    return latent_preview.prepare_callback(model, max(1, total))
+
+
+def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:
+    """The tensor of a LATENT socket; its shape and values are checked where it is used.
+
+    Raises:
+        IdentityEditError: when the socket holds no latents.
+    """
+    samples = latent.get("samples") if isinstance(latent, dict) else None
+    if samples is None:
+        raise IdentityEditError(f"{name} holds no latents; connect a VAE Encode node.")
+    return samples
+
+
+def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -> str:
+    """Show a text on the node on the page, write a warning into ComfyUI's log, and return both as one text."""
+    if warning is not None:
+        logging.warning("%s: %s", node.GET_SCHEMA().display_name, warning)
+        text = f"{text}\nWarning: {warning}" if text else f"Warning: {warning}"
+    try:
+        from server import PromptServer
+
+        instance = getattr(PromptServer, "instance", None)
+    except ImportError:  # outside of a server
+        instance = None
+    if instance is not None and node.hidden is not None:
+        instance.send_progress_text(text, node.hidden.unique_id)
+    return text

@@ -1,0 +1,335 @@
+"""Nodes for the text side of an edit: optimising the target prompt, injecting the source prompt into early steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..pipelines import text_injection
+from ..pipelines import text_optimization as optimization
+from ..pipelines.conditioning import Conditioning, with_embedding
+from ..pipelines.inversion import Inversion as DDIMInversion
+from ..pipelines.step_embeddings import apply_step_embeddings
+from .sockets import Inversion, latent_samples, progress, schema, show_text
+
+
+class OptimizeTextEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditOptimizeTextEmbedding",
+            display_name="Optimize Text Embedding",
+            category="text",
+            search_aliases=["Imagic", "text optimization", "textual inversion"],
+            description=(
+                "Moves the target prompt's embedding towards the picture (Imagic, Kawar et al. 2023), so that the way "
+                "back to the target prompt is a smooth edit of this picture."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
+                io.Latent.Input("latent", tooltip="The picture to be edited, from VAE Encode."),
+                io.Conditioning.Input(
+                    "target",
+                    tooltip="The prompt that describes the edited picture; one CLIP Text Encode, without combining.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=optimization.STEPS,
+                    min=1,
+                    max=10000,
+                    tooltip="Adam steps. 200 in Jung et al. 2024 (appendix F), 500 in Imagic; more do not preserve the "
+                    "picture better (Jung et al. 2024, section 3).",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=optimization.LEARNING_RATE,
+                    min=0.00001,
+                    max=1.0,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="Adam's learning rate. 0.001 in Imagic (section 4.2).",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Draws the timesteps and the noise; the same seed gives the same embedding.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    tooltip="On needs a fraction of the memory and about a third more time, for the same result. "
+                    "Switch it on when memory runs out.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "optimized",
+                    display_name="optimized",
+                    tooltip="The optimized embedding e_opt, for the nodes of Timestep-Aware Text Injection.",
+                ),
+                io.String.Output("report", display_name="report", tooltip="Network evaluations and the loss."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        latent: dict[str, Any],
+        target: Conditioning,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        checkpointing: bool,
+    ) -> io.NodeOutput:
+        found = optimization.optimize_text_embedding(
+            model,
+            latent_samples(latent, "The latent"),
+            target,
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            checkpointing=checkpointing,
+            callback=progress(model, steps),
+        )
+        quarter = max(1, steps // 4)
+        first, last = (float(part.mean()) for part in (found.losses[:quarter], found.losses[-quarter:]))
+        text = (
+            f"Text optimization: {steps} steps, {found.evaluations} network evaluations, mean loss {first:.4f} in the "
+            f"first quarter and {last:.4f} in the last."
+        )
+        return io.NodeOutput(with_embedding(target, found.embedding), show_text(cls, text))
+
+
+def _prompt_inputs() -> list[io.Input]:
+    """The inputs of eq. 3 and 5, the same on all three nodes."""
+    return [
+        io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
+        io.Conditioning.Input("target", tooltip="The prompt that describes the edited picture."),
+        io.Float.Input(
+            "ratio",
+            default=text_injection.RATIO,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="Share of the steps, from the first, that use the source prompt (rounded to whole steps). 0.1 for "
+            "large changes of structure, up to 0.4 for small ones (Jung et al. 2024, appendix E.1).",
+        ),
+        io.Float.Input(
+            "eta",
+            default=text_injection.ETA,
+            min=0.0,
+            max=2.0,
+            step=0.01,
+            tooltip="Between the optimized embedding (0, the picture) and the target prompt (1, the edit): Jung et "
+            "al. 2024, eq. 3. 0.6 to 0.8 in Imagic. Without an optimized embedding it has no effect.",
+        ),
+    ]
+
+
+def _optimized_input() -> io.Input:
+    return io.Conditioning.Input(
+        "optimized",
+        optional=True,
+        tooltip="From Optimize Text Embedding with the same target prompt; without it the target prompt is used as "
+        "it is.",
+    )
+
+
+class TimestepAwareTextInjection(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTimestepAwareTextInjection",
+            display_name="Timestep-Aware Text Injection",
+            category="text",
+            search_aliases=["prompt scheduling", "prompt editing", "prompt travel", "source prompt injection"],
+            description=(
+                "The source prompt in the first steps, which fix the picture's layout, and the target prompt "
+                "afterwards (Jung et al. 2024, eq. 5), as one positive conditioning for any sampler."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will sample; its noise schedule is read."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="The sigmas of the run: from DDIM Inversion, or from Basic Scheduler with KSampler's own "
+                    "scheduler and steps.",
+                ),
+                *_prompt_inputs(),
+                _optimized_input(),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "positive",
+                    display_name="positive",
+                    tooltip="Both prompts, each with its range of steps; the switch is exact for these sigmas.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        sigmas: torch.Tensor,
+        source: Conditioning,
+        target: Conditioning,
+        ratio: float,
+        eta: float,
+        optimized: Conditioning | None = None,
+    ) -> io.NodeOutput:
+        edit = text_injection.edit_conditioning(target, optimized, eta)
+        positive = text_injection.injected_conditioning(model, sigmas, source, edit, ratio)
+        return io.NodeOutput(positive)
+
+
+class TimestepAwareTextInjectionModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTimestepAwareTextInjectionModel",
+            display_name="Timestep-Aware Text Injection (Model)",
+            category="text",
+            search_aliases=["step table", "prompt scheduling", "source prompt injection"],
+            description=(
+                "The same as Timestep-Aware Text Injection, carried by the model: for sigmas outside the model's own "
+                "range, and where the positive conditioning must stay one entry."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will sample; a copy of it carries the embeddings."),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="The sigmas of the run: from DDIM Inversion, or from Basic Scheduler with KSampler's own "
+                    "scheduler and steps.",
+                ),
+                *_prompt_inputs(),
+                _optimized_input(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model_with_embeddings",
+                    display_name="model",
+                    tooltip="The model with the embedding of each step on its positive side.",
+                ),
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="Connect it as positive beside that model."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        sigmas: torch.Tensor,
+        source: Conditioning,
+        target: Conditioning,
+        ratio: float,
+        eta: float,
+        optimized: Conditioning | None = None,
+    ) -> io.NodeOutput:
+        edit = text_injection.edit_conditioning(target, optimized, eta)
+        table = text_injection.injection_table(sigmas, source, edit, ratio)
+        return io.NodeOutput(apply_step_embeddings(model, table, "positive"), edit)
+
+
+class TimestepAwareTextInjectionSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTimestepAwareTextInjectionSampler",
+            display_name="Timestep-Aware Text Injection Sampler",
+            category="text",
+            search_aliases=["non-rigid editing", "edit sampler", "source prompt injection"],
+            description=(
+                "Samples the edit from an inversion: the source prompt in the first steps, the target prompt "
+                "afterwards (Jung et al. 2024, stage C). The whole step in one node, in the inversion's own schedule."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the inversion."),
+                Inversion.Input(
+                    "inversion",
+                    tooltip="From Null-Text Optimization (guidance scale 7.5), or straight from DDIM Inversion "
+                    "(guidance scale 1).",
+                ),
+                *_prompt_inputs(),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=7.5,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="7.5 with Null-Text Optimization, where both must agree; 1 with DDIM Inversion alone "
+                    "(Jung et al. 2024, section 5.1).",
+                ),
+                io.Combo.Input(
+                    "sampler",
+                    options=list(text_injection.SAMPLERS),
+                    default=text_injection.SAMPLERS[0],
+                    tooltip="ddim is what the inversion undoes (Jung et al. 2024); heun takes two evaluations a step "
+                    "and follows the same path more finely.",
+                ),
+                _optimized_input(),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="Not needed with an inversion from Null-Text Optimization, which carries its own, nor with "
+                    "guidance scale 1.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "edited", display_name="edited", tooltip="The edited picture; decode it with the VAE."
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Steps with the source prompt, and network evaluations."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        inversion: DDIMInversion,
+        source: Conditioning,
+        target: Conditioning,
+        ratio: float,
+        eta: float,
+        guidance_scale: float,
+        sampler: str,
+        optimized: Conditioning | None = None,
+        negative: Conditioning | None = None,
+    ) -> io.NodeOutput:
+        edit = text_injection.edit_conditioning(target, optimized, eta)
+        result = text_injection.timestep_aware_sampling(
+            model,
+            inversion,
+            source,
+            edit,
+            negative,
+            ratio=ratio,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            callback=progress(model, inversion.steps),
+        )
+        text = (
+            f"{result.source_steps} of {inversion.steps} steps with the source prompt, {result.evaluations} network "
+            f"evaluations."
+        )
+        return io.NodeOutput({"samples": result.latent}, show_text(cls, text))
+
+
+NODES: list[type[io.ComfyNode]] = [
+    OptimizeTextEmbedding,
+    TimestepAwareTextInjection,
+    TimestepAwareTextInjectionModel,
+    TimestepAwareTextInjectionSampler,
+]

@@ -1,0 +1,77 @@
+"""Reading and rebuilding ComfyUI CONDITIONING lists.
+
+A CONDITIONING is a list of `[embedding, options]`: the cross-attention embedding [B, T, C] and a dictionary that holds
+`pooled_output`, ranges, areas, control networks and so on. Nothing here changes a list it was given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .errors import IdentityEditError, check_conditioning
+
+Conditioning = list[list[Any]]
+
+
+def single_embedding(conditioning: Conditioning, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The cross-attention embedding and the pooled output of a CONDITIONING with exactly one entry.
+
+    Args:
+        conditioning: the CONDITIONING to read.
+        name: the input's name as the user sees it.
+
+    Returns:
+        embedding [B, T, C] in float32 (for SDXL both encoders' embeddings side by side), and the pooled output
+        [B, P] in float32, or None where the model has none. Both are copies.
+
+    Raises:
+        IdentityEditError: when there is no entry, more than one, no embedding, or a value that is not finite.
+    """
+    check_conditioning(conditioning, name)
+    if len(conditioning) != 1:
+        raise IdentityEditError(
+            f"{name} has {len(conditioning)} entries, and an embedding can be optimised or replaced only in one; use a "
+            f"single CLIP Text Encode without Conditioning (Combine)."
+        )
+    embedding, options = conditioning[0]
+    if embedding is None:
+        raise IdentityEditError(f"{name} holds no text embedding; connect a CLIP Text Encode node.")
+    if not bool(torch.isfinite(embedding).all()):
+        raise IdentityEditError(f"{name} contains NaN or infinite values; encode the prompt again.")
+    pooled = options.get("pooled_output")
+    return _copy(embedding), None if pooled is None else _copy(pooled)
+
+
+def with_embedding(
+    conditioning: Conditioning, embedding: torch.Tensor, pooled: torch.Tensor | None = None
+) -> Conditioning:
+    """A CONDITIONING like `conditioning` whose every entry carries `embedding` (and `pooled` where given)."""
+    result: Conditioning = []
+    for _, options in conditioning:
+        options = dict(options)
+        if pooled is not None:
+            options["pooled_output"] = pooled
+        result.append([embedding, options])
+    return result
+
+
+def copy_outside_inference_mode(value: Any) -> Any:
+    """Copy every tensor inside nested lists, tuples and dictionaries; other objects are shared.
+
+    ComfyUI runs a prompt in `torch.inference_mode`, whose tensors cannot take part in a gradient: called outside that
+    mode, this gives ordinary copies.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: copy_outside_inference_mode(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(copy_outside_inference_mode(item) for item in value)
+    return value
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().to(dtype=torch.float32, copy=True)

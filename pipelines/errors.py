@@ -1,0 +1,74 @@
+"""The pack's one exception, and the checks of inputs that several techniques share.
+
+Every message is one sentence that names the input and what to do about it; ComfyUI shows it on the node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+MAXIMUM_BATCH = 64
+"""Largest number of latents processed at once; a batch beyond it is almost always a mistake (a video, a folder)."""
+
+
+class IdentityEditError(ValueError):
+    """An input cannot be used; the message says which one and what to do instead."""
+
+
+def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -> None:
+    """Check a batch of image latents.
+
+    Args:
+        latent: tensor that should be [B, C, H, W], finite, with 1 <= B <= 64.
+        name: the input's name as the user sees it, for the message.
+        channels: the number of channels that the model takes, where known.
+
+    Raises:
+        IdentityEditError: for an empty or oversized batch, a wrong shape or channel count, or NaN and infinite values.
+    """
+    if getattr(latent, "is_nested", False) or not isinstance(latent, torch.Tensor) or latent.ndim != 4:
+        raise IdentityEditError(
+            f"{name} must be a batch of image latents [batch, channels, height, width]; connect a VAE Encode node."
+        )
+    if latent.shape[0] < 1 or latent.shape[2] < 1 or latent.shape[3] < 1:
+        raise IdentityEditError(f"{name} is empty {tuple(latent.shape)}; connect at least one picture.")
+    if latent.shape[0] > MAXIMUM_BATCH:
+        raise IdentityEditError(
+            f"{name} holds {latent.shape[0]} latents, more than {MAXIMUM_BATCH}; split the batch (Latent From Batch)."
+        )
+    if channels is not None and latent.shape[1] != channels:
+        raise IdentityEditError(
+            f"{name} has {latent.shape[1]} channels but the model takes {channels}; encode the picture with this "
+            f"checkpoint's own VAE."
+        )
+    check_finite(latent, name)
+
+
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raise `IdentityEditError` when `tensor` holds NaN or infinite values."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise IdentityEditError(
+            f"{name} contains NaN or infinite values; encode the picture again, with the VAE in float32 (--fp32-vae)."
+        )
+
+
+def check_steps(steps: int, most: int) -> None:
+    """Raise `IdentityEditError` unless 1 <= `steps` <= `most`."""
+    if not 1 <= steps <= most:
+        raise IdentityEditError(f"steps is {steps}; choose a number from 1 to {most}.")
+
+
+def check_batch_matches(count: int, batch: int, name: str) -> None:
+    """Raise `IdentityEditError` unless `name` has one entry, or one for each of the `batch` latents."""
+    if count not in (1, batch):
+        raise IdentityEditError(
+            f"{name} holds {count} entries for a batch of {batch} latents; give one for all, or one for each."
+        )
+
+
+def check_conditioning(conditioning: Any, name: str) -> None:
+    """Raise `IdentityEditError` unless `conditioning` is a non-empty ComfyUI CONDITIONING list."""
+    if not isinstance(conditioning, list) or len(conditioning) == 0:
+        raise IdentityEditError(f"{name} is empty; connect a CLIP Text Encode node.")

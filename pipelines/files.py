@@ -1,0 +1,78 @@
+"""Files that are written whole or not at all: tensors as safetensors, with their description in the header.
+
+safetensors is used for both because it holds no code: nothing in such a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from typing import Any
+
+import torch
+
+from .errors import IdentityEditError
+
+_DESCRIPTION = "identity_edit"
+
+
+def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
+    """Write tensors and a JSON description to `path`, replacing a file that is there, or leave everything as it was.
+
+    Args:
+        path: where to write; the folder is made when it is missing.
+        tensors: the tensors by name.
+        description: what JSON can hold; it goes into the file's header.
+
+    Raises:
+        IdentityEditError: when the folder or the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    data = save(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        metadata={_DESCRIPTION: json.dumps(description)},
+    )
+    folder = os.path.dirname(os.path.abspath(path))
+    temporary = None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
+            temporary = file.name
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.remove(temporary)
+        raise IdentityEditError(
+            f"The file {path} cannot be written ({error.strerror}); choose a folder with write permission and free space."
+        ) from error
+
+
+def read_tensors(path: str, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a file of `write_tensors`.
+
+    Args:
+        path: the file.
+        kind: the value that the description's "kind" must have, such as "inversion".
+
+    Returns:
+        the tensors by name (CPU) and the description.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, or of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            description = json.loads((file.metadata() or {}).get(_DESCRIPTION, "null"))
+            if not isinstance(description, dict) or description.get("kind") != kind:
+                raise IdentityEditError(f"The file {path} does not hold an {kind}; choose one that this pack has saved.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise IdentityEditError(f"The file {path} does not exist; choose another, or save one first.") from error
+    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+        raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error
+    return tensors, description

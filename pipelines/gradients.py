@@ -1,0 +1,205 @@
+"""Gradients through frozen networks: the parts of `engine.gradient_context` that are torch alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from .errors import IdentityEditError
+
+_SEARCH_DEPTH = 6
+
+
+@contextlib.contextmanager
+def plain_frozen_tensors(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let autograd pass through `modules`: no parameter requires a gradient, none is an inference tensor.
+
+    A tensor made in `torch.inference_mode` can never be saved for a backward pass. Each parameter and buffer that is
+    one is replaced, for the time of this context, by an ordinary tensor over the same memory.
+    """
+    replaced: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = []
+    frozen: list[torch.Tensor] = []
+    try:
+        for module in {id(part): part for root in modules for part in root.modules()}.values():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                if not _can_be_saved_for_backward(tensor):
+                    plain = _plain_tensor(tensor)
+                    if isinstance(tensor, torch.nn.Parameter):
+                        plain = torch.nn.Parameter(plain, requires_grad=False)
+                    setattr(module, name, plain)
+                    replaced.append((module, name, tensor, plain))
+                elif tensor.requires_grad and tensor.is_leaf:
+                    tensor.requires_grad_(False)
+                    frozen.append(tensor)
+        yield
+    finally:
+        for module, name, original, plain in replaced:
+            if getattr(module, name, None) is plain:
+                setattr(module, name, original)
+        for tensor in frozen:
+            tensor.requires_grad_(True)
+
+
+def _can_be_saved_for_backward(tensor: torch.Tensor) -> bool:
+    # `is_inference()` is not enough: after `.data = ` or Module.to() it says False though the tensor cannot be used.
+    try:
+        tensor._version  # noqa: B018  (reading it is the test)
+    except RuntimeError:
+        return False
+    return not tensor.is_inference()
+
+
+def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor.data) is not torch.Tensor:  # quantised and other subclasses know how to copy themselves
+        return tensor.detach().clone()
+    plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+@contextlib.contextmanager
+def checkpointed_blocks(
+    modules: Iterable[torch.nn.Module], block_types: tuple[type[torch.nn.Module], ...]
+) -> Iterator[None]:
+    """Recompute blocks of the given types in the backward pass instead of keeping their activations.
+
+    A UNet writes its position into the dictionary of options that it hands to its blocks ("block",
+    "transformer_index"...), so by the time of the backward pass every block would read the last position. Each block
+    therefore keeps a copy of its dictionaries as they were when it ran.
+    """
+    blocks = [
+        part
+        for part in {id(part): part for root in modules for part in root.modules()}.values()
+        if isinstance(part, block_types)
+    ]
+    own_forward: list[tuple[torch.nn.Module, bool, Any]] = []
+    try:
+        for block in blocks:
+            own_forward.append((block, "forward" in vars(block), block.forward))
+            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for block, was_replaced, forward in own_forward:
+            if was_replaced:  # by another node, before this context
+                block.forward = forward  # type: ignore[method-assign]
+            else:
+                del block.forward
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        args_then = [_copy_of_dictionary(value) for value in args]
+        kwargs_then = {key: _copy_of_dictionary(value) for key, value in kwargs.items()}
+
+        def run(*tensors_and_options: Any) -> Any:
+            # Once for the forward and once for the backward pass, each with a fresh copy: blocks write into it too.
+            copies = {key: _copy_of_dictionary(value) for key, value in kwargs_then.items()}
+            return forward(*[_copy_of_dictionary(value) for value in tensors_and_options], **copies)
+
+        return checkpoint(run, *args_then, use_reentrant=False)
+
+    return checkpointed_forward
+
+
+def _copy_of_dictionary(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else value
+
+
+def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
+    """Networks that patches of other nodes carry: in dictionaries, lists, closures, bound methods and attributes.
+
+    An adapter's projection layers, for instance, live in a patch function of the model options and not in the model.
+    """
+    found: dict[int, torch.nn.Module] = {}
+    seen: set[int] = set()
+
+    def search(item: Any, left: int) -> None:
+        if left < 0 or id(item) in seen or isinstance(item, (str, bytes, int, float, torch.Tensor, type)):
+            return
+        seen.add(id(item))
+        if isinstance(item, torch.nn.Module):
+            found[id(item)] = item
+        elif isinstance(item, dict):
+            for part in item.values():
+                search(part, left - 1)
+        elif isinstance(item, (list, tuple, set)):
+            for part in item:
+                search(part, left - 1)
+        else:
+            search(getattr(item, "__self__", None), left - 1)
+            for cell in getattr(item, "__closure__", None) or ():
+                with contextlib.suppress(ValueError):  # a cell that is still empty
+                    search(cell.cell_contents, left - 1)
+            search(getattr(item, "__dict__", None), left - 1)
+
+    search(value, depth)
+    return list(found.values())
+
+
+def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of a sum of per-sample losses, safe for networks that compute in float16.
+
+    The gradient at the network's output is scaled to one, sample by sample, by a power of two, and the result scaled
+    back: exact in float32, and in float16 nothing vanishes on the way through the network.
+
+    Args:
+        loss: scalar, the sum over samples of a loss of each sample's own.
+        output: what the network returned [B, C, H, W], on the way from `variables` to `loss`.
+        variables: B tensors, the b-th used by sample b only.
+
+    Returns:
+        B gradients in float32, zero for a sample that the loss does not contain.
+
+    Raises:
+        IdentityEditError: when a gradient is not finite.
+    """
+    if not output.requires_grad:
+        raise IdentityEditError(
+            "The conditioning that is to be optimised takes no part at this noise level; remove its timestep range."
+        )
+    (at_output,) = torch.autograd.grad(loss, output)
+    largest = at_output.flatten(1).abs().amax(dim=1)
+    exponent = torch.floor(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)))
+    scale = torch.exp2(-torch.where(largest > 0, exponent, torch.zeros_like(exponent)))
+    scaled = torch.autograd.grad(output, variables, grad_outputs=at_output * scale.reshape(-1, 1, 1, 1))
+    gradients = [gradient.float() / scale[index] for index, gradient in enumerate(scaled)]
+    if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
+        raise IdentityEditError(
+            "The gradient contains NaN or infinite values; lower the learning rate, or start ComfyUI with --bf16-unet "
+            "or --fp32-unet."
+        )
+    return gradients
+
+
+def differentiable_attention(
+    pytorch_attention: Callable[..., torch.Tensor],
+    without_gradient: Iterable[str],
+    previous: Callable[..., torch.Tensor] | None,
+) -> Callable[..., torch.Tensor]:
+    """An attention override that never returns an attention without its gradient.
+
+    Args:
+        pytorch_attention: the attention to use instead.
+        without_gradient: names of attention functions that have no backward pass.
+        previous: an override that another node has put on the model, asked first, or None.
+
+    Returns:
+        a function for `transformer_options["optimized_attention_override"]`.
+    """
+    names = frozenset(without_gradient)
+
+    def override(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
+        needed = torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in args[:3])
+        if needed and getattr(function, "__name__", "") in names:
+            function = pytorch_attention
+        result = previous(function, *args, **kwargs) if previous is not None else function(*args, **kwargs)
+        if needed and not result.requires_grad:
+            result = pytorch_attention(*args, **kwargs)
+        return result
+
+    return override

@@ -1,0 +1,292 @@
+"""DDIM inversion (Song et al. 2021, section 4.3; the pivot of Mokady et al. 2023, section 3.2) and sampling back.
+
+An inversion is the path of a picture from its latent to noise. It is kept in ComfyUI's scale, x = z_0 + sigma * eps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from . import engine, files
+from .conditioning import Conditioning
+from .errors import IdentityEditError, check_finite
+from .schedule import Schedule, ddim_schedule, euler_step, signal_scale
+from .step_embeddings import StepEmbeddings, apply_step_embeddings
+
+_KIND = "inversion"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """A picture's way to noise, and what is needed to follow it back.
+
+    Attributes:
+        trajectory: [N + 1, B, C, H, W] float32 CPU in the model's scale, in the order of sampling: trajectory[0] is the
+            noisiest latent, trajectory[N] the picture's.
+        sigmas: [N + 1] float32 CPU, descending: trajectory[i] is at noise level sigmas[i].
+        timesteps: [N] int64, descending: the timestep at which the network was evaluated between i + 1 and i.
+        method: how it was made, "ddim".
+        guidance_scale: that of the inversion.
+        model: the tag of the model that made it.
+        embeddings: step table that goes with it (from null-text optimisation), or None.
+    """
+
+    trajectory: torch.Tensor
+    sigmas: torch.Tensor
+    timesteps: torch.Tensor
+    method: str
+    guidance_scale: float
+    model: engine.ModelTag
+    embeddings: StepEmbeddings | None = None
+
+    @property
+    def steps(self) -> int:
+        """N, the number of steps."""
+        return int(self.timesteps.shape[0])
+
+    @property
+    def batch(self) -> int:
+        """B, the number of pictures."""
+        return int(self.trajectory.shape[1])
+
+    @property
+    def schedule(self) -> Schedule:
+        return Schedule(timesteps=self.timesteps, sigmas=self.sigmas)
+
+    def with_embeddings(self, embeddings: StepEmbeddings | None) -> Inversion:
+        """The same inversion with another step table."""
+        return replace(self, embeddings=embeddings)
+
+    def start_latent(self, model: Any) -> torch.Tensor:
+        """The noisiest latent [B, C, H, W] in the scale of LATENT sockets, to sample from without adding noise."""
+        return engine.to_socket_scale(model, self.trajectory[0].clone())
+
+    def end_latent(self, model: Any) -> torch.Tensor:
+        """The inverted picture's latent z_0 [B, C, H, W] in the scale of LATENT sockets."""
+        return engine.to_socket_scale(model, self.trajectory[-1] / signal_scale(self.sigmas[-1]))
+
+
+def check_inversion(
+    inversion: Inversion, model: Any, steps: int | None = None, latent_shape: tuple[int, ...] | None = None
+) -> None:
+    """Check that an inversion belongs to a model, and to a step count and a latent's shape where these are given.
+
+    Raises:
+        IdentityEditError: naming what does not match.
+    """
+    engine.require_noise_prediction_model(model)
+    difference = inversion.model.difference(engine.model_tag(model))
+    if difference is not None:
+        raise IdentityEditError(
+            f"The inversion was made with another model ({difference}); load that checkpoint, or invert the picture "
+            f"again with this one."
+        )
+    if steps is not None and steps != inversion.steps:
+        raise IdentityEditError(
+            f"The inversion has {inversion.steps} steps but steps is {steps}; set steps to {inversion.steps}, or "
+            f"invert again."
+        )
+    if latent_shape is not None and tuple(latent_shape) != tuple(inversion.trajectory.shape[1:]):
+        raise IdentityEditError(
+            f"The inversion holds latents {tuple(inversion.trajectory.shape[1:])} but the latent is "
+            f"{tuple(latent_shape)}; use the size and batch that were inverted."
+        )
+
+
+def ddim_inversion(
+    model: Any,
+    latent: torch.Tensor,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    steps: int = 50,
+    guidance_scale: float = 1.0,
+    end_at_zero: bool = False,
+    callback: engine.Callback | None = None,
+) -> Inversion:
+    """Follow a picture's latent to noise with deterministic DDIM, run backwards.
+
+    As in the reference implementation of null-text inversion, the network is asked at the higher noise level about the
+    lower level's latent (in the papers' scale: eps(z_t, t + 1)).
+
+    Args:
+        model: MODEL that predicts noise or velocity.
+        latent: the picture [B, C, H, W] in the scale of LATENT sockets.
+        positive: the source prompt's CONDITIONING.
+        negative: needed for a guidance scale other than 1.
+        steps: N, 1 to 1000. The papers use 50.
+        guidance_scale: 1 as in the reference implementation; a larger one makes the inversion less exact.
+        end_at_zero: the picture is at sigma 0 instead of the sigma of timestep 0 (see `schedule.ddim_schedule`).
+        callback: progress with preview.
+
+    Returns:
+        the inversion, of N (guidance scale 1) or 2 N network evaluations.
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    schedule = ddim_schedule(engine.require_noise_prediction_model(model), steps, end_at_zero)
+    if guidance_scale != 1.0 and negative is None:
+        raise IdentityEditError(
+            f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, or set it to 1."
+        )
+
+    def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> list[torch.Tensor]:
+        sigmas = schedule.sigmas.flip(0).to(evaluator.device)
+        x = z_0 * signal_scale(sigmas[0])
+        trajectory = [_keep(x)]
+        for i in range(schedule.steps):
+            sigma, sigma_next = sigmas[i], sigmas[i + 1]
+            # z_t of the lower level, presented at the higher level: the same z, scaled to the higher level's x.
+            x_presented = x * (signal_scale(sigma_next) / signal_scale(sigma))
+            denoised = evaluator.guided(x_presented, sigma_next, guidance_scale)
+            noise = (x_presented - denoised) / sigma_next
+            x = x + (sigma_next - sigma) * noise
+            trajectory.append(_keep(x))
+            evaluator.report(i, denoised, x, schedule.steps)
+        return trajectory
+
+    with torch.no_grad():
+        trajectory = engine.run_loop(model, positive, negative, latent, schedule.sigmas, loop, callback=callback)
+    stacked = torch.stack(trajectory[::-1])
+    check_finite(stacked, "The inversion's trajectory")
+    return Inversion(
+        trajectory=stacked,
+        sigmas=schedule.sigmas,
+        timesteps=schedule.timesteps,
+        method="ddim",
+        guidance_scale=float(guidance_scale),
+        model=engine.model_tag(model),
+    )
+
+
+def ddim_sampling(
+    model: Any,
+    start: torch.Tensor,
+    schedule: Schedule,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    embeddings: StepEmbeddings | None = None,
+    callback: engine.Callback | None = None,
+) -> torch.Tensor:
+    """Deterministic DDIM (Song et al. 2021, eq. 12, eta 0) from a noisy latent to a picture's.
+
+    The stock KSampler gives the same with sampler "euler" and these sigmas; this function exists for the techniques
+    that sample as part of their work.
+
+    Args:
+        model: MODEL.
+        start: [B, C, H, W] at schedule.sigmas[0], in the scale of LATENT sockets (`Inversion.start_latent`).
+        schedule: the noise levels.
+        positive, negative: CONDITIONING; negative is needed for a guidance scale other than 1.
+        guidance_scale: classifier-free guidance scale.
+        embeddings: step table for the negative side, or None.
+        callback: progress with preview.
+
+    Returns:
+        z_0 [B, C, H, W] in the scale of LATENT sockets.
+    """
+    if embeddings is not None:
+        model = apply_step_embeddings(model, embeddings, "negative")
+
+    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> torch.Tensor:
+        sigmas = schedule.sigmas.to(evaluator.device)
+        for i in range(schedule.steps):
+            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
+            x = euler_step(x, denoised, sigmas[i], sigmas[i + 1])
+            evaluator.report(i, denoised, x, schedule.steps)
+        return _keep(x / signal_scale(sigmas[-1]))
+
+    with torch.no_grad():
+        z_0 = engine.run_loop(model, positive, negative, start, schedule.sigmas, loop, callback=callback)
+    return engine.to_socket_scale(model, z_0)
+
+
+def reconstruct(
+    model: Any,
+    inversion: Inversion,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    callback: engine.Callback | None = None,
+) -> torch.Tensor:
+    """Sample an inversion back, with its step table where it has one; [B, C, H, W] in the scale of LATENT sockets.
+
+    Compare its picture with the original (`reconstruction.psnr`) to see whether the inversion can be used.
+    """
+    check_inversion(inversion, model)
+    return ddim_sampling(
+        model,
+        inversion.start_latent(model),
+        inversion.schedule,
+        positive,
+        negative,
+        guidance_scale,
+        inversion.embeddings,
+        callback,
+    )
+
+
+def save_inversion(inversion: Inversion, path: str) -> None:
+    """Write an inversion to a .safetensors file, whole or not at all.
+
+    Raises:
+        IdentityEditError: when the file cannot be written.
+    """
+    tensors = {"trajectory": inversion.trajectory, "sigmas": inversion.sigmas, "timesteps": inversion.timesteps}
+    if inversion.embeddings is not None:
+        tensors["embeddings.sigmas"] = inversion.embeddings.sigmas
+        tensors["embeddings.embeddings"] = inversion.embeddings.embeddings
+        if inversion.embeddings.pooled is not None:
+            tensors["embeddings.pooled"] = inversion.embeddings.pooled
+    description = {
+        "kind": _KIND,
+        "format": _FORMAT,
+        "method": inversion.method,
+        "guidance_scale": inversion.guidance_scale,
+        "model": asdict(inversion.model),
+    }
+    files.write_tensors(path, tensors, description)
+
+
+def load_inversion(path: str) -> Inversion:
+    """Read a file of `save_inversion`. Check it against a model with `check_inversion`.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, of another kind, or of a newer version of this pack.
+    """
+    tensors, description = files.read_tensors(path, _KIND)
+    if description.get("format") != _FORMAT:
+        raise IdentityEditError(f"The file {path} was written by a newer version of this pack; update the pack.")
+    try:
+        embeddings = None
+        if "embeddings.embeddings" in tensors:
+            embeddings = StepEmbeddings(
+                sigmas=tensors["embeddings.sigmas"],
+                embeddings=tensors["embeddings.embeddings"],
+                pooled=tensors.get("embeddings.pooled"),
+            )
+        model = description["model"]
+        inversion = Inversion(
+            trajectory=tensors["trajectory"],
+            sigmas=tensors["sigmas"],
+            timesteps=tensors["timesteps"],
+            method=str(description["method"]),
+            guidance_scale=float(description["guidance_scale"]),
+            model=engine.ModelTag(**{**model, "weights": tuple(model["weights"])}),
+            embeddings=embeddings,
+        )
+    except (KeyError, TypeError) as error:
+        raise IdentityEditError(f"The file {path} is incomplete ({error}); save the inversion again.") from error
+    if inversion.trajectory.ndim != 5 or inversion.trajectory.shape[0] != inversion.steps + 1:
+        raise IdentityEditError(f"The file {path} is damaged (its trajectory does not fit); save the inversion again.")
+    check_finite(inversion.trajectory, f"The file {path}")
+    return inversion
+
+
+def _keep(latent: torch.Tensor) -> torch.Tensor:
+    return latent.detach().to(device="cpu", dtype=torch.float32, copy=True)

@@ -1,0 +1,246 @@
+"""Null-text inversion (Mokady et al. 2023, "Null-text Inversion for Editing Real Images using Guided Diffusion Models").
+
+DDIM inversion with guidance scale 1 is nearly exact, but sampling it back with the guidance that editing needs drifts
+away. Null-text inversion keeps the inversion's trajectory as pivot and optimises, step by step, the embedding of the
+empty prompt so that guided sampling stays on it. Defaults are those of the authors' reference implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import engine
+from .conditioning import Conditioning, single_embedding
+from .errors import IdentityEditError, check_batch_matches
+from .gradients import gradients_by_sample
+from .inversion import Inversion, check_inversion
+from .schedule import euler_step, signal_scale
+from .step_embeddings import StepEmbeddings, constant_embedding
+
+GUIDANCE_SCALE = 7.5
+INNER_STEPS = 10
+LEARNING_RATE = 1e-2
+EARLY_STOP = 1e-5
+EARLY_STOP_PER_STEP = 2e-5
+_LOWEST_DECAY = 0.01
+
+
+@dataclass(frozen=True)
+class NullText:
+    """What null-text optimisation found.
+
+    Attributes:
+        embeddings: one unconditional embedding a step, phi_t.
+        losses: for each step, for each inner step, the loss of each latent before that update; NaN where the latent had
+            already stopped. In the papers' scale (z, not x), so that values compare across schedules.
+        inner_steps: [N, B] int64, updates made.
+        final_losses: [N, B] float32, distance of the sampled latent from the pivot after each step.
+        converged: [N, B] bool, whether a loss fell below the step's threshold.
+        reconstruction: [B, C, H, W] float32, z_0 of guided sampling with the embeddings, in the scale of LATENT sockets.
+        evaluations: network evaluations without their backward passes.
+        warning: one sentence where some steps did not converge, else None.
+    """
+
+    embeddings: StepEmbeddings
+    losses: list[torch.Tensor]
+    inner_steps: torch.Tensor
+    final_losses: torch.Tensor
+    converged: torch.Tensor
+    reconstruction: torch.Tensor
+    evaluations: int
+    warning: str | None
+
+
+def null_text_optimization(
+    model: Any,
+    inversion: Inversion,
+    positive: Conditioning,
+    negative: Conditioning,
+    guidance_scale: float = GUIDANCE_SCALE,
+    inner_steps: int = INNER_STEPS,
+    learning_rate: float = LEARNING_RATE,
+    early_stop: float = EARLY_STOP,
+    checkpointing: bool = False,
+    callback: engine.Callback | None = None,
+) -> NullText:
+    """Optimise the unconditional embedding of every step (Mokady et al. 2023, algorithm 1).
+
+    Latents of a batch are independent: each has its own embedding and stops by itself, as if it were alone.
+
+    Args:
+        model: MODEL, the one that made the inversion.
+        inversion: the pivot, from `inversion.ddim_inversion` with guidance scale 1.
+        positive: CONDITIONING of the source prompt, as in the inversion; one entry for all latents or one for each.
+        negative: CONDITIONING of the empty prompt; where the embedding starts. One entry.
+        guidance_scale: w > 1, that of editing. 7.5 in the paper.
+        inner_steps: updates a step at most (N in the paper). 10 in the paper; 0 samples with the embedding as it is.
+        learning_rate: Adam's at the first step; it falls linearly, by 1/100 of it each step. 0.01 in the reference.
+        early_stop: a latent's step ends with the update whose loss was below early_stop + i * 2e-5. 1e-5 in the
+            reference.
+        checkpointing: spend time to save memory, see `engine.gradient_context`.
+        callback: progress with preview.
+
+    Returns:
+        embeddings, losses and the reconstruction, see `NullText`.
+
+    Raises:
+        IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
+    """
+    check_inversion(inversion, model)
+    if guidance_scale <= 1.0:
+        raise IdentityEditError(
+            f"The guidance scale is {guidance_scale:g}, with which the unconditional embedding has no effect; choose a "
+            f"value above 1 (7.5), or sample without null-text optimisation."
+        )
+    if inner_steps < 0 or learning_rate <= 0.0:
+        raise IdentityEditError(
+            f"inner_steps is {inner_steps} and learning_rate {learning_rate:g}; choose 0 or more and a value above 0."
+        )
+    null_embedding, pooled = single_embedding(negative, "The negative conditioning")
+    batch, steps = inversion.batch, inversion.steps
+    check_batch_matches(null_embedding.shape[0], batch, "The negative conditioning")
+    progress_total = steps * (inner_steps + 1)
+
+    def loop(evaluator: engine.NetworkEvaluator, _: torch.Tensor) -> NullText:
+        pivot = inversion.trajectory.clone().to(evaluator.device)
+        sigmas = inversion.sigmas.clone().to(evaluator.device)
+        phi = list(null_embedding.clone().to(evaluator.device).expand(batch, -1, -1).split(1))
+        record = _Record(batch)
+
+        # Algorithm 1. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and pivot[i] is its z*_t.
+        x = pivot[0]  # z_bar_T = z*_T
+        for i in range(steps):
+            threshold = early_stop + i * EARLY_STOP_PER_STEP
+            record.begin_step(threshold)
+            phi = [p.detach().clone().requires_grad_(True) for p in phi]  # phi_t begins as phi_{t+1}
+            optimizer = torch.optim.Adam(phi, lr=learning_rate * max(1.0 - i / 100.0, _LOWEST_DECAY))
+            with torch.no_grad():  # once a step: it does not depend on phi
+                conditional = evaluator.denoised(x, sigmas[i], "positive")
+
+            def guided_step(
+                unconditional: torch.Tensor, i: int = i, x: torch.Tensor = x, conditional: torch.Tensor = conditional
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                denoised = evaluator.combine(conditional, unconditional, x, sigmas[i], guidance_scale)
+                x_next = euler_step(x, denoised, sigmas[i], sigmas[i + 1])
+                in_paper_scale = (x_next - pivot[i + 1]) / signal_scale(sigmas[i + 1])
+                return denoised, x_next, in_paper_scale.square().flatten(1).mean(dim=1)
+
+            for j in range(inner_steps):
+                # Eq. 3: minimise | z*_{t-1} - z_{t-1}(z_bar_t, phi, C) |^2
+                unconditional = evaluator.denoised(x, sigmas[i], "negative", torch.cat(phi))
+                denoised, _, loss = guided_step(unconditional)
+                gradients = gradients_by_sample((loss * record.running.to(loss)).sum(), unconditional, phi)
+                for p, gradient, runs in zip(phi, gradients, record.running.tolist(), strict=True):
+                    p.grad = gradient if runs else None  # Adam leaves alone what has no gradient
+                optimizer.step()
+                record.inner_step(loss)
+                evaluator.report(i * (inner_steps + 1) + j, denoised, x, progress_total)
+                if not bool(record.running.any()):
+                    break
+
+            with torch.no_grad():  # z_bar_{t-1} = z_{t-1}(z_bar_t, phi_t, C)
+                unconditional = evaluator.denoised(x, sigmas[i], "negative", torch.cat(phi))
+                denoised, x, loss = guided_step(unconditional)
+            record.end_step(loss, phi)
+            evaluator.report(i * (inner_steps + 1) + inner_steps, denoised, x, progress_total)
+        return record.result(x / signal_scale(sigmas[-1]), inversion.sigmas, pooled, evaluator.evaluations)
+
+    found = engine.run_loop(
+        model,
+        positive,
+        negative,
+        inversion.end_latent(model),
+        inversion.sigmas,
+        loop,
+        gradients=True,
+        checkpointing=checkpointing,
+        callback=callback,
+    )
+    return replace(found, reconstruction=engine.to_socket_scale(model, found.reconstruction))
+
+
+def negative_prompt_inversion(inversion: Inversion, positive: Conditioning) -> StepEmbeddings:
+    """Negative-prompt inversion (Miyake et al. 2023): the source prompt itself as the unconditional embedding.
+
+    No optimisation: with phi = C both sides of the guidance agree, so sampling with the source prompt stays on the
+    inversion's trajectory as far as DDIM does, at any guidance scale.
+
+    Args:
+        inversion: gives the noise levels.
+        positive: CONDITIONING of the source prompt, one entry.
+    """
+    embedding, pooled = single_embedding(positive, "The source prompt")
+    check_batch_matches(embedding.shape[0], inversion.batch, "The source prompt")
+    return constant_embedding(inversion.sigmas, embedding, pooled)
+
+
+class _Record:
+    """Keeps what `NullText` reports while the algorithm runs."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self.running = torch.ones(batch, dtype=torch.bool)
+        self._threshold = 0.0
+        self._losses: list[list[torch.Tensor]] = []
+        self._converged: list[torch.Tensor] = []
+        self._final_losses: list[torch.Tensor] = []
+        self._phi: list[torch.Tensor] = []
+
+    def begin_step(self, threshold: float) -> None:
+        self.running = torch.ones(self._batch, dtype=torch.bool)
+        self._threshold = threshold
+        self._losses.append([])
+        self._converged.append(torch.zeros(self._batch, dtype=torch.bool))
+
+    def inner_step(self, loss: torch.Tensor) -> None:
+        """After an update: `loss` [B] was that before it. A latent below the threshold stops."""
+        loss = loss.detach().cpu()
+        self._losses[-1].append(torch.where(self.running, loss, torch.nan))
+        self._converged[-1] |= self.running & (loss < self._threshold)
+        self.running = self.running & ~(loss < self._threshold)
+
+    def end_step(self, loss: torch.Tensor, phi: list[torch.Tensor]) -> None:
+        loss = loss.detach().cpu()
+        if not bool(torch.isfinite(loss).all()):
+            raise IdentityEditError(
+                f"Null-text optimisation left the range of numbers at step {len(self._losses)}; lower the guidance "
+                f"scale or the learning rate, or start ComfyUI with --bf16-unet or --fp32-unet."
+            )
+        self._converged[-1] |= loss < self._threshold
+        self._final_losses.append(loss)
+        self._phi.append(torch.cat(phi).detach().to(device="cpu", copy=True))
+
+    def result(
+        self, z_0: torch.Tensor, sigmas: torch.Tensor, pooled: torch.Tensor | None, evaluations: int
+    ) -> NullText:
+        losses = [torch.stack(rows) if rows else torch.empty(0, self._batch) for rows in self._losses]
+        converged, final_losses = torch.stack(self._converged), torch.stack(self._final_losses)
+        return NullText(
+            embeddings=StepEmbeddings(
+                sigmas=sigmas.clone(),
+                embeddings=torch.stack(self._phi),
+                pooled=None if pooled is None else pooled.expand(self._batch, -1).unsqueeze(0),
+            ),
+            losses=losses,
+            inner_steps=torch.stack([(~rows.isnan()).sum(dim=0) for rows in losses]),
+            final_losses=final_losses,
+            converged=converged,
+            reconstruction=z_0.detach().cpu(),
+            evaluations=evaluations,
+            warning=_convergence_warning(converged, final_losses),
+        )
+
+
+def _convergence_warning(converged: torch.Tensor, final_losses: torch.Tensor) -> str | None:
+    missed = int((~converged).any(dim=1).sum())
+    if missed == 0:
+        return None
+    worst = int(final_losses.amax(dim=1).argmax())
+    return (
+        f"Null-text optimisation did not converge at {missed} of {converged.shape[0]} steps (largest loss "
+        f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); look at the reconstruction, and raise inner_steps "
+        f"or lower the guidance scale where it differs from the picture."
+    )

@@ -1,0 +1,46 @@
+"""How well an inversion reconstructs its picture."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import IdentityEditError
+
+LOWEST_PSNR = 20.0
+"""dB below which a reconstruction no longer shows the same picture. Stable Diffusion's autoencoder alone reaches 25 to
+30 dB, a null-text inversion comes within about 1 dB of it, and DDIM under guidance 7.5 falls below 20."""
+
+
+def psnr(picture: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio, 10 log10(1 / mean squared error).
+
+    One line of arithmetic, so no metrics library is asked.
+
+    Args:
+        picture: IMAGE [B, H, W, 3], values 0 to 1.
+        reconstruction: IMAGE of the same shape.
+
+    Returns:
+        [B] float64 in dB, infinite for equal pictures.
+
+    Raises:
+        IdentityEditError: when the shapes differ.
+    """
+    if picture.shape != reconstruction.shape:
+        raise IdentityEditError(
+            f"The picture {tuple(picture.shape)} and its reconstruction {tuple(reconstruction.shape)} differ in size; "
+            f"scale the picture to a multiple of 8 before encoding it."
+        )
+    error = (picture.double() - reconstruction.double()).square().flatten(1).mean(dim=1)
+    return -10.0 * torch.log10(error)
+
+
+def reconstruction_warning(values: torch.Tensor, lowest: float = LOWEST_PSNR) -> str | None:
+    """One sentence that names the pictures whose PSNR (`values` [B], dB) is below `lowest`, or None."""
+    bad = [f"{index + 1} ({value:.1f} dB)" for index, value in enumerate(values.tolist()) if not value >= lowest]
+    if not bad:
+        return None
+    return (
+        f"The inversion does not reconstruct picture {', '.join(bad)}, below {lowest:g} dB; use more steps, a source "
+        f"prompt that describes the picture, or Null-Text Optimization."
+    )

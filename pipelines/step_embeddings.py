@@ -1,0 +1,141 @@
+"""A table of text embeddings, one for each sampling step, and a model clone that uses it.
+
+Null-text optimisation, timestep-aware injection and step-wise learned subjects all end in such a table. The row is
+chosen by the noise level and never by counting calls, because a sampler may evaluate the network several times a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import engine
+from .errors import IdentityEditError, check_batch_matches, check_finite
+
+_RELATIVE_TOLERANCE = 1e-4
+"""Two sigmas closer than this are the same noise level: adjacent ones of 1000 timesteps differ by 4e-3 or more, and
+sigmas of the same timestep by less than 2e-5 however they were computed."""
+
+
+@dataclass(frozen=True)
+class StepEmbeddings:
+    """One cross-attention embedding for each step of a sampling run.
+
+    Attributes:
+        sigmas: [N + 1] float32, descending: row i is used at noise levels in the interval (sigmas[i + 1], sigmas[i]].
+            Above the first the first row is used, below the last the last.
+        embeddings: [N, B, T, C] float32, B either 1 (the same for all latents of a batch) or the batch size.
+        pooled: [1 or N, B, P] float32, the pooled output that belongs to the embeddings (SDXL), or None to leave the
+            conditioning's own.
+    """
+
+    sigmas: torch.Tensor
+    embeddings: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.embeddings.ndim != 4 or self.embeddings.shape[0] < 1:
+            raise IdentityEditError(
+                f"A step table needs embeddings [steps, batch, tokens, channels], not {tuple(self.embeddings.shape)}."
+            )
+        if self.sigmas.ndim != 1 or self.sigmas.shape[0] != self.embeddings.shape[0] + 1:
+            raise IdentityEditError(
+                f"A step table of {self.embeddings.shape[0]} rows needs {self.embeddings.shape[0] + 1} sigmas, "
+                f"not {tuple(self.sigmas.shape)}."
+            )
+        if not bool((self.sigmas[:-1] > self.sigmas[1:]).all()):
+            raise IdentityEditError("The sigmas of a step table must descend; use a sampling schedule as it is.")
+        if self.pooled is not None and (
+            self.pooled.ndim != 3 or self.pooled.shape[0] not in (1, self.steps) or self.pooled.shape[1] != self.batch
+        ):
+            raise IdentityEditError(
+                f"The pooled outputs {tuple(self.pooled.shape)} do not belong to the embeddings "
+                f"{tuple(self.embeddings.shape)}; take both from the same prompt."
+            )
+        check_finite(self.embeddings, "The step table")
+
+    @property
+    def steps(self) -> int:
+        """N, the number of rows."""
+        return int(self.embeddings.shape[0])
+
+    @property
+    def batch(self) -> int:
+        """B, the number of embeddings in a row."""
+        return int(self.embeddings.shape[1])
+
+    def row(self, sigma: float) -> int:
+        """The row for a noise level: i with sigmas[i + 1] < sigma <= sigmas[i], within 1e-4 relative, clamped."""
+        inner_boundaries = self.sigmas[1:-1]
+        return int((inner_boundaries * (1.0 + _RELATIVE_TOLERANCE) >= sigma).sum())
+
+    def pooled_row(self, row: int) -> torch.Tensor | None:
+        """The pooled output [B, P] of a row, or None."""
+        if self.pooled is None:
+            return None
+        return self.pooled[min(row, self.pooled.shape[0] - 1)]
+
+
+def constant_embedding(
+    sigmas: torch.Tensor, embedding: torch.Tensor, pooled: torch.Tensor | None = None
+) -> StepEmbeddings:
+    """A table with the same embedding [B, T, C] (and pooled output [B, P]) at every step of `sigmas` [N + 1]."""
+    steps = sigmas.shape[0] - 1
+    return StepEmbeddings(
+        sigmas=sigmas,
+        embeddings=embedding.unsqueeze(0).expand(steps, -1, -1, -1),
+        pooled=None if pooled is None else pooled.unsqueeze(0),
+    )
+
+
+def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negative") -> Any:
+    """A clone of `model` that, at every evaluation, takes one side's text embedding from `table`.
+
+    Works under any stock sampler and guider: the guider's conditionings are exchanged for the time of one evaluation
+    through ComfyUI's PREDICT_NOISE wrapper and put back afterwards. Everything else on the conditioning (size, control
+    networks, areas) stays its own. Tables for different sides compose; a second one for the same side replaces the
+    first. A guider without that side ("negative" under BasicGuider, or guidance scale 1) is left as it is.
+
+    Args:
+        model: MODEL (a ModelPatcher); it is not changed.
+        table: the embeddings; its batch must be 1 or that of the latents sampled.
+        which: the side by the guider's name for it: "positive", "negative", or "middle" of Dual CFG Guider.
+
+    Returns:
+        the clone.
+
+    Raises:
+        IdentityEditError: when the model has no such noise levels or another width of embedding; at sampling, when
+            the batch sizes differ.
+    """
+    engine.require_noise_prediction_model(model)
+    channels = engine.context_channels(model)
+    if table.embeddings.shape[-1] != channels:
+        raise IdentityEditError(
+            f"The step table has embeddings of {table.embeddings.shape[-1]} channels but the model takes {channels}; "
+            f"use the model that it was made with."
+        )
+
+    def exchange_embedding(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        guider = executor.class_obj
+        own = guider.conds
+        if which not in own:
+            return executor(x, timestep, *args, **kwargs)
+        check_batch_matches(table.batch, x.shape[0], "The step table")
+        row = table.row(float(timestep.max()))
+        exchanged = engine.conditionings_with_embedding(
+            own[which], table.embeddings[row].to(x.device), _on(table.pooled_row(row), x.device)
+        )
+        guider.conds = {**own, which: exchanged}
+        try:
+            return executor(x, timestep, *args, **kwargs)
+        finally:
+            guider.conds = own
+
+    return engine.with_predict_noise_wrapper(model, f"identity_edit_step_embeddings_{which}", exchange_embedding)
+
+
+def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)

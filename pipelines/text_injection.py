@@ -1,0 +1,296 @@
+"""Timestep-aware text injection: the source prompt in the first steps, then the edit (Jung et al. 2024, section 4).
+
+Jung et al. 2024 is "Latent Inversion with Timestep-aware Sampling for Training-free Non-rigid Editing" (eq. 5).
+
+A diffusion model fixes the layout of a picture in its first steps and the details later. So the picture is sampled from
+its inversion with the source prompt's embedding for the first steps, which keeps its structure, and with the edit's
+embedding e for the others:
+
+    C_t = C_src    in the first `ratio` of the steps
+    C_t = e        afterwards, e = eta * e_tgt + (1 - eta) * e_opt (eq. 3)
+
+The same thing in the three forms that ComfyUI's graph has room for: a CONDITIONING with ranges for any sampler, a table
+on a MODEL for any sampler and guider, and a sampling function of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import engine
+from .conditioning import Conditioning, single_embedding, with_embedding
+from .errors import IdentityEditError, check_conditioning
+from .inversion import Inversion, check_inversion
+from .schedule import euler_step, signal_scale
+from .step_embeddings import StepEmbeddings, apply_step_embeddings
+from .text_optimization import interpolated_conditioning
+
+RATIO = 0.2
+"""Share of the steps with the source prompt: Jung et al. 2024 finds 10 to 40 % (section 5.4, appendix E.1)."""
+
+ETA = 0.7
+"""Interpolation of eq. 3: the middle of Imagic's useful range of 0.6 to 0.8 (Kawar et al. 2023, section 4.2)."""
+
+SAMPLERS = ("ddim", "heun")
+
+_BOUNDARY = 0.05
+"""Where the switch lies between the last source step's noise level (1) and the first edit step's (0), in log sigma. It
+is close to the latter, because samplers of higher order look at levels in between, which belong to the step before."""
+
+
+@dataclass(frozen=True)
+class TimestepAwareEdit:
+    """What timestep-aware sampling made.
+
+    Attributes:
+        latent: [B, C, H, W] float32, the edited z_0 in the scale of LATENT sockets.
+        source_steps: number of steps with the source prompt.
+        evaluations: network evaluations.
+    """
+
+    latent: torch.Tensor
+    source_steps: int
+    evaluations: int
+
+
+def source_steps(steps: int, ratio: float) -> int:
+    """Number of steps that use the source prompt: ratio * steps, rounded to the nearest integer, halves up.
+
+    As in the paper's appendix E.1, "injection ratio 10 % means injecting the source embedding for the first five steps"
+    of 50. A ratio written with two decimals is taken as written: 0.29 of 50 steps is 14.5, hence 15.
+
+    Args:
+        steps: number of sampling steps.
+        ratio: 0 (never the source prompt) to 1 (always).
+
+    Raises:
+        IdentityEditError: when the ratio is outside its range.
+    """
+    if not 0.0 <= ratio <= 1.0:
+        raise IdentityEditError(f"The ratio is {ratio:g}; choose a value from 0 to 1 (the paper uses 0.1 to 0.4).")
+    return min(steps, math.floor(ratio * steps + 0.5 + 1e-9))
+
+
+def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta: float = ETA) -> Conditioning:
+    """e = eta * e_tgt + (1 - eta) * e_opt (Jung et al. 2024, eq. 3) as CONDITIONING, all else taken from `target`.
+
+    Args:
+        target: the target prompt's CONDITIONING.
+        optimized: what text optimisation made of it, or None to use the target prompt as it is.
+        eta: 0 is the optimised embedding (the picture), 1 the target prompt's (the edit).
+
+    Raises:
+        IdentityEditError: when the two do not belong together.
+    """
+    check_conditioning(target, "The target prompt")
+    if optimized is None:
+        return target
+    return interpolated_conditioning(target, single_embedding(optimized, "The optimized embedding")[0], eta)
+
+
+def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> float:
+    """The start_percent and end_percent of CONDITIONING ranges that meet just before step `first_edit_step`.
+
+    ComfyUI maps a percent to a noise level and uses an entry at levels within its range, both ends included. So that no
+    step has two entries or none, the end lies strictly between the noise levels of two steps.
+
+    Args:
+        model: MODEL; its own `percent_to_sigma` is asked.
+        sigmas: [N + 1] descending noise levels of the run.
+        first_edit_step: k with 1 <= k <= N - 1; the result is between sigmas[k] and sigmas[k - 1].
+
+    Returns:
+        a number between 0 and 1, exclusive.
+
+    Raises:
+        IdentityEditError: when the model's noise schedule has no level between the two steps.
+    """
+    sampling = engine.require_noise_prediction_model(model)
+    above, below = float(sigmas[first_edit_step - 1]), float(sigmas[first_edit_step])
+    # Percents reach the levels of the model's own schedule only; a run may begin above them or end below.
+    highest, lowest = min(above, float(sampling.sigmas[-1])), max(below, float(sampling.sigmas[0]))
+    if lowest < highest:
+        boundary = lowest * (highest / lowest) ** _BOUNDARY
+        percent = _percent_of_sigma(sampling, boundary)
+        if below < float(sampling.percent_to_sigma(percent)) < above:
+            return percent
+    raise IdentityEditError(
+        f"No CONDITIONING range can switch between the sigmas {above:.5g} and {below:.5g} of this model; use "
+        f"Timestep-Aware Text Injection (Model), or sigmas within the model's own range."
+    )
+
+
+def injected_conditioning(
+    model: Any, sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO
+) -> Conditioning:
+    """Eq. 5 as a CONDITIONING with ranges: works with every sampler and guider, at no cost.
+
+    Entries that have ranges of their own keep what remains of them.
+
+    Args:
+        model: MODEL that will sample.
+        sigmas: [N + 1] descending noise levels of the run.
+        source: the source prompt's CONDITIONING.
+        edit: CONDITIONING of e, from `edit_conditioning`.
+        ratio: share of the steps with `source`, see `source_steps`.
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    check_conditioning(source, "The source prompt")
+    check_conditioning(edit, "The target prompt")
+    steps = _count_steps(sigmas)
+    first_edit_step = source_steps(steps, ratio)
+    if first_edit_step == 0:
+        return edit
+    if first_edit_step == steps:
+        return source
+    percent = switch_percent(model, sigmas, first_edit_step)
+    return _within(source, 0.0, percent) + _within(edit, percent, 1.0)
+
+
+def injection_table(
+    sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO
+) -> StepEmbeddings:
+    """Eq. 5 as a table of one embedding for each step, for `apply_step_embeddings(model, table, "positive")`.
+
+    Prompts of different lengths are brought to one by repeating their tokens, as ComfyUI does: attention over a text
+    and over the same text twice are the same.
+
+    Args:
+        sigmas: [N + 1] descending noise levels of the run.
+        source: the source prompt's CONDITIONING, one entry.
+        edit: CONDITIONING of e, one entry.
+        ratio: share of the steps with `source`, see `source_steps`.
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    steps = _count_steps(sigmas)
+    count = source_steps(steps, ratio)
+    source_embedding, source_pooled = single_embedding(source, "The source prompt")
+    edit_embedding, edit_pooled = single_embedding(edit, "The target prompt")
+    batch = max(source_embedding.shape[0], edit_embedding.shape[0])
+    tokens = math.lcm(source_embedding.shape[1], edit_embedding.shape[1])
+
+    def row(embedding: torch.Tensor) -> torch.Tensor:
+        if embedding.shape[0] not in (1, batch):
+            raise IdentityEditError(
+                f"The source prompt has {source_embedding.shape[0]} embeddings and the target prompt "
+                f"{edit_embedding.shape[0]}; give one for all latents, or one for each."
+            )
+        return embedding.repeat(1, tokens // embedding.shape[1], 1).expand(batch, -1, -1)
+
+    rows = [row(source_embedding)] * count + [row(edit_embedding)] * (steps - count)
+    pooled = None
+    if source_pooled is not None and edit_pooled is not None:
+        sides = [source_pooled.expand(batch, -1)] * count + [edit_pooled.expand(batch, -1)] * (steps - count)
+        pooled = torch.stack(sides)
+    levels = sigmas.detach().to(device="cpu", dtype=torch.float32).clone()
+    return StepEmbeddings(sigmas=levels, embeddings=torch.stack(rows), pooled=pooled)
+
+
+def timestep_aware_sampling(
+    model: Any,
+    inversion: Inversion,
+    source: Conditioning,
+    edit: Conditioning,
+    negative: Conditioning | None = None,
+    ratio: float = RATIO,
+    guidance_scale: float = 7.5,
+    sampler: str = "ddim",
+    callback: engine.Callback | None = None,
+) -> TimestepAwareEdit:
+    """Sample an inverted picture with eq. 5 (Jung et al. 2024, section 4, stage C), in the inversion's own schedule.
+
+    Stock samplers give the same with the inversion's latent and sigmas and no added noise, but for the scale
+    sqrt(1 + sigma^2) at the last sigma: 1.0004 where the schedule ends at timestep 0 (they return x, and this z_0).
+
+    Args:
+        model: MODEL, the one that made the inversion.
+        inversion: the picture's; its step table, where it has one, is the negative side.
+        source: the source prompt's CONDITIONING.
+        edit: CONDITIONING of e, from `edit_conditioning`.
+        negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with a step table.
+        ratio: share of the steps with the source prompt, 0.1 to 0.4 in the paper.
+        guidance_scale: the paper uses 7.5 with null-text inversion and 1 with plain DDIM inversion.
+        sampler: "ddim" (Song et al. 2021, eq. 12, eta 0) or "heun" (Karras et al. 2022, algorithm 1), which evaluates
+            the network twice a step and chooses the embedding of each evaluation by its noise level.
+        callback: progress with preview.
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    check_inversion(inversion, model)
+    if sampler not in SAMPLERS:
+        raise IdentityEditError(f"The sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    schedule, table = inversion.schedule, inversion.embeddings
+    positive = injected_conditioning(model, schedule.sigmas, source, edit, ratio)
+    if guidance_scale != 1.0 and negative is None:
+        if table is None:
+            raise IdentityEditError(
+                f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, use an inversion "
+                f"from Null-Text Optimization, or set the scale to 1."
+            )
+        negative = with_embedding(edit[:1], table.embeddings[0], table.pooled_row(0))
+    if table is not None:
+        model = apply_step_embeddings(model, table, "negative")
+
+    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        sigmas = schedule.sigmas.to(evaluator.device)
+        for i in range(schedule.steps):
+            # Eq. 5: the positive side is C_src in the first steps, then e; its ranges see to that.
+            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
+            x_next = euler_step(x, denoised, sigmas[i], sigmas[i + 1])
+            if sampler == "heun" and sigmas[i + 1] > 0:
+                # The mean of the noise predicted at both ends of the step.
+                denoised_next = evaluator.guided(x_next, sigmas[i + 1], guidance_scale)
+                noise = (x - denoised) / sigmas[i]
+                noise_next = (x_next - denoised_next) / sigmas[i + 1]
+                x_next = x + (sigmas[i + 1] - sigmas[i]) * (noise + noise_next) / 2
+            x = x_next
+            evaluator.report(i, denoised, x, schedule.steps)
+        return (x / signal_scale(sigmas[-1])).cpu(), evaluator.evaluations
+
+    with torch.no_grad():
+        z_0, evaluations = engine.run_loop(
+            model, positive, negative, inversion.start_latent(model), schedule.sigmas, loop, callback=callback
+        )
+    return TimestepAwareEdit(engine.to_socket_scale(model, z_0), source_steps(schedule.steps, ratio), evaluations)
+
+
+def _count_steps(sigmas: torch.Tensor) -> int:
+    if sigmas.ndim != 1 or sigmas.shape[0] < 2:
+        raise IdentityEditError(
+            "The sigmas hold no step; connect those of DDIM Inversion, or a scheduler with at least one step."
+        )
+    if not bool((sigmas[:-1] > sigmas[1:]).all()):
+        raise IdentityEditError("The sigmas do not descend; connect them as a scheduler gives them (no FlipSigmas).")
+    return int(sigmas.shape[0]) - 1
+
+
+def _percent_of_sigma(sampling: Any, sigma: float) -> float:
+    """The percent that ComfyUI maps to `sigma`, by bisection of its own rule (percents rise while sigmas fall)."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if float(sampling.percent_to_sigma(middle)) > sigma:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _within(conditioning: Conditioning, start: float, end: float) -> Conditioning:
+    """The entries restricted to a range of percents; those that lie outside of it are left out."""
+    result: Conditioning = []
+    for embedding, options in conditioning:
+        own_start = max(start, float(options.get("start_percent", 0.0)))
+        own_end = min(end, float(options.get("end_percent", 1.0)))
+        if own_start < own_end:
+            result.append([embedding, {**options, "start_percent": own_start, "end_percent": own_end}])
+    return result

@@ -1,0 +1,138 @@
+"""Text optimisation of Imagic (Kawar et al. 2023, section 3.2), as paper 002 uses it (section 4, eq. 2 and 3).
+
+The embedding of the target prompt is moved towards the picture until the frozen network denoises the picture well with
+it. Between the two embeddings lies a path from "the picture" to "the edit".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import engine
+from .conditioning import Conditioning, single_embedding, with_embedding
+from .errors import IdentityEditError, check_batch_matches, check_latent
+from .gradients import gradients_by_sample
+from .schedule import ddim_schedule
+
+STEPS = 200
+LEARNING_RATE = 1e-3
+
+
+@dataclass(frozen=True)
+class TextOptimization:
+    """What text optimisation found.
+
+    Attributes:
+        embedding: e_opt [B, T, C] float32 CPU.
+        losses: [steps, B] float32, eq. 2 before each update. Noisy, as every draw is another timestep.
+        evaluations: network evaluations without their backward passes.
+    """
+
+    embedding: torch.Tensor
+    losses: torch.Tensor
+    evaluations: int
+
+
+def optimize_text_embedding(
+    model: Any,
+    latent: torch.Tensor,
+    target: Conditioning,
+    steps: int = STEPS,
+    learning_rate: float = LEARNING_RATE,
+    seed: int = 0,
+    checkpointing: bool = False,
+    callback: engine.Callback | None = None,
+) -> TextOptimization:
+    """Optimise the target prompt's embedding to fit a picture (paper 002, eq. 2; Kawar et al. 2023, eq. 2).
+
+    Every step draws a timestep uniformly and a noise, and takes one Adam step on |eps - eps_theta(z_t, t, e)|^2 without
+    guidance. The draws depend on the seed alone and are the same for all latents of a batch, so that each result is
+    that of the latent alone. For SDXL the embeddings of both text encoders are optimised, the pooled output is kept.
+
+    Args:
+        model: MODEL that predicts noise or velocity.
+        latent: the picture [B, C, H, W] in the scale of LATENT sockets.
+        target: CONDITIONING of the target prompt, one entry.
+        steps: 200 in paper 002, 500 in Imagic.
+        learning_rate: Adam's. 0.001 in both.
+        seed: of timesteps and noise.
+        checkpointing: spend time to save memory, see `engine.gradient_context`.
+        callback: progress with preview.
+
+    Raises:
+        IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
+    """
+    sampling = engine.require_noise_prediction_model(model)
+    check_latent(latent, "The latent", engine.latent_channels(model))
+    if steps < 1 or learning_rate <= 0.0:
+        raise IdentityEditError(
+            f"steps is {steps} and learning_rate {learning_rate:g}; choose 1 or more and a value above 0."
+        )
+    target_embedding, _ = single_embedding(target, "The target prompt")
+    batch = latent.shape[0]
+    check_batch_matches(target_embedding.shape[0], batch, "The target prompt")
+
+    def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> TextOptimization:
+        sigmas = sampling.sigmas.detach().float().clone().to(evaluator.device)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
+        start = target_embedding.clone().to(evaluator.device).expand(batch, -1, -1)
+        e = [row.clone().requires_grad_(True) for row in start.split(1)]  # begins as e_tgt
+        optimizer = torch.optim.Adam(e, lr=learning_rate)
+        losses = []
+        for step in range(steps):
+            # Eq. 2: e_opt = argmin_e E_{t, eps} | eps - eps_theta(z_t, t, e) |^2
+            t = int(torch.randint(sigmas.shape[0], (1,), generator=generator))
+            noise = torch.randn(z_0[:1].shape, generator=generator).to(evaluator.device)
+            x = z_0 + sigmas[t] * noise
+            denoised = evaluator.denoised(x, sigmas[t], "positive", torch.cat(e))
+            predicted_noise = (x - denoised) / sigmas[t]
+            loss = (predicted_noise - noise).square().flatten(1).mean(dim=1)
+            for variable, gradient in zip(e, gradients_by_sample(loss.sum(), denoised, e), strict=True):
+                variable.grad = gradient
+            optimizer.step()
+            losses.append(loss.detach().cpu())
+            evaluator.report(step, denoised, x, steps)
+        return TextOptimization(
+            embedding=torch.cat(e).detach().cpu(), losses=torch.stack(losses), evaluations=evaluator.evaluations
+        )
+
+    return engine.run_loop(
+        model,
+        target,
+        None,
+        latent,
+        ddim_schedule(sampling, min(50, sampling.sigmas.shape[0])).sigmas,
+        loop,
+        gradients=True,
+        checkpointing=checkpointing,
+        callback=callback,
+        seed=seed,
+    )
+
+
+def interpolate_embeddings(target: torch.Tensor, optimized: torch.Tensor, eta: float) -> torch.Tensor:
+    """e = eta * e_tgt + (1 - eta) * e_opt (paper 002, eq. 3).
+
+    Args:
+        target: e_tgt [B or 1, T, C].
+        optimized: e_opt [B or 1, T, C].
+        eta: 0 is the picture, 1 the edit; values beyond extrapolate.
+
+    Raises:
+        IdentityEditError: when the embeddings differ in tokens or channels.
+    """
+    if target.shape[1:] != optimized.shape[1:]:
+        raise IdentityEditError(
+            f"The target embedding {tuple(target.shape)} and the optimised one {tuple(optimized.shape)} differ in "
+            f"tokens or channels; optimise this target prompt with this model."
+        )
+    return eta * target + (1.0 - eta) * optimized
+
+
+def interpolated_conditioning(target: Conditioning, optimized: torch.Tensor, eta: float) -> Conditioning:
+    """CONDITIONING of `interpolate_embeddings`, with everything else (pooled output, sizes) from `target`."""
+    embedding, _ = single_embedding(target, "The target prompt")
+    return with_embedding(target, interpolate_embeddings(embedding, optimized, eta))

@@ -110,7 +110,9 @@ def main() -> None:
     renders = torch.stack([torch.from_numpy(np.array(render(*pair)[0])) for pair in pairs]).float() / 255
     with torch.no_grad():
         decoded = torch.cat([vae.decode(vae.encode(chunk)).cpu() for chunk in renders.split(arguments.batch)])
-    quality = [peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1) for a, b in zip(renders, decoded)]
+    quality = [
+        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1) for a, b in zip(renders, decoded, strict=True)
+    ]
 
     tuning = evaluation_set(arguments.tuning, seed=arguments.seed + 1)
     tuning_truth = [attributes for attributes, _ in tuning]

@@ -18,6 +18,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
@@ -46,7 +47,13 @@ def main() -> None:
     import numpy as np
     import torch
     from identity_edit_pack.demo_world import family
-    from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, caption, random_attributes
+    from identity_edit_pack.demo_world.attributes import (
+        ATTRIBUTES_OF,
+        IDENTITY_OF,
+        Attributes,
+        caption,
+        random_attributes,
+    )
     from identity_edit_pack.demo_world.classifier import classify, load_classifier
     from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
     from identity_edit_pack.demo_world.renderer import render
@@ -122,26 +129,28 @@ def main() -> None:
     def mean_psnr(a: torch.Tensor, b: torch.Tensor) -> float:
         return float(-10 * torch.log10(((a - b) ** 2).mean().clamp(min=1e-10)))
 
-    report = {}
+    report: dict[str, dict[str, Any]] = {}
     for name, shown in columns.items():
         answers = classify(classifier, shown)
         done, kept, background, whole, similar = [], [], [], [], []
-        for index, (_, target, edited, _) in enumerate(pairs):
+        for index, (_, wanted, edited, _) in enumerate(pairs):
             sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
-            done.append(sees[edited] == getattr(target, edited))
-            kept.append(all(sees[head] == getattr(target, head) for head in IDENTITY_OF["figure"]))
+            done.append(sees[edited] == getattr(wanted, edited))
+            kept.append(all(sees[head] == getattr(wanted, head) for head in IDENTITY_OF["figure"]))
             outside = ~(truth[index][1] | before[index][1])
             background.append(mean_psnr(shown[index][outside], before[index][0][outside]))
             whole.append(mean_psnr(shown[index], before[index][0]))
             similar.append(
                 structural_similarity(shown[index].numpy(), truth[index][0].numpy(), channel_axis=2, data_range=1)
             )
-        by_kind = {kind: float(np.mean([d for d, pair in zip(done, pairs) if pair[2] == kind])) for kind in EDITED}
+        by_kind = {
+            kind: float(np.mean([d for d, pair in zip(done, pairs, strict=True) if pair[2] == kind])) for kind in EDITED
+        }
         report[name] = {
             "edit_done": float(np.mean(done)),
             "edit_done_by_kind": by_kind,
             "identity_kept": float(np.mean(kept)),
-            "edit_done_and_identity_kept": float(np.mean([d and k for d, k in zip(done, kept)])),
+            "edit_done_and_identity_kept": float(np.mean([d and k for d, k in zip(done, kept, strict=True)])),
             "background_psnr_db": float(np.mean(background)),
             "psnr_to_source_db": float(np.mean(whole)),
             "ssim_to_true_edit": float(np.mean(similar)),
@@ -156,8 +165,8 @@ def main() -> None:
         f"{arguments.guidance_scale}, eta {arguments.eta}, 200 steps of text optimisation, seed {arguments.seed}; "
         f"{seconds / 60:.0f} minutes. DDIM + target is sampled with guidance scale 1, as in the paper.",
         "",
-        "| method | edit done | pose / expression / costume | identity kept | both | background PSNR | PSNR to source | "
-        "SSIM to true edit |",
+        "| method | edit done | pose / expression / costume | identity kept | both | background PSNR | "
+        "PSNR to source | SSIM to true edit |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report.items():
@@ -173,7 +182,9 @@ def main() -> None:
     for name, row in report.items():
         if "+" in name:
             axes.scatter(row["background_psnr_db"], row["edit_done"])
-            axes.annotate(name, (row["background_psnr_db"], row["edit_done"]), xytext=(5, 4), textcoords="offset points")
+            axes.annotate(
+                name, (row["background_psnr_db"], row["edit_done"]), xytext=(5, 4), textcoords="offset points"
+            )
     axes.set_xlabel("background PSNR against the source picture [dB]")
     axes.set_ylabel("share of edits done")
     axes.set_title(f"{len(pairs)} edits of unseen subjects")

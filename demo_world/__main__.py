@@ -36,11 +36,10 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     if not torch.cuda.is_available():
-        # ComfyUI asks for a GPU unless it is told that there is none, and its CPU default is not differentiable quickly.
+        # ComfyUI asks for a GPU unless it is told that there is none.
         from comfy.cli_args import args
 
         args.cpu = True
-        args.use_pytorch_cross_attention = True
     if arguments.command == "autoencoder":
         from .train_autoencoder import train_autoencoder
 
@@ -51,9 +50,9 @@ def main() -> None:
         from .latents import encode_training_set
         from .networks import make_autoencoder
 
-        autoencoder = make_autoencoder()
-        autoencoder.load_state_dict(torch.load(arguments.folder / "autoencoder.pt", weights_only=True))
-        encode_training_set(autoencoder, arguments.folder / "latents.safetensors", arguments.count)
+        trained = make_autoencoder()
+        trained.load_state_dict(torch.load(arguments.folder / "autoencoder.pt", weights_only=True))
+        encode_training_set(trained, arguments.folder / "latents.safetensors", arguments.count)
     elif arguments.command == "unet":
         from .train_unet import train_unet
 

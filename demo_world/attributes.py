@@ -78,8 +78,11 @@ class Attributes:
 
     @property
     def visible(self) -> dict[str, str]:
-        """The attributes that this framing shows, by name."""
-        return {name: getattr(self, name) for name in ATTRIBUTES_OF[self.framing]}
+        """The attributes that the picture shows, by name: those of its framing, without the color of closed eyes."""
+        shown = {name: getattr(self, name) for name in ATTRIBUTES_OF[self.framing]}
+        if self.expression == "crying":
+            shown.pop("eye_color", None)
+        return shown
 
     @property
     def identity(self) -> tuple[str, ...]:

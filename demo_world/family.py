@@ -2,11 +2,13 @@
 
 ``comfy.supported_models.models`` is the list that the loader asks, in order, which family a checkpoint belongs to. The
 demo world's entry is told apart from every other family by its UNet's width and its context width (128 and 128), which
-no published model has, so appending it changes nothing for other checkpoints. This beats a loader node of our own: every
-shipped workflow then starts at the node that users start from, and another checkpoint is chosen in that node.
+no published model has, so appending it changes nothing for other checkpoints. This beats a loader node of our own:
+every shipped workflow then starts at the node that users start from, and another checkpoint is chosen in that node.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import comfy.sd1_clip
 import comfy.supported_models
@@ -18,33 +20,33 @@ from .networks import CONTEXT_DIM, TEXT_CONFIG, UNET_CONFIG
 class DemoWorldSDTokenizer(comfy.sd1_clip.SDTokenizer):
     """CLIP's tokenizer; only the width of a textual-inversion embedding differs."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
         super().__init__(
-            embedding_directory=embedding_directory, embedding_size=CONTEXT_DIM, tokenizer_data=tokenizer_data
+            embedding_directory=embedding_directory, embedding_size=CONTEXT_DIM, tokenizer_data=tokenizer_data or {}
         )
 
 
 class DemoWorldTokenizer(comfy.sd1_clip.SD1Tokenizer):
-    def __init__(self, embedding_directory=None, tokenizer_data={}):
+    def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
         super().__init__(
-            embedding_directory=embedding_directory, tokenizer_data=tokenizer_data, tokenizer=DemoWorldSDTokenizer
+            embedding_directory=embedding_directory, tokenizer_data=tokenizer_data or {}, tokenizer=DemoWorldSDTokenizer
         )
 
 
 class DemoWorldSDClipModel(comfy.sd1_clip.SDClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None) -> None:
         super().__init__(
             device=device,
             dtype=dtype,
             textmodel_json_config=dict(TEXT_CONFIG),
             return_projected_pooled=False,
-            model_options=model_options,
+            model_options=model_options or {},
         )
 
 
 class DemoWorldClipModel(comfy.sd1_clip.SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options={}):
-        super().__init__(device=device, dtype=dtype, model_options=model_options, clip_model=DemoWorldSDClipModel)
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: dict | None = None) -> None:
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=DemoWorldSDClipModel)
 
 
 class DemoWorld(comfy.supported_models.SD15):
@@ -59,7 +61,7 @@ class DemoWorld(comfy.supported_models.SD15):
     }
     unet_extra_config = {"num_heads": UNET_CONFIG["num_heads"], "num_head_channels": -1}
 
-    def clip_target(self, state_dict={}):
+    def clip_target(self, state_dict: dict | None = None) -> comfy.supported_models_base.ClipTarget:
         return comfy.supported_models_base.ClipTarget(DemoWorldTokenizer, DemoWorldClipModel)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,9 +25,7 @@ class CaptionedPictures(IterableDataset):
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
 
-    def __iter__(self):
-        import random
-
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
         worker = get_worker_info()
         first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         for index in range(first, self.count, stride):

@@ -42,7 +42,11 @@ class TrainingPictures(IterableDataset):
         while True:
             attributes = random_attributes(generator, held_out=self.held_out)
             picture, mask = render(attributes, generator.randrange(EVALUATION_SEED))
-            yield to_tensor(picture), torch.from_numpy(np.array(mask))[None].float() / 255, torch.tensor(labels_of(attributes))
+            yield (
+                to_tensor(picture),
+                torch.from_numpy(np.array(mask))[None].float() / 255,
+                torch.tensor(labels_of(attributes)),
+            )
 
 
 def evaluation_set(

@@ -136,13 +136,15 @@ class Pen:
 
     def at(self, dx: float, dy: float) -> Pen:
         """The same pen with its origin moved: a head on its body."""
-        return Pen(self.canvas, self.x + self.forward * dx * self.scale, self.y + dy * self.scale, self.scale, self.forward)
+        return Pen(
+            self.canvas, self.x + self.forward * dx * self.scale, self.y + dy * self.scale, self.scale, self.forward
+        )
 
     def place(self, points: Points) -> list[tuple[float, float]]:
         points = np.asarray(points, float)
         x = (self.x + self.forward * points[:, 0] * self.scale) * SUPERSAMPLING
         y = (self.y + points[:, 1] * self.scale) * SUPERSAMPLING
-        return list(zip(x.tolist(), y.tolist()))
+        return list(zip(x.tolist(), y.tolist(), strict=True))
 
     def part(self, points: Points, color: Color, furry: bool = False, outline: float = 1.8) -> None:
         """A filled shape; furry parts carry the pattern, an outline of 0 draws none."""
@@ -157,8 +159,10 @@ class Pen:
             self.canvas.draw_subject.line(closed, fill=255, width=width)
 
     def line(self, points: Points, color: Color, width: float) -> None:
-        self.canvas.draw.line(self.place(points), fill=color, width=round(width * self.scale * SUPERSAMPLING), joint="curve")
-        self.canvas.draw_furry.line(self.place(points), fill=0, width=round(width * self.scale * SUPERSAMPLING))
+        placed, thickness = self.place(points), round(width * self.scale * SUPERSAMPLING)
+        self.canvas.draw.line(placed, fill=color, width=thickness, joint="curve")
+        self.canvas.draw_furry.line(placed, fill=0, width=thickness)
+        self.canvas.draw_subject.line(placed, fill=255, width=thickness)
 
 
 def shade(color: Color, factor: float) -> Color:
@@ -254,7 +258,9 @@ def paint_headwear(head: Pen, costume: str, rx: float, top: float) -> None:
     y = top + 9 * s
     if costume == "santa hat":
         head.part(np.array([(-20 * s, y), (-3 * s, y - 30 * s), (20 * s, y)]), (218, 34, 44))
-        head.part(np.array([(-3 * s, y - 30 * s), (-20 * s, y - 24 * s), (-11 * s, y - 14 * s)]), (218, 34, 44), outline=0)
+        head.part(
+            np.array([(-3 * s, y - 30 * s), (-20 * s, y - 24 * s), (-11 * s, y - 14 * s)]), (218, 34, 44), outline=0
+        )
         head.part(capsule(-19 * s, y, 19 * s, y, 5.2 * s), (252, 252, 252))
         head.part(ellipse(-20 * s, y - 24 * s, 6 * s, 6 * s), (252, 252, 252))
     elif costume == "crown":
@@ -451,7 +457,12 @@ def paint_portrait(canvas: Canvas, a: Attributes, layout: Layout) -> None:
             head.part(ellipse(x, y, 9.5, 8), hair)
     else:
         depth = 15 if a.hair_style == "short" else 11
-        fringe = np.concatenate([arc(-1, -2, rx + 2, ry + 2, math.pi * 1.06, math.pi * 1.94), [(rx * 0.4, top + depth), (-rx * 0.45, top + depth)]])
+        fringe = np.concatenate(
+            [
+                arc(-1, -2, rx + 2, ry + 2, math.pi * 1.06, math.pi * 1.94),
+                [(rx * 0.4, top + depth), (-rx * 0.45, top + depth)],
+            ]
+        )
         head.part(fringe, hair, outline=0)
     paint_face(head, a.expression, EYES[a.eye_color], 1.36, muzzle=False, nose=shade(skin, 0.66))
     if a.costume in ("santa hat", "crown"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ CAPTION_DROPOUT = 0.1
 SNR_GAMMA = 5.0
 
 
-def attention_by_matrices(function, *arguments, **keywords):
+def attention_by_matrices(function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
     """ComfyUI's plain attention: on a CPU in bfloat16 its gradient takes two thirds of the fused attention's time."""
     from comfy.ldm.modules.attention import attention_basic
 
@@ -58,9 +59,7 @@ def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) 
         clean = latents[chosen].float()
         noise = torch.randn(clean.shape, generator=generator)
         noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(memory_format=torch.channels_last)
-        predicted = unet(
-            noisy, timesteps.float(), context=text_encoder(text), transformer_options=MATRIX_ATTENTION
-        )
+        predicted = unet(noisy, timesteps.float(), context=text_encoder(text), transformer_options=MATRIX_ATTENTION)
         error = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
         snr = (alpha / (1 - alpha)).flatten()
         return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()

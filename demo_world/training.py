@@ -1,5 +1,5 @@
-"""The training loop that the demo world's networks share: bfloat16 autocast, warm-up and cosine decay, averaged weights,
-checkpoints that a later run goes on from, and a progress bar."""
+"""The training loop that the demo world's networks share: bfloat16 autocast, warm-up and cosine decay, averaged
+weights, checkpoints that a later run goes on from, and a progress bar."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,7 +39,7 @@ class MuonAndAdamW:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.matrices = [p for p in self.parameters if p.ndim >= 2 and p.shape[0] >= 16 and id(p) not in tables]
         self.views = [nn.Parameter(self.as_matrix(p.detach())) for p in self.matrices]
-        for view, matrix in zip(self.views, self.matrices):
+        for view, matrix in zip(self.views, self.matrices, strict=True):
             if view.data_ptr() != matrix.data_ptr():
                 raise ValueError("a kernel's memory format allows no matrix view: call network.to(channels_last) first")
         chosen = {id(p) for p in self.matrices}
@@ -52,7 +53,7 @@ class MuonAndAdamW:
         return kernel.permute(0, 2, 3, 1).flatten(1) if kernel.ndim == 4 else kernel
 
     def step(self) -> None:
-        for view, matrix in zip(self.views, self.matrices):
+        for view, matrix in zip(self.views, self.matrices, strict=True):
             view.grad = None if matrix.grad is None else self.as_matrix(matrix.grad)
         for optimizer in self.optimizers.values():
             optimizer.step()
@@ -69,7 +70,9 @@ class MuonAndAdamW:
 
 def warm_up_and_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, steps: int) -> SequentialLR:
     warm_up = LinearLR(optimizer, 0.01, total_iters=warmup_steps)
-    return SequentialLR(optimizer, [warm_up, CosineAnnealingLR(optimizer, steps - warmup_steps)], milestones=[warmup_steps])
+    return SequentialLR(
+        optimizer, [warm_up, CosineAnnealingLR(optimizer, steps - warmup_steps)], milestones=[warmup_steps]
+    )
 
 
 def train(
@@ -100,7 +103,7 @@ def train(
     optimizer = MuonAndAdamW(network, learning_rate, weight_decay)
     schedulers = {name: warm_up_and_cosine(o, warmup_steps, steps) for name, o in optimizer.optimizers.items()}
 
-    def move_average(averaged: list[torch.Tensor], current: list[torch.Tensor], updates: torch.Tensor) -> None:
+    def move_average(averaged: Any, current: Any, updates: Any) -> None:
         # torch's own average forgets the untrained weights too slowly for runs this short: the decay warms up.
         decay = min(average_decay, (1 + int(updates)) / (10 + int(updates)))
         torch._foreach_lerp_(averaged, current, 1 - decay)

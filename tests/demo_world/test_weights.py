@@ -1,0 +1,74 @@
+"""The committed weights, judged by the renderer's ground truth. The full figures are made by benchmarks/demo_world.py."""
+
+import comfy.sd
+import numpy as np
+import pytest
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.classifier import classify, load_classifier
+from identity_edit_pack.demo_world.export import CHECKPOINT_NAME, WEIGHTS_FOLDER
+from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, labels_of
+from identity_edit_pack.demo_world.renderer import render
+from safetensors import safe_open
+from skimage.metrics import peak_signal_noise_ratio
+
+MEGABYTE = 10**6
+
+
+@pytest.fixture(scope="module")
+def loaded(pack):
+    family.register()
+    return comfy.sd.load_checkpoint_guess_config(str(WEIGHTS_FOLDER / CHECKPOINT_NAME))
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return evaluation_set(64, seed=4)
+
+
+@pytest.fixture(scope="module")
+def renders(pairs):
+    return torch.stack([torch.from_numpy(np.array(render(*pair)[0])) for pair in pairs]).float() / 255
+
+
+def test_the_stock_loader_gives_all_three_parts(loaded):
+    model, clip, vae, _ = loaded
+    assert isinstance(model.model.model_config, family.DemoWorld)
+    embedding = clip.encode_from_tokens(clip.tokenize("a smiling orange cat"))
+    assert embedding.shape == (1, 77, 128)
+    assert vae.latent_channels == 4
+
+
+def test_the_checkpoint_is_small_and_holds_only_finite_weights():
+    path = WEIGHTS_FOLDER / CHECKPOINT_NAME
+    assert path.stat().st_size <= 60 * MEGABYTE
+    with safe_open(path, framework="pt") as file:
+        assert all(bool(torch.isfinite(file.get_tensor(name)).all()) for name in file.keys())  # noqa: SIM118
+
+
+def test_the_classifier_reads_clean_renders(pairs, renders):
+    answers = classify(load_classifier(), renders)
+    labels = torch.tensor([labels_of(attributes) for attributes, _ in pairs])
+    for index, name in enumerate(HEADS):
+        shown = labels[:, index] >= 0
+        assert (answers[name] == labels[:, index])[shown].float().mean() >= 0.9, name
+
+
+def test_the_autoencoder_reconstructs_held_out_renders(loaded, renders):
+    vae = loaded[2]
+    with torch.no_grad():
+        decoded = vae.decode(vae.encode(renders[:32]))
+    quality = [
+        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1)
+        for a, b in zip(renders[:32], decoded.cpu(), strict=True)
+    ]
+    assert np.mean(quality) >= 25.5
+
+
+def test_latents_have_unit_variance_in_the_models_scale(loaded, renders):
+    """What the UNet was trained on is what ComfyUI gives it."""
+    model, _, vae, _ = loaded
+    with torch.no_grad():
+        latents = model.model.process_latent_in(vae.encode(renders[:32]))
+    assert torch.allclose(latents.std((0, 2, 3)), torch.ones(4), atol=0.2)
+    assert latents.mean((0, 2, 3)).abs().max() < 0.3

@@ -29,6 +29,7 @@ def main() -> None:
     classifier.add_argument("--batch-size", type=int, default=32)
     classifier.add_argument("--learning-rate", type=float, default=3e-3)
     commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
+    commands.add_parser("unpack", help="take the committed checkpoint apart, to train its parts further")
     arguments = parser.parse_args()
 
     sys.path.insert(0, os.environ["COMFYUI_PATH"])
@@ -65,6 +66,10 @@ def main() -> None:
         from .export import export_checkpoint
 
         print(export_checkpoint(arguments.folder))
+    elif arguments.command == "unpack":
+        from .export import unpack_checkpoint
+
+        unpack_checkpoint(arguments.folder)
 
 
 if __name__ == "__main__":

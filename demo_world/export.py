@@ -1,16 +1,20 @@
-"""Puts the trained parts into one checkpoint that ComfyUI's stock loader reads."""
+"""Puts the trained parts into one checkpoint that ComfyUI's stock loader reads, and takes them out again."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .networks import TextEncoder
 
 CHECKPOINT_NAME = "identity-edit-demo.safetensors"
+UNET, TEXT, AUTOENCODER = "model.diffusion_model.", "cond_stage_model.transformer.", "first_stage_model."
+TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
@@ -20,13 +24,33 @@ def export_checkpoint(folder: Path, destination: Path = WEIGHTS_FOLDER / CHECKPO
     trained = torch.load(folder / "unet.pt", weights_only=True)
     text_encoder = TextEncoder(trained["token_ids"].tolist())
     text_encoder.load_state_dict(trained["text_encoder"])
-    state = {f"model.diffusion_model.{name}": value for name, value in trained["unet"].items()}
-    state |= {f"cond_stage_model.transformer.{name}": v for name, v in text_encoder.full_state_dict().items()}
-    state |= {f"first_stage_model.{name}": value for name, value in autoencoder.items()}
+    state = {UNET + name: value for name, value in trained["unet"].items()}
+    state |= {TEXT + name: v for name, v in text_encoder.full_state_dict().items()}
+    state |= {AUTOENCODER + name: value for name, value in autoencoder.items()}
     half = {n: v.to(torch.float16).contiguous() for n, v in state.items() if "text_projection" not in n}
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_suffix(".tmp")
     metadata = {"format": "pt", "modelspec.title": "ComfyUI-IdentityEdit demo world", "modelspec.license": "Apache-2.0"}
+    # The rows of the table that were trained; the others are padding.
+    metadata["demo_world.token_ids"] = json.dumps(trained["token_ids"].tolist())
     save_file(half, temporary, metadata=metadata)
     os.replace(temporary, destination)
     return destination
+
+
+def unpack_checkpoint(folder: Path, source: Path = WEIGHTS_FOLDER / CHECKPOINT_NAME) -> None:
+    """The inverse of ``export_checkpoint``: write ``folder/autoencoder.pt`` and ``folder/unet.pt``, to train on."""
+    with safe_open(source, framework="pt") as file:
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+        token_ids = torch.tensor(json.loads(file.metadata()["demo_world.token_ids"]), dtype=torch.int32)
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+    text = part(TEXT)
+    text[TOKEN_TABLE] = text[TOKEN_TABLE][token_ids]
+    text_encoder = {f"clip.{name}": value for name, value in text.items()}
+    text_encoder["clip.text_projection.weight"] = torch.eye(text[TOKEN_TABLE].shape[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(part(AUTOENCODER), folder / "autoencoder.pt")
+    torch.save({"unet": part(UNET), "text_encoder": text_encoder, "token_ids": token_ids}, folder / "unet.pt")

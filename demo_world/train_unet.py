@@ -34,7 +34,11 @@ def sd1_alphas_cumprod() -> torch.Tensor:
 
 
 def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
-    """Train, or go on training, from ``folder/latents.safetensors``; writes ``folder/unet.pt`` (averaged weights)."""
+    """Train on ``folder/latents.safetensors`` and write ``folder/unet.pt`` (averaged weights).
+
+    A run that was interrupted goes on from ``folder/unet_state.pt``; a new one starts from ``folder/unet.pt`` where
+    that is there (``python -m demo_world unpack`` makes it from the committed checkpoint), else from nothing.
+    """
     torch.manual_seed(1)
     data = load_training_set(folder / "latents.safetensors")
     latents = data["latents"]
@@ -43,6 +47,13 @@ def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) 
     empty, rows = rows[-len(data["empty"]) :], rows[: -len(data["empty"])].view(data["tokens"].shape).to(torch.int16)
     unet = make_unet().to(memory_format=torch.channels_last)
     text_encoder = TextEncoder(token_ids.tolist())
+    start_from = folder / "unet.pt"
+    if start_from.exists():
+        trained = torch.load(start_from, weights_only=True)
+        if not torch.equal(trained["token_ids"], token_ids):
+            raise ValueError(f"{start_from} was trained on other words; remove it to train from nothing")
+        unet.load_state_dict(trained["unet"])
+        text_encoder.load_state_dict(trained["text_encoder"])
     alphas_cumprod = sd1_alphas_cumprod()
 
     def loss_of(step: int) -> torch.Tensor:

@@ -30,8 +30,8 @@ class ReconstructionCheck(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="dB below which it warns. 20: Stable Diffusion's autoencoder alone reaches 25 to 30 dB, "
-                    "null-text inversion nearly that, DDIM under guidance 7.5 less than 20.",
+                    tooltip="Decibels below which it warns. 20: Stable Diffusion's autoencoder alone reaches 25 to "
+                    "30 dB, null-text inversion nearly that, DDIM under guidance 7.5 less than 20.",
                 ),
             ],
             outputs=[

@@ -53,7 +53,7 @@ def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:
 def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -> str:
     """Show a text on the node on the page, write a warning into ComfyUI's log, and return both as one text."""
     if warning is not None:
-        logging.warning("%s: %s", node.GET_SCHEMA().display_name, warning)
+        logging.warning("IdentityEdit: %s", warning)
         text = f"{text}\nWarning: {warning}" if text else f"Warning: {warning}"
     try:
         from server import PromptServer

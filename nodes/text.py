@@ -273,8 +273,8 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                     "sampler",
                     options=list(text_injection.SAMPLERS),
                     default=text_injection.SAMPLERS[0],
-                    tooltip="ddim is what the inversion undoes (Jung et al. 2024); heun takes two evaluations a step "
-                    "and follows the same path more finely.",
+                    tooltip="DDIM is what the inversion undoes (Jung et al. 2024). Heun solves the same path more "
+                    "exactly, for two evaluations a step.",
                 ),
                 _optimized_input(),
                 io.Conditioning.Input(

@@ -30,10 +30,9 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict
     """
     from safetensors.torch import save
 
-    data = save(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        metadata={_DESCRIPTION: json.dumps(description)},
-    )
+    # Copies, because safetensors refuses tensors that share their memory.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    data = save(own, metadata={_DESCRIPTION: json.dumps(description)})
     folder = os.path.dirname(os.path.abspath(path))
     temporary = None
     try:
@@ -46,7 +45,7 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict
         if temporary is not None and os.path.exists(temporary):
             os.remove(temporary)
         raise IdentityEditError(
-            f"The file {path} cannot be written ({error.strerror}); choose a folder with write permission and free space."
+            f"The file {path} cannot be written ({error.strerror}); choose another folder."
         ) from error
 
 
@@ -69,8 +68,9 @@ def read_tensors(path: str, kind: str) -> tuple[dict[str, torch.Tensor], dict[st
         with safe_open(path, framework="pt", device="cpu") as file:
             description = json.loads((file.metadata() or {}).get(_DESCRIPTION, "null"))
             if not isinstance(description, dict) or description.get("kind") != kind:
-                raise IdentityEditError(f"The file {path} does not hold an {kind}; choose one that this pack has saved.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+                raise IdentityEditError(f"The file {path} does not hold an {kind}; choose one saved by this pack.")
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
     except FileNotFoundError as error:
         raise IdentityEditError(f"The file {path} does not exist; choose another, or save one first.") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:

@@ -79,12 +79,12 @@ def checkpointed_blocks(
     try:
         for block in blocks:
             own_forward.append((block, "forward" in vars(block), block.forward))
-            block.forward = _checkpointed(block.forward)  # type: ignore[method-assign]
+            block.forward = _checkpointed(block.forward)
         yield
     finally:
         for block, was_replaced, forward in own_forward:
             if was_replaced:  # by another node, before this context
-                block.forward = forward  # type: ignore[method-assign]
+                block.forward = forward
             else:
                 del block.forward
 

@@ -1,4 +1,4 @@
-"""Null-text inversion (Mokady et al. 2023, "Null-text Inversion for Editing Real Images using Guided Diffusion Models").
+"""Null-text inversion for editing real images (Mokady et al. 2023).
 
 DDIM inversion with guidance scale 1 is nearly exact, but sampling it back with the guidance that editing needs drifts
 away. Null-text inversion keeps the inversion's trajectory as pivot and optimises, step by step, the embedding of the
@@ -25,7 +25,9 @@ INNER_STEPS = 10
 LEARNING_RATE = 1e-2
 EARLY_STOP = 1e-5
 EARLY_STOP_PER_STEP = 2e-5
-_LOWEST_DECAY = 0.01
+PAPER, ADAPTIVE = "paper", "adaptive"
+METHODS = (PAPER, ADAPTIVE)
+_LARGEST_CHANGE_OF_LENGTH = 4.0
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class NullText:
         inner_steps: [N, B] int64, updates made.
         final_losses: [N, B] float32, distance of the sampled latent from the pivot after each step.
         converged: [N, B] bool, whether a loss fell below the step's threshold.
-        reconstruction: [B, C, H, W] float32, z_0 of guided sampling with the embeddings, in the scale of LATENT sockets.
+        reconstruction: [B, C, H, W] float32, z_0 of guided sampling with them, in the scale of LATENT sockets.
         evaluations: network evaluations without their backward passes.
         warning: one sentence where some steps did not converge, else None.
     """
@@ -63,6 +65,7 @@ def null_text_optimization(
     inner_steps: int = INNER_STEPS,
     learning_rate: float = LEARNING_RATE,
     early_stop: float = EARLY_STOP,
+    method: str = PAPER,
     checkpointing: bool = False,
     callback: engine.Callback | None = None,
 ) -> NullText:
@@ -80,6 +83,8 @@ def null_text_optimization(
         learning_rate: Adam's at the first step; it falls linearly, by 1/100 of it each step. 0.01 in the reference.
         early_stop: a latent's step ends with the update whose loss was below early_stop + i * 2e-5. 1e-5 in the
             reference.
+        method: "paper" repeats the reference implementation update by update. "adaptive" does without what it can:
+            see `_optimise_adaptively`.
         checkpointing: spend time to save memory, see `engine.gradient_context`.
         callback: progress with preview.
 
@@ -99,6 +104,8 @@ def null_text_optimization(
         raise IdentityEditError(
             f"inner_steps is {inner_steps} and learning_rate {learning_rate:g}; choose 0 or more and a value above 0."
         )
+    if method not in METHODS:
+        raise IdentityEditError(f"The method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
     null_embedding, pooled = single_embedding(negative, "The negative conditioning")
     batch, steps = inversion.batch, inversion.steps
     check_batch_matches(null_embedding.shape[0], batch, "The negative conditioning")
@@ -108,6 +115,7 @@ def null_text_optimization(
         pivot = inversion.trajectory.clone().to(evaluator.device)
         sigmas = inversion.sigmas.clone().to(evaluator.device)
         phi = list(null_embedding.clone().to(evaluator.device).expand(batch, -1, -1).split(1))
+        lengths = torch.ones(batch)  # of the adaptive method's updates, relative to the paper's
         record = _Record(batch)
 
         # Algorithm 1. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and pivot[i] is its z*_t.
@@ -116,36 +124,23 @@ def null_text_optimization(
             threshold = early_stop + i * EARLY_STOP_PER_STEP
             record.begin_step(threshold)
             phi = [p.detach().clone().requires_grad_(True) for p in phi]  # phi_t begins as phi_{t+1}
-            optimizer = torch.optim.Adam(phi, lr=learning_rate * max(1.0 - i / 100.0, _LOWEST_DECAY))
+            optimizer = torch.optim.Adam([{"params": [p]} for p in phi], lr=learning_rate_at(i, learning_rate))
             with torch.no_grad():  # once a step: it does not depend on phi
                 conditional = evaluator.denoised(x, sigmas[i], "positive")
+            step = _Step(
+                evaluator, x, sigmas[i], sigmas[i + 1], pivot[i + 1], conditional, guidance_scale,
+                progress=i * (inner_steps + 1), progress_total=progress_total,
+            )  # fmt: skip
 
-            def guided_step(
-                unconditional: torch.Tensor, i: int = i, x: torch.Tensor = x, conditional: torch.Tensor = conditional
-            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-                denoised = evaluator.combine(conditional, unconditional, x, sigmas[i], guidance_scale)
-                x_next = euler_step(x, denoised, sigmas[i], sigmas[i + 1])
-                in_paper_scale = (x_next - pivot[i + 1]) / signal_scale(sigmas[i + 1])
-                return denoised, x_next, in_paper_scale.square().flatten(1).mean(dim=1)
+            # Eq. 3: minimise | z*_{t-1} - z_{t-1}(z_bar_t, phi, C) |^2
+            if method == ADAPTIVE:
+                taken = _optimise_adaptively(step, phi, optimizer, lengths, record, inner_steps)
+            else:
+                taken = _optimise_as_in_the_paper(step, phi, optimizer, record, inner_steps)
 
-            for j in range(inner_steps):
-                # Eq. 3: minimise | z*_{t-1} - z_{t-1}(z_bar_t, phi, C) |^2
-                unconditional = evaluator.denoised(x, sigmas[i], "negative", torch.cat(phi))
-                denoised, _, loss = guided_step(unconditional)
-                gradients = gradients_by_sample((loss * record.running.to(loss)).sum(), unconditional, phi)
-                for p, gradient, runs in zip(phi, gradients, record.running.tolist(), strict=True):
-                    p.grad = gradient if runs else None  # Adam leaves alone what has no gradient
-                optimizer.step()
-                record.inner_step(loss)
-                evaluator.report(i * (inner_steps + 1) + j, denoised, x, progress_total)
-                if not bool(record.running.any()):
-                    break
-
-            with torch.no_grad():  # z_bar_{t-1} = z_{t-1}(z_bar_t, phi_t, C)
-                unconditional = evaluator.denoised(x, sigmas[i], "negative", torch.cat(phi))
-                denoised, x, loss = guided_step(unconditional)
-            record.end_step(loss, phi)
-            evaluator.report(i * (inner_steps + 1) + inner_steps, denoised, x, progress_total)
+            x = taken.x_next.detach()  # z_bar_{t-1} = z_{t-1}(z_bar_t, phi_t, C)
+            record.end_step(taken.loss, phi)
+            step.report(inner_steps, taken)
         return record.result(x / signal_scale(sigmas[-1]), inversion.sigmas, pooled, evaluator.evaluations)
 
     found = engine.run_loop(
@@ -162,6 +157,12 @@ def null_text_optimization(
     return replace(found, reconstruction=engine.to_socket_scale(model, found.reconstruction))
 
 
+def learning_rate_at(i: int, first: float) -> float:
+    """The reference's learning rate at step i, first * (1 - i / 100), which would turn negative after 100 steps and
+    therefore stays at a hundredth of the first."""
+    return first * max(1.0 - i / 100.0, 0.01)
+
+
 def negative_prompt_inversion(inversion: Inversion, positive: Conditioning) -> StepEmbeddings:
     """Negative-prompt inversion (Miyake et al. 2023): the source prompt itself as the unconditional embedding.
 
@@ -175,6 +176,131 @@ def negative_prompt_inversion(inversion: Inversion, positive: Conditioning) -> S
     embedding, pooled = single_embedding(positive, "The source prompt")
     check_batch_matches(embedding.shape[0], inversion.batch, "The source prompt")
     return constant_embedding(inversion.sigmas, embedding, pooled)
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A guided DDIM step with some embeddings.
+
+    Attributes:
+        unconditional: the network's estimate of z_0 with them [B, C, H, W].
+        denoised: the guided estimate of z_0 [B, C, H, W].
+        x_next: the latent after the step [B, C, H, W].
+        residual: how far it is from the pivot, in the papers' scale [B, C * H * W].
+    """
+
+    unconditional: torch.Tensor
+    denoised: torch.Tensor
+    x_next: torch.Tensor
+    residual: torch.Tensor
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """[B], eq. 3 for each latent, as a mean over its elements."""
+        return self.residual.square().mean(dim=1)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A guided DDIM step, all but the embeddings: from x at sigma towards the pivot at sigma_next."""
+
+    evaluator: engine.NetworkEvaluator
+    x: torch.Tensor
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    pivot_next: torch.Tensor
+    conditional: torch.Tensor
+    guidance_scale: float
+    progress: int
+    progress_total: int
+
+    def report(self, j: int, evaluation: _Evaluation) -> None:
+        """Show that inner step j is done."""
+        self.evaluator.report(self.progress + j, evaluation.denoised, self.x, self.progress_total)
+
+    def evaluate(self, phi: list[torch.Tensor]) -> _Evaluation:
+        """One network evaluation, with the embeddings of the B latents."""
+        unconditional = self.evaluator.denoised(self.x, self.sigma, "negative", torch.cat(phi))
+        denoised = self.evaluator.combine(self.conditional, unconditional, self.x, self.sigma, self.guidance_scale)
+        x_next = euler_step(self.x, denoised, self.sigma, self.sigma_next)
+        residual = (x_next - self.pivot_next) / signal_scale(self.sigma_next)
+        return _Evaluation(unconditional, denoised, x_next, residual.flatten(1))
+
+
+def _optimise_as_in_the_paper(
+    step: _Step, phi: list[torch.Tensor], optimizer: torch.optim.Optimizer, record: _Record, inner_steps: int
+) -> _Evaluation:
+    """The inner loop of algorithm 1, update by update that of the reference implementation; changes `phi` in place.
+
+    A latent stops with the update whose loss was already below the threshold.
+    """
+    for j in range(inner_steps):
+        evaluation = step.evaluate(phi)
+        _update(phi, optimizer, evaluation, record)
+        step.report(j, evaluation)
+        record.stop_below_threshold(evaluation.loss)
+        if not bool(record.running.any()):
+            break
+    with torch.no_grad():
+        return step.evaluate(phi)
+
+
+def _optimise_adaptively(
+    step: _Step,
+    phi: list[torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    lengths: torch.Tensor,
+    record: _Record,
+    inner_steps: int,
+) -> _Evaluation:
+    """The inner loop of algorithm 1 with fewer evaluations and better steps; changes `phi` and `lengths` in place.
+
+    1. A latent stops when its loss is below the threshold, before another update and not after it. The evaluation that
+       showed this is also the step that is taken.
+    2. The length of the updates adapts. The residual r is nearly linear in phi: after an update from r_0 to r_1, the
+       best length along it would have been <r_0, r_0 - r_1> / |r_0 - r_1|^2 times its own (the secant step of a line
+       search, at no evaluation of its own). The next updates, also those of the following steps, take that length.
+
+    Args:
+        step: the step that is to meet the pivot.
+        phi: B embeddings [1, T, C] that require gradients.
+        optimizer: over `phi`, one parameter group for each.
+        lengths: [B], lengths of the updates relative to the optimiser's own.
+        record: what `NullText` reports.
+        inner_steps: updates at most.
+    """
+    own_rates = [group["lr"] for group in optimizer.param_groups]
+    before: torch.Tensor | None = None
+    for j in range(inner_steps + 1):
+        with torch.set_grad_enabled(j < inner_steps):
+            evaluation = step.evaluate(phi)
+        residual = evaluation.residual.detach()
+        if before is not None:
+            change = before - residual
+            best = (before * change).sum(dim=1) / change.square().sum(dim=1)
+            best = best.clamp(1 / _LARGEST_CHANGE_OF_LENGTH, _LARGEST_CHANGE_OF_LENGTH).cpu()
+            lengths.copy_(torch.where(record.running & best.isfinite(), lengths * best, lengths))
+        record.stop_below_threshold(evaluation.loss)
+        if j == inner_steps or not bool(record.running.any()):
+            break
+        for group, rate, length in zip(optimizer.param_groups, own_rates, lengths.tolist(), strict=True):
+            group["lr"] = rate * length
+        _update(phi, optimizer, evaluation, record)
+        step.report(j, evaluation)
+        before = residual
+    return evaluation
+
+
+def _update(
+    phi: list[torch.Tensor], optimizer: torch.optim.Optimizer, evaluation: _Evaluation, record: _Record
+) -> None:
+    """One update of the embeddings of the latents that have not stopped; an optimiser skips what has no gradient."""
+    loss = (evaluation.loss * record.running.to(evaluation.loss)).sum()
+    gradients = gradients_by_sample(loss, evaluation.unconditional, phi)
+    for p, gradient, runs in zip(phi, gradients, record.running.tolist(), strict=True):
+        p.grad = gradient if runs else None
+    optimizer.step()
+    record.update(evaluation.loss)
 
 
 class _Record:
@@ -195,12 +321,14 @@ class _Record:
         self._losses.append([])
         self._converged.append(torch.zeros(self._batch, dtype=torch.bool))
 
-    def inner_step(self, loss: torch.Tensor) -> None:
-        """After an update: `loss` [B] was that before it. A latent below the threshold stops."""
-        loss = loss.detach().cpu()
-        self._losses[-1].append(torch.where(self.running, loss, torch.nan))
-        self._converged[-1] |= self.running & (loss < self._threshold)
-        self.running = self.running & ~(loss < self._threshold)
+    def update(self, loss: torch.Tensor) -> None:
+        """The latents that run have been updated; `loss` [B] was that before it."""
+        self._losses[-1].append(torch.where(self.running, loss.detach().cpu(), torch.nan))
+
+    def stop_below_threshold(self, loss: torch.Tensor) -> None:
+        below = loss.detach().cpu() < self._threshold
+        self._converged[-1] |= self.running & below
+        self.running = self.running & ~below
 
     def end_step(self, loss: torch.Tensor, phi: list[torch.Tensor]) -> None:
         loss = loss.detach().cpu()
@@ -241,6 +369,6 @@ def _convergence_warning(converged: torch.Tensor, final_losses: torch.Tensor) ->
     worst = int(final_losses.amax(dim=1).argmax())
     return (
         f"Null-text optimisation did not converge at {missed} of {converged.shape[0]} steps (largest loss "
-        f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); look at the reconstruction, and raise inner_steps "
-        f"or lower the guidance scale where it differs from the picture."
+        f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); look at the reconstruction, and raise "
+        f"inner_steps or lower the guidance scale where it differs from the picture."
     )

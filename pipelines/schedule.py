@@ -81,10 +81,7 @@ def ddim_schedule(model_sampling: DiscreteSampling, steps: int, end_at_zero: boo
     """
     table = model_sampling.sigmas.detach().to(device="cpu", dtype=torch.float32)
     timesteps = ddim_timesteps(steps, table.shape[0])
-    if end_at_zero or int(timesteps[-1]) == 0:
-        end = torch.zeros(1)
-    else:
-        end = table[:1]
+    end = torch.zeros(1) if end_at_zero or int(timesteps[-1]) == 0 else table[:1]
     return Schedule(timesteps=timesteps, sigmas=torch.cat([table[timesteps], end]))
 
 

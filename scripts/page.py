@@ -104,3 +104,14 @@ def load_workflow(page: Page, workflow: dict[str, Any], name: str) -> list[str]:
 def to_prompt(page: Page) -> Prompt:
     """The open workflow in the API format, exactly as the page would queue it."""
     return json.loads(page.evaluate("async () => JSON.stringify((await app.graphToPrompt()).output)"))
+
+
+def take_notices(page: Page) -> list[str]:
+    """The texts of the notices that the page shows over its canvas (warnings, errors); they are closed."""
+    page.wait_for_timeout(300)  # a notice comes a moment after its cause
+    notices = page.locator(".p-toast-message")
+    texts = notices.all_inner_texts()
+    for _ in texts:
+        page.locator(".p-toast-close-button").first.click()
+    notices.first.wait_for(state="detached")
+    return texts

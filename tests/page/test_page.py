@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from engine import PACK_FOLDER
 from environment import ScriptError
-from page import find_chromium, load_workflow, open_page, to_prompt
+from page import find_chromium, load_workflow, open_page, take_notices, to_prompt
 from page_workflows import differences
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def open_template(page: Page, server: RunningServer, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_page_queues_what_the_api_form_says(name: str, page: Page, server: RunningServer) -> None:
+    take_notices(page)
     assert open_template(page, server, name) == []
+    assert take_notices(page) == []
     api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert differences(to_prompt(page), api) == []
 
@@ -87,6 +89,7 @@ def test_the_run_button_runs_a_workflow(page: Page, server: RunningServer, tmp_p
             for (const widget of node.widgets ?? [])
                 if (/steps|iterations/.test(widget.name) && widget.value > 4) widget.value = 4;
     }""")
+    take_notices(page)
     expected = to_prompt(page)
     before = set(server.client.get("/history").json())
     page.get_by_test_id("queue-button").get_by_role("button").first.click()

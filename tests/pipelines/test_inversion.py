@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.schedule import ddim_timesteps, signal_scale
+from identity_edit_pack.pipelines.schedule import Schedule, ddim_timesteps, signal_scale
 from identity_edit_pack.pipelines.step_embeddings import constant_embedding
 
 SD_SCALE = 0.18215
@@ -24,13 +25,16 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
     return float((ours - expected).norm() / expected.norm())
 
 
+def diffusers_loop_scale(steps: int) -> reference_null_text.DdimScale:
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    return reference_null_text.DdimScale(torch.cumprod(1 - betas, 0).float(), ddim_timesteps(steps).tolist())
+
+
 def diffusers_loop(patcher, steps: int):
     """(predict_noise, scale) of the twin, on alpha_bars computed in float64."""
     twin = tiny_models.diffusers_twin(patcher)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alphas_cumprod = torch.cumprod(1 - betas, 0).float()
-    scale = reference_null_text.DdimScale(alphas_cumprod, ddim_timesteps(steps).tolist())
-    return lambda z, t, embedding: twin(z, t, embedding.expand(z.shape[0], -1, -1)).sample, scale
+    predict_noise = lambda z, t, embedding: twin(z, t, embedding.expand(z.shape[0], -1, -1)).sample  # noqa: E731
+    return predict_noise, diffusers_loop_scale(steps)
 
 
 def test_the_twin_predicts_the_same_noise():
@@ -91,24 +95,50 @@ def test_guided_inversion_agrees_with_the_reference():
     assert relative_error(ours.trajectory[0] / signal_scale(ours.sigmas[0]), expected[-1]) < 1e-4
 
 
+def network_loop(patcher, family: str, positive, steps: int):
+    """(predict_noise, scale) that call the UNet directly, with v and SDXL's vector conditioning written out."""
+    scale = diffusers_loop_scale(steps)
+
+    def sinusoid(value: float) -> torch.Tensor:
+        angles = value * torch.exp(-math.log(10000.0) * torch.arange(128) / 128)
+        return torch.cat([angles.cos(), angles.sin()])
+
+    def predict_noise(z: torch.Tensor, t: int, embedding: torch.Tensor) -> torch.Tensor:
+        height, width = 8 * z.shape[2], 8 * z.shape[3]
+        vector = None
+        if family == "sdxl":
+            sizes = torch.cat([sinusoid(value) for value in (height, width, 0, 0, height, width)])
+            vector = torch.cat([positive[0][1]["pooled_output"], sizes.expand(z.shape[0], -1)], dim=1)
+        timesteps = torch.full((z.shape[0],), float(t))
+        out = patcher.model.diffusion_model(z, timesteps, context=embedding, y=vector, transformer_options={})
+        if family == "sd2_v":
+            alpha_bar = scale.alpha_bar(t)
+            return alpha_bar**0.5 * out + (1 - alpha_bar) ** 0.5 * z
+        return out
+
+    return predict_noise, scale
+
+
 @pytest.mark.parametrize("family", ["sd1", "sd2_v", "sdxl"])
-def test_many_steps_reconstruct_every_family(family: str):
-    """The way back is the way there up to the discretisation: the error falls with the number of steps."""
-    patcher = tiny_models.FAMILIES[family]()
+def test_every_family_agrees_with_the_papers_formulas(family: str):
+    patcher, steps = tiny_models.FAMILIES[family](), 10
     positive, latent = tiny_models.conditioning(1, batch=2), tiny_models.latent(2, batch=2, width=12)
-    errors = []
-    for steps in (20, 200):
-        pivot = inversion.ddim_inversion(patcher, latent, positive, steps=steps)
-        errors.append(relative_error(inversion.reconstruct(patcher, pivot, positive), latent))
-    assert errors[1] < 0.3 * errors[0]
+    ours = inversion.ddim_inversion(patcher, latent, positive, steps=steps)
+    predict_noise, scale = network_loop(patcher, family, positive, steps)
+    z_0 = engine.to_model_scale(patcher, latent)
+    expected = reference_null_text.invert(predict_noise, scale, z_0, positive[0][0])
+    for i in range(steps + 1):
+        assert relative_error(ours.trajectory[i] / signal_scale(ours.sigmas[i]), expected[steps - i]) < 1e-4, i
 
 
-def test_zero_terminal_snr_stays_finite():
+def test_zero_terminal_snr_starts_from_the_last_timestep():
     patcher = tiny_models.sd2_v(zero_snr=True)
-    positive, latent = tiny_models.conditioning(1), tiny_models.latent(2)
-    for steps in (20, 500):
-        pivot = inversion.ddim_inversion(patcher, latent, positive, steps=steps)
-        assert bool(torch.isfinite(inversion.reconstruct(patcher, pivot, positive)).all())
+    sigmas = engine.require_noise_prediction_model(patcher).sigmas
+    assert float(sigmas[-1]) > 4000
+    timesteps = torch.tensor([999, 600, 200, 1])
+    run = Schedule(timesteps=timesteps, sigmas=torch.cat([sigmas[timesteps], torch.zeros(1)]))
+    z_0 = inversion.ddim_sampling(patcher, sigmas[-1] * tiny_models.latent(2), run, tiny_models.conditioning(1))
+    assert bool(torch.isfinite(z_0).all()) and float(z_0.std()) < 100
 
 
 def test_a_batch_is_its_latents_one_by_one():
@@ -139,8 +169,9 @@ def test_evaluations_progress_and_preview_are_reported():
     counts: list[int] = []
     patcher = tiny_models.sd1().clone()
     patcher.set_model_unet_function_wrapper(
-        lambda apply, given: counts.append(len(given["cond_or_uncond"]))
-        or apply(given["input"], given["timestep"], **given["c"])
+        lambda apply, given: (
+            counts.append(len(given["cond_or_uncond"])) or apply(given["input"], given["timestep"], **given["c"])
+        )
     )
     inversion.ddim_inversion(
         patcher, tiny_models.latent(2), tiny_models.conditioning(1), steps=7,

@@ -1,0 +1,215 @@
+"""Null-text optimisation against the reference's loop: `.venv/bin/python benchmarks/null_text_speed.py`.
+
+Both optimise the same pictures with the same network, in float32 and with the same number of threads: the pack's
+`null_text_optimization`, by each of its methods, and `reference_null_text.py`, which does it the way the reference
+implementation does (weights that require gradients, guided evaluations of two at the end of each step). Given are
+medians over the runs of time, network evaluations and PSNR of the reconstructed picture, and the highest memory use of
+a process that does one of them alone. Writes benchmarks/results/null_text_speed.json and null_text_speed.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import numpy as np  # noqa: E402
+import reference_null_text  # noqa: E402
+import torch  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, caption  # noqa: E402
+from identity_edit_pack.demo_world.pictures import evaluation_set  # noqa: E402
+from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.pipelines import engine, inversion, null_text  # noqa: E402
+from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
+from identity_edit_pack.pipelines.reconstruction import psnr  # noqa: E402
+from identity_edit_pack.pipelines.schedule import signal_scale  # noqa: E402
+from report import write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+REFERENCE = "reference"
+GOAL = 0.5
+"""Time of the pack's fastest method relative to the reference's."""
+
+Outcome = tuple[torch.Tensor, int, int]
+"""z_0 in the scale of LATENT sockets, network evaluations, updates of the embedding."""
+
+
+def load(checkpoint: Path) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE by ComfyUI's own loader, the UNet in float32."""
+    family.register()
+    options = {"dtype": torch.float32}
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), model_options=options)
+    return model, clip, vae
+
+
+def by_reference(
+    model: Any, pivot: inversion.Inversion, positive: Conditioning, negative: Conditioning, guidance_scale: float
+) -> Outcome:
+    """The reference's loop on the same UNet, called directly, for models without vector conditioning."""
+    network = model.model.diffusion_model
+    sampling = engine.require_noise_prediction_model(model)
+    device = next(network.parameters()).device
+    alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
+    scale = reference_null_text.DdimScale(alphas_cumprod, pivot.timesteps.tolist())
+    pivots = [(x / signal_scale(sigma)).to(device) for x, sigma in zip(pivot.trajectory, pivot.sigmas, strict=True)]
+    v_prediction = pivot.model.prediction == "v"
+
+    def predict_noise(z: torch.Tensor, timestep: int, embedding: torch.Tensor) -> torch.Tensor:
+        timesteps = torch.full((z.shape[0],), float(timestep), device=device)
+        predicted = network(z, timesteps, context=embedding, transformer_options={})
+        if v_prediction:
+            alpha_bar = scale.alpha_bar(timestep)
+            predicted = alpha_bar**0.5 * predicted + (1 - alpha_bar) ** 0.5 * z
+        return predicted
+
+    network.requires_grad_(True)
+    found = reference_null_text.null_text(
+        predict_noise, scale, pivots[::-1], positive[0][0].to(device), negative[0][0].to(device), guidance_scale
+    )
+    network.requires_grad_(False)
+    for parameter in network.parameters():
+        parameter.grad = None
+    return engine.to_socket_scale(model, found.z_0), found.evaluations, sum(found.inner_steps)
+
+
+def by_pack(method: str) -> Callable[..., Outcome]:
+    def run(
+        model: Any, pivot: inversion.Inversion, positive: Conditioning, negative: Conditioning, guidance_scale: float
+    ) -> Outcome:
+        found = null_text.null_text_optimization(model, pivot, positive, negative, guidance_scale, method=method)
+        return found.reconstruction, found.evaluations, int(found.inner_steps.sum())
+
+    return run
+
+
+METHODS = {REFERENCE: by_reference, **{name: by_pack(name) for name in null_text.METHODS}}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(name: str, arguments: argparse.Namespace) -> int:
+    """Highest memory of a process of its own that does one picture by one method, in MiB."""
+    command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
+    command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--runs", type=int, default=5, help="pictures, each optimised once by each method (default 5)")
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
+    parser.add_argument("--guidance-scale", type=float, default=null_text.GUIDANCE_SCALE)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0, help="draws the pictures (default 0)")
+    parser.add_argument("--only", choices=METHODS, help="do one picture by one method and print its memory use")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    model, clip, vae = load(arguments.checkpoint)
+    names = [arguments.only] if arguments.only else list(METHODS)
+    rows: dict[str, dict[str, list[float]]] = {
+        name: {"seconds": [], "evaluations": [], "updates": [], "psnr_db": [], "psnr_to_autoencoder_db": []}
+        for name in names
+    }
+    ceiling = []
+    pairs = evaluation_set(1 if arguments.only else arguments.runs, seed=arguments.seed)
+    for attributes, seed in tqdm(pairs, unit="picture", disable=bool(arguments.only)):
+        picture = torch.from_numpy(np.array(render(attributes, seed)[0])).float().unsqueeze(0) / 255
+        with torch.no_grad():
+            latent = vae.encode(picture)
+            decoded = vae.decode(latent).cpu()
+            positive = [[clip.encode_from_tokens(clip.tokenize(caption(attributes, seed % CAPTION_TEMPLATES))), {}]]
+            negative = [[clip.encode_from_tokens(clip.tokenize("")), {}]]
+        ceiling.append(float(psnr(picture, decoded)))
+        pivot = inversion.ddim_inversion(model, latent, positive, steps=arguments.steps)
+        for name in names:
+            synchronize()
+            begin = time.perf_counter()
+            z_0, evaluations, updates = METHODS[name](model, pivot, positive, negative, arguments.guidance_scale)
+            synchronize()
+            row = rows[name]
+            row["seconds"].append(time.perf_counter() - begin)
+            row["evaluations"].append(evaluations)
+            row["updates"].append(updates)
+            with torch.no_grad():
+                made = vae.decode(z_0).cpu()
+            row["psnr_db"].append(float(psnr(picture, made)))
+            row["psnr_to_autoencoder_db"].append(float(psnr(decoded, made)))
+    if arguments.only:
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
+        print(json.dumps({"peak_memory_mib": round(memory)}))
+        return
+
+    medians = {
+        name: {key: statistics.median(values) for key, values in row.items()}
+        | {"peak_memory_mib": peak_memory(name, arguments)}
+        for name, row in rows.items()
+    }
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/null_text_speed.py", *sys.argv[1:]])
+    lines = [
+        "# Null-text optimisation: time, evaluations and memory",
+        "",
+        f"`{command}` at commit {commit}: medians of {arguments.runs} pictures, {arguments.steps} steps, guidance "
+        f"scale {arguments.guidance_scale:g}, {arguments.threads} threads, float32. The autoencoder alone: "
+        f"{statistics.median(ceiling):.2f} dB.",
+        "",
+        "| method | time (s) | relative | network evaluations | updates | PSNR to the picture (dB) | PSNR to the "
+        "autoencoder's (dB) | peak memory (MiB) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, figures in medians.items():
+        relative = figures["seconds"] / medians[REFERENCE]["seconds"]
+        lines.append(
+            f"| {name} | {figures['seconds']:.1f} | {relative:.2f} | {figures['evaluations']:.0f} | "
+            f"{figures['updates']:.0f} | {figures['psnr_db']:.2f} | {figures['psnr_to_autoencoder_db']:.2f} | "
+            f"{figures['peak_memory_mib']} |"
+        )
+    reached = [
+        name
+        for name in null_text.METHODS
+        if medians[name]["seconds"] <= GOAL * medians[REFERENCE]["seconds"]
+        and medians[name]["psnr_db"] >= medians[REFERENCE]["psnr_db"]
+    ]
+    lines += [
+        "",
+        f"The goal, at most {GOAL:g} of the reference's time at an equal or better PSNR, is "
+        + (f"reached by: {', '.join(reached)}." if reached else "not reached."),
+    ]
+    figures = {
+        "command": command,
+        "commit": commit,
+        "steps": arguments.steps,
+        "threads": arguments.threads,
+        "guidance_scale": arguments.guidance_scale,
+        "autoencoder_psnr_db": ceiling,
+        "runs": rows,
+        "medians": medians,
+    }
+    write_results("null_text_speed", figures, lines)
+
+
+if __name__ == "__main__":
+    main()

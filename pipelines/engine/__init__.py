@@ -1,0 +1,39 @@
+"""The one place of the pipelines that speaks to ComfyUI (`comfy.*`).
+
+Which models the techniques work on (`model`), how to run a loop of one's own inside ComfyUI's sampling machinery
+(`loop`), and how to obtain gradients there (`gradient_context`). Everything works on a clone of the model; nothing
+global is touched, and what is changed for the time of a loop is put back.
+
+Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model_patcher.py, execution.py.
+"""
+
+from .gradient_context import gradient_context, gradient_memory
+from .loop import Callback, NetworkEvaluator, run_loop
+from .model import (
+    ModelTag,
+    conditionings_with_embedding,
+    context_channels,
+    latent_channels,
+    model_tag,
+    require_noise_prediction_model,
+    to_model_scale,
+    to_socket_scale,
+    with_predict_noise_wrapper,
+)
+
+__all__ = [
+    "Callback",
+    "ModelTag",
+    "NetworkEvaluator",
+    "conditionings_with_embedding",
+    "context_channels",
+    "gradient_context",
+    "gradient_memory",
+    "latent_channels",
+    "model_tag",
+    "require_noise_prediction_model",
+    "run_loop",
+    "to_model_scale",
+    "to_socket_scale",
+    "with_predict_noise_wrapper",
+]

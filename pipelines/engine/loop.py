@@ -1,0 +1,296 @@
+"""Loops of one's own inside ComfyUI's sampling, so that loading, latent scaling, areas, hooks, control networks,
+inpainting channels, pooled outputs and cleaning up remain ComfyUI's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.samplers
+import torch
+
+from ..conditioning import Conditioning, copy_outside_inference_mode
+from ..errors import check_conditioning, check_latent
+from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
+from .model import conditionings_with_embedding, latent_channels, require_noise_prediction_model
+
+_KEY = "identity_edit"
+
+Result = TypeVar("Result")
+
+
+class Callback(Protocol):
+    """Progress with a preview, the signature of ComfyUI's `latent_preview.prepare_callback`."""
+
+    def __call__(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None: ...
+
+
+class NetworkEvaluator:
+    """Evaluates the network for a loop that `run_loop` runs.
+
+    Every evaluation goes through ComfyUI's guider, so wrappers and patches that other nodes have put on the model take
+    part, and stops with ComfyUI's InterruptProcessingException when the user has pressed cancel.
+
+    Attributes:
+        evaluations: network evaluations so far; one evaluation is one conditioning of the whole batch, so a step with
+            guidance costs two however ComfyUI arranges them.
+        device: where the latents of the loop live.
+    """
+
+    def __init__(self, guider: _LoopGuider, extra_args: dict[str, Any], callback: Callback | None) -> None:
+        self._guider = guider
+        self._extra_args = extra_args
+        self._callback = callback
+        self.evaluations = 0
+        self.device: torch.device = guider.model_patcher.load_device
+
+    def denoised(
+        self, x: torch.Tensor, sigma: torch.Tensor, side: str = "positive", embedding: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The network's estimate of z_0 for one side's conditioning.
+
+        Args:
+            x: latents [B, C, H, W] float32 in the model's scale, at noise level `sigma`.
+            sigma: scalar tensor, or [B] for a level of its own for each latent.
+            side: "positive" or "negative".
+            embedding: [B or 1, T, C] float32 in place of the side's cross-attention embedding. It may require a
+                gradient, which then flows through the network to it.
+
+        Returns:
+            [B, C, H, W] float32. The predicted noise is (x - denoised) / sigma.
+        """
+        with self._guider.one_side(side, embedding):
+            return self._evaluate(x, sigma)
+
+    def guided(self, x: torch.Tensor, sigma: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+        """ComfyUI's own guided estimate of z_0 [B, C, H, W]; guidance scale 1 evaluates the positive side only."""
+        self._guider.set_cfg(guidance_scale)
+        return self._evaluate(x, sigma)
+
+    def combine(
+        self,
+        conditional: torch.Tensor,
+        unconditional: torch.Tensor,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        guidance_scale: float,
+    ) -> torch.Tensor:
+        """Classifier-free guidance of two estimates of z_0 by ComfyUI's own rule, with the model's CFG patches.
+
+        Without such patches: unconditional + guidance_scale * (conditional - unconditional).
+        """
+        return self._guider.combine(
+            conditional, unconditional, x, _per_latent(sigma, x), guidance_scale, self._extra_args["model_options"]
+        )
+
+    def report(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
+        """Show progress: step `step` of `total` (from 0) is done, with a preview of `denoised`."""
+        if self._callback is not None:
+            with torch.no_grad():  # a preview may decode with a network of its own
+                self._callback(step, denoised.detach(), x.detach(), total)
+
+    def _evaluate(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self._guider(x, _per_latent(sigma, x), **self._extra_args)
+
+
+def run_loop(
+    model: Any,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    latent: torch.Tensor,
+    sigmas: torch.Tensor,
+    loop: Callable[[NetworkEvaluator, torch.Tensor], Result],
+    *,
+    gradients: bool = False,
+    checkpointing: bool = False,
+    callback: Callback | None = None,
+    seed: int = 0,
+) -> Result:
+    """Run `loop(evaluator, latent)` where a sampler would run, and return what it returns.
+
+    Args:
+        model: MODEL; a clone is used.
+        positive, negative: CONDITIONING of both sides; negative may be None where the loop does not need it.
+        latent: [B, C, H, W] in the scale of LATENT sockets; the loop receives it in the model's scale, float32, on the
+            model's device.
+        sigmas: [N + 1] descending noise levels of the run, for patches that look at `sample_sigmas`.
+        loop: the algorithm.
+        gradients: True runs the loop in `gradient_context`: what the network returns can be differentiated with
+            respect to an embedding that requires a gradient. False runs it without gradients.
+        checkpointing: with gradients, recompute blocks in the backward pass instead of keeping their activations.
+        callback: progress with preview.
+        seed: passed on to conditionings that draw noise of their own.
+
+    Raises:
+        IdentityEditError: when the model, a conditioning or the latent cannot be used.
+    """
+    require_noise_prediction_model(model)
+    check_latent(latent, "The latent", latent_channels(model))
+    check_conditioning(positive, "The positive conditioning")
+    if negative is not None:
+        check_conditioning(negative, "The negative conditioning")
+    guider = _LoopGuider(model.clone())
+    patcher = guider.model_patcher
+    sampler = _LoopSampler(loop, callback, gradients, checkpointing)
+    kinds = comfy.patcher_extension.WrappersMP
+    patcher.add_wrapper_with_key(kinds.APPLY_MODEL, _KEY, sampler.count_evaluations)
+    with contextlib.ExitStack() as stack:
+        if gradients:
+            stack.enter_context(torch.inference_mode(False))
+            positive, negative, latent, sigmas = copy_outside_inference_mode((positive, negative, latent, sigmas))
+            patcher.add_wrapper_with_key(kinds.PREPARE_SAMPLING, _KEY, sampler.load_completely)
+            use_differentiable_attention(patcher)
+        stack.enter_context(torch.no_grad())  # the loop itself turns gradients on again, after loading and encoding
+        conditionings = {"positive": positive}
+        if negative is not None:
+            conditionings["negative"] = negative
+        guider.inner_set_conds(conditionings)
+        latent = latent.to(torch.float32)
+        guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, disable_pbar=True, seed=seed)
+    return sampler.result
+
+
+class _LoopGuider(comfy.samplers.CFGGuider):
+    """ComfyUI's guider, which can also evaluate one side alone, with another embedding."""
+
+    def __init__(self, model_patcher: Any) -> None:
+        super().__init__(model_patcher)
+        self._side: str | None = None
+        self._embedding: torch.Tensor | None = None
+
+    @contextlib.contextmanager
+    def one_side(self, side: str, embedding: torch.Tensor | None) -> Iterator[None]:
+        self._side, self._embedding = side, embedding
+        try:
+            yield
+        finally:
+            self._side, self._embedding = None, None
+
+    def predict_noise(
+        self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
+    ) -> torch.Tensor:
+        """Called by ComfyUI inside the PREDICT_NOISE wrappers; x and result [B, C, H, W], timestep [B] sigmas."""
+        options = model_options or {}
+        if self._side is None:
+            return super().predict_noise(x, timestep, options, seed)
+        conditionings = self.conds[self._side]
+        if self._embedding is not None:
+            conditionings = conditionings_with_embedding(conditionings, self._embedding)
+        # ComfyUI numbers the sides: 0 is the conditional one, 1 the unconditional. Attention patches rely on it.
+        index = 1 if self._side == "negative" else 0
+        pair: list[Any] = [None, None]
+        pair[index] = conditionings
+        if "sampler_calc_cond_batch_function" in options:
+            arguments = {
+                "conds": pair,
+                "input": x,
+                "sigma": timestep,
+                "model": self.inner_model,
+                "model_options": options,
+            }
+            return options["sampler_calc_cond_batch_function"](arguments)[index]
+        return comfy.samplers.calc_cond_batch(self.inner_model, pair, x, timestep, options)[index]
+
+    def combine(
+        self,
+        conditional: torch.Tensor,
+        unconditional: torch.Tensor,
+        x: torch.Tensor,
+        sigma: torch.Tensor,
+        guidance_scale: float,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """The end of ComfyUI's `sampling_function`: pre-CFG patches, the CFG rule, post-CFG patches."""
+        sides = [self.conds["positive"], self.conds["negative"]]
+        estimates = [conditional, unconditional]
+        for function in options.get("sampler_pre_cfg_function", []):
+            estimates = function(
+                {
+                    "conds": sides,
+                    "conds_out": estimates,
+                    "cond_scale": guidance_scale,
+                    "timestep": sigma,
+                    "input": x,
+                    "sigma": sigma,
+                    "model": self.inner_model,
+                    "model_options": options,
+                }
+            )
+        return comfy.samplers.cfg_function(
+            self.inner_model,
+            estimates[0],
+            estimates[1],
+            guidance_scale,
+            x,
+            sigma,
+            model_options=options,
+            cond=sides[0],
+            uncond=sides[1],
+        )
+
+
+class _LoopSampler(comfy.samplers.Sampler):
+    """A ComfyUI sampler that runs a loop and keeps what it returns."""
+
+    def __init__(
+        self,
+        loop: Callable[[NetworkEvaluator, torch.Tensor], Any],
+        callback: Callback | None,
+        gradients: bool,
+        checkpointing: bool,
+    ) -> None:
+        self._loop = loop
+        self._callback = callback
+        self._gradients = gradients
+        self._checkpointing = checkpointing
+        self._evaluator: NetworkEvaluator | None = None
+        self.result: Any = None
+
+    def sample(
+        self,
+        model_wrap: _LoopGuider,
+        sigmas: torch.Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> torch.Tensor:
+        """Called by ComfyUI between loading and cleaning up; `latent_image` [B, C, H, W] is in the model's scale."""
+        self._evaluator = NetworkEvaluator(model_wrap, extra_args, self._callback)
+        if self._gradients:
+            patcher = model_wrap.model_patcher
+            patchers = [patcher, *model_wrap.loaded_models, *patcher.model_patches_models()]
+            with gradient_context(patchers, load=False, checkpointing=self._checkpointing):
+                self.result = self._loop(self._evaluator, latent_image)
+        else:
+            self.result = self._loop(self._evaluator, latent_image)
+        return latent_image
+
+    def count_evaluations(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """APPLY_MODEL wrapper: a batch of several conditionings counts as so many evaluations."""
+        given = (*args, *kwargs.values())
+        options: dict[str, Any] = next((value for value in given if _is_transformer_options(value)), {})
+        if self._evaluator is not None:
+            self._evaluator.evaluations += len(options.get("cond_or_uncond", (0,)))
+        return executor(x, *args, **kwargs)
+
+    def load_completely(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        """PREPARE_SAMPLING wrapper: no weight may be moved away between the forward and the backward pass."""
+        prepared = executor(model, noise_shape, *args, **kwargs)
+        memory = gradient_memory(model, list(noise_shape), self._checkpointing)
+        comfy.model_management.load_models_gpu([model, *prepared[2]], memory_required=memory, force_full_load=True)
+        return prepared
+
+
+def _is_transformer_options(value: Any) -> bool:
+    return isinstance(value, dict) and "cond_or_uncond" in value
+
+
+def _per_latent(sigma: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return sigma.to(device=x.device, dtype=torch.float32).reshape(-1).expand(x.shape[0])

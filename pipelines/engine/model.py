@@ -1,0 +1,165 @@
+"""Which models the techniques work on, what identifies one, and conditionings inside a guider."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.conds
+import comfy.model_sampling
+import comfy.patcher_extension
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+from ..errors import IdentityEditError
+
+
+def require_noise_prediction_model(model: Any) -> Any:
+    """Check that `model` is a UNet that predicts noise (eps) or velocity (v) at discrete timesteps.
+
+    That is Stable Diffusion 1.x, 2.x and XL with everything trained from them, zero-terminal-SNR models included.
+
+    Args:
+        model: MODEL (a ModelPatcher).
+
+    Returns:
+        the model's sampling object, with `sigmas` [T] ascending and `timestep(sigma)`.
+
+    Raises:
+        IdentityEditError: for any other model, with its name.
+    """
+    sampling = model.get_model_object("model_sampling")
+    network = model.get_model_object("diffusion_model")
+    kinds = comfy.model_sampling
+    predicts_noise = isinstance(sampling, kinds.EPS) and not isinstance(sampling, kinds.X0)  # v-prediction is an EPS
+    discrete = isinstance(sampling, kinds.ModelSamplingDiscrete)
+    if predicts_noise and discrete and isinstance(network, UNetModel):
+        return sampling
+    raise IdentityEditError(
+        f"The model {type(model.model).__name__} is not a noise-predicting UNet with discrete timesteps; load a "
+        f"Stable Diffusion 1.x, 2.x or XL checkpoint (flow and EDM models cannot be inverted by this node)."
+    )
+
+
+def latent_channels(model: Any) -> int:
+    """Number of channels of the model's latents (4 for Stable Diffusion), without inpainting channels."""
+    return int(model.get_model_object("latent_format").latent_channels)
+
+
+def context_channels(model: Any) -> int:
+    """Width of the cross-attention embeddings that the model takes (768 for SD1.x, 1024 for SD2.x, 2048 for SDXL)."""
+    for module in model.get_model_object("diffusion_model").modules():
+        if isinstance(module, SpatialTransformer):
+            return int(module.transformer_blocks[0].attn2.to_k.in_features)
+    raise IdentityEditError("The model has no cross-attention; load a text-to-image checkpoint.")
+
+
+def to_socket_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
+    """Bring a latent from the model's scale to that of LATENT sockets (ComfyUI's `process_out`)."""
+    return model.get_model_object("latent_format").process_out(latent)
+
+
+def to_model_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
+    """Bring a latent from the scale of LATENT sockets to the model's (ComfyUI's `process_in`)."""
+    return model.get_model_object("latent_format").process_in(latent)
+
+
+@dataclass(frozen=True)
+class ModelTag:
+    """What a file made with one model keeps of it, so that another model can be refused.
+
+    Attributes:
+        architecture: class, channels and width of text embeddings.
+        prediction: "eps" or "v".
+        latent_format: name of the latent's scaling.
+        sigma_max: highest noise level of the model's schedule.
+        dtype: in which the weights were loaded.
+        weights: a few hundred of the model's own weights, without LoRAs or other patches on it.
+    """
+
+    architecture: str
+    prediction: str
+    latent_format: str
+    sigma_max: float
+    dtype: str
+    weights: tuple[float, ...]
+
+    def difference(self, other: ModelTag) -> str | None:
+        """What tells the two models apart, in words, or None when they are the same model.
+
+        Weights are compared within the rounding of the coarser of both dtypes, so that a checkpoint matches itself in
+        float32, float16, bfloat16 and float8.
+        """
+        for name in ("architecture", "prediction", "latent_format"):
+            if getattr(self, name) != getattr(other, name):
+                return f"{name.replace('_', ' ')} {getattr(self, name)} instead of {getattr(other, name)}"
+        if not math.isclose(self.sigma_max, other.sigma_max, rel_tol=1e-3):
+            return f"a noise schedule up to {self.sigma_max:.2f} instead of {other.sigma_max:.2f}"
+        mine, its = torch.tensor(self.weights), torch.tensor(other.weights)
+        rounding = max(torch.finfo(getattr(torch, tag.dtype)).eps for tag in (self, other))
+        if mine.shape != its.shape or float((mine - its).norm()) > max(rounding, 1e-5) * float(its.norm()):
+            return "different weights"
+        return None
+
+
+def model_tag(model: Any) -> ModelTag:
+    """The tag of a model; see `ModelTag`."""
+    sampling = require_noise_prediction_model(model)
+    network = model.get_model_object("diffusion_model")
+    samples: list[float] = []
+    for prefix in ("diffusion_model.time_embed.", "diffusion_model.input_blocks.0.", "diffusion_model.out."):
+        for key, patches in sorted(model.get_key_patches(prefix).items()):
+            weight = patches[0][0]  # the weight as the checkpoint holds it, before LoRAs
+            if key.endswith("weight") and weight.ndim > 1:
+                flat = weight.detach().reshape(-1)
+                chosen = flat[:: max(1, flat.shape[0] // 64)][:64]
+                samples += chosen.to(device="cpu", dtype=torch.float32).tolist()
+    in_channels = network.input_blocks[0][0].in_channels
+    return ModelTag(
+        architecture=f"{type(model.model).__name__}-{network.model_channels}-{in_channels}-{context_channels(model)}",
+        prediction="v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps",
+        latent_format=type(model.get_model_object("latent_format")).__name__,
+        sigma_max=float(sampling.sigmas[-1]),
+        dtype=str(model.model_dtype()).removeprefix("torch."),
+        weights=tuple(samples),
+    )
+
+
+def with_predict_noise_wrapper(model: Any, key: str, wrapper: Callable[..., Any]) -> Any:
+    """A clone of `model` with a PREDICT_NOISE wrapper under `key`, replacing one of the same key.
+
+    `wrapper(executor, x, timestep, model_options, seed)` surrounds every evaluation by a guider, which it finds as
+    `executor.class_obj`.
+    """
+    clone = model.clone()
+    kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
+    clone.remove_wrappers_with_key(kind, key)
+    clone.add_wrapper_with_key(kind, key, wrapper)
+    return clone
+
+
+def conditionings_with_embedding(
+    conditionings: list[dict[str, Any]], embedding: torch.Tensor, pooled: torch.Tensor | None = None
+) -> list[dict[str, Any]]:
+    """A guider's conditionings of one side with another text embedding; the given ones are not changed.
+
+    Args:
+        conditionings: a value of `guider.conds` while sampling.
+        embedding: [B, T, C].
+        pooled: [B, P] or None; SDXL keeps it in front of the size conditioning.
+    """
+    result = []
+    for conditioning in conditionings:
+        model_conds = dict(conditioning["model_conds"])
+        model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(embedding)
+        if pooled is not None and "y" in model_conds:
+            vector = model_conds["y"].cond
+            count = max(vector.shape[0], pooled.shape[0])
+            sizes = vector[:, pooled.shape[1] :].expand(count, -1)
+            pooled_rows = pooled.to(vector).expand(count, -1)
+            model_conds["y"] = comfy.conds.CONDRegular(torch.cat([pooled_rows, sizes], dim=1))
+        result.append({**conditioning, "model_conds": model_conds})
+    return result

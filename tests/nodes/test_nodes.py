@@ -1,0 +1,190 @@
+"""The nodes on a tiny model, without a server: what comes out of each socket, and files."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from identity_edit_pack.demo_world.attributes import Attributes
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.nodes import demo, inversion, measure, text
+from identity_edit_pack.pipelines import inversion as inversions
+from identity_edit_pack.pipelines import null_text
+from identity_edit_pack.pipelines.errors import IdentityEditError
+
+SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
+NULL_TEXT_SETTINGS = {"guidance_scale": 3.0, "inner_steps": 2, "learning_rate": 0.01, "early_stop": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Output and input folders of the test's own."""
+    for name in ("output", "input"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+    return tmp_path
+
+
+def invert(model: Any, steps: int = 4, batch: int = 1) -> tuple[Any, ...]:
+    latent = {"samples": tiny_models.latent(4, batch), "noise_mask": torch.ones(1, 8, 8)}
+    return inversion.DDIMInversion.execute(model, SOURCE, latent, steps, 1.0, False).args
+
+
+def test_ddim_inversion_gives_what_a_sampler_needs() -> None:
+    model = tiny_models.sd1()
+    result, start, sigmas = invert(model, batch=2)
+    assert list(start) == ["samples"], "a noise mask would make the sampler blend with noise"
+    expected = inversions.ddim_inversion(model, tiny_models.latent(4, 2), SOURCE, steps=4)
+    assert torch.equal(start["samples"], expected.start_latent(model))
+    assert torch.equal(sigmas, expected.sigmas) and sigmas.shape == (5,)
+    assert torch.equal(result.trajectory, expected.trajectory)
+
+
+def test_null_text_optimization_hands_on_its_table() -> None:
+    model = tiny_models.sd1()
+    result = invert(model)[0]
+    method = inversion.NULL_TEXT_OPTIMIZATION
+    patched, negative, carrying, reconstruction, report = inversion.NullTextOptimization.execute(
+        model, result, SOURCE, NEGATIVE, method, **NULL_TEXT_SETTINGS, checkpointing=False
+    ).args
+    expected = null_text.null_text_optimization(model, result, SOURCE, NEGATIVE, **NULL_TEXT_SETTINGS)
+    assert torch.equal(carrying.embeddings.embeddings, expected.embeddings.embeddings)
+    assert torch.equal(reconstruction["samples"], expected.reconstruction)
+    assert negative is NEGATIVE
+    assert f"{expected.evaluations} network evaluations" in report and "did not converge" in report
+    # The model output alone samples the same latent.
+    start, schedule = result.start_latent(model), result.schedule
+    sampled = inversions.ddim_sampling(patched, start, schedule, SOURCE, negative, 3.0)
+    assert torch.allclose(sampled, reconstruction["samples"], rtol=1e-4, atol=1e-4)
+
+
+def test_negative_prompt_inversion_stays_on_ddim_at_any_guidance() -> None:
+    model = tiny_models.sd1()
+    result = invert(model)[0]
+    method = inversion.NEGATIVE_PROMPT_INVERSION
+    patched, negative, _, reconstruction, _ = inversion.NullTextOptimization.execute(
+        model, result, SOURCE, NEGATIVE, method, **NULL_TEXT_SETTINGS, checkpointing=False
+    ).args
+    unguided = inversions.reconstruct(model, result, SOURCE)
+    assert torch.equal(reconstruction["samples"], unguided)
+    start, schedule = result.start_latent(model), result.schedule
+    for sampling_model in (model, patched):  # both outputs say the same
+        guided = inversions.ddim_sampling(sampling_model, start, schedule, SOURCE, negative, 9.0)
+        assert torch.allclose(guided, unguided, rtol=1e-3, atol=1e-3)
+
+
+def test_saved_inversions_are_numbered_listed_and_loaded() -> None:
+    model = tiny_models.sd1()
+    result = invert(model)[0]
+    paths = [inversion.SaveInversion.execute(result, "inversions/cat").args[0] for _ in range(2)]
+    assert [Path(path).name for path in paths] == ["cat_00001_.safetensors", "cat_00002_.safetensors"]
+    listed = [item for item in inversion.LoadInversion.define_schema().inputs if item.id == "file"][0].options
+    assert listed == ["inversions/cat_00001_.safetensors [output]", "inversions/cat_00002_.safetensors [output]"]
+    assert inversion.LoadInversion.validate_inputs(listed[0]) is True
+    assert "not there any more" in inversion.LoadInversion.validate_inputs("inversions/dog.safetensors [output]")
+    loaded, start, sigmas, same_model = inversion.LoadInversion.execute(model, listed[1], 4).args
+    assert torch.equal(loaded.trajectory, result.trajectory) and torch.equal(sigmas, result.sigmas)
+    assert torch.equal(start["samples"], result.start_latent(model)) and same_model is model
+    before = inversion.LoadInversion.fingerprint_inputs(listed[1])
+    inversion.SaveInversion.execute(result, "inversions/other")
+    assert inversion.LoadInversion.fingerprint_inputs(listed[1]) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 5}, "4 steps but steps is 5"),
+        ({"latent": {"samples": torch.zeros(1, 4, 8, 9)}}, "the latent is"),
+        ({"model": tiny_models.sd1(seed=3)}, "different weights"),
+        ({"model": tiny_models.sdxl()}, "another model"),
+    ],
+)
+def test_a_mismatched_inversion_is_refused(change: dict[str, Any], message: str) -> None:
+    model = tiny_models.sd1()
+    inversion.SaveInversion.execute(invert(model)[0], "inversions/cat")
+    arguments = {"model": model, "file": "inversions/cat_00001_.safetensors [output]", "steps": 0, **change}
+    with pytest.raises(IdentityEditError, match=message):
+        inversion.LoadInversion.execute(**arguments)
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "../outside", "inversions/../../outside", "blocked/cat"])
+def test_no_file_is_written_where_none_may_be(prefix: str, own_folders: Path) -> None:
+    (own_folders / "output" / "blocked").write_text("a file, not a folder")
+    before = sorted(own_folders.rglob("*"))
+    result = invert(tiny_models.sd1(), steps=1)[0]
+    with pytest.raises(IdentityEditError, match="filename_prefix"):
+        inversion.SaveInversion.execute(result, prefix)
+    assert sorted(own_folders.rglob("*")) == before
+
+
+def test_text_nodes_agree_with_each_other() -> None:
+    """Optimised, interpolated and injected: the sampler node and its two stock routes."""
+    model = tiny_models.sd1()
+    result, start, sigmas = invert(model, steps=6)
+    latent = {"samples": tiny_models.latent(4)}
+    optimized, report = text.OptimizeTextEmbedding.execute(model, latent, TARGET, 4, 0.01, 7, False).args
+    assert "4 steps, 4 network evaluations" in report
+    assert not torch.equal(optimized[0][0], TARGET[0][0])
+    assert torch.equal(optimized[0][1]["pooled_output"], TARGET[0][1]["pooled_output"])
+    edited, _ = text.TimestepAwareTextInjectionSampler.execute(
+        model, result, SOURCE, TARGET, 0.3, 0.6, 4.0, "ddim", optimized, NEGATIVE
+    ).args
+    (positive,) = text.TimestepAwareTextInjection.execute(model, sigmas, SOURCE, TARGET, 0.3, 0.6, optimized).args
+    patched, carrier = text.TimestepAwareTextInjectionModel.execute(
+        model, sigmas, SOURCE, TARGET, 0.3, 0.6, optimized
+    ).args
+    for sampling_model, conditioning in ((model, positive), (patched, carrier)):
+        sampled = inversions.ddim_sampling(
+            sampling_model, start["samples"], result.schedule, conditioning, NEGATIVE, 4.0
+        )
+        assert torch.allclose(sampled, edited["samples"], rtol=1e-4, atol=1e-4)
+
+
+def test_the_sampler_counts_its_evaluations() -> None:
+    model = tiny_models.sd1()
+    result = invert(model, steps=5)[0]
+    _, report = text.TimestepAwareTextInjectionSampler.execute(
+        model, result, SOURCE, TARGET, 0.5, 0.7, 1.0, "ddim"
+    ).args
+    assert report == "3 of 5 steps with the source prompt, 5 network evaluations."
+
+
+def test_reconstruction_check_measures_and_warns(caplog: pytest.LogCaptureFixture) -> None:
+    generator = np.random.default_rng(0)
+    picture = generator.random((2, 16, 16, 3))
+    other = np.clip(
+        picture + np.array([0.01, 0.2])[:, None, None, None] * generator.standard_normal(picture.shape), 0, 1
+    )
+    expected = [10 * math.log10(1 / np.mean((a - b) ** 2)) for a, b in zip(picture, other, strict=True)]
+    output = measure.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(other), 20.0)
+    assert output.args[0] == pytest.approx(min(expected))
+    assert f"{expected[0]:.1f} dB, {expected[1]:.1f} dB" in output.args[1]
+    assert "Warning: The inversion does not reconstruct picture 2" in output.args[1]
+    assert "does not reconstruct picture 2" in caplog.text
+    assert output.ui.as_dict() == {"text": (output.args[1],)}
+    good = measure.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(picture), 20.0)
+    assert good.args[0] == math.inf and "Warning" not in good.args[1]
+
+
+def test_draw_demo_picture_draws_what_is_asked() -> None:
+    default = Attributes()
+    names = [item.id for item in demo.DrawDemoPicture.define_schema().inputs]
+    choices = {name: getattr(default, name) for name in names if name not in ("wording", "seed")}
+    assert {"species", "pose", "hair_color"} <= set(choices)
+    picture, mask, caption = demo.DrawDemoPicture.execute(wording=0, seed=5, **{**choices, "pose": "jumping"}).args
+    expected, expected_mask = render(default.replace(pose="jumping"), 5)
+    assert picture.shape == (1, 128, 128, 3) and mask.shape == (1, 128, 128)
+    assert np.array_equal((picture[0] * 255).round().byte().numpy(), expected)
+    assert np.array_equal((mask[0] * 255).round().byte().numpy(), expected_mask)
+    assert caption == "an orange cat jumping on the grass facing right"
+    # Only the subject changes when only its pose does.
+    standing, standing_mask, _ = demo.DrawDemoPicture.execute(wording=0, seed=5, **choices).args
+    outside = (mask + standing_mask)[0] == 0
+    changed = (picture - standing)[0].abs().amax(dim=2)
+    assert float(changed[outside].mean()) < 0.02 < float(changed[~outside].mean())

@@ -1,0 +1,92 @@
+"""What the user reads of every node: ids, names, tooltips, defaults and help pages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from comfy_api.latest import io
+from identity_edit_pack.nodes import NODE_CLASSES
+
+HELP = Path(__file__).resolve().parents[2] / "web" / "docs"
+SCHEMAS = [node.define_schema() for node in NODE_CLASSES]
+SMALL_WORDS = {"a", "and", "of", "the", "with"}
+
+
+def test_ids_are_unique_and_prefixed() -> None:
+    ids = [schema.node_id for schema in SCHEMAS]
+    assert len(set(ids)) == len(ids)
+    assert all(node_id.startswith("IdentityEdit") and node_id.isalnum() for node_id in ids)
+
+
+def test_names_are_in_title_case_and_unique() -> None:
+    names = [schema.display_name for schema in SCHEMAS]
+    assert len(set(names)) == len(names)
+    for name in names:
+        words = [word.strip("()") for word in name.replace("-", " ").split()]
+        assert all(word[0].isupper() or word in SMALL_WORDS for word in words), name
+
+
+def test_categories_are_those_of_the_pack() -> None:
+    categories = {schema.category for schema in SCHEMAS}
+    assert categories <= {f"identity edit/{name}" for name in ("inversion", "text", "measure", "demo")}
+
+
+def test_everything_is_explained_in_sentences() -> None:
+    for schema in SCHEMAS:
+        texts = {"description": schema.description}
+        texts |= {f"input {item.id}": item.tooltip for item in schema.inputs}
+        texts |= {f"output {item.id}": item.tooltip for item in schema.outputs}
+        for what, text in texts.items():
+            assert text and text[0] == text[0].upper() and text.endswith("."), f"{schema.node_id}: {what}: {text}"
+
+
+def test_input_and_output_ids_are_all_different() -> None:
+    for schema in SCHEMAS:
+        schema.validate()
+        outputs = [item.id for item in schema.outputs]
+        assert all(outputs), f"{schema.node_id} has an output without an id"
+        assert all(item.display_name for item in schema.outputs), schema.node_id
+
+
+def test_defaults_can_be_chosen() -> None:
+    for schema in SCHEMAS:
+        for item in schema.inputs:
+            default: Any = getattr(item, "default", None)
+            if isinstance(item, (io.Int.Input, io.Float.Input)):
+                assert item.min <= default <= item.max, f"{schema.node_id}: {item.id}"
+                # The page rounds to multiples of `round`, or else of `step`: the default must survive that.
+                grid = getattr(item, "round", None) or item.step or 1
+                assert abs(default / grid - round(default / grid)) < 1e-6, f"{schema.node_id}: {item.id}"
+            elif isinstance(item, io.Combo.Input) and item.options and default is not None:
+                assert default in item.options, f"{schema.node_id}: {item.id}"
+
+
+def test_seeds_can_be_fixed_or_drawn_anew() -> None:
+    seeds = [item for schema in SCHEMAS for item in schema.inputs if item.id == "seed"]
+    assert seeds and all(item.control_after_generate for item in seeds)
+
+
+def test_help_pages_name_every_input_and_output() -> None:
+    assert {path.stem for path in HELP.glob("*.md")} == {schema.node_id for schema in SCHEMAS}
+    for schema in SCHEMAS:
+        text = (HELP / f"{schema.node_id}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {schema.display_name}\n")
+        for item in schema.inputs:
+            assert f"| {item.id} |" in text, f"{schema.node_id}: {item.id}"
+            assert item.tooltip in text, f"{schema.node_id}: the help page's {item.id} differs from the tooltip"
+        for item in schema.outputs:
+            assert f"| {item.display_name} | {item.tooltip} |" in text, f"{schema.node_id}: {item.id}"
+
+
+def test_search_aliases_are_set_where_comfyui_has_them(monkeypatch: Any) -> None:
+    import dataclasses
+
+    from identity_edit_pack.nodes import sockets
+
+    newer = dataclasses.make_dataclass(
+        "Schema", [("search_aliases", list, dataclasses.field(default=None))], bases=(io.Schema,)
+    )
+    monkeypatch.setattr(sockets.io, "Schema", newer)
+    schema = sockets.schema(node_id="Any", category="text", search_aliases=["imagic"])
+    assert schema.search_aliases == ["imagic"] and schema.category == "identity edit/text"

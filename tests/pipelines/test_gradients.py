@@ -1,0 +1,248 @@
+"""The gradient context: right gradients under every backend, with patches of others, and nothing left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ldm.modules.attention as attention
+import pytest
+import tiny_models
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from identity_edit_pack.pipelines import engine, gradients
+from identity_edit_pack.pipelines.errors import IdentityEditError
+
+BACKENDS = ["attention_pytorch", "attention_split", "attention_sub_quad", "attention_basic"]
+
+
+def gradient_of_embedding(patcher: Any, checkpointing: bool = False, embedding: torch.Tensor | None = None):
+    """Gradient of a fixed linear functional of the denoised latent with respect to the negative embedding."""
+    positive, negative = tiny_models.conditioning(1), tiny_models.conditioning(2)
+    direction = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+
+    def loop(evaluator: engine.NetworkEvaluator, latent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        start = negative[0][0] if embedding is None else embedding
+        variable = start.clone().requires_grad_(True)
+        denoised = evaluator.denoised(latent, torch.tensor(2.0), "negative", variable)
+        (gradient,) = torch.autograd.grad((denoised * direction.clone()).sum(), variable)
+        return gradient, denoised.detach()
+
+    return engine.run_loop(
+        patcher, positive, negative, tiny_models.latent(3), torch.tensor([2.0, 0.0]), loop, gradients=True,
+        checkpointing=checkpointing,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected() -> torch.Tensor:
+    """The gradient by plain autograd through the UNet alone, without any of ComfyUI's sampling."""
+    patcher = tiny_models.sd1()
+    variable = tiny_models.conditioning(2)[0][0].clone().requires_grad_(True)
+    x = tiny_models.latent(3) * 0.18215
+    sampling = patcher.model.model_sampling
+    sigma = torch.tensor([2.0])
+    out = patcher.model.diffusion_model(
+        x / (sigma**2 + 1) ** 0.5, sampling.timestep(sigma).float(), context=variable, transformer_options={}
+    )
+    direction = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    (gradient,) = torch.autograd.grad(((x - sigma * out) * direction).sum(), variable)
+    return gradient
+
+
+def close(ours: torch.Tensor, other: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    return float((ours - other).norm()) < tolerance * float(other.norm())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_gradient_with_every_backend(
+    monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor, backend: str, checkpointing: bool, inference_mode: bool
+):
+    for name in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, name, getattr(attention, backend))
+    with torch.inference_mode(inference_mode):  # execution.py runs every prompt in it, loading the checkpoint included
+        gradient, denoised = gradient_of_embedding(tiny_models.sd1(), checkpointing)
+    assert close(gradient, expected)
+    assert not denoised.requires_grad
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2_v", "sdxl"])
+def test_gradient_against_differences(family: str):
+    with torch.inference_mode():
+        patcher = tiny_models.FAMILIES[family]()
+        start = tiny_models.conditioning(2)[0][0]
+        gradient, _ = gradient_of_embedding(patcher)
+        step = 1e-2 * torch.randn(start.shape, generator=torch.Generator().manual_seed(4))
+        direction = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+        up, down = (gradient_of_embedding(patcher, embedding=start + sign * step)[1] for sign in (1, -1))
+    difference = float(((up - down) * direction).sum()) / 2
+    assert abs(difference - float((gradient * step).sum())) < 0.02 * abs(difference)
+
+
+class WithoutGradient:
+    """An attention whose result has lost its gradient, as a fast kernel's without a backward pass."""
+
+    def __init__(self, name: str) -> None:
+        self.calls = 0
+
+        def kernel(q, k, v, heads, *args, **kwargs):
+            self.calls += 1
+            return attention.attention_pytorch(q.detach(), k.detach(), v.detach(), heads, *args, **kwargs)
+
+        kernel.__name__ = name
+        self.function = attention.wrap_attn(kernel)
+
+
+@pytest.mark.parametrize("name", ["attention_sage", "attention_flash"])
+def test_backends_without_gradient_are_replaced(monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor, name: str):
+    kernel = WithoutGradient(name)
+    for slot in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, slot, kernel.function)
+    gradient, _ = gradient_of_embedding(tiny_models.sd1())
+    assert close(gradient, expected)
+
+
+def test_an_override_of_another_node_keeps_its_place_unless_it_loses_the_gradient(expected: torch.Tensor):
+    kernel = WithoutGradient("attention_unknown")
+    loses = tiny_models.sd1().clone()
+    loses.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *a, **k: (
+        kernel.function(*a, **k)
+    )
+    assert close(gradient_of_embedding(loses)[0], expected) and kernel.calls > 0
+
+    calls: list[str] = []
+
+    def doubled(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(function.__name__)
+        return 2.0 * function(*args, **kwargs)
+
+    keeps = tiny_models.sd1().clone()
+    keeps.model_options["transformer_options"]["optimized_attention_override"] = doubled
+    assert not close(gradient_of_embedding(keeps)[0], expected, 0.05) and calls
+
+
+def test_checkpointing_with_a_patch_that_reads_its_block():
+    """The UNet overwrites the position in its options; a recomputation that reads it late has wrong gradients."""
+
+    def by_block(n, context, value, extra):
+        strength = 0.1 * (extra["block"][1] + 1) + (0.5 if extra["block"][0] == "output" else 0.0)
+        return n, context * (1 + strength), value * (1 + extra["transformer_index"])
+
+    with torch.inference_mode():
+        patcher = tiny_models.sd1().clone()
+        patcher.set_model_attn2_patch(by_block)
+        plain, _ = gradient_of_embedding(patcher)
+        recomputed, _ = gradient_of_embedding(patcher, checkpointing=True)
+        unpatched, _ = gradient_of_embedding(tiny_models.sd1())
+    assert close(recomputed, plain, 1e-5) and not close(unpatched, plain, 0.05)
+
+
+def test_checkpointing_recomputes():
+    runs: list[int] = []
+    patcher = tiny_models.sd1()
+    block = next(module for module in patcher.model.modules() if isinstance(module, ResBlock))
+    block.in_layers.register_forward_hook(lambda *_: runs.append(1))
+    gradient_of_embedding(patcher, checkpointing=False)
+    once = len(runs)
+    gradient_of_embedding(patcher, checkpointing=True)
+    assert len(runs) >= 2 * once  # (the first block needs no gradient, and is run once in either case)
+
+
+@pytest.mark.parametrize("kind", ["lora", "wrapper"])
+def test_weight_patches_of_other_nodes_take_part(kind: str):
+    """Against a model whose weights were changed by hand."""
+    keys = [f"diffusion_model.{name}.attn2.to_k.weight" for name in (
+        "middle_block.1.transformer_blocks.0", "output_blocks.2.1.transformer_blocks.0",
+    )]  # fmt: skip
+    with torch.inference_mode():
+        patcher, by_hand = tiny_models.sd1().clone(), tiny_models.sd1()
+        state = by_hand.model.state_dict()
+        for key in keys:
+            rows, columns = state[key].shape
+            up, down = torch.randn(rows, 2), torch.randn(2, columns)
+            state[key].add_(0.5 * up @ down)
+            if kind == "lora":
+                patch = {key: ("diff", (up @ down,))}
+                patcher.add_patches(patch, strength_patch=0.5)
+            else:
+                patcher.add_weight_wrapper(key, lambda weight, up=up, down=down: weight + 0.5 * up @ down)
+        ours, _ = gradient_of_embedding(patcher)
+        theirs, _ = gradient_of_embedding(by_hand)
+        unpatched, _ = gradient_of_embedding(tiny_models.sd1())
+    assert close(ours, theirs) and not close(unpatched, theirs, 0.01)
+
+
+def test_a_network_inside_a_patch_takes_part():
+    """Adapters keep their layers in a patch function, made in inference mode and requiring gradients."""
+    with torch.inference_mode():
+        layer = torch.nn.Linear(32, 32)
+
+        def adapter(n, context, value, extra):
+            return n, layer(context), layer(value)
+
+        patcher = tiny_models.sd1().clone()
+        patcher.set_model_attn2_patch(adapter)
+        before = layer.weight
+        gradient, _ = gradient_of_embedding(patcher)
+        assert layer.weight is before and layer.weight.requires_grad
+    assert bool(torch.isfinite(gradient).all()) and float(gradient.norm()) > 0
+
+
+def test_everything_is_put_back():
+    with torch.inference_mode():
+        patcher = tiny_models.sd1()
+        tensors = {**dict(patcher.model.named_parameters()), **dict(patcher.model.named_buffers())}
+        wanted = {name: value.requires_grad for name, value in tensors.items()}
+        options = repr(patcher.model_options)
+        gradient_of_embedding(patcher, checkpointing=True)
+        after = {**dict(patcher.model.named_parameters()), **dict(patcher.model.named_buffers())}
+        assert all(after[name] is value for name, value in tensors.items())
+        assert {name: value.requires_grad for name, value in after.items()} == wanted
+        assert repr(patcher.model_options) == options and not patcher.get_all_wrappers("apply_model")
+        assert not any("forward" in vars(module) for module in patcher.model.modules())
+    plain = tiny_models.sd1()
+    gradient_of_embedding(plain)
+    assert all(parameter.requires_grad for parameter in plain.model.parameters())
+
+
+def test_nothing_is_copied():
+    with torch.inference_mode():
+        module = torch.nn.Linear(3, 3)
+        address = module.weight.data_ptr()
+        with torch.inference_mode(False), gradients.plain_frozen_tensors([module]):
+            assert module.weight.data_ptr() == address and not module.weight.requires_grad
+            x = torch.ones(1, 3, requires_grad=True)
+            module(x).sum().backward()
+        assert torch.equal(x.grad[0], module.weight.sum(0))
+
+
+def test_no_gradient_reaches_the_weights():
+    patcher = tiny_models.sd1()
+    gradient_of_embedding(patcher)
+    assert all(parameter.grad is None for parameter in patcher.model.parameters())
+
+
+def test_scaled_gradients_are_exact_and_survive_half_precision():
+    """A loss gradient of 1e-9 vanishes in float16, where the smallest number is 6e-8."""
+    weight = torch.randn(4, 4)
+    variables = [torch.randn(1, 4, 2, 2, requires_grad=True) for _ in range(2)]
+    for half in (False, True):
+        stacked = torch.cat(variables)
+        if half:
+            output = torch.einsum("oc,bchw->bohw", weight.half(), stacked.half()).float()
+        else:
+            output = torch.einsum("oc,bchw->bohw", weight, stacked)
+        loss = 1e-9 * output[:1].sum() + 1e-3 * output[1:].sum()
+        first, second = gradients.gradients_by_sample(loss, output, variables)
+        expected = weight.sum(0).reshape(1, 4, 1, 1).expand(1, 4, 2, 2)
+        tolerance = 5e-3 if half else 1e-6
+        torch.testing.assert_close(first, 1e-9 * expected, rtol=tolerance, atol=1e-12 * tolerance)
+        torch.testing.assert_close(second, 1e-3 * expected, rtol=tolerance, atol=1e-5 * tolerance)
+
+
+def test_gradients_that_are_not_numbers_are_refused():
+    variable = torch.zeros(1, 1, 1, 1, requires_grad=True)
+    output = variable.sqrt()
+    with pytest.raises(IdentityEditError, match="NaN or infinite"):
+        gradients.gradients_by_sample(output.sum(), output, [variable])

@@ -1,0 +1,32 @@
+"""PSNR against its definition in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from identity_edit_pack.pipelines import reconstruction
+from identity_edit_pack.pipelines.errors import IdentityEditError
+
+
+def test_psnr_of_a_known_difference():
+    picture = torch.rand(2, 6, 5, 3)
+    changed = picture.clone()
+    changed[0] += 0.1
+    changed[1] += 0.01
+    torch.testing.assert_close(
+        reconstruction.psnr(picture, changed), torch.tensor([20.0, 40.0], dtype=torch.float64), atol=1e-3, rtol=0
+    )
+    assert reconstruction.psnr(picture, picture).tolist() == [math.inf, math.inf]
+
+
+def test_sizes_must_agree():
+    with pytest.raises(IdentityEditError, match="differ in size"):
+        reconstruction.psnr(torch.rand(1, 6, 5, 3), torch.rand(1, 6, 6, 3))
+
+
+def test_the_warning_names_the_pictures_below():
+    assert reconstruction.reconstruction_warning(torch.tensor([25.0, 30.0])) is None
+    warning = reconstruction.reconstruction_warning(torch.tensor([25.0, 12.34, math.nan]))
+    assert warning is not None and "2 (12.3 dB), 3 (nan dB)" in warning

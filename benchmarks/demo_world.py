@@ -27,7 +27,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from identity_edit_pack.demo_world import family  # noqa: E402
 from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, Attributes, caption  # noqa: E402
-from identity_edit_pack.demo_world.classifier import classify, load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier  # noqa: E402
 from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, labels_of  # noqa: E402
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -55,7 +55,7 @@ Picture = tuple[Attributes, int]
 """What a picture shows, and the seed of its rendering or its noise."""
 
 
-def shares(classifier: torch.nn.Module, pictures: torch.Tensor, pairs: list[Picture]) -> dict[str, float]:
+def shares(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Picture]) -> dict[str, float]:
     """Share of right answers for every attribute, over the pictures that show it."""
     answers = classify(classifier, pictures)
     labels = torch.tensor([labels_of(attributes) for attributes, _ in pairs])

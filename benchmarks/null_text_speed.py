@@ -180,12 +180,12 @@ def main() -> None:
         "autoencoder's (dB) | peak memory (MiB) |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, figures in medians.items():
-        relative = figures["seconds"] / medians[REFERENCE]["seconds"]
+    for name, median in medians.items():
+        relative = median["seconds"] / medians[REFERENCE]["seconds"]
         lines.append(
-            f"| {name} | {figures['seconds']:.1f} | {relative:.2f} | {figures['evaluations']:.0f} | "
-            f"{figures['updates']:.0f} | {figures['psnr_db']:.2f} | {figures['psnr_to_autoencoder_db']:.2f} | "
-            f"{figures['peak_memory_mib']} |"
+            f"| {name} | {median['seconds']:.1f} | {relative:.2f} | {median['evaluations']:.0f} | "
+            f"{median['updates']:.0f} | {median['psnr_db']:.2f} | {median['psnr_to_autoencoder_db']:.2f} | "
+            f"{median['peak_memory_mib']} |"
         )
     reached = [
         name
@@ -198,7 +198,7 @@ def main() -> None:
         f"The goal, at most {GOAL:g} of the reference's time at an equal or better PSNR, is "
         + (f"reached by: {', '.join(reached)}." if reached else "not reached."),
     ]
-    figures = {
+    everything = {
         "command": command,
         "commit": commit,
         "steps": arguments.steps,
@@ -208,7 +208,7 @@ def main() -> None:
         "runs": rows,
         "medians": medians,
     }
-    write_results("null_text_speed", figures, lines)
+    write_results("null_text_speed", everything, lines)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from identity_edit_pack.demo_world.attributes import (  # noqa: E402
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.classifier import classify, load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier  # noqa: E402
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
@@ -134,7 +134,7 @@ def mean_psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(-10 * torch.log10(((a - b) ** 2).mean().clamp(min=1e-10)))
 
 
-def score(classifier: torch.nn.Module, pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
+def score(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
     """Means over the pairs; see the module's docstring."""
     answers = classify(classifier, pictures)
     rows = []

@@ -1,4 +1,4 @@
-"""The committed weights, judged by the renderer's ground truth. The full figures are made by benchmarks/demo_world.py."""
+"""The committed weights, judged by the renderer's ground truth; benchmarks/demo_world.py makes the full figures."""
 
 import comfy.sd
 import numpy as np

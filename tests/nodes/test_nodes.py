@@ -9,7 +9,6 @@ from typing import Any
 import folder_paths
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
@@ -17,9 +16,15 @@ from identity_edit_pack.nodes import demo, inversion, measure, text
 from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import null_text
 from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.tests import tiny_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
-NULL_TEXT_SETTINGS = {"guidance_scale": 3.0, "inner_steps": 2, "learning_rate": 0.01, "early_stop": 1e-5}
+NULL_TEXT_SETTINGS: dict[str, Any] = {
+    "guidance_scale": 3.0,
+    "inner_steps": 2,
+    "learning_rate": 0.01,
+    "early_stop": 1e-5,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -46,14 +51,20 @@ def test_ddim_inversion_gives_what_a_sampler_needs() -> None:
     assert torch.equal(result.trajectory, expected.trajectory)
 
 
-def test_null_text_optimization_hands_on_its_table() -> None:
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (inversion.NULL_TEXT_OPTIMIZATION, null_text.PAPER),
+        (inversion.ADAPTIVE_NULL_TEXT_OPTIMIZATION, null_text.ADAPTIVE),
+    ],
+)
+def test_null_text_optimization_hands_on_its_table(method: str, name: str) -> None:
     model = tiny_models.sd1()
     result = invert(model)[0]
-    method = inversion.NULL_TEXT_OPTIMIZATION
     patched, negative, carrying, reconstruction, report = inversion.NullTextOptimization.execute(
         model, result, SOURCE, NEGATIVE, method, **NULL_TEXT_SETTINGS, checkpointing=False
     ).args
-    expected = null_text.null_text_optimization(model, result, SOURCE, NEGATIVE, **NULL_TEXT_SETTINGS)
+    expected = null_text.null_text_optimization(model, result, SOURCE, NEGATIVE, **NULL_TEXT_SETTINGS, method=name)
     assert torch.equal(carrying.embeddings.embeddings, expected.embeddings.embeddings)
     assert torch.equal(reconstruction["samples"], expected.reconstruction)
     assert negative is NEGATIVE
@@ -87,7 +98,7 @@ def test_saved_inversions_are_numbered_listed_and_loaded() -> None:
     listed = [item for item in inversion.LoadInversion.define_schema().inputs if item.id == "file"][0].options
     assert listed == ["inversions/cat_00001_.safetensors [output]", "inversions/cat_00002_.safetensors [output]"]
     assert inversion.LoadInversion.validate_inputs(listed[0]) is True
-    assert "not there any more" in inversion.LoadInversion.validate_inputs("inversions/dog.safetensors [output]")
+    assert "not there any more" in str(inversion.LoadInversion.validate_inputs("inversions/dog.safetensors [output]"))
     loaded, start, sigmas, same_model = inversion.LoadInversion.execute(model, listed[1], 4).args
     assert torch.equal(loaded.trajectory, result.trajectory) and torch.equal(sigmas, result.sigmas)
     assert torch.equal(start["samples"], result.start_latent(model)) and same_model is model

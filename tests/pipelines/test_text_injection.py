@@ -9,13 +9,13 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import pytest
-import tiny_models
 import torch
 from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import text_injection
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.schedule import ddim_schedule, signal_scale
 from identity_edit_pack.pipelines.step_embeddings import apply_step_embeddings
+from identity_edit_pack.tests import tiny_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
 SD_SCALE = 0.18215

@@ -8,7 +8,6 @@ Writes benchmarks/results/startup.json and startup.md.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import statistics
@@ -21,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 import engine  # noqa: E402  (found on the path that was extended just above)
+from load_pack import source_commit  # noqa: E402
+from report import write_results  # noqa: E402
 from tqdm import trange  # noqa: E402
 
-RESULTS = ROOT / "benchmarks" / "results"
 GOAL_SECONDS = 0.5
 
 
@@ -44,12 +44,6 @@ def start_once(*, with_pack: bool) -> tuple[float, float]:
             return seconds, float(line[1])
 
 
-def write(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=5, help="starts with and starts without the pack (default 5)")
@@ -63,7 +57,10 @@ def main() -> None:
         with_pack.append(seconds)
         imports.append(import_seconds)
 
+    commit = source_commit()
     result = {
+        "command": " ".join(["benchmarks/startup.py", *sys.argv[1:]]),
+        "commit": commit,
         "starts": starts,
         "import_seconds": imports,
         "start_seconds_with_pack": [round(value, 3) for value in with_pack],
@@ -75,7 +72,7 @@ def main() -> None:
     }
     table = f"""# What the pack adds to ComfyUI's start
 
-Medians of {starts} starts each, in turn, on {os.cpu_count()} CPU cores.
+`benchmarks/startup.py` at commit {commit}: medians of {starts} starts each, in turn, on {os.cpu_count()} CPU cores.
 
 | | seconds |
 |---|---|
@@ -85,10 +82,7 @@ Medians of {starts} starts each, in turn, on {os.cpu_count()} CPU cores.
 
 The goal is less than {GOAL_SECONDS} s of import time.
 """
-    RESULTS.mkdir(exist_ok=True)
-    write(RESULTS / "startup.json", json.dumps(result, indent=2) + "\n")
-    write(RESULTS / "startup.md", table)
-    print(table)
+    write_results("startup", result, table.splitlines())
 
 
 if __name__ == "__main__":

@@ -80,23 +80,39 @@ def test_gradient_against_differences(family: str):
     assert abs(difference - float((gradient * step).sum())) < 0.02 * abs(difference)
 
 
-class WithoutGradient:
-    """An attention whose result has lost its gradient, as a fast kernel's without a backward pass."""
+class NoBackward(torch.autograd.Function):
+    """A custom operator without a backward pass, as torch.library makes them."""
 
-    def __init__(self, name: str) -> None:
+    @staticmethod
+    def forward(ctx, out, *inputs):
+        return out.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError("no derivative")
+
+
+class WithoutGradient:
+    """An attention without a backward pass: its result has lost the gradient, or raises when asked for it."""
+
+    def __init__(self, name: str, raises: bool = False) -> None:
         self.calls = 0
 
         def kernel(q, k, v, heads, *args, **kwargs):
             self.calls += 1
-            return attention.attention_pytorch(q.detach(), k.detach(), v.detach(), heads, *args, **kwargs)
+            out = attention.attention_pytorch(q.detach(), k.detach(), v.detach(), heads, *args, **kwargs)
+            return NoBackward.apply(out, q, k, v) if raises else out
 
         kernel.__name__ = name
         self.function = attention.wrap_attn(kernel)
 
 
 @pytest.mark.parametrize("name", ["attention_sage", "attention_flash"])
-def test_backends_without_gradient_are_replaced(monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor, name: str):
-    kernel = WithoutGradient(name)
+@pytest.mark.parametrize("raises", [False, True])
+def test_backends_without_gradient_are_replaced(
+    monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor, name: str, raises: bool
+):
+    kernel = WithoutGradient(name, raises)
     for slot in ("optimized_attention", "optimized_attention_masked"):
         monkeypatch.setattr(attention, slot, kernel.function)
     gradient, _ = gradient_of_embedding(tiny_models.sd1())
@@ -122,6 +138,28 @@ def test_an_override_of_another_node_keeps_its_place_unless_it_loses_the_gradien
     assert not close(gradient_of_embedding(keeps)[0], expected, 0.05) and calls
 
 
+def test_attention_patches_see_which_side_is_evaluated():
+    """ComfyUI numbers the conditional side 0 and the unconditional 1; patches for one of them rely on it."""
+    seen: list[list[int]] = []
+
+    def look(n, extra):
+        seen.append(extra["cond_or_uncond"])
+        return n
+
+    patcher = tiny_models.sd1().clone()
+    patcher.set_model_attn2_output_patch(look)
+
+    def loop(evaluator: engine.NetworkEvaluator, latent: torch.Tensor) -> int:
+        evaluator.denoised(latent, torch.tensor(2.0), "positive")
+        positive = len(seen)
+        evaluator.denoised(latent, torch.tensor(2.0), "negative")
+        return positive
+
+    sides = tiny_models.conditioning(1), tiny_models.conditioning(2)
+    positive = engine.run_loop(patcher, *sides, tiny_models.latent(3), torch.tensor([2.0, 0.0]), loop)
+    assert seen[:positive] == [[0]] * positive and seen[positive:] == [[1]] * positive
+
+
 def test_checkpointing_with_a_patch_that_reads_its_block():
     """The UNet overwrites the position in its options; a recomputation that reads it late has wrong gradients."""
 
@@ -141,12 +179,12 @@ def test_checkpointing_with_a_patch_that_reads_its_block():
 def test_checkpointing_recomputes():
     runs: list[int] = []
     patcher = tiny_models.sd1()
-    block = next(module for module in patcher.model.modules() if isinstance(module, ResBlock))
-    block.in_layers.register_forward_hook(lambda *_: runs.append(1))
+    last = [module for module in patcher.model.modules() if isinstance(module, ResBlock)][-1]
+    last.in_layers.register_forward_hook(lambda *_: runs.append(1))
     gradient_of_embedding(patcher, checkpointing=False)
-    once = len(runs)
+    assert len(runs) == 1
     gradient_of_embedding(patcher, checkpointing=True)
-    assert len(runs) >= 2 * once  # (the first block needs no gradient, and is run once in either case)
+    assert len(runs) == 1 + 2
 
 
 @pytest.mark.parametrize("kind", ["lora", "wrapper"])

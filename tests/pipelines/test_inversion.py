@@ -39,7 +39,7 @@ def diffusers_loop(patcher, steps: int):
 
 def test_the_twin_predicts_the_same_noise():
     patcher = tiny_models.sd1()
-    x, embedding = torch.randn(2, 4, 8, 12), torch.randn(2, 8, 32)
+    x, embedding = tiny_models.latent(1, batch=2, width=12), tiny_models.conditioning(1, batch=2)[0][0]
     timesteps = torch.tensor([5, 700])
     with torch.no_grad():
         ours = patcher.model.diffusion_model(x, timesteps.float(), context=embedding, transformer_options={})

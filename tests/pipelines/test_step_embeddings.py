@@ -124,7 +124,9 @@ def test_a_second_table_for_a_side_replaces_the_first_and_the_model_is_untouched
     sigmas = run_of(patcher, 3)
     plain = sample(patcher, "euler", sigmas)
     first, second = table_of(sigmas, 20), table_of(sigmas, 40)
-    twice = sample(apply_step_embeddings(apply_step_embeddings(patcher, first), second), "euler", sigmas)
+    both = apply_step_embeddings(apply_step_embeddings(patcher, first), second)
+    assert len(both.get_all_wrappers("predict_noise")) == 1
+    twice = sample(both, "euler", sigmas)
     assert torch.equal(twice, sample(apply_step_embeddings(patcher, second), "euler", sigmas))
     assert torch.equal(sample(patcher, "euler", sigmas), plain)
 

@@ -72,7 +72,9 @@ def test_null_text_optimization_hands_on_its_table(method: str, name: str) -> No
     # The model output alone samples the same latent.
     start, schedule = result.start_latent(model), result.schedule
     sampled = inversions.ddim_sampling(patched, start, schedule, SOURCE, negative, 3.0)
-    assert torch.allclose(sampled, reconstruction["samples"], rtol=1e-4, atol=1e-4)
+    # Relative to the whole latent: guidance on a random network makes large values of which single ones cancel.
+    difference = (sampled - reconstruction["samples"]).norm()
+    assert difference <= 1e-4 * reconstruction["samples"].norm()
 
 
 def test_negative_prompt_inversion_stays_on_ddim_at_any_guidance() -> None:

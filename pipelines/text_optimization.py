@@ -1,4 +1,4 @@
-"""Text optimisation of Imagic (Kawar et al. 2023, section 3.2), as paper 002 uses it (section 4, eq. 2 and 3).
+"""Text optimisation of Imagic (Kawar et al. 2023, section 3.2), as Jung et al. 2024 uses it (section 4, eq. 2 and 3).
 
 The embedding of the target prompt is moved towards the picture until the frozen network denoises the picture well with
 it. Between the two embeddings lies a path from "the picture" to "the edit".
@@ -46,7 +46,7 @@ def optimize_text_embedding(
     checkpointing: bool = False,
     callback: engine.Callback | None = None,
 ) -> TextOptimization:
-    """Optimise the target prompt's embedding to fit a picture (paper 002, eq. 2; Kawar et al. 2023, eq. 2).
+    """Optimise the target prompt's embedding to fit a picture (Jung et al. 2024, eq. 2; Kawar et al. 2023, eq. 2).
 
     Every step draws a timestep uniformly and a noise, and takes one Adam step on |eps - eps_theta(z_t, t, e)|^2 without
     guidance. The draws depend on the seed alone and are the same for all latents of a batch, so that each result is
@@ -56,7 +56,7 @@ def optimize_text_embedding(
         model: MODEL that predicts noise or velocity.
         latent: the picture [B, C, H, W] in the scale of LATENT sockets.
         target: CONDITIONING of the target prompt, one entry.
-        steps: 200 in paper 002, 500 in Imagic.
+        steps: 200 in Jung et al. 2024, 500 in Imagic.
         learning_rate: Adam's. 0.001 in both.
         seed: of timesteps and noise.
         checkpointing: spend time to save memory, see `engine.gradient_context`.
@@ -114,7 +114,7 @@ def optimize_text_embedding(
 
 
 def interpolate_embeddings(target: torch.Tensor, optimized: torch.Tensor, eta: float) -> torch.Tensor:
-    """e = eta * e_tgt + (1 - eta) * e_opt (paper 002, eq. 3).
+    """e = eta * e_tgt + (1 - eta) * e_opt (Jung et al. 2024, eq. 3).
 
     Args:
         target: e_tgt [B or 1, T, C].

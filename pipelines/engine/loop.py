@@ -263,13 +263,17 @@ class _LoopSampler(comfy.samplers.Sampler):
     ) -> torch.Tensor:
         """Called by ComfyUI between loading and cleaning up; `latent_image` [B, C, H, W] is in the model's scale."""
         self._evaluator = NetworkEvaluator(model_wrap, extra_args, self._callback)
-        if self._gradients:
-            patcher = model_wrap.model_patcher
-            patchers = [patcher, *model_wrap.loaded_models, *patcher.model_patches_models()]
-            with gradient_context(patchers, load=False, checkpointing=self._checkpointing):
+        try:
+            if self._gradients:
+                patcher = model_wrap.model_patcher
+                patchers = [patcher, *model_wrap.loaded_models, *patcher.model_patches_models()]
+                with gradient_context(patchers, load=False, checkpointing=self._checkpointing):
+                    self.result = self._loop(self._evaluator, latent_image)
+            else:
                 self.result = self._loop(self._evaluator, latent_image)
-        else:
-            self.result = self._loop(self._evaluator, latent_image)
+        finally:
+            # The evaluator holds the guider, its model's wrappers hold this sampler: a cycle would keep the model.
+            self._evaluator = None
         return latent_image
 
     def count_evaluations(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -3,15 +3,16 @@
 Both optimise the same pictures with the same network, in float32 and with the same number of threads: the pack's
 `null_text_optimization`, by each of its methods, and `reference_null_text.py`, which does it the way the reference
 implementation does (weights that require gradients, guided evaluations of two at the end of each step). Given are
-medians over the runs of time, network evaluations and PSNR of the reconstructed picture, and the highest memory use of
-a process that does one of them alone. Writes benchmarks/results/null_text_speed.json and null_text_speed.md.
+medians over the runs of time, network evaluations and PSNR of the reconstructed picture, and the highest memory use
+above that of the loaded model in a process that does one of them alone.
+Writes benchmarks/results/null_text_speed.json and null_text_speed.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
 load_pack.load_pack()
 
 import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import memory  # noqa: E402
 import numpy as np  # noqa: E402
 import reference_null_text  # noqa: E402
 import torch  # noqa: E402
@@ -108,7 +110,7 @@ def synchronize() -> None:
 
 
 def peak_memory(name: str, arguments: argparse.Namespace) -> int:
-    """Highest memory of a process of its own that does one picture by one method, in MiB."""
+    """Memory that one picture by one method needs on top of the loaded model, in MiB, in a process of its own."""
     command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
     command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -147,7 +149,8 @@ def main() -> None:
         for name in names:
             synchronize()
             begin = time.perf_counter()
-            z_0, evaluations, updates = METHODS[name](model, pivot, positive, negative, arguments.guidance_scale)
+            with memory.PeakMemory() if arguments.only else contextlib.nullcontext() as peak:
+                z_0, evaluations, updates = METHODS[name](model, pivot, positive, negative, arguments.guidance_scale)
             synchronize()
             row = rows[name]
             row["seconds"].append(time.perf_counter() - begin)
@@ -158,9 +161,7 @@ def main() -> None:
             row["psnr_db"].append(float(psnr(picture, made)))
             row["psnr_to_autoencoder_db"].append(float(psnr(decoded, made)))
     if arguments.only:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
-        print(json.dumps({"peak_memory_mib": round(memory)}))
+        print(json.dumps({"peak_memory_mib": round(peak.mib)}))
         return
 
     medians = {
@@ -177,7 +178,7 @@ def main() -> None:
         f"{statistics.median(ceiling):.2f} dB.",
         "",
         "| method | time (s) | relative | network evaluations | updates | PSNR to the picture (dB) | PSNR to the "
-        "autoencoder's (dB) | peak memory (MiB) |",
+        "autoencoder's (dB) | memory above the loaded model (MiB) |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, median in medians.items():

@@ -160,11 +160,12 @@ class NullTextOptimization(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "inner_steps",
-                    default=null_text.INNER_STEPS,
+                    default=0,
                     min=0,
                     max=1000,
-                    tooltip="Updates for each sampling step at most. 10 in Jung et al. 2024 (appendix B.2) and the "
-                    "reference implementation.",
+                    tooltip="Updates for each sampling step at most. 0 is the method's own number: "
+                    f"{null_text.INNER_STEPS} as in Jung et al. 2024 (appendix B.2) and the reference implementation, "
+                    f"{null_text.ADAPTIVE_INNER_STEPS} for the adaptive form.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -247,18 +248,19 @@ class NullTextOptimization(io.ComfyNode):
             latent = ddim.reconstruct(model, inversion, source, callback=progress(model, steps))
             text = show_text(cls, f"Negative-prompt inversion: no optimization, {steps} evaluations to reconstruct.")
         else:
+            updates = inner_steps or null_text.DEFAULT_INNER_STEPS[_METHODS[method]]
             found = null_text.null_text_optimization(
                 model,
                 inversion,
                 source,
                 negative,
                 guidance_scale=guidance_scale,
-                inner_steps=inner_steps,
+                inner_steps=updates,
                 learning_rate=learning_rate,
                 early_stop=early_stop,
                 method=_METHODS[method],
                 checkpointing=checkpointing,
-                callback=progress(model, inversion.steps * (inner_steps + 1)),
+                callback=progress(model, inversion.steps * (updates + 1)),
             )
             table, latent, null_conditioning = found.embeddings, found.reconstruction, negative
             text = show_text(cls, _report(found), found.warning)

@@ -324,7 +324,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             f"{result.source_steps} of {inversion.steps} steps with the source prompt, {result.evaluations} network "
             f"evaluations."
         )
-        return io.NodeOutput({"samples": result.latent}, show_text(cls, text))
+        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, result.warning))
 
 
 NODES: list[type[io.ComfyNode]] = [

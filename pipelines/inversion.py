@@ -248,6 +248,7 @@ def save_inversion(inversion: Inversion, path: str) -> None:
         "format": _FORMAT,
         "method": inversion.method,
         "guidance_scale": inversion.guidance_scale,
+        "embeddings.guidance_scale": inversion.embeddings.guidance_scale if inversion.embeddings else None,
         "model": asdict(inversion.model),
     }
     files.write_tensors(path, tensors, description)
@@ -269,6 +270,7 @@ def load_inversion(path: str) -> Inversion:
                 sigmas=tensors["embeddings.sigmas"],
                 embeddings=tensors["embeddings.embeddings"],
                 pooled=tensors.get("embeddings.pooled"),
+                guidance_scale=description.get("embeddings.guidance_scale"),
             )
         model = description["model"]
         inversion = Inversion(

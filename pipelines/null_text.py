@@ -28,6 +28,7 @@ EARLY_STOP = 1e-5
 EARLY_STOP_PER_STEP = 2e-5
 PAPER, ADAPTIVE = "paper", "adaptive"
 METHODS = (PAPER, ADAPTIVE)
+DEFAULT_INNER_STEPS = {PAPER: INNER_STEPS, ADAPTIVE: ADAPTIVE_INNER_STEPS}
 _LARGEST_CHANGE_OF_LENGTH = 4.0
 
 
@@ -100,7 +101,7 @@ def null_text_optimization(
     if method not in METHODS:
         raise IdentityEditError(f"The method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
     if inner_steps is None:
-        inner_steps = ADAPTIVE_INNER_STEPS if method == ADAPTIVE else INNER_STEPS
+        inner_steps = DEFAULT_INNER_STEPS[method]
     if guidance_scale <= 1.0:
         raise IdentityEditError(
             f"The guidance scale is {guidance_scale:g}, with which the unconditional embedding has no effect; choose a "
@@ -158,7 +159,11 @@ def null_text_optimization(
         checkpointing=checkpointing,
         callback=callback,
     )
-    return replace(found, reconstruction=engine.to_socket_scale(model, found.reconstruction))
+    return replace(
+        found,
+        embeddings=replace(found.embeddings, guidance_scale=float(guidance_scale)),
+        reconstruction=engine.to_socket_scale(model, found.reconstruction),
+    )
 
 
 def learning_rate_at(i: int, first: float) -> float:

@@ -29,11 +29,13 @@ class StepEmbeddings:
         embeddings: [N, B, T, C] float32, B either 1 (the same for all latents of a batch) or the batch size.
         pooled: [1 or N, B, P] float32, the pooled output that belongs to the embeddings (SDXL), or None to leave the
             conditioning's own.
+        guidance_scale: the one they were optimised for, or None where they fit any.
     """
 
     sigmas: torch.Tensor
     embeddings: torch.Tensor
     pooled: torch.Tensor | None = None
+    guidance_scale: float | None = None
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 4 or self.embeddings.shape[0] < 1:

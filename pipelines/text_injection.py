@@ -50,11 +50,13 @@ class TimestepAwareEdit:
         latent: [B, C, H, W] float32, the edited z_0 in the scale of LATENT sockets.
         source_steps: number of steps with the source prompt.
         evaluations: network evaluations.
+        warning: one sentence where the guidance scale is not that of the inversion's step table, else None.
     """
 
     latent: torch.Tensor
     source_steps: int
     evaluations: int
+    warning: str | None = None
 
 
 def source_steps(steps: int, ratio: float) -> int:
@@ -260,7 +262,22 @@ def timestep_aware_sampling(
         z_0, evaluations = engine.run_loop(
             model, positive, negative, inversion.start_latent(model), schedule.sigmas, loop, callback=callback
         )
-    return TimestepAwareEdit(engine.to_socket_scale(model, z_0), source_steps(schedule.steps, ratio), evaluations)
+    return TimestepAwareEdit(
+        latent=engine.to_socket_scale(model, z_0),
+        source_steps=source_steps(schedule.steps, ratio),
+        evaluations=evaluations,
+        warning=None if table is None else _guidance_warning(table, guidance_scale),
+    )
+
+
+def _guidance_warning(table: StepEmbeddings, guidance_scale: float) -> str | None:
+    optimised_for = table.guidance_scale
+    if optimised_for is None or abs(optimised_for - guidance_scale) < 1e-6:
+        return None
+    return (
+        f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
+        f"{optimised_for:g}; use the same for both, or the picture drifts away from the inversion."
+    )
 
 
 def _count_steps(sigmas: torch.Tensor) -> int:

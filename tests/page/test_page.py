@@ -71,10 +71,7 @@ def test_nodes_stand_apart_inside_their_groups(name: str, page: Page, server: Ru
 
 def overlap(one: list[float], two: list[float]) -> bool:
     return (
-        one[0] < two[0] + two[2]
-        and two[0] < one[0] + one[2]
-        and one[1] < two[1] + two[3]
-        and two[1] < one[1] + one[3]
+        one[0] < two[0] + two[2] and two[0] < one[0] + one[2] and one[1] < two[1] + two[3] and two[1] < one[1] + one[3]
     )
 
 

@@ -209,7 +209,8 @@ def test_save_and_load_give_the_same_inversion(tmp_path: Path):
     patcher = tiny_models.sdxl()
     positive = tiny_models.conditioning(1, batch=2)
     made = inversion.ddim_inversion(patcher, tiny_models.latent(2, batch=2), positive, steps=4)
-    made = made.with_embeddings(constant_embedding(made.sigmas, positive[0][0], positive[0][1]["pooled_output"]))
+    table = constant_embedding(made.sigmas, positive[0][0], positive[0][1]["pooled_output"])
+    made = made.with_embeddings(replace(table, guidance_scale=6.5))
     path = tmp_path / "new folder" / "picture.safetensors"
     inversion.save_inversion(made, str(path))
     loaded = inversion.load_inversion(str(path))
@@ -218,6 +219,7 @@ def test_save_and_load_give_the_same_inversion(tmp_path: Path):
     assert loaded.embeddings is not None and made.embeddings is not None
     assert torch.equal(loaded.embeddings.embeddings, made.embeddings.embeddings)
     assert torch.equal(loaded.embeddings.pooled, made.embeddings.pooled)
+    assert loaded.embeddings.guidance_scale == 6.5
     assert (loaded.method, loaded.guidance_scale) == ("ddim", 1.0)
     inversion.check_inversion(loaded, patcher, steps=4, latent_shape=(2, 4, 8, 8))
     assert [file.name for file in path.parent.iterdir()] == ["picture.safetensors"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import comfy.sample
@@ -14,7 +15,7 @@ from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import text_injection
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.schedule import ddim_schedule, signal_scale
-from identity_edit_pack.pipelines.step_embeddings import apply_step_embeddings
+from identity_edit_pack.pipelines.step_embeddings import apply_step_embeddings, constant_embedding
 from identity_edit_pack.tests import tiny_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
@@ -300,6 +301,17 @@ def test_ratio_one_is_the_reconstruction_and_the_table_is_used() -> None:
     assert torch.equal(given.latent, expected)
     assert torch.equal(carried.latent, expected)
     assert relative_error(without.latent, expected) > 1e-3
+
+
+def test_another_guidance_scale_than_the_optimised_one_is_said() -> None:
+    model = tiny_models.sd1()
+    inversion = make_inversion(model, 3)
+    table = constant_embedding(inversion.sigmas, NEGATIVE[0][0])
+    for optimised_for, warns in ((None, False), (4.0, False), (7.5, True)):
+        pivot = inversion.with_embeddings(replace(table, guidance_scale=optimised_for))
+        result = text_injection.timestep_aware_sampling(model, pivot, SOURCE, TARGET, guidance_scale=4.0)
+        assert (result.warning is not None) == warns
+        assert not warns or ("4 " in str(result.warning) and "7.5" in str(result.warning))
 
 
 def test_interpolation_is_equation_3() -> None:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -34,6 +35,7 @@ import environment
 
 WORKFLOWS = environment.ROOT / "workflows"
 THUMBNAIL_SIZE = 512
+THUMBNAIL_BACKGROUND = "#202020"
 
 
 def api_path(name: str) -> Path:
@@ -117,13 +119,15 @@ def thumbnail(client: Any, name: str) -> None:
     prompt = json.loads(api_path(name).read_text(encoding="utf-8"))
     run = client.run(prompt)
     pictures = [client.images(run, str(node))[0].convert("RGB") for node in read_layout(name, prompt)["thumbnail"]]
-    columns = 1 if len(pictures) == 1 else 2
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (THUMBNAIL_SIZE, THUMBNAIL_SIZE), "white")
-    cell = (THUMBNAIL_SIZE // columns, THUMBNAIL_SIZE // rows)
-    for number, picture in enumerate(pictures):
-        corner = (number % columns * cell[0], number // columns * cell[1])
-        sheet.paste(ImageOps.fit(picture, cell), corner)
+    columns = math.ceil(math.sqrt(len(pictures)))
+    cell = THUMBNAIL_SIZE // columns
+    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    sheet = Image.new("RGB", (THUMBNAIL_SIZE, THUMBNAIL_SIZE), THUMBNAIL_BACKGROUND)
+    top = (THUMBNAIL_SIZE - len(rows) * cell) // 2
+    for number, row in enumerate(rows):
+        left = (THUMBNAIL_SIZE - len(row) * cell) // 2
+        for place, picture in enumerate(row):
+            sheet.paste(ImageOps.fit(picture, (cell, cell)), (left + place * cell, top + number * cell))
     path = WORKFLOWS / f"{name}.jpg"
     temporary = path.with_suffix(".tmp")
     sheet.save(temporary, format="JPEG", quality=88)

@@ -141,6 +141,34 @@ def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
     return list(found.values())
 
 
+def patches_on_copies(model_options: dict[str, Any]) -> dict[str, Any]:
+    """The same model options, with every patch of other nodes safe for autograd.
+
+    Some patches write into tensors that the backward pass needs as they were: into those that they are given, or into
+    some of their own (FreeU multiplies a part of the hidden state by its mean, in place). So a patch works on copies,
+    and what autograd keeps of its work is copied too.
+    """
+
+    def on_copies(patch: Callable[..., Any]) -> Callable[..., Any]:
+        def patch_on_copies(*args: Any, **kwargs: Any) -> Any:
+            copies = {key: _copy_with_gradient(value) for key, value in kwargs.items()}
+            with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda copy: copy):
+                return patch(*map(_copy_with_gradient, args), **copies)
+
+        return patch_on_copies
+
+    options = model_options.get("transformer_options", {})
+    patches = {
+        name: [on_copies(patch) if callable(patch) else patch for patch in those]
+        for name, those in options.get("patches", {}).items()
+    }
+    return {**model_options, "transformer_options": {**options, "patches": patches}}
+
+
+def _copy_with_gradient(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
 def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: list[torch.Tensor]) -> list[torch.Tensor]:
     """Gradients of a sum of per-sample losses, safe for networks that compute in float16.
 

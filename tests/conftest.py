@@ -10,6 +10,7 @@ What must hold in a real server is tested there: the `server` fixture starts one
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,11 +92,27 @@ class RunningServer:
         return self.client.images(run, node_id)
 
 
+@contextlib.contextmanager
+def running_server(base: Path, *arguments: str) -> Iterator[RunningServer]:
+    """A ComfyUI with further command line options. No hub can be reached, so that a node which downloads something
+    unasked fails here."""
+    variables = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    with Server(base, arguments=arguments, environment=variables) as process:
+        yield RunningServer(process)
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One real ComfyUI for all tests, started when the first test asks for it, with empty folders of its own."""
-    base = tmp_path_factory.mktemp("comfyui")
-    # No hub can be reached, so that a node which downloads something unasked fails here.
-    variables = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    with Server(base, environment=variables) as process:
-        yield RunningServer(process)
+    with running_server(tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["split", "quad", "pytorch"])
+def server_by_attention(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningServer]:
+    """A ComfyUI for each of its attention functions that run on a CPU."""
+    option = f"--use-{request.param}-cross-attention"
+    with running_server(tmp_path_factory.mktemp(f"comfyui_{request.param}"), option) as running:
+        yield running

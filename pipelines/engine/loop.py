@@ -14,6 +14,7 @@ import torch
 
 from ..conditioning import Conditioning, copy_outside_inference_mode
 from ..errors import check_conditioning, check_latent
+from ..gradients import patches_on_copies
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
 from .model import conditionings_with_embedding, latent_channels, require_noise_prediction_model
 
@@ -262,6 +263,8 @@ class _LoopSampler(comfy.samplers.Sampler):
         disable_pbar: bool = False,
     ) -> torch.Tensor:
         """Called by ComfyUI between loading and cleaning up; `latent_image` [B, C, H, W] is in the model's scale."""
+        if self._gradients:
+            extra_args = {**extra_args, "model_options": patches_on_copies(extra_args["model_options"])}
         self._evaluator = NetworkEvaluator(model_wrap, extra_args, self._callback)
         try:
             if self._gradients:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.modules.attention as attention
@@ -285,3 +286,24 @@ def test_gradients_that_are_not_numbers_are_refused():
     output = variable.sqrt()
     with pytest.raises(IdentityEditError, match="NaN or infinite"):
         gradients.gradients_by_sample(output.sum(), output, [variable])
+
+
+def test_a_patch_that_writes_in_place_has_the_gradient_of_one_that_does_not() -> None:
+    def in_place(hidden: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        half = hidden.shape[1] // 2
+        hidden[:, :half] = hidden[:, :half] * hidden.mean(1, keepdim=True)
+        return hidden
+
+    def elsewhere(hidden: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+        half = hidden.shape[1] // 2
+        return torch.cat([hidden[:, :half] * hidden.mean(1, keepdim=True), hidden[:, half:]], dim=1)
+
+    def gradient(patch: Callable[..., torch.Tensor]) -> torch.Tensor:
+        options = {"transformer_options": {"patches": {"output_block_patch": [patch], "others": ["no function"]}}}
+        (safe,) = gradients.patches_on_copies(options)["transformer_options"]["patches"]["output_block_patch"]
+        x = torch.linspace(-1, 1, 12).reshape(2, 6).requires_grad_(True)
+        hidden = x.exp()  # its own backward pass needs its result as it was
+        (found,) = torch.autograd.grad(safe(hidden, options).square().sum(), x)
+        return found
+
+    assert torch.allclose(gradient(in_place), gradient(elsewhere))

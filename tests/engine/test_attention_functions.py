@@ -1,0 +1,47 @@
+"""Gradients in a real ComfyUI, where prompts run in inference mode: by every attention function, with and without
+checkpointing, on a model that carries the patches of other nodes."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .test_paper_002 import Prompt, inversion_prompt, node, shown, with_null_text, with_picture, with_sampler_node
+
+if TYPE_CHECKING:
+    from identity_edit_pack.tests.conftest import RunningServer
+
+
+def optimising_prompt(checkpointing: bool) -> Prompt:
+    """Both optimisations on a model that a stock node (FreeU) has patched."""
+    prompt = with_null_text(inversion_prompt(), inner_steps=2)
+    prompt["freeu"] = node("FreeU_V2", model=["model", 0], b1=1.1, b2=1.2, s1=0.9, s2=0.4)
+    prompt["optimized"] = node(
+        "IdentityEditOptimizeTextEmbedding",
+        model=["freeu", 0],
+        latent=["latent", 0],
+        target=["target", 0],
+        steps=3,
+        learning_rate=0.05,
+        seed=0,
+        checkpointing=checkpointing,
+    )
+    prompt["null_text"]["inputs"] |= {"model": ["freeu", 0], "checkpointing": checkpointing}
+    prompt["inversion"]["inputs"]["model"] = ["freeu", 0]
+    with_sampler_node(prompt, ["null_text", 2])
+    prompt["edited"]["inputs"] |= {"model": ["freeu", 0], "optimized": ["optimized", 0], "eta": 0.3}
+    return with_picture(prompt, "null_text", output=3)
+
+
+def test_optimisation_by_every_attention_function(server: RunningServer, server_by_attention: RunningServer) -> None:
+    usual = optimising_prompt(checkpointing=False)
+    edited, reconstruction = shown(server, usual, "edited"), shown(server, usual, "null_text")
+    for checkpointing in (False, True):
+        prompt = optimising_prompt(checkpointing)
+        assert np.abs(shown(server_by_attention, prompt, "edited") - edited).max() <= 3
+        assert np.abs(shown(server_by_attention, prompt, "null_text") - reconstruction).max() <= 3
+    without = copy.deepcopy(usual)
+    without["null_text"]["inputs"]["method"] = "negative-prompt inversion (fast)"
+    assert np.abs(shown(server, without, "edited") - edited).max() > 3, "the optimisation has no effect"

@@ -15,7 +15,6 @@ import argparse
 import random
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +27,16 @@ load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
 load_pack.load_pack()
 
 import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from edits import Pair, embed, mean_score, render_pair, save_sheet, score_each  # noqa: E402
 from identity_edit_pack.demo_world import family  # noqa: E402
 from identity_edit_pack.demo_world.attributes import (  # noqa: E402
     ATTRIBUTES_OF,
-    IDENTITY_OF,
-    Attributes,
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
 from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
 from identity_edit_pack.pipelines.inversion import ddim_inversion, ddim_sampling  # noqa: E402
 from identity_edit_pack.pipelines.null_text import METHODS as NULL_TEXT_METHODS  # noqa: E402
@@ -48,35 +44,13 @@ from identity_edit_pack.pipelines.null_text import null_text_optimization  # noq
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling  # noqa: E402
 from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding  # noqa: E402
 from matplotlib import pyplot  # noqa: E402
-from PIL import Image  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
-from skimage.metrics import structural_similarity  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 RATIOS = (0.1, 0.2, 0.4)
 EDITED = ("pose", "expression", "costume")
-SHEET_COLUMNS = 12
 GUIDANCE_SCALE = 4.0
 """Of the shipped workflows: the demo checkpoint needs less guidance than the 7.5 of Stable Diffusion and the paper."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A picture and its true edit.
-
-    Attributes:
-        source, target: what the two pictures show; they differ in `edited` alone.
-        edited: the attribute that changes.
-        before, after: the two pictures [128, 128, 3] in [0, 1].
-        background: [128, 128] bool, outside of the subject in both.
-    """
-
-    source: Attributes
-    target: Attributes
-    edited: str
-    before: torch.Tensor
-    after: torch.Tensor
-    background: torch.Tensor
 
 
 def draw_pair(seed: int, index: int) -> Pair:
@@ -87,21 +61,7 @@ def draw_pair(seed: int, index: int) -> Pair:
         source = source.replace(costume="none")
     others = [choice for choice in ATTRIBUTES_OF["figure"][edited] if choice != getattr(source, edited)]
     target = source.replace(**{edited: generator.choice(others)})
-    (before, mask_before), (after, mask_after) = (render(a, EVALUATION_SEED + index) for a in (source, target))
-    return Pair(
-        source=source,
-        target=target,
-        edited=edited,
-        before=torch.from_numpy(before.copy()).float() / 255,
-        after=torch.from_numpy(after.copy()).float() / 255,
-        background=torch.from_numpy((mask_before == 0) & (mask_after == 0)),
-    )
-
-
-@torch.no_grad()
-def embed(clip: Any, texts: list[str]) -> Conditioning:
-    """One CONDITIONING with an embedding for each latent of a batch."""
-    return [[torch.cat([clip.encode_from_tokens(clip.tokenize(text)) for text in texts]), {}]]
+    return render_pair(source, target, edited, EVALUATION_SEED + index)
 
 
 def edit_batch(
@@ -133,38 +93,6 @@ def edit_batch(
         latents[name] = timestep_aware_sampling(model, pivot, source, edit, None, ratio, scale).latent
     with torch.no_grad():
         return {name: vae.decode(value).cpu() for name, value in latents.items()}
-
-
-def mean_psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(-10 * torch.log10(((a - b) ** 2).mean().clamp(min=1e-10)))
-
-
-def score(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
-    """Means over the pairs; see the module's docstring."""
-    answers = classify(classifier, pictures)
-    rows = []
-    for index, (picture, pair) in enumerate(zip(pictures, pairs, strict=True)):
-        sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
-        done = sees[pair.edited] == getattr(pair.target, pair.edited)
-        kept = all(sees[head] == getattr(pair.target, head) for head in IDENTITY_OF["figure"])
-        rows.append(
-            {
-                "edit_done": done,
-                "identity_kept": kept,
-                "edit_done_and_identity_kept": done and kept,
-                "background_psnr_db": mean_psnr(picture[pair.background], pair.before[pair.background]),
-                "psnr_to_source_db": mean_psnr(picture, pair.before),
-                "ssim_to_true_edit": structural_similarity(
-                    picture.numpy(), pair.after.numpy(), channel_axis=2, data_range=1
-                ),
-            }
-        )
-    means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    means["edit_done_by_kind"] = {
-        kind: float(np.mean([row["edit_done"] for row, pair in zip(rows, pairs, strict=True) if pair.edited == kind]))
-        for kind in EDITED
-    }
-    return means
 
 
 def table(report: dict[str, Any]) -> list[str]:
@@ -212,14 +140,6 @@ def plot_trade_off(report: dict[str, Any], count: int) -> None:
     figure.savefig(RESULTS / "timestep_aware_edit.png", dpi=120)
 
 
-def save_sheet(rows: list[torch.Tensor]) -> None:
-    """The first pairs of the run, as they came: a row for each method."""
-    sheet = torch.cat([torch.cat(list(row[:SHEET_COLUMNS]), dim=1) for row in rows])
-    Image.fromarray((sheet.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(
-        RESULTS / "timestep_aware_edit.jpg", quality=90
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=102, help="(picture, edit) pairs, a third of each kind")
@@ -246,7 +166,7 @@ def main() -> None:
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
 
     classifier = load_classifier()
-    report = {name: score(classifier, pictures, pairs) for name, pictures in columns.items()}
+    report = {name: mean_score(score_each(classifier, pictures, pairs), pairs) for name, pictures in columns.items()}
     commit, command = load_pack.source_commit(), " ".join(["benchmarks/timestep_aware_edit.py", *sys.argv[1:]])
     head = [
         "# Timestep-aware text injection on unseen subjects of the demo world",
@@ -260,7 +180,7 @@ def main() -> None:
     everything = {"command": command, "commit": commit, "pairs": len(pairs), "minutes": minutes, "methods": report}
     write_results("timestep_aware_edit", everything, head + table(report) + effect_of_injection(report))
     plot_trade_off(report, len(pairs))
-    save_sheet([torch.stack([pair.before for pair in pairs]), *columns.values()])
+    save_sheet(RESULTS / "timestep_aware_edit.jpg", [torch.stack([pair.before for pair in pairs]), *columns.values()])
 
 
 if __name__ == "__main__":

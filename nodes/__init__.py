@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import demo, inversion, measure, text
+from . import attention_control, demo, identity_prior, inversion, masks, measure, subject, text
 
-NODE_CLASSES: list[type[io.ComfyNode]] = [*inversion.NODES, *text.NODES, *measure.NODES, *demo.NODES]
+NODE_CLASSES: list[type[io.ComfyNode]] = [
+    *inversion.NODES,
+    *text.NODES,
+    *masks.NODES,
+    *subject.NODES,
+    *identity_prior.NODES,
+    *attention_control.NODES,
+    *measure.NODES,
+    *demo.NODES,
+]

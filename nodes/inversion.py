@@ -8,8 +8,8 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
-from ..pipelines import null_text
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.step_embeddings import apply_step_embeddings
@@ -119,6 +119,158 @@ class DDIMInversion(io.ComfyNode):
         )
         # A noise mask of the picture stays behind: a sampler would blend with x_T as if it were the picture.
         return io.NodeOutput(result, {"samples": result.start_latent(model)}, result.sigmas.clone())
+
+
+class EditFriendlyDDPMInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditEditFriendlyDDPMInversion",
+            display_name="Edit-Friendly DDPM Inversion",
+            category="inversion",
+            search_aliases=["invert", "DDPM inversion", "real image editing", "LEDITS", "noise maps"],
+            description=(
+                "Finds the noise of every sampling step from which the model samples a picture exactly "
+                "(Huberman-Spiegelglas et al. 2024). Sample an edit from it with Edit-Friendly DDPM Sampler."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
+                io.Conditioning.Input("source", tooltip="The prompt that describes the picture as it is."),
+                io.Latent.Input("latent", tooltip="The picture, from VAE Encode with the same checkpoint's VAE."),
+                io.Int.Input(
+                    "steps",
+                    default=edit_friendly_inversion.STEPS,
+                    min=1,
+                    max=999,
+                    tooltip="Steps of the inversion and of all sampling from it. 100 in the reference implementation "
+                    "and in Liu et al. 2024.",
+                ),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=edit_friendly_inversion.SOURCE_GUIDANCE_SCALE,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Classifier-free guidance of the source prompt. 3.5 in the reference implementation.",
+                ),
+                io.Float.Input(
+                    "eta",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of each step's noise. 1 (DDPM) in Huberman-Spiegelglas et al. 2024; for 0 use DDIM "
+                    "Inversion.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the noise. Another seed gives another inversion, and so another variant of the edit.",
+                ),
+                io.Boolean.Input(
+                    "zero_last_noise_map",
+                    default=False,
+                    tooltip="Off: sampling with the source prompt gives the picture back exactly. On: the last step "
+                    "has no noise, as in the reference implementation, and ends on what the model itself estimates.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt, empty in the reference implementation; not needed for guidance "
+                    "scale 1.",
+                ),
+            ],
+            outputs=[
+                Inversion.Output(
+                    "inversion", display_name="inversion", tooltip="All latents on the way, and each step's noise map."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        source: Conditioning,
+        latent: dict[str, Any],
+        steps: int,
+        guidance_scale: float,
+        eta: float,
+        seed: int,
+        zero_last_noise_map: bool,
+        negative: Conditioning | None = None,
+    ) -> io.NodeOutput:
+        result = edit_friendly_inversion.edit_friendly_ddpm_inversion(
+            model,
+            latent_samples(latent, "The latent"),
+            source,
+            negative,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            eta=eta,
+            seed=seed,
+            zero_last_noise_map=zero_last_noise_map,
+            callback=progress(model, steps),
+        )
+        return io.NodeOutput(result)
+
+
+class EditFriendlyDDPMSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditEditFriendlyDDPMSampler",
+            display_name="Edit-Friendly DDPM Sampler",
+            category="inversion",
+            search_aliases=["DDPM inversion", "noise maps", "skip", "sampler"],
+            description=(
+                "Sampler, sigmas and start latent for SamplerCustomAdvanced, which sample an edit from the noise maps "
+                "of Edit-Friendly DDPM Inversion. Use them with DisableNoise and CFGGuider (guidance scale 15 in the "
+                "reference implementation)."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the inversion."),
+                Inversion.Input("inversion", tooltip="From Edit-Friendly DDPM Inversion."),
+                io.Float.Input(
+                    "skip",
+                    default=edit_friendly_inversion.SKIP,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the first steps that are left out: larger keeps more of the picture, smaller "
+                    "changes more. 0.36, 36 of 100 steps, in the reference implementation.",
+                ),
+            ],
+            outputs=[
+                io.Sampler.Output(
+                    "sampler", display_name="sampler", tooltip="Takes the noise of every step from the inversion."
+                ),
+                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Those of the steps that remain."),
+                io.Latent.Output(
+                    "start_latent",
+                    display_name="start latent",
+                    tooltip="The inversion's latent where the remaining steps begin. Sample from it WITHOUT adding "
+                    "noise (DisableNoise).",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, inversion: ddim.Inversion, skip: float) -> io.NodeOutput:
+        import comfy.samplers
+
+        ddim.check_inversion(inversion, model)
+        first = edit_friendly_inversion.skipped_steps(inversion.steps, skip)
+        return io.NodeOutput(
+            comfy.samplers.KSAMPLER(edit_friendly_inversion.edit_friendly_sampler(inversion)),
+            edit_friendly_inversion.sampler_sigmas(inversion, first),
+            {"samples": inversion.start_latent(model, first)},
+        )
 
 
 class NullTextOptimization(io.ComfyNode):
@@ -296,7 +448,9 @@ class SaveInversion(io.ComfyNode):
             "folder.",
             is_output_node=True,
             inputs=[
-                Inversion.Input("inversion", tooltip="From DDIM Inversion or Null-Text Optimization."),
+                Inversion.Input(
+                    "inversion", tooltip="From DDIM Inversion, Null-Text Optimization or Edit-Friendly DDPM Inversion."
+                ),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FILE_FOLDER}/inversion",
@@ -419,4 +573,11 @@ def _files_in(folder: str) -> list[str]:
     return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(_FILE_ENDING)]
 
 
-NODES: list[type[io.ComfyNode]] = [DDIMInversion, NullTextOptimization, SaveInversion, LoadInversion]
+NODES: list[type[io.ComfyNode]] = [
+    DDIMInversion,
+    EditFriendlyDDPMInversion,
+    EditFriendlyDDPMSampler,
+    NullTextOptimization,
+    SaveInversion,
+    LoadInversion,
+]

@@ -16,6 +16,8 @@ CATEGORY = "identity edit"
 
 Inversion = io.Custom("INVERSION")
 """`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
+SubjectPictures = io.Custom("SUBJECT_PICTURES")
+"""`pipelines.subject_pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
 
 
 def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:

@@ -1,10 +1,13 @@
-"""DDIM inversion (Song et al. 2021, section 4.3; the pivot of Mokady et al. 2023, section 3.2) and sampling back.
+"""What an inversion is, DDIM inversion, sampling back, and files.
 
 An inversion is the path of a picture from its latent to noise. It is kept in ComfyUI's scale, x = z_0 + sigma * eps.
+DDIM inversion is that of Song et al. 2021 (section 4.3), the pivot of Mokady et al. 2023 (section 3.2); edit-friendly
+DDPM inversion is in `edit_friendly_inversion`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -12,12 +15,18 @@ import torch
 
 from . import engine, files
 from .conditioning import Conditioning
-from .errors import IdentityEditError, check_finite
+from .errors import IdentityEditError, check_batch_matches, check_finite
 from .schedule import Schedule, ddim_schedule, euler_step, signal_scale
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 
+DDIM = "ddim"
+EDIT_FRIENDLY_DDPM = "edit-friendly ddpm"
+
 _KIND = "inversion"
-_FORMAT = 1
+_FORMAT = 2
+"""1 had no noise maps and no eta; such files are read as before."""
+_SAME_SIGMA = 1e-4
+"""Two sigmas closer than this (relative) are the same noise level: adjacent ones of 1000 timesteps differ by 4e-3."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,13 @@ class Inversion:
             noisiest latent, trajectory[N] the picture's.
         sigmas: [N + 1] float32 CPU, descending: trajectory[i] is at noise level sigmas[i].
         timesteps: [N] int64, descending: the timestep at which the network was evaluated between i + 1 and i.
-        method: how it was made, "ddim".
+        method: how it was made, `DDIM` or `EDIT_FRIENDLY_DDPM`.
         guidance_scale: that of the inversion.
         model: the tag of the model that made it.
         embeddings: step table that goes with it (from null-text optimisation), or None.
+        noise_maps: [N, B, C, H, W] float32 CPU, of unit scale: noise_maps[i] is the z of the step from sigmas[i] to
+            sigmas[i + 1] (Huberman-Spiegelglas et al. 2024, eq. 5). None for a deterministic inversion.
+        eta: 0 for a deterministic inversion; above 0 up to 1 (DDPM) the share of each step's noise.
     """
 
     trajectory: torch.Tensor
@@ -42,6 +54,8 @@ class Inversion:
     guidance_scale: float
     model: engine.ModelTag
     embeddings: StepEmbeddings | None = None
+    noise_maps: torch.Tensor | None = None
+    eta: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -61,9 +75,29 @@ class Inversion:
         """The same inversion with another step table."""
         return replace(self, embeddings=embeddings)
 
-    def start_latent(self, model: Any) -> torch.Tensor:
-        """The noisiest latent [B, C, H, W] in the scale of LATENT sockets, to sample from without adding noise."""
-        return engine.to_socket_scale(model, self.trajectory[0].clone())
+    def row(self, sigma: float) -> int:
+        """The row i whose noise level sigmas[i] is `sigma` (within 1e-4 relative).
+
+        Raises:
+            IdentityEditError: when no row is at this noise level; nothing is interpolated.
+        """
+        distances = (self.sigmas - sigma).abs()
+        nearest = int(distances.argmin())
+        if float(distances[nearest]) > _SAME_SIGMA * max(sigma, float(self.sigmas[nearest])):
+            raise IdentityEditError(
+                f"The sampler asks for the noise level {sigma:.5g} but the inversion has none there (its nearest is "
+                f"{float(self.sigmas[nearest]):.5g}); sample with the inversion's own sigmas and a sampler that takes "
+                f"no steps between them, such as euler."
+            )
+        return nearest
+
+    def start_latent(self, model: Any, skip: int = 0) -> torch.Tensor:
+        """trajectory[skip] [B, C, H, W] in the scale of LATENT sockets, to sample from without adding noise.
+
+        It is the noisiest latent unless the first `skip` steps are left out.
+        """
+        check_skip(skip, self.steps)
+        return engine.to_socket_scale(model, self.trajectory[skip].clone())
 
     def end_latent(self, model: Any) -> torch.Tensor:
         """The inverted picture's latent z_0 [B, C, H, W] in the scale of LATENT sockets."""
@@ -95,6 +129,73 @@ def check_inversion(
             f"The inversion holds latents {tuple(inversion.trajectory.shape[1:])} but the latent is "
             f"{tuple(latent_shape)}; use the size and batch that were inverted."
         )
+
+
+def check_skip(skip: int, steps: int) -> None:
+    """Raise `IdentityEditError` unless 0 <= `skip` < `steps`: at least one step must remain."""
+    if not 0 <= skip < steps:
+        raise IdentityEditError(f"skip is {skip} of {steps} steps; choose a number from 0 to {steps - 1}.")
+
+
+def check_method(inversion: Inversion, method: str, remedy: str) -> None:
+    """Raise `IdentityEditError`, ending in `remedy`, unless the inversion was made by `method`."""
+    if inversion.method != method:
+        raise IdentityEditError(f"The inversion was made by {inversion.method} inversion, not by {method}; {remedy}.")
+
+
+def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
+    """The step of sampling from sigmas[index] to sigmas[index + 1], of the kind that the inversion was made for.
+
+    A deterministic inversion steps with DDIM (eta 0). One with noise maps steps as Huberman-Spiegelglas et al. 2024
+    do (eq. 3 and 4, the variance of Song et al. 2021, eq. 16), with its own map as the noise. In the papers' scale,
+    with p the timestep that follows t:
+
+        var = (1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p)
+        mu  = sqrt(abar_p) * x0_hat + sqrt(1 - abar_p - eta * var) * eps_hat,    z_p = mu + eta * sqrt(var) * z_map
+
+    Divided by sqrt(abar_p), and with abar = 1 / (1 + sigma^2), this is in ComfyUI's scale
+
+        var = sigma_p^2 * (1 - sigma_p^2 / sigma_t^2)
+        mu  = x0_hat + sqrt(sigma_p^2 - eta * var) * eps_hat,                    x_p = mu + eta * sqrt(var) * z_map
+
+    As in the reference implementation mu has eta and not eta^2 (Song et al. 2021): the same for eta 1 and 0.
+
+    Args:
+        inversion: of one picture, or of as many as `x` has latents.
+        index: 0 to N - 1.
+        x: latent at sigmas[index] [B, C, H, W] in the model's scale.
+        denoised: the guided estimate of z_0 at x [B, C, H, W].
+
+    Returns:
+        latent at sigmas[index + 1] [B, C, H, W].
+
+    Raises:
+        IdentityEditError: when the noise maps have another batch or size than the latent.
+    """
+    sigmas = inversion.sigmas.to(x.device)
+    if inversion.noise_maps is None:
+        return euler_step(x, denoised, sigmas[index], sigmas[index + 1])
+    check_batch_matches(inversion.batch, x.shape[0], "The inversion")
+    if inversion.noise_maps.shape[2:] != x.shape[1:]:
+        raise IdentityEditError(
+            f"The inversion holds latents {tuple(inversion.noise_maps.shape[2:])} but the sampled one is "
+            f"{tuple(x.shape[1:])}; sample from the inversion's own latent."
+        )
+    mean, deviation = sampling_distribution(inversion.schedule, index, inversion.eta, x, denoised)
+    return mean + deviation * inversion.noise_maps[index].to(x)
+
+
+def sampling_distribution(
+    schedule: Schedule, index: int, eta: float, x: torch.Tensor, denoised: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """mu [B, C, H, W] and eta * sqrt(var) of a step, in ComfyUI's scale; see `sampling_step`."""
+    sigma, sigma_next = float(schedule.sigmas[index]), float(schedule.sigmas[index + 1])
+    ratio = sigma_next / sigma
+    noise = (x - denoised) / sigma
+    # sigma_p^2 - eta * var, written so that nothing cancels where sigma_p is far below sigma_t.
+    direction = sigma_next * math.sqrt(1.0 - eta + eta * ratio * ratio)
+    deviation = eta * sigma_next * math.sqrt(1.0 - ratio * ratio)
+    return denoised + direction * noise, deviation
 
 
 def ddim_inversion(
@@ -157,7 +258,7 @@ def ddim_inversion(
         trajectory=stacked,
         sigmas=schedule.sigmas,
         timesteps=schedule.timesteps,
-        method="ddim",
+        method=DDIM,
         guidance_scale=float(guidance_scale),
         model=engine.model_tag(model),
     )
@@ -206,6 +307,56 @@ def ddim_sampling(
     return engine.to_socket_scale(model, z_0)
 
 
+def sample_inversion(
+    model: Any,
+    inversion: Inversion,
+    positive: Conditioning,
+    negative: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    skip: int = 0,
+    callback: engine.Callback | None = None,
+) -> torch.Tensor:
+    """Sample from an inversion by its own kind of step (`sampling_step`), with its step table where it has one.
+
+    Args:
+        model: MODEL, the one that made the inversion.
+        inversion: the picture's.
+        positive, negative: CONDITIONING; negative is needed for a guidance scale other than 1.
+        guidance_scale: classifier-free guidance scale.
+        skip: leave out so many of the first steps and start from trajectory[skip], 0 to N - 1.
+        callback: progress with preview.
+
+    Returns:
+        z_0 [B, C, H, W] in the scale of LATENT sockets.
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    check_inversion(inversion, model)
+    start = inversion.start_latent(model, skip)
+    if guidance_scale != 1.0 and negative is None:
+        raise IdentityEditError(
+            f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, or set it to 1."
+        )
+    if inversion.embeddings is not None:
+        model = apply_step_embeddings(model, inversion.embeddings, "negative")
+
+    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> torch.Tensor:
+        sigmas = inversion.sigmas.to(evaluator.device)
+        if inversion.noise_maps is not None:
+            # They belong to this latent to the last bit, and the way through the scale of LATENT sockets rounds x.
+            x = inversion.trajectory[skip].to(x)
+        for i in range(skip, inversion.steps):
+            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
+            x = sampling_step(inversion, i, x, denoised)
+            evaluator.report(i - skip, denoised, x, inversion.steps - skip)
+        return _keep(x / signal_scale(sigmas[-1]))
+
+    with torch.no_grad():
+        z_0 = engine.run_loop(model, positive, negative, start, inversion.sigmas[skip:], loop, callback=callback)
+    return engine.to_socket_scale(model, z_0)
+
+
 def reconstruct(
     model: Any,
     inversion: Inversion,
@@ -216,19 +367,10 @@ def reconstruct(
 ) -> torch.Tensor:
     """Sample an inversion back, with its step table where it has one; [B, C, H, W] in the scale of LATENT sockets.
 
-    Compare its picture with the original (`reconstruction.psnr`) to see whether the inversion can be used.
+    Compare its picture with the original (`reconstruction.psnr`) to see whether the inversion can be used. An
+    edit-friendly DDPM inversion comes back exactly with the prompts and the guidance scale it was made with.
     """
-    check_inversion(inversion, model)
-    return ddim_sampling(
-        model,
-        inversion.start_latent(model),
-        inversion.schedule,
-        positive,
-        negative,
-        guidance_scale,
-        inversion.embeddings,
-        callback,
-    )
+    return sample_inversion(model, inversion, positive, negative, guidance_scale, callback=callback)
 
 
 def save_inversion(inversion: Inversion, path: str) -> None:
@@ -243,11 +385,14 @@ def save_inversion(inversion: Inversion, path: str) -> None:
         tensors["embeddings.embeddings"] = inversion.embeddings.embeddings
         if inversion.embeddings.pooled is not None:
             tensors["embeddings.pooled"] = inversion.embeddings.pooled
+    if inversion.noise_maps is not None:
+        tensors["noise_maps"] = inversion.noise_maps
     description = {
         "kind": _KIND,
         "format": _FORMAT,
         "method": inversion.method,
         "guidance_scale": inversion.guidance_scale,
+        "eta": inversion.eta,
         "embeddings.guidance_scale": inversion.embeddings.guidance_scale if inversion.embeddings else None,
         "model": asdict(inversion.model),
     }
@@ -261,7 +406,7 @@ def load_inversion(path: str) -> Inversion:
         IdentityEditError: when the file is missing, damaged, of another kind, or of a newer version of this pack.
     """
     tensors, description = files.read_tensors(path, _KIND)
-    if description.get("format") != _FORMAT:
+    if description.get("format") not in range(1, _FORMAT + 1):
         raise IdentityEditError(f"The file {path} was written by a newer version of this pack; update the pack.")
     try:
         embeddings = None
@@ -281,12 +426,19 @@ def load_inversion(path: str) -> Inversion:
             guidance_scale=float(description["guidance_scale"]),
             model=engine.ModelTag(**{**model, "weights": tuple(model["weights"])}),
             embeddings=embeddings,
+            noise_maps=tensors.get("noise_maps"),
+            eta=float(description.get("eta", 0.0)),
         )
     except (KeyError, TypeError) as error:
         raise IdentityEditError(f"The file {path} is incomplete ({error}); save the inversion again.") from error
     if inversion.trajectory.ndim != 5 or inversion.trajectory.shape[0] != inversion.steps + 1:
         raise IdentityEditError(f"The file {path} is damaged (its trajectory does not fit); save the inversion again.")
+    maps, expected = inversion.noise_maps, (inversion.steps, *inversion.trajectory.shape[1:])
+    if (maps is None) != (inversion.method == DDIM) or (maps is not None and tuple(maps.shape) != expected):
+        raise IdentityEditError(f"The file {path} is damaged (its noise maps do not fit); save the inversion again.")
     check_finite(inversion.trajectory, f"The file {path}")
+    if maps is not None:
+        check_finite(maps, f"The file {path}")
     return inversion
 
 

@@ -16,7 +16,7 @@ from . import engine
 from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError, check_batch_matches
 from .gradients import gradients_by_sample
-from .inversion import Inversion, check_inversion
+from .inversion import DDIM, Inversion, check_inversion, check_method
 from .schedule import euler_step, signal_scale
 from .step_embeddings import StepEmbeddings, constant_embedding
 
@@ -98,6 +98,7 @@ def null_text_optimization(
         IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
     """
     check_inversion(inversion, model)
+    check_method(inversion, DDIM, "connect one from DDIM Inversion")
     if method not in METHODS:
         raise IdentityEditError(f"The method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
     if inner_steps is None:

@@ -24,7 +24,7 @@ import torch
 from . import engine
 from .conditioning import Conditioning, single_embedding, with_embedding
 from .errors import IdentityEditError, check_conditioning
-from .inversion import Inversion, check_inversion
+from .inversion import DDIM, Inversion, check_inversion, check_method
 from .schedule import euler_step, signal_scale
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 from .text_optimization import interpolated_conditioning
@@ -228,6 +228,7 @@ def timestep_aware_sampling(
         IdentityEditError: when an input cannot be used.
     """
     check_inversion(inversion, model)
+    check_method(inversion, DDIM, "connect one from DDIM Inversion or Null-Text Optimization")
     if sampler not in SAMPLERS:
         raise IdentityEditError(f"The sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
     schedule, table = inversion.schedule, inversion.embeddings

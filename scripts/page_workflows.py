@@ -11,7 +11,7 @@ A workflow is written once:
           colour: "#3f789e"          # optional
           row: 0                     # optional: a further row of groups below the first
       sizes: {"7": [400, 420]}       # optional: width and height of single nodes
-      thumbnail: ["4", "9"]          # the output nodes whose first pictures make the thumbnail
+      thumbnail: ["4", "9"]          # the output nodes whose pictures make the thumbnail
 
 usage (after `python3 scripts/demo.py` or `test.py` has made .venv):
   page_workflows.py build [NAME ...]       write workflows/NAME.json; fill every default into workflows/api/NAME.json
@@ -118,7 +118,8 @@ def thumbnail(client: Any, name: str) -> None:
 
     prompt = json.loads(api_path(name).read_text(encoding="utf-8"))
     run = client.run(prompt)
-    pictures = [client.images(run, str(node))[0].convert("RGB") for node in read_layout(name, prompt)["thumbnail"]]
+    nodes = read_layout(name, prompt)["thumbnail"]
+    pictures = [picture.convert("RGB") for node in nodes for picture in client.images(run, str(node))]
     columns = math.ceil(math.sqrt(len(pictures)))
     cell = THUMBNAIL_SIZE // columns
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]

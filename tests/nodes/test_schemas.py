@@ -10,7 +10,8 @@ from identity_edit_pack.nodes import NODE_CLASSES
 
 HELP = Path(__file__).resolve().parents[2] / "web" / "docs"
 SCHEMAS = [node.define_schema() for node in NODE_CLASSES]
-SMALL_WORDS = {"a", "and", "of", "the", "with"}
+SMALL_WORDS = {"a", "and", "as", "from", "of", "the", "with"}
+CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "measure", "demo")
 
 
 def test_ids_are_unique_and_prefixed() -> None:
@@ -29,7 +30,7 @@ def test_names_are_in_title_case_and_unique() -> None:
 
 def test_categories_are_those_of_the_pack() -> None:
     categories = {schema.category for schema in SCHEMAS}
-    assert categories <= {f"identity edit/{name}" for name in ("inversion", "text", "measure", "demo")}
+    assert categories <= {f"identity edit/{name}" for name in CATEGORIES}
 
 
 def test_everything_is_explained_in_sentences() -> None:

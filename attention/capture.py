@@ -1,0 +1,335 @@
+"""Reading a model's attention while it samples, without changing what it samples.
+
+The identity-aware branch of Liu et al. 2024 (section 2.2, figure 4): beside the prompt's own cross-attention, that of
+an identity prompt is computed from the same queries; its maps are kept and nothing else. Self-attention maps are
+computed from the same normed activations that the block's self-attention receives.
+
+Everything hangs on lists of patches (`attn1_patch`, `attn2_patch`), which other packs share, and on wrappers; the
+`replace` slot of a block, which only one pack can own, stays free. Patches return the very tensors that they were
+given, so the latent keeps every bit. The cost is one more projection to queries (and keys) in each layer that is read:
+those of the block itself never reach a patch.
+
+Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/ldm/modules/attention.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+
+from .layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers, choose_layers
+from .maps import cross_attention_columns, self_attention_map
+from .regions import Region, region_of
+
+_KEY = "identity_edit_attention"
+MAXIMUM_SELF_ATTENTION_CELLS = 32 * 32
+"""Self-attention is read at the finest chosen grid of at most so many cells: a map of 32x32 cells takes 4 MiB for each
+picture, one of 64x64 sixteen times that, in memory and in time."""
+
+Patched = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+Grid = tuple[int, int]
+
+
+@dataclass
+class MeanMap:
+    """A running mean over heads, layers and network evaluations, cell by cell.
+
+    Attributes:
+        total: cross-attention [B, h, w], or self-attention [B, h * w, h * w]; weighted sum of the maps so far.
+        weight: [B, h, w] or [B, h * w]: the weights' sum for each query.
+    """
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], query_shape: Sequence[int], device: torch.device) -> MeanMap:
+        return cls(torch.zeros(*shape, device=device), torch.zeros(*query_shape, device=device))
+
+    def cpu(self) -> MeanMap:
+        return MeanMap(self.total.cpu(), self.weight.cpu())
+
+
+class IdentityAttention:
+    """What a model attends to in one sampling run; filled by the model that `capture_attention` returns.
+
+    Each run of that model starts it anew; what it holds afterwards is the last run's. Maps are weighted as ComfyUI
+    weighs the predictions of several conditionings: by their strength, inside their areas and masks.
+
+    Attributes:
+        evaluations: network evaluations whose attention the means hold.
+        cross: for each grid (rows, columns), the mean of the identity tokens' cross-attention over its layers and the
+            evaluations so far, as sums that still carry their weights (see `identity_mask.rough_mask`).
+        self_grid: the grid of the self-attention maps, or None where none were read.
+    """
+
+    def __init__(self, columns: Sequence[int], choice: str = AUTOMATIC, self_attention: bool = True) -> None:
+        self.columns = tuple(columns)
+        self.choice = choice
+        self.reads_self_attention = self_attention
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> IdentityAttention:
+        return self  # one handle for all clones of a model
+
+    def clear(self) -> None:
+        """Forget the last run."""
+        self.evaluations = 0
+        self.cross: dict[Grid, MeanMap] = {}
+        self.self_grid: Grid | None = None
+        self._self: MeanMap | None = None
+
+    def self_attention(self) -> torch.Tensor:
+        """Mean self-attention [B, N, N] float32 over the cells of `self_grid`, row by row; each row sums to 1.
+
+        A cell that no conditioning with weight covers attends to itself alone.
+
+        Raises:
+            ValueError: when none was read.
+        """
+        if self._self is None:
+            raise ValueError(
+                "No self-attention was read; sample with the model of Identity Attention first, with a self-attention "
+                "power above 0."
+            )
+        mean = self._self
+        covered = (mean.weight > 0).unsqueeze(-1)
+        own = torch.eye(mean.total.shape[-1], device=mean.total.device)
+        return torch.where(covered, mean.total / mean.weight.clamp(min=1e-12).unsqueeze(-1), own)
+
+    def add_cross_attention(self, maps: torch.Tensor, region: Region, weight: torch.Tensor, batch: int) -> None:
+        """Add one layer's maps [B, h, w] of a region, with weights [1 or B, h, w]."""
+        shape = (batch, *region.grid)
+        mean = self.cross.setdefault(region.grid, MeanMap.empty(shape, shape, maps.device))
+        rows, columns = region.rows, region.columns
+        mean.total[:, rows, columns] += maps * weight
+        mean.weight[:, rows, columns] += weight
+
+    def add_self_attention(self, maps: torch.Tensor, region: Region, weight: torch.Tensor, batch: int) -> None:
+        """Add one layer's maps [B, n, n] of a region's n cells, with weights [1 or B, h, w] of the rows."""
+        if self._self is None:
+            cells = region.grid[0] * region.grid[1]
+            self._self = MeanMap.empty((batch, cells, cells), (batch, cells), maps.device)
+            self.self_grid = region.grid
+        of_rows = weight.flatten(1)
+        if region.is_whole:
+            self._self.total += maps.mul_(of_rows.unsqueeze(-1))
+            self._self.weight += of_rows
+        else:
+            indices = region.cells(maps.device)
+            self._self.total[:, indices.unsqueeze(1), indices] += maps * of_rows.unsqueeze(-1)
+            self._self.weight[:, indices] += of_rows
+
+    def to_cpu(self) -> None:
+        """Free the device's memory; what was recorded stays readable."""
+        self.cross = {grid: mean.cpu() for grid, mean in self.cross.items()}
+        self._self = None if self._self is None else self._self.cpu()
+
+
+@dataclass
+class _Run:
+    """One sampling run: which layers are read, and whether an evaluation is being recorded now."""
+
+    batch: int
+    height: int
+    width: int
+    cross_layers: dict[LayerKey, AttentionLayer]
+    self_layers: dict[LayerKey, AttentionLayer]
+    fired: set[tuple[str, LayerKey]] = field(default_factory=set)
+    context: torch.Tensor | None = None
+    guider: Any = None  # set while an evaluation's first batch of conditionings is yet to come
+    side: int | None = None  # index of the positive side while its rows are to be read
+    entries: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def missing(self) -> list[LayerKey]:
+        """Layers that should have been read but whose patch did not run, or not on the latent's own cells."""
+        expected = [("cross", key) for key in self.cross_layers] + [("self", key) for key in self.self_layers]
+        return [item[1] for item in expected if item not in self.fired]
+
+
+def capture_attention(
+    model: Any,
+    context: torch.Tensor,
+    columns: Sequence[int],
+    layers: str = AUTOMATIC,
+    self_attention: bool = True,
+) -> tuple[Any, IdentityAttention]:
+    """A clone of `model` that records, while it samples, where it sees the identity prompt's tokens.
+
+    Any sampler and guider may run it. Only the positive side is read, once for each network evaluation by the guider
+    (what a guidance node evaluates besides, such as a perturbed attention, is not). Nothing is recorded in layers
+    whose cells another patch has merged or cut into tiles before (token merging, HyperTile): a warning names them.
+
+    Args:
+        model: MODEL (a ModelPatcher) with a Stable Diffusion 1.x, 2.x or XL UNet; it is not changed.
+        context: [B or 1, T, C], the identity prompt's embedding. The softmax runs over all its T tokens.
+        columns: the tokens whose attention is summed; never those of begin, end and padding.
+        layers: see `layers.choose_layers`.
+        self_attention: also read self-attention, at one grid (see `MAXIMUM_SELF_ATTENTION_CELLS`).
+
+    Returns:
+        the clone, and the handle that its runs fill.
+
+    Raises:
+        ValueError: for another kind of model, layers that it does not have, or tokens outside the embedding.
+    """
+    all_layers = attention_layers(model.get_model_object("diffusion_model"))
+    choose_layers(all_layers, 64, 64, layers)  # refuses now what could never be found
+    if len(columns) == 0 or not all(0 <= column < context.shape[1] for column in columns):
+        raise ValueError(
+            f"The identity tokens {list(columns)} are not among the {context.shape[1]} of the identity prompt; choose "
+            f"at least one of its words."
+        )
+    attention = IdentityAttention(columns, layers, self_attention)
+    embedding = context.detach()
+    run: _Run | None = None
+
+    def outer_sample(executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal run
+        network = executor.class_obj.model_patcher.get_model_object("diffusion_model")
+        attention.clear()
+        run = _begin_run(attention, network, noise, embedding)
+        try:
+            result = executor(noise, *args, **kwargs)
+            missing = run.missing()
+            if attention.evaluations > 0 and missing:
+                logging.warning(
+                    "IdentityEdit: the attention of %d layers could not be read (%s); another patch of the model "
+                    "changes their cells.",
+                    len(missing),
+                    missing,
+                )
+            return result
+        finally:
+            run = None
+            attention.to_cpu()
+
+    def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        if run is None:
+            return executor(*args, **kwargs)
+        run.guider = executor.class_obj
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            run.guider = None
+
+    def calc_cond_batch(executor: Any, network: Any, conds: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        side = None if run is None or run.guider is None else _positive_side(run.guider, conds)
+        if run is None or side is None or tuple(x.shape[0:1] + x.shape[2:]) != (run.batch, run.height, run.width):
+            return executor(network, conds, x, *args, **kwargs)
+        run.guider = None
+        run.side, run.entries = side, {entry["uuid"]: entry for entry in conds[side]}
+        try:
+            result = executor(network, conds, x, *args, **kwargs)
+            attention.evaluations += 1
+            return result
+        finally:
+            run.side, run.entries = None, {}
+
+    def attn2_patch(
+        n: torch.Tensor, patched_context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
+    ) -> Patched:
+        layer = None if run is None or run.side is None else run.cross_layers.get(_layer_key(extra))
+        if run is not None and layer is not None:
+            with torch.no_grad():
+                for rows, region, weight in _rows_to_read(run, n, extra):
+                    if run.context is None:
+                        run.context = embedding.to(device=n.device, dtype=n.dtype)
+                    query, key = layer.block.attn2.to_q(rows), layer.block.attn2.to_k(run.context)
+                    maps = cross_attention_columns(query, key, extra["n_heads"], attention.columns)
+                    maps = maps.unflatten(1, region.shape)
+                    attention.add_cross_attention(maps, region, weight, run.batch)
+                    run.fired.add(("cross", layer.key))
+        return n, patched_context, value
+
+    def attn1_patch(
+        n: torch.Tensor, patched_context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
+    ) -> Patched:
+        layer = None if run is None or run.side is None else run.self_layers.get(_layer_key(extra))
+        if run is not None and layer is not None:
+            with torch.no_grad():
+                for rows, region, weight in _rows_to_read(run, n, extra):
+                    if attention.self_grid not in (None, region.grid):
+                        continue
+                    query, key = layer.block.attn1.to_q(rows), layer.block.attn1.to_k(rows)
+                    maps = self_attention_map(query, key, extra["n_heads"])
+                    attention.add_self_attention(maps, region, weight, run.batch)
+                    run.fired.add(("self", layer.key))
+        return n, patched_context, value
+
+    clone = model.clone()
+    clone.set_model_attn2_patch(attn2_patch)
+    if self_attention:
+        clone.set_model_attn1_patch(attn1_patch)
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, outer_sample)
+    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, calc_cond_batch)
+    return clone, attention
+
+
+def _begin_run(attention: IdentityAttention, network: Any, noise: torch.Tensor, context: torch.Tensor) -> _Run:
+    batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
+    if context.shape[0] not in (1, batch):
+        raise ValueError(
+            f"The identity prompt has {context.shape[0]} embeddings for a batch of {batch} latents; give one for all, "
+            f"or one for each."
+        )
+    chosen = choose_layers(attention_layers(network), height, width, attention.choice)
+    cross = {layer.key: layer for layer in chosen if layer.attends_to_text}
+    own: list[AttentionLayer] = []
+    if attention.reads_self_attention:
+        factor = _self_attention_factor(chosen, height, width)
+        own = [layer for layer in chosen if layer.attends_to_itself and layer.downsampling == factor]
+    return _Run(batch, height, width, cross, {layer.key: layer for layer in own})
+
+
+def _self_attention_factor(layers: Sequence[AttentionLayer], height: int, width: int) -> int:
+    """The finest chosen grid of at most 32x32 cells; the coarsest where all have more."""
+    factors = sorted({layer.downsampling for layer in layers})
+
+    def cells(factor: int) -> int:
+        return -(-height // factor) * -(-width // factor)
+
+    return next((factor for factor in factors if cells(factor) <= MAXIMUM_SELF_ATTENTION_CELLS), factors[-1])
+
+
+def _positive_side(guider: Any, conds: Sequence[Any]) -> int | None:
+    """Which of the sides evaluated together is the guider's positive one; None where it is not among them.
+
+    Stock guiders pass their own list on, not always as the first (Dual CFG Guider's is the last). Where the lists are
+    others, ComfyUI's rule holds: the first is the conditional side.
+    """
+    own = getattr(guider, "conds", {}).get("positive")
+    for index, side in enumerate(conds):
+        if side is not None and side is own:
+            return index
+    return 0 if len(conds) > 0 and conds[0] is not None else None
+
+
+def _layer_key(extra: dict[str, Any]) -> LayerKey:
+    block = extra.get("block") or ("", -1)
+    return block[0], block[1], extra.get("block_index", 0)
+
+
+def _rows_to_read(run: _Run, n: torch.Tensor, extra: dict[str, Any]) -> list[tuple[torch.Tensor, Region, torch.Tensor]]:
+    """The rows of the positive side in a batch of conditionings: (activations [B, cells, C], region, weight).
+
+    ComfyUI lays the conditionings of both sides one after another into a batch, in any order, or evaluates them in
+    separate calls; `cond_or_uncond` and `uuids` say whose rows they are.
+    """
+    sides, uuids = extra["cond_or_uncond"], extra["uuids"]
+    shape = tuple(extra["activations_shape"][2:])
+    if n.shape[0] != run.batch * len(sides) or n.shape[1] != shape[0] * shape[1]:
+        return []  # cells were merged or tiled before
+    found = []
+    for rows, side, uuid in zip(n.split(run.batch), sides, uuids, strict=True):
+        if side == run.side:
+            entry = run.entries.get(uuid, {})
+            region = region_of(entry, run.height, run.width, shape)
+            found.append((rows, region, region.weight(entry, n.device, run.batch)))
+    return found

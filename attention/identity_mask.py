@@ -1,0 +1,129 @@
+"""Identity-aware masks from attention (Liu et al. 2024, section 2.2, equations 1 to 3)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, pad
+
+from .capture import IdentityAttention
+
+SELF_ATTENTION_POWER = 1
+"""lambda of eq. 2. The paper names no value; measured, see `THRESHOLD`."""
+THRESHOLD = 0.4
+"""Of the normalised map. The paper names none; these two overlapped well with the true masks of the demo world, see
+benchmarks/results/lipe_edit.md."""
+
+
+def rough_mask(attention: IdentityAttention, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    """M^1, eq. 1: the identity tokens' cross-attention, mean over layers and over all evaluations so far.
+
+    Every layer's map is brought to one grid and counts the same. The paper divides by (T - t) L, which is 0 at the
+    first step; here the divisor is the number of maps (each with its conditioning's weight).
+
+    Args:
+        attention: what a run has recorded so far.
+        grid: rows and columns of the result; by default those of the self-attention, else of the finest layer read.
+
+    Returns:
+        [B, h, w] float32, 0 to 1.
+
+    Raises:
+        ValueError: when nothing has been recorded.
+    """
+    if not attention.cross:
+        raise ValueError("No attention has been recorded; sample with the model of Identity Attention first.")
+    grid = grid or attention.self_grid or max(attention.cross)
+    total = torch.stack([resized(mean.total, grid) for mean in attention.cross.values()]).sum(dim=0)
+    weight = torch.stack([resized(mean.weight, grid) for mean in attention.cross.values()]).sum(dim=0)
+    return torch.where(weight > 0, total / weight.clamp(min=1e-12), torch.zeros_like(total))
+
+
+def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int = SELF_ATTENTION_POWER) -> torch.Tensor:
+    """M^2, eq. 2: SA^lambda M^1, which spreads the rough mask within what belongs together.
+
+    SA is row-stochastic: each multiplication gives a cell the mean of what it attends to. It is applied lambda times to
+    the mask, which equals the power of the matrix applied once and takes N^2 instead of N^3 operations.
+
+    Args:
+        rough: M^1 [B, h, w].
+        self_attention: mean self-attention [B, h * w, h * w]; rows sum to 1.
+        power: lambda, 0 or more; 0 leaves the mask as it is.
+
+    Returns:
+        [B, h, w] float32.
+    """
+    mask = rough.flatten(1).unsqueeze(-1)
+    for _ in range(power):
+        mask = self_attention @ mask
+    return mask.view_as(rough)
+
+
+def normalised(mask: torch.Tensor) -> torch.Tensor:
+    """Each picture's map [B, h, w] from 0 at its smallest value to 1 at its largest; 0 where all are equal."""
+    low, high = mask.amin(dim=(1, 2), keepdim=True), mask.amax(dim=(1, 2), keepdim=True)
+    return torch.where(high > low, (mask - low) / (high - low).clamp(min=1e-30), torch.zeros_like(mask))
+
+
+def identity_map(attention: IdentityAttention, height: int, width: int, power: int) -> torch.Tensor:
+    """The normalised map [B, height, width] in [0, 1] that a mask is cut out of: M^1 for power 0, else M^2."""
+    mask = rough_mask(attention)
+    if power > 0:
+        mask = refined_mask(mask, attention.self_attention(), power)
+    return resized(normalised(mask), (height, width))
+
+
+def identity_mask(
+    attention: IdentityAttention,
+    height: int,
+    width: int,
+    threshold: float = THRESHOLD,
+    power: int = SELF_ATTENTION_POWER,
+) -> torch.Tensor:
+    """The mask of what a run has attended to as the identity.
+
+    The map is enlarged to the latent before it is cut, so that the contour runs between the cells of a coarse grid.
+
+    Args:
+        attention: what a run has recorded so far.
+        height, width: the latent's.
+        threshold: share of the normalised map's range above which a cell belongs to the subject.
+        power: lambda of eq. 2.
+
+    Returns:
+        [B, height, width] float32, 0 or 1.
+    """
+    return (identity_map(attention, height, width, power) > threshold).float()
+
+
+def union(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """M_t, eq. 3: the union of two masks, so that the subject of neither picture is cut."""
+    return torch.maximum(first, second)
+
+
+def feathered(mask: torch.Tensor, width: float) -> torch.Tensor:
+    """A mask [B, H, W] whose border fades: blurred by a Gaussian of deviation `width` in cells; 0 leaves it as it is.
+
+    Written out, because torchvision's blur reflects at the border and so refuses small latents; this one repeats the
+    outermost cells, and a mask of ones stays one.
+    """
+    if width <= 0:
+        return mask
+    radius = max(1, math.ceil(3 * width))
+    distance = torch.arange(-radius, radius + 1, device=mask.device, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (distance / width) ** 2)
+    kernel = kernel / kernel.sum()
+    padded = pad(mask.unsqueeze(1), (radius, radius, radius, radius), mode="replicate")
+    blurred = conv2d(conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
+    return blurred.squeeze(1).clamp(0.0, 1.0)
+
+
+def resized(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """A map [B, h, w] on another grid: bilinear where it grows, the mean of the cells where it shrinks (which is
+    bilinear for a half, and leaves no cell out for less)."""
+    if tuple(mask.shape[1:]) == tuple(grid):
+        return mask
+    if mask.shape[1] >= grid[0] and mask.shape[2] >= grid[1]:
+        return adaptive_avg_pool2d(mask.unsqueeze(1), grid).squeeze(1)
+    return interpolate(mask.unsqueeze(1), size=grid, mode="bilinear", align_corners=False).squeeze(1)

@@ -1,0 +1,87 @@
+"""Where a conditioning applies: its area and mask on the grid of an attention layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of cells on a layer's grid.
+
+    Attributes:
+        grid: rows and columns of the grid that covers the whole latent.
+        shape: rows and columns of the rectangle.
+        top, left: its first row and column.
+    """
+
+    grid: tuple[int, int]
+    shape: tuple[int, int]
+    top: int = 0
+    left: int = 0
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.top + self.shape[0])
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.left, self.left + self.shape[1])
+
+    @property
+    def is_whole(self) -> bool:
+        return self.grid == self.shape
+
+    def cells(self, device: torch.device) -> torch.Tensor:
+        """Indices [n] of its cells among those of the grid, row by row."""
+        indices = torch.arange(self.grid[0] * self.grid[1], device=device).unflatten(0, self.grid)
+        return indices[self.rows, self.columns].flatten()
+
+    def weight(self, entry: dict[str, Any], device: torch.device, batch: int) -> torch.Tensor:
+        """How much a conditioning's prediction counts in each cell [1 or B, h, w]: its strength times its mask.
+
+        As in ComfyUI's `get_area_and_mult`, without the soft edge of areas, which is narrower than a cell.
+
+        Args:
+            entry: a conditioning as guiders hold it; its mask [1 or B, H, W] has the latent's size.
+            device: where the result lives.
+            batch: B, the number of latents.
+        """
+        strength = max(0.0, float(entry.get("strength", 1.0)))
+        mask = entry.get("mask")
+        if mask is None:
+            return torch.full((1, *self.shape), strength, device=device)
+        mask = mask[:batch].to(device=device, dtype=torch.float32)
+        if mask.shape[0] > 1:
+            mask = mask.repeat(batch // mask.shape[0], 1, 1)
+        on_grid = torch.nn.functional.adaptive_avg_pool2d(mask.unsqueeze(1), self.grid).squeeze(1)
+        inside = on_grid[:, self.rows, self.columns]
+        return (inside * (strength * float(entry.get("mask_strength", 1.0)))).clamp(min=0.0)
+
+
+def region_of(entry: dict[str, Any], height: int, width: int, shape: Sequence[int]) -> Region:
+    """The region of a conditioning on a layer's grid.
+
+    Args:
+        entry: a conditioning as guiders hold it; its area, where it has one, is (height, width, top, left) in cells of
+            the latent.
+        height, width: the latent's.
+        shape: rows and columns of the layer's activations for this conditioning.
+    """
+    rows, columns = int(shape[0]), int(shape[1])
+    area = entry.get("area")
+    if area is None:
+        return Region((rows, columns), (rows, columns))
+    top, left = int(area[2]), int(area[3])
+    area_height, area_width = min(height - top, int(area[0])), min(width - left, int(area[1]))
+    grid = max(rows, round(rows * height / area_height)), max(columns, round(columns * width / area_width))
+    return Region(
+        grid,
+        (rows, columns),
+        min(round(top * grid[0] / height), grid[0] - rows),
+        min(round(left * grid[1] / width), grid[1] - columns),
+    )

@@ -1,0 +1,245 @@
+"""What reading attention costs: `.venv/bin/python benchmarks/attention_capture.py`.
+
+Guided network evaluations (both sides, one picture) of a Stable Diffusion UNet of full width with random weights, as a
+stock sampler makes them: plain, with the identity prompt's cross-attention recorded, and with self-attention recorded
+too, in turn in one process. Given are medians of the seconds of an evaluation, their ratio to plain sampling's, and the
+highest memory use of a process that does one of them alone. On a GPU in float16, on the CPU in float32.
+Writes benchmarks/results/attention_capture_WIDTH_DEVICE.json and .md for each width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.model_base  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.model_management  # noqa: E402
+import comfy.model_patcher  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.supported_models  # noqa: E402
+import torch  # noqa: E402
+from comfy.patcher_extension import WrappersMP  # noqa: E402
+from identity_edit_pack.attention.capture import capture_attention  # noqa: E402
+from identity_edit_pack.attention.layers import AUTOMATIC, LAYER_CHOICES  # noqa: E402
+from report import write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+TOKENS, IDENTITY_TOKENS = 77, (1, 2)
+PLAIN, CROSS, BOTH = "plain sampling", "cross-attention recorded", "cross- and self-attention recorded"
+VARIANTS = (PLAIN, CROSS, BOTH)
+GOALS = {"cpu": 1.15, "cuda": 1.10}
+"""Seconds of an evaluation with both recorded, relative to plain."""
+MEMORY_GOAL = 300
+"""MiB above plain sampling."""
+
+_COMMON = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_temporal_attention": False,
+    "use_spatial_transformer": True,
+    "legacy": False,
+}
+SD15 = {
+    **_COMMON,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "use_linear_in_transformer": False,
+    "context_dim": 768,
+    "adm_in_channels": None,
+}
+SDXL = {
+    **_COMMON,
+    "num_res_blocks": [2, 2, 2],
+    "channel_mult": [1, 2, 4],
+    "transformer_depth": [0, 0, 2, 2, 10, 10],
+    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+    "transformer_depth_middle": 10,
+    "use_linear_in_transformer": True,
+    "context_dim": 2048,
+    "adm_in_channels": 2816,
+    "num_classes": "sequential",
+}
+WIDTHS: dict[str, tuple[dict[str, Any], int]] = {"sd15": (SD15, 512), "sdxl": (SDXL, 1024)}
+"""UNet and the size of its pictures."""
+
+
+def device_type() -> str:
+    return str(comfy.model_management.get_torch_device().type)
+
+
+def load(width: str) -> Any:
+    """A MODEL with random weights of a size that keeps signals up."""
+    dtype = torch.float32 if device_type() == "cpu" else torch.float16
+    unet = dict(WIDTHS[width][0])
+    if width == "sdxl":
+        config: Any = comfy.supported_models.SDXL(unet)
+        config.unet_config["num_head_channels"] = 64
+    else:
+        config = comfy.supported_models.SD15(unet)
+    config.set_inference_dtype(dtype, None)
+    device = comfy.model_management.get_torch_device()
+    model: Any
+    if width == "sdxl":
+        model = comfy.model_base.SDXL(config, device=device)
+    else:
+        model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device=device)
+    model.diffusion_model.to(device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=parameter[0].numel() ** -0.5)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return comfy.model_patcher.ModelPatcher(model.eval(), load_device=device, offload_device=torch.device("cpu"))
+
+
+def conditioning(width: str, seed: int) -> list[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    embedding = torch.randn(1, TOKENS, WIDTHS[width][0]["context_dim"], generator=generator)
+    return [[embedding, {"pooled_output": torch.randn(1, 1280, generator=generator)}]]
+
+
+def evaluations(model: Any, width: str, variant: str, arguments: argparse.Namespace) -> list[float]:
+    """Seconds of each guided evaluation of one sampling run."""
+    seconds: list[float] = []
+
+    def timed(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        synchronize()
+        begin = time.perf_counter()
+        result = executor(*args, **kwargs)
+        synchronize()
+        seconds.append(time.perf_counter() - begin)
+        return result
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "timer", timed)  # the first is the outermost
+    if variant != PLAIN:
+        identity = conditioning(width, 3)[0][0]
+        model, _ = capture_attention(model, identity, IDENTITY_TOKENS, arguments.layers, variant == BOTH)
+    guider = comfy.samplers.CFGGuider(model)
+    guider.set_conds(conditioning(width, 1), conditioning(width, 2))
+    guider.set_cfg(7.5)
+    side = picture_size(width, arguments) // 8
+    latent = torch.zeros(1, 4, side, side)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    sigmas = torch.linspace(14.0, 1.0, arguments.steps + 1)
+    with torch.inference_mode():
+        guider.sample(noise, latent, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+    return seconds
+
+
+def picture_size(width: str, arguments: argparse.Namespace) -> int:
+    return arguments.size or WIDTHS[width][1]
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory(width: str, variant: str, arguments: argparse.Namespace) -> int:
+    """Highest memory of a process of its own that samples in one way, in MiB."""
+    command = [sys.executable, __file__, "--width", width, "--only", variant, "--steps", str(arguments.steps)]
+    command += ["--size", str(picture_size(width, arguments)), "--threads", str(arguments.threads)]
+    command += ["--layers", arguments.layers]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
+
+
+def measure(width: str, arguments: argparse.Namespace) -> None:
+    model = load(width)
+    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
+    for variant in VARIANTS:
+        evaluations(model, width, variant, argparse.Namespace(**{**vars(arguments), "steps": 1}))  # warm-up
+    for run in tqdm(range(arguments.runs), desc=width, unit="run"):
+        # Each in another order, so that a machine that slows down or speeds up favours none.
+        for variant in VARIANTS if run % 2 == 0 else VARIANTS[::-1]:
+            seconds[variant] += evaluations(model, width, variant, arguments)
+    del model
+    memory = {variant: peak_memory(width, variant, arguments) for variant in VARIANTS}
+    medians = {variant: statistics.median(values) for variant, values in seconds.items()}
+    size, kind = picture_size(width, arguments), device_type()
+    command = " ".join(["benchmarks/attention_capture.py", *sys.argv[1:]])
+    where = (
+        f"{torch.cuda.get_device_name()}, float16" if kind == "cuda" else f"CPU, {arguments.threads} threads, float32"
+    )
+    lines = [
+        f"# Recording attention: time and memory, {width} at {size}x{size}",
+        "",
+        f"`{command}` at commit {load_pack.source_commit()}: medians of {arguments.runs * arguments.steps} guided "
+        f"evaluations of one picture, {where}, layers {arguments.layers}, random weights.",
+        "",
+        "| | seconds an evaluation | relative | peak memory (MiB) | more than plain (MiB) |",
+        "|---|---|---|---|---|",
+    ]
+    for variant in VARIANTS:
+        lines.append(
+            f"| {variant} | {medians[variant]:.4g} | {medians[variant] / medians[PLAIN]:.3f} | {memory[variant]} | "
+            f"{memory[variant] - memory[PLAIN]:+d} |"
+        )
+    ratio, more = medians[BOTH] / medians[PLAIN], memory[BOTH] - memory[PLAIN]
+    lines += [
+        "",
+        f"The goals, at most {GOALS.get(kind, 1.15):g} of plain sampling's time and {MEMORY_GOAL} MiB more, are "
+        f"{'reached' if ratio <= GOALS.get(kind, 1.15) else 'not reached'} (time) and "
+        f"{'reached' if more <= MEMORY_GOAL else 'not reached'} (memory).",
+    ]
+    figures = {
+        "command": command,
+        "commit": load_pack.source_commit(),
+        "width": width,
+        "size": size,
+        "device": where,
+        "seconds": seconds,
+        "medians": medians,
+        "peak_memory_mib": memory,
+    }
+    write_results(f"attention_capture_{width}_{kind}", figures, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--width", choices=WIDTHS, nargs="+", default=list(WIDTHS), help="UNets to measure (default all)"
+    )
+    parser.add_argument("--runs", type=int, default=3, help="sampling runs of each kind (default 3)")
+    parser.add_argument("--steps", type=int, default=2, help="guided evaluations a run (default 2)")
+    parser.add_argument("--size", type=int, help="pictures' width and height (default: the model's own)")
+    parser.add_argument("--layers", choices=LAYER_CHOICES, default=AUTOMATIC)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", choices=VARIANTS, help="sample in one way and print the memory use")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.only:
+        evaluations(load(arguments.width[0]), arguments.width[0], arguments.only, arguments)
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
+        print(json.dumps({"peak_memory_mib": round(memory)}))
+        return
+    for width in arguments.width:
+        measure(width, arguments)
+
+
+if __name__ == "__main__":
+    main()

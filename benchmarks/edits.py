@@ -1,0 +1,109 @@
+"""What the editing benchmarks share: pairs of a picture and its true edit, and how an edit is scored.
+
+Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
+from identity_edit_pack.demo_world.pictures import HEADS
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines.conditioning import Conditioning
+from PIL import Image
+from skimage.metrics import structural_similarity
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture and its true edit.
+
+    Attributes:
+        source, target: what the two pictures show; they differ in `edited` alone.
+        edited: the attribute that changes.
+        before, after: the two pictures [128, 128, 3] in [0, 1].
+        mask_before, mask_after: [128, 128] bool, the subject in them.
+    """
+
+    source: Attributes
+    target: Attributes
+    edited: str
+    before: torch.Tensor
+    after: torch.Tensor
+    mask_before: torch.Tensor
+    mask_after: torch.Tensor
+
+    @property
+    def background(self) -> torch.Tensor:
+        """[128, 128] bool, outside of the subject in both."""
+        return ~(self.mask_before | self.mask_after)
+
+
+def render_pair(source: Attributes, target: Attributes, edited: str, seed: int) -> Pair:
+    (before, mask_before), (after, mask_after) = (render(attributes, seed) for attributes in (source, target))
+    return Pair(
+        source=source,
+        target=target,
+        edited=edited,
+        before=torch.from_numpy(before.copy()).float() / 255,
+        after=torch.from_numpy(after.copy()).float() / 255,
+        mask_before=torch.from_numpy(mask_before != 0),
+        mask_after=torch.from_numpy(mask_after != 0),
+    )
+
+
+@torch.no_grad()
+def embed(clip: Any, texts: list[str]) -> Conditioning:
+    """One CONDITIONING with an embedding for each latent of a batch."""
+    return [[torch.cat([clip.encode_from_tokens(clip.tokenize(text)) for text in texts]), {}]]
+
+
+def mean_psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(-10 * torch.log10(((a - b) ** 2).mean().clamp(min=1e-10)))
+
+
+def score_each(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    """For each pair: whether the classifier sees the edit done and the identity kept, PSNR of the background and of the
+    whole picture against the source picture, and SSIM against the true edit."""
+    answers = classify(classifier, pictures)
+    rows = []
+    for index, (picture, pair) in enumerate(zip(pictures, pairs, strict=True)):
+        sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
+        done = sees[pair.edited] == getattr(pair.target, pair.edited)
+        kept = all(sees[head] == getattr(pair.target, head) for head in IDENTITY_OF["figure"])
+        rows.append(
+            {
+                "edit_done": done,
+                "identity_kept": kept,
+                "edit_done_and_identity_kept": done and kept,
+                "background_psnr_db": mean_psnr(picture[pair.background], pair.before[pair.background]),
+                "psnr_to_source_db": mean_psnr(picture, pair.before),
+                "ssim_to_true_edit": structural_similarity(
+                    picture.numpy(), pair.after.numpy(), channel_axis=2, data_range=1
+                ),
+            }
+        )
+    return rows
+
+
+def mean_score(rows: list[dict[str, Any]], pairs: list[Pair]) -> dict[str, Any]:
+    """Means over the pairs, and the share of edits done for each kind of edit."""
+    means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    kinds = sorted({pair.edited for pair in pairs})
+    means["edit_done_by_kind"] = {
+        kind: float(np.mean([row["edit_done"] for row, pair in zip(rows, pairs, strict=True) if pair.edited == kind]))
+        for kind in kinds
+    }
+    return means
+
+
+def save_sheet(path: Path, rows: list[torch.Tensor], columns: int = 12) -> None:
+    """The first pairs of the run, as they came: a row for each method."""
+    sheet = torch.cat([torch.cat(list(row[:columns]), dim=1) for row in rows])
+    Image.fromarray((sheet.clamp(0, 1) * 255).round().to(torch.uint8).numpy()).save(path, quality=90)

@@ -1,0 +1,397 @@
+"""Does a personalised identity prior with identity-aware masks edit better? `.venv/bin/python benchmarks/lipe_edit.py`.
+
+Tables 1 and 2 and figure 7 of Liu et al. 2024 in small. For each of a few subjects that the demo checkpoint has never
+seen, identity priors are learned from four pictures, with editing-oriented captions and with plain ones; then new
+pictures of the subject are edited (pose, expression, view) by
+
+- MasaCtrl: mutual self-attention on the checkpoint as it is;
+- DreamCtrl: the prior of plain captions, and mutual self-attention;
+- the prior of plain captions, and NIMA ("without editing-oriented captions");
+- the prior of editing-oriented captions, sampled without masks ("without NIMA");
+- LIPE: the prior of editing-oriented captions, and NIMA.
+
+All start from the same edit-friendly DDPM inversion (same noise), as in the paper. Prompts name the subject by its
+class word alone, with the rare token where a prior has learned it; MasaCtrl is shown once more with the subject
+described in words, which this world's captions can do completely. The regularisation set is sampled by the checkpoint
+itself. Scores as in `timestep_aware_edit.py`, and the cosine similarity of the attribute classifier's features to the
+test picture's (in the place of DINO's and CLIP's, whose weights no package carries). The masks that LIPE found are
+compared with the renderer's for every lambda of equation 2 and a few thresholds.
+Writes benchmarks/results/lipe_edit.json, .md, and .jpg (the first pairs, as they came).
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.sd  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from edits import Pair, embed, mean_score, render_pair, save_sheet, score_each  # noqa: E402
+from identity_edit_pack.attention.identity_mask import identity_mask  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+    ATTRIBUTES_OF,
+    CAPTION_TEMPLATES,
+    Attributes,
+    caption,
+    random_attributes,
+)
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
+from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.pipelines.edit_friendly_inversion import (  # noqa: E402
+    edit_friendly_ddpm_inversion,
+    edit_friendly_sampling,
+)
+from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend  # noqa: E402
+from identity_edit_pack.pipelines.identity_prior import (  # noqa: E402
+    PriorSettings,
+    apply_identity_prior,
+    train_identity_prior,
+)
+from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
+from identity_edit_pack.pipelines.inversion import Inversion  # noqa: E402
+from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention  # noqa: E402
+from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
+from report import RESULTS, write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+EDITED = ("pose", "expression", "facing")
+SPECIES = ("cat", "dog", "bear", "rabbit")
+"""A person's color and pattern are those of the clothes, which no class word names."""
+POWERS = (0, 1, 2, 4, 8)
+THRESHOLDS = (0.3, 0.4, 0.5)
+REFERENCES = 4
+DREAMCTRL = "DreamCtrl (prior + MasaCtrl)"
+REGULARISATION = 16
+
+
+Overlaps = dict[tuple[str, float, int], list[float]]
+"""By mask (source or target), threshold and lambda: the overlap with the true mask of every pair."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """MODEL, CLIP and VAE, with or without a prior."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+
+def subject_of(attributes: Attributes) -> str:
+    return " ".join(word for word in (attributes.pattern, attributes.color, attributes.species) if word != "plain")
+
+
+def caption_with(attributes: Attributes, name: str, template: int = 0) -> str:
+    """The caption with the words for the subject replaced by a name of it."""
+    text = caption(attributes, template)
+    subject = subject_of(attributes)
+    if subject not in text:
+        raise ValueError(f"no {subject!r} in {text!r}")
+    return text.replace("an " + subject, "a " + name).replace(subject, name)
+
+
+def draw_subjects(count: int, seed: int) -> list[Attributes]:
+    """Different held-out subjects."""
+    generator = random.Random(f"lipe subjects {seed}")
+    found: dict[tuple[str, ...], Attributes] = {}
+    while len(found) < count:
+        attributes = random_attributes(generator, "figure", held_out=True)
+        if attributes.species in SPECIES:
+            found.setdefault(attributes.identity, attributes)
+    return list(found.values())
+
+
+def as_subject(subject: Attributes, generator: random.Random) -> Attributes:
+    """The subject in any pose, place and mood, without a costume."""
+    shown = random_attributes(generator, "figure", held_out=None)
+    return shown.replace(species=subject.species, color=subject.color, pattern=subject.pattern, costume="none")
+
+
+def draw_pairs(subject: Attributes, count: int, seed: int) -> list[Pair]:
+    generator = random.Random(f"lipe pairs {seed} {subject.identity}")
+    pairs = []
+    for index in range(count):
+        source = as_subject(subject, generator)
+        edited = EDITED[index % len(EDITED)]
+        others = [choice for choice in ATTRIBUTES_OF["figure"][edited] if choice != getattr(source, edited)]
+        target = source.replace(**{edited: generator.choice(others)})
+        pairs.append(render_pair(source, target, edited, EVALUATION_SEED + generator.randrange(1 << 32)))
+    return pairs
+
+
+@torch.no_grad()
+def regularisation_set(base: Checkpoint, species: str, seed: int) -> TrainingPictures:
+    """Pictures of the class that the checkpoint draws for detailed prompts (Liu et al. 2024, figure 2 b)."""
+    generator = random.Random(f"lipe regularisation {seed} {species}")
+    shown: list[Attributes] = []
+    while len(shown) < REGULARISATION:
+        attributes = random_attributes(generator, "figure").replace(species=species)
+        if not attributes.held_out:
+            shown.append(attributes)
+    prompts = [caption(attributes, index % CAPTION_TEMPLATES) for index, attributes in enumerate(shown)]
+    noise = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+    positive, negative = embed(base.clip, prompts), embed(base.clip, [""])
+    latents = comfy.sample.sample(
+        base.model, noise, 30, 3.0, "ddim", "ddim_uniform", positive, negative, torch.zeros_like(noise),
+        disable_pbar=True, seed=0,
+    )  # fmt: skip
+    return encode_pictures(base.vae, list(base.vae.decode(latents).cpu()), prompts)
+
+
+def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: bool, seed: int) -> TrainingPictures:
+    """The references with editing-oriented captions, or with "a sks cat" alone (DreamBooth, Ruiz et al. 2023)."""
+    generator = random.Random(f"lipe references {seed} {subject.identity}")
+    pictures, captions = [], []
+    for index in range(REFERENCES):
+        attributes = as_subject(subject, generator)
+        picture, _ = render(attributes, EVALUATION_SEED + generator.randrange(1 << 32))
+        pictures.append(torch.from_numpy(picture.copy()).float() / 255)
+        captions.append(caption_with(attributes, name, index % CAPTION_TEMPLATES) if detailed else f"a {name}")
+    with torch.no_grad():
+        return encode_pictures(base.vae, pictures, captions)
+
+
+def with_prior(
+    base: Checkpoint, identity: TrainingPictures, regularisation: TrainingPictures, species: str, arguments: Any
+) -> Checkpoint:
+    settings = PriorSettings(token=arguments.token, class_word=species, precision="float32")
+    training = TrainingSettings(
+        steps=arguments.training_steps, learning_rate=arguments.learning_rate, seed=arguments.seed
+    )
+    prior, _ = train_identity_prior(base.model, base.clip, identity, regularisation, settings, training)
+    return Checkpoint(*apply_identity_prior(base.model, base.clip, prior), base.vae)
+
+
+class Editor:
+    """Edits a batch of pictures of one subject from their inversion by one checkpoint, with one way of naming it."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, pairs: list[Pair], name: Callable[[Attributes, int], str], arguments: Any
+    ) -> None:
+        self.checkpoint, self.pairs, self.arguments = checkpoint, pairs, arguments
+        clip = checkpoint.clip
+        self.source = embed(clip, [name(pair.source, 0) for pair in pairs])
+        self.target = embed(clip, [name(pair.target, 0) for pair in pairs])
+        self.negative = embed(clip, [""])
+        with torch.no_grad():
+            latent = checkpoint.vae.encode(torch.stack([pair.before for pair in pairs]))
+        self.inversion: Inversion = edit_friendly_ddpm_inversion(
+            checkpoint.model, latent, self.source, self.negative,
+            steps=arguments.steps, guidance_scale=arguments.source_guidance_scale, seed=arguments.seed,
+        )  # fmt: skip
+
+    def sampled(self, model: Any = None) -> torch.Tensor:
+        return edit_friendly_sampling(
+            model or self.checkpoint.model, self.inversion, self.target, self.negative,
+            guidance_scale=self.arguments.guidance_scale, skip=self.first_step,
+        )  # fmt: skip
+
+    @property
+    def first_step(self) -> int:
+        return round(self.arguments.skip * self.arguments.steps)
+
+    def masactrl(self) -> torch.Tensor:
+        return self.sampled(mutual_self_attention(self.checkpoint.model, self.inversion, self.source, self.negative))
+
+    def nima(self, identity_prompt: str) -> Any:
+        return identity_mask_blend(
+            self.checkpoint.model, self.inversion, self.source, self.target,
+            encode_identity_prompt(self.checkpoint.clip, identity_prompt), self.negative,
+            guidance_scale=self.arguments.guidance_scale, skip=self.arguments.skip,
+        )  # fmt: skip
+
+
+def mask_overlap(found: torch.Tensor, truth: torch.Tensor) -> list[float]:
+    """Intersection over union of found masks [B, 16, 16] with the renderer's [B, 128, 128], on the latent's grid: a
+    cell belongs to the subject where at least half of its pixels do."""
+    cells = torch.nn.functional.avg_pool2d(truth.float()[:, None], 8)[:, 0] >= 0.5
+    found = found > 0.5
+    both, either = (found & cells).sum((1, 2)), (found | cells).sum((1, 2)).clamp(min=1)
+    return (both / either).tolist()
+
+
+def edit_subject(
+    base: Checkpoint, subject: Attributes, pairs: list[Pair], arguments: Any
+) -> tuple[dict[str, torch.Tensor], Overlaps]:
+    """Pictures of every method, and the overlap of LIPE's masks with the true ones."""
+    species = subject.species
+    identity_name = f"{arguments.token} {species}"
+    regularisation = regularisation_set(base, species, arguments.seed)
+    detailed, plain = (
+        with_prior(base, identity_set(base, subject, identity_name, kind, arguments.seed), regularisation, species,
+                   arguments)
+        for kind in (True, False)
+    )  # fmt: skip
+
+    def by_class(attributes: Attributes, template: int) -> str:
+        return caption_with(attributes, species, template)
+
+    def by_token(attributes: Attributes, template: int) -> str:
+        return caption_with(attributes, identity_name, template)
+
+    on_base = Editor(base, pairs, by_class, arguments)
+    described = Editor(base, pairs, caption, arguments)
+    on_plain = Editor(plain, pairs, by_token, arguments)
+    on_detailed = Editor(detailed, pairs, by_token, arguments)
+    lipe = on_detailed.nima(identity_name)
+    latents = {
+        "MasaCtrl": on_base.masactrl(),
+        "MasaCtrl, subject described": described.masactrl(),
+        DREAMCTRL: on_plain.masactrl(),
+        "LIPE without editing-oriented captions": on_plain.nima(identity_name).latent,
+        "LIPE without NIMA": on_detailed.sampled(),
+        "LIPE": lipe.latent,
+    }
+    with torch.no_grad():
+        pictures = {name: base.vae.decode(latent).cpu() for name, latent in latents.items()}
+    overlaps: Overlaps = {}
+    for side, attention, truth in (
+        ("source", lipe.source_attention, [pair.mask_before for pair in pairs]),
+        ("target", lipe.target_attention, [pair.mask_after for pair in pairs]),
+    ):
+        for power, threshold in itertools.product(POWERS, THRESHOLDS):
+            mask = identity_mask(attention, 16, 16, threshold, power)
+            overlaps[side, threshold, power] = mask_overlap(mask, torch.stack(truth))
+    return pictures, overlaps
+
+
+@torch.no_grad()
+def similarity(classifier: AttributeClassifier, pictures: torch.Tensor, others: torch.Tensor) -> list[float]:
+    """Cosine similarity of the classifier's features."""
+    first, second = (
+        classifier.squeeze(classifier.features(batch.permute(0, 3, 1, 2) * 2 - 1)) for batch in (pictures, others)
+    )
+    return torch.nn.functional.cosine_similarity(first, second).tolist()
+
+
+def tables(report: dict[str, Any], overlaps: dict[tuple[str, float, int], float]) -> list[str]:
+    lines = [
+        f"| method | edit done | {' / '.join(sorted(EDITED))} | identity kept | both | background PSNR | "
+        "feature similarity | SSIM to true edit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in report.items():
+        kinds = " / ".join(f"{share:.2f}" for share in row["edit_done_by_kind"].values())
+        lines.append(
+            f"| {name} | {row['edit_done']:.2f} | {kinds} | {row['identity_kept']:.2f} | "
+            f"{row['edit_done_and_identity_kept']:.2f} | {row['background_psnr_db']:.1f} dB | "
+            f"{row['feature_similarity']:.3f} | {row['ssim_to_true_edit']:.3f} |"
+        )
+    lines += ["", "Overlap (intersection over union) of the masks that LIPE found with the true ones:", ""]
+    lines += ["| mask, threshold | " + " | ".join(f"lambda {power}" for power in POWERS) + " |"]
+    lines += ["|---|" + "---|" * len(POWERS)]
+    for side, threshold in itertools.product(("source", "target"), THRESHOLDS):
+        cells = " | ".join(f"{overlaps[side, threshold, power]:.2f}" for power in POWERS)
+        lines.append(f"| {side}, {threshold} | {cells} |")
+    return lines
+
+
+def orderings(report: dict[str, Any]) -> list[str]:
+    """The orderings that the paper's tables 1 and 2 and figure 7 show, and whether they appear."""
+    claims = [
+        ("LIPE keeps the identity better than MasaCtrl", "identity_kept", "LIPE", "MasaCtrl"),
+        ("LIPE keeps the background better than MasaCtrl", "background_psnr_db", "LIPE", "MasaCtrl"),
+        ("LIPE keeps the background better than DreamCtrl", "background_psnr_db", "LIPE", DREAMCTRL),
+        ("LIPE edits more often than DreamCtrl", "edit_done", "LIPE", DREAMCTRL),
+        ("a prior keeps the identity better than none (DreamCtrl, MasaCtrl)", "identity_kept", DREAMCTRL,
+         "MasaCtrl"),
+        ("editing-oriented captions let edits happen", "edit_done", "LIPE", "LIPE without editing-oriented captions"),
+        ("NIMA keeps the background", "background_psnr_db", "LIPE", "LIPE without NIMA"),
+    ]  # fmt: skip
+    lines = ["", "The orderings of Liu et al. 2024:", ""]
+    for claim, key, better, worse in claims:
+        first, second = report[better][key], report[worse][key]
+        verdict = "seen" if first > second else "not seen" if first < second else "equal"
+        lines.append(f"- {claim}: {verdict} ({first:.2f} against {second:.2f})")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", type=int, default=5, help="unseen subjects (default 5)")
+    parser.add_argument("--edits", type=int, default=12, help="of each subject, a third of each kind (default 12)")
+    parser.add_argument("--steps", type=int, default=40, help="DDPM steps (default 40)")
+    parser.add_argument("--source-guidance-scale", type=float, default=2.0, help="of the inversion")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the target prompt")
+    parser.add_argument("--skip", type=float, default=0.1, help="share of the first steps that is left out")
+    parser.add_argument("--training-steps", type=int, default=150, help="of each prior (default 150)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the priors (1e-4; the paper's is 5e-4)")
+    parser.add_argument("--token", default="sks", help="the rare token")
+    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures, edits and noise")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    arguments = parser.parse_args()
+
+    family.register()
+    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
+    classifier = load_classifier()
+    parts: dict[str, list[torch.Tensor]] = {}
+    overlaps: Overlaps = {}
+    pairs: list[Pair] = []
+    begin = time.perf_counter()
+    for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
+        of_subject = draw_pairs(subject, arguments.edits, arguments.seed)
+        pictures, found = edit_subject(base, subject, of_subject, arguments)
+        pairs += of_subject
+        for name, made in pictures.items():
+            parts.setdefault(name, []).append(made)
+        for key, values in found.items():
+            overlaps.setdefault(key, []).extend(values)
+    minutes = (time.perf_counter() - begin) / 60
+    columns = {name: torch.cat(made) for name, made in parts.items()}
+    before, after = (torch.stack([getattr(pair, side) for pair in pairs]) for side in ("before", "after"))
+    columns["true edit (renderer)"] = after
+
+    report = {}
+    for name, made in columns.items():
+        report[name] = mean_score(score_each(classifier, made, pairs), pairs)
+        report[name]["feature_similarity"] = float(np.mean(similarity(classifier, made, before)))
+    mean_overlaps = {key: float(np.mean(values)) for key, values in overlaps.items()}
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/lipe_edit.py", *sys.argv[1:]])
+    head = [
+        "# Personalised identity prior and identity-aware masks on unseen subjects of the demo world",
+        "",
+        f"`{command}` at commit {commit}: {arguments.subjects} subjects, {len(pairs)} edits, edit-friendly DDPM "
+        f"inversion with {arguments.steps} steps (source guidance {arguments.source_guidance_scale:g}, target guidance "
+        f"{arguments.guidance_scale:g}, skip {arguments.skip:g}), priors of {arguments.training_steps} steps from "
+        f"{REFERENCES} pictures at learning rate {arguments.learning_rate:g}, seed {arguments.seed}; {minutes:.0f} "
+        f"minutes.",
+        "",
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "seed": arguments.seed,
+        "edits": len(pairs),
+        "minutes": minutes,
+        "methods": report,
+        "mask_overlap": [
+            {"mask": side, "threshold": threshold, "lambda": power, "overlap": value}
+            for (side, threshold, power), value in mean_overlaps.items()
+        ],
+    }
+    write_results("lipe_edit", everything, head + tables(report, mean_overlaps) + orderings(report))
+    save_sheet(RESULTS / "lipe_edit.jpg", [before, *columns.values()])
+
+
+if __name__ == "__main__":
+    main()

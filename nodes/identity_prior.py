@@ -1,0 +1,520 @@
+"""Nodes that learn a subject from a few pictures, and apply what was learned."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..pipelines import engine
+from ..pipelines import identity_prior as priors
+from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.subject_pictures import SubjectPictures as Pictures
+from ..pipelines.subject_pictures import check_captions
+from ..pipelines.training import Progress, TrainingRun, TrainingSettings
+from ..pipelines.training_pictures import TrainingPictures, encode_pictures
+from .sockets import SubjectPictures, schema, show_text
+
+LossMap = io.Custom("LOSS_MAP")
+FILE_FOLDER = "identity_priors"
+LORA_FOLDER = "loras"
+CHECKPOINT_FOLDER = "checkpoints"
+_FILE_ENDING = ".safetensors"
+_IN_OUTPUT_FOLDER = " [output]"
+
+
+class TrainIdentityPrior(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTrainIdentityPrior",
+            display_name="Train Identity Prior",
+            category="subject",
+            search_aliases=["dreambooth", "LIPE", "fine-tune", "personalisation", "train subject"],
+            description=(
+                "Learns a subject from three to five pictures by fine-tuning the attention layers of the UNet and of "
+                "the text encoders, with pictures of its class beside them (Liu et al. 2024, section 2.1)."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                SubjectPictures.Input(
+                    "subject",
+                    tooltip="The identity set: three to five pictures whose captions call the subject by its token and "
+                    "class word and say what it does.",
+                ),
+                SubjectPictures.Input(
+                    "regularisation",
+                    optional=True,
+                    tooltip="The regularisation set: pictures of the class in general with their captions, made by the "
+                    "same model. They keep the model's knowledge of the class; without them it forgets other subjects. "
+                    "The token is taken out of their captions where it stands in them.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=priors.STEPS,
+                    min=1,
+                    max=100000,
+                    tooltip="Training steps. 1000 in Liu et al. 2024 (appendix E.2.5).",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=priors.LEARNING_RATE,
+                    min=0.0000001,
+                    max=0.1,
+                    step=0.00001,
+                    round=0.0000001,
+                    tooltip="AdamW's learning rate, for the UNet and the text encoders. 0.0005 in Liu et al. 2024 "
+                    "(appendix E.2.5). Lower it when samples show odd colours or the pictures themselves.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures of each of both sets in a batch. 1 in the examples of diffusers' DreamBooth "
+                    "script.",
+                ),
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Batches whose gradients are averaged for one step: a larger batch for the memory of a "
+                    "small one.",
+                ),
+                io.Float.Input(
+                    "regularisation_weight",
+                    default=priors.REGULARISATION_WEIGHT,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Weight of the regularisation set's loss beside the identity set's. 1 in Ruiz et al. 2023.",
+                ),
+                io.Boolean.Input(
+                    "train_text_encoder",
+                    default=True,
+                    tooltip="Train the attention layers of the text encoders too, as in Liu et al. 2024 (appendix "
+                    "E.2.5).",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=[BFLOAT16, FLOAT32],
+                    default=BFLOAT16,
+                    tooltip="In what the networks compute; the trained weights are kept in float32 either way. Choose "
+                    "float32 on a CPU, where bfloat16 is no faster.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
+                    "for the same result.",
+                ),
+                io.Boolean.Input(
+                    "masked_loss",
+                    default=False,
+                    tooltip="Count the loss of the subject's pictures inside their masks only, so that backgrounds are "
+                    "not learned. Off in Liu et al. 2024. Pictures without a mask count as a whole.",
+                ),
+                io.Float.Input(
+                    "min_snr_gamma",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    tooltip="Weights the timesteps as Hang et al. 2023 do, who use 5. 0 weights all alike, as Liu et "
+                    "al. 2024.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of all draws: the order of the pictures, timesteps and noise.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=100,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between the sample pictures that show how far it is. There is one at the end in any "
+                    "case; 0 makes no others.",
+                ),
+                io.String.Input(
+                    "sample_prompt",
+                    default="",
+                    tooltip="What the samples show, with the token and the class word in it. Empty: those two words.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=100,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
+                    "again with the same settings. 0 writes none.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FILE_FOLDER}/prior",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Identity Prior "
+                    f"lists what is in '{FILE_FOLDER}'.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model_with_prior", display_name="model", tooltip="The model that knows the subject."),
+                io.Clip.Output("clip_with_prior", display_name="clip", tooltip="Its text encoders, for all prompts."),
+                io.String.Output(
+                    "identity_prompt",
+                    display_name="identity prompt",
+                    tooltip="The token and the class word, by which prompts call the subject.",
+                ),
+                io.Image.Output("samples", display_name="samples", tooltip="The sample pictures in their order."),
+                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.String.Output("file", display_name="file", tooltip="Where the prior was saved."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        subject: Pictures,
+        steps: int,
+        learning_rate: float,
+        batch_size: int,
+        gradient_accumulation: int,
+        regularisation_weight: float,
+        train_text_encoder: bool,
+        precision: str,
+        checkpointing: bool,
+        masked_loss: bool,
+        min_snr_gamma: float,
+        seed: int,
+        sample_every: int,
+        sample_prompt: str,
+        checkpoint_every: int,
+        filename_prefix: str,
+        regularisation: Pictures | None = None,
+    ) -> io.NodeOutput:
+        check_captions(subject)
+        if masked_loss and all(mask is None for mask in subject.masks):
+            raise IdentityEditError(
+                "masked_loss is on but no picture of the subject has a mask; add masks, or switch masked_loss off."
+            )
+        _next_path(filename_prefix)  # better before a long training than after it
+        identity = encode_pictures(vae, subject.pictures, subject.captions, subject.masks)
+        of_the_class = None if regularisation is None else _encode_class(vae, regularisation, subject.token)
+        checkpoints: list[str] = []
+
+        def checkpoint(run: str) -> str:
+            folder = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER, CHECKPOINT_FOLDER)
+            checkpoints.append(os.path.join(folder, run + _FILE_ENDING))
+            return checkpoints[-1]
+
+        prior, run = priors.train_identity_prior(
+            model,
+            clip,
+            identity,
+            of_the_class,
+            priors.PriorSettings(
+                token=subject.token,
+                class_word=subject.class_word,
+                batch_size=batch_size,
+                regularisation_weight=regularisation_weight,
+                text_encoder=train_text_encoder,
+                masked=masked_loss,
+                min_snr_gamma=min_snr_gamma,
+                precision=precision,
+                checkpointing=checkpointing,
+                sample_prompt=sample_prompt.strip(),
+            ),
+            TrainingSettings(
+                steps=steps,
+                learning_rate=learning_rate,
+                weight_decay=priors.WEIGHT_DECAY,
+                accumulation=gradient_accumulation,
+                seed=seed,
+                checkpoint_every=checkpoint_every,
+                sample_every=sample_every,
+            ),
+            checkpoint=checkpoint,
+            progress=_progress(model, steps),
+        )
+        path = _next_path(filename_prefix)
+        priors.save_identity_prior(prior, path)
+        for done in checkpoints:  # the prior holds its result now
+            with contextlib.suppress(OSError):
+                os.remove(done)
+        patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior)
+        samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
+        warning = None
+        if of_the_class is None:
+            warning = "There is no regularisation set; the model may forget other subjects of the class."
+        text = show_text(cls, _report(prior, run, path), warning)
+        losses = {"loss": run.losses}
+        return io.NodeOutput(
+            patched_model,
+            patched_clip,
+            prior.identity_prompt,
+            samples,
+            losses,
+            path,
+            text,
+            ui=ui.PreviewImage(samples, cls=cls),
+        )
+
+
+def _encode_class(vae: Any, pictures: Pictures, token: str) -> TrainingPictures:
+    captions = []
+    for caption, name in zip(pictures.captions, pictures.names, strict=True):
+        if not caption.strip():
+            raise IdentityEditError(
+                f"{name} of the regularisation set has no caption; give each picture the prompt it was made with."
+            )
+        # A picture of the class is no picture of the subject.
+        captions.append(" ".join(word for word in caption.split() if word.strip(".,;:!?") != token))
+    return encode_pictures(vae, pictures.pictures, captions)
+
+
+def _report(prior: priors.IdentityPrior, run: TrainingRun, path: str) -> str:
+    count = sum(tensor.numel() for change in (prior.model_change, prior.clip_change) for tensor in change.values())
+    few = max(1, min(50, len(run.losses) // 2))
+    began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
+    first, last = (sum(part) / len(part) for part in (run.losses[:few], run.losses[-few:]))
+    return (
+        f"Identity prior '{prior.identity_prompt}': {len(run.losses)} steps{began}, {count / 1e6:.1f} million "
+        f"weights.\n"
+        f"Loss: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}.\n"
+        f"Saved as {path}"
+    )
+
+
+def _progress(model: Any, steps: int) -> Progress:
+    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
+    import latent_preview  # modules of ComfyUI, not needed before a node runs
+    from comfy.utils import ProgressBar
+
+    bar = ProgressBar(steps)
+    latent_format = model.model.latent_format
+    previewer = latent_preview.get_previewer(model.load_device, latent_format)
+    if previewer is None and latent_format.latent_rgb_factors is not None:
+        previewer = latent_preview.Latent2RGBPreviewer(
+            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        )
+
+    def report(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
+        preview = None
+        if sample is not None and previewer is not None:
+            with torch.no_grad():
+                latent = engine.to_model_scale(model, sample).to(model.load_device)
+                preview = previewer.decode_latent_to_preview_image("JPEG", latent)
+        bar.update_absolute(done, total, preview)
+
+    return report
+
+
+class LoadIdentityPrior(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadIdentityPrior",
+            display_name="Load Identity Prior",
+            category="subject",
+            search_aliases=["load dreambooth", "apply subject", "LIPE"],
+            description="Applies a trained identity prior to the model and its text encoders, and refuses it for "
+            "another model family.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model on which the prior was trained, or one of its family."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                io.Combo.Input(
+                    "file",
+                    options=_saved_files(),
+                    tooltip=f"Files of Train Identity Prior in the output folder's '{FILE_FOLDER}', and in the input "
+                    "folder. Press R to list new ones.",
+                ),
+                io.Float.Input(
+                    "strength_model",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much of the change the UNet gets. 1 is what was trained.",
+                ),
+                io.Float.Input(
+                    "strength_clip",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="How much of the change the text encoders get. 1 is what was trained.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model_with_prior", display_name="model", tooltip="The model that knows the subject."),
+                io.Clip.Output("clip_with_prior", display_name="clip", tooltip="Its text encoders, for all prompts."),
+                io.String.Output(
+                    "identity_prompt",
+                    display_name="identity prompt",
+                    tooltip="The token and the class word, by which prompts call the subject.",
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How the prior was trained, and whether it fits the model."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        return _is_there(file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        return _modified(file)
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, file: str, strength_model: float, strength_clip: float) -> io.NodeOutput:
+        prior = priors.load_identity_prior(folder_paths.get_annotated_filepath(file))
+        warning = priors.check_identity_prior(model, clip, prior)
+        patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior, strength_model, strength_clip)
+        facts = prior.training
+        text = (
+            f"Identity prior '{prior.identity_prompt}': {facts['steps']} steps, learning rate "
+            f"{facts['learning_rate']:g}, {facts['identity_pictures']} pictures of the subject, "
+            f"{facts['regularisation_pictures']} of its class."
+        )
+        return io.NodeOutput(patched_model, patched_clip, prior.identity_prompt, show_text(cls, text, warning))
+
+
+class SaveIdentityPriorAsLoRA(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSaveIdentityPriorAsLoRA",
+            display_name="Save Identity Prior as LoRA",
+            category="subject",
+            search_aliases=["extract lora", "export lora", "prior to lora"],
+            description="Writes a trained identity prior as a LoRA of a chosen rank, which the stock Load LoRA and "
+            "other programs read, and says how much of it that rank keeps.",
+            is_output_node=True,
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_saved_files(),
+                    tooltip=f"Files of Train Identity Prior in the output folder's '{FILE_FOLDER}', and in the input "
+                    "folder. Press R to list new ones.",
+                ),
+                io.Int.Input(
+                    "rank",
+                    default=64,
+                    min=1,
+                    max=4096,
+                    tooltip="Rank of each weight's change. The report says the error; a rank as large as the layers is "
+                    "exact.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{LORA_FOLDER}/prior",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load LoRA lists what is "
+                    f"in '{LORA_FOLDER}' there.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("saved_file", display_name="file", tooltip="Where the LoRA was saved."),
+                io.Float.Output(
+                    "relative_error",
+                    display_name="relative error",
+                    tooltip="Size of what the rank leaves out, relative to the whole change (Frobenius norm).",
+                ),
+                io.String.Output("report", display_name="report", tooltip="The rank, the error and the size."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        return _is_there(file)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        return _modified(file)
+
+    @classmethod
+    def execute(cls, file: str, rank: int, filename_prefix: str) -> io.NodeOutput:
+        from comfy.utils import ProgressBar
+
+        path = _next_path(filename_prefix)
+        prior = priors.load_identity_prior(folder_paths.get_annotated_filepath(file))
+        bars: list[Any] = []
+
+        def progress(done: int, total: int) -> None:
+            if not bars:
+                bars.append(ProgressBar(total))
+            bars[0].update_absolute(done, total)
+
+        tensors, error = priors.as_lora(prior, rank, progress)
+        priors.save_lora(prior, tensors, rank, error, path)
+        mebibytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
+        text = f"LoRA of rank {rank}: relative error {error:.3f}, {mebibytes:.1f} MiB.\nSaved as {path}"
+        return io.NodeOutput(path, error, show_text(cls, text), ui=ui.PreviewText(text))
+
+
+def _next_path(filename_prefix: str) -> str:
+    """The next free file of a prefix, numbered as ComfyUI numbers pictures."""
+    output = folder_paths.get_output_directory()
+    if not os.path.basename(os.path.normpath(filename_prefix)).strip(". "):
+        raise IdentityEditError(f"filename_prefix is empty; write a file name such as '{FILE_FOLDER}/prior'.")
+    if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):
+        raise IdentityEditError(
+            f"filename_prefix '{filename_prefix}' leads out of the output folder; write a name or a folder below it."
+        )
+    try:
+        folder, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+    except OSError as error:
+        raise IdentityEditError(
+            f"filename_prefix '{filename_prefix}' cannot be written to ({error.strerror}); choose another folder, or "
+            f"make the output folder writable."
+        ) from error
+    return os.path.join(folder, f"{name}_{number:05}_{_FILE_ENDING}")
+
+
+def _saved_files() -> list[str]:
+    """Files that may hold a prior: in the input folder, and what Train Identity Prior has put into the output's."""
+    saved = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER)
+    own = _files_in(folder_paths.get_input_directory())
+    of_training = [name for name in _files_in(saved) if not name.startswith(f"{CHECKPOINT_FOLDER}/")]
+    return own + [f"{FILE_FOLDER}/{name}{_IN_OUTPUT_FOLDER}" for name in of_training]
+
+
+def _files_in(folder: str) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    names, _ = folder_paths.recursive_search(folder)
+    return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(_FILE_ENDING)]
+
+
+def _is_there(file: str) -> bool | str:
+    if file not in _saved_files():
+        return f"file '{file}' is not there any more; choose another one, or train the prior again."
+    return True
+
+
+def _modified(file: str) -> float:
+    path = folder_paths.get_annotated_filepath(file)
+    return os.path.getmtime(path) if os.path.exists(path) else 0.0
+
+
+NODES: list[type[io.ComfyNode]] = [TrainIdentityPrior, LoadIdentityPrior, SaveIdentityPriorAsLoRA]

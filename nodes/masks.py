@@ -1,0 +1,381 @@
+"""Nodes that find the subject in the model's own attention, and blend an edit with its picture by what they find."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..attention import identity_mask as masks
+from ..attention.capture import IdentityAttention
+from ..attention.layers import AUTOMATIC, LAYER_CHOICES
+from ..pipelines import heatmap, identity_mask_blend
+from ..pipelines.conditioning import Conditioning
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
+from ..pipelines.inversion import Inversion as InversionData
+from .sockets import Inversion, progress, schema, show_text
+
+IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
+"""`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""
+
+CROSS_ATTENTION, REFINED, MASK = "cross-attention (eq. 1)", "refined by self-attention (eq. 2)", "mask"
+_GIVEN_MASKS = {
+    "instead of the found ones": identity_mask_blend.REPLACE,
+    "united with the found ones": identity_mask_blend.UNITE,
+}
+_PIXELS_OF_A_CELL = 8
+
+
+def _identity_inputs() -> list[io.Input]:
+    return [
+        io.String.Input(
+            "identity_prompt",
+            default="",
+            tooltip="What the subject is: its class word, such as cat, with the rare token of a trained identity prior "
+            "before it, such as sks cat (Liu et al. 2024, section 2.2).",
+        ),
+        io.String.Input(
+            "identity_words",
+            default="",
+            tooltip="Which words of the identity prompt count, separated by spaces. Empty: all of them. The tokens of "
+            "begin, end and padding never count.",
+        ),
+    ]
+
+
+def _layers_input() -> io.Input:
+    return io.Combo.Input(
+        "layers",
+        options=list(LAYER_CHOICES),
+        default=AUTOMATIC,
+        tooltip="Which attention layers are read, by how many times smaller than the latent their grid is. Automatic: "
+        "2 and 4 (32x32 and 16x16 of SD1.5 at 512x512, 64x64 and 32x32 of SDXL at 1024x1024), or the finest two of a "
+        "latent below 32x32. The paper does not say which; other layers outline the subject less well.",
+    )
+
+
+def _threshold_input() -> io.Input:
+    return io.Float.Input(
+        "threshold",
+        default=masks.THRESHOLD,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        tooltip="Share of the normalised attention above which a place belongs to the subject. Lower makes the "
+        "masks larger. The paper gives none; 0.4 overlapped well with the true masks of the demo world "
+        "(benchmarks/results/lipe_edit.md).",
+    )
+
+
+def _power_input() -> io.Input:
+    return io.Int.Input(
+        "self_attention_power",
+        default=masks.SELF_ATTENTION_POWER,
+        min=0,
+        max=16,
+        tooltip="Lambda of Liu et al. 2024, eq. 2: how often the map is spread along the self-attention. 0 "
+        "uses the cross-attention alone. The paper gives none; 1 overlapped best with the true masks of the demo world "
+        "(benchmarks/results/lipe_edit.md), similar work uses up to 4.",
+    )
+
+
+class IdentityAttentionNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditIdentityAttention",
+            display_name="Identity Attention",
+            category="masks",
+            search_aliases=["attention map", "cross-attention", "DAAM", "attention capture"],
+            description=(
+                "Records where a model sees the subject while any sampler runs it, without changing the picture by a "
+                "bit (Liu et al. 2024, figure 4). Look at it with Attention Heatmap."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model; a copy of it records its attention."
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                *_identity_inputs(),
+                _layers_input(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "recording_model", display_name="model", tooltip="Sample with this model, by any sampler."
+                ),
+                IdentityAttentionSocket.Output(
+                    "identity_attention",
+                    display_name="identity attention",
+                    tooltip="What the last run of that model attended to, for Attention Heatmap.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, identity_prompt: str, identity_words: str, layers: str) -> io.NodeOutput:
+        identity = encode_identity_prompt(clip, identity_prompt, identity_words)
+        return io.NodeOutput(*capture_identity(model, identity, layers))
+
+
+class IdentityAwareMaskBlend(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        scales = identity_mask_blend.GUIDANCE_SCALES
+        return schema(
+            node_id="IdentityEditIdentityAwareMaskBlend",
+            display_name="Identity-Aware Mask Blend",
+            category="masks",
+            search_aliases=["NIMA", "LIPE", "non-rigid editing", "edit sampler", "local blend"],
+            description=(
+                "Samples the edit of an inverted picture and keeps everything outside of the subject, whose place it "
+                "finds in the model's own attention (Liu et al. 2024, algorithm 1)."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="The model that made the inversion, with its identity prior where it has one."
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder, for the identity prompt."),
+                Inversion.Input(
+                    "inversion",
+                    tooltip="From Edit-Friendly DDPM Inversion, the paper's, or from DDIM Inversion, best with "
+                    "Null-Text Optimization.",
+                ),
+                io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
+                io.Conditioning.Input("target", tooltip="The prompt that describes the edited picture."),
+                *_identity_inputs(),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Of the target prompt. 0 is the inversion's own: "
+                    f"{scales[identity_mask_blend.EDIT_FRIENDLY_DDPM]:g} for edit-friendly DDPM as in its reference "
+                    "implementation, what null-text embeddings were optimized for, else "
+                    f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023).",
+                ),
+                _threshold_input(),
+                _power_input(),
+                _layers_input(),
+                io.Float.Input(
+                    "skip",
+                    default=0.0,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    tooltip="Share of the first steps that are left out; more keeps more of the picture. 0 in Liu et "
+                    "al. 2024, algorithm 1; 0.36 in the reference implementation of edit-friendly DDPM inversion.",
+                ),
+                io.Float.Input(
+                    "blend_until",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps, from the first, in which the background is put back. 1 in Liu et al. "
+                    "2024, algorithm 1; a little less smooths the border of the subject.",
+                ),
+                io.Float.Input(
+                    "feathering",
+                    default=0.0,
+                    min=0.0,
+                    max=32.0,
+                    step=0.1,
+                    tooltip="How softly the masks end, in cells of the latent (8 pixels each). 0 in Liu et al. 2024.",
+                ),
+                io.Combo.Input(
+                    "given_masks",
+                    options=list(_GIVEN_MASKS),
+                    default=next(iter(_GIVEN_MASKS)),
+                    tooltip="What becomes of masks that are connected. Instead: the found one is not looked for. Only "
+                    "the masks that are connected are concerned.",
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    optional=True,
+                    tooltip="The negative prompt. Not needed with an inversion from Null-Text Optimization, which "
+                    "carries its own, nor with guidance scale 1.",
+                ),
+                io.Mask.Input(
+                    "source_mask", optional=True, tooltip="Where the subject is in the picture, if you know it."
+                ),
+                io.Mask.Input("target_mask", optional=True, tooltip="Where the subject may be in the edited picture."),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    "edited", display_name="edited", tooltip="The edited picture; decode it with the VAE."
+                ),
+                io.Mask.Output(
+                    "found_source_mask",
+                    display_name="source mask",
+                    tooltip="The subject in the picture, as it was used in all steps.",
+                ),
+                io.Mask.Output(
+                    "found_target_mask",
+                    display_name="target mask",
+                    tooltip="The subject in the edited picture, as it was after the last step.",
+                ),
+                IdentityAttentionSocket.Output(
+                    "source_attention",
+                    display_name="source attention",
+                    tooltip="What the source mask was made of, for Attention Heatmap.",
+                ),
+                IdentityAttentionSocket.Output(
+                    "target_attention",
+                    display_name="target attention",
+                    tooltip="What the target mask was made of, for Attention Heatmap.",
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Network evaluations, sizes of the masks, and a warning."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        inversion: InversionData,
+        source: Conditioning,
+        target: Conditioning,
+        identity_prompt: str,
+        identity_words: str,
+        guidance_scale: float,
+        threshold: float,
+        self_attention_power: int,
+        layers: str,
+        skip: float,
+        blend_until: float,
+        feathering: float,
+        given_masks: str,
+        negative: Conditioning | None = None,
+        source_mask: torch.Tensor | None = None,
+        target_mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        result = identity_mask_blend.identity_mask_blend(
+            model,
+            inversion,
+            source,
+            target,
+            encode_identity_prompt(clip, identity_prompt, identity_words),
+            negative,
+            guidance_scale=guidance_scale or None,
+            settings=identity_mask_blend.MaskSettings(threshold, self_attention_power, layers, feathering),
+            skip=skip,
+            blend_until=blend_until,
+            source_mask=source_mask,
+            target_mask=target_mask,
+            given_masks=_GIVEN_MASKS[given_masks],
+            callback=progress(model, 2 * inversion.steps),
+        )
+        shares = [
+            ", ".join(f"{share:.0%}" for share in mask.mean(dim=(1, 2)).tolist())
+            for mask in (result.source_mask, result.target_mask)
+        ]
+        text = (
+            f"{result.evaluations} network evaluations; the source mask covers {shares[0]} of the picture, the target "
+            f"mask {shares[1]}."
+        )
+        return io.NodeOutput(
+            {"samples": result.latent},
+            _at_picture_size(result.source_mask),
+            _at_picture_size(result.target_mask),
+            result.source_attention or IdentityAttention(()),
+            result.target_attention or IdentityAttention(()),
+            show_text(cls, text, result.warning),
+        )
+
+
+class AttentionHeatmap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditAttentionHeatmap",
+            display_name="Attention Heatmap",
+            category="masks",
+            search_aliases=["attention map", "visualize attention", "mask preview", "mask overlay"],
+            description=(
+                "Lays attention maps and masks over a picture, to see what the model takes for the subject and to "
+                "choose the threshold and the self-attention power."
+            ),
+            inputs=[
+                io.Image.Input(
+                    "picture",
+                    tooltip="The picture to draw on. For what a sampler recorded, the decoded result of that sampler: "
+                    "so the node runs after it.",
+                ),
+                io.Combo.Input(
+                    "show",
+                    options=[CROSS_ATTENTION, REFINED, MASK],
+                    default=REFINED,
+                    tooltip="The map before or after equation 2 of Liu et al. 2024, from black (least) to yellow "
+                    "(most), or the outline of the mask that is cut out of it.",
+                ),
+                _threshold_input(),
+                _power_input(),
+                io.Float.Input(
+                    "opacity",
+                    default=0.6,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How much of the picture the map hides; 0.6 leaves shapes visible.",
+                ),
+                IdentityAttentionSocket.Input(
+                    "identity_attention",
+                    optional=True,
+                    tooltip="From Identity Attention or Identity-Aware Mask Blend; without it only the mask is drawn.",
+                ),
+                io.Mask.Input(
+                    "mask", optional=True, tooltip="A mask whose outline is drawn on top, to compare it with the map."
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "overlay", display_name="picture", tooltip="The picture with the map or outline on it."
+                ),
+                io.Mask.Output(
+                    "map", display_name="map", tooltip="What is shown, as a MASK of the picture's size from 0 to 1."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        picture: torch.Tensor,
+        show: str,
+        threshold: float,
+        self_attention_power: int,
+        opacity: float,
+        identity_attention: IdentityAttention | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        if identity_attention is None and mask is None:
+            raise IdentityEditError("There is nothing to draw; connect an identity attention, a mask, or both.")
+        drawn = picture[..., :3]
+        values = mask
+        if identity_attention is not None:
+            power = 0 if show == CROSS_ATTENTION else self_attention_power
+            height, width = (max(1, size // _PIXELS_OF_A_CELL) for size in picture.shape[1:3])
+            if show == MASK:
+                values = masks.identity_mask(identity_attention, height, width, threshold, power)
+                drawn = heatmap.outlined(drawn, values)
+            else:
+                values = masks.identity_map(identity_attention, height, width, power)
+                drawn = heatmap.lay_over(drawn, values, opacity)
+        assert values is not None
+        if mask is not None:
+            drawn = heatmap.outlined(drawn, mask)
+        return io.NodeOutput(drawn, heatmap.enlarged(values, drawn))
+
+
+def _at_picture_size(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of the latent [B, H, W] at the picture's size, cell by cell as it was used."""
+    return mask.repeat_interleave(_PIXELS_OF_A_CELL, dim=1).repeat_interleave(_PIXELS_OF_A_CELL, dim=2)
+
+
+NODES: list[type[io.ComfyNode]] = [IdentityAttentionNode, IdentityAwareMaskBlend, AttentionHeatmap]

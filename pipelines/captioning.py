@@ -1,0 +1,143 @@
+"""Captions that describe what can be edited: the identity set's half of the editing-oriented data augmentation.
+
+Liu et al. 2024 (section 2.1) ask LLaVA for captions that name the subject's action, view and attire beside everything
+else in the picture, so that the prior learns what belongs to the subject and what to the moment. Any image-text-to-text
+model of transformers can be asked here; without one, captions come from files beside the pictures or from typed lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from .errors import IdentityEditError
+from .language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
+from .subject_pictures import SubjectPictures, has_word, with_token
+
+INSTRUCTION = (
+    "Enhance your image captioning skills by providing detailed captions. Structure your response to include: "
+    "Perspective (e.g., headshot, medium-shot), Art Style (e.g., digital artwork, Ghibli-inspired screencap, photo), "
+    "subject's view(facing to the camera), Main Subject (e.g., a person, an object, a woman), Action (if any, running),"
+    " Attire Details, Hair Description, and Setting. Aim for concise yet descriptive captions, ideally under 70 words. "
+    "For example: 'Close-up, Ghibli-style digital art, a young lady, gazing thoughtfully, adorned in a vintage dress, "
+    "her hair styled in a loose bun, amidst a whimsical forest backdrop.' Now tell me the caption of this image."
+)
+"""Liu et al. 2024, table 3, word for word."""
+
+MAX_NEW_TOKENS = 160
+"""[choice] Room for the 70 words that the instruction asks for."""
+
+
+def caption_pictures(
+    subject: SubjectPictures,
+    *,
+    model_path: str | None = None,
+    lines: list[str] | None = None,
+    keep_existing: bool = True,
+    instruction: str = INSTRUCTION,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[SubjectPictures, list[str]]:
+    """Give every picture of a subject a caption in which the subject is called by its token and class word.
+
+    A typed line comes first, then a caption that the picture already has (with `keep_existing`), then the model's.
+    Where a caption lacks the token it is put before the class word; where it lacks the class word too, both are put at
+    the caption's beginning.
+
+    Args:
+        subject: the pictures, with or without captions; the test picture is captioned like the others.
+        model_path: folder of an image-text-to-text model, or None.
+        lines: captions in the pictures' order, the test picture's last; "" leaves a picture to the other two.
+        keep_existing: keep captions that are there; otherwise the model writes them anew.
+        instruction: what the model is asked.
+        max_new_tokens, temperature, seed: as for `LanguageModel.ask`.
+        progress: called as progress(number of captions the model has written, their total).
+
+    Returns:
+        the subject with its captions, and notes for the user.
+
+    Raises:
+        IdentityEditError: when a picture is left without a caption, there are more lines than pictures, or the model
+            cannot be used.
+    """
+    names, captions, pictures = list(subject.names), list(subject.captions), list(subject.pictures)
+    if subject.test_picture is not None:
+        names.append(subject.test_name)
+        captions.append(subject.test_caption)
+        pictures.append(subject.test_picture)
+    lines = lines or []
+    if len(lines) > len(names):
+        raise IdentityEditError(
+            f"captions holds {len(lines)} lines for {len(names)} pictures; write one line for each picture, in the "
+            f"order {', '.join(names)}."
+        )
+    lines = lines + [""] * (len(names) - len(lines))
+    captions = [line.strip() or caption for line, caption in zip(lines, captions, strict=True)]
+
+    if model_path is not None:
+        asked = [
+            number
+            for number, line in enumerate(lines)
+            if not line.strip() and not (keep_existing and captions[number].strip())
+        ]
+        if asked:
+            with load_language_model(model_path, IMAGE_AND_TEXT) as model:
+                for done, number in enumerate(asked, start=1):
+                    captions[number] = _ask(
+                        model, names[number], pictures[number], instruction, max_new_tokens, temperature, seed
+                    )
+                    if progress is not None:
+                        progress(done, len(asked))
+
+    notes = []
+    for number, (name, caption) in enumerate(zip(names, captions, strict=True)):
+        if not caption:
+            if number < len(subject.pictures):
+                raise IdentityEditError(
+                    f"{name} has no caption; choose a model, write its line in captions, or put a caption file beside "
+                    f"it."
+                )
+            continue  # the test picture needs one only for an edit
+        captions[number] = identity_caption(caption, subject.class_word, subject.token)
+        if not has_word(caption, subject.class_word):
+            notes.append(
+                f"The caption of {name} did not say '{subject.class_word}': '{subject.identity_prompt}' was put at its "
+                f"beginning; see that it reads well."
+            )
+    count = len(subject.pictures)
+    test_caption = captions[count] if subject.test_picture is not None else ""
+    return replace(subject, captions=captions[:count], test_caption=test_caption), notes
+
+
+def identity_caption(caption: str, class_word: str, token: str) -> str:
+    """The caption with the subject called "<token> <class word>" in it."""
+    if not has_word(caption, class_word):
+        name = class_word if not token or has_word(caption, token) else f"{token} {class_word}"
+        return f"{name}, {caption}"
+    return with_token(caption, class_word, token)
+
+
+def _ask(
+    model: LanguageModel,
+    name: str,
+    picture: torch.Tensor,
+    instruction: str,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    """The model's caption as one line, without the quotation marks that models put around it."""
+    answer = model.ask(instruction, picture, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    caption = " ".join(answer.split())
+    if len(caption) > 1 and caption[0] == caption[-1] and caption[0] in "\"'":
+        caption = caption[1:-1].strip()
+    if not caption:
+        raise IdentityEditError(
+            f"The model answered nothing for {name}; change the instruction, choose another model, or write the "
+            f"caption's line."
+        )
+    return caption

@@ -1,0 +1,207 @@
+"""Chosen weights of a MODEL and a CLIP as float32 variables, and both networks evaluated with them."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+
+from ..errors import IdentityEditError
+from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
+from .model import require_noise_prediction_model
+
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
+
+_BYTES_PER_VARIABLE = 16
+"""Of one trained number: itself, its gradient and AdamW's two moments, each in float32."""
+
+Variables = dict[str, tuple[torch.nn.Parameter, torch.Tensor]]
+"""By key, the float32 parameter in the place of a weight, and that weight."""
+
+Text = tuple[torch.Tensor, torch.Tensor | None]
+"""Cross-attention embeddings [B, T, C] and pooled outputs [B, P] of a batch of captions."""
+
+
+class TrainableNetworks:
+    """The networks while some of their weights are variables; `trainable_networks` makes one.
+
+    Attributes:
+        model_variables: the trained weights of the MODEL by their keys, float32 leaves that require a gradient.
+        clip_variables: likewise of the CLIP's text encoders.
+        device: where latents have to be.
+    """
+
+    def __init__(self, patcher: Any, clip: Any, of_model: Variables, of_clip: Variables) -> None:
+        self.model_variables = {key: variable for key, (variable, _) in of_model.items()}
+        self.clip_variables = {key: variable for key, (variable, _) in of_clip.items()}
+        self._trained = of_model, of_clip
+        self.device: torch.device = patcher.load_device
+        self._patcher = patcher
+        self._clip = clip
+        self._frozen_texts: dict[str, Text] = {}
+        self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        # Attention patches and wrappers of other nodes take part in training as they do in sampling.
+        comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self._options)
+
+    def changes(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """What has been learned so far, on the CPU: variables minus the weights they began as, of MODEL and of CLIP."""
+        model, clip = (
+            {key: (variable.detach() - before).to("cpu", dtype) for key, (variable, before) in part.items()}
+            for part in self._trained
+        )
+        return model, clip
+
+    def encode(self, captions: Sequence[str]) -> Text:
+        """Encode captions as CLIP Text Encode does, except that parentheses are text and no emphasis.
+
+        A caption of more than 75 tokens gives a longer embedding; shorter ones beside it are repeated, which changes no
+        cross-attention. While no weight of the text encoders is trained, a caption is encoded once.
+        """
+        if self.clip_variables:
+            texts = [self._encode(caption) for caption in captions]
+        else:
+            for caption in set(captions) - set(self._frozen_texts):
+                with torch.no_grad():
+                    self._frozen_texts[caption] = self._encode(caption)
+            texts = [self._frozen_texts[caption] for caption in captions]
+        embeddings = [comfy.conds.CONDCrossAttn(embedding) for embedding, _ in texts]
+        pooled = [row for _, row in texts if row is not None]
+        return embeddings[0].concat(embeddings[1:]), torch.cat(pooled) if len(pooled) == len(texts) else None
+
+    def denoised(self, x: torch.Tensor, sigma: torch.Tensor, text: Text) -> torch.Tensor:
+        """The network's estimate of z_0, without guidance.
+
+        Args:
+            x: latents [B, C, H, W] float32 in the model's scale.
+            sigma: [B] noise levels.
+            text: of B captions, or of one for all.
+
+        Returns:
+            [B, C, H, W] float32.
+        """
+        embedding, pooled = (None if part is None else part.to(self.device) for part in text)
+        conditioning: dict[str, Any] = {"cross_attn": embedding, "model_conds": {}, "uuid": uuid.uuid4()}
+        if pooled is not None:
+            conditioning["pooled_output"] = pooled
+        base = self._patcher.model
+        conditionings = comfy.samplers.encode_model_conds(base.extra_conds, [conditioning], x, x.device, "positive")
+        return comfy.samplers.calc_cond_batch(base, [conditionings], x, sigma, self._options)[0]
+
+    def _encode(self, caption: str) -> Text:
+        encoder = self._clip.cond_stage_model
+        encoder.reset_clip_options()
+        if self._clip.layer_idx is not None:  # CLIP Set Last Layer
+            encoder.set_clip_options({"layer": self._clip.layer_idx})
+        embedding, pooled = encoder.encode_token_weights(self._clip.tokenize(caption, disable_weights=True))[:2]
+        return embedding, pooled
+
+
+@contextlib.contextmanager
+def trainable_networks(
+    model: Any,
+    clip: Any,
+    model_keys: Iterable[str],
+    clip_keys: Iterable[str],
+    *,
+    precision: str,
+    latent_shape: list[int],
+    checkpointing: bool = False,
+) -> Iterator[TrainableNetworks]:
+    """Load a MODEL and a CLIP and make variables of chosen weights, on clones; everything is put back at the end.
+
+    A trained weight takes its layer's place as a float32 parameter, which ComfyUI's operations cast to the dtype of
+    their input. That is the weight plus a float32 change, at the memory of the change alone, and it is how plain
+    PyTorch trains. LoRAs on the model are in the weights already. Must be entered where gradients are wanted; it leaves
+    ComfyUI's inference mode itself.
+
+    Args:
+        model: MODEL that predicts noise or velocity.
+        clip: CLIP.
+        model_keys: keys of `model.model.state_dict()`.
+        clip_keys: keys of `clip.patcher.model.state_dict()`; none freezes the text encoders.
+        precision: FLOAT32 computes in float32 whatever the weights' dtype, BFLOAT16 in bfloat16. The caller chooses
+            autocast accordingly.
+        latent_shape: [B, C, H, W] of the largest batch, for the memory estimate.
+        checkpointing: see `gradient_context`.
+
+    Raises:
+        IdentityEditError: for a model of another kind and for weights that cannot be trained.
+    """
+    require_noise_prediction_model(model)
+    patcher, text_encoder = model.clone(), clip.clone()
+    dtype = PRECISIONS[precision]
+    computes_in = model.get_model_object("manual_cast_dtype") or model.model_dtype()
+    if computes_in != dtype or model.model_dtype() != dtype:
+        patcher.set_model_compute_dtype(dtype)
+    use_differentiable_attention(patcher)
+    model_keys, clip_keys = list(model_keys), list(clip_keys)
+    state = {**patcher.model.state_dict(), **text_encoder.patcher.model.state_dict()}
+    trained = sum(state[key].numel() for key in (*model_keys, *clip_keys))
+    memory = gradient_memory(patcher, latent_shape, checkpointing) + _BYTES_PER_VARIABLE * trained
+    del state
+    patchers = [patcher, text_encoder.patcher]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gradient_context(patchers, memory_required=memory, checkpointing=checkpointing))
+        stack.enter_context(_inputs_survive_changes_in_place(text_encoder.patcher.model))
+        of_model = stack.enter_context(_float32_variables(patcher.model, model_keys))
+        of_clip = stack.enter_context(_float32_variables(text_encoder.patcher.model, clip_keys))
+        patcher.pre_run()
+        try:
+            yield TrainableNetworks(patcher, text_encoder, of_model, of_clip)
+        finally:
+            patcher.cleanup()
+
+
+@contextlib.contextmanager
+def _float32_variables(model: torch.nn.Module, keys: Iterable[str]) -> Iterator[Variables]:
+    """Put a float32 copy that requires a gradient in the place of each parameter."""
+    variables: Variables = {}
+    try:
+        for key in keys:
+            path, _, name = key.rpartition(".")
+            module = model.get_submodule(path)
+            before = getattr(module, name)
+            if hasattr(module, f"convert_{name}") or type(before.data) is not torch.Tensor:
+                raise IdentityEditError(
+                    f"The weight {key} is stored in a scaled or quantised form that cannot be trained; load the "
+                    f"checkpoint in float16, bfloat16 or float32."
+                )
+            variable = torch.nn.Parameter(before.detach().to(torch.float32, copy=True))
+            setattr(module, name, variable)
+            variables[key] = variable, before
+        yield variables
+    finally:
+        for key, (_, before) in variables.items():
+            path, _, name = key.rpartition(".")
+            setattr(model.get_submodule(path), name, before)
+
+
+@contextlib.contextmanager
+def _inputs_survive_changes_in_place(model: torch.nn.Module) -> Iterator[None]:
+    """Let a text encoder be differentiated that adds to its residual stream in place (`x += ...`).
+
+    A normalisation keeps its input for the backward pass, and autograd refuses it once that has been changed; each
+    normalisation therefore gets an input of its own.
+    """
+
+    def copy_input(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (torch.is_grad_enabled() and inputs[0].requires_grad):
+            return None
+        return (inputs[0].clone(), *inputs[1:])
+
+    normalisations = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    handles = [module.register_forward_pre_hook(copy_input) for module in normalisations]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,291 @@
+"""Non-rigid image editing via identity-aware mask blend, NIMA (Liu et al. 2024, section 2.2, algorithm 1).
+
+The target prompt is sampled from an inversion, and in each step everything outside of the subject is put back to what
+the inversion had there. Where the subject is, in the source picture and in the target picture that is not there yet,
+the model's own attention to an identity prompt says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention.capture import IdentityAttention
+from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, feathered, identity_mask, resized, union
+from ..attention.layers import AUTOMATIC
+from . import engine
+from .conditioning import Conditioning, with_embedding
+from .errors import IdentityEditError, check_batch_matches, check_finite
+from .identity_prompt import IdentityPrompt, capture_identity
+from .inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, sampling_step
+from .schedule import signal_scale
+from .step_embeddings import apply_step_embeddings
+
+GUIDANCE_SCALES = {EDIT_FRIENDLY_DDPM: 15.0, DDIM: 7.5}
+"""Of the target prompt: that of edit-friendly DDPM inversion's reference implementation, and that of null-text
+inversion (Mokady et al. 2023), which editing from a DDIM inversion commonly uses."""
+
+REPLACE, UNITE = "replace", "unite"
+GIVEN_MASKS = (REPLACE, UNITE)
+
+
+@dataclass(frozen=True)
+class IdentityMaskBlend:
+    """What NIMA made.
+
+    Attributes:
+        latent: the edited picture, z_0 [B, C, H, W] in the scale of LATENT sockets.
+        source_mask: M^s [B, H, W], the subject of the source picture.
+        target_mask: M^e [B, H, W] as it was after the last step.
+        step_masks: [n, B, H, W], M_t of each step that was blended, where they were asked for.
+        source_attention, target_attention: what the masks were made of, or None where a given mask replaced it.
+        evaluations: network evaluations of both passes.
+        warning: one sentence where something is likely to go wrong, else None.
+    """
+
+    latent: torch.Tensor
+    source_mask: torch.Tensor
+    target_mask: torch.Tensor
+    step_masks: torch.Tensor | None
+    source_attention: IdentityAttention | None
+    target_attention: IdentityAttention | None
+    evaluations: int
+    warning: str | None
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How masks are made of attention.
+
+    Attributes:
+        threshold: of the normalised map, 0 to 1.
+        power: lambda of eq. 2; 0 uses the cross-attention alone.
+        layers: a choice of `attention.layers.choose_layers`.
+        feathering: deviation in latent cells of the Gaussian that softens the border of M_t; 0 is the paper's.
+    """
+
+    threshold: float = THRESHOLD
+    power: int = SELF_ATTENTION_POWER
+    layers: str = AUTOMATIC
+    feathering: float = 0.0
+
+
+def identity_mask_blend(
+    model: Any,
+    inversion: Inversion,
+    source: Conditioning,
+    target: Conditioning,
+    identity: IdentityPrompt,
+    negative: Conditioning | None = None,
+    *,
+    guidance_scale: float | None = None,
+    settings: MaskSettings | None = None,
+    skip: float = 0.0,
+    blend_until: float = 1.0,
+    source_mask: torch.Tensor | None = None,
+    target_mask: torch.Tensor | None = None,
+    given_masks: str = REPLACE,
+    keep_step_masks: bool = False,
+    callback: engine.Callback | None = None,
+) -> IdentityMaskBlend:
+    """Edit an inverted picture's subject and keep the rest (Liu et al. 2024, algorithm 1).
+
+    Args:
+        model: MODEL, the one that made the inversion (G* of the paper, with its identity prior, or any other).
+        inversion: of the source picture, by DDIM (with or without null-text embeddings) or edit-friendly DDPM.
+        source: P^s, the source prompt's CONDITIONING.
+        target: P^g, the target prompt's CONDITIONING.
+        identity: P^e, the identity prompt.
+        negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with a step table.
+        guidance_scale: of the target prompt; None is the step table's own, or else that of `GUIDANCE_SCALES`.
+        settings: how masks are made.
+        skip: share of the first steps that are left out, 0 to below 1. The paper starts at T.
+        blend_until: share of the remaining steps, from the first, in which latents are blended. 1 is the paper's; less
+            lets the last steps smooth the border, and change the background.
+        source_mask, target_mask: masks [1 or B, h, w] of one's own, 0 to 1, at the size of the picture or the latent.
+        given_masks: "replace" takes them instead of the ones found (and saves the reconstruction pass), "unite" with
+            them.
+        keep_step_masks: return the mask of every step.
+        callback: progress with preview.
+
+    Returns:
+        the edit and its masks. N network evaluations of reconstruction, and 2 N of the target (guidance scale 1: N).
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    settings = settings or MaskSettings()
+    check_inversion(inversion, model)
+    _check_settings(settings, skip, blend_until, given_masks)
+    table = inversion.embeddings
+    if guidance_scale is None:
+        own = None if table is None else table.guidance_scale
+        guidance_scale = own or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
+    if guidance_scale != 1.0 and negative is None:
+        if table is None:
+            raise IdentityEditError(
+                f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, use an inversion "
+                f"from Null-Text Optimization, or set the scale to 1."
+            )
+        negative = with_embedding(target[:1], table.embeddings[0], table.pooled_row(0))
+    target_model = model if table is None else apply_step_embeddings(model, table, "negative")
+
+    steps, sigmas = inversion.steps, inversion.sigmas
+    first = min(round(skip * steps), steps - 1)
+    count = steps - first
+    blended = round(blend_until * count)
+    batch, height, width = inversion.batch, inversion.trajectory.shape[-2], inversion.trajectory.shape[-1]
+    given_source = _given_mask(source_mask, "The source mask", batch, height, width)
+    given_target = _given_mask(target_mask, "The target mask", batch, height, width)
+    finds_source = given_source is None or given_masks == UNITE
+    finds_target = given_target is None or given_masks == UNITE
+    reports = (count if finds_source else 0) + count
+
+    def mask_of(attention: IdentityAttention | None, given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """The mask found so far, the given one, or their union."""
+        mask = torch.zeros(batch, height, width, device=like.device) if given is None else given.to(like.device)
+        if attention is not None and attention.cross:
+            mask = union(mask, identity_mask(attention, height, width, settings.threshold, settings.power))
+        return mask
+
+    # M^s, I^s' = Sampling(x_T, G*, P^s, P^e). The inversion holds every x_t of an exact reconstruction, so nothing is
+    # sampled: one evaluation of the source prompt at each x_t gives its attention.
+    source_attention: IdentityAttention | None = None
+    evaluations = 0
+    if finds_source:
+        source_model, source_attention = _capture(model, identity, settings)
+
+        def reconstruct(evaluator: engine.NetworkEvaluator, _: torch.Tensor) -> int:
+            for i in range(first, steps):
+                x = inversion.trajectory[i].to(evaluator.device)
+                denoised = evaluator.denoised(x, sigmas[i].to(evaluator.device), "positive")
+                evaluator.report(i - first, denoised, x, reports)
+            return evaluator.evaluations
+
+        evaluations += _run(source_model, inversion, first, source, None, reconstruct, callback)
+    # The mask accumulated at the last step; from here on it is fixed.
+    fixed_source_mask = mask_of(source_attention, given_source, inversion.sigmas)
+
+    target_attention: IdentityAttention | None = None
+    if finds_target:
+        target_model, target_attention = _capture(target_model, identity, settings)
+
+    def denoise(
+        evaluator: engine.NetworkEvaluator, _: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], int]:
+        device = evaluator.device
+        step_masks = []
+        m_source = fixed_source_mask.to(device)
+        m_target = torch.zeros_like(m_source)
+        x = inversion.trajectory[first].to(device)  # x^_T = x_T
+        for i in range(first, steps):
+            # x^_{t-1}, M^e_t = Denoise(x^_t, G*, P^g, P^e)
+            denoised = evaluator.guided(x, sigmas[i].to(device), guidance_scale)
+            x_next = sampling_step(inversion, i, x, denoised)
+            if i - first < blended or i == steps - 1:
+                m_target = mask_of(target_attention, given_target, x)
+            if i - first < blended:
+                m = feathered(union(m_source, m_target), settings.feathering)  # M_t, eq. 3
+                # Eq. 4, with x_{t-1} of the inversion as algorithm 1 has it: what the step arrives at.
+                outside = inversion.trajectory[i + 1].to(device)
+                x_next = m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside
+                if keep_step_masks:
+                    step_masks.append(m.cpu())
+            x = x_next
+            evaluator.report(reports - count + i - first, denoised, x, reports)
+        return (x / signal_scale(sigmas[-1].to(device))).cpu(), m_target.cpu(), step_masks, evaluator.evaluations
+
+    z_0, last_target_mask, step_masks, further = _run(
+        target_model, inversion, first, target, negative, denoise, callback
+    )
+    return IdentityMaskBlend(
+        latent=engine.to_socket_scale(model, z_0),
+        source_mask=fixed_source_mask,
+        target_mask=last_target_mask,
+        step_masks=torch.stack(step_masks) if step_masks else None,
+        source_attention=source_attention,
+        target_attention=target_attention,
+        evaluations=evaluations + further,
+        warning=_warning(inversion, guidance_scale, fixed_source_mask, last_target_mask),
+    )
+
+
+def _run(
+    model: Any,
+    inversion: Inversion,
+    first: int,
+    positive: Conditioning,
+    negative: Conditioning | None,
+    loop: Callable[[engine.NetworkEvaluator, torch.Tensor], Any],
+    callback: engine.Callback | None,
+) -> Any:
+    start, sigmas = inversion.start_latent(model, first), inversion.sigmas[first:]
+    with torch.no_grad():
+        return engine.run_loop(model, positive, negative, start, sigmas, loop, callback=callback)
+
+
+def _capture(model: Any, identity: IdentityPrompt, settings: MaskSettings) -> tuple[Any, IdentityAttention]:
+    return capture_identity(model, identity, settings.layers, self_attention=settings.power > 0)
+
+
+def _check_settings(settings: MaskSettings, skip: float, blend_until: float, given_masks: str) -> None:
+    if not 0.0 <= settings.threshold <= 1.0:
+        raise IdentityEditError(f"threshold is {settings.threshold:g}; choose a value from 0 to 1 (0.4).")
+    if settings.power < 0 or settings.feathering < 0:
+        raise IdentityEditError(
+            f"self_attention_power is {settings.power} and feathering {settings.feathering:g}; choose 0 or more."
+        )
+    if not 0.0 <= skip < 1.0 or not 0.0 <= blend_until <= 1.0:
+        raise IdentityEditError(
+            f"skip is {skip:g} and blend_until {blend_until:g}; choose shares of the steps, skip from 0 to below 1, "
+            f"blend_until from 0 to 1."
+        )
+    if given_masks not in GIVEN_MASKS:
+        raise IdentityEditError(f"given_masks is {given_masks!r}; choose one of {', '.join(GIVEN_MASKS)}.")
+
+
+def _given_mask(mask: torch.Tensor | None, name: str, batch: int, height: int, width: int) -> torch.Tensor | None:
+    """A mask of the user's at the latent's size [B, H, W] float32 in [0, 1], refused where it cannot be the picture's.
+
+    A picture may be up to 7 pixels larger than its latent says (VAE Encode crops it): within one cell any size is
+    taken that has the latent's proportions.
+    """
+    if mask is None:
+        return None
+    mask = mask.detach().to(device="cpu", dtype=torch.float32)
+    if mask.ndim == 2:
+        mask = mask.unsqueeze(0)
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise IdentityEditError(f"{name} has the shape {tuple(mask.shape)}; connect a MASK [batch, height, width].")
+    scale_y, scale_x = mask.shape[1] / height, mask.shape[2] / width
+    if min(scale_y, scale_x) < 1.0 or abs(scale_y / scale_x - 1.0) > 1.0 / min(height, width):
+        raise IdentityEditError(
+            f"{name} is {mask.shape[2]}x{mask.shape[1]} pixels but the inverted picture {8 * width}x{8 * height}; use "
+            f"a mask of the picture's size."
+        )
+    check_finite(mask, name)
+    check_batch_matches(mask.shape[0], batch, name)
+    return resized(mask.clamp(0.0, 1.0), (height, width)).expand(batch, -1, -1).clone()
+
+
+def _warning(
+    inversion: Inversion, guidance_scale: float, source_mask: torch.Tensor, target_mask: torch.Tensor
+) -> str | None:
+    table = inversion.embeddings
+    optimised_for = None if table is None else table.guidance_scale
+    if optimised_for is not None and abs(optimised_for - guidance_scale) > 1e-6:
+        return (
+            f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
+            f"{optimised_for:g}; use the same for both, or the picture drifts away from the inversion."
+        )
+    for name, mask in (("source", source_mask), ("target", target_mask)):
+        shares = mask.mean(dim=(1, 2))
+        if bool(((shares == 0) | (shares == 1)).any()):
+            return (
+                f"The {name} mask holds nothing or everything of a picture; check the identity prompt, the threshold "
+                f"and the layers, or connect a mask."
+            )
+    return None

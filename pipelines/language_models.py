@@ -1,0 +1,222 @@
+"""Language models on this machine, read from a folder by the transformers library and asked one question at a time.
+
+Nothing is downloaded and no code of the folder is executed: local files only, safetensors only, no remote code. A model
+is loaded for one node's run and given back afterwards, because it would take the memory that sampling needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import IdentityEditError
+
+IMAGE_AND_TEXT = "image-text-to-text"
+TEXT = "text-generation"
+_MEMORY_MARGIN = 1.2
+"""Memory asked for, as a multiple of the weights' size: what is above 1 is for the keys and values of the answer."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A loaded model, from `load_language_model`.
+
+    Attributes:
+        network: the transformers model, in evaluation mode on `device`.
+        processor: its processor (images and text) or tokenizer (text).
+        path: the folder it came from.
+        device: where it computes.
+    """
+
+    network: Any
+    processor: Any
+    path: str
+    device: torch.device
+
+    def ask(
+        self, question: str, picture: torch.Tensor | None = None, *, max_new_tokens: int, temperature: float, seed: int
+    ) -> str:
+        """The model's answer.
+
+        Args:
+            question: what to ask; it is put into the model's own chat template where it has one.
+            picture: [height, width, 3], 0 to 1, for models of the kind IMAGE_AND_TEXT.
+            max_new_tokens: the answer's greatest length.
+            temperature: 0 takes the likeliest token each time; above 0 tokens are drawn with the seed.
+            seed: 0 to 2^64 - 1.
+
+        Raises:
+            IdentityEditError: when the model cannot answer, or memory runs out.
+        """
+        from transformers import StoppingCriteriaList
+
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0.0 else {"do_sample": False}
+        cuda = [self.device] if self.device.type == "cuda" else []
+        try:
+            inputs = self._inputs(question, picture)
+            with torch.random.fork_rng(devices=cuda):  # transformers draws from torch's global generator
+                torch.manual_seed(seed)
+                answer = self.network.generate(
+                    **inputs,
+                    max_new_tokens=max_new_tokens,
+                    stopping_criteria=StoppingCriteriaList([_stop_when_interrupted]),
+                    **sampling,
+                )
+        except torch.cuda.OutOfMemoryError as error:
+            raise IdentityEditError(
+                f"Memory ran out while {self.path} answered; choose a smaller model or a smaller max_new_tokens."
+            ) from error
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            raise IdentityEditError(
+                f"The model in {self.path} cannot answer ({_first_line(error)}); choose another model."
+            ) from error
+        prompt = inputs.get("input_ids")
+        # Decoders give the prompt back before the answer, encoder-decoders do not.
+        if prompt is not None and torch.equal(answer[:, : prompt.shape[1]], prompt):
+            answer = answer[:, prompt.shape[1] :]
+        return str(self.processor.batch_decode(answer, skip_special_tokens=True)[0]).strip()
+
+    def _inputs(self, question: str, picture: torch.Tensor | None) -> Any:
+        """The model's inputs, with batch size 1 and on its device."""
+        has_template = getattr(self.processor, "chat_template", None) is not None
+        if picture is None:
+            if has_template:
+                message = [{"role": "user", "content": question}]
+                question = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+            inputs = self.processor(question, return_tensors="pt", add_special_tokens=not has_template)
+            return inputs.to(self.device)
+        image = _to_pillow(picture)
+        if has_template:
+            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            inputs = self.processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        else:
+            token = getattr(self.processor, "image_token", None)
+            if isinstance(token, str):  # the prompt of LLaVA 1.5, whose older folders have no template
+                question = f"USER: {token}\n{question} ASSISTANT:"
+            inputs = self.processor(images=image, text=question or None, return_tensors="pt")
+        return inputs.to(self.device, dtype=self.network.dtype)  # only what is floating point changes its dtype
+
+
+@contextmanager
+def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
+    """Load a model from a folder, and give its memory back at the end.
+
+    Args:
+        path: a folder with config.json, *.safetensors, and the files of the tokenizer and, for pictures, the processor.
+        kind: IMAGE_AND_TEXT or TEXT, in the words of transformers' pipelines.
+
+    Raises:
+        IdentityEditError: when the folder is missing, incomplete, or holds another kind of model.
+    """
+    from comfy import model_management
+
+    _check_folder(path, kind)
+    import transformers
+
+    if kind == IMAGE_AND_TEXT:
+        network_class, processor_class = transformers.AutoModelForImageTextToText, transformers.AutoProcessor
+    else:
+        network_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
+    device = model_management.get_torch_device()
+    network = None
+    try:
+        try:
+            with torch.random.fork_rng(devices=[]):  # transformers draws weights before it reads them
+                processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+                network = network_class.from_pretrained(
+                    path, local_files_only=True, trust_remote_code=False, use_safetensors=True, torch_dtype="auto"
+                ).eval()
+            if kind == IMAGE_AND_TEXT and not hasattr(processor, "image_processor"):
+                # AutoProcessor gives the tokenizer alone where it finds nothing else.
+                raise OSError("it has no processor for pictures with text")
+            size = sum(parameter.nbytes for parameter in network.parameters())
+            model_management.free_memory(size * _MEMORY_MARGIN, device)
+            network = network.to(device=device, dtype=_dtype(network.dtype, device))
+        except torch.cuda.OutOfMemoryError as error:
+            raise IdentityEditError(f"The model in {path} does not fit into memory; choose a smaller one.") from error
+        except Exception as error:  # every architecture has its own ways of failing
+            raise IdentityEditError(
+                f"transformers cannot load {path} for {kind} ({_first_line(error)}); choose another model, or copy its "
+                f"files again."
+            ) from error
+        yield LanguageModel(network, processor, path, device)
+    finally:
+        del network
+        gc.collect()
+        model_management.soft_empty_cache()
+
+
+def _check_folder(path: str, kind: str) -> None:
+    """Say in a sentence what the folder lacks, before transformers says it in a page."""
+    processor = " and preprocessor_config.json" if kind == IMAGE_AND_TEXT else ""
+    needed = f"config.json, the weights (*.safetensors), the tokenizer's files{processor}"
+    if not os.path.isdir(path):
+        raise IdentityEditError(f"The model folder {path} does not exist; make it and put into it {needed}.")
+    names = os.listdir(path)
+    if "config.json" not in names:
+        raise IdentityEditError(f"The model folder {path} has no config.json; put into it {needed}.")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+        why = "only pickled weights, which could run code" if pickled else "no weights"
+        raise IdentityEditError(f"The model folder {path} has {why}; put the model's *.safetensors files into it.")
+    if kind == IMAGE_AND_TEXT and not _describes_pictures(path):
+        # transformers would take the sizes and colours of another model for granted.
+        raise IdentityEditError(
+            f"The model folder {path} has no preprocessor_config.json, which says how pictures are prepared; put it "
+            f"there, or choose an image-text-to-text model."
+        )
+
+
+def _describes_pictures(path: str) -> bool:
+    """Whether the folder says how pictures are prepared: in a file of its own or, in newer folders, in a common one."""
+    if os.path.isfile(os.path.join(path, "preprocessor_config.json")):
+        return True
+    try:
+        with open(os.path.join(path, "processor_config.json"), encoding="utf-8") as file:
+            return "image_processor" in json.load(file)
+    except (OSError, ValueError):
+        return False
+
+
+def _dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: as stored, but bfloat16 for float16 on a CPU, and float16 where bfloat16 is missing."""
+    from comfy import model_management
+
+    if device.type == "cpu" and stored == torch.float16:
+        return torch.bfloat16
+    if device.type != "cpu" and stored == torch.bfloat16 and not model_management.should_use_bf16(device):
+        return torch.float16
+    return stored
+
+
+def _stop_when_interrupted(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """A stopping criterion of transformers, asked after every token; it stops by ComfyUI's own exception."""
+    from comfy import model_management
+
+    model_management.throw_exception_if_processing_interrupted()
+    return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def _to_pillow(picture: torch.Tensor) -> Any:
+    from PIL import Image
+
+    return Image.fromarray((picture.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy())
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,568 @@
+"""The pictures of a subject with their captions and masks: what the personalised identity prior is trained on.
+
+The identity dataset of Liu et al. 2024 (section 2.1): three to five pictures of one subject, each with a caption that
+describes what can be edited (action, view, expression), in which the subject is called by a rare token and its class
+word, "sks dog". A folder holds it like this:
+
+    dog/                     the subject
+        1.jpg  1.txt         a picture (png, jpg, jpeg, webp) and its caption
+        2.png  2.txt  2.mask.png     perhaps with a mask: white on the subject, as large as its picture
+        class_word.txt       perhaps: what the subject is, "dog"
+        test/9.jpg  9.txt    perhaps: the one picture to edit, and its caption
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .errors import IdentityEditError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
+MASK_MARK = ".mask"
+CLASS_WORD_FILE = "class_word.txt"
+TEST_FOLDER = "test"
+FEWEST, MOST = 3, 5
+"""The number of reference pictures in Liu et al. 2024 (section 2); any number from one on is accepted, with a note."""
+
+CAPTION_FILES = "caption files"
+CLASS_WORD_ONLY = "class word only (DreamBooth)"
+NO_CAPTIONS_YET = "none yet (Caption Pictures)"
+CAPTION_SOURCES = (CAPTION_FILES, CLASS_WORD_ONLY, NO_CAPTIONS_YET)
+
+
+@dataclass(frozen=True)
+class SubjectPictures:
+    """The pictures of one subject; the lists have one entry for each picture, in the same order.
+
+    Attributes:
+        pictures: float32 tensors [height, width, 3] on the CPU, values 0 to 1; the sizes may differ.
+        captions: what each picture shows; "" where there is no caption yet.
+        masks: float32 tensors [height, width], 1 on the subject, of the picture's size; None where there is no mask.
+        names: each picture's file name or number, for messages.
+        class_word: what the subject is, such as "dog".
+        token: the rare token that stands for its identity (V* in Liu et al. 2024), such as "sks"; "" for pictures of
+            the class in general, a regularisation set.
+        folder: where the pictures were read, or None.
+        test_picture: the picture to edit, [height, width, 3], or None.
+        test_name: its file name below `folder`.
+        test_caption: what it shows: the source prompt of an edit; "" where there is none.
+        notes: what the user should know about the folder, one sentence each.
+    """
+
+    pictures: list[torch.Tensor]
+    captions: list[str]
+    masks: list[torch.Tensor | None]
+    names: list[str]
+    class_word: str
+    token: str
+    folder: str | None = None
+    test_picture: torch.Tensor | None = None
+    test_name: str = ""
+    test_caption: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def identity_prompt(self) -> str:
+        """The subject's name in prompts (P^e in Liu et al. 2024): the token and the class word."""
+        return _identity_prompt(self.class_word, self.token)
+
+
+def load_subject_folder(
+    path: str,
+    class_word: str = "",
+    token: str = "sks",
+    *,
+    captions: str = CAPTION_FILES,
+    add_token: bool = False,
+    size: int | None = None,
+) -> SubjectPictures:
+    """Read a subject's folder; its form is at the top of this file.
+
+    Pictures are turned as their EXIF orientation says. A transparent picture is laid on white, and where it has no
+    mask file its opaque part is the mask.
+
+    Args:
+        path: the folder.
+        class_word: what the subject is; "" reads it from `class_word.txt`.
+        token: the rare token for the subject's identity, one word; "" for a regularisation set.
+        captions: CAPTION_FILES needs one file for each picture; CLASS_WORD_ONLY reads none and calls every picture
+            "a photo of <token> <class word>" (Ruiz et al. 2023); NO_CAPTIONS_YET reads those that are there.
+        add_token: put the token before the class word of captions that lack it, instead of refusing them.
+        size: cut every picture to a centred square and scale it to this side in pixels; None keeps all sizes.
+
+    Raises:
+        IdentityEditError: naming the file and the remedy, when a picture, caption or mask cannot be used.
+    """
+    if not os.path.isdir(path):
+        raise IdentityEditError(
+            f"The folder {path} does not exist; put {FEWEST} to {MOST} pictures of the subject, each with a caption "
+            f"file, into a folder below ComfyUI's input folder."
+        )
+    names = sorted(name for name in os.listdir(path) if not name.startswith("."))
+    files = [name for name in names if os.path.isfile(os.path.join(path, name))]
+    pictures = [name for name in files if _is_picture(name) and not _is_mask(name)]
+    masks = {_stem(name).removesuffix(MASK_MARK): name for name in files if _is_mask(name)}
+    if not pictures:
+        raise IdentityEditError(
+            f"The folder {path} holds no picture ({', '.join(PICTURE_ENDINGS)}); put {FEWEST} to {MOST} pictures of "
+            f"the subject into it."
+        )
+    class_word, token = check_words(class_word.strip() or _read_class_word(path), token)
+    _check_stems(pictures, masks)
+
+    read = [_read_picture(path, name, masks.get(_stem(name)), size) for name in pictures]
+    texts = [_caption(path, name, captions, class_word, token, add_token, required=True) for name in pictures]
+    notes = _count_notes(len(pictures), token) + _ignored_notes(names, pictures, masks)
+    subject = SubjectPictures(
+        pictures=[picture for picture, _ in read],
+        captions=texts,
+        masks=[mask for _, mask in read],
+        names=pictures,
+        class_word=class_word,
+        token=token,
+        folder=path,
+    )
+    return _with_test_picture(subject, path, captions, add_token, size, notes)
+
+
+def from_batch(
+    images: torch.Tensor | list[torch.Tensor],
+    captions: list[str],
+    class_word: str,
+    token: str = "sks",
+    *,
+    masks: torch.Tensor | list[torch.Tensor] | None = None,
+    add_token: bool = False,
+) -> SubjectPictures:
+    """Make a subject's pictures from tensors.
+
+    Args:
+        images: [batch, height, width, 3 or 4], or a list of such batches, values 0 to 1. A fourth channel is opacity:
+            such a picture is laid on white.
+        captions: one for each picture, one for all, or none yet (an empty list).
+        class_word, token: as for `load_subject_folder`.
+        masks: [batch, height, width] or a list of such batches, 1 on the subject; one for each picture.
+        add_token: put the token before the class word of captions that lack it, instead of refusing them.
+
+    Raises:
+        IdentityEditError: when an image, caption or mask cannot be used, or their numbers differ.
+    """
+    class_word, token = check_words(class_word, token)
+    pictures = [_flat_picture(image) for batch in _as_list(images) for image in _entries(batch, 4, "The images")]
+    if not pictures:
+        raise IdentityEditError("The images are empty; connect at least one picture.")
+    names = [f"picture {number}" for number in range(1, len(pictures) + 1)]
+    if len(captions) not in (0, 1, len(pictures)):
+        raise IdentityEditError(
+            f"There are {len(captions)} captions for {len(pictures)} pictures; write one caption a line for each "
+            f"picture, one for all, or none."
+        )
+    texts = [""] * len(pictures)
+    if captions:
+        every = captions * len(pictures) if len(captions) == 1 else captions
+        texts = [
+            check_caption(_one_line(text), f"The caption of {name}", class_word, token, add_token)
+            for text, name in zip(every, names, strict=True)
+        ]
+    found: list[torch.Tensor | None] = [None] * len(pictures)
+    if masks is not None:
+        given = [mask.detach().cpu().float() for batch in _as_list(masks) for mask in _entries(batch, 3, "The masks")]
+        if len(given) != len(pictures):
+            raise IdentityEditError(
+                f"There are {len(given)} masks for {len(pictures)} pictures; give each picture its mask, or no masks."
+            )
+        for picture, mask, name in zip(pictures, given, names, strict=True):
+            _check_mask(mask, (picture.shape[1], picture.shape[0]), f"The mask of {name}")
+        found = list(given)
+    notes = tuple(_count_notes(len(pictures), token))
+    return SubjectPictures(pictures, texts, found, names, class_word, token, notes=notes)
+
+
+def check_words(class_word: str, token: str) -> tuple[str, str]:
+    """The class word and the token without spaces around them.
+
+    Raises:
+        IdentityEditError: when the class word is empty or holds the token, or the token is several words.
+    """
+    class_word, token = _one_line(class_word), token.strip()
+    if not class_word:
+        raise IdentityEditError(
+            f"class_word is empty; write what the subject is, such as 'dog', or put it into {CLASS_WORD_FILE} beside "
+            f"the pictures."
+        )
+    if len(token.split()) > 1:
+        raise IdentityEditError(f"token is '{token}'; write one rare word that stands for the subject, such as 'sks'.")
+    if token and has_word(class_word, token):
+        raise IdentityEditError(
+            f"class_word '{class_word}' holds the token '{token}'; write only what the subject is, such as 'dog'."
+        )
+    return class_word, token
+
+
+def has_word(text: str, word: str) -> bool:
+    """Whether `text` holds `word`, whole ("cat" is not in "caterpillar") and in upper or lower case."""
+    return re.search(_word_pattern(word), text, re.IGNORECASE) is not None
+
+
+def with_token(caption: str, class_word: str, token: str) -> str:
+    """The caption with the token before its first class word; unchanged where it has the token or no class word."""
+    if not token or has_word(caption, token):
+        return caption
+    return re.sub(
+        _word_pattern(class_word), lambda found: f"{token} {found.group()}", caption, count=1, flags=re.IGNORECASE
+    )
+
+
+def with_article(class_word: str) -> str:
+    """ "a dog", "an owl"."""
+    return f"{'an' if class_word[0].lower() in 'aeiou' else 'a'} {class_word}"
+
+
+def _identity_prompt(class_word: str, token: str) -> str:
+    return f"{token} {class_word}".strip()
+
+
+def _word_pattern(word: str) -> str:
+    # \b would not do: a token such as <dog> begins and ends with characters that are no letters.
+    return r"(?<!\w)" + r"\s+".join(re.escape(part) for part in word.split()) + r"(?!\w)"
+
+
+def check_caption(caption: str, what: str, class_word: str, token: str, add_token: bool = False) -> str:
+    """The caption, with the token where `add_token` asks for it.
+
+    Args:
+        caption: the text.
+        what: the caption's name for the message, such as "The caption 1.txt".
+        class_word, token: both must be in the caption as whole words (the token unless it is "").
+        add_token: put the token before the class word where it is missing.
+
+    Raises:
+        IdentityEditError: when the caption is empty or lacks one of the two words.
+    """
+    name = _identity_prompt(class_word, token)
+    if not caption.strip():
+        raise IdentityEditError(f"{what} is empty; write what the picture shows, with '{name}' in it.")
+    if not has_word(caption, class_word):
+        raise IdentityEditError(
+            f"{what} lacks the class word '{class_word}'; call the subject '{name}' in it (it says: "
+            f"'{_short(caption)}')."
+        )
+    if add_token:
+        caption = with_token(caption, class_word, token)
+    if token and not has_word(caption, token):
+        raise IdentityEditError(
+            f"{what} lacks the identity token '{token}'; write '{name}' instead of '{class_word}', or "
+            f"switch add_token on (it says: '{_short(caption)}')."
+        )
+    return caption
+
+
+def check_captions(subject: SubjectPictures) -> None:
+    """Check before a training that every picture has a caption with the token and the class word.
+
+    Raises:
+        IdentityEditError: when the pictures have no token, or naming the first picture whose caption is missing or
+            lacks a word.
+    """
+    if not subject.token:
+        raise IdentityEditError(
+            "The subject's pictures have no token; write one rare word, such as 'sks', as token where they are loaded."
+        )
+    for caption, name in zip(subject.captions, subject.names, strict=True):
+        if not caption.strip():
+            raise IdentityEditError(
+                f"{name} has no caption; connect Caption Pictures before the training, or write the caption file."
+            )
+        check_caption(caption, f"The caption of {name}", subject.class_word, subject.token)
+
+
+def picture_batch(subject: SubjectPictures) -> torch.Tensor:
+    """All pictures as one IMAGE batch [batch, height, width, 3], cut and scaled to the first one's size."""
+    from comfy.utils import common_upscale
+
+    height, width = subject.pictures[0].shape[:2]
+    fitted = []
+    for picture in subject.pictures:
+        if picture.shape[:2] != (height, width):
+            picture = common_upscale(picture[None].movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)[0]
+        fitted.append(picture)
+    return torch.stack(fitted)
+
+
+def check_can_save(subject: SubjectPictures) -> str:
+    """The folder beside whose pictures the captions go.
+
+    Raises:
+        IdentityEditError: when the pictures come from no folder.
+    """
+    if subject.folder is None:
+        raise IdentityEditError(
+            "The pictures come from no folder, so captions cannot be saved beside them; use Load Subject Pictures, or "
+            "do not save."
+        )
+    return subject.folder
+
+
+def save_captions(subject: SubjectPictures, *, overwrite: bool = False) -> list[str]:
+    """Write each caption into its file beside its picture, the test picture's too; each file whole or not at all.
+
+    Args:
+        subject: from `load_subject_folder`.
+        overwrite: also replace files that are there and say something else.
+
+    Returns:
+        the names of the files that were written, below the subject's folder.
+
+    Raises:
+        IdentityEditError: when the pictures come from no folder, or a file cannot be written.
+    """
+    folder = check_can_save(subject)
+    names, captions = list(subject.names), list(subject.captions)
+    if subject.test_name:
+        names.append(subject.test_name)
+        captions.append(subject.test_caption)
+    written = []
+    for name, caption in zip(names, captions, strict=True):
+        file = f"{_stem(name)}.txt"
+        path = os.path.join(folder, file)
+        if not caption.strip() or (os.path.exists(path) and not overwrite):
+            continue
+        if os.path.exists(path) and _read_text(path, file) == caption:
+            continue
+        _write_text(path, caption + "\n")
+        written.append(file)
+    return written
+
+
+# --- Reading a folder ------------------------------------------------------------------------------------------------
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith(PICTURE_ENDINGS)
+
+
+def _is_mask(name: str) -> bool:
+    return _is_picture(name) and _stem(name).endswith(MASK_MARK)
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]
+
+
+def _check_stems(pictures: list[str], masks: dict[str, str]) -> None:
+    """Every picture has a name of its own, and every mask a picture."""
+    by_stem: dict[str, str] = {}
+    for name in pictures:
+        other = by_stem.setdefault(_stem(name), name)
+        if other != name:
+            raise IdentityEditError(
+                f"{other} and {name} would share the caption {_stem(name)}.txt; rename one of them."
+            )
+    for stem, mask in masks.items():
+        if stem not in by_stem:
+            raise IdentityEditError(
+                f"The mask {mask} has no picture; name it as its picture, {MASK_MARK}.png at the end, or delete it."
+            )
+
+
+def _read_class_word(path: str) -> str:
+    file = os.path.join(path, CLASS_WORD_FILE)
+    return _read_text(file, CLASS_WORD_FILE) if os.path.isfile(file) else ""
+
+
+def _read_text(path: str, name: str) -> str:
+    """A text file as one line."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return _one_line(file.read())
+    except UnicodeDecodeError as error:
+        raise IdentityEditError(f"{name} is not UTF-8 text; save it as UTF-8.") from error
+    except OSError as error:
+        raise IdentityEditError(f"{name} cannot be read ({error.strerror}); make it readable.") from error
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _caption(path: str, name: str, source: str, class_word: str, token: str, add_token: bool, *, required: bool) -> str:
+    """The caption of one picture, from where `source` says."""
+    if source == CLASS_WORD_ONLY:
+        return f"a photo of {_identity_prompt(class_word, token) if token else with_article(class_word)}"
+    if source not in CAPTION_SOURCES:
+        raise IdentityEditError(f"captions is '{source}'; choose one of {', '.join(CAPTION_SOURCES)}.")
+    file = f"{_stem(name)}.txt"
+    full = os.path.join(path, file)
+    if not os.path.isfile(full):
+        if required and source == CAPTION_FILES:
+            raise IdentityEditError(
+                f"{name} has no caption file {file}; write it, or set captions to '{NO_CAPTIONS_YET}' and connect "
+                f"Caption Pictures."
+            )
+        return ""
+    text = _read_text(full, file)
+    if not text:
+        raise IdentityEditError(
+            f"The caption file {file} is empty; write what {name} shows into it, with "
+            f"'{_identity_prompt(class_word, token)}', or delete it."
+        )
+    if source == NO_CAPTIONS_YET:  # Caption Pictures puts the token in
+        return text
+    return check_caption(text, f"The caption file {file}", class_word, token, add_token)
+
+
+def _ignored_notes(names: list[str], pictures: list[str], masks: dict[str, str]) -> list[str]:
+    known = {*pictures, *masks.values(), CLASS_WORD_FILE, TEST_FOLDER, *(f"{_stem(name)}.txt" for name in pictures)}
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return []
+    return [f"Ignored, because they are neither picture, caption nor mask of one: {', '.join(unknown)}."]
+
+
+def _count_notes(count: int, token: str) -> list[str]:
+    if not token or FEWEST <= count <= MOST:
+        return []
+    return [f"{count} picture{'s' if count > 1 else ''}; Liu et al. 2024 use {FEWEST} to {MOST}."]
+
+
+def _with_test_picture(
+    subject: SubjectPictures, path: str, captions: str, add_token: bool, size: int | None, notes: list[str]
+) -> SubjectPictures:
+    """The subject with the picture of its test folder, where there is one, and with its notes."""
+    folder = os.path.join(path, TEST_FOLDER)
+    if not os.path.isdir(folder):
+        return replace(subject, notes=tuple(notes))
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    pictures = [name for name in names if _is_picture(name) and not _is_mask(name)]
+    if not pictures:
+        return replace(subject, notes=(*notes, f"The folder {TEST_FOLDER} holds no picture."))
+    if len(pictures) > 1:
+        raise IdentityEditError(
+            f"The folder {TEST_FOLDER} holds {len(pictures)} pictures ({', '.join(pictures)}); keep the one to edit."
+        )
+    name = f"{TEST_FOLDER}/{pictures[0]}"
+    picture, _ = _read_picture(path, name, None, size)
+    caption = _caption(path, name, captions, subject.class_word, subject.token, add_token, required=False)
+    return replace(subject, test_picture=picture, test_name=name, test_caption=caption, notes=tuple(notes))
+
+
+def _read_picture(
+    path: str, name: str, mask_name: str | None, size: int | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A picture [height, width, 3] and its mask [height, width] or None, both of the wanted size."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    picture = _open(path, name)
+    mask = None
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        opacity = picture.getchannel("A")
+        if np.asarray(opacity).min() < 255:
+            mask = opacity
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    if mask_name is not None:
+        mask = _open(path, mask_name).convert("L")
+    what = f"The mask {mask_name}" if mask_name else f"The transparency of {name}"
+    if mask is not None:
+        _check_mask(_tensor(mask), picture.size, what)
+    if size is not None:
+        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        if mask is not None:
+            mask = ImageOps.fit(mask, (size, size), Image.Resampling.BILINEAR)
+            if mask.getextrema()[1] == 0:
+                raise IdentityEditError(
+                    f"{what} marks nothing within the centred square of {name}; crop the picture around the subject."
+                )
+    return _tensor(picture), None if mask is None else _tensor(mask)
+
+
+def _open(path: str, name: str) -> Image:
+    """A picture file in upright orientation, wholly decoded, eight bits a channel."""
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(os.path.join(path, name)) as file:
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise IdentityEditError(f"The picture {name} cannot be read ({error}); save it again, or delete it.") from error
+    if image.mode.startswith("I"):  # 16 bits; convert() would cut values above 255 off
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8))
+    return image
+
+
+def _tensor(image: Image) -> torch.Tensor:
+    """[height, width, 3] or, of a grey image, [height, width]; float32, 0 to 1."""
+    import numpy as np
+
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
+
+
+def _check_mask(mask: torch.Tensor, size: tuple[int, int], what: str) -> None:
+    """Check that a mask [height, width] fits a picture of `size` (width, height) and marks something."""
+    if (mask.shape[1], mask.shape[0]) != size:
+        raise IdentityEditError(
+            f"{what} is {mask.shape[1]}x{mask.shape[0]} but its picture is {size[0]}x{size[1]}; make the mask as large "
+            f"as the picture."
+        )
+    if not bool(torch.isfinite(mask).all()) or float(mask.max()) <= 0.0:
+        raise IdentityEditError(f"{what} marks nothing; make it white on the subject, or leave it out.")
+
+
+# --- From tensors ----------------------------------------------------------------------------------------------------
+
+
+def _as_list(batches: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
+    return list(batches) if isinstance(batches, (list, tuple)) else [batches]
+
+
+def _entries(batch: Any, dimensions: int, what: str) -> list[torch.Tensor]:
+    """The entries of a batch with `dimensions` dimensions; one entry without its batch dimension is taken too."""
+    if not isinstance(batch, torch.Tensor) or batch.ndim not in (dimensions - 1, dimensions):
+        raise IdentityEditError(f"{what} are no batch of pictures; connect a node such as Load Image.")
+    return list(batch) if batch.ndim == dimensions else [batch]
+
+
+def _flat_picture(image: torch.Tensor) -> torch.Tensor:
+    """[height, width, 3] of an image with three or four channels."""
+    image = image.detach().cpu().float()
+    if image.shape[-1] not in (3, 4) or image.numel() == 0:
+        raise IdentityEditError(f"An image has the shape {tuple(image.shape)}; connect pictures with three channels.")
+    if not bool(torch.isfinite(image).all()):
+        raise IdentityEditError("The images contain NaN or infinite values; decode them again.")
+    if image.shape[-1] == 4:
+        image = image[..., :3] * image[..., 3:] + (1.0 - image[..., 3:])
+    return image.clamp(0.0, 1.0)
+
+
+def _write_text(path: str, text: str) -> None:
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=os.path.dirname(path), suffix=".tmp", delete=False
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.remove(temporary)
+        raise IdentityEditError(
+            f"The caption {path} cannot be written ({error.strerror}); make its folder writable, or do not save."
+        ) from error

@@ -1,0 +1,267 @@
+"""The training loop that every trained technique shares.
+
+What is trained, on which batches and with which loss is the technique's; the loop has the optimiser (torch's), gradient
+accumulation, autocast, gradient clipping, the record of losses, sample previews, and checkpoints from which a run that
+was interrupted or killed goes on. Draws depend on the seed and the step alone (`generator_of`), so that a resumed run
+is the uninterrupted one.
+
+A trainer of a library (accelerate, Lightning) would own the process, its folders and its signals; inside a node of
+ComfyUI, which stops a run by an exception from any operation, the loop itself is the small part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import IdentityEditError
+from .files import read_tensors, write_tensors
+
+OPTIMIZERS = ("AdamW", "Adam", "SGD")
+_CHECKPOINT = "training checkpoint"
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a run optimises.
+
+    Attributes:
+        steps: updates of the variables.
+        learning_rate: constant over the run.
+        optimizer: one of OPTIMIZERS, torch's with their default betas.
+        weight_decay: AdamW's, towards the origin of the variables. 0 leaves a change of weights alone.
+        accumulation: batches whose gradients are averaged for one step.
+        gradient_clip: largest norm of the gradient over all variables; 0 does not clip. 1 in diffusers' scripts.
+        bfloat16: run the batches under autocast to bfloat16; the variables stay in float32.
+        seed: of all draws.
+        checkpoint_every: steps between checkpoints, 0 for none.
+        sample_every: steps between samples; 0 makes the one at the end alone.
+    """
+
+    steps: int
+    learning_rate: float
+    optimizer: str = "AdamW"
+    weight_decay: float = 0.0
+    accumulation: int = 1
+    gradient_clip: float = 1.0
+    bfloat16: bool = False
+    seed: int = 0
+    checkpoint_every: int = 0
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("accumulation", 1), ("checkpoint_every", 0), ("sample_every", 0)):
+            if getattr(self, name) < least:
+                raise IdentityEditError(f"{name} is {getattr(self, name)}; choose {least} or more.")
+        if not self.learning_rate > 0.0:
+            raise IdentityEditError(f"learning_rate is {self.learning_rate:g}; choose a value above 0.")
+        if self.optimizer not in OPTIMIZERS:
+            raise IdentityEditError(f"The optimizer {self.optimizer} is unknown; choose {', '.join(OPTIMIZERS)}.")
+
+
+@dataclass
+class TrainingRun:
+    """What a run did, and what a checkpoint keeps of it beside the variables and the optimiser.
+
+    Attributes:
+        losses: the loss of every step, averaged over its batches.
+        samples: (number of steps done, sample) for every sample that was made.
+        resumed_at: steps that were read from a checkpoint.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    samples: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    resumed_at: int = 0
+
+
+Progress = Callable[[int, int, float, "torch.Tensor | None"], None]
+"""(steps done, steps in all, loss, a new sample or None)."""
+
+
+def generator_of(seed: int, index: int, what: str = "") -> torch.Generator:
+    """A CPU generator for the draws of batch `index`, independent of all other seeds, batches and purposes."""
+    digest = hashlib.sha256(f"{seed} {index} {what}".encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def run_hash(description: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that name a run: equal for equal descriptions (of what JSON can hold)."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def train(
+    variables: dict[str, torch.Tensor],
+    losses: Callable[[int], Iterable[torch.Tensor]],
+    settings: TrainingSettings,
+    *,
+    checkpoint: str | None = None,
+    run: str = "",
+    sample: Callable[[], torch.Tensor] | None = None,
+    progress: Progress | None = None,
+) -> TrainingRun:
+    """Minimise the loss over variables, which are changed in place.
+
+    Call it where gradients are wanted, in ComfyUI inside `engine.gradient_context` or `engine.trainable`.
+
+    Args:
+        variables: float32 leaves that require a gradient, by name.
+        losses: `losses(index)` gives the parts of the loss of batch `index` (from 0), scalars whose sum is the loss.
+            Each is differentiated before the next is asked for, so that one graph at a time is in memory. All its
+            draws must come from `generator_of(seed, index)`.
+        settings: see `TrainingSettings`.
+        checkpoint: the file to which the state is written every `checkpoint_every` steps and when the run is stopped,
+            and from which a run of the same `run` goes on. A checkpoint of another run, or of more steps than are
+            wanted, is not read.
+        run: what the checkpoint must have in common with this run, see `run_hash`. Leave the number of steps out of
+            it, so that a run can be made longer.
+        sample: makes a picture (or anything else) to look at, without gradients; called at the end in any case.
+        progress: called after every step.
+
+    Returns:
+        the record; the variables hold the result.
+
+    Raises:
+        IdentityEditError: when the loss or a gradient is not finite, or a checkpoint cannot be written or read.
+        Exception: whatever stopped the run, ComfyUI's InterruptProcessingException included, after its checkpoint has
+            been written.
+    """
+    optimizer = _optimizer(list(variables.values()), settings)
+    done = TrainingRun()
+    if checkpoint is not None and os.path.exists(checkpoint):
+        done = _read_checkpoint(checkpoint, run, variables, optimizer, settings.steps) or done
+    written = done.resumed_at
+    try:
+        for step in range(done.resumed_at, settings.steps):
+            loss = _gradients(variables, losses, step, settings)
+            optimizer.step()
+            done.losses.append(loss)
+            new_sample = None
+            due = settings.sample_every and (step + 1) % settings.sample_every == 0
+            if sample is not None and (due or step + 1 == settings.steps):
+                new_sample = _take_sample(sample, variables, settings, done)
+            if checkpoint is not None and settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
+                _write_checkpoint(checkpoint, run, variables, optimizer, done)
+                written = step + 1
+            if progress is not None:
+                progress(step + 1, settings.steps, loss, new_sample)
+    except IdentityEditError:  # a full disk, a loss that is no number: the last checkpoint is the best there is
+        raise
+    except Exception:
+        if checkpoint is not None and settings.checkpoint_every and len(done.losses) > written:
+            try:
+                _write_checkpoint(checkpoint, run, variables, optimizer, done)
+            except IdentityEditError as error:
+                logging.warning("IdentityEdit: the training was stopped, and its last %s", error)
+        raise
+    finally:
+        for variable in variables.values():
+            variable.grad = None
+    if sample is not None and (not done.samples or done.samples[-1][0] != settings.steps):  # all steps were read
+        _take_sample(sample, variables, settings, done)
+    return done
+
+
+def _take_sample(
+    sample: Callable[[], torch.Tensor],
+    variables: dict[str, torch.Tensor],
+    settings: TrainingSettings,
+    done: TrainingRun,
+) -> torch.Tensor:
+    with torch.no_grad(), _autocast(variables, settings.bfloat16):
+        taken = sample().detach().float().cpu()
+    done.samples.append((len(done.losses), taken))
+    return taken
+
+
+def _gradients(
+    variables: dict[str, torch.Tensor],
+    losses: Callable[[int], Iterable[torch.Tensor]],
+    step: int,
+    settings: TrainingSettings,
+) -> float:
+    """Fill the gradients of one step and return its loss."""
+    for variable in variables.values():
+        variable.grad = None
+    total = torch.zeros(())
+    for index in range(step * settings.accumulation, (step + 1) * settings.accumulation):
+        parts = iter(losses(index))
+        while True:
+            with _autocast(variables, settings.bfloat16):
+                loss = next(parts, None)
+            if loss is None:
+                break
+            (loss / settings.accumulation).backward()
+            total += loss.detach().float().cpu() / settings.accumulation
+    reached = [variable for variable in variables.values() if variable.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_(reached, settings.gradient_clip or float("inf"))
+    if not (bool(torch.isfinite(total)) and bool(torch.isfinite(norm))):
+        raise IdentityEditError(
+            f"The loss or its gradient is not finite at step {step + 1}; lower the learning rate, or choose precision "
+            f"float32."
+        )
+    return float(total)
+
+
+@contextlib.contextmanager
+def _autocast(variables: dict[str, torch.Tensor], bfloat16: bool) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for kind in sorted({variable.device.type for variable in variables.values()}) if bfloat16 else ():
+            stack.enter_context(torch.autocast(kind, dtype=torch.bfloat16))
+        yield
+
+
+def _optimizer(variables: list[torch.Tensor], settings: TrainingSettings) -> torch.optim.Optimizer:
+    # Fused where torch has it: without it a step needs memory for several copies of all variables on a GPU.
+    fused = all(variable.device.type in ("cpu", "cuda") for variable in variables)
+    if settings.optimizer == "AdamW":
+        return torch.optim.AdamW(
+            variables, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused or None
+        )
+    if settings.optimizer == "Adam":
+        return torch.optim.Adam(variables, lr=settings.learning_rate, fused=fused or None)
+    return torch.optim.SGD(variables, lr=settings.learning_rate, fused=fused or None)
+
+
+def _write_checkpoint(
+    path: str, run: str, variables: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, done: TrainingRun
+) -> None:
+    tensors = {f"variable.{name}": variable for name, variable in variables.items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
+    tensors |= {f"sample.{step}": picture for step, picture in done.samples}
+    tensors["losses"] = torch.tensor(done.losses, dtype=torch.float64)
+    write_tensors(path, tensors, {"kind": _CHECKPOINT, "run": run, "steps": len(done.losses)})
+
+
+def _read_checkpoint(
+    path: str, run: str, variables: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, steps: int
+) -> TrainingRun | None:
+    try:
+        tensors, description = read_tensors(path, _CHECKPOINT)
+    except IdentityEditError as error:
+        raise IdentityEditError(f"{error} To train from the beginning, delete this checkpoint.") from error
+    if description.get("run") != run or description["steps"] > steps:
+        return None
+    with torch.no_grad():
+        for name, variable in variables.items():
+            variable.copy_(tensors[f"variable.{name}"])
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, part = name.split(".", 2)
+            state.setdefault(int(index), {})[part] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    samples = [(int(name.split(".")[1]), tensor) for name, tensor in tensors.items() if name.startswith("sample.")]
+    return TrainingRun(
+        losses=tensors["losses"].tolist(),
+        samples=sorted(samples, key=lambda item: item[0]),
+        resumed_at=int(description["steps"]),
+    )

@@ -1,0 +1,222 @@
+"""The nodes of masks on a tiny model and a stand-in for its CLIP: what comes out of each socket, what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import comfy.sd1_clip
+import numpy as np
+import pytest
+import torch
+from identity_edit_pack.attention import identity_mask
+from identity_edit_pack.attention.capture import IdentityAttention, MeanMap
+from identity_edit_pack.nodes import masks
+from identity_edit_pack.pipelines import identity_mask_blend, identity_prompt, inversion
+from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.tests import tiny_models
+from identity_edit_pack.tests.attention.sampling import NEGATIVE, POSITIVE, sample
+
+SETTINGS: dict[str, Any] = {
+    "guidance_scale": 3.0,
+    "threshold": 0.4,
+    "self_attention_power": 2,
+    "layers": "automatic",
+    "skip": 0.0,
+    "blend_until": 1.0,
+    "feathering": 0.0,
+    "given_masks": "instead of the found ones",
+}
+
+
+class TinyClip:
+    """ComfyUI's CLIP tokenizer with an embedding table of random rows for an encoder."""
+
+    tokenizer: Any = None
+    encoders = ("l",)
+
+    def tokenize(self, text: str, return_word_ids: bool = False) -> dict[str, Any]:
+        cls = type(self)
+        if cls.tokenizer is None:
+            cls.tokenizer = comfy.sd1_clip.SDTokenizer(embedding_size=tiny_models.CONTEXT)
+        return {name: cls.tokenizer.tokenize_with_weights(text, return_word_ids) for name in self.encoders}
+
+    def encode_from_tokens(self, tokens: dict[str, Any]) -> torch.Tensor:
+        rows = []
+        for chunk in tokens["l"]:
+            for position, (token, _) in enumerate(chunk):
+                generator = torch.Generator().manual_seed(1000 * int(token) + position)
+                rows.append(torch.randn(tiny_models.CONTEXT, generator=generator))
+        return torch.stack(rows).unsqueeze(0)
+
+
+class TwoEncoders(TinyClip):
+    encoders = ("g", "l")
+
+
+CLIP = TinyClip()
+
+
+def invert(model: Any, batch: int = 1) -> inversion.Inversion:
+    return inversion.ddim_inversion(model, tiny_models.latent(4, batch), POSITIVE, steps=3)
+
+
+@pytest.mark.parametrize("clip", [TinyClip(), TwoEncoders()])
+def test_only_words_count_never_begin_end_and_padding(clip: Any) -> None:
+    encode = identity_prompt.encode_identity_prompt
+    assert encode(clip, "sks cat").tokens == (1, 2)
+    assert encode(clip, "a photo of sks cat").tokens == (1, 2, 3, 4, 5)
+    assert encode(clip, "a photo of sks cat", "sks cat").tokens == (4, 5)
+    assert encode(clip, "a cat and a cat", "cat").tokens == (2, 5)
+    assert encode(clip, "a (striped:1.3) cat", "striped").tokens == (2,)
+    long = " ".join(["word"] * 80) + " cat"
+    assert encode(clip, long, "cat").tokens == (77 + 1 + 5,)  # 75 words fit between begin and end
+    assert encode(clip, long).embedding.shape == (1, 154, tiny_models.CONTEXT)
+    for empty in ("", "  "):
+        with pytest.raises(IdentityEditError, match="identity prompt is empty"):
+            encode(clip, empty)
+    with pytest.raises(IdentityEditError, match="'a cat' does not contain the word 'sks'"):
+        encode(clip, "a cat", "sks cat")
+
+
+def test_identity_attention_records_any_stock_sampling() -> None:
+    model, latent = tiny_models.sd1(), tiny_models.latent(4)
+    recording, attention = masks.IdentityAttentionNode.execute(model, CLIP, "sks cat", "", "automatic").args
+    assert torch.equal(sample(recording, latent), sample(model, latent))
+    assert attention.evaluations == 3 and set(attention.cross) == {(8, 8), (4, 4)}
+    assert attention.columns == (1, 2)
+
+
+def test_identity_attention_refuses_what_it_cannot_read() -> None:
+    with pytest.raises(IdentityEditError, match="identity prompt is empty"):
+        masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "", "", "automatic")
+    with pytest.raises(IdentityEditError, match="layers is '4' but this model attends at 1/1, 1/2"):
+        masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "cat", "", "4")
+
+
+def test_identity_aware_mask_blend_gives_edit_masks_and_attention() -> None:
+    model = tiny_models.sd1()
+    inverted = invert(model, batch=2)
+    target = tiny_models.conditioning(5)
+    edited, source_mask, target_mask, source_attention, target_attention, report = masks.IdentityAwareMaskBlend.execute(
+        model, CLIP, inverted, POSITIVE, target, "sks cat", "cat", **SETTINGS, negative=NEGATIVE
+    ).args
+    expected = identity_mask_blend.identity_mask_blend(
+        model,
+        inverted,
+        POSITIVE,
+        target,
+        identity_prompt.encode_identity_prompt(CLIP, "sks cat", "cat"),
+        NEGATIVE,
+        guidance_scale=3.0,
+        settings=identity_mask_blend.MaskSettings(0.4, 2),
+    )
+    assert torch.equal(edited["samples"], expected.latent) and list(edited) == ["samples"]
+    for mask, latent_mask in ((source_mask, expected.source_mask), (target_mask, expected.target_mask)):
+        assert mask.shape == (2, 64, 64)
+        assert torch.equal(mask.view(2, 8, 8, 8, 8).amax(dim=(2, 4)), latent_mask)
+        assert torch.equal(mask.view(2, 8, 8, 8, 8).amin(dim=(2, 4)), latent_mask)
+    assert torch.equal(identity_mask.identity_mask(source_attention, 8, 8, 0.4, 2), expected.source_mask)
+    assert torch.equal(identity_mask.identity_mask(target_attention, 8, 8, 0.4, 2), expected.target_mask)
+    assert report.startswith("9 network evaluations; the source mask covers ")
+
+
+def test_the_nodes_run_in_inference_mode_as_comfyui_runs_them() -> None:
+    model = tiny_models.sd1()
+    latent, picture = tiny_models.latent(4), torch.zeros(1, 64, 64, 3)
+    with torch.inference_mode():
+        recording, attention = masks.IdentityAttentionNode.execute(model, CLIP, "cat", "", "automatic").args
+        sample(recording, latent)
+        inside = masks.AttentionHeatmap.execute(picture, masks.REFINED, 0.3, 4, 0.6, attention).args[1]
+        blended = masks.IdentityAwareMaskBlend.execute(
+            model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE
+        ).args[0]["samples"]
+    sample(recording, latent)
+    assert torch.equal(inside, masks.AttentionHeatmap.execute(picture, masks.REFINED, 0.3, 4, 0.6, attention).args[1])
+    expected = masks.IdentityAwareMaskBlend.execute(
+        model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE
+    ).args[0]["samples"]
+    assert torch.equal(blended, expected)
+
+
+def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_models.sd1()
+    inverted = invert(model)
+    nothing = torch.zeros(1, 64, 64)
+    edited, source_mask, _, source_attention, _, report = masks.IdentityAwareMaskBlend.execute(
+        model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE, source_mask=nothing,
+        target_mask=nothing,
+    ).args  # fmt: skip
+    assert torch.equal(edited["samples"], inverted.end_latent(model))
+    assert float(source_mask.max()) == 0
+    assert "6 network evaluations" in report and "Warning: The source mask holds nothing" in report
+    assert "The source mask holds nothing" in caplog.text
+    with pytest.raises(ValueError, match="No attention has been recorded"):
+        masks.AttentionHeatmap.execute(torch.zeros(1, 64, 64, 3), masks.REFINED, 0.3, 4, 0.6, source_attention)
+
+
+def test_guidance_scale_0_is_the_inversions_own() -> None:
+    model = tiny_models.sd1()
+    inverted = invert(model)
+    results = [
+        masks.IdentityAwareMaskBlend.execute(
+            model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", "", **{**SETTINGS, "guidance_scale": scale},
+            negative=NEGATIVE,
+        ).args[0]["samples"]
+        for scale in (0.0, 7.5)
+    ]  # fmt: skip
+    assert torch.equal(*results)
+
+
+def recorded() -> IdentityAttention:
+    """The left half of a 4x4 grid."""
+    attention = IdentityAttention((1,))
+    maps = torch.zeros(1, 4, 4)
+    maps[:, :, :2] = 1
+    attention.cross[4, 4] = MeanMap(maps, torch.ones(1, 4, 4))
+    attention.self_grid = (4, 4)
+    attention._self = MeanMap(torch.full((1, 16, 16), 1 / 16), torch.ones(1, 16))
+    return attention
+
+
+def test_heatmap_lays_the_map_over_the_picture() -> None:
+    picture = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+    show = masks.AttentionHeatmap.execute
+    untouched, values = show(picture, masks.CROSS_ATTENTION, 0.3, 4, 0.0, recorded()).args
+    assert torch.equal(untouched, picture)
+    assert values.shape == (2, 32, 32)
+    assert torch.equal(values[:, :, :8], torch.ones(2, 32, 8)) and float(values[:, :, 24:].abs().max()) == 0
+    opaque, _ = show(picture, masks.CROSS_ATTENTION, 0.3, 4, 1.0, recorded()).args
+    assert torch.equal(opaque[0], opaque[1]), "the picture still shows"
+    brightness = opaque.mean(dim=-1)
+    assert float(brightness[:, :, :8].min()) > float(brightness[:, :, 24:].max())
+    # Self-attention that sees everything alike leaves nothing to tell apart.
+    _, even = show(picture, masks.REFINED, 0.3, 4, 0.5, recorded()).args
+    assert float(even.max()) == 0
+
+
+def test_heatmap_outlines_masks() -> None:
+    picture = torch.full((1, 64, 64, 3), 0.5)
+    show = masks.AttentionHeatmap.execute
+    given = torch.zeros(1, 64, 64)
+    given[:, 16:48, 16:48] = 1
+    drawn, values = show(picture, masks.MASK, 0.3, 0, 0.6, None, given).args
+    changed = (drawn != picture).any(dim=-1)[0].numpy()
+    expected = np.zeros((64, 64), bool)
+    expected[15:49, 15:49] = True
+    expected[16:48, 16:48] = False
+    assert np.array_equal(changed, expected) and torch.equal(values, given)
+    drawn, values = show(picture, masks.MASK, 0.3, 0, 0.6, recorded()).args
+    assert set(values.unique().tolist()) <= {0.0, 1.0} or float(values.max()) == 1.0
+    assert (drawn != picture).any(), "no outline"
+    with pytest.raises(IdentityEditError, match="nothing to draw"):
+        show(picture, masks.MASK, 0.3, 0, 0.6)
+    with pytest.raises(IdentityEditError, match="map is of 3 pictures but 1"):
+        show(picture, masks.MASK, 0.3, 0, 0.6, None, given.expand(3, -1, -1))
+
+
+def test_every_node_is_listed() -> None:
+    ids = [node.define_schema().node_id for node in masks.NODES]
+    assert ids == [
+        f"IdentityEdit{name}" for name in ("IdentityAttention", "IdentityAwareMaskBlend", "AttentionHeatmap")
+    ]

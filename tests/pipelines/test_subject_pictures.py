@@ -1,0 +1,272 @@
+"""A subject's folder: what is read from it, and that a bad one is named exactly."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from identity_edit_pack.pipelines import subject_pictures as subjects
+from identity_edit_pack.pipelines.errors import IdentityEditError
+from PIL import Image
+
+
+def noise_picture(seed: int, width: int = 24, height: int = 16, mode: str = "RGB") -> Image.Image:
+    shape = (height, width) if mode == "L" else (height, width, len(mode))
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode=mode)
+
+
+def values(image: Image.Image) -> torch.Tensor:
+    return torch.tensor(np.array(image, dtype=np.float64) / 255.0).float()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three good pictures with captions; a mask for the second; a test picture."""
+    path = tmp_path / "dog"
+    (path / "test").mkdir(parents=True)
+    for number, caption in enumerate(("a sks dog sitting", "a running sks dog", "sks dog, from behind"), start=1):
+        noise_picture(number).save(path / f"{number}.png")
+        (path / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (4, 2, 12, 10))
+    mask.save(path / "2.mask.png")
+    noise_picture(9).save(path / "test" / "9.png")
+    (path / "test" / "9.txt").write_text("a sks dog asleep", encoding="utf-8")
+    return path
+
+
+def load(folder: Path, **options: object) -> subjects.SubjectPictures:
+    return subjects.load_subject_folder(str(folder), "dog", "sks", **options)
+
+
+def test_a_good_folder_is_read_as_it_is(folder: Path) -> None:
+    subject = load(folder)
+    assert subject.names == ["1.png", "2.png", "3.png"]
+    assert subject.captions == ["a sks dog sitting", "a running sks dog", "sks dog, from behind"]
+    for number, picture in enumerate(subject.pictures, start=1):
+        assert torch.equal(picture, values(noise_picture(number))) and picture.dtype == torch.float32
+    mask = torch.zeros(16, 24)
+    mask[2:10, 4:12] = 1.0
+    assert subject.masks[0] is None and subject.masks[2] is None
+    assert torch.equal(subject.masks[1], mask)
+    assert torch.equal(subject.test_picture, values(noise_picture(9)))
+    assert subject.test_caption == "a sks dog asleep"
+    assert subject.identity_prompt == "sks dog" and subject.notes == ()
+    subjects.check_captions(subject)
+
+
+def test_pictures_are_cut_and_scaled_together_with_their_masks(folder: Path) -> None:
+    Image.new("RGB", (32, 16), "red").save(folder / "2.png")
+    picture = Image.open(folder / "2.png")
+    picture.paste((0, 0, 255), (8, 0, 24, 16))  # the centred square is all blue
+    picture.save(folder / "2.png")
+    mask = Image.new("L", (32, 16))
+    mask.paste(255, (8, 0, 16, 16))  # its left half
+    mask.save(folder / "2.mask.png")
+    subject = load(folder, size=8)
+    assert all(picture.shape == (8, 8, 3) for picture in (*subject.pictures, subject.test_picture))
+    blue = torch.tensor([0.0, 0.0, 1.0])
+    assert (subject.pictures[1] - blue).abs().max() < 0.1  # the filter looks a little beyond the square
+    assert subject.masks[1][:, :3].min() > 0.8 and subject.masks[1][:, 5:].max() < 0.01
+    assert subjects.picture_batch(load(folder)).shape == (3, 16, 24, 3)  # picture 2 is another size
+
+
+def test_pictures_are_turned_upright(folder: Path) -> None:
+    upright = Image.new("RGB", (16, 24), "white")
+    upright.paste((200, 0, 0), (0, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees to be upright
+    upright.rotate(90, expand=True).save(folder / "1.jpg", exif=exif, quality=95)
+    (folder / "1.png").unlink()
+    picture = load(folder).pictures[0]
+    assert (picture - values(upright)).abs().mean() < 0.02
+
+
+def test_transparency_becomes_white_and_a_mask(folder: Path) -> None:
+    image = noise_picture(5, mode="RGBA")
+    opacity = Image.new("L", image.size)
+    opacity.paste(255, (0, 0, 10, 16))
+    image.putalpha(opacity)
+    image.save(folder / "3.png")
+    image.save(folder / "2.png")  # has a mask file, which comes first
+    subject = load(folder)
+    assert torch.equal(subject.masks[2], values(opacity))
+    assert torch.equal(subject.pictures[2][:, 10:], torch.ones(16, 14, 3))
+    assert torch.equal(subject.pictures[2][:, :10], values(image)[:, :10, :3])
+    assert float(subject.masks[1].sum()) == 64.0
+
+
+def test_other_kinds_of_pictures(folder: Path) -> None:
+    deep = (np.arange(24 * 16).reshape(16, 24) * 170).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "1.png")
+    noise_picture(2, mode="L").save(folder / "3.png")
+    subject = load(folder)
+    assert (subject.pictures[0] - torch.tensor(deep / 65535.0).float()[..., None]).abs().max() < 0.003
+    assert torch.equal(subject.pictures[2], values(noise_picture(2, mode="L"))[..., None].expand(-1, -1, 3))
+
+
+def break_picture(folder: Path) -> None:
+    data = (folder / "2.png").read_bytes()
+    (folder / "2.png").write_bytes(data[: len(data) // 2])
+
+
+def remove_pictures(folder: Path) -> None:
+    for path in folder.glob("*.png"):
+        path.unlink()
+
+
+BAD = {
+    "no folder": (shutil.rmtree, "does not exist; put 3 to 5 pictures"),
+    "no picture": (remove_pictures, "holds no picture"),
+    "half a picture": (break_picture, "The picture 2.png cannot be read"),
+    "no picture at all": (lambda path: (path / "3.png").write_text("hello"), "The picture 3.png cannot be read"),
+    "0-byte caption": (lambda path: (path / "2.txt").write_bytes(b""), "The caption file 2.txt is empty; write what"),
+    "blank caption": (lambda path: (path / "2.txt").write_text(" \n"), "The caption file 2.txt is empty"),
+    "no caption": (lambda path: (path / "1.txt").unlink(), "1.png has no caption file 1.txt; write it"),
+    "no UTF-8": (lambda path: (path / "1.txt").write_bytes(b"sks dog \xff"), "1.txt is not UTF-8 text"),
+    "no token": (lambda path: (path / "3.txt").write_text("a dog"), "3.txt lacks the identity token 'sks'; write 'sks"),
+    "token in a word": (lambda path: (path / "3.txt").write_text("who asks a dog"), "lacks the identity token"),
+    "no class word": (lambda path: (path / "3.txt").write_text("a sks cat"), "3.txt lacks the class word 'dog'"),
+    "class word in a word": (lambda path: (path / "3.txt").write_text("sks hotdog"), "lacks the class word"),
+    "several of the class": (lambda path: (path / "3.txt").write_text("sks dogs"), "lacks the class word"),
+    "mask of the wrong size": (
+        lambda path: Image.new("L", (23, 16), 255).save(path / "2.mask.png"),
+        "The mask 2.mask.png is 23x16 but its picture is 24x16",
+    ),
+    "empty mask": (lambda path: Image.new("L", (24, 16)).save(path / "2.mask.png"), "2.mask.png marks nothing"),
+    "mask without picture": (lambda path: (path / "2.png").unlink(), "The mask 2.mask.png has no picture"),
+    "one caption for two": (
+        lambda path: noise_picture(0).save(path / "1.jpg"),
+        "1.jpg and 1.png would share the caption 1.txt",
+    ),
+    "two test pictures": (lambda path: noise_picture(0).save(path / "test" / "8.jpg"), "test holds 2 pictures"),
+    "bad test caption": (lambda path: (path / "test" / "9.txt").write_text("dog"), "test/9.txt lacks the identity"),
+    "bad test picture": (lambda path: (path / "test" / "9.png").write_bytes(b""), "The picture test/9.png cannot be"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_folder_is_named_exactly(name: str, folder: Path) -> None:
+    change, message = BAD[name]
+    change(folder)
+    with pytest.raises(IdentityEditError, match=message.replace("(", r"\(")):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("class_word", "token", "message"),
+    [("", "sks", "class_word is empty"), ("dog", "s ks", "token is 's ks'"), ("sks dog", "sks", "holds the token")],
+)
+def test_bad_words_are_refused(class_word: str, token: str, message: str, folder: Path) -> None:
+    with pytest.raises(IdentityEditError, match=message):
+        subjects.load_subject_folder(str(folder), class_word, token)
+
+
+def test_a_mask_outside_of_the_square_is_refused(folder: Path) -> None:
+    mask = Image.new("L", (24, 16))
+    mask.paste(255, (0, 0, 2, 16))
+    mask.save(folder / "2.mask.png")
+    with pytest.raises(IdentityEditError, match=r"2\.mask\.png marks nothing within the centred square of 2\.png"):
+        load(folder, size=8)
+
+
+def test_unknown_files_are_noted(folder: Path) -> None:
+    (folder / "readme.md").write_text("hello")
+    (folder / "4.txt").write_text("a caption without picture")
+    (folder / ".DS_Store").write_text("")
+    (folder / "more").mkdir()
+    (folder / "class_word.txt").write_text("dog\n")
+    for number in (5, 6, 7):
+        noise_picture(number).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("sks dog")
+    notes = subjects.load_subject_folder(str(folder)).notes
+    assert notes == (
+        "6 pictures; Liu et al. 2024 use 3 to 5.",
+        "Ignored, because they are neither picture, caption nor mask of one: 4.txt, more, readme.md.",
+    )
+
+
+def test_captions_from_elsewhere(folder: Path) -> None:
+    (folder / "1.txt").unlink()
+    (folder / "2.txt").write_text("A Dog and the dog's bowl")
+    coarse = load(folder, captions=subjects.CLASS_WORD_ONLY)
+    assert coarse.captions == ["a photo of sks dog"] * 3 and coarse.test_caption == "a photo of sks dog"
+    later = load(folder, captions=subjects.NO_CAPTIONS_YET)
+    assert later.captions == ["", "A Dog and the dog's bowl", "sks dog, from behind"]
+    with pytest.raises(IdentityEditError, match=r"1\.png has no caption; connect Caption Pictures"):
+        subjects.check_captions(later)
+    (folder / "1.txt").write_text("dog on grass")
+    assert load(folder, add_token=True).captions[:2] == ["sks dog on grass", "A sks Dog and the dog's bowl"]
+
+
+def test_a_regularisation_set_has_no_token(folder: Path) -> None:
+    (folder / "1.txt").write_text("an old dog")
+    subject = subjects.load_subject_folder(str(folder), "dog", "")
+    assert subject.captions[0] == "an old dog" and subject.identity_prompt == "dog"
+    with pytest.raises(IdentityEditError, match="have no token"):
+        subjects.check_captions(subject)
+    coarse = subjects.load_subject_folder(str(folder), "owl", "", captions=subjects.CLASS_WORD_ONLY)
+    assert coarse.captions[0] == "a photo of an owl"
+
+
+def test_tensors_become_a_subject() -> None:
+    batch, masks = torch.rand(2, 6, 5, 3), torch.ones(2, 6, 5)
+    subject = subjects.from_batch(batch, ["a cat", "my cat"], "cat", "sks", masks=masks, add_token=True)
+    assert subject.captions == ["a sks cat", "my sks cat"] and subject.folder is None
+    assert all(torch.equal(picture, image) for picture, image in zip(subject.pictures, batch, strict=True))
+    assert all(torch.equal(mask, masks[0]) for mask in subject.masks)
+    one_for_all = subjects.from_batch([batch, torch.rand(1, 4, 4, 3)], ["sks cat"], "cat")
+    assert one_for_all.captions == ["sks cat"] * 3 and one_for_all.masks == [None] * 3
+    assert subjects.from_batch(batch, [], "cat").captions == ["", ""]
+    clear = torch.rand(1, 2, 2, 4)
+    clear[..., 3] = 0.25
+    expected = 0.25 * clear[0, ..., :3] + 0.75
+    assert torch.allclose(subjects.from_batch(clear, [], "cat").pictures[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"captions": ["sks cat"] * 3}, "There are 3 captions for 2 pictures"),
+        ({"captions": ["sks cat", "a cat"]}, "The caption of picture 2 lacks the identity token"),
+        ({"masks": torch.ones(1, 6, 5)}, "There are 1 masks for 2 pictures"),
+        ({"masks": torch.ones(2, 6, 4)}, "The mask of picture 1 is 4x6 but its picture is 5x6"),
+        ({"masks": torch.zeros(2, 6, 5)}, "The mask of picture 1 marks nothing"),
+        ({"images": torch.full((2, 6, 5, 3), float("nan"))}, "NaN"),
+        ({"images": torch.rand(2, 6, 5, 2)}, "three channels"),
+        ({"images": torch.rand(0, 6, 5, 3)}, "at least one picture"),
+    ],
+)
+def test_bad_tensors_are_refused(change: dict[str, object], message: str) -> None:
+    arguments = {"images": torch.rand(2, 6, 5, 3), "captions": ["sks cat"], "class_word": "cat", **change}
+    with pytest.raises(IdentityEditError, match=message):
+        subjects.from_batch(**arguments)
+
+
+def test_saved_captions_are_read_again_and_never_overwritten_unasked(folder: Path) -> None:
+    (folder / "1.txt").unlink()
+    subject = load(folder, captions=subjects.NO_CAPTIONS_YET)
+    subject.captions[:2] = ["a sks dog, büro", "another sks dog"]
+    assert subjects.save_captions(subject) == ["1.txt"]
+    assert load(folder).captions == ["a sks dog, büro", "a running sks dog", "sks dog, from behind"]
+    assert subjects.save_captions(subject, overwrite=True) == ["2.txt"]
+    assert load(folder).captions[1] == "another sks dog"
+    assert not list(folder.glob("*.tmp"))
+    with pytest.raises(IdentityEditError, match="come from no folder"):
+        subjects.save_captions(subjects.from_batch(torch.rand(1, 4, 4, 3), ["sks dog"], "dog"))
+
+
+def test_a_failed_write_leaves_the_old_caption(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = load(folder)
+    subject.captions[0] = "new sks dog"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(subjects.os, "replace", full)
+    with pytest.raises(IdentityEditError, match=r"1\.txt cannot be written \(No space left on device\)"):
+        subjects.save_captions(subject, overwrite=True)
+    assert (folder / "1.txt").read_text() == "a sks dog sitting\n" and not list(folder.glob("*.tmp"))

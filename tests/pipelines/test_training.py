@@ -1,0 +1,270 @@
+"""The training loop: the optimiser's own steps, and nothing lost by an interrupt, a kill, a full disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+from identity_edit_pack.pipelines import training
+from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.training import TrainingRun, TrainingSettings, generator_of
+
+SETTINGS = TrainingSettings(
+    steps=12, learning_rate=0.01, weight_decay=0.1, accumulation=2, seed=3, checkpoint_every=4, sample_every=3
+)
+
+
+class Problem:
+    """A network of two weights fitted to noisy lines; every batch draws its own."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.variables = {
+            "a": torch.randn(3, 4, generator=generator).requires_grad_(True),
+            "b": torch.randn(3, generator=generator).requires_grad_(True),
+        }
+        self.batches: list[int] = []
+
+    def losses(self, index: int) -> Iterator[torch.Tensor]:
+        self.batches.append(index)
+        generator = generator_of(3, index, "batch")
+        for scale in (1.0, 0.5):
+            x = torch.randn(5, 4, generator=generator)
+            yield scale * (torch.tanh(x @ self.variables["a"].T + self.variables["b"]) - x[:, :3]).square().mean()
+
+    def train(self, settings: TrainingSettings = SETTINGS, **arguments) -> TrainingRun:
+        sample = self.variables["a"].clone
+        return training.train(self.variables, self.losses, settings, sample=sample, **arguments)
+
+
+def stop_at(step: int):
+    def progress(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
+        if done == step:
+            raise comfy.model_management.InterruptProcessingException()
+
+    return progress
+
+
+def assert_same(problem: Problem, run: TrainingRun, other: Problem, other_run: TrainingRun) -> None:
+    assert run.losses == other_run.losses
+    assert all(torch.equal(problem.variables[name], other.variables[name]) for name in "ab")
+    assert [step for step, _ in run.samples] == [step for step, _ in other_run.samples]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(run.samples, other_run.samples, strict=True))
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+@pytest.mark.parametrize("name", training.OPTIMIZERS)
+def test_steps_are_those_of_torch(clip: float, name: str):
+    """SGD among them, for AdamW hardly sees a loss that is scaled wrongly."""
+    ours, theirs = Problem(), Problem()
+    settings = TrainingSettings(
+        steps=5, learning_rate=0.01, optimizer=name, weight_decay=0.1, accumulation=2, gradient_clip=clip, seed=3
+    )
+    run = ours.train(settings)
+    options = {"weight_decay": 0.1} if name == "AdamW" else {}
+    optimizer = getattr(torch.optim, name)(theirs.variables.values(), lr=0.01, **options)
+    losses = []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = sum(sum(theirs.losses(index)) for index in (2 * step, 2 * step + 1)) / 2
+        loss.backward()
+        losses.append(loss.item())
+        if clip:
+            torch.nn.utils.clip_grad_norm_(theirs.variables.values(), clip)
+        optimizer.step()
+    assert run.losses == pytest.approx(losses, rel=1e-6)
+    for key in "ab":
+        torch.testing.assert_close(ours.variables[key], theirs.variables[key], rtol=1e-5, atol=1e-6)
+    assert ours.batches == list(range(10)) and all(value.grad is None for value in ours.variables.values())
+
+
+def test_progress_is_told_everything():
+    told = []
+    problem = Problem()
+    run = problem.train(progress=lambda *values: told.append(values))
+    assert [done for done, _, _, _ in told] == list(range(1, 13)) and {total for _, total, _, _ in told} == {12}
+    assert [loss for _, _, loss, _ in told] == run.losses
+    assert [done for done, _, _, sample in told if sample is not None] == [3, 6, 9, 12]
+    assert torch.equal(run.samples[-1][1], problem.variables["a"])
+    other = Problem()
+    only_last = other.train(TrainingSettings(**{**vars(SETTINGS), "sample_every": 0}))
+    assert [step for step, _ in only_last.samples] == [12]
+
+
+def test_a_run_whose_steps_are_all_done_only_gives_its_result(tmp_path: Path):
+    path = str(tmp_path / "run.safetensors")
+    first, again = Problem(), Problem()
+    settings = TrainingSettings(**{**vars(SETTINGS), "sample_every": 0})
+    run = first.train(settings, checkpoint=path, run="one")
+    assert_same(again, again.train(settings, checkpoint=path, run="one"), first, run)
+    assert again.batches == []
+
+
+@pytest.mark.parametrize("optimizer", training.OPTIMIZERS)
+@pytest.mark.parametrize("step", [2, 8, 9])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tmp_path: Path, optimizer: str, step: int):
+    settings = TrainingSettings(**{**vars(SETTINGS), "optimizer": optimizer})
+    whole = Problem()
+    whole_run = whole.train(settings)
+    path = str(tmp_path / "run.safetensors")
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        Problem().train(settings, checkpoint=path, run="one", progress=stop_at(step))
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+    again = Problem()
+    run = again.train(settings, checkpoint=path, run="one")
+    assert run.resumed_at == step and again.batches[0] == 2 * step
+    assert_same(again, run, whole, whole_run)
+
+
+def test_a_run_can_be_made_longer(tmp_path: Path):
+    path = str(tmp_path / "run.safetensors")
+    short, whole, longer = Problem(), Problem(), Problem()
+    short.train(TrainingSettings(**{**vars(SETTINGS), "steps": 9}), checkpoint=path, run="one")
+    assert_same(longer, longer.train(checkpoint=path, run="one"), whole, whole.train())
+
+
+@pytest.mark.parametrize(("run", "steps"), [("another", 12), ("one", 6)])
+def test_a_checkpoint_that_does_not_fit_is_not_read(tmp_path: Path, run: str, steps: int):
+    path = str(tmp_path / "run.safetensors")
+    Problem().train(checkpoint=path, run="one")
+    settings = TrainingSettings(**{**vars(SETTINGS), "steps": steps})
+    fresh, other = Problem(), Problem()
+    made = fresh.train(settings, checkpoint=path, run=run)
+    assert made.resumed_at == 0
+    assert_same(fresh, made, other, other.train(settings))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path):
+    path = tmp_path / "run.safetensors"
+    Problem().train(checkpoint=str(path), run="one")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(IdentityEditError, match="run.safetensors.*delete this checkpoint"):
+        Problem().train(checkpoint=str(path), run="one")
+
+
+KILLED = """
+import sys, time
+sys.path[:0] = [{scripts!r}, {tests!r}]
+import load_pack
+load_pack.prepare_engine(cpu=True); load_pack.load_pack()
+import torch; torch.set_num_threads(1)
+from test_training import Problem
+def progress(done, *_):
+    print(done, flush=True)
+    time.sleep(60 if done == 10 else 0)
+Problem().train(checkpoint={path!r}, run="one", progress=progress)
+"""
+
+
+def test_a_killed_run_loses_only_the_steps_since_its_checkpoint(tmp_path: Path):
+    path = str(tmp_path / "run.safetensors")
+    root = Path(__file__).resolve().parents[2]
+    code = KILLED.format(scripts=str(root / "scripts"), tests=str(Path(__file__).parent), path=path)
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.strip() == "10":
+                break
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    again, whole = Problem(), Problem()
+    run = again.train(checkpoint=path, run="one")
+    assert run.resumed_at == 8
+    assert_same(again, run, whole, whole.train())
+
+
+@contextlib.contextmanager
+def small_files() -> Iterator[None]:
+    """Writing more than a few bytes to a file fails with the system's own error, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_told_and_leaves_the_earlier_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = str(tmp_path / "run.safetensors")
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        Problem().train(checkpoint=path, run="one", progress=stop_at(4))
+    with small_files():
+        with pytest.raises(IdentityEditError, match=r"cannot be written \(.+\); choose another folder"):
+            Problem().train(checkpoint=path, run="one")
+        # When the user stops the run, that is what happens, and the log says what could not be kept.
+        with pytest.raises(comfy.model_management.InterruptProcessingException):
+            Problem().train(checkpoint=path, run="one", progress=stop_at(6))
+    assert "cannot be written" in caplog.text
+    assert [file.name for file in tmp_path.iterdir()] == ["run.safetensors"]
+    again, whole = Problem(), Problem()
+    run = again.train(checkpoint=path, run="one")
+    assert run.resumed_at == 4
+    assert_same(again, run, whole, whole.train())
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_anything(tmp_path: Path):
+    path = str(tmp_path / "run.safetensors")
+    problem = Problem()
+
+    def losses(index: int) -> Iterator[torch.Tensor]:
+        for part in problem.losses(index):
+            yield part * float("nan") if index == 11 else part
+
+    with pytest.raises(IdentityEditError, match="not finite at step 6"):
+        training.train(problem.variables, losses, SETTINGS, checkpoint=path, run="one")
+    assert all(bool(torch.isfinite(value).all()) for value in problem.variables.values())
+    assert Problem().train(checkpoint=path, run="one").resumed_at == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"learning_rate": 0.0}, "learning_rate is 0"),
+        ({"optimizer": "Lion"}, "optimizer Lion"),
+        ({"accumulation": 0}, "accumulation is 0"),
+    ],
+)
+def test_settings_are_checked(change: dict, message: str):
+    with pytest.raises(IdentityEditError, match=message):
+        TrainingSettings(**{**vars(SETTINGS), **change})
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_the_variables():
+    seen = []
+    variable = torch.randn(4, 4, requires_grad=True)
+
+    def losses(index: int) -> Iterator[torch.Tensor]:
+        product = torch.ones(2, 4) @ variable
+        seen.append(product.dtype)
+        yield product.float().square().mean()
+
+    for bfloat16 in (True, False):
+        settings = TrainingSettings(steps=1, learning_rate=0.1, bfloat16=bfloat16)
+        training.train({"variable": variable}, losses, settings)
+    assert seen == [torch.bfloat16, torch.float32] and variable.dtype == torch.float32
+
+
+def test_draws_depend_on_seed_batch_and_purpose():
+    def draw(*arguments) -> float:
+        return float(torch.rand((), generator=generator_of(*arguments)))
+
+    assert draw(1, 2, "a") == draw(1, 2, "a")
+    assert len({draw(seed, index, what) for seed in (0, 1) for index in (0, 1) for what in "ab"}) == 8
+
+
+def test_a_run_is_named_by_what_it_is():
+    assert training.run_hash({"a": 1, "b": [2]}) == training.run_hash({"b": [2], "a": 1})
+    assert training.run_hash({"a": 1}) != training.run_hash({"a": 2})

@@ -79,6 +79,8 @@ SPECIES = ("cat", "dog", "bear", "rabbit")
 """A person's color and pattern are those of the clothes, which no class word names."""
 POWERS = (0, 1, 2, 4, 8)
 THRESHOLDS = (0.3, 0.4, 0.5)
+BLEND_UNTIL = 0.8
+"""Of the shipped workflows: the last steps smooth the border that the blend leaves."""
 REFERENCES = 4
 DREAMCTRL = "DreamCtrl (prior + MasaCtrl)"
 REGULARISATION = 16
@@ -213,11 +215,11 @@ class Editor:
     def masactrl(self) -> torch.Tensor:
         return self.sampled(mutual_self_attention(self.checkpoint.model, self.inversion, self.source, self.negative))
 
-    def nima(self, identity_prompt: str) -> Any:
+    def nima(self, identity_prompt: str, blend_until: float = 1.0) -> Any:
         return identity_mask_blend(
             self.checkpoint.model, self.inversion, self.source, self.target,
             encode_identity_prompt(self.checkpoint.clip, identity_prompt), self.negative,
-            guidance_scale=self.arguments.guidance_scale, skip=self.arguments.skip,
+            guidance_scale=self.arguments.guidance_scale, skip=self.arguments.skip, blend_until=blend_until,
         )  # fmt: skip
 
 
@@ -261,6 +263,9 @@ def edit_subject(
         "LIPE without editing-oriented captions": on_plain.nima(identity_name).latent,
         "LIPE without NIMA": on_detailed.sampled(),
         "LIPE": lipe.latent,
+        f"LIPE, blended in the first {BLEND_UNTIL * 100:.0f} % of the steps": on_detailed.nima(
+            identity_name, BLEND_UNTIL
+        ).latent,
     }
     with torch.no_grad():
         pictures = {name: base.vae.decode(latent).cpu() for name, latent in latents.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from typing import Any
 
 import torch
@@ -28,25 +28,36 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict
     Raises:
         IdentityEditError: when the folder or the file cannot be written.
     """
-    from safetensors.torch import save
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
-    # Copies, because safetensors refuses tensors that share their memory.
-    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    data = save(own, metadata={_DESCRIPTION: json.dumps(description)})
-    folder = os.path.dirname(os.path.abspath(path))
-    temporary = None
+    temporary = f"{os.path.abspath(path)}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            file.write(data)
+        os.makedirs(os.path.dirname(temporary), exist_ok=True)
+        save_file(_with_memory_of_their_own(tensors), temporary, metadata={_DESCRIPTION: json.dumps(description)})
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.remove(temporary)
+    except (OSError, SafetensorError) as error:
         raise IdentityEditError(
-            f"The file {path} cannot be written ({error.strerror}); choose another folder."
+            f"The file {path} cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder, "
+            f"or make room."
         ) from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _with_memory_of_their_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; copied only where they share their memory, which safetensors refuses."""
+    own: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != plain.numel() * plain.element_size():
+            plain = plain.clone()
+        seen.add(plain.untyped_storage().data_ptr())
+        own[name] = plain
+    return own
 
 
 def read_tensors(path: str, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -176,6 +176,12 @@ class Server:
             self._process.stdin.close()
         self._process = None
 
+    def kill(self) -> None:
+        """End the server as a crash would, at once and in the middle of its work."""
+        if self._process is not None:
+            self._process.kill()
+        self.stop()
+
     def wait(self) -> None:
         """Return when the server ends by itself."""
         if self._process is not None:

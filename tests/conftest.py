@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One real ComfyUI for all tests, started when the first test asks for it, with empty folders of its own."""
     with running_server(tmp_path_factory.mktemp("comfyui")) as running:
         yield running
+
+
+@pytest.fixture
+def start_server() -> Callable[..., contextlib.AbstractContextManager[RunningServer]]:
+    """Starts a ComfyUI of a test's own: `with start_server(folder) as server`."""
+    return running_server
 
 
 @pytest.fixture(scope="module", params=["split", "quad", "pytorch"])

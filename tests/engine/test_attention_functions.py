@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .test_paper_002 import Prompt, inversion_prompt, node, shown, with_null_text, with_picture, with_sampler_node
+from .test_timestep_aware_edit import (
+    Prompt,
+    inversion_prompt,
+    node,
+    shown,
+    with_null_text,
+    with_picture,
+    with_sampler_node,
+)
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer

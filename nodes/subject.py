@@ -23,6 +23,7 @@ _IN_OUTPUT_FOLDER = " [output]"
 MODEL_FOLDER = "LLM"
 NO_MODEL = "no model"
 SHIPPED_LIST = "shipped list"
+OWN_PROMPTS = "own prompts"
 ENDPOINT = "endpoint (environment variables)"
 DO_NOT_SAVE, SAVE_NEW, OVERWRITE = SAVE_CHOICES = ("no", "new files only", "overwrite")
 _SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
@@ -370,11 +371,12 @@ class RegularisationPrompts(io.ComfyNode):
                 _class_word_input("What the subject is, such as 'dog'; every prompt holds it."),
                 io.Combo.Input(
                     "source",
-                    options=[SHIPPED_LIST, ENDPOINT, *_model_folders()],
+                    options=[SHIPPED_LIST, OWN_PROMPTS, ENDPOINT, *_model_folders()],
                     default=SHIPPED_LIST,
                     tooltip="Shipped list: put together from styles, actions, backgrounds and views, offline. "
-                    "Endpoint: an OpenAI-compatible one, named by IDENTITY_EDIT_LLM_URL, IDENTITY_EDIT_LLM_MODEL and "
-                    "IDENTITY_EDIT_LLM_KEY. Or a language model of transformers in a folder in models/LLM.",
+                    "Own prompts: the lines of own_prompts. Endpoint: an OpenAI-compatible one, named by "
+                    "IDENTITY_EDIT_LLM_URL, IDENTITY_EDIT_LLM_MODEL and IDENTITY_EDIT_LLM_KEY. Or a language model of "
+                    "transformers in a folder in models/LLM.",
                 ),
                 io.Int.Input(
                     "count",
@@ -418,6 +420,13 @@ class RegularisationPrompts(io.ComfyNode):
                     tooltip="How freely a language model writes; at 0 it repeats itself. Not used by the shipped list.",
                 ),
                 _seed_input("Another seed gives other prompts."),
+                io.String.Input(
+                    "own_prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="For the source own prompts: one prompt a line, each with the class word; taken again from "
+                    "the first when count is larger.",
+                ),
             ],
             outputs=[
                 io.String.Output(
@@ -439,7 +448,7 @@ class RegularisationPrompts(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, source: str) -> bool | str:
-        return source in (SHIPPED_LIST, ENDPOINT) or _check_model(source)
+        return source in (SHIPPED_LIST, OWN_PROMPTS, ENDPOINT) or _check_model(source)
 
     @classmethod
     def execute(
@@ -453,12 +462,15 @@ class RegularisationPrompts(io.ComfyNode):
         max_new_tokens: int,
         temperature: float,
         seed: int,
+        own_prompts: str = "",
     ) -> io.NodeOutput:
         instructions = (first_instruction, second_instruction)
         options: dict[str, Any] = {"temperature": temperature, "progress": _progress_bar()}
         notes: list[str] = []
         if source == SHIPPED_LIST:
             found = prompts.shipped_prompts(class_word, count, seed, kind)
+        elif source == OWN_PROMPTS:
+            found = prompts.own_prompts(own_prompts, class_word, count)
         elif source == ENDPOINT:
             found, notes = prompts.endpoint_prompts(class_word, count, seed, instructions, **options)
         else:

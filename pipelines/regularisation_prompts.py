@@ -110,6 +110,24 @@ def shipped_prompts(class_word: str, count: int, seed: int, kind: str = KINDS[0]
     return list(prompts)
 
 
+def own_prompts(text: str, class_word: str, count: int) -> list[str]:
+    """The user's prompts, one a line, from the first again where there are fewer than `count`.
+
+    Raises:
+        IdentityEditError: when there is none, or one lacks the class word.
+    """
+    class_word = _check(class_word, count)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines:
+        if not has_word(line, class_word):
+            raise IdentityEditError(
+                f"The prompt '{line}' of own_prompts lacks the class word '{class_word}'; write it where it belongs."
+            )
+    if not lines:
+        raise IdentityEditError("own_prompts is empty; write one prompt a line, or choose another source.")
+    return [lines[number % len(lines)] for number in range(count)]
+
+
 def written_prompts(
     ask: Ask,
     class_word: str,

@@ -161,7 +161,7 @@ def test_models_are_found_in_their_folder(own_folders: Path, monkeypatch: pytest
     tiny.save_gpt2(root / "writer", words=("dog", "runs"))
     (root / "empty").mkdir()
     assert options(nodes.CaptionPictures, "model") == [nodes.NO_MODEL, "maker/llava", "writer"]
-    assert options(nodes.RegularisationPrompts, "source")[2:] == ["maker/llava", "writer"]
+    assert options(nodes.RegularisationPrompts, "source")[3:] == ["maker/llava", "writer"]
     assert nodes.CaptionPictures.validate_inputs("maker/llava") is True
     assert nodes.CaptionPictures.validate_inputs(nodes.NO_MODEL) is True
     for model in ("empty", "../../input/rex", "gone"):

@@ -234,3 +234,12 @@ def test_a_wrong_environment_is_named(
     with pytest.raises(IdentityEditError, match=message):
         prompts.endpoint_prompts("dog", 1, seed=0)
     assert endpoint.requests == []
+
+
+def test_own_prompts_are_taken_in_turn() -> None:
+    text = "a dog on the grass\n\n  a sitting dog  \n"
+    assert prompts.own_prompts(text, "dog", 3) == ["a dog on the grass", "a sitting dog", "a dog on the grass"]
+    with pytest.raises(IdentityEditError, match="'a cat' of own_prompts lacks the class word 'dog'"):
+        prompts.own_prompts("a dog\na cat", "dog", 2)
+    with pytest.raises(IdentityEditError, match="own_prompts is empty"):
+        prompts.own_prompts(" \n", "dog", 2)

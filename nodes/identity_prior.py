@@ -18,14 +18,13 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import Progress, TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
+from .saved_files import FILE_ENDING, loadable_files, next_path
 from .sockets import SubjectPictures, schema, show_text
 
 LossMap = io.Custom("LOSS_MAP")
 FILE_FOLDER = "identity_priors"
 LORA_FOLDER = "loras"
 CHECKPOINT_FOLDER = "checkpoints"
-_FILE_ENDING = ".safetensors"
-_IN_OUTPUT_FOLDER = " [output]"
 
 
 class TrainIdentityPrior(io.ComfyNode):
@@ -216,14 +215,14 @@ class TrainIdentityPrior(io.ComfyNode):
             raise IdentityEditError(
                 "masked_loss is on but no picture of the subject has a mask; add masks, or switch masked_loss off."
             )
-        _next_path(filename_prefix)  # better before a long training than after it
+        next_path(filename_prefix, f"{FILE_FOLDER}/prior")  # better before a long training than after it
         identity = encode_pictures(vae, subject.pictures, subject.captions, subject.masks)
         of_the_class = None if regularisation is None else _encode_class(vae, regularisation, subject.token)
         checkpoints: list[str] = []
 
         def checkpoint(run: str) -> str:
             folder = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER, CHECKPOINT_FOLDER)
-            checkpoints.append(os.path.join(folder, run + _FILE_ENDING))
+            checkpoints.append(os.path.join(folder, run + FILE_ENDING))
             return checkpoints[-1]
 
         prior, run = priors.train_identity_prior(
@@ -255,7 +254,7 @@ class TrainIdentityPrior(io.ComfyNode):
             checkpoint=checkpoint,
             progress=_progress(model, steps),
         )
-        path = _next_path(filename_prefix)
+        path = next_path(filename_prefix, f"{FILE_FOLDER}/prior")
         priors.save_identity_prior(prior, path)
         for done in checkpoints:  # the prior holds its result now
             with contextlib.suppress(OSError):
@@ -343,7 +342,7 @@ class LoadIdentityPrior(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.Combo.Input(
                     "file",
-                    options=_saved_files(),
+                    options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
                     tooltip=f"Files of Train Identity Prior in the output folder's '{FILE_FOLDER}', and in the input "
                     "folder. Press R to list new ones.",
                 ),
@@ -414,7 +413,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file",
-                    options=_saved_files(),
+                    options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
                     tooltip=f"Files of Train Identity Prior in the output folder's '{FILE_FOLDER}', and in the input "
                     "folder. Press R to list new ones.",
                 ),
@@ -456,7 +455,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
     def execute(cls, file: str, rank: int, filename_prefix: str) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
-        path = _next_path(filename_prefix)
+        path = next_path(filename_prefix, f"{FILE_FOLDER}/prior")
         prior = priors.load_identity_prior(folder_paths.get_annotated_filepath(file))
         bars: list[Any] = []
 
@@ -472,42 +471,8 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
         return io.NodeOutput(path, error, show_text(cls, text), ui=ui.PreviewText(text))
 
 
-def _next_path(filename_prefix: str) -> str:
-    """The next free file of a prefix, numbered as ComfyUI numbers pictures."""
-    output = folder_paths.get_output_directory()
-    if not os.path.basename(os.path.normpath(filename_prefix)).strip(". "):
-        raise IdentityEditError(f"filename_prefix is empty; write a file name such as '{FILE_FOLDER}/prior'.")
-    if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):
-        raise IdentityEditError(
-            f"filename_prefix '{filename_prefix}' leads out of the output folder; write a name or a folder below it."
-        )
-    try:
-        folder, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
-    except OSError as error:
-        raise IdentityEditError(
-            f"filename_prefix '{filename_prefix}' cannot be written to ({error.strerror}); choose another folder, or "
-            f"make the output folder writable."
-        ) from error
-    return os.path.join(folder, f"{name}_{number:05}_{_FILE_ENDING}")
-
-
-def _saved_files() -> list[str]:
-    """Files that may hold a prior: in the input folder, and what Train Identity Prior has put into the output's."""
-    saved = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER)
-    own = _files_in(folder_paths.get_input_directory())
-    of_training = [name for name in _files_in(saved) if not name.startswith(f"{CHECKPOINT_FOLDER}/")]
-    return own + [f"{FILE_FOLDER}/{name}{_IN_OUTPUT_FOLDER}" for name in of_training]
-
-
-def _files_in(folder: str) -> list[str]:
-    if not os.path.isdir(folder):
-        return []
-    names, _ = folder_paths.recursive_search(folder)
-    return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(_FILE_ENDING)]
-
-
 def _is_there(file: str) -> bool | str:
-    if file not in _saved_files():
+    if file not in loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER):
         return f"file '{file}' is not there any more; choose another one, or train the prior again."
     return True
 

@@ -11,8 +11,8 @@ from comfy_api.latest import io, ui
 from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
-from ..pipelines.errors import IdentityEditError
 from ..pipelines.step_embeddings import apply_step_embeddings
+from .saved_files import loadable_files, next_path
 from .sockets import Inversion, latent_samples, progress, schema, show_text
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
@@ -23,8 +23,6 @@ _METHODS = {
     ADAPTIVE_NULL_TEXT_OPTIMIZATION: null_text.ADAPTIVE,
 }
 FILE_FOLDER = "inversions"
-_FILE_ENDING = ".safetensors"
-_IN_OUTPUT_FOLDER = " [output]"
 
 
 class DDIMInversion(io.ComfyNode):
@@ -465,28 +463,9 @@ class SaveInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion: ddim.Inversion, filename_prefix: str) -> io.NodeOutput:
-        path = _next_path(filename_prefix)
+        path = next_path(filename_prefix, f"{FILE_FOLDER}/inversion")
         ddim.save_inversion(inversion, path)
         return io.NodeOutput(path, ui=ui.PreviewText(show_text(cls, path)))
-
-
-def _next_path(filename_prefix: str) -> str:
-    """The next free file of a prefix, numbered as ComfyUI numbers pictures."""
-    output = folder_paths.get_output_directory()
-    if not os.path.basename(os.path.normpath(filename_prefix)).strip(". "):
-        raise IdentityEditError("filename_prefix is empty; write a file name such as 'inversions/inversion'.")
-    if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):
-        raise IdentityEditError(
-            f"filename_prefix '{filename_prefix}' leads out of the output folder; write a name or a folder below it."
-        )
-    try:
-        folder, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
-    except OSError as error:
-        raise IdentityEditError(
-            f"filename_prefix '{filename_prefix}' cannot be written to ({error.strerror}); choose another folder, or "
-            f"make the output folder writable."
-        ) from error
-    return os.path.join(folder, f"{name}_{number:05}_{_FILE_ENDING}")
 
 
 class LoadInversion(io.ComfyNode):
@@ -503,7 +482,7 @@ class LoadInversion(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that made the inversion; another one is refused."),
                 io.Combo.Input(
                     "file",
-                    options=_saved_files(),
+                    options=loadable_files(FILE_FOLDER),
                     tooltip=f"Files of Save Inversion in the output folder's '{FILE_FOLDER}', and in the input folder. "
                     "Press R to list new ones.",
                 ),
@@ -539,7 +518,7 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file not in _saved_files():
+        if file not in loadable_files(FILE_FOLDER):
             return f"file '{file}' is not there any more; choose another one, or save the inversion again."
         return True
 
@@ -557,20 +536,6 @@ class LoadInversion(io.ComfyNode):
             model = apply_step_embeddings(model, inversion.embeddings, "negative")
         start = {"samples": inversion.start_latent(model)}
         return io.NodeOutput(inversion, start, inversion.sigmas.clone(), model)
-
-
-def _saved_files() -> list[str]:
-    """Files that may hold an inversion: in the input folder, and what Save Inversion has put into the output folder."""
-    saved = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER)
-    own = _files_in(folder_paths.get_input_directory())
-    return own + [f"{FILE_FOLDER}/{name}{_IN_OUTPUT_FOLDER}" for name in _files_in(saved)]
-
-
-def _files_in(folder: str) -> list[str]:
-    if not os.path.isdir(folder):
-        return []
-    names, _ = folder_paths.recursive_search(folder)
-    return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(_FILE_ENDING)]
 
 
 NODES: list[type[io.ComfyNode]] = [

@@ -15,11 +15,11 @@ from ..pipelines import captioning
 from ..pipelines import regularisation_prompts as prompts
 from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError
+from .saved_files import IN_OUTPUT_FOLDER
 from .sockets import SubjectPictures, schema, show_text
 
 REGULARISATION_FOLDER = "regularisation"
 """Below the output folder: where the shipped workflow saves a regularisation set with its prompts."""
-_IN_OUTPUT_FOLDER = " [output]"
 MODEL_FOLDER = "LLM"
 NO_MODEL = "no model"
 SHIPPED_LIST = "shipped list"
@@ -490,13 +490,13 @@ def _folders() -> list[str]:
     """The folders that may hold a subject or a regularisation set."""
     rendered = os.path.join(folder_paths.get_output_directory(), REGULARISATION_FOLDER)
     listed = [name.replace(os.sep, "/") for name in folder_paths.get_input_subfolders()]
-    listed += [f"{REGULARISATION_FOLDER}/{name}{_IN_OUTPUT_FOLDER}" for name in _subfolders(rendered)]
+    listed += [f"{REGULARISATION_FOLDER}/{name}{IN_OUTPUT_FOLDER}" for name in _subfolders(rendered)]
     return sorted(name for name in listed if name.split("/")[-1] != subjects.TEST_FOLDER)
 
 
 def _folder_path(folder: str) -> str:
-    if folder.endswith(_IN_OUTPUT_FOLDER):
-        return os.path.join(folder_paths.get_output_directory(), folder.removesuffix(_IN_OUTPUT_FOLDER))
+    if folder.endswith(IN_OUTPUT_FOLDER):
+        return os.path.join(folder_paths.get_output_directory(), folder.removesuffix(IN_OUTPUT_FOLDER))
     return os.path.join(folder_paths.get_input_directory(), folder)
 
 

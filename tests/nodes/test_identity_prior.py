@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
             train(models)
     folder = own_folders / "output" / "identity_priors" / "checkpoints"
     assert len(list(folder.iterdir())) == 1
-    assert not any("checkpoints" in name for name in nodes._saved_files())
+    assert not any("checkpoints" in name for name in nodes.loadable_files(nodes.FILE_FOLDER, nodes.CHECKPOINT_FOLDER))
     *_, loss, _, report = train(models).args
     assert "of which 2 were read from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert list(folder.iterdir()) == []

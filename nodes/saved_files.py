@@ -1,0 +1,51 @@
+"""The pack's own files below ComfyUI's folders: where a node saves one, and which ones another node can load."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+from ..pipelines.errors import IdentityEditError
+
+FILE_ENDING = ".safetensors"
+IN_OUTPUT_FOLDER = " [output]"
+"""ComfyUI's mark on names that are not relative to the input folder."""
+
+
+def next_path(filename_prefix: str, example: str) -> str:
+    """The next free file of a prefix below the output folder, numbered as ComfyUI numbers pictures.
+
+    Raises:
+        IdentityEditError: when the prefix is empty, leads out of the output folder, or cannot be written to.
+    """
+    output = folder_paths.get_output_directory()
+    if not os.path.basename(os.path.normpath(filename_prefix)).strip(". "):
+        raise IdentityEditError(f"filename_prefix is empty; write a file name such as '{example}'.")
+    if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):
+        raise IdentityEditError(
+            f"filename_prefix '{filename_prefix}' leads out of the output folder; write a name or a folder below it."
+        )
+    try:
+        folder, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
+    except OSError as error:
+        raise IdentityEditError(
+            f"filename_prefix '{filename_prefix}' cannot be written to ({error.strerror}); choose another folder, or "
+            f"make the output folder writable."
+        ) from error
+    return os.path.join(folder, f"{name}_{number:05}_{FILE_ENDING}")
+
+
+def loadable_files(folder: str, without: str | None = None) -> list[str]:
+    """Names for a combo: files in the input folder, and in the output folder's `folder` without its `without`."""
+    saved = _files_in(os.path.join(folder_paths.get_output_directory(), folder))
+    listed = [name for name in saved if without is None or not name.startswith(f"{without}/")]
+    own = _files_in(folder_paths.get_input_directory())
+    return own + [f"{folder}/{name}{IN_OUTPUT_FOLDER}" for name in listed]
+
+
+def _files_in(folder: str) -> list[str]:
+    if not os.path.isdir(folder):
+        return []
+    names, _ = folder_paths.recursive_search(folder)
+    return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(FILE_ENDING)]

@@ -129,13 +129,12 @@ def plot_trade_off(report: dict[str, Any], count: int) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, row in report.items():
         if "+" in name:
-            point = (row["background_psnr_db"], row["edit_done"])
-            axes.scatter(*point)
-            axes.annotate(name, point, xytext=(5, 4), textcoords="offset points")
+            axes.scatter(row["background_psnr_db"], row["edit_done"], label=name)
     axes.set_xlabel("background PSNR against the source picture [dB]")
     axes.set_ylabel("share of edits done")
     axes.set_title(f"{count} edits of unseen subjects")
     axes.margins(0.2)
+    axes.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(RESULTS / "timestep_aware_edit.png", dpi=120)
 

@@ -343,9 +343,8 @@ def sample_inversion(
 
     def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> torch.Tensor:
         sigmas = inversion.sigmas.to(evaluator.device)
-        if inversion.noise_maps is not None:
-            # They belong to this latent to the last bit, and the way through the scale of LATENT sockets rounds x.
-            x = inversion.trajectory[skip].to(x)
+        # Noise maps belong to this latent to the last bit, and the way through the scale of LATENT sockets rounds x.
+        x = inversion.trajectory[skip].to(x)
         for i in range(skip, inversion.steps):
             denoised = evaluator.guided(x, sigmas[i], guidance_scale)
             x = sampling_step(inversion, i, x, denoised)

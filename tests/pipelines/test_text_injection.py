@@ -298,8 +298,8 @@ def test_ratio_one_is_the_reconstruction_and_the_table_is_used() -> None:
     given = text_injection.timestep_aware_sampling(model, with_table, SOURCE, TARGET, NEGATIVE, 1.0, 3.0)
     carried = text_injection.timestep_aware_sampling(model, with_table, SOURCE, TARGET, None, 1.0, 3.0)
     without = text_injection.timestep_aware_sampling(model, inversion, SOURCE, TARGET, NEGATIVE, 1.0, 3.0)
-    assert torch.equal(given.latent, expected)
-    assert torch.equal(carried.latent, expected)
+    assert relative_error(given.latent, expected) < 1e-5
+    assert relative_error(carried.latent, expected) < 1e-5
     assert relative_error(without.latent, expected) > 1e-3
 
 

@@ -168,6 +168,7 @@ def peak_memory(width: str, variant: str, arguments: argparse.Namespace) -> int:
 
 
 def measure(width: str, arguments: argparse.Namespace) -> None:
+    memory = {variant: peak_memory(width, variant, arguments) for variant in VARIANTS}  # before this process has any
     model = load(width)
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for variant in VARIANTS:
@@ -176,8 +177,6 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         # Each in another order, so that a machine that slows down or speeds up favours none.
         for variant in VARIANTS if run % 2 == 0 else VARIANTS[::-1]:
             seconds[variant] += evaluations(model, width, variant, arguments)
-    del model
-    memory = {variant: peak_memory(width, variant, arguments) for variant in VARIANTS}
     medians = {variant: statistics.median(values) for variant, values in seconds.items()}
     size, kind = picture_size(width, arguments), device_type()
     command = " ".join(["benchmarks/attention_capture.py", *sys.argv[1:]])

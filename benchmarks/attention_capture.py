@@ -3,7 +3,8 @@
 Guided network evaluations (both sides, one picture) of a Stable Diffusion UNet of full width with random weights, as a
 stock sampler makes them: plain, with the identity prompt's cross-attention recorded, and with self-attention recorded
 too, in turn in one process. Given are medians of the seconds of an evaluation, their ratio to plain sampling's, and the
-highest memory use of a process that does one of them alone. On a GPU in float16, on the CPU in float32.
+highest memory use of a process that does one of them alone (`--runs 0` takes its seconds too). On a GPU in float16, on
+the CPU in float32.
 Writes benchmarks/results/attention_capture_WIDTH_DEVICE.json and .md for each width.
 """
 
@@ -158,21 +159,27 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def peak_memory(width: str, variant: str, arguments: argparse.Namespace) -> int:
-    """Highest memory of a process of its own that samples in one way, in MiB."""
-    command = [sys.executable, __file__, "--width", width, "--only", variant, "--steps", str(arguments.steps)]
+def alone(width: str, variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One sampling run in a process of its own: its highest memory in MiB, and the seconds of each evaluation."""
+    command = [sys.executable, __file__, "--width", width, "--only", variant]
+    command += ["--steps", str(arguments.steps + (arguments.runs == 0))]
     command += ["--size", str(picture_size(width, arguments)), "--threads", str(arguments.threads)]
     command += ["--layers", arguments.layers]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(width: str, arguments: argparse.Namespace) -> None:
-    memory = {variant: peak_memory(width, variant, arguments) for variant in VARIANTS}  # before this process has any
-    model = load(width)
+    # These come first, while this process needs little memory itself.
+    processes = {variant: alone(width, variant, arguments) for variant in tqdm(VARIANTS, desc=f"{width} alone")}
+    memory = {variant: int(found["peak_memory_mib"]) for variant, found in processes.items()}
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for variant in VARIANTS:
-        evaluations(model, width, variant, argparse.Namespace(**{**vars(arguments), "steps": 1}))  # warm-up
+    if arguments.runs == 0:
+        seconds = {variant: found["seconds"][1:] for variant, found in processes.items()}  # the first warms up
+    else:
+        model = load(width)
+        for variant in VARIANTS:
+            evaluations(model, width, variant, argparse.Namespace(**{**vars(arguments), "steps": 1}))  # warm-up
     for run in tqdm(range(arguments.runs), desc=width, unit="run"):
         # Each in another order, so that a machine that slows down or speeds up favours none.
         for variant in VARIANTS if run % 2 == 0 else VARIANTS[::-1]:
@@ -183,11 +190,12 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     where = (
         f"{torch.cuda.get_device_name()}, float16" if kind == "cuda" else f"CPU, {arguments.threads} threads, float32"
     )
+    each = " in a process each" if arguments.runs == 0 else ""
     lines = [
         f"# Recording attention: time and memory, {width} at {size}x{size}",
         "",
-        f"`{command}` at commit {load_pack.source_commit()}: medians of {arguments.runs * arguments.steps} guided "
-        f"evaluations of one picture, {where}, layers {arguments.layers}, random weights.",
+        f"`{command}` at commit {load_pack.source_commit()}: medians of {len(seconds[PLAIN])} guided "
+        f"evaluations of one picture{each}, {where}, layers {arguments.layers}, random weights.",
         "",
         "| | seconds an evaluation | relative | peak memory (MiB) | more than plain (MiB) |",
         "|---|---|---|---|---|",
@@ -222,7 +230,13 @@ def main() -> None:
     parser.add_argument(
         "--width", choices=WIDTHS, nargs="+", default=list(WIDTHS), help="UNets to measure (default all)"
     )
-    parser.add_argument("--runs", type=int, default=3, help="sampling runs of each kind (default 3)")
+    parser.add_argument(
+        "--runs",
+        type=int,
+        default=3,
+        help="sampling runs of each kind, in turn; 0 takes the seconds of the processes that are measured alone "
+        "(default 3)",
+    )
     parser.add_argument("--steps", type=int, default=2, help="guided evaluations a run (default 2)")
     parser.add_argument("--size", type=int, help="pictures' width and height (default: the model's own)")
     parser.add_argument("--layers", choices=LAYER_CHOICES, default=AUTOMATIC)
@@ -231,10 +245,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.only:
-        evaluations(load(arguments.width[0]), arguments.width[0], arguments.only, arguments)
+        seconds = evaluations(load(arguments.width[0]), arguments.width[0], arguments.only, arguments)
         kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
-        print(json.dumps({"peak_memory_mib": round(memory)}))
+        print(json.dumps({"peak_memory_mib": round(memory), "seconds": seconds}))
         return
     for width in arguments.width:
         measure(width, arguments)

@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--descent-cases", type=int, default=50, help="the first so many for gradient descent, which is slow"
     )
-    parser.add_argument("--pairs", type=int, default=10, help="aligned references to invert")
+    parser.add_argument("--pairs", type=int, default=10, help="aligned references to invert; 0 inverts none")
     parser.add_argument("--steps", type=int, default=50, help="of the inversion")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -231,12 +231,20 @@ def main() -> None:
             f"{found['most_seconds']:.2f} s | {errors} |"
         )
     figures["nearest_distances"] = times = lookup_times(cases[0])
-    pairs = draw_pairs(arguments.pairs)
-    figures["inverted_psnr_db"] = psnr = inverted_psnr(pairs, arguments.steps)
     lines += [
         "",
         f"The nearest distances of {alignment.POINTS} points take {1000 * times['distance_transform']:.2f} ms by the "
         f"distance transform and {1000 * times['k_d_tree']:.2f} ms by a k-d tree.",
+        "",
+        "![reference, generated, aligned reference, outline of the generated mask on it](align_reference.png)",
+    ]
+    pairs = draw_pairs(max(4, arguments.pairs))
+    save_picture(RESULTS / "align_reference.png", pairs[:4])
+    write_results("align_reference", figures, lines)
+    if arguments.pairs == 0:
+        return
+    figures["inverted_psnr_db"] = psnr = inverted_psnr(pairs[: arguments.pairs], arguments.steps)
+    lines += [
         "",
         f"{arguments.pairs} references of held-out identities of the demo world, laid on another pose; PSNR within the "
         f"mask after DDIM inversion of {arguments.steps} steps with the reference's caption and sampling back, by what "
@@ -245,10 +253,7 @@ def main() -> None:
         "| surroundings | PSNR |",
         "|---|---|",
         *(f"| {name} | {value:.2f} dB |" for name, value in psnr.items()),
-        "",
-        "![reference, generated, aligned reference, outline of the generated mask on it](align_reference.png)",
     ]
-    save_picture(RESULTS / "align_reference.png", pairs[:4])
     write_results("align_reference", figures, lines)
 
 

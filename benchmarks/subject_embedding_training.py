@@ -151,7 +151,7 @@ def by_loop(
     new = list(range(table.shape[0] - 2 - TOKENS, table.shape[0] - 2))
     word = clip.tokenize(CLASS_WORD)["l"][0][1][0]
     with torch.no_grad():
-        table[new] = table[word]
+        table[new] = before[word]
     ids = {}
     for text in pictures.captions:
         places = iter(new)
@@ -235,7 +235,9 @@ def main() -> None:
 
     family.register()
     options = {"dtype": torch.float32}
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), model_options=options)
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+        str(arguments.checkpoint), model_options=options, te_model_options=options
+    )
     with torch.no_grad():
         pictures = draw_pictures(vae, arguments.seed)
     names = [arguments.only] if arguments.only else list(METHODS)

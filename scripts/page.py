@@ -85,7 +85,7 @@ def _open(context: BrowserContext, server: Server) -> Page:
 
     context.route("**/*", only_the_server)
     page = context.pages[0]
-    page.goto(server.url)
+    page.goto(server.url, timeout=120_000)
     page.wait_for_function("window.app?.vueAppReady && window.app.graph", timeout=120_000)
     page.wait_for_function("Object.keys(LiteGraph.registered_node_types).length > 100", timeout=120_000)
     return page

@@ -128,9 +128,9 @@ class LocalBlend:
         for of, columns in self.columns.items():
             means = [mean for (owner, _), mean in self._means.items() if owner == of]
             if columns and means:
-                grid = max(tuple(mean.total.shape[1:]) for mean in means)
+                rows, columns_of_grid = max(mean.total.shape[1:] for mean in means)
                 total, weight = (
-                    torch.stack([resized(getattr(mean, part), grid) for mean in means]).sum(dim=0)
+                    torch.stack([resized(getattr(mean, part), (rows, columns_of_grid)) for mean in means]).sum(dim=0)
                     for part in ("total", "weight")
                 )
                 spread = max_pool2d((total / weight.clamp(min=1e-12)).unsqueeze(1), 3, stride=1, padding=1).squeeze(1)

@@ -128,7 +128,7 @@ def draw_pairs(
 ) -> list[tuple[Attributes, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
     """Of held-out identities: the reference's attributes, (picture, mask) of it, and those of another pose."""
     generator = random.Random("aligned references")
-    pairs = []
+    pairs: list[tuple[Attributes, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = []
     while len(pairs) < count:
         reference = random_attributes(generator, "figure", held_out=True)
         generated = reference.replace(pose=generator.choice([pose for pose in POSES if pose != reference.pose]))
@@ -150,7 +150,7 @@ def inverted_psnr(pairs: list[Any], steps: int) -> dict[str, float]:
     result = {}
     for surroundings in alignment.SURROUNDINGS:
         aligned = [
-            alignment.align_reference(*reference, generated[1], generated[0], surroundings=surroundings)
+            alignment.align_reference(reference[0], reference[1], generated[1], generated[0], surroundings=surroundings)
             for _, reference, generated in pairs
         ]
         pictures = torch.stack([each.picture for each in aligned])
@@ -186,7 +186,7 @@ def save_picture(path: Path, pairs: list[Any]) -> None:
     """For each pair a row: reference, generated, aligned reference (mirrored), the generated mask on it."""
     rows = []
     for _, reference, generated in pairs:
-        aligned = alignment.align_reference(*reference, generated[1])
+        aligned = alignment.align_reference(reference[0], reference[1], generated[1])
         shown = heatmap.outlined(aligned.picture[None], generated[1][None])[0]
         rows.append(torch.cat([reference[0], generated[0], aligned.picture, shown], dim=1))
     sheet = torch.cat(rows)

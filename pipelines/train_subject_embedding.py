@@ -142,7 +142,9 @@ def train_subject_embedding(
     if settings.masked and all(mask is None for mask in pictures.masks):
         raise IdentityEditError("masked is on but no picture has a mask; add masks, or switch it off.")
     training = dataclasses.replace(training, bfloat16=settings.precision == BFLOAT16)
-    timesteps = ddim_timesteps(settings.sampling_steps, sampling.sigmas.shape[0]) if settings.updates_per_step else []
+    timesteps: list[int] = []
+    if settings.updates_per_step:
+        timesteps = ddim_timesteps(settings.sampling_steps, sampling.sigmas.shape[0]).tolist()
     total = training.steps + len(timesteps) * settings.updates_per_step
     largest = max(pictures.latents, key=torch.Tensor.numel)
     with trainable_networks(
@@ -212,10 +214,10 @@ def train_subject_embedding(
                     for name, vector in c_s_of[reached].items():
                         vector.copy_(before[name])  # c_s^t = c_s^{t+1}
             # for i = 1, ..., I: c_s^t = c_s^t - eta grad L_s(c_s^t)
-            yield loss_of(c_s_of[reached], index, "step-wise vectors", int(timesteps[reached]))
+            yield loss_of(c_s_of[reached], index, "step-wise vectors", timesteps[reached])
 
         def learned_at(t: int) -> Vectors:
-            nearest = min(range(len(timesteps)), key=lambda place: abs(int(timesteps[place]) - t))
+            nearest = min(range(len(timesteps)), key=lambda place: abs(timesteps[place] - t))
             return c_s_of[min(nearest, reached)]
 
         if settings.updates_per_step:
@@ -245,7 +247,7 @@ def train_subject_embedding(
         kind=settings.kind,
         vectors=vectors,
         step_vectors=step_vectors or None,
-        timesteps=tuple(int(t) for t in timesteps),
+        timesteps=tuple(timesteps),
         class_word=settings.class_word,
         token=settings.token,
         model=tag,

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+for folder in ("scripts", "tests", "benchmarks"):  # what tests share: the engine, tiny models, reference loops
+    sys.path.append(str(ROOT / folder))
 
 import load_pack  # noqa: E402  (these three are found on the path that was extended just above)
 from api_client import Client, Prompt, Run  # noqa: E402

@@ -1,15 +1,7 @@
-"""Lets these tests import the models and the reference loops that they share."""
-
-import sys
-from pathlib import Path
+"""Keeps these tests quick."""
 
 import pytest
 import torch
-
-_ROOT = Path(__file__).resolve().parents[2]
-for _folder in ("tests", "benchmarks"):
-    if str(_ROOT / _folder) not in sys.path:
-        sys.path.append(str(_ROOT / _folder))
 
 
 @pytest.fixture(autouse=True)

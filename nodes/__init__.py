@@ -4,15 +4,34 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import attention_control, demo, identity_prior, inversion, masks, measure, subject, text
+from . import (
+    attention_control,
+    demo,
+    identity_prior,
+    inversion,
+    masks,
+    measure,
+    prompt_to_prompt,
+    reference,
+    reference_guidance,
+    segmentation,
+    subject,
+    subject_embedding,
+    text,
+)
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,
     *text.NODES,
     *masks.NODES,
+    *segmentation.NODES,
     *subject.NODES,
     *identity_prior.NODES,
+    *subject_embedding.NODES,
+    *reference.NODES,
+    *reference_guidance.NODES,
     *attention_control.NODES,
+    *prompt_to_prompt.NODES,
     *measure.NODES,
     *demo.NODES,
 ]

@@ -10,7 +10,7 @@ from identity_edit_pack.nodes import NODE_CLASSES
 
 HELP = Path(__file__).resolve().parents[2] / "web" / "docs"
 SCHEMAS = [node.define_schema() for node in NODE_CLASSES]
-SMALL_WORDS = {"a", "and", "as", "from", "of", "the", "with"}
+SMALL_WORDS = {"a", "and", "as", "from", "of", "the", "to", "with"}
 CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "measure", "demo")
 
 

@@ -1,0 +1,143 @@
+"""The subjects of `hifi_tuner.py`: source pictures, what the prompts ask, pictures of others, and how each is scored.
+
+Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from edits import Pair, mean_psnr, render_pair
+from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes, random_attributes
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
+from identity_edit_pack.demo_world.renderer import render
+from lipe_edit import SPECIES, as_subject
+
+PROMPTS: tuple[dict[str, str], ...] = (
+    {"place": "snow", "costume": "santa hat"},
+    {"place": "beach", "pose": "sitting"},
+    {"place": "room", "expression": "smiling"},
+    {"place": "night", "pose": "jumping"},
+    {"place": "grass", "pose": "lying"},
+    {"place": "room", "costume": "crown", "pose": "sitting"},
+    {"place": "snow", "costume": "scarf", "pose": "jumping"},
+    {"place": "grass", "expression": "angry"},
+    {"place": "beach", "expression": "crying", "pose": "lying"},
+    {"place": "night", "costume": "crown"},
+    {"place": "grass"},
+    {"place": "snow"},
+    {"place": "beach"},
+    {"place": "room"},
+    {"place": "night"},
+    {"place": "grass", "costume": "santa hat", "expression": "smiling"},
+    {"place": "beach", "costume": "scarf"},
+    {"place": "room", "pose": "jumping"},
+    {"place": "night", "pose": "sitting", "costume": "scarf"},
+    {"place": "snow", "pose": "lying", "expression": "angry"},
+    {"place": "beach", "costume": "crown", "pose": "jumping"},
+    {"place": "room", "costume": "santa hat", "pose": "lying"},
+    {"place": "night", "expression": "smiling", "pose": "lying"},
+    {"place": "grass", "costume": "scarf", "expression": "crying"},
+    {"place": "snow", "pose": "sitting", "expression": "smiling"},
+)
+"""What each prompt asks; where it is silent the subject stands, neutral, without a costume. The first ten hold every
+place, pose, costume and expression."""
+ASKED = ("place", "pose", "costume", "expression", "facing")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture of a subject [128, 128, 3] in [0, 1] with its true mask [128, 128]."""
+
+    shown: Attributes
+    picture: torch.Tensor
+    mask: torch.Tensor
+
+
+def render_source(shown: Attributes, seed: int) -> Source:
+    picture, mask = render(shown, seed)
+    return Source(shown, torch.from_numpy(picture.copy()).float() / 255, torch.from_numpy(mask != 0).float())
+
+
+def draw_sources(subject: Attributes, count: int, seed: int) -> list[Source]:
+    generator = random.Random(f"hifi sources {seed} {subject.identity}")
+    return [
+        render_source(as_subject(subject, generator), EVALUATION_SEED + generator.randrange(1 << 32))
+        for _ in range(count)
+    ]
+
+
+def asked_of(subject: Attributes, count: int, seeds: int) -> list[Attributes]:
+    """What the prompts ask of this subject: all prompts for the first seed, then for the next."""
+    plain = Attributes(species=subject.species, color=subject.color, pattern=subject.pattern)
+    facing = ("right", "left")
+    prompts = [plain.replace(facing=facing[index % 2], **what) for index, what in enumerate(PROMPTS[:count])]
+    return prompts * seeds
+
+
+def draw_replacements(subject: Attributes, count: int, seed: int) -> list[Pair]:
+    """Pictures of other animals, and the same with this subject."""
+    generator = random.Random(f"hifi replacements {seed} {subject.identity}")
+    pairs: list[Pair] = []
+    while len(pairs) < count:
+        shown = random_attributes(generator, "figure").replace(costume="none")
+        if shown.species in SPECIES and shown.species != subject.species:
+            target = shown.replace(species=subject.species, color=subject.color, pattern=subject.pattern)
+            pairs.append(render_pair(shown, target, "species", EVALUATION_SEED + generator.randrange(1 << 32)))
+    return pairs
+
+
+@torch.no_grad()
+def features(classifier: AttributeClassifier, pictures: torch.Tensor) -> torch.Tensor:
+    """[B, 256] of length 1, what the classifier's heads read."""
+    found = classifier.squeeze(classifier.features(pictures.permute(0, 3, 1, 2) * 2 - 1))
+    return torch.nn.functional.normalize(found, dim=1)
+
+
+def seen(classifier: AttributeClassifier, pictures: torch.Tensor) -> list[dict[str, str]]:
+    """For each picture the attributes that the classifier sees."""
+    answers = classify(classifier, pictures)
+    return [{head: HEADS[head][int(answers[head][index])] for head in HEADS} for index in range(len(pictures))]
+
+
+def score(
+    classifier: AttributeClassifier, pictures: torch.Tensor, asked: list[Attributes], sources: torch.Tensor
+) -> list[dict[str, float]]:
+    """Subject and text similarity of each picture of one subject."""
+    alike = (features(classifier, pictures) @ features(classifier, sources).T).mean(dim=1).tolist()
+    rows = []
+    for what, attributes, cosine in zip(seen(classifier, pictures), asked, alike, strict=True):
+        identity = [what[head] == getattr(attributes, head) for head in IDENTITY_OF["figure"]]
+        text = [what[head] == getattr(attributes, head) for head in ASKED]
+        rows.append(
+            {
+                "identity_kept": float(all(identity)),
+                "identity_attributes_kept": float(np.mean(identity)),
+                "feature_similarity": cosine,
+                "text_similarity": float(np.mean(text)),
+                "text_and_identity": float(all(identity) and all(text)),
+            }
+        )
+    return rows
+
+
+def score_replacement(
+    classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]
+) -> list[dict[str, float]]:
+    rows = []
+    for what, picture, pair in zip(seen(classifier, pictures), pictures, pairs, strict=True):
+        identity = [what[head] == getattr(pair.target, head) for head in IDENTITY_OF["figure"]]
+        rows.append(
+            {
+                "subject_replaced": float(all(identity)),
+                "species_replaced": float(what["species"] == pair.target.species),
+                "identity_attributes": float(np.mean(identity)),
+                "pose_kept": float(what["pose"] == pair.source.pose),
+                "background_psnr_db": mean_psnr(picture[pair.background], pair.before[pair.background]),
+            }
+        )
+    return rows

@@ -1,0 +1,460 @@
+"""Does every part of HiFi Tuner help? `.venv/bin/python benchmarks/hifi_tuner.py`.
+
+Table 2 of Wang et al. 2023 in small, row by row, on subjects that the demo checkpoint has never seen:
+
+- Textual Inversion: five word vectors in the place of the subject's name;
+- + mask: the loss inside the subject's mask alone (eq. 5);
+- + regularisation: five rows of the text embedding, from and tied to those of the empty prompt (eq. 6);
+- + step-wise: rows of their own for every DDIM step (eq. 7, algorithm 1);
+- + reference guidance: a second pass led by a reference picture (algorithm 2);
+- DreamBooth: all attention weights, with prior preservation; and the same with reference guidance.
+
+Each learns from four pictures with their true masks and the caption "a sks cat" (no word about pose and place, as in
+the paper's "a photo of A"), and draws the prompts of `PROMPTS`, which are to the demo world what the 25 templates of
+the DreamBooth set are to photographs: places, costumes, poses and expressions. All rows start from the same noise. For
+the second pass the subject in the first picture is found by the model's own attention, the source picture with the most
+similar features is laid over it, and its DDIM inversion is the reference.
+
+Subject similarity: whether the attribute classifier sees the subject's species, color and pattern (all three), and the
+cosine similarity of the classifier's features to those of the source pictures, as the paper's DINO score is to the
+source pictures. Text similarity: the share of what the prompt asks (place, pose, costume, expression, view) that the
+classifier sees.
+
+Replacement (algorithm 3): pictures of another animal, whose caption names the animal alone; the classifier must see the
+new subject, and the background (outside of the true masks of both) must be the picture's. Beside it the same noise and
+null-text embeddings without attention control.
+Writes benchmarks/results/hifi_tuner.json, .md, .jpg (two prompts of each subject) and hifi_tuner_replace.jpg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from edits import Pair, embed, save_sheet  # noqa: E402
+from hifi_subjects import (  # noqa: E402
+    PROMPTS,
+    Source,
+    asked_of,
+    draw_replacements,
+    draw_sources,
+    render_source,
+    score,
+    score_replacement,
+)
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import Attributes, caption  # noqa: E402
+from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
+from identity_edit_pack.pipelines.alignment import align_reference  # noqa: E402
+from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
+from identity_edit_pack.pipelines.features import histogram_features, select_reference  # noqa: E402
+from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
+from identity_edit_pack.pipelines.inversion import (  # noqa: E402
+    Inversion,
+    ddim_inversion,
+    ddim_sampling,
+    sample_inversion,
+)
+from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization  # noqa: E402
+from identity_edit_pack.pipelines.reference_guidance import (  # noqa: E402
+    first_pass_latent,
+    reference_guided_sampling,
+)
+from identity_edit_pack.pipelines.schedule import Schedule, ddim_schedule  # noqa: E402
+from identity_edit_pack.pipelines.segmentation import attention_masks  # noqa: E402
+from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings  # noqa: E402
+from identity_edit_pack.pipelines.subject_embedding import (  # noqa: E402
+    OUTPUT,
+    WORD,
+    SubjectEmbedding,
+    apply_subject,
+    subject_conditioning,
+    subject_table,
+)
+from identity_edit_pack.pipelines.subject_replacement import subject_replacement  # noqa: E402
+from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
+    SubjectSettings,
+    train_subject_embedding,
+)
+from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
+from lipe_edit import (  # noqa: E402
+    Checkpoint,
+    caption_with,
+    draw_subjects,
+    regularisation_set,
+    with_prior,
+)
+from report import RESULTS, write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+REFERENCES = 4
+
+TEXTUAL_INVERSION, MASK, REGULARISATION = "Textual Inversion", "+ mask", "+ regularisation"
+STEP_WISE, GUIDED = "+ step-wise", "+ reference guidance"
+DREAMBOOTH, DREAMBOOTH_GUIDED = "DreamBooth", "DreamBooth + reference guidance"
+LADDER = (TEXTUAL_INVERSION, MASK, REGULARISATION, STEP_WISE, GUIDED)
+WITHOUT_CONTROL, ALGORITHM_3 = "without attention control", "algorithm 3"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A model with the prompts of a batch: how one row of the table draws.
+
+    Attributes:
+        model: perhaps with a step table on its positive side.
+        inverting: the model without it, with which a reference's caption can be evaluated.
+        clip: that of both.
+        positive: a prompt for each picture.
+    """
+
+    model: Any
+    inverting: Any
+    clip: Any
+    positive: Conditioning
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is the same for every row of a subject."""
+
+    base: Checkpoint
+    arguments: Any
+    subject: Attributes
+    sources: list[Source]
+    asked: list[Attributes]
+    start: torch.Tensor
+    schedule: Schedule
+    negative: Conditioning
+
+    @property
+    def species(self) -> str:
+        return self.subject.species
+
+    @property
+    def name(self) -> str:
+        return f"{self.arguments.token} {self.species}"
+
+
+def begin(base: Checkpoint, subject: Attributes, arguments: Any) -> Run:
+    schedule = ddim_schedule(base.model.get_model_object("model_sampling"), arguments.steps)
+    empty = torch.zeros(arguments.prompts, 4, 16, 16)
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    return Run(
+        base=base,
+        arguments=arguments,
+        subject=subject,
+        sources=draw_sources(subject, REFERENCES, arguments.seed),
+        asked=asked_of(subject, arguments.prompts, arguments.seeds),
+        start=torch.cat([first_pass_latent(base.model, empty, schedule.sigmas, seed) for seed in seeds]),
+        schedule=schedule,
+        negative=embed(base.clip, [""]),
+    )
+
+
+def training_pictures(run: Run) -> TrainingPictures:
+    pictures = [source.picture for source in run.sources]
+    masks = [source.mask for source in run.sources]
+    with torch.no_grad():
+        return encode_pictures(run.base.vae, pictures, [f"a {run.name}"] * len(pictures), masks)
+
+
+def learned(run: Run, pictures: TrainingPictures, **settings: Any) -> SubjectEmbedding:
+    arguments = run.arguments
+    chosen = SubjectSettings(
+        class_word=run.species,
+        token=arguments.token,
+        batch_size=arguments.batch_size,
+        precision="float32",
+        sampling_steps=arguments.steps,
+        sample_steps=1,
+        **settings,
+    )
+    training = TrainingSettings(
+        steps=arguments.training_steps,
+        learning_rate=arguments.embedding_learning_rate,
+        optimizer="Adam",
+        gradient_clip=0.0,
+        seed=arguments.seed,
+    )
+    return train_subject_embedding(run.base.model, run.base.clip, pictures, chosen, training)[0]
+
+
+@torch.no_grad()
+def way_of_subject(run: Run, subject: SubjectEmbedding) -> Way:
+    """The plain checkpoint with a learned subject in every prompt."""
+    model, clip = run.base.model, run.base.clip
+    prompts = [caption_with(asked, run.name) for asked in run.asked]
+    positive = torch.cat([subject_conditioning(clip, subject, prompt)[0][0] for prompt in prompts])
+    if subject.step_vectors is not None:
+        tables = {prompt: subject_table(model, clip, subject, prompt) for prompt in set(prompts)}
+        rows = torch.cat([tables[prompt].embeddings for prompt in prompts], dim=1)
+        model = apply_step_embeddings(model, StepEmbeddings(tables[prompts[0]].sigmas, rows), "positive")
+    return Way(model, run.base.model, clip, [[positive, {}]])
+
+
+def way_of_prior(run: Run, pictures: TrainingPictures) -> Way:
+    arguments = argparse.Namespace(**{**vars(run.arguments), "training_steps": run.arguments.prior_steps})
+    regularisation = regularisation_set(run.base, run.species, arguments.seed)
+    tuned = with_prior(run.base, pictures, regularisation, run.species, arguments)
+    positive = embed(tuned.clip, [caption_with(asked, run.name) for asked in run.asked])
+    return Way(tuned.model, tuned.model, tuned.clip, positive)
+
+
+def first_pass(run: Run, way: Way) -> torch.Tensor:
+    return ddim_sampling(way.model, run.start, run.schedule, way.positive, run.negative, run.arguments.guidance_scale)
+
+
+@torch.no_grad()
+def found_masks(run: Run, latents: torch.Tensor) -> torch.Tensor:
+    """M_g [B, 128, 128] as Segment Subject finds it without any further network."""
+    identity = encode_identity_prompt(run.base.clip, run.species)
+    conditioning = embed(run.base.clip, [f"a {run.species}"])
+    return attention_masks(run.base.model, latents, identity, conditioning, (128, 128))
+
+
+def second_pass(run: Run, way: Way, latents: torch.Tensor, words: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reference-guided latents and the aligned references [B, 128, 128, 3].
+
+    Args:
+        words: what the reference's caption calls the subject; "" describes it in the words of this world, as a
+            captioner would.
+    """
+    arguments = run.arguments
+    with torch.no_grad():
+        pictures = run.base.vae.decode(latents).cpu()
+    references, masks, captions = [], [], []
+    sources = run.sources
+    for picture, mask in zip(pictures, found_masks(run, latents), strict=True):
+        choice = select_reference(
+            [picture], [source.picture for source in sources], histogram_features,
+            generated_masks=[mask], source_masks=[source.mask for source in sources],
+        )  # fmt: skip
+        reference = sources[choice.index]
+        aligned = align_reference(reference.picture, reference.mask, mask, picture)
+        references.append(aligned.picture)
+        masks.append(aligned.mask)
+        captions.append(caption_with(reference.shown, words) if words else caption(reference.shown))
+    stacked = torch.stack(references).clamp(0, 1)
+    with torch.no_grad():
+        encoded = run.base.vae.encode(stacked)
+    inversion = ddim_inversion(way.inverting, encoded, embed(way.clip, captions), steps=arguments.steps)
+    found = reference_guided_sampling(
+        way.model, run.start, inversion, torch.stack(masks), way.positive, run.negative,
+        guidance_scale=arguments.guidance_scale, inner_steps=arguments.inner_steps,
+    )  # fmt: skip
+    return found.latent, stacked
+
+
+def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], SubjectEmbedding]:
+    """Latents of every row, aligned references by row, and the subject of "+ step-wise"."""
+    arguments = run.arguments
+    pictures = training_pictures(run)
+    unmasked = learned(run, pictures, kind=WORD, masked=False, regularisation_weight=0.0, updates_per_step=0)
+    masked = learned(run, pictures, kind=WORD, masked=True, regularisation_weight=0.0, updates_per_step=0)
+    step_wise = learned(
+        run, pictures, kind=OUTPUT, masked=True, regularisation_weight=arguments.regularisation_weight,
+        updates_per_step=arguments.updates_per_step,
+    )  # fmt: skip
+    # The shared rows of the step-wise subject are those of a training without its second phase.
+    shared = dataclasses.replace(step_wise, step_vectors=None, timesteps=())
+    rows = {TEXTUAL_INVERSION: unmasked, MASK: masked, REGULARISATION: shared, STEP_WISE: step_wise}
+    ways = {row: way_of_subject(run, subject) for row, subject in rows.items()}
+    ways[DREAMBOOTH] = way_of_prior(run, pictures)
+    latents = {row: first_pass(run, way) for row, way in ways.items()}
+    references = {}
+    for row, of, words in ((GUIDED, STEP_WISE, ""), (DREAMBOOTH_GUIDED, DREAMBOOTH, run.name)):
+        latents[row], references[row] = second_pass(run, ways[of], latents[of], words)
+    return latents, references, step_wise
+
+
+def replace_subjects(run: Run, subject: SubjectEmbedding, pairs: list[Pair]) -> dict[str, torch.Tensor]:
+    """Algorithm 3, and the same without attention control."""
+    arguments, base = run.arguments, run.base
+    source_prompts = [caption_with(pair.source, pair.source.species) for pair in pairs]
+    with torch.no_grad():
+        encoded = base.vae.encode(torch.stack([pair.before for pair in pairs]))
+    positive = embed(base.clip, source_prompts)
+    plain = ddim_inversion(base.model, encoded, positive, steps=arguments.steps)
+    null_text = null_text_optimization(
+        base.model, plain, positive, run.negative, guidance_scale=arguments.guidance_scale, method=ADAPTIVE
+    )
+    inversion = plain.with_embeddings(null_text.embeddings)
+    made: dict[str, list[torch.Tensor]] = {WITHOUT_CONTROL: [], ALGORITHM_3: []}
+    for index, (pair, source_prompt) in enumerate(zip(pairs, source_prompts, strict=True)):
+        own = one_picture(inversion, index)
+        prompt = caption_with(pair.target, run.species)
+        with torch.no_grad():
+            model, target, _ = apply_subject(base.model, base.clip, subject, prompt)
+        made[WITHOUT_CONTROL].append(
+            sample_inversion(model, own, target, run.negative, guidance_scale=arguments.guidance_scale)
+        )
+        replaced = subject_replacement(
+            model, base.clip, own, source_prompt, prompt, target, subject_words=run.species,
+            subject_tokens=subject.tokens,
+        )  # fmt: skip
+        made[ALGORITHM_3].append(replaced.latent)
+    return {name: torch.cat(latents) for name, latents in made.items()}
+
+
+def one_picture(inversion: Inversion, index: int) -> Inversion:
+    """The inversion of one picture of a batch."""
+    table = inversion.embeddings
+    assert table is not None
+    own = dataclasses.replace(table, embeddings=table.embeddings[:, index : index + 1])
+    return dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1], embeddings=own)
+
+
+def means(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def table(report: dict[str, dict[str, float]], columns: dict[str, str]) -> list[str]:
+    """A Markdown table: a line for each row of the report, columns by their keys with their headings."""
+    lines = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
+    for name, row in report.items():
+        cells = (f"{row[key]:.1f} dB" if key.endswith("_db") else f"{row[key]:.3f}" for key in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def published_steps(report: dict[str, dict[str, float]]) -> list[str]:
+    """Which steps of Wang et al. 2023's tables appear here: all that they report raise the subject similarity."""
+    lines = ["", "The steps of Wang et al. 2023 (each raises the DINO score there, from the row before it):", ""]
+    pairs = [*zip(LADDER[:-1], LADDER[1:], strict=True), (DREAMBOOTH, DREAMBOOTH_GUIDED)]
+    for before, after in pairs:
+        parts = []
+        for key, what in (
+            ("feature_similarity", "features"),
+            ("identity_kept", "identity"),
+            ("text_similarity", "text"),
+        ):
+            first, second = report[before][key], report[after][key]
+            parts.append(f"{what} {'rises' if second > first else 'falls' if second < first else 'stays'} "
+                         f"({first:.3f} to {second:.3f})")  # fmt: skip
+        verdict = "seen" if report[after]["feature_similarity"] > report[before]["feature_similarity"] else "not seen"
+        lines.append(f"- {before} -> {after}: {verdict}; " + ", ".join(parts))
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
+    parser.add_argument("--prompts", type=int, default=6, help=f"the first of {len(PROMPTS)} (default 6)")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default 2)")
+    parser.add_argument("--replacements", type=int, default=4, help="pictures of others a subject (default 4)")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20; the paper's are 50)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of all sampling")
+    parser.add_argument("--inner-steps", type=int, default=4, help="J of algorithm 2 (default 4; the paper's are 10)")
+    parser.add_argument("--training-steps", type=int, default=150, help="of shared embeddings (the paper's: 1000)")
+    parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
+    parser.add_argument("--batch-size", type=int, default=2, help="of the embeddings' training (default 2)")
+    parser.add_argument("--regularisation-weight", type=float, default=1e-4, help="w_s of eq. 6")
+    parser.add_argument("--embedding-learning-rate", type=float, default=2e-2, help="of embeddings (the paper's: 5e-3)")
+    parser.add_argument("--prior-steps", type=int, default=150, help="of DreamBooth (default 150)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of DreamBooth")
+    parser.add_argument("--token", default="sks", help="the rare token")
+    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures and noise")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    arguments = parser.parse_args()
+
+    family.register()
+    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
+    classifier = load_classifier()
+    scores: dict[str, list[dict[str, float]]] = {}
+    replaced: dict[str, list[dict[str, float]]] = {}
+    sheet: dict[str, list[torch.Tensor]] = {}
+    replacement_sheet: dict[str, list[torch.Tensor]] = {}
+    begun = time.perf_counter()
+    for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
+        run = begin(base, subject, arguments)
+        latents, references, embedding = ladder(run)
+        with torch.no_grad():
+            pictures = {row: base.vae.decode(made).cpu() for row, made in latents.items()}
+        true = [render_source(asked, EVALUATION_SEED + index).picture for index, asked in enumerate(run.asked)]
+        pictures["renderer"] = torch.stack(true)
+        sources = torch.stack([source.picture for source in run.sources])
+        for row, made in pictures.items():
+            scores.setdefault(row, []).extend(score(classifier, made, run.asked, sources))
+        shown = [0, arguments.prompts // 2]
+        sheet.setdefault("sources", []).append(sources[:2])
+        for row in (*LADDER[:-1], "reference", GUIDED, DREAMBOOTH, "reference of DreamBooth", DREAMBOOTH_GUIDED):
+            made = {"reference": references[GUIDED], "reference of DreamBooth": references[DREAMBOOTH_GUIDED]}.get(row)
+            sheet.setdefault(row, []).append((pictures[row] if made is None else made)[shown])
+
+        pairs = draw_replacements(subject, arguments.replacements, arguments.seed)
+        with torch.no_grad():
+            exchanged = {
+                name: base.vae.decode(made).cpu() for name, made in replace_subjects(run, embedding, pairs).items()
+            }
+        exchanged["renderer"] = torch.stack([pair.after for pair in pairs])
+        replacement_sheet.setdefault("before", []).append(torch.stack([pair.before for pair in pairs])[:2])
+        for name, made in exchanged.items():
+            replaced.setdefault(name, []).extend(score_replacement(classifier, made, pairs))
+            replacement_sheet.setdefault(name, []).append(made[:2])
+    minutes = (time.perf_counter() - begun) / 60
+
+    order = (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer")
+    report = {row: means(scores[row]) for row in order}
+    replacement_report = {name: means(rows) for name, rows in replaced.items()}
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/hifi_tuner.py", *sys.argv[1:]])
+    head = [
+        "# HiFi Tuner on unseen subjects of the demo world",
+        "",
+        f"`{command}` at commit {commit}: {arguments.subjects} subjects, {arguments.prompts} prompts, "
+        f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from {REFERENCES} pictures; "
+        f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
+        f"{arguments.embedding_learning_rate:g} and {arguments.updates_per_step} "
+        f"for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} steps; guidance "
+        f"{arguments.guidance_scale:g}, J = {arguments.inner_steps}; {minutes:.0f} minutes.",
+        "",
+    ]
+    columns = {
+        "feature_similarity": "feature similarity",
+        "identity_kept": "identity kept",
+        "identity_attributes_kept": "of its attributes",
+        "text_similarity": "text similarity",
+        "text_and_identity": "all of both",
+    }
+    replacement_columns = {
+        "subject_replaced": "subject replaced",
+        "species_replaced": "species",
+        "identity_attributes": "attributes",
+        "pose_kept": "pose kept",
+        "background_psnr_db": "background PSNR",
+    }
+    lines = [*head, *table(report, columns), *published_steps(report)]
+    lines += ["", f"Subject replacement, {len(replaced[ALGORITHM_3])} pictures:", ""]
+    lines += table(replacement_report, replacement_columns)
+    everything = {
+        "command": command,
+        "commit": commit,
+        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
+        "minutes": minutes,
+        "rows": report,
+        "replacement": replacement_report,
+    }
+    write_results("hifi_tuner", everything, lines)
+    for name, parts in (("hifi_tuner", sheet), ("hifi_tuner_replace", replacement_sheet)):
+        save_sheet(RESULTS / f"{name}.jpg", [torch.cat(row) for row in parts.values()])
+
+
+if __name__ == "__main__":
+    main()

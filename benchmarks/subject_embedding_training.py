@@ -1,0 +1,319 @@
+"""Training a subject against textual inversion: `.venv/bin/python benchmarks/subject_embedding_training.py`.
+
+All train on the same pictures of the demo checkpoint with the same draws:
+
+- "diffusers' loop" is that of diffusers' textual_inversion.py: the whole table of word vectors requires a gradient, and
+  after each step of the optimiser all rows but the new ones are put back;
+- "plain loop" trains the new vectors alone, calling the same UNet and text encoder modules directly;
+- the pack's Train Subject Embedding, kind "word", which is the same work as both;
+- the same with kind "output", which needs no gradient through the text encoder.
+
+That the first three do the same work is checked: their losses must agree, and all four must evaluate the network as
+often. The runs alternate; given are medians over the rounds, of the median step of each run and of its ratio to
+diffusers' loop in the same round (what else a machine does changes slower than rounds do), and the highest memory of a
+process that does one run of one of them alone. Writes benchmarks/results/subject_embedding_training.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.sd  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import caption, random_attributes  # noqa: E402
+from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.pipelines import engine, training_pictures  # noqa: E402
+from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, mark_subject  # noqa: E402
+from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
+    LEARNING_RATE,
+    TOKENS,
+    SubjectSettings,
+    train_subject_embedding,
+)
+from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
+from report import write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+DIFFUSERS, PLAIN = "diffusers' loop", "plain loop"
+PACK_WORD, PACK_OUTPUT = "Train Subject Embedding, word", "Train Subject Embedding, output"
+GOAL = 1.0
+"""Steps a second of the pack relative to diffusers' loop."""
+WARM_UP = 2
+"""Steps of every run that are not counted."""
+CLASS_WORD, TOKEN = "cat", "sks"
+DRAWS = "shared vectors"
+"""The name under which the pack draws the batches of its first phase."""
+
+Outcome = tuple[list[float], list[float], int]
+"""Seconds and loss of every step, and network evaluations."""
+
+
+def draw_pictures(vae: Any, seed: int) -> TrainingPictures:
+    """Four pictures of one held-out cat with their masks."""
+    generator = random.Random(seed)
+    subject = random_attributes(generator, "figure", held_out=True)
+    while subject.species != CLASS_WORD:
+        subject = random_attributes(generator, "figure", held_out=True)
+    name = caption(subject).split(f" {CLASS_WORD}")[0]
+    pictures, captions, masks = [], [], []
+    scenes = zip(("standing", "sitting", "lying", "standing"), ("grass", "room", "snow", "night"), strict=True)
+    for number, (pose, place) in enumerate(scenes):
+        shown = subject.replace(pose=pose, place=place)
+        picture, mask = render(shown, seed + number)
+        pictures.append(torch.from_numpy(np.array(picture)).float() / 255)
+        masks.append(torch.from_numpy(np.array(mask)).float())
+        captions.append(caption(shown).replace(name, f"a {TOKEN}"))
+    return training_pictures.encode_pictures(vae, pictures, captions, masks)
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Evaluations:
+    """`with Evaluations(model) as counted: work()`; `counted.number` forward passes of the UNet."""
+
+    def __init__(self, model: Any) -> None:
+        self.number = 0
+        self._unet = model.model.diffusion_model
+
+    def _count(self, *_: Any) -> None:
+        self.number += 1
+
+    def __enter__(self) -> Evaluations:
+        self._handle = self._unet.register_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+
+def by_pack(kind: str, model: Any, clip: Any, pictures: TrainingPictures, training: TrainingSettings) -> Outcome:
+    ends: list[float] = []
+    evaluations: list[int] = []
+
+    def progress(*_: Any) -> None:
+        synchronize()
+        ends.append(time.perf_counter())
+        evaluations.append(counted.number)
+
+    settings = SubjectSettings(
+        CLASS_WORD, TOKEN, kind=kind, regularisation_weight=0.0, updates_per_step=0, precision="float32", sample_steps=1
+    )
+    with torch.inference_mode(), Evaluations(model) as counted:  # as in ComfyUI
+        _, run = train_subject_embedding(model, clip, pictures, settings, training, progress=progress)
+    # The sample at the end is made before the last step is reported, and is no part of the training.
+    return np.diff(ends).tolist()[:-1], run.losses, evaluations[-2] + 1
+
+
+def by_loop(
+    whole_table: bool, model: Any, clip: Any, pictures: TrainingPictures, training: TrainingSettings
+) -> Outcome:
+    """The loop of diffusers' textual_inversion.py with the networks called directly."""
+    comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
+    sampling = engine.require_noise_prediction_model(model)
+    device = model.load_device
+    unet, text_encoder = model.model.diffusion_model, clip.cond_stage_model.clip_l.transformer
+    embedding = text_encoder.get_input_embeddings()
+    alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
+    for module in (unet, text_encoder):
+        module.requires_grad_(False)
+    # ComfyUI's text encoder adds in place to what its normalisations keep for the backward pass.
+    norms = [module for module in text_encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),)) for norm in norms]
+    table = embedding.weight
+    before = table.detach().clone()
+    # The last words of the vocabulary before begin and end, which no caption uses, are the placeholder tokens.
+    new = list(range(table.shape[0] - 2 - TOKENS, table.shape[0] - 2))
+    word = clip.tokenize(CLASS_WORD)["l"][0][1][0]
+    with torch.no_grad():
+        table[new] = before[word]
+    ids = {}
+    for text in pictures.captions:
+        places = iter(new)
+        marked = mark_subject(clip, TOKEN, CLASS_WORD, TOKENS, text)["l"][0]
+        ids[text] = torch.tensor([[next(places) if token is None else token for token, _ in marked]], device=device)
+    if whole_table:
+        variable = table.requires_grad_(True)
+        others = torch.ones(table.shape[0], dtype=torch.bool, device=device)
+        others[new] = False
+    else:
+        variable = before[new].clone().copy_(before[word]).requires_grad_(True)
+        hooks.append(
+            embedding.register_forward_hook(
+                lambda _, inputs, output: output.index_put(_places(inputs[0], new), variable)
+            )
+        )
+    optimizer = torch.optim.Adam([variable], lr=training.learning_rate)
+    losses, ends = [], []
+    with Evaluations(model) as counted:
+        for step in range(training.steps):
+            (chosen,) = training_pictures.batch_indices(pictures, 1, step, training.seed, DRAWS)
+            generator = generator_of(training.seed, step, DRAWS)
+            z_0 = engine.to_model_scale(model, pictures.latents[chosen])[None].to(device)
+            t = torch.randint(sampling.sigmas.shape[0], (1,), generator=generator).to(device)
+            noise = torch.randn(z_0.shape, generator=generator).to(device)
+            alpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)
+            z = alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noise
+            context = text_encoder(ids[pictures.captions[chosen]])[0]
+            predicted = unet(z, t.float(), context=context, transformer_options={})
+            mask = pictures.masks[chosen]
+            weights = torch.ones_like(z_0[:, :1]) if mask is None else mask[None, None].to(device)
+            loss = (weights * (predicted - noise) ** 2).sum() / (z_0.shape[1] * weights.sum())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if whole_table:
+                with torch.no_grad():
+                    table[others] = before[others]
+            losses.append(float(loss.detach()))
+            synchronize()
+            ends.append(time.perf_counter())
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        table.requires_grad_(False).copy_(before)
+    return np.diff(ends).tolist()[:-1], losses, counted.number
+
+
+def _places(tokens: torch.Tensor, new: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of each placeholder token, in their order."""
+    columns = [int((tokens[0] == token).nonzero()[0]) for token in new]
+    return torch.zeros(len(new), dtype=torch.long, device=tokens.device), torch.tensor(columns, device=tokens.device)
+
+
+METHODS: dict[str, Callable[[Any, Any, TrainingPictures, TrainingSettings], Outcome]] = {
+    DIFFUSERS: partial(by_loop, True),
+    PLAIN: partial(by_loop, False),
+    PACK_WORD: partial(by_pack, WORD),
+    PACK_OUTPUT: partial(by_pack, OUTPUT),
+}
+
+
+def peak_memory(name: str, arguments: argparse.Namespace) -> int:
+    """Highest memory of a process of its own that does one run, in MiB."""
+    command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
+    command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--runs", type=int, default=9, help="runs of each loop, alternating (default 9)")
+    parser.add_argument("--steps", type=int, default=10, help="training steps of a run (default 10)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0, help="draws the pictures and all batches (default 0)")
+    parser.add_argument("--only", choices=METHODS, help="do one run by one loop and print its memory use")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    family.register()
+    options = {"dtype": torch.float32}
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+        str(arguments.checkpoint), model_options=options, te_model_options=options
+    )
+    with torch.no_grad():
+        pictures = draw_pictures(vae, arguments.seed)
+    names = [arguments.only] if arguments.only else list(METHODS)
+    training = TrainingSettings(
+        steps=arguments.steps + WARM_UP + 2,
+        learning_rate=LEARNING_RATE,
+        optimizer="Adam",
+        gradient_clip=0.0,
+        seed=arguments.seed,
+    )
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    losses: dict[str, list[float]] = {}
+    evaluations: dict[str, int] = {}
+    for run in tqdm(range(1 if arguments.only else arguments.runs), unit="round", disable=bool(arguments.only)):
+        for name in names[run % len(names) :] + names[: run % len(names)]:
+            times, losses[name], evaluations[name] = METHODS[name](model, clip, pictures, training)
+            seconds[name].append(times[WARM_UP:])
+    if arguments.only:
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
+        print(json.dumps({"peak_memory_mib": round(memory)}))
+        return
+
+    difference = max(
+        abs(a - b) / b for name in (PLAIN, PACK_WORD) for a, b in zip(losses[name], losses[DIFFUSERS], strict=True)
+    )
+    if difference > 0.02:
+        raise SystemExit(f"The loops do not do the same work: their losses differ by up to {difference:.1%}.")
+    if len(set(evaluations.values())) != 1:
+        raise SystemExit(f"The loops evaluate the network differently often: {evaluations}.")
+    rates_of_runs = {name: [1.0 / statistics.median(run) for run in runs] for name, runs in seconds.items()}
+    rates = {name: statistics.median(values) for name, values in rates_of_runs.items()}
+    ratios = {
+        name: [ours / theirs for ours, theirs in zip(values, rates_of_runs[DIFFUSERS], strict=True)]
+        for name, values in rates_of_runs.items()
+    }
+    relative = {name: statistics.median(values) for name, values in ratios.items()}
+    memories = {name: peak_memory(name, arguments) for name in names}
+    commit = load_pack.source_commit()
+    command = " ".join(["benchmarks/subject_embedding_training.py", *sys.argv[1:]])
+    lines = [
+        "# Training a subject's embeddings: speed and memory",
+        "",
+        f"`{command}` at commit {commit}: medians of {arguments.runs} rounds of runs of {arguments.steps} steps, "
+        f"{TOKENS} vectors, one picture a step, {arguments.threads} threads, float32. The losses of the three loops of "
+        f"textual inversion agree to {difference:.1e}; each evaluates the network {evaluations[DIFFUSERS]} times in "
+        f"{training.steps} steps.",
+        "",
+        "| loop | steps a second | relative | from | to | peak memory (MiB) |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {rates[name]:.2f} | {relative[name]:.2f} | {min(ratios[name]):.2f} | "
+            f"{max(ratios[name]):.2f} | {memories[name]} |"
+            for name in names
+        ),
+        "",
+        f"The goal, at least {GOAL:.1f} of the steps a second of diffusers' loop, is "
+        + " and ".join(
+            f"{'reached' if relative[name] >= GOAL else 'not reached'} by {name}" for name in (PACK_WORD, PACK_OUTPUT)
+        )
+        + ".",
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "threads": arguments.threads,
+        "largest_relative_difference_of_losses": difference,
+        "network_evaluations": evaluations,
+        "seconds_by_step": seconds,
+        "steps_a_second": rates,
+        "ratios": ratios,
+        "relative": relative,
+        "peak_memory_mib": memories,
+    }
+    write_results("subject_embedding_training", everything, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,312 @@
+"""Nodes that edit a picture by editing its prompt, with the attention of the picture it was.
+
+Prompt-to-Prompt gives a MODEL and the target's CONDITIONING instead of sampling itself: so every stock sampler,
+scheduler, guider and preview is there, ControlNet and LoRA compose, and for a real picture it is the same graph with
+an inversion connected. Replace Subject is a whole algorithm of a paper, for one kind of sampling, in one node.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..pipelines import prompt_to_prompt as control
+from ..pipelines import subject_replacement as replacement
+from ..pipelines.conditioning import Conditioning
+from ..pipelines.inversion import Inversion as InversionData
+from .sockets import Inversion, progress, schema, show_text
+
+
+class PromptToPrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditPromptToPrompt",
+            display_name="Prompt-to-Prompt",
+            category="attention control",
+            search_aliases=["p2p", "cross-attention control", "word swap", "prompt editing", "attention re-weighting"],
+            description=(
+                "Edits a picture by editing its prompt (Hertz et al. 2023): exchange, add or re-weight words while the "
+                "rest of the picture stays. For pictures from any stock sampler, or real ones by their inversion."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A Stable Diffusion 1.x, 2.x or XL model. Put nodes that change the prompt step by step "
+                    "before this one.",
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                io.String.Input(
+                    "source_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="The prompt of the picture as it is; for a real picture the one of its inversion.",
+                ),
+                io.String.Input(
+                    "target_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="The same prompt with words exchanged (replace) or added (refine). To re-weight words "
+                    "only, write the same prompt twice.",
+                ),
+                io.Combo.Input(
+                    "edit",
+                    options=list(control.EDITS),
+                    default=control.REPLACE,
+                    tooltip="Replace exchanges word for word: a new word takes the place of the one it stands for. "
+                    "Refine is for added or left out words: new words find their own place.",
+                ),
+                io.Float.Input(
+                    "cross_replace_steps",
+                    default=control.CROSS_REPLACE_STEPS,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps, from the first, with the source's cross-attention: more keeps more of "
+                    "the picture. 0.8 in the notebook of Hertz et al. 2023.",
+                ),
+                io.Float.Input(
+                    "self_replace_steps",
+                    default=control.SELF_REPLACE_STEPS,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps, from the first, with the source's self-attention: more keeps more of "
+                    "the shapes. 0.4 in the notebook of Hertz et al. 2023.",
+                ),
+                io.Combo.Input(
+                    "self_attention_grid",
+                    options=list(control.FACTORS),
+                    default=control.FACTORS[0],
+                    tooltip="How many times smaller than the latent a layer's grid is at least, for its self-attention "
+                    "to be the source's. Automatic is 4 at 512x512 (grids of at most 16x16, as in the reference "
+                    "implementation) and above, and less for small pictures.",
+                ),
+                io.String.Input(
+                    "reweight",
+                    default="",
+                    tooltip="Words of the target prompt and the factor of their attention, such as: fluffy: 2, hat: "
+                    "0.5. Below 1 weakens, below 0 inverts. Empty: none.",
+                ),
+                io.String.Input(
+                    "blend_words",
+                    default="",
+                    tooltip="Local blend: words of either prompt, such as: cat dog. The picture changes where the "
+                    "attention to these is, and nowhere else. Empty: everywhere.",
+                ),
+                io.Float.Input(
+                    "blend_threshold",
+                    default=control.BLEND_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the words' largest attention above which the picture may change: lower changes a "
+                    "larger part. 0.3 in the reference implementation.",
+                ),
+                io.Float.Input(
+                    "blend_start",
+                    default=control.BLEND_START,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps, from the first, without local blend, in which the words find their "
+                    "place. 0.2 in the reference implementation.",
+                ),
+                Inversion.Input(
+                    "inversion",
+                    optional=True,
+                    tooltip="Of a real picture, best from Null-Text Optimization, whose embeddings then are the "
+                    "negative side. Sample from its latent with its sigmas. Without it, each latent is sampled as "
+                    "source and as target.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "controlled_model",
+                    display_name="model",
+                    tooltip="For a stock sampler without added noise, such as euler or dpmpp_2m. Without an inversion "
+                    "it gives the source pictures, then the target pictures.",
+                ),
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="The target prompt, for the sampler's positive input."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        source_prompt: str,
+        target_prompt: str,
+        edit: str,
+        cross_replace_steps: float,
+        self_replace_steps: float,
+        self_attention_grid: str,
+        reweight: str,
+        blend_words: str,
+        blend_threshold: float,
+        blend_start: float,
+        inversion: InversionData | None = None,
+    ) -> io.NodeOutput:
+        settings = control.ControlSettings(
+            cross_replace_steps, self_replace_steps, self_attention_grid, blend_threshold, blend_start
+        )
+        controlled, positive = control.prompt_to_prompt(
+            model,
+            clip,
+            source_prompt,
+            target_prompt,
+            edit,
+            control.parse_reweight(reweight),
+            blend_words,
+            settings,
+            inversion,
+        )
+        return io.NodeOutput(controlled, positive)
+
+
+class ReplaceSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditReplaceSubject",
+            display_name="Replace Subject",
+            category="attention control",
+            search_aliases=["HiFi Tuner", "subject swap", "personalized subject replacement", "edit sampler"],
+            description=(
+                "Puts another subject, learned or known by its word, in the place of a picture's, without a mask (Wang "
+                "et al. 2023, algorithm 3): the attention of all other words stays that of the picture."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model that made the inversion: as it is, or from Apply Subject with its step-wise "
+                    "embeddings.",
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                Inversion.Input("inversion", tooltip="Of the picture, from DDIM Inversion and Null-Text Optimization."),
+                io.String.Input(
+                    "source_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="The caption of the picture, the same as for the inversion.",
+                ),
+                io.String.Input(
+                    "target_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="The caption with the subject's word exchanged for the new subject's.",
+                ),
+                io.String.Input(
+                    "subject_words",
+                    default="",
+                    tooltip="The new subject's words in the target prompt, separated by spaces; their attention is "
+                    "their own. Empty: the words that the source prompt lacks.",
+                ),
+                io.Int.Input(
+                    "subject_tokens",
+                    default=replacement.SUBJECT_TOKENS,
+                    min=0,
+                    max=70,
+                    tooltip="How many learned tokens the connected target holds in its last positions, whose attention "
+                    "is their own too. 5 in Wang et al. 2023 (section 4). Without a target it has no effect.",
+                ),
+                io.Float.Input(
+                    "guidance_scale",
+                    default=0.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    tooltip="Of the new picture. 0 is automatic: the one that the null-text embeddings were optimized "
+                    "for.",
+                ),
+                io.Float.Input(
+                    "cross_replace_steps",
+                    default=replacement.CROSS_REPLACE_STEPS,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps, from the first, with the picture's cross-attention. 1 in Wang et al. "
+                    "2023 (algorithm 3); less gives the subject more freedom.",
+                ),
+                io.Float.Input(
+                    "self_replace_steps",
+                    default=replacement.SELF_REPLACE_STEPS,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps, from the first, with the picture's self-attention. 0 in Wang et al. "
+                    "2023 (algorithm 3); more keeps the old subject's shape.",
+                ),
+                io.Boolean.Input(
+                    "local_blend",
+                    default=False,
+                    tooltip="Keeps the picture outside of both subjects, as Prompt-to-Prompt's local blend does. Wang "
+                    "et al. 2023 do without.",
+                ),
+                io.Float.Input(
+                    "blend_threshold",
+                    default=control.BLEND_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="With local_blend: share of the subjects' largest attention above which the picture may "
+                    "change. 0.3 in the reference implementation of prompt-to-prompt.",
+                ),
+                io.Conditioning.Input(
+                    "target",
+                    optional=True,
+                    tooltip="The target prompt with the learned subject, from Apply Subject; without it the target "
+                    "prompt alone.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output("edited", display_name="edited", tooltip="The new picture; decode it with the VAE."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Which tokens were free, and network evaluations."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        inversion: InversionData,
+        source_prompt: str,
+        target_prompt: str,
+        subject_words: str,
+        subject_tokens: int,
+        guidance_scale: float,
+        cross_replace_steps: float,
+        self_replace_steps: float,
+        local_blend: bool,
+        blend_threshold: float,
+        target: Conditioning | None = None,
+    ) -> io.NodeOutput:
+        result = replacement.subject_replacement(
+            model,
+            clip,
+            inversion,
+            source_prompt,
+            target_prompt,
+            target,
+            subject_words,
+            subject_tokens,
+            guidance_scale=guidance_scale or None,
+            cross_replace_steps=cross_replace_steps,
+            self_replace_steps=self_replace_steps,
+            local_blend=local_blend,
+            blend_threshold=blend_threshold,
+            callback=progress(model, inversion.steps),
+        )
+        free = ", ".join(map(str, result.free_tokens))
+        text = f"Tokens with attention of their own: {free}. {result.evaluations} network evaluations."
+        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, result.warning))
+
+
+NODES: list[type[io.ComfyNode]] = [PromptToPrompt, ReplaceSubject]

@@ -1,0 +1,359 @@
+"""Nodes that choose the reference among a subject's pictures and lay it on the generated picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+
+from ..pipelines import alignment, features
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.subject_pictures import SubjectPictures as SubjectPicturesData
+from .sockets import SubjectPictures, schema, show_text
+
+MODEL_FOLDER = "image_encoders"
+BUILT_IN, CLIP_VISION = "colours and edges (no model)", "CLIP_VISION input"
+
+
+class SelectReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSelectReference",
+            display_name="Select Reference",
+            category="subject",
+            search_aliases=["DINO similarity", "image similarity", "HiFi Tuner", "choose image", "nearest image"],
+            description=(
+                "Chooses the picture of a subject that looks the most like a generated one, as the reference for "
+                "Reference-Guided Null-Text Optimizer (Wang et al. 2023, section 3.3)."
+            ),
+            inputs=[
+                io.Image.Input(
+                    "generated",
+                    tooltip="The picture of the first pass. Of several, the source is chosen that is the most like all "
+                    "of them.",
+                ),
+                io.Combo.Input(
+                    "encoder",
+                    options=[BUILT_IN, CLIP_VISION, *list_models(MODEL_FOLDER)],
+                    default=BUILT_IN,
+                    tooltip="What compares the pictures. Wang et al. 2023 use DINO ViT-S/16: put its folder "
+                    f"(transformers or timm, safetensors) into models/{MODEL_FOLDER}. Colours and edges need no file "
+                    "and are enough for drawn pictures.",
+                ),
+                io.Boolean.Input(
+                    "subject_only",
+                    default=True,
+                    tooltip="On: where a picture has a mask, only the subject in it is compared. Off: whole pictures, "
+                    "as in Wang et al. 2023, whose backgrounds count too.",
+                ),
+                SubjectPictures.Input(
+                    "subject",
+                    optional=True,
+                    tooltip="The subject's pictures with captions and masks, from Load Subject Pictures.",
+                ),
+                io.Image.Input(
+                    "images", optional=True, tooltip="The subject's pictures as a batch, in the place of subject."
+                ),
+                io.Mask.Input(
+                    "masks", optional=True, tooltip="One for each of images, 1 on the subject, as of Segment Subject."
+                ),
+                io.Mask.Input(
+                    "generated_mask",
+                    optional=True,
+                    tooltip="The subject in the generated picture, as of Segment Subject, for subject_only.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="From Load CLIP Vision, for the encoder 'CLIP_VISION input'."
+                ),
+            ],
+            outputs=[
+                io.Image.Output("reference", display_name="reference", tooltip="The chosen picture, in its own size."),
+                io.Mask.Output(
+                    "reference_mask",
+                    display_name="reference mask",
+                    tooltip="Its mask. Where it has none, what is connected here does not run.",
+                ),
+                io.String.Output(
+                    "caption",
+                    display_name="caption",
+                    tooltip="Its caption, for the inversion. Empty without one; Caption Pictures writes it.",
+                ),
+                io.Int.Output("index", display_name="index", tooltip="Which picture it is, counted from 0."),
+                io.String.Output(
+                    "scores",
+                    display_name="scores",
+                    tooltip="A line for each picture with its cosine similarity, the chosen one marked.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, encoder: str) -> bool | str:
+        if encoder in (BUILT_IN, CLIP_VISION) or encoder in list_models(MODEL_FOLDER):
+            return True
+        return missing_model(MODEL_FOLDER, encoder, features.NEEDED)
+
+    @classmethod
+    def execute(
+        cls,
+        generated: torch.Tensor,
+        encoder: str,
+        subject_only: bool,
+        subject: SubjectPicturesData | None = None,
+        images: torch.Tensor | None = None,
+        masks: torch.Tensor | None = None,
+        generated_mask: torch.Tensor | None = None,
+        clip_vision: Any = None,
+    ) -> io.NodeOutput:
+        pictures, picture_masks, captions, names = _sources(subject, images, masks)
+        drawn = list(generated)
+        drawn_masks = _masks_of(drawn, generated_mask, "generated_mask")
+        choice = features.select_reference(
+            drawn,
+            pictures,
+            _encoder(encoder, clip_vision),
+            generated_masks=drawn_masks if subject_only else None,
+            source_masks=picture_masks if subject_only else None,
+        )
+        chosen = choice.index
+        lines = [
+            f"{'>' if i == chosen else ' '} {similarity:.4f}  {i}  {name}"
+            for i, (name, similarity) in enumerate(zip(names, choice.similarities.tolist(), strict=True))
+        ]
+        warning = None
+        if subject_only and (generated_mask is None) != all(mask is None for mask in picture_masks):
+            warning = (
+                "Only one side has masks, so that a subject on grey is compared with whole pictures; connect masks of "
+                "both, or of none."
+            )
+        return io.NodeOutput(
+            pictures[chosen][..., :3].unsqueeze(0),
+            _mask_output(picture_masks[chosen], names[chosen]),
+            captions[chosen],
+            chosen,
+            show_text(cls, "\n".join(lines), warning),
+        )
+
+
+class AlignReference(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditAlignReference",
+            display_name="Align Reference",
+            category="subject",
+            search_aliases=["similarity transform", "registration", "HiFi Tuner", "match position", "scale and rotate"],
+            description=(
+                "Scales, turns and moves a reference picture until its subject lies on the generated one, for "
+                "Reference-Guided Null-Text Optimizer (Wang et al. 2023, algorithm 4)."
+            ),
+            inputs=[
+                io.Image.Input("reference", tooltip="The reference picture, from Select Reference."),
+                io.Mask.Input("reference_mask", tooltip="The subject in the reference."),
+                io.Mask.Input(
+                    "generated_mask",
+                    tooltip="The subject in the generated picture, as of Segment Subject. The result has its size.",
+                ),
+                io.Combo.Input(
+                    "surroundings",
+                    options=list(alignment.SURROUNDINGS),
+                    default=alignment.REFLECT,
+                    tooltip="What stands where the transformed reference ends. The result is inverted by the model, so "
+                    "it should look like a picture: reflect mirrors the reference, edge drags its border into streaks, "
+                    "grey is flat. Generated picture puts the subject alone into the generated picture, whose "
+                    "background the reference's caption does not describe.",
+                ),
+                io.Boolean.Input(
+                    "symmetric",
+                    default=True,
+                    tooltip="On: the distances from either mask to the other count. Off: only those from the "
+                    "reference, as in Wang et al. 2023, which are small wherever the reference lies inside; see "
+                    "benchmarks/results/align_reference.md.",
+                ),
+                io.Combo.Input(
+                    "optimizer",
+                    options=list(alignment.OPTIMIZERS),
+                    default=alignment.LEAST_SQUARES,
+                    tooltip="Gradient descent is that of Wang et al. 2023; least squares, a Gauss-Newton method, finds "
+                    "the same place more often and in less time (benchmarks/results/align_reference.md).",
+                ),
+                io.Float.Input(
+                    "scale_limit",
+                    default=alignment.SCALE_LIMIT,
+                    min=1.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="The greatest factor, up or down, by which the scale may differ from the ratio of the two "
+                    "subjects' sizes. 1 fixes it. Not in the paper, whose sum is smallest for a vanishing reference.",
+                ),
+                io.Float.Input(
+                    "rotation_limit",
+                    default=alignment.ROTATION_LIMIT,
+                    min=0.0,
+                    max=180.0,
+                    step=0.5,
+                    tooltip="The greatest rotation in degrees, to either side. 0 keeps the reference upright.",
+                ),
+                io.Combo.Input(
+                    "parts",
+                    options=list(alignment.PARTS),
+                    default=alignment.LARGEST_PART,
+                    tooltip="What of a mask with several separate parts counts. Largest part: specks and second "
+                    "subjects are left out. All parts: a subject that something hides in the middle.",
+                ),
+                io.Image.Input(
+                    "generated",
+                    optional=True,
+                    tooltip="The generated picture, for the surroundings 'generated picture'.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("aligned", display_name="aligned reference", tooltip="The transformed reference."),
+                io.Mask.Output(
+                    "aligned_mask", display_name="aligned mask", tooltip="The subject in it, within the picture."
+                ),
+                io.Float.Output(
+                    "scale", display_name="scale", tooltip="How many times larger the reference has become."
+                ),
+                io.Float.Output(
+                    "rotation",
+                    display_name="rotation",
+                    tooltip="Degrees by which it was turned about its centre, clockwise.",
+                ),
+                io.Float.Output(
+                    "translation_x",
+                    display_name="translation x",
+                    tooltip="Pixels of the reference by which it was moved right, before it was scaled and turned "
+                    "(eq. 8).",
+                ),
+                io.Float.Output(
+                    "translation_y",
+                    display_name="translation y",
+                    tooltip="Pixels of the reference by which it was moved down, before it was scaled and turned "
+                    "(eq. 8).",
+                ),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="The four numbers of every picture, how well the masks overlap, and a warning.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        reference: torch.Tensor,
+        reference_mask: torch.Tensor,
+        generated_mask: torch.Tensor,
+        surroundings: str,
+        symmetric: bool,
+        optimizer: str,
+        scale_limit: float,
+        rotation_limit: float,
+        parts: str,
+        generated: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        count = max(len(reference), len(generated_mask))
+        given = {
+            "reference": reference,
+            "reference_mask": reference_mask,
+            "generated_mask": generated_mask,
+            "generated": generated,
+        }
+        for name, batch in given.items():
+            if batch is not None and len(batch) not in (1, count):
+                raise IdentityEditError(
+                    f"{name} holds {len(batch)} entries for {count} alignments; give one for all, or one for each."
+                )
+
+        def entry(batch: torch.Tensor, number: int) -> torch.Tensor:
+            return batch[number if len(batch) > 1 else 0]
+
+        results = [
+            alignment.align_reference(
+                entry(reference, i),
+                entry(reference_mask, i),
+                entry(generated_mask, i),
+                None if generated is None else entry(generated, i),
+                symmetric=symmetric,
+                optimizer=optimizer,
+                scale_limit=scale_limit,
+                rotation_limit=rotation_limit,
+                parts=parts,
+                surroundings=surroundings,
+            )
+            for i in range(count)
+        ]
+        lines = [
+            f"scale {found.scale:.3f}, rotation {found.rotation:.1f} degrees, translation "
+            f"{found.translation_x:.1f}, {found.translation_y:.1f} pixels; the masks overlap by {result.overlap:.0%}."
+            for result in results
+            for found in [result.similarity]
+        ]
+        warnings = list(dict.fromkeys(result.warning for result in results if result.warning))
+        first = results[0].similarity
+        return io.NodeOutput(
+            torch.stack([result.picture for result in results]),
+            torch.stack([result.mask for result in results]),
+            first.scale,
+            first.rotation,
+            first.translation_x,
+            first.translation_y,
+            show_text(cls, "\n".join(lines), " ".join(warnings) or None),
+        )
+
+
+def _sources(
+    subject: SubjectPicturesData | None, images: torch.Tensor | None, masks: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[str], list[str]]:
+    """Pictures, masks, captions and names of what a reference is chosen from."""
+    if (subject is None) == (images is None):
+        raise IdentityEditError("Connect the subject's pictures to either subject or images.")
+    if subject is not None:
+        if masks is not None:
+            raise IdentityEditError("masks belongs to images, but subject is connected, which has its own; remove one.")
+        return list(subject.pictures), list(subject.masks), list(subject.captions), list(subject.names)
+    assert images is not None
+    pictures = list(images)
+    count = len(pictures)
+    return pictures, _masks_of(pictures, masks, "masks"), [""] * count, [f"picture {i + 1}" for i in range(count)]
+
+
+def _masks_of(pictures: list[torch.Tensor], masks: torch.Tensor | None, name: str) -> list[torch.Tensor | None]:
+    if masks is None:
+        return [None] * len(pictures)
+    if len(masks) != len(pictures):
+        raise IdentityEditError(
+            f"{name} holds {len(masks)} masks for {len(pictures)} pictures; give each picture its mask."
+        )
+    return list(masks)
+
+
+def _encoder(name: str, clip_vision: Any) -> features.Encoder:
+    if name == BUILT_IN:
+        return features.histogram_features
+    if name == CLIP_VISION:
+        if clip_vision is None:
+            raise IdentityEditError(
+                f"The encoder '{CLIP_VISION}' needs clip_vision; connect Load CLIP Vision, or choose '{BUILT_IN}'."
+            )
+        return features.encoder_of_clip_vision(clip_vision)
+    models = list_models(MODEL_FOLDER)
+    if name not in models:
+        raise IdentityEditError(missing_model(MODEL_FOLDER, name, features.NEEDED))
+    return features.encoder_of_folder(models[name])
+
+
+def _mask_output(mask: torch.Tensor | None, name: str) -> Any:
+    if mask is not None:
+        return mask.unsqueeze(0)
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(f"The chosen reference, {name}, has no mask; connect Segment Subject instead.")
+
+
+NODES: list[type[io.ComfyNode]] = [SelectReference, AlignReference]

@@ -1,0 +1,506 @@
+"""Nodes that learn a subject as text embeddings, load such a subject, and put it into prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..pipelines import engine, subject_files
+from ..pipelines import train_subject_embedding as learning
+from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
+from ..pipelines.subject_pictures import SubjectPictures as Pictures
+from ..pipelines.subject_pictures import check_captions
+from ..pipelines.training import Progress, TrainingRun, TrainingSettings
+from ..pipelines.training_pictures import encode_pictures
+from .saved_files import FILE_ENDING, loadable_files, next_path
+from .sockets import Subject, SubjectPictures, schema, show_text
+
+LossMap = io.Custom("LOSS_MAP")
+FILE_FOLDER = "subject_embeddings"
+CHECKPOINT_FOLDER = "checkpoints"
+EMBEDDING_FOLDER = "embeddings"
+IN_MODELS_FOLDERS = {f" [{folder}]": folder for folder in (FILE_FOLDER, EMBEDDING_FOLDER)}
+"""Marks on names in folders of models, as ComfyUI marks those in the output folder."""
+
+
+class TrainSubjectEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTrainSubjectEmbedding",
+            display_name="Train Subject Embedding",
+            category="subject",
+            search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalisation", "train subject"],
+            description=(
+                "Learns a subject from three to five pictures as a few text embeddings, first ones for all steps and "
+                "then ones for each sampling step; no weight of the model changes (Wang et al. 2023, section 3.2)."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                SubjectPictures.Input(
+                    "pictures",
+                    tooltip="Three to five pictures of the subject with masks, and with captions that call it by its "
+                    "token and class word and say what it does.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=[OUTPUT, WORD],
+                    default=OUTPUT,
+                    tooltip="What is learned. 'output' is HiFi Tuner: the last rows of the text encoder's output. "
+                    "'word' is textual inversion: word vectors at the place of the subject's name, which can be saved "
+                    "as a stock embedding.",
+                ),
+                io.Int.Input(
+                    "tokens",
+                    default=learning.TOKENS,
+                    min=1,
+                    max=learning.MOST_TOKENS,
+                    tooltip="How many rows or word vectors the subject gets. 5 in Wang et al. 2023. Prompts must leave "
+                    "the rows free.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=learning.STEPS,
+                    min=1,
+                    max=100000,
+                    tooltip="Training steps of the embeddings that all sampling steps share. 1000 in Wang et al. 2023.",
+                ),
+                io.Int.Input(
+                    "updates_per_step",
+                    default=learning.UPDATES_PER_STEP,
+                    min=0,
+                    max=1000,
+                    tooltip="Training steps of each sampling step's own embeddings after that. 10 in Wang et al. 2023; "
+                    "0 leaves them out.",
+                ),
+                io.Int.Input(
+                    "sampling_steps",
+                    default=learning.SAMPLING_STEPS,
+                    min=1,
+                    max=1000,
+                    tooltip="DDIM steps that get embeddings of their own. 50 in Wang et al. 2023. Other numbers of "
+                    "steps can be sampled later; they take the nearest ones.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=learning.LEARNING_RATE,
+                    min=0.000001,
+                    max=1.0,
+                    step=0.0001,
+                    round=0.000001,
+                    tooltip="Adam's learning rate. 0.005 in Wang et al. 2023.",
+                ),
+                io.Float.Input(
+                    "regularisation_weight",
+                    default=learning.REGULARISATION_WEIGHT,
+                    min=0.0,
+                    max=100.0,
+                    step=0.0001,
+                    round=0.000001,
+                    tooltip="Ties the embeddings to what they begin as: those of the empty prompt, or the class word. "
+                    "Weight of the mean squared distance beside the loss, w_s in Wang et al. 2023, who give no value. "
+                    "0 does not tie.",
+                ),
+                io.Boolean.Input(
+                    "masked_loss",
+                    default=True,
+                    tooltip="Count the loss inside the masks only, so that backgrounds are not learned, as in Wang et "
+                    "al. 2023. Pictures without a mask count as a whole.",
+                ),
+                io.Boolean.Input(
+                    "keep_token",
+                    default=False,
+                    tooltip="Leave the rare token in captions and prompts. Switch it on for a model with an identity "
+                    "prior, which knows the token. Off, the embeddings stand for it.",
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=64, tooltip="Pictures in a batch. All of them have one size."
+                ),
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Batches whose gradients are averaged for one step: a larger batch for the memory of a "
+                    "small one.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=[BFLOAT16, FLOAT32],
+                    default=BFLOAT16,
+                    tooltip="In what the networks compute; the embeddings are kept in float32 either way. Choose "
+                    "float32 on a CPU, where bfloat16 is no faster.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
+                    "for the same result.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of all draws: the order of the pictures, timesteps and noise.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=100,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between the sample pictures that show how far it is. There is one at the end of "
+                    "both phases in any case; 0 makes no others.",
+                ),
+                io.String.Input(
+                    "sample_prompt",
+                    default="",
+                    tooltip="What the samples show, with the subject's name in it. Empty: the name alone.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=100,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
+                    "again with the same settings. 0 writes none.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FILE_FOLDER}/subject",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Step-Wise Embedding "
+                    f"Loader lists what is in '{FILE_FOLDER}'.",
+                ),
+            ],
+            outputs=[
+                Subject.Output("subject", display_name="subject", tooltip="The subject, for Apply Subject."),
+                io.Image.Output("samples", display_name="samples", tooltip="The sample pictures in their order."),
+                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.String.Output("file", display_name="file", tooltip="Where the subject was saved."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        pictures: Pictures,
+        kind: str,
+        tokens: int,
+        steps: int,
+        updates_per_step: int,
+        sampling_steps: int,
+        learning_rate: float,
+        regularisation_weight: float,
+        masked_loss: bool,
+        keep_token: bool,
+        batch_size: int,
+        gradient_accumulation: int,
+        precision: str,
+        checkpointing: bool,
+        seed: int,
+        sample_every: int,
+        sample_prompt: str,
+        checkpoint_every: int,
+        filename_prefix: str,
+    ) -> io.NodeOutput:
+        check_captions(pictures)
+        if masked_loss and all(mask is None for mask in pictures.masks):
+            raise IdentityEditError(
+                "masked_loss is on but no picture of the subject has a mask; add masks, or switch masked_loss off."
+            )
+        settings = learning.SubjectSettings(
+            class_word=pictures.class_word,
+            token="" if keep_token else pictures.token,
+            kind=kind,
+            tokens=tokens,
+            regularisation_weight=regularisation_weight,
+            masked=masked_loss,
+            sampling_steps=sampling_steps,
+            updates_per_step=updates_per_step,
+            batch_size=batch_size,
+            precision=precision,
+            checkpointing=checkpointing,
+            sample_prompt=sample_prompt.strip() or pictures.identity_prompt,
+        )
+        training = TrainingSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            optimizer="Adam",
+            accumulation=gradient_accumulation,
+            gradient_clip=0.0,  # the paper clips nothing
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            sample_every=sample_every,
+        )
+        learning.check_training_captions(clip, pictures.captions, settings)
+        next_path(filename_prefix, f"{FILE_FOLDER}/subject")  # better before a long training than after it
+        encoded = encode_pictures(vae, pictures.pictures, pictures.captions, pictures.masks)
+        checkpoints: list[str] = []
+
+        def checkpoint(run: str) -> str:
+            folder = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER, CHECKPOINT_FOLDER)
+            checkpoints.append(os.path.join(folder, run + FILE_ENDING))
+            return checkpoints[-1]
+
+        subject, run = learning.train_subject_embedding(
+            model,
+            clip,
+            encoded,
+            settings,
+            training,
+            checkpoint=checkpoint,
+            progress=_progress(model, steps + sampling_steps * updates_per_step),
+        )
+        path = next_path(filename_prefix, f"{FILE_FOLDER}/subject")
+        subject_files.save_subject(subject, path)
+        for done in checkpoints:  # the subject holds its result now
+            with contextlib.suppress(OSError):
+                os.remove(done)
+        samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
+        text = show_text(cls, _report(subject, run, steps, path))
+        return io.NodeOutput(subject, samples, {"loss": run.losses}, path, text, ui=ui.PreviewImage(samples, cls=cls))
+
+
+def _report(subject: SubjectEmbedding, run: TrainingRun, steps: int, path: str) -> str:
+    began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
+    shared = run.losses[:steps]
+    few = max(1, min(50, len(shared) // 2))
+    first, last = (sum(part) / len(part) for part in (shared[:few], shared[-few:]))
+    moved = ", ".join(f"{distance:.3f}" for distance in subject.training["distance_from_start"].values())
+    return (
+        f"{describe(subject)}: {len(run.losses)} steps{began}.\n"
+        f"Loss of the shared embeddings: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}; they "
+        f"are {moved} (root mean square) from where they began.\n"
+        f"Saved as {path}, {os.path.getsize(path) / 1000:.0f} kB"
+    )
+
+
+def describe(subject: SubjectEmbedding) -> str:
+    """What a subject is, in a line for reports."""
+    what = "rows of the text encoder's output" if subject.kind == OUTPUT else "word vectors"
+    steps = f", each with its own for {len(subject.timesteps)} sampling steps" if subject.timesteps else ""
+    return f"Subject '{subject.name}': {subject.tokens} {what}{steps}"
+
+
+def _progress(model: Any, steps: int) -> Progress:
+    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
+    import latent_preview  # modules of ComfyUI, not needed before a node runs
+    from comfy.utils import ProgressBar
+
+    bar = ProgressBar(steps)
+    latent_format = model.model.latent_format
+    previewer = latent_preview.get_previewer(model.load_device, latent_format)
+    if previewer is None and latent_format.latent_rgb_factors is not None:
+        previewer = latent_preview.Latent2RGBPreviewer(
+            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        )
+
+    def report(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
+        preview = None
+        if sample is not None and previewer is not None:
+            with torch.no_grad():
+                latent = engine.to_model_scale(model, sample).to(model.load_device)
+                preview = previewer.decode_latent_to_preview_image("JPEG", latent)
+        bar.update_absolute(done, total, preview)
+
+    return report
+
+
+class StepWiseEmbeddingLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditStepWiseEmbeddingLoader",
+            display_name="Step-Wise Embedding Loader",
+            category="subject",
+            search_aliases=["load subject", "load embedding", "textual inversion", "HiFi Tuner"],
+            description="Loads a subject that Train Subject Embedding has learned, or a textual inversion of A1111, "
+            "diffusers or ComfyUI.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_files(),
+                    tooltip=f"Files of Train Subject Embedding in the output folder's '{FILE_FOLDER}', in the input "
+                    f"folder and in the models folder '{FILE_FOLDER}', and the embeddings that ComfyUI lists. Press R "
+                    f"to list new ones.",
+                ),
+            ],
+            outputs=[
+                Subject.Output("subject", display_name="subject", tooltip="The subject, for Apply Subject."),
+                io.String.Output(
+                    "name",
+                    display_name="name",
+                    tooltip="How prompts call the subject: its token and class word, or the embedding's name.",
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What the file holds and how it was trained."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if file not in _files():
+            return f"file '{file}' is not there any more; choose another one, or train the subject again."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        path = _path_of(file)
+        return os.path.getmtime(path) if path is not None and os.path.exists(path) else 0.0
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = _path_of(file)
+        if path is None:
+            raise IdentityEditError(f"The file {file} does not exist; choose another one.")
+        subject = subject_files.load_subject(path)
+        facts = subject.training
+        trained = ""
+        if "steps" in facts:
+            trained = (
+                f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} "
+                f"pictures"
+            )
+        return io.NodeOutput(subject, subject.name, show_text(cls, f"{describe(subject)}{trained}."))
+
+
+def _files() -> list[str]:
+    """Names for the combo: the pack's own files, and those in folders of models with the folder's mark."""
+    listed = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
+    for mark, folder in IN_MODELS_FOLDERS.items():
+        if folder in folder_paths.folder_names_and_paths:
+            names = folder_paths.get_filename_list(folder)
+            listed += [name + mark for name in names if name.lower().endswith(subject_files.EMBEDDING_ENDINGS)]
+    return listed
+
+
+def _path_of(file: str) -> str | None:
+    for mark, folder in IN_MODELS_FOLDERS.items():
+        if file.endswith(mark):
+            return folder_paths.get_full_path(folder, file.removesuffix(mark))
+    return folder_paths.get_annotated_filepath(file)
+
+
+class ApplySubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditApplySubject",
+            display_name="Apply Subject",
+            category="subject",
+            search_aliases=["subject prompt", "textual inversion", "HiFi Tuner", "step-wise embedding"],
+            description="Encodes a prompt with a learned subject in it, and lets the model take each sampling step's "
+            "own embeddings, with any sampler (Wang et al. 2023, equation 7).",
+            inputs=[
+                io.Model.Input("model", tooltip="The model on which the subject was trained, or one of its family."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                Subject.Input("subject", tooltip="From Train Subject Embedding or Step-Wise Embedding Loader."),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What to draw, with the subject called by its token and class word ('a sks dog on the "
+                    "beach') or by one of them.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "model_with_subject",
+                    display_name="model",
+                    tooltip="A copy of the model that takes each sampling step's own embeddings in the place of its "
+                    "positive conditioning.",
+                ),
+                io.Conditioning.Output(
+                    "positive", display_name="positive", tooltip="The prompt with the embeddings that all steps share."
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was applied, and warnings about the prompt."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, clip: Any, subject: SubjectEmbedding, prompt: str) -> io.NodeOutput:
+        patched, positive, warning = apply_subject(model, clip, subject, prompt)
+        return io.NodeOutput(patched, positive, show_text(cls, f"{describe(subject)}.", warning))
+
+
+class SaveSubjectAsEmbedding(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSaveSubjectAsEmbedding",
+            display_name="Save Subject as Embedding",
+            category="subject",
+            search_aliases=["export embedding", "textual inversion", "save embedding"],
+            description="Writes the word vectors of a subject into ComfyUI's embeddings folder, so that any prompt can "
+            "call it as embedding:name, and other programs can read it.",
+            is_output_node=True,
+            inputs=[
+                Subject.Input("subject", tooltip="A subject of the kind 'word'."),
+                io.String.Input(
+                    "name",
+                    default="subject",
+                    tooltip="File name without ending, and what stands behind 'embedding:' in prompts.",
+                ),
+                io.Boolean.Input(
+                    "overwrite", default=False, tooltip="Replace a file of this name. Off, an existing file is kept."
+                ),
+            ],
+            outputs=[
+                io.String.Output("saved_file", display_name="file", tooltip="Where the embedding was saved."),
+                io.String.Output(
+                    "embedding_prompt",
+                    display_name="embedding prompt",
+                    tooltip="What to write into a prompt to call the subject.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, subject: SubjectEmbedding, name: str, overwrite: bool) -> io.NodeOutput:
+        path = _embedding_path(name)
+        if os.path.exists(path) and not overwrite:
+            raise IdentityEditError(f"The embedding {path} exists; choose another name, or switch overwrite on.")
+        subject_files.save_textual_inversion(subject, path)
+        call = f"embedding:{name.strip()}"
+        left_out = "Embeddings of single sampling steps have no place in such a file." if subject.timesteps else None
+        text = show_text(cls, f"Saved as {path}; write '{call}' in prompts.", left_out)
+        return io.NodeOutput(path, call, ui=ui.PreviewText(text))
+
+
+def _embedding_path(name: str) -> str:
+    name = name.strip()
+    if not name or any(part in name for part in (" ", ",", ":", "(", ")", "\\")) or name.startswith("."):
+        raise IdentityEditError(
+            f"The name '{name}' cannot stand behind 'embedding:' in a prompt; write one word without brackets, commas "
+            f"and colons."
+        )
+    folder = os.path.abspath(folder_paths.get_folder_paths(EMBEDDING_FOLDER)[0])
+    path = os.path.abspath(os.path.join(folder, name + FILE_ENDING))
+    if not path.startswith(folder + os.sep):
+        raise IdentityEditError(f"The name '{name}' leads out of the embeddings folder; write a name without '..'.")
+    return path
+
+
+NODES: list[type[io.ComfyNode]] = [TrainSubjectEmbedding, StepWiseEmbeddingLoader, ApplySubject, SaveSubjectAsEmbedding]

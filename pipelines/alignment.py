@@ -1,0 +1,483 @@
+"""Laying a reference picture's subject on a generated one: Algorithm 4 of Wang et al. 2023 (appendix B, eq. 8 and 9).
+
+The reference is scaled, turned and moved until its mask lies on the mask of the generated subject; nothing else of the
+two pictures is compared, because a generated subject looks too different for landmarks (Wang et al. 2023, section 3.3).
+
+Coordinates are pixels from a picture's own centre, x to the right and y downwards, so that pictures of different sizes
+share them and a picture is turned about its centre.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import grid_sample, interpolate
+
+from .errors import IdentityEditError, check_finite
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LEAST_SQUARES, GRADIENT_DESCENT = OPTIMIZERS = ("least squares", "gradient descent")
+
+SCALE_LIMIT = 1.5
+"""[choice] The scale stays within this factor of the masks' ratio of sizes: the sum of one direction alone is smallest
+where the reference shrinks to a point."""
+ROTATION_LIMIT = 45.0
+"""[choice] Degrees, to either side; a reference that lies further over is rarely a good one."""
+ROTATION_STARTS = 5
+"""[choice] Angles, spread evenly within the limit, from which the optimization starts; see
+benchmarks/results/align_reference.md for how many cases a single start misses."""
+
+POINTS = 4000
+"""[choice] At most so many pixels of each mask, on an even grid, enter the sum; 512x512 masks have up to 260 000."""
+START_POINTS = 400
+"""[choice] The same while the starts are compared."""
+
+GRADIENT_STEPS = 500
+LEARNING_RATE = 0.1
+"""[choice] L and eta of Algorithm 4, which gives neither; lengths are in units of the mask's size."""
+
+REFLECT, EDGE, GENERATED, GREY = SURROUNDINGS = ("reflect", "edge", "generated picture", "grey")
+
+LARGEST_PART, ALL_PARTS = PARTS = ("largest part", "all parts")
+_SPECK = 0.05
+"""Parts below this share of the largest one's area are not called a second subject."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """T_theta of eq. 8: a point p of the reference goes to scale * R(rotation) (p + translation), moved first.
+
+    Attributes:
+        scale: theta_1.
+        rotation: theta_2 in degrees; positive turns clockwise on the screen.
+        translation_x, translation_y: theta_3 and theta_4 in pixels of the reference, right and down.
+        distance: how far the masks are apart after it: the square root of the mean squared nearest distance, in pixels
+            of the generated picture.
+    """
+
+    scale: float
+    rotation: float
+    translation_x: float
+    translation_y: float
+    distance: float = 0.0
+
+    def matrix(self) -> np.ndarray:
+        """[3, 3] float64, the product of eq. 8."""
+        import numpy as np
+
+        turn = np.deg2rad(self.rotation)
+        scaling = np.diag([self.scale, self.scale, 1.0])
+        rotation = np.array([[np.cos(turn), -np.sin(turn), 0.0], [np.sin(turn), np.cos(turn), 0.0], [0.0, 0.0, 1.0]])
+        translation = np.array([[1.0, 0.0, self.translation_x], [0.0, 1.0, self.translation_y], [0.0, 0.0, 1.0]])
+        return scaling @ rotation @ translation
+
+
+@dataclass(frozen=True)
+class AlignedReference:
+    """A transformed reference.
+
+    Attributes:
+        picture: T(I_r) [height, width, 3] in [0, 1], of the generated picture's size.
+        mask: T(M_r) [height, width] float32, 0 or 1.
+        similarity: T.
+        overlap: intersection over union of T(M_r) and M_g, 0 to 1.
+        warning: one sentence where something is likely to be wrong, else None.
+    """
+
+    picture: torch.Tensor
+    mask: torch.Tensor
+    similarity: Similarity
+    overlap: float
+    warning: str | None
+
+
+def align_reference(
+    picture: torch.Tensor,
+    mask: torch.Tensor,
+    generated_mask: torch.Tensor,
+    generated_picture: torch.Tensor | None = None,
+    *,
+    symmetric: bool = True,
+    optimizer: str = LEAST_SQUARES,
+    scale_limit: float = SCALE_LIMIT,
+    rotation_limit: float = ROTATION_LIMIT,
+    parts: str = LARGEST_PART,
+    surroundings: str = REFLECT,
+) -> AlignedReference:
+    """Transform a reference picture and its mask so that the subject lies on the generated one.
+
+    Args:
+        picture: I_r [h, w, 3], 0 to 1.
+        mask: M_r [h, w] of its size; above one half is subject.
+        generated_mask: M_g [H, W]. The two pictures may be of different sizes.
+        generated_picture: I_g1 [H, W, 3], for the surroundings "generated picture".
+        symmetric, optimizer, scale_limit, rotation_limit: as for `align_masks`.
+        parts: what of a mask in several separate parts counts: LARGEST_PART or ALL_PARTS.
+        surroundings: what stands where the transformed reference has no picture. The result is inverted by the
+            model, so it should look like a picture. REFLECT (default) goes on with the reference mirrored, whose
+            texture any place of it could have; EDGE drags its outermost pixels into streaks, GREY is flat, and both are
+            unlike any picture. GENERATED takes the generated picture's own pixels everywhere outside of the mask: the
+            subject stands in its future surroundings, but the reference's caption no longer says what they are.
+
+    Raises:
+        IdentityEditError: when a mask is empty, does not fit its picture, or an option is unknown.
+    """
+    if surroundings not in SURROUNDINGS:
+        raise IdentityEditError(f"surroundings is {surroundings!r}; choose one of {', '.join(SURROUNDINGS)}.")
+    if surroundings == GENERATED and generated_picture is None:
+        raise IdentityEditError(
+            f"The surroundings '{GENERATED}' need generated_picture; connect the picture of generated_mask, or choose "
+            f"'{REFLECT}'."
+        )
+    _check_picture(picture, mask, "The reference")
+    if generated_picture is not None:
+        _check_picture(generated_picture, generated_mask, "The generated picture")
+    m_r, note_r = subject_part(mask, "The reference's mask", parts)
+    m_g, note_g = subject_part(generated_mask, "The generated mask", parts)
+    similarity = align_masks(
+        m_r,
+        m_g,
+        symmetric=symmetric,
+        optimizer=optimizer,
+        scale_limit=scale_limit,
+        rotation_limit=rotation_limit,
+    )
+    size = (m_g.shape[0], m_g.shape[1])
+    padding = {REFLECT: "reflection", EDGE: "border"}.get(surroundings, "zeros")
+    picture = picture[..., :3].detach().cpu().float()
+    transformed = resample(picture, similarity, size, padding)
+    covered = resample(torch.ones(*picture.shape[:2], 1), similarity, size, "zeros")
+    transformed_mask = (resample(m_r.float().unsqueeze(-1), similarity, size, "zeros")[..., 0] > 0.5).float()
+    if surroundings == GREY:
+        transformed = transformed + 0.5 * (1 - covered)
+    if surroundings == GENERATED and generated_picture is not None:
+        inside = transformed_mask.unsqueeze(-1)
+        transformed = transformed * inside + generated_picture[..., :3].detach().cpu().float() * (1 - inside)
+    both, either = ((transformed_mask > 0) & m_g).sum(), ((transformed_mask > 0) | m_g).sum()
+    notes = [note for note in (note_r, note_g, _limit_note(similarity, m_r, m_g, scale_limit, rotation_limit)) if note]
+    return AlignedReference(
+        picture=transformed.clamp(0.0, 1.0),
+        mask=transformed_mask,
+        similarity=similarity,
+        overlap=float(both / either.clamp(min=1)),
+        warning=" ".join(notes) or None,
+    )
+
+
+def align_masks(
+    reference: torch.Tensor,
+    generated: torch.Tensor,
+    *,
+    symmetric: bool = True,
+    optimizer: str = LEAST_SQUARES,
+    scale_limit: float = SCALE_LIMIT,
+    rotation_limit: float = ROTATION_LIMIT,
+    rotation_starts: int = ROTATION_STARTS,
+) -> Similarity:
+    """T_theta that lays M_r on M_g (Wang et al. 2023, Algorithm 4).
+
+    The paper's sum runs over the transformed reference points, each with the squared distance to the nearest point of
+    the generated mask. Every transform that puts the reference inside of the generated mask has the sum 0, a shrunken
+    one above all; so the scale is bounded around the ratio of the masks' sizes, and `symmetric` adds the other
+    direction: every point of M_g with its nearest one of T_theta(M_r). The nearest distances come from a Euclidean
+    distance transform of each mask, computed once and interpolated; the inner loop over P_g is then a look-up, and the
+    distances to T_theta(M_r) are those to M_r, times the scale, of the points moved back.
+
+    Two optimizers, from the same starts: the paper's gradient descent, and scipy's bounded Gauss-Newton method
+    (`scipy.optimize.least_squares`, trust-region reflective). The sum is one of squares, of which that method uses the
+    curvature; figures of both are in benchmarks/results/align_reference.md.
+
+    Args:
+        reference: M_r [h, w], bool or 0 to 1; above one half is subject.
+        generated: M_g [H, W], likewise.
+        symmetric: both directions; False is the paper's sum alone.
+        optimizer: LEAST_SQUARES or GRADIENT_DESCENT (the paper's).
+        scale_limit: the greatest factor, up or down, from the ratio of the masks' sizes; 1 fixes the scale.
+        rotation_limit: the greatest angle in degrees, 0 to 180; 0 does not turn.
+        rotation_starts: angles to start from.
+
+    Returns:
+        theta.
+
+    Raises:
+        IdentityEditError: when a mask is empty or an option is out of its range.
+    """
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    _check_options(optimizer, scale_limit, rotation_limit, rotation_starts)
+    m_r = as_mask(reference, "The reference's mask").numpy()
+    m_g = as_mask(generated, "The generated mask").numpy()
+    centre_r, centre_g = _centroid(m_r), _centroid(m_g)
+    area_ratio = float(np.sqrt(m_g.sum() / m_r.sum()))
+    unit = float(np.sqrt(m_g.sum() / np.pi))  # of lengths below, so that all four numbers are of the order of 1
+    nearest_g, nearest_r = _DistanceField(m_g), _DistanceField(m_r)
+
+    def residuals(theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest distances d [n] and their derivatives [n, 4], weighed so that the sum of d^2 is s / n.
+
+        theta is (log of the scale over the masks' ratio, angle, displacement of the centroids in units): the same
+        family of transforms as eq. 8, without its coupling of the angle and the translation.
+        """
+        scale, turn, shift = area_ratio * np.exp(theta[0]), theta[1], theta[2:] * unit
+        cos, sin = np.cos(turn), np.sin(turn)
+        rotation = np.array([[cos, -sin], [sin, cos]])
+        # P_t = T_theta(P_r), and for each p_t the distance to its nearest p_g
+        arm = scale * p_r @ rotation.T
+        distance, slope = nearest_g(arm + centre_g + shift)
+        turned = np.stack([-arm[:, 1], arm[:, 0]], axis=1)
+        derivative = np.stack([(slope * arm).sum(1), (slope * turned).sum(1), *(slope * unit).T], axis=1)
+        weight = 1 / (unit * np.sqrt(len(p_r)))
+        if not symmetric:
+            return distance * weight, derivative * weight
+        # The other direction: p_g moved back by T_theta^-1, nearest p_r, distances scaled forward again
+        back = (p_g - shift) @ rotation / scale
+        distance_r, slope_r = nearest_r(back + centre_r)
+        turned = np.stack([back[:, 1], -back[:, 0]], axis=1)
+        moved = -(slope_r @ rotation.T) * unit  # scale * (-R^T shift / scale), differentiated
+        derivative_r = np.stack(
+            [scale * (distance_r - (slope_r * back).sum(1)), scale * (slope_r * turned).sum(1), *moved.T], axis=1
+        )
+        weight_g = 1 / (unit * np.sqrt(len(p_g)))
+        return (
+            np.concatenate([distance * weight, scale * distance_r * weight_g]),
+            np.concatenate([derivative * weight, derivative_r * weight_g]),
+        )
+
+    limits = np.array([np.log(scale_limit), np.deg2rad(rotation_limit), np.inf, np.inf])
+
+    def gradient_descent(theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray, steps: int) -> np.ndarray:
+        for _ in range(steps):  # l = 1, ..., L
+            d, derivative = residuals(theta, p_r, p_g)  # s = sum of d^2
+            theta = theta - LEARNING_RATE * 2 * derivative.T @ d  # theta = theta - eta grad s
+            theta = theta.clip(-limits, limits)
+        return theta
+
+    def gauss_newton(theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray, steps: int) -> np.ndarray:
+        free = limits > 0  # scipy refuses bounds that leave no room
+        if not free.all():
+            fixed = theta.copy()
+
+            def full(part: np.ndarray) -> np.ndarray:
+                whole = fixed.copy()
+                whole[free] = part
+                return whole
+
+        else:
+
+            def full(part: np.ndarray) -> np.ndarray:
+                return part
+
+        result = least_squares(
+            lambda part: residuals(full(part), p_r, p_g)[0],
+            theta[free],
+            jac=lambda part: residuals(full(part), p_r, p_g)[1][:, free],
+            bounds=(-limits[free], limits[free]),
+            max_nfev=steps,
+        )
+        return full(result.x)
+
+    if optimizer == LEAST_SQUARES:
+        optimize, start_steps, steps = gauss_newton, 12, 60
+    else:
+        optimize, start_steps, steps = gradient_descent, GRADIENT_STEPS // 5, GRADIENT_STEPS
+    few = _points(m_r, START_POINTS) - centre_r, _points(m_g, START_POINTS) - centre_g
+    angles = np.deg2rad(rotation_limit) * (
+        np.linspace(-0.8, 0.8, rotation_starts) if rotation_starts > 1 else np.zeros(1)
+    )
+    candidates = []
+    for angle in angles:
+        theta = optimize(np.array([0.0, angle, 0.0, 0.0]), *few, start_steps)
+        candidates.append((float((residuals(theta, *few)[0] ** 2).sum()), theta))
+    best = min(candidates, key=lambda candidate: candidate[0])[1]
+    many = _points(m_r, POINTS) - centre_r, _points(m_g, POINTS) - centre_g
+    theta = optimize(best, *many, steps)
+    directions = 2 if symmetric else 1
+    distance = unit * float(np.sqrt((residuals(theta, *many)[0] ** 2).sum() / directions))
+
+    # From the displacement of the centroids to eq. 8: s R (p - c_r) + c_g + shift = s R (p + translation)
+    scale, turn = area_ratio * float(np.exp(theta[0])), float(theta[1])
+    back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / scale
+    translation = back @ (centre_g + theta[2:] * unit) - centre_r
+    return Similarity(scale, float(np.rad2deg(turn)), float(translation[0]), float(translation[1]), distance)
+
+
+def resample(picture: torch.Tensor, similarity: Similarity, size: tuple[int, int], padding: str) -> torch.Tensor:
+    """T_theta(I): a picture under a similarity transform, bilinear.
+
+    A picture that shrinks is first brought to its later size with antialiasing, which bilinear sampling alone lacks.
+
+    Args:
+        picture: [h, w, C].
+        similarity: T_theta.
+        size: height and width of the result.
+        padding: what lies beyond the picture, in the words of torch's grid_sample: "zeros", "border", "reflection".
+
+    Returns:
+        [height, width, C] float32.
+    """
+    height, width = picture.shape[:2]
+    values = picture.permute(2, 0, 1).unsqueeze(0).float()
+    if similarity.scale < 1.0:
+        smaller = [max(1, round(side * similarity.scale)) for side in (height, width)]
+        values = interpolate(values, size=smaller, mode="bilinear", antialias=True)
+    back = torch.from_numpy(_inverse(similarity)).float()
+    y = torch.arange(size[0]) - (size[0] - 1) / 2
+    x = torch.arange(size[1]) - (size[1] - 1) / 2
+    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+    points = torch.stack([grid_x, grid_y, torch.ones_like(grid_x)], dim=-1) @ back.T
+    # grid_sample measures from the centre in halves of the picture's sides, whatever its resolution.
+    grid = points[..., :2] * torch.tensor([2 / width, 2 / height])
+    return grid_sample(values, grid.unsqueeze(0), "bilinear", padding, align_corners=False)[0].permute(1, 2, 0)
+
+
+def as_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
+    """A mask [h, w] as bool on the CPU; above one half is subject.
+
+    Raises:
+        IdentityEditError: when it is no mask, or empty.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.numel() == 0:
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise IdentityEditError(f"{name} has the shape {shape}; connect one MASK [height, width].")
+    check_finite(mask.float(), name)
+    inside = mask.detach().cpu() > 0.5 if mask.dtype != torch.bool else mask.detach().cpu()
+    if not bool(inside.any()):
+        raise IdentityEditError(f"{name} is empty; connect a mask that is white on the subject, as of Segment Subject.")
+    return inside
+
+
+def subject_part(mask: torch.Tensor, name: str, parts: str = LARGEST_PART) -> tuple[torch.Tensor, str | None]:
+    """The part of a mask [h, w] that counts (bool), and a note where it has several parts.
+
+    Raises:
+        IdentityEditError: when the mask is empty or `parts` unknown.
+    """
+    import numpy as np
+    from scipy.ndimage import label
+
+    if parts not in PARTS:
+        raise IdentityEditError(f"parts is {parts!r}; choose one of {', '.join(PARTS)}.")
+    inside = as_mask(mask, name)
+    labels, count = label(inside.numpy(), structure=np.ones((3, 3)))
+    if count == 1:
+        return inside, None
+    areas = np.bincount(labels.ravel())[1:]
+    large = int((areas >= _SPECK * areas.max()).sum())
+    note = None
+    if large > 1:
+        what = "the largest counts" if parts == LARGEST_PART else "all of them count as one subject"
+        note = f"{name} has {large} separate parts, of which {what}."
+        if parts == ALL_PARTS:
+            note = f"{name} has {large} separate parts, and {what}."
+    if parts == LARGEST_PART:
+        inside = torch.from_numpy(labels == 1 + int(areas.argmax()))
+    return inside, note
+
+
+class _DistanceField:
+    """Distances from any points to the nearest point of a mask, and the directions in which they grow.
+
+    scipy's Euclidean distance transform gives them for every pixel in one pass (a k-d tree takes some ten times as
+    long for as many points in every evaluation); between pixels they are interpolated.
+    """
+
+    def __init__(self, mask: np.ndarray) -> None:
+        import numpy as np
+        from scipy.ndimage import distance_transform_edt
+
+        # Beyond the picture the field goes on for a quarter of its size, and linearly from there.
+        self._border = max(mask.shape) // 4
+        padded = np.pad(mask, self._border)
+        self._field = distance_transform_edt(~padded).astype(np.float32)
+        self._centre = np.array([(mask.shape[1] - 1) / 2, (mask.shape[0] - 1) / 2]) + self._border
+        self._most = np.array([padded.shape[1] - 1, padded.shape[0] - 1], dtype=np.float64) - 1e-6
+
+    def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of points [n, 2] (x, y from the picture's centre): distances [n], and their gradients [n, 2]."""
+        import numpy as np
+
+        wanted = points + self._centre
+        inside = wanted.clip(0.0, self._most)
+        beyond = wanted - inside
+        column, row = inside.astype(np.intp).T
+        u, v = (inside - np.stack([column, row], axis=1)).T
+        field = self._field
+        a, b = field[row, column], field[row, column + 1]
+        c, d = field[row + 1, column], field[row + 1, column + 1]
+        distance = (a * (1 - u) + b * u) * (1 - v) + (c * (1 - u) + d * u) * v
+        gradient = np.stack([(b - a) * (1 - v) + (d - c) * v, (c - a) * (1 - u) + (d - b) * u], axis=1)
+        outside = beyond.any(axis=1)
+        if outside.any():
+            far = np.linalg.norm(beyond[outside], axis=1)
+            distance[outside] += far
+            gradient[outside] = beyond[outside] / far[:, None]
+        return distance, gradient
+
+
+def _points(mask: np.ndarray, most: int) -> np.ndarray:
+    """P(M): the coordinates [n, 2] (x, y from the picture's centre) of the mask's pixels, at most about `most` of them
+    on an even grid; a thin mask that the grid misses keeps all of its pixels' every n-th."""
+    import numpy as np
+
+    rows, columns = np.nonzero(mask)
+    step = max(1, int(np.ceil(np.sqrt(len(rows) / most))))
+    on_grid = (rows % step == step // 2) & (columns % step == step // 2)
+    if on_grid.sum() < min(len(rows), most) / 4:
+        on_grid = np.arange(len(rows)) % (step * step) == 0
+    points = np.stack([columns[on_grid], rows[on_grid]], axis=1).astype(np.float64)
+    return points - np.array([(mask.shape[1] - 1) / 2, (mask.shape[0] - 1) / 2])
+
+
+def _centroid(mask: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return _points(mask, mask.size).mean(axis=0) if mask.any() else np.zeros(2)
+
+
+def _inverse(similarity: Similarity) -> Any:
+    import numpy as np
+
+    return np.linalg.inv(similarity.matrix())
+
+
+def _limit_note(
+    similarity: Similarity, m_r: torch.Tensor, m_g: torch.Tensor, scale_limit: float, rotation_limit: float
+) -> str | None:
+    """A sentence where the optimum lies at a limit: then the two masks are likely of different things."""
+    ratio = float((m_g.sum() / m_r.sum()).sqrt())
+    factor = max(similarity.scale / ratio, ratio / similarity.scale)
+    if rotation_limit > 0 and abs(similarity.rotation) > 0.99 * rotation_limit:
+        return (
+            f"The rotation reached its limit of {rotation_limit:g} degrees; choose another reference, or raise "
+            f"rotation_limit."
+        )
+    if scale_limit > 1 and factor > 0.99 * scale_limit:
+        return f"The scale reached its limit of {scale_limit:g}; choose another reference, or raise scale_limit."
+    return None
+
+
+def _check_picture(picture: torch.Tensor, mask: torch.Tensor, name: str) -> None:
+    if picture.ndim != 3 or picture.shape[-1] < 3 or 0 in picture.shape:
+        raise IdentityEditError(f"{name} has the shape {tuple(picture.shape)}; connect a picture with three channels.")
+    if mask.ndim == 2 and tuple(picture.shape[:2]) != tuple(mask.shape):
+        raise IdentityEditError(
+            f"{name} is {picture.shape[1]}x{picture.shape[0]} pixels but its mask {mask.shape[1]}x{mask.shape[0]}; use "
+            f"a mask of the picture's size."
+        )
+    check_finite(picture, name)
+
+
+def _check_options(optimizer: str, scale_limit: float, rotation_limit: float, rotation_starts: int) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise IdentityEditError(f"optimizer is {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}.")
+    if not 1.0 <= scale_limit <= 100.0:
+        raise IdentityEditError(f"scale_limit is {scale_limit:g}; choose a factor from 1 to 100.")
+    if not 0.0 <= rotation_limit <= 180.0:
+        raise IdentityEditError(f"rotation_limit is {rotation_limit:g}; choose degrees from 0 to 180.")
+    if rotation_starts < 1:
+        raise IdentityEditError(f"rotation_starts is {rotation_starts}; choose 1 or more.")

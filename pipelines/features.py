@@ -1,0 +1,264 @@
+"""How alike two pictures of a subject look: features of pictures and their cosine similarity.
+
+Wang et al. 2023 (section 3.3) choose as reference the source picture whose features by DINO ViT-S/16 are the most alike
+those of the first generated picture, so that the guided generation has to change as little as possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, normalize, one_hot, pad
+
+from .errors import IdentityEditError, check_finite
+from .model_folders import check_preprocessor, first_line, from_transformers, loaded, read_config, to_pillow
+
+NEEDED = (
+    "config.json, model.safetensors and preprocessor_config.json of an image encoder, such as DINO ViT-S/16, DINOv2 or "
+    "CLIP, in the form of transformers, or config.json and model.safetensors in that of timm"
+)
+
+BACKGROUND = 0.5
+"""Grey that takes the place of everything around the subject where only the subject counts."""
+MARGIN = 0.1
+"""[choice] Of the box around the subject, a share of its longer side."""
+
+_CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "deit", "ijepa")
+_PROJECTED = {"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"}
+_POOLED = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+
+Encoder = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""Features [n, D] of n pictures [h, w, 3] in [0, 1] whose sizes may differ."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The chosen reference.
+
+    Attributes:
+        index: which of the sources, from 0.
+        similarities: [n] cosine similarity of each source to the generated picture, -1 to 1; the mean over the
+            generated pictures where there are several.
+    """
+
+    index: int
+    similarities: torch.Tensor
+
+
+def select_reference(
+    generated: Sequence[torch.Tensor],
+    sources: Sequence[torch.Tensor],
+    encode: Encoder,
+    *,
+    generated_masks: Sequence[torch.Tensor | None] | None = None,
+    source_masks: Sequence[torch.Tensor | None] | None = None,
+) -> Choice:
+    """The source picture that looks the most like the generated one (Wang et al. 2023, section 3.3).
+
+    Args:
+        generated: pictures [h, w, 3], 0 to 1; with several, the source that is the most alike all of them.
+        sources: pictures [h, w, 3].
+        encode: `histogram_features`, or what `encoder_of_folder` or `encoder_of_clip_vision` gives.
+        generated_masks, source_masks: masks [h, w], 1 on the subject. Where a picture has one, only the subject is
+            looked at (see `subject_only`).
+
+    Raises:
+        IdentityEditError: when there is no picture, or a mask is empty or of another size.
+    """
+    if len(sources) == 0 or len(generated) == 0:
+        raise IdentityEditError("There is no picture to choose from; connect the subject's pictures.")
+    features = [
+        encode([picture if mask is None else subject_only(picture, mask) for picture, mask in _pairs(pictures, masks)])
+        for pictures, masks in ((generated, generated_masks), (sources, source_masks))
+    ]
+    similarities = (normalize(features[1].float(), dim=1) @ normalize(features[0].float(), dim=1).T).mean(dim=1)
+    check_finite(similarities, "The pictures' features")
+    return Choice(int(similarities.argmax()), similarities)
+
+
+def subject_only(picture: torch.Tensor, mask: torch.Tensor, margin: float = MARGIN) -> torch.Tensor:
+    """The subject on grey, cut to a square around it.
+
+    Without this the background decides as much as the subject. The square keeps the subject's proportions, because
+    encoders are given squares.
+
+    Args:
+        picture: [h, w, 3].
+        mask: [h, w], 1 on the subject.
+        margin: around the subject's box, a share of its longer side.
+
+    Returns:
+        [side, side, 3].
+
+    Raises:
+        IdentityEditError: when the mask is empty or of another size.
+    """
+    if tuple(mask.shape) != tuple(picture.shape[:2]):
+        raise IdentityEditError(
+            f"A picture is {picture.shape[1]}x{picture.shape[0]} pixels but its mask {mask.shape[-1]}x"
+            f"{mask.shape[-2]}; use a mask of the picture's size."
+        )
+    inside = mask.clamp(0.0, 1.0).to(picture)
+    rows, columns = torch.nonzero((inside > 0.5).any(1)).flatten(), torch.nonzero((inside > 0.5).any(0)).flatten()
+    if len(rows) == 0:
+        raise IdentityEditError("A mask is empty; connect one that is white on the subject, as of Segment Subject.")
+    on_grey = picture * inside.unsqueeze(-1) + BACKGROUND * (1 - inside.unsqueeze(-1))
+    top, bottom, left, right = int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1
+    side = max(1, round(max(bottom - top, right - left) * (1 + 2 * margin)))
+    top, left = (top + bottom - side) // 2, (left + right - side) // 2
+    height, width = picture.shape[:2]
+    around = (max(0, -left), max(0, left + side - width), max(0, -top), max(0, top + side - height))
+    padded = pad(on_grey.permute(2, 0, 1), around, value=BACKGROUND)
+    top, left = top + around[2], left + around[0]
+    return padded[:, top : top + side, left : left + side].permute(1, 2, 0)
+
+
+def histogram_features(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Colours and orientations of edges, without any network: [n, 64 + 512].
+
+    The picture is brought to 64x64. First a histogram of 4x4x4 colours; then, in each of 8x8 cells, a histogram of the
+    gradient's orientation in 8 directions weighed by its magnitude (Dalal and Triggs 2005), which says how the subject
+    stands and where it looks. Each half has length 1 and counts the same. Written out in a few lines, because neither
+    torchvision nor anything else in ComfyUI's requirements has such features, and scikit-image is not among them.
+    """
+    features = []
+    for picture in pictures:
+        small = interpolate(
+            picture[..., :3].float().cpu().permute(2, 0, 1)[None], size=(64, 64), mode="bilinear", antialias=True
+        ).clamp(0.0, 1.0)
+        levels = (small * 4).long().clamp(max=3)[0]
+        colour = (levels[0] * 16 + levels[1] * 4 + levels[2]).flatten().bincount(minlength=64).float().sqrt()
+        grey = pad(small.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        kernel = torch.tensor([[[[0.0, 0, 0], [-1, 0, 1], [0, 0, 0]]], [[[0.0, -1, 0], [0, 0, 0], [0, 1, 0]]]])
+        dx, dy = conv2d(grey, kernel)[0]
+        direction = ((torch.atan2(dy, dx) / (2 * torch.pi)) * 8).round().long() % 8
+        weighed = one_hot(direction, 8).permute(2, 0, 1) * torch.hypot(dx, dy)
+        cells = avg_pool2d(weighed, 8).sqrt().flatten()  # the root, so that one strong edge does not decide
+        features.append(torch.cat([normalize(colour, dim=0), normalize(cells, dim=0)]))
+    return torch.stack(features)
+
+
+def encoder_of_clip_vision(clip_vision: Any) -> Encoder:
+    """Image embeddings of ComfyUI's CLIP_VISION (Load CLIP Vision); of DINOv2 there the class token."""
+
+    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = []
+        for picture in pictures:
+            # crop=False: the subject may stand at the side.
+            output = clip_vision.encode_image(picture[None, ..., :3], crop=False)
+            features = output["image_embeds"]
+            if features is None or features.ndim != 2:
+                features = output["last_hidden_state"][:, 0]
+            found.append(features.float().cpu())
+        return torch.cat(found)
+
+    return encode
+
+
+def encoder_of_folder(path: str) -> Encoder:
+    """Features by an image encoder in a local folder, in the form of transformers or of timm.
+
+    DINO, DINOv2 and other vision transformers give their class token after the last layer, as in DreamBooth's DINO
+    score (Ruiz et al. 2023); CLIP gives its projected image embedding; SigLIP its pooled one. The network is
+    loaded when pictures are encoded, and given back afterwards.
+
+    Args:
+        path: a folder; see `NEEDED`.
+
+    Raises:
+        IdentityEditError: when files are missing or the folder holds another kind of network.
+    """
+    config = read_config(path, NEEDED)
+    kind = config.get("model_type")
+    if kind is None and isinstance(config.get("architecture"), str):
+        return _timm_encoder(path, config)
+    if kind not in (*_CLASS_TOKEN, *_PROJECTED, *_POOLED):
+        raise IdentityEditError(
+            f"The model in {path} is '{kind}', which is no image encoder known here; choose one of DINO, DINOv2, CLIP, "
+            f"SigLIP or a vision transformer of timm."
+        )
+    check_preprocessor(path)
+
+    def load() -> tuple[Any, Any]:
+        import transformers
+
+        name = _PROJECTED.get(kind) or _POOLED.get(kind) or "AutoModel"
+        return from_transformers(path, getattr(transformers, name), transformers.AutoImageProcessor)
+
+    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = []
+        with loaded(path, load) as (network, processor, device):
+            for picture in pictures:
+                output = network(**processor(images=to_pillow(picture), return_tensors="pt").to(device))
+                if kind in _PROJECTED:
+                    features = output.image_embeds
+                else:
+                    features = output.pooler_output if kind in _POOLED else output.last_hidden_state[:, 0]
+                found.append(features.float().cpu())
+        return torch.cat(found)
+
+    return encode
+
+
+def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
+    """An encoder of timm: config.json names its architecture, model.safetensors has its weights."""
+    try:
+        import timm
+    except ImportError as error:
+        raise IdentityEditError(
+            f"The model in {path} is one of timm, which is not installed; run `pip install timm`, or choose a model in "
+            f"the form of transformers."
+        ) from error
+    import os
+
+    def load() -> tuple[Any, Any]:
+        from safetensors.torch import load_file
+
+        network = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
+        weights = load_file(os.path.join(path, "model.safetensors"))
+        missing, _ = network.load_state_dict(weights, strict=False)  # a classifier's head may be left over
+        if missing:
+            raise IdentityEditError(
+                f"The weights in {path} lack {len(missing)} tensors ({missing[0]}, ...); copy the model's files again."
+            )
+        return network, config.get("pretrained_cfg") or {}
+
+    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = []
+        with loaded(path, load) as (network, prepared, device):
+            size = tuple(prepared.get("input_size", (3, 224, 224)))[1:]
+            # timm's own default where a folder names none: ImageNet's
+            mean = torch.tensor(prepared.get("mean", (0.485, 0.456, 0.406))).view(1, 3, 1, 1)
+            deviation = torch.tensor(prepared.get("std", (0.229, 0.224, 0.225))).view(1, 3, 1, 1)
+            for picture in pictures:
+                image = picture[..., :3].float().cpu().permute(2, 0, 1)[None]
+                image = interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+                try:
+                    features = network(((image - mean) / deviation).to(device))
+                except RuntimeError as error:
+                    raise IdentityEditError(
+                        f"The model in {path} cannot read a picture ({first_line(error)}); choose another."
+                    ) from error
+                found.append(features.flatten(1).float().cpu())
+        return torch.cat(found)
+
+    return encode
+
+
+def _pairs(
+    pictures: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None] | None
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    masks = [None] * len(pictures) if masks is None else masks
+    if len(masks) != len(pictures):
+        raise IdentityEditError(
+            f"There are {len(masks)} masks for {len(pictures)} pictures; give each picture its mask, or no masks."
+        )
+    for picture in pictures:
+        if picture.ndim != 3 or picture.shape[-1] < 3 or picture.numel() == 0:
+            raise IdentityEditError(
+                f"A picture has the shape {tuple(picture.shape)}; connect pictures with three channels."
+            )
+    return list(zip((picture[..., :3].detach().cpu().float() for picture in pictures), masks, strict=True))

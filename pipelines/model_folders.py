@@ -1,0 +1,183 @@
+"""Networks of transformers, timm and others that read pictures, from folders and files below ComfyUI's models folder.
+
+Nothing is downloaded and no code of a file is executed: local files only, safetensors, or pickles of plain tensors that
+torch reads with weights_only. A network is loaded for one node's run and given back afterwards.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .errors import IdentityEditError
+
+CONFIG = "config.json"
+
+
+def model_roots(name: str) -> list[str]:
+    """ComfyUI's folders of a kind: models/NAME, unless extra_model_paths.yaml names others."""
+    import folder_paths
+
+    if name in folder_paths.folder_names_and_paths:
+        return list(folder_paths.get_folder_paths(name))
+    return [os.path.join(folder_paths.models_dir, name)]
+
+
+def list_models(name: str, endings: tuple[str, ...] = ()) -> dict[str, str]:
+    """Path by name of what models/NAME holds: folders with a config.json, directly or one folder deeper
+    (author/model), and files with one of the endings."""
+    found: dict[str, str] = {}
+    for root in model_roots(name):
+        if not os.path.isdir(root):
+            continue
+        for outer in sorted(os.listdir(root)):
+            path = os.path.join(root, outer)
+            if os.path.isfile(path) and endings and outer.lower().endswith(endings):
+                found.setdefault(outer, path)
+            if not os.path.isdir(path):
+                continue
+            inner = [f"{outer}/{entry}" for entry in sorted(os.listdir(path))]
+            for candidate in (outer, *inner):
+                folder = os.path.join(root, candidate)
+                if os.path.isfile(os.path.join(folder, CONFIG)):
+                    found.setdefault(candidate, folder)
+    return found
+
+
+def missing_model(name: str, model: str, needed: str) -> str:
+    """The sentence that says where a model should be and which files it has."""
+    return f"The model '{model}' is not in {model_roots(name)[0]}; put it there ({needed}), and press R."
+
+
+def read_config(path: str, needed: str) -> dict[str, Any]:
+    """The config.json of a model's folder, after checking that the weights beside it are safe to read.
+
+    Raises:
+        IdentityEditError: naming the folder and the files that are missing.
+    """
+    if not os.path.isdir(path):
+        raise IdentityEditError(f"The model folder {path} does not exist; make it and put into it {needed}.")
+    names = os.listdir(path)
+    if CONFIG not in names:
+        raise IdentityEditError(f"The model folder {path} has no {CONFIG}; put into it {needed}.")
+    if not any(name.endswith(".safetensors") for name in names):
+        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+        why = "only pickled weights, which could run code" if pickled else "no weights"
+        raise IdentityEditError(f"The model folder {path} has {why}; put the model's *.safetensors file into it.")
+    try:
+        with open(os.path.join(path, CONFIG), encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:
+        raise IdentityEditError(f"{CONFIG} in {path} cannot be read ({first_line(error)}); copy it again.") from error
+    if not isinstance(config, dict):
+        raise IdentityEditError(f"{CONFIG} in {path} describes no model; copy it again.")
+    return config
+
+
+def check_preprocessor(path: str) -> None:
+    """Raise `IdentityEditError` where a folder does not say how pictures are prepared: transformers would take another
+    model's sizes and colours for granted."""
+    names = ("preprocessor_config.json", "processor_config.json")
+    if not any(os.path.isfile(os.path.join(path, name)) for name in names):
+        raise IdentityEditError(
+            f"The model folder {path} has no preprocessor_config.json, which says how pictures are prepared; put it "
+            f"there."
+        )
+
+
+@contextmanager
+def loaded(path: str, load: Callable[[], tuple[Any, Any]]) -> Iterator[tuple[Any, Any, torch.device]]:
+    """A network on ComfyUI's device in float32 for the time of a `with`, and its memory given back at the end.
+
+    Args:
+        path: where it comes from, for messages.
+        load: reads it from there: (network, processor).
+
+    Yields:
+        the network in evaluation mode, its processor, and the device.
+
+    Raises:
+        IdentityEditError: when it cannot be loaded or does not fit into memory.
+    """
+    from comfy import model_management
+
+    device = model_management.get_torch_device()
+    network = None
+    try:
+        try:
+            with torch.random.fork_rng(devices=[]):  # libraries draw weights before they read them
+                network, processor = load()
+            size = sum(parameter.nbytes for parameter in network.parameters())
+            model_management.free_memory(2 * size, device)  # as much again for what the network computes
+            network = network.eval().to(device=device, dtype=torch.float32)
+        except IdentityEditError:
+            raise
+        except torch.cuda.OutOfMemoryError as error:
+            raise IdentityEditError(f"The model in {path} does not fit into memory; choose a smaller one.") from error
+        except Exception as error:  # every architecture has its own ways of failing
+            raise IdentityEditError(
+                f"The model in {path} cannot be loaded ({first_line(error)}); copy its files again, or choose another."
+            ) from error
+        with torch.no_grad():
+            yield network, processor, device
+    finally:
+        del network
+        gc.collect()
+        model_management.soft_empty_cache()
+
+
+def from_transformers(path: str, network_class: Any, processor_class: Any) -> tuple[Any, Any]:
+    """(network, processor) of transformers from a local folder, safetensors only, without code of the folder."""
+    processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    network, info = network_class.from_pretrained(
+        path, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+    )
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # DINO's folders have none, and none is used
+    if missing:  # transformers would go on with random weights
+        raise IdentityEditError(
+            f"The weights in {path} lack {len(missing)} tensors ({missing[0]}, ...); copy the model's files again."
+        )
+    return network, processor
+
+
+def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, or of a pickle (.pth, .pt) that holds nothing but tensors.
+
+    Raises:
+        IdentityEditError: when the file cannot be read so.
+    """
+    try:
+        if path.lower().endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds
+        raise IdentityEditError(
+            f"The checkpoint {path} cannot be read as plain weights ({first_line(error)}); download it again, as "
+            f".safetensors where there is one."
+        ) from error
+    while isinstance(state, dict) and len(state) == 1 and isinstance(next(iter(state.values())), dict):
+        state = next(iter(state.values()))  # {"model": {...}} and the like
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise IdentityEditError(f"The checkpoint {path} holds no plain weights; choose a model's own file.")
+    return state
+
+
+def to_pillow(picture: torch.Tensor) -> Any:
+    """A Pillow image of a picture [height, width, 3], 0 to 1."""
+    from PIL import Image
+
+    return Image.fromarray((picture[..., :3].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy())
+
+
+def first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,341 @@
+"""Prompt-to-prompt (Hertz et al. 2023): edit a picture by editing its prompt, with the attention of the source.
+
+Source and target are evaluated beside one another at every noise level, by a wrapper around ComfyUI's guider, so that
+any stock sampler and guider runs it:
+
+- A generated picture: each latent is sampled twice from the same noise, with the source prompt and with the target
+  prompt. The source is the picture that the sampler gives without control, to the bit.
+- A real picture: the source follows its inversion's trajectory, and the inversion's step table of null-text embeddings
+  is the negative side (Mokady et al. 2023). Of the source only the positive side is needed, so a step under control
+  costs three network evaluations instead of two. A batch of another size is rounded differently: where prompts are the
+  same and the inversion exact, the target is the source to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention.layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers
+from ..attention.mutual_self_attention import without_guidance_functions
+from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor, sampling_pairs
+from . import engine
+from .conditioning import Conditioning, single_embedding
+from .errors import IdentityEditError, check_batch_matches
+from .inversion import Inversion, check_inversion
+from .prompt_tokens import (
+    Pair,
+    aligned_tokens,
+    paired_words,
+    positions_in_either,
+    positions_of,
+    prompt_tokens,
+    token_mapper,
+)
+from .schedule import signal_scale
+from .step_embeddings import apply_step_embeddings
+
+REPLACE, REFINE = "replace", "refine"
+EDITS = (REPLACE, REFINE)
+
+CROSS_REPLACE_STEPS = 0.8
+SELF_REPLACE_STEPS = 0.4
+"""Shares of the steps, from the first, of the word swaps in the reference implementation's notebook."""
+BLEND_THRESHOLD = 0.3
+BLEND_START = 0.2
+"""Of the reference implementation's LocalBlend."""
+FACTORS = (AUTOMATIC, "1", "2", "4", "8")
+
+_KEY = "identity_edit_prompt_to_prompt"
+_RELATIVE_TOLERANCE = 1e-4
+_ONLY_THE_TARGETS = ("control", "gligen", "mask")
+"""What a target's conditioning may carry beside its prompt that says nothing about an inverted source."""
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """When and where attention is controlled.
+
+    Attributes:
+        cross_replace_steps: share of the steps, from the first, with the source's cross-attention, 0 to 1.
+        self_replace_steps: likewise of self-attention.
+        self_attention_grid: how many times smaller than the latent a layer's grid is at least, for its self-attention
+            to be controlled: 1, 2, 4 or 8 as text, or "automatic", see `attention.prompt_to_prompt.automatic_factor`.
+        blend_threshold: share of the words' largest attention above which the latent may change, 0 to 1.
+        blend_start: share of the steps, from the first, without local blend, 0 to 1.
+    """
+
+    cross_replace_steps: float = CROSS_REPLACE_STEPS
+    self_replace_steps: float = SELF_REPLACE_STEPS
+    self_attention_grid: str = AUTOMATIC
+    blend_threshold: float = BLEND_THRESHOLD
+    blend_start: float = BLEND_START
+
+    def __post_init__(self) -> None:
+        for name in ("cross_replace_steps", "self_replace_steps", "blend_threshold", "blend_start"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise IdentityEditError(f"{name} is {getattr(self, name):g}; choose a share from 0 to 1.")
+        if self.self_attention_grid not in FACTORS:
+            raise IdentityEditError(
+                f"self_attention_grid is {self.self_attention_grid!r}; choose one of {', '.join(FACTORS)}."
+            )
+
+
+def prompt_to_prompt(
+    model: Any,
+    clip: Any,
+    source_prompt: str,
+    target_prompt: str,
+    edit: str = REPLACE,
+    reweight: Mapping[str, float] | None = None,
+    blend_words: str = "",
+    settings: ControlSettings | None = None,
+    inversion: Inversion | None = None,
+) -> tuple[Any, Conditioning]:
+    """A MODEL that samples the target prompt with the attention of the source prompt, and the target's CONDITIONING.
+
+    Args:
+        model: MODEL of Stable Diffusion 1.x, 2.x or XL; it is not changed.
+        clip: CLIP of the same checkpoint.
+        source_prompt: what the picture is made of, or shows.
+        target_prompt: the same with words exchanged, added or left out.
+        edit: "replace" exchanges word for word: a new word takes the place of the one that it stands for. "refine"
+            keeps the attention of the tokens that both prompts share and leaves new ones free.
+        reweight: words of the target prompt and the factor of their attention; below 1 weakens, below 0 inverts.
+        blend_words: words of either prompt, separated by spaces: the latent changes where these are, and nowhere else.
+            Empty for everywhere.
+        settings: when and where attention is controlled.
+        inversion: of a real picture, made with the source prompt; None samples the source beside the target.
+
+    Returns:
+        the clone and the target prompt's CONDITIONING, for the positive side of any sampler. Without an inversion the
+        sampler returns twice as many latents as it was given: first the sources, then the targets. It should add no
+        noise between its steps (euler, ddim, dpmpp_2m), because the two would get different noise. With an inversion
+        it returns the targets alone, and it must stay on the inversion's noise levels.
+
+    Raises:
+        IdentityEditError: when an input cannot be used; at sampling, for another size, batch or noise level.
+    """
+    if edit not in EDITS:
+        raise IdentityEditError(f"edit is {edit!r}; choose one of {', '.join(EDITS)}.")
+    source, target = prompt_tokens(clip, source_prompt), prompt_tokens(clip, target_prompt)
+    pairs = paired_words(source, target) if edit == REPLACE else aligned_tokens(source, target)
+    mapper = token_mapper(source, target, pairs)
+    factors = torch.ones(target.count)
+    for word, factor in (reweight or {}).items():
+        factors[list(positions_of(clip, target, word, "The target prompt"))] = float(factor)
+    tokens = TokenMap(mapper, mapper.sum(dim=0) > 0, factors)
+    words = [positions_in_either(clip, source, target, word) for word in blend_words.split()]
+    blend: Pair | None = None
+    if words:
+        blend = tuple(p for first, _ in words for p in first), tuple(p for _, second in words for p in second)
+    controlled = with_attention_control(
+        model, tokens, encode(clip, source_prompt), settings or ControlSettings(), blend, inversion
+    )
+    return controlled, encode(clip, target_prompt)
+
+
+def parse_reweight(text: str) -> dict[str, float]:
+    """Words and factors from "fluffy: 2, red hat: 0.5" (separated by commas or new lines).
+
+    Raises:
+        IdentityEditError: when a part is no word, colon and number.
+    """
+    found: dict[str, float] = {}
+    for part in text.replace("\n", ",").split(","):
+        if not part.strip():
+            continue
+        word, _, factor = part.rpartition(":")
+        try:
+            found[word.strip()] = float(factor)
+        except ValueError:
+            word = ""
+        if not word.strip():
+            raise IdentityEditError(
+                f"reweight has {part.strip()!r}; write each word with its factor, such as: fluffy: 2, hat: 0.5."
+            )
+    return found
+
+
+def encode(clip: Any, prompt: str) -> Conditioning:
+    """The CONDITIONING that the stock CLIP Text Encode makes of a prompt."""
+    with torch.no_grad():
+        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
+@dataclass
+class _Run:
+    """One sampling run.
+
+    Attributes:
+        batch: targets that are sampled.
+        sigmas: of the run [N + 1], on the CPU.
+        blend: what it has seen of the blend's words so far.
+        mask: where the latent may change [B, 1, H, W], after the first evaluation that was blended.
+    """
+
+    batch: int
+    sigmas: torch.Tensor
+    blend: LocalBlend | None
+    mask: torch.Tensor | None = None
+
+    def step(self, sigma: float) -> int:
+        """The step i with sigmas[i + 1] < sigma <= sigmas[i]; a sampler may evaluate the network between the two."""
+        return int((self.sigmas[1:-1] * (1.0 + _RELATIVE_TOLERANCE) >= sigma).sum())
+
+
+def with_attention_control(
+    model: Any,
+    tokens: TokenMap,
+    source: Conditioning,
+    settings: ControlSettings,
+    blend: Pair | None = None,
+    inversion: Inversion | None = None,
+) -> Any:
+    """A clone of `model` whose target takes the attention of a source; see `prompt_to_prompt`.
+
+    The sampler's positive conditioning is the target's. Where other nodes change the prompt step by step, they come
+    before. Of two on one model the later counts.
+
+    Local blend is that of ComfyUI's masked sampling: outside of the mask the network sees x_t of the source, and the
+    estimate of z_0 is the source's. The sampler's own latent gets there with the noise level: what differed from the
+    source when a cell left the mask shrinks by sigma_end / sigma (Euler's steps), so it is the source's where a
+    schedule ends at 0, to rounding, and nearly so where it ends at timestep 0.
+
+    Args:
+        model: MODEL; it is not changed.
+        tokens: how the target's tokens take the source's cross-attention.
+        source: the source prompt's CONDITIONING, one entry.
+        settings: when and where.
+        blend: tokens of the words for the local blend in the source and the target prompt, or None.
+        inversion: of the source, or None to sample it beside the target.
+
+    Raises:
+        IdentityEditError: as `prompt_to_prompt`.
+    """
+    engine.require_noise_prediction_model(model)
+    embedding, pooled = single_embedding(source, "The source prompt")
+    if embedding.shape[-1] != engine.context_channels(model) or embedding.shape[1] != tokens.mapper.shape[0]:
+        raise IdentityEditError(
+            f"The source prompt has an embedding {tuple(embedding.shape)} but the model takes "
+            f"{engine.context_channels(model)} channels; connect the CLIP of the same checkpoint."
+        )
+    if inversion is not None:
+        check_inversion(inversion, model)
+        if inversion.embeddings is not None:
+            model = apply_step_embeddings(model, inversion.embeddings, "negative")
+    layers = attention_layers(model.get_model_object("diffusion_model"))
+    run: _Run | None = None
+
+    def begin(batch: int, sigmas: torch.Tensor) -> None:
+        nonlocal run
+        words = None if blend is None else LocalBlend(*blend, settings.blend_threshold)
+        run = _Run(batch, sigmas.detach().to(device="cpu", dtype=torch.float32), words)
+
+    def evaluate_both(
+        executor: Any,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        model_options: dict[str, Any] | None = None,
+        seed: Any = None,
+    ) -> torch.Tensor:
+        assert run is not None
+        sigma = float(timestep.max())
+        if inversion is None:
+            if x.shape[0] != 2 * run.batch:
+                raise IdentityEditError(
+                    "Prompt-to-Prompt samples the source beside the target, which this sampler does not do; connect "
+                    "the inversion to Prompt-to-Prompt, or use a stock sampler."
+                )
+            step, steps = run.step(sigma), run.sigmas.shape[0] - 1
+            x_source, x_target = x.chunk(2)
+        else:
+            _check_latent(inversion, x)
+            step, steps = inversion.row(sigma), inversion.steps
+            x_source, x_target = inversion.trajectory[step].to(x), x
+        of_source, of_target = timestep[: x_source.shape[0]], timestep[: x_target.shape[0]]
+        controls_cross = step < round(settings.cross_replace_steps * steps)
+        controls_self = step < round(settings.self_replace_steps * steps)
+        if inversion is not None and not (controls_cross or controls_self or run.blend):
+            return executor(x, timestep, model_options, seed)
+
+        guider = executor.class_obj
+        own = guider.conds
+        height, width = x.shape[-2:]
+        cross, with_self, blended = _chosen_layers(layers, settings, height, width)
+        control = AttentionControl(
+            tokens=tokens,
+            cross_layers=cross if controls_cross else {},
+            self_layers=with_self if controls_self else {},
+            entries={entry["uuid"]: entry for entry in own["positive"]},
+            height=height,
+            width=width,
+            blend=run.blend,
+            blend_layers=blended if run.blend else {},
+        )
+        if run.mask is not None:
+            x_target = torch.where(run.mask, x_target, x_source)
+        try:
+            guider.conds = _source_conditionings(own, embedding.to(x.device), pooled, inversion is not None)
+            options = model_options if inversion is None else without_guidance_functions(model_options)
+            with torch.no_grad():
+                source_denoised = executor(x_source, of_source, control.recording(options), seed)
+            guider.conds = own
+            target_denoised = executor(x_target, of_target, control.injecting(model_options), seed)
+            if run.blend is not None and step >= round(settings.blend_start * steps):
+                run.mask = run.blend.mask(height, width)
+                if inversion is not None:
+                    source_denoised = (inversion.trajectory[-1] / signal_scale(inversion.sigmas[-1])).to(x)
+                target_denoised = torch.where(run.mask, target_denoised, source_denoised)
+        except IdentityEditError:
+            raise
+        except ValueError as error:
+            raise IdentityEditError(str(error)) from error
+        finally:
+            guider.conds = own
+        return target_denoised if inversion is not None else torch.cat([source_denoised, target_denoised])
+
+    clone = sampling_pairs(model, _KEY, begin, in_pairs=inversion is None)
+    return engine.with_predict_noise_wrapper(clone, _KEY, evaluate_both)
+
+
+def _chosen_layers(
+    layers: list[AttentionLayer], settings: ControlSettings, height: int, width: int
+) -> tuple[dict[LayerKey, AttentionLayer], dict[LayerKey, AttentionLayer], dict[LayerKey, AttentionLayer]]:
+    """The layers of controlled cross-attention, of controlled self-attention, and of the local blend."""
+    automatic = automatic_factor(layers, height, width)
+    grid = settings.self_attention_grid
+    smallest = automatic if grid == AUTOMATIC else int(grid)
+    cross = {layer.key: layer for layer in layers if layer.attends_to_text}
+    with_self = {layer.key: layer for layer in layers if layer.attends_to_itself and layer.downsampling >= smallest}
+    return cross, with_self, {key: layer for key, layer in cross.items() if layer.downsampling == automatic}
+
+
+def _source_conditionings(
+    own: dict[str, Any], embedding: torch.Tensor, pooled: torch.Tensor | None, inverted: bool
+) -> dict[str, Any]:
+    """The guider's conditionings with the source prompt, so that each pairs with the target's of the same uuid.
+
+    Of an inverted source only the attention of the positive side is needed, and what steers the target is left out.
+    """
+    positive = engine.conditionings_with_embedding(
+        own["positive"], embedding, None if pooled is None else pooled.to(embedding.device)
+    )
+    if not inverted:
+        return {**own, "positive": positive}
+    of_the_prompt = [
+        {name: value for name, value in entry.items() if name not in _ONLY_THE_TARGETS} for entry in positive
+    ]
+    return {**dict.fromkeys(own), "positive": of_the_prompt}
+
+
+def _check_latent(inversion: Inversion, x: torch.Tensor) -> None:
+    check_batch_matches(inversion.batch, x.shape[0], "The inversion")
+    if inversion.trajectory.shape[2:] != x.shape[1:]:
+        raise IdentityEditError(
+            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the sampled one is "
+            f"{tuple(x.shape[1:])}; sample at the inverted picture's size."
+        )

@@ -1,0 +1,459 @@
+"""Reference-guided generation of HiFi Tuner (Wang et al. 2023, section 3.3, algorithm 2).
+
+A first pass makes a picture from a noise x_T. A reference picture of the subject is aligned with the subject in it and
+followed to noise by DDIM inversion. The second pass starts from the same x_T, and in its middle steps the subject's
+region of the latent is led along the reference's trajectory: replaced once, then held near it by optimising the
+unconditional embedding there, while everything around it is sampled as before and adapts.
+
+It is a loop of its own with a node of its own, and not a SAMPLER. ComfyUI loads (perhaps only a part of) the model and
+encodes the conditionings in inference mode before it calls a sampler, where gradients can no longer be had, and a
+sampler sees the guider's combined estimate alone, where this algorithm combines one conditional estimate with several
+unconditional ones. The stock samplers are needed for the first pass only: `first_pass_latent` is the latent that they
+start from with the same seed, so that without guidance both passes are the same picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..attention.identity_mask import resized
+from . import engine
+from .conditioning import Conditioning, single_embedding
+from .errors import IdentityEditError, check_batch_matches, check_finite, check_latent
+from .gradients import gradients_by_sample
+from .inversion import DDIM, Inversion, check_inversion, check_method
+from .schedule import euler_step, signal_scale
+
+GUIDANCE_SCALE = 7.5
+START_PERCENT = 0.2
+END_PERCENT = 0.8
+"""t_s = 40 and t_e = 10 remaining steps of 50 (Wang et al. 2023, section 4)."""
+INNER_STEPS = 10
+LEARNING_RATE = 1e-2
+
+
+@dataclass(frozen=True)
+class ReferenceGuidance:
+    """What reference-guided sampling made.
+
+    Attributes:
+        latent: [B, C, H, W] float32 CPU, z_0 in the scale of LATENT sockets.
+        mask: [B, H, W] float32 CPU, 0 or 1: M_r* on the latent's grid, as it was used.
+        steps: the guided steps, as indices from 0 in the order of sampling.
+        embeddings: [G, B, T, C] float32 CPU, phi_h after each of the G guided steps.
+        losses: for each guided step [J', B] float32, the loss of each latent before each update; NaN where the latent
+            had already stopped. Eq. 10 as a mean over the mask, in the papers' scale (z, not x).
+        final_losses: [G, B] float32, the same with the embeddings that the step was taken with.
+        unguided_losses: [G, B] float32, the same with phi.
+        evaluations: network evaluations without their backward passes.
+        warning: sentences about what looks wrong, else None.
+    """
+
+    latent: torch.Tensor
+    mask: torch.Tensor
+    steps: range
+    embeddings: torch.Tensor
+    losses: list[torch.Tensor]
+    final_losses: torch.Tensor
+    unguided_losses: torch.Tensor
+    evaluations: int
+    warning: str | None
+
+
+def reference_guided_sampling(
+    model: Any,
+    start: torch.Tensor,
+    inversion: Inversion,
+    mask: torch.Tensor,
+    positive: Conditioning,
+    negative: Conditioning,
+    guidance_scale: float = GUIDANCE_SCALE,
+    start_percent: float = START_PERCENT,
+    end_percent: float = END_PERCENT,
+    inner_steps: int = INNER_STEPS,
+    learning_rate: float = LEARNING_RATE,
+    early_stop: float = 0.0,
+    checkpointing: bool = False,
+    callback: engine.Callback | None = None,
+) -> ReferenceGuidance:
+    """Sample with the subject held by a reference (Wang et al. 2023, algorithm 2).
+
+    A guided step costs 3 + J network evaluations (the conditional one, which serves all others; phi; J of phi_h with a
+    backward pass; phi_h as it was found), any other step 2. Latents of a batch are independent.
+
+    Args:
+        model: MODEL. A step table on its positive side is [c, c_s^t] of eq. 7.
+        start: x_T [B, C, H, W] at inversion.sigmas[0] in the scale of LATENT sockets, see `first_pass_latent`.
+        inversion: [x*_0, ..., x*_T] of the aligned reference from `inversion.ddim_inversion` with guidance scale 1; of
+            one picture, or of one for each latent. Its noise levels are those of the run.
+        mask: M_r* [1 or B, h, w] in [0, 1] of the aligned reference's subject, at any size with its proportions. A
+            cell of the latent belongs to the subject where at least half of it does.
+        positive: CONDITIONING of the prompt.
+        negative: CONDITIONING of the empty prompt, phi; one entry.
+        guidance_scale: w > 1, that of the first pass. 7.5 is the pack's usual one; the paper names none.
+        start_percent, end_percent: share of the steps, 0 to 1, after which guidance begins and ends, see
+            `guided_steps`. 0.2 and 0.8 are the paper's t_s = 40 and t_e = 10.
+        inner_steps: J, updates a guided step; more for a closer resemblance. 0 only replaces the latent at t_s.
+        learning_rate: Adam's, the same at every step. 0.01 in the paper. Adam begins anew at each step, as it does in
+            null-text optimisation.
+        early_stop: a latent's step is done when its loss is below this; 0, as in the paper, makes all J updates.
+        checkpointing: spend time to save memory, see `engine.gradient_context`.
+        callback: progress with preview.
+
+    Returns:
+        the latent and the record, see `ReferenceGuidance`.
+
+    Raises:
+        IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
+    """
+    check_inversion(inversion, model)
+    check_method(inversion, DDIM, "connect one from DDIM Inversion")
+    check_latent(start, "The latent", engine.latent_channels(model))
+    _check_settings(guidance_scale, inner_steps, learning_rate, early_stop)
+    batch, steps = start.shape[0], inversion.steps
+    check_batch_matches(inversion.batch, batch, "The inversion")
+    if inversion.trajectory.shape[2:] != start.shape[1:]:
+        raise IdentityEditError(
+            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the latent is "
+            f"{tuple(start.shape[1:])}; align the reference with the first pass's picture before you invert it."
+        )
+    m_r = latent_mask(mask, batch, start.shape[-2], start.shape[-1])
+    null_embedding, _ = single_embedding(negative, "The negative conditioning")
+    check_batch_matches(null_embedding.shape[0], batch, "The negative conditioning")
+    guided = guided_steps(steps, start_percent, end_percent)
+    total = progress_total(steps, guided, inner_steps)
+
+    def loop(evaluator: engine.NetworkEvaluator, x_start: torch.Tensor) -> tuple[torch.Tensor, _Record, int]:
+        device = evaluator.device
+        sigmas = inversion.sigmas.clone().to(device)
+        x_star = inversion.trajectory.clone().to(device)
+        inside = m_r.clone().to(device).unsqueeze(1) > 0.5  # [B, 1, H, W]
+        phi = list(null_embedding.clone().to(device).expand(batch, -1, -1).split(1))
+        record = _Record()
+        done = 0
+
+        # Algorithm 2. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and x_star[i] is its x*_t.
+        x, phi_h = x_start, phi
+        for i in range(steps):
+            if guided and i == guided.start:  # t == t_s
+                phi_h = phi
+                x = torch.where(inside, x_star[i], x)  # x_t[M] = x*_t[M]
+            if i not in guided or inner_steps == 0:
+                with torch.no_grad():
+                    denoised = evaluator.guided(x, sigmas[i], guidance_scale)
+                    x = euler_step(x, denoised, sigmas[i], sigmas[i + 1])  # x_{t-1} = F(x_t, [c, c_s^t], phi)
+                evaluator.report(done, denoised, x, total)
+                done += 1
+                continue
+            with torch.no_grad():  # once a step: it depends on neither phi nor phi_h
+                conditional = evaluator.denoised(x, sigmas[i], "positive")
+            step = _Step(
+                evaluator, x, sigmas[i], sigmas[i + 1], x_star[i + 1], inside, conditional, guidance_scale,
+                progress=done, progress_total=total,
+            )  # fmt: skip
+            with torch.no_grad():
+                # F(x_t, [c, c_s^t], phi), with the negative side as the model has it: at t_s it is not the first
+                # evaluation of phi_h where another node has put a step table on that side.
+                outside = step.evaluate(None)
+            # Eq. 10: minimise | x*_{t-1}[M] - F(x_t, [c, c_s^t], phi_h)[M] |^2
+            phi_h, taken = _optimise(step, phi_h, inner_steps, learning_rate, early_stop, record)
+            # x_{t-1}[M] = F(x_t, [c, c_s^t], phi_h)[M]
+            x = torch.where(inside, taken.x_next, outside.x_next).detach()
+            record.end_step(i, taken.loss, outside.loss, phi_h)
+            step.report(inner_steps, torch.where(inside, taken.denoised, outside.denoised))
+            done += inner_steps + 1
+        z_0 = (x / signal_scale(sigmas[-1])).detach().to(device="cpu", dtype=torch.float32, copy=True)
+        return z_0, record, evaluator.evaluations
+
+    with torch.no_grad():
+        z_0, record, evaluations = engine.run_loop(
+            model,
+            positive,
+            negative,
+            start,
+            inversion.sigmas,
+            loop,
+            gradients=bool(guided) and inner_steps > 0,
+            checkpointing=checkpointing,
+            callback=callback,
+        )
+    check_finite(z_0, "The sampled latent")
+    return record.result(
+        ReferenceGuidance(
+            latent=engine.to_socket_scale(model, z_0),
+            mask=m_r,
+            steps=guided,
+            embeddings=torch.empty(0, batch, *null_embedding.shape[1:]),
+            losses=[],
+            final_losses=torch.empty(0, batch),
+            unguided_losses=torch.empty(0, batch),
+            evaluations=evaluations,
+            warning=_warning_of_inputs(inversion, guided),
+        )
+    )
+
+
+def first_pass_latent(
+    model: Any,
+    latent: torch.Tensor,
+    sigmas: torch.Tensor,
+    seed: int,
+    batch_index: Iterable[int] | None = None,
+) -> torch.Tensor:
+    """x_T: the latent from which KSampler and SamplerCustom (with RandomNoise) start for a seed.
+
+    The noise is ComfyUI's own (`comfy.sample.prepare_noise`), scaled as its samplers scale it: by sigma, or by
+    sqrt(1 + sigma^2) at the model's highest noise level. KSampler's scheduler ddim_uniform begins at the same noise
+    level as DDIM Inversion for step counts that divide 1000.
+
+    Args:
+        model: MODEL.
+        latent: [B, C, H, W] in the scale of LATENT sockets, what the first pass was given: an empty latent.
+        sigmas: [N + 1] of the run.
+        seed: of the first pass.
+        batch_index: numbers of the latents in the batch that they were taken from, as LATENT sockets carry them.
+
+    Returns:
+        [B, C, H, W] float32 CPU at sigmas[0], in the scale of LATENT sockets.
+
+    Raises:
+        IdentityEditError: when the model or the latent cannot be used.
+    """
+    import comfy.sample
+
+    sampling = engine.require_noise_prediction_model(model)
+    check_latent(latent, "The latent", engine.latent_channels(model))
+    latent = latent.detach().to(device="cpu", dtype=torch.float32)
+    noise = comfy.sample.prepare_noise(latent, seed, None if batch_index is None else list(batch_index))
+    if bool(torch.count_nonzero(latent)):  # ComfyUI leaves an empty latent as it is, whatever the format
+        latent = engine.to_model_scale(model, latent)
+    highest, sigma = float(sampling.sigma_max), float(sigmas[0])
+    # As in comfy.samplers.Sampler.max_denoise.
+    max_denoise = math.isclose(highest, sigma, rel_tol=1e-5) or sigma > highest
+    x = sampling.noise_scaling(sigmas[0].detach().cpu(), noise, latent, max_denoise)
+    return engine.to_socket_scale(model, x)
+
+
+def guided_steps(steps: int, start_percent: float, end_percent: float) -> range:
+    """The guided steps, indices from 0 in the order of sampling; none where the end lies before the start.
+
+    The paper counts the remaining steps: those from t_s down to t_e, both inclusive. With N steps t_s is
+    N - round(N * start_percent) and t_e is N - round(N * end_percent), so that 0.2 and 0.8 of 50 steps are t_s = 40 and
+    t_e = 10: the 31 steps from the 11th to the 41st. A start of 1 leaves none.
+
+    Raises:
+        IdentityEditError: when a share is outside 0 to 1.
+    """
+    if not 0.0 <= start_percent <= 1.0 or not 0.0 <= end_percent <= 1.0:
+        raise IdentityEditError(
+            f"start_percent is {start_percent:g} and end_percent {end_percent:g}; choose shares of the steps from 0 "
+            f"to 1 (0.2 and 0.8)."
+        )
+    # A share written with two decimals is taken as written, halves up, as in timestep-aware injection.
+    first, last = (math.floor(round(steps * share, 6) + 0.5) for share in (start_percent, end_percent))
+    if first > last or first >= steps:
+        return range(0)
+    return range(first, min(last + 1, steps))
+
+
+def progress_total(steps: int, guided: range, inner_steps: int) -> int:
+    """What the callback counts to: one for each step, and one for each update."""
+    return steps + len(guided) * inner_steps
+
+
+def latent_mask(mask: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
+    """A mask [h, w] or [1 or B, h, w] on the latent's grid [B, H, W], 1 where at least half of a cell is covered.
+
+    Raises:
+        IdentityEditError: for a mask of other proportions or another batch, or one that covers no cell of a latent.
+    """
+    mask = mask.detach().to(device="cpu", dtype=torch.float32)
+    if mask.ndim == 2:
+        mask = mask.unsqueeze(0)
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise IdentityEditError(f"The mask has the shape {tuple(mask.shape)}; connect a MASK [batch, height, width].")
+    # A picture may be up to 7 pixels larger than its latent says: VAE Encode crops it.
+    proportions = (mask.shape[1] / height) / (mask.shape[2] / width)
+    if abs(proportions - 1.0) > 1.0 / min(height, width):
+        raise IdentityEditError(
+            f"The mask is {mask.shape[2]}x{mask.shape[1]} but the picture {8 * width}x{8 * height}; use the mask of "
+            f"the aligned reference."
+        )
+    check_finite(mask, "The mask")
+    check_batch_matches(mask.shape[0], batch, "The mask")
+    cells = (resized(mask.clamp(0.0, 1.0), (height, width)) >= 0.5).float()
+    if bool((cells.sum(dim=(1, 2)) == 0).any()):
+        raise IdentityEditError(
+            "The mask is empty on the latent's grid, so nothing could be guided; connect the mask of the aligned "
+            "reference's subject, or grow it (GrowMask)."
+        )
+    return cells.expand(batch, -1, -1).clone()
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A guided DDIM step with some embeddings.
+
+    Attributes:
+        unconditional: the network's estimate of z_0 with them [B, C, H, W].
+        denoised: the guided estimate of z_0 [B, C, H, W].
+        x_next: the latent after the step [B, C, H, W].
+        loss: [B], eq. 10 for each latent, as a mean over the mask.
+    """
+
+    unconditional: torch.Tensor
+    denoised: torch.Tensor
+    x_next: torch.Tensor
+    loss: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Step:
+    """F of eq. 1 at one step, all but the embeddings: from x at sigma, x*_{t-1} at sigma_next beside it."""
+
+    evaluator: engine.NetworkEvaluator
+    x: torch.Tensor
+    sigma: torch.Tensor
+    sigma_next: torch.Tensor
+    x_star_next: torch.Tensor
+    inside: torch.Tensor
+    conditional: torch.Tensor
+    guidance_scale: float
+    progress: int
+    progress_total: int
+
+    def report(self, j: int, denoised: torch.Tensor) -> None:
+        """Show that inner step j is done."""
+        self.evaluator.report(self.progress + j, denoised, self.x, self.progress_total)
+
+    def evaluate(self, phi: list[torch.Tensor] | None) -> _Evaluation:
+        """One network evaluation, with the embeddings of the B latents or the negative side's own."""
+        embedding = None if phi is None else torch.cat(phi)
+        unconditional = self.evaluator.denoised(self.x, self.sigma, "negative", embedding)
+        denoised = self.evaluator.combine(self.conditional, unconditional, self.x, self.sigma, self.guidance_scale)
+        x_next = euler_step(self.x, denoised, self.sigma, self.sigma_next)
+        residual = self.inside * (x_next - self.x_star_next) / signal_scale(self.sigma_next)
+        elements = self.inside.sum(dim=(1, 2, 3)) * self.x.shape[1]
+        return _Evaluation(unconditional, denoised, x_next, residual.square().sum(dim=(1, 2, 3)) / elements)
+
+
+def _optimise(
+    step: _Step,
+    phi_h: list[torch.Tensor],
+    inner_steps: int,
+    learning_rate: float,
+    early_stop: float,
+    record: _Record,
+) -> tuple[list[torch.Tensor], _Evaluation]:
+    """The inner loop of algorithm 2: J updates of phi_h, and the step with the phi_h that was found.
+
+    A latent stops, before another update, when its loss is below `early_stop`. Where all have stopped, the evaluation
+    that showed this is also the step that is taken.
+    """
+    phi_h = [phi.detach().clone().requires_grad_(True) for phi in phi_h]
+    optimizer = torch.optim.Adam(phi_h, lr=learning_rate)
+    running = torch.ones(len(phi_h), dtype=torch.bool)
+    record.begin_step()
+    for j in range(inner_steps):
+        evaluation = step.evaluate(phi_h)
+        running &= evaluation.loss.detach().cpu() >= early_stop
+        if not bool(running.any()):
+            return phi_h, evaluation
+        # phi_h = phi_h - eta * gradient of eq. 10, by Adam; an optimiser skips what has no gradient.
+        loss = (evaluation.loss * running.to(evaluation.loss)).sum()
+        gradients = gradients_by_sample(loss, evaluation.unconditional, phi_h)
+        for phi, gradient, runs in zip(phi_h, gradients, running.tolist(), strict=True):
+            phi.grad = gradient if runs else None
+        optimizer.step()
+        record.update(evaluation.loss, running)
+        step.report(j, evaluation.denoised)
+    with torch.no_grad():
+        return phi_h, step.evaluate(phi_h)
+
+
+@dataclass
+class _Record:
+    """Keeps what `ReferenceGuidance` reports while the algorithm runs."""
+
+    losses: list[list[torch.Tensor]] = field(default_factory=list)
+    final_losses: list[torch.Tensor] = field(default_factory=list)
+    unguided_losses: list[torch.Tensor] = field(default_factory=list)
+    embeddings: list[torch.Tensor] = field(default_factory=list)
+
+    def begin_step(self) -> None:
+        self.losses.append([])
+
+    def update(self, loss: torch.Tensor, running: torch.Tensor) -> None:
+        """The latents that run have been updated; `loss` [B] was that before it."""
+        self.losses[-1].append(torch.where(running, loss.detach().cpu(), torch.nan))
+
+    def end_step(self, i: int, loss: torch.Tensor, unguided: torch.Tensor, phi_h: list[torch.Tensor]) -> None:
+        loss = loss.detach().cpu()
+        if not bool(torch.isfinite(loss).all()):
+            raise IdentityEditError(
+                f"Reference guidance left the range of numbers at step {i + 1}; lower the guidance scale or the "
+                f"learning rate, or start ComfyUI with --bf16-unet or --fp32-unet."
+            )
+        self.final_losses.append(loss)
+        self.unguided_losses.append(unguided.cpu())
+        self.embeddings.append(torch.cat(phi_h).detach().to(device="cpu", copy=True))
+
+    def result(self, of_inputs: ReferenceGuidance) -> ReferenceGuidance:
+        """`of_inputs` with what was recorded."""
+        if not self.final_losses:
+            return of_inputs
+        batch = of_inputs.mask.shape[0]
+        losses = [torch.stack(rows) if rows else torch.empty(0, batch) for rows in self.losses]
+        final_losses, unguided_losses = torch.stack(self.final_losses), torch.stack(self.unguided_losses)
+        warnings = [of_inputs.warning, _warning_of_losses(losses, final_losses, unguided_losses)]
+        return replace(
+            of_inputs,
+            embeddings=torch.stack(self.embeddings),
+            losses=losses,
+            final_losses=final_losses,
+            unguided_losses=unguided_losses,
+            warning=" ".join(filter(None, warnings)) or None,
+        )
+
+
+def _check_settings(guidance_scale: float, inner_steps: int, learning_rate: float, early_stop: float) -> None:
+    if guidance_scale <= 1.0:
+        raise IdentityEditError(
+            f"The guidance scale is {guidance_scale:g}, with which the unconditional embedding has no effect; choose a "
+            f"value above 1 (7.5)."
+        )
+    if inner_steps < 0 or learning_rate <= 0.0 or early_stop < 0.0:
+        raise IdentityEditError(
+            f"inner_steps is {inner_steps}, learning_rate {learning_rate:g} and early_stop {early_stop:g}; choose 0 or "
+            f"more, a value above 0, and 0 or more."
+        )
+
+
+def _warning_of_inputs(inversion: Inversion, guided: range) -> str | None:
+    if not guided:
+        return "No step is guided, so this is the first pass again; choose a start_percent below end_percent."
+    if abs(inversion.guidance_scale - 1.0) > 1e-6:
+        return (
+            f"The reference was inverted with guidance scale {inversion.guidance_scale:g}, which leads to a trajectory "
+            f"that is less exact; set it to 1 in DDIM Inversion."
+        )
+    return None
+
+
+def _warning_of_losses(
+    losses: list[torch.Tensor], final_losses: torch.Tensor, unguided_losses: torch.Tensor
+) -> str | None:
+    """A sentence where phi_h is no nearer to the reference than phi in more than half of a latent's guided steps."""
+    updated = torch.stack([(~rows.isnan()).sum(dim=0) for rows in losses]).cumsum(dim=0) > 0
+    worse = int((updated & ~(final_losses < unguided_losses)).sum(dim=0).max())
+    if worse * 2 <= len(losses):
+        return None
+    return (
+        f"The loss inside the mask did not fall below that without guidance at {worse} of {len(losses)} guided steps; "
+        f"lower the learning rate, and check that the reference is aligned with the first pass's picture."
+    )

@@ -1,0 +1,533 @@
+"""Masks of a subject in a picture: by the diffusion model's own attention, or by Segment Anything.
+
+Wang et al. 2023 take subject masks from Segment Anything (Kirillov et al. 2023), and find the subject by its name with
+Grounding DINO (Liu et al. 2023, "Grounded SAM"). Where neither is at hand, the checkpoint that is loaded anyway says
+where it sees the subject: `attention_masks`, the identity-aware attention of Liu et al. 2024 on a noised picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from ..attention.capture import IdentityAttention
+from ..attention.identity_mask import identity_map
+from ..attention.layers import AUTOMATIC
+from . import engine
+from .conditioning import Conditioning
+from .errors import IdentityEditError
+from .identity_prompt import IdentityPrompt, capture_identity
+from .model_folders import (
+    check_preprocessor,
+    first_line,
+    from_transformers,
+    loaded,
+    read_checkpoint,
+    read_config,
+    to_pillow,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SAM_FOLDER = "sams"
+GROUNDING_DINO_FOLDER = "grounding-dino"
+CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
+SAM_NEEDED = (
+    "a checkpoint file of Segment Anything, such as sam_vit_b_01ec64.pth, for the package segment-anything; or a "
+    "folder in the form of transformers with config.json, model.safetensors and preprocessor_config.json"
+)
+GROUNDING_DINO_NEEDED = (
+    "a folder in the form of transformers with config.json, model.safetensors, preprocessor_config.json and the "
+    "tokenizer's files"
+)
+
+TIMESTEPS = (1, 101, 201)
+"""Noise levels, of 1000, at which the model looks at the picture, one network evaluation each."""
+THRESHOLD = 0.45
+POWER = 2
+"""These three overlapped the best with the true masks of the demo world among three timesteps; one alone (101) and
+higher ones do little worse, see benchmarks/results/segment_subject.md. Liu et al. 2024 name none."""
+
+LARGEST, UNION, MOST_CERTAIN = CHOICES = ("largest", "union", "most certain")
+BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
+"""Defaults of Grounding DINO in transformers."""
+POINTS_PER_SIDE = 32
+"""Of the grid of points that everything is asked for by (Kirillov et al. 2023)."""
+_BACKGROUND_BORDER = 0.5
+"""[choice] A mask that holds more than this share of the picture's border is the background, not a subject."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What Segment Anything is asked for: points, a box, both, or everything (neither).
+
+    Attributes:
+        points: (x, y) in pixels from the picture's upper left corner.
+        labels: for each point True on the subject, False beside it.
+        box: (left, top, right, bottom) in pixels, or None.
+    """
+
+    points: tuple[tuple[float, float], ...] = ()
+    labels: tuple[bool, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+
+    @property
+    def is_automatic(self) -> bool:
+        return not self.points and self.box is None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a picture.
+
+    Attributes:
+        mask: [height, width] bool.
+        score: how sure the network is, about 0 to 1.
+    """
+
+    mask: torch.Tensor
+    score: float
+
+
+class Segmenter(Protocol):
+    """A loaded Segment Anything."""
+
+    def by_prompt(self, picture: torch.Tensor, prompt: Prompt) -> Segment:
+        """The most certain mask [h, w] for points and box in a picture [h, w, 3]."""
+
+    def everything(self, picture: torch.Tensor) -> list[Segment]:
+        """All parts that are found without a prompt."""
+
+
+# --- The diffusion model's own attention -----------------------------------------------------------------------------
+
+
+def attention_masks(
+    model: Any,
+    latent: torch.Tensor,
+    identity: IdentityPrompt,
+    conditioning: Conditioning,
+    size: tuple[int, int],
+    *,
+    timesteps: Sequence[int] = TIMESTEPS,
+    threshold: float = THRESHOLD,
+    power: int = POWER,
+    layers: str = AUTOMATIC,
+    seed: int = 0,
+    callback: engine.Callback | None = None,
+) -> torch.Tensor:
+    """Where a diffusion model sees the subject in pictures, without any further network.
+
+    The pictures' latents are noised to a few timesteps, as in training; the network looks at each once, and the
+    identity prompt's cross-attention is recorded beside (Liu et al. 2024, eq. 1), its mean over the timesteps spread
+    along the self-attention (eq. 2), normalised and cut.
+
+    Args:
+        model, latent, identity, conditioning, timesteps, layers, seed, callback: as for `record_attention`.
+        size: height and width of the masks: the pictures'.
+        threshold: share of the normalised map above which a place belongs to the subject.
+        power: lambda of eq. 2; 0 uses the cross-attention alone.
+
+    Returns:
+        [B, height, width] float32, 0 or 1.
+
+    Raises:
+        IdentityEditError: when the model, the prompt or an option cannot be used.
+    """
+    if not 0.0 <= threshold <= 1.0 or power < 0:
+        raise IdentityEditError(
+            f"threshold is {threshold:g} and self_attention_power {power}; choose a threshold from 0 to 1 and a power "
+            f"of 0 or more."
+        )
+    attention = record_attention(
+        model,
+        latent,
+        identity,
+        conditioning,
+        timesteps=timesteps,
+        self_attention=power > 0,
+        layers=layers,
+        seed=seed,
+        callback=callback,
+    )
+    return (identity_map(attention, *size, power) > threshold).float()
+
+
+def record_attention(
+    model: Any,
+    latent: torch.Tensor,
+    identity: IdentityPrompt,
+    conditioning: Conditioning,
+    *,
+    timesteps: Sequence[int] = TIMESTEPS,
+    self_attention: bool = True,
+    layers: str = AUTOMATIC,
+    seed: int = 0,
+    callback: engine.Callback | None = None,
+) -> IdentityAttention:
+    """What a diffusion model attends to as the subject in noised pictures.
+
+    Args:
+        model: MODEL.
+        latent: [B, C, h, w] of the pictures, in the scale of LATENT sockets.
+        identity: what the subject is, such as "cat".
+        conditioning: CONDITIONING that the network is evaluated with: a caption, or the identity prompt itself.
+        timesteps: of the model's training, from 0 to below their number; one network evaluation each.
+        self_attention: also record the self-attention, for eq. 2 of Liu et al. 2024.
+        layers: a choice of `attention.layers.choose_layers`.
+        seed: of the noise.
+        callback: progress with preview.
+
+    Raises:
+        IdentityEditError: when the model, the prompt or an option cannot be used.
+    """
+    table = engine.require_noise_prediction_model(model).sigmas.detach().float().cpu()
+    if len(timesteps) == 0 or not all(0 <= timestep < len(table) for timestep in timesteps):
+        raise IdentityEditError(
+            f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {len(table) - 1}."
+        )
+    capturing, attention = capture_identity(model, identity, layers, self_attention=self_attention)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    sigmas = table[sorted(timesteps, reverse=True)]
+
+    def look(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
+        for i, sigma in enumerate(sigmas.to(evaluator.device)):
+            x = z_0 + sigma * noise.to(z_0)
+            denoised = evaluator.denoised(x, sigma, "positive")
+            evaluator.report(i, denoised, x, len(sigmas))
+
+    with torch.no_grad():
+        engine.run_loop(capturing, conditioning, None, latent, sigmas, look, callback=callback)
+    return attention
+
+
+# --- Segment Anything ------------------------------------------------------------------------------------------------
+
+
+def segment_anything(
+    segmenter: Segmenter, picture: torch.Tensor, prompt: Prompt, choice: str = LARGEST
+) -> torch.Tensor:
+    """The subject's mask by points and box, or chosen among everything that is found.
+
+    Args:
+        segmenter: from `load_segmenter`.
+        picture: [height, width, 3], 0 to 1.
+        prompt: where the subject is. Without points and box everything is segmented and what holds most of the
+            picture's border left out as background.
+        choice: of the parts found without a prompt, or of several boxes: LARGEST, UNION or MOST_CERTAIN.
+
+    Returns:
+        [height, width] float32, 0 or 1; all 0 where nothing is found.
+
+    Raises:
+        IdentityEditError: when a point or the box lies outside of the picture.
+    """
+    check_prompt(prompt, picture)
+    if not prompt.is_automatic:
+        return segmenter.by_prompt(picture, prompt).mask.float()
+    return _chosen([part for part in segmenter.everything(picture) if not _is_background(part.mask)], choice, picture)
+
+
+def segment_by_name(
+    segmenter: Segmenter, picture: torch.Tensor, boxes: Sequence[tuple[float, tuple[float, ...]]], choice: str
+) -> torch.Tensor:
+    """The subject's mask from boxes that a detector gave (Grounded SAM): one mask for each box, then `choice`.
+
+    Args:
+        segmenter: from `load_segmenter`.
+        picture: [height, width, 3].
+        boxes: (score, (left, top, right, bottom)), from `detect`.
+        choice: LARGEST, UNION or MOST_CERTAIN (the detector's score).
+
+    Returns:
+        [height, width] float32, 0 or 1; all 0 without boxes.
+    """
+    height, width = picture.shape[:2]
+    parts = []
+    for score, (left, top, right, bottom) in boxes:
+        box = (max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom))
+        parts.append(Segment(segmenter.by_prompt(picture, Prompt(box=box)).mask, score))
+    return _chosen(parts, choice, picture)
+
+
+@contextmanager
+def load_segmenter(path: str) -> Iterator[Segmenter]:
+    """Segment Anything from a checkpoint file (package segment-anything) or a folder (transformers).
+
+    Raises:
+        IdentityEditError: when files or the package are missing, or hold another network.
+    """
+    import os
+
+    if os.path.isfile(path):
+        with loaded(path, lambda: (_package_model(path), None)) as (network, _, _device):
+            yield _PackageSegmenter(network)
+        return
+    config = read_config(path, SAM_NEEDED)
+    if config.get("model_type") != "sam":
+        raise IdentityEditError(
+            f"The model in {path} is '{config.get('model_type')}', not 'sam'; choose a Segment Anything of "
+            f"transformers."
+        )
+    check_preprocessor(path)
+
+    def load() -> tuple[Any, Any]:
+        import transformers
+
+        return from_transformers(path, transformers.SamModel, transformers.SamProcessor)
+
+    with loaded(path, load) as (network, processor, device):
+        yield _TransformersSegmenter(network, processor, device, path)
+
+
+class _PackageSegmenter:
+    """By the package segment-anything."""
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+
+    def by_prompt(self, picture: torch.Tensor, prompt: Prompt) -> Segment:
+        import numpy as np
+        from segment_anything import SamPredictor
+
+        predictor = SamPredictor(self._network)
+        predictor.set_image(_as_bytes(picture))
+        masks, scores, _ = predictor.predict(
+            point_coords=np.array(prompt.points, dtype=np.float32) if prompt.points else None,
+            point_labels=np.array(prompt.labels, dtype=np.int32) if prompt.points else None,
+            box=np.array(prompt.box, dtype=np.float32) if prompt.box else None,
+            multimask_output=_is_ambiguous(prompt),
+        )
+        best = int(np.argmax(scores))
+        return Segment(torch.from_numpy(np.asarray(masks[best], dtype=bool)), float(scores[best]))
+
+    def everything(self, picture: torch.Tensor) -> list[Segment]:
+        from segment_anything import SamAutomaticMaskGenerator
+
+        found = SamAutomaticMaskGenerator(self._network, points_per_side=POINTS_PER_SIDE).generate(_as_bytes(picture))
+        return [Segment(torch.from_numpy(part["segmentation"]), float(part["predicted_iou"])) for part in found]
+
+
+class _TransformersSegmenter:
+    """By transformers' SamModel."""
+
+    def __init__(self, network: Any, processor: Any, device: torch.device, path: str) -> None:
+        self._network, self._processor, self._device, self._path = network, processor, device, path
+
+    def by_prompt(self, picture: torch.Tensor, prompt: Prompt) -> Segment:
+        given: dict[str, Any] = {}
+        if prompt.points:
+            given["input_points"] = [[[list(point) for point in prompt.points]]]
+            given["input_labels"] = [[[int(label) for label in prompt.labels]]]
+        if prompt.box:
+            given["input_boxes"] = [[list(prompt.box)]]
+        inputs = self._processor(to_pillow(picture), return_tensors="pt", **given)
+        sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
+        # Coordinates come as float64, which some devices lack.
+        tensors = {
+            name: value.to(self._device, torch.float32 if value.is_floating_point() else value.dtype)
+            for name, value in inputs.items()
+            if name not in ("original_sizes", "reshaped_input_sizes")
+        }
+        output = self._network(**tensors, multimask_output=_is_ambiguous(prompt))
+        masks = self._processor.image_processor.post_process_masks(output.pred_masks.cpu(), *sizes)[0][0]
+        scores = output.iou_scores[0, 0]
+        best = int(scores.argmax())
+        return Segment(masks[best].bool(), float(scores[best]))
+
+    def everything(self, picture: torch.Tensor) -> list[Segment]:
+        import numpy as np
+        from transformers import pipeline
+
+        generator = pipeline(
+            "mask-generation",
+            model=self._network,
+            image_processor=self._processor.image_processor,
+            device=self._device,
+        )
+        try:
+            # Two rows of points at a time: it finishes only where batches come out even.
+            found = generator(to_pillow(picture), points_per_batch=2 * POINTS_PER_SIDE, points_per_crop=POINTS_PER_SIDE)
+        except (RuntimeError, NotImplementedError, IndexError) as error:
+            raise IdentityEditError(
+                f"The model in {self._path} cannot segment everything ({first_line(error)}); give points or a box."
+            ) from error
+        return [
+            Segment(torch.from_numpy(np.asarray(mask, dtype=bool)), float(score))
+            for mask, score in zip(found["masks"], found["scores"], strict=True)
+        ]
+
+
+def _package_model(path: str) -> Any:
+    """The package's network with the weights of a file.
+
+    Its builders would unpickle the file themselves, and whatever code is in it: they build without, and the weights
+    are read as plain tensors.
+    """
+    try:
+        from segment_anything import sam_model_registry
+    except ImportError as error:
+        raise IdentityEditError(
+            f"{path} needs the package segment-anything, which is not installed; run `pip install segment-anything`, "
+            f"or choose a Segment Anything in the form of transformers."
+        ) from error
+    weights = read_checkpoint(path)
+    position = weights.get("image_encoder.pos_embed")
+    kinds = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
+    kind = kinds.get(position.shape[-1]) if position is not None else None
+    if kind is None or kind not in sam_model_registry:
+        raise IdentityEditError(
+            f"The checkpoint {path} is no Segment Anything of the kinds ViT-B, ViT-L or ViT-H; choose one, such as "
+            f"sam_vit_b_01ec64.pth."
+        )
+    network = sam_model_registry[kind]()
+    network.load_state_dict(weights)
+    return network
+
+
+# --- Grounding DINO --------------------------------------------------------------------------------------------------
+
+
+def detect(
+    path: str,
+    pictures: Sequence[torch.Tensor],
+    name: str,
+    box_threshold: float = BOX_THRESHOLD,
+    text_threshold: float = TEXT_THRESHOLD,
+) -> list[list[tuple[float, tuple[float, ...]]]]:
+    """Where Grounding DINO finds a subject by its name.
+
+    Args:
+        path: a folder; see `GROUNDING_DINO_NEEDED`.
+        pictures: [height, width, 3], 0 to 1.
+        name: what to look for, such as "dog".
+        box_threshold, text_threshold: how sure the network must be, 0 to 1.
+
+    Returns:
+        for each picture (score, (left, top, right, bottom) in pixels), the most certain first.
+
+    Raises:
+        IdentityEditError: when files are missing, the folder holds another network, or there is no name.
+    """
+    words = " ".join(name.lower().replace(".", " ").split())
+    if not words:
+        raise IdentityEditError("subject is empty; write what to look for, such as 'dog'.")
+    config = read_config(path, GROUNDING_DINO_NEEDED)
+    if config.get("model_type") != "grounding-dino":
+        raise IdentityEditError(
+            f"The model in {path} is '{config.get('model_type')}', not 'grounding-dino'; choose a Grounding DINO of "
+            f"transformers."
+        )
+    check_preprocessor(path)
+
+    def load() -> tuple[Any, Any]:
+        import transformers
+
+        return from_transformers(path, transformers.GroundingDinoForObjectDetection, transformers.AutoProcessor)
+
+    found = []
+    with loaded(path, load) as (network, processor, device):
+        for picture in pictures:
+            # Names are lower case and end with a full stop: so Grounding DINO has learned them.
+            inputs = processor(images=to_pillow(picture), text=f"{words}.", return_tensors="pt").to(device)
+            # By position: the third argument has had two names.
+            result = processor.post_process_grounded_object_detection(
+                network(**inputs), inputs["input_ids"], box_threshold, text_threshold, [tuple(picture.shape[:2])]
+            )[0]
+            boxes = zip(result["scores"].tolist(), (tuple(box) for box in result["boxes"].tolist()), strict=True)
+            found.append(sorted(boxes, reverse=True))
+    return found
+
+
+# --- Prompts and parts -----------------------------------------------------------------------------------------------
+
+
+def parse_prompt(points: str, box: str) -> Prompt:
+    """A prompt from what a user writes.
+
+    Args:
+        points: one a line or separated by semicolons: "x, y" on the subject, "x, y, 0" beside it; pixels.
+        box: "left, top, right, bottom" in pixels, or nothing.
+
+    Raises:
+        IdentityEditError: when something is no number or incomplete.
+    """
+    coordinates: list[tuple[float, float]] = []
+    labels: list[bool] = []
+    for line in points.replace(";", "\n").splitlines():
+        if not line.strip():
+            continue
+        numbers = _numbers(line)
+        if numbers is None or len(numbers) not in (2, 3) or (len(numbers) == 3 and numbers[2] not in (0, 1)):
+            raise IdentityEditError(
+                f"points has the line '{line.strip()}'; write 'x, y' for a point on the subject and 'x, y, 0' for one "
+                f"beside it, in pixels."
+            )
+        coordinates.append((numbers[0], numbers[1]))
+        labels.append(len(numbers) == 2 or numbers[2] == 1)
+    if coordinates and not any(labels) and not box.strip():
+        raise IdentityEditError("points has none on the subject; add a point 'x, y' on it, or a box.")
+    corners = None
+    if box.strip():
+        numbers = _numbers(box)
+        if numbers is None or len(numbers) != 4 or numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
+            raise IdentityEditError(
+                f"box is '{box.strip()}'; write 'left, top, right, bottom' in pixels, such as '20, 30, 400, 500'."
+            )
+        corners = (numbers[0], numbers[1], numbers[2], numbers[3])
+    return Prompt(tuple(coordinates), tuple(labels), corners)
+
+
+def check_prompt(prompt: Prompt, picture: torch.Tensor) -> None:
+    """Raise `IdentityEditError` when a point or the whole box lies outside of the picture [height, width, 3]."""
+    height, width = picture.shape[:2]
+    for x, y in prompt.points:
+        if not (0 <= x <= width and 0 <= y <= height):
+            raise IdentityEditError(
+                f"The point ({x:g}, {y:g}) lies outside of the picture of {width}x{height} pixels; choose one inside."
+            )
+    if prompt.box is not None:
+        left, top, right, bottom = prompt.box
+        if left >= width or top >= height or right <= 0 or bottom <= 0:
+            raise IdentityEditError(
+                f"The box ({left:g}, {top:g}, {right:g}, {bottom:g}) lies outside of the picture of {width}x{height} "
+                f"pixels; choose one inside."
+            )
+
+
+def _numbers(text: str) -> list[float] | None:
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        return None
+
+
+def _is_ambiguous(prompt: Prompt) -> bool:
+    """One point may mean a part, an object or a group: then the network gives three masks (Kirillov et al. 2023)."""
+    return len(prompt.points) == 1 and prompt.box is None
+
+
+def _is_background(mask: torch.Tensor) -> bool:
+    border = torch.cat([mask[0], mask[-1], mask[:, 0], mask[:, -1]])
+    return float(border.float().mean()) > _BACKGROUND_BORDER
+
+
+def _chosen(parts: Sequence[Segment], choice: str, picture: torch.Tensor) -> torch.Tensor:
+    if choice not in CHOICES:
+        raise IdentityEditError(f"choice is {choice!r}; choose one of {', '.join(CHOICES)}.")
+    if not parts:
+        return torch.zeros(picture.shape[:2])
+    if choice == UNION:
+        return torch.stack([part.mask for part in parts]).any(dim=0).float()
+    if choice == LARGEST:
+        return max(parts, key=lambda part: int(part.mask.sum())).mask.float()
+    return max(parts, key=lambda part: part.score).mask.float()
+
+
+def _as_bytes(picture: torch.Tensor) -> np.ndarray:
+    return (picture[..., :3].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()

@@ -1,0 +1,415 @@
+"""A subject as learned text embeddings, and prompts with it (Wang et al. 2023, section 3.2).
+
+Two kinds. "output" is HiFi Tuner's: c_s takes the place of the last n rows of what the text encoder gives for a prompt,
+[c, c_s]. The rows are those that the network's cross-attention reads: for SDXL both encoders' channels side by side,
+and for a prompt of several chunks of 77 positions the last rows of the last chunk. "word" is textual inversion (Gal et
+al. 2022), the paper's baseline: n word vectors for each text encoder stand in the prompt at the place of the subject's
+name, and the text encoder reads them like words.
+
+Either may have, beside the vectors that all timesteps share, ones of their own for the timesteps of a DDIM run (c_s^t,
+equation 7). How files hold all this is in `subject_files`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import engine
+from .conditioning import Conditioning, single_embedding
+from .errors import IdentityEditError
+from .step_embeddings import StepEmbeddings, apply_step_embeddings
+
+OUTPUT, WORD = "output", "word"
+KINDS = (OUTPUT, WORD)
+
+_MARKERS = ("sks", "ufc", "nfl", "ibm", "bbc", "nba", "fifa", "gmo")
+"""Words of one token; one that a prompt lacks holds the place of the word vectors while it is tokenised."""
+
+Vectors = dict[str, torch.Tensor]
+"""By name: "output", or the text encoder's ("clip_l", "clip_g", "clip_h") for word vectors."""
+Tokens = dict[str, list[list[tuple[Any, float]]]]
+"""What ComfyUI's tokenizers give: by encoder, chunks of (token or vector, weight)."""
+
+
+@dataclass(frozen=True)
+class SubjectEmbedding:
+    """What was learned of a subject.
+
+    Attributes:
+        kind: OUTPUT or WORD, see the top of this file.
+        vectors: the shared vectors [n, C] float32 CPU, c_s: under "output" with the width of the model's text
+            embeddings, or one for each text encoder with the width of its word vectors.
+        step_vectors: c_s^t for each of N timesteps [N, n, C] float32 CPU, by the same names, or None.
+        timesteps: the N timesteps, descending; empty without step vectors.
+        class_word: what the subject is, such as "dog"; "" where it is not known.
+        token: the rare word that calls the subject in prompts beside the class word, or "". Of the kind OUTPUT it is
+            taken out of prompts, because c_s says what it would; of the kind WORD the vectors stand in its place.
+        model: tag of the model it was trained on; None for files of other programs.
+        training: what is known about the training.
+    """
+
+    kind: str
+    vectors: Vectors
+    step_vectors: Vectors | None = None
+    timesteps: tuple[int, ...] = ()
+    class_word: str = ""
+    token: str = ""
+    model: engine.ModelTag | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise IdentityEditError(f"The kind of a subject is {self.kind!r}; choose {' or '.join(KINDS)}.")
+        names = set(self.vectors)
+        if not names or (self.kind == OUTPUT) != (names == {OUTPUT}):
+            raise IdentityEditError(
+                f"A subject of the kind {self.kind} cannot have vectors for {', '.join(sorted(names)) or 'nothing'}; "
+                f"train it again."
+            )
+        steps = self.step_vectors or {}
+        if steps and set(steps) != names or len(self.timesteps) != (len(next(iter(steps.values()))) if steps else 0):
+            raise IdentityEditError("The subject's step-wise vectors do not match its timesteps; train it again.")
+        if any(first <= second for first, second in zip(self.timesteps[:-1], self.timesteps[1:], strict=True)):
+            raise IdentityEditError("The timesteps of the subject do not descend; train it again.")
+        for name, shared in self.vectors.items():
+            each = steps.get(name, shared[None])
+            if shared.ndim != 2 or shared.shape[0] < 1 or each.shape[1:] != shared.shape:
+                raise IdentityEditError(
+                    f"The subject's vectors have the shapes {tuple(shared.shape)} and {tuple(each.shape)} instead of "
+                    f"[tokens, channels] and [steps, tokens, channels]; train it again."
+                )
+            if not bool(torch.isfinite(shared).all() and torch.isfinite(each).all()):
+                raise IdentityEditError(
+                    f"The subject '{self.name}' contains NaN or infinite values; train it again with a lower learning "
+                    f"rate."
+                )
+
+    @property
+    def name(self) -> str:
+        """How prompts call the subject: its token and its class word."""
+        return f"{self.token} {self.class_word}".strip()
+
+    @property
+    def tokens(self) -> int:
+        """n, how many rows or word vectors the subject has."""
+        return max(int(shared.shape[0]) for shared in self.vectors.values())
+
+    def at_step(self, index: int) -> SubjectEmbedding:
+        """The subject whose shared vectors are those of timestep `timesteps[index]`."""
+        if self.step_vectors is None:
+            return self
+        vectors = {name: each[index] for name, each in self.step_vectors.items()}
+        return dataclasses.replace(self, vectors=vectors, step_vectors=None, timesteps=())
+
+
+def subject_conditioning(clip: Any, subject: SubjectEmbedding, prompt: str) -> Conditioning:
+    """Encode a prompt with a subject in it, as CLIP Text Encode does, with the shared vectors.
+
+    Args:
+        clip: CLIP of the model.
+        subject: the subject.
+        prompt: calls the subject by its token and class word, or by one of them. For the kind OUTPUT it may leave it
+            out, since c_s is there anyway.
+
+    Raises:
+        IdentityEditError: when the prompt does not name a subject of the kind WORD, or the CLIP has another width.
+    """
+    if clip is None:
+        raise IdentityEditError("There is no CLIP; connect the one of the checkpoint.")
+    if subject.kind == WORD:
+        check_word_widths(clip, subject.vectors)
+        marked = mark_subject(clip, subject.token, subject.class_word, subject.tokens, prompt)
+        return clip.encode_from_tokens_scheduled(with_word_vectors(marked, subject.vectors))
+    conditioning = clip.encode_from_tokens_scheduled(
+        clip.tokenize(without_token(prompt, subject.token, subject.class_word))
+    )
+    rows = subject.vectors[OUTPUT]
+    result: Conditioning = []
+    for embedding, options in conditioning:
+        _check_width(embedding.shape[-1], rows.shape[-1], subject)
+        result.append([with_last_rows(embedding, rows), dict(options)])
+    return result
+
+
+def subject_table(model: Any, clip: Any, subject: SubjectEmbedding, prompt: str) -> StepEmbeddings:
+    """The step-wise embeddings [c, c_s^t] of a prompt (Wang et al. 2023, equation 7).
+
+    A noise level takes the row of the nearest of the trained timesteps. A run of the trained schedule therefore takes
+    each at its own step; another number of steps, another scheduler or a sampler with evaluations between the steps
+    takes the nearest.
+
+    Args:
+        model: MODEL, whose schedule tells the noise levels of the timesteps.
+        clip, prompt: see `subject_conditioning`.
+        subject: one with step-wise vectors.
+
+    Returns:
+        N rows [1, T, C]; for the kind WORD and SDXL with the pooled outputs that belong to them.
+
+    Raises:
+        IdentityEditError: when the subject has no step-wise vectors, or as in `subject_conditioning`.
+    """
+    if subject.step_vectors is None:
+        raise IdentityEditError(
+            f"The subject '{subject.name}' has no step-wise embeddings; train it with step-wise updates, or use it "
+            f"without a table."
+        )
+    conditioning = subject_conditioning(clip, subject, prompt)
+    embedding, _ = single_embedding(conditioning, "The prompt with the subject")
+    pooled = None
+    if subject.kind == OUTPUT:
+        rows = _ordinary_copy(subject.step_vectors[OUTPUT])
+        with torch.inference_mode(False), torch.no_grad():
+            embeddings = with_last_rows(embedding.expand(len(rows), -1, -1), rows)[:, None]
+    else:
+        parts = [
+            single_embedding(subject_conditioning(clip, subject.at_step(index), prompt), "The prompt with the subject")
+            for index in range(len(subject.timesteps))
+        ]
+        with torch.inference_mode(False), torch.no_grad():
+            embeddings = torch.stack([part for part, _ in parts])
+            each_pooled = [row for _, row in parts if row is not None]
+            pooled = torch.stack(each_pooled) if len(each_pooled) == len(parts) else None
+    return StepEmbeddings(sigmas=step_boundaries(model, subject.timesteps), embeddings=embeddings, pooled=pooled)
+
+
+def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
+    """[N + 1] descending sigmas between which `StepEmbeddings` uses each of N rows: halfway between the timesteps.
+
+    Raises:
+        IdentityEditError: when the model has fewer timesteps.
+    """
+    table = engine.require_noise_prediction_model(model).sigmas.detach().to(device="cpu", dtype=torch.float32)
+    if timesteps[0] >= table.shape[0]:
+        raise IdentityEditError(
+            f"The subject has embeddings up to timestep {timesteps[0]} and the model {table.shape[0]} timesteps; use "
+            f"the model that it was trained on."
+        )
+    halfway = [(first + second) // 2 for first, second in zip(timesteps[:-1], timesteps[1:], strict=True)]
+    return torch.cat([table[[timesteps[0], *halfway]], torch.zeros(1)])
+
+
+def apply_subject(
+    model: Any, clip: Any, subject: SubjectEmbedding, prompt: str
+) -> tuple[Any, Conditioning, str | None]:
+    """A model and a CONDITIONING that draw the subject where the prompt puts it.
+
+    Args:
+        model: MODEL of the family that the subject was trained on.
+        clip, subject, prompt: see `subject_conditioning`.
+
+    Returns:
+        a clone of the model that takes the step-wise embeddings on the positive side (`apply_step_embeddings`: any
+        stock sampler and guider), the CONDITIONING with the shared ones for that side, and warnings or None.
+
+    Raises:
+        IdentityEditError: when the subject is of another model family, or as in `subject_conditioning`.
+    """
+    warnings = [check_model(model, subject)]
+    conditioning = subject_conditioning(clip, subject, prompt)
+    if subject.kind == OUTPUT:
+        warnings.append(reach_warning(clip, without_token(prompt, subject.token, subject.class_word), subject.tokens))
+        if subject.class_word and not _names(prompt, subject):
+            warnings.append(f"The prompt does not name the subject; call it '{subject.class_word}' in the prompt.")
+    patched = model.clone()
+    if subject.step_vectors is not None:
+        patched = apply_step_embeddings(model, subject_table(model, clip, subject, prompt), "positive")
+    return patched, conditioning, " ".join(warning for warning in warnings if warning) or None
+
+
+def check_model(model: Any, subject: SubjectEmbedding) -> str | None:
+    """Check that a subject can be used with a model.
+
+    Returns:
+        a warning when it was trained on other weights, or None.
+
+    Raises:
+        IdentityEditError: when the model takes text embeddings of another width.
+    """
+    channels = engine.context_channels(model)
+    if subject.kind == OUTPUT:
+        _check_width(channels, subject.vectors[OUTPUT].shape[-1], subject)
+    if subject.model is None:
+        return None
+    difference = engine.model_tag(model).difference(subject.model)
+    if difference is None:
+        return None
+    return f"The subject was trained on another checkpoint ({difference}); it may look less like itself."
+
+
+def reach_warning(clip: Any, prompt: str, rows: int) -> str | None:
+    """A sentence when words of a prompt, or its end, lie in the last `rows` positions that c_s takes, else None."""
+    longest = max(_last_word(chunks[-1]) for chunks in clip.tokenize(prompt, return_word_ids=True).values())
+    positions = max(len(chunks[-1]) for chunks in clip.tokenize(prompt).values())
+    most = positions - rows - 2  # of begin, words and end
+    if longest <= most:
+        return None
+    return (
+        f"The prompt has {longest} tokens in its last {positions} positions, of which the subject takes the last "
+        f"{rows}; shorten it to {most}, or those words are lost."
+    )
+
+
+def _last_word(chunk: list[tuple[Any, float, int]]) -> int:
+    """Position of the last word of a chunk; ComfyUI gives begin, end and padding the word id 0."""
+    return max((position for position, (_, _, word) in enumerate(chunk) if word != 0), default=0)
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def without_token(prompt: str, token: str, class_word: str) -> str:
+    """The prompt with the class word alone for the subject: "a sks cat" and "a sks" become "a cat"."""
+    if not token:
+        return prompt
+    if class_word:
+        prompt = re.sub(rf"{_word(token)}\s+(?={_word(class_word)})", "", prompt, flags=re.IGNORECASE)
+    return re.sub(_word(token), lambda _: class_word, prompt, flags=re.IGNORECASE)
+
+
+def mark_subject(clip: Any, token: str, class_word: str, count: int, prompt: str, **options: Any) -> Tokens:
+    """Tokenise a prompt with `count` empty places for word vectors where it names the subject.
+
+    The subject's name is the token with the class word behind it, or the token alone; the class word alone where the
+    prompt has no token.
+
+    Args:
+        clip: CLIP.
+        token, class_word: one of them may be "".
+        count: word vectors.
+        prompt: the text; ComfyUI's weights "(sks cat:1.2)" work.
+        options: for `clip.tokenize`.
+
+    Returns:
+        ComfyUI's tokens by encoder, with None in each place.
+
+    Raises:
+        IdentityEditError: when the prompt does not name the subject.
+    """
+    pattern = rf"{_word(token)}(\s+{_word(class_word)})?" if class_word else _word(token)
+    if not token or not re.search(pattern, prompt, re.IGNORECASE):
+        pattern = _word(class_word)
+    if not (token or class_word) or not re.search(pattern, prompt, re.IGNORECASE):
+        name = f"{token} {class_word}".strip() or "the subject"
+        raise IdentityEditError(f"The prompt '{_short(prompt)}' does not name the subject; write '{name}' in it.")
+    marker, ids = _free_marker(clip, prompt)
+    text = re.sub(pattern, lambda _: " ".join([marker] * count), prompt, flags=re.IGNORECASE)
+    marked: Tokens = {}
+    for encoder, chunks in clip.tokenize(text, **options).items():
+        mark = ids[encoder]
+        marked[encoder] = [[(None if _is(token, mark) else token, weight) for token, weight in part] for part in chunks]
+    return marked
+
+
+def with_word_vectors(marked: Tokens, vectors: Vectors) -> Tokens:
+    """Put word vectors [n, C] of each encoder into the places that `mark_subject` left; gradients pass through."""
+    filled: Tokens = {}
+    for encoder, chunks in marked.items():
+        of_encoder = vectors[f"clip_{encoder}"]
+        place = 0
+        filled[encoder] = []
+        for chunk in chunks:
+            tokens: list[tuple[Any, float]] = []
+            for token, weight in chunk:
+                if token is None:
+                    token = of_encoder[place % of_encoder.shape[0]]
+                    place += 1
+                tokens.append((token, weight))
+            filled[encoder].append(tokens)
+    return filled
+
+
+def with_last_rows(embedding: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[c, c_s]: embeddings [B, T, C] with their last n rows replaced by `rows` [n, C] or [B, n, C].
+
+    Raises:
+        IdentityEditError: when there are fewer positions than rows.
+    """
+    count = rows.shape[-2]
+    if count >= embedding.shape[1]:
+        raise IdentityEditError(
+            f"The subject has {count} rows and the text embedding {embedding.shape[1]}; use the CLIP of the checkpoint."
+        )
+    rows = rows.to(embedding).expand(embedding.shape[0], -1, -1)
+    return torch.cat([embedding[:, :-count], rows], dim=1)
+
+
+def word_table(clip: Any) -> dict[str, torch.Tensor]:
+    """The table of word vectors [words, C] of each text encoder, by its name.
+
+    Raises:
+        IdentityEditError: when the CLIP has no CLIP text encoder.
+    """
+    tables: dict[str, torch.Tensor] = {}
+    for encoder in clip.tokenize(""):
+        part = getattr(clip.cond_stage_model, f"clip_{encoder}", None)
+        if part is None:
+            raise IdentityEditError(
+                "The CLIP has no CLIP text encoder; use the CLIP of a Stable Diffusion 1.x, 2.x or XL checkpoint."
+            )
+        tables[f"clip_{encoder}"] = part.transformer.get_input_embeddings().weight
+    return tables
+
+
+def check_word_widths(clip: Any, vectors: Vectors) -> None:
+    """Raise `IdentityEditError` unless there are word vectors of the right width for every text encoder of the CLIP."""
+    for encoder, table in word_table(clip).items():
+        if encoder not in vectors or vectors[encoder].shape[-1] != table.shape[-1]:
+            found = ", ".join(f"{name} of {each.shape[-1]} channels" for name, each in vectors.items())
+            raise IdentityEditError(
+                f"The subject has word vectors for {found}, but this CLIP needs {encoder} of {table.shape[-1]} "
+                f"channels; use the checkpoint family that it was made for."
+            )
+
+
+def _free_marker(clip: Any, prompt: str) -> tuple[str, dict[str, int]]:
+    """A word of one token for every encoder that the prompt does not hold, and its token by encoder."""
+    of_prompt = {
+        token for chunks in clip.tokenize(prompt).values() for chunk in chunks for token, _ in chunk
+        if not isinstance(token, torch.Tensor)
+    }  # fmt: skip
+    for marker in _MARKERS:
+        tokens = {
+            encoder: [token for chunk in chunks for token, _, word in chunk if word != 0]
+            for encoder, chunks in clip.tokenize(marker, return_word_ids=True).items()
+        }
+        if all(len(found) == 1 and found[0] not in of_prompt for found in tokens.values()):
+            return marker, {encoder: found[0] for encoder, found in tokens.items()}
+    raise IdentityEditError(f"The prompt holds all of {', '.join(_MARKERS)}; leave one of these words out.")
+
+
+def _is(token: Any, token_id: int) -> bool:
+    return not isinstance(token, torch.Tensor) and token == token_id
+
+
+def _names(prompt: str, subject: SubjectEmbedding) -> bool:
+    words = [word for word in (subject.token, subject.class_word) if word]
+    return any(re.search(_word(word), prompt, re.IGNORECASE) for word in words)
+
+
+def _word(text: str) -> str:
+    """A pattern for whole words; a token such as <dog> begins and ends with characters that are no letters."""
+    return r"(?<!\w)" + r"\s+".join(re.escape(part) for part in text.split()) + r"(?!\w)"
+
+
+def _check_width(takes: int, has: int, subject: SubjectEmbedding) -> None:
+    if takes != has:
+        raise IdentityEditError(
+            f"The subject '{subject.name}' was learned for text embeddings of {has} channels, and this checkpoint has "
+            f"{takes}; use a checkpoint of the family that it was trained on."
+        )
+
+
+def _ordinary_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy that may also take part in a gradient, which a tensor of ComfyUI's inference mode may not."""
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.detach().to(dtype=torch.float32, copy=True)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

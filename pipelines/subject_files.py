@@ -1,0 +1,196 @@
+"""Files of learned subjects: the pack's own, and textual inversions of other programs.
+
+The pack's file is one safetensors file of at most a megabyte for 50 steps and 5 vectors:
+
+- `shared.NAME` [n, C] float32: c_s, the vectors that all timesteps share. NAME is "output" (rows of the text encoder's
+  output, 768 channels for SD1.x, 1024 for SD2.x, 2048 for SDXL), or "clip_l", "clip_g", "clip_h" (word vectors).
+- `steps.NAME` [N, n, C] float32: c_s^t, row i for timestep i of the header, where all of them fit into a megabyte
+  (50 x 5 x 768 are 768 kB). Otherwise (SD2.x, SDXL) the difference to the shared vectors in 8 bits: `steps.NAME.levels`
+  [N, n, C] int8, -127 to 127, times `steps.NAME.scale` [N, n] float32, one for each vector, so that no number is off by
+  more than 1/254 of the vector's largest difference. The header says by how much it is in all ("rounding": Frobenius
+  norm of the error relative to that of the differences).
+- The header's `identity_edit` is JSON: kind, form ("output" or "word"), class_word, token, timesteps, model (the tag of
+  the model it was trained on, or null), training (steps, learning rate, settings), rounding.
+
+Textual inversions: A1111's .pt (`string_to_param`) and .safetensors (`emb_params`), diffusers' .bin and .safetensors
+({"<token>": tensor}), and ComfyUI's `clip_l`, `clip_g`, `clip_h`. Pickles are read by torch's weights-only reader,
+which executes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from typing import Any
+
+import torch
+
+from . import engine
+from .errors import IdentityEditError
+from .files import read_tensors, write_tensors
+from .subject_embedding import OUTPUT, WORD, SubjectEmbedding, Vectors
+
+KIND = "embedding of a subject"
+EMBEDDING_ENDINGS = (".safetensors", ".pt", ".bin")
+MAXIMUM_BYTES = 1_000_000
+_BYTES_OF_HEADER = 20_000
+_LEVELS = 127
+_ENCODER_OF_WIDTH = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
+
+
+def save_subject(subject: SubjectEmbedding, path: str) -> None:
+    """Write a subject, whole or not at all; see the top of this file for the form.
+
+    Raises:
+        IdentityEditError: when the file cannot be written.
+    """
+    tensors = {f"shared.{name}": shared.float() for name, shared in subject.vectors.items()}
+    steps = subject.step_vectors or {}
+    numbers = sum(tensor.numel() for tensor in (*tensors.values(), *steps.values()))
+    rounding = 0.0
+    if 4 * numbers + _BYTES_OF_HEADER <= MAXIMUM_BYTES:
+        tensors |= {f"steps.{name}": each.float() for name, each in steps.items()}
+    else:
+        for name, each in steps.items():
+            difference = each.float() - subject.vectors[name].float()
+            scale = difference.abs().amax(dim=2) / _LEVELS
+            levels = (difference / scale.clamp(min=1e-30)[..., None]).round().to(torch.int8)
+            error = difference - levels.float() * scale[..., None]
+            rounding = max(rounding, float(error.norm() / difference.norm().clamp(min=1e-30)))
+            tensors |= {f"steps.{name}.levels": levels, f"steps.{name}.scale": scale}
+    description = {
+        "kind": KIND,
+        "form": subject.kind,
+        "class_word": subject.class_word,
+        "token": subject.token,
+        "timesteps": list(subject.timesteps),
+        "model": None if subject.model is None else dataclasses.asdict(subject.model),
+        "training": subject.training,
+        "rounding": rounding,
+    }
+    write_tensors(path, tensors, description)
+
+
+def load_subject(path: str) -> SubjectEmbedding:
+    """Read a subject: a file of `save_subject`, or a textual inversion of another program.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise IdentityEditError(f"The file {path} does not exist; choose another, or train a subject first.")
+    if not _is_ours(path):
+        return load_textual_inversion(path)
+    tensors, description = read_tensors(path, KIND)
+    try:
+        vectors = {name.removeprefix("shared."): part for name, part in tensors.items() if name.startswith("shared.")}
+        steps: Vectors = {}
+        for name, shared in vectors.items():
+            if f"steps.{name}" in tensors:
+                steps[name] = tensors[f"steps.{name}"]
+            elif f"steps.{name}.levels" in tensors:
+                scale = tensors[f"steps.{name}.scale"][..., None]
+                steps[name] = shared + tensors[f"steps.{name}.levels"].float() * scale
+        tag = description["model"]
+        return SubjectEmbedding(
+            kind=description["form"],
+            vectors=vectors,
+            step_vectors=steps or None,
+            timesteps=tuple(description["timesteps"]),
+            class_word=description["class_word"],
+            token=description["token"],
+            model=None if tag is None else engine.ModelTag(**{**tag, "weights": tuple(tag["weights"])}),
+            training=description["training"],
+        )
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise IdentityEditError(
+            f"The subject {path} is of another version of this pack ({error}); train and save it again."
+        ) from error
+
+
+def load_textual_inversion(path: str) -> SubjectEmbedding:
+    """Read a textual inversion of another program as a subject of the kind WORD.
+
+    The encoder of a single tensor is told by its width (768 clip_l, 1024 clip_h, 1280 clip_g; any other: clip_l).
+    Prompts call the subject by the name in the file, or by the file's name without its ending.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, no textual inversion, or holds code.
+    """
+    content = _read(path)
+    token = os.path.splitext(os.path.basename(path))[0]
+    found: dict[str, Any] = {}
+    if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):  # A1111, .pt
+        found = {"": next(iter(content["string_to_param"].values()), None)}
+        token = content["name"] if isinstance(content.get("name"), str) and content["name"].strip() else token
+    elif isinstance(content, dict) and set(content) and set(content) <= set(_ENCODER_OF_WIDTH.values()):  # ComfyUI
+        found = content
+    elif isinstance(content, dict) and "emb_params" in content:  # A1111, .safetensors
+        found = {"": content["emb_params"]}
+    elif isinstance(content, dict) and len(content) == 1:  # diffusers
+        (key, value), *_ = content.items()
+        found, token = {"": value}, str(key)
+    vectors: Vectors = {}
+    for name, tensor in found.items():
+        if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (1, 2) or tensor.numel() == 0:
+            found = {}
+            break
+        rows = tensor.detach().float().reshape(-1, tensor.shape[-1])
+        vectors[name or _ENCODER_OF_WIDTH.get(rows.shape[-1], "clip_l")] = rows
+    if not found:
+        raise IdentityEditError(
+            f"The file {path} holds neither a subject of this pack nor a textual inversion; choose another file."
+        )
+    return SubjectEmbedding(kind=WORD, vectors=vectors, token=token.strip(), training={"file": os.path.basename(path)})
+
+
+def save_textual_inversion(subject: SubjectEmbedding, path: str) -> None:
+    """Write the shared word vectors as a stock embedding: safetensors with `clip_l`, `clip_g`, `clip_h`.
+
+    ComfyUI's `embedding:name` reads it, and so do A1111 and diffusers. Step-wise vectors have no place in such a file.
+
+    Raises:
+        IdentityEditError: for a subject of the kind OUTPUT, or when the file cannot be written.
+    """
+    if subject.kind == OUTPUT:
+        raise IdentityEditError(
+            f"The subject '{subject.name}' is rows of the text encoder's output, which no word vectors can say; train "
+            f"it with kind 'word' to save it as an embedding, or use Apply Subject."
+        )
+    description = {"kind": "textual inversion", "token": subject.token, "class_word": subject.class_word}
+    write_tensors(path, {name: shared.float() for name, shared in subject.vectors.items()}, description)
+
+
+def _is_ours(path: str) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    if not path.lower().endswith(".safetensors"):
+        return False
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise IdentityEditError(
+            f"The file {path} cannot be read ({error}); train the subject or load it again."
+        ) from error
+    return any(name.startswith("shared.") for name in names)
+
+
+def _read(path: str) -> Any:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.lower().endswith(".safetensors"):
+            return load_file(path, device="cpu")
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except FileNotFoundError as error:
+        raise IdentityEditError(f"The file {path} does not exist; choose another.") from error
+    except pickle.UnpicklingError as error:
+        raise IdentityEditError(
+            f"The file {path} is damaged or holds code beside its tensors, which is never executed; save it as "
+            f"safetensors in the program that made it."
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error

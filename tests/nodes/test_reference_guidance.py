@@ -1,0 +1,102 @@
+"""Reference-Guided Null-Text Optimizer on a tiny model: KSampler's noise, a true report, bad inputs refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from identity_edit_pack.nodes.reference_guidance import ReferenceGuidedNullTextOptimizer
+from identity_edit_pack.pipelines import inversion
+from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.reference_guidance import first_pass_latent, reference_guided_sampling
+from identity_edit_pack.tests import tiny_models
+
+import nodes as stock_nodes
+
+POSITIVE, NEGATIVE = tiny_models.conditioning(1), tiny_models.conditioning(2)
+MASK = torch.zeros(1, 64, 64)
+MASK[:, 16:48, 8:40] = 1.0
+SEED = 123
+
+
+def arguments(model: Any, batch: int = 1, **changes: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {
+        "model": model,
+        "positive": POSITIVE,
+        "negative": NEGATIVE,
+        "latent": {"samples": torch.zeros(batch, 4, 8, 8)},
+        "mask": MASK,
+        "seed": SEED,
+        "guidance_scale": 5.0,
+        "start_percent": 0.2,
+        "end_percent": 0.8,
+        "inner_steps": 2,
+        "learning_rate": 0.01,
+        "early_stop": 0.0,
+        "steps": 0,
+        "checkpointing": False,
+        **changes,
+    }
+    if "inversion" not in given:
+        given["inversion"] = inversion.ddim_inversion(model, tiny_models.latent(4), POSITIVE, steps=5, end_at_zero=True)
+    return given
+
+
+def test_without_guidance_it_is_ksampler() -> None:
+    """The stock node, with the same seed and the scheduler of DDIM, for every latent of a batch and for one of it."""
+    model = tiny_models.sd1(output_gain=0.05)
+    given = arguments(model, batch=3, start_percent=1.0)
+    (stock,) = stock_nodes.KSampler().sample(
+        model, SEED, 5, 5.0, "ddim", "ddim_uniform", POSITIVE, NEGATIVE, given["latent"]
+    )
+    latent, report = ReferenceGuidedNullTextOptimizer.execute(**given).args
+    assert float((latent["samples"] - stock["samples"]).norm() / stock["samples"].norm()) < 1e-5
+    assert "0 of 5 steps guided" in report and "Warning: No step is guided" in report
+
+    (picked,) = stock_nodes.LatentFromBatch().frombatch(given["latent"], 1, 1)
+    one, _ = ReferenceGuidedNullTextOptimizer.execute(**{**given, "latent": picked}).args
+    assert float((one["samples"] - stock["samples"][1:2]).norm() / stock["samples"][1:2].norm()) < 1e-5
+    assert one["batch_index"] == [1]
+
+
+def test_it_guides_and_reports() -> None:
+    model = tiny_models.sd1(output_gain=0.05)
+    given = arguments(model)
+    latent, report = ReferenceGuidedNullTextOptimizer.execute(**given).args
+    start = first_pass_latent(model, torch.zeros(1, 4, 8, 8), given["inversion"].sigmas, SEED)
+    expected = reference_guided_sampling(
+        model, start, given["inversion"], MASK, POSITIVE, NEGATIVE, guidance_scale=5.0, inner_steps=2
+    )
+    assert torch.equal(latent["samples"], expected.latent)
+    assert "4 of 5 steps guided in 25 % of the picture, 8 updates, 22 network evaluations" in report
+    assert f"{float(expected.unguided_losses[0]):.1e} / {float(expected.final_losses[0]):.1e}" in report
+
+
+def test_a_reference_inverted_with_guidance_is_used_with_a_warning() -> None:
+    model = tiny_models.sd1(output_gain=0.05)
+    guided = inversion.ddim_inversion(model, tiny_models.latent(4), POSITIVE, NEGATIVE, steps=3, guidance_scale=3.0)
+    _, report = ReferenceGuidedNullTextOptimizer.execute(**arguments(model, inversion=guided)).args
+    assert "Warning: The reference was inverted with guidance scale 3" in report
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 20}, "5 steps but steps is 20"),
+        ({"latent": {"samples": torch.zeros(1, 4, 8, 16)}}, "the latent is"),
+        ({"latent": {}}, "holds no latents"),
+        ({"latent": {"samples": torch.zeros(1, 4, 8, 8), "noise_mask": torch.ones(1, 8, 8)}}, "has a noise mask"),
+        ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
+        ({"guidance_scale": 1.0}, "above 1"),
+    ],
+)
+def test_bad_inputs_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(IdentityEditError, match=message):
+        ReferenceGuidedNullTextOptimizer.execute(**arguments(tiny_models.sd1(), **change))
+
+
+def test_another_model_is_refused() -> None:
+    given = arguments(tiny_models.sd1())
+    with pytest.raises(IdentityEditError, match="another model"):
+        ReferenceGuidedNullTextOptimizer.execute(**{**given, "model": tiny_models.sd1(seed=3)})

@@ -1,0 +1,126 @@
+"""Segment Subject as the graph calls it: by attention on the demo checkpoint, by the other methods on tiny networks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import numpy as np
+import pytest
+import tiny_segmentation_models as tiny
+import torch
+from identity_edit_pack.demo_world.attributes import Attributes
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.nodes import segmentation as nodes
+from identity_edit_pack.pipelines import alignment
+from identity_edit_pack.pipelines.errors import IdentityEditError
+
+CHECKPOINT = Path(__file__).resolve().parents[2] / "demo_world" / "weights" / "identity-edit-demo.safetensors"
+SETTINGS: dict[str, Any] = {
+    item.id: item.default if getattr(item, "default", None) is not None else nodes.NO_MODEL
+    for item in nodes.SegmentSubject.define_schema().inputs
+    if item.id not in ("pictures", "model", "clip", "vae")
+}
+CATS = [Attributes(species="cat", color="blue", pose=pose) for pose in ("standing", "sitting")]
+DRAWN = [tuple(torch.from_numpy(np.array(part)).float() / 255 for part in render(cat, 5)) for cat in CATS]
+PICTURES, MASKS = (torch.stack(part) for part in zip(*DRAWN, strict=True))
+
+
+def segment(pictures: torch.Tensor = PICTURES, **inputs: Any) -> tuple[Any, ...]:
+    return nodes.SegmentSubject.execute(pictures, **{**SETTINGS, **inputs}).args
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, Any]:
+    import comfy.sd
+    from identity_edit_pack.demo_world import family
+
+    family.register()
+    return dict(zip(("model", "clip", "vae"), comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3], strict=True))
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
+    for name in ("sams", "grounding-dino"):
+        (tmp_path / name).mkdir()
+        monkeypatch.delitem(folder_paths.folder_names_and_paths, name, raising=False)
+    return tmp_path
+
+
+def overlap(found: torch.Tensor, true: torch.Tensor) -> float:
+    return float(((found > 0) & (true > 0.5)).sum() / ((found > 0) | (true > 0.5)).sum())
+
+
+def test_attention_finds_the_subject_of_the_demo_world(checkpoint: dict[str, Any]) -> None:
+    mask, overlay, report = segment(subject="cat", **checkpoint)
+    assert mask.shape == (2, 128, 128) and overlay.shape == PICTURES.shape
+    assert min(overlap(found, true) for found, true in zip(mask, MASKS, strict=True)) > 0.7
+    assert report.startswith("The mask covers ") and "Warning" not in report
+    assert torch.equal(segment(subject="cat", **checkpoint)[0], mask), "the same seed gives another mask"
+
+
+def test_attention_takes_pictures_of_any_size(checkpoint: dict[str, Any]) -> None:
+    large = torch.nn.functional.interpolate(PICTURES[:1].movedim(-1, 1), size=(301, 299)).movedim(1, -1)
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        mask = segment(large, subject="cat", longest_side=128, **checkpoint)[0]
+    true = torch.nn.functional.interpolate(MASKS[:1, None], size=(301, 299))[0]
+    assert mask.shape == (1, 301, 299) and overlap(mask, true) > 0.7
+
+
+def test_attention_needs_a_checkpoint_and_a_subject(checkpoint: dict[str, Any]) -> None:
+    with pytest.raises(IdentityEditError, match="needs model, clip and vae"):
+        segment(subject="cat")
+    with pytest.raises(IdentityEditError, match="identity prompt is empty"):
+        segment(**checkpoint)
+    with pytest.raises(IdentityEditError, match="timesteps is 'early'"):
+        segment(subject="cat", timesteps="early", **checkpoint)
+    report = segment(PICTURES[:1], subject="cat", threshold=1.0, **checkpoint)[2]
+    assert "holds nothing or everything of picture 1" in report
+
+
+def test_segment_anything_from_a_folder(models: Path) -> None:
+    tiny.save_sam(models / "sams" / "tiny")
+    mask, _, _ = segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="64, 64")
+    assert mask.shape == (2, 128, 128) and set(mask.unique().tolist()) <= {0.0, 1.0}
+    assert "tiny" in nodes.SegmentSubject.define_schema().inputs[10].options
+    with pytest.raises(IdentityEditError, match="lies outside of the picture"):
+        segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="640, 64")
+
+
+def test_grounding_dino_and_segment_anything_by_name(models: Path) -> None:
+    tiny.save_sam(models / "sams" / "author" / "tiny")
+    tiny.save_grounding_dino(models / "grounding-dino" / "tiny")
+    chosen = dict(method=nodes.BY_NAME, sam="author/tiny", grounding_dino="tiny", subject="cat")
+    mask = segment(**chosen, box_threshold=0.0)[0]
+    assert mask.shape == (2, 128, 128)
+    report = segment(**chosen, box_threshold=1.0)[2]
+    assert "holds nothing or everything of picture 1, 2" in report
+
+
+def test_missing_models_are_named_with_their_folder(models: Path) -> None:
+    validate = nodes.SegmentSubject.validate_inputs
+    assert validate(nodes.ATTENTION, nodes.NO_MODEL, nodes.NO_MODEL) is True
+    message = str(validate(nodes.SEGMENT_ANYTHING, "sam_vit_b.pth", nodes.NO_MODEL))
+    assert str(models / "sams") in message and "sam_vit_b_01ec64.pth" in message
+    tiny.save_sam(models / "sams" / "tiny")
+    assert validate(nodes.SEGMENT_ANYTHING, "tiny", nodes.NO_MODEL) is True
+    assert str(models / "grounding-dino") in str(validate(nodes.BY_NAME, "tiny", nodes.NO_MODEL))
+    with pytest.raises(IdentityEditError, match="'other' is not in"):
+        segment(method=nodes.SEGMENT_ANYTHING, sam="other")
+
+
+def test_only_the_largest_part_is_kept_where_asked(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    two = torch.zeros(2, 128, 128)
+    two[:, 10:60, 10:60] = 1
+    two[:, 90:110, 90:110] = 1
+    monkeypatch.setattr(nodes, "_by_segment_anything", lambda *_: two.clone())
+    chosen = dict(method=nodes.SEGMENT_ANYTHING, sam="any")
+    assert torch.equal(segment(**chosen)[0], two)
+    mask, _, report = segment(**chosen, parts=alignment.LARGEST_PART)
+    assert float(mask.sum()) == 2 * 50 * 50 and "The mask of picture 2 has 2 separate parts" in report
+
+
+def test_every_node_is_listed() -> None:
+    assert [node.define_schema().node_id for node in nodes.NODES] == ["IdentityEditSegmentSubject"]

@@ -1,0 +1,328 @@
+"""Subject masks by attention, and by Segment Anything and Grounding DINO against their own calls."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import tiny_segmentation_models as tiny
+import torch
+from identity_edit_pack.attention import identity_mask
+from identity_edit_pack.pipelines import identity_prompt, segmentation
+from identity_edit_pack.pipelines.errors import IdentityEditError
+
+PICTURE = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(1))
+
+
+# --- Attention -------------------------------------------------------------------------------------------------------
+
+
+def identity() -> identity_prompt.IdentityPrompt:
+    return identity_prompt.IdentityPrompt(tiny_models.conditioning(9)[0][0], (1, 2))
+
+
+def test_attention_masks_are_cut_out_of_what_the_network_attends_to() -> None:
+    model, latent = tiny_models.sd1(), tiny_models.latent(4, batch=2)
+    attention = segmentation.record_attention(
+        model, latent, identity(), tiny_models.conditioning(5), timesteps=(1, 401)
+    )
+    assert attention.evaluations == 2
+    masks = segmentation.attention_masks(
+        model, latent, identity(), tiny_models.conditioning(5), (64, 64), timesteps=(401, 1), threshold=0.4, power=1
+    )
+    assert torch.equal(masks, identity_mask.identity_mask(attention, 64, 64, 0.4, 1))
+    assert masks.shape == (2, 64, 64) and set(masks.unique().tolist()) == {0.0, 1.0}
+
+
+def test_every_timestep_is_one_evaluation_at_its_own_noise() -> None:
+    model, latent = tiny_models.sd1(), tiny_models.latent(4)
+    seen: list[tuple[float, torch.Tensor]] = []
+
+    def watch(apply: Any, arguments: dict[str, Any]) -> torch.Tensor:
+        seen.append((float(arguments["timestep"][0]), arguments["input"].clone()))
+        return apply(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model.set_model_unet_function_wrapper(watch)
+    segmentation.record_attention(model, latent, identity(), tiny_models.conditioning(5), timesteps=(101, 501), seed=7)
+    sampling = model.get_model_object("model_sampling")
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
+    scaled = model.model.process_latent_in(latent)
+    for (sigma, x), timestep in zip(seen, (501, 101), strict=True):
+        assert sigma == pytest.approx(float(sampling.sigmas[timestep]), rel=1e-5)
+        assert torch.allclose(x, scaled + sigma * noise, atol=1e-4)
+
+
+def test_bad_attention_options_are_named() -> None:
+    model, latent, prompt = tiny_models.sd1(), tiny_models.latent(4), tiny_models.conditioning(5)
+    for timesteps in ((), (1000,), (-1,)):
+        with pytest.raises(IdentityEditError, match="timesteps is"):
+            segmentation.attention_masks(model, latent, identity(), prompt, (8, 8), timesteps=timesteps)
+    with pytest.raises(IdentityEditError, match="threshold is 2"):
+        segmentation.attention_masks(model, latent, identity(), prompt, (8, 8), threshold=2.0)
+
+
+# --- Segment Anything ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        segmentation.Prompt(((20.0, 12.0),), (True,)),
+        segmentation.Prompt(((20.0, 12.0), (50.0, 40.0)), (True, False)),
+        segmentation.Prompt(box=(8.0, 4.0, 50.0, 40.0)),
+        segmentation.Prompt(((20.0, 12.0),), (True,), (8.0, 4.0, 50.0, 40.0)),
+    ],
+)
+def test_transformers_sam_gives_the_mask_of_its_own_call(prompt: segmentation.Prompt, tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import SamProcessor
+
+    network = tiny.save_sam(tmp_path)
+    with segmentation.load_segmenter(str(tmp_path)) as segmenter:
+        found = segmentation.segment_anything(segmenter, PICTURE, prompt)
+    processor = SamProcessor.from_pretrained(tmp_path)
+    given: dict[str, Any] = {}
+    if prompt.points:
+        given["input_points"] = [[[list(point) for point in prompt.points]]]
+        given["input_labels"] = [[[int(label) for label in prompt.labels]]]
+    if prompt.box:
+        given["input_boxes"] = [[list(prompt.box)]]
+    image = Image.fromarray((PICTURE * 255).round().byte().numpy())
+    inputs = processor(image, return_tensors="pt", **given)
+    multimask = prompt.box is None and len(prompt.points) == 1
+    with torch.no_grad():
+        tensors = {name: value.float() for name, value in inputs.items() if name in ("input_points", "input_boxes")}
+        if prompt.points:
+            tensors["input_labels"] = inputs["input_labels"]
+        output = network(pixel_values=inputs["pixel_values"], **tensors, multimask_output=multimask)
+    masks = processor.image_processor.post_process_masks(
+        output.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"]
+    )[0][0]
+    assert masks.shape[0] == (3 if multimask else 1)
+    assert torch.equal(found, masks[int(output.iou_scores[0, 0].argmax())].float())
+    assert found.shape == PICTURE.shape[:2]
+
+
+class Parts:
+    """A Segment Anything that has found a background, a large and a certain small part."""
+
+    def __init__(self) -> None:
+        self.boxes: list[Any] = []
+        masks = torch.zeros(3, 48, 64, dtype=torch.bool)
+        masks[0] = True
+        masks[0, 10:30, 10:40] = False
+        masks[1, 10:30, 10:40] = True
+        masks[2, 32:40, 44:50] = True
+        self.parts = [segmentation.Segment(mask, score) for mask, score in zip(masks, (0.99, 0.8, 0.95), strict=True)]
+
+    def everything(self, picture: torch.Tensor) -> list[segmentation.Segment]:
+        return self.parts
+
+    def by_prompt(self, picture: torch.Tensor, prompt: segmentation.Prompt) -> segmentation.Segment:
+        self.boxes.append(prompt.box)
+        return self.parts[len(self.boxes)]
+
+
+def test_without_a_prompt_one_part_is_chosen_and_never_the_background() -> None:
+    segmenter = Parts()
+    _, large, small = (part.mask.float() for part in segmenter.parts)
+    for choice, expected in (
+        (segmentation.LARGEST, large),
+        (segmentation.MOST_CERTAIN, small),
+        (segmentation.UNION, large + small),
+    ):
+        found = segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt(), choice)
+        assert torch.equal(found, expected), choice
+    segmenter.parts = segmenter.parts[:1]
+    assert float(segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt()).max()) == 0
+    with pytest.raises(IdentityEditError, match="choice is 'first'"):
+        segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt(), "first")
+
+
+def test_boxes_are_cut_to_the_picture_and_chosen_by_the_detector_s_score() -> None:
+    segmenter = Parts()
+    boxes = [(0.9, (-5.0, 2.0, 70.0, 30.0)), (0.4, (40.0, 30.0, 52.0, 90.0))]
+    found = segmentation.segment_by_name(segmenter, PICTURE, boxes, segmentation.MOST_CERTAIN)
+    assert segmenter.boxes == [(0.0, 2.0, 64.0, 30.0), (40.0, 30.0, 52.0, 48.0)]
+    assert torch.equal(found, segmenter.parts[1].mask.float())
+    assert float(segmentation.segment_by_name(segmenter, PICTURE, [], segmentation.UNION).max()) == 0
+
+
+def test_transformers_sam_segments_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pipeline filters and joins parts; torchvision's non-maximum suppression may lack its operator here."""
+    import transformers.models.sam.image_processing_sam as module
+
+    def keep_all(boxes: torch.Tensor, scores: torch.Tensor, idxs: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+        return torch.arange(len(boxes))
+
+    monkeypatch.setattr(module, "batched_nms", keep_all)
+    monkeypatch.setattr(segmentation, "POINTS_PER_SIDE", 4)
+    tiny.save_sam(tmp_path)
+    with segmentation.load_segmenter(str(tmp_path)) as segmenter:
+        # A random network is sure of nothing: no part passes the pipeline's filters.
+        assert float(segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt()).max()) == 0
+        kept = module.SamImageProcessor.filter_masks
+
+        def lenient(self: Any, masks: Any, scores: Any, size: Any, box: Any, *_: Any, **__: Any) -> Any:
+            return kept(self, masks, scores, size, box, -10.0, -1.0, 0, 1)
+
+        monkeypatch.setattr(module.SamImageProcessor, "filter_masks", lenient)
+        found = segmenter.everything(PICTURE)
+    assert found and all(part.mask.shape == (48, 64) and part.mask.dtype == torch.bool for part in found)
+
+
+class FakePackage:
+    """The parts of the package segment-anything that are used, with the real one's signatures."""
+
+    def __init__(self) -> None:
+        self.built: list[Any] = []
+        self.sam_model_registry = {"vit_b": self.build}
+        self.SamPredictor = FakePredictor
+        self.SamAutomaticMaskGenerator = FakeGenerator
+
+    def build(self, checkpoint: Any = None) -> torch.nn.Module:
+        assert checkpoint is None, "the package would unpickle the file"
+        network = torch.nn.Module()
+        network.image_encoder = torch.nn.Module()
+        network.image_encoder.pos_embed = torch.nn.Parameter(torch.zeros(1, 2, 2, 768))
+        self.built.append(network)
+        return network
+
+
+class FakePredictor:
+    calls: list[dict[str, Any]] = []
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.value = float(network.image_encoder.pos_embed.detach().sum())
+
+    def set_image(self, image: np.ndarray) -> None:
+        assert image.dtype == np.uint8 and image.shape == (48, 64, 3)
+
+    def predict(self, point_coords: Any, point_labels: Any, box: Any, multimask_output: bool) -> Any:
+        self.calls.append({"points": point_coords, "labels": point_labels, "box": box, "multi": multimask_output})
+        masks = np.zeros((3, 48, 64), bool)
+        masks[1, 4:9] = True
+        return masks, np.array([0.1, 0.7, 0.3]) * self.value, None
+
+
+class FakeGenerator:
+    def __init__(self, network: torch.nn.Module, points_per_side: int) -> None:
+        pass
+
+    def generate(self, image: np.ndarray) -> list[dict[str, Any]]:
+        mask = np.zeros((48, 64), bool)
+        mask[5:9, 5:9] = True
+        return [{"segmentation": mask, "area": 16, "predicted_iou": 0.9}]
+
+
+def test_the_package_gets_plain_weights_and_the_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "sam_vit_b.pth")
+    torch.save({"image_encoder.pos_embed": torch.ones(1, 2, 2, 768)}, path)
+    monkeypatch.setitem(sys.modules, "segment_anything", None)
+    with pytest.raises(IdentityEditError, match="pip install segment-anything"), segmentation.load_segmenter(path):
+        pass
+    package = FakePackage()
+    monkeypatch.setitem(sys.modules, "segment_anything", package)
+    monkeypatch.setattr(FakePredictor, "calls", [])
+    with segmentation.load_segmenter(path) as segmenter:
+        point = segmentation.Prompt(((3.0, 5.0),), (True,))
+        found = segmentation.segment_anything(segmenter, PICTURE, point)
+        segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt(box=(1.0, 2.0, 30.0, 40.0)))
+        everything = segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt())
+    assert float(package.built[0].image_encoder.pos_embed.detach().min()) == 1.0
+    assert float(found.sum()) == 5 * 64 and float(everything.sum()) == 16
+    first, second = FakePredictor.calls
+    assert first["points"].tolist() == [[3, 5]] and first["labels"].tolist() == [1] and first["box"] is None
+    assert first["multi"] and not second["multi"] and second["box"].tolist() == [1, 2, 30, 40]
+
+
+def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "segment_anything", FakePackage())
+    evil = tmp_path / "evil.pth"
+    done = tmp_path / "done"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (done,))
+
+    evil.write_bytes(pickle.dumps(Evil()))
+    with (
+        pytest.raises(IdentityEditError, match="cannot be read as plain weights"),
+        segmentation.load_segmenter(str(evil)),
+    ):
+        pass
+    assert not done.exists()
+    other = tmp_path / "other.pth"
+    torch.save({"weight": torch.ones(2)}, other)
+    with pytest.raises(IdentityEditError, match="no Segment Anything"), segmentation.load_segmenter(str(other)):
+        pass
+
+
+# --- Grounding DINO --------------------------------------------------------------------------------------------------
+
+
+def test_grounding_dino_gives_the_boxes_of_its_own_call(tmp_path: Path) -> None:
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    network = tiny.save_grounding_dino(tmp_path)
+    found = segmentation.detect(str(tmp_path), [PICTURE, PICTURE], " Dog.", box_threshold=0.0, text_threshold=0.0)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    image = Image.fromarray((PICTURE * 255).round().byte().numpy())
+    inputs = processor(images=image, text="dog.", return_tensors="pt")
+    with torch.no_grad():
+        output = network(**inputs)
+    scores = output.logits.sigmoid().max(dim=-1).values[0]
+    x, y, width, height = output.pred_boxes[0].T * torch.tensor([64, 48, 64, 48])[:, None]
+    boxes = torch.stack([x - width / 2, y - height / 2, x + width / 2, y + height / 2], dim=1)
+    order = scores.argsort(descending=True)
+    assert len(found) == 2 and len(found[0]) == len(scores) == 5
+    assert torch.allclose(torch.tensor([score for score, _ in found[0]]), scores[order], atol=1e-5)
+    assert torch.allclose(torch.tensor([box for _, box in found[0]]), boxes[order], atol=1e-2)
+    assert segmentation.detect(str(tmp_path), [PICTURE], "dog", box_threshold=1.0) == [[]]
+
+
+def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
+    tiny.save_sam(tmp_path)
+    with pytest.raises(IdentityEditError, match="is 'sam', not 'grounding-dino'"):
+        segmentation.detect(str(tmp_path), [PICTURE], "dog")
+    with pytest.raises(IdentityEditError, match="subject is empty"):
+        segmentation.detect(str(tmp_path), [PICTURE], " . ")
+    (tmp_path / "config.json").write_text('{"model_type": "grounding-dino"}')
+    with pytest.raises(IdentityEditError, match="not 'sam'"), segmentation.load_segmenter(str(tmp_path)):
+        pass
+    with pytest.raises(IdentityEditError, match="put into it a checkpoint file of Segment Anything"):  # noqa: SIM117
+        with segmentation.load_segmenter(str(tmp_path / "none")):
+            pass
+
+
+# --- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_from_text() -> None:
+    parse = segmentation.parse_prompt
+    assert parse("", "") == segmentation.Prompt() and parse("", "").is_automatic
+    assert parse("10, 20\n30 40.5, 0", "") == segmentation.Prompt(((10.0, 20.0), (30.0, 40.5)), (True, False))
+    assert parse("1,2,1; 3,4", "5, 6, 7, 8").box == (5.0, 6.0, 7.0, 8.0)
+    for points, box, message in (
+        ("10", "", "points has the line '10'"),
+        ("a, b", "", "points has the line"),
+        ("1, 2, 3", "", "points has the line"),
+        ("1, 2, 0", "", "none on the subject"),
+        ("", "1, 2, 3", "box is '1, 2, 3'"),
+        ("", "9, 2, 3, 4", "box is"),
+    ):
+        with pytest.raises(IdentityEditError, match=message):
+            parse(points, box)
+
+
+def test_prompts_outside_of_the_picture_are_refused() -> None:
+    with pytest.raises(IdentityEditError, match=r"The point \(100, 5\) lies outside of the picture of 64x48"):
+        segmentation.segment_anything(Parts(), PICTURE, segmentation.Prompt(((100.0, 5.0),), (True,)))
+    with pytest.raises(IdentityEditError, match="The box"):
+        segmentation.segment_anything(Parts(), PICTURE, segmentation.Prompt(box=(70.0, 0.0, 80.0, 9.0)))

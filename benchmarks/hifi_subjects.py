@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from edits import Pair, mean_psnr, render_pair
-from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes, random_attributes
+from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, random_attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
 from identity_edit_pack.demo_world.renderer import render
@@ -63,11 +63,15 @@ def render_source(shown: Attributes, seed: int) -> Source:
     return Source(shown, torch.from_numpy(picture.copy()).float() / 255, torch.from_numpy(mask != 0).float())
 
 
-def draw_sources(subject: Attributes, count: int, seed: int) -> list[Source]:
+def draw_sources(subject: Attributes, seed: int) -> list[Source]:
+    """The photographs of a subject: one in each pose, neutral, in any place and from either side."""
     generator = random.Random(f"hifi sources {seed} {subject.identity}")
     return [
-        render_source(as_subject(subject, generator), EVALUATION_SEED + generator.randrange(1 << 32))
-        for _ in range(count)
+        render_source(
+            as_subject(subject, generator).replace(pose=pose, expression="neutral"),
+            EVALUATION_SEED + generator.randrange(1 << 32),
+        )
+        for pose in ATTRIBUTES_OF["figure"]["pose"]
     ]
 
 

@@ -187,7 +187,7 @@ def learned(run: Run, pictures: TrainingPictures, **settings: Any) -> SubjectEmb
     )
     training = TrainingSettings(
         steps=arguments.training_steps,
-        learning_rate=arguments.embedding_learning_rate,
+        learning_rate=arguments.word_learning_rate if chosen.kind == WORD else arguments.embedding_learning_rate,
         optimizer="Adam",
         gradient_clip=0.0,
         seed=arguments.seed,
@@ -356,7 +356,7 @@ def published_steps(report: dict[str, dict[str, float]]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
-    parser.add_argument("--prompts", type=int, default=6, help=f"the first of {len(PROMPTS)} (default 6)")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
     parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default 2)")
     parser.add_argument("--replacements", type=int, default=4, help="pictures of others a subject (default 4)")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20; the paper's are 50)")
@@ -373,7 +373,10 @@ def main() -> None:
     parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
     parser.add_argument("--batch-size", type=int, default=2, help="of the embeddings' training (default 2)")
     parser.add_argument("--regularisation-weight", type=float, default=1e-4, help="w_s of eq. 6")
-    parser.add_argument("--embedding-learning-rate", type=float, default=2e-2, help="of embeddings (the paper's: 5e-3)")
+    parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of word vectors")
+    parser.add_argument(
+        "--embedding-learning-rate", type=float, default=2e-2, help="of rows of the text embedding (the paper's: 5e-3)"
+    )
     parser.add_argument("--prior-steps", type=int, default=150, help="of DreamBooth (default 150)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of DreamBooth")
     parser.add_argument("--token", default="sks", help="the rare token")
@@ -427,7 +430,7 @@ def main() -> None:
         f"`{command}` at commit {commit}: {arguments.subjects} subjects, {arguments.prompts} prompts, "
         f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from {len(run.sources)} pictures; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
-        f"{arguments.embedding_learning_rate:g} and {arguments.updates_per_step} "
+        f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and {arguments.updates_per_step} "
         f"for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} steps; guidance "
         f"{arguments.guidance_scale:g}, J = {arguments.inner_steps} at learning rate "
         f"{arguments.guidance_learning_rate:g}; {minutes:.0f} minutes.",

@@ -10,10 +10,10 @@ Table 2 of Wang et al. 2023 in small, row by row, on subjects that the demo chec
 - DreamBooth: all attention weights, with prior preservation; and the same with reference guidance.
 
 Each learns from four pictures, one in each pose, with their true masks and the caption "a sks cat" (no word about pose
-and place, as in the paper's "a photo of A"), and draws the prompts of `PROMPTS`, which are to the demo world what the 25
-templates of the DreamBooth set are to photographs: places, costumes, poses and expressions. All rows start from the same
-noise. For the second pass the subject in the first picture is found by the model's own attention, the source picture
-with the most similar features is laid over it, and its DDIM inversion is the reference.
+and place, as in the paper's "a photo of A"), and draws `PROMPTS`, which are to the demo world what the 25 templates of
+the DreamBooth set are to photographs: places, costumes, poses and expressions. All rows start from the same noise. For
+the second pass the subject in the first picture is found by the model's own attention, the source picture with the most
+similar features is laid over it, and its DDIM inversion is the reference.
 
 Subject similarity: whether the attribute classifier sees the subject's species, color and pattern (all three), and the
 cosine similarity of the classifier's features to those of the source pictures, as the paper's DINO score is to the
@@ -430,8 +430,8 @@ def main() -> None:
         f"`{command}` at commit {commit}: {arguments.subjects} subjects, {arguments.prompts} prompts, "
         f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from {len(run.sources)} pictures; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
-        f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and {arguments.updates_per_step} "
-        f"for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} steps; guidance "
+        f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
+        f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} steps; guidance "
         f"{arguments.guidance_scale:g}, J = {arguments.inner_steps} at learning rate "
         f"{arguments.guidance_learning_rate:g}; {minutes:.0f} minutes.",
         "",

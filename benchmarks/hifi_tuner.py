@@ -431,8 +431,8 @@ def main() -> None:
         f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from {len(run.sources)} pictures; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
-        f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} steps; guidance "
-        f"{arguments.guidance_scale:g}, J = {arguments.inner_steps} at learning rate "
+        f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} "
+        f"steps; guidance {arguments.guidance_scale:g}, J = {arguments.inner_steps} at learning rate "
         f"{arguments.guidance_learning_rate:g}; {minutes:.0f} minutes.",
         "",
     ]

@@ -20,10 +20,7 @@ cosine similarity of the classifier's features to those of the source pictures, 
 source pictures. Text similarity: the share of what the prompt asks (place, pose, costume, expression, view) that the
 classifier sees.
 
-Replacement (algorithm 3): pictures of another animal, whose caption names the animal alone; the classifier must see the
-new subject, and the background (outside of the true masks of both) must be the picture's. Beside it the same noise and
-null-text embeddings without attention control.
-Writes benchmarks/results/hifi_tuner.json, .md, .jpg (two prompts of each subject) and hifi_tuner_replace.jpg.
+Writes benchmarks/results/hifi_tuner.json, .md and .jpg (two prompts of each subject).
 """
 
 from __future__ import annotations
@@ -47,16 +44,14 @@ load_pack.load_pack()
 import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from edits import Pair, embed, save_sheet  # noqa: E402
+from edits import embed, save_sheet  # noqa: E402
 from hifi_subjects import (  # noqa: E402
     PROMPTS,
     Source,
     asked_of,
-    draw_replacements,
     draw_sources,
     render_source,
     score,
-    score_replacement,
 )
 from identity_edit_pack.demo_world import family  # noqa: E402
 from identity_edit_pack.demo_world.attributes import Attributes, caption  # noqa: E402
@@ -67,12 +62,9 @@ from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
 from identity_edit_pack.pipelines.features import histogram_features, select_reference  # noqa: E402
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
 from identity_edit_pack.pipelines.inversion import (  # noqa: E402
-    Inversion,
     ddim_inversion,
     ddim_sampling,
-    sample_inversion,
 )
-from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization  # noqa: E402
 from identity_edit_pack.pipelines.reference_guidance import (  # noqa: E402
     first_pass_latent,
     reference_guided_sampling,
@@ -84,11 +76,9 @@ from identity_edit_pack.pipelines.subject_embedding import (  # noqa: E402
     OUTPUT,
     WORD,
     SubjectEmbedding,
-    apply_subject,
     subject_conditioning,
     subject_table,
 )
-from identity_edit_pack.pipelines.subject_replacement import subject_replacement  # noqa: E402
 from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
     SubjectSettings,
     train_subject_embedding,
@@ -109,7 +99,6 @@ TEXTUAL_INVERSION, MASK, REGULARISATION = "Textual Inversion", "+ mask", "+ regu
 STEP_WISE, GUIDED = "+ step-wise", "+ reference guidance"
 DREAMBOOTH, DREAMBOOTH_GUIDED = "DreamBooth", "DreamBooth + reference guidance"
 LADDER = (TEXTUAL_INVERSION, MASK, REGULARISATION, STEP_WISE, GUIDED)
-WITHOUT_CONTROL, ALGORITHM_3 = "without attention control", "algorithm 3"
 
 
 @dataclass(frozen=True)
@@ -262,8 +251,8 @@ def second_pass(run: Run, way: Way, latents: torch.Tensor, words: str) -> tuple[
     return found.latent, stacked
 
 
-def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], SubjectEmbedding]:
-    """Latents of every row, aligned references by row, and the subject of "+ step-wise"."""
+def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Latents of every row, and the aligned references of the guided ones."""
     arguments = run.arguments
     pictures = training_pictures(run)
     unmasked = learned(run, pictures, kind=WORD, masked=False, regularisation_weight=0.0, updates_per_step=0)
@@ -281,44 +270,7 @@ def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], 
     references = {}
     for row, of, words in ((GUIDED, STEP_WISE, ""), (DREAMBOOTH_GUIDED, DREAMBOOTH, run.name)):
         latents[row], references[row] = second_pass(run, ways[of], latents[of], words)
-    return latents, references, step_wise
-
-
-def replace_subjects(run: Run, subject: SubjectEmbedding, pairs: list[Pair]) -> dict[str, torch.Tensor]:
-    """Algorithm 3, and the same without attention control."""
-    arguments, base = run.arguments, run.base
-    source_prompts = [caption_with(pair.source, pair.source.species) for pair in pairs]
-    with torch.no_grad():
-        encoded = base.vae.encode(torch.stack([pair.before for pair in pairs]))
-    positive = embed(base.clip, source_prompts)
-    plain = ddim_inversion(base.model, encoded, positive, steps=arguments.steps)
-    null_text = null_text_optimization(
-        base.model, plain, positive, run.negative, guidance_scale=arguments.guidance_scale, method=ADAPTIVE
-    )
-    inversion = plain.with_embeddings(null_text.embeddings)
-    made: dict[str, list[torch.Tensor]] = {WITHOUT_CONTROL: [], ALGORITHM_3: []}
-    for index, (pair, source_prompt) in enumerate(zip(pairs, source_prompts, strict=True)):
-        own = one_picture(inversion, index)
-        prompt = caption_with(pair.target, run.species)
-        with torch.no_grad():
-            model, target, _ = apply_subject(base.model, base.clip, subject, prompt)
-        made[WITHOUT_CONTROL].append(
-            sample_inversion(model, own, target, run.negative, guidance_scale=arguments.guidance_scale)
-        )
-        replaced = subject_replacement(
-            model, base.clip, own, source_prompt, prompt, target, subject_words=run.species,
-            subject_tokens=subject.tokens,
-        )  # fmt: skip
-        made[ALGORITHM_3].append(replaced.latent)
-    return {name: torch.cat(latents) for name, latents in made.items()}
-
-
-def one_picture(inversion: Inversion, index: int) -> Inversion:
-    """The inversion of one picture of a batch."""
-    table = inversion.embeddings
-    assert table is not None
-    own = dataclasses.replace(table, embeddings=table.embeddings[:, index : index + 1])
-    return dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1], embeddings=own)
+    return latents, references
 
 
 def means(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -353,82 +305,21 @@ def published_steps(report: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default 2)")
-    parser.add_argument("--replacements", type=int, default=4, help="pictures of others a subject (default 4)")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20; the paper's are 50)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of all sampling")
-    parser.add_argument("--inner-steps", type=int, default=4, help="J of algorithm 2 (default 4; the paper's are 10)")
-    parser.add_argument(
-        "--guidance-learning-rate",
-        type=float,
-        default=5e-2,
-        help="of algorithm 2 (default 5e-2: Adam changes every number alike, and an embedding has 128 of them here for "
-        "the 768 that the paper's 1e-2 was chosen for)",
-    )
-    parser.add_argument("--training-steps", type=int, default=150, help="of shared embeddings (the paper's: 1000)")
-    parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
-    parser.add_argument("--batch-size", type=int, default=2, help="of the embeddings' training (default 2)")
-    parser.add_argument("--regularisation-weight", type=float, default=1e-4, help="w_s of eq. 6")
-    parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of word vectors")
-    parser.add_argument(
-        "--embedding-learning-rate", type=float, default=2e-2, help="of rows of the text embedding (the paper's: 5e-3)"
-    )
-    parser.add_argument("--prior-steps", type=int, default=150, help="of DreamBooth (default 150)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of DreamBooth")
-    parser.add_argument("--token", default="sks", help="the rare token")
-    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures and noise")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    arguments = parser.parse_args()
-
-    family.register()
-    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
-    classifier = load_classifier()
-    scores: dict[str, list[dict[str, float]]] = {}
-    replaced: dict[str, list[dict[str, float]]] = {}
-    sheet: dict[str, list[torch.Tensor]] = {}
-    replacement_sheet: dict[str, list[torch.Tensor]] = {}
-    begun = time.perf_counter()
-    for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
-        run = begin(base, subject, arguments)
-        latents, references, embedding = ladder(run)
-        with torch.no_grad():
-            pictures = {row: base.vae.decode(made).cpu() for row, made in latents.items()}
-        true = [render_source(asked, EVALUATION_SEED + index).picture for index, asked in enumerate(run.asked)]
-        pictures["renderer"] = torch.stack(true)
-        sources = torch.stack([source.picture for source in run.sources])
-        for row, made in pictures.items():
-            scores.setdefault(row, []).extend(score(classifier, made, run.asked, sources))
-        shown = [0, arguments.prompts // 2]
-        sheet.setdefault("sources", []).append(sources[:2])
-        for row in (*LADDER[:-1], "reference", GUIDED, DREAMBOOTH, "reference of DreamBooth", DREAMBOOTH_GUIDED):
-            made = {"reference": references[GUIDED], "reference of DreamBooth": references[DREAMBOOTH_GUIDED]}.get(row)
-            sheet.setdefault(row, []).append((pictures[row] if made is None else made)[shown])
-
-        pairs = draw_replacements(subject, arguments.replacements, arguments.seed)
-        with torch.no_grad():
-            exchanged = {
-                name: base.vae.decode(made).cpu() for name, made in replace_subjects(run, embedding, pairs).items()
-            }
-        exchanged["renderer"] = torch.stack([pair.after for pair in pairs])
-        replacement_sheet.setdefault("before", []).append(torch.stack([pair.before for pair in pairs])[:2])
-        for name, made in exchanged.items():
-            replaced.setdefault(name, []).extend(score_replacement(classifier, made, pairs))
-            replacement_sheet.setdefault(name, []).append(made[:2])
-    minutes = (time.perf_counter() - begun) / 60
-
+def write_report(
+    arguments: argparse.Namespace,
+    scores: dict[str, list[dict[str, float]]],
+    sheet: dict[str, list[torch.Tensor]],
+    minutes: float,
+) -> None:
+    """The tables and the pictures of the subjects so far."""
     order = (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer")
     report = {row: means(scores[row]) for row in order}
-    replacement_report = {name: means(rows) for name, rows in replaced.items()}
     commit, command = load_pack.source_commit(), " ".join(["benchmarks/hifi_tuner.py", *sys.argv[1:]])
     head = [
         "# HiFi Tuner on unseen subjects of the demo world",
         "",
-        f"`{command}` at commit {commit}: {arguments.subjects} subjects, {arguments.prompts} prompts, "
-        f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from {len(run.sources)} pictures; "
+        f"`{command}` at commit {commit}: {len(sheet['sources'])} subjects, {arguments.prompts} prompts, "
+        f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from one picture in each pose; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
         f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} "
@@ -443,27 +334,76 @@ def main() -> None:
         "text_similarity": "text similarity",
         "text_and_identity": "all of both",
     }
-    replacement_columns = {
-        "subject_replaced": "subject replaced",
-        "species_replaced": "species",
-        "identity_attributes": "attributes",
-        "pose_kept": "pose kept",
-        "background_psnr_db": "background PSNR",
-    }
     lines = [*head, *table(report, columns), *published_steps(report)]
-    lines += ["", f"Subject replacement, {len(replaced[ALGORITHM_3])} pictures:", ""]
-    lines += table(replacement_report, replacement_columns)
     everything = {
         "command": command,
         "commit": commit,
         "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
         "minutes": minutes,
         "rows": report,
-        "replacement": replacement_report,
     }
     write_results("hifi_tuner", everything, lines)
-    for name, parts in (("hifi_tuner", sheet), ("hifi_tuner_replace", replacement_sheet)):
-        save_sheet(RESULTS / f"{name}.jpg", [torch.cat(row) for row in parts.values()])
+    save_sheet(RESULTS / "hifi_tuner.jpg", [torch.cat(row) for row in sheet.values()])
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The subjects, how their embeddings are learned and how pictures are drawn."""
+    parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20; the paper's are 50)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of all sampling")
+    parser.add_argument("--training-steps", type=int, default=150, help="of shared embeddings (the paper's: 1000)")
+    parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
+    parser.add_argument("--batch-size", type=int, default=2, help="of the embeddings' training (default 2)")
+    parser.add_argument("--regularisation-weight", type=float, default=1e-4, help="w_s of eq. 6")
+    parser.add_argument(
+        "--embedding-learning-rate", type=float, default=2e-2, help="of rows of the text embedding (the paper's: 5e-3)"
+    )
+    parser.add_argument("--token", default="sks", help="the rare token")
+    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures and noise")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default 2)")
+    parser.add_argument("--inner-steps", type=int, default=4, help="J of algorithm 2 (default 4; the paper's are 10)")
+    parser.add_argument(
+        "--guidance-learning-rate",
+        type=float,
+        default=5e-2,
+        help="of algorithm 2 (default 5e-2: Adam changes every number alike, and an embedding has 128 of them here for "
+        "the 768 that the paper's 1e-2 was chosen for)",
+    )
+    parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of word vectors")
+    parser.add_argument("--prior-steps", type=int, default=150, help="of DreamBooth (default 150)")
+    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of DreamBooth")
+    add_training_arguments(parser)
+    arguments = parser.parse_args()
+
+    family.register()
+    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
+    classifier = load_classifier()
+    scores: dict[str, list[dict[str, float]]] = {}
+    sheet: dict[str, list[torch.Tensor]] = {}
+    begun = time.perf_counter()
+    for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
+        run = begin(base, subject, arguments)
+        latents, references = ladder(run)
+        with torch.no_grad():
+            pictures = {row: base.vae.decode(made).cpu() for row, made in latents.items()}
+        true = [render_source(asked, EVALUATION_SEED + index).picture for index, asked in enumerate(run.asked)]
+        pictures["renderer"] = torch.stack(true)
+        sources = torch.stack([source.picture for source in run.sources])
+        for row, made in pictures.items():
+            scores.setdefault(row, []).extend(score(classifier, made, run.asked, sources))
+        shown = [0, arguments.prompts // 2]
+        sheet.setdefault("sources", []).append(sources[:2])
+        for row in (*LADDER[:-1], "reference", GUIDED, DREAMBOOTH, "reference of DreamBooth", DREAMBOOTH_GUIDED):
+            made = {"reference": references[GUIDED], "reference of DreamBooth": references[DREAMBOOTH_GUIDED]}.get(row)
+            sheet.setdefault(row, []).append((pictures[row] if made is None else made)[shown])
+        # Written anew after each subject, so that a run that is stopped leaves the figures of those before.
+        write_report(arguments, scores, sheet, (time.perf_counter() - begun) / 60)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""Does another subject take the place of a picture's? `.venv/bin/python benchmarks/subject_replacement.py`.
+
+Algorithm 3 of Wang et al. 2023 on pictures of other animals of the demo world, whose caption names the animal alone,
+with subjects that the demo checkpoint has never seen, learned as in hifi_tuner.py ("+ step-wise").
+
+The attribute classifier must see the new subject (its species, color and pattern) in the pose of the old one, and the
+background (outside of the true masks of both) must be the picture's. Beside the algorithm as the paper has it, with the
+picture's attention at every step: the same for the first part of the steps, and the same noise and null-text
+embeddings without any attention control.
+Writes benchmarks/results/subject_replacement.json, .md and .jpg (two pictures of each subject).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import torch  # noqa: E402
+from edits import Pair, embed, save_sheet  # noqa: E402
+from hifi_subjects import draw_replacements, score_replacement  # noqa: E402
+from hifi_tuner import add_training_arguments, begin, learned, means, table, training_pictures  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
+from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion  # noqa: E402
+from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization  # noqa: E402
+from identity_edit_pack.pipelines.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject  # noqa: E402
+from identity_edit_pack.pipelines.subject_replacement import subject_replacement  # noqa: E402
+from lipe_edit import Checkpoint, caption_with, draw_subjects  # noqa: E402
+from report import RESULTS, write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+WITHOUT_CONTROL, ALGORITHM_3 = "without attention control", "algorithm 3"
+
+
+def row_name(share: float) -> str:
+    return ALGORITHM_3 if share == 1.0 else f"{ALGORITHM_3}, in the first {share:.0%} of the steps"
+
+
+def replace_subjects(
+    base: Checkpoint, species: str, subject: SubjectEmbedding, pairs: list[Pair], arguments: Any
+) -> dict[str, torch.Tensor]:
+    """Latents of every row."""
+    source_prompts = [caption_with(pair.source, pair.source.species) for pair in pairs]
+    with torch.no_grad():
+        encoded = base.vae.encode(torch.stack([pair.before for pair in pairs]))
+    positive, negative = embed(base.clip, source_prompts), embed(base.clip, [""])
+    plain = ddim_inversion(base.model, encoded, positive, steps=arguments.steps)
+    null_text = null_text_optimization(
+        base.model, plain, positive, negative, guidance_scale=arguments.guidance_scale, method=ADAPTIVE
+    )
+    inversion = plain.with_embeddings(null_text.embeddings)
+    made: dict[str, list[torch.Tensor]] = {}
+    for index, (pair, source_prompt) in enumerate(zip(pairs, source_prompts, strict=True)):
+        own = one_picture(inversion, index)
+        prompt = caption_with(pair.target, species)
+        with torch.no_grad():
+            model, target, _ = apply_subject(base.model, base.clip, subject, prompt)
+        plainly = sample_inversion(model, own, target, negative, guidance_scale=arguments.guidance_scale)
+        made.setdefault(WITHOUT_CONTROL, []).append(plainly)
+        for share in arguments.cross_replace_steps:
+            replaced = subject_replacement(
+                model, base.clip, own, source_prompt, prompt, target, subject_words=species,
+                subject_tokens=subject.tokens, cross_replace_steps=share,
+            )  # fmt: skip
+            made.setdefault(row_name(share), []).append(replaced.latent)
+    return {name: torch.cat(latents) for name, latents in made.items()}
+
+
+def one_picture(inversion: Inversion, index: int) -> Inversion:
+    """The inversion of one picture of a batch."""
+    table = inversion.embeddings
+    assert table is not None
+    own = dataclasses.replace(table, embeddings=table.embeddings[:, index : index + 1])
+    return dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1], embeddings=own)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replacements", type=int, default=6, help="pictures of others a subject (default 6)")
+    parser.add_argument(
+        "--cross-replace-steps", type=float, nargs="+", default=[1.0, 0.4], help="shares of the steps (default 1 0.4)"
+    )
+    add_training_arguments(parser)
+    parser.set_defaults(guidance_scale=1.5)
+    arguments = parser.parse_args()
+    arguments.prompts = arguments.seeds = 1  # of `begin`; nothing is drawn from prompts here
+
+    family.register()
+    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
+    classifier = load_classifier()
+    scores: dict[str, list[dict[str, float]]] = {}
+    sheet: dict[str, list[torch.Tensor]] = {}
+    begun = time.perf_counter()
+    for of in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
+        run = begin(base, of, arguments)
+        subject = learned(
+            run, training_pictures(run), kind=OUTPUT, masked=True, updates_per_step=arguments.updates_per_step,
+            regularisation_weight=arguments.regularisation_weight,
+        )  # fmt: skip
+        pairs = draw_replacements(of, arguments.replacements, arguments.seed)
+        latents = replace_subjects(base, of.species, subject, pairs, arguments)
+        with torch.no_grad():
+            pictures = {name: base.vae.decode(made).cpu() for name, made in latents.items()}
+        pictures["renderer"] = torch.stack([pair.after for pair in pairs])
+        before = torch.stack([pair.before for pair in pairs])
+        sheet.setdefault("subject", []).append(run.sources[0].picture.expand(2, -1, -1, -1))
+        sheet.setdefault("before", []).append(before[:2])
+        for name, made in pictures.items():
+            scores.setdefault(name, []).extend(score_replacement(classifier, made, pairs))
+            sheet.setdefault(name, []).append(made[:2])
+    minutes = (time.perf_counter() - begun) / 60
+
+    report = {name: means(rows) for name, rows in scores.items()}
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/subject_replacement.py", *sys.argv[1:]])
+    columns = {
+        "subject_replaced": "subject replaced",
+        "species_replaced": "species",
+        "identity_attributes": "attributes",
+        "pose_kept": "pose kept",
+        "background_psnr_db": "background PSNR",
+    }
+    lines = [
+        "# Subject replacement on unseen subjects of the demo world",
+        "",
+        f"`{command}` at commit {commit}: {arguments.subjects} subjects, {len(scores['renderer'])} pictures; "
+        f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
+        f"{arguments.embedding_learning_rate:g} and {arguments.updates_per_step} for each of {arguments.steps} DDIM "
+        f"steps; guidance {arguments.guidance_scale:g}; {minutes:.0f} minutes.",
+        "",
+        *table(report, columns),
+        "",
+        "Rows of the picture: the subject, the picture, and the rows of the table in their order.",
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
+        "minutes": minutes,
+        "rows": report,
+    }
+    write_results("subject_replacement", everything, lines)
+    save_sheet(RESULTS / "subject_replacement.jpg", [torch.cat(row) for row in sheet.values()])
+
+
+if __name__ == "__main__":
+    main()

@@ -207,11 +207,13 @@ def main() -> None:
     torch.set_num_threads(1)
     generator = np.random.default_rng(0)
     cases = [draw_case(generator) for _ in range(arguments.cases)]
-    figures: dict[str, Any] = {"cases": arguments.cases}
+    command = " ".join(["benchmarks/align_reference.py", *sys.argv[1:]])
+    figures: dict[str, Any] = {"command": command, "commit": load_pack.source_commit(), "cases": arguments.cases}
     lines = [
         "# Align Reference",
         "",
-        f"`benchmarks/align_reference.py`: {arguments.cases} random masks of {SIZE}x{SIZE} and known transforms (scale "
+        f"`{command}` at commit {load_pack.source_commit()}: {arguments.cases} random masks of "
+        f"{SIZE}x{SIZE} and known transforms (scale "
         f"+-{SCALE:.0%}, rotation +-{ROTATION:g} degrees, translation); recovered means within {MOST_SCALE:.0%}, "
         f"{MOST_ROTATION:g} degree and {MOST_TRANSLATION:g} pixel. Processor time of one CPU core.",
         "",

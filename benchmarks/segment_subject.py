@@ -109,11 +109,17 @@ def main() -> None:
     latents = vae.encode(pictures)
     half = arguments.pictures // 2
 
-    figures: dict[str, Any] = {"pictures": arguments.pictures, "reported": arguments.pictures - half}
+    command = " ".join(["benchmarks/segment_subject.py", *sys.argv[1:]])
+    figures: dict[str, Any] = {
+        "command": command,
+        "commit": load_pack.source_commit(),
+        "pictures": arguments.pictures,
+        "reported": arguments.pictures - half,
+    }
     lines = [
         "# Segment Subject by attention",
         "",
-        f"`benchmarks/segment_subject.py`: {arguments.pictures} pictures of held-out identities; timesteps, threshold "
+        f"`{command}` at commit {load_pack.source_commit()}: {arguments.pictures} pictures of held-out identities; timesteps, threshold "
         f"and lambda chosen on {half}, reported on the other {arguments.pictures - half}. Intersection over union with "
         "the renderer's masks.",
         "",

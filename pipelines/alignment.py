@@ -118,10 +118,11 @@ def align_reference(
         symmetric, optimizer, scale_limit, rotation_limit: as for `align_masks`.
         parts: what of a mask in several separate parts counts: LARGEST_PART or ALL_PARTS.
         surroundings: what stands where the transformed reference has no picture. The result is inverted by the
-            model, so it should look like a picture. REFLECT (default) goes on with the reference mirrored, whose
-            texture any place of it could have; EDGE drags its outermost pixels into streaks, GREY is flat, and both are
-            unlike any picture. GENERATED takes the generated picture's own pixels everywhere outside of the mask: the
-            subject stands in its future surroundings, but the reference's caption no longer says what they are.
+            model, so it should look like a picture. REFLECT (default) goes on with the reference mirrored; EDGE drags
+            its outermost pixels into streaks, GREY is flat. GENERATED takes the generated picture's own pixels
+            everywhere outside of the mask: the subject stands in its future surroundings, but the reference's caption
+            no longer says what they are. The subject survives inversion about as well in all of them, with GENERATED
+            the least (benchmarks/results/align_reference.md).
 
     Raises:
         IdentityEditError: when a mask is empty, does not fit its picture, or an option is unknown.

@@ -150,7 +150,7 @@ def _source_conditionings(
         if conditionings is not None and side in embeddings:
             embedding, pooled = embeddings[side]
             conditionings = engine.conditionings_with_embedding(
-                conditionings, embedding.to(device), None if pooled is None else pooled.to(device)
+                conditionings, embedding.to(device), None if pooled is None else pooled.to(device), keep=True
             )
         result[side] = None if conditionings is None else [_of_the_prompt(entry) for entry in conditionings]
     return result

@@ -322,7 +322,7 @@ def _source_conditionings(
     Of an inverted source only the attention of the positive side is needed, and what steers the target is left out.
     """
     positive = engine.conditionings_with_embedding(
-        own["positive"], embedding, None if pooled is None else pooled.to(embedding.device)
+        own["positive"], embedding, None if pooled is None else pooled.to(embedding.device), keep=True
     )
     if not inverted:
         return {**own, "positive": positive}

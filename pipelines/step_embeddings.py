@@ -98,7 +98,8 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
     Works under any stock sampler and guider: the guider's conditionings are exchanged for the time of one evaluation
     through ComfyUI's PREDICT_NOISE wrapper and put back afterwards. Everything else on the conditioning (size, control
     networks, areas) stays its own. Tables for different sides compose; a second one for the same side replaces the
-    first. A guider without that side ("negative" under BasicGuider, or guidance scale 1) is left as it is.
+    first. A guider without that side ("negative" under BasicGuider, or guidance scale 1) is left as it is, and so is a
+    source that another node evaluates beside (`engine.KEEPS_EMBEDDING`).
 
     Args:
         model: MODEL (a ModelPatcher); it is not changed.
@@ -123,12 +124,13 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
     def exchange_embedding(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
         own = guider.conds
-        if which not in own:
+        side = own.get(which)
+        if not side or any(engine.KEEPS_EMBEDDING in conditioning for conditioning in side):
             return executor(x, timestep, *args, **kwargs)
         check_batch_matches(table.batch, x.shape[0], "The step table")
         row = table.row(float(timestep.max()))
         exchanged = engine.conditionings_with_embedding(
-            own[which], table.embeddings[row].to(x.device), _on(table.pooled_row(row), x.device)
+            side, table.embeddings[row].to(x.device), _on(table.pooled_row(row), x.device)
         )
         guider.conds = {**own, which: exchanged}
         try:

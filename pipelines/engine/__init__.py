@@ -10,6 +10,7 @@ Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model
 from .gradient_context import gradient_context, gradient_memory
 from .loop import Callback, NetworkEvaluator, run_loop
 from .model import (
+    KEEPS_EMBEDDING,
     ModelTag,
     conditionings_with_embedding,
     context_channels,
@@ -22,6 +23,7 @@ from .model import (
 )
 
 __all__ = [
+    "KEEPS_EMBEDDING",
     "Callback",
     "ModelTag",
     "NetworkEvaluator",

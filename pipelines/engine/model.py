@@ -141,8 +141,15 @@ def with_predict_noise_wrapper(model: Any, key: str, wrapper: Callable[..., Any]
     return clone
 
 
+KEEPS_EMBEDDING = "identity_edit_keeps_embedding"
+"""Marks a conditioning whose text embedding no step table takes the place of."""
+
+
 def conditionings_with_embedding(
-    conditionings: list[dict[str, Any]], embedding: torch.Tensor, pooled: torch.Tensor | None = None
+    conditionings: list[dict[str, Any]],
+    embedding: torch.Tensor,
+    pooled: torch.Tensor | None = None,
+    keep: bool = False,
 ) -> list[dict[str, Any]]:
     """A guider's conditionings of one side with another text embedding; the given ones are not changed.
 
@@ -150,6 +157,8 @@ def conditionings_with_embedding(
         conditionings: a value of `guider.conds` while sampling.
         embedding: [B, T, C].
         pooled: [B, P] or None; SDXL keeps it in front of the size conditioning.
+        keep: mark them, so that a step table that another node has put on this side does not exchange the embedding
+            again: for the source that an edit is evaluated beside, whichever node was connected first.
     """
     result = []
     for conditioning in conditionings:
@@ -161,5 +170,6 @@ def conditionings_with_embedding(
             sizes = vector[:, pooled.shape[1] :].expand(count, -1)
             pooled_rows = pooled.to(vector).expand(count, -1)
             model_conds["y"] = comfy.conds.CONDRegular(torch.cat([pooled_rows, sizes], dim=1))
-        result.append({**conditioning, "model_conds": model_conds})
+        marked = {KEEPS_EMBEDDING: True} if keep else {}
+        result.append({**conditioning, "model_conds": model_conds, **marked})
     return result

@@ -280,6 +280,18 @@ def test_the_inversions_null_text_embeddings_are_the_negative_side(clip: Any) ->
     )
 
 
+@pytest.mark.parametrize("side", ["positive", "negative"])
+def test_a_step_table_gives_the_same_before_and_after(clip: Any, side: str) -> None:
+    """The source keeps its own prompt, whichever of two nodes the model went through first."""
+    model = tiny_models.sd1(output_gain=0.1)
+    pivot = inverted(model, clip)
+    table = constant_embedding(pivot.sigmas, tiny_models.conditioning(8)[0][0].repeat(1, 10, 1)[:, :77])
+    before, positive = p2p.prompt_to_prompt(apply_step_embeddings(model, table, side), clip, CAT, DOG, inversion=pivot)
+    after = apply_step_embeddings(p2p.prompt_to_prompt(model, clip, CAT, DOG, inversion=pivot)[0], table, side)
+    empty = p2p.encode(clip, "")
+    assert torch.equal(*(sampled(one, pivot, positive, empty) for one in (before, after)))
+
+
 def test_outside_of_the_blend_the_inverted_picture_remains(clip: Any) -> None:
     """A threshold that nothing exceeds: the estimate is the picture's everywhere, whatever the prompt says."""
     model, negative = tiny_models.sd1(output_gain=0.1), p2p.encode(clip, "")

@@ -119,7 +119,8 @@ def main() -> None:
     lines = [
         "# Segment Subject by attention",
         "",
-        f"`{command}` at commit {load_pack.source_commit()}: {arguments.pictures} pictures of held-out identities; timesteps, threshold "
+        f"`{command}` at commit {load_pack.source_commit()}: {arguments.pictures} pictures of held-out "
+        f"identities; timesteps, threshold "
         f"and lambda chosen on {half}, reported on the other {arguments.pictures - half}. Intersection over union with "
         "the renderer's masks.",
         "",

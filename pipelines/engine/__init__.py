@@ -11,6 +11,7 @@ from .gradient_context import gradient_context, gradient_memory
 from .loop import Callback, NetworkEvaluator, run_loop
 from .model import (
     ModelTag,
+    conditionings_of_the_prompt,
     conditionings_with_embedding,
     context_channels,
     latent_channels,
@@ -25,6 +26,7 @@ __all__ = [
     "Callback",
     "ModelTag",
     "NetworkEvaluator",
+    "conditionings_of_the_prompt",
     "conditionings_with_embedding",
     "context_channels",
     "gradient_context",

@@ -1,8 +1,10 @@
 """ComfyUI-IdentityEdit: the entry point through which ComfyUI loads the pack.
 
-It registers the nodes, the folder and the model family of the demo checkpoint, and the help pages; nothing else.
+It registers the nodes, the folder and the model family of the demo checkpoint, the models folder of learned subjects,
+and the help pages; nothing else.
 """
 
+import os
 from pathlib import Path
 
 import folder_paths
@@ -10,6 +12,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_world import family
 from .nodes import NODE_CLASSES
+from .nodes.subject_embedding import FILE_FOLDER
 
 WEB_DIRECTORY = "./web"
 
@@ -21,5 +24,7 @@ class IdentityEditExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> IdentityEditExtension:
     folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).parent / "demo_world" / "weights"))
+    # Beside those that extra_model_paths.yaml may name; Step-Wise Embedding Loader lists what it can read there.
+    folder_paths.add_model_folder_path(FILE_FOLDER, os.path.join(folder_paths.models_dir, FILE_FOLDER))
     family.register()
     return IdentityEditExtension()

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from .layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers, choose_layers
+from .layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers, choose_layers, layer_key
 from .maps import cross_attention_columns, self_attention_map
+from .patches import Patched
 from .regions import Region, region_of
 
 _KEY = "identity_edit_attention"
@@ -31,7 +32,6 @@ MAXIMUM_SELF_ATTENTION_CELLS = 32 * 32
 """Self-attention is read at the finest chosen grid of at most so many cells: a map of 32x32 cells takes 4 MiB for each
 picture, one of 64x64 sixteen times that, in memory and in time."""
 
-Patched = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 Grid = tuple[int, int]
 
 
@@ -234,7 +234,7 @@ def capture_attention(
     def attn2_patch(
         n: torch.Tensor, patched_context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
     ) -> Patched:
-        layer = None if run is None or run.side is None else run.cross_layers.get(_layer_key(extra))
+        layer = None if run is None or run.side is None else run.cross_layers.get(layer_key(extra))
         if run is not None and layer is not None:
             with torch.no_grad():
                 for rows, region, weight in _rows_to_read(run, n, extra):
@@ -250,7 +250,7 @@ def capture_attention(
     def attn1_patch(
         n: torch.Tensor, patched_context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
     ) -> Patched:
-        layer = None if run is None or run.side is None else run.self_layers.get(_layer_key(extra))
+        layer = None if run is None or run.side is None else run.self_layers.get(layer_key(extra))
         if run is not None and layer is not None:
             with torch.no_grad():
                 for rows, region, weight in _rows_to_read(run, n, extra):
@@ -309,11 +309,6 @@ def _positive_side(guider: Any, conds: Sequence[Any]) -> int | None:
         if side is not None and side is own:
             return index
     return 0 if len(conds) > 0 and conds[0] is not None else None
-
-
-def _layer_key(extra: dict[str, Any]) -> LayerKey:
-    block = extra.get("block") or ("", -1)
-    return block[0], block[1], extra.get("block_index", 0)
 
 
 def _rows_to_read(run: _Run, n: torch.Tensor, extra: dict[str, Any]) -> list[tuple[torch.Tensor, Region, torch.Tensor]]:

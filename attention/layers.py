@@ -6,7 +6,7 @@ never runs. Read on ComfyUI 0.3.75: comfy/ldm/modules/diffusionmodules/openaimod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,12 @@ SMALLEST_AUTOMATIC_GRID = 16
 
 LayerKey = tuple[str, int, int]
 """Block name ("input", "middle" or "output"), its number, and the transformer's index in it."""
+
+
+def layer_key(extra: Mapping[str, Any]) -> LayerKey:
+    """Where a patch is called, from the `extra_options` it gets; ("", -1, 0) outside of a block."""
+    block = extra.get("block") or ("", -1)
+    return block[0], block[1], extra.get("block_index", 0)
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,13 @@ from typing import Any
 
 import torch
 
-from .layers import AttentionLayer, LayerKey, attention_layers
+from .layers import AttentionLayer, LayerKey, attention_layers, layer_key
+from .patches import Patched, by_conditioning, keys_and_values
 from .regions import region_of
 
 AUTOMATIC = -1
 
-_CFG_FUNCTIONS = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
-
-Patch = Callable[
-    [torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", dict[str, Any]],
-    tuple[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"],
-]
+Patch = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", dict[str, Any]], Patched]
 
 
 def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, AttentionLayer]:
@@ -76,13 +72,10 @@ class SourceFeatures:
 
         def record(
             n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
-        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-            key = _layer_key(extra)
+        ) -> Patched:
+            key = layer_key(extra)
             if key in self.layers:
-                uuids = extra["uuids"]
-                to_keys, to_values = _own(n, context, value)
-                rows = zip(uuids, to_keys.chunk(len(uuids)), to_values.chunk(len(uuids)), strict=True)
-                for uuid, of_keys, of_values in rows:
+                for uuid, of_keys, of_values in by_conditioning(extra, *keys_and_values(n, context, value)):
                     self.recorded.setdefault((key, uuid), (of_keys, of_values))
             return n, context, value
 
@@ -97,14 +90,12 @@ class SourceFeatures:
 
         def inject(
             n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
-        ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-            key = _layer_key(extra)
+        ) -> Patched:
+            key = layer_key(extra)
             if key not in self.layers:
                 return n, context, value
-            uuids = extra["uuids"]
-            to_keys, to_values = _own(n, context, value)
             keys, values = [], []
-            for uuid, own in zip(uuids, zip(to_keys.chunk(len(uuids)), to_values.chunk(len(uuids)))):  # noqa: B905
+            for uuid, *own in by_conditioning(extra, *keys_and_values(n, context, value)):
                 rows = own[0].shape[0]
                 of_keys, of_values = self.recorded.get((key, uuid), own)
                 keys.append(of_keys.repeat(rows // of_keys.shape[0], 1, 1))
@@ -179,7 +170,7 @@ class MutualMasks:
         """An attn1_output_patch that puts the masked attention in its place."""
 
         def put(n: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
-            return self._attended.pop(_layer_key(extra), n)
+            return self._attended.pop(layer_key(extra), n)
 
         return put
 
@@ -192,31 +183,3 @@ class MutualMasks:
         on_grid = torch.nn.functional.interpolate(mask, size=region.grid, mode="area").squeeze(1)
         inside = on_grid[:, region.rows, region.columns].flatten(1) >= 0.5
         return inside.repeat(rows // inside.shape[0], 1)
-
-
-def with_patches(model_options: dict[str, Any] | None, **patches: Any) -> dict[str, Any]:
-    """Model options with further patches at the end of their lists, for one evaluation; the given ones stay as is."""
-    options = dict(model_options or {})
-    transformer = dict(options.get("transformer_options", {}))
-    lists = dict(transformer.get("patches", {}))
-    for name, patch in patches.items():
-        lists[name] = [*lists.get(name, []), patch]
-    return {**options, "transformer_options": {**transformer, "patches": lists}}
-
-
-def without_guidance_functions(model_options: dict[str, Any] | None) -> dict[str, Any]:
-    """Model options without other nodes' guidance functions, some of which evaluate the network once more."""
-    return {name: value for name, value in (model_options or {}).items() if name not in _CFG_FUNCTIONS}
-
-
-def _own(
-    n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What keys and values are projected from when nothing is injected."""
-    to_keys = n if context is None else context
-    return to_keys, to_keys if value is None else value
-
-
-def _layer_key(extra: dict[str, Any]) -> LayerKey:
-    block = extra.get("block") or ("", -1)
-    return block[0], block[1], extra.get("block_index", 0)

@@ -35,9 +35,9 @@ from torch.nn.functional import max_pool2d
 
 from .capture import MeanMap
 from .identity_mask import resized
-from .layers import AttentionLayer, LayerKey
+from .layers import AttentionLayer, LayerKey, layer_key
 from .maps import cross_attention_columns
-from .mutual_self_attention import with_patches
+from .patches import Patched, by_conditioning, keys_and_values, with_patches
 from .regions import region_of
 
 REFERENCE_FACTOR, REFERENCE_CELLS = 4, 16
@@ -45,7 +45,6 @@ REFERENCE_FACTOR, REFERENCE_CELLS = 4, 16
 blend on those of 16x16: a quarter of the latent's 64x64."""
 
 Replace = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
-Patched = tuple[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None"]
 
 _SOURCE, _TARGET = "source", "target"
 
@@ -195,10 +194,10 @@ class AttentionControl:
     def _record_self(
         self, n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
     ) -> Patched:
-        key = _layer_key(extra)
+        key = layer_key(extra)
         if key in self.self_layers:
-            to_keys = n if context is None else context
-            for uuid, *rows in _by_conditioning(extra, n, to_keys):
+            to_keys, _ = keys_and_values(n, context, value)
+            for uuid, *rows in by_conditioning(extra, n, to_keys):
                 if uuid in self.entries:
                     self._self.setdefault((key, uuid), (rows[0], rows[1]))
         return n, context, value
@@ -207,19 +206,18 @@ class AttentionControl:
         self, n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
     ) -> Patched:
         """Queries and keys of the source, values of the target: M_source V_target, by the block's own attention."""
-        key = _layer_key(extra)
+        key = layer_key(extra)
         if key not in self.self_layers:
             return n, context, value
-        to_keys = n if context is None else context
-        to_values = to_keys if value is None else value
+        to_keys, to_values = keys_and_values(n, context, value)
         queries, keys = self._of_the_source(self._self, key, extra, n, to_keys)
         return queries, keys, to_values
 
     def _record_cross(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any], previous: Replace | None
     ) -> torch.Tensor:
-        key = _layer_key(extra)
-        for uuid, *rows in _by_conditioning(extra, q, k):
+        key = layer_key(extra)
+        for uuid, *rows in by_conditioning(extra, q, k):
             if uuid in self.entries:
                 self._cross.setdefault((key, uuid), (rows[0], rows[1]))
                 count = _check_tokens(k, self.tokens.mapper.shape[0], _SOURCE)
@@ -236,17 +234,17 @@ class AttentionControl:
 
     def _controlled(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
         """The block's attention, with the weights of the controlled conditionings' rows exchanged."""
-        key = _layer_key(extra)
+        key = layer_key(extra)
         is_controlled = key in self.cross_layers
         if not is_controlled or self.tokens.is_identity:
             if is_controlled:
                 q, k = self._of_the_source(self._cross, key, extra, q, k)
-            for uuid, of_q, of_k in _by_conditioning(extra, q, k):
+            for uuid, of_q, of_k in by_conditioning(extra, q, k):
                 if uuid in self.entries:
                     self._add_to_blend(_TARGET, of_q, of_k[:, : self._target_tokens(of_k)], uuid, extra)
             return _attention(q, k, v, extra)
         parts = []
-        for uuid, of_q, of_k, of_v, own in _by_conditioning(extra, q, k, v, _attention(q, k, v, extra)):
+        for uuid, of_q, of_k, of_v, own in by_conditioning(extra, q, k, v, _attention(q, k, v, extra)):
             if (key, uuid) not in self._cross:
                 parts.append(own)
                 continue
@@ -289,7 +287,7 @@ class AttentionControl:
     ) -> list[torch.Tensor]:
         """Two tensors of the target with the rows of the controlled conditionings exchanged for the source's."""
         result: list[list[torch.Tensor]] = [[], []]
-        for uuid, *rows in _by_conditioning(extra, *own):
+        for uuid, *rows in by_conditioning(extra, *own):
             of_source = recorded.get((key, uuid), rows)
             for parts, mine, its in zip(result, rows, of_source, strict=True):
                 if its.shape[1] != mine.shape[1]:
@@ -303,14 +301,14 @@ class AttentionControl:
         return _check_tokens(k, self.tokens.mapper.shape[1], _TARGET)
 
     def _add_to_blend(self, of: str, q: torch.Tensor, k: torch.Tensor, uuid: Any, extra: dict[str, Any]) -> None:
-        if self.blend is not None and self.blend.columns[of] and _layer_key(extra) in self.blend_layers:
+        if self.blend is not None and self.blend.columns[of] and layer_key(extra) in self.blend_layers:
             maps = cross_attention_columns(q, k, extra["n_heads"], self.blend.columns[of])
             self._add_maps(of, maps, uuid, extra)
 
     def _add_maps(self, of: str, maps: torch.Tensor, uuid: Any, extra: dict[str, Any]) -> None:
         shape = extra["activations_shape"][2:]
         is_whole = maps.shape[1] == int(shape[0]) * int(shape[1])  # no cells were merged or tiled before
-        if self.blend is not None and _layer_key(extra) in self.blend_layers and is_whole and self.blend.columns[of]:
+        if self.blend is not None and layer_key(extra) in self.blend_layers and is_whole and self.blend.columns[of]:
             self.blend.add(of, maps, self.entries[uuid], self.height, self.width, shape)
 
 
@@ -379,12 +377,6 @@ def _with_attn2(
     return {**model_options, "transformer_options": {**transformer, "patches_replace": replace}}
 
 
-def _by_conditioning(extra: dict[str, Any], *tensors: torch.Tensor) -> list[tuple[Any, ...]]:
-    """(uuid, its rows of each tensor) of a batch of conditionings."""
-    uuids = extra["uuids"]
-    return list(zip(uuids, *(tensor.chunk(len(uuids)) for tensor in tensors), strict=True))
-
-
 def _check_tokens(keys: torch.Tensor, count: int, whose: str) -> int:
     if keys.shape[1] % count != 0:
         raise ValueError(
@@ -397,8 +389,3 @@ def _check_tokens(keys: torch.Tensor, count: int, whose: str) -> int:
 def _heads_apart(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """[N, heads * d] to [heads, N, d] float32."""
     return tensor.unflatten(1, (heads, -1)).transpose(0, 1).float()
-
-
-def _layer_key(extra: dict[str, Any]) -> LayerKey:
-    block = extra.get("block") or ("", -1)
-    return block[0], block[1], extra.get("block_index", 0)

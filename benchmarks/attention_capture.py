@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -33,6 +31,7 @@ import comfy.model_management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.supported_models  # noqa: E402
+import memory  # noqa: E402
 import torch  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
 from identity_edit_pack.attention.capture import capture_attention  # noqa: E402
@@ -161,18 +160,15 @@ def synchronize() -> None:
 
 def alone(width: str, variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One sampling run in a process of its own: its highest memory in MiB, and the seconds of each evaluation."""
-    command = [sys.executable, __file__, "--width", width, "--only", variant]
-    command += ["--steps", str(arguments.steps + (arguments.runs == 0))]
-    command += ["--size", str(picture_size(width, arguments)), "--threads", str(arguments.threads)]
-    command += ["--layers", arguments.layers]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    options = ["--width", width, "--size", str(picture_size(width, arguments)), "--layers", arguments.layers]
+    options += ["--steps", str(arguments.steps + (arguments.runs == 0))]  # one more, which warms up
+    return memory.in_a_process(__file__, variant, arguments, *options)
 
 
 def measure(width: str, arguments: argparse.Namespace) -> None:
     # These come first, while this process needs little memory itself.
     processes = {variant: alone(width, variant, arguments) for variant in tqdm(VARIANTS, desc=f"{width} alone")}
-    memory = {variant: int(found["peak_memory_mib"]) for variant, found in processes.items()}
+    peaks = {variant: int(found["peak_memory_mib"]) for variant, found in processes.items()}
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     if arguments.runs == 0:
         seconds = {variant: found["seconds"][1:] for variant, found in processes.items()}  # the first warms up
@@ -180,10 +176,10 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         model = load(width)
         for variant in VARIANTS:
             evaluations(model, width, variant, argparse.Namespace(**{**vars(arguments), "steps": 1}))  # warm-up
-    for run in tqdm(range(arguments.runs), desc=width, unit="run"):
-        # Each in another order, so that a machine that slows down or speeds up favours none.
-        for variant in VARIANTS if run % 2 == 0 else VARIANTS[::-1]:
-            seconds[variant] += evaluations(model, width, variant, arguments)
+        for run in tqdm(range(arguments.runs), desc=width, unit="run"):
+            # Each in another order, so that a machine that slows down or speeds up favours none.
+            for variant in VARIANTS if run % 2 == 0 else VARIANTS[::-1]:
+                seconds[variant] += evaluations(model, width, variant, arguments)
     medians = {variant: statistics.median(values) for variant, values in seconds.items()}
     size, kind = picture_size(width, arguments), device_type()
     command = " ".join(["benchmarks/attention_capture.py", *sys.argv[1:]])
@@ -202,10 +198,10 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     ]
     for variant in VARIANTS:
         lines.append(
-            f"| {variant} | {medians[variant]:.4g} | {medians[variant] / medians[PLAIN]:.3f} | {memory[variant]} | "
-            f"{memory[variant] - memory[PLAIN]:+d} |"
+            f"| {variant} | {medians[variant]:.4g} | {medians[variant] / medians[PLAIN]:.3f} | {peaks[variant]} | "
+            f"{peaks[variant] - peaks[PLAIN]:+d} |"
         )
-    ratio, more = medians[BOTH] / medians[PLAIN], memory[BOTH] - memory[PLAIN]
+    ratio, more = medians[BOTH] / medians[PLAIN], peaks[BOTH] - peaks[PLAIN]
     lines += [
         "",
         f"The goals, at most {GOALS.get(kind, 1.15):g} of plain sampling's time and {MEMORY_GOAL} MiB more, are "
@@ -220,7 +216,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         "device": where,
         "seconds": seconds,
         "medians": medians,
-        "peak_memory_mib": memory,
+        "peak_memory_mib": peaks,
     }
     write_results(f"attention_capture_{width}_{kind}", figures, lines)
 
@@ -246,9 +242,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.only:
         seconds = evaluations(load(arguments.width[0]), arguments.width[0], arguments.only, arguments)
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
-        print(json.dumps({"peak_memory_mib": round(memory), "seconds": seconds}))
+        print(json.dumps({"peak_memory_mib": memory.highest_of_this_process(), "seconds": seconds}))
         return
     for width in arguments.width:
         measure(width, arguments)

@@ -10,12 +10,8 @@ of a process that does one run of one of them alone. Writes benchmarks/results/i
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -30,8 +26,8 @@ import load_pack  # noqa: E402  (found on the path that was extended just above)
 load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
 load_pack.load_pack()
 
-import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.sd  # noqa: E402
+import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import memory  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from identity_edit_pack.demo_world import family  # noqa: E402
@@ -41,13 +37,21 @@ from identity_edit_pack.pipelines import engine, identity_prior, training_pictur
 from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
 from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from training_runs import (  # noqa: E402
+    WARM_UP,
+    Networks,
+    Speeds,
+    difference_of_losses,
+    draw_subject,
+    in_turn,
+    parse_arguments,
+    peak_memory,
+    synchronize,
+)
 
 PACK, PLAIN = "Train Identity Prior", "plain loop"
 GOAL = 1.0
 """Steps a second of the pack relative to the plain loop's."""
-WARM_UP = 2
-"""Steps of every run that are not counted."""
 SETTINGS = identity_prior.PriorSettings(token="sks", class_word="cat", precision="float32", file_dtype="float32")
 
 Sets = tuple[TrainingPictures, TrainingPictures]
@@ -58,26 +62,14 @@ Outcome = tuple[list[float], list[float]]
 def draw_sets(vae: Any, seed: int) -> Sets:
     """Four pictures of one held-out cat, sixteen of other cats."""
     generator = random.Random(seed)
-    subject = random_attributes(generator, "figure", held_out=True)
-    while subject.species != SETTINGS.class_word:
-        subject = random_attributes(generator, "figure", held_out=True)
-    poses = ("standing", "sitting", "lying", "standing")
-    places = ("grass", "room", "snow", "night")
-    of_subject = [subject.replace(pose=pose, place=place) for pose, place in zip(poses, places, strict=True)]
+    of_subject, called = draw_subject(generator, SETTINGS.class_word, SETTINGS.token)
     others = [random_attributes(generator, "figure").replace(species=SETTINGS.class_word) for _ in range(16)]
 
     def encode(pictures: list[Attributes], captions: list[str]) -> TrainingPictures:
         drawn = [torch.from_numpy(np.array(render(one, seed + i)[0])) for i, one in enumerate(pictures)]
         return training_pictures.encode_pictures(vae, [picture.float() / 255 for picture in drawn], captions)
 
-    name = caption(subject).split(f" {SETTINGS.class_word}")[0]
-    called = [caption(one).replace(name, "a sks") for one in of_subject]
     return encode(of_subject, called), encode(others, [caption(one) for one in others])
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def by_pack(model: Any, clip: Any, sets: Sets, settings: TrainingSettings) -> Outcome:
@@ -94,22 +86,15 @@ def by_pack(model: Any, clip: Any, sets: Sets, settings: TrainingSettings) -> Ou
 
 def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: TrainingSettings) -> Outcome:
     """The loop of diffusers' train_dreambooth.py with the networks called directly."""
-    comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
-    sampling = engine.require_noise_prediction_model(model)
-    device = model.load_device
-    unet, text_encoder = model.model.diffusion_model, clip.cond_stage_model.clip_l.transformer
-    alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
+    networks = Networks.of(model, clip)
+    device = networks.device
     keys = identity_prior.attention_keys(model, clip)
     states = (dict(model.model.named_parameters()), dict(clip.cond_stage_model.named_parameters()))
     weights = [state[key] for state, part in zip(states, keys, strict=True) for key in part]
     before = [weight.detach().clone() for weight in weights]
-    for module in (unet, text_encoder):
-        module.requires_grad_(False)
     for weight in weights:
         weight.requires_grad_(True)
-    # ComfyUI's text encoder adds in place to what its normalisations keep for the backward pass.
-    norms = [module for module in text_encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),)) for norm in norms]
+    hooks = networks.copying_before_norms()
     optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     losses, ends = [], []
     for step in range(settings.steps):
@@ -119,14 +104,13 @@ def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: TrainingSettings)
             latents += [engine.to_model_scale(model, pictures.latents[number]) for number in chosen]
             captions += [pictures.captions[number] for number in chosen]
             generator = generator_of(settings.seed, step, f"noise of {what}")
-            timesteps.append(torch.randint(sampling.sigmas.shape[0], (len(chosen),), generator=generator))
+            timesteps.append(torch.randint(networks.alphas_cumprod.shape[0], (len(chosen),), generator=generator))
             noises.append(torch.randn((len(chosen), *latents[-1].shape), generator=generator))
         z_0, t, noise = torch.stack(latents).to(device), torch.cat(timesteps).to(device), torch.cat(noises).to(device)
-        alpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        z = alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noise
+        z = networks.noised(z_0, noise, t)
         tokens = [[token for token, _ in clip.tokenize(text)["l"][0]] for text in captions]
-        context = text_encoder(torch.tensor(tokens, device=device))[0]
-        predicted = unet(z, t.float(), context=context, transformer_options={})
+        context = networks.text_encoder(torch.tensor(tokens, device=device))[0]
+        predicted = networks.unet(z, t.float(), context=context, transformer_options={})
         of_identity, of_class = predicted.chunk(2)
         noise_of_identity, noise_of_class = noise.chunk(2)
         mse = torch.nn.functional.mse_loss
@@ -149,24 +133,8 @@ def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: TrainingSettings)
 METHODS: dict[str, Callable[[Any, Any, Sets, TrainingSettings], Outcome]] = {PLAIN: by_plain_loop, PACK: by_pack}
 
 
-def peak_memory(name: str, arguments: argparse.Namespace) -> int:
-    """Highest memory of a process of its own that does one run, in MiB."""
-    command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
-    command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    parser.add_argument("--runs", type=int, default=9, help="runs of each loop, alternating (default 9)")
-    parser.add_argument("--steps", type=int, default=8, help="training steps of a run (default 8)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the pictures and all batches (default 0)")
-    parser.add_argument("--only", choices=METHODS, help="do one run by one loop and print its memory use")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse_arguments(__doc__, METHODS, steps=8)
 
     family.register()
     options = {"dtype": torch.float32}
@@ -182,24 +150,17 @@ def main() -> None:
     )
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {}
-    for run in tqdm(range(1 if arguments.only else arguments.runs), unit="run", disable=bool(arguments.only)):
-        for name in names if run % 2 == 0 else names[::-1]:
-            times, losses[name] = METHODS[name](model, clip, sets, settings)
-            seconds[name].append(times[WARM_UP:])
+    for name in in_turn(names, arguments):
+        times, losses[name] = METHODS[name](model, clip, sets, settings)
+        seconds[name].append(times[WARM_UP:])
     if arguments.only:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
-        print(json.dumps({"peak_memory_mib": round(memory)}))
+        print(json.dumps({"peak_memory_mib": memory.highest_of_this_process()}))
         return
 
-    difference = max(abs(a - b) / b for a, b in zip(losses[PACK], losses[PLAIN], strict=True))
-    if difference > 0.02:
-        raise SystemExit(f"The loops do not do the same work: their losses differ by up to {difference:.1%}.")
-    rates_of_runs = {name: [1.0 / statistics.median(run) for run in runs] for name, runs in seconds.items()}
-    rates = {name: statistics.median(values) for name, values in rates_of_runs.items()}
-    ratios = [ours / theirs for ours, theirs in zip(rates_of_runs[PACK], rates_of_runs[PLAIN], strict=True)]
-    relative = statistics.median(ratios)
-    memories = {name: peak_memory(name, arguments) for name in names}
+    difference = difference_of_losses(losses, [PACK], PLAIN)
+    speeds = Speeds.of(seconds, PLAIN)
+    rates, ratios, relative = speeds.rates, speeds.ratios[PACK], speeds.relative[PACK]
+    memories = {name: peak_memory(__file__, name, arguments) for name in names}
     commit, command = load_pack.source_commit(), " ".join(["benchmarks/identity_prior_training.py", *sys.argv[1:]])
     trained = sum(
         state[key].numel()

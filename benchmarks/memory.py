@@ -1,9 +1,15 @@
-"""How much memory a piece of work needs on top of what was there before it."""
+"""How much memory a piece of work needs on top of what was there before it, and a process as a whole."""
 
 from __future__ import annotations
 
+import argparse
+import json
+import resource
+import subprocess
+import sys
 import threading
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
@@ -45,3 +51,28 @@ class PeakMemory:
             self._watcher.join()
             highest = self._highest
         self.mib = (highest - self._before) / 2**20
+
+
+def highest_of_this_process() -> int:
+    """The highest memory of this process since its start, with all that it has loaded, in MiB: of the GPU's allocator
+    where there is one, else the process's resident memory."""
+    if torch.cuda.is_available():
+        return round(torch.cuda.max_memory_allocated() / 2**20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def in_a_process(script: str, only: str, arguments: argparse.Namespace, *options: str) -> dict[str, Any]:
+    """What a benchmark prints as JSON in its last line when it measures one thing alone, in a process of its own.
+
+    Args:
+        script: the benchmark's file.
+        only: what it measures, its option --only.
+        arguments: the caller's own; steps and threads are passed on, and checkpoint and seed where there are any.
+        options: further ones, which come last and so count.
+    """
+    command = [sys.executable, script, "--only", only]
+    for name in ("steps", "threads", "checkpoint", "seed"):
+        if hasattr(arguments, name):
+            command += [f"--{name}", str(getattr(arguments, name))]
+    done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -111,10 +110,7 @@ def synchronize() -> None:
 
 def peak_memory(name: str, arguments: argparse.Namespace) -> int:
     """Memory that one picture by one method needs on top of the loaded model, in MiB, in a process of its own."""
-    command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
-    command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
+    return int(memory.in_a_process(__file__, name, arguments)["peak_memory_mib"])
 
 
 def main() -> None:

@@ -16,12 +16,8 @@ process that does one run of one of them alone. Writes benchmarks/results/subjec
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,12 +33,11 @@ import load_pack  # noqa: E402  (found on the path that was extended just above)
 load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
 load_pack.load_pack()
 
-import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.sd  # noqa: E402
+import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import memory  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import caption, random_attributes  # noqa: E402
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.pipelines import engine, training_pictures  # noqa: E402
 from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, mark_subject  # noqa: E402
@@ -55,14 +50,22 @@ from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
 from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
 from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from training_runs import (  # noqa: E402
+    WARM_UP,
+    Networks,
+    Speeds,
+    difference_of_losses,
+    draw_subject,
+    in_turn,
+    parse_arguments,
+    peak_memory,
+    synchronize,
+)
 
 DIFFUSERS, PLAIN = "diffusers' loop", "plain loop"
 PACK_WORD, PACK_OUTPUT = "Train Subject Embedding, word", "Train Subject Embedding, output"
 GOAL = 1.0
 """Steps a second of the pack relative to diffusers' loop."""
-WARM_UP = 2
-"""Steps of every run that are not counted."""
 CLASS_WORD, TOKEN = "cat", "sks"
 DRAWS = "shared vectors"
 """The name under which the pack draws the batches of its first phase."""
@@ -73,25 +76,13 @@ Outcome = tuple[list[float], list[float], int]
 
 def draw_pictures(vae: Any, seed: int) -> TrainingPictures:
     """Four pictures of one held-out cat with their masks."""
-    generator = random.Random(seed)
-    subject = random_attributes(generator, "figure", held_out=True)
-    while subject.species != CLASS_WORD:
-        subject = random_attributes(generator, "figure", held_out=True)
-    name = caption(subject).split(f" {CLASS_WORD}")[0]
-    pictures, captions, masks = [], [], []
-    scenes = zip(("standing", "sitting", "lying", "standing"), ("grass", "room", "snow", "night"), strict=True)
-    for number, (pose, place) in enumerate(scenes):
-        shown = subject.replace(pose=pose, place=place)
-        picture, mask = render(shown, seed + number)
+    shown, captions = draw_subject(random.Random(seed), CLASS_WORD, TOKEN)
+    pictures, masks = [], []
+    for number, one in enumerate(shown):
+        picture, mask = render(one, seed + number)
         pictures.append(torch.from_numpy(np.array(picture)).float() / 255)
         masks.append(torch.from_numpy(np.array(mask)).float())
-        captions.append(caption(shown).replace(name, f"a {TOKEN}"))
     return training_pictures.encode_pictures(vae, pictures, captions, masks)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class Evaluations:
@@ -134,17 +125,10 @@ def by_loop(
     whole_table: bool, model: Any, clip: Any, pictures: TrainingPictures, training: TrainingSettings
 ) -> Outcome:
     """The loop of diffusers' textual_inversion.py with the networks called directly."""
-    comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
-    sampling = engine.require_noise_prediction_model(model)
-    device = model.load_device
-    unet, text_encoder = model.model.diffusion_model, clip.cond_stage_model.clip_l.transformer
-    embedding = text_encoder.get_input_embeddings()
-    alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
-    for module in (unet, text_encoder):
-        module.requires_grad_(False)
-    # ComfyUI's text encoder adds in place to what its normalisations keep for the backward pass.
-    norms = [module for module in text_encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
-    hooks = [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),)) for norm in norms]
+    networks = Networks.of(model, clip)
+    device = networks.device
+    embedding = networks.text_encoder.get_input_embeddings()
+    hooks = networks.copying_before_norms()
     table = embedding.weight
     before = table.detach().clone()
     # The last words of the vocabulary before begin and end, which no caption uses, are the placeholder tokens.
@@ -175,12 +159,11 @@ def by_loop(
             (chosen,) = training_pictures.batch_indices(pictures, 1, step, training.seed, DRAWS)
             generator = generator_of(training.seed, step, DRAWS)
             z_0 = engine.to_model_scale(model, pictures.latents[chosen])[None].to(device)
-            t = torch.randint(sampling.sigmas.shape[0], (1,), generator=generator).to(device)
+            t = torch.randint(networks.alphas_cumprod.shape[0], (1,), generator=generator).to(device)
             noise = torch.randn(z_0.shape, generator=generator).to(device)
-            alpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)
-            z = alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noise
-            context = text_encoder(ids[pictures.captions[chosen]])[0]
-            predicted = unet(z, t.float(), context=context, transformer_options={})
+            z = networks.noised(z_0, noise, t)
+            context = networks.text_encoder(ids[pictures.captions[chosen]])[0]
+            predicted = networks.unet(z, t.float(), context=context, transformer_options={})
             mask = pictures.masks[chosen]
             weights = torch.ones_like(z_0[:, :1]) if mask is None else mask[None, None].to(device)
             loss = (weights * (predicted - noise) ** 2).sum() / (z_0.shape[1] * weights.sum())
@@ -214,24 +197,8 @@ METHODS: dict[str, Callable[[Any, Any, TrainingPictures, TrainingSettings], Outc
 }
 
 
-def peak_memory(name: str, arguments: argparse.Namespace) -> int:
-    """Highest memory of a process of its own that does one run, in MiB."""
-    command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
-    command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    parser.add_argument("--runs", type=int, default=9, help="runs of each loop, alternating (default 9)")
-    parser.add_argument("--steps", type=int, default=10, help="training steps of a run (default 10)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the pictures and all batches (default 0)")
-    parser.add_argument("--only", choices=METHODS, help="do one run by one loop and print its memory use")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse_arguments(__doc__, METHODS, steps=10)
 
     family.register()
     options = {"dtype": torch.float32}
@@ -251,31 +218,19 @@ def main() -> None:
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {}
     evaluations: dict[str, int] = {}
-    for run in tqdm(range(1 if arguments.only else arguments.runs), unit="round", disable=bool(arguments.only)):
-        for name in names[run % len(names) :] + names[: run % len(names)]:
-            times, losses[name], evaluations[name] = METHODS[name](model, clip, pictures, training)
-            seconds[name].append(times[WARM_UP:])
+    for name in in_turn(names, arguments):
+        times, losses[name], evaluations[name] = METHODS[name](model, clip, pictures, training)
+        seconds[name].append(times[WARM_UP:])
     if arguments.only:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
-        print(json.dumps({"peak_memory_mib": round(memory)}))
+        print(json.dumps({"peak_memory_mib": memory.highest_of_this_process()}))
         return
 
-    difference = max(
-        abs(a - b) / b for name in (PLAIN, PACK_WORD) for a, b in zip(losses[name], losses[DIFFUSERS], strict=True)
-    )
-    if difference > 0.02:
-        raise SystemExit(f"The loops do not do the same work: their losses differ by up to {difference:.1%}.")
+    difference = difference_of_losses(losses, [PLAIN, PACK_WORD], DIFFUSERS)
     if len(set(evaluations.values())) != 1:
         raise SystemExit(f"The loops evaluate the network differently often: {evaluations}.")
-    rates_of_runs = {name: [1.0 / statistics.median(run) for run in runs] for name, runs in seconds.items()}
-    rates = {name: statistics.median(values) for name, values in rates_of_runs.items()}
-    ratios = {
-        name: [ours / theirs for ours, theirs in zip(values, rates_of_runs[DIFFUSERS], strict=True)]
-        for name, values in rates_of_runs.items()
-    }
-    relative = {name: statistics.median(values) for name, values in ratios.items()}
-    memories = {name: peak_memory(name, arguments) for name in names}
+    speeds = Speeds.of(seconds, DIFFUSERS)
+    rates, ratios, relative = speeds.rates, speeds.ratios, speeds.relative
+    memories = {name: peak_memory(__file__, name, arguments) for name in names}
     commit = load_pack.source_commit()
     command = " ".join(["benchmarks/subject_embedding_training.py", *sys.argv[1:]])
     lines = [

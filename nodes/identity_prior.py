@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
@@ -10,21 +9,32 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines import engine
 from ..pipelines import identity_prior as priors
-from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
-from ..pipelines.training import Progress, TrainingRun, TrainingSettings
+from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
-from .saved_files import FILE_ENDING, loadable_files, next_path
+from .saved_files import loadable_files, next_path
 from .sockets import SubjectPictures, schema, show_text
+from .training import (
+    CHECKPOINT_FOLDER,
+    Checkpoints,
+    LossMap,
+    check_masked_loss,
+    checkpoint_every_input,
+    checkpointing_input,
+    first_and_last,
+    gradient_accumulation_input,
+    precision_input,
+    sample_every_input,
+    seed_input,
+    steps_of,
+    training_progress,
+)
 
-LossMap = io.Custom("LOSS_MAP")
 FILE_FOLDER = "identity_priors"
 LORA_FOLDER = "loras"
-CHECKPOINT_FOLDER = "checkpoints"
 
 
 class TrainIdentityPrior(io.ComfyNode):
@@ -83,14 +93,7 @@ class TrainIdentityPrior(io.ComfyNode):
                     tooltip="Pictures of each of both sets in a batch. 1 in the examples of diffusers' DreamBooth "
                     "script.",
                 ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=1,
-                    min=1,
-                    max=256,
-                    tooltip="Batches whose gradients are averaged for one step: a larger batch for the memory of a "
-                    "small one.",
-                ),
+                gradient_accumulation_input(),
                 io.Float.Input(
                     "regularisation_weight",
                     default=priors.REGULARISATION_WEIGHT,
@@ -105,19 +108,8 @@ class TrainIdentityPrior(io.ComfyNode):
                     tooltip="Train the attention layers of the text encoders too, as in Liu et al. 2024 (appendix "
                     "E.2.5).",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=[BFLOAT16, FLOAT32],
-                    default=BFLOAT16,
-                    tooltip="In what the networks compute; the trained weights are kept in float32 either way. Choose "
-                    "float32 on a CPU, where bfloat16 is no faster.",
-                ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=True,
-                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
-                    "for the same result.",
-                ),
+                precision_input("the trained weights"),
+                checkpointing_input(),
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
@@ -133,35 +125,14 @@ class TrainIdentityPrior(io.ComfyNode):
                     tooltip="Weights the timesteps as Hang et al. 2023 do, who use 5. 0 weights all alike, as Liu et "
                     "al. 2024.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of all draws: the order of the pictures, timesteps and noise.",
-                ),
-                io.Int.Input(
-                    "sample_every",
-                    default=100,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps between the sample pictures that show how far it is. There is one at the end in any "
-                    "case; 0 makes no others.",
-                ),
+                seed_input(),
+                sample_every_input("the end"),
                 io.String.Input(
                     "sample_prompt",
                     default="",
                     tooltip="What the samples show, with the token and the class word in it. Empty: those two words.",
                 ),
-                io.Int.Input(
-                    "checkpoint_every",
-                    default=100,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
-                    "again with the same settings. 0 writes none.",
-                ),
+                checkpoint_every_input(),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FILE_FOLDER}/prior",
@@ -211,20 +182,11 @@ class TrainIdentityPrior(io.ComfyNode):
         regularisation: Pictures | None = None,
     ) -> io.NodeOutput:
         check_captions(subject)
-        if masked_loss and all(mask is None for mask in subject.masks):
-            raise IdentityEditError(
-                "masked_loss is on but no picture of the subject has a mask; add masks, or switch masked_loss off."
-            )
+        check_masked_loss(masked_loss, subject)
         next_path(filename_prefix, f"{FILE_FOLDER}/prior")  # better before a long training than after it
         identity = encode_pictures(vae, subject.pictures, subject.captions, subject.masks)
         of_the_class = None if regularisation is None else _encode_class(vae, regularisation, subject.token)
-        checkpoints: list[str] = []
-
-        def checkpoint(run: str) -> str:
-            folder = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER, CHECKPOINT_FOLDER)
-            checkpoints.append(os.path.join(folder, run + FILE_ENDING))
-            return checkpoints[-1]
-
+        checkpoints = Checkpoints(FILE_FOLDER)
         prior, run = priors.train_identity_prior(
             model,
             clip,
@@ -251,14 +213,12 @@ class TrainIdentityPrior(io.ComfyNode):
                 checkpoint_every=checkpoint_every,
                 sample_every=sample_every,
             ),
-            checkpoint=checkpoint,
-            progress=_progress(model, steps),
+            checkpoint=checkpoints.path,
+            progress=training_progress(model, steps),
         )
         path = next_path(filename_prefix, f"{FILE_FOLDER}/prior")
         priors.save_identity_prior(prior, path)
-        for done in checkpoints:  # the prior holds its result now
-            with contextlib.suppress(OSError):
-                os.remove(done)
+        checkpoints.remove()
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior)
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         warning = None
@@ -292,39 +252,11 @@ def _encode_class(vae: Any, pictures: Pictures, token: str) -> TrainingPictures:
 
 def _report(prior: priors.IdentityPrior, run: TrainingRun, path: str) -> str:
     count = sum(tensor.numel() for change in (prior.model_change, prior.clip_change) for tensor in change.values())
-    few = max(1, min(50, len(run.losses) // 2))
-    began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
-    first, last = (sum(part) / len(part) for part in (run.losses[:few], run.losses[-few:]))
     return (
-        f"Identity prior '{prior.identity_prompt}': {len(run.losses)} steps{began}, {count / 1e6:.1f} million "
-        f"weights.\n"
-        f"Loss: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}.\n"
+        f"Identity prior '{prior.identity_prompt}': {steps_of(run)}, {count / 1e6:.1f} million weights.\n"
+        f"Loss: {first_and_last(run.losses)}.\n"
         f"Saved as {path}"
     )
-
-
-def _progress(model: Any, steps: int) -> Progress:
-    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
-    import latent_preview  # modules of ComfyUI, not needed before a node runs
-    from comfy.utils import ProgressBar
-
-    bar = ProgressBar(steps)
-    latent_format = model.model.latent_format
-    previewer = latent_preview.get_previewer(model.load_device, latent_format)
-    if previewer is None and latent_format.latent_rgb_factors is not None:
-        previewer = latent_preview.Latent2RGBPreviewer(
-            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
-        )
-
-    def report(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
-        preview = None
-        if sample is not None and previewer is not None:
-            with torch.no_grad():
-                latent = engine.to_model_scale(model, sample).to(model.load_device)
-                preview = previewer.decode_latent_to_preview_image("JPEG", latent)
-        bar.update_absolute(done, total, preview)
-
-    return report
 
 
 class LoadIdentityPrior(io.ComfyNode):

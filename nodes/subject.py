@@ -15,6 +15,7 @@ from ..pipelines import captioning
 from ..pipelines import regularisation_prompts as prompts
 from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError
+from ..pipelines.model_folders import list_models, missing_model
 from .saved_files import IN_OUTPUT_FOLDER
 from .sockets import SubjectPictures, schema, show_text
 
@@ -237,7 +238,7 @@ class CaptionPictures(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "model",
-                    options=[NO_MODEL, *_model_folders()],
+                    options=[NO_MODEL, *list_models(MODEL_FOLDER)],
                     default=NO_MODEL,
                     tooltip="A folder in models/LLM with an image-text-to-text model of transformers, such as LLaVA "
                     "(Liu et al. 2024). Nothing is downloaded. No model: captions come from files and from the lines "
@@ -371,7 +372,7 @@ class RegularisationPrompts(io.ComfyNode):
                 _class_word_input("What the subject is, such as 'dog'; every prompt holds it."),
                 io.Combo.Input(
                     "source",
-                    options=[SHIPPED_LIST, OWN_PROMPTS, ENDPOINT, *_model_folders()],
+                    options=[SHIPPED_LIST, OWN_PROMPTS, ENDPOINT, *list_models(MODEL_FOLDER)],
                     default=SHIPPED_LIST,
                     tooltip="Shipped list: put together from styles, actions, backgrounds and views, offline. "
                     "Own prompts: the lines of own_prompts. Endpoint: an OpenAI-compatible one, named by "
@@ -500,47 +501,22 @@ def _folder_path(folder: str) -> str:
     return os.path.join(folder_paths.get_input_directory(), folder)
 
 
-def _model_roots() -> list[str]:
-    """ComfyUI's folders for language models: models/LLM, unless extra_model_paths.yaml names others as "LLM"."""
-    if MODEL_FOLDER in folder_paths.folder_names_and_paths:
-        return list(folder_paths.get_folder_paths(MODEL_FOLDER))
-    return [os.path.join(folder_paths.models_dir, MODEL_FOLDER)]
-
-
-def _models() -> dict[str, str]:
-    """Path by name of every folder with a model: directly in models/LLM, or one folder deeper (author/model)."""
-    found: dict[str, str] = {}
-    for root in _model_roots():
-        for name in _subfolders(root):
-            for candidate in (name, *(f"{name}/{inner}" for inner in _subfolders(os.path.join(root, name)))):
-                path = os.path.join(root, candidate)
-                if os.path.isfile(os.path.join(path, "config.json")):
-                    found.setdefault(candidate, path)
-    return found
-
-
 def _subfolders(path: str) -> list[str]:
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
 
 
-def _model_folders() -> list[str]:
-    return list(_models())
-
-
 def _model_path(name: str) -> str:
-    path = _models().get(name)
+    path = list_models(MODEL_FOLDER).get(name)
     if path is None:
         raise IdentityEditError(str(_check_model(name)))
     return path
 
 
 def _check_model(name: str) -> bool | str:
-    if name in _models():
+    if name in list_models(MODEL_FOLDER):
         return True
-    return (
-        f"The model folder '{name}' is not in {_model_roots()[0]}; put it there with config.json, the *.safetensors "
-        f"weights and the tokenizer's or processor's files, and press R."
-    )
+    needed = "config.json, the *.safetensors weights and the tokenizer's or processor's files"
+    return missing_model(MODEL_FOLDER, name, needed)
 
 
 def _test_picture(subject: subjects.SubjectPictures, folder: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
@@ -10,21 +9,33 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines import engine, subject_files
+from ..pipelines import subject_files
 from ..pipelines import train_subject_embedding as learning
-from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
-from ..pipelines.training import Progress, TrainingRun, TrainingSettings
+from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from .saved_files import FILE_ENDING, loadable_files, next_path
 from .sockets import Subject, SubjectPictures, schema, show_text
+from .training import (
+    CHECKPOINT_FOLDER,
+    Checkpoints,
+    LossMap,
+    check_masked_loss,
+    checkpoint_every_input,
+    checkpointing_input,
+    first_and_last,
+    gradient_accumulation_input,
+    precision_input,
+    sample_every_input,
+    seed_input,
+    steps_of,
+    training_progress,
+)
 
-LossMap = io.Custom("LOSS_MAP")
 FILE_FOLDER = "subject_embeddings"
-CHECKPOINT_FOLDER = "checkpoints"
 EMBEDDING_FOLDER = "embeddings"
 IN_MODELS_FOLDERS = {f" [{folder}]": folder for folder in (FILE_FOLDER, EMBEDDING_FOLDER)}
 """Marks on names in folders of models, as ComfyUI marks those in the output folder."""
@@ -128,56 +139,17 @@ class TrainSubjectEmbedding(io.ComfyNode):
                 io.Int.Input(
                     "batch_size", default=1, min=1, max=64, tooltip="Pictures in a batch. All of them have one size."
                 ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=1,
-                    min=1,
-                    max=256,
-                    tooltip="Batches whose gradients are averaged for one step: a larger batch for the memory of a "
-                    "small one.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=[BFLOAT16, FLOAT32],
-                    default=BFLOAT16,
-                    tooltip="In what the networks compute; the embeddings are kept in float32 either way. Choose "
-                    "float32 on a CPU, where bfloat16 is no faster.",
-                ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=True,
-                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
-                    "for the same result.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of all draws: the order of the pictures, timesteps and noise.",
-                ),
-                io.Int.Input(
-                    "sample_every",
-                    default=100,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps between the sample pictures that show how far it is. There is one at the end of "
-                    "both phases in any case; 0 makes no others.",
-                ),
+                gradient_accumulation_input(),
+                precision_input("the embeddings"),
+                checkpointing_input(),
+                seed_input(),
+                sample_every_input("the end of both phases"),
                 io.String.Input(
                     "sample_prompt",
                     default="",
                     tooltip="What the samples show, with the subject's name in it. Empty: the name alone.",
                 ),
-                io.Int.Input(
-                    "checkpoint_every",
-                    default=100,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
-                    "again with the same settings. 0 writes none.",
-                ),
+                checkpoint_every_input(),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FILE_FOLDER}/subject",
@@ -223,10 +195,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
         filename_prefix: str,
     ) -> io.NodeOutput:
         check_captions(pictures)
-        if masked_loss and all(mask is None for mask in pictures.masks):
-            raise IdentityEditError(
-                "masked_loss is on but no picture of the subject has a mask; add masks, or switch masked_loss off."
-            )
+        check_masked_loss(masked_loss, pictures)
         settings = learning.SubjectSettings(
             class_word=pictures.class_word,
             token="" if keep_token else pictures.token,
@@ -254,42 +223,30 @@ class TrainSubjectEmbedding(io.ComfyNode):
         learning.check_training_captions(clip, pictures.captions, settings)
         next_path(filename_prefix, f"{FILE_FOLDER}/subject")  # better before a long training than after it
         encoded = encode_pictures(vae, pictures.pictures, pictures.captions, pictures.masks)
-        checkpoints: list[str] = []
-
-        def checkpoint(run: str) -> str:
-            folder = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER, CHECKPOINT_FOLDER)
-            checkpoints.append(os.path.join(folder, run + FILE_ENDING))
-            return checkpoints[-1]
-
+        checkpoints = Checkpoints(FILE_FOLDER)
         subject, run = learning.train_subject_embedding(
             model,
             clip,
             encoded,
             settings,
             training,
-            checkpoint=checkpoint,
-            progress=_progress(model, steps + sampling_steps * updates_per_step),
+            checkpoint=checkpoints.path,
+            progress=training_progress(model, steps + sampling_steps * updates_per_step),
         )
         path = next_path(filename_prefix, f"{FILE_FOLDER}/subject")
         subject_files.save_subject(subject, path)
-        for done in checkpoints:  # the subject holds its result now
-            with contextlib.suppress(OSError):
-                os.remove(done)
+        checkpoints.remove()
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         text = show_text(cls, _report(subject, run, steps, path))
         return io.NodeOutput(subject, samples, {"loss": run.losses}, path, text, ui=ui.PreviewImage(samples, cls=cls))
 
 
 def _report(subject: SubjectEmbedding, run: TrainingRun, steps: int, path: str) -> str:
-    began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
-    shared = run.losses[:steps]
-    few = max(1, min(50, len(shared) // 2))
-    first, last = (sum(part) / len(part) for part in (shared[:few], shared[-few:]))
     moved = ", ".join(f"{distance:.3f}" for distance in subject.training["distance_from_start"].values())
     return (
-        f"{describe(subject)}: {len(run.losses)} steps{began}.\n"
-        f"Loss of the shared embeddings: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}; they "
-        f"are {moved} (root mean square) from where they began.\n"
+        f"{describe(subject)}: {steps_of(run)}.\n"
+        f"Loss of the shared embeddings: {first_and_last(run.losses[:steps])}; they are {moved} (root mean square) "
+        f"from where they began.\n"
         f"Saved as {path}, {os.path.getsize(path) / 1000:.0f} kB"
     )
 
@@ -299,30 +256,6 @@ def describe(subject: SubjectEmbedding) -> str:
     what = "rows of the text encoder's output" if subject.kind == OUTPUT else "word vectors"
     steps = f", each with its own for {len(subject.timesteps)} sampling steps" if subject.timesteps else ""
     return f"Subject '{subject.name}': {subject.tokens} {what}{steps}"
-
-
-def _progress(model: Any, steps: int) -> Progress:
-    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
-    import latent_preview  # modules of ComfyUI, not needed before a node runs
-    from comfy.utils import ProgressBar
-
-    bar = ProgressBar(steps)
-    latent_format = model.model.latent_format
-    previewer = latent_preview.get_previewer(model.load_device, latent_format)
-    if previewer is None and latent_format.latent_rgb_factors is not None:
-        previewer = latent_preview.Latent2RGBPreviewer(
-            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
-        )
-
-    def report(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
-        preview = None
-        if sample is not None and previewer is not None:
-            with torch.no_grad():
-                latent = engine.to_model_scale(model, sample).to(model.load_device)
-                preview = previewer.decode_latent_to_preview_image("JPEG", latent)
-        bar.update_absolute(done, total, preview)
-
-    return report
 
 
 class StepWiseEmbeddingLoader(io.ComfyNode):

@@ -11,6 +11,7 @@ from ..attention.capture import IdentityAttention, capture_attention
 from ..attention.layers import AUTOMATIC
 from . import engine
 from .errors import IdentityEditError
+from .prompt_tokens import positions_of, prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,18 @@ def encode_identity_prompt(clip: Any, text: str, words: str = "") -> IdentityPro
     Raises:
         IdentityEditError: when the prompt is empty or lacks one of the words.
     """
-    positions = [position for position, _ in _content_tokens(clip, text)]
-    if not positions:
+    prompt = prompt_tokens(clip, text)
+    if not prompt.positions:
         raise IdentityEditError(
             'The identity prompt is empty; write what the subject is, such as "cat", with its rare token before it if '
             'the model has learned one ("sks cat").'
         )
+    positions = set(prompt.positions)
     if words.split():
-        positions = [position for word in words.split() for position in _positions_of(clip, word, text)]
+        positions = {p for word in words.split() for p in positions_of(clip, prompt, word, "The identity prompt")}
     with torch.no_grad():
         embedding = clip.encode_from_tokens(clip.tokenize(text))
-    inside = tuple(sorted({position for position in positions if position < embedding.shape[1]}))
+    inside = tuple(position for position in sorted(positions) if position < embedding.shape[1])
     return IdentityPrompt(embedding, inside)
 
 
@@ -72,39 +74,3 @@ def capture_identity(
         return capture_attention(model, identity.embedding, identity.tokens, layers, self_attention)
     except ValueError as error:
         raise IdentityEditError(str(error)) from error
-
-
-def _content_tokens(clip: Any, text: str) -> list[tuple[int, Any]]:
-    """(position in the embedding, token) of everything but begin, end and padding.
-
-    ComfyUI gives those the word id 0. SDXL's two encoders have the same tokens at the same positions, but for textual
-    inversions of different lengths: a position counts when either has a word there.
-    """
-    found: dict[int, Any] = {}
-    for chunks in clip.tokenize(text, return_word_ids=True).values():
-        start = 0
-        for chunk in chunks:
-            found.update({start + i: token for i, (token, _, word) in enumerate(chunk) if word != 0})
-            start += len(chunk)
-    return sorted(found.items(), key=lambda item: item[0])
-
-
-def _positions_of(clip: Any, word: str, text: str) -> list[int]:
-    """Positions of every occurrence of a word's tokens among those of the prompt."""
-    content, wanted = _content_tokens(clip, text), [token for _, token in _content_tokens(clip, word)]
-    found: list[int] = []
-    for start in range(len(content) - len(wanted) + 1):
-        part = content[start : start + len(wanted)]
-        if wanted and all(_same_token(token, other) for (_, token), other in zip(part, wanted, strict=True)):
-            found += [position for position, _ in part]
-    if not found:
-        raise IdentityEditError(
-            f"The identity prompt {text!r} does not contain the word {word!r}; write it as it stands in the prompt."
-        )
-    return found
-
-
-def _same_token(first: Any, second: Any) -> bool:
-    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):  # of a textual inversion
-        return torch.equal(first, second)
-    return type(first) is type(second) and first == second

@@ -131,6 +131,20 @@ def check_inversion(
         )
 
 
+def check_sampled_latent(inversion: Inversion, x: torch.Tensor) -> None:
+    """Check that latents being sampled [B, C, H, W] can be evaluated beside the inversion's.
+
+    Raises:
+        IdentityEditError: for another size, or a batch that the inversion's cannot serve.
+    """
+    check_batch_matches(inversion.batch, x.shape[0], "The inversion")
+    if inversion.trajectory.shape[2:] != x.shape[1:]:
+        raise IdentityEditError(
+            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the sampled one is "
+            f"{tuple(x.shape[1:])}; sample at the inverted picture's size."
+        )
+
+
 def check_skip(skip: int, steps: int) -> None:
     """Raise `IdentityEditError` unless 0 <= `skip` < `steps`: at least one step must remain."""
     if not 0 <= skip < steps:

@@ -6,9 +6,6 @@ is loaded for one node's run and given back afterwards, because it would take th
 
 from __future__ import annotations
 
-import gc
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +14,11 @@ from typing import Any
 import torch
 
 from .errors import IdentityEditError
+from .model_folders import CONFIG, check_preprocessor, first_line, loaded, read_config, to_pillow
 
 IMAGE_AND_TEXT = "image-text-to-text"
 TEXT = "text-generation"
-_MEMORY_MARGIN = 1.2
+_MEMORY = 1.2
 """Memory asked for, as a multiple of the weights' size: what is above 1 is for the keys and values of the answer."""
 
 
@@ -75,7 +73,7 @@ class LanguageModel:
             ) from error
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise IdentityEditError(
-                f"The model in {self.path} cannot answer ({_first_line(error)}); choose another model."
+                f"The model in {self.path} cannot answer ({first_line(error)}); choose another model."
             ) from error
         prompt = inputs.get("input_ids")
         # Decoders give the prompt back before the answer, encoder-decoders do not.
@@ -92,7 +90,7 @@ class LanguageModel:
                 question = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
             inputs = self.processor(question, return_tensors="pt", add_special_tokens=not has_template)
             return inputs.to(self.device)
-        image = _to_pillow(picture)
+        image = to_pillow(picture)
         if has_template:
             content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
             inputs = self.processor.apply_chat_template(
@@ -121,74 +119,28 @@ def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
     Raises:
         IdentityEditError: when the folder is missing, incomplete, or holds another kind of model.
     """
-    from comfy import model_management
+    is_visual = kind == IMAGE_AND_TEXT
+    processor_file = " and preprocessor_config.json" if is_visual else ""
+    read_config(path, f"{CONFIG}, the weights (*.safetensors), the tokenizer's files{processor_file}")
+    if is_visual:
+        check_preprocessor(path)
 
-    _check_folder(path, kind)
-    import transformers
+    def load() -> tuple[Any, Any]:
+        import transformers
 
-    if kind == IMAGE_AND_TEXT:
-        network_class, processor_class = transformers.AutoModelForImageTextToText, transformers.AutoProcessor
-    else:
-        network_class, processor_class = transformers.AutoModelForCausalLM, transformers.AutoTokenizer
-    device = model_management.get_torch_device()
-    network = None
-    try:
-        try:
-            with torch.random.fork_rng(devices=[]):  # transformers draws weights before it reads them
-                processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-                network = network_class.from_pretrained(
-                    path, local_files_only=True, trust_remote_code=False, use_safetensors=True, torch_dtype="auto"
-                ).eval()
-            if kind == IMAGE_AND_TEXT and not hasattr(processor, "image_processor"):
-                # AutoProcessor gives the tokenizer alone where it finds nothing else.
-                raise OSError("it has no processor for pictures with text")
-            size = sum(parameter.nbytes for parameter in network.parameters())
-            model_management.free_memory(size * _MEMORY_MARGIN, device)
-            network = network.to(device=device, dtype=_dtype(network.dtype, device))
-        except torch.cuda.OutOfMemoryError as error:
-            raise IdentityEditError(f"The model in {path} does not fit into memory; choose a smaller one.") from error
-        except Exception as error:  # every architecture has its own ways of failing
-            raise IdentityEditError(
-                f"transformers cannot load {path} for {kind} ({_first_line(error)}); choose another model, or copy its "
-                f"files again."
-            ) from error
-        yield LanguageModel(network, processor, path, device)
-    finally:
-        del network
-        gc.collect()
-        model_management.soft_empty_cache()
-
-
-def _check_folder(path: str, kind: str) -> None:
-    """Say in a sentence what the folder lacks, before transformers says it in a page."""
-    processor = " and preprocessor_config.json" if kind == IMAGE_AND_TEXT else ""
-    needed = f"config.json, the weights (*.safetensors), the tokenizer's files{processor}"
-    if not os.path.isdir(path):
-        raise IdentityEditError(f"The model folder {path} does not exist; make it and put into it {needed}.")
-    names = os.listdir(path)
-    if "config.json" not in names:
-        raise IdentityEditError(f"The model folder {path} has no config.json; put into it {needed}.")
-    if not any(name.endswith(".safetensors") for name in names):
-        pickled = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
-        why = "only pickled weights, which could run code" if pickled else "no weights"
-        raise IdentityEditError(f"The model folder {path} has {why}; put the model's *.safetensors files into it.")
-    if kind == IMAGE_AND_TEXT and not _describes_pictures(path):
-        # transformers would take the sizes and colours of another model for granted.
-        raise IdentityEditError(
-            f"The model folder {path} has no preprocessor_config.json, which says how pictures are prepared; put it "
-            f"there, or choose an image-text-to-text model."
+        network_class = transformers.AutoModelForImageTextToText if is_visual else transformers.AutoModelForCausalLM
+        processor_class = transformers.AutoProcessor if is_visual else transformers.AutoTokenizer
+        processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if is_visual and not hasattr(processor, "image_processor"):
+            # AutoProcessor gives the tokenizer alone where it finds nothing else.
+            raise OSError("it has no processor for pictures with text")
+        network = network_class.from_pretrained(
+            path, local_files_only=True, trust_remote_code=False, use_safetensors=True, torch_dtype="auto"
         )
+        return network, processor
 
-
-def _describes_pictures(path: str) -> bool:
-    """Whether the folder says how pictures are prepared: in a file of its own or, in newer folders, in a common one."""
-    if os.path.isfile(os.path.join(path, "preprocessor_config.json")):
-        return True
-    try:
-        with open(os.path.join(path, "processor_config.json"), encoding="utf-8") as file:
-            return "image_processor" in json.load(file)
-    except (OSError, ValueError):
-        return False
+    with loaded(path, load, f" for {kind}", _MEMORY, _dtype) as (network, processor, device):
+        yield LanguageModel(network, processor, path, device)
 
 
 def _dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -208,15 +160,3 @@ def _stop_when_interrupted(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch
 
     model_management.throw_exception_if_processing_interrupted()
     return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _to_pillow(picture: torch.Tensor) -> Any:
-    from PIL import Image
-
-    return Image.fromarray((picture.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy())
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,4 +1,4 @@
-"""Networks of transformers, timm and others that read pictures, from folders and files below ComfyUI's models folder.
+"""Networks of transformers, timm and others, from folders and files below ComfyUI's models folder.
 
 Nothing is downloaded and no code of a file is executed: local files only, safetensors, or pickles of plain tensors that
 torch reads with weights_only. A network is loaded for one node's run and given back afterwards.
@@ -83,21 +83,36 @@ def read_config(path: str, needed: str) -> dict[str, Any]:
 def check_preprocessor(path: str) -> None:
     """Raise `IdentityEditError` where a folder does not say how pictures are prepared: transformers would take another
     model's sizes and colours for granted."""
-    names = ("preprocessor_config.json", "processor_config.json")
-    if not any(os.path.isfile(os.path.join(path, name)) for name in names):
+    if os.path.isfile(os.path.join(path, "preprocessor_config.json")):
+        return
+    try:  # newer folders say it in a common file
+        with open(os.path.join(path, "processor_config.json"), encoding="utf-8") as file:
+            is_described = "image_processor" in json.load(file)
+    except (OSError, ValueError):
+        is_described = False
+    if not is_described:
         raise IdentityEditError(
             f"The model folder {path} has no preprocessor_config.json, which says how pictures are prepared; put it "
-            f"there."
+            f"there, or choose a model that reads pictures."
         )
 
 
 @contextmanager
-def loaded(path: str, load: Callable[[], tuple[Any, Any]]) -> Iterator[tuple[Any, Any, torch.device]]:
-    """A network on ComfyUI's device in float32 for the time of a `with`, and its memory given back at the end.
+def loaded(
+    path: str,
+    load: Callable[[], tuple[Any, Any]],
+    purpose: str = "",
+    memory: float = 2.0,
+    dtype: Callable[[torch.dtype, torch.device], torch.dtype] | None = None,
+) -> Iterator[tuple[Any, Any, torch.device]]:
+    """A network on ComfyUI's device for the time of a `with`, and its memory given back at the end.
 
     Args:
         path: where it comes from, for messages.
         load: reads it from there: (network, processor).
+        purpose: what it is loaded for, for messages, such as " for text-generation".
+        memory: asked of ComfyUI, as a multiple of the weights' size: what is above 1 is for what the network computes.
+        dtype: the dtype to compute in, from that of the weights and the device; None is float32.
 
     Yields:
         the network in evaluation mode, its processor, and the device.
@@ -114,15 +129,17 @@ def loaded(path: str, load: Callable[[], tuple[Any, Any]]) -> Iterator[tuple[Any
             with torch.random.fork_rng(devices=[]):  # libraries draw weights before they read them
                 network, processor = load()
             size = sum(parameter.nbytes for parameter in network.parameters())
-            model_management.free_memory(2 * size, device)  # as much again for what the network computes
-            network = network.eval().to(device=device, dtype=torch.float32)
+            model_management.free_memory(memory * size, device)
+            chosen = torch.float32 if dtype is None else dtype(network.dtype, device)
+            network = network.eval().to(device=device, dtype=chosen)
         except IdentityEditError:
             raise
         except torch.cuda.OutOfMemoryError as error:
             raise IdentityEditError(f"The model in {path} does not fit into memory; choose a smaller one.") from error
         except Exception as error:  # every architecture has its own ways of failing
             raise IdentityEditError(
-                f"The model in {path} cannot be loaded ({first_line(error)}); copy its files again, or choose another."
+                f"The model in {path} cannot be loaded{purpose} ({first_line(error)}); copy its files again, or choose "
+                f"another."
             ) from error
         with torch.no_grad():
             yield network, processor, device
@@ -178,6 +195,7 @@ def to_pillow(picture: torch.Tensor) -> Any:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an exception's text, at most 200 characters of it, or else its name."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."

@@ -10,27 +10,18 @@ from typing import Any
 
 import torch
 
-from ..attention.mutual_self_attention import (
-    AUTOMATIC,
-    MutualMasks,
-    SourceFeatures,
-    mutual_layers,
-    with_patches,
-    without_guidance_functions,
-)
+from ..attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeatures, mutual_layers
+from ..attention.patches import with_patches, without_guidance_functions
 from . import engine
 from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError, check_batch_matches, check_finite
-from .inversion import Inversion, check_inversion
+from .inversion import Inversion, check_inversion, check_sampled_latent
 
 START_STEP = 0.08
 """The reference implementation's 4 of 50 steps, as a share of the steps."""
 
 _KEY = "identity_edit_mutual_self_attention"
 _SOURCE_SIDES = ("positive", "middle")
-_ONLY_THE_TARGETS = ("control", "gligen", "mask")
-"""What a target's conditioning may carry beside its prompt that says nothing about the source. A mask weighs only the
-prediction, which the source's evaluation does not use."""
 
 
 def mutual_self_attention(
@@ -106,7 +97,7 @@ def mutual_self_attention(
         row = inversion.row(float(timestep.max()))
         if row < first_step:
             return executor(x, timestep, model_options, seed)
-        _check_latent(inversion, x)
+        check_sampled_latent(inversion, x)
         guider = executor.class_obj
         own = guider.conds
         # The source at the same noise level; of its prediction nothing is used, of its activations those recorded.
@@ -152,12 +143,9 @@ def _source_conditionings(
             conditionings = engine.conditionings_with_embedding(
                 conditionings, embedding.to(device), None if pooled is None else pooled.to(device), keep=True
             )
-        result[side] = None if conditionings is None else [_of_the_prompt(entry) for entry in conditionings]
+        # A mask weighs only the prediction, which the source's evaluation does not use.
+        result[side] = None if conditionings is None else engine.conditionings_of_the_prompt(conditionings)
     return result
-
-
-def _of_the_prompt(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name not in _ONLY_THE_TARGETS}
 
 
 def _checked_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
@@ -166,12 +154,3 @@ def _checked_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
         raise IdentityEditError(f"{name} must be a mask [batch, height, width], not {tuple(mask.shape)}; connect one.")
     check_finite(mask, name)
     return mask.detach().to(device="cpu", dtype=torch.float32, copy=True)
-
-
-def _check_latent(inversion: Inversion, x: torch.Tensor) -> None:
-    check_batch_matches(inversion.batch, x.shape[0], "The inversion")
-    if inversion.trajectory.shape[2:] != x.shape[1:]:
-        raise IdentityEditError(
-            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the sampled one is "
-            f"{tuple(x.shape[1:])}; sample at the inverted picture's size."
-        )

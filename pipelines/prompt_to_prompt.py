@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from ..attention.layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers
-from ..attention.mutual_self_attention import without_guidance_functions
+from ..attention.patches import without_guidance_functions
 from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor, sampling_pairs
 from . import engine
 from .conditioning import Conditioning, single_embedding
-from .errors import IdentityEditError, check_batch_matches
-from .inversion import Inversion, check_inversion
+from .errors import IdentityEditError
+from .inversion import Inversion, check_inversion, check_sampled_latent
 from .prompt_tokens import (
     Pair,
     aligned_tokens,
@@ -51,8 +51,6 @@ FACTORS = (AUTOMATIC, "1", "2", "4", "8")
 
 _KEY = "identity_edit_prompt_to_prompt"
 _RELATIVE_TOLERANCE = 1e-4
-_ONLY_THE_TARGETS = ("control", "gligen", "mask")
-"""What a target's conditioning may carry beside its prompt that says nothing about an inverted source."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +251,7 @@ def with_attention_control(
             step, steps = run.step(sigma), run.sigmas.shape[0] - 1
             x_source, x_target = x.chunk(2)
         else:
-            _check_latent(inversion, x)
+            check_sampled_latent(inversion, x)
             step, steps = inversion.row(sigma), inversion.steps
             x_source, x_target = inversion.trajectory[step].to(x), x
         of_source, of_target = timestep[: x_source.shape[0]], timestep[: x_target.shape[0]]
@@ -326,16 +324,4 @@ def _source_conditionings(
     )
     if not inverted:
         return {**own, "positive": positive}
-    of_the_prompt = [
-        {name: value for name, value in entry.items() if name not in _ONLY_THE_TARGETS} for entry in positive
-    ]
-    return {**dict.fromkeys(own), "positive": of_the_prompt}
-
-
-def _check_latent(inversion: Inversion, x: torch.Tensor) -> None:
-    check_batch_matches(inversion.batch, x.shape[0], "The inversion")
-    if inversion.trajectory.shape[2:] != x.shape[1:]:
-        raise IdentityEditError(
-            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the sampled one is "
-            f"{tuple(x.shape[1:])}; sample at the inverted picture's size."
-        )
+    return {**dict.fromkeys(own), "positive": engine.conditionings_of_the_prompt(positive)}

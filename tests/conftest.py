@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 torch.set_num_threads(2)
+TINY_MODELS_ONLY = {"attention", "nodes", "pipelines"}
+"""The folders whose tests compute with tiny models alone."""
 
 # One broken module must not hide the tests of all others: its error is kept and raised by the `pack` fixture.
 _failure: Exception | None = None
@@ -58,6 +60,16 @@ class EntryPointIsNotATestPackage:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(EntryPointIsNotATestPackage())
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny models are faster with one thread, many times so on a machine that is busy."""
+    threads = torch.get_num_threads()
+    if request.path.parent.name in TINY_MODELS_ONLY:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

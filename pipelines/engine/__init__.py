@@ -12,6 +12,7 @@ from .loop import Callback, NetworkEvaluator, run_loop
 from .model import (
     KEEPS_EMBEDDING,
     ModelTag,
+    conditionings_of_the_prompt,
     conditionings_with_embedding,
     context_channels,
     latent_channels,
@@ -27,6 +28,7 @@ __all__ = [
     "Callback",
     "ModelTag",
     "NetworkEvaluator",
+    "conditionings_of_the_prompt",
     "conditionings_with_embedding",
     "context_channels",
     "gradient_context",

@@ -16,6 +16,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..errors import IdentityEditError
 
+_BESIDE_THE_PROMPT = ("control", "gligen", "mask")
+"""What a conditioning may carry beside its prompt that speaks of one picture."""
+
 
 def require_noise_prediction_model(model: Any) -> Any:
     """Check that `model` is a UNet that predicts noise (eps) or velocity (v) at discrete timesteps.
@@ -173,3 +176,12 @@ def conditionings_with_embedding(
         marked = {KEEPS_EMBEDDING: True} if keep else {}
         result.append({**conditioning, "model_conds": model_conds, **marked})
     return result
+
+
+def conditionings_of_the_prompt(conditionings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A guider's conditionings of one side without control networks, GLIGEN and masks, which say where things are in
+    the sampled picture and nothing about another one evaluated beside it; the given ones are not changed."""
+    return [
+        {name: value for name, value in conditioning.items() if name not in _BESIDE_THE_PROMPT}
+        for conditioning in conditionings
+    ]

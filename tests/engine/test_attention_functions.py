@@ -13,6 +13,7 @@ from .test_timestep_aware_edit import (
     inversion_prompt,
     node,
     shown,
+    text_optimization,
     with_null_text,
     with_picture,
     with_sampler_node,
@@ -26,15 +27,8 @@ def optimising_prompt(checkpointing: bool) -> Prompt:
     """Both optimisations on a model that a stock node (FreeU) has patched."""
     prompt = with_null_text(inversion_prompt(), inner_steps=2)
     prompt["freeu"] = node("FreeU_V2", model=["model", 0], b1=1.1, b2=1.2, s1=0.9, s2=0.4)
-    prompt["optimized"] = node(
-        "IdentityEditOptimizeTextEmbedding",
-        model=["freeu", 0],
-        latent=["latent", 0],
-        target=["target", 0],
-        steps=3,
-        learning_rate=0.05,
-        seed=0,
-        checkpointing=checkpointing,
+    prompt["optimized"] = text_optimization(
+        model=["freeu", 0], steps=3, learning_rate=0.05, checkpointing=checkpointing
     )
     prompt["null_text"]["inputs"] |= {"model": ["freeu", 0], "checkpointing": checkpointing}
     prompt["inversion"]["inputs"]["model"] = ["freeu", 0]

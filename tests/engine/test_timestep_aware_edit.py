@@ -84,6 +84,13 @@ def with_null_text(prompt: Prompt, method: str = "null-text optimization", inner
     return prompt
 
 
+def text_optimization(**changes: Any) -> dict[str, Any]:
+    """Optimize Text Embedding on the prompt's latent and target."""
+    links = {"model": ["model", 0], "latent": ["latent", 0], "target": ["target", 0]}
+    settings = {"steps": 1, "learning_rate": 0.001, "seed": 0, "checkpointing": False}
+    return node("IdentityEditOptimizeTextEmbedding", **{**links, **settings, **changes})
+
+
 def with_sampler_node(prompt: Prompt, inversion: list[Any], sampler: str = "ddim") -> Prompt:
     prompt["edited"] = node(
         "IdentityEditTimestepAwareTextInjectionSampler",
@@ -171,16 +178,7 @@ def test_negative_prompt_inversion_reconstructs_as_ddim_does(server: RunningServ
 def test_text_optimization_runs_where_comfyui_forbids_gradients(server: RunningServer) -> None:
     """A prompt runs in inference mode: that there is a gradient at all can only be seen in a server."""
     prompt = inversion_prompt()
-    prompt["optimized"] = node(
-        "IdentityEditOptimizeTextEmbedding",
-        model=["model", 0],
-        latent=["latent", 0],
-        target=["target", 0],
-        steps=3,
-        learning_rate=0.05,
-        seed=0,
-        checkpointing=True,
-    )
+    prompt["optimized"] = text_optimization(steps=3, learning_rate=0.05, checkpointing=True)
     with_sampler_node(prompt, ["inversion", 0])
     without = shown(server, prompt, "edited")
     prompt["edited"]["inputs"] |= {"optimized": ["optimized", 0], "eta": 0.0}
@@ -284,16 +282,7 @@ def test_bad_latents_are_refused(server: RunningServer, name: str, samples: torc
     inverting = with_picture(copy.deepcopy(prompt), "inversion", 1)
     refused(server, inverting, "inversion", message)
     optimizing = prompt
-    optimizing["optimized"] = node(
-        "IdentityEditOptimizeTextEmbedding",
-        model=["model", 0],
-        latent=["latent", 0],
-        target=["target", 0],
-        steps=1,
-        learning_rate=0.001,
-        seed=0,
-        checkpointing=False,
-    )
+    optimizing["optimized"] = text_optimization()
     optimizing["shown"] = node("PreviewAny", source=["optimized", 1])
     refused(server, optimizing, "optimized", message)
 
@@ -302,16 +291,7 @@ def test_bad_latents_are_refused(server: RunningServer, name: str, samples: torc
 def test_other_families_of_models_are_refused(server: RunningServer, at: str) -> None:
     prompt = with_null_text(inversion_prompt())
     prompt["flow"] = node("ModelSamplingSD3", model=["model", 0], shift=3.0)
-    prompt["optimized"] = node(
-        "IdentityEditOptimizeTextEmbedding",
-        model=["model", 0],
-        latent=["latent", 0],
-        target=["target", 0],
-        steps=1,
-        learning_rate=0.001,
-        seed=0,
-        checkpointing=False,
-    )
+    prompt["optimized"] = text_optimization()
     prompt[at]["inputs"]["model"] = ["flow", 0]
     prompt["shown"] = node("PreviewAny", source=[at, 1])
     refused(server, prompt, at, "load a Stable Diffusion 1.x, 2.x or XL checkpoint")
@@ -422,16 +402,7 @@ def test_pictures_of_different_sizes_are_refused(server: RunningServer) -> None:
 def test_an_interrupt_stops_a_long_optimization(server: RunningServer, at: str) -> None:
     prompt = with_null_text(inversion_prompt(), inner_steps=1000)
     prompt["null_text"]["inputs"]["early_stop"] = 0.0
-    prompt["optimized"] = node(
-        "IdentityEditOptimizeTextEmbedding",
-        model=["model", 0],
-        latent=["latent", 0],
-        target=["target", 0],
-        steps=10000,
-        learning_rate=0.001,
-        seed=0,
-        checkpointing=False,
-    )
+    prompt["optimized"] = text_optimization(steps=10000)
     prompt["shown"] = node("PreviewAny", source=[at, 4 if at == "null_text" else 1])
     values: list[int] = []
     asked = False

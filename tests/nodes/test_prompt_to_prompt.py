@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,15 +16,6 @@ from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
 CAT, DOG = "a photo of a cat in the snow", "a photo of a dog in the snow"
 LATENT = {"samples": tiny_models.latent(4, width=12)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are faster with one thread, many times so on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

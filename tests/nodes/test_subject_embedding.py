@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import comfy.model_management
@@ -67,15 +68,6 @@ def pictures(captions: list[str], masked: bool = True, mask: float = 1.0) -> Sub
 
 
 SHOWN = pictures(["a sks cat sitting", "a smiling sks cat, lying down"])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny models are faster with one thread, many times so on a machine that is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -148,7 +140,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(nodes, "_progress", stop)
+        patch.setattr(nodes, "training_progress", stop)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(models)
     folder = own_folders / "output" / nodes.FILE_FOLDER / "checkpoints"
@@ -217,6 +209,29 @@ def test_files_of_the_models_folders_are_listed_and_read(own_folders: Path) -> N
     assert "not there any more" in nodes.StepWiseEmbeddingLoader.validate_inputs("gone.safetensors")
     with pytest.raises(IdentityEditError, match="does not exist"):
         nodes.StepWiseEmbeddingLoader.execute("gone.pt [embeddings]")
+
+
+def test_the_models_folder_of_subjects_is_registered(
+    own_folders: Path, pack: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the entry point, beside a folder that extra_model_paths.yaml has named before."""
+    monkeypatch.setattr(folder_paths, "models_dir", str(own_folders / "models"))
+    elsewhere = own_folders / "elsewhere"
+    elsewhere.mkdir()
+    for named_before in (None, str(elsewhere)):
+        folder_paths.folder_names_and_paths.pop(nodes.FILE_FOLDER)
+        if named_before is not None:
+            folder_paths.add_model_folder_path(nodes.FILE_FOLDER, named_before)
+        asyncio.run(pack.comfy_entrypoint())
+        save_file({"emb_params": torch.ones(1, 32)}, own_folders / "models" / nodes.FILE_FOLDER / "mine.safetensors")
+        (own_folders / "models" / nodes.FILE_FOLDER / "notes.txt").write_text("not a subject")
+        expected = ["mine.safetensors [subject_embeddings]"]
+        if named_before is not None:
+            save_file({"emb_params": torch.ones(1, 32)}, elsewhere / "other.safetensors")
+            expected = ["mine.safetensors [subject_embeddings]", "other.safetensors [subject_embeddings]"]
+        assert sorted(nodes._files()) == expected
+        for file in expected:
+            assert nodes.StepWiseEmbeddingLoader.execute(file).args[0].tokens == 1
 
 
 def test_a_subject_is_saved_where_prompts_find_it(models: Any, own_folders: Path) -> None:

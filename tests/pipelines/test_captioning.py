@@ -173,11 +173,11 @@ BAD = {
     "pickled weights": (with_pickle, "has only pickled weights, which could run code"),
     "damaged weights": (
         lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99),
-        "transformers cannot load",
+        "cannot be loaded for image-text-to-text",
     ),
     "no processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "has no preprocessor_config.json"),
-    "no tokenizer": (without_tokenizer, "transformers cannot load"),
-    "code of its own": (with_own_code, "transformers cannot load"),
+    "no tokenizer": (without_tokenizer, "cannot be loaded for image-text-to-text"),
+    "code of its own": (with_own_code, "cannot be loaded for image-text-to-text"),
 }
 
 
@@ -194,7 +194,7 @@ def test_a_bad_model_folder_is_named(name: str, tmp_path: Path) -> None:
 
 def test_a_model_of_another_kind_is_named(tmp_path: Path) -> None:
     tiny.save_gpt2(tmp_path)
-    with pytest.raises(IdentityEditError, match="choose an image-text-to-text model"):
+    with pytest.raises(IdentityEditError, match="choose a model that reads pictures"):
         captioning.caption_pictures(subject(), model_path=str(tmp_path))
     with load_language_model(str(tmp_path), TEXT) as model, pytest.raises(IdentityEditError, match="cannot answer"):
         model.ask("dog " * 600, max_new_tokens=1, temperature=0.0, seed=0)  # beyond its 512 positions

@@ -75,12 +75,17 @@ def draw_sources(subject: Attributes, seed: int) -> list[Source]:
     ]
 
 
-def asked_of(subject: Attributes, count: int, seeds: int) -> list[Attributes]:
-    """What the prompts ask of this subject: all prompts for the first seed, then for the next."""
+def asked_of(sources: list[Source], count: int, seeds: int) -> list[Attributes]:
+    """What the prompts ask of this subject: all prompts for the first seed, then for the next.
+
+    The templates of the DreamBooth set ask for no view. Here a caption names one, so it is that of the photograph in
+    the prompt's pose: a reference cannot show the details of a side that no photograph shows.
+    """
+    subject = sources[0].shown
     plain = Attributes(species=subject.species, color=subject.color, pattern=subject.pattern)
-    facing = ("right", "left")
-    prompts = [plain.replace(facing=facing[index % 2], **what) for index, what in enumerate(PROMPTS[:count])]
-    return prompts * seeds
+    facing = {source.shown.pose: source.shown.facing for source in sources}
+    asked = [plain.replace(**what) for what in PROMPTS[:count]]
+    return [what.replace(facing=facing[what.pose]) for what in asked] * seeds
 
 
 def draw_replacements(subject: Attributes, count: int, seed: int) -> list[Pair]:

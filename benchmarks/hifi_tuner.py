@@ -144,12 +144,13 @@ def begin(base: Checkpoint, subject: Attributes, arguments: Any) -> Run:
     schedule = ddim_schedule(base.model.get_model_object("model_sampling"), arguments.steps)
     empty = torch.zeros(arguments.prompts, 4, 16, 16)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    sources = draw_sources(subject, arguments.seed)
     return Run(
         base=base,
         arguments=arguments,
         subject=subject,
-        sources=draw_sources(subject, arguments.seed),
-        asked=asked_of(subject, arguments.prompts, arguments.seeds),
+        sources=sources,
+        asked=asked_of(sources, arguments.prompts, arguments.seeds),
         start=torch.cat([first_pass_latent(base.model, empty, schedule.sigmas, seed) for seed in seeds]),
         schedule=schedule,
         negative=embed(base.clip, [""]),
@@ -349,7 +350,7 @@ def write_report(
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """The subjects, how their embeddings are learned and how pictures are drawn."""
     parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20; the paper's are 50)")
+    parser.add_argument("--steps", type=int, default=15, help="DDIM steps (default 15; the paper's are 50)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="of all sampling")
     parser.add_argument("--training-steps", type=int, default=150, help="of shared embeddings (the paper's: 1000)")
     parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
@@ -368,13 +369,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
     parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default 2)")
     parser.add_argument("--inner-steps", type=int, default=4, help="J of algorithm 2 (default 4; the paper's are 10)")
-    parser.add_argument(
-        "--guidance-learning-rate",
-        type=float,
-        default=5e-2,
-        help="of algorithm 2 (default 5e-2: Adam changes every number alike, and an embedding has 128 of them here for "
-        "the 768 that the paper's 1e-2 was chosen for)",
-    )
+    parser.add_argument("--guidance-learning-rate", type=float, default=1e-2, help="of algorithm 2 (default 1e-2)")
     parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of word vectors")
     parser.add_argument("--prior-steps", type=int, default=150, help="of DreamBooth (default 150)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of DreamBooth")

@@ -351,7 +351,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """The subjects, how their embeddings are learned and how pictures are drawn."""
     parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
     parser.add_argument("--steps", type=int, default=15, help="DDIM steps (default 15; the paper's are 50)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of all sampling")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="of all sampling (default 2)")
     parser.add_argument("--training-steps", type=int, default=150, help="of shared embeddings (the paper's: 1000)")
     parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
     parser.add_argument("--batch-size", type=int, default=2, help="of the embeddings' training (default 2)")

@@ -166,8 +166,8 @@ def test_models_are_found_in_their_folder(own_folders: Path, monkeypatch: pytest
     assert nodes.CaptionPictures.validate_inputs(nodes.NO_MODEL) is True
     for model in ("empty", "../../input/rex", "gone"):
         message = nodes.CaptionPictures.validate_inputs(model)
-        assert f"'{model}' is not in {root}; put it there with config.json" in message
-        with pytest.raises(IdentityEditError, match="put it there with config.json"):
+        assert f"'{model}' is not in {root}; put it there (config.json" in message
+        with pytest.raises(IdentityEditError, match="put it there .config.json"):
             caption(load()[0], model=model)
     by_model = caption(load()[0], model="maker/llava", keep_existing=False)[1]
     expected, _ = captioning.caption_pictures(

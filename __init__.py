@@ -1,6 +1,7 @@
 """ComfyUI-IdentityEdit: the entry point through which ComfyUI loads the pack.
 
-It registers the nodes, the folder and the model family of the demo checkpoint, and the help pages; nothing else.
+It registers the nodes, the folder and the model families of the demo checkpoint, SD2.x with a source picture, and the
+help pages; nothing else.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo_world import family
 from .nodes import NODE_CLASSES
+from .pipelines.engine.edit_model import register_families
 
 WEB_DIRECTORY = "./web"
 
@@ -22,4 +24,5 @@ class IdentityEditExtension(ComfyExtension):
 async def comfy_entrypoint() -> IdentityEditExtension:
     folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).parent / "demo_world" / "weights"))
     family.register()
+    register_families()
     return IdentityEditExtension()

@@ -1,8 +1,8 @@
 """Masks of what an edit changes (DiffEdit, Couairon et al. 2023, section 3.2; Chen et al. 2024, section 3.4).
 
-Where the network says the same for the prompt of the picture as it is and for that of the edit, the edit has no business.
-With an MCDM, which has learned to reconstruct for the former, the mask is the more exact; with an ordinary checkpoint
-it is DiffEdit's.
+Where the network says the same for the prompt of the picture as it is and for that of the edit, nothing is to be
+edited. With an MCDM, which has learned to reconstruct for the former, the mask is the more exact; with an ordinary
+checkpoint it is DiffEdit's.
 """
 
 from __future__ import annotations

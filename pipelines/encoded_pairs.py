@@ -182,8 +182,8 @@ def _write(
         os.replace(partial, path)
     except OSError as error:
         raise IdentityEditError(
-            f"The encoded pairs cannot be written to {partial} ({error.strerror or error}); make room, and queue again: "
-            f"it goes on where it was."
+            f"The encoded pairs cannot be written to {partial} ({error.strerror or error}); make room, and queue "
+            f"again: it goes on where it was."
         ) from error
 
 

@@ -49,14 +49,14 @@ _PREFIX = "identity_edit_mcdm."
 class ImageEmbedding(nn.Module):
     """MLP(.) of section 3.3: c_im of what CLIP and the VAE see in a picture.
 
-    CLIP's tokens are projected to the width of the text's tokens; each channel of the latent, max-pooled by two, becomes
-    one more; a linear layer along the tokens mixes them all. It has no activation, as DreamPose's has none.
+    CLIP's tokens are projected to the width of the text's tokens; each channel of the latent, max-pooled by two,
+    becomes one more; a linear layer along the tokens mixes them all. It has no activation, as DreamPose's has none.
 
     Attributes:
         project: [D to C] of CLIP's tokens.
         latent_to_token: [h w / 4 to C] of the latent's channels.
         mix: [N + channels to M] along the tokens.
-        grid: height and width that latents are pooled to: half of those it is trained with. Others are pooled to it too.
+        grid: height and width that all latents are pooled to: half of those it is trained with.
     """
 
     def __init__(

@@ -14,11 +14,11 @@ import torch
 from . import engine
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs
 from .engine.edit_model import as_edit_model, set_weights, unet_keys
+from .engine.terms_guider import NEGATIVE, POSITIVE
 from .engine.trainable import BFLOAT16, PRECISIONS, Text, TrainableNetworks, joined_texts, trainable_networks
 from .errors import IdentityEditError
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 from .mcdm_guidance import IMAGE, UNCONDITIONAL, GuidanceScales, guided_estimate
-from .engine.terms_guider import NEGATIVE, POSITIVE
 from .schedule import ddim_schedule, euler_step
 from .training import OneProcess, Processes, Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
 from .training_pictures import losses_of
@@ -65,7 +65,7 @@ class MCDMSettings:
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.image_tokens < 0:
             raise IdentityEditError(
-                f"batch_size is {self.batch_size} and image_tokens {self.image_tokens}; choose 1 or more, and 0 or more."
+                f"batch_size is {self.batch_size}, image_tokens {self.image_tokens}; choose 1 or more, and 0 or more."
             )
         for name in ("identity_share", "dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
@@ -113,10 +113,13 @@ class MCDMBatch:
 def draw_mcdm_batch(pairs: EncodedPairs, settings: MCDMSettings, timesteps: int, index: int, seed: int) -> MCDMBatch:
     """All draws of batch `index` (from 0), from the seed and the index alone. Every pair is seen once in a round."""
     size = settings.batch_size
+    orders: dict[int, torch.Tensor] = {}
     chosen = []
     for position in range(index * size, (index + 1) * size):
-        order = torch.randperm(len(pairs), generator=generator_of(seed, position // len(pairs), "order of pairs"))
-        chosen.append(int(order[position % len(pairs)]))
+        number, place = divmod(position, len(pairs))
+        if number not in orders:
+            orders[number] = torch.randperm(len(pairs), generator=generator_of(seed, number, "order of pairs"))
+        chosen.append(int(orders[number][place]))
     generator = generator_of(seed, index, "draws of pairs")
     reconstructs = torch.rand(size, generator=generator) < settings.identity_share
     drops = torch.rand(size, generator=generator) < settings.dropout
@@ -257,7 +260,8 @@ class _Contexts:
         """
         device = self.networks.device
         spatial = self.pairs.latents("source", chosen)
-        image = self.embedding(self.pairs.tokens(chosen).to(device), self.to_model_scale(spatial).to(device))
+        seen = self.pairs.tokens(chosen).to(device)
+        image = self.embedding(seen, self.to_model_scale(spatial).to(device)).float()
         texts: list[Text] = []
         for row, (prompt, bits) in enumerate(zip(prompts, dropped, strict=True)):
             tokens, pooled = self.networks.encode(["" if bits & TEXT_BIT else prompt])

@@ -324,9 +324,7 @@ def _write_checkpoint(
 ) -> None:
     tensors = {f"variable.{name}": variable for name, variable in variables.items()}
     if average is not None:
-        tensors |= {
-            f"average.{name}": value for name, value in zip(variables, average.shadow_params, strict=True)
-        }
+        tensors |= {f"average.{name}": value for name, value in zip(variables, average.shadow_params, strict=True)}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
     tensors |= {f"sample.{step}": picture for step, picture in done.samples}

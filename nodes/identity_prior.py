@@ -10,16 +10,15 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines import engine
 from ..pipelines import identity_prior as priors
 from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
-from ..pipelines.training import Progress, TrainingRun, TrainingSettings
+from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
 from .saved_files import FILE_ENDING, loadable_files, next_path
-from .sockets import SubjectPictures, schema, show_text
+from .sockets import SubjectPictures, schema, show_text, training_progress
 
 LossMap = io.Custom("LOSS_MAP")
 FILE_FOLDER = "identity_priors"
@@ -252,7 +251,7 @@ class TrainIdentityPrior(io.ComfyNode):
                 sample_every=sample_every,
             ),
             checkpoint=checkpoint,
-            progress=_progress(model, steps),
+            progress=training_progress(model, steps),
         )
         path = next_path(filename_prefix, f"{FILE_FOLDER}/prior")
         priors.save_identity_prior(prior, path)
@@ -301,30 +300,6 @@ def _report(prior: priors.IdentityPrior, run: TrainingRun, path: str) -> str:
         f"Loss: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}.\n"
         f"Saved as {path}"
     )
-
-
-def _progress(model: Any, steps: int) -> Progress:
-    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
-    import latent_preview  # modules of ComfyUI, not needed before a node runs
-    from comfy.utils import ProgressBar
-
-    bar = ProgressBar(steps)
-    latent_format = model.model.latent_format
-    previewer = latent_preview.get_previewer(model.load_device, latent_format)
-    if previewer is None and latent_format.latent_rgb_factors is not None:
-        previewer = latent_preview.Latent2RGBPreviewer(
-            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
-        )
-
-    def report(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
-        preview = None
-        if sample is not None and previewer is not None:
-            with torch.no_grad():
-                latent = engine.to_model_scale(model, sample).to(model.load_device)
-                preview = previewer.decode_latent_to_preview_image("JPEG", latent)
-        bar.update_absolute(done, total, preview)
-
-    return report
 
 
 class LoadIdentityPrior(io.ComfyNode):

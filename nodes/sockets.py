@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..pipelines import engine
 from ..pipelines.engine import Callback
 from ..pipelines.errors import IdentityEditError
+from ..pipelines.training import Progress
 
 CATEGORY = "identity edit"
+PIXELS_OF_A_CELL = 8
+"""Pixels of a picture along a side of one cell of its latent."""
 
 Inversion = io.Custom("INVERSION")
 """`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
@@ -40,6 +44,35 @@ def progress(model: Any, total: int) -> Callback:
     import latent_preview  # a module of ComfyUI, not needed before a node runs
 
     return latent_preview.prepare_callback(model, max(1, total))
+
+
+def training_progress(model: Any, steps: int) -> Progress:
+    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
+    import latent_preview  # modules of ComfyUI, not needed before a node runs
+    from comfy.utils import ProgressBar
+
+    bar = ProgressBar(steps)
+    latent_format = model.model.latent_format
+    previewer = latent_preview.get_previewer(model.load_device, latent_format)
+    if previewer is None and latent_format.latent_rgb_factors is not None:
+        previewer = latent_preview.Latent2RGBPreviewer(
+            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
+        )
+
+    def report(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
+        preview = None
+        if sample is not None and previewer is not None:
+            with torch.no_grad():
+                latent = engine.to_model_scale(model, sample).to(model.load_device)
+                preview = previewer.decode_latent_to_preview_image("JPEG", latent)
+        bar.update_absolute(done, total, preview)
+
+    return report
+
+
+def at_picture_size(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of the latent [B, H, W] at the picture's size, cell by cell as it was used."""
+    return mask.repeat_interleave(PIXELS_OF_A_CELL, dim=1).repeat_interleave(PIXELS_OF_A_CELL, dim=2)
 
 
 def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:

@@ -10,17 +10,17 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines import engine, subject_files
+from ..pipelines import subject_files
 from ..pipelines import train_subject_embedding as learning
 from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
-from ..pipelines.training import Progress, TrainingRun, TrainingSettings
+from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from .saved_files import FILE_ENDING, loadable_files, next_path
-from .sockets import Subject, SubjectPictures, schema, show_text
+from .sockets import Subject, SubjectPictures, schema, show_text, training_progress
 
 LossMap = io.Custom("LOSS_MAP")
 FILE_FOLDER = "subject_embeddings"
@@ -268,7 +268,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
             settings,
             training,
             checkpoint=checkpoint,
-            progress=_progress(model, steps + sampling_steps * updates_per_step),
+            progress=training_progress(model, steps + sampling_steps * updates_per_step),
         )
         path = next_path(filename_prefix, f"{FILE_FOLDER}/subject")
         subject_files.save_subject(subject, path)
@@ -299,30 +299,6 @@ def describe(subject: SubjectEmbedding) -> str:
     what = "rows of the text encoder's output" if subject.kind == OUTPUT else "word vectors"
     steps = f", each with its own for {len(subject.timesteps)} sampling steps" if subject.timesteps else ""
     return f"Subject '{subject.name}': {subject.tokens} {what}{steps}"
-
-
-def _progress(model: Any, steps: int) -> Progress:
-    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
-    import latent_preview  # modules of ComfyUI, not needed before a node runs
-    from comfy.utils import ProgressBar
-
-    bar = ProgressBar(steps)
-    latent_format = model.model.latent_format
-    previewer = latent_preview.get_previewer(model.load_device, latent_format)
-    if previewer is None and latent_format.latent_rgb_factors is not None:
-        previewer = latent_preview.Latent2RGBPreviewer(
-            latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias
-        )
-
-    def report(done: int, total: int, loss: float, sample: torch.Tensor | None) -> None:
-        preview = None
-        if sample is not None and previewer is not None:
-            with torch.no_grad():
-                latent = engine.to_model_scale(model, sample).to(model.load_device)
-                preview = previewer.decode_latent_to_preview_image("JPEG", latent)
-        bar.update_absolute(done, total, preview)
-
-    return report
 
 
 class StepWiseEmbeddingLoader(io.ComfyNode):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from .engine.vision import VisionTag, vision_tag, vision_tokens
 from .errors import IdentityEditError, check_finite
 from .training import OneProcess, Processes, run_hash
 
+INDEX = "index.jsonl"
+TRAIN = "train"
 _AT_ONCE = 8
 """Pictures that are encoded in one call."""
 
@@ -77,6 +80,34 @@ class EncodedPairs:
     def tokens(self, chosen: Sequence[int]) -> torch.Tensor:
         """CLIP's tokens [B, N, D] float32 CPU of the chosen pairs' x_A."""
         return torch.from_numpy(self.records["tokens"][list(chosen)].astype(np.float32))
+
+
+def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
+    """The pairs of a folder's index: those to train on, and those held out.
+
+    Raises:
+        IdentityEditError: when there is no index, or a line of it cannot be used.
+    """
+    index = folder / INDEX
+    try:
+        lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise IdentityEditError(
+            f"The folder {folder} has no {INDEX} that can be read ({error.strerror}); choose a folder of pairs."
+        ) from error
+    splits: tuple[list[PairFiles], list[PairFiles]] = ([], [])
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            pair = PairFiles(
+                folder / entry["source"], folder / entry["target"], entry["source_prompt"], entry["target_prompt"]
+            )
+            splits[0 if entry.get("split", TRAIN) == TRAIN else 1].append(pair)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IdentityEditError(
+                f"Line {number} of {index} describes no pair ({error!r}); take it out, or make the pairs again."
+            ) from error
+    return splits
 
 
 def encode_pairs(

@@ -148,7 +148,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(nodes, "_progress", stop)
+        patch.setattr(nodes, "training_progress", stop)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(models)
     folder = own_folders / "output" / nodes.FILE_FOLDER / "checkpoints"

@@ -371,6 +371,10 @@ class MCDMConditioner(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        return os.path.getmtime(_model_path(file)) if file in _model_files() else 0.0
+
+    @classmethod
     def execute(
         cls,
         model: Any,
@@ -543,9 +547,8 @@ class MCDMEditMask(io.ComfyNode):
                     default=default.kernel,
                     min=1,
                     max=101,
-                    step=2,
-                    tooltip="Size of the Gaussian blur in cells of the latent. 5 in Chen et al. 2024 (supplement, "
-                    "1.3); 1 does not blur.",
+                    tooltip="Size of the Gaussian blur in cells of the latent, odd. 5 in Chen et al. 2024 "
+                    "(supplement, 1.3); 1 does not blur.",
                 ),
                 io.Float.Input(
                     "threshold",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from . import engine
-from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs
+from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
 from .engine.edit_model import as_edit_model, set_weights, unet_keys
 from .engine.terms_guider import NEGATIVE, POSITIVE
 from .engine.trainable import BFLOAT16, PRECISIONS, Text, TrainableNetworks, joined_texts, trainable_networks
@@ -219,6 +219,8 @@ def train_mcdm(
         weights = {key: value.detach().cpu().clone() for key, value in networks.model_variables.items()}
         embedding = embedding.cpu().requires_grad_(False)
     set_weights(edit_model, weights)
+    if processes.index == 0 and of_sample.path != encoded.path:
+        remove_encoded(of_sample)
     mcdm = MCDM(
         embedding=embedding,
         vision=encoded.vision,

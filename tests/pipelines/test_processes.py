@@ -1,4 +1,4 @@
-"""Training in several processes that accelerate has started, against one process that does all of it."""
+"""Training in several processes under accelerate, against one process that does all of it."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def problem():
 if __name__ == "__main__":
     group = processes.launched_processes()
     variables, losses = problem()
-    settings = TrainingSettings(
-        steps=6, learning_rate=0.05, accumulation=int(sys.argv[2]), ema_decay=0.5, checkpoint_every=2
-    )
+    settings = TrainingSettings(steps=6, learning_rate=0.05, accumulation=int(sys.argv[2]), checkpoint_every=2)
     run = training.train(
         variables, losses, settings, processes=group, checkpoint=f"{{sys.argv[1]}}/{{group.index}}.checkpoint"
     )
@@ -55,10 +53,8 @@ def launch(folder: Path, count: int, accumulation: int) -> list[dict[str, torch.
     script = folder / "worker.py"
     script.write_text(WORKER)
     command = [sys.executable, str(script), str(folder), str(accumulation)]
-    if count > 1:
-        options = ["--cpu", "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no"]
-        options += ["--dynamo_backend", "no", "--main_process_port", "0"]
-        command[1:1] = ["-m", "accelerate.commands.launch", *options]
+    if count > 1:  # torchrun, which accelerate launch itself runs for GPUs; for CPUs it would want MPI
+        command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

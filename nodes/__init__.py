@@ -11,6 +11,7 @@ from . import (
     inversion,
     masks,
     measure,
+    portrait,
     prompt_to_prompt,
     reference,
     reference_guidance,
@@ -32,6 +33,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     *reference_guidance.NODES,
     *attention_control.NODES,
     *prompt_to_prompt.NODES,
+    *portrait.NODES,
     *measure.NODES,
     *demo.NODES,
 ]

@@ -13,6 +13,8 @@ from ..pipelines.engine import Callback
 from ..pipelines.errors import IdentityEditError
 
 CATEGORY = "identity edit"
+PIXELS_OF_A_CELL = 8
+"""Pixels of a picture along a side of one cell of its latent."""
 
 Inversion = io.Custom("INVERSION")
 """`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
@@ -40,6 +42,11 @@ def progress(model: Any, total: int) -> Callback:
     import latent_preview  # a module of ComfyUI, not needed before a node runs
 
     return latent_preview.prepare_callback(model, max(1, total))
+
+
+def at_picture_size(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of the latent [B, H, W] at the picture's size, cell by cell as it was used."""
+    return mask.repeat_interleave(PIXELS_OF_A_CELL, dim=1).repeat_interleave(PIXELS_OF_A_CELL, dim=2)
 
 
 def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:

@@ -27,7 +27,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,8 +85,9 @@ class PairFolder:
             entries = sorted((self.path / "pairs").iterdir())
         for entry in entries:
             if entry.name.endswith(_TEMPORARY):
-                if time.time() - entry.stat().st_mtime > _ABANDONED_AFTER:
-                    shutil.rmtree(entry, ignore_errors=True)
+                with suppress(FileNotFoundError):  # its process has just finished it
+                    if time.time() - entry.stat().st_mtime > _ABANDONED_AFTER:
+                        shutil.rmtree(entry, ignore_errors=True)
             elif _NAME.fullmatch(entry.name):
                 try:
                     found[int(entry.name)] = read_pair(entry)
@@ -192,8 +193,9 @@ def read_pair(folder: Path) -> dict[str, Any]:
     """
     with _reading(folder):
         facts = _read_json(folder / DESCRIPTION)
+        files = facts.get("files")
         for name in (SOURCE, TARGET):
-            if facts.get("files", {}).get(name) != _facts_of((folder / name).read_bytes()):
+            if not isinstance(files, dict) or files.get(name) != _facts_of((folder / name).read_bytes()):
                 raise IdentityEditError(f"The picture {folder / name} is damaged; delete the pair to make it again.")
     return facts
 

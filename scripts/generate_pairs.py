@@ -68,8 +68,10 @@ class Worker:
     def __init__(self, prompt: Prompt, server_arguments: list[str], scripts: str | None) -> None:
         # Ray sends the repository into the working directory of its workers on other machines.
         sys.path.insert(0, scripts or str(Path.cwd() / "scripts"))
+        # Imported here, as there is nothing to import before on another machine.
         from api_client import Client
         from engine import Server
+        from environment import ScriptError
 
         self.prompt = prompt
         self.base = tempfile.TemporaryDirectory(prefix="identity-edit-pairs-")
@@ -105,12 +107,23 @@ class Worker:
         self.base.cleanup()
 
 
-def results_of_one_worker(prompt: Prompt, numbers: list[int], server_arguments: list[str]) -> Iterator[tuple[int, Result]]:
+def results_of_one_worker(
+    prompt: Prompt, numbers: list[int], server_arguments: list[str]
+) -> Iterator[tuple[int, Result]]:
     """Make pairs one after the other on this machine."""
     worker = Worker(prompt, server_arguments, str(ROOT / "scripts"))
     try:
         for number in numbers:
-            yield number, worker.make(number)
+            try:
+                files = worker.make(number)
+            except ScriptError:
+                raise
+            except Exception as error:  # of the connection
+                if worker.server.is_running():
+                    raise
+                log = worker.server.log_tail()
+                raise ScriptError(f"ComfyUI ended while it made pair {number}; the end of its log:\n{log}") from error
+            yield number, files
     finally:
         worker.stop()
 

@@ -38,11 +38,9 @@ class CombiningGuider(comfy.samplers.CFGGuider):
         """Called by ComfyUI inside the PREDICT_NOISE wrappers; x and result [B, C, H, W], timestep [B] sigmas."""
         options = model_options or {}
         # ComfyUI numbers the conditionings; attention patches rely on 0 for the prompt and 1 for the negative prompt.
-        names = sorted(self.conds, key=lambda name: {"positive": 0, "negative": 1}.get(name, 2))
-        conditionings: list[Any] = [self.conds[name] for name in names]
-        if "negative" not in self.conds:
-            names.insert(1, "negative")
-            conditionings.insert(1, None)
+        prompts = sorted((name for name in self.conds if name != "negative"), key=lambda name: name != "positive")
+        names = [prompts[0], "negative", *prompts[1:]]
+        conditionings: list[Any] = [self.conds.get(name) for name in names]
         if "sampler_calc_cond_batch_function" in options:
             arguments = {
                 "conds": conditionings,

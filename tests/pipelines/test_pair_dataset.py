@@ -15,7 +15,9 @@ from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.pair_folder import PairFolder, load_pair
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
-EDITS = datasets.parse_edits("hat: a {subject} -> a {subject}, hat\n# not this one: a -> b\n\nscarf: a {subject} -> a {subject}, scarf")
+EDITS = datasets.parse_edits(
+    "hat: a {subject} -> a {subject}, hat\n# not this one: a -> b\n\nscarf: a {subject} -> a {subject}, scarf"
+)
 SETTINGS = datasets.PairSettings(count=5, edits=EDITS, subjects=("man", "woman"), width=64, height=48, seed=3)
 
 
@@ -48,6 +50,7 @@ def hashes(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
+    torch.set_num_threads(1)  # as in the tests, so that bits can be compared
     return generate(tmp_path_factory.mktemp("pairs"))
 
 
@@ -192,13 +195,17 @@ def test_identity_words_are_in_all_three_prompts(tmp_path, monkeypatch) -> None:
         return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
     monkeypatch.setattr(datasets, "identity_conditioning", encode)
-    monkeypatch.setattr(datasets._Maker, "plain", lambda self, prompt: (asked.append((prompt,)), plain(self, prompt))[1])
+    monkeypatch.setattr(
+        datasets._Maker, "plain", lambda self, prompt: (asked.append((prompt,)), plain(self, prompt))[1]
+    )
     features = torch.arange(2.0).reshape(2, 1, 1)
     words = SimpleNamespace(training={"run": "x"})
     identities = datasets.Identities(words, features)
     generate(tmp_path, replace(SETTINGS, count=1), identities=identities)
     pair = PairFolder(tmp_path).finished()[0]
-    expected = [(pair[f"{name}_prompt"], pair["subject"], float(pair["identity"])) for name in ("shared", "source", "target")]
+    expected = [
+        (pair[f"{name}_prompt"], pair["subject"], float(pair["identity"])) for name in ("shared", "source", "target")
+    ]
     assert asked == [*expected, ("",)]
 
 

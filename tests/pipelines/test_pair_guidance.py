@@ -20,7 +20,9 @@ class OneEvaluation(comfy.samplers.Sampler):
     def __init__(self, sigma: float) -> None:
         self.sigma = sigma
 
-    def sample(self, model, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+    def sample(
+        self, model, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
         self.x = noise * self.sigma
         self.denoised = model(self.x, torch.full((len(noise),), self.sigma), **extra_args)
         return self.denoised
@@ -79,10 +81,13 @@ def test_it_equals_four_evaluations_of_ones_own(family) -> None:
     x, denoised = evaluate(pair_guider(model, **given))
     estimates = {}
     for name, conditioning in given.items():
+
         def alone(evaluator, latent):
             return evaluator.denoised(x, torch.tensor(3.0))
 
-        estimates[name] = engine.run_loop(model, conditioning, None, torch.zeros_like(x), torch.tensor([3.0, 0.0]), alone)
+        estimates[name] = engine.run_loop(
+            model, conditioning, None, torch.zeros_like(x), torch.tensor([3.0, 0.0]), alone
+        )
     expected = literal(x, estimates, 3.0, 7.5, (0.1, 0.9, 0.9))
     assert torch.allclose(denoised.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     # Each half depends on its own prompt and the other's prompt not at all, but through the network.
@@ -124,7 +129,9 @@ def test_any_stock_sampler_takes_it(name) -> None:
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "karras", 4)
     noise = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
     runs = [
-        guider.sample(noise, torch.zeros_like(noise), comfy.samplers.sampler_object(name), sigmas, disable_pbar=True, seed=5)
+        guider.sample(
+            noise, torch.zeros_like(noise), comfy.samplers.sampler_object(name), sigmas, disable_pbar=True, seed=5
+        )
         for _ in range(2)
     ]
     assert bool(torch.isfinite(runs[0]).all()) and torch.equal(*runs)
@@ -153,7 +160,9 @@ def tiny_control_net():
     import comfy.controlnet
     import comfy.ops
 
-    config = {k: v for k, v in tiny_models._unet_config().items() if k not in ("out_channels", "transformer_depth_output")}
+    config = {
+        k: v for k, v in tiny_models._unet_config().items() if k not in ("out_channels", "transformer_depth_output")
+    }
     network = comfy.cldm.cldm.ControlNet(
         **config, hint_channels=3, num_heads=8, num_head_channels=-1, use_spatial_transformer=True, legacy=False,
         dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
@@ -164,16 +173,19 @@ def tiny_control_net():
 
 
 def test_a_pose_by_stock_nodes_holds_on_both_halves() -> None:
-    import nodes
     from identity_edit_pack.pipelines.pair_dataset import Poses, with_pose
+
+    import nodes
 
     pose = torch.rand(1, 48, 80, 3, generator=torch.Generator().manual_seed(2))
     given = conditionings()
     control_net = tiny_control_net()
     apply = nodes.ControlNetApplyAdvanced().apply_controlnet
-    (both,) = nodes.NODE_CLASS_MAPPINGS["ImageStitch"]().stitch(pose, "right", True, 0, "white", image2=pose) if (
-        "ImageStitch" in nodes.NODE_CLASS_MAPPINGS
-    ) else (doubled(pose),)
+    (both,) = (
+        nodes.NODE_CLASS_MAPPINGS["ImageStitch"]().stitch(pose, "right", True, 0, "white", image2=pose)
+        if ("ImageStitch" in nodes.NODE_CLASS_MAPPINGS)
+        else (doubled(pose),)
+    )
     assert torch.equal(both, doubled(pose))
     stock = dict(given)
     stock["shared"], stock["negative"] = apply(given["shared"], given["negative"], control_net, both, 0.8, 0.0, 1.0)

@@ -1,7 +1,7 @@
 """ComfyUI-IdentityEdit: the entry point through which ComfyUI loads the pack.
 
-It registers the nodes, the folder and the model families of the demo checkpoint, SD2.x with a source picture, the models
-folder of learned subjects, and the help pages; nothing else.
+It registers the nodes, the folder and the model families of the demo checkpoint, SD2.x with a source picture, the
+models folder of learned subjects, and the help pages; nothing else.
 """
 
 import os

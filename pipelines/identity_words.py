@@ -19,6 +19,7 @@ from . import engine
 from .conditioning import Conditioning
 from .errors import IdentityEditError
 from .files import read_tensors, write_tensors
+from .model_folders import first_line
 from .subject_embedding import Tokens, Vectors, check_word_widths, mark_subject, with_word_vectors
 from .subject_pictures import has_word, with_token
 
@@ -200,8 +201,12 @@ def load_identity_words(path: str) -> IdentityWords:
     tensors, description = read_tensors(path, KIND)
     try:
         tag = description["model"]
+        # ComfyUI runs nodes in inference mode, in which weights would be made that nothing can be trained through.
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            encoder = IdentityEncoder(description["features"][1], description["widths"], description["words"])
+            encoder.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
         words = IdentityWords(
-            encoder=IdentityEncoder(description["features"][1], description["widths"], description["words"]),
+            encoder=encoder,
             words=description["words"],
             widths=description["widths"],
             features=tuple(description["features"]),
@@ -209,11 +214,10 @@ def load_identity_words(path: str) -> IdentityWords:
             model=None if tag is None else engine.ModelTag(**{**tag, "weights": tuple(tag["weights"])}),
             training=description["training"],
         )
-        with torch.inference_mode(False), torch.no_grad():
-            words.encoder.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
     except (KeyError, TypeError, IndexError, RuntimeError) as error:
         raise IdentityEditError(
-            f"The identity words {path} are of another version of this pack ({error}); train and save them again."
+            f"The identity words {path} are of another version of this pack ({first_line(error)}); train and save them "
+            f"again."
         ) from error
     words.encoder.requires_grad_(False)
     return words

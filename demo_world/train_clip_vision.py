@@ -15,15 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, random_attributes
-from .clip_vision import CLIP_VISION_CONFIG, CLIP_VISION_PATH, CONFIG_KEY, load_clip_vision
+from .clip_vision import CLIP_VISION_CONFIG, CLIP_VISION_PATH, CONFIG_KEY
 from .networks import initialise
 from .pictures import EVALUATION_SEED, HEADS, evaluation_set, labels_of, to_tensor
 from .renderer import render
@@ -178,12 +177,14 @@ def save_clip_vision(encoder: ImageEncoder, path: Path = CLIP_VISION_PATH) -> No
 
 
 def encode(samples: list[tuple[Attributes, int]]) -> torch.Tensor:
-    """Image embeddings [N, 128] of renders, through the stock object."""
-    clip_vision = load_clip_vision()
+    """Image embeddings [N, 128] of renders by the file that ``load_clip_vision`` reads."""
+    encoder = ImageEncoder()
+    encoder.clip.load_state_dict({name: value.float() for name, value in load_file(CLIP_VISION_PATH).items()})
     embeds = []
-    for start in range(0, len(samples), 32):
-        pictures = [torch.from_numpy(np.array(render(a, seed)[0])) for a, seed in samples[start : start + 32]]
-        embeds.append(clip_vision.encode_image(torch.stack(pictures).float() / 255)["image_embeds"].float())
+    with torch.no_grad():
+        for start in range(0, len(samples), 32):
+            pictures = [to_tensor(render(attributes, seed)[0]) for attributes, seed in samples[start : start + 32]]
+            embeds.append(encoder(torch.stack(pictures)))
     return torch.cat(embeds)
 
 

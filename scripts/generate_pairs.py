@@ -157,9 +157,14 @@ def results_of_ray(
         from ray.exceptions import RayActorError, RayTaskError
     except ImportError:
         raise ScriptError("More than one worker needs Ray: 'pip install ray', or --workers 1.") from None
-    options: dict[str, Any] = {"address": address} if address else {"num_cpus": workers, "include_dashboard": False}
+    options: dict[str, Any]
     if address:
-        options["runtime_env"] = {"working_dir": str(ROOT), "excludes": _NOT_SENT}
+        # Run as a command, this file is sent by value; what it imports is in the working directory.
+        options = {"address": address, "runtime_env": {"working_dir": str(ROOT), "excludes": _NOT_SENT}}
+    else:
+        path = os.pathsep.join(filter(None, (str(ROOT / "scripts"), os.environ.get("PYTHONPATH"))))
+        options = {"num_cpus": workers, "include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
     ray.init(log_to_driver=False, **options)
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
     waiting, losses = deque(numbers), dict.fromkeys(numbers, 0)

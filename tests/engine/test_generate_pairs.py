@@ -48,8 +48,10 @@ def test_one_worker_makes_every_pair(on_one_worker) -> None:
     assert sorted(dataset(on_one_worker)) == list(range(COUNT))
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(on_one_worker, tmp_path) -> None:
+def test_a_killed_worker_loses_and_doubles_nothing(on_one_worker, tmp_path, monkeypatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray keeps a token in the home folder
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     folder = PairFolder(tmp_path)
     workers: list[int] = []
     killed: list[int] = []

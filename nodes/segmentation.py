@@ -171,7 +171,9 @@ class SegmentSubject(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, method: str = ATTENTION, sam: str = NO_MODEL, grounding_dino: str = NO_MODEL) -> bool | str:
+    def validate_inputs(
+        cls, method: str = ATTENTION, sam: str = NO_MODEL, grounding_dino: str = NO_MODEL
+    ) -> bool | str:
         if method == ATTENTION:
             return True
         found = list_models(pipeline.SAM_FOLDER, pipeline.CHECKPOINT_ENDINGS)

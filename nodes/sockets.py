@@ -25,6 +25,9 @@ SubjectPictures = io.Custom("SUBJECT_PICTURES")
 Subject = io.Custom("SUBJECT")
 """`pipelines.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
 
+IdentityWords = io.Custom("IDENTITY_WORDS")
+"""`pipelines.identity_words.IdentityWords`: a network that says in words of the text encoder who is in a picture."""
+
 
 def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:
     """A node's schema below the pack's category, with search aliases where ComfyUI has them (newer than 0.3.75).

@@ -16,6 +16,7 @@ from ..conditioning import Conditioning, copy_outside_inference_mode
 from ..errors import check_conditioning, check_latent
 from ..gradients import patches_on_copies
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
+from .guidance import guided_estimate
 from .model import conditionings_with_embedding, latent_channels, require_noise_prediction_model
 
 _KEY = "identity_edit"
@@ -227,31 +228,7 @@ class _LoopGuider(comfy.samplers.CFGGuider):
     ) -> torch.Tensor:
         """The end of ComfyUI's `sampling_function`: pre-CFG patches, the CFG rule, post-CFG patches."""
         sides = [self.conds["positive"], self.conds["negative"]]
-        estimates = [conditional, unconditional]
-        for function in options.get("sampler_pre_cfg_function", []):
-            estimates = function(
-                {
-                    "conds": sides,
-                    "conds_out": estimates,
-                    "cond_scale": guidance_scale,
-                    "timestep": sigma,
-                    "input": x,
-                    "sigma": sigma,
-                    "model": self.inner_model,
-                    "model_options": options,
-                }
-            )
-        return comfy.samplers.cfg_function(
-            self.inner_model,
-            estimates[0],
-            estimates[1],
-            guidance_scale,
-            x,
-            sigma,
-            model_options=options,
-            cond=sides[0],
-            uncond=sides[1],
-        )
+        return guided_estimate(self.inner_model, sides, [conditional, unconditional], x, sigma, guidance_scale, options)
 
 
 class _LoopSampler(comfy.samplers.Sampler):

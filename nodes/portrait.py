@@ -434,21 +434,21 @@ class MCDMGuider(io.ComfyNode):
                 io.Float.Input(
                     "image_scale",
                     default=scales.image,
-                    tooltip="s1, of the image embedding. 3 in Chen et al. 2024 (supplement, 1.3). As long as it equals "
-                    "spatial_scale, a step needs an evaluation less.",
+                    tooltip="Scale s1, of the image embedding. 3 in Chen et al. 2024 (supplement, 1.3). As long as it "
+                    "equals spatial_scale, a step needs an evaluation less.",
                     **scale,
                 ),
                 io.Float.Input(
                     "spatial_scale",
                     default=scales.spatial,
-                    tooltip="s2, of the source picture's latent: more keeps more of the picture. 3 in Chen et al. 2024 "
-                    "(supplement, 1.3).",
+                    tooltip="Scale s2, of the source picture's latent: more keeps more of the picture. 3 in Chen et "
+                    "al. 2024 (supplement, 1.3).",
                     **scale,
                 ),
                 io.Float.Input(
                     "text_scale",
                     default=scales.text,
-                    tooltip="s3, of the prompt: more edits more. 5 in Chen et al. 2024 (supplement, 1.3).",
+                    tooltip="Scale s3, of the prompt: more edits more. 5 in Chen et al. 2024 (supplement, 1.3).",
                     **scale,
                 ),
                 io.Conditioning.Input(

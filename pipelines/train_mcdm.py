@@ -155,7 +155,8 @@ def train_mcdm(
         clip_vision: CLIP_VISION.
         pairs: all of one size.
         settings, training: see there.
-        folder: where the encoded pairs and the checkpoint of the run are; both are named by what they depend on.
+        folder: where the encoded pairs and the checkpoint of the run are, one for all processes; both are named by what
+            they depend on.
         sample_pair: whose source the samples edit; None takes the first of `pairs`.
         progress: called after every step; samples are latents [1, C, h, w] in the scale of LATENT sockets.
         encoding_progress: called with (pairs encoded, pairs in all).

@@ -21,10 +21,10 @@ import torch
 
 from .engine.vision import VisionTag, vision_tag, vision_tokens
 from .errors import IdentityEditError, check_finite
+from .pair_dataset import TRAIN
+from .pair_folder import INDEX
 from .training import OneProcess, Processes, run_hash
 
-INDEX = "index.jsonl"
-TRAIN = "train"
 _AT_ONCE = 8
 """Pictures that are encoded in one call."""
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from ..attention.identity_mask import resized
+from . import engine
 from .conditioning import Conditioning
 from .engine.edit_model import require_edit_model
-from .engine.terms_guider import NEGATIVE, POSITIVE, TermsGuider
-from .errors import IdentityEditError, check_batch_matches, check_conditioning, check_finite
+from .errors import IdentityEditError, check_batch_matches, check_finite
 from .mcdm import without_pictures
 
-IMAGE, UNCONDITIONAL, SOURCE = "image", "unconditional", "source"
+POSITIVE, NEGATIVE, IMAGE, UNCONDITIONAL, SOURCE = "positive", "negative", "image", "unconditional", "source"
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,11 @@ def mcdm_guider(
     scales: GuidanceScales,
     source: Conditioning | None = None,
     mask: torch.Tensor | None = None,
-) -> TermsGuider:
+) -> engine.CombiningGuider:
     """A guider of a trained MCDM.
+
+    Functions of other nodes that work on the result of the guidance take part; those that take the place of its rule
+    (as RescaleCFG) do not, since the rule is this guider's own.
 
     Args:
         model: MODEL of the InstructPix2Pix family.
@@ -112,24 +115,26 @@ def mcdm_guider(
             raise IdentityEditError(f"The mask has the shape {tuple(mask.shape)}; connect a MASK [batch, h, w].")
         check_finite(mask, "The mask")
         mask = mask.detach().float().clamp(0.0, 1.0)
-    check_conditioning(positive, "positive")
-    conditionings: dict[str, Conditioning | None] = {
+    candidates: dict[str, Conditioning | None] = {
         POSITIVE: positive,
         NEGATIVE: negative,
         IMAGE: without_pictures(negative, spatial=True, image=False, name="negative"),
         UNCONDITIONAL: without_pictures(negative, spatial=True, image=True, name="negative"),
         SOURCE: source if mask is not None and scales.text != 0.0 else None,
     }
-    for name, coefficient in scales.coefficients().items():
-        if coefficient == 0.0:
-            conditionings[name] = None
+    coefficients = scales.coefficients()
+    conditionings: dict[str, Conditioning] = {}
+    for name, conditioning in candidates.items():
+        if conditioning is not None and coefficients.get(name) != 0.0:
+            # ComfyUI knows two kinds of prompt; all but the edit's count as negative, as in DualCFGGuider.
+            kind = {} if name == POSITIVE else {"prompt_type": NEGATIVE}
+            conditionings[name] = [[embedding, {**options, **kind}] for embedding, options in conditioning]
 
-    def combine(estimates: dict[str, torch.Tensor]) -> torch.Tensor:
+    def combine(guider: engine.CombiningGuider, estimates: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         of_latent = None
         if mask is not None:
-            like = next(iter(estimates.values()))
-            check_batch_matches(mask.shape[0], like.shape[0], "The mask")
-            of_latent = resized(mask.to(like.device), (like.shape[2], like.shape[3]))
-        return guided_estimate(estimates, scales, of_latent)
+            check_batch_matches(mask.shape[0], x.shape[0], "The mask")
+            of_latent = resized(mask.to(x.device), (x.shape[2], x.shape[3]))
+        return guider.after_guidance(guided_estimate(estimates, scales, of_latent), estimates, x)
 
-    return TermsGuider(model, conditionings, combine)
+    return engine.CombiningGuider(model, conditionings, combine)

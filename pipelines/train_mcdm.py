@@ -14,11 +14,10 @@ import torch
 from . import engine
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
 from .engine.edit_model import as_edit_model, set_weights, unet_keys
-from .engine.terms_guider import NEGATIVE, POSITIVE
 from .engine.trainable import BFLOAT16, PRECISIONS, Text, TrainableNetworks, joined_texts, trainable_networks
 from .errors import IdentityEditError
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
-from .mcdm_guidance import IMAGE, UNCONDITIONAL, GuidanceScales, guided_estimate
+from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
 from .schedule import ddim_schedule, euler_step
 from .training import OneProcess, Processes, Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
 from .training_pictures import losses_of

@@ -74,6 +74,33 @@ class CombiningGuider(comfy.samplers.CFGGuider):
             unconditional = torch.zeros_like(x)
         return guided_estimate(self.inner_model, sides, [estimates[name], unconditional], x, timestep, scale, options)
 
+    def after_guidance(
+        self, combined: torch.Tensor, estimates: dict[str, torch.Tensor], x: torch.Tensor
+    ) -> torch.Tensor:
+        """What the model's post-CFG patches make of a combined estimate; for formulas that `guided` takes no part in.
+
+        Call it inside `combine`, at its end.
+        """
+        if self._now is None:
+            raise RuntimeError("after_guidance() is for the function that combines estimates")
+        timestep, options = self._now
+        for function in options.get("sampler_post_cfg_function", []):
+            combined = function(
+                {
+                    "denoised": combined,
+                    "cond": self.conds.get("positive"),
+                    "uncond": self.conds.get("negative"),
+                    "cond_scale": 1.0,
+                    "model": self.inner_model,
+                    "cond_denoised": estimates.get("positive", combined),
+                    "uncond_denoised": estimates.get("negative", combined),
+                    "sigma": timestep,
+                    "model_options": options,
+                    "input": x,
+                }
+            )
+        return combined
+
 
 def guided_estimate(
     inner_model: Any,

@@ -130,9 +130,9 @@ def main() -> int:
                 processes=processes,
             )
         if processes.index == 0:
-            parts = (None, None) if arguments.unet_alone else (clip, vae)
             path = str(arguments.output)
-            mcdm.save_mcdm(trained.mcdm, path, trained.model, *parts, trained.weights, arguments.file_dtype)
+            of_clip, of_vae = (None, None) if arguments.unet_alone else (clip, vae)
+            mcdm.save_mcdm(trained.mcdm, path, trained.model, of_clip, of_vae, trained.weights, arguments.file_dtype)
             with contextlib.suppress(OSError):  # the file holds its result now
                 os.remove(train_mcdm.checkpoint_path(str(run_folder), trained))
             remove_encoded(trained.encoded)

@@ -1,7 +1,7 @@
 """ComfyUI-IdentityEdit: the entry point through which ComfyUI loads the pack.
 
-It registers the nodes, the folder and the model family of the demo checkpoint, the models folder of learned subjects,
-and the help pages; nothing else.
+It registers the nodes, the folder and the model families of the demo checkpoint, SD2.x with a source picture, the
+models folder of learned subjects, and the help pages; nothing else.
 """
 
 import os
@@ -13,6 +13,7 @@ from comfy_api.latest import ComfyExtension, io
 from .demo_world import family
 from .nodes import NODE_CLASSES
 from .nodes.subject_embedding import FILE_FOLDER
+from .pipelines.engine.edit_model import register_families
 
 WEB_DIRECTORY = "./web"
 
@@ -27,4 +28,5 @@ async def comfy_entrypoint() -> IdentityEditExtension:
     # Beside those that extra_model_paths.yaml may name; Step-Wise Embedding Loader lists what it can read there.
     folder_paths.add_model_folder_path(FILE_FOLDER, os.path.join(folder_paths.models_dir, FILE_FOLDER))
     family.register()
+    register_families()
     return IdentityEditExtension()

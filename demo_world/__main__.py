@@ -28,6 +28,11 @@ def main() -> None:
     classifier.add_argument("--steps", type=int, default=1500)
     classifier.add_argument("--batch-size", type=int, default=32)
     classifier.add_argument("--learning-rate", type=float, default=3e-3)
+    clip_vision = commands.add_parser("clip_vision", help="train the CLIP image encoder")
+    clip_vision.add_argument("--steps", type=int, default=1400)
+    clip_vision.add_argument("--pairs-per-batch", type=int, default=16)
+    clip_vision.add_argument("--learning-rate", type=float, default=3e-3)
+    clip_vision.add_argument("--probe", action="store_true", help="print the committed encoder's linear-probe accuracy")
     commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
     commands.add_parser("unpack", help="take the committed checkpoint apart, to train its parts further")
     arguments = parser.parse_args()
@@ -62,6 +67,12 @@ def main() -> None:
         from .train_classifier import train_classifier
 
         train_classifier(arguments.folder, arguments.steps, arguments.batch_size, arguments.learning_rate)
+    elif arguments.command == "clip_vision":
+        from .train_clip_vision import linear_probe, train_clip_vision
+
+        if not arguments.probe:
+            train_clip_vision(arguments.folder, arguments.steps, arguments.pairs_per_batch, arguments.learning_rate)
+        print(", ".join(f"{name} {share:.3f}" for name, share in linear_probe().items()))
     elif arguments.command == "export":
         from .export import export_checkpoint
 

@@ -1,8 +1,9 @@
-"""Tells ComfyUI's stock checkpoint loader about the demo world's size of Stable Diffusion 1.x.
+"""Tells ComfyUI's stock checkpoint loader about the demo world's size of Stable Diffusion 1.x and of InstructPix2Pix.
 
 ``comfy.supported_models.models`` is the list that the loader asks, in order, which family a checkpoint belongs to. The
-demo world's entry is told apart from every other family by its UNet's width and its context width (128 and 128), which
-no published model has, so appending it changes nothing for other checkpoints. This beats a loader node of our own:
+demo world's entries are told apart from every other family by the UNet's width and its context width (128 and 128),
+which no published model has, so appending them changes nothing for other checkpoints. The one with eight input channels
+comes first, because the other would take any number of them. This beats a loader node of our own:
 every shipped workflow then starts at the node that users start from, and another checkpoint is chosen in that node.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.model_base
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
@@ -65,8 +67,18 @@ class DemoWorld(comfy.supported_models.SD15):
         return comfy.supported_models_base.ClipTarget(DemoWorldTokenizer, DemoWorldClipModel)
 
 
+class DemoWorldInstructPix2Pix(DemoWorld):
+    """The same with the latent of a source picture beside the noisy one, as ComfyUI's SD15_instructpix2pix."""
+
+    unet_config = {**DemoWorld.unet_config, "in_channels": 8}
+
+    def get_model(self, state_dict: dict, prefix: str = "", device: Any = None) -> comfy.model_base.BaseModel:
+        return comfy.model_base.SD15_instructpix2pix(self, device=device)
+
+
 def register() -> None:
-    """Append the family once, whatever module name the pack was loaded under."""
+    """Append the families once, whatever module name the pack was loaded under."""
     families = comfy.supported_models.models
-    if not any(family.__name__ == DemoWorld.__name__ for family in families):
-        families.append(DemoWorld)
+    for family in (DemoWorldInstructPix2Pix, DemoWorld):
+        if not any(other.__name__ == family.__name__ for other in families):
+            families.append(family)

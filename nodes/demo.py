@@ -1,4 +1,4 @@
-"""The node that draws pictures of the demo world, so that every workflow runs without a picture of one's own."""
+"""Nodes that draw pictures of the demo world and load its image encoder, so that every workflow runs as it is."""
 
 from __future__ import annotations
 
@@ -83,4 +83,33 @@ class DrawDemoPicture(io.ComfyNode):
         )
 
 
-NODES: list[type[io.ComfyNode]] = [DrawDemoPicture]
+class LoadDemoClipVision(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadDemoClipVision",
+            display_name="Load Demo CLIP Vision",
+            category="demo",
+            search_aliases=["clip vision", "image encoder", "demo world"],
+            description=(
+                "Loads the demo world's small CLIP image encoder, for which the stock Load CLIP Vision has no "
+                "configuration. Use Load CLIP Vision with a checkpoint of your own."
+            ),
+            inputs=[],
+            outputs=[
+                io.ClipVision.Output(
+                    "clip_vision",
+                    display_name="clip vision",
+                    tooltip="The image encoder, for CLIP Vision Encode and for nodes that take a CLIP_VISION.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        from ..demo_world.clip_vision import load_clip_vision
+
+        return io.NodeOutput(load_clip_vision())
+
+
+NODES: list[type[io.ComfyNode]] = [DrawDemoPicture, LoadDemoClipVision]

@@ -15,7 +15,7 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.inversion import Inversion as InversionData
-from .sockets import Inversion, progress, schema, show_text
+from .sockets import PIXELS_OF_A_CELL, Inversion, at_picture_size, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
 """`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""
@@ -25,7 +25,6 @@ _GIVEN_MASKS = {
     "instead of the found ones": identity_mask_blend.REPLACE,
     "united with the found ones": identity_mask_blend.UNITE,
 }
-_PIXELS_OF_A_CELL = 8
 
 
 def _identity_inputs() -> list[io.Input]:
@@ -281,8 +280,8 @@ class IdentityAwareMaskBlend(io.ComfyNode):
         )
         return io.NodeOutput(
             {"samples": result.latent},
-            _at_picture_size(result.source_mask),
-            _at_picture_size(result.target_mask),
+            at_picture_size(result.source_mask),
+            at_picture_size(result.target_mask),
             result.source_attention or IdentityAttention(()),
             result.target_attention or IdentityAttention(()),
             show_text(cls, text, result.warning),
@@ -360,7 +359,7 @@ class AttentionHeatmap(io.ComfyNode):
         values = mask
         if identity_attention is not None:
             power = 0 if show == CROSS_ATTENTION else self_attention_power
-            height, width = (max(1, size // _PIXELS_OF_A_CELL) for size in picture.shape[1:3])
+            height, width = (max(1, size // PIXELS_OF_A_CELL) for size in picture.shape[1:3])
             if show == MASK:
                 values = masks.identity_mask(identity_attention, height, width, threshold, power)
                 drawn = heatmap.outlined(drawn, values)
@@ -371,11 +370,6 @@ class AttentionHeatmap(io.ComfyNode):
         if mask is not None:
             drawn = heatmap.outlined(drawn, mask)
         return io.NodeOutput(drawn, heatmap.enlarged(values, drawn))
-
-
-def _at_picture_size(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of the latent [B, H, W] at the picture's size, cell by cell as it was used."""
-    return mask.repeat_interleave(_PIXELS_OF_A_CELL, dim=1).repeat_interleave(_PIXELS_OF_A_CELL, dim=2)
 
 
 NODES: list[type[io.ComfyNode]] = [IdentityAttentionNode, IdentityAwareMaskBlend, AttentionHeatmap]

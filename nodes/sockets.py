@@ -13,6 +13,8 @@ from ..pipelines.engine import Callback
 from ..pipelines.errors import IdentityEditError
 
 CATEGORY = "identity edit"
+PIXELS_OF_A_CELL = 8
+"""Pixels of a picture along a side of one cell of its latent."""
 
 Inversion = io.Custom("INVERSION")
 """`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
@@ -20,6 +22,9 @@ SubjectPictures = io.Custom("SUBJECT_PICTURES")
 """`pipelines.subject_pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
 Subject = io.Custom("SUBJECT")
 """`pipelines.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
+
+IdentityWords = io.Custom("IDENTITY_WORDS")
+"""`pipelines.identity_words.IdentityWords`: a network that says in words of the text encoder who is in a picture."""
 
 
 def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:
@@ -40,6 +45,11 @@ def progress(model: Any, total: int) -> Callback:
     import latent_preview  # a module of ComfyUI, not needed before a node runs
 
     return latent_preview.prepare_callback(model, max(1, total))
+
+
+def at_picture_size(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of the latent [B, H, W] at the picture's size, cell by cell as it was used."""
+    return mask.repeat_interleave(PIXELS_OF_A_CELL, dim=1).repeat_interleave(PIXELS_OF_A_CELL, dim=2)
 
 
 def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:

@@ -60,12 +60,13 @@ def _with_memory_of_their_own(tensors: dict[str, torch.Tensor]) -> dict[str, tor
     return own
 
 
-def read_tensors(path: str, kind: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Read a file of `write_tensors`.
 
     Args:
         path: the file.
         kind: the value that the description's "kind" must have, such as "inversion".
+        prefix: reads only tensors whose names begin with it.
 
     Returns:
         the tensors by name (CPU) and the description.
@@ -81,7 +82,7 @@ def read_tensors(path: str, kind: str) -> tuple[dict[str, torch.Tensor], dict[st
             if not isinstance(description, dict) or description.get("kind") != kind:
                 raise IdentityEditError(f"The file {path} does not hold an {kind}; choose one saved by this pack.")
             names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
+            tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except FileNotFoundError as error:
         raise IdentityEditError(f"The file {path} does not exist; choose another, or save one first.") from error
     except (OSError, SafetensorError, json.JSONDecodeError) as error:

@@ -78,7 +78,7 @@ def identity_mask_blend(
     inversion: Inversion,
     source: Conditioning,
     target: Conditioning,
-    identity: IdentityPrompt,
+    identity: IdentityPrompt | None,
     negative: Conditioning | None = None,
     *,
     guidance_scale: float | None = None,
@@ -98,7 +98,8 @@ def identity_mask_blend(
         inversion: of the source picture, by DDIM (with or without null-text embeddings) or edit-friendly DDPM.
         source: P^s, the source prompt's CONDITIONING.
         target: P^g, the target prompt's CONDITIONING.
-        identity: P^e, the identity prompt.
+        identity: P^e, the identity prompt; None where both masks are given and nothing is to be found: with one mask
+            for both that is the masked decoding of DiffEdit (Couairon et al. 2023, section 3.2, step 3).
         negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with a step table.
         guidance_scale: of the target prompt; None is the step table's own, or else that of `GUIDANCE_SCALES`.
         settings: how masks are made.
@@ -142,6 +143,8 @@ def identity_mask_blend(
     given_target = _given_mask(target_mask, "The target mask", batch, height, width)
     finds_source = given_source is None or given_masks == UNITE
     finds_target = given_target is None or given_masks == UNITE
+    if identity is None and (finds_source or finds_target):
+        raise IdentityEditError("Without an identity prompt both masks must be given; connect them, or write a prompt.")
     reports = (count if finds_source else 0) + count
 
     def mask_of(attention: IdentityAttention | None, given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
@@ -155,7 +158,7 @@ def identity_mask_blend(
     # sampled: one evaluation of the source prompt at each x_t gives its attention.
     source_attention: IdentityAttention | None = None
     evaluations = 0
-    if finds_source:
+    if finds_source and identity is not None:
         source_model, source_attention = _capture(model, identity, settings)
 
         def reconstruct(evaluator: engine.NetworkEvaluator, _: torch.Tensor) -> int:
@@ -170,7 +173,7 @@ def identity_mask_blend(
     fixed_source_mask = mask_of(source_attention, given_source, inversion.sigmas)
 
     target_attention: IdentityAttention | None = None
-    if finds_target:
+    if finds_target and identity is not None:
         target_model, target_attention = _capture(target_model, identity, settings)
 
     def denoise(

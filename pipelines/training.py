@@ -1,9 +1,9 @@
 """The training loop that every trained technique shares.
 
 What is trained, on which batches and with which loss is the technique's; the loop has the optimiser (torch's), gradient
-accumulation, autocast, gradient clipping, the record of losses, sample previews, and checkpoints from which a run that
-was interrupted or killed goes on. Draws depend on the seed and the step alone (`generator_of`), so that a resumed run
-is the uninterrupted one.
+accumulation, autocast, gradient clipping, the moving average of the variables (diffusers'), the record of losses,
+sample previews, and checkpoints from which a run that was interrupted or killed goes on. Draws depend on the seed and
+the step alone (`generator_of`), so that a resumed run is the uninterrupted one.
 
 A trainer of a library (accelerate, Lightning) would own the process, its folders and its signals; inside a node of
 ComfyUI, which stops a run by an exception from any operation, the loop itself is the small part.
@@ -18,7 +18,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -41,6 +41,8 @@ class TrainingSettings:
         accumulation: batches whose gradients are averaged for one step.
         gradient_clip: largest norm of the gradient over all variables; 0 does not clip. 1 in diffusers' scripts.
         bfloat16: run the batches under autocast to bfloat16; the variables stay in float32.
+        ema_decay: of the variables' exponential moving average, which then is the result; 0 keeps none. The average
+            begins faster, as diffusers' EMAModel has it: by (1 + step) / (10 + step) where that is less.
         seed: of all draws.
         checkpoint_every: steps between checkpoints, 0 for none.
         sample_every: steps between samples; 0 makes the one at the end alone.
@@ -53,6 +55,7 @@ class TrainingSettings:
     accumulation: int = 1
     gradient_clip: float = 1.0
     bfloat16: bool = False
+    ema_decay: float = 0.0
     seed: int = 0
     checkpoint_every: int = 0
     sample_every: int = 0
@@ -63,6 +66,8 @@ class TrainingSettings:
                 raise IdentityEditError(f"{name} is {getattr(self, name)}; choose {least} or more.")
         if not self.learning_rate > 0.0:
             raise IdentityEditError(f"learning_rate is {self.learning_rate:g}; choose a value above 0.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise IdentityEditError(f"ema_decay is {self.ema_decay:g}; choose a value from 0 to below 1.")
         if self.optimizer not in OPTIMIZERS:
             raise IdentityEditError(f"The optimizer {self.optimizer} is unknown; choose {', '.join(OPTIMIZERS)}.")
 
@@ -86,6 +91,42 @@ Progress = Callable[[int, int, float, "torch.Tensor | None"], None]
 """(steps done, steps in all, loss, a new sample or None)."""
 
 
+class Processes(Protocol):
+    """The processes that train together, one for each accelerator; `pipelines.processes` makes them of accelerate.
+
+    Attributes:
+        count: how many there are.
+        index: which one this is, from 0. The first writes files.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def index(self) -> int: ...
+
+    def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The mean over all processes of each tensor, the same in every process."""
+        ...
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        ...
+
+
+class OneProcess:
+    """This process alone."""
+
+    count = 1
+    index = 0
+
+    def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return tensors
+
+    def wait(self) -> None:
+        return None
+
+
 def generator_of(seed: int, index: int, what: str = "") -> torch.Generator:
     """A CPU generator for the draws of batch `index`, independent of all other seeds, batches and purposes."""
     digest = hashlib.sha256(f"{seed} {index} {what}".encode()).digest()
@@ -106,10 +147,13 @@ def train(
     run: str = "",
     sample: Callable[[], torch.Tensor] | None = None,
     progress: Progress | None = None,
+    processes: Processes | None = None,
 ) -> TrainingRun:
     """Minimise the loss over variables, which are changed in place.
 
-    Call it where gradients are wanted, in ComfyUI inside `engine.gradient_context` or `engine.trainable`.
+    Call it where gradients are wanted, in ComfyUI inside `engine.gradient_context` or `engine.trainable`. Several
+    processes that call it with the same arguments share the batches of each step and average their gradients: what P
+    processes do with an accumulation of A is what one does with P A.
 
     Args:
         variables: float32 leaves that require a gradient, by name.
@@ -123,32 +167,39 @@ def train(
         run: what the checkpoint must have in common with this run, see `run_hash`. Leave the number of steps out of
             it, so that a run can be made longer.
         sample: makes a picture (or anything else) to look at, without gradients; called at the end in any case.
-        progress: called after every step.
+        progress: called after every step, in the first process.
+        processes: that train together; None is this one alone. Samples, progress and checkpoints are the first's.
 
     Returns:
-        the record; the variables hold the result.
+        the record; the variables hold the result, which is their moving average where one is kept.
 
     Raises:
         IdentityEditError: when the loss or a gradient is not finite, or a checkpoint cannot be written or read.
         Exception: whatever stopped the run, ComfyUI's InterruptProcessingException included, after its checkpoint has
             been written.
     """
+    processes = processes or OneProcess()
     optimizer = _optimizer(list(variables.values()), settings)
+    average = _moving_average(variables, settings)
     done = TrainingRun()
     if checkpoint is not None and os.path.exists(checkpoint):
-        done = _read_checkpoint(checkpoint, run, variables, optimizer, settings.steps) or done
+        done = _read_checkpoint(checkpoint, run, variables, optimizer, average, settings.steps) or done
     written = done.resumed_at
+    if processes.index > 0:
+        sample, progress, checkpoint = None, None, None
     try:
         for step in range(done.resumed_at, settings.steps):
-            loss = _gradients(variables, losses, step, settings)
+            loss = _gradients(variables, losses, step, settings, processes)
             optimizer.step()
+            if average is not None:
+                average.step(variables.values())
             done.losses.append(loss)
             new_sample = None
             due = settings.sample_every and (step + 1) % settings.sample_every == 0
             if sample is not None and (due or step + 1 == settings.steps):
-                new_sample = _take_sample(sample, variables, settings, done)
+                new_sample = _take_sample(sample, variables, average, settings, done)
             if checkpoint is not None and settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
-                _write_checkpoint(checkpoint, run, variables, optimizer, done)
+                _write_checkpoint(checkpoint, run, variables, optimizer, average, done)
                 written = step + 1
             if progress is not None:
                 progress(step + 1, settings.steps, loss, new_sample)
@@ -157,7 +208,7 @@ def train(
     except Exception:
         if checkpoint is not None and settings.checkpoint_every and len(done.losses) > written:
             try:
-                _write_checkpoint(checkpoint, run, variables, optimizer, done)
+                _write_checkpoint(checkpoint, run, variables, optimizer, average, done)
             except IdentityEditError as error:
                 logging.warning("IdentityEdit: the training was stopped, and its last %s", error)
         raise
@@ -165,18 +216,39 @@ def train(
         for variable in variables.values():
             variable.grad = None
     if sample is not None and (not done.samples or done.samples[-1][0] != settings.steps):  # all steps were read
-        _take_sample(sample, variables, settings, done)
+        _take_sample(sample, variables, average, settings, done)
+    if average is not None:
+        average.copy_to(variables.values())
     return done
+
+
+def _moving_average(variables: dict[str, torch.Tensor], settings: TrainingSettings) -> Any:
+    """diffusers' EMAModel of the variables, or None."""
+    if settings.ema_decay == 0.0:
+        return None
+    from diffusers.training_utils import EMAModel  # seconds to import, and most runs keep no average
+
+    return EMAModel(variables.values(), decay=settings.ema_decay)
 
 
 def _take_sample(
     sample: Callable[[], torch.Tensor],
     variables: dict[str, torch.Tensor],
+    average: Any,
     settings: TrainingSettings,
     done: TrainingRun,
 ) -> torch.Tensor:
-    with torch.no_grad(), _autocast(variables, settings.bfloat16):
-        taken = sample().detach().float().cpu()
+    before: list[torch.Tensor] = []
+    if average is not None:
+        before = [variable.detach().clone() for variable in variables.values()]
+        average.copy_to(variables.values())
+    try:
+        with torch.no_grad(), _autocast(variables, settings.bfloat16):
+            taken = sample().detach().float().cpu()
+    finally:
+        with torch.no_grad():
+            for variable, value in zip(variables.values(), before, strict=bool(before)):
+                variable.copy_(value)
     done.samples.append((len(done.losses), taken))
     return taken
 
@@ -186,12 +258,14 @@ def _gradients(
     losses: Callable[[int], Iterable[torch.Tensor]],
     step: int,
     settings: TrainingSettings,
+    processes: Processes,
 ) -> float:
-    """Fill the gradients of one step and return its loss."""
+    """Fill the gradients of one step and return its loss, both as means over the step's batches of all processes."""
     for variable in variables.values():
         variable.grad = None
     total = torch.zeros(())
-    for index in range(step * settings.accumulation, (step + 1) * settings.accumulation):
+    in_a_step = settings.accumulation * processes.count
+    for index in range(step * in_a_step + processes.index, (step + 1) * in_a_step, processes.count):
         parts = iter(losses(index))
         while True:
             with _autocast(variables, settings.bfloat16):
@@ -200,6 +274,16 @@ def _gradients(
                 break
             (loss / settings.accumulation).backward()
             total += loss.detach().float().cpu() / settings.accumulation
+    if processes.count > 1:
+        for variable in variables.values():
+            if variable.grad is None:  # every process must give the same tensors
+                variable.grad = torch.zeros_like(variable)
+        device = next(iter(variables.values())).device
+        gradients = [variable.grad for variable in variables.values() if variable.grad is not None]
+        *means, mean_loss = processes.mean([*gradients, total.to(device)])
+        for variable, mean in zip(variables.values(), means, strict=True):
+            variable.grad = mean
+        total = mean_loss.cpu()
     reached = [variable for variable in variables.values() if variable.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(reached, settings.gradient_clip or float("inf"))
     if not (bool(torch.isfinite(total)) and bool(torch.isfinite(norm))):
@@ -231,9 +315,16 @@ def _optimizer(variables: list[torch.Tensor], settings: TrainingSettings) -> tor
 
 
 def _write_checkpoint(
-    path: str, run: str, variables: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, done: TrainingRun
+    path: str,
+    run: str,
+    variables: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    average: Any,
+    done: TrainingRun,
 ) -> None:
     tensors = {f"variable.{name}": variable for name, variable in variables.items()}
+    if average is not None:
+        tensors |= {f"average.{name}": value for name, value in zip(variables, average.shadow_params, strict=True)}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
     tensors |= {f"sample.{step}": picture for step, picture in done.samples}
@@ -242,7 +333,12 @@ def _write_checkpoint(
 
 
 def _read_checkpoint(
-    path: str, run: str, variables: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer, steps: int
+    path: str,
+    run: str,
+    variables: dict[str, torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    average: Any,
+    steps: int,
 ) -> TrainingRun | None:
     try:
         tensors, description = read_tensors(path, _CHECKPOINT)
@@ -253,6 +349,10 @@ def _read_checkpoint(
     with torch.no_grad():
         for name, variable in variables.items():
             variable.copy_(tensors[f"variable.{name}"])
+        if average is not None:
+            for name, value in zip(variables, average.shadow_params, strict=True):
+                value.copy_(tensors[f"average.{name}"])
+            average.optimization_step = int(description["steps"])
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -172,16 +172,38 @@ def denoising_losses(
         min_snr_gamma: min-SNR weights of Hang et al. 2023, who use 5; 0 weights every timestep equally, as Ho et al.
             2020 and LIPE do.
     """
-    sigma = sampling.sigmas.detach().to(device=batch.latents.device, dtype=torch.float32)[t.to(batch.latents.device)]
-    eps = noise.to(batch.latents.device)
+    text = networks.encode(batch.captions)
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return networks.denoised(x, sigma, text)
+
+    return losses_of(denoise, sampling, prediction, batch.latents, batch.masks, t, noise, min_snr_gamma)
+
+
+def losses_of(
+    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    sampling: DiscreteSampling,
+    prediction: str,
+    latents: torch.Tensor,
+    masks: torch.Tensor,
+    t: torch.Tensor,
+    noise: torch.Tensor,
+    min_snr_gamma: float = 0.0,
+) -> torch.Tensor:
+    """As `denoising_losses`, for any `denoise(x, sigma)` that estimates z_0 [B, C, h, w] of x at noise levels [B].
+
+    `latents` [B, C, h, w] are in the model's scale, `masks` [B, 1, h, w].
+    """
+    sigma = sampling.sigmas.detach().to(device=latents.device, dtype=torch.float32)[t.to(latents.device)]
+    eps = noise.to(latents.device)
     level = sigma.reshape(-1, 1, 1, 1)
-    x = batch.latents + level * eps
-    denoised = networks.denoised(x, sigma, networks.encode(batch.captions)).float()
+    x = latents + level * eps
+    denoised = denoise(x, sigma).float()
     error = (x - denoised) / level - eps  # eps_theta - eps
     if prediction == "v":
         error = error * torch.sqrt(1.0 + level**2)  # v_theta - v: v = (eps - sigma z_0) / sqrt(1 + sigma^2)
     channels = error.shape[1]
-    loss = (batch.masks * error.square()).sum(dim=(1, 2, 3)) / (channels * batch.masks.sum(dim=(1, 2, 3)))
+    loss = (masks * error.square()).sum(dim=(1, 2, 3)) / (channels * masks.sum(dim=(1, 2, 3)))
     if min_snr_gamma > 0.0:
         snr = 1.0 / sigma**2
         loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1.0 if prediction == "v" else snr)

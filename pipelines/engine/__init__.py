@@ -1,13 +1,15 @@
 """The one place of the pipelines that speaks to ComfyUI (`comfy.*`).
 
 Which models the techniques work on (`model`), how to run a loop of one's own inside ComfyUI's sampling machinery
-(`loop`), and how to obtain gradients there (`gradient_context`). Everything works on a clone of the model; nothing
-global is touched, and what is changed for the time of a loop is put back.
+(`loop`), how to combine estimates by a formula of one's own (`guidance`), and how to obtain gradients there
+(`gradient_context`). Everything works on a clone of the model; nothing global is touched, and what is changed for the
+time of a loop is put back.
 
 Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model_patcher.py, execution.py.
 """
 
 from .gradient_context import gradient_context, gradient_memory
+from .guidance import CombiningGuider
 from .loop import Callback, NetworkEvaluator, run_loop
 from .model import (
     KEEPS_EMBEDDING,
@@ -26,6 +28,7 @@ from .model import (
 __all__ = [
     "KEEPS_EMBEDDING",
     "Callback",
+    "CombiningGuider",
     "ModelTag",
     "NetworkEvaluator",
     "conditionings_of_the_prompt",

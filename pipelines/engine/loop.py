@@ -16,6 +16,7 @@ from ..conditioning import Conditioning, copy_outside_inference_mode
 from ..errors import check_conditioning, check_latent
 from ..gradients import patches_on_copies
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
+from .guidance import guided_estimate
 from .model import conditionings_with_embedding, latent_channels, require_noise_prediction_model
 
 _KEY = "identity_edit"
@@ -65,6 +66,12 @@ class NetworkEvaluator:
         """
         with self._guider.one_side(side, embedding):
             return self._evaluate(x, sigma)
+
+    def both(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The estimates of z_0 for the positive and for the negative side, in one call where memory allows."""
+        with self._guider.both_sides() as estimates:
+            self._evaluate(x, sigma)
+        return estimates[0], estimates[1]
 
     def guided(self, x: torch.Tensor, sigma: torch.Tensor, guidance_scale: float) -> torch.Tensor:
         """ComfyUI's own guided estimate of z_0 [B, C, H, W]; guidance scale 1 evaluates the positive side only."""
@@ -162,6 +169,16 @@ class _LoopGuider(comfy.samplers.CFGGuider):
         super().__init__(model_patcher)
         self._side: str | None = None
         self._embedding: torch.Tensor | None = None
+        self._estimates: list[torch.Tensor] | None = None
+
+    @contextlib.contextmanager
+    def both_sides(self) -> Iterator[list[torch.Tensor]]:
+        """Keep the estimates of both sides, as they are before guidance, in the list that is given."""
+        self._estimates = []
+        try:
+            yield self._estimates
+        finally:
+            self._estimates = None
 
     @contextlib.contextmanager
     def one_side(self, side: str, embedding: torch.Tensor | None) -> Iterator[None]:
@@ -176,6 +193,10 @@ class _LoopGuider(comfy.samplers.CFGGuider):
     ) -> torch.Tensor:
         """Called by ComfyUI inside the PREDICT_NOISE wrappers; x and result [B, C, H, W], timestep [B] sigmas."""
         options = model_options or {}
+        if self._estimates is not None:
+            sides = [self.conds["positive"], self.conds["negative"]]
+            self._estimates += comfy.samplers.calc_cond_batch(self.inner_model, sides, x, timestep, options)
+            return self._estimates[0]
         if self._side is None:
             return super().predict_noise(x, timestep, options, seed)
         conditionings = self.conds[self._side]
@@ -207,31 +228,7 @@ class _LoopGuider(comfy.samplers.CFGGuider):
     ) -> torch.Tensor:
         """The end of ComfyUI's `sampling_function`: pre-CFG patches, the CFG rule, post-CFG patches."""
         sides = [self.conds["positive"], self.conds["negative"]]
-        estimates = [conditional, unconditional]
-        for function in options.get("sampler_pre_cfg_function", []):
-            estimates = function(
-                {
-                    "conds": sides,
-                    "conds_out": estimates,
-                    "cond_scale": guidance_scale,
-                    "timestep": sigma,
-                    "input": x,
-                    "sigma": sigma,
-                    "model": self.inner_model,
-                    "model_options": options,
-                }
-            )
-        return comfy.samplers.cfg_function(
-            self.inner_model,
-            estimates[0],
-            estimates[1],
-            guidance_scale,
-            x,
-            sigma,
-            model_options=options,
-            cond=sides[0],
-            uncond=sides[1],
-        )
+        return guided_estimate(self.inner_model, sides, [conditional, unconditional], x, sigma, guidance_scale, options)
 
 
 class _LoopSampler(comfy.samplers.Sampler):

@@ -31,6 +31,13 @@ Text = tuple[torch.Tensor, torch.Tensor | None]
 """Cross-attention embeddings [B, T, C] and pooled outputs [B, P] of a batch of captions."""
 
 
+def joined_texts(texts: Sequence[Text]) -> Text:
+    """Several texts as one batch; shorter ones are repeated, which changes no cross-attention."""
+    embeddings = [comfy.conds.CONDCrossAttn(embedding) for embedding, _ in texts]
+    pooled = [row for _, row in texts if row is not None]
+    return embeddings[0].concat(embeddings[1:]), torch.cat(pooled) if len(pooled) == len(texts) else None
+
+
 class TrainableNetworks:
     """The networks while some of their weights are variables; `trainable_networks` makes one.
 
@@ -63,8 +70,8 @@ class TrainableNetworks:
     def encode(self, captions: Sequence[str]) -> Text:
         """Encode captions as CLIP Text Encode does, except that parentheses are text and no emphasis.
 
-        A caption of more than 75 tokens gives a longer embedding; shorter ones beside it are repeated, which changes no
-        cross-attention. While no weight of the text encoders is trained, a caption is encoded once.
+        A caption of more than 75 tokens gives a longer embedding, see `joined_texts`. While no weight of the text
+        encoders is trained, a caption is encoded once.
         """
         if self.clip_variables:
             texts = [self._encode(caption) for caption in captions]
@@ -73,17 +80,18 @@ class TrainableNetworks:
                 with torch.no_grad():
                     self._frozen_texts[caption] = self._encode(caption)
             texts = [self._frozen_texts[caption] for caption in captions]
-        embeddings = [comfy.conds.CONDCrossAttn(embedding) for embedding, _ in texts]
-        pooled = [row for _, row in texts if row is not None]
-        return embeddings[0].concat(embeddings[1:]), torch.cat(pooled) if len(pooled) == len(texts) else None
+        return joined_texts(texts)
 
-    def denoised(self, x: torch.Tensor, sigma: torch.Tensor, text: Text) -> torch.Tensor:
+    def denoised(
+        self, x: torch.Tensor, sigma: torch.Tensor, text: Text, source: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The network's estimate of z_0, without guidance.
 
         Args:
             x: latents [B, C, H, W] float32 in the model's scale.
             sigma: [B] noise levels.
             text: of B captions, or of one for all.
+            source: of models that see a source picture, its latent [B, C, H, W] as the VAE gives it; None is zeros.
 
         Returns:
             [B, C, H, W] float32.
@@ -92,6 +100,8 @@ class TrainableNetworks:
         conditioning: dict[str, Any] = {"cross_attn": embedding, "model_conds": {}, "uuid": uuid.uuid4()}
         if pooled is not None:
             conditioning["pooled_output"] = pooled
+        if source is not None:
+            conditioning["concat_latent_image"] = source
         base = self._patcher.model
         conditionings = comfy.samplers.encode_model_conds(base.extra_conds, [conditioning], x, x.device, "positive")
         return comfy.samplers.calc_cond_batch(base, [conditionings], x, sigma, self._options)[0]

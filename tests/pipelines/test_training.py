@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -268,3 +270,83 @@ def test_draws_depend_on_seed_batch_and_purpose():
 def test_a_run_is_named_by_what_it_is():
     assert training.run_hash({"a": 1, "b": [2]}) == training.run_hash({"b": [2], "a": 1})
     assert training.run_hash({"a": 1}) != training.run_hash({"a": 2})
+
+
+# -- the moving average, and processes that train together -------------------------------------------------------------
+
+
+def test_the_result_is_the_exponential_moving_average_that_diffusers_keeps():
+    settings = dataclasses.replace(SETTINGS, ema_decay=0.6, sample_every=0)
+    problem = Problem()
+    values: list[torch.Tensor] = []
+    problem.train(settings, progress=lambda *_: values.append(problem.variables["a"].detach().double().clone()))
+    average = values[0]
+    for step, value in enumerate(values[1:], start=1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * value
+    assert torch.allclose(problem.variables["a"].detach().double(), average, atol=1e-6)
+    assert not torch.allclose(average, values[-1], atol=1e-4)
+
+
+def test_a_resumed_run_keeps_its_moving_average(tmp_path: Path):
+    settings = dataclasses.replace(SETTINGS, ema_decay=0.6)
+    whole, path = Problem(), str(tmp_path / "run.safetensors")
+    whole_run = whole.train(settings)
+    stopped = Problem()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        stopped.train(settings, checkpoint=path, progress=stop_at(7))
+    resumed = Problem()
+    assert_same(resumed, resumed.train(settings, checkpoint=path), whole, whole_run)
+
+
+class Threads:
+    """Processes as threads of this one: each waits for all and takes the mean of what they bring."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.brought: list[list[torch.Tensor]] = [[] for _ in range(count)]
+        self.barrier = threading.Barrier(count)
+
+    def member(self, index: int) -> ThreadMember:
+        return ThreadMember(self, index)
+
+
+@dataclasses.dataclass
+class ThreadMember:
+    group: Threads
+    index: int
+
+    @property
+    def count(self) -> int:
+        return self.group.count
+
+    def wait(self) -> None:
+        self.group.barrier.wait()
+
+    def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.group.brought[self.index] = tensors
+        self.wait()
+        means = [torch.stack(parts).mean(dim=0) for parts in zip(*self.group.brought, strict=True)]
+        self.wait()
+        return means
+
+
+def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Path):
+    alone = Problem()
+    run = alone.train(dataclasses.replace(SETTINGS, accumulation=4))
+    group, problems, runs = Threads(2), [Problem(), Problem()], {}
+
+    def work(index: int) -> None:
+        path = str(tmp_path / f"{index}.safetensors")
+        runs[index] = problems[index].train(SETTINGS, processes=group.member(index), checkpoint=path)
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    assert sorted(problems[0].batches + problems[1].batches) == sorted(alone.batches)
+    for index in range(2):
+        assert runs[index].losses == pytest.approx(run.losses, rel=1e-5)
+        assert all(torch.allclose(problems[index].variables[key], alone.variables[key], atol=1e-5) for key in "ab")
+    assert os.listdir(tmp_path) == ["0.safetensors"] and runs[0].samples and not runs[1].samples

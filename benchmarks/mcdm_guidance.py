@@ -1,0 +1,165 @@
+"""What an edit by an MCDM costs: `.venv/bin/python benchmarks/mcdm_guidance.py`.
+
+One 20-step edit with UniPC for each way of guidance, on the demo checkpoint inflated to eight input channels (its
+weights change no cost): InstructPix2Pix's three terms by ComfyUI's own DualCFGGuider, and MCDM Guider's with the
+paper's scales and with scales of which none cancels, each without and with a mask; and MCDM Edit Mask. Counted are
+network evaluations and calls; the seconds are medians over runs that alternate. Writes
+benchmarks/results/mcdm_guidance.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import torch  # noqa: E402
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
+from identity_edit_pack.pipelines import engine, mcdm  # noqa: E402
+from identity_edit_pack.pipelines.edit_mask import edit_mask  # noqa: E402
+from identity_edit_pack.pipelines.engine.edit_model import as_edit_model  # noqa: E402
+from identity_edit_pack.pipelines.engine.vision import vision_tag  # noqa: E402
+from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider  # noqa: E402
+from report import write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+STEPS = 20
+BASELINE = "InstructPix2Pix, 3 terms (DualCFGGuider)"
+
+
+class Counter:
+    """Counts evaluations and calls of a model's clone, as a model function wrapper."""
+
+    def __init__(self) -> None:
+        self.evaluations = self.calls = 0
+
+    def __deepcopy__(self, _: Any) -> Counter:
+        return self
+
+    def __call__(self, apply_model: Callable[..., torch.Tensor], arguments: dict[str, Any]) -> torch.Tensor:
+        self.evaluations += len(arguments["cond_or_uncond"])
+        self.calls += 1
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--runs", type=int, default=5, help="of each, alternating (default 5)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    family.register()
+    base, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
+    model, vision = as_edit_model(base), load_clip_vision()
+    latent_shape = (4, 16, 16)
+    embedding = mcdm.new_embedding(model, vision, latent_shape, torch.Generator().manual_seed(0), mcdm.IMAGE_TOKENS)
+    made = mcdm.MCDM(embedding, vision_tag(vision), engine.model_tag(model), latent_shape, {})
+    counter = Counter()
+    counted = model.clone()
+    counted.set_model_unet_function_wrapper(counter)
+    picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        seen = mcdm.see_pictures(made, model, vision, vae, picture)
+        texts = [
+            clip.encode_from_tokens_scheduled(clip.tokenize(text))
+            for text in ("a portrait of a smiling person", "", "a portrait of a person")
+        ]
+    positive, negative, source = (mcdm.with_pictures(text, seen) for text in texts)
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:96, 32:96] = 1.0
+    zeros = torch.zeros(1, *latent_shape)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+    papers, general = GuidanceScales(), GuidanceScales(3.0, 2.0, 5.0)
+
+    def sample(guider: Any) -> None:
+        sampler = comfy.samplers.sampler_object("uni_pc")
+        guider.sample(comfy.sample.prepare_noise(zeros, 0), zeros, sampler, sigmas, disable_pbar=True, seed=0)
+
+    def instruct_pix2pix() -> None:
+        # As ComfyUI's own workflow has it: text and picture, picture alone, nothing; no image tokens.
+        guider = Guider_DualCFG(counted)
+        pictured = [
+            [[entry[0][0], {**entry[0][1], mcdm.SPATIAL_OPTION: seen.latent}]] for entry in (texts[0], texts[1])
+        ]
+        guider.set_conds(pictured[0], pictured[1], texts[1])
+        guider.set_cfg(5.0, 3.0)
+        sample(guider)
+
+    ways: dict[str, Callable[[], Any]] = {
+        BASELINE: instruct_pix2pix,
+        "MCDM, scales 3, 3, 5": lambda: sample(mcdm_guider(counted, positive, negative, papers)),
+        "MCDM, scales 3, 2, 5": lambda: sample(mcdm_guider(counted, positive, negative, general)),
+        "MCDM with mask, scales 3, 3, 5": lambda: sample(
+            mcdm_guider(counted, positive, negative, papers, source, mask)
+        ),
+        "MCDM with mask, scales 3, 2, 5": lambda: sample(
+            mcdm_guider(counted, positive, negative, general, source, mask)
+        ),
+        "MCDM Edit Mask, 10 seeds": lambda: edit_mask(counted, positive, source, seen.latent),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    counts: dict[str, tuple[int, int]] = {}
+    with torch.inference_mode():
+        for run in tqdm(range(arguments.runs + 1), unit="run"):
+            for name, way in ways.items():
+                counter.evaluations = counter.calls = 0
+                begin = time.perf_counter()
+                way()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if run:  # the first one warms up
+                    seconds[name].append(time.perf_counter() - begin)
+                counts[name] = counter.evaluations, counter.calls
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/mcdm_guidance.py", *sys.argv[1:]])
+    lines = [
+        "# Cost of an edit by an MCDM",
+        "",
+        f"`{command}` at commit {commit}: the demo checkpoint with eight input channels, 128x128, {STEPS} steps of "
+        f"UniPC, {arguments.threads} threads, medians of {arguments.runs} runs.",
+        "",
+        "| guidance | network evaluations | calls | seconds | relative |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name} | {counts[name][0]} | {counts[name][1]} | {medians[name]:.2f} | "
+        f"{medians[name] / medians[BASELINE]:.2f} |"
+        for name in ways
+    ]
+    lines += [
+        "",
+        "With the paper's scales the term of the image embedding alone cancels and is not evaluated. A mask costs one "
+        "evaluation more a step, since the prompts differ in the last term only.",
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "threads": arguments.threads,
+        "evaluations": {name: count[0] for name, count in counts.items()},
+        "calls": {name: count[1] for name, count in counts.items()},
+        "seconds": seconds,
+    }
+    write_results("mcdm_guidance", everything, lines)
+
+
+if __name__ == "__main__":
+    main()

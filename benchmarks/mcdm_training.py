@@ -1,0 +1,243 @@
+"""Training an MCDM against a plain loop: `.venv/bin/python benchmarks/mcdm_training.py`.
+
+Both train all weights of the demo checkpoint's UNet, inflated to eight input channels, and the image embedding on the
+same pairs with the same draws: the pack's `train_mcdm`, and a loop as diffusers' train_instruct_pix2pix.py has it,
+which calls the same modules directly, with torch's AdamW and diffusers' EMAModel. Both begin from pictures that are
+encoded already; the loop encodes the prompts in every step, as that script does. That both do the same work is checked:
+their losses must agree. The runs alternate, each two of them a pair; given are medians over the pairs. Writes
+benchmarks/results/mcdm_training.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.sd  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import caption, random_attributes  # noqa: E402
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
+from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm  # noqa: E402
+from identity_edit_pack.pipelines.encoded_pairs import PairFiles  # noqa: E402
+from identity_edit_pack.pipelines.engine.edit_model import as_edit_model  # noqa: E402
+from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT  # noqa: E402
+from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
+from PIL import Image  # noqa: E402
+from report import write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+PACK, PLAIN = "Train MCDM", "plain loop"
+GOAL = 1.0
+"""Samples a second of the pack relative to the plain loop's."""
+WARM_UP = 2
+"""Steps of every run that are not counted."""
+SETTINGS = train_mcdm.MCDMSettings(precision="float32", checkpointing=False, sample_steps=1)
+
+Parts = tuple[Any, Any, Any, Any]
+Outcome = tuple[list[float], list[float]]
+"""Seconds and loss of every step."""
+
+
+def draw_pairs(folder: Path, count: int, seed: int) -> list[PairFiles]:
+    """Portraits with a neutral and a smiling face, drawn by the renderer: what is in them does not change the cost."""
+    generator = random.Random(seed)
+    pairs = []
+    for number in range(count):
+        source = random_attributes(generator, "portrait").replace(expression="neutral")
+        target = source.replace(expression="smiling")
+        files = [folder / f"{number}-{name}.png" for name in ("source", "target")]
+        for file, attributes in zip(files, (source, target), strict=True):
+            Image.fromarray(np.array(render(attributes, seed + number)[0])).save(file)
+        pairs.append(PairFiles(files[0], files[1], caption(source), caption(target)))
+    return pairs
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def by_pack(parts: Parts, pairs: list[PairFiles], settings: TrainingSettings, folder: Path) -> Outcome:
+    ends: list[float] = []
+
+    def progress(*_: Any) -> None:
+        synchronize()
+        ends.append(time.perf_counter())
+
+    with torch.inference_mode():  # as in ComfyUI
+        _, run = train_mcdm.train_mcdm(*parts, pairs, SETTINGS, settings, str(folder), progress=progress)
+    return np.diff(ends).tolist(), run.losses
+
+
+def by_plain_loop(parts: Parts, pairs: list[PairFiles], settings: TrainingSettings, folder: Path) -> Outcome:
+    """The loop of diffusers' train_instruct_pix2pix.py with the networks called directly."""
+    model, clip, vae, clip_vision = parts
+    encoded = encoded_pairs.encode_pairs(pairs, vae, clip_vision, str(folder))
+    edit_model = as_edit_model(model)
+    comfy.model_management.load_models_gpu([edit_model, clip.patcher], force_full_load=True)
+    sampling = engine.require_noise_prediction_model(edit_model)
+    device = edit_model.load_device
+    unet, text_encoder = edit_model.model.diffusion_model, clip.cond_stage_model.clip_l.transformer
+    start = generator_of(settings.seed, 0, "image embedding")
+    embedding = mcdm.new_embedding(edit_model, clip_vision, encoded.latent_shape, start, SETTINGS.image_tokens).to(
+        device
+    )
+    weights = [*unet.parameters(), *embedding.parameters()]
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    average = EMAModel(weights, decay=settings.ema_decay)
+    alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
+    losses, ends = [], []
+    for step in range(settings.steps):
+        batch = train_mcdm.draw_mcdm_batch(encoded, SETTINGS, int(sampling.sigmas.shape[0]), step, settings.seed)
+        texts, latents = [], []
+        for number, same, bits in zip(batch.chosen, batch.reconstructs.tolist(), batch.dropped.tolist(), strict=True):
+            prompts = encoded.source_prompts if same else encoded.target_prompts
+            texts.append("" if bits & TEXT_BIT else prompts[number])
+            latents.append(encoded.latents("source" if same else "target", [number]))
+        tokens = [[token for token, _ in clip.tokenize(text)["l"][0]] for text in texts]
+        with torch.no_grad():
+            text = text_encoder(torch.tensor(tokens, device=device))[0]
+        source = encoded.latents("source", batch.chosen)
+        image = embedding(encoded.tokens(batch.chosen).to(device), engine.to_model_scale(edit_model, source).to(device))
+        without_image = torch.tensor([bool(bits & IMAGE_BIT) for bits in batch.dropped.tolist()], device=device)
+        context = torch.cat([text, torch.where(without_image[:, None, None], text, image)], dim=1)
+        kept = torch.tensor([0.0 if bits & SPATIAL_BIT else 1.0 for bits in batch.dropped.tolist()])
+        spatial = (source * kept[:, None, None, None]).to(device)
+        z_0 = engine.to_model_scale(edit_model, torch.cat(latents)).to(device)
+        noise, t = batch.noise.to(device), batch.t.to(device)
+        alpha_bar = alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        z = alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noise
+        predicted = unet(torch.cat([z, spatial], dim=1), t.float(), context=context, transformer_options={})
+        loss = torch.nn.functional.mse_loss(predicted.float(), noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, settings.gradient_clip)
+        optimizer.step()
+        average.step(weights)
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        synchronize()
+        ends.append(time.perf_counter())
+    return np.diff(ends).tolist(), losses
+
+
+METHODS: dict[str, Callable[[Parts, list[PairFiles], TrainingSettings, Path], Outcome]] = {
+    PLAIN: by_plain_loop,
+    PACK: by_pack,
+}
+
+
+def peak_memory(name: str, arguments: argparse.Namespace) -> int:
+    """Highest memory of a process of its own that does one run, in MiB."""
+    command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
+    command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--runs", type=int, default=7, help="runs of each loop, alternating (default 7)")
+    parser.add_argument("--steps", type=int, default=8, help="training steps of a run (default 8)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0, help="draws the pairs and all batches (default 0)")
+    parser.add_argument("--only", choices=METHODS, help="do one run by one loop and print its memory use")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    family.register()
+    options = {"dtype": torch.float32}
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), model_options=options)
+    parts = (model, clip, vae, load_clip_vision())
+    names = [arguments.only] if arguments.only else list(METHODS)
+    settings = TrainingSettings(
+        steps=arguments.steps + WARM_UP + 1,
+        learning_rate=train_mcdm.LEARNING_RATE,
+        weight_decay=train_mcdm.WEIGHT_DECAY,
+        ema_decay=train_mcdm.EMA_DECAY,
+        seed=arguments.seed,
+    )
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    losses: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        pairs = draw_pairs(folder, 32, arguments.seed)
+        encoded_pairs.encode_pairs(pairs, vae, parts[3], str(folder))
+        for run in tqdm(range(1 if arguments.only else arguments.runs), unit="run", disable=bool(arguments.only)):
+            for name in names if run % 2 == 0 else names[::-1]:
+                times, losses[name] = METHODS[name](parts, pairs, settings, folder)
+                seconds[name].append(times[WARM_UP:])
+    if arguments.only:
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
+        print(json.dumps({"peak_memory_mib": round(memory)}))
+        return
+
+    difference = max(abs(a - b) / b for a, b in zip(losses[PACK], losses[PLAIN], strict=True))
+    if difference > 0.02:
+        raise SystemExit(f"The loops do not do the same work: their losses differ by up to {difference:.1%}.")
+    size = SETTINGS.batch_size
+    rates_of_runs = {name: [size / statistics.median(run) for run in runs] for name, runs in seconds.items()}
+    rates = {name: statistics.median(values) for name, values in rates_of_runs.items()}
+    ratios = [ours / theirs for ours, theirs in zip(rates_of_runs[PACK], rates_of_runs[PLAIN], strict=True)]
+    relative = statistics.median(ratios)
+    memories = {name: peak_memory(name, arguments) for name in names}
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/mcdm_training.py", *sys.argv[1:]])
+    trained = sum(parameter.numel() for parameter in model.model.diffusion_model.parameters())
+    lines = [
+        "# Training an MCDM: speed and memory",
+        "",
+        f"`{command}` at commit {commit}: medians of {arguments.runs} pairs of runs of {arguments.steps} steps, "
+        f"{trained / 1e6:.1f} million weights, {size} pairs a step, {arguments.threads} threads, float32. The losses "
+        f"of both loops agree to {difference:.1e}. The ratio of a pair is from {min(ratios):.2f} to {max(ratios):.2f}.",
+        "",
+        "| loop | samples a second | relative | peak memory (MiB) |",
+        "|---|---|---|---|",
+        f"| {PLAIN} | {rates[PLAIN]:.2f} | 1.00 | {memories[PLAIN]} |",
+        f"| {PACK} | {rates[PACK]:.2f} | {relative:.2f} | {memories[PACK]} |",
+        "",
+        f"The goal, at least {GOAL:.1f} of the plain loop's samples a second, is "
+        + ("reached." if relative >= GOAL else "not reached."),
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "threads": arguments.threads,
+        "trained_weights": trained,
+        "largest_relative_difference_of_losses": difference,
+        "seconds_by_step": seconds,
+        "samples_a_second": rates,
+        "ratios": ratios,
+        "relative": relative,
+        "peak_memory_mib": memories,
+    }
+    write_results("mcdm_training", everything, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Do generated pairs show one person in the right two states? `.venv/bin/python benchmarks/pair_generation.py`.
+
+Figure 3 of Chen et al. 2024 as numbers, on the demo checkpoint, which was trained on single pictures of 128x128 and
+never saw one of 256x128. Six edits (three expressions, three costumes) of portraits of training identities:
+
+- described: the prompts describe the person (hair, eyes, skin, face), so that words alone tell who it is;
+- person: they say "person", so that nothing but being in one picture makes both halves one person;
+- identity words: "person" with the identity words of a drawn portrait, trained by the pack on drawn portraits;
+
+each by composable guidance on a latent of double width, and the first two also as two pictures on their own, from the
+same noise. Scores by the attribute classifier: both halves show a portrait of the same hair, eyes, skin and face (eyes
+that are closed do not count); the source and the target show their states; all of that. The demo world has no control
+network, so that there is no pose.
+
+Writes benchmarks/results/pair_generation.json, .md and .jpg (the first pairs, as they came).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from edits import save_sheet  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+    IDENTITY_OF,
+    PLACE_PHRASES,
+    Attributes,
+    caption,
+    random_attributes,
+)
+from identity_edit_pack.demo_world.classifier import classify, load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
+from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.pipelines import pair_dataset as datasets  # noqa: E402
+from identity_edit_pack.pipelines.identity_words import (  # noqa: E402
+    IdentityWords,
+    load_identity_words,
+    save_identity_words,
+)
+from identity_edit_pack.pipelines.pair_folder import PairFolder, load_pair  # noqa: E402
+from identity_edit_pack.pipelines.train_identity_words import (  # noqa: E402
+    IdentitySettings,
+    features_of,
+    train_identity_words,
+)
+from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
+from identity_edit_pack.pipelines.training_pictures import encode_pictures  # noqa: E402
+from report import RESULTS, write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+STATES = {
+    "smiling": ("expression", "smiling"),
+    "angry": ("expression", "angry"),
+    "crying": ("expression", "crying"),
+    "santa hat": ("costume", "santa hat"),
+    "crown": ("costume", "crown"),
+    "scarf": ("costume", "scarf"),
+}
+EDITS = "\n".join(
+    f"{name}: a portrait of a {{subject}} -> a portrait of {'an' if name == 'angry' else 'a'} {name} {{subject}}"
+    if kind == "expression"
+    else f"{name}: a portrait of a {{subject}} -> a portrait of a {{subject}} wearing a {name}"
+    for name, (kind, _) in STATES.items()
+)
+STEPS = 20
+
+
+def portraits(count: int, seed: int) -> list[Attributes]:
+    """Training identities, neutral and without a costume."""
+    generator = random.Random(f"portraits {seed}")
+    return [
+        random_attributes(generator, "portrait").replace(expression="neutral", costume="none") for _ in range(count)
+    ]
+
+
+def surroundings(a: Attributes) -> str:
+    return f"facing {a.facing} {PLACE_PHRASES[a.place]}"
+
+
+def described(a: Attributes) -> str:
+    looks = f"with {a.hair_style} {a.hair_color} hair, {a.eye_color} eyes, {a.skin} skin and a {a.face_shape} face"
+    return f"person {looks} {surroundings(a)}"
+
+
+def drawn(people: list[Attributes], seed: int) -> list[torch.Tensor]:
+    pictures = [render(a, EVALUATION_SEED + 7_000_000 * (seed + 1) + i)[0] for i, a in enumerate(people)]
+    return [torch.from_numpy(np.array(picture)).float() / 255 for picture in pictures]
+
+
+def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, steps: int) -> tuple[IdentityWords, str]:
+    """Train on drawn portraits of training identities in all states, or read what was trained."""
+    if path.exists():
+        return load_identity_words(str(path)), f"read from {path.name}"
+    model, clip, vae = checkpoint
+    generator = random.Random("identity words")
+    people = [random_attributes(generator, "portrait") for _ in range(count)]
+    pictures = drawn(people, 1)
+    # The captions say everything but who it is.
+    captions = []
+    for person in people:
+        words = caption(person)
+        start, end = words.index(" with "), words.index(" face") + len(" face")
+        captions.append(words[:start] + words[end:])
+    start_time = time.perf_counter()
+    learned, run = train_identity_words(
+        model,
+        clip,
+        encode_pictures(vae, pictures, captions),
+        features_of(clip_vision, pictures),
+        IdentitySettings(class_word="person", batch_size=8),
+        TrainingSettings(steps=steps, learning_rate=1e-3, checkpoint_every=100),
+        checkpoint=lambda name: str(path.with_name(f"{name}.safetensors")),
+        progress=lambda done, total, loss, _: print(f"\r{done}/{total} {loss:.4f}", end="", file=sys.stderr),
+    )
+    save_identity_words(learned, str(path))
+    few = max(1, len(run.losses) // 10)
+    losses = f"loss {sum(run.losses[:few]) / few:.4f} to {sum(run.losses[-few:]) / few:.4f}"
+    return learned, f"{steps} steps on {count} portraits in {time.perf_counter() - start_time:.0f} s, {losses}"
+
+
+def apart(checkpoint: Any, sampler: Any, sigmas: torch.Tensor, settings: datasets.PairSettings, number: int) -> Any:
+    """The pair as two pictures of their own, from the same noise."""
+    model, clip, vae = checkpoint
+    plan = datasets.plan(settings, number)
+    pictures = []
+    for prompt in (plan.source_prompt, plan.target_prompt):
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(*(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")))
+        guider.set_cfg(settings.guidance_scale)
+        latent = torch.zeros(1, 4, settings.height // 8, settings.width // 8)
+        noise = comfy.sample.prepare_noise(latent, datasets.noise_seed(settings, number, 0))
+        pictures.append(vae.decode(guider.sample(noise, latent, sampler, sigmas, disable_pbar=True))[0])
+    return pictures[0], pictures[1], plan.edit
+
+
+def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]]) -> dict[str, float]:
+    classifier = load_classifier()
+    answers = [classify(classifier, torch.stack([pair[side] for pair in pairs])) for side in (0, 1)]
+    rows = []
+    for index, (_, _, edit) in enumerate(pairs):
+        before, after = ({head: choices[int(part[head][index])] for head, choices in HEADS.items()} for part in answers)
+        kind, state = STATES[edit]
+        compared = [name for name in IDENTITY_OF["portrait"] if not (name == "eye_color" and state == "crying")]
+        both_portraits = before["framing"] == after["framing"] == "portrait"
+        same = both_portraits and all(before[name] == after[name] for name in compared)
+        source = before["expression"] == "neutral" and before["costume"] == "none"
+        target = {"expression": "neutral", "costume": "none"} | {kind: state}
+        right = all(after[name] == value for name, value in target.items())
+        rows.append(
+            {
+                "same_identity": same,
+                "identity_attributes_alike": sum(before[name] == after[name] for name in compared) / len(compared),
+                "source_state": source,
+                "target_state": right,
+                "same_identity_and_both_states": same and source and right,
+                "same_place_and_facing": before["place"] == after["place"] and before["facing"] == after["facing"],
+            }
+        )
+    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how well the demo checkpoint makes pairs.")
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--training-pictures", type=int, default=600)
+    parser.add_argument("--training-steps", type=int, default=800)
+    parser.add_argument("--identity-words", type=Path, default=ROOT / "demo_output" / "identity_words.safetensors")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    family.register()
+    path = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
+    checkpoint = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+    clip_vision = load_clip_vision()
+    words, trained = identity_words(
+        checkpoint, clip_vision, arguments.identity_words, arguments.training_pictures, arguments.training_steps
+    )
+    people = portraits(arguments.pairs, arguments.seed)
+    features = features_of(clip_vision, drawn(people, 2))
+    base = datasets.PairSettings(
+        count=arguments.pairs,
+        edits=datasets.parse_edits(EDITS),
+        subjects=tuple(map(described, people)),
+        width=128,
+        height=128,
+        seed=arguments.seed,
+    )
+    plain = dataclasses.replace(base, subjects=tuple(f"person {surroundings(a)}" for a in people))
+    identities = datasets.Identities(words, features, "person")
+    sampler = comfy.samplers.sampler_object("euler")
+    sigmas = comfy.samplers.calculate_sigmas(checkpoint[0].get_model_object("model_sampling"), "normal", STEPS)
+    conditions: dict[str, tuple[datasets.PairSettings, datasets.Identities | None, bool]] = {
+        "described, two pictures": (base, None, False),
+        "described, pair": (base, None, True),
+        "described, pair without shared prompt": (
+            dataclasses.replace(base, shared_weight=0.0, source_weight=1.0, target_weight=1.0),
+            None,
+            True,
+        ),
+        "person, two pictures": (plain, None, False),
+        "person, pair": (plain, None, True),
+        "identity words, pair": (plain, identities, True),
+    }
+    figures: dict[str, Any] = {"pairs": arguments.pairs, "steps": STEPS, "identity_words": trained}
+    rows = []
+    for name, (settings, who, composed) in conditions.items():
+        start = time.perf_counter()
+        if composed:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = PairFolder(temporary)
+                numbers = range(arguments.pairs)
+                datasets.generate_pairs(
+                    *checkpoint, sampler, sigmas, folder, settings, identities=who, numbers=tqdm(numbers, desc=name)
+                )
+                loaded = [load_pair(folder.path / "pairs" / f"{number:06}") for number in numbers]
+            pairs = [(source, target, facts["edit"]) for source, target, facts in loaded]
+        else:
+            pairs = [apart(checkpoint, sampler, sigmas, settings, n) for n in tqdm(range(arguments.pairs), desc=name)]
+        figures[name] = score(pairs) | {"seconds_a_pair": (time.perf_counter() - start) / arguments.pairs}
+        rows.append(torch.stack([torch.cat([source, target], dim=1) for source, target, _ in pairs]))
+        print(name, figures[name], flush=True)
+    titles = {
+        "same_identity": "same identity",
+        "source_state": "source state",
+        "target_state": "target state",
+        "same_identity_and_both_states": "all three",
+        "same_place_and_facing": "place and facing",
+        "identity_attributes_alike": "identity attributes alike",
+    }
+    lines = [
+        f"# Generated pairs: {arguments.pairs} for each row, {STEPS} steps",
+        "",
+        f"Identity words: {trained}. Commit {load_pack.source_commit()}.",
+        "",
+        "| | " + " | ".join(titles.values()) + " | seconds a pair |",
+        "|---|" + "---|" * (len(titles) + 1),
+    ]
+    for name in conditions:
+        values = " | ".join(f"{figures[name][key]:.2f}" for key in titles)
+        lines.append(f"| {name} | {values} | {figures[name]['seconds_a_pair']:.1f} |")
+    write_results("pair_generation", figures, lines)
+    save_sheet(RESULTS / "pair_generation.jpg", rows, columns=6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""Nodes that learn to say in words who is in a picture, load what was learned, and put such words into prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any
+
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..pipelines import identity_words as words_of
+from ..pipelines import train_identity_words as learning
+from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
+from ..pipelines.identity_words import IdentityWords as Words
+from ..pipelines.subject_pictures import SubjectPictures as Pictures
+from ..pipelines.training import TrainingSettings
+from ..pipelines.training_pictures import encode_pictures
+from .saved_files import FILE_ENDING, loadable_files, next_path
+from .sockets import IdentityWords, SubjectPictures, schema, show_text
+
+LossMap = io.Custom("LOSS_MAP")
+FILE_FOLDER = "identity_words"
+CHECKPOINT_FOLDER = "checkpoints"
+
+
+class TrainIdentityWords(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTrainIdentityWords",
+            display_name="Train Identity Words",
+            category="portrait",
+            search_aliases=["identity encoder", "ELITE", "MCDM", "face words", "textual inversion encoder"],
+            description=(
+                "Learns to say in two words of the text encoder who is in a picture, from portraits of many people "
+                "(Chen et al. 2024, supplement 1.1). No weight of the model, the text encoder or the image encoder "
+                "changes."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.ClipVision.Input(
+                    "clip_vision", tooltip="The image encoder that is read. The same one is needed ever after."
+                ),
+                SubjectPictures.Input(
+                    "pictures",
+                    tooltip="Portraits of many people, with captions that hold the class word: Load Subject Pictures "
+                    "or Subject Pictures from Images, with an empty token. FFHQ in Chen et al. 2024.",
+                ),
+                io.Int.Input(
+                    "words",
+                    default=words_of.WORDS,
+                    min=1,
+                    max=words_of.MOST_WORDS,
+                    tooltip="How many words say who it is. 2 in Chen et al. 2024.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=learning.STEPS,
+                    min=1,
+                    max=10000000,
+                    tooltip="Training steps. Our choice for a few thousand pictures; Chen et al. 2024 name none, ELITE "
+                    "has 300000.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=learning.LEARNING_RATE,
+                    min=0.0000001,
+                    max=0.1,
+                    step=0.00001,
+                    round=0.0000001,
+                    tooltip="AdamW's learning rate. Our choice for a few thousand steps; Chen et al. 2024 name none, "
+                    "ELITE has 0.000001 for 300000 steps.",
+                ),
+                io.Float.Input(
+                    "regularisation_weight",
+                    default=learning.REGULARISATION_WEIGHT,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    tooltip="Keeps the words small: weight of their mean absolute value beside the loss. 0.01 in ELITE "
+                    "(Wei et al. 2023); Chen et al. 2024 name none.",
+                ),
+                io.Boolean.Input(
+                    "masked_loss",
+                    default=False,
+                    tooltip="Count the loss inside the pictures' masks only. Off, as Chen et al. 2024 name no mask.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=learning.BATCH_SIZE,
+                    min=1,
+                    max=256,
+                    tooltip="Pictures in a batch, all of one size. 4 a GPU in ELITE.",
+                ),
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Batches whose gradients are averaged for one step.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=[BFLOAT16, FLOAT32],
+                    default=BFLOAT16,
+                    tooltip="In what the frozen networks compute. Choose float32 on a CPU, where bfloat16 is no "
+                    "faster.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
+                    "for the same result.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the first weights and of all draws: the order of the pictures, timesteps and noise.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=200,
+                    min=0,
+                    max=100000,
+                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
+                    "again with the same settings. 0 writes none.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FILE_FOLDER}/identity",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Identity Words "
+                    f"lists what is in '{FILE_FOLDER}'.",
+                ),
+            ],
+            outputs=[
+                IdentityWords.Output(
+                    "identity_words",
+                    display_name="identity words",
+                    tooltip="For Apply Identity Words and Generate Pairs.",
+                ),
+                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.String.Output("file", display_name="file", tooltip="Where it was saved."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        clip_vision: Any,
+        pictures: Pictures,
+        words: int,
+        steps: int,
+        learning_rate: float,
+        regularisation_weight: float,
+        masked_loss: bool,
+        batch_size: int,
+        gradient_accumulation: int,
+        precision: str,
+        checkpointing: bool,
+        seed: int,
+        checkpoint_every: int,
+        filename_prefix: str,
+    ) -> io.NodeOutput:
+        from comfy.utils import ProgressBar
+
+        settings = learning.IdentitySettings(
+            class_word=pictures.class_word,
+            words=words,
+            regularisation_weight=regularisation_weight,
+            masked=masked_loss,
+            batch_size=batch_size,
+            precision=precision,
+            checkpointing=checkpointing,
+        )
+        training = TrainingSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            accumulation=gradient_accumulation,
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+        )
+        next_path(filename_prefix, f"{FILE_FOLDER}/identity")  # better before a long training than after it
+        captions = [caption or f"a {pictures.class_word}" for caption in pictures.captions]
+        encoded = encode_pictures(vae, pictures.pictures, captions, pictures.masks)
+        features = learning.features_of(clip_vision, pictures.pictures)
+        checkpoints: list[str] = []
+
+        def checkpoint(run: str) -> str:
+            folder = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER, CHECKPOINT_FOLDER)
+            checkpoints.append(os.path.join(folder, run + FILE_ENDING))
+            return checkpoints[-1]
+
+        bar = ProgressBar(steps)
+        learned, run = learning.train_identity_words(
+            model,
+            clip,
+            encoded,
+            features,
+            settings,
+            training,
+            checkpoint=checkpoint,
+            progress=lambda done, total, loss, sample: bar.update_absolute(done, total),
+        )
+        path = next_path(filename_prefix, f"{FILE_FOLDER}/identity")
+        words_of.save_identity_words(learned, path)
+        for done in checkpoints:  # the file holds the result now
+            with contextlib.suppress(OSError):
+                os.remove(done)
+        few = max(1, min(50, len(run.losses) // 2))
+        first, last = (sum(part) / len(part) for part in (run.losses[:few], run.losses[-few:]))
+        began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
+        text = show_text(
+            cls,
+            f"{_describe(learned)}: {len(run.losses)} steps{began} on {len(encoded)} pictures.\n"
+            f"Loss: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}.\n"
+            f"Saved as {path}, {os.path.getsize(path) / 1e6:.1f} MB",
+        )
+        return io.NodeOutput(learned, {"loss": run.losses}, path, text, ui=ui.PreviewText(text))
+
+
+def _describe(words: Words) -> str:
+    return f"Identity words: {words.words} before '{words.class_word}'"
+
+
+class LoadIdentityWords(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadIdentityWords",
+            display_name="Load Identity Words",
+            category="portrait",
+            search_aliases=["identity encoder", "MCDM", "face words"],
+            description="Loads identity words that Train Identity Words has saved.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
+                    tooltip=f"Files of Train Identity Words in the output folder's '{FILE_FOLDER}' and in the input "
+                    f"folder. Press R to list new ones.",
+                ),
+            ],
+            outputs=[
+                IdentityWords.Output(
+                    "identity_words",
+                    display_name="identity words",
+                    tooltip="For Apply Identity Words and Generate Pairs.",
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What the file holds and how it was trained."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if file not in loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER):
+            return f"file '{file}' is not there any more; choose another one, or train the identity words again."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        path = folder_paths.get_annotated_filepath(file)
+        return os.path.getmtime(path) if os.path.exists(path) else 0.0
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        words = words_of.load_identity_words(folder_paths.get_annotated_filepath(file))
+        trained = f"; {words.training['steps']} training steps" if "steps" in words.training else ""
+        return io.NodeOutput(words, show_text(cls, f"{_describe(words)}{trained}."))
+
+
+class ApplyIdentityWords(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditApplyIdentityWords",
+            display_name="Apply Identity Words",
+            category="portrait",
+            search_aliases=["identity prompt", "MCDM", "face words"],
+            description="Encodes a prompt with words for who is in a picture, right before the word that says what the "
+            "person is (Chen et al. 2024, supplement 1.1).",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The text encoders of the checkpoint that the words were trained with."),
+                IdentityWords.Input("identity_words", tooltip="From Load Identity Words or Train Identity Words."),
+                io.ClipVisionOutput.Input(
+                    "clip_vision_output",
+                    tooltip="The person's picture, from CLIP Vision Encode with crop 'none' and the image encoder of "
+                    "the training.",
+                ),
+                io.String.Input(
+                    "prompt",
+                    multiline=True,
+                    dynamic_prompts=True,
+                    tooltip="What to draw, with the class word in it: 'a woman, Santa Claus costume'.",
+                ),
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    tooltip="The word before which the words go, such as 'woman'. Empty: that of the training.",
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(
+                    "conditioning",
+                    display_name="conditioning",
+                    tooltip="The prompt with the words; with several pictures one for each picture of a batch.",
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, identity_words: Words, clip_vision_output: Any, prompt: str, class_word: str
+    ) -> io.NodeOutput:
+        features = words_of.image_features(clip_vision_output)
+        vectors = words_of.identity_vectors(identity_words, features)
+        word = class_word.strip() or identity_words.class_word
+        return io.NodeOutput(words_of.identity_conditioning(clip, vectors, prompt, word))
+
+
+NODES: list[type[io.ComfyNode]] = [TrainIdentityWords, LoadIdentityWords, ApplyIdentityWords]

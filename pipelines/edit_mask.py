@@ -1,0 +1,151 @@
+"""Masks of what an edit changes (DiffEdit, Couairon et al. 2023, section 3.2; Chen et al. 2024, section 3.4).
+
+Where the network says the same for the prompt of the picture as it is and for that of the edit, nothing is to be
+edited. With an MCDM, which has learned to reconstruct for the former, the mask is the more exact; with an ordinary
+checkpoint it is DiffEdit's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..attention.identity_mask import normalised
+from . import engine
+from .conditioning import Conditioning
+from .errors import IdentityEditError, check_steps
+
+STEPS, NOISE_STEPS, SEEDS, KERNEL = 20, 10, 10, 5
+THRESHOLD = 0.35
+"""lambda of Chen et al. 2024 for expressions; 0.2 for costumes. DiffEdit's is 0.5."""
+
+
+@dataclass(frozen=True)
+class EditMask:
+    """What was found.
+
+    Attributes:
+        mask: M [B, h, w] of the latent's size, 0 or 1.
+        contrast: N(|z_{t-1} - z'_{t-1}|) [B, h, w], 0 to 1, which the threshold cuts.
+        evaluations: network evaluations.
+        warning: one sentence where a mask holds nothing or everything, else None.
+    """
+
+    mask: torch.Tensor
+    contrast: torch.Tensor
+    evaluations: int
+    warning: str | None
+
+
+@dataclass(frozen=True)
+class EditMaskSettings:
+    """How a mask is made; the defaults are those of Chen et al. 2024 (supplement, 1.3).
+
+    Attributes:
+        steps, noise_steps: the noise level after `noise_steps` of `steps` steps.
+        seeds: draws of noise over which the difference is averaged.
+        outliers: differences above this many times their mean are cut before they are normalised; 0 cuts none. 3 in
+            diffusers' implementation of DiffEdit.
+        kernel: size of the Gaussian's kernel in cells of the latent, odd; 1 does not blur. Its deviation is the one
+            that OpenCV and torchvision derive from the size.
+        threshold: lambda, above which the normalised difference is the edit's.
+    """
+
+    steps: int = STEPS
+    noise_steps: int = NOISE_STEPS
+    seeds: int = SEEDS
+    outliers: float = 0.0
+    kernel: int = KERNEL
+    threshold: float = THRESHOLD
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, 1000)
+        for name, least, most in (("noise_steps", 1, self.steps), ("seeds", 1, 1000), ("kernel", 1, 101)):
+            if not least <= getattr(self, name) <= most:
+                raise IdentityEditError(f"{name} is {getattr(self, name)}; choose a number from {least} to {most}.")
+        if self.kernel % 2 == 0:
+            raise IdentityEditError(f"kernel is {self.kernel}; choose an odd size such as {self.kernel + 1}.")
+        if self.outliers < 0.0 or not 0.0 <= self.threshold <= 1.0:
+            raise IdentityEditError(
+                f"outliers is {self.outliers:g} and threshold {self.threshold:g}; choose 0 or more, and 0 to 1."
+            )
+
+
+def edit_mask(
+    model: Any,
+    target: Conditioning,
+    source: Conditioning,
+    latent: torch.Tensor,
+    settings: EditMaskSettings | None = None,
+    *,
+    seed: int = 0,
+    callback: engine.Callback | None = None,
+) -> EditMask:
+    """Find where an edit changes a picture.
+
+    The paper takes the difference of z_{t-1} after one step with p_b and with p_a. The first step of UniPC (as of DDIM)
+    is linear in the predicted noise, and both have the same z_t, so that the difference is that of the predictions
+    times a number, which normalising takes away; guidance, whose other terms both share, is such a number too. Two
+    evaluations for each draw of noise therefore suffice.
+
+    Args:
+        model: MODEL, an MCDM or any that predicts noise or velocity.
+        target: CONDITIONING of p_b, the edited picture (for an MCDM with the source picture in it).
+        source: that of p_a, the picture as it is; DiffEdit also takes the empty prompt.
+        latent: the picture [B, C, h, w] in the scale of LATENT sockets.
+        settings: see there.
+        seed: of the first draw of noise; the others are the following ones.
+        callback: progress with preview.
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    settings = settings or EditMaskSettings()
+    sampling = engine.require_noise_prediction_model(model)
+    table = sampling.sigmas.detach().float().cpu()
+    sigma = table[round((table.shape[0] - 1) * settings.noise_steps / settings.steps)]
+
+    def differences(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> tuple[torch.Tensor, int]:
+        level = sigma.to(evaluator.device)
+        total = torch.zeros_like(z_0[:, 0])
+        for i in range(settings.seeds):
+            noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(seed + i))
+            x = z_0 + level * noise.to(z_0)
+            with_target, with_source = evaluator.both(x, level)
+            total += (with_target - with_source).abs().mean(dim=1)  # over the channels
+            evaluator.report(i, with_target, x, settings.seeds)
+        return (total / settings.seeds).cpu(), evaluator.evaluations
+
+    with torch.no_grad():
+        difference, evaluations = engine.run_loop(
+            model, target, source, latent, torch.stack([sigma, torch.zeros(())]), differences, callback=callback
+        )
+        if settings.outliers > 0.0:
+            mean = difference.mean(dim=(1, 2), keepdim=True)
+            difference = torch.minimum(difference, settings.outliers * mean)
+        contrast = _blurred(normalised(difference), settings.kernel)
+    mask = (contrast > settings.threshold).float()
+    shares = mask.mean(dim=(1, 2))
+    warning = None
+    if bool(((shares == 0) | (shares == 1)).any()):
+        warning = (
+            "The edit mask holds nothing or everything of a picture; check that both prompts differ in the edit, and "
+            "the threshold."
+        )
+    return EditMask(mask, contrast, evaluations, warning)
+
+
+def _blurred(contrast: torch.Tensor, kernel: int) -> torch.Tensor:
+    """A map [B, h, w] blurred by a Gaussian; cells beyond its border are mirrored, as OpenCV does."""
+    if kernel == 1:
+        return contrast
+    if min(contrast.shape[1:]) <= kernel // 2:
+        raise IdentityEditError(
+            f"The latent {contrast.shape[2]}x{contrast.shape[1]} is smaller than kernel {kernel}; choose a smaller one."
+        )
+    from kornia.filters import gaussian_blur2d
+
+    deviation = 0.3 * ((kernel - 1) * 0.5 - 1.0) + 0.8
+    return gaussian_blur2d(contrast[:, None], (kernel, kernel), (deviation, deviation))[:, 0]

@@ -1,0 +1,252 @@
+"""Pairs as a training sees them: what the VAE and CLIP see in every picture, computed once, in a file on the disk.
+
+70,000 pairs of 512x512 pixels are 46 GB so, which is why they are not kept in memory: the file is mapped, and what is
+used often is in memory by the operating system's doing. Encoding that is interrupted goes on with the next pair.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .engine.vision import VisionTag, vision_tag, vision_tokens
+from .errors import IdentityEditError, check_finite
+from .pair_dataset import TRAIN
+from .pair_folder import INDEX
+from .training import OneProcess, Processes, run_hash
+
+_AT_ONCE = 8
+"""Pictures that are encoded in one call."""
+
+
+@dataclass(frozen=True)
+class PairFiles:
+    """One pair on the disk.
+
+    Attributes:
+        source, target: files of x_A and x_B.
+        source_prompt, target_prompt: p_a and p_b.
+    """
+
+    source: Path
+    target: Path
+    source_prompt: str
+    target_prompt: str
+
+
+@dataclass(frozen=True)
+class EncodedPairs:
+    """Encoded pairs, mapped from a file.
+
+    Attributes:
+        records: structured array of n entries: `source` and `target` [C, h, w] float32, the latents of x_A and x_B as
+            the VAE gives them, and `tokens` [N, D] float16, what CLIP sees in x_A.
+        source_prompts, target_prompts: p_a and p_b of each pair.
+        vision: tag of the CLIP vision.
+        fingerprint: hexadecimal digits that name the pairs and what encoded them.
+        path: the file.
+    """
+
+    records: np.ndarray
+    source_prompts: list[str]
+    target_prompts: list[str]
+    vision: VisionTag
+    fingerprint: str
+    path: str
+
+    def __len__(self) -> int:
+        return len(self.source_prompts)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of a latent."""
+        channels, height, width = self.records.dtype["source"].shape
+        return channels, height, width
+
+    def latents(self, which: str, chosen: Sequence[int]) -> torch.Tensor:
+        """Latents [B, C, h, w] float32 CPU of the chosen pairs; `which` is "source" or "target"."""
+        return torch.from_numpy(np.array(self.records[which][list(chosen)]))
+
+    def tokens(self, chosen: Sequence[int]) -> torch.Tensor:
+        """CLIP's tokens [B, N, D] float32 CPU of the chosen pairs' x_A."""
+        return torch.from_numpy(self.records["tokens"][list(chosen)].astype(np.float32))
+
+
+def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
+    """The pairs of a folder's index: those to train on, and those held out.
+
+    Raises:
+        IdentityEditError: when there is no index, or a line of it cannot be used.
+    """
+    index = folder / INDEX
+    try:
+        lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError as error:
+        raise IdentityEditError(
+            f"The folder {folder} has no {INDEX} that can be read ({error.strerror}); choose a folder of pairs."
+        ) from error
+    splits: tuple[list[PairFiles], list[PairFiles]] = ([], [])
+    for number, line in enumerate(lines, start=1):
+        try:
+            entry = json.loads(line)
+            pair = PairFiles(
+                folder / entry["source"], folder / entry["target"], entry["source_prompt"], entry["target_prompt"]
+            )
+            splits[0 if entry.get("split", TRAIN) == TRAIN else 1].append(pair)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IdentityEditError(
+                f"Line {number} of {index} describes no pair ({error!r}); take it out, or make the pairs again."
+            ) from error
+    return splits
+
+
+def encode_pairs(
+    pairs: Sequence[PairFiles],
+    vae: Any,
+    clip_vision: Any,
+    folder: str,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    processes: Processes | None = None,
+) -> EncodedPairs:
+    """Encode both pictures of every pair, or go on where an interrupted encoding was.
+
+    Args:
+        pairs: all of one size, at least one.
+        vae, clip_vision: VAE and CLIP_VISION.
+        folder: where the file is, named by the pairs and what encodes them, so that only an equal one is read.
+        progress: called with (pairs done, pairs in all).
+        processes: that train together; the first encodes.
+
+    Raises:
+        IdentityEditError: when a picture cannot be read or has another size, or the file cannot be written.
+    """
+    if not pairs:
+        raise IdentityEditError("There is no pair to train on; make pairs first, or choose another folder.")
+    processes = processes or OneProcess()
+    vision = vision_tag(clip_vision)
+    height, width = read_picture(pairs[0].source).shape[:2]
+    fingerprint = _fingerprint(pairs, (height, width), vae, vision)
+    path = os.path.join(folder, f"pairs-{fingerprint}.bin")
+    latent = _encode(vae, read_picture(pairs[0].source)[None])
+    layout = np.dtype(
+        [
+            ("source", "<f4", tuple(latent.shape[1:])),
+            ("target", "<f4", tuple(latent.shape[1:])),
+            ("tokens", "<f2", (vision.tokens, vision.width)),
+        ]
+    )
+    if processes.index == 0 and not os.path.exists(path):
+        _write(pairs, (height, width), vae, clip_vision, path, layout, progress)
+    processes.wait()
+    return EncodedPairs(
+        records=np.memmap(path, dtype=layout, mode="r"),
+        source_prompts=[pair.source_prompt for pair in pairs],
+        target_prompts=[pair.target_prompt for pair in pairs],
+        vision=vision,
+        fingerprint=fingerprint,
+        path=path,
+    )
+
+
+def remove_encoded(encoded: EncodedPairs) -> None:
+    """Delete the file of encoded pairs, where the system lets it."""
+    with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+        os.remove(encoded.path)
+
+
+def read_picture(path: Path) -> torch.Tensor:
+    """A picture file [H, W, 3] float32, 0 to 1.
+
+    Raises:
+        IdentityEditError: when the file is missing or damaged.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these for damaged files
+        raise IdentityEditError(
+            f"The picture {path} cannot be read ({error}); make its pair again, or take it out of the index."
+        ) from error
+    return torch.from_numpy(pixels).float() / 255.0
+
+
+def _write(
+    pairs: Sequence[PairFiles],
+    size: tuple[int, int],
+    vae: Any,
+    clip_vision: Any,
+    path: str,
+    layout: np.dtype,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    partial = f"{path}.part"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(partial, "ab") as file:
+            done = file.tell() // layout.itemsize  # whole ones; a kill may have left a part of one more
+            file.truncate(done * layout.itemsize)
+            for start in range(done, len(pairs), _AT_ONCE):
+                some = pairs[start : start + _AT_ONCE]
+                records = np.zeros(len(some), dtype=layout)
+                sources = torch.stack([_read(pair.source, size) for pair in some])
+                targets = torch.stack([_read(pair.target, size) for pair in some])
+                records["source"] = _encode(vae, sources).numpy()
+                records["target"] = _encode(vae, targets).numpy()
+                records["tokens"] = vision_tokens(clip_vision, sources).numpy()
+                file.write(records.tobytes())
+                file.flush()
+                if progress is not None:
+                    progress(start + len(some), len(pairs))
+        os.replace(partial, path)
+    except OSError as error:
+        raise IdentityEditError(
+            f"The encoded pairs cannot be written to {partial} ({error.strerror or error}); make room, and queue "
+            f"again: it goes on where it was."
+        ) from error
+
+
+def _read(path: Path, size: tuple[int, int]) -> torch.Tensor:
+    picture = read_picture(path)
+    if tuple(picture.shape[:2]) != size:
+        raise IdentityEditError(
+            f"The picture {path} is {picture.shape[1]}x{picture.shape[0]} and others are {size[1]}x{size[0]}; train on "
+            f"pairs of one size."
+        )
+    return picture
+
+
+def _encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        latents = vae.encode(pictures).detach().float().cpu()
+    check_finite(latents, "The latent of a pair")
+    return latents
+
+
+def _fingerprint(pairs: Sequence[PairFiles], size: tuple[int, int], vae: Any, vision: VisionTag) -> str:
+    digest = hashlib.sha256()
+    for pair in pairs:
+        for path in (pair.source, pair.target):
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise IdentityEditError(
+                    f"The picture {path} is missing; make its pair again, or take it out of the index."
+                ) from error
+            digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} ".encode())
+        digest.update(f"{pair.source_prompt}\0{pair.target_prompt}\0".encode())
+    state = vae.get_sd()
+    of_vae = [[name, state[name].flatten()[:2].float().tolist()] for name in sorted(state)[:64]]
+    return run_hash({"pairs": digest.hexdigest(), "size": size, "vae": of_vae, "vision": dataclasses.asdict(vision)})

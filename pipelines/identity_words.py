@@ -1,0 +1,223 @@
+"""Identity words: who is in a picture, as new words of the text encoder (Chen et al. 2024, supplement 1.1).
+
+The identity encoder is, as in the paper, a variant of ELITE's global mapping (Wei et al. 2023): features of a CLIP
+image encoder, a Transformer decoder layer (Vaswani et al. 2017) and a multi-layer perceptron that gives two word
+embeddings. They stand in a prompt right before the word that says what the person is: "a [w1] [w2] woman, santa claus
+costume". The diffusion model, the text encoder and the image encoder stay as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import engine
+from .conditioning import Conditioning
+from .errors import IdentityEditError
+from .files import read_tensors, write_tensors
+from .model_folders import first_line
+from .subject_embedding import Tokens, Vectors, check_word_widths, mark_subject, with_word_vectors
+from .subject_pictures import has_word, with_token
+
+WORDS = 2
+"""Chen et al. 2024: c_id is 2 x 768, two words."""
+MOST_WORDS = 16
+KIND = "identity words file"
+_PLACE = "<identity>"
+
+
+class IdentityEncoder(nn.Module):
+    """Features of a CLIP image encoder -> word embeddings for each text encoder of a checkpoint.
+
+    Learned queries, one a word, attend to the picture's features in one decoder layer (torch's own); the perceptron
+    brings each to the width of the word embeddings. It begins by giving the class word's own embedding.
+    """
+
+    def __init__(self, features: int, widths: dict[str, int], words: int) -> None:
+        """
+        Args:
+            features: width of the image encoder's features.
+            widths: of the word embeddings, by the text encoder's name ("clip_l", "clip_g", "clip_h").
+            words: how many words.
+        """
+        super().__init__()
+        heads = next(h for h in (16, 12, 8, 6, 4, 3, 2, 1) if features % h == 0 and (features // h >= 32 or h == 1))
+        self.queries = nn.Parameter(torch.randn(words, features) * features**-0.5)
+        self.normalise = nn.LayerNorm(features)
+        self.decoder = nn.TransformerDecoderLayer(
+            features, heads, 4 * features, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.perceptrons = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.LayerNorm(features), nn.Linear(features, features), nn.GELU(), nn.Linear(features, width)
+                )
+                for name, width in widths.items()
+            }
+        )
+
+    def begin_with(self, vectors: Vectors) -> None:
+        """Let every word be `vectors[name]` [width] until something is learned."""
+        for name, perceptron in self.perceptrons.items():
+            nn.init.zeros_(perceptron[-1].weight)
+            with torch.no_grad():
+                perceptron[-1].bias.copy_(vectors[name])
+
+    def forward(self, features: torch.Tensor) -> Vectors:
+        """Features [B, N, C] of B pictures -> word embeddings [B, words, width] by the text encoder's name."""
+        queries = self.queries.expand(features.shape[0], -1, -1)
+        read = self.decoder(queries, self.normalise(features))
+        return {name: perceptron(read) for name, perceptron in self.perceptrons.items()}
+
+
+@dataclass(frozen=True)
+class IdentityWords:
+    """A trained identity encoder.
+
+    Attributes:
+        encoder: the network, float32 on the CPU.
+        words: how many words it gives.
+        widths: of the word embeddings by text encoder.
+        features: (tokens, width) of the image features that it reads.
+        class_word: what the pictures of its training showed, "person".
+        model: tag of the model it was trained with.
+        training: what is known about the training.
+    """
+
+    encoder: IdentityEncoder
+    words: int
+    widths: dict[str, int]
+    features: tuple[int, int]
+    class_word: str
+    model: engine.ModelTag | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+def image_features(output: Any, name: str = "The CLIP vision output") -> torch.Tensor:
+    """What the identity encoder reads of a CLIP_VISION_OUTPUT: the last layer but one [B, N, C] float32 CPU.
+
+    Raises:
+        IdentityEditError: when there are no such features.
+    """
+    features = getattr(output, "penultimate_hidden_states", None)
+    if not isinstance(features, torch.Tensor) or features.ndim != 3:
+        raise IdentityEditError(f"{name} has no features of single patches; use CLIP Vision Encode with a CLIP model.")
+    return features.detach().float().cpu()
+
+
+def identity_vectors(words: IdentityWords, features: torch.Tensor) -> Vectors:
+    """Word embeddings [B, words, width] of B pictures by text encoder, float32 CPU.
+
+    Raises:
+        IdentityEditError: when the features are another image encoder's.
+    """
+    if tuple(features.shape[1:]) != words.features:
+        raise IdentityEditError(
+            f"The identity words read {words.features[0]} features of width {words.features[1]}, and this CLIP vision "
+            f"gives {features.shape[1]} of width {features.shape[2]}; use the CLIP vision that they were trained with."
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        return words.encoder.eval()(features.detach().clone().float())
+
+
+def mark_identity(clip: Any, class_word: str, count: int, prompt: str, **options: Any) -> Tokens:
+    """Tokenise a prompt with `count` empty places right before its first class word; see `mark_subject`.
+
+    Raises:
+        IdentityEditError: when the prompt does not hold the class word.
+    """
+    if not class_word.strip() or not has_word(prompt, class_word):
+        raise IdentityEditError(
+            f"The prompt '{prompt}' does not hold the class word '{class_word}', before which the identity words go; "
+            f"write it there, or choose another class_word."
+        )
+    return mark_subject(clip, _PLACE, "", count, with_token(prompt, class_word, _PLACE), **options)
+
+
+def identity_conditioning(clip: Any, vectors: Vectors, prompt: str, class_word: str) -> Conditioning:
+    """Encode a prompt with identity words in it, as CLIP Text Encode does.
+
+    Args:
+        clip: CLIP of the model.
+        vectors: word embeddings [B, words, width] of B pictures, from `identity_vectors`.
+        prompt: holds the class word; the identity words go before its first occurrence.
+        class_word: what the person is, "woman".
+
+    Returns:
+        a CONDITIONING whose embeddings are [B, T, C]: one row for each picture.
+
+    Raises:
+        IdentityEditError: when the prompt lacks the class word, or the CLIP has another width.
+    """
+    if clip is None:
+        raise IdentityEditError("There is no CLIP; connect the one of the checkpoint.")
+    check_word_widths(clip, vectors)
+    pictures, count = next(iter(vectors.values())).shape[:2]
+    marked = mark_identity(clip, class_word, count, prompt)
+    rows = [
+        clip.encode_from_tokens_scheduled(with_word_vectors(marked, {name: each[i] for name, each in vectors.items()}))
+        for i in range(pictures)
+    ]
+    result: Conditioning = []
+    for entries in zip(*rows, strict=True):
+        options = dict(entries[0][1])
+        if options.get("pooled_output") is not None:
+            options["pooled_output"] = torch.cat([each["pooled_output"] for _, each in entries])
+        result.append([torch.cat([embedding for embedding, _ in entries]), options])
+    return result
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def save_identity_words(words: IdentityWords, path: str) -> None:
+    """Write the encoder in float32 with its description, whole or not at all.
+
+    Raises:
+        IdentityEditError: when the file cannot be written.
+    """
+    description = {
+        "kind": KIND,
+        "words": words.words,
+        "widths": words.widths,
+        "features": list(words.features),
+        "class_word": words.class_word,
+        "model": None if words.model is None else dataclasses.asdict(words.model),
+        "training": words.training,
+    }
+    write_tensors(path, dict(words.encoder.state_dict()), description)
+
+
+def load_identity_words(path: str) -> IdentityWords:
+    """Read a file of `save_identity_words`.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, or holds something else.
+    """
+    tensors, description = read_tensors(path, KIND)
+    try:
+        tag = description["model"]
+        # ComfyUI runs nodes in inference mode, in which weights would be made that nothing can be trained through.
+        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            encoder = IdentityEncoder(description["features"][1], description["widths"], description["words"])
+            encoder.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
+        words = IdentityWords(
+            encoder=encoder,
+            words=description["words"],
+            widths=description["widths"],
+            features=tuple(description["features"]),
+            class_word=description["class_word"],
+            model=None if tag is None else engine.ModelTag(**{**tag, "weights": tuple(tag["weights"])}),
+            training=description["training"],
+        )
+    except (KeyError, TypeError, IndexError, RuntimeError) as error:
+        raise IdentityEditError(
+            f"The identity words {path} are of another version of this pack ({first_line(error)}); train and save them "
+            f"again."
+        ) from error
+    words.encoder.requires_grad_(False)
+    return words

@@ -1,0 +1,299 @@
+"""The Multi-Conditioned Diffusion Model, MCDM (Chen et al. 2024, section 3.3): its conditions and its file.
+
+epsilon_theta(z_t, t, {c_s, c_im, c_p}) sees the source picture x_A in two ways beside the text prompt p:
+- spatial embeddings c_s = E(x_A), the VAE's latent, as four further input channels of the UNet;
+- image embeddings c_im = MLP([E(x_A), CLIP(x_A)]), as further tokens behind those of the text.
+
+The MLP is DreamPose's adapter (Karras et al. 2023), as section 1.2 of the supplement says, for encoders of any size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import engine
+from .conditioning import Conditioning
+from .engine.edit_model import checkpoint_tensors, require_edit_model
+from .engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
+from .errors import IdentityEditError, check_conditioning, check_finite
+from .files import read_tensors, write_tensors
+
+KIND = "MCDM"
+IMAGE_TOKENS = 77
+"""As many as a text has, so that a context without c_im, repeated once, is as long as one with it: ComfyUI then
+evaluates both in one call, and repeating a whole context changes no attention."""
+TOKENS_OPTION = "identity_edit_image_tokens"
+"""Option of a conditioning: how many of its last tokens are c_im."""
+SPATIAL_OPTION = "concat_latent_image"
+"""Option of a conditioning in which ComfyUI keeps c_s."""
+FILE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+CONVENTIONS: dict[str, Any] = {
+    "spatial": "the latent as the VAE gives it, unscaled, in input channels 5 to 8",
+    "latent of the MLP": "scaled as the noisy latent is",
+    "tokens of CLIP": "last hidden states after CLIP's last normalisation, of the picture squeezed to a square",
+    "null spatial": "zeros in latent space",
+    "null image": "no image tokens",
+    "null text": "the empty prompt",
+    "order": ["image", "spatial", "text"],
+}
+"""What training and inference agree on. It is in every file, and a file with other conventions is refused."""
+
+_PREFIX = "identity_edit_mcdm."
+
+
+class ImageEmbedding(nn.Module):
+    """MLP(.) of section 3.3: c_im of what CLIP and the VAE see in a picture.
+
+    CLIP's tokens are projected to the width of the text's tokens; each channel of the latent, max-pooled by two,
+    becomes one more; a linear layer along the tokens mixes them all. It has no activation, as DreamPose's has none.
+
+    Attributes:
+        project: [D to C] of CLIP's tokens.
+        latent_to_token: [h w / 4 to C] of the latent's channels.
+        mix: [N + channels to M] along the tokens.
+        grid: height and width that all latents are pooled to: half of those it is trained with.
+    """
+
+    def __init__(
+        self, tokens: int, width: int, latent: tuple[int, int, int], context: int, image_tokens: int = IMAGE_TOKENS
+    ) -> None:
+        """
+        Args:
+            tokens, width: N and D, of CLIP's tokens.
+            latent: channels, height and width of the latents it is trained with.
+            context: C, the width of the text's tokens.
+            image_tokens: M, the number of c_im's tokens; 0 takes N, as DreamPose does.
+        """
+        super().__init__()
+        channels, height, columns = latent
+        self.grid = (max(1, height // 2), max(1, columns // 2))
+        self.project = nn.Linear(width, context, bias=False)
+        self.latent_to_token = nn.Linear(self.grid[0] * self.grid[1], context)
+        self.mix = nn.Linear(tokens + channels, image_tokens or tokens)
+        self.requires_grad_(False)
+
+    @property
+    def image_tokens(self) -> int:
+        """M, the number of c_im's tokens."""
+        return int(self.mix.out_features)
+
+    @torch.no_grad()
+    def initialise(self, tokens: int, projection: torch.Tensor | None, generator: torch.Generator) -> ImageEmbedding:
+        """Begin as a pass-through of CLIP's tokens.
+
+        `project` begins as CLIP's own projection where that leads to the text's width, else as the identity. `mix`
+        begins as the identity on CLIP's N tokens where M = N (DreamPose's begins so), else as the mean of neighbouring
+        ones or their repetition, and with zeros for the latent's tokens. These differ from zero, or the zeros would
+        never learn.
+        """
+        if projection is not None and projection.shape == self.project.weight.shape:
+            self.project.weight.copy_(projection)
+        else:
+            nn.init.eye_(self.project.weight)
+        bound = self.latent_to_token.in_features**-0.5
+        for parameter in self.latent_to_token.parameters():
+            parameter.copy_(bound * (2.0 * torch.rand(parameter.shape, generator=generator) - 1.0))
+        self.mix.weight.zero_()
+        self.mix.bias.zero_()
+        self.mix.weight[:, :tokens] = nn.functional.adaptive_avg_pool1d(torch.eye(tokens)[None], self.image_tokens)[0].T
+        return self
+
+    def forward(self, tokens: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+        """c_im [B, M, C] of CLIP's tokens [B, N, D] and the latent [B, channels, h, w] in the model's scale."""
+        of_clip = self.project(tokens)
+        pooled = nn.functional.adaptive_max_pool2d(latent, self.grid)
+        of_latent = self.latent_to_token(pooled.flatten(2))
+        both = torch.cat([of_clip, of_latent.to(of_clip)], dim=1)
+        return self.mix(both.transpose(1, 2)).transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class MCDM:
+    """What a file has beside the UNet.
+
+    Attributes:
+        embedding: MLP(.), float32 on the CPU.
+        vision: tag of the CLIP vision whose tokens it takes.
+        model: tag of the trained model.
+        latent: channels, height and width of the latents it was trained with.
+        training: what the file says about the training: settings, prompts, the number of pairs.
+    """
+
+    embedding: ImageEmbedding
+    vision: VisionTag
+    model: engine.ModelTag
+    latent: tuple[int, int, int]
+    training: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SourcePictures:
+    """x_A as the model sees it.
+
+    Attributes:
+        latent: c_s [B, C, h, w], as the VAE gives it.
+        image_embeddings: c_im [B, M, context] float32.
+    """
+
+    latent: torch.Tensor
+    image_embeddings: torch.Tensor
+
+
+def new_embedding(
+    model: Any, clip_vision: Any, latent: tuple[int, int, int], generator: torch.Generator, image_tokens: int
+) -> ImageEmbedding:
+    """An untrained MLP(.) for a MODEL's text width and a CLIP_VISION; arguments as in `ImageEmbedding`."""
+    tag = vision_tag(clip_vision)
+    made = ImageEmbedding(tag.tokens, tag.width, latent, engine.context_channels(model), image_tokens)
+    return made.initialise(tag.tokens, vision_projection(clip_vision), generator)
+
+
+def see_pictures(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, pictures: torch.Tensor) -> SourcePictures:
+    """Encode source pictures for an MCDM.
+
+    Args:
+        mcdm: from the model's file.
+        model: MODEL of the same file.
+        clip_vision: CLIP_VISION that it was trained with.
+        vae: VAE of the same file.
+        pictures: [B, H, W, 3] float32, 0 to 1.
+
+    Raises:
+        IdentityEditError: when the model sees no source picture or is of another family than the file's, the CLIP
+            vision is another one, or a latent cannot be used.
+    """
+    check_mcdm(mcdm, model)
+    other = vision_tag(clip_vision).difference(mcdm.vision)
+    if other is not None:
+        raise IdentityEditError(
+            f"The CLIP vision is not the one that this MCDM was trained with ({other}); load that one."
+        )
+    latent = vae.encode(pictures[..., :3]).detach().float()
+    if latent.ndim != 4 or latent.shape[1] != mcdm.latent[0]:
+        raise IdentityEditError(
+            f"The VAE gives latents {tuple(latent.shape)} but the MCDM takes {mcdm.latent[0]} channels; use the VAE of "
+            f"its checkpoint."
+        )
+    check_finite(latent, "The source picture's latent")
+    with torch.no_grad():
+        tokens = vision_tokens(clip_vision, pictures)
+        embeddings = mcdm.embedding(tokens, engine.to_model_scale(model, latent.cpu()))
+    return SourcePictures(latent, embeddings)
+
+
+def with_pictures(conditioning: Conditioning, pictures: SourcePictures) -> Conditioning:
+    """A CONDITIONING of a prompt, with c_im behind its tokens and c_s for the further input channels."""
+    check_conditioning(conditioning, "The prompt's conditioning")
+    result: Conditioning = []
+    for text, options in conditioning:
+        image = pictures.image_embeddings.to(text)
+        batch = max(text.shape[0], image.shape[0])
+        both = torch.cat([text.expand(batch, -1, -1), image.expand(batch, -1, -1)], dim=1)
+        result.append([both, {**options, SPATIAL_OPTION: pictures.latent, TOKENS_OPTION: int(image.shape[1])}])
+    return result
+
+
+def without_pictures(conditioning: Conditioning, *, spatial: bool, image: bool, name: str) -> Conditioning:
+    """A CONDITIONING of `with_pictures` with c_s and c_im replaced by their null values where `spatial` and `image`
+    say so.
+
+    Raises:
+        IdentityEditError: when it has none of them.
+    """
+    check_conditioning(conditioning, name)
+    result: Conditioning = []
+    for embedding, options in conditioning:
+        if TOKENS_OPTION not in options:
+            raise IdentityEditError(f"{name} holds no source picture; connect MCDM Conditioner.")
+        left = {key: value for key, value in options.items() if not (spatial and key == SPATIAL_OPTION)}
+        count = options[TOKENS_OPTION]
+        if image:
+            left[TOKENS_OPTION] = 0
+        result.append([embedding[:, : embedding.shape[1] - count] if image else embedding, left])
+    return result
+
+
+def check_mcdm(mcdm: MCDM, model: Any) -> str | None:
+    """Check that a MODEL can be used with an MCDM's file.
+
+    Returns:
+        a warning when it has other weights than the file's, or None.
+
+    Raises:
+        IdentityEditError: when it sees no source picture, or is of another family.
+    """
+    require_edit_model(model)
+    tag = engine.model_tag(model)
+    difference = dataclasses.replace(tag, weights=mcdm.model.weights).difference(mcdm.model)
+    if difference is not None:
+        raise IdentityEditError(
+            f"The model is not of the family of this MCDM's file ({difference}); load both from the same file."
+        )
+    if tag.difference(mcdm.model) is not None:
+        return "The model has other weights than the MCDM's file; load both from the same file."
+    return None
+
+
+def save_mcdm(
+    mcdm: MCDM, path: str, model: Any, clip: Any | None, vae: Any | None, weights: dict[str, torch.Tensor], dtype: str
+) -> None:
+    """Write one file that ComfyUI's own loaders read as a model of the InstructPix2Pix family, with MLP(.) and the
+    conventions beside it; whole or not at all.
+
+    Args:
+        mcdm: what the file has beside the UNet.
+        path: where to write.
+        model: MODEL of the InstructPix2Pix family.
+        clip, vae: those of a whole checkpoint (Load Checkpoint), or None: the UNet alone (Load Diffusion Model).
+        weights: trained weights that take the place of the model's, by keys of `model.model.state_dict()`.
+        dtype: of all weights in the file but MLP(.)'s, which are float32: a key of FILE_DTYPES.
+
+    Raises:
+        IdentityEditError: when the file cannot be written.
+    """
+    tensors = checkpoint_tensors(model, clip, vae, weights, FILE_DTYPES[dtype])
+    tensors |= {_PREFIX + name: value for name, value in mcdm.embedding.state_dict().items()}
+    description = {
+        "kind": KIND,
+        "conventions": CONVENTIONS,
+        "vision": dataclasses.asdict(mcdm.vision),
+        "model": dataclasses.asdict(mcdm.model),
+        "latent": list(mcdm.latent),
+        "image_tokens": mcdm.embedding.image_tokens,
+        "training": mcdm.training,
+    }
+    write_tensors(path, tensors, description)
+
+
+def load_mcdm(path: str) -> MCDM:
+    """Read what `save_mcdm` put beside the UNet.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, an ordinary checkpoint, or of other conventions.
+    """
+    try:
+        tensors, description = read_tensors(path, KIND, _PREFIX)
+    except IdentityEditError as error:
+        raise IdentityEditError(f"{error} The checkpoints of Train MCDM hold one.") from error
+    if description.get("conventions") != CONVENTIONS:
+        raise IdentityEditError(
+            f"The MCDM in {path} was trained with other conventions than this version of the pack has; train it again."
+        )
+    try:
+        vision = VisionTag(**{**description["vision"], "weights": tuple(description["vision"]["weights"])})
+        model = engine.ModelTag(**{**description["model"], "weights": tuple(description["model"]["weights"])})
+        channels, height, width = description["latent"]
+        context = tensors[_PREFIX + "project.weight"].shape[0]
+        latent = (channels, height, width)
+        embedding = ImageEmbedding(vision.tokens, vision.width, latent, context, description["image_tokens"])
+        embedding.load_state_dict({name.removeprefix(_PREFIX): value.float() for name, value in tensors.items()})
+        return MCDM(embedding, vision, model, latent, description["training"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise IdentityEditError(
+            f"The MCDM in {path} is of another version of this pack ({error}); train it again."
+        ) from error

@@ -1,0 +1,467 @@
+"""Generating a dataset of pairs: what is made, and making it (Chen et al. 2024, section 3.2 and supplement 1.1).
+
+Which edit, subject, pose and noise a pair has depends on the seed and the pair's number alone, so that any part of a
+dataset can be made anywhere, in any order, and again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import engine
+from .conditioning import Conditioning
+from .errors import IdentityEditError
+from .features import encoder_of_clip_vision
+from .identity_words import IdentityWords, identity_conditioning, identity_vectors
+from .pair_folder import PairFolder
+from .pair_guidance import (
+    GUIDANCE_SCALE,
+    SHARED_WEIGHT,
+    SOURCE_WEIGHT,
+    TARGET_WEIGHT,
+    doubled,
+    halves,
+    pair_guider,
+)
+
+SUBJECT = "{subject}"
+SHARED_PROMPT = f"the same {SUBJECT} on the left and right"
+EDITS = f"""\
+santa costume: a {SUBJECT}, normal costume -> a {SUBJECT}, Santa Claus costume
+flower costume: a {SUBJECT}, normal costume -> a {SUBJECT}, cute flower costume
+sheep costume: a {SUBJECT}, normal costume -> a {SUBJECT}, cute white sheep costume
+royal costume: a {SUBJECT}, normal costume -> a {SUBJECT}, traditional golden palace costume"""
+"""p, and p_a -> p_b, of Chen et al. 2024, supplement 1.1; their expressions are angry, shocked, laughing and crying."""
+SUBJECTS = "man\nwoman"
+VALIDATION_SHARE = 0.05
+ATTEMPTS = 4
+_PIXELS_PER_LATENT = 8
+
+TRAIN, VALIDATION = "train", "validation"
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One editing direction: its name, and the prompts p_a and p_b with "{subject}" in them."""
+
+    name: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """What a dataset is made of.
+
+    Attributes:
+        count: N pairs.
+        edits: each gets as many pairs as the others, within one.
+        subjects: [X]; one is drawn for each pair, or that of its identity picture where there are as many.
+        shared_prompt: p, with "{subject}" in it.
+        negative_prompt: of the classifier-free guidance.
+        seed: of all draws.
+        width, height: of one picture in pixels, multiples of 8.
+        validation_share: share of the pairs (of the identity pictures, where there are any) that are for validation.
+        guidance_scale, shared_weight, source_weight, target_weight: see `pair_guidance.pair_guider`.
+        smallest_similarity: cosine similarity of the two pictures' CLIP image embeddings below which a pair is not
+            kept; 0 keeps all.
+        attempts: noises that are tried for a pair until one passes.
+    """
+
+    count: int
+    edits: tuple[Edit, ...]
+    subjects: tuple[str, ...]
+    shared_prompt: str = SHARED_PROMPT
+    negative_prompt: str = ""
+    seed: int = 0
+    width: int = 512
+    height: int = 512
+    validation_share: float = VALIDATION_SHARE
+    guidance_scale: float = GUIDANCE_SCALE
+    shared_weight: float = SHARED_WEIGHT
+    source_weight: float = SOURCE_WEIGHT
+    target_weight: float = TARGET_WEIGHT
+    smallest_similarity: float = 0.0
+    attempts: int = ATTEMPTS
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise IdentityEditError(f"count is {self.count}; choose 1 or more.")
+        if not self.subjects:
+            raise IdentityEditError("subjects is empty; write one a line, such as 'man' and 'woman'.")
+        if not self.edits:
+            raise IdentityEditError("edits is empty; write one a line, as 'name: source prompt -> target prompt'.")
+        names = [edit.name for edit in self.edits]
+        if len(set(names)) != len(names):
+            raise IdentityEditError(f"Two edits are called {max(names, key=names.count)}; give each its own name.")
+        for name in ("width", "height"):
+            size = getattr(self, name)
+            if size < _PIXELS_PER_LATENT or size % _PIXELS_PER_LATENT:
+                raise IdentityEditError(f"{name} is {size}; choose a multiple of {_PIXELS_PER_LATENT}.")
+        if not 0.0 <= self.validation_share < 1.0:
+            raise IdentityEditError(f"validation_share is {self.validation_share}; choose a share from 0 to below 1.")
+        if self.attempts < 1:
+            raise IdentityEditError(f"attempts is {self.attempts}; choose 1 or more.")
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """What one pair is to show; `identity` and `pose` are numbers of pictures, None where there are none."""
+
+    number: int
+    edit: str
+    subject: str
+    split: str
+    shared_prompt: str
+    source_prompt: str
+    target_prompt: str
+    identity: int | None
+    pose: int | None
+
+
+@dataclass(frozen=True)
+class Identities:
+    """Who the people are: an identity encoder, features [M, N, C] of M portraits, and the class word before which the
+    words go ("" for the subject itself)."""
+
+    words: IdentityWords
+    features: torch.Tensor
+    class_word: str = ""
+
+
+@dataclass(frozen=True)
+class Poses:
+    """A control network and pose pictures [K, H, W, 3], one of which both halves of a pair get."""
+
+    control_net: Any
+    pictures: torch.Tensor
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+
+@dataclass
+class PairsMade:
+    """What a run did: new pairs, pairs that were there, pairs that did not pass, and network evaluations."""
+
+    made: int = 0
+    present: int = 0
+    rejected: int = 0
+    evaluations: int = 0
+
+
+def parse_edits(text: str) -> tuple[Edit, ...]:
+    """Read edits, one a line: "name: source prompt -> target prompt". Empty lines and those after # are left out.
+
+    Raises:
+        IdentityEditError: naming the line that cannot be read.
+    """
+    edits = []
+    for line in text.splitlines():
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        name, colon, prompts = line.partition(":")
+        source, arrow, target = prompts.partition("->")
+        if not (colon and arrow and name.strip() and source.strip() and target.strip()):
+            raise IdentityEditError(f"The edit '{line}' cannot be read; write 'name: source prompt -> target prompt'.")
+        edits.append(Edit(name.strip(), source.strip(), target.strip()))
+    return tuple(edits)
+
+
+def parse_part(text: str, count: int) -> range:
+    """The pairs of a part: "" is all of them, "12" one, "100-199" those from 100 to 199, both inclusive.
+
+    Raises:
+        IdentityEditError: when it names no part of `count` pairs.
+    """
+    if not text.strip():
+        return range(count)
+    first, dash, last = text.partition("-")
+    try:
+        numbers = range(int(first), int(last if dash else first) + 1)
+    except ValueError:
+        numbers = range(0)
+    if not numbers or numbers[0] < 0 or numbers[-1] >= count:
+        raise IdentityEditError(
+            f"part is '{text}'; write a pair's number or two with a dash between them, from 0 to {count - 1}."
+        )
+    return numbers
+
+
+def plan(settings: PairSettings, number: int, identities: int = 0, poses: int = 0) -> PairPlan:
+    """What pair `number` is to show, with so many identity pictures and poses to draw from."""
+    generator = random.Random(f"pair {settings.seed} {number}")
+    edit = settings.edits[number % len(settings.edits)]
+    identity = generator.randrange(identities) if identities else None
+    pose = generator.randrange(poses) if poses else None
+    subject = generator.choice(settings.subjects)
+    if identity is not None and len(settings.subjects) == identities:
+        subject = settings.subjects[identity]
+    # Nobody is in both splits.
+    of_split = f"pair {number}" if identity is None else f"identity {identity}"
+    is_validation = random.Random(f"split {settings.seed} {of_split}").random() < settings.validation_share
+
+    def filled(prompt: str) -> str:
+        return " ".join(prompt.replace(SUBJECT, subject).split())
+
+    return PairPlan(
+        number=number,
+        edit=edit.name,
+        subject=subject,
+        split=VALIDATION if is_validation else TRAIN,
+        shared_prompt=filled(settings.shared_prompt),
+        source_prompt=filled(edit.source),
+        target_prompt=filled(edit.target),
+        identity=identity,
+        pose=pose,
+    )
+
+
+def noise_seed(settings: PairSettings, number: int, attempt: int) -> int:
+    """The seed of a pair's noise, another one for each attempt."""
+    digest = hashlib.sha256(f"noise {settings.seed} {number} {attempt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generate_pairs(
+    model: Any,
+    clip: Any,
+    vae: Any,
+    sampler: Any,
+    sigmas: torch.Tensor,
+    folder: PairFolder,
+    settings: PairSettings,
+    *,
+    identities: Identities | None = None,
+    poses: Poses | None = None,
+    clip_vision: Any | None = None,
+    numbers: Iterable[int] | None = None,
+    progress: Callable[[int, int, torch.Tensor | None], None] | None = None,
+) -> PairsMade:
+    """Make the pairs that are missing.
+
+    Args:
+        model, clip, vae: of a checkpoint that draws such pictures.
+        sampler, sigmas: ComfyUI's SAMPLER and SIGMAS.
+        folder: where they go.
+        settings: what is made.
+        identities, poses: what the pairs are conditioned on, beside their prompts.
+        clip_vision: CLIP_VISION for `settings.smallest_similarity`.
+        numbers: which pairs to make; all of them by default.
+        progress: called after every pair with how many are done, of how many, and the pair side by side [H, 2W, 3].
+
+    Raises:
+        IdentityEditError: when an input cannot be used, or a pair cannot be written; what was made is kept.
+    """
+    if settings.smallest_similarity > 0.0 and clip_vision is None:
+        raise IdentityEditError("smallest_similarity is above 0 but there is no clip_vision; connect one, or set it 0.")
+    wanted = list(numbers if numbers is not None else range(settings.count))
+    folder.claim(_description(model, sigmas, settings, identities, poses))
+    finished, rejected = folder.finished(), folder.rejected()
+    done = PairsMade(present=sum(number in finished for number in wanted))
+    done.rejected = sum(number in rejected for number in wanted)
+    maker = _Maker(model, clip, vae, sampler, sigmas, settings, identities, poses, clip_vision)
+    try:
+        for place, number in enumerate(wanted):
+            picture = None
+            if number not in finished and number not in rejected:
+                source, target, facts, passed = maker.make(number)
+                if passed:
+                    done.made += folder.add(number, source, target, facts)
+                else:
+                    folder.reject(number, facts)
+                    done.rejected += 1
+                picture = torch.cat([source, target], dim=1)
+            if progress is not None:
+                progress(place + 1, len(wanted), picture)
+    except BaseException:
+        with contextlib.suppress(IdentityEditError):  # the index can be made again; what stopped the run is said
+            folder.write_index()
+        raise
+    folder.write_index()
+    done.evaluations = maker.evaluations
+    return done
+
+
+def save_pairs(
+    folder: PairFolder,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    source_prompt: str,
+    target_prompt: str,
+    edit: str,
+    validation_share: float = VALIDATION_SHARE,
+) -> list[int]:
+    """Add pairs that were made elsewhere under the next free numbers.
+
+    Args:
+        folder: the dataset.
+        source, target: [B, H, W, 3] in [0, 1], of one size.
+        source_prompt, target_prompt: p_a and p_b.
+        edit: its name.
+        validation_share: share of the pairs that is for validation, drawn from their numbers.
+
+    Returns:
+        the numbers.
+
+    Raises:
+        IdentityEditError: when the pictures do not belong together, or cannot be written.
+    """
+    if source.shape[:3] != target.shape[:3]:
+        raise IdentityEditError(
+            f"The source is {source.shape[0]} pictures of {source.shape[2]}x{source.shape[1]} and the target "
+            f"{target.shape[0]} of {target.shape[2]}x{target.shape[1]}; give pairs of one size."
+        )
+    used = {*folder.finished(), *folder.rejected()}
+    numbers = []
+    for before, after in zip(source, target, strict=True):
+        number = max(used, default=-1) + 1
+        while True:
+            is_validation = random.Random(f"split {number}").random() < validation_share
+            facts = {
+                "edit": edit,
+                "split": VALIDATION if is_validation else TRAIN,
+                "source_prompt": source_prompt,
+                "target_prompt": target_prompt,
+            }
+            if folder.add(number, before, after, facts):
+                break
+            number += 1  # another process took it
+        used.add(number)
+        numbers.append(number)
+    folder.write_index()
+    return numbers
+
+
+class _Maker:
+    """Makes single pairs; prompts without identity words are encoded once."""
+
+    def __init__(
+        self,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        sampler: Any,
+        sigmas: torch.Tensor,
+        settings: PairSettings,
+        identities: Identities | None,
+        poses: Poses | None,
+        clip_vision: Any | None,
+    ) -> None:
+        self.model, self.clip, self.vae, self.sampler, self.sigmas = model, clip, vae, sampler, sigmas
+        self.settings, self.identities, self.poses = settings, identities, poses
+        self.encoder = None if clip_vision is None else encoder_of_clip_vision(clip_vision)
+        self.vectors = None if identities is None else identity_vectors(identities.words, identities.features)
+        self.texts: dict[str, Conditioning] = {}
+        self.evaluations = 0
+
+    def make(self, number: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any], bool]:
+        """Source and target [H, W, 3], the description, and whether the pair passes the check."""
+        settings = self.settings
+        pair = plan(
+            settings,
+            number,
+            0 if self.identities is None else len(self.identities.features),
+            0 if self.poses is None else len(self.poses.pictures),
+        )
+        prompts = [self.encode(text, pair) for text in (pair.shared_prompt, pair.source_prompt, pair.target_prompt)]
+        prompts.append(self.plain(settings.negative_prompt))
+        if self.poses is not None and pair.pose is not None:
+            prompts = with_pose(self.poses, pair.pose, self.vae, prompts)
+        guider = pair_guider(
+            self.model,
+            *prompts,
+            guidance_scale=settings.guidance_scale,
+            shared_weight=settings.shared_weight,
+            source_weight=settings.source_weight,
+            target_weight=settings.target_weight,
+        )
+        similarity, attempt = None, 0
+        for attempt in range(settings.attempts if settings.smallest_similarity > 0.0 else 1):
+            seed = noise_seed(settings, number, attempt)
+            source, target = self.sample(guider, seed)
+            if self.encoder is not None:
+                first, second = torch.nn.functional.normalize(self.encoder([source, target]), dim=-1)
+                similarity = round(float(first @ second), 4)
+                if similarity >= settings.smallest_similarity:
+                    break
+        self.evaluations += guider.evaluations
+        facts = dataclasses.asdict(pair)
+        del facts["number"]
+        facts |= {"seed": seed, "attempt": attempt, "similarity": similarity}
+        facts |= {"smallest_similarity": settings.smallest_similarity}
+        passed = settings.smallest_similarity == 0.0 or (similarity or 0.0) >= settings.smallest_similarity
+        return source, target, facts, passed
+
+    def sample(self, guider: engine.CombiningGuider, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        import comfy.sample
+
+        settings = self.settings
+        height, width = settings.height // _PIXELS_PER_LATENT, 2 * settings.width // _PIXELS_PER_LATENT
+        latent = torch.zeros(1, engine.latent_channels(self.model), height, width)
+        noise = comfy.sample.prepare_noise(latent, seed)
+        sampled = guider.sample(noise, latent, self.sampler, self.sigmas, disable_pbar=True, seed=seed)
+        source, target = halves(self.vae.decode(sampled), 2, "The pair")
+        return source[0], target[0]
+
+    def encode(self, prompt: str, pair: PairPlan) -> Conditioning:
+        if self.identities is None or self.vectors is None or pair.identity is None:
+            return self.plain(prompt)
+        vectors = {name: each[pair.identity : pair.identity + 1] for name, each in self.vectors.items()}
+        return identity_conditioning(self.clip, vectors, prompt, self.identities.class_word or pair.subject)
+
+    def plain(self, prompt: str) -> Conditioning:
+        if prompt not in self.texts:
+            self.texts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
+        return self.texts[prompt]
+
+
+def with_pose(poses: Poses, number: int, vae: Any, conditionings: list[Conditioning]) -> list[Conditioning]:
+    """The conditionings with a pose on both halves, as ComfyUI's Apply ControlNet does it, by one control network for
+    all of them, so that they are still evaluated in one call."""
+    hint = doubled(poses.pictures[number : number + 1, ..., :3]).movedim(-1, 1)
+    control = poses.control_net.copy().set_cond_hint(
+        hint, poses.strength, (poses.start_percent, poses.end_percent), vae=vae
+    )
+    return [
+        [[embedding, {**options, "control": control, "control_apply_to_uncond": False}] for embedding, options in each]
+        for each in conditionings
+    ]
+
+
+def _description(
+    model: Any, sigmas: torch.Tensor, settings: PairSettings, identities: Identities | None, poses: Poses | None
+) -> dict[str, Any]:
+    """How the dataset is made; the model by a hash of its tag."""
+    weights = ", ".join(f"{weight:.3g}" for weight in engine.model_tag(model).weights)
+    found: dict[str, Any] = {
+        **dataclasses.asdict(settings),
+        "model": hashlib.sha256(weights.encode()).hexdigest()[:16],
+        "sigmas": [round(float(sigma), 4) for sigma in sigmas],
+    }
+    found["identity_words"] = None
+    if identities is not None:
+        found["identity_words"] = {
+            "training": identities.words.training.get("run"),
+            "pictures": len(identities.features),
+            "class_word": identities.class_word,
+        }
+    found["poses"] = None
+    if poses is not None:
+        found["poses"] = {
+            "pictures": len(poses.pictures),
+            "strength": poses.strength,
+            "start_percent": poses.start_percent,
+            "end_percent": poses.end_percent,
+        }
+    return found

@@ -1,0 +1,136 @@
+"""Two pictures of one subject in one latent: composable guidance for pairs (Chen et al. 2024, section 3.2).
+
+Source and target are the halves of a latent of double width, denoised at once, so that self-attention makes one subject
+of them. A shared prompt p speaks of both, the source prompt p_a of the left half and the target prompt p_b of the right
+one (after Composable Diffusion, Liu et al. 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from . import engine
+from .conditioning import Conditioning
+from .errors import IdentityEditError, check_conditioning
+
+SHARED_WEIGHT = 0.1
+SOURCE_WEIGHT = TARGET_WEIGHT = 0.9
+GUIDANCE_SCALE = 7.5
+STEPS = 20
+"""Chen et al. 2024, supplement 1.1: s'_d, s'_a = s'_b, the scale of classifier-free guidance, and T."""
+
+SHARED, SOURCE, TARGET = "positive", "source", "target"
+
+
+def pair_estimate(
+    shared: torch.Tensor,
+    source: torch.Tensor,
+    target: torch.Tensor,
+    x: torch.Tensor,
+    shared_weight: float = SHARED_WEIGHT,
+    source_weight: float = SOURCE_WEIGHT,
+    target_weight: float = TARGET_WEIGHT,
+) -> torch.Tensor:
+    """Equation 2, on estimates of z_0.
+
+    The paper combines predicted noise. With x = z_0 + sigma eps, an estimate of z_0 is x - sigma eps, and so is the
+    combined one; sigma cancels. Where the weights of a half sum to 1, as the paper's do, x cancels too.
+
+    Args:
+        shared, source, target: guided estimates for p, p_a and p_b [B, C, H, 2W].
+        x: the noisy latent [B, C, H, 2W].
+        shared_weight, source_weight, target_weight: s'_d, s'_a, s'_b.
+
+    Returns:
+        [B, C, H, 2W].
+    """
+    half = x.shape[-1] // 2
+    m_a = torch.zeros_like(x)
+    m_a[..., :half] = 1.0  # [1, 0]
+    m_b = 1.0 - m_a  # [0, 1]
+    # (x - z_0) is sigma eps:
+    noise = shared_weight * (x - shared)
+    noise = noise + source_weight * m_a * (x - source)
+    noise = noise + target_weight * m_b * (x - target)  #                                                          eq. 2
+    return x - noise
+
+
+def pair_guider(
+    model: Any,
+    shared: Conditioning,
+    source: Conditioning,
+    target: Conditioning,
+    negative: Conditioning,
+    *,
+    guidance_scale: float = GUIDANCE_SCALE,
+    shared_weight: float = SHARED_WEIGHT,
+    source_weight: float = SOURCE_WEIGHT,
+    target_weight: float = TARGET_WEIGHT,
+) -> engine.CombiningGuider:
+    """A GUIDER for latents of double width, for any sampler.
+
+    A step costs four network evaluations (the negative prompt, p, p_a and p_b, in one call where memory allows), one
+    less for a guidance scale of 1 and for each weight that is 0.
+
+    Args:
+        model: MODEL that predicts noise or velocity.
+        shared, source, target: CONDITIONING of p, p_a and p_b, with control networks, hooks and so on.
+        negative: CONDITIONING of the negative prompt.
+        guidance_scale: of the classifier-free guidance of each of the three.
+        shared_weight, source_weight, target_weight: s'_d, s'_a and s'_b of equation 2.
+
+    Raises:
+        IdentityEditError: when an input cannot be used; while sampling, for a latent of odd width.
+    """
+    engine.require_noise_prediction_model(model)
+    weights = {SHARED: shared_weight, SOURCE: source_weight, TARGET: target_weight}
+    for name, value in {"guidance_scale": guidance_scale, **weights}.items():
+        if not math.isfinite(value):
+            raise IdentityEditError(f"The weight {name} is {value}; choose a finite number.")
+    conditionings = {SHARED: shared, SOURCE: source, TARGET: target, "negative": negative}
+    for name, conditioning in conditionings.items():
+        check_conditioning(conditioning, f"The {'shared' if name == SHARED else name} prompt")
+    used = {name: each for name, each in conditionings.items() if weights.get(name, 1.0) != 0.0}
+    if set(used) == {"negative"}:
+        raise IdentityEditError("All three weights are 0, so that no prompt counts; set them to 0.1, 0.9 and 0.9.")
+    if math.isclose(guidance_scale, 1.0) and not model.model_options.get("disable_cfg1_optimization", False):
+        del used["negative"]
+
+    def combine(guider: engine.CombiningGuider, estimates: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] % 2:
+            raise IdentityEditError(
+                f"The latent is {x.shape[-1]} wide, which has no halves of one size; choose a width that is a multiple "
+                f"of 16 pixels."
+            )
+        guided = {
+            name: guider.guided(estimates, name, x, guidance_scale).float()
+            if name in estimates
+            else torch.zeros_like(x)
+            for name in (SHARED, SOURCE, TARGET)
+        }
+        return pair_estimate(
+            guided[SHARED], guided[SOURCE], guided[TARGET], x, shared_weight, source_weight, target_weight
+        )
+
+    return engine.CombiningGuider(model, used, combine)
+
+
+def doubled(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures [B, H, W, C] side by side with themselves [B, H, 2W, C]: the same pose on both halves."""
+    return torch.cat([pictures, pictures], dim=2)
+
+
+def halves(tensor: torch.Tensor, dimension: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The left and the right half of a tensor along `dimension` (2 for pictures, -1 for latents).
+
+    Raises:
+        IdentityEditError: when it cannot be halved.
+    """
+    width = tensor.shape[dimension]
+    if width % 2 or width < 2:
+        raise IdentityEditError(f"{name} is {width} wide, which has no halves of one size; make it an even width.")
+    left, right = tensor.split(width // 2, dim=dimension)
+    return left.contiguous(), right.contiguous()

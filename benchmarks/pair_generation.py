@@ -156,7 +156,9 @@ def apart(checkpoint: Any, sampler: Any, sigmas: torch.Tensor, settings: dataset
 
 def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]]) -> dict[str, float]:
     classifier = load_classifier()
-    answers = [classify(classifier, torch.stack([pair[side] for pair in pairs])) for side in (0, 1)]
+    answers = [
+        classify(classifier, torch.stack(pictures)) for pictures in ([p[0] for p in pairs], [p[1] for p in pairs])
+    ]
     rows = []
     for index, (_, _, edit) in enumerate(pairs):
         before, after = ({head: choices[int(part[head][index])] for head, choices in HEADS.items()} for part in answers)
@@ -193,7 +195,7 @@ def main() -> None:
 
     family.register()
     path = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
-    checkpoint = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+    model, clip, vae = checkpoint = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
     clip_vision = load_clip_vision()
     words, trained = identity_words(
         checkpoint, clip_vision, arguments.identity_words, arguments.training_pictures, arguments.training_steps
@@ -233,7 +235,15 @@ def main() -> None:
                 folder = PairFolder(temporary)
                 numbers = range(arguments.pairs)
                 datasets.generate_pairs(
-                    *checkpoint, sampler, sigmas, folder, settings, identities=who, numbers=tqdm(numbers, desc=name)
+                    model,
+                    clip,
+                    vae,
+                    sampler,
+                    sigmas,
+                    folder,
+                    settings,
+                    identities=who,
+                    numbers=tqdm(numbers, desc=name),
                 )
                 loaded = [load_pair(folder.path / "pairs" / f"{number:06}") for number in numbers]
             pairs = [(source, target, facts["edit"]) for source, target, facts in loaded]

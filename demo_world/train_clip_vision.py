@@ -133,7 +133,7 @@ def train_clip_vision(folder: Path, steps: int, pairs_per_batch: int, learning_r
             for index, head in enumerate(heads.values())
         ]
         attributes = sum(losses) / len(flat)
-        return attributes + identity_loss(embeds.unflatten(0, (pairs_per_batch, 2)), labels)  # type: ignore[return-value]
+        return attributes + identity_loss(embeds.unflatten(0, (pairs_per_batch, 2)), labels)
 
     held_out = evaluation_set(200, seed=11, held_out=True)
     shown_pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])

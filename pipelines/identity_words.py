@@ -63,9 +63,10 @@ class IdentityEncoder(nn.Module):
     def begin_with(self, vectors: Vectors) -> None:
         """Let every word be `vectors[name]` [width] until something is learned."""
         for name, perceptron in self.perceptrons.items():
-            nn.init.zeros_(perceptron[-1].weight)
+            *_, weight, bias = perceptron.parameters()  # its last layer's
             with torch.no_grad():
-                perceptron[-1].bias.copy_(vectors[name])
+                weight.zero_()
+                bias.copy_(vectors[name])
 
     def forward(self, features: torch.Tensor) -> Vectors:
         """Features [B, N, C] of B pictures -> word embeddings [B, words, width] by the text encoder's name."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import engine
-from .engine.trainable import BFLOAT16, FLOAT32, PRECISIONS, Text, trainable_networks
+from .engine.trainable import BFLOAT16, FLOAT32, PRECISIONS, Text, joined_texts, trainable_networks
 from .errors import IdentityEditError
 from .identity_words import (
     MOST_WORDS,
@@ -26,7 +26,7 @@ from .identity_words import (
 from .subject_embedding import Vectors, with_word_vectors, word_table
 from .subject_pictures import has_word
 from .training import Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
-from .training_pictures import TrainingPictures, batch_indices, denoising_losses, draw_batch, draw_noise
+from .training_pictures import TrainingPictures, batch_indices, draw_batch, draw_noise, losses_of
 
 STEPS = 2000
 BATCH_SIZE = 4
@@ -141,7 +141,8 @@ def train_identity_words(
             words = encoder(features[chosen].to(networks.device))
             captions = [marked[pictures.captions[number]] for number in chosen]
             text = _encode(clip, [with_word_vectors(c, _row(words, i)) for i, c in enumerate(captions)])
-            each = denoising_losses(_WithText(networks, text), sampling, tag.prediction, batch, t, noise)
+            denoise = partial(networks.denoised, text=text)
+            each = losses_of(denoise, sampling, tag.prediction, batch.latents, batch.masks, t, noise)
             size = torch.stack([vectors.float().abs().mean() for vectors in words.values()]).mean()
             yield each.mean() + settings.regularisation_weight * size
 
@@ -173,20 +174,6 @@ def train_identity_words(
     return words, record
 
 
-class _WithText:
-    """Evaluates the frozen network with texts that are encoded already; what `denoising_losses` asks for."""
-
-    def __init__(self, networks: Any, text: Text) -> None:
-        self._networks = networks
-        self._text = text
-
-    def encode(self, captions: list[str]) -> Text:
-        return self._text
-
-    def denoised(self, x: torch.Tensor, sigma: torch.Tensor, text: Text) -> torch.Tensor:
-        return self._networks.denoised(x, sigma, text)
-
-
 def _row(words: Vectors, index: int) -> Vectors:
     return {name: vectors[index] for name, vectors in words.items()}
 
@@ -196,12 +183,7 @@ def _encode(clip: Any, prompts: list[Any]) -> Text:
     encoder.reset_clip_options()
     if clip.layer_idx is not None:  # CLIP Set Last Layer
         encoder.set_clip_options({"layer": clip.layer_idx})
-    texts = [encoder.encode_token_weights(tokens)[:2] for tokens in prompts]
-    # Captions of more chunks are longer; repeating shorter ones changes no cross-attention.
-    length = math.lcm(*(embedding.shape[1] for embedding, _ in texts))
-    pooled = [row for _, row in texts if row is not None]
-    embeddings = torch.cat([embedding.repeat(1, length // embedding.shape[1], 1) for embedding, _ in texts])
-    return embeddings, torch.cat(pooled) if len(pooled) == len(texts) else None
+    return joined_texts([encoder.encode_token_weights(tokens)[:2] for tokens in prompts])
 
 
 def _class_word_vectors(clip: Any, class_word: str) -> Vectors:

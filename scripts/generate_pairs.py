@@ -196,7 +196,7 @@ def results_of_ray(
                 lost(number, error)
                 idle.append(start())
             except RayTaskError as error:
-                if isinstance(error, ScriptError):  # a node's own error would come again on every worker
+                if isinstance(error.cause, ScriptError):  # a node's own error would come again on every worker
                     raise ScriptError(f"pair {number}: {error.cause}") from None
                 ray.kill(worker)  # its ComfyUI is gone, or does not answer
                 lost(number, error)

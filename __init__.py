@@ -1,7 +1,7 @@
 """ComfyUI-IdentityEdit: the entry point through which ComfyUI loads the pack.
 
-It registers the nodes, the folder and the model families of the demo checkpoint, SD2.x with a source picture, the
-models folder of learned subjects, and the help pages; nothing else.
+It registers the nodes, the folders of the demo checkpoint and of its control network, the model families of the demo
+checkpoint, SD2.x with a source picture, the models folder of learned subjects, and the help pages; nothing else.
 """
 
 import os
@@ -24,7 +24,9 @@ class IdentityEditExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> IdentityEditExtension:
-    folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).parent / "demo_world" / "weights"))
+    demo_world = Path(__file__).parent / "demo_world"
+    folder_paths.add_model_folder_path("checkpoints", str(demo_world / "weights"))
+    folder_paths.add_model_folder_path("controlnet", str(demo_world / "control"))
     # Beside those that extra_model_paths.yaml may name; Step-Wise Embedding Loader lists what it can read there.
     folder_paths.add_model_folder_path(FILE_FOLDER, os.path.join(folder_paths.models_dir, FILE_FOLDER))
     family.register()

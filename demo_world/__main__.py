@@ -33,6 +33,11 @@ def main() -> None:
     clip_vision.add_argument("--pairs-per-batch", type=int, default=16)
     clip_vision.add_argument("--learning-rate", type=float, default=3e-3)
     clip_vision.add_argument("--probe", action="store_true", help="print the committed encoder's linear-probe accuracy")
+    control = commands.add_parser("control", help="train the control network for poses on the unpacked checkpoint")
+    control.add_argument("--steps", type=int, default=1500)
+    control.add_argument("--batch-size", type=int, default=16)
+    control.add_argument("--learning-rate", type=float, default=1e-3)
+    control.add_argument("--count", type=int, default=6000, help="portraits to train on")
     commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
     commands.add_parser("unpack", help="take the committed checkpoint apart, to train its parts further")
     arguments = parser.parse_args()
@@ -73,6 +78,10 @@ def main() -> None:
         if not arguments.probe:
             train_clip_vision(arguments.folder, arguments.steps, arguments.pairs_per_batch, arguments.learning_rate)
         print(", ".join(f"{name} {share:.3f}" for name, share in linear_probe().items()))
+    elif arguments.command == "control":
+        from .train_control import train_control
+
+        train_control(arguments.folder, arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.count)
     elif arguments.command == "export":
         from .export import export_checkpoint
 

@@ -431,12 +431,17 @@ def paint_person_head(head: Pen) -> None:
     head.part(fringe, hair, outline=0)
 
 
+def portrait_origin(a: Attributes, layout: Layout) -> tuple[float, float, float, int]:
+    """Where a portrait's head is: x, y, scale and the direction it faces, as ``Pen`` takes them."""
+    forward = 1 if a.facing == "right" else -1
+    return SIZE / 2 + layout.shift_x * 0.7, 73 + layout.shift_y, layout.scale * 0.96, forward
+
+
 def paint_portrait(canvas: Canvas, a: Attributes, layout: Layout) -> None:
     """A person's head and shoulders, filling the frame."""
-    forward = 1 if a.facing == "right" else -1
     skin, hair = SKIN_TONES[a.skin], HAIR[a.hair_color]
     rx, ry, power = {"round": (35.0, 34.0, 2.0), "long": (28.0, 41.0, 2.0), "square": (33.0, 35.0, 4.5)}[a.face_shape]
-    head = Pen(canvas, SIZE / 2 + layout.shift_x * 0.7, 73 + layout.shift_y, layout.scale * 0.96, forward)
+    head = Pen(canvas, *portrait_origin(a, layout))
     # The body is drawn from the same origin: shoulders, neck, then the head over them.
     if a.hair_style == "long":
         head.part(capsule(-3, -8, -3, 40, rx + 9, rx + 11), hair)

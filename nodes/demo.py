@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from comfy_api.latest import io
 
@@ -83,6 +85,70 @@ class DrawDemoPicture(io.ComfyNode):
         )
 
 
+class DrawDemoPortraits(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditDrawDemoPortraits",
+            display_name="Draw Demo Portraits",
+            category="demo",
+            search_aliases=["test pictures", "many faces", "pose pictures", "demo world"],
+            description=(
+                "Draws portraits of many people of the demo world, each in a place drawn at random, with its pose. Use "
+                "portraits of your own and a pose estimator for another checkpoint."
+            ),
+            inputs=[
+                io.Int.Input("count", default=8, min=1, max=4096, tooltip="How many portraits."),
+                io.Combo.Input(
+                    "identities",
+                    options=["training", "held out"],
+                    default="training",
+                    tooltip="People that the demo checkpoint was trained on, or those that were held out of it.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Draws the people, their places and where things are.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "portraits", display_name="portraits", tooltip="Neutral faces without a costume, 128x128."
+                ),
+                io.Image.Output(
+                    "poses",
+                    display_name="poses",
+                    tooltip="The pose of each, for the control network identity-edit-demo-pose.",
+                ),
+                io.String.Output(
+                    "captions",
+                    display_name="captions",
+                    tooltip="What each shows, a line each, in the words of the training.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, count: int, identities: str, seed: int) -> io.NodeOutput:
+        from ..demo_world.pose import draw_pose
+        from ..demo_world.renderer import render
+
+        generator = random.Random(f"demo portraits {seed}")
+        portraits, poses, captions = [], [], []
+        for _ in range(count):
+            drawn = world.random_attributes(generator, "portrait", held_out=identities != "training")
+            person, place = drawn.replace(expression="neutral", costume="none"), generator.getrandbits(40)
+            portraits.append(torch.from_numpy(render(person, place)[0].copy()))
+            poses.append(torch.from_numpy(draw_pose(person, place).copy()))
+            captions.append(world.caption(person))
+        return io.NodeOutput(
+            torch.stack(portraits).float() / 255.0, torch.stack(poses).float() / 255.0, "\n".join(captions)
+        )
+
+
 class LoadDemoClipVision(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -112,4 +178,4 @@ class LoadDemoClipVision(io.ComfyNode):
         return io.NodeOutput(load_clip_vision())
 
 
-NODES: list[type[io.ComfyNode]] = [DrawDemoPicture, LoadDemoClipVision]
+NODES: list[type[io.ComfyNode]] = [DrawDemoPicture, DrawDemoPortraits, LoadDemoClipVision]

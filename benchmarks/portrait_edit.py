@@ -1,0 +1,340 @@
+"""What does the demo MCDM do to portraits it has never seen? `.venv/bin/python benchmarks/portrait_edit.py`.
+
+Table 1 of Chen et al. 2024 in small. Neutral portraits of held-out identities, each with one of the six edits that the
+demo MCDM has learned from generated pairs (three expressions, three costumes); the renderer knows the true edit.
+
+- SDEdit (Meng et al. 2022) at two strengths, prompt-to-prompt after null-text inversion, and DiffEdit with the
+  ordinary demo checkpoint. They are told everything: the whole caption of the picture and of its edit.
+- MCDM is told the edit's words alone. Without a condition means with its null value at inference, by the same weights;
+  the paper trained without it. The full method is that of the workflow `mcdm_edit`: the mask's guidance, and the
+  source's own pixels outside of it.
+
+Scores: share of edits that the attribute classifier sees; share of pictures of which it sees the same hair, eyes, skin
+and face (not the color of closed eyes); SSIM against the true edit; distance of the classifier's feature maps in the
+manner of LPIPS (unit length in each cell, mean square over four depths; LPIPS itself needs weights that no package
+carries); PSNR against the source where the true edit changes nothing; Frechet distance of the classifier's features to
+those of the true edits, as FID of Inception's.
+Writes benchmarks/results/portrait_edit.json, .md and .jpg (the first portraits, as they came).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import numpy as np  # noqa: E402
+import scipy.linalg  # noqa: E402
+import torch  # noqa: E402
+from edits import Pair, embed, mean_psnr, render_pair, save_sheet  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import IDENTITY_OF, caption, random_attributes  # noqa: E402
+from identity_edit_pack.demo_world.classifier import classify, load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
+from identity_edit_pack.pipelines import mcdm  # noqa: E402
+from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
+from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask  # noqa: E402
+from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend  # noqa: E402
+from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion  # noqa: E402
+from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider  # noqa: E402
+from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization  # noqa: E402
+from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt  # noqa: E402
+from report import RESULTS, write_results  # noqa: E402
+from skimage.metrics import structural_similarity  # noqa: E402
+from subject_replacement import one_picture  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+EDITS = {
+    "smiling": ("expression", "a portrait of a smiling person"),
+    "santa hat": ("costume", "a portrait of a person wearing a santa hat"),
+    "angry": ("expression", "a portrait of an angry person"),
+    "crown": ("costume", "a portrait of a person wearing a crown"),
+    "crying": ("expression", "a portrait of a crying person"),
+    "scarf": ("costume", "a portrait of a person wearing a scarf"),
+}
+SOURCE_PROMPT = "a portrait of a person"
+STEPS = 20
+INVERSION_STEPS = 25
+GUIDANCE_SCALE, NULL_TEXT_GUIDANCE_SCALE = 4.0, 1.5
+"""Of the shipped workflows with the ordinary demo checkpoint."""
+NAMES = ("MCDM without spatial", "MCDM without image embedding", "MCDM without mask", "MCDM")
+WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK, FULL = NAMES
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The networks: the ordinary checkpoint's, and the MCDM's."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    edit_model: Any
+    vision: Any
+    mcdm: mcdm.MCDM
+
+
+def draw_pair(seed: int, index: int) -> Pair:
+    generator = random.Random(f"portrait {seed} {index}")
+    source = random_attributes(generator, "portrait", held_out=True).replace(expression="neutral", costume="none")
+    edit = list(EDITS)[index % len(EDITS)]
+    kind = EDITS[edit][0]
+    return render_pair(source, source.replace(**{kind: edit}), kind, EVALUATION_SEED + 3_000_000 * (seed + 1) + index)
+
+
+def edit_of(pair: Pair) -> str:
+    return str(getattr(pair.target, pair.edited))
+
+
+def captions(parts: Parts, pairs: list[Pair]) -> tuple[Conditioning, Conditioning, Conditioning]:
+    """All that can be said of the pictures, of their edits, and nothing."""
+    whole = ([caption(p.source) for p in pairs], [caption(p.target) for p in pairs], [""] * len(pairs))
+    source, target, empty = (embed(parts.clip, texts) for texts in whole)
+    return source, target, empty
+
+
+def by_sdedit(parts: Parts, pairs: list[Pair], strength: float, seed: int) -> torch.Tensor:
+    _, target, empty = captions(parts, pairs)
+    latent = parts.vae.encode(torch.stack([pair.before for pair in pairs]))
+    made = comfy.sample.sample(
+        parts.model, comfy.sample.prepare_noise(latent, seed), STEPS, GUIDANCE_SCALE, "ddim", "ddim_uniform", target,
+        empty, latent, denoise=strength, disable_pbar=True, seed=seed,
+    )  # fmt: skip
+    return parts.vae.decode(made)
+
+
+def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], seed: int) -> torch.Tensor:
+    source, _, empty = captions(parts, pairs)
+    latent = parts.vae.encode(torch.stack([pair.before for pair in pairs]))
+    plain = ddim_inversion(parts.model, latent, source, steps=INVERSION_STEPS)
+    null_text = null_text_optimization(
+        parts.model, plain, source, empty, guidance_scale=NULL_TEXT_GUIDANCE_SCALE, method=ADAPTIVE
+    )
+    inversion = plain.with_embeddings(null_text.embeddings)
+    made = []
+    for index, pair in enumerate(pairs):
+        own = one_picture(inversion, index)
+        model, positive = prompt_to_prompt(
+            parts.model, parts.clip, caption(pair.source), caption(pair.target), REFINE, inversion=own
+        )
+        made.append(sample_inversion(model, own, positive, embed(parts.clip, [""]), NULL_TEXT_GUIDANCE_SCALE))
+    return parts.vae.decode(torch.cat(made))
+
+
+def by_diffedit(parts: Parts, pairs: list[Pair], seed: int) -> torch.Tensor:
+    source, target, empty = captions(parts, pairs)
+    pictures = torch.stack([pair.before for pair in pairs])
+    latent = parts.vae.encode(pictures)
+    settings = EditMaskSettings(outliers=3.0)
+    mask = edit_mask(parts.model, target, source, latent, settings, seed=seed).mask
+    inversion = ddim_inversion(parts.model, latent, empty, steps=INVERSION_STEPS)
+    result = identity_mask_blend(
+        parts.model, inversion, target, target, None, empty, guidance_scale=GUIDANCE_SCALE, skip=0.3, source_mask=mask,
+        target_mask=mask,
+    )  # fmt: skip
+    return composite(pictures, parts.vae.decode(result.latent), mask)
+
+
+def composite(pictures: torch.Tensor, edited: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The source's own pixels outside of the mask, as the stock ImageCompositeMasked does it."""
+    m = torch.nn.functional.interpolate(mask[:, None], size=pictures.shape[1:3], mode="bilinear")[:, 0, ..., None]
+    return edited * m + pictures * (1.0 - m)
+
+
+def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """All four; the mask and what is seen of the pictures are made once."""
+    model, texts = parts.edit_model, ([EDITS[edit_of(pair)][1] for pair in pairs], [SOURCE_PROMPT] * len(pairs))
+    pictures = torch.stack([pair.before for pair in pairs])
+    seen = mcdm.see_pictures(parts.mcdm, model, parts.vision, parts.vae, pictures)
+    target, source = (mcdm.with_pictures(embed(parts.clip, each), seen) for each in texts)
+    empty = mcdm.with_pictures(embed(parts.clip, [""] * len(pairs)), seen)
+    settings = EditMaskSettings(kernel=arguments.kernel)
+    contrast = edit_mask(model, target, source, seen.latent, settings, seed=seed).contrast
+    limits = [arguments.threshold if pair.edited == "expression" else arguments.costume_threshold for pair in pairs]
+    mask = (contrast > torch.tensor(limits)[:, None, None]).float()
+
+    def without(spatial: bool, image: bool) -> list[Conditioning]:
+        return [mcdm.without_pictures(c, spatial=spatial, image=image, name="prompt") for c in (target, empty)]
+
+    # Without the spatial condition its scale has no effect; the image embedding's stays, and so does the other way.
+    scales = GuidanceScales(arguments.image_scale, arguments.spatial_scale, arguments.text_scale)
+    guiders = {
+        WITHOUT_SPATIAL: mcdm_guider(model, *without(True, False), scales),
+        WITHOUT_IMAGE: mcdm_guider(model, *without(False, True), scales),
+        WITHOUT_MASK: mcdm_guider(model, target, empty, scales),
+        FULL: mcdm_guider(model, target, empty, scales, source, mask),
+    }
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+    zeros = torch.zeros_like(seen.latent)
+    made = {}
+    for name, guider in guiders.items():
+        sampler = comfy.samplers.sampler_object("uni_pc")
+        noise = comfy.sample.prepare_noise(zeros, seed)
+        made[name] = parts.vae.decode(guider.sample(noise, zeros, sampler, sigmas, disable_pbar=True, seed=seed))
+    made[FULL] = composite(pictures, made[FULL], mask)
+    made["mask"] = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None].expand(-1, -1, -1, 3)
+    return made
+
+
+def features(classifier: torch.nn.Module, pictures: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The classifier's feature maps at four depths [B, C, h, w], and the features that its answers are made of."""
+    x = pictures.permute(0, 3, 1, 2) * 2 - 1
+    maps = []
+    for layer in classifier.features:  # type: ignore[union-attr]
+        x = layer(x)
+        if isinstance(layer, torch.nn.ReLU):
+            maps.append(x)
+    return maps, classifier.squeeze(x)  # type: ignore[operator]
+
+
+def feature_distances(classifier: torch.nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[B], in the manner of LPIPS (Zhang et al. 2018, equation 1) without its learned weights of channels."""
+    total = torch.zeros(len(a))
+    for of_a, of_b in zip(features(classifier, a)[0], features(classifier, b)[0], strict=True):
+        first, second = (torch.nn.functional.normalize(each, dim=1) for each in (of_a, of_b))
+        total += (first - second).square().sum(1).mean((1, 2))
+    return total
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Of two Gaussians fitted to features [N, D] (Heusel et al. 2017)."""
+    of_a, of_b = (np.cov(each, rowvar=False) for each in (a, b))
+    root = scipy.linalg.sqrtm(of_a @ of_b)
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(of_a + of_b - 2 * np.real(root)))
+
+
+def score(pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
+    classifier = load_classifier()
+    answers = classify(classifier, pictures)
+    truths = torch.stack([pair.after for pair in pairs])
+    with torch.no_grad():
+        chunks = list(zip(pictures.split(32), truths.split(32), strict=True))
+        distances = torch.cat([feature_distances(classifier, a, b) for a, b in chunks])
+        ours, theirs = (
+            torch.cat([features(classifier, chunk[side])[1] for chunk in chunks]).double().numpy() for side in (0, 1)
+        )
+    rows = []
+    for index, (picture, pair) in enumerate(zip(pictures, pairs, strict=True)):
+        sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
+        compared = [n for n in IDENTITY_OF["portrait"] if not (n == "eye_color" and edit_of(pair) == "crying")]
+        done = sees["framing"] == "portrait" and sees[pair.edited] == edit_of(pair)
+        kept = sees["framing"] == "portrait" and all(sees[n] == getattr(pair.source, n) for n in compared)
+        same = (pair.before - pair.after).abs().amax(-1) == 0.0
+        rows.append(
+            {
+                "edit_done": done,
+                f"{pair.edited}_done": done,
+                "identity_kept": kept,
+                "both": done and kept,
+                "ssim": structural_similarity(picture.numpy(), pair.after.numpy(), channel_axis=2, data_range=1),
+                "psnr_outside_db": mean_psnr(picture[same], pair.before[same]),
+            }
+        )
+    names = [*rows[0], *(name for name in rows[1] if name not in rows[0])]
+    means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
+    return means | {"feature_distance": float(distances.mean()), "frechet_distance": frechet_distance(ours, theirs)}
+
+
+def orderings(report: dict[str, dict[str, Any]]) -> list[str]:
+    """Which of the orderings of the paper's table 1 appear: by SSIM, distance of features and Frechet distance."""
+    lines = ["", "The paper's orderings, by SSIM / feature distance / Frechet distance:", ""]
+    better = {"ssim": 1, "feature_distance": -1, "frechet_distance": -1}
+    for other in [name for name in report if name not in (FULL, "true edit (renderer)")]:
+        seen = [
+            "yes" if sign * (report[FULL][name] - report[other][name]) > 0 else "no" for name, sign in better.items()
+        ]
+        lines.append(f"- MCDM better than {other}: {' / '.join(seen)}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--portraits", type=int, default=204, help="a sixth for each edit (default 204)")
+    parser.add_argument("--batch", type=int, default=12, help="portraits at once (default 12)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the portraits and all noise (default 0)")
+    parser.add_argument("--threshold", type=float, default=0.35, help="of the mask for expressions (default 0.35)")
+    parser.add_argument("--costume-threshold", type=float, default=0.2, help="and for costumes (default 0.2)")
+    parser.add_argument("--kernel", type=int, default=5, help="of the mask's Gaussian (default 5)")
+    parser.add_argument("--image-scale", type=float, default=3.0)
+    parser.add_argument("--spatial-scale", type=float, default=3.0)
+    parser.add_argument("--text-scale", type=float, default=5.0)
+    parser.add_argument("--only-mcdm", action="store_true", help="leave the other methods out")
+    weights = ROOT / "demo_world" / "weights"
+    parser.add_argument("--checkpoint", type=Path, default=weights / "identity-edit-demo.safetensors")
+    parser.add_argument("--mcdm", type=Path, default=weights / "identity-edit-demo-mcdm.safetensors")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+
+    family.register()
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
+    edit_model = comfy.sd.load_checkpoint_guess_config(str(arguments.mcdm))[0]
+    parts = Parts(model, clip, vae, edit_model, load_clip_vision(), mcdm.load_mcdm(str(arguments.mcdm)))
+    pairs = [draw_pair(arguments.seed, index) for index in range(arguments.portraits)]
+    ways: dict[str, Callable[[list[Pair], int], torch.Tensor]] = {
+        "SDEdit 0.5": lambda some, seed: by_sdedit(parts, some, 0.5, seed),
+        "SDEdit 0.8": lambda some, seed: by_sdedit(parts, some, 0.8, seed),
+        "prompt-to-prompt": lambda some, seed: by_prompt_to_prompt(parts, some, seed),
+        "DiffEdit": lambda some, seed: by_diffedit(parts, some, seed),
+    }
+    if arguments.only_mcdm:
+        ways = {}
+    made: dict[str, list[torch.Tensor]] = {}
+    begin = time.perf_counter()
+    for start in tqdm(range(0, len(pairs), arguments.batch), unit="batch"):
+        some, seed = pairs[start : start + arguments.batch], arguments.seed + start
+        for name, way in ways.items():
+            made.setdefault(name, []).append(way(some, seed).detach().cpu())
+        with torch.no_grad():
+            for name, pictures in by_mcdm(parts, some, seed, arguments).items():
+                made.setdefault(name, []).append(pictures.cpu())
+    minutes = (time.perf_counter() - begin) / 60
+    columns = {name: torch.cat(pictures).clamp(0, 1) for name, pictures in made.items()}
+    masks = columns.pop("mask")
+    columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
+
+    report = {name: score(pictures, pairs) for name, pictures in columns.items()}
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/portrait_edit.py", *sys.argv[1:]])
+    lines = [
+        "# Portrait edits of held-out identities of the demo world",
+        "",
+        f"`{command}` at commit {commit}: {len(pairs)} portraits, six edits, seed {arguments.seed}; MCDM with scales "
+        f"{arguments.image_scale:g}, {arguments.spatial_scale:g}, {arguments.text_scale:g}, {STEPS} steps of UniPC, "
+        f"mask thresholds {arguments.threshold:g} and {arguments.costume_threshold:g} (costumes), kernel "
+        f"{arguments.kernel}; {minutes:.0f} minutes.",
+        "",
+        "| method | edit done | expression / costume | identity kept | both | SSIM | feature distance | PSNR outside | "
+        "Frechet distance |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in report.items():
+        lines.append(
+            f"| {name} | {row['edit_done']:.2f} | {row['expression_done']:.2f} / {row['costume_done']:.2f} | "
+            f"{row['identity_kept']:.2f} | {row['both']:.2f} | {row['ssim']:.3f} | {row['feature_distance']:.3f} | "
+            f"{row['psnr_outside_db']:.1f} dB | {row['frechet_distance']:.1f} |"
+        )
+    everything = {"command": command, "commit": commit, "portraits": len(pairs), "minutes": minutes, "methods": report}
+    write_results("portrait_edit", everything, lines + orderings(report))
+    before = torch.stack([pair.before for pair in pairs])
+    truths = columns.pop("true edit (renderer)")
+    save_sheet(RESULTS / "portrait_edit.jpg", [before, *columns.values(), masks, truths])
+
+
+if __name__ == "__main__":
+    main()

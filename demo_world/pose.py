@@ -1,0 +1,56 @@
+"""Pose pictures of the demo world's portraits, in OpenPose's manner: joints as coloured discs and limbs on black.
+
+A pose says where the shoulders, the neck, the eyes, the nose and the mouth are, and so which way a head looks; nothing
+of who it is, of its face or of its expression. The demo world's control network was trained on them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .attributes import Attributes
+from .renderer import SIZE, SUPERSAMPLING, layout_of, portrait_origin
+
+# In a head's own coordinates (x the way it looks, y down); the face's are those of renderer.paint_face at its size.
+JOINTS: dict[str, tuple[float, float]] = {
+    "back shoulder": (-48.0, 46.0),
+    "front shoulder": (48.0, 46.0),
+    "neck": (0.0, 38.0),
+    "nose": (13.0, 4.0),
+    "back eye": (-4.8, -5.4),
+    "front eye": (21.1, -5.4),
+    "mouth": (10.2, 16.3),
+}
+LIMBS: dict[tuple[str, str], tuple[int, int, int]] = {
+    ("back shoulder", "neck"): (255, 85, 0),
+    ("front shoulder", "neck"): (255, 0, 0),
+    ("neck", "nose"): (0, 0, 255),
+    ("nose", "back eye"): (170, 0, 255),
+    ("nose", "front eye"): (255, 0, 255),
+    ("nose", "mouth"): (0, 255, 255),
+}
+
+
+def draw_pose(attributes: Attributes, seed: int) -> np.ndarray:
+    """The pose of ``render(attributes, seed)``, uint8 [128, 128, 3].
+
+    Raises:
+        ValueError: when it is no portrait.
+    """
+    if attributes.framing != "portrait":
+        raise ValueError("only portraits have a pose picture")
+    x, y, scale, forward = portrait_origin(attributes, layout_of(seed))
+    placed = {
+        name: ((x + forward * scale * dx) * SUPERSAMPLING, (y + scale * dy) * SUPERSAMPLING)
+        for name, (dx, dy) in JOINTS.items()
+    }
+    picture = Image.new("RGB", (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
+    draw = ImageDraw.Draw(picture)
+    for (start, end), color in LIMBS.items():
+        draw.line([placed[start], placed[end]], fill=color, width=3 * SUPERSAMPLING)
+    radius = 3 * SUPERSAMPLING
+    for (_, joint), color in LIMBS.items():
+        cx, cy = placed[joint]
+        draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=color)
+    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX))

@@ -33,6 +33,7 @@ from .pair_guidance import (
 )
 
 SUBJECT = "{subject}"
+NAME_MARK = "|"
 SHARED_PROMPT = f"the same {SUBJECT} on the left and right"
 EDITS = f"""\
 santa costume: a {SUBJECT}, normal costume -> a {SUBJECT}, Santa Claus costume
@@ -64,7 +65,9 @@ class PairSettings:
     Attributes:
         count: N pairs.
         edits: each gets as many pairs as the others, within one.
-        subjects: [X]; one is drawn for each pair, or that of its identity picture where there are as many.
+        subjects: [X]; one is drawn for each pair, or that of its identity picture where there are as many. "words |
+            name" is drawn by the words and called by the name in the dataset, so that the edits are not learned for
+            people of that description alone.
         shared_prompt: p, with "{subject}" in it.
         negative_prompt: of the classifier-free guidance.
         seed: of all draws.
@@ -97,6 +100,9 @@ class PairSettings:
             raise IdentityEditError(f"count is {self.count}; choose 1 or more.")
         if not self.subjects:
             raise IdentityEditError("subjects is empty; write one a line, such as 'man' and 'woman'.")
+        for subject in self.subjects:
+            if not all(part.strip() for part in subject.split(NAME_MARK)) or subject.count(NAME_MARK) > 1:
+                raise IdentityEditError(f"The subject '{subject}' cannot be read; write 'words' or 'words | name'.")
         if not self.edits:
             raise IdentityEditError("edits is empty; write one a line, as 'name: source prompt -> target prompt'.")
         names = [edit.name for edit in self.edits]
@@ -114,13 +120,16 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class PairPlan:
-    """What one pair is to show; `identity` and `pose` are numbers of pictures, None where there are none."""
+    """What one pair is to show: the prompts by which it is drawn, and those that the dataset gives it. `identity` and
+    `pose` are numbers of pictures, None where there are none."""
 
     number: int
     edit: str
     subject: str
     split: str
     shared_prompt: str
+    drawn_source_prompt: str
+    drawn_target_prompt: str
     source_prompt: str
     target_prompt: str
     identity: int | None
@@ -210,7 +219,9 @@ def plan(settings: PairSettings, number: int, identities: int = 0, poses: int = 
     of_split = f"pair {number}" if identity is None else f"identity {identity}"
     is_validation = random.Random(f"split {settings.seed} {of_split}").random() < settings.validation_share
 
-    def filled(prompt: str) -> str:
+    subject, bar, name = (part.strip() for part in subject.partition(NAME_MARK))
+
+    def filled(prompt: str, subject: str) -> str:
         return " ".join(prompt.replace(SUBJECT, subject).split())
 
     return PairPlan(
@@ -218,9 +229,11 @@ def plan(settings: PairSettings, number: int, identities: int = 0, poses: int = 
         edit=edit.name,
         subject=subject,
         split=VALIDATION if is_validation else TRAIN,
-        shared_prompt=filled(settings.shared_prompt),
-        source_prompt=filled(edit.source),
-        target_prompt=filled(edit.target),
+        shared_prompt=filled(settings.shared_prompt, subject),
+        drawn_source_prompt=filled(edit.source, subject),
+        drawn_target_prompt=filled(edit.target, subject),
+        source_prompt=filled(edit.source, name if bar else subject),
+        target_prompt=filled(edit.target, name if bar else subject),
         identity=identity,
         pose=pose,
     )
@@ -374,7 +387,8 @@ class _Maker:
             0 if self.identities is None else len(self.identities.features),
             0 if self.poses is None else len(self.poses.pictures),
         )
-        prompts = [self.encode(text, pair) for text in (pair.shared_prompt, pair.source_prompt, pair.target_prompt)]
+        words = pair.shared_prompt, pair.drawn_source_prompt, pair.drawn_target_prompt
+        prompts = [self.encode(text, pair) for text in words]
         prompts.append(self.plain(settings.negative_prompt))
         if self.poses is not None and pair.pose is not None:
             prompts = with_pose(self.poses, pair.pose, self.vae, prompts)

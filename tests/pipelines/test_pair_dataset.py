@@ -218,3 +218,18 @@ def test_saved_pairs_get_the_next_numbers(tmp_path) -> None:
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 3
     with pytest.raises(IdentityEditError, match="one size"):
         datasets.save_pairs(folder, pictures[:2], pictures[:1], **facts)
+
+
+def test_a_subject_is_drawn_by_its_words_and_called_by_its_name():
+    edits = datasets.parse_edits("smile: a {subject} -> a smiling {subject}")
+    settings = replace(SETTINGS, edits=edits, subjects=("person with curly red hair | person",))
+    plan = datasets.plan(settings, 0)
+    assert plan.drawn_target_prompt == "a smiling person with curly red hair"
+    assert plan.shared_prompt == "the same person with curly red hair on the left and right"
+    assert (plan.source_prompt, plan.target_prompt) == ("a person", "a smiling person")
+
+
+@pytest.mark.parametrize("subject", ["| person", "person |", "a | b | c"])
+def test_a_subject_without_words_or_name_is_refused(subject):
+    with pytest.raises(IdentityEditError, match="words . name"):
+        replace(SETTINGS, subjects=(subject,))

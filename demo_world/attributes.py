@@ -118,6 +118,13 @@ def random_attributes(
             return attributes
 
 
+def description(attributes: Attributes) -> str:
+    """Who a portrait shows, and nothing else: "person with short brown hair, ..."."""
+    a = attributes
+    hair, face = f"{a.hair_style} {a.hair_color} hair", f"a {a.face_shape} face"
+    return f"person with {hair}, {a.eye_color} eyes, {a.skin} skin and {face}"
+
+
 PLACE_PHRASES = {
     "grass": "on the grass",
     "snow": "in the snow",
@@ -142,8 +149,7 @@ def caption(attributes: Attributes, template: int = 0) -> str:
     place = PLACE_PHRASES[a.place]
     facing = f"facing {a.facing}"
     if a.framing == "portrait":
-        looks = f"with {a.hair_style} {a.hair_color} hair, {a.eye_color} eyes, {a.skin} skin and a {a.face_shape} face"
-        subject, action = f"a portrait of a {expression}person {looks}", ""
+        subject, action = f"a portrait of a {expression}{description(a)}", ""
     else:
         pattern = "" if a.pattern == "plain" else a.pattern + " "
         if a.species == "person":

@@ -128,6 +128,12 @@ class DrawDemoPortraits(io.ComfyNode):
                     display_name="captions",
                     tooltip="What each shows, a line each, in the words of the training.",
                 ),
+                io.String.Output(
+                    "subjects",
+                    display_name="subjects",
+                    tooltip="Who each is and where, a line each, for the subjects of Generate Pairs; the dataset calls "
+                    "all of them 'person'.",
+                ),
             ],
         )
 
@@ -137,16 +143,16 @@ class DrawDemoPortraits(io.ComfyNode):
         from ..demo_world.renderer import render
 
         generator = random.Random(f"demo portraits {seed}")
-        portraits, poses, captions = [], [], []
+        portraits, poses, captions, subjects = [], [], [], []
         for _ in range(count):
             drawn = world.random_attributes(generator, "portrait", held_out=identities != "training")
             person, place = drawn.replace(expression="neutral", costume="none"), generator.getrandbits(40)
             portraits.append(torch.from_numpy(render(person, place)[0].copy()))
             poses.append(torch.from_numpy(draw_pose(person, place).copy()))
             captions.append(world.caption(person))
-        return io.NodeOutput(
-            torch.stack(portraits).float() / 255.0, torch.stack(poses).float() / 255.0, "\n".join(captions)
-        )
+            subjects.append(f"{world.description(person)} {world.PLACE_PHRASES[person.place]} | person")
+        pictures = [torch.stack(each).float() / 255.0 for each in (portraits, poses)]
+        return io.NodeOutput(*pictures, "\n".join(captions), "\n".join(subjects))
 
 
 class LoadDemoClipVision(io.ComfyNode):

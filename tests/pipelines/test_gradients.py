@@ -120,6 +120,15 @@ def test_backends_without_gradient_are_replaced(
     assert close(gradient, expected)
 
 
+def test_there_is_a_gradient_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor):
+    """Then ComfyUI's sub-quadratic attention divides its work and computes in place."""
+    for slot in ("optimized_attention", "optimized_attention_masked"):
+        monkeypatch.setattr(attention, slot, attention.attention_sub_quad)
+    monkeypatch.setattr(attention.model_management, "get_free_memory", lambda *a, **k: (1, 1) if k or a[1:] else 1)
+    gradient, _ = gradient_of_embedding(tiny_models.sd1())
+    assert close(gradient, expected)
+
+
 def test_an_override_of_another_node_keeps_its_place_unless_it_loses_the_gradient(expected: torch.Tensor):
     kernel = WithoutGradient("attention_unknown")
     loses = tiny_models.sd1().clone()

@@ -74,9 +74,11 @@ class IdentitySettings:
 def features_of(clip_vision: Any, pictures: list[torch.Tensor]) -> torch.Tensor:
     """The image encoder's features [P, N, C] of P pictures [H, W, 3] in [0, 1], float32 CPU."""
     found = []
-    for picture in pictures:
-        # crop=False: a face may be anywhere.
-        found.append(image_features(clip_vision.encode_image(picture[None, ..., :3], crop=False), "The CLIP vision"))
+    with torch.no_grad():
+        for picture in pictures:
+            # crop=False: a face may be anywhere.
+            seen = clip_vision.encode_image(picture[None, ..., :3], crop=False)
+            found.append(image_features(seen, "The CLIP vision"))
     with torch.inference_mode(False), torch.no_grad():
         return torch.cat([each.clone() for each in found])
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.classifier import classify, load_classifier
+from identity_edit_pack.demo_world.export import CHECKPOINT_NAME, WEIGHTS_FOLDER
 from identity_edit_pack.demo_world.pictures import HEADS
 from identity_edit_pack.demo_world.pose import LIMBS, draw_pose
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_control import CONTROL_PATH
 
 PERSON = Attributes(framing="portrait")
+
+
+@pytest.fixture(scope="module")
+def demo_checkpoint(pack):
+    import comfy.sd
+
+    family.register()
+    return comfy.sd.load_checkpoint_guess_config(str(WEIGHTS_FOLDER / CHECKPOINT_NAME))[:3]
 
 
 def middle_of(picture, color):

@@ -3,14 +3,14 @@
 Figure 3 of Chen et al. 2024 as numbers, on the demo checkpoint, which was trained on single pictures of 128x128 and
 never saw one of 256x128. Six edits (three expressions, three costumes) of portraits of training identities:
 
-- described: the prompts describe the person (hair, eyes, skin, face), so that words alone tell who it is;
-- person: they say "person", so that nothing but being in one picture makes both halves one person;
+- person: the prompts say "person", so that nothing but being in one picture makes both halves one person;
 - identity words: "person" with the identity words of a drawn portrait, trained by the pack on drawn portraits;
+- described: the prompts describe the person (hair, eyes, skin, face), so that words tell who it is;
 
-each by composable guidance on a latent of double width, and the first two also as two pictures on their own, from the
-same noise. Scores by the attribute classifier: both halves show a portrait of the same hair, eyes, skin and face (eyes
-that are closed do not count); the source and the target show their states; all of that. The demo world has no control
-network, so that there is no pose.
+each without and with a pose that both halves share, by composable guidance on a latent of double width; and the
+described ones also as two pictures of their own, from the same noise. Scores by the attribute classifier: both halves
+show a portrait of the same hair, eyes, skin and face (eyes that are closed do not count); it is the one of the portrait
+or the description; the source and the target show their states; the same person in the right two states.
 
 Writes benchmarks/results/pair_generation.json, .md and .jpg (the first pairs, as they came).
 """
@@ -34,7 +34,8 @@ import load_pack  # noqa: E402  (found on the path that was extended just above)
 load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
 load_pack.load_pack()
 
-import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.controlnet  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import numpy as np  # noqa: E402
@@ -46,12 +47,15 @@ from identity_edit_pack.demo_world.attributes import (  # noqa: E402
     PLACE_PHRASES,
     Attributes,
     caption,
+    description,
     random_attributes,
 )
 from identity_edit_pack.demo_world.classifier import classify, load_classifier  # noqa: E402
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
+from identity_edit_pack.demo_world.pose import draw_pose  # noqa: E402
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.demo_world.train_control import CONTROL_PATH  # noqa: E402
 from identity_edit_pack.pipelines import pair_dataset as datasets  # noqa: E402
 from identity_edit_pack.pipelines.identity_words import (  # noqa: E402
     IdentityWords,
@@ -69,6 +73,8 @@ from identity_edit_pack.pipelines.training_pictures import encode_pictures  # no
 from report import RESULTS, write_results  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+SHARED_PROMPT = f"a portrait of the same {datasets.SUBJECT} on the left and right"
+Condition = tuple[datasets.PairSettings, datasets.Identities | None, datasets.Poses | None, bool]
 STATES = {
     "smiling": ("expression", "smiling"),
     "angry": ("expression", "angry"),
@@ -83,7 +89,8 @@ EDITS = "\n".join(
     else f"{name}: a portrait of a {{subject}} -> a portrait of a {{subject}} wearing a {name}"
     for name, (kind, _) in STATES.items()
 )
-STEPS = 20
+STEPS, SAMPLER, SCHEDULER, GUIDANCE_SCALE = 12, "dpmpp_2m", "karras", 4.0
+"""Of the shipped workflows; the paper's guidance scale is 7.5, its sampler that of Karras et al. 2022 in 20 steps."""
 
 
 def portraits(count: int, seed: int) -> list[Attributes]:
@@ -94,13 +101,8 @@ def portraits(count: int, seed: int) -> list[Attributes]:
     ]
 
 
-def surroundings(a: Attributes) -> str:
-    return f"facing {a.facing} {PLACE_PHRASES[a.place]}"
-
-
 def described(a: Attributes) -> str:
-    looks = f"with {a.hair_style} {a.hair_color} hair, {a.eye_color} eyes, {a.skin} skin and a {a.face_shape} face"
-    return f"person {looks} {surroundings(a)}"
+    return f"{description(a)} {PLACE_PHRASES[a.place]}"
 
 
 def drawn(people: list[Attributes], seed: int) -> list[torch.Tensor]:
@@ -119,9 +121,7 @@ def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, st
     # The captions say everything but who it is.
     captions = []
     for person in people:
-        words = caption(person)
-        start, end = words.index(" with "), words.index(" face") + len(" face")
-        captions.append(words[:start] + words[end:])
+        captions.append(caption(person).replace(description(person), "person"))
     start_time = time.perf_counter()
     learned, run = train_identity_words(
         model,
@@ -144,7 +144,7 @@ def apart(checkpoint: Any, sampler: Any, sigmas: torch.Tensor, settings: dataset
     model, clip, vae = checkpoint
     plan = datasets.plan(settings, number)
     pictures = []
-    for prompt in (plan.source_prompt, plan.target_prompt):
+    for prompt in (plan.drawn_source_prompt, plan.drawn_target_prompt):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(*(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")))
         guider.set_cfg(settings.guidance_scale)
@@ -154,13 +154,14 @@ def apart(checkpoint: Any, sampler: Any, sigmas: torch.Tensor, settings: dataset
     return pictures[0], pictures[1], plan.edit
 
 
-def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]]) -> dict[str, float]:
+def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]], asked_for: list[Attributes]) -> dict[str, float]:
+    """Shares of the pairs; `asked_for` is who each should show."""
     classifier = load_classifier()
     answers = [
         classify(classifier, torch.stack(pictures)) for pictures in ([p[0] for p in pairs], [p[1] for p in pairs])
     ]
     rows = []
-    for index, (_, _, edit) in enumerate(pairs):
+    for index, ((_, _, edit), person) in enumerate(zip(pairs, asked_for, strict=True)):
         before, after = ({head: choices[int(part[head][index])] for head, choices in HEADS.items()} for part in answers)
         kind, state = STATES[edit]
         compared = [name for name in IDENTITY_OF["portrait"] if not (name == "eye_color" and state == "crying")]
@@ -172,6 +173,7 @@ def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]]) -> dict[str, floa
         rows.append(
             {
                 "same_identity": same,
+                "identity_asked_for": same and all(after[name] == getattr(person, name) for name in compared),
                 "identity_attributes_alike": sum(before[name] == after[name] for name in compared) / len(compared),
                 "source_state": source,
                 "target_state": right,
@@ -182,12 +184,35 @@ def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]]) -> dict[str, floa
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
+def drawn_poses(count: int, seed: int) -> torch.Tensor:
+    """Pose pictures [count, 128, 128, 3] of other portraits."""
+    generator = random.Random(f"poses {seed}")
+    people = [random_attributes(generator, "portrait") for _ in range(count)]
+    pictures = [draw_pose(a, EVALUATION_SEED + 11_000_000 * (seed + 1) + i) for i, a in enumerate(people)]
+    return torch.from_numpy(np.stack(pictures)).float() / 255
+
+
+def shown_people(
+    settings: datasets.PairSettings,
+    who: datasets.Identities | None,
+    pose: datasets.Poses | None,
+    people: list[Attributes],
+) -> list[Attributes]:
+    """Who each pair should show: that of its identity picture, or of its words."""
+    found = []
+    for number in range(settings.count):
+        plan = datasets.plan(settings, number, len(who.features) if who else 0, len(pose.pictures) if pose else 0)
+        index = plan.identity if plan.identity is not None else settings.subjects.index(plan.subject)
+        found.append(people[index])
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how well the demo checkpoint makes pairs.")
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training-pictures", type=int, default=600)
-    parser.add_argument("--training-steps", type=int, default=800)
+    parser.add_argument("--training-pictures", type=int, default=1500, help="of the identity words")
+    parser.add_argument("--training-steps", type=int, default=1500, help="of the identity words")
     parser.add_argument("--identity-words", type=Path, default=ROOT / "demo_output" / "identity_words.safetensors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
@@ -206,70 +231,76 @@ def main() -> None:
         count=arguments.pairs,
         edits=datasets.parse_edits(EDITS),
         subjects=tuple(map(described, people)),
+        shared_prompt=SHARED_PROMPT,
         width=128,
         height=128,
         seed=arguments.seed,
+        guidance_scale=GUIDANCE_SCALE,
     )
-    plain = dataclasses.replace(base, subjects=tuple(f"person {surroundings(a)}" for a in people))
+    plain = dataclasses.replace(base, subjects=("person",))
     identities = datasets.Identities(words, features, "person")
-    sampler = comfy.samplers.sampler_object("euler")
-    sigmas = comfy.samplers.calculate_sigmas(checkpoint[0].get_model_object("model_sampling"), "normal", STEPS)
-    conditions: dict[str, tuple[datasets.PairSettings, datasets.Identities | None, bool]] = {
-        "described, two pictures": (base, None, False),
-        "described, pair": (base, None, True),
-        "described, pair without shared prompt": (
-            dataclasses.replace(base, shared_weight=0.0, source_weight=1.0, target_weight=1.0),
+    poses = datasets.Poses(comfy.controlnet.load_controlnet(str(CONTROL_PATH)), drawn_poses(40, arguments.seed))
+    sampler = comfy.samplers.sampler_object(SAMPLER)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
+    conditions: dict[str, Condition] = {
+        "described, two pictures": (base, None, None, False),
+        "person": (plain, None, None, True),
+        "person, pose": (plain, None, poses, True),
+        "identity words": (plain, identities, None, True),
+        "identity words, pose": (plain, identities, poses, True),
+        "described": (base, None, None, True),
+        "described, pose": (base, None, poses, True),
+        f"described, pose, guidance scale {datasets.GUIDANCE_SCALE}": (
+            dataclasses.replace(base, guidance_scale=datasets.GUIDANCE_SCALE),
             None,
+            poses,
             True,
         ),
-        "person, two pictures": (plain, None, False),
-        "person, pair": (plain, None, True),
-        "identity words, pair": (plain, identities, True),
     }
-    figures: dict[str, Any] = {"pairs": arguments.pairs, "steps": STEPS, "identity_words": trained}
+    command = " ".join(["benchmarks/pair_generation.py", *sys.argv[1:]])
+    figures: dict[str, Any] = {"command": command, "commit": load_pack.source_commit(), "identity_words": trained}
     rows = []
-    for name, (settings, who, composed) in conditions.items():
+    for name, (settings, who, pose, composed) in conditions.items():
         start = time.perf_counter()
         if composed:
             with tempfile.TemporaryDirectory() as temporary:
                 folder = PairFolder(temporary)
                 numbers = range(arguments.pairs)
+                shown = tqdm(numbers, desc=name)
                 datasets.generate_pairs(
-                    model,
-                    clip,
-                    vae,
-                    sampler,
-                    sigmas,
-                    folder,
-                    settings,
-                    identities=who,
-                    numbers=tqdm(numbers, desc=name),
+                    model, clip, vae, sampler, sigmas, folder, settings, identities=who, poses=pose, numbers=shown
                 )
                 loaded = [load_pair(folder.path / "pairs" / f"{number:06}") for number in numbers]
             pairs = [(source, target, facts["edit"]) for source, target, facts in loaded]
         else:
             pairs = [apart(checkpoint, sampler, sigmas, settings, n) for n in tqdm(range(arguments.pairs), desc=name)]
-        figures[name] = score(pairs) | {"seconds_a_pair": (time.perf_counter() - start) / arguments.pairs}
+        seconds = (time.perf_counter() - start) / arguments.pairs
+        figures[name] = score(pairs, shown_people(settings, who, pose, people)) | {"seconds_a_pair": seconds}
         rows.append(torch.stack([torch.cat([source, target], dim=1) for source, target, _ in pairs]))
         print(name, figures[name], flush=True)
     titles = {
         "same_identity": "same identity",
+        "identity_asked_for": "and the one asked for",
         "source_state": "source state",
         "target_state": "target state",
-        "same_identity_and_both_states": "all three",
+        "same_identity_and_both_states": "same identity, both states",
         "same_place_and_facing": "place and facing",
         "identity_attributes_alike": "identity attributes alike",
     }
     lines = [
-        f"# Generated pairs: {arguments.pairs} for each row, {STEPS} steps",
+        "# Generated pairs of the demo checkpoint",
         "",
-        f"Identity words: {trained}. Commit {load_pack.source_commit()}.",
+        f"`{command}` at commit {load_pack.source_commit()}: {arguments.pairs} pairs a row, seed {arguments.seed}, "
+        f"{STEPS} steps of {SAMPLER}, guidance scale {GUIDANCE_SCALE:g}. Identity words: {trained}.",
         "",
         "| | " + " | ".join(titles.values()) + " | seconds a pair |",
         "|---|" + "---|" * (len(titles) + 1),
     ]
     for name in conditions:
-        values = " | ".join(f"{figures[name][key]:.2f}" for key in titles)
+        values = " | ".join(
+            "-" if key == "identity_asked_for" and name.startswith("person") else f"{figures[name][key]:.2f}"
+            for key in titles
+        )
         lines.append(f"| {name} | {values} | {figures[name]['seconds_a_pair']:.1f} |")
     write_results("pair_generation", figures, lines)
     save_sheet(RESULTS / "pair_generation.jpg", rows, columns=6)

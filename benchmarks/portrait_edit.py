@@ -169,14 +169,17 @@ def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Name
     limits = [arguments.threshold if pair.edited == "expression" else arguments.costume_threshold for pair in pairs]
     mask = (contrast > torch.tensor(limits)[:, None, None]).float()
 
-    def without(spatial: bool, image: bool) -> list[Conditioning]:
-        return [mcdm.without_pictures(c, spatial=spatial, image=image, name="prompt") for c in (target, empty)]
-
-    # Without the spatial condition its scale has no effect; the image embedding's stays, and so does the other way.
     scales = GuidanceScales(arguments.image_scale, arguments.spatial_scale, arguments.text_scale)
+
+    def without(spatial: bool, image: bool) -> Any:
+        positive, negative = (
+            mcdm.without_pictures(c, spatial=spatial, image=image, name="prompt") for c in (target, empty)
+        )
+        return mcdm_guider(model, positive, negative, scales)
+
     guiders = {
-        WITHOUT_SPATIAL: mcdm_guider(model, *without(True, False), scales),
-        WITHOUT_IMAGE: mcdm_guider(model, *without(False, True), scales),
+        WITHOUT_SPATIAL: without(spatial=True, image=False),
+        WITHOUT_IMAGE: without(spatial=False, image=True),
         WITHOUT_MASK: mcdm_guider(model, target, empty, scales),
         FULL: mcdm_guider(model, target, empty, scales, source, mask),
     }

@@ -21,6 +21,7 @@ from . import (
     subject,
     subject_embedding,
     text,
+    train_mcdm,
 )
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
@@ -37,6 +38,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     *prompt_to_prompt.NODES,
     *pairs.NODES,
     *identity_words.NODES,
+    *train_mcdm.NODES,
     *portrait.NODES,
     *measure.NODES,
     *demo.NODES,

@@ -37,8 +37,8 @@ def precision_input(trained: str) -> io.Combo.Input:
         "precision",
         options=[BFLOAT16, FLOAT32],
         default=BFLOAT16,
-        tooltip=f"In what the networks compute; {trained} are kept in float32 either way. Choose float32 on a CPU, "
-        f"where bfloat16 is no faster.",
+        tooltip=f"In what the networks compute; {trained} are kept in float32 either way. Choose float32 on a CPU "
+        f"without bfloat16 instructions, where it is slower.",
     )
 
 

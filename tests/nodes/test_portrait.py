@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from identity_edit_pack.nodes import portrait as nodes
+from identity_edit_pack.nodes import train_mcdm
 from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.errors import IdentityEditError
@@ -35,7 +36,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
     "sample_every": 2,
     "checkpoint_every": 2,
-    "file_contents": nodes.UNET_ALONE,
+    "file_contents": train_mcdm.UNET_ALONE,
     "file_dtype": "float32",
     "filename_prefix": "diffusion_models/mcdm",
 }
@@ -80,7 +81,7 @@ def parts() -> tuple[Any, Any, Any, Any]:
 
 
 def train(parts: tuple[Any, Any, Any, Any], **changes: Any) -> Any:
-    return nodes.TrainMCDM.execute(*parts, **{**SETTINGS, **changes}).args
+    return train_mcdm.TrainMCDM.execute(*parts, **{**SETTINGS, **changes}).args
 
 
 def picture() -> torch.Tensor:
@@ -100,7 +101,7 @@ def test_a_model_is_trained_saved_listed_and_edits_a_picture(parts: Any, own_fol
     name = Path(file).name + " [diffusion_models]"
     assert name in nodes._model_files() and nodes.MCDMConditioner.validate_inputs(name) is True
     assert "not there any more" in str(nodes.MCDMConditioner.validate_inputs("other.safetensors"))
-    assert not list((own_folders / "output" / nodes.RUN_FOLDER).glob("*.safetensors"))
+    assert not list((own_folders / "output" / train_mcdm.RUN_FOLDER).glob("*.safetensors"))
 
     positive, negative, source, latent, about = condition(model, parts, name)
     assert "3 steps on 3 pairs" in about and "Warning" not in about
@@ -134,7 +135,7 @@ def test_a_cancelled_training_goes_on_with_the_same_losses(
         patch.setattr(nodes, "training_progress", stop)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(parts)
-    folder = own_folders / "output" / nodes.RUN_FOLDER
+    folder = own_folders / "output" / train_mcdm.RUN_FOLDER
     assert len(list(folder.glob("*.safetensors"))) == 1
     _, _, loss, _, report = train(parts)
     assert "of which 2 were read from a checkpoint" in report

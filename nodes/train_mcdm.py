@@ -1,0 +1,301 @@
+"""The node that learns edits from pairs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..pipelines import mcdm as mcdms
+from ..pipelines import train_mcdm
+from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded
+from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.training import TrainingRun, TrainingSettings
+from .saved_files import next_path
+from .sockets import schema, show_text
+from .training import LossMap, training_progress
+
+RUN_FOLDER = "mcdm"
+WHOLE, UNET_ALONE = "whole checkpoint", "UNet alone"
+EXAMPLE_PREFIX = "checkpoints/mcdm"
+
+
+class TrainMCDM(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTrainMCDM",
+            display_name="Train MCDM",
+            category="portrait",
+            search_aliases=["InstructPix2Pix", "train edit model", "multi-conditioned diffusion model", "pairs"],
+            description=(
+                "Learns edits from generated pairs: all weights of the UNet, which then also sees the source picture, "
+                "and the image embedding (Chen et al. 2024, section 3.3). Load Checkpoint reads the file."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The Stable Diffusion 1.x, 2.x or XL model that made the pairs, or one trained before.",
+                ),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint; they are not trained."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.ClipVision.Input(
+                    "clip_vision", tooltip="CLIP's image encoder, from Load CLIP Vision; the edits need the same one."
+                ),
+                io.String.Input(
+                    "folder",
+                    default="pairs",
+                    tooltip="The folder of the pairs: a path, or a name below the output or the input folder. It holds "
+                    "the index that Generate Pairs writes.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=train_mcdm.STEPS,
+                    min=1,
+                    max=10_000_000,
+                    tooltip="Training steps. 200000 in Chen et al. 2024 (supplement, 1.2): three days on an A100.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=train_mcdm.LEARNING_RATE,
+                    min=0.00000001,
+                    max=0.1,
+                    step=0.000001,
+                    round=0.00000001,
+                    tooltip="AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement, 1.2).",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=train_mcdm.BATCH_SIZE,
+                    min=1,
+                    max=1024,
+                    tooltip="Pairs of a batch. 4 in Chen et al. 2024 (supplement, 1.2).",
+                ),
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    tooltip="Batches whose gradients are averaged for one step: a larger batch for the memory of a "
+                    "small one. Chen et al. 2024 name none.",
+                ),
+                io.Float.Input(
+                    "identity_share",
+                    default=train_mcdm.IDENTITY_SHARE,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the pairs in which the source is also the target, so that the model learns to "
+                    "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
+                ),
+                io.Float.Input(
+                    "dropout",
+                    default=train_mcdm.DROPOUT,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Probability with which a pair loses one, two or all three of its conditions, for the "
+                    "guidance. 0.2 in Chen et al. 2024 (section 3.3).",
+                ),
+                io.Int.Input(
+                    "image_tokens",
+                    default=mcdms.IMAGE_TOKENS,
+                    min=0,
+                    max=4096,
+                    tooltip="Tokens of the image embedding. 77, a text's length: all terms of the guidance then fit "
+                    "into one call. 0 takes as many as CLIP vision gives, as Karras et al. 2023 do.",
+                ),
+                io.Float.Input(
+                    "ema_decay",
+                    default=train_mcdm.EMA_DECAY,
+                    min=0.0,
+                    max=0.99999,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="Decay of the weights' moving average, which is what is saved. 0.9999 as Stable Diffusion "
+                    "was trained; 0.99 to 0.999 for short runs, 0 for none.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=[BFLOAT16, FLOAT32],
+                    default=BFLOAT16,
+                    tooltip="In what the networks compute; the trained weights are kept in float32 either way. Choose "
+                    "float32 on a CPU without bfloat16 instructions, where it is slower.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=True,
+                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
+                    "for the same result.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of all draws: the order of the pairs, timesteps, noise and what is dropped.",
+                ),
+                io.Int.Input(
+                    "sample_every",
+                    default=1000,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Steps between the sample edits that show how far it is. There is one at the end in any "
+                    "case; 0 makes no others.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=1000,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
+                    "again with the same settings. Each is four times as large as the UNet in float32. 0 writes none.",
+                ),
+                io.Combo.Input(
+                    "file_contents",
+                    options=[WHOLE, UNET_ALONE],
+                    default=WHOLE,
+                    tooltip="A whole checkpoint is for Load Checkpoint; the UNet alone is for Load Diffusion Model, "
+                    "with a filename_prefix that begins with diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "file_dtype",
+                    options=list(mcdms.FILE_DTYPES),
+                    default="float16",
+                    tooltip="In what the file keeps the weights. float16, as checkpoints of Stable Diffusion do.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=EXAMPLE_PREFIX,
+                    tooltip="Folder and beginning of the file name, below the output folder. Load Checkpoint lists "
+                    "what is in 'checkpoints' there.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("edit_model", display_name="model", tooltip="The trained model, for MCDM Guider."),
+                io.Image.Output(
+                    "samples",
+                    display_name="samples",
+                    tooltip="The sample edits in their order: of the first pair that is not trained on, where there is "
+                    "one.",
+                ),
+                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.String.Output("file", display_name="file", tooltip="Where the model was saved."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        clip_vision: Any,
+        folder: str,
+        steps: int,
+        learning_rate: float,
+        batch_size: int,
+        gradient_accumulation: int,
+        identity_share: float,
+        dropout: float,
+        image_tokens: int,
+        ema_decay: float,
+        precision: str,
+        checkpointing: bool,
+        seed: int,
+        sample_every: int,
+        checkpoint_every: int,
+        file_contents: str,
+        file_dtype: str,
+        filename_prefix: str,
+    ) -> io.NodeOutput:
+        from comfy.utils import ProgressBar
+
+        next_path(filename_prefix, EXAMPLE_PREFIX)  # better before a long training than after it
+        pairs, held_out = pairs_in_folder(find_folder(folder))
+        run_folder = os.path.join(folder_paths.get_output_directory(), RUN_FOLDER)
+        bar = ProgressBar(len(pairs))
+        trained, run = train_mcdm.train_mcdm(
+            model,
+            clip,
+            vae,
+            clip_vision,
+            pairs,
+            train_mcdm.MCDMSettings(
+                batch_size=batch_size,
+                identity_share=identity_share,
+                dropout=dropout,
+                image_tokens=image_tokens,
+                precision=precision,
+                checkpointing=checkpointing,
+            ),
+            TrainingSettings(
+                steps=steps,
+                learning_rate=learning_rate,
+                weight_decay=train_mcdm.WEIGHT_DECAY,
+                accumulation=gradient_accumulation,
+                ema_decay=ema_decay,
+                seed=seed,
+                checkpoint_every=checkpoint_every,
+                sample_every=sample_every,
+            ),
+            run_folder,
+            sample_pair=held_out[0] if held_out else None,
+            progress=training_progress(model, steps),
+            encoding_progress=lambda done, total: bar.update_absolute(done, total),
+        )
+        path = next_path(filename_prefix, EXAMPLE_PREFIX)
+        of_clip, of_vae = (clip, vae) if file_contents == WHOLE else (None, None)
+        mcdms.save_mcdm(trained.mcdm, path, trained.model, of_clip, of_vae, trained.weights, file_dtype)
+        with contextlib.suppress(OSError):  # the file holds its result now
+            os.remove(train_mcdm.checkpoint_path(run_folder, trained))
+        remove_encoded(trained.encoded)
+        samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
+        text = show_text(cls, _training_report(trained, run, path))
+        return io.NodeOutput(
+            trained.model, samples, {"loss": run.losses}, path, text, ui=ui.PreviewImage(samples, cls=cls)
+        )
+
+
+def find_folder(name: str) -> Path:
+    """A folder that a user names: a path, or a name below the output or the input folder.
+
+    Raises:
+        IdentityEditError: when there is none.
+    """
+    candidates = [Path(name)] if os.path.isabs(name) else []
+    candidates += [
+        Path(root) / name for root in (folder_paths.get_output_directory(), folder_paths.get_input_directory())
+    ]
+    for candidate in candidates:
+        if name.strip() and candidate.is_dir():
+            return candidate
+    raise IdentityEditError(
+        f"The folder '{name}' is neither a path nor below the output or the input folder; write that of the pairs."
+    )
+
+
+def _training_report(trained: train_mcdm.TrainedMCDM, run: TrainingRun, path: str) -> str:
+    count = sum(tensor.numel() for tensor in trained.weights.values())
+    few = max(1, min(50, len(run.losses) // 2))
+    began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
+    first, last = (sum(part) / len(part) for part in (run.losses[:few], run.losses[-few:]))
+    return (
+        f"MCDM: {len(run.losses)} steps{began} on {len(trained.encoded)} pairs, {count / 1e6:.1f} million weights.\n"
+        f"Loss: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}.\n"
+        f"Saved as {path}"
+    )
+
+
+NODES: list[type[io.ComfyNode]] = [TrainMCDM]

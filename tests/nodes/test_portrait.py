@@ -132,7 +132,7 @@ def test_a_cancelled_training_goes_on_with_the_same_losses(
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(nodes, "training_progress", stop)
+        patch.setattr(train_mcdm, "training_progress", stop)
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             train(parts)
     folder = own_folders / "output" / train_mcdm.RUN_FOLDER

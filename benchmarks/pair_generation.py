@@ -113,7 +113,8 @@ def drawn(people: list[Attributes], seed: int) -> list[torch.Tensor]:
 def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, steps: int) -> tuple[IdentityWords, str]:
     """Train on drawn portraits of training identities in all states, or read what was trained."""
     if path.exists():
-        return load_identity_words(str(path)), f"read from {path.name}"
+        learned = load_identity_words(str(path))
+        return learned, "{steps} steps on {pictures} portraits".format(**learned.training)
     model, clip, vae = checkpoint
     generator = random.Random("identity words")
     people = [random_attributes(generator, "portrait") for _ in range(count)]
@@ -136,7 +137,8 @@ def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, st
     save_identity_words(learned, str(path))
     few = max(1, len(run.losses) // 10)
     losses = f"loss {sum(run.losses[:few]) / few:.4f} to {sum(run.losses[-few:]) / few:.4f}"
-    return learned, f"{steps} steps on {count} portraits in {time.perf_counter() - start_time:.0f} s, {losses}"
+    print(f"{time.perf_counter() - start_time:.0f} s, {losses}")
+    return learned, f"{steps} steps on {count} portraits"
 
 
 def apart(checkpoint: Any, sampler: Any, sigmas: torch.Tensor, settings: datasets.PairSettings, number: int) -> Any:

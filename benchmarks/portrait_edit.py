@@ -4,10 +4,10 @@ Table 1 of Chen et al. 2024 in small. Neutral portraits of held-out identities, 
 demo MCDM has learned from generated pairs (three expressions, three costumes); the renderer knows the true edit.
 
 - SDEdit (Meng et al. 2022) at two strengths, prompt-to-prompt after null-text inversion, and DiffEdit with the
-  ordinary demo checkpoint. They are told everything: the whole caption of the picture and of its edit.
-- MCDM is told the edit's words alone. Without a condition means with its null value at inference, by the same weights;
-  the paper trained without it. The full method is that of the workflow `mcdm_edit`: the mask's guidance, and the
-  source's own pixels outside of it.
+  ordinary demo checkpoint: told the same as MCDM, the edit's words alone; and once more told everything, the whole
+  caption of the picture and of its edit.
+- MCDM without a condition means with its null value at inference, by the same weights; the paper trained without it.
+  The full method is that of the workflow `mcdm_edit`: the mask's guidance, and the source's own pixels outside of it.
 
 Scores: share of edits that the attribute classifier sees; share of pictures of which it sees the same hair, eyes, skin
 and face (not the color of closed eyes); SSIM against the true edit; distance of the classifier's feature maps in the
@@ -20,10 +20,12 @@ Writes benchmarks/results/portrait_edit.json, .md and .jpg (the first portraits,
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import random
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,7 @@ EDITS = {
 }
 SOURCE_PROMPT = "a portrait of a person"
 STEPS = 20
-INVERSION_STEPS = 25
+INVERSION_STEPS = 20
 GUIDANCE_SCALE, NULL_TEXT_GUIDANCE_SCALE = 4.0, 1.5
 """Of the shipped workflows with the ordinary demo checkpoint."""
 NAMES = ("MCDM without spatial", "MCDM without image embedding", "MCDM without mask", "MCDM")
@@ -102,15 +104,29 @@ def edit_of(pair: Pair) -> str:
     return str(getattr(pair.target, pair.edited))
 
 
-def captions(parts: Parts, pairs: list[Pair]) -> tuple[Conditioning, Conditioning, Conditioning]:
-    """All that can be said of the pictures, of their edits, and nothing."""
-    whole = ([caption(p.source) for p in pairs], [caption(p.target) for p in pairs], [""] * len(pairs))
-    source, target, empty = (embed(parts.clip, texts) for texts in whole)
+Words = Callable[[Pair], tuple[str, str]]
+"""The source and the target prompt of a pair."""
+
+
+def edit_words(pair: Pair) -> tuple[str, str]:
+    """What MCDM is told."""
+    return SOURCE_PROMPT, EDITS[edit_of(pair)][1]
+
+
+def whole_captions(pair: Pair) -> tuple[str, str]:
+    """All that can be said of the picture and of its edit."""
+    return caption(pair.source), caption(pair.target)
+
+
+def prompts(parts: Parts, pairs: list[Pair], words: Words) -> tuple[Conditioning, Conditioning, Conditioning]:
+    """Of the pictures, of their edits, and the empty one."""
+    sources, targets = zip(*map(words, pairs), strict=True)
+    source, target, empty = (embed(parts.clip, list(texts)) for texts in (sources, targets, [""] * len(pairs)))
     return source, target, empty
 
 
-def by_sdedit(parts: Parts, pairs: list[Pair], strength: float, seed: int) -> torch.Tensor:
-    _, target, empty = captions(parts, pairs)
+def by_sdedit(parts: Parts, pairs: list[Pair], words: Words, strength: float, seed: int) -> torch.Tensor:
+    _, target, empty = prompts(parts, pairs, words)
     latent = parts.vae.encode(torch.stack([pair.before for pair in pairs]))
     made = comfy.sample.sample(
         parts.model, comfy.sample.prepare_noise(latent, seed), STEPS, GUIDANCE_SCALE, "ddim", "ddim_uniform", target,
@@ -119,8 +135,8 @@ def by_sdedit(parts: Parts, pairs: list[Pair], strength: float, seed: int) -> to
     return parts.vae.decode(made)
 
 
-def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], seed: int) -> torch.Tensor:
-    source, _, empty = captions(parts, pairs)
+def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], words: Words) -> torch.Tensor:
+    source, _, empty = prompts(parts, pairs, words)
     latent = parts.vae.encode(torch.stack([pair.before for pair in pairs]))
     plain = ddim_inversion(parts.model, latent, source, steps=INVERSION_STEPS)
     null_text = null_text_optimization(
@@ -130,15 +146,13 @@ def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], seed: int) -> torch.Ten
     made = []
     for index, pair in enumerate(pairs):
         own = one_picture(inversion, index)
-        model, positive = prompt_to_prompt(
-            parts.model, parts.clip, caption(pair.source), caption(pair.target), REFINE, inversion=own
-        )
+        model, positive = prompt_to_prompt(parts.model, parts.clip, *words(pair), REFINE, inversion=own)
         made.append(sample_inversion(model, own, positive, embed(parts.clip, [""]), NULL_TEXT_GUIDANCE_SCALE))
     return parts.vae.decode(torch.cat(made))
 
 
-def by_diffedit(parts: Parts, pairs: list[Pair], seed: int) -> torch.Tensor:
-    source, target, empty = captions(parts, pairs)
+def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int) -> torch.Tensor:
+    source, target, empty = prompts(parts, pairs, words)
     pictures = torch.stack([pair.before for pair in pairs])
     latent = parts.vae.encode(pictures)
     settings = EditMaskSettings(outliers=3.0)
@@ -159,11 +173,9 @@ def composite(pictures: torch.Tensor, edited: torch.Tensor, mask: torch.Tensor) 
 
 def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
     """All four; the mask and what is seen of the pictures are made once."""
-    model, texts = parts.edit_model, ([EDITS[edit_of(pair)][1] for pair in pairs], [SOURCE_PROMPT] * len(pairs))
-    pictures = torch.stack([pair.before for pair in pairs])
+    model, pictures = parts.edit_model, torch.stack([pair.before for pair in pairs])
     seen = mcdm.see_pictures(parts.mcdm, model, parts.vision, parts.vae, pictures)
-    target, source = (mcdm.with_pictures(embed(parts.clip, each), seen) for each in texts)
-    empty = mcdm.with_pictures(embed(parts.clip, [""] * len(pairs)), seen)
+    source, target, empty = (mcdm.with_pictures(each, seen) for each in prompts(parts, pairs, edit_words))
     settings = EditMaskSettings(kernel=arguments.kernel)
     contrast = edit_mask(model, target, source, seen.latent, settings, seed=seed).contrast
     limits = [arguments.threshold if pair.edited == "expression" else arguments.costume_threshold for pair in pairs]
@@ -266,6 +278,36 @@ def orderings(report: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+_worker: tuple[Parts, argparse.Namespace] | None = None
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """Load the networks in a worker process."""
+    global _worker
+    torch.set_num_threads(arguments.threads)
+    family.register()
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
+    edit_model = comfy.sd.load_checkpoint_guess_config(str(arguments.mcdm))[0]
+    parts = Parts(model, clip, vae, edit_model, load_clip_vision(), mcdm.load_mcdm(str(arguments.mcdm)))
+    _worker = parts, arguments
+
+
+def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
+    """The pictures [B, 128, 128, 3] of every method for some portraits and a seed."""
+    assert _worker is not None
+    (parts, arguments), (pairs, seed) = _worker, task
+    made: dict[str, torch.Tensor] = {}
+    for told, words in (("", edit_words), (", told everything", whole_captions)):
+        if not arguments.only_mcdm:
+            for strength in (0.5, 0.8):
+                made[f"SDEdit {strength}{told}"] = by_sdedit(parts, pairs, words, strength, seed)
+            made[f"prompt-to-prompt{told}"] = by_prompt_to_prompt(parts, pairs, words)
+            made[f"DiffEdit{told}"] = by_diffedit(parts, pairs, words, seed)
+    with torch.no_grad():
+        made |= by_mcdm(parts, pairs, seed, arguments)
+    return {name: pictures.detach().cpu().numpy() for name, pictures in made.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--portraits", type=int, default=204, help="a sixth for each edit (default 204)")
@@ -282,31 +324,21 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=weights / "identity-edit-demo.safetensors")
     parser.add_argument("--mcdm", type=Path, default=weights / "identity-edit-demo-mcdm.safetensors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processes", type=int, default=1, help="that share the portraits (default 1)")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
 
-    family.register()
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
-    edit_model = comfy.sd.load_checkpoint_guess_config(str(arguments.mcdm))[0]
-    parts = Parts(model, clip, vae, edit_model, load_clip_vision(), mcdm.load_mcdm(str(arguments.mcdm)))
     pairs = [draw_pair(arguments.seed, index) for index in range(arguments.portraits)]
-    ways: dict[str, Callable[[list[Pair], int], torch.Tensor]] = {
-        "SDEdit 0.5": lambda some, seed: by_sdedit(parts, some, 0.5, seed),
-        "SDEdit 0.8": lambda some, seed: by_sdedit(parts, some, 0.8, seed),
-        "prompt-to-prompt": lambda some, seed: by_prompt_to_prompt(parts, some, seed),
-        "DiffEdit": lambda some, seed: by_diffedit(parts, some, seed),
-    }
-    if arguments.only_mcdm:
-        ways = {}
-    made: dict[str, list[torch.Tensor]] = {}
+    tasks = [
+        (pairs[start : start + arguments.batch], arguments.seed + start)
+        for start in range(0, len(pairs), arguments.batch)
+    ]
     begin = time.perf_counter()
-    for start in tqdm(range(0, len(pairs), arguments.batch), unit="batch"):
-        some, seed = pairs[start : start + arguments.batch], arguments.seed + start
-        for name, way in ways.items():
-            made.setdefault(name, []).append(way(some, seed).detach().cpu())
-        with torch.no_grad():
-            for name, pictures in by_mcdm(parts, some, seed, arguments).items():
-                made.setdefault(name, []).append(pictures.cpu())
+    made: dict[str, list[torch.Tensor]] = {}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, spawn, initializer=load, initargs=(arguments,)) as pool:
+        for result in tqdm(pool.map(edit_batch, tasks), total=len(tasks), unit="batch"):
+            for name, pictures in result.items():
+                made.setdefault(name, []).append(torch.from_numpy(pictures))
     minutes = (time.perf_counter() - begin) / 60
     columns = {name: torch.cat(pictures).clamp(0, 1) for name, pictures in made.items()}
     masks = columns.pop("mask")

@@ -23,7 +23,8 @@ def workflow(count: int = COUNT):
     """The shipped workflow's Generate Pairs with what it needs, at two steps."""
     prompt = read_workflow("mcdm_generate_pairs")
     kept = {key: node for key, node in prompt.items() if node["class_type"] in (
-        "CheckpointLoaderSimple", "KSamplerSelect", "BasicScheduler", generate_pairs.NODE)}  # fmt: skip
+        "CheckpointLoaderSimple", "ControlNetLoader", "IdentityEditDrawDemoPortraits", "KSamplerSelect",
+        "BasicScheduler", generate_pairs.NODE)}  # fmt: skip
     for node in kept.values():
         if node["class_type"] == "BasicScheduler":
             node["inputs"]["steps"] = 2

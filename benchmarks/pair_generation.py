@@ -89,6 +89,9 @@ EDITS = "\n".join(
     else f"{name}: a portrait of a {{subject}} -> a portrait of a {{subject}} wearing a {name}"
     for name, (kind, _) in STATES.items()
 )
+WORDS = 5
+"""Identity words: the demo world's are 128 wide, the paper's two 768. Two learned hair style, skin and face shape, and
+no colors."""
 STEPS, SAMPLER, SCHEDULER, GUIDANCE_SCALE = 12, "dpmpp_2m", "karras", 4.0
 """Of the shipped workflows; the paper's guidance scale is 7.5, its sampler that of Karras et al. 2022 in 20 steps."""
 
@@ -129,7 +132,7 @@ def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, st
         clip,
         encode_pictures(vae, pictures, captions),
         features_of(clip_vision, pictures),
-        IdentitySettings(class_word="person", batch_size=8),
+        IdentitySettings(class_word="person", words=WORDS, batch_size=8),
         TrainingSettings(steps=steps, learning_rate=1e-3, checkpoint_every=100),
         checkpoint=lambda name: str(path.with_name(f"{name}.safetensors")),
         progress=lambda done, total, loss, _: print(f"\r{done}/{total} {loss:.4f}", end="", file=sys.stderr),
@@ -214,7 +217,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training-pictures", type=int, default=1500, help="of the identity words")
-    parser.add_argument("--training-steps", type=int, default=1500, help="of the identity words")
+    parser.add_argument("--training-steps", type=int, default=2000, help="of the identity words")
     parser.add_argument("--identity-words", type=Path, default=ROOT / "demo_output" / "identity_words.safetensors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()

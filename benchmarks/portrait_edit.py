@@ -3,9 +3,9 @@
 Table 1 of Chen et al. 2024 in small. Neutral portraits of held-out identities, each with one of the six edits that the
 demo MCDM has learned from generated pairs (three expressions, three costumes); the renderer knows the true edit.
 
-- SDEdit (Meng et al. 2022) at two strengths, prompt-to-prompt after null-text inversion, and DiffEdit with the
-  ordinary demo checkpoint: told the same as MCDM, the edit's words alone; and once more told everything, the whole
-  caption of the picture and of its edit.
+- SDEdit (Meng et al. 2022) at two strengths, prompt-to-prompt after DDIM inversion, and DiffEdit with the
+  ordinary demo checkpoint: told the same as MCDM, the edit's words alone; the latter two once more told everything,
+  the whole caption of the picture and of its edit.
 - MCDM without a condition means with its null value at inference, by the same weights; the paper trained without it.
   The full method is that of the workflow `mcdm_edit`: the mask's guidance, and the source's own pixels outside of it.
 
@@ -20,6 +20,7 @@ Writes benchmarks/results/portrait_edit.json, .md and .jpg (the first portraits,
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import multiprocessing
 import random
 import sys
@@ -27,6 +28,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +58,9 @@ from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask  
 from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend  # noqa: E402
 from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion  # noqa: E402
 from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider  # noqa: E402
-from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization  # noqa: E402
 from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
 from skimage.metrics import structural_similarity  # noqa: E402
-from subject_replacement import one_picture  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 EDITS = {
@@ -74,8 +74,8 @@ EDITS = {
 SOURCE_PROMPT = "a portrait of a person"
 STEPS = 20
 INVERSION_STEPS = 20
-GUIDANCE_SCALE, NULL_TEXT_GUIDANCE_SCALE = 4.0, 1.5
-"""Of the shipped workflows with the ordinary demo checkpoint."""
+GUIDANCE_SCALE = 4.0
+"""Of the shipped workflows with the ordinary demo checkpoint; 1 with prompt-to-prompt, after plain DDIM inversion."""
 NAMES = ("MCDM without spatial", "MCDM without image embedding", "MCDM without mask", "MCDM")
 WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK, FULL = NAMES
 
@@ -89,7 +89,7 @@ class Parts:
     vae: Any
     edit_model: Any
     vision: Any
-    mcdm: mcdm.MCDM
+    mcdm: Any
 
 
 def draw_pair(seed: int, index: int) -> Pair:
@@ -136,18 +136,14 @@ def by_sdedit(parts: Parts, pairs: list[Pair], words: Words, strength: float, se
 
 
 def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], words: Words) -> torch.Tensor:
-    source, _, empty = prompts(parts, pairs, words)
+    source, _, _ = prompts(parts, pairs, words)
     latent = parts.vae.encode(torch.stack([pair.before for pair in pairs]))
-    plain = ddim_inversion(parts.model, latent, source, steps=INVERSION_STEPS)
-    null_text = null_text_optimization(
-        parts.model, plain, source, empty, guidance_scale=NULL_TEXT_GUIDANCE_SCALE, method=ADAPTIVE
-    )
-    inversion = plain.with_embeddings(null_text.embeddings)
+    inversion = ddim_inversion(parts.model, latent, source, steps=INVERSION_STEPS)
     made = []
     for index, pair in enumerate(pairs):
-        own = one_picture(inversion, index)
+        own = dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1])
         model, positive = prompt_to_prompt(parts.model, parts.clip, *words(pair), REFINE, inversion=own)
-        made.append(sample_inversion(model, own, positive, embed(parts.clip, [""]), NULL_TEXT_GUIDANCE_SCALE))
+        made.append(sample_inversion(model, own, positive))
     return parts.vae.decode(torch.cat(made))
 
 
@@ -287,8 +283,11 @@ def load(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     family.register()
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
-    edit_model = comfy.sd.load_checkpoint_guess_config(str(arguments.mcdm))[0]
-    parts = Parts(model, clip, vae, edit_model, load_clip_vision(), mcdm.load_mcdm(str(arguments.mcdm)))
+    edit_model, made = None, None
+    if arguments.only != "others":
+        edit_model = comfy.sd.load_checkpoint_guess_config(str(arguments.mcdm))[0]
+        made = mcdm.load_mcdm(str(arguments.mcdm))
+    parts = Parts(model, clip, vae, edit_model, load_clip_vision(), made)
     _worker = parts, arguments
 
 
@@ -296,16 +295,36 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
     """The pictures [B, 128, 128, 3] of every method for some portraits and a seed."""
     assert _worker is not None
     (parts, arguments), (pairs, seed) = _worker, task
-    made: dict[str, torch.Tensor] = {}
+    ways: dict[str, Callable[[], dict[str, torch.Tensor]]] = {}
     for told, words in (("", edit_words), (", told everything", whole_captions)):
-        if not arguments.only_mcdm:
-            for strength in (0.5, 0.8):
-                made[f"SDEdit {strength}{told}"] = by_sdedit(parts, pairs, words, strength, seed)
-            made[f"prompt-to-prompt{told}"] = by_prompt_to_prompt(parts, pairs, words)
-            made[f"DiffEdit{told}"] = by_diffedit(parts, pairs, words, seed)
-    with torch.no_grad():
-        made |= by_mcdm(parts, pairs, seed, arguments)
-    return {name: pictures.detach().cpu().numpy() for name, pictures in made.items()}
+        for strength in (0.5, 0.8) if not told else ():
+            name = f"SDEdit {strength}"
+            ways[name] = partial(by_name, name, by_sdedit, parts, pairs, words, strength, seed)
+        name = f"prompt-to-prompt{told}"
+        ways[name] = partial(by_name, name, by_prompt_to_prompt, parts, pairs, words)
+        name = f"DiffEdit{told}"
+        ways[name] = partial(by_name, name, by_diffedit, parts, pairs, words, seed)
+    if arguments.only == "MCDM":
+        ways = {}
+    if arguments.only != "others":
+        ways["MCDM"] = partial(by_mcdm, parts, pairs, seed, arguments)
+    made: dict[str, np.ndarray] = {}
+    for name, way in ways.items():
+        path = arguments.keep / f"{name} {seed} {len(pairs)}.npz" if arguments.keep else None
+        if path is not None and path.exists():
+            made |= np.load(path)
+            continue
+        with torch.no_grad():
+            pictures = {key: value.detach().cpu().numpy() for key, value in way().items()}
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(path, **pictures)
+        made |= pictures
+    return made
+
+
+def by_name(name: str, way: Callable[..., torch.Tensor], *arguments: Any) -> dict[str, torch.Tensor]:
+    return {name: way(*arguments)}
 
 
 def main() -> None:
@@ -319,7 +338,10 @@ def main() -> None:
     parser.add_argument("--image-scale", type=float, default=3.0)
     parser.add_argument("--spatial-scale", type=float, default=3.0)
     parser.add_argument("--text-scale", type=float, default=5.0)
-    parser.add_argument("--only-mcdm", action="store_true", help="leave the other methods out")
+    parser.add_argument("--only", choices=("MCDM", "others"), help="a part of the methods")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder in which pictures are kept, so that a run that was stopped goes on"
+    )
     weights = ROOT / "demo_world" / "weights"
     parser.add_argument("--checkpoint", type=Path, default=weights / "identity-edit-demo.safetensors")
     parser.add_argument("--mcdm", type=Path, default=weights / "identity-edit-demo-mcdm.safetensors")
@@ -341,7 +363,7 @@ def main() -> None:
                 made.setdefault(name, []).append(torch.from_numpy(pictures))
     minutes = (time.perf_counter() - begin) / 60
     columns = {name: torch.cat(pictures).clamp(0, 1) for name, pictures in made.items()}
-    masks = columns.pop("mask")
+    masks = columns.pop("mask", None)
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
 
     report = {name: score(pictures, pairs) for name, pictures in columns.items()}
@@ -365,6 +387,9 @@ def main() -> None:
             f"{row['psnr_outside_db']:.1f} dB | {row['frechet_distance']:.1f} |"
         )
     everything = {"command": command, "commit": commit, "portraits": len(pairs), "minutes": minutes, "methods": report}
+    if arguments.only:
+        print("\n".join(lines))
+        return
     write_results("portrait_edit", everything, lines + orderings(report))
     before = torch.stack([pair.before for pair in pairs])
     truths = columns.pop("true edit (renderer)")

@@ -13,7 +13,7 @@ from comfy_api.latest import io, ui
 
 from ..pipelines import mcdm as mcdms
 from ..pipelines import train_mcdm
-from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded
+from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
 from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.training import TrainingRun, TrainingSettings
@@ -103,6 +103,12 @@ class TrainMCDM(io.ComfyNode):
                     step=0.01,
                     tooltip="Probability with which a pair loses one, two or all three of its conditions, for the "
                     "guidance. 0.2 in Chen et al. 2024 (section 3.3).",
+                ),
+                io.Boolean.Input(
+                    "mirror",
+                    default=False,
+                    tooltip="Train on every pair mirrored as well: twice the pairs, for edits and prompts that do not "
+                    "tell left from right. Chen et al. 2024 do not name it.",
                 ),
                 io.Int.Input(
                     "image_tokens",
@@ -209,6 +215,7 @@ class TrainMCDM(io.ComfyNode):
         gradient_accumulation: int,
         identity_share: float,
         dropout: float,
+        mirror: bool,
         image_tokens: int,
         ema_decay: float,
         precision: str,
@@ -224,6 +231,8 @@ class TrainMCDM(io.ComfyNode):
 
         next_path(filename_prefix, EXAMPLE_PREFIX)  # better before a long training than after it
         pairs, held_out = pairs_in_folder(find_folder(folder))
+        if mirror:
+            pairs = with_mirrored(pairs)
         run_folder = os.path.join(folder_paths.get_output_directory(), RUN_FOLDER)
         bar = ProgressBar(len(pairs))
         trained, run = train_mcdm.train_mcdm(

@@ -36,12 +36,14 @@ class PairFiles:
     Attributes:
         source, target: files of x_A and x_B.
         source_prompt, target_prompt: p_a and p_b.
+        mirrored: both pictures left and right exchanged.
     """
 
     source: Path
     target: Path
     source_prompt: str
     target_prompt: str
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
                 f"Line {number} of {index} describes no pair ({error!r}); take it out, or make the pairs again."
             ) from error
     return splits
+
+
+def with_mirrored(pairs: Sequence[PairFiles]) -> list[PairFiles]:
+    """The pairs, and after them each one mirrored."""
+    return [*pairs, *(dataclasses.replace(pair, mirrored=True) for pair in pairs)]
 
 
 def encode_pairs(
@@ -201,8 +208,8 @@ def _write(
             for start in range(done, len(pairs), _AT_ONCE):
                 some = pairs[start : start + _AT_ONCE]
                 records = np.zeros(len(some), dtype=layout)
-                sources = torch.stack([_read(pair.source, size) for pair in some])
-                targets = torch.stack([_read(pair.target, size) for pair in some])
+                sources = torch.stack([_read(pair.source, size, pair.mirrored) for pair in some])
+                targets = torch.stack([_read(pair.target, size, pair.mirrored) for pair in some])
                 records["source"] = _encode(vae, sources).numpy()
                 records["target"] = _encode(vae, targets).numpy()
                 records["tokens"] = vision_tokens(clip_vision, sources).numpy()
@@ -218,14 +225,14 @@ def _write(
         ) from error
 
 
-def _read(path: Path, size: tuple[int, int]) -> torch.Tensor:
+def _read(path: Path, size: tuple[int, int], mirrored: bool) -> torch.Tensor:
     picture = read_picture(path)
     if tuple(picture.shape[:2]) != size:
         raise IdentityEditError(
             f"The picture {path} is {picture.shape[1]}x{picture.shape[0]} and others are {size[1]}x{size[0]}; train on "
             f"pairs of one size."
         )
-    return picture
+    return picture.flip(1) if mirrored else picture
 
 
 def _encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
@@ -246,7 +253,7 @@ def _fingerprint(pairs: Sequence[PairFiles], size: tuple[int, int], vae: Any, vi
                     f"The picture {path} is missing; make its pair again, or take it out of the index."
                 ) from error
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} ".encode())
-        digest.update(f"{pair.source_prompt}\0{pair.target_prompt}\0".encode())
+        digest.update(f"{pair.source_prompt}\0{pair.target_prompt}\0{'mirrored' * pair.mirrored}".encode())
     state = vae.get_sd()
     of_vae = [[name, state[name].flatten()[:2].float().tolist()] for name in sorted(state)[:64]]
     return run_hash({"pairs": digest.hexdigest(), "size": size, "vae": of_vae, "vision": dataclasses.asdict(vision)})

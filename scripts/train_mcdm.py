@@ -46,6 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--accumulation", type=int, default=1, help="batches of one process for a step (default 1)")
     parser.add_argument("--identity-share", type=float, default=0.05)
     parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--mirror", action="store_true", help="train on every pair mirrored as well")
     parser.add_argument("--image-tokens", type=int, default=77)
     parser.add_argument("--ema-decay", type=float, default=0.9999)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
@@ -81,7 +82,7 @@ def main() -> int:
     import comfy.sd
     from identity_edit_pack.demo_world import family
     from identity_edit_pack.pipelines import mcdm, train_mcdm
-    from identity_edit_pack.pipelines.encoded_pairs import pairs_in_folder, remove_encoded
+    from identity_edit_pack.pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
     from identity_edit_pack.pipelines.engine.edit_model import register_families
     from identity_edit_pack.pipelines.errors import IdentityEditError
     from identity_edit_pack.pipelines.processes import launched_processes
@@ -93,6 +94,8 @@ def main() -> int:
     try:
         processes = launched_processes()
         pairs, held_out = pairs_in_folder(arguments.pairs)
+        if arguments.mirror:
+            pairs = with_mirrored(pairs)
         run_folder = arguments.run_folder or arguments.output.with_suffix(".run")
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
         with tqdm(total=arguments.steps, unit="step", disable=processes.index > 0) as bar:

@@ -36,6 +36,7 @@ SETTINGS: dict[str, Any] = {
     "seed": 0,
     "sample_every": 2,
     "checkpoint_every": 2,
+    "mirror": False,
     "file_contents": train_mcdm.UNET_ALONE,
     "file_dtype": "float32",
     "filename_prefix": "diffusion_models/mcdm",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
@@ -15,10 +14,8 @@ from ..pipelines import mcdm_guidance
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.identity_mask_blend import identity_mask_blend
 from ..pipelines.inversion import Inversion as InversionData
+from .saved_files import model_files, model_path
 from .sockets import Inversion, at_picture_size, latent_samples, progress, schema, show_text
-
-_DIFFUSION_MODELS = "diffusion_models"
-_FOLDER_MARK = f" [{_DIFFUSION_MODELS}]"
 
 
 class MCDMConditioner(io.ComfyNode):
@@ -43,7 +40,7 @@ class MCDMConditioner(io.ComfyNode):
                 io.Image.Input("picture", tooltip="The source picture, or a batch of them."),
                 io.Combo.Input(
                     "file",
-                    options=_model_files(),
+                    options=model_files(),
                     tooltip="The file that the model comes from; it also holds the image embedding. Press R to list "
                     "new ones.",
                 ),
@@ -83,13 +80,13 @@ class MCDMConditioner(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file not in _model_files():
+        if file not in model_files():
             return f"file '{file}' is not there any more; choose another one, or train it again."
         return True
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return os.path.getmtime(_model_path(file)) if file in _model_files() else 0.0
+        return os.path.getmtime(model_path(file)) if file in model_files() else 0.0
 
     @classmethod
     def execute(
@@ -103,7 +100,7 @@ class MCDMConditioner(io.ComfyNode):
         target_prompt: str,
         source_prompt: str,
     ) -> io.NodeOutput:
-        made = mcdms.load_mcdm(_model_path(file))
+        made = mcdms.load_mcdm(model_path(file))
         warning = mcdms.check_mcdm(made, model)
         seen = mcdms.see_pictures(made, model, clip_vision, vae, picture)
         positive, negative, source = (
@@ -116,18 +113,6 @@ class MCDMConditioner(io.ComfyNode):
         if known:
             text += f" It knows {len(known)} prompts, such as '{known[0]}'."
         return io.NodeOutput(positive, negative, source, {"samples": seen.latent}, show_text(cls, text, warning))
-
-
-def _model_files() -> list[str]:
-    """Names of all checkpoints, and of all diffusion models with a mark behind them."""
-    models = [f"{name}{_FOLDER_MARK}" for name in folder_paths.get_filename_list(_DIFFUSION_MODELS)]
-    return [name for name in folder_paths.get_filename_list("checkpoints") + models if ".safetensors" in name]
-
-
-def _model_path(file: str) -> str:
-    if file.endswith(_FOLDER_MARK):
-        return folder_paths.get_full_path_or_raise(_DIFFUSION_MODELS, file.removesuffix(_FOLDER_MARK))
-    return folder_paths.get_full_path_or_raise("checkpoints", file)
 
 
 class MCDMGuider(io.ComfyNode):

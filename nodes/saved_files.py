@@ -11,6 +11,8 @@ from ..pipelines.errors import IdentityEditError
 FILE_ENDING = ".safetensors"
 IN_OUTPUT_FOLDER = " [output]"
 """ComfyUI's mark on names that are not relative to the input folder."""
+_DIFFUSION_MODELS = "diffusion_models"
+_FOLDER_MARK = f" [{_DIFFUSION_MODELS}]"
 
 
 def next_path(filename_prefix: str, example: str) -> str:
@@ -49,3 +51,16 @@ def _files_in(folder: str) -> list[str]:
         return []
     names, _ = folder_paths.recursive_search(folder)
     return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(FILE_ENDING)]
+
+
+def model_files() -> list[str]:
+    """Names of all checkpoints, and of all diffusion models with a mark behind them."""
+    models = [f"{name}{_FOLDER_MARK}" for name in folder_paths.get_filename_list(_DIFFUSION_MODELS)]
+    return [name for name in folder_paths.get_filename_list("checkpoints") + models if ".safetensors" in name]
+
+
+def model_path(file: str) -> str:
+    """The path of one of `model_files`."""
+    if file.endswith(_FOLDER_MARK):
+        return folder_paths.get_full_path_or_raise(_DIFFUSION_MODELS, file.removesuffix(_FOLDER_MARK))
+    return folder_paths.get_full_path_or_raise("checkpoints", file)

@@ -17,11 +17,12 @@ from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirr
 from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.training import TrainingRun, TrainingSettings
-from .saved_files import next_path
+from .saved_files import model_files, model_path, next_path
 from .sockets import schema, show_text
 from .training import LossMap, training_progress
 
 RUN_FOLDER = "mcdm"
+NEW = "new"
 WHOLE, UNET_ALONE = "whole checkpoint", "UNet alone"
 EXAMPLE_PREFIX = "checkpoints/mcdm"
 
@@ -117,6 +118,13 @@ class TrainMCDM(io.ComfyNode):
                     max=4096,
                     tooltip="Tokens of the image embedding. 77, a text's length: all terms of the guidance then fit "
                     "into one call. 0 takes as many as CLIP vision gives, as Karras et al. 2023 do.",
+                ),
+                io.Combo.Input(
+                    "image_embedding",
+                    options=[NEW, *model_files()],
+                    default=NEW,
+                    tooltip="Where the image embedding begins: new, or as in the file of a model that was trained "
+                    "before, which goes on with it. Press R to list new files.",
                 ),
                 io.Float.Input(
                     "ema_decay",
@@ -217,6 +225,7 @@ class TrainMCDM(io.ComfyNode):
         dropout: float,
         mirror: bool,
         image_tokens: int,
+        image_embedding: str,
         ema_decay: float,
         precision: str,
         checkpointing: bool,
@@ -260,6 +269,7 @@ class TrainMCDM(io.ComfyNode):
                 sample_every=sample_every,
             ),
             run_folder,
+            start=None if image_embedding == NEW else mcdms.load_mcdm(model_path(image_embedding)),
             sample_pair=held_out[0] if held_out else None,
             progress=training_progress(model, steps),
             encoding_progress=lambda done, total: bar.update_absolute(done, total),

@@ -138,6 +138,7 @@ def train_mcdm(
     training: TrainingSettings,
     folder: str,
     *,
+    start: MCDM | None = None,
     sample_pair: PairFiles | None = None,
     progress: Progress | None = None,
     encoding_progress: Callable[[int, int], None] | None = None,
@@ -156,6 +157,7 @@ def train_mcdm(
         settings, training: see there.
         folder: where the encoded pairs and the checkpoint of the run are, one for all processes; both are named by what
             they depend on.
+        start: of the file of `model`, where that is an MCDM: the image embedding goes on from it. None begins anew.
         sample_pair: whose source the samples edit; None takes the first of `pairs`.
         progress: called after every step; samples are latents [1, C, h, w] in the scale of LATENT sockets.
         encoding_progress: called with (pairs encoded, pairs in all).
@@ -177,7 +179,7 @@ def train_mcdm(
     of_sample = encode([sample_pair]) if sample_pair is not None else encoded
     if of_sample.latent_shape != encoded.latent_shape:
         raise IdentityEditError("The pair for samples has another size than the others; use pairs of one size.")
-    run = run_hash(_run_description(model, clip, encoded, settings, training, processes))
+    run = run_hash(_run_description(model, clip, encoded, settings, training, processes, start))
     latent_shape = [settings.batch_size, *encoded.latent_shape]
     keys = unet_keys(edit_model)
     with trainable_networks(
@@ -189,8 +191,7 @@ def train_mcdm(
         latent_shape=latent_shape,
         checkpointing=settings.checkpointing,
     ) as networks:
-        start = generator_of(training.seed, 0, "image embedding")
-        embedding = new_embedding(edit_model, clip_vision, encoded.latent_shape, start, settings.image_tokens)
+        embedding = _first_embedding(edit_model, clip_vision, encoded, settings, training.seed, start)
         embedding = embedding.to(networks.device).requires_grad_(True)
         variables: dict[str, torch.Tensor] = {_UNET + key: value for key, value in networks.model_variables.items()}
         variables |= {_EMBEDDING + name: value for name, value in embedding.named_parameters()}
@@ -237,6 +238,30 @@ def train_mcdm(
         },
     )
     return TrainedMCDM(edit_model, mcdm, weights, encoded), record
+
+
+def _first_embedding(
+    model: Any, clip_vision: Any, encoded: EncodedPairs, settings: MCDMSettings, seed: int, start: MCDM | None
+) -> ImageEmbedding:
+    """MLP(.) before the first step."""
+    generator = generator_of(seed, 0, "image embedding")
+    embedding = new_embedding(model, clip_vision, encoded.latent_shape, generator, settings.image_tokens)
+    if start is not None:
+        difference = encoded.vision.difference(start.vision)
+        if difference is not None:
+            raise IdentityEditError(
+                f"The image embedding to go on from was trained with another CLIP vision ({difference}); load that one."
+            )
+        weights = start.embedding.state_dict()
+        if {name: tensor.shape for name, tensor in weights.items()} != {
+            name: tensor.shape for name, tensor in embedding.state_dict().items()
+        }:
+            raise IdentityEditError(
+                "The image embedding to go on from has another size; use pairs of the size and the image_tokens of its "
+                "training, or begin a new one."
+            )
+        embedding.load_state_dict(weights)
+    return embedding
 
 
 def checkpoint_path(folder: str, trained: TrainedMCDM) -> str:
@@ -314,6 +339,7 @@ def _run_description(
     settings: MCDMSettings,
     training: TrainingSettings,
     processes: Processes,
+    start: MCDM | None,
 ) -> dict[str, Any]:
     """Everything that the result of a step depends on; weights by samples of them, patches of others by strengths."""
     optimisation = {**dataclasses.asdict(training), **dataclasses.asdict(settings)}
@@ -331,7 +357,8 @@ def _run_description(
         for key, value in sorted(clip.patcher.get_key_patches("clip_").items())
         if key.endswith("_proj.weight")
     ]
-    return {
+    went_before = {} if start is None else {"start": start.training.get("run", "unknown")}
+    return went_before | {
         "settings": optimisation,
         "model": dataclasses.asdict(engine.model_tag(model)),
         "patches": patches,

@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--identity-share", type=float, default=0.05)
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--mirror", action="store_true", help="train on every pair mirrored as well")
+    parser.add_argument("--start", type=Path, help="an MCDM's file whose image embedding training goes on from")
     parser.add_argument("--image-tokens", type=int, default=77)
     parser.add_argument("--ema-decay", type=float, default=0.9999)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
@@ -128,6 +129,7 @@ def main() -> int:
                     checkpoint_every=arguments.checkpoint_every,
                 ),
                 str(run_folder),
+                start=mcdm.load_mcdm(str(arguments.start)) if arguments.start else None,
                 sample_pair=held_out[0] if held_out else None,
                 progress=progress,
                 processes=processes,

@@ -37,6 +37,7 @@ SETTINGS: dict[str, Any] = {
     "sample_every": 2,
     "checkpoint_every": 2,
     "mirror": False,
+    "image_embedding": train_mcdm.NEW,
     "file_contents": train_mcdm.UNET_ALONE,
     "file_dtype": "float32",
     "filename_prefix": "diffusion_models/mcdm",
@@ -100,7 +101,7 @@ def test_a_model_is_trained_saved_listed_and_edits_a_picture(parts: Any, own_fol
     assert samples.shape == (2, 64, 64, 3) and len(loss["loss"]) == 3
     assert "3 steps on 3 pairs" in report and file in report
     name = Path(file).name + " [diffusion_models]"
-    assert name in nodes._model_files() and nodes.MCDMConditioner.validate_inputs(name) is True
+    assert name in nodes.model_files() and nodes.MCDMConditioner.validate_inputs(name) is True
     assert "not there any more" in str(nodes.MCDMConditioner.validate_inputs("other.safetensors"))
     assert not list((own_folders / "output" / train_mcdm.RUN_FOLDER).glob("*.safetensors"))
 

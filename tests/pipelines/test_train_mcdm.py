@@ -250,6 +250,36 @@ def test_encoding_goes_on_where_it_was_stopped(tmp_path: Path):
     assert torch.equal(again.latents("source", [3]), vae.encode(source))
 
 
+def test_mirrored_pairs_follow_and_hold_the_mirrored_pictures(tmp_path: Path):
+    pairs = make_pairs(tmp_path)
+    vae, vision = tiny_vision.VAE(), tiny_vision.clip_vision()
+    both = encoded_pairs.with_mirrored(pairs)
+    encoded = encoded_pairs.encode_pairs(both, vae, vision, str(tmp_path))
+    assert len(encoded) == 10 and encoded.target_prompts[5:] == [pair.target_prompt for pair in pairs]
+    for which, path in (("source", pairs[2].source), ("target", pairs[2].target)):
+        turned = torch.from_numpy(np.array(Image.open(path).convert("RGB"))[None, :, ::-1].copy()).float() / 255
+        assert torch.allclose(encoded.latents(which, [7]), vae.encode(turned), atol=1e-5)
+    assert encoded.fingerprint != encoded_pairs.encode_pairs([*pairs, *pairs], vae, vision, str(tmp_path)).fingerprint
+
+
+def test_a_training_goes_on_from_an_earlier_image_embedding(tmp_path: Path):
+    pairs = make_pairs(tmp_path)
+    first, _ = train(pairs, tmp_path)
+    parts = (first.model, *networks()[1:])
+    still = dataclasses.replace(TRAINING, steps=1, learning_rate=1e-9, ema_decay=0.0, weight_decay=0.0)
+    again, _ = train(pairs, tmp_path, training=still, parts=parts, start=first.mcdm)
+    for name, weight in first.mcdm.embedding.state_dict().items():
+        assert torch.allclose(again.mcdm.embedding.state_dict()[name], weight, atol=1e-6), name
+    anew, _ = train(pairs, tmp_path, training=still, parts=parts)
+    assert not torch.allclose(anew.mcdm.embedding.mix.weight, first.mcdm.embedding.mix.weight, atol=1e-6)
+    other = dataclasses.replace(SETTINGS, image_tokens=3)
+    with pytest.raises(IdentityEditError, match="another size"):
+        train(pairs, tmp_path, other, still, parts=parts, start=first.mcdm)
+    another = dataclasses.replace(first.mcdm, vision=dataclasses.replace(first.mcdm.vision, width=7))
+    with pytest.raises(IdentityEditError, match="another CLIP vision"):
+        train(pairs, tmp_path, training=still, parts=parts, start=another)
+
+
 def test_a_corrupt_missing_or_odd_picture_is_named(tmp_path: Path):
     vae, vision = tiny_vision.VAE(), tiny_vision.clip_vision()
     pairs = make_pairs(tmp_path)

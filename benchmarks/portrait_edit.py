@@ -4,8 +4,8 @@ Table 1 of Chen et al. 2024 in small. Neutral portraits of held-out identities, 
 demo MCDM has learned from generated pairs (three expressions, three costumes); the renderer knows the true edit.
 
 - SDEdit (Meng et al. 2022) at two strengths, prompt-to-prompt after DDIM inversion, and DiffEdit with the
-  ordinary demo checkpoint: told the same as MCDM, the edit's words alone; the latter two once more told everything,
-  the whole caption of the picture and of its edit.
+  ordinary demo checkpoint: told the same as MCDM, the edit's words alone; DiffEdit once more told everything, the whole
+  caption of the picture and of its edit.
 - MCDM without a condition means with its null value at inference, by the same weights; the paper trained without it.
   The full method is that of the workflow `mcdm_edit`: the mask's guidance, and the source's own pixels outside of it.
 
@@ -74,6 +74,7 @@ EDITS = {
 SOURCE_PROMPT = "a portrait of a person"
 STEPS = 20
 INVERSION_STEPS = 20
+P2P = "prompt-to-prompt"
 GUIDANCE_SCALE = 4.0
 """Of the shipped workflows with the ordinary demo checkpoint; 1 with prompt-to-prompt, after plain DDIM inversion."""
 NAMES = ("MCDM without spatial", "MCDM without image embedding", "MCDM without mask", "MCDM")
@@ -296,13 +297,11 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
     assert _worker is not None
     (parts, arguments), (pairs, seed) = _worker, task
     ways: dict[str, Callable[[], dict[str, torch.Tensor]]] = {}
-    for told, words in (("", edit_words), (", told everything", whole_captions)):
-        for strength in (0.5, 0.8) if not told else ():
-            name = f"SDEdit {strength}"
-            ways[name] = partial(by_name, name, by_sdedit, parts, pairs, words, strength, seed)
-        name = f"prompt-to-prompt{told}"
-        ways[name] = partial(by_name, name, by_prompt_to_prompt, parts, pairs, words)
-        name = f"DiffEdit{told}"
+    for strength in (0.5, 0.8):
+        name = f"SDEdit {strength}"
+        ways[name] = partial(by_name, name, by_sdedit, parts, pairs, edit_words, strength, seed)
+    ways[P2P] = partial(by_name, P2P, by_prompt_to_prompt, parts, pairs, edit_words)
+    for name, words in (("DiffEdit", edit_words), ("DiffEdit, told everything", whole_captions)):
         ways[name] = partial(by_name, name, by_diffedit, parts, pairs, words, seed)
     if arguments.only == "MCDM":
         ways = {}

@@ -60,6 +60,7 @@ from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_invers
 from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider  # noqa: E402
 from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
+from safetensors.numpy import load_file, save_file  # noqa: E402
 from skimage.metrics import structural_similarity  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
@@ -309,15 +310,15 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
         ways["MCDM"] = partial(by_mcdm, parts, pairs, seed, arguments)
     made: dict[str, np.ndarray] = {}
     for name, way in ways.items():
-        path = arguments.keep / f"{name} {seed} {len(pairs)}.npz" if arguments.keep else None
+        path = arguments.keep / f"{name} {seed} {len(pairs)}.safetensors" if arguments.keep else None
         if path is not None and path.exists():
-            made |= np.load(path)
+            made |= load_file(path)
             continue
         with torch.no_grad():
             pictures = {key: value.detach().cpu().numpy() for key, value in way().items()}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(path, **pictures)
+            save_file(pictures, path)
         made |= pictures
     return made
 
@@ -362,7 +363,7 @@ def main() -> None:
                 made.setdefault(name, []).append(torch.from_numpy(pictures))
     minutes = (time.perf_counter() - begin) / 60
     columns = {name: torch.cat(pictures).clamp(0, 1) for name, pictures in made.items()}
-    masks = columns.pop("mask", None)
+    masks = [columns.pop("mask")] if "mask" in columns else []
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
 
     report = {name: score(pictures, pairs) for name, pictures in columns.items()}
@@ -392,7 +393,7 @@ def main() -> None:
     write_results("portrait_edit", everything, lines + orderings(report))
     before = torch.stack([pair.before for pair in pairs])
     truths = columns.pop("true edit (renderer)")
-    save_sheet(RESULTS / "portrait_edit.jpg", [before, *columns.values(), masks, truths])
+    save_sheet(RESULTS / "portrait_edit.jpg", [before, *columns.values(), *masks, truths])
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
             made |= load_file(path)
             continue
         with torch.no_grad():
-            pictures = {key: value.detach().cpu().numpy() for key, value in way().items()}
+            pictures = {key: value.detach().cpu().contiguous().numpy() for key, value in way().items()}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(pictures, path)
@@ -332,12 +332,12 @@ def main() -> None:
     parser.add_argument("--portraits", type=int, default=204, help="a sixth for each edit (default 204)")
     parser.add_argument("--batch", type=int, default=12, help="portraits at once (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="draws the portraits and all noise (default 0)")
-    parser.add_argument("--threshold", type=float, default=0.35, help="of the mask for expressions (default 0.35)")
-    parser.add_argument("--costume-threshold", type=float, default=0.2, help="and for costumes (default 0.2)")
-    parser.add_argument("--kernel", type=int, default=5, help="of the mask's Gaussian (default 5)")
+    parser.add_argument("--threshold", type=float, default=0.2, help="of the mask for expressions; 0.35 in the paper")
+    parser.add_argument("--costume-threshold", type=float, default=0.2, help="and for costumes, as in the paper")
+    parser.add_argument("--kernel", type=int, default=3, help="of the mask's Gaussian; 5 in the paper, on 64x64 cells")
     parser.add_argument("--image-scale", type=float, default=3.0)
     parser.add_argument("--spatial-scale", type=float, default=3.0)
-    parser.add_argument("--text-scale", type=float, default=5.0)
+    parser.add_argument("--text-scale", type=float, default=4.0, help="5 in the paper")
     parser.add_argument("--only", choices=("MCDM", "others"), help="a part of the methods")
     parser.add_argument(
         "--keep", type=Path, help="a folder in which pictures are kept, so that a run that was stopped goes on"

@@ -374,7 +374,7 @@ def main() -> None:
         f"`{command}` at commit {commit}: {len(pairs)} portraits, six edits, seed {arguments.seed}; MCDM with scales "
         f"{arguments.image_scale:g}, {arguments.spatial_scale:g}, {arguments.text_scale:g}, {STEPS} steps of UniPC, "
         f"mask thresholds {arguments.threshold:g} and {arguments.costume_threshold:g} (costumes), kernel "
-        f"{arguments.kernel}; {minutes:.0f} minutes.",
+        f"{arguments.kernel}" + (f"; {minutes:.0f} minutes." if arguments.keep is None else "."),
         "",
         "| method | edit done | expression / costume | identity kept | both | SSIM | feature distance | PSNR outside | "
         "Frechet distance |",

@@ -107,7 +107,7 @@ class TrainIdentityWords(io.ComfyNode):
                     "precision",
                     options=[BFLOAT16, FLOAT32],
                     default=BFLOAT16,
-                    tooltip="In what the frozen networks compute. Choose float32 on a CPU, without "
+                    tooltip="In what the frozen networks compute. Choose float32 on a CPU without "
                     "bfloat16 instructions, where it is slower.",
                 ),
                 io.Boolean.Input(

@@ -226,8 +226,8 @@ class GeneratePairs(io.ComfyNode):
                     default=datasets.SUBJECTS,
                     multiline=True,
                     tooltip="What stands for {subject}, one a line; one is drawn for each pair. As many lines as "
-                    "identity pictures: each picture has its own. Words, a vertical bar and a name: drawn by the words, "
-                    "called by the name in the dataset. A man or a woman in Chen et al. 2024.",
+                    "identity pictures: each picture has its own. Words, a vertical bar and a name: drawn by the words,"
+                    " called by the name in the dataset. A man or a woman in Chen et al. 2024.",
                 ),
                 io.String.Input(
                     "shared_prompt",

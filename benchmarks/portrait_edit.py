@@ -216,10 +216,11 @@ def features(classifier: torch.nn.Module, pictures: torch.Tensor) -> tuple[list[
     return maps, classifier.squeeze(x)  # type: ignore[operator]
 
 
-def feature_distances(classifier: torch.nn.Module, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[B], in the manner of LPIPS (Zhang et al. 2018, equation 1) without its learned weights of channels."""
-    total = torch.zeros(len(a))
-    for of_a, of_b in zip(features(classifier, a)[0], features(classifier, b)[0], strict=True):
+def feature_distances(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
+    """[B] from two lists of feature maps, in the manner of LPIPS (Zhang et al. 2018, equation 1) without its learned
+    weights of channels."""
+    total = torch.zeros(len(a[0]))
+    for of_a, of_b in zip(a, b, strict=True):
         first, second = (torch.nn.functional.normalize(each, dim=1) for each in (of_a, of_b))
         total += (first - second).square().sum(1).mean((1, 2))
     return total
@@ -236,12 +237,13 @@ def score(pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
     classifier = load_classifier()
     answers = classify(classifier, pictures)
     truths = torch.stack([pair.after for pair in pairs])
+    distances, ours, theirs = [], [], []
     with torch.no_grad():
-        chunks = list(zip(pictures.split(32), truths.split(32), strict=True))
-        distances = torch.cat([feature_distances(classifier, a, b) for a, b in chunks])
-        ours, theirs = (
-            torch.cat([features(classifier, chunk[side])[1] for chunk in chunks]).double().numpy() for side in (0, 1)
-        )
+        for some, true in zip(pictures.split(32), truths.split(32), strict=True):
+            (maps, own), (true_maps, their) = features(classifier, some), features(classifier, true)
+            distances.append(feature_distances(maps, true_maps))
+            ours.append(own)
+            theirs.append(their)
     rows = []
     for index, (picture, pair) in enumerate(zip(pictures, pairs, strict=True)):
         sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
@@ -261,7 +263,8 @@ def score(pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
         )
     names = [*rows[0], *(name for name in rows[1] if name not in rows[0])]
     means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
-    return means | {"feature_distance": float(distances.mean()), "frechet_distance": frechet_distance(ours, theirs)}
+    frechet = frechet_distance(*(torch.cat(each).double().numpy() for each in (ours, theirs)))
+    return means | {"feature_distance": float(torch.cat(distances).mean()), "frechet_distance": frechet}
 
 
 def orderings(report: dict[str, dict[str, Any]]) -> list[str]:
@@ -307,7 +310,11 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
     if arguments.only == "MCDM":
         ways = {}
     if arguments.only != "others":
-        ways["MCDM"] = partial(by_mcdm, parts, pairs, seed, arguments)
+        settings = (
+            arguments.image_scale, arguments.spatial_scale, arguments.text_scale, arguments.threshold,
+            arguments.costume_threshold, arguments.kernel,
+        )  # fmt: skip
+        ways[f"MCDM {settings}"] = partial(by_mcdm, parts, pairs, seed, arguments)  # kept for these settings alone
     made: dict[str, np.ndarray] = {}
     for name, way in ways.items():
         path = arguments.keep / f"{name} {seed} {len(pairs)}.safetensors" if arguments.keep else None

@@ -25,7 +25,7 @@ from .networks import UNET_CONFIG, TextEncoder, initialise, make_autoencoder, ma
 from .pictures import EVALUATION_SEED, to_tensor
 from .pose import draw_pose
 from .renderer import render
-from .train_unet import MATRIX_ATTENTION, sd1_alphas_cumprod
+from .train_unet import MATRIX_ATTENTION, add_noise, sd1_alphas_cumprod
 from .training import train
 
 CONTROL_FOLDER = Path(__file__).parent / "control"
@@ -112,12 +112,7 @@ def train_control(folder: Path, steps: int, batch_size: int, learning_rate: floa
         chosen = torch.randint(0, len(rows), (batch_size,), generator=generator)
         text = rows[chosen].clone()
         text[torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT] = empty
-        strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-        timesteps = (strata * 1000).long().clamp(max=999)
-        alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        clean = data["latents"][chosen].float()
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(memory_format=torch.channels_last)
+        noisy, noise, timesteps = add_noise(data["latents"][chosen].float(), alphas_cumprod, generator)
         context = text_encoder(text)
         hint = (data["poses"][chosen].float() / 255).to(memory_format=torch.channels_last)
         held = control(noisy, hint, timesteps.float(), context, transformer_options=MATRIX_ATTENTION)

@@ -33,6 +33,20 @@ def sd1_alphas_cumprod() -> torch.Tensor:
     return torch.cumprod(1 - betas, 0).float()
 
 
+def add_noise(
+    clean: torch.Tensor, alphas_cumprod: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents [B, C, h, w] at timesteps that cover the whole schedule evenly in every batch: (noisy latents, noise,
+    timesteps [B])."""
+    count = len(clean)
+    strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    timesteps = (strata * 1000).long().clamp(max=999)
+    alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noise = torch.randn(clean.shape, generator=generator)
+    noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(memory_format=torch.channels_last)
+    return noisy, noise, timesteps
+
+
 def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
     """Train on ``folder/latents.safetensors`` and write ``folder/unet.pt`` (averaged weights).
 
@@ -63,16 +77,11 @@ def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) 
         template = torch.randint(0, rows.shape[1], (batch_size,), generator=generator)
         text = rows[chosen, template].long()
         text[torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT] = empty
-        # Stratified timesteps: every batch covers the whole schedule evenly.
-        strata = (torch.arange(batch_size) + torch.rand(batch_size, generator=generator)) / batch_size
-        timesteps = (strata * 1000).long().clamp(max=999)
-        alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
-        clean = latents[chosen].float()
-        noise = torch.randn(clean.shape, generator=generator)
-        noisy = (alpha.sqrt() * clean + (1 - alpha).sqrt() * noise).to(memory_format=torch.channels_last)
+        noisy, noise, timesteps = add_noise(latents[chosen].float(), alphas_cumprod, generator)
         predicted = unet(noisy, timesteps.float(), context=text_encoder(text), transformer_options=MATRIX_ATTENTION)
         error = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
-        snr = (alpha / (1 - alpha)).flatten()
+        alpha = alphas_cumprod[timesteps]
+        snr = alpha / (1 - alpha)
         return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
 
     def save() -> str:

@@ -18,6 +18,7 @@ from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from .saved_files import FILE_ENDING, loadable_files, next_path
 from .sockets import IdentityWords, SubjectPictures, schema, show_text
+from .training import checkpointing_input
 
 LossMap = io.Custom("LOSS_MAP")
 FILE_FOLDER = "identity_words"
@@ -110,12 +111,7 @@ class TrainIdentityWords(io.ComfyNode):
                     tooltip="In what the frozen networks compute. Choose float32 on a CPU without "
                     "bfloat16 instructions, where it is slower.",
                 ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=True,
-                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
-                    "for the same result.",
-                ),
+                checkpointing_input(),
                 io.Int.Input(
                     "seed",
                     default=0,

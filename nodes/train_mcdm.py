@@ -14,12 +14,11 @@ from comfy_api.latest import io, ui
 from ..pipelines import mcdm as mcdms
 from ..pipelines import train_mcdm
 from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
-from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.training import TrainingRun, TrainingSettings
 from .saved_files import model_files, model_path, next_path
 from .sockets import schema, show_text
-from .training import LossMap, training_progress
+from .training import LossMap, checkpointing_input, precision_input, training_progress
 
 RUN_FOLDER = "mcdm"
 NEW = "new"
@@ -136,19 +135,8 @@ class TrainMCDM(io.ComfyNode):
                     tooltip="Decay of the weights' moving average, which is what is saved. 0.9999 as Stable Diffusion "
                     "was trained; 0.99 to 0.999 for short runs, 0 for none.",
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=[BFLOAT16, FLOAT32],
-                    default=BFLOAT16,
-                    tooltip="In what the networks compute; the trained weights are kept in float32 either way. Choose "
-                    "float32 on a CPU without bfloat16 instructions, where it is slower.",
-                ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=True,
-                    tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, "
-                    "for the same result.",
-                ),
+                precision_input("the trained weights"),
+                checkpointing_input(),
                 io.Int.Input(
                     "seed",
                     default=0,

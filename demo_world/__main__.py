@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -38,6 +40,19 @@ def main() -> None:
     control.add_argument("--batch-size", type=int, default=16)
     control.add_argument("--learning-rate", type=float, default=1e-3)
     control.add_argument("--count", type=int, default=6000, help="portraits to train on")
+    w_plus = commands.add_parser("w_plus", help="train the encoder of W+ on portraits")
+    w_plus.add_argument("--steps", type=int, default=600)
+    w_plus.add_argument("--batch-size", type=int, default=24)
+    w_plus.add_argument("--learning-rate", type=float, default=5e-3)
+    w_plus.add_argument("--count", type=int, default=4000, help="portraits to train on")
+    w_plus.add_argument("--probe", action="store_true", help="print what a linear probe reads in the committed encoder")
+    style = commands.add_parser("style_attention", help="train the style attention on the committed checkpoint")
+    style.add_argument("--steps", type=int, default=2000)
+    style.add_argument("--batch-size", type=int, default=8)
+    style.add_argument("--learning-rate", type=float, default=1e-3)
+    style.add_argument("--count", type=int, default=400, help="portraits to train on")
+    style.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    style.add_argument("--kind", choices=("sequential", "parallel"), default="sequential")
     commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
     commands.add_parser("unpack", help="take the committed checkpoint apart, to train its parts further")
     arguments = parser.parse_args()
@@ -82,6 +97,18 @@ def main() -> None:
         from .train_control import train_control
 
         train_control(arguments.folder, arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.count)
+    elif arguments.command == "w_plus":
+        train_or_probe_w_plus(arguments)
+    elif arguments.command == "style_attention":
+        module_of_the_pack("train_style_attention").train_demo_style_attention(
+            arguments.folder,
+            arguments.steps,
+            arguments.batch_size,
+            arguments.learning_rate,
+            arguments.count,
+            arguments.precision,
+            arguments.kind,
+        )
     elif arguments.command == "export":
         from .export import export_checkpoint
 
@@ -90,6 +117,28 @@ def main() -> None:
         from .export import unpack_checkpoint
 
         unpack_checkpoint(arguments.folder)
+
+
+def module_of_the_pack(name: str) -> Any:
+    """A module of the demo world that uses the pack's own networks; the pack is imported as ComfyUI does it."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+    load_pack = importlib.import_module("load_pack")
+    load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+    return importlib.import_module(f"{load_pack.load_pack().__name__}.demo_world.{name}")
+
+
+def train_or_probe_w_plus(arguments: argparse.Namespace) -> None:
+    w_plus = module_of_the_pack("train_w_plus")
+    if not arguments.probe:
+        w_plus.train_w_plus(
+            arguments.folder, arguments.steps, arguments.batch_size, arguments.learning_rate, arguments.count
+        )
+    groups = "rows 1-5 / 6-9 / 10-13 / 14-18"
+    probe = w_plus.LinearProbe()
+    for noise in (0.0, 0.05, 0.5):
+        print(f"accuracy in {groups}, rows with noise of deviation {noise}:")
+        for name, shares in probe.accuracy(noise).items():
+            print(f"  {name}: " + " / ".join(f"{share:.3f}" for share in shares))
 
 
 if __name__ == "__main__":

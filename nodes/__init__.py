@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from . import (
     attention_control,
     demo,
+    face,
     identity_prior,
     identity_words,
     inversion,
@@ -18,10 +19,12 @@ from . import (
     reference,
     reference_guidance,
     segmentation,
+    style_attention,
     subject,
     subject_embedding,
     text,
     train_mcdm,
+    w_plus,
 )
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
@@ -40,6 +43,9 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     *identity_words.NODES,
     *train_mcdm.NODES,
     *portrait.NODES,
+    *face.NODES,
+    *w_plus.NODES,
+    *style_attention.NODES,
     *measure.NODES,
     *demo.NODES,
 ]

@@ -8,6 +8,7 @@ time of a loop is put back.
 Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model_patcher.py, execution.py.
 """
 
+from .beside_model import add_wrappers, managed_beside
 from .gradient_context import gradient_context, gradient_memory
 from .guidance import CombiningGuider
 from .loop import Callback, NetworkEvaluator, run_loop
@@ -31,12 +32,14 @@ __all__ = [
     "CombiningGuider",
     "ModelTag",
     "NetworkEvaluator",
+    "add_wrappers",
     "conditionings_of_the_prompt",
     "conditionings_with_embedding",
     "context_channels",
     "gradient_context",
     "gradient_memory",
     "latent_channels",
+    "managed_beside",
     "model_tag",
     "require_noise_prediction_model",
     "run_loop",

@@ -41,7 +41,11 @@ def gradient_context(
     patchers = list(patchers)
     with torch.inference_mode(False), torch.enable_grad():
         if load:
-            comfy.model_management.load_models_gpu(patchers, memory_required=memory_required, force_full_load=True)
+            # With what other nodes have put beside a model, such as a style attention.
+            beside = [added for patcher in patchers for added in patcher.get_nested_additional_models()]
+            comfy.model_management.load_models_gpu(
+                [*patchers, *beside], memory_required=memory_required, force_full_load=True
+            )
         modules: list[torch.nn.Module] = []
         for patcher in patchers:
             modules.append(patcher.model)

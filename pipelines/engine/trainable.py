@@ -125,6 +125,7 @@ def trainable_networks(
     precision: str,
     latent_shape: list[int],
     checkpointing: bool = False,
+    modules: Sequence[torch.nn.Module] = (),
 ) -> Iterator[TrainableNetworks]:
     """Load a MODEL and a CLIP and make variables of chosen weights, on clones; everything is put back at the end.
 
@@ -142,6 +143,9 @@ def trainable_networks(
             autocast accordingly.
         latent_shape: [B, C, H, W] of the largest batch, for the memory estimate.
         checkpointing: see `gradient_context`.
+        modules: networks of one's own that are trained beside or inside the MODEL, where its patches run them. Their
+            parameters are float32 and made outside of inference mode; they are moved to the MODEL's device and require
+            a gradient in here, and are frozen and on the CPU again afterwards.
 
     Raises:
         IdentityEditError: for a model of another kind and for weights that cannot be trained.
@@ -156,6 +160,7 @@ def trainable_networks(
     model_keys, clip_keys = list(model_keys), list(clip_keys)
     state = {**patcher.model.state_dict(), **text_encoder.patcher.model.state_dict()}
     trained = sum(state[key].numel() for key in (*model_keys, *clip_keys))
+    trained += sum(parameter.numel() for module in modules for parameter in module.parameters())
     memory = gradient_memory(patcher, latent_shape, checkpointing) + _BYTES_PER_VARIABLE * trained
     del state
     patchers = [patcher, text_encoder.patcher]
@@ -164,11 +169,39 @@ def trainable_networks(
         stack.enter_context(_inputs_survive_changes_in_place(text_encoder.patcher.model))
         of_model = stack.enter_context(_float32_variables(patcher.model, model_keys))
         of_clip = stack.enter_context(_float32_variables(text_encoder.patcher.model, clip_keys))
+        stack.enter_context(_trained_modules(modules, patcher.load_device))
         patcher.pre_run()
         try:
             yield TrainableNetworks(patcher, text_encoder, of_model, of_clip)
         finally:
             patcher.cleanup()
+
+
+def float32_weight(module: torch.nn.Module, name: str, key: str) -> torch.Tensor:
+    """A float32 copy of a layer's weight as it is now, on its device.
+
+    Raises:
+        IdentityEditError: for a weight in a form of which a copy is not the weight; `key` names it.
+    """
+    weight = getattr(module, name)
+    if hasattr(module, f"convert_{name}") or type(weight.data) is not torch.Tensor:
+        raise IdentityEditError(
+            f"The weight {key} is stored in a scaled or quantised form that cannot be trained; load the checkpoint in "
+            f"float16, bfloat16 or float32."
+        )
+    return weight.detach().to(torch.float32, copy=True)
+
+
+@contextlib.contextmanager
+def _trained_modules(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
+    """Let networks of one's own be trained on a device."""
+    try:
+        for module in modules:
+            module.to(device).requires_grad_(True)
+        yield
+    finally:
+        for module in modules:
+            module.requires_grad_(False).to("cpu")
 
 
 @contextlib.contextmanager
@@ -180,12 +213,7 @@ def _float32_variables(model: torch.nn.Module, keys: Iterable[str]) -> Iterator[
             path, _, name = key.rpartition(".")
             module = model.get_submodule(path)
             before = getattr(module, name)
-            if hasattr(module, f"convert_{name}") or type(before.data) is not torch.Tensor:
-                raise IdentityEditError(
-                    f"The weight {key} is stored in a scaled or quantised form that cannot be trained; load the "
-                    f"checkpoint in float16, bfloat16 or float32."
-                )
-            variable = torch.nn.Parameter(before.detach().to(torch.float32, copy=True))
+            variable = torch.nn.Parameter(float32_weight(module, name, key))
             setattr(module, name, variable)
             variables[key] = variable, before
         yield variables

@@ -11,7 +11,7 @@ from identity_edit_pack.nodes import NODE_CLASSES
 HELP = Path(__file__).resolve().parents[2] / "web" / "docs"
 SCHEMAS = [node.define_schema() for node in NODE_CLASSES]
 SMALL_WORDS = {"a", "and", "as", "from", "of", "the", "to", "with"}
-CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "portrait", "measure", "demo")
+CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "portrait", "identity", "measure", "demo")
 
 
 def test_ids_are_unique_and_prefixed() -> None:

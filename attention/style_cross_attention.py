@@ -1,0 +1,298 @@
+"""Style cross-attention, SCA (PIDiff, section 2.2.3): beside its text, a block attends to a person's style tokens.
+
+    Out = softmax(Q K^T / sqrt(d)) V                                            the text cross-attention, eq. 1
+    SCA = softmax(Q' K'^T / sqrt(d)) V'     Q' = Out W'_q, K' = v W'_k, V' = v W'_v                        eq. 3
+    Out_final = Out + lambda SCA                                                                           eq. 4
+
+with v the style tokens. The paper writes no output projection; in Stable Diffusion the block's own one, to_out, comes
+after the sum, and only W'_q, W'_k and W'_v are trained (section 2.2.4). to_out is linear but for its bias, so
+to_out(Out + lambda SCA) = to_out(Out) + lambda (to_out(SCA) - to_out(0)), and SCA is added behind the block: a patch on
+the list `attn2_output_patch`, which other packs share, instead of the `attn2_replace` that only one pack can own. What
+such a patch sees as the block's output is to_out(Out); that is the query here ("a cross-attention block behind the text
+cross-attention block", figure 4). The published w-plus-adapter takes its query before to_out. Between both lies one
+square matrix in front of the trained W'_q.
+
+The parallel kind (section 3.4.3) differs in the query alone, which is the hidden state that the text cross-attention
+itself takes its query from; it begins as IP-Adapter's (Ye et al. 2023), whose query is the text's own.
+
+There are so few style tokens, four, that both large products of an attention can be made with them first: the queries'
+projection with the keys, and the values with to_out. A layer of C channels, h heads and n tokens then costs 2 h n C
+multiplications a cell instead of 2 C^2 (SD1.5: 64 instead of 640 to 2560 columns), for the same numbers.
+
+Read on ComfyUI 0.3.75: comfy/ldm/modules/attention.py (BasicTransformerBlock), comfy/ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import comfy.ops
+import torch
+from torch import nn
+
+from .layers import AttentionLayer, LayerKey, attention_layers, layer_key
+from .patches import Patched
+from .regions import Region, region_of
+
+SEQUENTIAL, PARALLEL = "sequential", "parallel"
+KINDS = (SEQUENTIAL, PARALLEL)
+"""Whether the query is the text cross-attention's output (SCA), or its input (PCA)."""
+
+_TEXT_OUTPUT = "identity_edit_text_output"
+_HIDDEN_STATE = "identity_edit_hidden_state"
+"""In the dictionary that one block hands to all its patches."""
+
+LayerSize = tuple[int, int, int]
+"""Channels of a block's activations, of all its heads together, and of its text embeddings."""
+
+
+class StyleCrossAttention(nn.Module):
+    """SCA of one layer: W'_q, W'_k and W'_v."""
+
+    def __init__(self, size: LayerSize) -> None:
+        """The weights are left as memory is; they are copied from the text cross-attention, or loaded."""
+        super().__init__()
+        channels, inner, text = size
+        # ComfyUI's layers without a dtype of their own: they compute in that of their input, on its device.
+        operations = comfy.ops.manual_cast
+        self.to_q = operations.Linear(channels, inner, bias=False)
+        self.to_k = operations.Linear(text, inner, bias=False)
+        self.to_v = operations.Linear(text, inner, bias=False)
+
+    @property
+    def size(self) -> LayerSize:
+        return self.to_q.in_features, self.to_q.out_features, self.to_k.in_features
+
+    def forward(
+        self, query: torch.Tensor, tokens: torch.Tensor, heads: int, to_out: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """to_out(SCA) - to_out(0).
+
+        Args:
+            query: [B, N, C], what Q' is projected from.
+            tokens: v [B, n, text channels], the style tokens of each row.
+            heads: h of the layer.
+            to_out: the text cross-attention's output projection.
+
+        Returns:
+            [B, N, C].
+        """
+        keys = self.to_k(tokens).unflatten(-1, (heads, -1))  # [B, n, h, d]
+        values = self.to_v(tokens).unflatten(-1, (heads, -1))
+        n, d = keys.shape[1], keys.shape[-1]
+        # Q' K'^T / sqrt(d) = query (W'_q K'^T / sqrt(d))                                                    eq. 3
+        w_q = comfy.ops.cast_to_input(self.to_q.weight, query, copy=False).unflatten(0, (heads, -1))  # [h, d, C]
+        to_scores = torch.einsum("bnhd,hdc->bchn", keys * d**-0.5, w_q).flatten(2)
+        scores = (query @ to_scores).unflatten(-1, (heads, n))
+        attention = scores.float().softmax(dim=-1).to(query.dtype).flatten(2)  # [B, N, h n]
+        # to_out(softmax(.) V') = softmax(.) to_out(V'), head by head: a head's values, and zeros for all others
+        own = torch.eye(heads, dtype=values.dtype, device=values.device)[:, None, :, None]
+        of_heads = (values.transpose(1, 2).unsqueeze(3) * own).flatten(3).flatten(1, 2)  # [B, h n, h d]
+        bias = to_out(torch.zeros_like(of_heads[:1, :1]))
+        return attention @ (to_out(of_heads) - bias)
+
+
+class StyleLayers(nn.Module):
+    """SCA of all layers of a UNet, by their keys."""
+
+    def __init__(self, sizes: Mapping[LayerKey, LayerSize]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({_name(key): StyleCrossAttention(size) for key, size in sizes.items()})
+
+    def __getitem__(self, key: LayerKey) -> StyleCrossAttention:
+        layer = self.layers[_name(key)]
+        assert isinstance(layer, StyleCrossAttention)
+        return layer
+
+    @property
+    def sizes(self) -> dict[LayerKey, LayerSize]:
+        return {_key(name): self[_key(name)].size for name in self.layers}
+
+
+def _name(key: LayerKey) -> str:
+    return "_".join(str(part) for part in key)
+
+
+def _key(name: str) -> LayerKey:
+    block, number, index = name.split("_")
+    return block, int(number), int(index)
+
+
+def text_layers(network: Any) -> dict[LayerKey, AttentionLayer]:
+    """The layers of a UNet that attend to text, by key: each gets an SCA.
+
+    Raises:
+        ValueError: when the network is no UNet or has none.
+    """
+    found = {layer.key: layer for layer in attention_layers(network) if layer.attends_to_text}
+    if not found:
+        raise ValueError("The model has no cross-attention; load a text-to-image checkpoint.")
+    return found
+
+
+def layer_sizes(layers: Mapping[LayerKey, AttentionLayer]) -> dict[LayerKey, LayerSize]:
+    """The sizes that SCA of these layers has."""
+    text = {key: layer.block.attn2 for key, layer in layers.items()}
+    return {key: (a.to_q.in_features, a.to_q.out_features, a.to_k.in_features) for key, a in text.items()}
+
+
+class Styles(Protocol):
+    """Whose style a block sees where."""
+
+    def __call__(
+        self, rows: torch.Tensor, extra: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, float | torch.Tensor] | None:
+        """Style tokens [B, n, C] of each of a block's rows [B, N, channels], in their dtype and on their device, and
+        lambda, one number or [B, N, 1]. None where there is nothing to add."""
+        ...
+
+
+def style_patches(
+    network: Any, style_layers: StyleLayers, styles: Styles, kind: str = SEQUENTIAL
+) -> dict[str, Callable[..., Any]]:
+    """The patches that add SCA to a UNet, by the list they belong on.
+
+    Several of them on one model see the same query, that of the text cross-attention, so that their order does not
+    matter and their sum is what is added.
+
+    Args:
+        network: the UNetModel.
+        style_layers: SCA of all its text layers; wherever its weights are when the network runs.
+        styles: see there.
+        kind: SEQUENTIAL or PARALLEL.
+    """
+    to_out = {key: layer.block.attn2.to_out for key, layer in text_layers(network).items()}
+
+    def keep_hidden_state(
+        n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
+    ) -> Patched:
+        extra[_HIDDEN_STATE] = n
+        return n, context, value
+
+    def add_style(n: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
+        key = layer_key(extra)
+        if key not in to_out:
+            return n
+        text_output = extra.setdefault(_TEXT_OUTPUT, n)
+        given = styles(text_output, extra)
+        if given is None:  # lambda 0 keeps every bit
+            return n
+        tokens, strength = given
+        query = text_output if kind == SEQUENTIAL else extra[_HIDDEN_STATE]
+        added = style_layers[key](query, tokens, extra["n_heads"], to_out[key])
+        return n + strength * added  # Out_final = Out + lambda SCA                                          eq. 4
+
+    patches: dict[str, Callable[..., Any]] = {"attn2_output_patch": add_style}
+    if kind == PARALLEL:
+        patches["attn2_patch"] = keep_hidden_state
+    return patches
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a guider evaluates now.
+
+    Attributes:
+        strength: lambda at this noise level.
+        null: uuids of the conditionings without a prompt, which get the null style.
+        entries: all conditionings by uuid, as guiders hold them.
+        height, width: the latent's.
+    """
+
+    strength: float
+    null: frozenset[Any]
+    entries: Mapping[Any, Mapping[str, Any]]
+    height: int
+    width: int
+
+
+@dataclass
+class SubjectStyles:
+    """One person's `Styles` while a picture is sampled.
+
+    Attributes:
+        tokens: v [P, n, C] of the person, P one or the number of pictures.
+        null: v [1, n, C] of nobody, for the side without a prompt.
+        strength: lambda outside of a guider.
+        mask: [1 or B, H, W], 0 to 1, where the person is; None is everywhere. It is averaged onto each layer's grid.
+        evaluation: what is being evaluated, or None outside of a guider.
+    """
+
+    tokens: torch.Tensor
+    null: torch.Tensor
+    strength: float
+    mask: torch.Tensor | None = None
+    evaluation: Evaluation | None = None
+    _rows: dict[Any, torch.Tensor] = field(default_factory=dict)
+    _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Free what has been moved to the device for a run."""
+        self._rows.clear()
+        self._masks.clear()
+
+    def __call__(
+        self, rows: torch.Tensor, extra: Mapping[str, Any]
+    ) -> tuple[torch.Tensor, float | torch.Tensor] | None:
+        strength = self.strength if self.evaluation is None else self.evaluation.strength
+        if strength == 0.0:
+            return None
+        sides = extra.get("cond_or_uncond", (0,))
+        uuids = extra.get("uuids", (None,) * len(sides))
+        null = tuple(self._is_null(side, uuid) for side, uuid in zip(sides, uuids, strict=True))
+        tokens = self._tokens(rows, null)
+        if self.mask is None:
+            return tokens, strength
+        return tokens, strength * self._mask(rows, uuids, extra["activations_shape"][2:])
+
+    def _is_null(self, side: int, uuid: Any) -> bool:
+        if self.evaluation is not None and uuid in self.evaluation.entries:
+            return uuid in self.evaluation.null
+        return side == 1  # ComfyUI's rule: 0 is the conditional side, 1 the unconditional
+
+    def _tokens(self, rows: torch.Tensor, null: Sequence[bool]) -> torch.Tensor:
+        """[B, n, C] of all rows of a batch of conditionings, each of the latents one after another."""
+        each = rows.shape[0] // len(null)
+        if self.tokens.shape[0] not in (1, each):
+            raise ValueError(
+                f"There are W+ styles of {self.tokens.shape[0]} pictures for a batch of {each}; give one for all, or "
+                f"one for each."
+            )
+        key = tuple(null), each, rows.dtype, rows.device
+        if key not in self._rows:
+            of_sides = [(self.null if is_null else self.tokens).expand(each, -1, -1) for is_null in null]
+            self._rows = {key: torch.cat(of_sides).to(rows)}  # the last one: all layers of an evaluation share it
+        return self._rows[key]
+
+    def _mask(self, rows: torch.Tensor, uuids: Sequence[Any], shape: Sequence[int]) -> torch.Tensor:
+        """[B, N, 1]: how much of each cell is the person's."""
+        grid = int(shape[0]), int(shape[1])
+        if rows.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                "The mask of a style needs whole layers, but another patch merges or cuts their cells; remove token "
+                "merging, or the mask."
+            )
+        key = tuple(uuids), rows.shape[0], grid, rows.dtype, rows.device
+        if key not in self._masks:
+            each = rows.shape[0] // len(uuids)
+            cells = [self._of_region(self._region(uuid, grid), rows.device) for uuid in uuids]
+            if cells[0].shape[0] not in (1, each):
+                raise ValueError(
+                    f"The mask holds {cells[0].shape[0]} masks for a batch of {each}; give one for all, or one for "
+                    f"each."
+                )
+            self._masks[key] = torch.cat([part.expand(each, -1) for part in cells]).unsqueeze(-1).to(rows.dtype)
+        return self._masks[key]
+
+    def _region(self, uuid: Any, grid: tuple[int, int]) -> Region:
+        if self.evaluation is None or uuid not in self.evaluation.entries:
+            return Region(grid, grid)
+        return region_of(dict(self.evaluation.entries[uuid]), self.evaluation.height, self.evaluation.width, grid)
+
+    def _of_region(self, region: Region, device: torch.device) -> torch.Tensor:
+        assert self.mask is not None
+        mask = self.mask.to(device=device, dtype=torch.float32).unsqueeze(1)
+        on_grid = torch.nn.functional.interpolate(mask, size=region.grid, mode="area").squeeze(1)
+        return on_grid[:, region.rows, region.columns].flatten(1)

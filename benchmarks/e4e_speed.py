@@ -1,0 +1,130 @@
+"""How long does e4e take for a face? `.venv/bin/python benchmarks/e4e_speed.py`.
+
+Random weights: they take as long as the published ones, which are the user's to have. With --published FOLDER, a copy
+of the published implementation (omertov/encoder4editing), its network gets the same weights and is compared: number,
+names and shapes of the tensors, and the largest difference of the rows. Nothing is fetched.
+Writes benchmarks/results/e4e_speed.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import torch  # noqa: E402
+from identity_edit_pack.pipelines import e4e  # noqa: E402
+from identity_edit_pack.pipelines.engine.managed_network import managed  # noqa: E402
+from identity_edit_pack.pipelines.w_plus_encoder import WPlusEncoder, encode_w_plus  # noqa: E402
+from report import write_results  # noqa: E402
+
+GOAL = 2.0
+
+
+def random_weights() -> dict[str, torch.Tensor]:
+    """Weights of the published names and shapes that keep features at their size, so that nothing becomes NaN."""
+    draw = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in e4e.E4E().state_dict().items()}
+    state = {}
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            state[name] = torch.zeros(shape, dtype=torch.int64)
+        elif len(shape) < 2:
+            state[name] = torch.rand(shape, generator=draw) * 0.5 + (0.75 if name.endswith(("weight", "var")) else 0.0)
+        else:
+            fan = 1 if name.endswith("linear.weight") else shape[1:].numel()
+            state[name] = torch.randn(shape, generator=draw) / fan**0.5
+    return state
+
+
+def published(folder: Path, state: dict[str, torch.Tensor]) -> Any:
+    """The published network with these weights; its CUDA operators, which the encoder does not use, are left out."""
+    sys.path.insert(0, str(folder))
+    operators = ModuleType("models.stylegan2.op")
+    for name in ("FusedLeakyReLU", "fused_leaky_relu", "upfirdn2d"):
+        setattr(operators, name, None)
+    sys.modules["models.stylegan2.op"] = operators
+    encoders: Any = importlib.import_module("models.encoders.psp_encoders")
+    network = encoders.Encoder4Editing(50, "ir_se", SimpleNamespace(stylegan_size=1024))
+    network.load_state_dict(state)
+    return network.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--published", type=Path, help="a copy of the published implementation to compare with")
+    parser.add_argument("--faces", type=int, default=5)
+    arguments = parser.parse_args()
+
+    state = random_weights()
+    network = e4e.with_weights(e4e.E4E, {"rows": e4e.ROWS}, state, "random weights")
+    encoder = WPlusEncoder(network, torch.zeros(e4e.ROWS, e4e.WIDTH), "random", managed(network))
+    faces = torch.rand(arguments.faces, 3, e4e.SIZE, e4e.SIZE, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    encode_w_plus(encoder, faces[:1])  # loads it and warms up
+    seconds, computing = [], []
+    for face in faces:
+        start, start_computing = time.perf_counter(), time.process_time()
+        encode_w_plus(encoder, face[None])
+        seconds.append(time.perf_counter() - start)
+        computing.append(time.process_time() - start_computing)
+    median = statistics.median(seconds)
+    device = str(comfy.model_management.get_torch_device())
+    weights = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    threads = torch.get_num_threads()
+    figures: dict[str, Any] = {
+        "device": device,
+        "threads": threads,
+        "seconds_a_face": seconds,
+        "processor_seconds_a_face": computing,
+        "median": median,
+        "tensors": len(state),
+    }
+    lines = [
+        "# e4e",
+        "",
+        f"{len(state)} tensors, {weights:.1f} million weights, float32, random.",
+        "",
+        "| device | threads | seconds a face, median | fastest | slowest | processor seconds, median | goal |",
+        "|---|---|---|---|---|---|---|",
+        f"| {device} | {threads} | {median:.2f} | {min(seconds):.2f} | {max(seconds):.2f} | "
+        f"{statistics.median(computing):.2f} | < {GOAL:g} |",
+        "",
+        "Processor seconds are what the process was given; on a machine that does other things at the same time the "
+        "clock says more.",
+    ]
+    if arguments.published is not None:
+        other = published(arguments.published, state)
+        same = [(name, tensor.shape) for name, tensor in other.state_dict().items()] == [
+            (name, tensor.shape) for name, tensor in network.state_dict().items()
+        ]
+        with torch.no_grad():
+            rows = other(faces[:1])
+            ours = network.cpu()(faces[:1])
+        difference, size = float((rows - ours).abs().max()), float(rows.abs().max())
+        figures["published"] = {"same_names_and_shapes": same, "largest_difference": difference, "largest_value": size}
+        lines += [
+            "",
+            f"Against the published implementation with the same weights: names, shapes and order of the tensors "
+            f"{'are the same' if same else 'DIFFER'}; rows of a face differ by at most {difference:.1e}, values go "
+            f"up to {size:.2g}.",
+        ]
+    write_results("e4e_speed", figures, lines)
+
+
+if __name__ == "__main__":
+    main()

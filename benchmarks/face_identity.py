@@ -1,0 +1,201 @@
+"""Are faces in real photos found, aligned and recognised? `.venv/bin/python benchmarks/face_identity.py --models FOLDER
+--photos FOLDER`.
+
+Nothing is fetched and no photo is kept. --models holds a face detector (--detector, a YuNet or one of insightface), an
+ArcFace (--recognizer) and perhaps a salient-object network (--background). --photos holds photos; a photo's name up to
+its first digit says who is in it (anna1.jpg and anna2.jpg are one person), unless it shows several people, who are all
+taken for others. tests/real_faces.py says which files the figures here are from.
+
+1. Faces found in every photo, the size of their crop and how far they are turned aside.
+2. Identity similarity of all pairs of faces: the same person against others, of those the ones that are seen from the
+   side apart; the warning of Align Face says which these are.
+3. Of photos of one face: similarity to itself after FFHQ alignment to 256 pixels, and after scaling the photo down
+   until its crop has fewer and fewer pixels.
+Writes benchmarks/results/face_identity.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=True)
+load_pack.load_pack()
+
+import numpy as np  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import torch  # noqa: E402
+from identity_edit_pack.pipelines import background, faces  # noqa: E402
+from identity_edit_pack.pipelines import identity_similarity as identity  # noqa: E402
+from identity_edit_pack.pipelines.face_alignment import PROFILE, align_ffhq, turned_aside  # noqa: E402
+from PIL import Image  # noqa: E402
+from report import write_results  # noqa: E402
+
+SIDES = (256, 192, 128, 96, 80, 64, 56, 48, 40, 32, 24)
+
+
+def read(path: Path) -> torch.Tensor:
+    return torch.from_numpy(np.array(Image.open(path).convert("RGB"))).float() / 255.0
+
+
+def scaled(photo: torch.Tensor, factor: float) -> torch.Tensor:
+    size = (max(1, round(photo.shape[1] * factor)), max(1, round(photo.shape[0] * factor)))
+    small = Image.fromarray((photo * 255).round().byte().numpy()).resize(size, Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(small)).float() / 255.0
+
+
+def find(detector: Any, photos: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
+    """Every face with its photo, person and facts."""
+    found = []
+    for name, photo in photos.items():
+        start = time.perf_counter()
+        those = faces.detect_faces(detector, photo)
+        seconds = time.perf_counter() - start
+        match = re.match(r"[^\d.]+", name)
+        person = match.group() if match else name
+        for number, face in enumerate(faces.choose_faces(those, faces.ALL, 1, name), start=1):
+            found.append(
+                {
+                    "photo": name,
+                    "person": person if len(those) == 1 else f"{name} {number}",
+                    "face": face,
+                    "picture": photo,
+                    "side": face.side,
+                    "turned": turned_aside(face.points),
+                    "seconds": seconds,
+                }
+            )
+    return found
+
+
+def pairs(found: list[dict[str, Any]], scores: torch.Tensor) -> dict[str, list[float]]:
+    """Scores by kind of pair."""
+    kinds: dict[str, list[float]] = {"same person": [], "others": [], "others, one from the side": []}
+    for i, first in enumerate(found):
+        for j, second in enumerate(found[:i]):
+            if first["person"] == second["person"]:
+                kind = "same person"
+            elif max(abs(first["turned"]), abs(second["turned"])) > PROFILE:
+                kind = "others, one from the side"
+            else:
+                kind = "others"
+            kinds[kind].append(float(scores[i, j]))
+    return kinds
+
+
+def by_size(detector: Any, recognizer: Any, single: list[dict[str, Any]]) -> dict[int, list[float | None]]:
+    """Similarity of faces to themselves when their crop has fewer pixels; None where none was found."""
+    rows: dict[int, list[float | None]] = {}
+    for side in SIDES:
+        rows[side] = []
+        for entry in single:
+            small = scaled(entry["picture"], side / entry["side"])
+            those = faces.detect_faces(detector, small)
+            if not those:
+                rows[side].append(None)
+                continue
+            both = identity.embed_faces(recognizer, [(entry["picture"], entry["face"]), (small, those[0])])
+            rows[side].append(float(both[0] @ both[1]))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--detector", default="face_detection_yunet_2023mar.onnx")
+    parser.add_argument("--recognizer", default="fr_feature.onnx")
+    parser.add_argument("--background", default="u2netp.onnx")
+    arguments = parser.parse_args()
+
+    detector = faces.open_detector(str(arguments.models / arguments.detector))
+    recognizer = identity.FaceRecognizer(str(arguments.models / arguments.recognizer))
+    paths = sorted(path for path in arguments.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    photos = {path.name: read(path) for path in paths}
+    found = find(detector, photos)
+    embedded = identity.embed_faces(recognizer, [(entry["picture"], entry["face"]) for entry in found])
+    kinds = pairs(found, identity.similarities(embedded, embedded))
+    single = [entry for entry in found if sum(other["photo"] == entry["photo"] for other in found) == 1]
+
+    start = time.perf_counter()
+    aligned = [align_ffhq(entry["picture"], entry["face"].points, 256).picture for entry in single]
+    seconds = (time.perf_counter() - start) / len(single)
+    kept = []
+    for entry, picture in zip(single, aligned, strict=True):
+        (again,) = faces.detect_faces(detector, picture)[:1]
+        both = identity.embed_faces(recognizer, [(entry["picture"], entry["face"]), (picture, again)])
+        kept.append(float(both[0] @ both[1]))
+    sizes = by_size(detector, recognizer, single)
+    network = arguments.models / arguments.background
+    share = None
+    if network.is_file():
+        share = background.subject_masks(str(network), torch.stack(aligned)).mean(dim=(1, 2)).tolist()
+
+    lines = [
+        "# Faces in real photos",
+        "",
+        f"{len(found)} faces in {len(photos)} photos; detector {arguments.detector}, "
+        f"recognizer {arguments.recognizer}, on the CPU.",
+        "",
+        "| photo | faces | side of the crop, pixels | turned aside | seconds to find |",
+        "|---|---|---|---|---|",
+    ]
+    for name in photos:
+        own = [entry for entry in found if entry["photo"] == name]
+        sides, turns = ([entry[key] for entry in own] for key in ("side", "turned"))
+        lines.append(
+            f"| {name} | {len(own)} | {', '.join(f'{side:.0f}' for side in sides)} | "
+            f"{', '.join(f'{turn:+.2f}' for turn in turns)} | {own[0]['seconds']:.2f} |"
+        )
+    lines += ["", "## Identity similarity", "", "| pairs | number | lowest | mean | highest |", "|---|---|---|---|---|"]
+    for kind, values in kinds.items():
+        if values:
+            mean = sum(values) / len(values)
+            lines.append(f"| {kind} | {len(values)} | {min(values):.2f} | {mean:.2f} | {max(values):.2f} |")
+    lines += [
+        "",
+        f"The same person is above {identity.SAME_PERSON}, others below {identity.OTHER_PERSON}, unless a face is seen "
+        f"from the side (turned aside by more than {PROFILE}), of which Align Face and Identity Similarity warn.",
+        "",
+        f"A face aligned to 256 pixels and found again: {min(kept):.2f} to {max(kept):.2f} to the photo; "
+        f"{seconds:.2f} seconds a face.",
+    ]
+    if share is not None:
+        lines.append(
+            f"Of the aligned faces {arguments.background} keeps {min(share):.0%} to {max(share):.0%} as the person."
+        )
+    lines += [
+        "",
+        "## How small a face may be",
+        "",
+        "Similarity to the photo itself when the photo is scaled down.",
+        "",
+        f"| side of the crop, pixels | {' | '.join(entry['photo'] for entry in single)} |",
+        f"|---{'|---' * len(single)}|",
+    ]
+    for side, row in sizes.items():
+        cells = ["not found" if value is None else f"{value:.2f}" for value in row]
+        lines.append(f"| {side} | {' | '.join(cells)} |")
+    figures = {
+        "detector": arguments.detector,
+        "recognizer": arguments.recognizer,
+        "faces": [{key: value for key, value in entry.items() if key not in ("face", "picture")} for entry in found],
+        "pairs": kinds,
+        "aligned_to_itself": kept,
+        "seconds_to_align": seconds,
+        "share_of_the_person": share,
+        "by_size": sizes,
+    }
+    write_results("face_identity", figures, lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Does style cross-attention keep a face and follow the text? `.venv/bin/python benchmarks/style_identity.py`.
+
+Tables 1 and 2 and figure 10 of Gu et al. 2025 in small, on people that the demo checkpoint, the encoder of W+ and the
+demo style attention have never seen. Each person is known from six photos, in several places, moods and directions,
+with captions that call the person "sks person" and say the rest. Four ways learn the person from the same photos, and a
+fifth is not trained on the person at all:
+
+- textual inversion: one word vector;
+- identity prior: the attention's low-rank change of LIPE, with regularisation pictures;
+- parallel attention (PCA) and style cross-attention (SCA): this paper's, with the photos' W+ styles;
+- SCA of many people: the committed demo style attention with the photos' mean W+ styles alone.
+
+All draw `PROMPTS` from the same noise. Both attentions get the photos' mean styles, which leave mood and direction to
+the text. Identity: whether the attribute classifier sees all five attributes of the person, their mean share, and the
+cosine similarity of its features to the photos'. Text: the share of what the prompt asks that it sees.
+
+- `--parts methods` is table 1; `strength` draws SCA for lambda 0 to 1 (figure 10); `photos` learns SCA from 4, 6, 8 and
+  10 photos (table 2);
+- `mixing`: each person's rows are mixed with the next one's, by rows 10-18 and by each group of rows alone, and drawn
+  by the SCA of many people; given is the share of each group's attributes that come from the right parent, where the
+  parents differ.
+
+Writes benchmarks/results/style_identity.json, .md, and .jpg (two prompts of each person).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import multiprocessing
+import random
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import comfy.sd  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from edits import embed, save_sheet  # noqa: E402
+from hifi_subjects import features, seen  # noqa: E402
+from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+    IDENTITY_OF,
+    PLACES,
+    PORTRAIT_ATTRIBUTES,
+    Attributes,
+    caption,
+    random_attributes,
+)
+from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
+from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling  # noqa: E402
+from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH  # noqa: E402
+from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
+from identity_edit_pack.pipelines.identity_prior import (  # noqa: E402
+    PriorSettings,
+    apply_identity_prior,
+    train_identity_prior,
+)
+from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention  # noqa: E402
+from identity_edit_pack.pipelines.style_attention_files import load_style_attention  # noqa: E402
+from identity_edit_pack.pipelines.subject_embedding import WORD, subject_conditioning  # noqa: E402
+from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention  # noqa: E402
+from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
+    SubjectSettings,
+    train_subject_embedding,
+)
+from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
+from identity_edit_pack.pipelines.w_plus import WPlus, average_styles, mix_styles, parse_rows  # noqa: E402
+from identity_edit_pack.pipelines.w_plus_encoder import (  # noqa: E402
+    WPlusEncoder,
+    encode_w_plus,
+    fitted,
+    load_w_plus_encoder,
+)
+from report import RESULTS, write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+PROMPTS: tuple[dict[str, str], ...] = (
+    {"place": "snow", "costume": "santa hat", "facing": "left"},
+    {"place": "beach", "expression": "smiling", "facing": "right"},
+    {"place": "night", "costume": "crown", "facing": "left"},
+    {"place": "room", "expression": "angry", "facing": "right"},
+    {"place": "grass", "costume": "scarf", "expression": "smiling", "facing": "left"},
+    {"place": "beach", "costume": "crown", "facing": "right"},
+    {"place": "snow", "expression": "smiling", "facing": "right"},
+    {"place": "room", "costume": "santa hat", "expression": "angry", "facing": "left"},
+    {"place": "night", "facing": "right"},
+    {"place": "grass", "expression": "angry", "facing": "left"},
+    {"place": "beach", "costume": "scarf", "facing": "left"},
+    {"place": "room", "costume": "crown", "expression": "smiling", "facing": "right"},
+)
+"""What each prompt asks; where it is silent the person is neutral, without a costume. Nobody cries: closed eyes have no
+color that could be kept."""
+ASKED = ("place", "costume", "expression", "facing")
+TOKEN = "sks"
+NAME = f"{TOKEN} person"
+TEXTUAL_INVERSION, PRIOR, PCA, SCA, MANY = (
+    "textual inversion", "identity prior", "parallel attention", "SCA", "SCA of many people",
+)  # fmt: skip
+STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+PHOTOS = (4, 6, 8, 10)
+PARTS = ("methods", "strength", "photos", "mixing")
+ROWS_OF = {"10-18": (2, 3), "1-5": (0,), "6-9": (1,), "10-13": (2,), "14-18": (3,)}
+"""Rows that are taken from the second parent, and the groups that they are."""
+REGULARISATION = 16
+
+Rows = dict[str, list[dict[str, float]]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a process loads once."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    encoder: WPlusEncoder
+    many: StyleAttention
+    arguments: argparse.Namespace
+
+
+@dataclass(frozen=True)
+class Person:
+    """A person with photos [n, 128, 128, 3], what they show, their latents and their styles."""
+
+    identity: Attributes
+    pictures: torch.Tensor
+    encoded: TrainingPictures
+    styles: WPlus
+
+
+def draw_people(count: int, seed: int) -> list[Attributes]:
+    """Different held-out people."""
+    generator = random.Random(f"style people {seed}")
+    found: dict[tuple[str, ...], Attributes] = {}
+    while len(found) < count:
+        attributes = random_attributes(generator, "portrait", held_out=True)
+        found.setdefault(attributes.identity, attributes)
+    return list(found.values())
+
+
+def photograph(parts: Parts, identity: Attributes, count: int) -> Person:
+    """Photos of a person: in turn every place, both directions, neutral, smiling and angry; no costume."""
+    generator = random.Random(f"style photos {parts.arguments.seed} {identity.identity}")
+    shown, pictures = [], []
+    for index in range(count):
+        facing = PORTRAIT_ATTRIBUTES["facing"][index % 2]
+        expression = ("neutral", "smiling", "angry")[index % 3]
+        place = PLACES[index % len(PLACES)]
+        shown.append(identity.replace(place=place, facing=facing, expression=expression, costume="none"))
+        picture, _ = render(shown[-1], EVALUATION_SEED + generator.randrange(1 << 32))
+        pictures.append(torch.from_numpy(picture.copy()).float() / 255)
+    stacked = torch.stack(pictures)
+    styles = encode_w_plus(parts.encoder, fitted(stacked, parts.encoder.size))
+    with torch.no_grad():
+        encoded = encode_pictures(parts.vae, pictures, [caption_calling(each, NAME) for each in shown])
+    return Person(identity, stacked, encoded, styles)
+
+
+def asked_of(identity: Attributes, count: int) -> list[Attributes]:
+    plain = identity.replace(expression="neutral", costume="none")
+    return [plain.replace(**what) for what in PROMPTS[:count]]
+
+
+def noise_of(parts: Parts, pictures: int) -> torch.Tensor:
+    return torch.randn(pictures, 4, 16, 16, generator=torch.Generator().manual_seed(parts.arguments.seed))
+
+
+@torch.no_grad()
+def drawn(parts: Parts, model: Any, clip: Any, positive: Conditioning) -> torch.Tensor:
+    """Pictures [B, 128, 128, 3] of a prompt for each."""
+    arguments = parts.arguments
+    noise = noise_of(parts, len(positive[0][0]))
+    latents = comfy.sample.sample(
+        model, noise, arguments.steps, arguments.guidance_scale, "ddim", "ddim_uniform", positive, embed(clip, [""]),
+        torch.zeros_like(noise), disable_pbar=True, seed=arguments.seed,
+    )  # fmt: skip
+    return parts.vae.decode(latents).cpu().clamp(0, 1)
+
+
+def by_style(parts: Parts, style: StyleAttention, styles: WPlus, prompts: list[str], strength: float) -> torch.Tensor:
+    model = apply_style_attention(parts.model, style, styles, strength=strength)
+    return drawn(parts, model, parts.clip, embed(parts.clip, prompts))
+
+
+def learned_style(parts: Parts, person: Person, kind: str) -> StyleAttention:
+    arguments = parts.arguments
+    settings = StyleSettings(
+        pseudo_word=TOKEN, templates=(), kind=kind, style_noise=arguments.style_noise, sample_steps=1
+    )
+    training = TrainingSettings(
+        steps=arguments.training_steps, learning_rate=arguments.learning_rate, weight_decay=0.01, gradient_clip=0.0,
+        seed=arguments.seed,
+    )  # fmt: skip
+    return train_style_attention(parts.model, parts.clip, person.encoded, person.styles, settings, training)[0]
+
+
+def by_word(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
+    arguments = parts.arguments
+    settings = SubjectSettings(
+        class_word="person", token=TOKEN, kind=WORD, masked=False, regularisation_weight=0.0, updates_per_step=0,
+        batch_size=4, precision="float32", sample_steps=1,
+    )  # fmt: skip
+    training = TrainingSettings(
+        steps=arguments.word_steps, learning_rate=arguments.word_learning_rate, optimizer="Adam", gradient_clip=0.0,
+        seed=arguments.seed,
+    )  # fmt: skip
+    subject, _ = train_subject_embedding(parts.model, parts.clip, person.encoded, settings, training)
+    with torch.no_grad():
+        positive = torch.cat([subject_conditioning(parts.clip, subject, prompt)[0][0] for prompt in prompts])
+    return drawn(parts, parts.model, parts.clip, [[positive, {}]])
+
+
+def by_prior(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
+    arguments = parts.arguments
+    generator = random.Random(f"style regularisation {arguments.seed}")
+    others = [caption(random_attributes(generator, "portrait")) for _ in range(REGULARISATION)]
+    with torch.no_grad():
+        pictures = drawn(parts, parts.model, parts.clip, embed(parts.clip, others))
+        regularisation = encode_pictures(parts.vae, list(pictures), others)
+    settings = PriorSettings(token=TOKEN, class_word="person", precision="float32")
+    training = TrainingSettings(
+        steps=arguments.prior_steps, learning_rate=arguments.prior_learning_rate, seed=arguments.seed
+    )
+    prior, _ = train_identity_prior(parts.model, parts.clip, person.encoded, regularisation, settings, training)
+    model, clip = apply_identity_prior(parts.model, parts.clip, prior)
+    return drawn(parts, model, clip, embed(clip, prompts))
+
+
+def score(pictures: torch.Tensor, asked: list[Attributes], photos: torch.Tensor) -> list[dict[str, float]]:
+    classifier = load_classifier()
+    alike = (features(classifier, pictures) @ features(classifier, photos).T).mean(dim=1).tolist()
+    rows = []
+    for what, attributes, cosine in zip(seen(classifier, pictures), asked, alike, strict=True):
+        identity = [what[name] == getattr(attributes, name) for name in IDENTITY_OF["portrait"]]
+        text = [what[name] == getattr(attributes, name) for name in ASKED]
+        rows.append(
+            {
+                "identity_kept": float(all(identity)),
+                "identity_attributes": float(np.mean(identity)),
+                "feature_similarity": cosine,
+                "text_followed": float(np.mean(text)),
+                "all_of_both": float(all(identity) and all(text)),
+            }
+        )
+    return rows
+
+
+def score_mixing(parts: Parts, first: Person, second: Person) -> dict[str, list[float]]:
+    """By "rows: group", whether each attribute that the parents differ in comes from the right one; mixes of single
+    photos, of which one smiles and looks left and the other is angry and looks right."""
+    shown, styles = [], []
+    for person, expression, facing in ((first, "smiling", "left"), (second, "angry", "right")):
+        shown.append(person.identity.replace(expression=expression, facing=facing, costume="none", place="grass"))
+        picture, _ = render(shown[-1], EVALUATION_SEED + parts.arguments.seed)
+        stacked = torch.from_numpy(picture.copy())[None].float() / 255
+        styles.append(encode_w_plus(parts.encoder, fitted(stacked, parts.encoder.size)))
+    rows = torch.cat([mix_styles(*styles, parse_rows(text, styles[0].count)).rows for text in ROWS_OF])
+    mixed = dataclasses.replace(styles[0], rows=rows)
+    prompts = ["a portrait of a person on the beach"] * len(ROWS_OF)
+    pictures = by_style(parts, parts.many, mixed, prompts, parts.arguments.many_strength)
+    found: dict[str, list[float]] = {}
+    for what, (text, groups) in zip(seen(load_classifier(), pictures), ROWS_OF.items(), strict=True):
+        for number, (_, names) in enumerate(GROUPS):
+            parent = shown[1] if number in groups else shown[0]
+            right = [
+                float(what[name] == getattr(parent, name))
+                for name in names
+                if getattr(shown[0], name) != getattr(shown[1], name)
+            ]
+            found.setdefault(f"{text}: {', '.join(names)}", []).extend(right)
+    return found
+
+
+_worker: Parts | None = None
+
+
+def load(arguments: argparse.Namespace) -> None:
+    """Load the networks in a worker process."""
+    global _worker
+    torch.set_num_threads(arguments.threads)
+    family.register()
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
+    encoder, many = load_w_plus_encoder(str(arguments.encoder)), load_style_attention(str(arguments.style_attention))
+    _worker = Parts(model, clip, vae, encoder, many, arguments)
+
+
+Outcome = tuple[Rows, dict[str, list[float]], dict[str, np.ndarray]]
+"""Scores by row of the tables, mixing, and two pictures of each row of table 1."""
+
+
+def measure_person(task: tuple[Attributes, Attributes]) -> Outcome:
+    assert _worker is not None
+    parts, (identity, other) = _worker, task
+    arguments = parts.arguments
+    person = photograph(parts, identity, 6)
+    asked = asked_of(identity, arguments.prompts)
+    prompts = [caption_calling(each, NAME) for each in asked]
+    rows: Rows = {}
+    pictures: dict[str, torch.Tensor] = {}
+    mean = average_styles([person.styles])
+    style = None
+    if {"methods", "strength"} & set(arguments.parts):
+        style = learned_style(parts, person, SEQUENTIAL)
+    if "methods" in arguments.parts:
+        assert style is not None
+        pictures[TEXTUAL_INVERSION] = by_word(parts, person, prompts)
+        pictures[PRIOR] = by_prior(parts, person, prompts)
+        parallel = learned_style(parts, person, PARALLEL)
+        pictures[PCA] = by_style(parts, parallel, mean, prompts, arguments.strength)
+        pictures[SCA] = by_style(parts, style, mean, prompts, arguments.strength)
+        plain = [caption_calling(each) for each in asked]
+        pictures[MANY] = by_style(parts, parts.many, mean, plain, arguments.many_strength)
+        truth = [render(each, EVALUATION_SEED + index)[0] for index, each in enumerate(asked)]
+        pictures["renderer"] = torch.stack([torch.from_numpy(each.copy()).float() / 255 for each in truth])
+        rows |= {f"methods: {name}": score(made, asked, person.pictures) for name, made in pictures.items()}
+    if "strength" in arguments.parts:
+        assert style is not None
+        plain = [caption_calling(each) for each in asked]
+        for strength in STRENGTHS:
+            for name, own, texts in ((SCA, style, prompts), (MANY, parts.many, plain)):
+                made = by_style(parts, own, mean, texts, strength)
+                rows[f"strength: {name}, {strength:g}"] = score(made, asked, person.pictures)
+    if "photos" in arguments.parts:
+        for count in PHOTOS:
+            album = photograph(parts, identity, count)
+            own = learned_style(parts, album, SEQUENTIAL)
+            made = by_style(parts, own, average_styles([album.styles]), prompts, arguments.strength)
+            rows[f"photos: {count}"] = score(made, asked, person.pictures)
+    mixing = {}
+    if "mixing" in arguments.parts:
+        mixing = score_mixing(parts, person, photograph(parts, other, 1))
+    shown = {"photos": person.pictures} | pictures
+    return rows, mixing, {name: made[: arguments.prompts][::6][:2].numpy() for name, made in shown.items()}
+
+
+def table(rows: Rows, part: str, heading: str) -> list[str]:
+    found = {name.removeprefix(f"{part}: "): each for name, each in rows.items() if name.startswith(f"{part}: ")}
+    if not found:
+        return []
+    columns = list(next(iter(found.values()))[0])
+    lines = ["", f"## {heading}", "", "| | " + " | ".join(name.replace("_", " ") for name in columns) + " |"]
+    lines.append("|---|" + "---|" * len(columns))
+    for name, each in found.items():
+        lines.append(f"| {name} | " + " | ".join(f"{np.mean([row[c] for row in each]):.3f}" for c in columns) + " |")
+    return lines
+
+
+def mixing_table(mixing: dict[str, list[float]]) -> list[str]:
+    if not mixing:
+        return []
+    groups = [", ".join(names) for _, names in GROUPS]
+    lines = ["", "## Style mixing: attributes from the right parent, by row group", ""]
+    lines += ["| rows of the second parent | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    for text in ROWS_OF:
+        cells = [mixing[f"{text}: {group}"] for group in groups]
+        lines.append(f"| {text} | " + " | ".join(f"{np.mean(each):.3f}" if each else "-" for each in cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=8, help="held-out people (default 8)")
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default all)")
+    parser.add_argument("--steps", type=int, default=30, help="DDIM steps (default 30)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")
+    parser.add_argument("--strength", type=float, default=1.0, help="lambda of both attentions (default 1)")
+    parser.add_argument("--many-strength", type=float, default=1.0, help="and of the SCA of many people (default 1)")
+    parser.add_argument("--training-steps", type=int, default=600, help="of both attentions (default: the paper's 600)")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of both attentions (default 5e-4)")
+    parser.add_argument("--style-noise", type=float, default=0.2, help="of both attentions (default 0.2)")
+    parser.add_argument("--word-steps", type=int, default=600, help="of textual inversion (default 600)")
+    parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of textual inversion (default 5e-3)")
+    parser.add_argument("--prior-steps", type=int, default=300, help="of the identity prior (default 300)")
+    parser.add_argument("--prior-learning-rate", type=float, default=1e-4, help="of the identity prior (default 1e-4)")
+    parser.add_argument("--seed", type=int, default=0, help="draws people, photos and noise (default 0)")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--encoder", type=Path, default=W_PLUS_PATH)
+    parser.add_argument("--style-attention", type=Path, default=STYLE_PATH)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processes", type=int, default=1, help="that share the people (default 1)")
+    arguments = parser.parse_args()
+
+    people = draw_people(max(2, arguments.people), arguments.seed)
+    tasks = list(zip(people, [*people[1:], people[0]], strict=True))[: arguments.people]
+    begin = time.perf_counter()
+    rows: Rows = {}
+    mixing: dict[str, list[float]] = {}
+    sheet: dict[str, list[torch.Tensor]] = {}
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, spawn, initializer=load, initargs=(arguments,)) as pool:
+        for number, outcome in enumerate(tqdm(pool.map(measure_person, tasks), total=len(tasks), unit="person"), 1):
+            for name, scores in outcome[0].items():
+                rows.setdefault(name, []).extend(scores)
+            for name, right in outcome[1].items():
+                mixing.setdefault(name, []).extend(right)
+            for name, pictures in outcome[2].items():
+                sheet.setdefault(name, []).append(torch.from_numpy(pictures))
+            # Written anew after each person, so that a run that is stopped leaves the figures of those before.
+            write_report(arguments, number, rows, mixing, sheet, (time.perf_counter() - begin) / 60)
+
+
+def write_report(
+    arguments: argparse.Namespace,
+    people: int,
+    rows: Rows,
+    mixing: dict[str, list[float]],
+    sheet: dict[str, list[torch.Tensor]],
+    minutes: float,
+) -> None:
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/style_identity.py", *sys.argv[1:]])
+    lines = [
+        "# Style cross-attention on unseen people of the demo world",
+        "",
+        f"`{command}` at commit {commit}: {people} people, {arguments.prompts} prompts, seed {arguments.seed}; "
+        f"attentions {arguments.training_steps} steps of batch 4 at learning rate {arguments.learning_rate:g}, lambda "
+        f"{arguments.strength:g} (many people: {arguments.many_strength:g}); textual inversion {arguments.word_steps} "
+        f"steps at {arguments.word_learning_rate:g}, identity prior {arguments.prior_steps} at "
+        f"{arguments.prior_learning_rate:g}; {arguments.steps} steps of DDIM, guidance {arguments.guidance_scale:g}; "
+        f"{minutes:.0f} minutes.",
+        *table(rows, "methods", "Ways to learn a person from six photos"),
+        *table(rows, "strength", "Lambda"),
+        *table(rows, "photos", "Number of photos"),
+        *mixing_table(mixing),
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "minutes": minutes,
+        "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
+        "mixing": {name: float(np.mean(right)) if right else None for name, right in mixing.items()},
+    }
+    write_results("style_identity", everything, lines)
+    save_sheet(RESULTS / "style_identity.jpg", [torch.cat(each) for each in sheet.values()])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Trains the demo world's style attention with the pack's own training: many people instead of one.
+
+Gu et al. 2025 train on six pictures of one person and let the styles of other pictures bring another person (section
+2.2.2), which leans on the many people that e4e and Stable Diffusion know. Here the pictures are of many training
+people, each with its own style rows and a caption that says all but who it is; so the style tokens alone tell who to
+draw, and people that nobody trained on can be drawn from one picture.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+
+from ..pipelines.engine.trainable import BFLOAT16
+from ..pipelines.style_attention_files import save_style_attention
+from ..pipelines.train_style_attention import StyleSettings, train_style_attention
+from ..pipelines.training import TrainingSettings
+from ..pipelines.training_pictures import encode_pictures
+from ..pipelines.w_plus_encoder import encode_w_plus, load_w_plus_encoder
+from . import family
+from .attributes import CAPTION_TEMPLATES, Attributes, caption, description, random_attributes
+from .pictures import EVALUATION_SEED, to_tensor
+from .renderer import render
+from .train_w_plus import W_PLUS_PATH
+
+CHECKPOINT_PATH = Path(__file__).parent / "weights" / "identity-edit-demo.safetensors"
+STYLE_PATH = Path(__file__).parent / "style_attention" / "identity-edit-demo-style.safetensors"
+STYLE_NOISE = 0.2
+"""Of the rows' deviation 1; what the encoder cannot help telling of other groups is smaller (see LinearProbe)."""
+
+
+def caption_calling(attributes: Attributes, name: str = "person", template: int = 0) -> str:
+    """What a portrait shows, with a name in the place of who it is: "a portrait of a smiling person in a room"."""
+    return caption(attributes, template).replace(description(attributes), name)
+
+
+def draw_people(count: int) -> list[tuple[Attributes, int, str]]:
+    """Portraits of training identities: what they show, the render seed, and the caption."""
+    drawn = []
+    for index in range(count):
+        generator = random.Random(f"portrait of a style attention {index}")
+        attributes = random_attributes(generator, "portrait")
+        seed = generator.randrange(EVALUATION_SEED)
+        template = generator.randrange(CAPTION_TEMPLATES)
+        drawn.append((attributes, seed, caption_calling(attributes, template=template)))
+    return drawn
+
+
+def train_demo_style_attention(
+    folder: Path, steps: int, batch_size: int, learning_rate: float, count: int, precision: str, kind: str
+) -> None:
+    """Train on ``count`` portraits and write the file that Load Style Attention lists.
+
+    An interrupted run goes on from a checkpoint in ``folder``.
+    """
+    import comfy.sd
+    from tqdm import tqdm
+
+    family.register()
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT_PATH))
+    people = draw_people(count)
+    pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed, _ in people])
+    with torch.no_grad():
+        styles = encode_w_plus(load_w_plus_encoder(str(W_PLUS_PATH)), pictures)
+        shown = [picture.permute(1, 2, 0) * 0.5 + 0.5 for picture in pictures]
+        # As `encode` does it for the UNet's training: on a processor the autoencoder is the slowest part.
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == BFLOAT16):
+            encoded = encode_pictures(vae, shown, [text for _, _, text in people])
+    settings = StyleSettings(
+        pseudo_word="",
+        templates=(),
+        kind=kind,
+        style_noise=STYLE_NOISE,
+        batch_size=batch_size,
+        precision=precision,
+        sample_steps=1,
+    )
+    training = TrainingSettings(
+        steps=steps, learning_rate=learning_rate, weight_decay=0.01, gradient_clip=0.0, checkpoint_every=25
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=steps, mininterval=5, unit="step") as bar:
+        losses: list[float] = []
+
+        def progress(step: int, _: int, loss: float, __: torch.Tensor | None) -> None:
+            losses.append(loss)
+            recent = losses[-100:]
+            bar.set_postfix(loss=f"{sum(recent) / len(recent):.4f}", refresh=False)
+            bar.update(step - bar.n)
+
+        style, _ = train_style_attention(
+            model,
+            clip,
+            encoded,
+            styles,
+            settings,
+            training,
+            checkpoint=lambda run: str(folder / f"style_attention_{run}.safetensors"),
+            progress=progress,
+        )
+    save_style_attention(style, str(STYLE_PATH))

@@ -1,0 +1,439 @@
+"""Nodes that find and align faces, and say whether two pictures show the same person."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from comfy_api.latest import io, ui
+from torch.nn.functional import interpolate
+
+from ..pipelines import face_alignment, identity_similarity
+from ..pipelines import faces as pipeline
+from ..pipelines.background import ENDINGS as BACKGROUND_ENDINGS
+from ..pipelines.background import FOLDER as BACKGROUND_FOLDER
+from ..pipelines.background import NEEDED as BACKGROUND_NEEDED
+from ..pipelines.background import subject_masks, without_background
+from ..pipelines.errors import IdentityEditError, check_batch_matches
+from ..pipelines.face_pictures import as_colour, drawn_faces
+from ..pipelines.model_folders import list_models, missing_model
+from .sockets import FaceDetector, schema, show_text
+
+MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
+NO_MODEL = "no model"
+BY_DETECTOR, BY_POINTS, WHOLE = "detector", "points", "whole picture"
+METHODS = (BY_DETECTOR, BY_POINTS, WHOLE)
+KEEP, REMOVE = "keep", "remove"
+MOST_SIMILAR = "most similar"
+STOP, ZERO = "stop with an error", "count as 0"
+
+
+class LoadFaceDetector(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadFaceDetector",
+            display_name="Load Face Detector",
+            category="identity",
+            search_aliases=["insightface", "SCRFD", "YuNet", "MTCNN", "buffalo_l", "face detection"],
+            description="Loads a network that finds faces and five points in each, from files that you have.",
+            inputs=[
+                io.Combo.Input(
+                    "detector",
+                    options=[NO_MODEL, *pipeline.list_detectors(), pipeline.MTCNN],
+                    tooltip=f"In models/{pipeline.FOLDER}: a model pack of insightface (models/PACK), a single SCRFD, "
+                    "or a YuNet of OpenCV. Nothing is downloaded. MTCNN brings its weights with its package.",
+                ),
+                io.Float.Input(
+                    "score",
+                    default=pipeline.SCORE,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How sure it must be of a face. 0.6 found all faces of the photos in "
+                    "benchmarks/results/face_identity.md, and no others.",
+                ),
+            ],
+            outputs=[
+                FaceDetector.Output(
+                    "face_detector", display_name="face detector", tooltip="For Align Face and Identity Similarity."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, detector: str) -> bool | str:
+        if detector == pipeline.MTCNN or detector in pipeline.list_detectors():
+            return True
+        return pipeline.missing_file(detector)
+
+    @classmethod
+    def execute(cls, detector: str, score: float) -> io.NodeOutput:
+        return io.NodeOutput(pipeline.load_detector(detector, score))
+
+
+class AlignFace(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditAlignFace",
+            display_name="Align Face",
+            category="identity",
+            search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "e4e", "remove background"],
+            description=(
+                "Cuts faces out of pictures as the pictures of FFHQ are cut, on which e4e was trained: upright, eyes "
+                "and mouth at fixed places; and removes their background (PIDiff, section 2.2.2)."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("pictures", tooltip="One or more pictures; grey and RGBA ones too."),
+                io.Combo.Input(
+                    "method",
+                    options=list(METHODS),
+                    default=BY_DETECTOR,
+                    tooltip="How faces are found: by a face detector, by the five points that you give, or not at all: "
+                    "whole picture takes pictures that are aligned already, or drawn.",
+                ),
+                io.Combo.Input(
+                    "choice",
+                    options=list(pipeline.CHOICES),
+                    default=pipeline.LARGEST,
+                    tooltip="Which of several faces in a picture: the largest, the one of an index, or all of them as "
+                    "a batch, from left to right.",
+                ),
+                io.Int.Input(
+                    "index",
+                    default=1,
+                    min=1,
+                    max=1000,
+                    tooltip="For the choice 'index': which face, counted from the left. 1 is the leftmost.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=256,
+                    min=64,
+                    max=2048,
+                    step=8,
+                    tooltip="Pixels along a side of the aligned faces. 256 is what e4e takes, 1024 what FFHQ has.",
+                ),
+                io.Int.Input(
+                    "smallest_face",
+                    default=pipeline.SMALLEST_SIDE,
+                    min=8,
+                    max=2048,
+                    tooltip="Pixels along a side of a face's crop below which it is refused. 48: smaller faces were no "
+                    "longer recognised for sure (benchmarks/results/face_identity.md).",
+                ),
+                io.Combo.Input(
+                    "background",
+                    options=[KEEP, REMOVE],
+                    default=REMOVE,
+                    tooltip="Remove paints an even grey where mask, or else background_model, sees no subject. PIDiff "
+                    "removes it, so that backgrounds are not taken for the person.",
+                ),
+                io.Combo.Input(
+                    "background_model",
+                    options=[NO_MODEL, *list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)],
+                    tooltip=f"A salient-object network in models/{BACKGROUND_FOLDER} ({BACKGROUND_NEEDED}), for "
+                    "pictures without a mask. Nothing is downloaded.",
+                ),
+                io.Float.Input(
+                    "grey",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="What is painted on the background: 0 is black, 1 is white. PIDiff names none; 0.5 is the "
+                    "middle of the range that encoders take.",
+                ),
+                io.String.Input(
+                    "points",
+                    default="",
+                    multiline=True,
+                    tooltip="For the method 'points': five lines 'x, y' in pixels, as seen in the picture: left eye, "
+                    "right eye, tip of the nose, left and right corner of the mouth. Five for all pictures, or five "
+                    "for each; or JSON, such as what this node gives as its points.",
+                ),
+                FaceDetector.Input(
+                    "face_detector", optional=True, tooltip="For the method 'detector': Load Face Detector."
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="1 on the person, of the pictures' size, such as Segment Subject's. It is aligned with the "
+                    "pictures.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output("faces", display_name="faces", tooltip="The aligned faces, one batch."),
+                io.Mask.Output(
+                    "face_mask",
+                    display_name="mask",
+                    tooltip="The person in the aligned faces; without a mask all that lies within the picture.",
+                ),
+                io.Image.Output(
+                    "preview", display_name="preview", tooltip="The pictures with the points and crops of the faces."
+                ),
+                io.String.Output(
+                    "face_points",
+                    display_name="points",
+                    tooltip="JSON: the picture's number, points, box and score of each face.",
+                ),
+                io.String.Output("report", display_name="report", tooltip="What was found, and warnings."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, background: str = KEEP, background_model: str = NO_MODEL) -> bool | str:
+        found = list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)
+        if background == KEEP or background_model == NO_MODEL or background_model in found:
+            return True
+        return missing_model(BACKGROUND_FOLDER, background_model, BACKGROUND_NEEDED)
+
+    @classmethod
+    def execute(
+        cls,
+        pictures: torch.Tensor,
+        method: str,
+        choice: str,
+        index: int,
+        size: int,
+        smallest_face: int,
+        background: str,
+        background_model: str,
+        grey: float,
+        points: str,
+        face_detector: Any = None,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        pictures = as_colour(pictures)
+        masks = None if mask is None else _masks(mask, pictures)
+        notes: list[str] = []
+        if method == WHOLE:
+            found: list[list[pipeline.Face]] = [[] for _ in pictures]
+            faces, face_masks = _whole_pictures(pictures, masks, size)
+            text = f"{len(faces)} whole picture{'s' if len(faces) > 1 else ''}"
+        else:
+            found = _find(pictures, method, choice, index, points, face_detector)
+            aligned = []
+            for number, (picture, faces_of_it) in enumerate(zip(pictures, found, strict=True)):
+                for face in faces_of_it:
+                    note = pipeline.check_face(face, _name(number), smallest_face)
+                    notes += [note] if note else []
+                    own = None if masks is None else masks[number]
+                    aligned.append(face_alignment.align_ffhq(picture, face.points, size, own))
+            faces = torch.stack([each.picture for each in aligned])
+            face_masks = torch.stack([each.mask for each in aligned])
+            text = f"{len(faces)} face{'s' if len(faces) > 1 else ''} of {len(pictures)} picture(s)"
+        if background == REMOVE:
+            if masks is None:
+                face_masks = face_masks * subject_masks(_background_model(background_model), faces)
+            faces = without_background(faces, face_masks, grey)
+        entries = [
+            {
+                "picture": number,
+                "points": [[round(value, 2) for value in point] for point in face.points.tolist()],
+                "box": [round(value, 2) for value in face.box],
+                "score": round(face.score, 3),
+            }
+            for number, faces_of_it in enumerate(found, start=1)
+            for face in faces_of_it
+        ]
+        return io.NodeOutput(
+            faces,
+            face_masks,
+            drawn_faces(pictures, found),
+            json.dumps(entries),
+            show_text(cls, f"{text}, {size}x{size}.", " ".join(notes) or None),
+            ui=ui.PreviewImage(faces, cls=cls),
+        )
+
+
+class IdentitySimilarity(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditIdentitySimilarity",
+            display_name="Identity Similarity",
+            category="identity",
+            search_aliases=["ArcFace", "face similarity", "ID score", "same person", "insightface", "cosine"],
+            description=(
+                "Says how much the persons in two sets of pictures are alike: the cosine of ArcFace embeddings of "
+                "their faces (PIDiff, section 3.2, its measure ID)."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("pictures", tooltip="The pictures to score, such as generated ones; each gets its own."),
+                io.Image.Input(
+                    "reference",
+                    tooltip="Pictures of the person; the largest face of each. Every picture is compared with the one "
+                    "that it is most like, as in PIDiff (section 3.3.1).",
+                ),
+                FaceDetector.Input("face_detector", tooltip="From Load Face Detector."),
+                io.Combo.Input(
+                    "recognizer",
+                    options=[NO_MODEL, *pipeline.list_detectors()],
+                    tooltip=f"An ArcFace in models/{pipeline.FOLDER}: a model pack of insightface (models/PACK) or a "
+                    "single .onnx, such as w600k_r50.onnx. Nothing is downloaded.",
+                ),
+                io.Combo.Input(
+                    "choice",
+                    options=[pipeline.LARGEST, MOST_SIMILAR],
+                    default=pipeline.LARGEST,
+                    tooltip="Which face counts where a picture has several: the largest, or the one most like the "
+                    "reference.",
+                ),
+                io.Combo.Input(
+                    "without_face",
+                    options=[STOP, ZERO],
+                    default=STOP,
+                    tooltip="What to do with a picture in which no face is found. Counting it as 0 keeps a long "
+                    "comparison from ending.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    "score",
+                    display_name="score",
+                    tooltip="Mean over the pictures, -1 to 1. Above 0.5 it is the same person, below 0.35 another "
+                    "(benchmarks/results/face_identity.md).",
+                ),
+                io.Float.Output("lowest", display_name="lowest", tooltip="The score of the least similar picture."),
+                io.String.Output("report", display_name="report", tooltip="The score of every picture, and warnings."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, recognizer: str) -> bool | str:
+        if recognizer in pipeline.list_detectors():
+            return True
+        return pipeline.missing_file(recognizer, identity_similarity.NEEDED)
+
+    @classmethod
+    def execute(
+        cls,
+        pictures: torch.Tensor,
+        reference: torch.Tensor,
+        face_detector: Any,
+        recognizer: str,
+        choice: str,
+        without_face: str,
+    ) -> io.NodeOutput:
+        pictures, reference = as_colour(pictures), as_colour(reference, "reference")
+        network = identity_similarity.load_recognizer(recognizer)
+        notes: list[str] = []
+        known = []
+        for number, picture in enumerate(reference):
+            name = f"reference {number + 1}"
+            face = pipeline.choose_faces(pipeline.detect_faces(face_detector, picture), pipeline.LARGEST, 1, name)[0]
+            notes += _warning(face, name)
+            known.append((picture, face))
+        embedded = identity_similarity.embed_faces(network, known)
+
+        scores, lines = [], []
+        for number, picture in enumerate(pictures):
+            _stop_if_interrupted()
+            found = pipeline.detect_faces(face_detector, picture)
+            if not found and without_face == ZERO:
+                scores.append(0.0)
+                lines.append(f"{_name(number)}: 0 (no face)")
+                continue
+            candidates = pipeline.choose_faces(
+                found, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
+            )
+            own = identity_similarity.embed_faces(network, [(picture, face) for face in candidates])
+            best = identity_similarity.similarities(own, embedded).amax(dim=1)
+            chosen = int(best.argmax())
+            notes += _warning(candidates[chosen], _name(number))
+            scores.append(float(best[chosen]))
+            lines.append(f"{_name(number)}: {scores[-1]:.3f} ({identity_similarity.verdict(scores[-1])})")
+        mean = sum(scores) / len(scores)
+        text = f"Identity similarity {mean:.3f}\n" + "\n".join(lines)
+        text = show_text(cls, text, " ".join(notes) or None)
+        return io.NodeOutput(mean, min(scores), text, ui=ui.PreviewText(text))
+
+
+def _find(
+    pictures: torch.Tensor, method: str, choice: str, index: int, points: str, detector: Any
+) -> list[list[pipeline.Face]]:
+    """The chosen faces of every picture."""
+    if method == BY_POINTS:
+        if not points.strip():
+            raise IdentityEditError(
+                "points is empty; write five lines 'x, y', or choose the method 'detector' or 'whole picture'."
+            )
+        given = pipeline.parse_points(points, len(pictures))
+        several = any(len(faces) > 1 for faces in given)
+        chosen = choice if several else pipeline.LARGEST
+        ordered = [sorted(faces, key=lambda face: face.area, reverse=True) for faces in given]
+        return [pipeline.choose_faces(faces, chosen, index, _name(i)) for i, faces in enumerate(ordered)]
+    if method != BY_DETECTOR:
+        raise IdentityEditError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
+    if detector is None:
+        raise IdentityEditError(
+            "The method 'detector' needs a face detector; connect Load Face Detector, or choose 'points' or 'whole "
+            "picture'."
+        )
+    found = []
+    for number, picture in enumerate(pictures):
+        _stop_if_interrupted()
+        faces = pipeline.detect_faces(detector, picture)
+        found.append(pipeline.choose_faces(faces, choice, index, _name(number)))
+    return found
+
+
+def _whole_pictures(pictures: torch.Tensor, masks: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures and masks at a size, from the middle square of pictures that are not square."""
+    given = torch.ones(pictures.shape[:3]) if masks is None else masks
+    layers = torch.cat([pictures, given[..., None]], dim=-1).movedim(-1, 1)
+    height, width = layers.shape[2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    layers = layers[:, :, top : top + side, left : left + side]
+    if side != size:
+        layers = interpolate(layers, size=(size, size), mode="bilinear", antialias=True)
+    return layers[:, :3].movedim(1, -1).contiguous(), layers[:, 3].contiguous()
+
+
+def _masks(mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
+    """A mask for each picture, of its size."""
+    mask = mask.detach().cpu().float()
+    mask = mask[None] if mask.ndim == 2 else mask
+    check_batch_matches(mask.shape[0], pictures.shape[0], "mask")
+    size = tuple(pictures.shape[1:3])
+    if tuple(mask.shape[1:]) != size:
+        mask = interpolate(mask[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
+    if not bool((mask > 0).flatten(1).any(dim=1).all()):
+        raise IdentityEditError("mask is empty; paint the person, connect Segment Subject, or take the mask away.")
+    return mask.clamp(0.0, 1.0).expand(pictures.shape[0], -1, -1)
+
+
+def _background_model(name: str) -> str:
+    if name == NO_MODEL:
+        raise IdentityEditError(
+            "Removing the background needs a mask or a background_model; connect one, choose the other, or set "
+            "background to 'keep'."
+        )
+    found = list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)
+    if name not in found:
+        raise IdentityEditError(missing_model(BACKGROUND_FOLDER, name, BACKGROUND_NEEDED))
+    return found[name]
+
+
+def _warning(face: pipeline.Face, name: str) -> list[str]:
+    note = pipeline.check_face(face, name, smallest=0.0)
+    return [note] if note else []
+
+
+def _name(number: int) -> str:
+    return f"picture {number + 1}"
+
+
+def _stop_if_interrupted() -> None:
+    from comfy import model_management
+
+    model_management.throw_exception_if_processing_interrupted()
+
+
+NODES: list[type[io.ComfyNode]] = [LoadFaceDetector, AlignFace, IdentitySimilarity]

@@ -1,0 +1,444 @@
+"""Nodes that learn to draw one person from W+ styles, load what was learned, and put the person into a model."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io, ui
+
+from ..attention.style_cross_attention import KINDS, SEQUENTIAL
+from ..pipelines import style_attention as styles
+from ..pipelines import style_attention_files as files
+from ..pipelines import train_style_attention as learning
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.style_attention import StyleAttention as Style
+from ..pipelines.subject_pictures import SubjectPictures as Pictures
+from ..pipelines.training import TrainingRun, TrainingSettings
+from ..pipelines.training_pictures import encode_pictures
+from ..pipelines.w_plus import WPlus as WPlusStyles
+from .saved_files import loadable_files, next_path
+from .sockets import StyleAttention, SubjectPictures, WPlus, schema, show_text
+from .training import (
+    CHECKPOINT_FOLDER,
+    Checkpoints,
+    LossMap,
+    check_masked_loss,
+    checkpoint_every_input,
+    checkpointing_input,
+    first_and_last,
+    gradient_accumulation_input,
+    precision_input,
+    sample_every_input,
+    seed_input,
+    steps_of,
+    training_progress,
+)
+
+FILE_FOLDER = "style_attention"
+IN_MODELS_FOLDER = f" [{FILE_FOLDER}]"
+"""Mark on names in the models folder, as ComfyUI marks those in the output folder."""
+
+
+class TrainStyleAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTrainStyleAttention",
+            display_name="Train Style Attention",
+            category="identity",
+            search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalisation"],
+            description=(
+                "Learns to draw one person from W+ styles, from about six pictures: a mapping network and a style "
+                "cross-attention behind every text cross-attention (PIDiff, Gu et al. 2025). No weight of the model "
+                "changes."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                SubjectPictures.Input(
+                    "pictures",
+                    tooltip="Pictures of one person; 6 did best in Gu et al. 2025 (table 2). Their token is the "
+                    "pseudo-word that stands for the person.",
+                ),
+                WPlus.Input("w_plus", tooltip="W+ styles of the same pictures in the same order."),
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default=SEQUENTIAL,
+                    tooltip="What asks for the person. 'sequential' is style cross-attention: the text "
+                    "cross-attention's output. 'parallel' is the paper's comparison: the hidden state before it, as in "
+                    "IP-Adapter.",
+                ),
+                io.String.Input(
+                    "row_groups",
+                    default=styles.ROW_GROUPS,
+                    tooltip="Style rows from coarse to fine, one token for each group. The default is that of Gu et "
+                    "al. 2025 for 18 rows; an encoder with other rows needs other groups.",
+                ),
+                io.String.Input(
+                    "templates",
+                    default="\n".join(learning.TEMPLATES),
+                    multiline=True,
+                    tooltip="Captions, one a line, of which one is drawn for each picture; {} is the pseudo-word. "
+                    "Write '{} person' to name the class too. Empty: the pictures' own captions. Gu et al. 2025 name "
+                    "the first two.",
+                ),
+                io.Int.Input(
+                    "steps",
+                    default=learning.STEPS,
+                    min=1,
+                    max=1000000,
+                    tooltip="Training steps. 600 in Gu et al. 2025.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=learning.BATCH_SIZE,
+                    min=1,
+                    max=64,
+                    tooltip="Pictures in a batch, all of one size. 4 in Gu et al. 2025.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=learning.LEARNING_RATE,
+                    min=0.0000001,
+                    max=1.0,
+                    step=0.00001,
+                    round=0.0000001,
+                    tooltip="AdamW's learning rate. Our choice: the number of Gu et al. 2025 is not known to us.",
+                ),
+                io.Float.Input(
+                    "weight_decay",
+                    default=learning.WEIGHT_DECAY,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="AdamW's weight decay. 0.01 in Gu et al. 2025.",
+                ),
+                io.Float.Input(
+                    "text_drop",
+                    default=learning.DROP,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How often a picture is learned without its caption. 0.5 in Gu et al. 2025.",
+                ),
+                io.Float.Input(
+                    "style_drop",
+                    default=learning.DROP,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How often a picture is learned with the encoder's mean style instead of its own. 0.5 in "
+                    "Gu et al. 2025.",
+                ),
+                io.Float.Input(
+                    "style_noise",
+                    default=learning.STYLE_NOISE,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Deviation of the noise that is added to the styles, in their own unit. Our choice: Gu et "
+                    "al. 2025 add noise and do not say how much.",
+                ),
+                io.Boolean.Input(
+                    "masked_loss",
+                    default=False,
+                    tooltip="Count the loss inside the pictures' masks only, so that backgrounds are not learned. Off, "
+                    "as Gu et al. 2025 name no mask.",
+                ),
+                gradient_accumulation_input(),
+                precision_input("the style attention's weights"),
+                checkpointing_input(),
+                seed_input(),
+                sample_every_input("the end"),
+                io.String.Input(
+                    "sample_prompt",
+                    default="",
+                    tooltip="What the samples show, with the pseudo-word in it, in the first picture's style. Empty: "
+                    "the first template.",
+                ),
+                checkpoint_every_input(),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FILE_FOLDER}/person",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Style Attention "
+                    f"lists what is in '{FILE_FOLDER}'.",
+                ),
+            ],
+            outputs=[
+                StyleAttention.Output(
+                    "style_attention", display_name="style attention", tooltip="For Apply Style Cross-Attention."
+                ),
+                io.Image.Output("samples", display_name="samples", tooltip="The sample pictures in their order."),
+                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+                io.String.Output("file", display_name="file", tooltip="Where it was saved."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        pictures: Pictures,
+        w_plus: WPlusStyles,
+        kind: str,
+        row_groups: str,
+        templates: str,
+        steps: int,
+        batch_size: int,
+        learning_rate: float,
+        weight_decay: float,
+        text_drop: float,
+        style_drop: float,
+        style_noise: float,
+        masked_loss: bool,
+        gradient_accumulation: int,
+        precision: str,
+        checkpointing: bool,
+        seed: int,
+        sample_every: int,
+        sample_prompt: str,
+        checkpoint_every: int,
+        filename_prefix: str,
+    ) -> io.NodeOutput:
+        check_masked_loss(masked_loss, pictures)
+        settings = learning.StyleSettings(
+            pseudo_word=pictures.token,
+            templates=tuple(line.strip() for line in templates.splitlines() if line.strip()),
+            kind=kind,
+            row_groups=row_groups,
+            text_drop=text_drop,
+            style_drop=style_drop,
+            style_noise=style_noise,
+            masked=masked_loss,
+            batch_size=batch_size,
+            precision=precision,
+            checkpointing=checkpointing,
+            sample_prompt=sample_prompt.strip(),
+        )
+        training = TrainingSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            accumulation=gradient_accumulation,
+            gradient_clip=0.0,  # the paper clips nothing
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+            sample_every=sample_every,
+        )
+        learning.check_training_input(pictures.captions, pictures.masks, w_plus, settings)
+        next_path(filename_prefix, f"{FILE_FOLDER}/person")  # better before a long training than after it
+        encoded = encode_pictures(vae, pictures.pictures, pictures.captions, pictures.masks)
+        checkpoints = Checkpoints(FILE_FOLDER)
+        style, run = learning.train_style_attention(
+            model,
+            clip,
+            encoded,
+            w_plus,
+            settings,
+            training,
+            checkpoint=checkpoints.path,
+            progress=training_progress(model, steps),
+        )
+        path = next_path(filename_prefix, f"{FILE_FOLDER}/person")
+        files.save_style_attention(style, path)
+        checkpoints.remove()
+        samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
+        text = show_text(cls, _report(style, run, len(encoded), path))
+        return io.NodeOutput(style, samples, {"loss": run.losses}, path, text, ui=ui.PreviewImage(samples, cls=cls))
+
+
+def _report(style: Style, run: TrainingRun, pictures: int, path: str) -> str:
+    return (
+        f"{styles.described(style)}: {steps_of(run)} on {pictures} pictures.\n"
+        f"Loss: {first_and_last(run.losses)}.\n"
+        f"Saved as {path}, {os.path.getsize(path) / 1e6:.1f} MB"
+    )
+
+
+class LoadStyleAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadStyleAttention",
+            display_name="Load Style Attention",
+            category="identity",
+            search_aliases=["PIDiff", "style cross-attention", "load face", "W+ adapter"],
+            description="Loads a style attention that Train Style Attention has saved.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=_files(),
+                    tooltip=f"Files of Train Style Attention in the output folder's '{FILE_FOLDER}', in the input "
+                    f"folder and in the models folder '{FILE_FOLDER}'. Press R to list new ones.",
+                ),
+            ],
+            outputs=[
+                StyleAttention.Output(
+                    "style_attention", display_name="style attention", tooltip="For Apply Style Cross-Attention."
+                ),
+                io.String.Output(
+                    "pseudo_word",
+                    display_name="pseudo-word",
+                    tooltip="The word that stood for the person in training; write it in prompts.",
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What the file holds and how it was trained."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if file not in _files():
+            return f"file '{file}' is not there any more; choose another one, or train the style attention again."
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        path = _path_of(file)
+        return os.path.getmtime(path) if path is not None and os.path.exists(path) else 0.0
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        path = _path_of(file)
+        if path is None:
+            raise IdentityEditError(f"The file {file} does not exist; choose another one.")
+        style = files.load_style_attention(path)
+        facts = style.training
+        trained = ""
+        if "steps" in facts:
+            trained = (
+                f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} "
+                f"pictures"
+            )
+        return io.NodeOutput(style, style.pseudo_word, show_text(cls, f"{styles.described(style)}{trained}."))
+
+
+def _files() -> list[str]:
+    """Names for the combo: the pack's own files, and those in the models folder with its mark."""
+    listed = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
+    if FILE_FOLDER in folder_paths.folder_names_and_paths:
+        names = folder_paths.get_filename_list(FILE_FOLDER)
+        listed += [name + IN_MODELS_FOLDER for name in names if name.lower().endswith(files.ENDINGS)]
+    return listed
+
+
+def _path_of(file: str) -> str | None:
+    if file.endswith(IN_MODELS_FOLDER):
+        return folder_paths.get_full_path(FILE_FOLDER, file.removesuffix(IN_MODELS_FOLDER))
+    return folder_paths.get_annotated_filepath(file)
+
+
+class ApplyStyleCrossAttention(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditApplyStyleCrossAttention",
+            display_name="Apply Style Cross-Attention",
+            category="identity",
+            search_aliases=["PIDiff", "SCA", "face", "identity", "IPAdapter", "W+ adapter"],
+            description=(
+                "Lets a model draw the person of W+ styles, with any sampler and guider (PIDiff, Gu et al. 2025). Once "
+                "for each person, with masks for several in one picture."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="A model of the family that the style attention was trained with; LoRAs may be on it.",
+                ),
+                StyleAttention.Input("style_attention", tooltip="From Load or Train Style Attention."),
+                WPlus.Input(
+                    "w_plus",
+                    tooltip="Who is drawn: W+ styles of one picture, or of one for each picture of the batch. Mixed "
+                    "styles draw a mixed person.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=styles.STRENGTH,
+                    min=-2.0,
+                    max=4.0,
+                    step=0.01,
+                    tooltip="The paper's lambda: more keeps the person, less follows the text. 0.4 in Gu et al. 2025 "
+                    "(figure 10); 1 is that of the training, 0 the plain model.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Share of the sampling without it at the beginning, in which the text finds its layout. 0 "
+                    "in Gu et al. 2025.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Share of the sampling after which it ends. 1 in Gu et al. 2025.",
+                ),
+                io.String.Input(
+                    "schedule",
+                    default="",
+                    tooltip="Factors of strength, separated by commas, spread evenly from start_percent to end_percent "
+                    "with straight lines between them: '0, 1' rises, '1, 0.5' falls to half. Empty: constant, as in Gu "
+                    "et al. 2025.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Where the person is, white; of any size, stretched over the picture. Without it: "
+                    "everywhere.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output("model_with_style", display_name="model", tooltip="The model that draws the person."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Who is drawn with what, and what does not quite fit."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        style_attention: Style,
+        w_plus: WPlusStyles,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+        schedule: str,
+        mask: torch.Tensor | None = None,
+    ) -> io.NodeOutput:
+        styled = styles.apply_style_attention(
+            model,
+            style_attention,
+            w_plus,
+            strength=strength,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            schedule=styles.parse_schedule(schedule),
+            mask=mask,
+        )
+        warnings = [styles.check_model(style_attention, model), styles.check_styles(style_attention, w_plus)]
+        warning = " ".join(text for text in warnings if text is not None) or None
+        text = f"{styles.described(style_attention)}; strength {strength:g}"
+        return io.NodeOutput(styled, show_text(cls, f"{text}.", warning))
+
+
+NODES: list[type[io.ComfyNode]] = [TrainStyleAttention, LoadStyleAttention, ApplyStyleCrossAttention]

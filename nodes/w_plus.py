@@ -1,0 +1,318 @@
+"""Nodes that turn faces into style rows, mix and average them, save and load them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..pipelines import w_plus as styles_of
+from ..pipelines import w_plus_encoder as encoders
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.face_pictures import as_colour
+from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.w_plus import WPlus as Styles
+from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
+from .saved_files import loadable_files, next_path
+from .sockets import WPlus, WPlusEncoder, schema, show_text
+
+FILE_FOLDER = "w_plus"
+ENCODER_FOLDER = encoders.FOLDER
+NO_MODEL = "no model"
+
+
+class LoadWPlusEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadWPlusEncoder",
+            display_name="Load W+ Encoder",
+            category="identity",
+            search_aliases=["e4e", "StyleGAN", "pSp", "PIDiff", "style encoder", "w plus"],
+            description=(
+                "Loads a network that says in style rows who is in a picture: e4e (Tov et al. 2021), or a smaller one "
+                "saved by this pack. No code in the file is executed."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=[NO_MODEL, *list_models(ENCODER_FOLDER, encoders.ENDINGS)],
+                    tooltip=f"In models/{ENCODER_FOLDER}: the official e4e_ffhq_encode.pt, or a .safetensors of Save "
+                    "W+ Encoder. Nothing is downloaded.",
+                ),
+            ],
+            outputs=[
+                WPlusEncoder.Output("encoder", display_name="encoder", tooltip="For Encode W+."),
+                io.String.Output("report", display_name="report", tooltip="Which encoder it is, and what it takes."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if file in list_models(ENCODER_FOLDER, encoders.ENDINGS):
+            return True
+        return missing_model(ENCODER_FOLDER, file, encoders.NEEDED)
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> float:
+        path = list_models(ENCODER_FOLDER, encoders.ENDINGS).get(file)
+        return os.path.getmtime(path) if path else 0.0
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        found = list_models(ENCODER_FOLDER, encoders.ENDINGS)
+        if file not in found:
+            raise IdentityEditError(missing_model(ENCODER_FOLDER, file, encoders.NEEDED))
+        encoder = encoders.load_w_plus_encoder(found[file])
+        rows, width = encoder.average.shape
+        text = f"Encoder {encoder.name}: {rows} rows of {width}, from pictures of {encoder.size}x{encoder.size}."
+        return io.NodeOutput(encoder, show_text(cls, text))
+
+
+class SaveWPlusEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSaveWPlusEncoder",
+            display_name="Save W+ Encoder",
+            category="identity",
+            search_aliases=["convert e4e", "e4e safetensors", "w plus"],
+            description=(
+                "Writes an encoder as .safetensors, without the StyleGAN that the official e4e file brings along; it "
+                "loads faster and cannot hold code."
+            ),
+            is_output_node=True,
+            inputs=[
+                WPlusEncoder.Input("encoder", tooltip="From Load W+ Encoder."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{ENCODER_FOLDER}/encoder",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load W+ Encoder lists "
+                    f"what is in '{ENCODER_FOLDER}'.",
+                ),
+            ],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Where the encoder was saved.")],
+        )
+
+    @classmethod
+    def execute(cls, encoder: Encoder, filename_prefix: str) -> io.NodeOutput:
+        path = next_path(filename_prefix, f"{ENCODER_FOLDER}/encoder")
+        name = encoder.name.rsplit(" (", 1)[0]
+        encoders.save_w_plus_encoder(path, encoder.network, encoder.average, name, encoder.training)
+        show_text(cls, f"Saved as {path}")
+        return io.NodeOutput(path)
+
+
+class EncodeWPlus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditEncodeWPlus",
+            display_name="Encode W+",
+            category="identity",
+            search_aliases=["e4e", "GAN inversion", "style rows", "PIDiff", "w plus"],
+            description=(
+                "Gives the style rows of aligned faces, from coarse (pose, shape of the face) to fine (colours) "
+                "(PIDiff, section 2.2.2)."
+            ),
+            inputs=[
+                WPlusEncoder.Input("encoder", tooltip="From Load W+ Encoder."),
+                io.Image.Input(
+                    "faces",
+                    tooltip="Aligned faces from Align Face, best at the encoder's own size (e4e: 256). Other sizes are "
+                    "resized, and the report says so.",
+                ),
+            ],
+            outputs=[
+                WPlus.Output("w_plus", display_name="w+", tooltip="The style rows of every face."),
+                io.String.Output("report", display_name="report", tooltip="How many rows, and what was resized."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, encoder: Encoder, faces: torch.Tensor) -> io.NodeOutput:
+        pictures = as_colour(faces, "faces")
+        size, given = encoder.size, pictures.shape[1]
+        styles = encoders.encode_w_plus(encoder, encoders.fitted(pictures, size))
+        text = f"{_described(styles)}."
+        if given != size:
+            text += f" The faces were resized from {given}x{given} to {size}x{size}."
+        warning = (
+            f"The faces have {given} pixels instead of {size}; use larger pictures." if 2 * given <= size else None
+        )
+        return io.NodeOutput(styles, show_text(cls, text, warning))
+
+
+class MixWPlus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditMixWPlus",
+            display_name="Mix W+",
+            category="identity",
+            search_aliases=["style mixing", "style editing", "interpolate faces", "PIDiff", "w plus"],
+            description=(
+                "Takes some style rows from another face: coarse ones (1-9) bring its pose, age and skin, fine ones "
+                "(10-18) its eyes, mouth and colours (PIDiff, sections 2.2.2 and 3.4.1)."
+            ),
+            inputs=[
+                WPlus.Input("first", tooltip="The face that all other rows come from."),
+                WPlus.Input("second", tooltip="The face that the rows are taken from, of the same encoder."),
+                io.String.Input(
+                    "rows",
+                    default=styles_of.FINE_ROWS,
+                    tooltip="Numbers and ranges from 1, such as '1-9, 12', or 'all'. PIDiff takes 1-9 from one face "
+                    "and 10-18 from another (section 2.2.2).",
+                ),
+                io.Float.Input(
+                    "weight",
+                    default=1.0,
+                    min=-1.0,
+                    max=2.0,
+                    step=0.01,
+                    tooltip="1 takes the rows as they are, as PIDiff does; 0.5 goes half the way to them.",
+                ),
+            ],
+            outputs=[
+                WPlus.Output("w_plus", display_name="w+", tooltip="The mixed style rows."),
+                io.String.Output("report", display_name="report", tooltip="Which rows come from where."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, first: Styles, second: Styles, rows: str, weight: float) -> io.NodeOutput:
+        chosen = styles_of.parse_rows(rows, first.count)
+        mixed = styles_of.mix_styles(first, second, chosen, weight)
+        numbers = ", ".join(str(row + 1) for row in chosen)
+        text = f"{_described(mixed)}; rows {numbers} from the second face, weight {weight:g}."
+        return io.NodeOutput(mixed, show_text(cls, text))
+
+
+class AverageWPlus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditAverageWPlus",
+            display_name="Average W+",
+            category="identity",
+            search_aliases=["mean style", "several photos", "merge faces", "w plus"],
+            description=(
+                "The mean style rows of several photos of a person, which keep the person and lose what the photos "
+                "differ in."
+            ),
+            inputs=[
+                WPlus.Input("first", tooltip="Style rows of one or more faces; every face counts alike."),
+                *(
+                    WPlus.Input(name, optional=True, tooltip="More faces, of the same encoder.")
+                    for name in ("second", "third", "fourth")
+                ),
+            ],
+            outputs=[
+                WPlus.Output("w_plus", display_name="w+", tooltip="One face: the mean of all."),
+                io.String.Output("report", display_name="report", tooltip="How many faces, and how much they differ."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, first: Styles, second: Styles | None = None, third: Styles | None = None, fourth: Styles | None = None
+    ) -> io.NodeOutput:
+        given = [each for each in (first, second, third, fourth) if each is not None]
+        mean = styles_of.average_styles(given)
+        faces = torch.cat([each.rows for each in given])
+        spread = float((faces - mean.rows).norm(dim=2).mean())
+        distance = float((faces - mean.average).norm(dim=2).mean())
+        text = (
+            f"The mean of {len(faces)} faces; a row is {spread:.2f} from their mean and {distance:.2f} from the mean "
+            f"style."
+        )
+        return io.NodeOutput(mean, show_text(cls, text))
+
+
+class SaveWPlus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSaveWPlus",
+            display_name="Save W+",
+            category="identity",
+            search_aliases=["save style", "save identity", "w plus"],
+            description="Writes style rows as .safetensors, so that a person can be used without the photos.",
+            is_output_node=True,
+            inputs=[
+                WPlus.Input("w_plus", tooltip="The style rows of one or more faces."),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FILE_FOLDER}/person",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load W+ lists what is in "
+                    f"'{FILE_FOLDER}'.",
+                ),
+            ],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Where the style rows were saved.")],
+        )
+
+    @classmethod
+    def execute(cls, w_plus: Styles, filename_prefix: str) -> io.NodeOutput:
+        path = next_path(filename_prefix, f"{FILE_FOLDER}/person")
+        styles_of.save_w_plus(w_plus, path)
+        show_text(cls, f"Saved as {path}")
+        return io.NodeOutput(path)
+
+
+class LoadWPlus(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadWPlus",
+            display_name="Load W+",
+            category="identity",
+            search_aliases=["load style", "load identity", "w plus"],
+            description="Reads style rows that Save W+ has written.",
+            inputs=[
+                io.Combo.Input(
+                    "file",
+                    options=loadable_files(FILE_FOLDER),
+                    tooltip=f"Files of Save W+ in the output folder's '{FILE_FOLDER}', and in the input folder. Press "
+                    "R to list new ones.",
+                ),
+            ],
+            outputs=[
+                WPlus.Output("w_plus", display_name="w+", tooltip="The style rows."),
+                io.String.Output("report", display_name="report", tooltip="How many faces, and which encoder's."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        if folder_paths.exists_annotated_filepath(file):
+            return True
+        return f"The file '{file}' does not exist; choose another, or save one first."
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str) -> float:
+        path = folder_paths.get_annotated_filepath(file)
+        return os.path.getmtime(path) if os.path.isfile(path) else 0.0
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        styles = styles_of.load_w_plus(folder_paths.get_annotated_filepath(file))
+        return io.NodeOutput(styles, show_text(cls, f"{_described(styles)}."))
+
+
+def _described(styles: Any) -> str:
+    faces = styles.rows.shape[0]
+    return f"{faces} face{'s' if faces > 1 else ''}, {styles.count} rows of {styles.width} of {styles.encoder}"
+
+
+NODES: list[type[io.ComfyNode]] = [
+    LoadWPlusEncoder,
+    SaveWPlusEncoder,
+    EncodeWPlus,
+    MixWPlus,
+    AverageWPlus,
+    SaveWPlus,
+    LoadWPlus,
+]

@@ -1,0 +1,61 @@
+"""What of a picture is its subject, by a salient-object network in ONNX (U2-Net: Qin et al. 2020, as rembg has them).
+
+Files are the user's own, models/rembg/*.onnx: u2net.onnx, u2netp.onnx, u2net_human_seg.onnx. Nothing is downloaded. The
+package rembg is not used because it fetches its networks unasked; what it does with these is a few lines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import interpolate
+
+from .errors import IdentityEditError
+from .faces import import_optional
+from .model_folders import first_line
+
+FOLDER = "rembg"
+ENDINGS = (".onnx",)
+NEEDED = "u2net.onnx, u2netp.onnx or u2net_human_seg.onnx"
+_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def subject_masks(path: str, pictures: torch.Tensor) -> torch.Tensor:
+    """How much every pixel belongs to the subject.
+
+    Args:
+        path: an .onnx file; see the top of this file.
+        pictures: [B, H, W, 3] float32, 0 to 1.
+
+    Returns:
+        [B, H, W] float32, 0 to 1; the least and the most of each picture are brought to 0 and 1, as rembg does.
+
+    Raises:
+        IdentityEditError: when onnxruntime is missing, or the file is another network.
+    """
+    onnxruntime = import_optional("onnxruntime", "onnxruntime", path)
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise IdentityEditError(f"{path} cannot be loaded ({first_line(error)}); download it again.") from error
+    shape = session.get_inputs()[0].shape
+    if len(shape) != 4 or shape[1] != 3 or not all(isinstance(side, int) for side in shape[2:]):
+        raise IdentityEditError(f"{path} is no salient-object network; choose {NEEDED}.")
+    height, width = pictures.shape[1:3]
+    mean, deviation = torch.tensor(_MEAN)[:, None, None], torch.tensor(_DEVIATION)[:, None, None]
+    masks = []
+    for picture in pictures:
+        shown = interpolate(picture.movedim(-1, 0)[None], size=tuple(shape[2:]), mode="bicubic", antialias=True)[0]
+        shown = shown.clamp(0.0, 1.0)
+        shown = (shown / shown.max().clamp(min=1e-6) - mean) / deviation
+        found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: shown[None].numpy()})[0])
+        if found.ndim != 4 or found.shape[1] != 1:
+            raise IdentityEditError(f"{path} is no salient-object network; choose {NEEDED}.")
+        found = (found - found.min()) / (found.max() - found.min()).clamp(min=1e-6)
+        masks.append(interpolate(found, size=(height, width), mode="bilinear", antialias=True)[0, 0])
+    return torch.stack(masks).clamp(0.0, 1.0)
+
+
+def without_background(pictures: torch.Tensor, masks: torch.Tensor, level: float) -> torch.Tensor:
+    """Pictures [B, H, W, 3] on an even grey of `level` (0 black, 1 white) where the masks [B, H, W] are not 1."""
+    share = masks[..., None]
+    return pictures * share + level * (1.0 - share)

@@ -1,0 +1,384 @@
+"""Style attention: a person's W+ style rows shown to a diffusion model (PIDiff: Gu et al. 2025, sections 2.2.2, 2.2.3).
+
+A mapping network turns groups of style rows, from coarse to fine, into one token each; style cross-attention behind
+every text cross-attention (`attention.style_cross_attention`) brings the tokens into the picture. Both are trained on a
+few pictures of one person (`train_style_attention`); no weight of the diffusion model changes.
+
+The paper has Stable Diffusion 1.5. SD2.x and SDXL are ours: tokens have the width of their text embeddings, and every
+transformer block has its style cross-attention.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..attention.style_cross_attention import (
+    KINDS,
+    Evaluation,
+    LayerSize,
+    StyleLayers,
+    SubjectStyles,
+    layer_sizes,
+    style_patches,
+    text_layers,
+)
+from . import engine
+from .errors import IdentityEditError, check_batch_matches
+from .w_plus import WPlus
+
+ROW_GROUPS = "1-5, 6-9, 10-13, 14-18"
+"""Of e4e's 18 rows in Gu et al. 2025, section 2.2.2. The published w-plus-adapter groups 4, 4, 4 and 6 rows."""
+STRENGTH = 0.4
+"""lambda while sampling in Gu et al. 2025, section 3.4.4; it is 1 in training."""
+
+_KEY = "identity_edit_style_attention"
+_WITHOUT_PROMPT = ("negative", "empty")
+"""Names of the sides of a guider that get the null style: "empty" is Perp-Neg Guider's."""
+
+RowGroups = tuple[tuple[int, int], ...]
+"""First and last row of each group, counted from 1."""
+
+
+def parse_row_groups(text: str, count: int) -> RowGroups:
+    """Groups of style rows as a user writes them: "1-5, 6-9, 10-13, 14-18".
+
+    Args:
+        text: ranges or single rows, separated by commas, one after another from row 1 to the last.
+        count: N, the encoder's style rows.
+
+    Raises:
+        IdentityEditError: when a part is no range, or the groups do not hold every row once and in order.
+    """
+    groups = []
+    for part in text.split(","):
+        ends = [end.strip() for end in part.split("-")]
+        if len(ends) > 2 or not all(end.isdecimal() for end in ends):
+            raise IdentityEditError(f"row_groups is '{text}'; write ranges such as '{ROW_GROUPS}'.")
+        groups.append((int(ends[0]), int(ends[-1])))
+    expected = 1
+    for first, last in groups:
+        if first != expected or last < first:
+            expected = -1
+            break
+        expected = last + 1
+    if expected != count + 1:
+        raise IdentityEditError(
+            f"row_groups is '{text}' but the W+ styles have {count} rows; write groups that hold the rows from 1 to "
+            f"{count} once and in order, such as '{written_row_groups(proportional_row_groups(count))}'."
+        )
+    return tuple(groups)
+
+
+def proportional_row_groups(count: int) -> RowGroups:
+    """The paper's four groups of 18 rows in proportion for another number of rows, without empty ones."""
+    lasts = sorted({max(1, round(count * last / 18)) for last in (5, 9, 13, 18)})
+    return tuple((first + 1, last) for first, last in zip([0, *lasts[:-1]], lasts, strict=True))
+
+
+def written_row_groups(groups: RowGroups) -> str:
+    return ", ".join(f"{first}-{last}" if first < last else str(first) for first, last in groups)
+
+
+class MappingNetwork(nn.Module):
+    """F of Gu et al. 2025, section 2.2.2: each of its mapping layers turns one group of style rows into one token.
+
+    The paper says neither what a layer is nor what the null style is. Here a layer is linear, and the tokens are
+    normalised as IP-Adapter's are, to the size of text embeddings, which the copied projections W'_k and W'_v know. It
+    sees rows as their difference from the encoder's mean style, which the layers' biases could as well learn: so the
+    null style, that mean, differs from a person from the first step on.
+    """
+
+    def __init__(self, groups: RowGroups, style_width: int, text_width: int) -> None:
+        """
+        Args:
+            groups: of style rows.
+            style_width: C, numbers of a style row.
+            text_width: of the model's text embeddings.
+        """
+        super().__init__()
+        self.groups = groups
+        self.layers = nn.ModuleList(nn.Linear((last - first + 1) * style_width, text_width) for first, last in groups)
+        self.normalise = nn.LayerNorm(text_width)
+
+    def forward(self, rows: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
+        """Style rows [B, N, C] and the mean style [N, C] -> tokens v [B, number of groups, text width]."""
+        difference = rows - average
+        tokens = [
+            layer(difference[:, first - 1 : last].flatten(1))
+            for layer, (first, last) in zip(self.layers, self.groups, strict=True)
+        ]
+        return self.normalise(torch.stack(tokens, dim=1))
+
+
+class StyleNetwork(nn.Module):
+    """All that is trained: the mapping network and the style cross-attention of every layer."""
+
+    def __init__(
+        self, groups: RowGroups, style_width: int, text_width: int, sizes: dict[tuple[str, int, int], LayerSize]
+    ) -> None:
+        super().__init__()
+        self.mapping = MappingNetwork(groups, style_width, text_width)
+        self.attention = StyleLayers(sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class StyleAttention:
+    """A trained style attention.
+
+    Attributes:
+        network: its weights, float32 and frozen. The mapping network stays on the CPU.
+        kind: SEQUENTIAL (SCA) or PARALLEL (PCA).
+        style_rows, style_width: N and C of the W+ styles it reads.
+        text_width: of the text embeddings of its model.
+        encoder: name and fingerprint of the W+ encoder it was trained with.
+        pseudo_word: the word that stood for the person in training, "" where captions did without.
+        model: tag of the model it was trained with.
+        training: what is known about the training.
+    """
+
+    network: StyleNetwork
+    kind: str
+    style_rows: int
+    style_width: int
+    text_width: int
+    encoder: str
+    pseudo_word: str = ""
+    model: engine.ModelTag | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    _patchers: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise IdentityEditError(f"The kind of a style attention is {self.kind}; choose {' or '.join(KINDS)}.")
+
+    @property
+    def row_groups(self) -> RowGroups:
+        return self.network.mapping.groups
+
+    def patcher(self, model: Any) -> Any:
+        """Its style cross-attention as a ModelPatcher, which ComfyUI loads and offloads together with `model`.
+
+        In the dtype that the model computes in; several models of one dtype and device share one.
+        """
+        dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
+        key = dtype, model.load_device, model.offload_device
+        if key not in self._patchers:
+            # Outside of inference mode, so that a training can pass gradients through.
+            with torch.inference_mode(False), torch.no_grad():
+                layers = self.network.attention
+                if dtype != torch.float32:
+                    layers = copy.deepcopy(layers).to(dtype)
+            self._patchers[key] = engine.managed_beside(model, layers)
+        return self._patchers[key]
+
+
+def style_tokens(style: StyleAttention, w_plus: WPlus) -> tuple[torch.Tensor, torch.Tensor]:
+    """v of each person [P, n, text width] and of nobody [1, n, text width], float32 CPU.
+
+    Nobody's, the null style, is the encoder's mean style through the mapping network.
+
+    Raises:
+        IdentityEditError: when the styles are another encoder's.
+    """
+    check_styles(style, w_plus)
+    mapping = style.network.mapping
+    with torch.inference_mode(False), torch.no_grad():
+        rows, average = w_plus.rows.detach().clone().float(), w_plus.average.detach().clone().float()
+        return mapping(rows, average), mapping(average[None], average)
+
+
+def check_styles(style: StyleAttention, w_plus: WPlus) -> str | None:
+    """Check that a style attention can read W+ styles.
+
+    Returns:
+        a warning when they are of its form but another encoder's, or None.
+
+    Raises:
+        IdentityEditError: when they are of another form.
+    """
+    if (w_plus.count, w_plus.width) != (style.style_rows, style.style_width):
+        raise IdentityEditError(
+            f"The W+ styles are {w_plus.count} rows of {w_plus.width} and the style attention reads {style.style_rows} "
+            f"of {style.style_width}; encode the picture with the W+ encoder of its training ({style.encoder})."
+        )
+    if w_plus.encoder != style.encoder:
+        return (
+            f"The W+ styles come from the encoder {w_plus.encoder} and the style attention was trained with "
+            f"{style.encoder}; rows of different encoders mean different things."
+        )
+    return None
+
+
+def check_model(style: StyleAttention, model: Any) -> str | None:
+    """Check that a style attention fits a model.
+
+    Returns:
+        a warning when the model is of its family but has other weights than it was trained with, or None.
+
+    Raises:
+        IdentityEditError: when a layer is missing or has another size.
+    """
+    engine.require_noise_prediction_model(model)
+    sizes = layer_sizes(text_layers(model.get_model_object("diffusion_model")))
+    if sizes != style.network.attention.sizes:
+        trained_with = f" ({style.model.architecture})" if style.model is not None else ""
+        raise IdentityEditError(
+            f"The style attention has {len(style.network.attention.sizes)} layers for text embeddings of "
+            f"{style.text_width} channels, and this model has {len(sizes)} layers, {engine.context_channels(model)} "
+            f"channels, or other sizes; load a checkpoint of the family it was trained with{trained_with}."
+        )
+    if style.model is not None:
+        tag = engine.model_tag(model)
+        if tag.difference(style.model) is not None:
+            return "The style attention was trained with another checkpoint; the person may look less like themselves."
+    return None
+
+
+def parse_schedule(text: str) -> tuple[float, ...]:
+    """Factors of lambda as a user writes them: "0, 1" or "" for none.
+
+    Raises:
+        IdentityEditError: when a part is no finite number.
+    """
+    try:
+        factors = tuple(float(part) for part in text.split(",")) if text.strip() else ()
+        if not bool(torch.isfinite(torch.tensor(factors)).all()):
+            raise ValueError
+    except ValueError:
+        raise IdentityEditError(
+            f"schedule is '{text}'; write numbers separated by commas, such as '0, 1', or nothing."
+        ) from None
+    return factors
+
+
+def strength_at(
+    sampling: Any, sigma: float, strength: float, start_percent: float, end_percent: float, schedule: Sequence[float]
+) -> float:
+    """lambda at a noise level.
+
+    Args:
+        sampling: the model's sampling object.
+        sigma: the noise level.
+        strength: lambda.
+        start_percent, end_percent: shares of the timesteps, from the noisiest, between which it counts; both included,
+            as ComfyUI has it for conditionings.
+        schedule: factors of lambda spread evenly from start to end and interpolated linearly; none is 1 throughout.
+    """
+    if not sampling.percent_to_sigma(end_percent) <= sigma <= sampling.percent_to_sigma(start_percent):
+        return 0.0
+    if not schedule:
+        return strength
+    percent = 1.0 - float(sampling.timestep(torch.tensor(sigma))) / 999.0  # as in ComfyUI's percent_to_sigma
+    length = max(end_percent - start_percent, 1e-9)
+    place = min(max((percent - start_percent) / length, 0.0), 1.0) * (len(schedule) - 1)
+    before = min(int(place), len(schedule) - 1)
+    after = min(before + 1, len(schedule) - 1)
+    return strength * (schedule[before] + (place - before) * (schedule[after] - schedule[before]))
+
+
+def apply_style_attention(
+    model: Any,
+    style: StyleAttention,
+    w_plus: WPlus,
+    *,
+    strength: float = STRENGTH,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+    schedule: Sequence[float] = (),
+    mask: torch.Tensor | None = None,
+) -> Any:
+    """A clone of MODEL that draws the person of W+ styles (Gu et al. 2025, section 2.2.5), for any sampler and guider.
+
+    Applied several times, each person gets their own: what is added is the sum, and with masks each one's stays in
+    their region. Conditionings without a prompt (the negative side) get the null style, as in training.
+
+    Args:
+        model: MODEL, Stable Diffusion 1.x, 2.x or XL.
+        style: trained with its family.
+        w_plus: of one picture for the whole batch, or of one for each.
+        strength: lambda. 0 gives the plain model.
+        start_percent, end_percent, schedule: see `strength_at`.
+        mask: [1 or B, H, W], 0 to 1, where the person is; of any size, stretched over the latent.
+
+    Raises:
+        IdentityEditError: when an input cannot be used.
+    """
+    check_model(style, model)
+    tokens, null = style_tokens(style, w_plus)
+    if not 0.0 <= start_percent <= end_percent <= 1.0:
+        raise IdentityEditError(
+            f"start_percent is {start_percent:g} and end_percent {end_percent:g}; choose 0 <= start <= end <= 1."
+        )
+    if not bool(torch.isfinite(torch.tensor(strength))):
+        raise IdentityEditError(f"strength is {strength}; choose a number, such as {STRENGTH}.")
+    clone = model.clone()
+    if strength == 0.0:
+        return clone
+    styles = SubjectStyles(tokens, null, strength, _checked_mask(mask))
+
+    def predict_noise(
+        executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
+    ) -> torch.Tensor:
+        guider = executor.class_obj
+        check_batch_matches(tokens.shape[0], x.shape[0], "w_plus")
+        if styles.mask is not None:
+            check_batch_matches(styles.mask.shape[0], x.shape[0], "mask")
+        sampling = guider.model_patcher.get_model_object("model_sampling")
+        sigma = float(timestep.max())
+        before, styles.evaluation = (
+            styles.evaluation,
+            Evaluation(
+                strength=strength_at(sampling, sigma, strength, start_percent, end_percent, schedule),
+                null=frozenset(entry.get("uuid") for name in _WITHOUT_PROMPT for entry in guider.conds.get(name) or ()),
+                entries={entry.get("uuid"): entry for side in guider.conds.values() for entry in side or ()},
+                height=x.shape[-2],
+                width=x.shape[-1],
+            ),
+        )
+        try:
+            return executor(x, timestep, model_options, seed)
+        finally:
+            styles.evaluation = before
+
+    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            styles.forget()
+
+    patcher = style.patcher(model)
+    patches = style_patches(model.get_model_object("diffusion_model"), patcher.model, styles, style.kind)
+    for name, patch in patches.items():
+        clone.set_model_patch(patch, name)
+    # One key for one style attention: several people who share it load it once.
+    clone.set_additional_models(f"{_KEY}_{id(patcher.model)}", [patcher])
+    engine.add_wrappers(clone, _KEY, predict_noise=predict_noise, outer_sample=outer_sample)
+    return clone
+
+
+def _checked_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """[B, H, W] float32 CPU, 0 to 1."""
+    if mask is None:
+        return None
+    mask = mask.detach().float().cpu()
+    mask = mask[None] if mask.ndim == 2 else mask
+    if mask.ndim != 3 or mask.numel() == 0 or not bool(torch.isfinite(mask).all()):
+        raise IdentityEditError(
+            f"mask {tuple(mask.shape)} is no MASK [batch, height, width] of finite values; draw it again."
+        )
+    return mask.clamp(0.0, 1.0)
+
+
+def described(style: StyleAttention) -> str:
+    """What a style attention is, in a line for reports."""
+    name = f" of '{style.pseudo_word}'" if style.pseudo_word else ""
+    return (
+        f"Style attention{name}: {style.kind}, {len(style.row_groups)} tokens of the rows "
+        f"{written_row_groups(style.row_groups)}, {len(style.network.attention.sizes)} layers, encoder {style.encoder}"
+    )

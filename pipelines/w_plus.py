@@ -1,0 +1,186 @@
+"""Style rows of the space W+: who is in a picture, from coarse to fine.
+
+An encoder of W+ (e4e: Tov et al. 2021) gives each picture N style rows, of which the first decide about pose and the
+shape of the face and the last about colours. PIDiff (section 2.2.2) shows them to a diffusion model, and
+exchanges rows between people: rows 1-9 of one person with rows 10-18 of another. Rows are counted from 1, as there.
+
+The file of W+ styles is one safetensors file: `rows` [B, N, C] and `average` [N, C] in float32, and in the header's
+`identity_edit` the kind and the encoder's name and fingerprint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .errors import IdentityEditError, check_batch_matches
+from .files import read_tensors, write_tensors
+
+KIND = "entry of W+ styles"
+COARSE_ROWS = "1-9"
+FINE_ROWS = "10-18"
+
+
+@dataclass(frozen=True)
+class WPlus:
+    """The style rows of one or more pictures.
+
+    Attributes:
+        rows: [B, N, C] float32 CPU, absolute styles: `average` is already added. N is 18 and C 512 for e4e; other
+            encoders have others.
+        average: [N, C] float32 CPU, the encoder's mean style (`latent_avg`).
+        encoder: name and fingerprint of the encoder that made them; rows of different encoders mean different things.
+    """
+
+    rows: torch.Tensor
+    average: torch.Tensor
+    encoder: str
+
+    def __post_init__(self) -> None:
+        if self.rows.ndim != 3 or min(self.rows.shape) < 1:
+            raise IdentityEditError(
+                f"W+ styles need rows [pictures, rows, channels], not {tuple(self.rows.shape)}; encode a picture."
+            )
+        if tuple(self.average.shape) != tuple(self.rows.shape[1:]):
+            raise IdentityEditError(
+                f"The mean style {tuple(self.average.shape)} does not belong to W+ styles {tuple(self.rows.shape)}; "
+                f"take both from the same encoder."
+            )
+        check_finite_styles(self.rows, "The W+ styles")
+        check_finite_styles(self.average, "The mean style")
+
+    @property
+    def count(self) -> int:
+        """N, style rows of a picture."""
+        return int(self.rows.shape[1])
+
+    @property
+    def width(self) -> int:
+        """C, numbers of a style row."""
+        return int(self.rows.shape[2])
+
+
+def check_finite_styles(styles: torch.Tensor, name: str) -> None:
+    """Raise `IdentityEditError` when styles hold NaN or infinite values."""
+    if not bool(torch.isfinite(styles).all()):
+        raise IdentityEditError(
+            f"{name} contain NaN or infinite values; encode the picture again, and choose another encoder file if that "
+            f"does not help."
+        )
+
+
+def check_same_encoder(first: WPlus, other: WPlus, name: str) -> None:
+    """Raise `IdentityEditError` unless `other`, called `name`, comes from the encoder of `first`."""
+    if first.rows.shape[1:] != other.rows.shape[1:] or first.encoder != other.encoder:
+        raise IdentityEditError(
+            f"{name} comes from the encoder {other.encoder} ({other.count} rows of {other.width}), and the first "
+            f"styles from {first.encoder} ({first.count} rows of {first.width}); encode both with the same encoder."
+        )
+
+
+def parse_rows(text: str, count: int) -> tuple[int, ...]:
+    """Row numbers that a user writes, such as "1-9, 12".
+
+    Args:
+        text: numbers and ranges, separated by commas; counted from 1, ranges include their ends; "all" means all rows.
+        count: N, how many rows there are.
+
+    Returns:
+        positions from 0, ascending, each once.
+
+    Raises:
+        IdentityEditError: when something is no number or range, or there is no such row.
+    """
+    if text.strip().lower() == "all":
+        return tuple(range(count))
+    found: set[int] = set()
+    for part in text.replace(";", ",").split(","):
+        if not part.strip():
+            continue
+        ends = part.replace("\N{EN DASH}", "-").split("-")  # a dash that came with a copied text
+        if len(ends) > 2 or not all(end.strip().isdecimal() for end in ends):
+            raise IdentityEditError(f"rows has '{part.strip()}'; write numbers and ranges, such as '1-9, 12'.")
+        first, last = int(ends[0]), int(ends[-1])
+        if not 1 <= first <= last <= count:
+            raise IdentityEditError(
+                f"rows has '{part.strip()}', but these styles have rows 1 to {count}; write ranges in ascending order "
+                f"within them."
+            )
+        found |= set(range(first - 1, last))
+    if not found:
+        raise IdentityEditError("rows is empty; write which rows to take, such as '10-18', or 'all'.")
+    return tuple(sorted(found))
+
+
+def mix_styles(first: WPlus, second: WPlus, rows: Sequence[int], weight: float = 1.0) -> WPlus:
+    """Take rows of another picture (PIDiff, sections 2.2.2 and 3.4.1), or interpolate to them.
+
+    w_i = (1 - weight) * w1_i + weight * w2_i for the chosen rows i, and w1_i for all others.
+
+    Args:
+        first: styles of B pictures, or of one for all.
+        second: styles of as many, or of one for all, from the same encoder.
+        rows: positions from 0; see `parse_rows`.
+        weight: 0 keeps `first`, 1 takes the rows from `second`; beyond these it extrapolates.
+
+    Returns:
+        styles of max(B1, B2) pictures.
+
+    Raises:
+        IdentityEditError: when they come from different encoders, or are of different numbers of pictures.
+    """
+    check_same_encoder(first, second, "The second W+ input")
+    pictures = max(first.rows.shape[0], second.rows.shape[0])
+    check_batch_matches(first.rows.shape[0], pictures, "The first W+ input")
+    check_batch_matches(second.rows.shape[0], pictures, "The second W+ input")
+    mixed = first.rows.expand(pictures, -1, -1).clone()
+    other = second.rows.expand(pictures, -1, -1)
+    chosen = list(rows)
+    # At 1 these are the other's rows bit for bit, and at 0 nothing changes.
+    mixed[:, chosen] = other[:, chosen] if weight == 1.0 else torch.lerp(mixed[:, chosen], other[:, chosen], weight)
+    return WPlus(mixed, first.average.clone(), first.encoder)
+
+
+def average_styles(styles: Sequence[WPlus]) -> WPlus:
+    """The mean style of several pictures, which keeps what they have in common (the person) and loses what they do not.
+
+    Args:
+        styles: each of one or more pictures, all from one encoder; every picture counts alike.
+
+    Returns:
+        styles [1, N, C].
+
+    Raises:
+        IdentityEditError: when there are none, or they come from different encoders.
+    """
+    if not styles:
+        raise IdentityEditError("There are no W+ styles to average; connect at least one.")
+    for number, other in enumerate(styles[1:], start=2):
+        check_same_encoder(styles[0], other, f"W+ input {number}")
+    rows = torch.cat([each.rows for each in styles])
+    mean = rows.double().mean(dim=0, keepdim=True).float()
+    return WPlus(mean, styles[0].average.clone(), styles[0].encoder)
+
+
+def save_w_plus(styles: WPlus, path: str) -> None:
+    """Write W+ styles, whole or not at all; see the top of this file for the form.
+
+    Raises:
+        IdentityEditError: when the file cannot be written.
+    """
+    write_tensors(path, {"rows": styles.rows, "average": styles.average}, {"kind": KIND, "encoder": styles.encoder})
+
+
+def load_w_plus(path: str) -> WPlus:
+    """Read a file of `save_w_plus`.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, or holds something else.
+    """
+    tensors, description = read_tensors(path, KIND)
+    try:
+        return WPlus(tensors["rows"].float(), tensors["average"].float(), str(description["encoder"]))
+    except KeyError as error:
+        raise IdentityEditError(f"The W+ styles {path} lack {error}; encode and save them again.") from error

@@ -1,0 +1,309 @@
+"""Networks that give the style rows of a picture, and their files.
+
+Two architectures: e4e (`pipelines.e4e`), and a small one for styles of one's own. Both tell what to add to the mean
+style.
+
+The pack's file is one safetensors file: the network's tensors with "encoder." before their names, `latent_avg` [N, C],
+and in the header's `identity_edit` JSON: kind, architecture ("e4e" or "small"), config (the arguments of its class),
+name, and training (whatever is known about it). Published e4e checkpoints (.pt) are read by torch's weights-only
+reader, which executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import adaptive_avg_pool2d, interpolate
+
+from .e4e import E4E, from_published, with_weights
+from .errors import IdentityEditError
+from .files import read_tensors, write_tensors
+from .model_folders import first_line
+from .w_plus import WPlus, check_finite_styles
+
+KIND = "encoder of W+"
+FOLDER = "w_plus_encoders"
+ENDINGS = (".pt", ".pth", ".safetensors")
+NEEDED = "e4e_ffhq_encode.pt, or a .safetensors file of this pack"
+BYTES_A_PICTURE = 600_000_000
+"""Memory that e4e's features of one picture take at most; measured on the CPU, 0.5 GB at batch 1."""
+_FINGERPRINT_VALUES = 64
+
+
+class SmallWPlusEncoder(nn.Module):
+    """A small convolutional encoder: pictures [B, 3, size, size] in -1 to 1 -> what to add to the mean style [B, N, C].
+
+    Stage i halves the picture. Rows come in groups; each reads the features of one stage, so that coarse rows can see
+    the whole picture and fine ones small parts, as in e4e. A group pools its features to a grid, which keeps where
+    something is, and two linear layers make its rows of it.
+
+    Args:
+        size: pixels along a side of the picture, a multiple of 2 to the number of stages.
+        groups: (number of rows, stage from 1) of each group, coarse rows first: ((3, 5), (4, 4), (11, 3)) is as in e4e.
+        width: C, numbers of a style row.
+        channels: of the stages' features, multiples of 8.
+        hidden: width between the two linear layers.
+        grid: places along a side to which features are pooled.
+    """
+
+    architecture = "small"
+
+    def __init__(
+        self,
+        size: int = 128,
+        groups: Sequence[Sequence[int]] = ((5, 5), (4, 4), (4, 3), (5, 2)),
+        width: int = 64,
+        channels: Sequence[int] = (32, 48, 64, 96, 128),
+        hidden: int = 256,
+        grid: int = 4,
+    ) -> None:
+        super().__init__()
+        if size % 2 ** len(channels) or any(not 1 <= stage <= len(channels) for _, stage in groups):
+            raise IdentityEditError(
+                f"An encoder of {len(channels)} stages needs a size that they can halve and groups that read one of "
+                f"them, not size {size} and groups {tuple(map(tuple, groups))}; correct its configuration."
+            )
+        self.size, self.width, self.grid, self.hidden = size, width, grid, hidden
+        self.groups = tuple((int(rows), int(stage)) for rows, stage in groups)
+        self.channels = tuple(channels)
+        self.rows = sum(rows for rows, _ in self.groups)
+        self.stages = nn.ModuleList()
+        for before, count in zip((3, *self.channels), self.channels, strict=False):
+            self.stages.append(
+                nn.Sequential(
+                    nn.Conv2d(before, count, kernel_size=3, stride=2, padding=1),
+                    nn.GroupNorm(8, count),
+                    nn.SiLU(),
+                    nn.Conv2d(count, count, kernel_size=3, padding=1),
+                    nn.GroupNorm(8, count),
+                    nn.SiLU(),
+                )
+            )
+        self.heads = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(self.channels[stage - 1] * grid * grid, hidden), nn.SiLU(), nn.Linear(hidden, rows * width)
+            )
+            for rows, stage in self.groups
+        )
+
+    def config(self) -> dict[str, Any]:
+        """What it takes to build it again."""
+        return {
+            "size": self.size,
+            "groups": [list(group) for group in self.groups],
+            "width": self.width,
+            "channels": list(self.channels),
+            "hidden": self.hidden,
+            "grid": self.grid,
+        }
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        features, depths = pictures, []
+        for stage in self.stages:
+            features = stage(features)
+            depths.append(features)
+        rows = []
+        for head, (_, depth) in zip(self.heads, self.groups, strict=True):
+            pooled = adaptive_avg_pool2d(depths[depth - 1], self.grid).flatten(1)
+            rows.append(head(pooled).unflatten(1, (-1, self.width)))
+        return torch.cat(rows, dim=1)
+
+
+ARCHITECTURES: dict[str, Any] = {network.architecture: network for network in (E4E, SmallWPlusEncoder)}
+
+
+@dataclass(frozen=True)
+class WPlusEncoder:
+    """An encoder of W+ that is ready to be used.
+
+    Attributes:
+        network: an `E4E` or a `SmallWPlusEncoder`, frozen, float32.
+        average: [N, C] float32 CPU, the mean style.
+        name: what the user knows it by, with a fingerprint of its weights.
+        patcher: through which ComfyUI moves the network (see `engine.managed_network`).
+        training: what is known about the training.
+    """
+
+    network: Any
+    average: torch.Tensor
+    name: str
+    patcher: Any = None
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Pixels along a side of the pictures that it takes."""
+        return int(self.network.size)
+
+
+def encode_w_plus(encoder: WPlusEncoder, pictures: torch.Tensor) -> WPlus:
+    """The style rows of pictures: what the network says, added to the mean style.
+
+    Args:
+        encoder: which one.
+        pictures: [B, 3, S, S] in -1 to 1, S being the encoder's own size (256 for e4e); see `fitted`.
+
+    Raises:
+        IdentityEditError: for pictures of another size or range, or when the network gives no numbers.
+    """
+    size = encoder.size
+    if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, size, size):
+        raise IdentityEditError(
+            f"The W+ encoder takes colour pictures of {size}x{size} pixels [B, 3, {size}, {size}], not "
+            f"{tuple(pictures.shape)}; resize them before."
+        )
+    if float(pictures.min()) < -1.001 or float(pictures.max()) > 1.001:
+        raise IdentityEditError("The W+ encoder takes pictures in -1 to 1; bring them to this range before.")
+    device = torch.device("cpu")
+    if encoder.patcher is not None:
+        from .engine.managed_network import load_whole
+
+        device = load_whole(encoder.patcher, memory=BYTES_A_PICTURE)
+    # A picture at a time: e4e's features of one take half a gigabyte, and more at once is no faster on a CPU.
+    with torch.no_grad():
+        offsets = torch.cat([encoder.network(picture[None].to(device)).float().cpu() for picture in pictures])
+    check_finite_styles(offsets, "The W+ styles")
+    with torch.inference_mode(False):  # so that something can be trained with them
+        return WPlus(offsets.clone() + encoder.average, encoder.average.clone(), encoder.name)
+
+
+def fitted(pictures: torch.Tensor, size: int) -> torch.Tensor:
+    """Pictures [B, S, S, 3] of 0 to 1 as an encoder takes them: [B, 3, size, size] in -1 to 1.
+
+    Other sizes are resized, bilinear with antialiasing, as e4e's own preparation does.
+
+    Raises:
+        IdentityEditError: when the pictures are not square, which would distort the faces.
+    """
+    height, width = pictures.shape[1:3]
+    if height != width:
+        raise IdentityEditError(
+            f"The pictures are {width}x{height}, and the encoder was trained on square pictures of aligned faces; use "
+            f"Align Face before."
+        )
+    moved = pictures.movedim(-1, 1).float()
+    if height != size:
+        moved = interpolate(moved, size=(size, size), mode="bilinear", antialias=True)
+    return moved.clamp(0.0, 1.0) * 2.0 - 1.0
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def save_w_plus_encoder(
+    path: str, network: Any, average: torch.Tensor, name: str, training: dict[str, Any] | None = None
+) -> None:
+    """Write an encoder, whole or not at all; see the top of this file for the form.
+
+    Args:
+        path: ends with .safetensors.
+        network: an `E4E` or a `SmallWPlusEncoder`; tensors are written in their own dtype.
+        average: [N, C], the mean style.
+        name: what users shall know it by, such as "e4e_ffhq".
+        training: what JSON can hold of how it was trained.
+
+    Raises:
+        IdentityEditError: when the file cannot be written.
+    """
+    tensors = {f"encoder.{key}": tensor for key, tensor in network.state_dict().items()}
+    description = {
+        "kind": KIND,
+        "architecture": network.architecture,
+        "config": network.config(),
+        "name": name,
+        "training": training or {},
+    }
+    write_tensors(path, {**tensors, "latent_avg": average}, description)
+
+
+def load_w_plus_encoder(path: str) -> WPlusEncoder:
+    """Read an encoder: a file of `save_w_plus_encoder`, or a published e4e.
+
+    Raises:
+        IdentityEditError: when the file is missing, damaged, holds code, or holds something else.
+    """
+    if not os.path.isfile(path):
+        raise IdentityEditError(f"The file {path} does not exist; choose another, and press R.")
+    name, training = os.path.splitext(os.path.basename(path))[0], {}
+    if path.lower().endswith(".safetensors") and _is_ours(path):
+        tensors, description = read_tensors(path, KIND)
+        architecture = ARCHITECTURES.get(description.get("architecture", ""))
+        average = tensors.pop("latent_avg", None)
+        if architecture is None or average is None:
+            raise IdentityEditError(
+                f"The encoder in {path} is of an unknown kind ({description.get('architecture')}); update this pack, "
+                f"or save it again."
+            )
+        own = {key.removeprefix("encoder."): tensor for key, tensor in tensors.items()}
+        network = with_weights(architecture, description.get("config", {}), own, path)
+        name, training = description.get("name", name), description.get("training", {})
+    else:
+        network, average = from_published(_read(path), path)
+    if tuple(average.shape) != (network.rows, network.width):
+        raise IdentityEditError(
+            f"The mean style {tuple(average.shape)} in {path} does not belong to its encoder of {network.rows} rows of "
+            f"{network.width}; download the file again."
+        )
+    from .engine.managed_network import managed
+
+    with torch.inference_mode(False):
+        average = average.float().clone()
+    tag = f"{name} ({fingerprint(network, average)})"
+    return WPlusEncoder(network, average, tag, managed(network), training)
+
+
+def fingerprint(network: nn.Module, average: torch.Tensor) -> str:
+    """Eight hexadecimal digits that tell encoders apart, from a few values of every tensor."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted([*network.state_dict().items(), ("latent_avg", average)]):
+        flat = tensor.detach().flatten().float().cpu()
+        digest.update(f"{key} {tuple(tensor.shape)}".encode())
+        digest.update(flat[:: max(1, flat.shape[0] // _FINGERPRINT_VALUES)][:_FINGERPRINT_VALUES].numpy().tobytes())
+    return digest.hexdigest()[:8]
+
+
+def _is_ours(path: str) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "identity_edit" in (file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); download it again.") from error
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The content of a published checkpoint, without executing anything in it."""
+    try:
+        if path.lower().endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        # A namespace of the training's options is the one class besides tensors that published files hold.
+        with torch.serialization.safe_globals([Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise IdentityEditError(
+            f"The file {path} holds more than plain weights and could run code, so it was not opened; download "
+            f"e4e_ffhq_encode.pt from its authors, or choose a .safetensors file."
+        ) from error
+    except Exception as error:  # torch and safetensors raise many kinds
+        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); download it again.") from error
+    if not isinstance(content, dict):
+        raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
+    return content
+
+
+def _is_zip(path: str) -> bool:
+    """Files of torch 1.6 and later; the older ones cannot be read piece by piece."""
+    import zipfile
+
+    return zipfile.is_zipfile(path)

@@ -66,6 +66,7 @@ from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling  # noqa: E402
 from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH  # noqa: E402
 from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
+from identity_edit_pack.pipelines.engine.trainable import FLOAT32, PRECISIONS  # noqa: E402
 from identity_edit_pack.pipelines.identity_prior import (  # noqa: E402
     PriorSettings,
     apply_identity_prior,
@@ -202,8 +203,9 @@ def by_style(parts: Parts, style: StyleAttention, styles: WPlus, prompts: list[s
 def learned_style(parts: Parts, person: Person, kind: str) -> StyleAttention:
     arguments = parts.arguments
     settings = StyleSettings(
-        pseudo_word=TOKEN, templates=(), kind=kind, style_noise=arguments.style_noise, sample_steps=1
-    )
+        pseudo_word=TOKEN, templates=(), kind=kind, style_noise=arguments.style_noise, precision=arguments.precision,
+        sample_steps=1,
+    )  # fmt: skip
     training = TrainingSettings(
         steps=arguments.training_steps, learning_rate=arguments.learning_rate, weight_decay=0.01, gradient_clip=0.0,
         seed=arguments.seed,
@@ -215,7 +217,7 @@ def by_word(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
     arguments = parts.arguments
     settings = SubjectSettings(
         class_word="person", token=TOKEN, kind=WORD, masked=False, regularisation_weight=0.0, updates_per_step=0,
-        batch_size=4, precision="float32", sample_steps=1,
+        batch_size=4, precision=arguments.precision, sample_steps=1,
     )  # fmt: skip
     training = TrainingSettings(
         steps=arguments.word_steps, learning_rate=arguments.word_learning_rate, optimizer="Adam", gradient_clip=0.0,
@@ -234,7 +236,7 @@ def by_prior(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
     with torch.no_grad():
         pictures = drawn(parts, parts.model, parts.clip, embed(parts.clip, others))
         regularisation = encode_pictures(parts.vae, list(pictures), others)
-    settings = PriorSettings(token=TOKEN, class_word="person", precision="float32")
+    settings = PriorSettings(token=TOKEN, class_word="person", precision=arguments.precision)
     training = TrainingSettings(
         steps=arguments.prior_steps, learning_rate=arguments.prior_learning_rate, seed=arguments.seed
     )
@@ -271,8 +273,9 @@ def score_mixing(parts: Parts, first: Person, second: Person) -> dict[str, list[
         picture, _ = render(shown[-1], EVALUATION_SEED + parts.arguments.seed)
         stacked = torch.from_numpy(picture.copy())[None].float() / 255
         styles.append(encode_w_plus(parts.encoder, fitted(stacked, parts.encoder.size)))
-    rows = torch.cat([mix_styles(*styles, parse_rows(text, styles[0].count)).rows for text in ROWS_OF])
-    mixed = dataclasses.replace(styles[0], rows=rows)
+    of_first, of_second = styles
+    rows = torch.cat([mix_styles(of_first, of_second, parse_rows(text, of_first.count)).rows for text in ROWS_OF])
+    mixed = dataclasses.replace(of_first, rows=rows)
     prompts = ["a portrait of a person on the beach"] * len(ROWS_OF)
     pictures = by_style(parts, parts.many, mixed, prompts, parts.arguments.many_strength)
     found: dict[str, list[float]] = {}
@@ -339,8 +342,9 @@ def measure_person(task: tuple[Attributes, Attributes]) -> Outcome:
                 rows[f"strength: {name}, {strength:g}"] = score(made, asked, person.pictures)
     if "photos" in arguments.parts:
         for count in PHOTOS:
-            album = photograph(parts, identity, count)
-            own = learned_style(parts, album, SEQUENTIAL)
+            same = style is not None and count == len(person.pictures)
+            album = person if same else photograph(parts, identity, count)
+            own = style if same else learned_style(parts, album, SEQUENTIAL)
             made = by_style(parts, own, average_styles([album.styles]), prompts, arguments.strength)
             rows[f"photos: {count}"] = score(made, asked, person.pictures)
     mixing = {}
@@ -385,6 +389,9 @@ def main() -> None:
     parser.add_argument("--many-strength", type=float, default=1.0, help="and of the SCA of many people (default 1)")
     parser.add_argument("--training-steps", type=int, default=600, help="of both attentions (default: the paper's 600)")
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of both attentions (default 5e-4)")
+    parser.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default=FLOAT32, help="of all trainings (default float32)"
+    )
     parser.add_argument("--style-noise", type=float, default=0.2, help="of both attentions (default 0.2)")
     parser.add_argument("--word-steps", type=int, default=600, help="of textual inversion (default 600)")
     parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of textual inversion (default 5e-3)")
@@ -433,8 +440,8 @@ def write_report(
         f"attentions {arguments.training_steps} steps of batch 4 at learning rate {arguments.learning_rate:g}, lambda "
         f"{arguments.strength:g} (many people: {arguments.many_strength:g}); textual inversion {arguments.word_steps} "
         f"steps at {arguments.word_learning_rate:g}, identity prior {arguments.prior_steps} at "
-        f"{arguments.prior_learning_rate:g}; {arguments.steps} steps of DDIM, guidance {arguments.guidance_scale:g}; "
-        f"{minutes:.0f} minutes.",
+        f"{arguments.prior_learning_rate:g}; {arguments.precision}; {arguments.steps} steps of DDIM, guidance "
+        f"{arguments.guidance_scale:g}; {minutes:.0f} minutes.",
         *table(rows, "methods", "Ways to learn a person from six photos"),
         *table(rows, "strength", "Lambda"),
         *table(rows, "photos", "Number of photos"),

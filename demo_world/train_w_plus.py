@@ -199,7 +199,9 @@ def save_encoder(
     encoder = encoder.to(memory_format=torch.contiguous_format)
     average = torch.cat([encoder(as_input(part)) for part in pictures.split(64)]).mean(0)
     for head, part in zip(encoder.heads, groups_of(average[None]), strict=True):
-        head[-1].bias -= part[0]
+        last = head.get_submodule("2")
+        assert isinstance(last, nn.Linear)
+        last.bias -= part[0]
     save_w_plus_encoder(str(path), encoder.half(), average, "identity-edit-demo", facts)
 
 

@@ -80,10 +80,7 @@ def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torc
         with safe_open(path, framework="pt", device="cpu") as file:
             description = json.loads((file.metadata() or {}).get(_DESCRIPTION, "null"))
             if not isinstance(description, dict) or description.get("kind") != kind:
-                article = "an" if kind[0] in "aeiou" else "a"
-                raise IdentityEditError(
-                    f"The file {path} does not hold {article} {kind}; choose one saved by this pack."
-                )
+                raise IdentityEditError(f"The file {path} holds no {kind}; choose one saved by this pack.")
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except FileNotFoundError as error:

@@ -128,7 +128,7 @@ def _refuse_others(path: str) -> None:
         )
     if not path.lower().endswith(".safetensors"):
         raise IdentityEditError(
-            f"The file {path} does not hold a style attention; choose one that Train Style Attention has saved."
+            f"The file {path} holds no style attention; choose one that Train Style Attention has saved."
         )
 
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from .e4e import E4E, from_published, with_weights
+from .engine.managed_network import load_whole, managed
 from .errors import IdentityEditError
 from .files import read_tensors, write_tensors
 from .model_folders import first_line
@@ -164,8 +165,6 @@ def encode_w_plus(encoder: WPlusEncoder, pictures: torch.Tensor) -> WPlus:
         raise IdentityEditError("The W+ encoder takes pictures in -1 to 1; bring them to this range before.")
     device = torch.device("cpu")
     if encoder.patcher is not None:
-        from .engine.managed_network import load_whole
-
         device = load_whole(encoder.patcher, memory=BYTES_A_PICTURE)
     # A picture at a time: e4e's features of one take half a gigabyte, and more at once is no faster on a CPU.
     with torch.no_grad():
@@ -252,8 +251,6 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
             f"The mean style {tuple(average.shape)} in {path} does not belong to its encoder of {network.rows} rows of "
             f"{network.width}; download the file again."
         )
-    from .engine.managed_network import managed
-
     with torch.inference_mode(False):
         average = average.float().clone()
     tag = f"{name} ({fingerprint(network, average)})"

@@ -157,7 +157,7 @@ def test_what_cannot_be_used_is_said(parts: Any, own_folders: Path) -> None:
 
     save_file({"model.diffusion_model.x": torch.zeros(1)}, ordinary)
     folder_paths.filename_list_cache.clear()
-    with pytest.raises(IdentityEditError, match="does not hold an MCDM"):
+    with pytest.raises(IdentityEditError, match="holds no MCDM"):
         condition(model, parts, "ordinary.safetensors")
     with pytest.raises(IdentityEditError, match="neither a path nor below"):
         train(parts, folder="nowhere")

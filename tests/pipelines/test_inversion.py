@@ -271,7 +271,7 @@ def test_damaged_and_foreign_files_are_refused(made: inversion.Inversion, tmp_pa
     with pytest.raises(IdentityEditError, match="cannot be read"):
         inversion.load_inversion(str(path))
     save_file({"lora": torch.zeros(2)}, str(path))
-    with pytest.raises(IdentityEditError, match="does not hold an inversion"):
+    with pytest.raises(IdentityEditError, match="holds no inversion"):
         inversion.load_inversion(str(path))
     inversion.save_inversion(replace(made, trajectory=made.trajectory[:-1]), str(path))
     with pytest.raises(IdentityEditError, match="damaged"):

@@ -297,14 +297,14 @@ def test_wrong_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "cut.safetensors": "cannot be read",
         "text.safetensors": "cannot be read",
         "text.bin": "holds code|cannot be read",
-        "other.safetensors": "does not hold a style attention",
-        "unknown.safetensors": "does not hold a style attention",
+        "other.safetensors": "holds no style attention",
+        "unknown.safetensors": "holds no style attention",
         "code.bin": "holds code beside its tensors, which is never executed",
         "code.pt": "holds code|cannot be read",
         "wplus_adapter.bin": "is a w-plus-adapter",
         "wplus_adapter.safetensors": "is a w-plus-adapter",
         "ip-adapter.bin": "is an IP-Adapter",
-        "network.pt": "does not hold a style attention",
+        "network.pt": "holds no style attention",
         "incomplete.safetensors": "damaged or of another version",
     }.items():
         with pytest.raises(IdentityEditError, match=message):

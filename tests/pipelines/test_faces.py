@@ -241,6 +241,31 @@ def test_packs_that_cannot_detect_are_refused(models: Path, monkeypatch: pytest.
         faces.load_detector("scrfd.onnx")
 
 
+def test_mtcnn_gives_its_faces_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class MTCNN:
+        """What facenet-pytorch gives: nothing for a picture without a face, else all faces, sure or not."""
+
+        def __init__(self, **options: Any) -> None:
+            assert options["keep_all"] and not options["post_process"]
+
+        def detect(self, picture: np.ndarray, landmarks: bool) -> tuple[Any, Any, Any]:
+            assert landmarks and picture.dtype == np.uint8
+            if picture.max() == 0:
+                return None, [None], None
+            boxes = np.array([[50, 70, 110, 130], [0, 0, 20, 20]], np.float32)
+            return boxes, np.array([0.9, 0.3]), np.stack([POINTS, POINTS]).astype(np.float32)
+
+    module = ModuleType("facenet_pytorch")
+    module.MTCNN = MTCNN
+    monkeypatch.setitem(sys.modules, "facenet_pytorch", module)
+    detector = faces.load_detector(faces.MTCNN, score=0.6)
+    assert detector.detect(np.zeros((200, 200, 3), np.uint8)) == []
+    found = detector.detect(np.full((200, 200, 3), 255, np.uint8))
+    assert len(found) == 1, "the unsure one is left out"
+    assert found[0].box == (50, 70, 110, 130) and np.array_equal(found[0].points, POINTS)
+    assert found[0].score == pytest.approx(0.9)
+
+
 # -- real networks and photos ------------------------------------------------------------------------------------------
 
 
@@ -255,3 +280,18 @@ def test_yunet_finds_the_faces_of_real_photos(name: str, count: int) -> None:
         left, top, right, bottom = each.box
         inside = (each.points > (left, top)) & (each.points < (right, bottom))
         assert inside.mean() > 0.7 and each.points[0, 0] < each.points[1, 0] and each.points[3, 1] > each.points[0, 1]
+
+
+@pytest.mark.parametrize("name", ["obama.jpg", "biden.jpg", "t1.jpg"])
+def test_mtcnn_and_yunet_see_the_same_faces(name: str) -> None:
+    pytest.importorskip("cv2")
+    pytest.importorskip("facenet_pytorch")
+    if not hasattr(torch.ops.torchvision, "nms"):
+        pytest.skip("this torchvision has no compiled operations, which MTCNN needs")
+    path, photo = real_file("face_detection_yunet_2023mar.onnx"), real_photo(name)
+    theirs = faces.detect_faces(faces.open_detector(str(path)), photo)
+    ours = faces.detect_faces(faces.load_detector(faces.MTCNN, score=0.9), photo)
+    assert len(ours) == len(theirs)
+    for face in theirs:
+        nearest = min(ours, key=lambda other: float(np.abs(other.points - face.points).max()))
+        assert np.abs(nearest.points - face.points).mean() < 0.06 * face.side

@@ -1,24 +1,20 @@
 """Does style cross-attention keep a face and follow the text? `.venv/bin/python benchmarks/style_identity.py`.
 
-Tables 1 and 2 and figure 10 of Gu et al. 2025 in small, on people that the demo checkpoint, the encoder of W+ and the
-demo style attention have never seen. Each person is known from six photos, in several places, moods and directions,
-with captions that call the person "sks person" and say the rest. Four ways learn the person from the same photos, and a
-fifth is not trained on the person at all:
+Tables 1 and 2 and figure 10 of Gu et al. 2025 in small, on people that neither the demo checkpoint nor the encoder of
+W+ has ever seen. Each is known from six photos, in several places, moods and directions, with captions that call the
+person "sks person" and say the rest. Four ways learn the person from the same photos:
 
 - textual inversion: one word vector;
 - identity prior: the attention's low-rank change of LIPE, with regularisation pictures;
-- parallel attention (PCA) and style cross-attention (SCA): this paper's, with the photos' W+ styles;
-- SCA of many people: the committed demo style attention with the photos' mean W+ styles alone.
+- parallel attention (PCA) and style cross-attention (SCA): this paper's, with the photos' W+ styles.
 
 All draw `PROMPTS` from the same noise. Both attentions get the photos' mean styles, which leave mood and direction to
 the text. Identity: whether the attribute classifier sees all five attributes of the person, their mean share, and the
 cosine similarity of its features to the photos'. Text: the share of what the prompt asks that it sees.
 
-- `--parts methods` is table 1; `strength` draws SCA for lambda 0 to 1 (figure 10); `photos` learns SCA from 4, 6, 8 and
-  10 photos (table 2);
-- `mixing`: each person's rows are mixed with the next one's, by rows 10-18 and by each group of rows alone, and drawn
-  by the SCA of many people; given is the share of each group's attributes that come from the right parent, where the
-  parents differ.
+- `--parts methods` is table 1;
+- `strength` draws SCA for lambda 0 to 1 (figure 10);
+- `photos` learns SCA from 4, 6, 8 and 10 photos (table 2).
 
 Writes benchmarks/results/style_identity.json, .md, and .jpg (two prompts of each person).
 """
@@ -26,7 +22,6 @@ Writes benchmarks/results/style_identity.json, .md, and .jpg (two prompts of eac
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import multiprocessing
 import random
 import sys
@@ -63,8 +58,8 @@ from identity_edit_pack.demo_world.attributes import (  # noqa: E402
 from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling  # noqa: E402
-from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH  # noqa: E402
+from identity_edit_pack.demo_world.train_style_attention import caption_calling  # noqa: E402
+from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH  # noqa: E402
 from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
 from identity_edit_pack.pipelines.engine.trainable import FLOAT32, PRECISIONS  # noqa: E402
 from identity_edit_pack.pipelines.identity_prior import (  # noqa: E402
@@ -73,7 +68,6 @@ from identity_edit_pack.pipelines.identity_prior import (  # noqa: E402
     train_identity_prior,
 )
 from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention  # noqa: E402
-from identity_edit_pack.pipelines.style_attention_files import load_style_attention  # noqa: E402
 from identity_edit_pack.pipelines.subject_embedding import WORD, subject_conditioning  # noqa: E402
 from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention  # noqa: E402
 from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
@@ -82,7 +76,7 @@ from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
 )
 from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
-from identity_edit_pack.pipelines.w_plus import WPlus, average_styles, mix_styles, parse_rows  # noqa: E402
+from identity_edit_pack.pipelines.w_plus import WPlus, average_styles  # noqa: E402
 from identity_edit_pack.pipelines.w_plus_encoder import (  # noqa: E402
     WPlusEncoder,
     encode_w_plus,
@@ -111,14 +105,10 @@ color that could be kept."""
 ASKED = ("place", "costume", "expression", "facing")
 TOKEN = "sks"
 NAME = f"{TOKEN} person"
-TEXTUAL_INVERSION, PRIOR, PCA, SCA, MANY = (
-    "textual inversion", "identity prior", "parallel attention", "SCA", "SCA of many people",
-)  # fmt: skip
+TEXTUAL_INVERSION, PRIOR, PCA, SCA = "textual inversion", "identity prior", "parallel attention", "SCA"
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 PHOTOS = (4, 6, 8, 10)
-PARTS = ("methods", "strength", "photos", "mixing")
-ROWS_OF = {"10-18": (2, 3), "1-5": (0,), "6-9": (1,), "10-13": (2,), "14-18": (3,)}
-"""Rows that are taken from the second parent, and the groups that they are."""
+PARTS = ("methods", "strength", "photos")
 REGULARISATION = 16
 
 Rows = dict[str, list[dict[str, float]]]
@@ -132,7 +122,6 @@ class Parts:
     clip: Any
     vae: Any
     encoder: WPlusEncoder
-    many: StyleAttention
     arguments: argparse.Namespace
 
 
@@ -264,33 +253,6 @@ def score(pictures: torch.Tensor, asked: list[Attributes], photos: torch.Tensor)
     return rows
 
 
-def score_mixing(parts: Parts, first: Person, second: Person) -> dict[str, list[float]]:
-    """By "rows: group", whether each attribute that the parents differ in comes from the right one; mixes of single
-    photos, of which one smiles and looks left and the other is angry and looks right."""
-    shown, styles = [], []
-    for person, expression, facing in ((first, "smiling", "left"), (second, "angry", "right")):
-        shown.append(person.identity.replace(expression=expression, facing=facing, costume="none", place="grass"))
-        picture, _ = render(shown[-1], EVALUATION_SEED + parts.arguments.seed)
-        stacked = torch.from_numpy(picture.copy())[None].float() / 255
-        styles.append(encode_w_plus(parts.encoder, fitted(stacked, parts.encoder.size)))
-    of_first, of_second = styles
-    rows = torch.cat([mix_styles(of_first, of_second, parse_rows(text, of_first.count)).rows for text in ROWS_OF])
-    mixed = dataclasses.replace(of_first, rows=rows)
-    prompts = ["a portrait of a person on the beach"] * len(ROWS_OF)
-    pictures = by_style(parts, parts.many, mixed, prompts, parts.arguments.many_strength)
-    found: dict[str, list[float]] = {}
-    for what, (text, groups) in zip(seen(load_classifier(), pictures), ROWS_OF.items(), strict=True):
-        for number, (_, names) in enumerate(GROUPS):
-            parent = shown[1] if number in groups else shown[0]
-            right = [
-                float(what[name] == getattr(parent, name))
-                for name in names
-                if getattr(shown[0], name) != getattr(shown[1], name)
-            ]
-            found.setdefault(f"{text}: {', '.join(names)}", []).extend(right)
-    return found
-
-
 _worker: Parts | None = None
 
 
@@ -300,17 +262,13 @@ def load(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     family.register()
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
-    encoder, many = load_w_plus_encoder(str(arguments.encoder)), load_style_attention(str(arguments.style_attention))
-    _worker = Parts(model, clip, vae, encoder, many, arguments)
+    _worker = Parts(model, clip, vae, load_w_plus_encoder(str(arguments.encoder)), arguments)
 
 
-Outcome = tuple[Rows, dict[str, list[float]], dict[str, np.ndarray]]
-"""Scores by row of the tables, mixing, and two pictures of each row of table 1."""
-
-
-def measure_person(task: tuple[Attributes, Attributes]) -> Outcome:
+def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
+    """Scores by row of the tables, and two pictures of each row of table 1."""
     assert _worker is not None
-    parts, (identity, other) = _worker, task
+    parts = _worker
     arguments = parts.arguments
     person = photograph(parts, identity, 6)
     asked = asked_of(identity, arguments.prompts)
@@ -328,18 +286,14 @@ def measure_person(task: tuple[Attributes, Attributes]) -> Outcome:
         parallel = learned_style(parts, person, PARALLEL)
         pictures[PCA] = by_style(parts, parallel, mean, prompts, arguments.strength)
         pictures[SCA] = by_style(parts, style, mean, prompts, arguments.strength)
-        plain = [caption_calling(each) for each in asked]
-        pictures[MANY] = by_style(parts, parts.many, mean, plain, arguments.many_strength)
         truth = [render(each, EVALUATION_SEED + index)[0] for index, each in enumerate(asked)]
         pictures["renderer"] = torch.stack([torch.from_numpy(each.copy()).float() / 255 for each in truth])
         rows |= {f"methods: {name}": score(made, asked, person.pictures) for name, made in pictures.items()}
     if "strength" in arguments.parts:
         assert style is not None
-        plain = [caption_calling(each) for each in asked]
         for strength in STRENGTHS:
-            for name, own, texts in ((SCA, style, prompts), (MANY, parts.many, plain)):
-                made = by_style(parts, own, mean, texts, strength)
-                rows[f"strength: {name}, {strength:g}"] = score(made, asked, person.pictures)
+            made = by_style(parts, style, mean, prompts, strength)
+            rows[f"strength: {strength:g}"] = score(made, asked, person.pictures)
     if "photos" in arguments.parts:
         for count in PHOTOS:
             same = style is not None and count == len(person.pictures)
@@ -347,11 +301,10 @@ def measure_person(task: tuple[Attributes, Attributes]) -> Outcome:
             own = style if same else learned_style(parts, album, SEQUENTIAL)
             made = by_style(parts, own, average_styles([album.styles]), prompts, arguments.strength)
             rows[f"photos: {count}"] = score(made, asked, person.pictures)
-    mixing = {}
-    if "mixing" in arguments.parts:
-        mixing = score_mixing(parts, person, photograph(parts, other, 1))
-    shown = {"photos": person.pictures} | pictures
-    return rows, mixing, {name: made[: arguments.prompts][::6][:2].numpy() for name, made in shown.items()}
+    shown = {"photos": person.pictures[:2]} | {
+        name: made[:: len(made) // 2 or 1][:2] for name, made in pictures.items()
+    }
+    return rows, {name: made.numpy() for name, made in shown.items()}
 
 
 def table(rows: Rows, part: str, heading: str) -> list[str]:
@@ -366,29 +319,16 @@ def table(rows: Rows, part: str, heading: str) -> list[str]:
     return lines
 
 
-def mixing_table(mixing: dict[str, list[float]]) -> list[str]:
-    if not mixing:
-        return []
-    groups = [", ".join(names) for _, names in GROUPS]
-    lines = ["", "## Style mixing: attributes from the right parent, by row group", ""]
-    lines += ["| rows of the second parent | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-    for text in ROWS_OF:
-        cells = [mixing[f"{text}: {group}"] for group in groups]
-        lines.append(f"| {text} | " + " | ".join(f"{np.mean(each):.3f}" if each else "-" for each in cells) + " |")
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--people", type=int, default=8, help="held-out people (default 8)")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default all)")
-    parser.add_argument("--steps", type=int, default=30, help="DDIM steps (default 30)")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")
     parser.add_argument("--strength", type=float, default=1.0, help="lambda of both attentions (default 1)")
-    parser.add_argument("--many-strength", type=float, default=1.0, help="and of the SCA of many people (default 1)")
     parser.add_argument("--training-steps", type=int, default=600, help="of both attentions (default: the paper's 600)")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of both attentions (default 5e-4)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of both attentions (default 1e-3)")
     parser.add_argument(
         "--precision", choices=tuple(PRECISIONS), default=FLOAT32, help="of all trainings (default float32)"
     )
@@ -396,39 +336,34 @@ def main() -> None:
     parser.add_argument("--word-steps", type=int, default=600, help="of textual inversion (default 600)")
     parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of textual inversion (default 5e-3)")
     parser.add_argument("--prior-steps", type=int, default=300, help="of the identity prior (default 300)")
-    parser.add_argument("--prior-learning-rate", type=float, default=1e-4, help="of the identity prior (default 1e-4)")
+    parser.add_argument("--prior-learning-rate", type=float, default=5e-4, help="of the identity prior (default 5e-4)")
     parser.add_argument("--seed", type=int, default=0, help="draws people, photos and noise (default 0)")
     parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
     parser.add_argument("--encoder", type=Path, default=W_PLUS_PATH)
-    parser.add_argument("--style-attention", type=Path, default=STYLE_PATH)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processes", type=int, default=1, help="that share the people (default 1)")
     arguments = parser.parse_args()
 
-    people = draw_people(max(2, arguments.people), arguments.seed)
-    tasks = list(zip(people, [*people[1:], people[0]], strict=True))[: arguments.people]
+    people = draw_people(arguments.people, arguments.seed)
     begin = time.perf_counter()
     rows: Rows = {}
-    mixing: dict[str, list[float]] = {}
     sheet: dict[str, list[torch.Tensor]] = {}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, spawn, initializer=load, initargs=(arguments,)) as pool:
-        for number, outcome in enumerate(tqdm(pool.map(measure_person, tasks), total=len(tasks), unit="person"), 1):
-            for name, scores in outcome[0].items():
-                rows.setdefault(name, []).extend(scores)
-            for name, right in outcome[1].items():
-                mixing.setdefault(name, []).extend(right)
-            for name, pictures in outcome[2].items():
-                sheet.setdefault(name, []).append(torch.from_numpy(pictures))
+        measured = tqdm(pool.map(measure_person, people), total=len(people), unit="person")
+        for number, (scores, pictures) in enumerate(measured, start=1):
+            for name, each in scores.items():
+                rows.setdefault(name, []).extend(each)
+            for name, made in pictures.items():
+                sheet.setdefault(name, []).append(torch.from_numpy(made))
             # Written anew after each person, so that a run that is stopped leaves the figures of those before.
-            write_report(arguments, number, rows, mixing, sheet, (time.perf_counter() - begin) / 60)
+            write_report(arguments, number, rows, sheet, (time.perf_counter() - begin) / 60)
 
 
 def write_report(
     arguments: argparse.Namespace,
     people: int,
     rows: Rows,
-    mixing: dict[str, list[float]],
     sheet: dict[str, list[torch.Tensor]],
     minutes: float,
 ) -> None:
@@ -438,24 +373,22 @@ def write_report(
         "",
         f"`{command}` at commit {commit}: {people} people, {arguments.prompts} prompts, seed {arguments.seed}; "
         f"attentions {arguments.training_steps} steps of batch 4 at learning rate {arguments.learning_rate:g}, lambda "
-        f"{arguments.strength:g} (many people: {arguments.many_strength:g}); textual inversion {arguments.word_steps} "
+        f"{arguments.strength:g}; textual inversion {arguments.word_steps} "
         f"steps at {arguments.word_learning_rate:g}, identity prior {arguments.prior_steps} at "
         f"{arguments.prior_learning_rate:g}; {arguments.precision}; {arguments.steps} steps of DDIM, guidance "
         f"{arguments.guidance_scale:g}; {minutes:.0f} minutes.",
         *table(rows, "methods", "Ways to learn a person from six photos"),
         *table(rows, "strength", "Lambda"),
         *table(rows, "photos", "Number of photos"),
-        *mixing_table(mixing),
     ]
     everything = {
         "command": command,
         "commit": commit,
         "minutes": minutes,
         "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
-        "mixing": {name: float(np.mean(right)) if right else None for name, right in mixing.items()},
     }
     write_results("style_identity", everything, lines)
-    save_sheet(RESULTS / "style_identity.jpg", [torch.cat(each) for each in sheet.values()])
+    save_sheet(RESULTS / "style_identity.jpg", [torch.cat(each) for each in sheet.values()], columns=16)
 
 
 if __name__ == "__main__":

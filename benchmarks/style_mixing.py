@@ -1,0 +1,168 @@
+"""People that nobody trained on, and mixes of two: `.venv/bin/python benchmarks/style_mixing.py`.
+
+The committed demo style attention knows many people and none of these: a person is nothing but the W+ styles of photos
+here (Gu et al. 2025, section 2.2.2).
+
+- Lambda: the mean styles of six photos of each person, drawn at the prompts of benchmarks/style_identity.py for lambda
+  0 to 1 and scored as there.
+- Mixing (section 3.4.1): the rows of single photos of two people, of whom one smiles and looks left and the other is
+  angry and looks right, mixed by rows 10-18 and by each group of rows alone. Given is the share of each group's
+  attributes that come from the right parent, among those that the parents differ in.
+
+Writes benchmarks/results/style_mixing.json, .md, and .jpg: for each pair the two photos, then the mixes in the table's
+order, without a prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+# Prepares ComfyUI and the pack, before anything of them is imported.
+from style_identity import (  # isort: skip
+    PROMPTS,
+    ROOT,
+    STRENGTHS,
+    Parts,
+    Person,
+    Rows,
+    asked_of,
+    by_style,
+    draw_people,
+    photograph,
+    score,
+    table,
+)
+
+import comfy.sd
+import load_pack
+import numpy as np
+import torch
+from edits import save_sheet
+from hifi_subjects import seen
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.classifier import load_classifier
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling
+from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH
+from identity_edit_pack.pipelines.style_attention import StyleAttention
+from identity_edit_pack.pipelines.style_attention_files import load_style_attention
+from identity_edit_pack.pipelines.w_plus import average_styles, mix_styles, parse_rows
+from identity_edit_pack.pipelines.w_plus_encoder import encode_w_plus, fitted, load_w_plus_encoder
+from report import RESULTS, write_results
+from tqdm import tqdm
+
+ROWS_OF = {"10-18": (2, 3), "1-5": (0,), "6-9": (1,), "10-13": (2,), "14-18": (3,)}
+"""Rows that are taken from the second parent, and the groups that they are."""
+MIXING_PROMPTS = ("", "a portrait of a person on the beach")
+"""The second says nothing of mood, which in this world's captions means a neutral face."""
+
+Mixing = dict[str, list[float]]
+
+
+def score_mixing(
+    parts: Parts, style: StyleAttention, first: Person, second: Person
+) -> tuple[Mixing, list[torch.Tensor]]:
+    """By "prompt: rows: group", whether each attribute that the parents differ in comes from the right one; and the
+    parents' photos with their mixes."""
+    shown, photos, styles = [], [], []
+    for person, expression, facing in ((first, "smiling", "left"), (second, "angry", "right")):
+        shown.append(person.identity.replace(expression=expression, facing=facing, costume="none", place="grass"))
+        picture, _ = render(shown[-1], EVALUATION_SEED + parts.arguments.seed)
+        photos.append(torch.from_numpy(picture.copy()).float() / 255)
+        styles.append(encode_w_plus(parts.encoder, fitted(photos[-1][None], parts.encoder.size)))
+    of_first, of_second = styles
+    rows = torch.cat([mix_styles(of_first, of_second, parse_rows(text, of_first.count)).rows for text in ROWS_OF])
+    mixed = dataclasses.replace(of_first, rows=rows)
+    found: Mixing = {}
+    for prompt in MIXING_PROMPTS:
+        pictures = by_style(parts, style, mixed, [prompt] * len(ROWS_OF), parts.arguments.strength)
+        if not prompt:
+            photos.extend(pictures)
+        for what, (text, groups) in zip(seen(load_classifier(), pictures), ROWS_OF.items(), strict=True):
+            for number, (_, names) in enumerate(GROUPS):
+                parent = shown[1] if number in groups else shown[0]
+                right = [
+                    float(what[name] == getattr(parent, name))
+                    for name in names
+                    if getattr(shown[0], name) != getattr(shown[1], name)
+                ]
+                found.setdefault(f"{prompt}: {text}: {', '.join(names)}", []).extend(right)
+    return found, photos
+
+
+def mixing_table(mixing: Mixing) -> list[str]:
+    groups = [", ".join(names) for _, names in GROUPS]
+    lines = ["", "## Mixing: attributes from the right parent, by row group"]
+    for prompt in MIXING_PROMPTS:
+        lines += ["", f'The prompt is "{prompt}".' if prompt else "Without a prompt: the rows alone say what to draw."]
+        lines += ["", "| rows of the second parent | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+        for text in ROWS_OF:
+            cells = [mixing[f"{prompt}: {text}: {group}"] for group in groups]
+            lines.append(f"| {text} | " + " | ".join(f"{np.mean(each):.3f}" if each else "-" for each in cells) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--people", type=int, default=8, help="each is mixed with the next (default 8)")
+    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20)")
+    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")
+    parser.add_argument("--strength", type=float, default=1.0, help="lambda of the mixes (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="draws people, photos and noise (default 0)")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--encoder", type=Path, default=W_PLUS_PATH)
+    parser.add_argument("--style-attention", type=Path, default=STYLE_PATH)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+
+    torch.set_num_threads(arguments.threads)
+    family.register()
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
+    parts = Parts(model, clip, vae, load_w_plus_encoder(str(arguments.encoder)), arguments)
+    style = load_style_attention(str(arguments.style_attention))
+    begin = time.perf_counter()
+    people = [photograph(parts, identity, 6) for identity in draw_people(arguments.people, arguments.seed)]
+    rows: Rows = {}
+    mixing: Mixing = {}
+    sheet = []
+    for number, person in enumerate(tqdm(people, unit="person")):
+        asked = asked_of(person.identity, len(PROMPTS))
+        mean, prompts = average_styles([person.styles]), [caption_calling(each) for each in asked]
+        for strength in STRENGTHS:
+            made = by_style(parts, style, mean, prompts, strength)
+            rows.setdefault(f"strength: {strength:g}", []).extend(score(made, asked, person.pictures))
+        found, pictures = score_mixing(parts, style, person, people[(number + 1) % len(people)])
+        sheet.append(torch.stack(pictures))
+        for name, right in found.items():
+            mixing.setdefault(name, []).extend(right)
+
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/style_mixing.py", *sys.argv[1:]])
+    minutes = (time.perf_counter() - begin) / 60
+    lines = [
+        "# People that nobody trained on, by their W+ styles",
+        "",
+        f"`{command}` at commit {commit}: {len(people)} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style "
+        f"attention of {style.training['steps']} steps and {style.training['pictures']} portraits; {arguments.steps} "
+        f"steps of DDIM, guidance {arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; {minutes:.0f} "
+        f"minutes.",
+        *table(rows, "strength", "Lambda"),
+        *mixing_table(mixing),
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "minutes": minutes,
+        "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
+        "mixing": {name: float(np.mean(right)) if right else None for name, right in mixing.items()},
+    }
+    write_results("style_mixing", everything, lines)
+    save_sheet(RESULTS / "style_mixing.jpg", sheet)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import folder_paths
@@ -15,7 +14,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
-from .saved_files import loadable_files, next_path
+from .saved_files import changed_at, loadable_files, next_path
 from .sockets import SubjectPictures, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -410,8 +409,7 @@ def _is_there(file: str) -> bool | str:
 
 
 def _modified(file: str) -> float:
-    path = folder_paths.get_annotated_filepath(file)
-    return os.path.getmtime(path) if os.path.exists(path) else 0.0
+    return changed_at(folder_paths.get_annotated_filepath(file))
 
 
 NODES: list[type[io.ComfyNode]] = [TrainIdentityPrior, LoadIdentityPrior, SaveIdentityPriorAsLoRA]

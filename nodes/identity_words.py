@@ -16,7 +16,7 @@ from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, loadable_files, next_path
+from .saved_files import FILE_ENDING, changed_at, loadable_files, next_path
 from .sockets import IdentityWords, SubjectPictures, schema, show_text
 from .training import checkpointing_input
 
@@ -268,8 +268,7 @@ class LoadIdentityWords(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        path = folder_paths.get_annotated_filepath(file)
-        return os.path.getmtime(path) if os.path.exists(path) else 0.0
+        return changed_at(folder_paths.get_annotated_filepath(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

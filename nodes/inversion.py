@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import folder_paths
@@ -12,7 +11,7 @@ from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.step_embeddings import apply_step_embeddings
-from .saved_files import loadable_files, next_path
+from .saved_files import changed_at, loadable_files, next_path
 from .sockets import Inversion, latent_samples, progress, schema, show_text
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
@@ -524,8 +523,7 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        path = folder_paths.get_annotated_filepath(file)
-        return os.path.getmtime(path) if os.path.exists(path) else 0.0
+        return changed_at(folder_paths.get_annotated_filepath(file))
 
     @classmethod
     def execute(cls, model: Any, file: str, steps: int, latent: dict[str, Any] | None = None) -> io.NodeOutput:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import folder_paths
 
@@ -44,6 +45,30 @@ def loadable_files(folder: str, without: str | None = None) -> list[str]:
     listed = [name for name in saved if without is None or not name.startswith(f"{without}/")]
     own = _files_in(folder_paths.get_input_directory())
     return own + [f"{folder}/{name}{IN_OUTPUT_FOLDER}" for name in listed]
+
+
+def model_folder_files(folders: Sequence[str], endings: tuple[str, ...]) -> list[str]:
+    """Names for a combo: files of ComfyUI's folders of models, each with its folder as a mark behind it."""
+    known = [folder for folder in folders if folder in folder_paths.folder_names_and_paths]
+    return [
+        f"{name} [{folder}]"
+        for folder in known
+        for name in folder_paths.get_filename_list(folder)
+        if name.lower().endswith(endings)
+    ]
+
+
+def path_of(file: str, folders: Sequence[str]) -> str | None:
+    """The path of a name of `loadable_files` or of `model_folder_files`, or None where a folder has no such file."""
+    for folder in folders:
+        if file.endswith(f" [{folder}]"):
+            return folder_paths.get_full_path(folder, file.removesuffix(f" [{folder}]"))
+    return folder_paths.get_annotated_filepath(file)
+
+
+def changed_at(path: str | None) -> float:
+    """When a file was written last, for `fingerprint_inputs`; 0 for a file that is not there."""
+    return os.path.getmtime(path) if path is not None and os.path.isfile(path) else 0.0
 
 
 def _files_in(folder: str) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
@@ -19,7 +18,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
-from .saved_files import loadable_files, next_path
+from .saved_files import changed_at, loadable_files, model_folder_files, next_path, path_of
 from .sockets import StyleAttention, SubjectPictures, WPlus, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -38,8 +37,6 @@ from .training import (
 )
 
 FILE_FOLDER = "style_attention"
-IN_MODELS_FOLDER = f" [{FILE_FOLDER}]"
-"""Mark on names in the models folder, as ComfyUI marks those in the output folder."""
 
 
 class TrainStyleAttention(io.ComfyNode):
@@ -308,12 +305,11 @@ class LoadStyleAttention(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        path = _path_of(file)
-        return os.path.getmtime(path) if path is not None and os.path.exists(path) else 0.0
+        return changed_at(path_of(file, (FILE_FOLDER,)))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        path = _path_of(file)
+        path = path_of(file, (FILE_FOLDER,))
         if path is None:
             raise IdentityEditError(f"The file {file} does not exist; choose another one.")
         style = files.load_style_attention(path)
@@ -328,18 +324,8 @@ class LoadStyleAttention(io.ComfyNode):
 
 
 def _files() -> list[str]:
-    """Names for the combo: the pack's own files, and those in the models folder with its mark."""
-    listed = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
-    if FILE_FOLDER in folder_paths.folder_names_and_paths:
-        names = folder_paths.get_filename_list(FILE_FOLDER)
-        listed += [name + IN_MODELS_FOLDER for name in names if name.lower().endswith(files.ENDINGS)]
-    return listed
-
-
-def _path_of(file: str) -> str | None:
-    if file.endswith(IN_MODELS_FOLDER):
-        return folder_paths.get_full_path(FILE_FOLDER, file.removesuffix(IN_MODELS_FOLDER))
-    return folder_paths.get_annotated_filepath(file)
+    own = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
+    return own + model_folder_files((FILE_FOLDER,), files.ENDINGS)
 
 
 class ApplyStyleCrossAttention(io.ComfyNode):

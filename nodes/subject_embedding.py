@@ -17,7 +17,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, loadable_files, next_path
+from .saved_files import FILE_ENDING, changed_at, loadable_files, model_folder_files, next_path, path_of
 from .sockets import Subject, SubjectPictures, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -37,8 +37,7 @@ from .training import (
 
 FILE_FOLDER = "subject_embeddings"
 EMBEDDING_FOLDER = "embeddings"
-IN_MODELS_FOLDERS = {f" [{folder}]": folder for folder in (FILE_FOLDER, EMBEDDING_FOLDER)}
-"""Marks on names in folders of models, as ComfyUI marks those in the output folder."""
+MODEL_FOLDERS = (FILE_FOLDER, EMBEDDING_FOLDER)
 
 
 class TrainSubjectEmbedding(io.ComfyNode):
@@ -298,12 +297,11 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        path = _path_of(file)
-        return os.path.getmtime(path) if path is not None and os.path.exists(path) else 0.0
+        return changed_at(path_of(file, MODEL_FOLDERS))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        path = _path_of(file)
+        path = path_of(file, MODEL_FOLDERS)
         if path is None:
             raise IdentityEditError(f"The file {file} does not exist; choose another one.")
         subject = subject_files.load_subject(path)
@@ -318,20 +316,8 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
 
 
 def _files() -> list[str]:
-    """Names for the combo: the pack's own files, and those in folders of models with the folder's mark."""
-    listed = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
-    for mark, folder in IN_MODELS_FOLDERS.items():
-        if folder in folder_paths.folder_names_and_paths:
-            names = folder_paths.get_filename_list(folder)
-            listed += [name + mark for name in names if name.lower().endswith(subject_files.EMBEDDING_ENDINGS)]
-    return listed
-
-
-def _path_of(file: str) -> str | None:
-    for mark, folder in IN_MODELS_FOLDERS.items():
-        if file.endswith(mark):
-            return folder_paths.get_full_path(folder, file.removesuffix(mark))
-    return folder_paths.get_annotated_filepath(file)
+    own = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
+    return own + model_folder_files(MODEL_FOLDERS, subject_files.EMBEDDING_ENDINGS)
 
 
 class ApplySubject(io.ComfyNode):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import folder_paths
@@ -16,7 +15,7 @@ from ..pipelines.face_pictures import as_colour
 from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
-from .saved_files import loadable_files, next_path
+from .saved_files import changed_at, loadable_files, next_path
 from .sockets import WPlus, WPlusEncoder, schema, show_text
 
 FILE_FOLDER = "w_plus"
@@ -58,8 +57,7 @@ class LoadWPlusEncoder(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> float:
-        path = list_models(ENCODER_FOLDER, encoders.ENDINGS).get(file)
-        return os.path.getmtime(path) if path else 0.0
+        return changed_at(list_models(ENCODER_FOLDER, encoders.ENDINGS).get(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
@@ -293,8 +291,7 @@ class LoadWPlus(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> float:
-        path = folder_paths.get_annotated_filepath(file)
-        return os.path.getmtime(path) if os.path.isfile(path) else 0.0
+        return changed_at(folder_paths.get_annotated_filepath(file))
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -1,0 +1,74 @@
+"""The demo world's style attention draws people that nobody trained on by their W+ styles, as the classifier sees."""
+
+from __future__ import annotations
+
+import comfy.sample
+import comfy.sd
+import pytest
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import IDENTITY_OF
+from identity_edit_pack.demo_world.classifier import classify, load_classifier
+from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, to_tensor
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.demo_world.train_style_attention import CHECKPOINT_PATH, STYLE_PATH, caption_calling
+from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH
+from identity_edit_pack.pipelines.style_attention import apply_style_attention, check_model, check_styles
+from identity_edit_pack.pipelines.style_attention_files import load_style_attention
+from identity_edit_pack.pipelines.w_plus_encoder import encode_w_plus, load_w_plus_encoder
+
+PEOPLE = 6
+
+
+@pytest.fixture(scope="module")
+def style():
+    return load_style_attention(str(STYLE_PATH))
+
+
+@pytest.fixture(scope="module")
+def people():
+    """Portraits of held-out identities with open eyes, and what they show."""
+    samples = evaluation_set(4 * PEOPLE, seed=71, held_out=True, framing="portrait")
+    chosen = [sample for sample in samples if sample[0].expression != "crying"][:PEOPLE]
+    pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in chosen])
+    return [attributes for attributes, _ in chosen], encode_w_plus(load_w_plus_encoder(str(W_PLUS_PATH)), pictures)
+
+
+def test_the_files_are_small() -> None:
+    assert STYLE_PATH.stat().st_size + W_PLUS_PATH.stat().st_size <= 40_000_000
+
+
+def test_load_style_attention_lists_it(node_classes) -> None:
+    name = f"{STYLE_PATH.name} [style_attention]"
+    assert node_classes["IdentityEditLoadStyleAttention"].validate_inputs(name) is True
+
+
+def test_it_fits_the_checkpoint_and_draws_unseen_people(style, people) -> None:
+    family.register()
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT_PATH))
+    shown, styles = people
+    assert check_model(style, model) is None, "trained with the committed checkpoint"
+    assert check_styles(style, styles) is None, "and with the committed encoder"
+
+    def encoded(texts: list[str]) -> list:
+        return [[clip.encode_from_tokens(clip.tokenize(text)), {}] for text in texts]
+
+    def share_right(strength: float) -> float:
+        """Of the identity's attributes, as the classifier sees them."""
+        right = []
+        for index, attributes in enumerate(shown):
+            own = type(styles)(styles.rows[index : index + 1], styles.average, styles.encoder)
+            drawing = apply_style_attention(model, style, own, strength=strength)
+            noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(index))
+            latent = comfy.sample.sample(
+                drawing, noise, 12, 3.0, "ddim", "ddim_uniform", encoded([caption_calling(attributes)]), encoded([""]),
+                torch.zeros_like(noise), disable_pbar=True, seed=0,
+            )  # fmt: skip
+            answers = classify(load_classifier(), vae.decode(latent).cpu().clamp(0, 1))
+            for name in IDENTITY_OF["portrait"]:
+                right.append(HEADS[name][int(answers[name][0])] == getattr(attributes, name))
+        return sum(right) / len(right)
+
+    with torch.no_grad():
+        assert share_right(1.0) >= 0.85
+        assert share_right(0.0) <= 0.5, "without it nothing says who to draw"

@@ -29,7 +29,7 @@ CHECKPOINT_PATH = Path(__file__).parent / "weights" / "identity-edit-demo.safete
 STYLE_PATH = Path(__file__).parent / "style_attention" / "identity-edit-demo-style.safetensors"
 TEXT_DROP, STYLE_DROP = 0.3, 0.1
 """Gu et al. 2025 drop each at 0.5, for one person. With many people, pictures that have both their styles and their
-caption teach most, and at 0.5 only a quarter has: dark skin had green spots after 3500 steps, and after 2500 has fewer so."""
+caption teach most, and at 0.5 only a quarter has both: dark skin had green spots even after 3500 steps."""
 STYLE_NOISE = 0.2
 """Of the rows' deviation 1; what the encoder cannot help telling of other groups is smaller (see LinearProbe)."""
 

@@ -16,7 +16,8 @@ cosine similarity of its features to the photos'. Text: the share of what the pr
 - `strength` draws SCA for lambda 0 to 1 (figure 10);
 - `photos` learns SCA from 4, 6, 8 and 10 photos (table 2).
 
-Writes benchmarks/results/style_identity.json, .md, and .jpg (two prompts of each person).
+Writes benchmarks/results/style_identity.json, .md, and with the methods .jpg (two prompts of each person); `--name`
+gives a run of some parts a name of its own.
 """
 
 from __future__ import annotations
@@ -324,6 +325,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=8, help="held-out people (default 8)")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default all)")
+    parser.add_argument("--name", default="style_identity", help="of the files of results (default style_identity)")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")
     parser.add_argument("--strength", type=float, default=1.0, help="lambda of both attentions (default 1)")
@@ -387,8 +389,9 @@ def write_report(
         "minutes": minutes,
         "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
     }
-    write_results("style_identity", everything, lines)
-    save_sheet(RESULTS / "style_identity.jpg", [torch.cat(each) for each in sheet.values()], columns=16)
+    write_results(arguments.name, everything, lines)
+    if len(sheet) > 1:
+        save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(each) for each in sheet.values()], columns=16)
 
 
 if __name__ == "__main__":

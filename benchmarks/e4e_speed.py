@@ -94,10 +94,11 @@ def main() -> None:
         "median": median,
         "tensors": len(state),
     }
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/e4e_speed.py", *sys.argv[1:]])
     lines = [
         "# e4e",
         "",
-        f"{len(state)} tensors, {weights:.1f} million weights, float32, random.",
+        f"`{command}` at commit {commit}: {len(state)} tensors, {weights:.1f} million weights, float32, random.",
         "",
         "| device | threads | seconds a face, median | fastest | slowest | processor seconds, median | goal |",
         "|---|---|---|---|---|---|---|",
@@ -123,7 +124,7 @@ def main() -> None:
             f"{'are the same' if same else 'DIFFER'}; rows of a face differ by at most {difference:.1e}, values go "
             f"up to {size:.2g}.",
         ]
-    write_results("e4e_speed", figures, lines)
+    write_results("e4e_speed", {"command": command, "commit": commit, **figures}, lines)
 
 
 if __name__ == "__main__":

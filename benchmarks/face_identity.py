@@ -139,10 +139,11 @@ def main() -> None:
     if network.is_file():
         share = background.subject_masks(str(network), torch.stack(aligned)).mean(dim=(1, 2)).tolist()
 
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/face_identity.py", *sys.argv[1:]])
     lines = [
         "# Faces in real photos",
         "",
-        f"{len(found)} faces in {len(photos)} photos; detector {arguments.detector}, "
+        f"`{command}` at commit {commit}: {len(found)} faces in {len(photos)} photos; detector {arguments.detector}, "
         f"recognizer {arguments.recognizer}, on the CPU.",
         "",
         "| photo | faces | side of the crop, pixels | turned aside | seconds to find |",
@@ -194,7 +195,7 @@ def main() -> None:
         "share_of_the_person": share,
         "by_size": sizes,
     }
-    write_results("face_identity", figures, lines)
+    write_results("face_identity", {"command": command, "commit": commit, **figures}, lines)
 
 
 if __name__ == "__main__":

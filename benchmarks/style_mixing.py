@@ -6,11 +6,11 @@ here (Gu et al. 2025, section 2.2.2).
 - Lambda: the mean styles of six photos of each person, drawn at the prompts of benchmarks/style_identity.py for lambda
   0 to 1 and scored as there.
 - Mixing (section 3.4.1): the rows of single photos of two people, of whom one smiles and looks left and the other is
-  angry and looks right, mixed by rows 10-18 and by each group of rows alone. Given is the share of each group's
-  attributes that come from the right parent, among those that the parents differ in.
+  angry and looks right, mixed by rows 10-18 and by each group of rows alone. Given is how often each attribute that the
+  parents differ in comes from the right one.
 
 Writes benchmarks/results/style_mixing.json, .md, and .jpg: for each pair the two photos, then the mixes in the table's
-order, without a prompt.
+order.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling
 from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH
-from identity_edit_pack.pipelines.style_attention import StyleAttention
+from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, StyleAttention
 from identity_edit_pack.pipelines.style_attention_files import load_style_attention
 from identity_edit_pack.pipelines.w_plus import average_styles, mix_styles, parse_rows
 from identity_edit_pack.pipelines.w_plus_encoder import encode_w_plus, fitted, load_w_plus_encoder
@@ -58,8 +58,8 @@ from tqdm import tqdm
 
 ROWS_OF = {"10-18": (2, 3), "1-5": (0,), "6-9": (1,), "10-13": (2,), "14-18": (3,)}
 """Rows that are taken from the second parent, and the groups that they are."""
-MIXING_PROMPTS = ("", "a portrait of a person on the beach")
-"""The second says nothing of mood, which in this world's captions means a neutral face."""
+MIXING_PROMPT = "a portrait of a person on the beach"
+"""Says neither mood nor direction: both are left to the rows."""
 
 Mixing = dict[str, list[float]]
 
@@ -67,8 +67,8 @@ Mixing = dict[str, list[float]]
 def score_mixing(
     parts: Parts, style: StyleAttention, first: Person, second: Person
 ) -> tuple[Mixing, list[torch.Tensor]]:
-    """By "prompt: rows: group", whether each attribute that the parents differ in comes from the right one; and the
-    parents' photos with their mixes."""
+    """By "rows: attribute", whether what the parents differ in comes from the right one; and the parents' photos with
+    their mixes."""
     shown, photos, styles = [], [], []
     for person, expression, facing in ((first, "smiling", "left"), (second, "angry", "right")):
         shown.append(person.identity.replace(expression=expression, facing=facing, costume="none", place="grass"))
@@ -78,32 +78,29 @@ def score_mixing(
     of_first, of_second = styles
     rows = torch.cat([mix_styles(of_first, of_second, parse_rows(text, of_first.count)).rows for text in ROWS_OF])
     mixed = dataclasses.replace(of_first, rows=rows)
+    pictures = by_style(parts, style, mixed, [MIXING_PROMPT] * len(ROWS_OF), parts.arguments.strength)
     found: Mixing = {}
-    for prompt in MIXING_PROMPTS:
-        pictures = by_style(parts, style, mixed, [prompt] * len(ROWS_OF), parts.arguments.strength)
-        if not prompt:
-            photos.extend(pictures)
-        for what, (text, groups) in zip(seen(load_classifier(), pictures), ROWS_OF.items(), strict=True):
-            for number, (_, names) in enumerate(GROUPS):
-                parent = shown[1] if number in groups else shown[0]
-                right = [
-                    float(what[name] == getattr(parent, name))
-                    for name in names
-                    if getattr(shown[0], name) != getattr(shown[1], name)
-                ]
-                found.setdefault(f"{prompt}: {text}: {', '.join(names)}", []).extend(right)
-    return found, photos
+    for what, (text, groups) in zip(seen(load_classifier(), pictures), ROWS_OF.items(), strict=True):
+        for number, (_, names) in enumerate(GROUPS):
+            parent = shown[1] if number in groups else shown[0]
+            for name in names:
+                if getattr(shown[0], name) != getattr(shown[1], name):
+                    found.setdefault(f"{text}: {name}", []).append(float(what[name] == getattr(parent, name)))
+    return found, [*photos, *pictures]
 
 
 def mixing_table(mixing: Mixing) -> list[str]:
-    groups = [", ".join(names) for _, names in GROUPS]
-    lines = ["", "## Mixing: attributes from the right parent, by row group"]
-    for prompt in MIXING_PROMPTS:
-        lines += ["", f'The prompt is "{prompt}".' if prompt else "Without a prompt: the rows alone say what to draw."]
-        lines += ["", "| rows of the second parent | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-        for text in ROWS_OF:
-            cells = [mixing[f"{prompt}: {text}: {group}"] for group in groups]
-            lines.append(f"| {text} | " + " | ".join(f"{np.mean(each):.3f}" if each else "-" for each in cells) + " |")
+    names = [name for _, names in GROUPS for name in names]
+    groups = [
+        f"{name.replace('_', ' ')} ({rows})"
+        for (_, names), rows in zip(GROUPS, ROW_GROUPS.split(", "), strict=True)
+        for name in names
+    ]
+    lines = ["", "## Mixing: attributes from the right parent, by row group", ""]
+    lines += ["| rows of the second parent | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
+    for text in ROWS_OF:
+        cells = [mixing.get(f"{text}: {name}", []) for name in names]
+        lines.append(f"| {text} | " + " | ".join(f"{np.mean(each):.3f}" if each else "-" for each in cells) + " |")
     return lines
 
 
@@ -158,7 +155,7 @@ def main() -> None:
         "commit": commit,
         "minutes": minutes,
         "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
-        "mixing": {name: float(np.mean(right)) if right else None for name, right in mixing.items()},
+        "mixing": {name: float(np.mean(right)) for name, right in mixing.items()},
     }
     write_results("style_mixing", everything, lines)
     save_sheet(RESULTS / "style_mixing.jpg", sheet)

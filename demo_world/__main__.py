@@ -47,7 +47,7 @@ def main() -> None:
     w_plus.add_argument("--count", type=int, default=4000, help="portraits to train on")
     w_plus.add_argument("--probe", action="store_true", help="print what a linear probe reads in the committed encoder")
     style = commands.add_parser("style_attention", help="train the style attention on the committed checkpoint")
-    style.add_argument("--steps", type=int, default=2500)
+    style.add_argument("--steps", type=int, default=2000)
     style.add_argument("--batch-size", type=int, default=8)
     style.add_argument("--learning-rate", type=float, default=1e-3)
     style.add_argument("--count", type=int, default=1200, help="portraits to train on")

@@ -30,13 +30,20 @@ STYLE_PATH = Path(__file__).parent / "style_attention" / "identity-edit-demo-sty
 TEXT_DROP, STYLE_DROP = 0.3, 0.1
 """Gu et al. 2025 drop each at 0.5, for one person. With many people, pictures that have both their styles and their
 caption teach most, and at 0.5 only a quarter has both: dark skin had green spots even after 3500 steps."""
+SILENT = 0.5
+"""How many captions say neither mood nor direction, so that the styles decide about them where a prompt does not."""
 STYLE_NOISE = 0.2
 """Of the rows' deviation 1; what the encoder cannot help telling of other groups is smaller (see LinearProbe)."""
 
 
-def caption_calling(attributes: Attributes, name: str = "person", template: int = 0) -> str:
-    """What a portrait shows, with a name in the place of who it is: "a portrait of a smiling person in a room"."""
-    return caption(attributes, template).replace(description(attributes), name)
+def caption_calling(attributes: Attributes, name: str = "person", template: int = 0, *, silent: bool = False) -> str:
+    """What a portrait shows, with a name in the place of who it is: "a portrait of a smiling person in a room facing
+    left"; or without mood and direction."""
+    who, facing = description(attributes), f" facing {attributes.facing}"
+    if silent:
+        attributes = attributes.replace(expression="neutral")  # which captions do not name
+    text = caption(attributes, template).replace(who, name)
+    return text.replace(facing, "") if silent else text
 
 
 def draw_people(count: int) -> list[tuple[Attributes, int, str]]:
@@ -47,7 +54,8 @@ def draw_people(count: int) -> list[tuple[Attributes, int, str]]:
         attributes = random_attributes(generator, "portrait")
         seed = generator.randrange(EVALUATION_SEED)
         template = generator.randrange(CAPTION_TEMPLATES)
-        drawn.append((attributes, seed, caption_calling(attributes, template=template)))
+        silent = generator.random() < SILENT
+        drawn.append((attributes, seed, caption_calling(attributes, template=template, silent=silent)))
     return drawn
 
 

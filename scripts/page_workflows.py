@@ -128,7 +128,12 @@ def thumbnail(client: Any, name: str) -> None:
     for number, row in enumerate(rows):
         left = (THUMBNAIL_SIZE - len(row) * cell) // 2
         for place, picture in enumerate(row):
-            sheet.paste(ImageOps.fit(picture, (cell, cell)), (left + place * cell, top + number * cell))
+            # Sheets are much wider than high, and cutting their ends off would lose what they show.
+            is_sheet = max(picture.size) > 1.4 * min(picture.size)
+            shape = ImageOps.contain if is_sheet else ImageOps.fit
+            shaped = shape(picture, (cell, cell))
+            middle = (cell - shaped.width) // 2, (cell - shaped.height) // 2
+            sheet.paste(shaped, (left + place * cell + middle[0], top + number * cell + middle[1]))
     path = WORKFLOWS / f"{name}.jpg"
     temporary = path.with_suffix(".tmp")
     sheet.save(temporary, format="JPEG", quality=88)

@@ -297,9 +297,11 @@ def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
             rows[f"strength: {strength:g}"] = score(made, asked, person.pictures)
     if "photos" in arguments.parts:
         for count in PHOTOS:
-            same = style is not None and count == len(person.pictures)
-            album = person if same else photograph(parts, identity, count)
-            own = style if same else learned_style(parts, album, SEQUENTIAL)
+            if style is not None and count == len(person.pictures):
+                album, own = person, style
+            else:
+                album = photograph(parts, identity, count)
+                own = learned_style(parts, album, SEQUENTIAL)
             made = by_style(parts, own, average_styles([album.styles]), prompts, arguments.strength)
             rows[f"photos: {count}"] = score(made, asked, person.pictures)
     shown = {"photos": person.pictures[:2]} | {

@@ -201,7 +201,7 @@ def save_encoder(
     for head, part in zip(encoder.heads, groups_of(average[None]), strict=True):
         last = head.get_submodule("2")
         assert isinstance(last, nn.Linear)
-        last.bias -= part[0]
+        last.bias.sub_(part[0])
     save_w_plus_encoder(str(path), encoder.half(), average, "identity-edit-demo", facts)
 
 

@@ -108,7 +108,7 @@ TOKEN = "sks"
 NAME = f"{TOKEN} person"
 TEXTUAL_INVERSION, PRIOR, PCA, SCA = "textual inversion", "identity prior", "parallel attention", "SCA"
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-PHOTOS = (4, 6, 8, 10)
+PHOTOS = [4, 6, 8, 10]
 PARTS = ("methods", "strength", "photos")
 REGULARISATION = 16
 
@@ -296,7 +296,7 @@ def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
             made = by_style(parts, style, mean, prompts, strength)
             rows[f"strength: {strength:g}"] = score(made, asked, person.pictures)
     if "photos" in arguments.parts:
-        for count in PHOTOS:
+        for count in arguments.photos:
             if style is not None and count == len(person.pictures):
                 album, own = person, style
             else:
@@ -327,6 +327,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=8, help="held-out people (default 8)")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default all)")
+    parser.add_argument("--photos", nargs="+", type=int, default=PHOTOS, help="numbers of photos (default 4 6 8 10)")
     parser.add_argument("--name", default="style_identity", help="of the files of results (default style_identity)")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")

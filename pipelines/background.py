@@ -10,8 +10,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from .errors import IdentityEditError
-from .faces import import_optional
-from .model_folders import first_line
+from .faces import onnx_session
 
 FOLDER = "rembg"
 ENDINGS = (".onnx",)
@@ -32,11 +31,7 @@ def subject_masks(path: str, pictures: torch.Tensor) -> torch.Tensor:
     Raises:
         IdentityEditError: when onnxruntime is missing, or the file is another network.
     """
-    onnxruntime = import_optional("onnxruntime", "onnxruntime", path)
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise IdentityEditError(f"{path} cannot be loaded ({first_line(error)}); download it again.") from error
+    session = onnx_session(path)
     shape = session.get_inputs()[0].shape
     if len(shape) != 4 or shape[1] != 3 or not all(isinstance(side, int) for side in shape[2:]):
         raise IdentityEditError(f"{path} is no salient-object network; choose {NEEDED}.")

@@ -427,6 +427,19 @@ def import_optional(module: str, package: str, what: str) -> Any:
         ) from error
 
 
+def onnx_session(path: str) -> Any:
+    """An ONNX file ready to run on the CPU.
+
+    Raises:
+        IdentityEditError: when onnxruntime is missing, or cannot load the file.
+    """
+    onnxruntime = import_optional("onnxruntime", "onnxruntime", path)
+    try:
+        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own exceptions have no common base
+        raise IdentityEditError(f"{path} cannot be loaded ({first_line(error)}); download it again.") from error
+
+
 def missing_file(name: str, needed: str = NEEDED) -> str:
     """The sentence that says where a detector should be and which files there are."""
     return f"'{name}' is not in {model_roots(FOLDER)[0]}; put there {needed}, and press R."

@@ -15,8 +15,7 @@ import torch
 
 from .errors import IdentityEditError
 from .face_alignment import ARCFACE_SIZE, align_arcface
-from .faces import Face, import_optional, insightface_model, list_detectors, missing_file
-from .model_folders import first_line
+from .faces import Face, import_optional, insightface_model, list_detectors, missing_file, onnx_session
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,17 +108,14 @@ def _has_insightface() -> bool:
 
 
 def _session(path: str) -> Any:
-    onnxruntime = import_optional("onnxruntime", "onnxruntime", path)
+    import_optional("onnxruntime", "onnxruntime", path)
     with open(path, "rb") as file:
         content = file.read()
     if any(name in content for name in _OLD_EXPORT):
         raise IdentityEditError(
             f"{path} is an old export, which insightface alone knows; run `pip install insightface`."
         )
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise IdentityEditError(f"{path} cannot be loaded ({first_line(error)}); download it again.") from error
+    session = onnx_session(path)
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if len(inputs) != 1 or len(outputs) != 1 or len(inputs[0].shape) != 4 or len(outputs[0].shape) != 2:
         raise IdentityEditError(f"{path} is no ArcFace; choose one such as w600k_r50.onnx.")

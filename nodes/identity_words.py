@@ -18,11 +18,9 @@ from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from .saved_files import FILE_ENDING, changed_at, loadable_files, next_path
 from .sockets import IdentityWords, SubjectPictures, schema, show_text
-from .training import checkpointing_input
+from .training import CHECKPOINT_FOLDER, LossMap, checkpointing_input, how_trained
 
-LossMap = io.Custom("LOSS_MAP")
 FILE_FOLDER = "identity_words"
-CHECKPOINT_FOLDER = "checkpoints"
 
 
 class TrainIdentityWords(io.ComfyNode):
@@ -273,8 +271,7 @@ class LoadIdentityWords(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         words = words_of.load_identity_words(folder_paths.get_annotated_filepath(file))
-        trained = f"; {words.training['steps']} training steps" if "steps" in words.training else ""
-        return io.NodeOutput(words, show_text(cls, f"{_describe(words)}{trained}."))
+        return io.NodeOutput(words, show_text(cls, f"{_describe(words)}{how_trained(words.training)}."))
 
 
 class ApplyIdentityWords(io.ComfyNode):

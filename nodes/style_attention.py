@@ -29,6 +29,7 @@ from .training import (
     checkpointing_input,
     first_and_last,
     gradient_accumulation_input,
+    how_trained,
     precision_input,
     sample_every_input,
     seed_input,
@@ -313,14 +314,8 @@ class LoadStyleAttention(io.ComfyNode):
         if path is None:
             raise IdentityEditError(f"The file {file} does not exist; choose another one.")
         style = files.load_style_attention(path)
-        facts = style.training
-        trained = ""
-        if "steps" in facts:
-            trained = (
-                f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} "
-                f"pictures"
-            )
-        return io.NodeOutput(style, style.pseudo_word, show_text(cls, f"{styles.described(style)}{trained}."))
+        report = show_text(cls, f"{styles.described(style)}{how_trained(style.training)}.")
+        return io.NodeOutput(style, style.pseudo_word, report)
 
 
 def _files() -> list[str]:

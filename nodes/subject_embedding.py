@@ -28,6 +28,7 @@ from .training import (
     checkpointing_input,
     first_and_last,
     gradient_accumulation_input,
+    how_trained,
     precision_input,
     sample_every_input,
     seed_input,
@@ -305,14 +306,8 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
         if path is None:
             raise IdentityEditError(f"The file {file} does not exist; choose another one.")
         subject = subject_files.load_subject(path)
-        facts = subject.training
-        trained = ""
-        if "steps" in facts:
-            trained = (
-                f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} "
-                f"pictures"
-            )
-        return io.NodeOutput(subject, subject.name, show_text(cls, f"{describe(subject)}{trained}."))
+        report = show_text(cls, f"{describe(subject)}{how_trained(subject.training)}.")
+        return io.NodeOutput(subject, subject.name, report)
 
 
 def _files() -> list[str]:

@@ -146,3 +146,12 @@ def first_and_last(losses: list[float]) -> str:
     few = max(1, min(50, len(losses) // 2))
     first, last = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
     return f"{first:.4f} over the first {few} steps, {last:.4f} over the last {few}"
+
+
+def how_trained(facts: dict[str, Any]) -> str:
+    """What follows a file's description in reports, from `pipelines.training.training_facts`; "" where it has none."""
+    if "steps" not in facts:
+        return ""
+    return (
+        f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} pictures"
+    )

@@ -23,7 +23,16 @@ from .engine.trainable import BFLOAT16, PRECISIONS, TrainableNetworks, trainable
 from .errors import IdentityEditError
 from .files import read_tensors, write_tensors
 from .schedule import ddim_schedule, euler_step
-from .training import Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
+from .training import (
+    Progress,
+    TrainingRun,
+    TrainingSettings,
+    generator_of,
+    patch_strengths,
+    run_hash,
+    train,
+    training_facts,
+)
 from .training_pictures import Batch, TrainingPictures, batch_indices, denoising_losses, draw_batch, draw_noise
 
 KIND = "identity prior"
@@ -221,16 +230,15 @@ def train_identity_prior(
         token=settings.token,
         class_word=settings.class_word,
         model=tag,
-        training={
-            "steps": training.steps,
-            "learning_rate": training.learning_rate,
-            "settings": {**dataclasses.asdict(training), **dataclasses.asdict(settings)},
-            "identity_pictures": len(identity),
-            "regularisation_pictures": 0 if regularisation is None else len(regularisation),
-            "last_losses_mean": sum(record.losses[-50:]) / len(record.losses[-50:]),
-            "run": run,
-            "pack_version": _pack_version(),
-        },
+        training=training_facts(
+            training,
+            settings,
+            run,
+            identity_pictures=len(identity),
+            regularisation_pictures=0 if regularisation is None else len(regularisation),
+            last_losses_mean=sum(record.losses[-50:]) / len(record.losses[-50:]),
+            pack_version=_pack_version(),
+        ),
     )
     return prior, record
 
@@ -440,11 +448,6 @@ def _run_description(
     optimisation = {**dataclasses.asdict(training), **dataclasses.asdict(settings)}
     for name in (*_NOT_OF_THE_RUN, *_NOT_OF_THE_PRIOR):
         del optimisation[name]
-    patches = {
-        key: [[float(patch[0]), float(patch[2])] for patch in value]
-        for patcher in (model, clip.patcher)
-        for key, value in patcher.patches.items()
-    }
     # A text encoder is told by a few of its weights as the checkpoint holds them.
     first = {
         key: value[0][0] for key, value in clip.patcher.get_key_patches("clip_").items() if _CLIP_KEYS.fullmatch(key)
@@ -453,7 +456,7 @@ def _run_description(
     return {
         "settings": optimisation,
         "model": dataclasses.asdict(tag),
-        "patches": patches,
+        "patches": patch_strengths(model, clip.patcher),
         "text_encoder": [encoder, clip.layer_idx],
         "identity": identity.fingerprint,
         "regularisation": None if regularisation is None else regularisation.fingerprint,

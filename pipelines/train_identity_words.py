@@ -25,7 +25,7 @@ from .identity_words import (
 )
 from .subject_embedding import Vectors, with_word_vectors, word_table
 from .subject_pictures import has_word
-from .training import Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
+from .training import Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train, training_facts
 from .training_pictures import TrainingPictures, batch_indices, draw_batch, draw_noise, losses_of
 
 STEPS = 2000
@@ -165,13 +165,7 @@ def train_identity_words(
         features=(int(features.shape[1]), int(features.shape[2])),
         class_word=settings.class_word,
         model=tag,
-        training={
-            "steps": training.steps,
-            "learning_rate": training.learning_rate,
-            "settings": {**dataclasses.asdict(training), **dataclasses.asdict(settings)},
-            "pictures": len(pictures),
-            "run": run,
-        },
+        training=training_facts(training, settings, run, pictures=len(pictures)),
     )
     return words, record
 

@@ -19,7 +19,17 @@ from .errors import IdentityEditError
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
 from .schedule import ddim_schedule, euler_step
-from .training import OneProcess, Processes, Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
+from .training import (
+    OneProcess,
+    Processes,
+    Progress,
+    TrainingRun,
+    TrainingSettings,
+    generator_of,
+    patch_strengths,
+    run_hash,
+    train,
+)
 from .training_pictures import losses_of
 
 STEPS, LEARNING_RATE, BATCH_SIZE = 200_000, 5e-6, 4
@@ -347,11 +357,6 @@ def _run_description(
         del optimisation[name]
     # Batches of a step, however they are shared out: so a run may go on with another number of processes.
     optimisation["accumulation"] *= processes.count
-    patches = {
-        key: [[float(patch[0]), float(patch[2])] for patch in value]
-        for patcher in (model, clip.patcher)
-        for key, value in patcher.patches.items()
-    }
     encoder = [
         [key, value[0][0].flatten()[:1].float().cpu().tolist()]
         for key, value in sorted(clip.patcher.get_key_patches("clip_").items())
@@ -361,7 +366,7 @@ def _run_description(
     return went_before | {
         "settings": optimisation,
         "model": dataclasses.asdict(engine.model_tag(model)),
-        "patches": patches,
+        "patches": patch_strengths(model, clip.patcher),
         "text_encoder": [encoder, clip.layer_idx],
         "pairs": encoded.fingerprint,
     }

@@ -25,7 +25,16 @@ from .errors import IdentityEditError
 from .schedule import ddim_schedule, euler_step
 from .style_attention import ROW_GROUPS, STRENGTH, RowGroups, StyleAttention, StyleNetwork, parse_row_groups
 from .style_attention_files import in_file_precision
-from .training import Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
+from .training import (
+    Progress,
+    TrainingRun,
+    TrainingSettings,
+    generator_of,
+    patch_strengths,
+    run_hash,
+    train,
+    training_facts,
+)
 from .training_pictures import TrainingPictures, batch_indices, draw_batch, draw_noise, losses_of
 from .w_plus import WPlus
 
@@ -231,13 +240,7 @@ def train_style_attention(
         encoder=w_plus.encoder,
         pseudo_word=settings.pseudo_word,
         model=tag,
-        training={
-            "steps": training.steps,
-            "learning_rate": training.learning_rate,
-            "settings": {**dataclasses.asdict(training), **dataclasses.asdict(settings)},
-            "pictures": len(pictures),
-            "run": run,
-        },
+        training=training_facts(training, settings, run, pictures=len(pictures)),
     )
     return style, record
 
@@ -314,11 +317,6 @@ def _description(
     optimisation = {**dataclasses.asdict(training), **dataclasses.asdict(settings)}
     for name in _NOT_OF_THE_RESULT:
         del optimisation[name]
-    patches = {
-        key: [[float(patch[0]), float(patch[2])] for patch in value]
-        for patcher in (model, clip.patcher)
-        for key, value in patcher.patches.items()
-    }
     # Rounded, as encoding the same pictures on another device need not give the same bits.
     styles = torch.cat([w_plus.rows.flatten(), w_plus.average.flatten()])
     digest = hashlib.sha256((styles * 100).round().to(torch.int32).numpy().tobytes()).hexdigest()
@@ -326,7 +324,7 @@ def _description(
         "what": _WHAT,
         "settings": optimisation,
         "model": dataclasses.asdict(tag),
-        "patches": patches,
+        "patches": patch_strengths(model, clip.patcher),
         "layer": clip.layer_idx,
         "pictures": pictures.fingerprint,
         "styles": [digest, w_plus.encoder, *w_plus.rows.shape],

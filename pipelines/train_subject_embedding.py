@@ -29,7 +29,16 @@ from .subject_embedding import (
     word_table,
 )
 from .subject_pictures import has_word
-from .training import Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train
+from .training import (
+    Progress,
+    TrainingRun,
+    TrainingSettings,
+    generator_of,
+    patch_strengths,
+    run_hash,
+    train,
+    training_facts,
+)
 from .training_pictures import TrainingPictures, batch_indices, denoising_losses, draw_batch, draw_noise
 
 STEPS = 1000
@@ -251,14 +260,7 @@ def train_subject_embedding(
         class_word=settings.class_word,
         token=settings.token,
         model=tag,
-        training={
-            "steps": training.steps,
-            "learning_rate": training.learning_rate,
-            "settings": {**dataclasses.asdict(training), **dataclasses.asdict(settings)},
-            "pictures": len(pictures),
-            "distance_from_start": distance,
-            "run": run,
-        },
+        training=training_facts(training, settings, run, pictures=len(pictures), distance_from_start=distance),
     )
     return subject, record
 
@@ -420,18 +422,13 @@ def _description(
     optimisation = {**dataclasses.asdict(training), **dataclasses.asdict(settings)}
     for name in (*_NOT_OF_THE_RUN, *_NOT_OF_THE_SUBJECT, *(() if second_phase else _OF_THE_SECOND_PHASE)):
         del optimisation[name]
-    patches = {
-        key: [[float(patch[0]), float(patch[2])] for patch in value]
-        for patcher in (model, clip.patcher)
-        for key, value in patcher.patches.items()
-    }
     words = {name: table.detach().flatten()[:16].float().cpu().tolist() for name, table in word_table(clip).items()}
     return {
         "phase": "step-wise vectors" if second_phase else "shared vectors",
         "shared_steps": training.steps if second_phase else None,
         "settings": optimisation,
         "model": dataclasses.asdict(tag),
-        "patches": patches,
+        "patches": patch_strengths(model, clip.patcher),
         "text_encoder": [words, clip.layer_idx],
         "pictures": pictures.fingerprint,
     }

@@ -12,6 +12,7 @@ ComfyUI, which stops a run by an exception from any operation, the loop itself i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
@@ -136,6 +137,28 @@ def generator_of(seed: int, index: int, what: str = "") -> torch.Generator:
 def run_hash(description: dict[str, Any]) -> str:
     """Sixteen hexadecimal digits that name a run: equal for equal descriptions (of what JSON can hold)."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def patch_strengths(*patchers: Any) -> dict[str, list[list[float]]]:
+    """What `run_hash` takes of the weight patches (LoRAs, identity priors) on ModelPatchers: by the weight's name, each
+    patch's strength and that of the weight itself. The patches' own tensors are too large to be hashed at each run."""
+    return {
+        key: [[float(patch[0]), float(patch[2])] for patch in value]
+        for patcher in patchers
+        for key, value in patcher.patches.items()
+    }
+
+
+def training_facts(training: TrainingSettings, settings: Any, run: str, **more: Any) -> dict[str, Any]:
+    """How something was trained, for its file: the settings of the loop and of the technique (dataclasses), the run's
+    hash, and what else the technique wants to tell."""
+    return {
+        "steps": training.steps,
+        "learning_rate": training.learning_rate,
+        "settings": {**dataclasses.asdict(training), **dataclasses.asdict(settings)},
+        **more,
+        "run": run,
+    }
 
 
 def train(

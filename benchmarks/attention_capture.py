@@ -125,10 +125,10 @@ def evaluations(model: Any, width: str, variant: str, arguments: argparse.Namesp
     seconds: list[float] = []
 
     def timed(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        synchronize()
+        memory.synchronize()
         begin = time.perf_counter()
         result = executor(*args, **kwargs)
-        synchronize()
+        memory.synchronize()
         seconds.append(time.perf_counter() - begin)
         return result
 
@@ -151,11 +151,6 @@ def evaluations(model: Any, width: str, variant: str, arguments: argparse.Namesp
 
 def picture_size(width: str, arguments: argparse.Namespace) -> int:
     return arguments.size or WIDTHS[width][1]
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def alone(width: str, variant: str, arguments: argparse.Namespace) -> dict[str, Any]:

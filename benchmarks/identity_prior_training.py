@@ -46,7 +46,6 @@ from training_runs import (  # noqa: E402
     in_turn,
     parse_arguments,
     peak_memory,
-    synchronize,
 )
 
 PACK, PLAIN = "Train Identity Prior", "plain loop"
@@ -76,7 +75,7 @@ def by_pack(model: Any, clip: Any, sets: Sets, settings: TrainingSettings) -> Ou
     ends: list[float] = []
 
     def progress(*_: Any) -> None:
-        synchronize()
+        memory.synchronize()
         ends.append(time.perf_counter())
 
     with torch.inference_mode():  # as in ComfyUI
@@ -120,7 +119,7 @@ def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: TrainingSettings)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        synchronize()
+        memory.synchronize()
         ends.append(time.perf_counter())
     for hook in hooks:
         hook.remove()

@@ -28,6 +28,7 @@ load_pack.load_pack()
 import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import memory  # noqa: E402
 import torch  # noqa: E402
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG  # noqa: E402
 from identity_edit_pack.demo_world import family  # noqa: E402
@@ -124,8 +125,7 @@ def main() -> None:
                 counter.evaluations = counter.calls = 0
                 begin = time.perf_counter()
                 way()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                memory.synchronize()
                 if run:  # the first one warms up
                     seconds[name].append(time.perf_counter() - begin)
                 counts[name] = counter.evaluations, counter.calls

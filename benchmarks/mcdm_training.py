@@ -10,12 +10,8 @@ benchmarks/results/mcdm_training.json and .md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +29,7 @@ load_pack.load_pack()
 
 import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
 import comfy.sd  # noqa: E402
+import memory  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from diffusers.training_utils import EMAModel  # noqa: E402
@@ -47,13 +44,18 @@ from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT
 from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
 from PIL import Image  # noqa: E402
 from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from training_runs import (  # noqa: E402
+    WARM_UP,
+    Speeds,
+    difference_of_losses,
+    in_turn,
+    parse_arguments,
+    peak_memory,
+)
 
 PACK, PLAIN = "Train MCDM", "plain loop"
 GOAL = 1.0
 """Samples a second of the pack relative to the plain loop's."""
-WARM_UP = 2
-"""Steps of every run that are not counted."""
 SETTINGS = train_mcdm.MCDMSettings(precision="float32", checkpointing=False, sample_steps=1)
 
 Parts = tuple[Any, Any, Any, Any]
@@ -75,16 +77,11 @@ def draw_pairs(folder: Path, count: int, seed: int) -> list[PairFiles]:
     return pairs
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def by_pack(parts: Parts, pairs: list[PairFiles], settings: TrainingSettings, folder: Path) -> Outcome:
     ends: list[float] = []
 
     def progress(*_: Any) -> None:
-        synchronize()
+        memory.synchronize()
         ends.append(time.perf_counter())
 
     with torch.inference_mode():  # as in ComfyUI
@@ -140,7 +137,7 @@ def by_plain_loop(parts: Parts, pairs: list[PairFiles], settings: TrainingSettin
         average.step(weights)
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(loss.detach()))
-        synchronize()
+        memory.synchronize()
         ends.append(time.perf_counter())
     return np.diff(ends).tolist(), losses
 
@@ -151,25 +148,8 @@ METHODS: dict[str, Callable[[Parts, list[PairFiles], TrainingSettings, Path], Ou
 }
 
 
-def peak_memory(name: str, arguments: argparse.Namespace) -> int:
-    """Highest memory of a process of its own that does one run, in MiB."""
-    command = [sys.executable, __file__, "--only", name, "--steps", str(arguments.steps), "--seed", str(arguments.seed)]
-    command += ["--checkpoint", str(arguments.checkpoint), "--threads", str(arguments.threads)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_memory_mib"])
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    parser.add_argument("--runs", type=int, default=7, help="runs of each loop, alternating (default 7)")
-    parser.add_argument("--steps", type=int, default=8, help="training steps of a run (default 8)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the pairs and all batches (default 0)")
-    parser.add_argument("--only", choices=METHODS, help="do one run by one loop and print its memory use")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
+    arguments = parse_arguments(__doc__, METHODS, steps=8)
     family.register()
     options = {"dtype": torch.float32}
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), model_options=options)
@@ -188,25 +168,19 @@ def main() -> None:
         folder = Path(temporary)
         pairs = draw_pairs(folder, 32, arguments.seed)
         encoded_pairs.encode_pairs(pairs, vae, parts[3], str(folder))
-        for run in tqdm(range(1 if arguments.only else arguments.runs), unit="run", disable=bool(arguments.only)):
-            for name in names if run % 2 == 0 else names[::-1]:
-                times, losses[name] = METHODS[name](parts, pairs, settings, folder)
-                seconds[name].append(times[WARM_UP:])
+        for name in in_turn(names, arguments):
+            times, losses[name] = METHODS[name](parts, pairs, settings, folder)
+            seconds[name].append(times[WARM_UP:])
     if arguments.only:
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else kilobytes / 1024
-        print(json.dumps({"peak_memory_mib": round(memory)}))
+        print(json.dumps({"peak_memory_mib": memory.highest_of_this_process()}))
         return
 
-    difference = max(abs(a - b) / b for a, b in zip(losses[PACK], losses[PLAIN], strict=True))
-    if difference > 0.02:
-        raise SystemExit(f"The loops do not do the same work: their losses differ by up to {difference:.1%}.")
+    difference = difference_of_losses(losses, [PACK], PLAIN)
     size = SETTINGS.batch_size
-    rates_of_runs = {name: [size / statistics.median(run) for run in runs] for name, runs in seconds.items()}
-    rates = {name: statistics.median(values) for name, values in rates_of_runs.items()}
-    ratios = [ours / theirs for ours, theirs in zip(rates_of_runs[PACK], rates_of_runs[PLAIN], strict=True)]
-    relative = statistics.median(ratios)
-    memories = {name: peak_memory(name, arguments) for name in names}
+    speeds = Speeds.of(seconds, PLAIN)
+    rates = {name: size * rate for name, rate in speeds.rates.items()}
+    ratios, relative = speeds.ratios[PACK], speeds.relative[PACK]
+    memories = {name: peak_memory(__file__, name, arguments) for name in names}
     commit, command = load_pack.source_commit(), " ".join(["benchmarks/mcdm_training.py", *sys.argv[1:]])
     trained = sum(parameter.numel() for parameter in model.model.diffusion_model.parameters())
     lines = [

@@ -17,6 +17,12 @@ import torch
 INTERVAL_SECONDS = 0.002
 
 
+def synchronize() -> None:
+    """Wait until a GPU has done what it was asked to, before a clock is read."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class PeakMemory:
     """`with PeakMemory() as peak: work()`; afterwards `peak.mib` is the highest memory during the work above that
     before it: of the GPU's allocator where there is one, else the process's resident memory, looked at every 2 ms."""

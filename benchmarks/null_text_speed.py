@@ -103,11 +103,6 @@ def by_pack(method: str) -> Callable[..., Outcome]:
 METHODS = {REFERENCE: by_reference, **{name: by_pack(name) for name in null_text.METHODS}}
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def peak_memory(name: str, arguments: argparse.Namespace) -> int:
     """Memory that one picture by one method needs on top of the loaded model, in MiB, in a process of its own."""
     return int(memory.in_a_process(__file__, name, arguments)["peak_memory_mib"])
@@ -143,13 +138,13 @@ def main() -> None:
         ceiling.append(float(psnr(picture, decoded)))
         pivot = inversion.ddim_inversion(model, latent, positive, steps=arguments.steps)
         for name in names:
-            synchronize()
+            memory.synchronize()
             begin = time.perf_counter()
             # Watching the memory would take time of its own: only in a process that is asked for nothing else.
             watch = memory.PeakMemory() if arguments.only else None
             with watch or contextlib.nullcontext():
                 z_0, evaluations, updates = METHODS[name](model, pivot, positive, negative, arguments.guidance_scale)
-            synchronize()
+            memory.synchronize()
             memory_used = watch.mib if watch else 0.0
             row = rows[name]
             row["seconds"].append(time.perf_counter() - begin)

@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 # Prepares ComfyUI and the pack, before anything of them is imported.
-from attention_capture import WIDTHS, conditioning, device_type, load, picture_size, synchronize  # isort: skip
+from attention_capture import WIDTHS, conditioning, device_type, load, picture_size  # isort: skip
 
 import comfy.samplers
 import load_pack
@@ -98,10 +98,10 @@ def evaluations(model: Any, width: str, arguments: argparse.Namespace, steps: in
     seconds: list[float] = []
 
     def timed(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        synchronize()
+        memory.synchronize()
         begin = time.perf_counter()
         result = executor(*args, **kwargs)
-        synchronize()
+        memory.synchronize()
         seconds.append(time.perf_counter() - begin)
         return result
 

@@ -58,7 +58,6 @@ from training_runs import (  # noqa: E402
     in_turn,
     parse_arguments,
     peak_memory,
-    synchronize,
 )
 
 PACK, PLAIN = "Train Style Attention", "plain loop"
@@ -109,7 +108,7 @@ def by_pack(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, tr
     evaluations: list[int] = []
 
     def progress(*_: Any) -> None:
-        synchronize()
+        memory.synchronize()
         ends.append(time.perf_counter())
         evaluations.append(counted.number)
 
@@ -178,7 +177,7 @@ def by_plain_loop(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
-            synchronize()
+            memory.synchronize()
             ends.append(time.perf_counter())
     for hook in hooks:
         hook.remove()

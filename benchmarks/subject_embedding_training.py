@@ -59,7 +59,6 @@ from training_runs import (  # noqa: E402
     in_turn,
     parse_arguments,
     peak_memory,
-    synchronize,
 )
 
 DIFFUSERS, PLAIN = "diffusers' loop", "plain loop"
@@ -108,7 +107,7 @@ def by_pack(kind: str, model: Any, clip: Any, pictures: TrainingPictures, traini
     evaluations: list[int] = []
 
     def progress(*_: Any) -> None:
-        synchronize()
+        memory.synchronize()
         ends.append(time.perf_counter())
         evaluations.append(counted.number)
 
@@ -174,7 +173,7 @@ def by_loop(
                 with torch.no_grad():
                     table[others] = before[others]
             losses.append(float(loss.detach()))
-            synchronize()
+            memory.synchronize()
             ends.append(time.perf_counter())
     for hook in hooks:
         hook.remove()

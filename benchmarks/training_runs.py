@@ -59,11 +59,6 @@ def in_turn(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[str
         yield from [*names[first:], *names[:first]]
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @dataclass(frozen=True)
 class Networks:
     """A checkpoint's networks for a loop that calls them directly.

@@ -18,6 +18,18 @@ TOKEN_TABLE = "text_model.embeddings.token_embedding.weight"
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
+def write_weights(
+    path: Path, state: dict[str, torch.Tensor], title: str, metadata: dict[str, str] | None = None
+) -> None:
+    """Write weights in fp16 with their title and licence in the header, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    header = {"format": "pt", "modelspec.title": f"ComfyUI-IdentityEdit {title}", "modelspec.license": "Apache-2.0"}
+    half = {name: value.to(torch.float16).contiguous() for name, value in state.items()}
+    save_file(half, temporary, metadata=header | (metadata or {}))
+    os.replace(temporary, path)
+
+
 def export_checkpoint(folder: Path, destination: Path = WEIGHTS_FOLDER / CHECKPOINT_NAME) -> Path:
     """Write ``destination`` (fp16) from ``folder/autoencoder.pt`` and ``folder/unet.pt``, whole or not at all."""
     autoencoder = torch.load(folder / "autoencoder.pt", weights_only=True)
@@ -27,14 +39,10 @@ def export_checkpoint(folder: Path, destination: Path = WEIGHTS_FOLDER / CHECKPO
     state = {UNET + name: value for name, value in trained["unet"].items()}
     state |= {TEXT + name: v for name, v in text_encoder.full_state_dict().items()}
     state |= {AUTOENCODER + name: value for name, value in autoencoder.items()}
-    half = {n: v.to(torch.float16).contiguous() for n, v in state.items() if "text_projection" not in n}
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_suffix(".tmp")
-    metadata = {"format": "pt", "modelspec.title": "ComfyUI-IdentityEdit demo world", "modelspec.license": "Apache-2.0"}
     # The rows of the table that were trained; the others are padding.
-    metadata["demo_world.token_ids"] = json.dumps(trained["token_ids"].tolist())
-    save_file(half, temporary, metadata=metadata)
-    os.replace(temporary, destination)
+    metadata = {"demo_world.token_ids": json.dumps(trained["token_ids"].tolist())}
+    state = {name: value for name, value in state.items() if "text_projection" not in name}
+    write_weights(destination, state, "demo world", metadata)
     return destination
 
 

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, random_attributes
 from .clip_vision import CLIP_VISION_CONFIG, CLIP_VISION_PATH, CONFIG_KEY
+from .export import write_weights
 from .networks import initialise
 from .pictures import EVALUATION_SEED, HEADS, evaluation_set, labels_of, to_tensor
 from .renderer import render
@@ -163,17 +164,8 @@ def train_clip_vision(folder: Path, steps: int, pairs_per_batch: int, learning_r
 
 def save_clip_vision(encoder: ImageEncoder, path: Path = CLIP_VISION_PATH) -> None:
     """Write the encoder in fp16 with its configuration in the metadata, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    state = {name: value.half().contiguous() for name, value in encoder.clip.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "modelspec.title": "ComfyUI-IdentityEdit demo world CLIP vision",
-        "modelspec.license": "Apache-2.0",
-        CONFIG_KEY: json.dumps(CLIP_VISION_CONFIG),
-    }
-    save_file(state, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    metadata = {CONFIG_KEY: json.dumps(CLIP_VISION_CONFIG)}
+    write_weights(path, encoder.clip.state_dict(), "demo world CLIP vision", metadata)
 
 
 def encode(samples: list[tuple[Attributes, int]]) -> torch.Tensor:

@@ -7,7 +7,6 @@ it holds both halves of a picture of double width is not trained.
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from .attributes import CAPTION_TEMPLATES, caption, random_attributes
+from .export import write_weights
 from .latents import WordTokenizer
 from .networks import UNET_CONFIG, TextEncoder, initialise, make_autoencoder, make_unet
 from .pictures import EVALUATION_SEED, to_tensor
@@ -138,13 +138,4 @@ def train_control(folder: Path, steps: int, batch_size: int, learning_rate: floa
 
 def save_control(control: nn.Module, path: Path = CONTROL_PATH) -> None:
     """Write the control network in fp16 as the stock ControlNet loader reads it, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    state = {name: value.to(torch.float16).contiguous() for name, value in control.state_dict().items()}
-    metadata = {
-        "format": "pt",
-        "modelspec.title": "ComfyUI-IdentityEdit demo world pose control",
-        "modelspec.license": "Apache-2.0",
-    }
-    save_file(state, temporary, metadata=metadata)
-    os.replace(temporary, path)
+    write_weights(path, control.state_dict(), "demo world pose control")

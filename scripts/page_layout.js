@@ -1,6 +1,6 @@
 // Lays an API workflow out on ComfyUI's real page and returns both of its forms as JSON text.
 // Runs inside the page; scripts/page_workflows.py describes the layout.
-async ({ prompt, layout, outputNodes, name, id }) => {
+async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   const gap = 30, titleHeight = 30, groupTitle = 50, minimumWidth = 300, outputHeight = 340, noteLine = 22;
   const roundUp = (value) => Math.ceil(value / 10) * 10;
 
@@ -9,6 +9,10 @@ async ({ prompt, layout, outputNodes, name, id }) => {
   graph.id = id;
 
   for (const node of graph.nodes) {
+    // From which pack and version a node is: ComfyUI-Manager offers to install what a user lacks.
+    const isOurs = node.type.startsWith("IdentityEdit");
+    node.properties.cnr_id = isOurs ? pack.id : "comfy-core";
+    node.properties.ver = isOurs ? pack.version : engineVersion;
     for (const widget of node.widgets ?? []) {
       // The same picture every time, until the user asks for another.
       if (widget.name === "control_after_generate") widget.value = "fixed";
@@ -72,6 +76,7 @@ async ({ prompt, layout, outputNodes, name, id }) => {
   const scale = Math.min(0.8, 1500 / right, 800 / top);
   app.canvas.ds.scale = Math.round(scale * 100) / 100;
   app.canvas.ds.offset = [Math.round(90 / scale), Math.round(130 / scale)];
+  graph.extra = { ...graph.extra, identityEdit: { version: pack.version } };
   const { output, workflow } = await app.graphToPrompt();
   return JSON.stringify({ output, workflow });
 }

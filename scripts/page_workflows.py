@@ -25,6 +25,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import uuid
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import environment
+from engine import ENGINE_VERSION
 
 WORKFLOWS = environment.ROOT / "workflows"
 THUMBNAIL_SIZE = 512
@@ -76,6 +78,14 @@ def differences(page_prompt: dict[str, Any], api_prompt: dict[str, Any]) -> list
     return found
 
 
+def pack_release() -> dict[str, str]:
+    """The pack's id in the registry and its version, from pyproject.toml; a page workflow names both."""
+    text = (environment.ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = {key: re.search(rf'^{key} = "(.+)"$', text, re.MULTILINE) for key in ("name", "version")}
+    name, version = (match.group(1) for match in found.values() if match)
+    return {"id": name, "version": version}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write the whole file or nothing."""
     temporary = path.with_suffix(".tmp")
@@ -91,6 +101,8 @@ def build(page: Any, name: str, output_nodes: list[str]) -> None:
         "layout": read_layout(name, prompt),
         "outputNodes": output_nodes,
         "name": name,
+        "pack": pack_release(),
+        "engineVersion": ENGINE_VERSION,
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"identity-edit/{name}")),
     }
     script = (Path(__file__).parent / "page_layout.js").read_text(encoding="utf-8")

@@ -310,7 +310,7 @@ class AttentionHeatmap(io.ComfyNode):
                     "show",
                     options=[CROSS_ATTENTION, REFINED, MASK],
                     default=REFINED,
-                    tooltip="The map before or after equation 2 of Liu et al. 2024, from black (least) to yellow "
+                    tooltip="The map before or after eq. 2 of Liu et al. 2024, from black (least) to yellow "
                     "(most), or the outline of the mask that is cut out of it.",
                 ),
                 _threshold_input(),

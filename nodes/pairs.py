@@ -72,7 +72,7 @@ class PairGuider(io.ComfyNode):
             search_aliases=["composable diffusion", "paired data", "MCDM", "before and after"],
             description=(
                 "Draws one subject before and after an edit side by side, in a latent of double width: composable "
-                "guidance with a shared, a source and a target prompt (Chen et al. 2024, equation 2)."
+                "guidance with a shared, a source and a target prompt (Chen et al. 2024, eq. 2)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model."),

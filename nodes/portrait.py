@@ -127,7 +127,7 @@ class MCDMGuider(io.ComfyNode):
             search_aliases=["guider", "DualCFGGuider", "InstructPix2Pix guidance", "mask-guided editing"],
             description=(
                 "Guidance of an MCDM by its three conditions, and with a mask towards the target prompt inside of it "
-                "and the source prompt outside (Chen et al. 2024, eqs. 1 and 3), for SamplerCustomAdvanced."
+                "and the source prompt outside (Chen et al. 2024, eq. 1 and 3), for SamplerCustomAdvanced."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The trained model, from Load Checkpoint or Train MCDM."),
@@ -136,7 +136,7 @@ class MCDMGuider(io.ComfyNode):
                 io.Float.Input(
                     "image_scale",
                     default=scales.image,
-                    tooltip="Scale s1, of the image embedding. 3 in Chen et al. 2024 (supplement, 1.3). As long as it "
+                    tooltip="Scale s1, of the image embedding. 3 in Chen et al. 2024 (supplement 1.3). As long as it "
                     "equals spatial_scale, a step needs an evaluation less.",
                     **scale,
                 ),
@@ -144,13 +144,13 @@ class MCDMGuider(io.ComfyNode):
                     "spatial_scale",
                     default=scales.spatial,
                     tooltip="Scale s2, of the source picture's latent: more keeps more of the picture. 3 in Chen et "
-                    "al. 2024 (supplement, 1.3).",
+                    "al. 2024 (supplement 1.3).",
                     **scale,
                 ),
                 io.Float.Input(
                     "text_scale",
                     default=scales.text,
-                    tooltip="Scale s3, of the prompt: more edits more. 5 in Chen et al. 2024 (supplement, 1.3).",
+                    tooltip="Scale s3, of the prompt: more edits more. 5 in Chen et al. 2024 (supplement 1.3).",
                     **scale,
                 ),
                 io.Conditioning.Input(
@@ -217,14 +217,14 @@ class MCDMEditMask(io.ComfyNode):
                     default=default.steps,
                     min=1,
                     max=1000,
-                    tooltip="Of the schedule that noise_steps counts in. 20 in Chen et al. 2024 (supplement, 1.3).",
+                    tooltip="Of the schedule that noise_steps counts in. 20 in Chen et al. 2024 (supplement 1.3).",
                 ),
                 io.Int.Input(
                     "noise_steps",
                     default=default.noise_steps,
                     min=1,
                     max=1000,
-                    tooltip="Steps of noise on the picture. 10 of 20 in Chen et al. 2024 (supplement, 1.3), half the "
+                    tooltip="Steps of noise on the picture. 10 of 20 in Chen et al. 2024 (supplement 1.3), half the "
                     "way as in DiffEdit.",
                 ),
                 io.Int.Input(
@@ -250,7 +250,7 @@ class MCDMEditMask(io.ComfyNode):
                     min=1,
                     max=101,
                     tooltip="Size of the Gaussian blur in cells of the latent, odd. 5 in Chen et al. 2024 "
-                    "(supplement, 1.3); 1 does not blur.",
+                    "(supplement 1.3); 1 does not blur.",
                 ),
                 io.Float.Input(
                     "threshold",

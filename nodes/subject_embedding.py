@@ -329,7 +329,7 @@ class ApplySubject(io.ComfyNode):
             category="subject",
             search_aliases=["subject prompt", "textual inversion", "HiFi Tuner", "step-wise embedding"],
             description="Encodes a prompt with a learned subject in it, and lets the model take each sampling step's "
-            "own embeddings, with any sampler (Wang et al. 2023, equation 7).",
+            "own embeddings, with any sampler (Wang et al. 2023, eq. 7).",
             inputs=[
                 io.Model.Input("model", tooltip="The model on which the subject was trained, or one of its family."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),

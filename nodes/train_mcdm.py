@@ -60,7 +60,7 @@ class TrainMCDM(io.ComfyNode):
                     default=train_mcdm.STEPS,
                     min=1,
                     max=10_000_000,
-                    tooltip="Training steps. 200000 in Chen et al. 2024 (supplement, 1.2): three days on an A100.",
+                    tooltip="Training steps. 200000 in Chen et al. 2024 (supplement 1.2): three days on an A100.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -69,14 +69,14 @@ class TrainMCDM(io.ComfyNode):
                     max=0.1,
                     step=0.000001,
                     round=0.00000001,
-                    tooltip="AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement, 1.2).",
+                    tooltip="AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement 1.2).",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=train_mcdm.BATCH_SIZE,
                     min=1,
                     max=1024,
-                    tooltip="Pairs of a batch. 4 in Chen et al. 2024 (supplement, 1.2).",
+                    tooltip="Pairs of a batch. 4 in Chen et al. 2024 (supplement 1.2).",
                 ),
                 io.Int.Input(
                     "gradient_accumulation",

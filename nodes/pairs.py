@@ -75,7 +75,9 @@ class PairGuider(io.ComfyNode):
                 "guidance with a shared, a source and a target prompt (Chen et al. 2024, eq. 2)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model."),
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
                 io.Conditioning.Input(
                     "shared", tooltip="What both halves show, p: 'the same woman on the left and right'."
                 ),

@@ -34,7 +34,8 @@ class MCDMConditioner(io.ComfyNode):
                 io.Model.Input("model", tooltip="The trained model, from Load Checkpoint with the same file."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.ClipVision.Input(
-                    "clip_vision", tooltip="The CLIP vision with which the model was trained; another one is refused."
+                    "clip_vision",
+                    tooltip="The image encoder with which the model was trained; another one is refused.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Image.Input("picture", tooltip="The source picture, or a batch of them."),

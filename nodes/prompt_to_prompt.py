@@ -36,7 +36,7 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="A Stable Diffusion 1.x, 2.x or XL model. Put nodes that change the prompt step by step "
                     "before this one.",
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.String.Input(
                     "source_prompt",
                     default="",
@@ -186,7 +186,7 @@ class ReplaceSubject(io.ComfyNode):
                     tooltip="The model that made the inversion: as it is, or from Apply Subject with its step-wise "
                     "embeddings.",
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 Inversion.Input("inversion", tooltip="Of the picture, from DDIM Inversion and Null-Text Optimization."),
                 io.String.Input(
                     "source_prompt",

@@ -38,9 +38,9 @@ def _token_input() -> io.String.Input:
     return io.String.Input(
         "token",
         default="sks",
-        tooltip="The rare word that comes to stand for the subject's identity, V* in Liu et al. 2024; prompts then say "
-        "'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularisation set, whose pictures "
-        "show the class and not the subject.",
+        tooltip="The rare token that comes to stand for the subject's identity, V* in Liu et al. 2024; prompts then "
+        "say 'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularisation set, whose "
+        "pictures show the class and not the subject.",
     )
 
 

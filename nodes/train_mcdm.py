@@ -116,7 +116,7 @@ class TrainMCDM(io.ComfyNode):
                     min=0,
                     max=4096,
                     tooltip="Tokens of the image embedding. 77, a text's length: all terms of the guidance then fit "
-                    "into one call. 0 takes as many as CLIP vision gives, as Karras et al. 2023 do.",
+                    "into one call. 0 takes as many as the image encoder gives, as Karras et al. 2023 do.",
                 ),
                 io.Combo.Input(
                     "image_embedding",

@@ -175,23 +175,23 @@ def _latent_halves(latent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return left, right
 
 
-def _folder_input() -> io.String.Input:
+def _folder_input(default: str, what_is_there: str) -> io.String.Input:
     return io.String.Input(
         "folder",
-        default=f"{FOLDER}/edits",
-        tooltip="The dataset's folder, below the output folder. What is there is kept: only missing pairs are made.",
+        default=f"{FOLDER}/{default}",
+        tooltip=f"The dataset's folder, below the output folder. {what_is_there}",
     )
 
 
-def _validation_input() -> io.Float.Input:
+def _validation_input(how_drawn: str) -> io.Float.Input:
     return io.Float.Input(
         "validation_share",
         default=datasets.VALIDATION_SHARE,
         min=0.0,
         max=0.9,
         step=0.01,
-        tooltip="Share of the pairs that is marked for validation, drawn from the seed; nobody of the identity "
-        "pictures is in both splits. Chen et al. 2024 have a validation set and do not say how large.",
+        tooltip=f"Share of the pairs that is marked for validation, drawn from {how_drawn}. Chen et al. 2024 have a "
+        "validation set and do not say how large.",
     )
 
 
@@ -254,8 +254,8 @@ class GeneratePairs(io.ComfyNode):
                     "height", default=512, min=64, max=4096, step=8, tooltip="Of one picture. 512 in Chen et al. 2024."
                 ),
                 *_guidance_inputs(),
-                _validation_input(),
-                _folder_input(),
+                _validation_input("the seed; nobody of the identity pictures is in both splits"),
+                _folder_input("edits", "What is there is kept: only missing pairs are made."),
                 io.String.Input(
                     "part",
                     default="",
@@ -483,8 +483,11 @@ class SavePair(io.ComfyNode):
                 io.String.Input("source_prompt", default="", tooltip="What the source shows, p_a."),
                 io.String.Input("target_prompt", default="", tooltip="What the target shows, p_b."),
                 io.String.Input("edit", default="edit", tooltip="The edit's name."),
-                _validation_input(),
-                _folder_input(),
+                _validation_input("their numbers"),
+                _folder_input(
+                    "own",
+                    "What is there is kept. Generate Pairs needs another one: it takes what it finds for its own.",
+                ),
             ],
             outputs=[
                 io.String.Output("dataset", display_name="dataset", tooltip="The dataset's folder."),

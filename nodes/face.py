@@ -80,7 +80,7 @@ class AlignFace(io.ComfyNode):
             node_id="IdentityEditAlignFace",
             display_name="Align Face",
             category="identity",
-            search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "e4e", "remove background"],
+            search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "remove background", "rembg"],
             description=(
                 "Cuts faces out of pictures as the pictures of FFHQ are cut, on which e4e was trained: upright, eyes "
                 "and mouth at fixed places; and removes their background (PIDiff, Gu et al. 2025, "

@@ -25,7 +25,13 @@ class MCDMConditioner(io.ComfyNode):
             node_id="IdentityEditMCDMConditioner",
             display_name="MCDM Conditioner",
             category="portrait",
-            search_aliases=["InstructPix2Pix conditioning", "image embedding", "source picture", "edit prompt"],
+            search_aliases=[
+                "multi-conditioned diffusion model",
+                "InstructPix2Pix",
+                "image embedding",
+                "source picture",
+                "edit prompt",
+            ],
             description=(
                 "Shows an MCDM the source picture and the prompts: the picture's latent for the further input "
                 "channels, the image embedding behind the words (Chen et al. 2024, section 3.3)."
@@ -125,7 +131,12 @@ class MCDMGuider(io.ComfyNode):
             node_id="IdentityEditMCDMGuider",
             display_name="MCDM Guider",
             category="portrait",
-            search_aliases=["guider", "DualCFGGuider", "InstructPix2Pix guidance", "mask-guided editing"],
+            search_aliases=[
+                "multi-conditioned diffusion model",
+                "DualCFGGuider",
+                "InstructPix2Pix",
+                "mask-guided editing",
+            ],
             description=(
                 "Guidance of an MCDM by its three conditions, and with a mask towards the target prompt inside of it "
                 "and the source prompt outside (Chen et al. 2024, eq. 1 and 3), for SamplerCustomAdvanced."

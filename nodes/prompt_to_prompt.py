@@ -25,7 +25,14 @@ class PromptToPrompt(io.ComfyNode):
             node_id="IdentityEditPromptToPrompt",
             display_name="Prompt-to-Prompt",
             category="attention control",
-            search_aliases=["p2p", "cross-attention control", "word swap", "prompt editing", "attention re-weighting"],
+            search_aliases=[
+                "p2p",
+                "prompt2prompt",
+                "attention control",
+                "word swap",
+                "prompt editing",
+                "attention re-weighting",
+            ],
             description=(
                 "Edits a picture by editing its prompt (Hertz et al. 2023): exchange, add or re-weight words while the "
                 "rest of the picture stays. For pictures from any stock sampler, or real ones by their inversion."

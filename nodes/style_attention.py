@@ -46,7 +46,7 @@ class TrainStyleAttention(io.ComfyNode):
             node_id="IdentityEditTrainStyleAttention",
             display_name="Train Style Attention",
             category="identity",
-            search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalisation"],
+            search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalization"],
             description=(
                 "Learns to draw one person from style rows (W+), with about six pictures: a mapping network and a "
                 "style cross-attention behind every text cross-attention (PIDiff, Gu et al. 2025). No weight of the "

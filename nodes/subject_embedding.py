@@ -47,7 +47,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
             node_id="IdentityEditTrainSubjectEmbedding",
             display_name="Train Subject Embedding",
             category="subject",
-            search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalisation", "train subject"],
+            search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalization", "train subject"],
             description=(
                 "Learns a subject from three to five pictures as a few text embeddings, first ones for all steps and "
                 "then ones for each sampling step; no weight of the model changes (Wang et al. 2023, section 3.2)."

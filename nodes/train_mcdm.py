@@ -33,7 +33,7 @@ class TrainMCDM(io.ComfyNode):
             node_id="IdentityEditTrainMCDM",
             display_name="Train MCDM",
             category="portrait",
-            search_aliases=["InstructPix2Pix", "train edit model", "multi-conditioned diffusion model", "pairs"],
+            search_aliases=["multi-conditioned diffusion model", "InstructPix2Pix", "train edit model", "pairs"],
             description=(
                 "Learns edits from generated pairs: all weights of the UNet, which then also sees the source picture, "
                 "and the image embedding (Chen et al. 2024, section 3.3). Load Checkpoint reads the file."

@@ -236,7 +236,11 @@ class GeneratePairs(io.ComfyNode):
                     default=datasets.SHARED_PROMPT,
                     tooltip="What both halves show, p, with {subject} in it. The words of Chen et al. 2024.",
                 ),
-                io.String.Input("negative_prompt", default="", tooltip="Empty in Chen et al. 2024."),
+                io.String.Input(
+                    "negative_prompt",
+                    default="",
+                    tooltip="The negative prompt of all pairs; empty in Chen et al. 2024.",
+                ),
                 io.Int.Input("count", default=8, min=1, max=1000000, tooltip="How many pairs the dataset has in all."),
                 io.Int.Input(
                     "seed",
@@ -248,10 +252,20 @@ class GeneratePairs(io.ComfyNode):
                     "that was begun with another seed is refused.",
                 ),
                 io.Int.Input(
-                    "width", default=512, min=64, max=4096, step=8, tooltip="Of one picture. 512 in Chen et al. 2024."
+                    "width",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Pixels of one picture. 512 in Chen et al. 2024.",
                 ),
                 io.Int.Input(
-                    "height", default=512, min=64, max=4096, step=8, tooltip="Of one picture. 512 in Chen et al. 2024."
+                    "height",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Pixels of one picture. 512 in Chen et al. 2024.",
                 ),
                 *_guidance_inputs(),
                 _validation_input("the seed; nobody of the identity pictures is in both splits"),
@@ -315,7 +329,7 @@ class GeneratePairs(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Of the control network. 1 is ComfyUI's default; Chen et al. 2024 name none.",
+                    tooltip="Strength of the control network. 1 is ComfyUI's default; Chen et al. 2024 name none.",
                 ),
             ],
             outputs=[

@@ -397,7 +397,7 @@ class RegularisationPrompts(io.ComfyNode):
                     default=prompts.INSTRUCTION_TABLE_4,
                     multiline=True,
                     tooltip="What a language model is asked; {keyword} stands for the class word. Liu et al. 2024, "
-                    "table 4. It is asked both in turn until there are enough prompts.",
+                    "table 4. Both are asked in turn until there are enough prompts.",
                 ),
                 io.String.Input(
                     "second_instruction",

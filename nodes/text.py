@@ -250,7 +250,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             search_aliases=["non-rigid editing", "edit sampler", "source prompt injection"],
             description=(
                 "Samples the edit from an inversion: the source prompt in the first steps, the target prompt "
-                "afterwards (Jung et al. 2024, stage C). The whole step in one node, in the inversion's own schedule."
+                "afterwards (Jung et al. 2024, stage C). The whole stage in one node, in the inversion's own schedule."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the inversion."),

@@ -80,10 +80,11 @@ class AlignFace(io.ComfyNode):
             node_id="IdentityEditAlignFace",
             display_name="Align Face",
             category="identity",
-            search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "e4e", "remove background"],
+            search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "remove background", "rembg"],
             description=(
                 "Cuts faces out of pictures as the pictures of FFHQ are cut, on which e4e was trained: upright, eyes "
-                "and mouth at fixed places; and removes their background (PIDiff, section 2.2.2)."
+                "and mouth at fixed places; and removes their background (PIDiff, Gu et al. 2025, "
+                "section 2.2.2)."
             ),
             is_output_node=True,
             inputs=[
@@ -129,8 +130,8 @@ class AlignFace(io.ComfyNode):
                     "background",
                     options=[KEEP, REMOVE],
                     default=REMOVE,
-                    tooltip="Remove paints an even grey where mask, or else background_model, sees no subject. PIDiff "
-                    "removes it, so that backgrounds are not taken for the person.",
+                    tooltip="Remove paints an even grey where mask, or else background_model, sees no subject. Gu et "
+                    "al. 2025 remove it, so that backgrounds are not taken for the person.",
                 ),
                 io.Combo.Input(
                     "background_model",
@@ -144,8 +145,8 @@ class AlignFace(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="What is painted on the background: 0 is black, 1 is white. PIDiff names none; 0.5 is the "
-                    "middle of the range that encoders take.",
+                    tooltip="What is painted on the background: 0 is black, 1 is white. Gu et al. 2025 name none; 0.5 "
+                    "is the middle of the range that encoders take.",
                 ),
                 io.String.Input(
                     "points",
@@ -259,8 +260,8 @@ class IdentitySimilarity(io.ComfyNode):
             category="identity",
             search_aliases=["ArcFace", "face similarity", "ID score", "same person", "insightface", "cosine"],
             description=(
-                "Says how much the persons in two sets of pictures are alike: the cosine of ArcFace embeddings of "
-                "their faces (PIDiff, section 3.2, its measure ID)."
+                "Says how much the people in two sets of pictures are alike: the cosine of ArcFace embeddings of "
+                "their faces (PIDiff, Gu et al. 2025, section 3.2, its measure ID)."
             ),
             is_output_node=True,
             inputs=[
@@ -268,7 +269,7 @@ class IdentitySimilarity(io.ComfyNode):
                 io.Image.Input(
                     "reference",
                     tooltip="Pictures of the person; the largest face of each. Every picture is compared with the one "
-                    "that it is most like, as in PIDiff (section 3.3.1).",
+                    "that it is most like, as in Gu et al. 2025 (section 3.3.1).",
                 ),
                 FaceDetector.Input("face_detector", tooltip="From Load Face Detector."),
                 io.Combo.Input(

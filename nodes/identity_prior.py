@@ -43,7 +43,7 @@ class TrainIdentityPrior(io.ComfyNode):
             node_id="IdentityEditTrainIdentityPrior",
             display_name="Train Identity Prior",
             category="subject",
-            search_aliases=["dreambooth", "LIPE", "fine-tune", "personalisation", "train subject"],
+            search_aliases=["dreambooth", "LIPE", "fine-tune", "personalization", "train subject"],
             description=(
                 "Learns a subject from three to five pictures by fine-tuning the attention layers of the UNet and of "
                 "the text encoders, with pictures of its class beside them (Liu et al. 2024, section 2.1)."
@@ -265,7 +265,7 @@ class LoadIdentityPrior(io.ComfyNode):
             node_id="IdentityEditLoadIdentityPrior",
             display_name="Load Identity Prior",
             category="subject",
-            search_aliases=["load dreambooth", "apply subject", "LIPE"],
+            search_aliases=["load dreambooth", "apply identity prior", "LIPE"],
             description="Applies a trained identity prior to the model and its text encoders, and refuses it for "
             "another model family.",
             inputs=[

@@ -38,7 +38,9 @@ class TrainIdentityWords(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model."),
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.ClipVision.Input(

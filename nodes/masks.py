@@ -96,7 +96,7 @@ class IdentityAttentionNode(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model; a copy of it records its attention."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 *_identity_inputs(),
                 _layers_input(),
             ],
@@ -135,7 +135,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The model that made the inversion, with its identity prior where it has one."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder, for the identity prompt."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint, for the identity prompt."),
                 Inversion.Input(
                     "inversion",
                     tooltip="From Edit-Friendly DDPM Inversion, the paper's, or from DDIM Inversion, best with "
@@ -310,7 +310,7 @@ class AttentionHeatmap(io.ComfyNode):
                     "show",
                     options=[CROSS_ATTENTION, REFINED, MASK],
                     default=REFINED,
-                    tooltip="The map before or after equation 2 of Liu et al. 2024, from black (least) to yellow "
+                    tooltip="The map before or after eq. 2 of Liu et al. 2024, from black (least) to yellow "
                     "(most), or the outline of the mask that is cut out of it.",
                 ),
                 _threshold_input(),

@@ -72,10 +72,12 @@ class PairGuider(io.ComfyNode):
             search_aliases=["composable diffusion", "paired data", "MCDM", "before and after"],
             description=(
                 "Draws one subject before and after an edit side by side, in a latent of double width: composable "
-                "guidance with a shared, a source and a target prompt (Chen et al. 2024, equation 2)."
+                "guidance with a shared, a source and a target prompt (Chen et al. 2024, eq. 2)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model."),
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
                 io.Conditioning.Input(
                     "shared", tooltip="What both halves show, p: 'the same woman on the left and right'."
                 ),
@@ -173,23 +175,23 @@ def _latent_halves(latent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return left, right
 
 
-def _folder_input() -> io.String.Input:
+def _folder_input(default: str, what_is_there: str) -> io.String.Input:
     return io.String.Input(
         "folder",
-        default=f"{FOLDER}/edits",
-        tooltip="The dataset's folder, below the output folder. What is there is kept: only missing pairs are made.",
+        default=f"{FOLDER}/{default}",
+        tooltip=f"The dataset's folder, below the output folder. {what_is_there}",
     )
 
 
-def _validation_input() -> io.Float.Input:
+def _validation_input(how_drawn: str) -> io.Float.Input:
     return io.Float.Input(
         "validation_share",
         default=datasets.VALIDATION_SHARE,
         min=0.0,
         max=0.9,
         step=0.01,
-        tooltip="Share of the pairs that is marked for validation, drawn from the seed; nobody of the identity "
-        "pictures is in both splits. Chen et al. 2024 have a validation set and do not say how large.",
+        tooltip=f"Share of the pairs that is marked for validation, drawn from {how_drawn}. Chen et al. 2024 have a "
+        "validation set and do not say how large.",
     )
 
 
@@ -234,7 +236,11 @@ class GeneratePairs(io.ComfyNode):
                     default=datasets.SHARED_PROMPT,
                     tooltip="What both halves show, p, with {subject} in it. The words of Chen et al. 2024.",
                 ),
-                io.String.Input("negative_prompt", default="", tooltip="Empty in Chen et al. 2024."),
+                io.String.Input(
+                    "negative_prompt",
+                    default="",
+                    tooltip="The negative prompt of all pairs; empty in Chen et al. 2024.",
+                ),
                 io.Int.Input("count", default=8, min=1, max=1000000, tooltip="How many pairs the dataset has in all."),
                 io.Int.Input(
                     "seed",
@@ -246,14 +252,24 @@ class GeneratePairs(io.ComfyNode):
                     "that was begun with another seed is refused.",
                 ),
                 io.Int.Input(
-                    "width", default=512, min=64, max=4096, step=8, tooltip="Of one picture. 512 in Chen et al. 2024."
+                    "width",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Pixels of one picture. 512 in Chen et al. 2024.",
                 ),
                 io.Int.Input(
-                    "height", default=512, min=64, max=4096, step=8, tooltip="Of one picture. 512 in Chen et al. 2024."
+                    "height",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Pixels of one picture. 512 in Chen et al. 2024.",
                 ),
                 *_guidance_inputs(),
-                _validation_input(),
-                _folder_input(),
+                _validation_input("the seed; nobody of the identity pictures is in both splits"),
+                _folder_input("edits", "What is there is kept: only missing pairs are made."),
                 io.String.Input(
                     "part",
                     default="",
@@ -313,7 +329,7 @@ class GeneratePairs(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Of the control network. 1 is ComfyUI's default; Chen et al. 2024 name none.",
+                    tooltip="Strength of the control network. 1 is ComfyUI's default; Chen et al. 2024 name none.",
                 ),
             ],
             outputs=[
@@ -481,8 +497,11 @@ class SavePair(io.ComfyNode):
                 io.String.Input("source_prompt", default="", tooltip="What the source shows, p_a."),
                 io.String.Input("target_prompt", default="", tooltip="What the target shows, p_b."),
                 io.String.Input("edit", default="edit", tooltip="The edit's name."),
-                _validation_input(),
-                _folder_input(),
+                _validation_input("their numbers"),
+                _folder_input(
+                    "own",
+                    "What is there is kept. Generate Pairs needs another one: it takes what it finds for its own.",
+                ),
             ],
             outputs=[
                 io.String.Output("dataset", display_name="dataset", tooltip="The dataset's folder."),

@@ -25,7 +25,13 @@ class MCDMConditioner(io.ComfyNode):
             node_id="IdentityEditMCDMConditioner",
             display_name="MCDM Conditioner",
             category="portrait",
-            search_aliases=["InstructPix2Pix conditioning", "image embedding", "source picture", "edit prompt"],
+            search_aliases=[
+                "multi-conditioned diffusion model",
+                "InstructPix2Pix",
+                "image embedding",
+                "source picture",
+                "edit prompt",
+            ],
             description=(
                 "Shows an MCDM the source picture and the prompts: the picture's latent for the further input "
                 "channels, the image embedding behind the words (Chen et al. 2024, section 3.3)."
@@ -34,7 +40,8 @@ class MCDMConditioner(io.ComfyNode):
                 io.Model.Input("model", tooltip="The trained model, from Load Checkpoint with the same file."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.ClipVision.Input(
-                    "clip_vision", tooltip="The CLIP vision with which the model was trained; another one is refused."
+                    "clip_vision",
+                    tooltip="The image encoder with which the model was trained; another one is refused.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Image.Input("picture", tooltip="The source picture, or a batch of them."),
@@ -124,10 +131,15 @@ class MCDMGuider(io.ComfyNode):
             node_id="IdentityEditMCDMGuider",
             display_name="MCDM Guider",
             category="portrait",
-            search_aliases=["guider", "DualCFGGuider", "InstructPix2Pix guidance", "mask-guided editing"],
+            search_aliases=[
+                "multi-conditioned diffusion model",
+                "DualCFGGuider",
+                "InstructPix2Pix",
+                "mask-guided editing",
+            ],
             description=(
                 "Guidance of an MCDM by its three conditions, and with a mask towards the target prompt inside of it "
-                "and the source prompt outside (Chen et al. 2024, eqs. 1 and 3), for SamplerCustomAdvanced."
+                "and the source prompt outside (Chen et al. 2024, eq. 1 and 3), for SamplerCustomAdvanced."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The trained model, from Load Checkpoint or Train MCDM."),
@@ -136,7 +148,7 @@ class MCDMGuider(io.ComfyNode):
                 io.Float.Input(
                     "image_scale",
                     default=scales.image,
-                    tooltip="Scale s1, of the image embedding. 3 in Chen et al. 2024 (supplement, 1.3). As long as it "
+                    tooltip="Scale s1, of the image embedding. 3 in Chen et al. 2024 (supplement 1.3). As long as it "
                     "equals spatial_scale, a step needs an evaluation less.",
                     **scale,
                 ),
@@ -144,13 +156,13 @@ class MCDMGuider(io.ComfyNode):
                     "spatial_scale",
                     default=scales.spatial,
                     tooltip="Scale s2, of the source picture's latent: more keeps more of the picture. 3 in Chen et "
-                    "al. 2024 (supplement, 1.3).",
+                    "al. 2024 (supplement 1.3).",
                     **scale,
                 ),
                 io.Float.Input(
                     "text_scale",
                     default=scales.text,
-                    tooltip="Scale s3, of the prompt: more edits more. 5 in Chen et al. 2024 (supplement, 1.3).",
+                    tooltip="Scale s3, of the prompt: more edits more. 5 in Chen et al. 2024 (supplement 1.3).",
                     **scale,
                 ),
                 io.Conditioning.Input(
@@ -217,14 +229,14 @@ class MCDMEditMask(io.ComfyNode):
                     default=default.steps,
                     min=1,
                     max=1000,
-                    tooltip="Of the schedule that noise_steps counts in. 20 in Chen et al. 2024 (supplement, 1.3).",
+                    tooltip="Of the schedule that noise_steps counts in. 20 in Chen et al. 2024 (supplement 1.3).",
                 ),
                 io.Int.Input(
                     "noise_steps",
                     default=default.noise_steps,
                     min=1,
                     max=1000,
-                    tooltip="Steps of noise on the picture. 10 of 20 in Chen et al. 2024 (supplement, 1.3), half the "
+                    tooltip="Steps of noise on the picture. 10 of 20 in Chen et al. 2024 (supplement 1.3), half the "
                     "way as in DiffEdit.",
                 ),
                 io.Int.Input(
@@ -250,7 +262,7 @@ class MCDMEditMask(io.ComfyNode):
                     min=1,
                     max=101,
                     tooltip="Size of the Gaussian blur in cells of the latent, odd. 5 in Chen et al. 2024 "
-                    "(supplement, 1.3); 1 does not blur.",
+                    "(supplement 1.3); 1 does not blur.",
                 ),
                 io.Float.Input(
                     "threshold",

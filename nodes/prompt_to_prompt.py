@@ -25,7 +25,14 @@ class PromptToPrompt(io.ComfyNode):
             node_id="IdentityEditPromptToPrompt",
             display_name="Prompt-to-Prompt",
             category="attention control",
-            search_aliases=["p2p", "cross-attention control", "word swap", "prompt editing", "attention re-weighting"],
+            search_aliases=[
+                "p2p",
+                "prompt2prompt",
+                "attention control",
+                "word swap",
+                "prompt editing",
+                "attention re-weighting",
+            ],
             description=(
                 "Edits a picture by editing its prompt (Hertz et al. 2023): exchange, add or re-weight words while the "
                 "rest of the picture stays. For pictures from any stock sampler, or real ones by their inversion."
@@ -36,7 +43,7 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="A Stable Diffusion 1.x, 2.x or XL model. Put nodes that change the prompt step by step "
                     "before this one.",
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.String.Input(
                     "source_prompt",
                     default="",
@@ -186,7 +193,7 @@ class ReplaceSubject(io.ComfyNode):
                     tooltip="The model that made the inversion: as it is, or from Apply Subject with its step-wise "
                     "embeddings.",
                 ),
-                io.Clip.Input("clip", tooltip="The text encoder of the same checkpoint."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 Inversion.Input("inversion", tooltip="Of the picture, from DDIM Inversion and Null-Text Optimization."),
                 io.String.Input(
                     "source_prompt",

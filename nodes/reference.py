@@ -227,13 +227,13 @@ class AlignReference(io.ComfyNode):
                     "translation_x",
                     display_name="translation x",
                     tooltip="Pixels of the reference by which it was moved right, before it was scaled and turned "
-                    "(eq. 8).",
+                    "(Wang et al. 2023, eq. 8).",
                 ),
                 io.Float.Output(
                     "translation_y",
                     display_name="translation y",
                     tooltip="Pixels of the reference by which it was moved down, before it was scaled and turned "
-                    "(eq. 8).",
+                    "(Wang et al. 2023, eq. 8).",
                 ),
                 io.String.Output(
                     "report",

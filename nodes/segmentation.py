@@ -156,7 +156,7 @@ class SegmentSubject(io.ComfyNode):
                     "second subjects.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="Attention: a Stable Diffusion 1.x, 2.x or XL model."),
-                io.Clip.Input("clip", optional=True, tooltip="Attention: the text encoder of the same checkpoint."),
+                io.Clip.Input("clip", optional=True, tooltip="Attention: the text encoders of the same checkpoint."),
                 io.Vae.Input("vae", optional=True, tooltip="Attention: the VAE of the same checkpoint."),
             ],
             outputs=[

@@ -1,4 +1,4 @@
-"""Nodes that learn to draw one person from W+ styles, load what was learned, and put the person into a model."""
+"""Nodes that learn to draw one person from style rows, load what was learned, and put the person into a model."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class TrainStyleAttention(io.ComfyNode):
             node_id="IdentityEditTrainStyleAttention",
             display_name="Train Style Attention",
             category="identity",
-            search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalisation"],
+            search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalization"],
             description=(
-                "Learns to draw one person from W+ styles, from about six pictures: a mapping network and a style "
-                "cross-attention behind every text cross-attention (PIDiff, Gu et al. 2025). No weight of the model "
-                "changes."
+                "Learns to draw one person from style rows (W+), with about six pictures: a mapping network and a "
+                "style cross-attention behind every text cross-attention (PIDiff, Gu et al. 2025). No weight of the "
+                "model changes."
             ),
             is_output_node=True,
             inputs=[
@@ -65,7 +65,7 @@ class TrainStyleAttention(io.ComfyNode):
                     tooltip="Pictures of one person; 6 did best in Gu et al. 2025 (table 2). Their token is the "
                     "pseudo-word that stands for the person.",
                 ),
-                WPlus.Input("w_plus", tooltip="W+ styles of the same pictures in the same order."),
+                WPlus.Input("w_plus", tooltip="The style rows of the same pictures in the same order."),
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
@@ -133,7 +133,7 @@ class TrainStyleAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How often a picture is learned with the encoder's mean style instead of its own. 0.5 in "
+                    tooltip="How often a picture is learned with the encoder's mean rows instead of its own. 0.5 in "
                     "Gu et al. 2025.",
                 ),
                 io.Float.Input(
@@ -142,8 +142,8 @@ class TrainStyleAttention(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Deviation of the noise that is added to the styles, in their own unit. Our choice: Gu et "
-                    "al. 2025 add noise and do not say how much.",
+                    tooltip="Deviation of the noise that is added to the style rows, in their own unit. Our choice: "
+                    "Gu et al. 2025 add noise and do not say how much.",
                 ),
                 io.Boolean.Input(
                     "masked_loss",
@@ -332,8 +332,8 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             category="identity",
             search_aliases=["PIDiff", "SCA", "face", "identity", "IPAdapter", "W+ adapter"],
             description=(
-                "Lets a model draw the person of W+ styles, with any sampler and guider (PIDiff, Gu et al. 2025). Once "
-                "for each person, with masks for several in one picture."
+                "Lets a model draw the person of style rows (W+), with any sampler and guider (PIDiff, Gu et al. "
+                "2025). One node for each person, with masks for several in one picture."
             ),
             inputs=[
                 io.Model.Input(
@@ -343,8 +343,8 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                 StyleAttention.Input("style_attention", tooltip="From Load or Train Style Attention."),
                 WPlus.Input(
                     "w_plus",
-                    tooltip="Who is drawn: W+ styles of one picture, or of one for each picture of the batch. Mixed "
-                    "styles draw a mixed person.",
+                    tooltip="Who is drawn: the style rows of one picture, or of one for each picture of the batch. "
+                    "Mixed rows draw a mixed person.",
                 ),
                 io.Float.Input(
                     "strength",

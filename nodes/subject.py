@@ -38,9 +38,9 @@ def _token_input() -> io.String.Input:
     return io.String.Input(
         "token",
         default="sks",
-        tooltip="The rare word that comes to stand for the subject's identity, V* in Liu et al. 2024; prompts then say "
-        "'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularisation set, whose pictures "
-        "show the class and not the subject.",
+        tooltip="The rare token that comes to stand for the subject's identity, V* in Liu et al. 2024; prompts then "
+        "say 'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularisation set, whose "
+        "pictures show the class and not the subject.",
     )
 
 
@@ -397,7 +397,7 @@ class RegularisationPrompts(io.ComfyNode):
                     default=prompts.INSTRUCTION_TABLE_4,
                     multiline=True,
                     tooltip="What a language model is asked; {keyword} stands for the class word. Liu et al. 2024, "
-                    "table 4. It is asked both in turn until there are enough prompts.",
+                    "table 4. Both are asked in turn until there are enough prompts.",
                 ),
                 io.String.Input(
                     "second_instruction",

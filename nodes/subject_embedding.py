@@ -48,7 +48,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
             node_id="IdentityEditTrainSubjectEmbedding",
             display_name="Train Subject Embedding",
             category="subject",
-            search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalisation", "train subject"],
+            search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalization", "train subject"],
             description=(
                 "Learns a subject from three to five pictures as a few text embeddings, first ones for all steps and "
                 "then ones for each sampling step; no weight of the model changes (Wang et al. 2023, section 3.2)."
@@ -324,7 +324,7 @@ class ApplySubject(io.ComfyNode):
             category="subject",
             search_aliases=["subject prompt", "textual inversion", "HiFi Tuner", "step-wise embedding"],
             description="Encodes a prompt with a learned subject in it, and lets the model take each sampling step's "
-            "own embeddings, with any sampler (Wang et al. 2023, equation 7).",
+            "own embeddings, with any sampler (Wang et al. 2023, eq. 7).",
             inputs=[
                 io.Model.Input("model", tooltip="The model on which the subject was trained, or one of its family."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),

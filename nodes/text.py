@@ -150,7 +150,7 @@ class TimestepAwareTextInjection(io.ComfyNode):
             node_id="IdentityEditTimestepAwareTextInjection",
             display_name="Timestep-Aware Text Injection",
             category="text",
-            search_aliases=["prompt scheduling", "prompt editing", "prompt travel", "source prompt injection"],
+            search_aliases=["non-rigid editing", "prompt scheduling", "prompt travel", "source prompt injection"],
             description=(
                 "The source prompt in the first steps, which fix the picture's layout, and the target prompt "
                 "afterwards (Jung et al. 2024, eq. 5), as one positive conditioning for any sampler."
@@ -197,7 +197,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
             node_id="IdentityEditTimestepAwareTextInjectionModel",
             display_name="Timestep-Aware Text Injection (Model)",
             category="text",
-            search_aliases=["step table", "prompt scheduling", "source prompt injection"],
+            search_aliases=["non-rigid editing", "step table", "prompt scheduling", "source prompt injection"],
             description=(
                 "The same as Timestep-Aware Text Injection, carried by the model: for sigmas outside the model's own "
                 "range, and where the positive conditioning must stay one entry."
@@ -250,7 +250,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             search_aliases=["non-rigid editing", "edit sampler", "source prompt injection"],
             description=(
                 "Samples the edit from an inversion: the source prompt in the first steps, the target prompt "
-                "afterwards (Jung et al. 2024, stage C). The whole step in one node, in the inversion's own schedule."
+                "afterwards (Jung et al. 2024, stage C). The whole stage in one node, in the inversion's own schedule."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the inversion."),

@@ -33,7 +33,7 @@ class TrainMCDM(io.ComfyNode):
             node_id="IdentityEditTrainMCDM",
             display_name="Train MCDM",
             category="portrait",
-            search_aliases=["InstructPix2Pix", "train edit model", "multi-conditioned diffusion model", "pairs"],
+            search_aliases=["multi-conditioned diffusion model", "InstructPix2Pix", "train edit model", "pairs"],
             description=(
                 "Learns edits from generated pairs: all weights of the UNet, which then also sees the source picture, "
                 "and the image embedding (Chen et al. 2024, section 3.3). Load Checkpoint reads the file."
@@ -60,7 +60,7 @@ class TrainMCDM(io.ComfyNode):
                     default=train_mcdm.STEPS,
                     min=1,
                     max=10_000_000,
-                    tooltip="Training steps. 200000 in Chen et al. 2024 (supplement, 1.2): three days on an A100.",
+                    tooltip="Training steps. 200000 in Chen et al. 2024 (supplement 1.2): three days on an A100.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -69,14 +69,14 @@ class TrainMCDM(io.ComfyNode):
                     max=0.1,
                     step=0.000001,
                     round=0.00000001,
-                    tooltip="AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement, 1.2).",
+                    tooltip="AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement 1.2).",
                 ),
                 io.Int.Input(
                     "batch_size",
                     default=train_mcdm.BATCH_SIZE,
                     min=1,
                     max=1024,
-                    tooltip="Pairs of a batch. 4 in Chen et al. 2024 (supplement, 1.2).",
+                    tooltip="Pairs of a batch. 4 in Chen et al. 2024 (supplement 1.2).",
                 ),
                 io.Int.Input(
                     "gradient_accumulation",
@@ -116,7 +116,7 @@ class TrainMCDM(io.ComfyNode):
                     min=0,
                     max=4096,
                     tooltip="Tokens of the image embedding. 77, a text's length: all terms of the guidance then fit "
-                    "into one call. 0 takes as many as CLIP vision gives, as Karras et al. 2023 do.",
+                    "into one call. 0 takes as many as the image encoder gives, as Karras et al. 2023 do.",
                 ),
                 io.Combo.Input(
                     "image_embedding",

@@ -114,7 +114,7 @@ class EncodeWPlus(io.ComfyNode):
             search_aliases=["e4e", "GAN inversion", "style rows", "PIDiff", "w plus"],
             description=(
                 "Gives the style rows of aligned faces, from coarse (pose, shape of the face) to fine (colours) "
-                "(PIDiff, section 2.2.2)."
+                "(PIDiff, Gu et al. 2025, section 2.2.2)."
             ),
             inputs=[
                 WPlusEncoder.Input("encoder", tooltip="From Load W+ Encoder."),
@@ -154,7 +154,7 @@ class MixWPlus(io.ComfyNode):
             search_aliases=["style mixing", "style editing", "interpolate faces", "PIDiff", "w plus"],
             description=(
                 "Takes some style rows from another face: coarse ones (1-9) bring its pose, age and skin, fine ones "
-                "(10-18) its eyes, mouth and colours (PIDiff, sections 2.2.2 and 3.4.1)."
+                "(10-18) its eyes, mouth and colours (PIDiff, Gu et al. 2025, sections 2.2.2 and 3.4.1)."
             ),
             inputs=[
                 WPlus.Input("first", tooltip="The face that all other rows come from."),
@@ -162,8 +162,8 @@ class MixWPlus(io.ComfyNode):
                 io.String.Input(
                     "rows",
                     default=styles_of.FINE_ROWS,
-                    tooltip="Numbers and ranges from 1, such as '1-9, 12', or 'all'. PIDiff takes 1-9 from one face "
-                    "and 10-18 from another (section 2.2.2).",
+                    tooltip="Numbers and ranges from 1, such as '1-9, 12', or 'all'. Gu et al. 2025 take 1-9 from one "
+                    "face and 10-18 from another (section 2.2.2).",
                 ),
                 io.Float.Input(
                     "weight",
@@ -171,7 +171,8 @@ class MixWPlus(io.ComfyNode):
                     min=-1.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="1 takes the rows as they are, as PIDiff does; 0.5 goes half the way to them.",
+                    tooltip="1 takes the rows as they are, as Gu et al. 2025 do; 0.5 goes half the way to them, "
+                    "more than 1 beyond them.",
                 ),
             ],
             outputs=[

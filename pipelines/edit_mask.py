@@ -41,7 +41,7 @@ class EditMask:
 
 @dataclass(frozen=True)
 class EditMaskSettings:
-    """How a mask is made; the defaults are those of Chen et al. 2024 (supplement, 1.3).
+    """How a mask is made; the defaults are those of Chen et al. 2024 (supplement 1.3).
 
     Attributes:
         steps, noise_steps: the noise level after `noise_steps` of `steps` steps.

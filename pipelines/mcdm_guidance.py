@@ -19,7 +19,7 @@ POSITIVE, NEGATIVE, IMAGE, UNCONDITIONAL, SOURCE = "positive", "negative", "imag
 
 @dataclass(frozen=True)
 class GuidanceScales:
-    """s_1, s_2 and s_3 of the three conditions in their order; 3, 3 and 5 in Chen et al. 2024 (supplement, 1.3)."""
+    """s_1, s_2 and s_3 of the three conditions in their order; 3, 3 and 5 in Chen et al. 2024 (supplement 1.3)."""
 
     image: float = 3.0
     spatial: float = 3.0

@@ -1,4 +1,4 @@
-"""Training an MCDM on generated pairs (Chen et al. 2024, section 3.3 and supplement, 1.2)."""
+"""Training an MCDM on generated pairs (Chen et al. 2024, section 3.3 and supplement 1.2)."""
 
 from __future__ import annotations
 

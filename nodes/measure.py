@@ -146,7 +146,7 @@ class ScoreEdit(io.ComfyNode):
                     default=NONE,
                     tooltip="For CLIP-T, CLIP-I, CLIP-D and the aesthetic score: a CLIP with both encoders in "
                     f"models/{ENCODER_FOLDER}, a folder in the form of transformers, or the inputs clip and "
-                    "clip_vision. Papers use ViT-L/14, older ones ViT-B/32.",
+                    "clip_vision. PIE-Bench uses ViT-L/14.",
                 ),
                 io.Combo.Input(
                     "dino",
@@ -267,15 +267,15 @@ class ScoreEdit(io.ComfyNode):
         aesthetic: str = NONE,
         inception: str = NONE,
     ) -> bool | str:
-        folders = {
-            clip_model: clip_scores.NEEDED,
-            dino: feature_scores.NEEDED_DINO,
-            dinov2: feature_scores.NEEDED_DINOV2,
-            structure: feature_scores.NEEDED_STRUCTURE,
-        }
+        folders = [
+            (NONE if clip_model == INPUTS else clip_model, clip_scores.NEEDED),
+            (dino, feature_scores.NEEDED_DINO),
+            (dinov2, feature_scores.NEEDED_DINOV2),
+            (structure, feature_scores.NEEDED_STRUCTURE),
+        ]
         encoders = list_models(ENCODER_FOLDER)
-        for name, needed in folders.items():
-            if name not in (NONE, *encoders) and (name != INPUTS or clip_model != INPUTS):
+        for name, needed in folders:
+            if name not in (NONE, *encoders):
                 return missing_model(ENCODER_FOLDER, name, needed)
         if recognizer != NONE and recognizer not in list_detectors():
             return missing_file(recognizer, RECOGNIZER_NEEDED)

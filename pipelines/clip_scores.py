@@ -77,14 +77,14 @@ class FolderClip:
             prepared = self._processor.image_processor(images=to_pillow(picture), return_tensors="pt")
             output = self._network.vision_model(pixel_values=prepared["pixel_values"].to(self._device))
             found.append(self._network.visual_projection(output.pooler_output))
-        return normalize(torch.cat(found).double().cpu(), dim=1)
+        return normalize(torch.cat(found).cpu().double(), dim=1)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         prepared = self._processor.tokenizer(
             list(texts), padding=True, truncation=True, max_length=LONGEST_PROMPT, return_tensors="pt"
         ).to(self._device)
         output = self._network.text_model(input_ids=prepared["input_ids"], attention_mask=prepared["attention_mask"])
-        return normalize(self._network.text_projection(output.pooler_output).double().cpu(), dim=1)
+        return normalize(self._network.text_projection(output.pooler_output).cpu().double(), dim=1)
 
 
 @contextmanager
@@ -137,7 +137,7 @@ class SocketClip:
                     "The model of clip_vision gives no image embedding; connect the CLIP image encoder that was "
                     "trained with clip."
                 )
-            found.append(embedding.double().cpu())
+            found.append(embedding.cpu().double())
         return normalize(torch.cat(found), dim=1)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -145,7 +145,7 @@ class SocketClip:
         for text in texts:
             plain = text.replace("(", "\\(").replace(")", "\\)")  # brackets are words here, and no weights
             _, pooled = self._clip.encode_from_tokens(self._clip.tokenize(plain), return_pooled=True)
-            found.append(pooled[:1].double().cpu())
+            found.append(pooled[:1].cpu().double())
         return normalize(torch.cat(found), dim=1)
 
 

@@ -99,7 +99,7 @@ class Structure:
             (self._self_similarity(first, as_pie_bench) - self._self_similarity(second, as_pie_bench)).square().mean()
             for first, second in zip(edited, source, strict=True)
         ]
-        return torch.stack(found).double().cpu()
+        return torch.stack(found).cpu().double()
 
     def _self_similarity(self, picture: torch.Tensor, as_pie_bench: bool) -> torch.Tensor:
         """Cosines [t, t] of the last layer's keys, all heads side by side, of the class token and every patch."""

@@ -73,21 +73,22 @@ class Lpips(torch.nn.Module):
         self.heads = torch.nn.ParameterList([torch.nn.Parameter(head, requires_grad=False) for head in heads])
 
     def forward(self, edited: torch.Tensor, source: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """[B] distances, 0 for equal pictures.
+        """[B] float64 distances on the CPU, 0 for equal pictures.
 
         Args:
             edited, source: [B, H, W, 3], 0 to 1.
             weights: [B, H, W]: how much each place counts in the mean over places, of which eq. 1 takes the plain one;
                 averaged down to the size of each layer. NaN where all are zero.
         """
-        total = torch.zeros(len(edited), dtype=torch.float64, device=edited.device)
+        total = torch.zeros(len(edited), dtype=torch.float64)
         pairs = zip(self._layers(edited), self._layers(source), self.heads, strict=True)
         for first, second, head in pairs:
-            difference = conv2d((first - second).square(), head.view(1, -1, 1, 1))[:, 0].double()
+            # Means are taken on the CPU, as not every device has float64.
+            difference = conv2d((first - second).square(), head.view(1, -1, 1, 1))[:, 0].cpu().double()
             if weights is None:
                 total += difference.mean(dim=(1, 2))
             else:
-                places = adaptive_avg_pool2d(weights.double().unsqueeze(1), difference.shape[1:])[:, 0]
+                places = adaptive_avg_pool2d(weights.cpu().double().unsqueeze(1), difference.shape[1:])[:, 0]
                 total += (difference * places).sum(dim=(1, 2)) / places.sum(dim=(1, 2))
         return total
 
@@ -122,8 +123,7 @@ class LpipsScorer:
                 f"LPIPS cannot compare pictures of {edited.shape[2]}x{edited.shape[1]} pixels; give sides of "
                 f"{SMALLEST_SIDE} or more, or leave lpips out."
             )
-        moved = [None if values is None else values.float().to(self.device) for values in (edited, source, weights)]
-        return self.network(*moved).cpu()
+        return self.network(edited.float().to(self.device), source.float().to(self.device), weights)
 
 
 @contextmanager

@@ -40,9 +40,10 @@ def test_clip_t_is_transformers_own(tmp_path: Path) -> None:
 
 def test_a_hundred_times_clip_t_is_the_clip_similarity_of_pie_bench(tmp_path: Path) -> None:
     from torchmetrics.multimodal import CLIPScore
+    from transformers import CLIPProcessor
 
-    tiny_scorers.save_clip(tmp_path)
-    metric = CLIPScore(model_name_or_path=str(tmp_path))
+    network = tiny_scorers.save_clip(tmp_path)
+    metric = CLIPScore(model_name_or_path=lambda: (network, CLIPProcessor.from_pretrained(tmp_path)))
     with clip_scores.open_clip_folder(str(tmp_path)) as clip:
         for picture in PICTURES:
             for prompt in PROMPTS:

@@ -107,6 +107,6 @@ def test_sizes_are_those_of_torchvisions_resize() -> None:
 def test_the_structure_distance_needs_a_dino(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(IdentityEditError, match="is 'dinov2', and the structure distance needs a DINO"):
-        with feature_scores.open_structure(str(tmp_path)):
-            pass
+    opening = feature_scores.open_structure(str(tmp_path))
+    with pytest.raises(IdentityEditError, match="is 'dinov2', and the structure distance needs a DINO"), opening:
+        pass

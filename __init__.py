@@ -1,49 +1,36 @@
-"""ComfyUI-IdentityEdit: the entry point through which ComfyUI loads the pack.
+"""ComfyUI-IdentityEdit: what ComfyUI loads of the pack.
 
-It registers the nodes, the folders of the demo checkpoint, of its control network, of its encoder of W+ and of its
-style attention, the model families of the demo checkpoint, SD2.x with a source picture, the models folders of learned
-subjects, of style attentions, of encoders of W+, of face networks, of background networks and of weights for scores,
-and the help pages; nothing else.
+A ComfyUI that is too old would stop somewhere in the middle with a traceback about a name that it lacks. So it is asked
+for its version first; it gets one sentence in its log then, and no entry point. `extension.py` has the rest.
 """
 
-import os
-from pathlib import Path
+import logging
+import re
+from importlib import import_module
 
-import folder_paths
-from comfy_api.latest import ComfyExtension, io
-
-from .demo_world import family
-from .nodes import NODE_CLASSES
-from .nodes.face import MODEL_FOLDERS
-from .nodes.measure import MODEL_FOLDERS as SCORE_FOLDERS
-from .nodes.style_attention import FILE_FOLDER as STYLE_FOLDER
-from .nodes.subject_embedding import FILE_FOLDER
-from .nodes.w_plus import ENCODER_FOLDER
-from .pipelines.engine.edit_model import register_families
-
-WEB_DIRECTORY = "./web"
+OLDEST_COMFYUI = "0.3.75"
+"""The same as `requires-comfyui` in pyproject.toml; what newer ones do is in benchmarks/results/engines.md."""
 
 
-class IdentityEditExtension(ComfyExtension):
-    async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODE_CLASSES
+def too_old() -> str | None:
+    """One sentence when this ComfyUI is older than OLDEST_COMFYUI, else None.
+
+    A version that is not three numbers is nobody's release and is let through.
+    """
+    try:
+        version = str(import_module("comfyui_version").__version__)
+    except ModuleNotFoundError:
+        version = "0.0.0"  # before 0.3.12 there was no such file
+    ours, theirs = (re.match(r"(\d+)\.(\d+)\.(\d+)", text) for text in (OLDEST_COMFYUI, version))
+    if ours is None or theirs is None or [int(n) for n in theirs.groups()] >= [int(n) for n in ours.groups()]:
+        return None
+    shown = "too old to say its version" if version == "0.0.0" else version
+    return f"ComfyUI-IdentityEdit needs ComfyUI {OLDEST_COMFYUI} or newer and this one is {shown}: update ComfyUI."
 
 
-async def comfy_entrypoint() -> IdentityEditExtension:
-    demo_world = Path(__file__).parent / "demo_world"
-    folder_paths.add_model_folder_path("checkpoints", str(demo_world / "weights"))
-    folder_paths.add_model_folder_path("controlnet", str(demo_world / "control"))
-    # Beside those that extra_model_paths.yaml may name; Step-Wise Embedding Loader lists what it can read there.
-    folder_paths.add_model_folder_path(FILE_FOLDER, os.path.join(folder_paths.models_dir, FILE_FOLDER))
-    for folder in (STYLE_FOLDER, ENCODER_FOLDER, *MODEL_FOLDERS, *SCORE_FOLDERS):
-        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
-    # What Save W+ Encoder writes, as ComfyUI does with its own output/checkpoints.
-    folder_paths.add_model_folder_path(
-        ENCODER_FOLDER, os.path.join(folder_paths.get_output_directory(), ENCODER_FOLDER)
-    )
-    # After the user's own folders, as the first of a kind is where users are told to put their files.
-    folder_paths.add_model_folder_path(ENCODER_FOLDER, str(demo_world / "w_plus"))
-    folder_paths.add_model_folder_path(STYLE_FOLDER, str(demo_world / "style_attention"))
-    family.register()
-    register_families()
-    return IdentityEditExtension()
+if message := too_old():
+    logging.error(message)
+else:
+    from .extension import comfy_entrypoint as comfy_entrypoint
+
+    WEB_DIRECTORY = "./web"

@@ -196,7 +196,9 @@ class Server:
         if not any(line.endswith(f"{os.sep}{PACK_FOLDER}") and "(IMPORT FAILED)" in line for line in lines):
             return None
         starts = ("Cannot import ", "Error while calling comfy_entrypoint")
-        return next((line for line in lines if line.startswith(starts)), f"see {self.log}")
+        ours = [line for line in lines if line.startswith(starts) and f"{os.sep}{PACK_FOLDER}" in line]
+        too_old = [line for line in lines if line.startswith(f"{PACK_FOLDER} needs ComfyUI")]
+        return next(iter([*ours, *too_old]), f"see {self.log}")
 
     def log_text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")

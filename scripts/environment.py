@@ -59,10 +59,13 @@ def _read_stamp() -> dict:
 def _engine_requirements() -> list[str]:
     """What a ComfyUI named by COMFYUI_PATH asks for beyond torch, which stays the one of `.venv`."""
     path = os.environ.get("COMFYUI_PATH")
-    if not path:
-        return []
+    return requirements_beyond_torch(Path(path).expanduser()) if path else []
+
+
+def requirements_beyond_torch(engine: Path) -> list[str]:
+    """The lines of a ComfyUI's requirements.txt but for torch, torchvision and torchaudio; none without the file."""
     try:
-        lines = (Path(path).expanduser() / "requirements.txt").read_text().splitlines()
+        lines = (engine / "requirements.txt").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     lines = [line.split("#")[0].strip() for line in lines]

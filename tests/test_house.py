@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,10 @@ from page_workflows import read_layout
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("nodes", "pipelines", "attention", "demo_world")
-PACK_FILES = [ROOT / "__init__.py", *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
+PACK_FILES = [
+    *(ROOT / "__init__.py", ROOT / "extension.py"),
+    *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))),
+]
 SCRIPTS_BEFORE_VENV = ("demo.py", "test.py", "engine.py", "environment.py", "page_workflows.py")
 WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
@@ -50,7 +54,45 @@ def test_the_pack_imports_itself_relatively(path: Path) -> None:
 
 
 def test_the_entry_point_imports_no_torch() -> None:
-    assert "torch" not in {name.split(".")[0] for name in imported(ROOT / "__init__.py")}
+    # A ComfyUI that is too old is told so before anything of it is imported.
+    libraries = {name.split(".")[0] for name in imported(ROOT / "__init__.py")}
+    assert libraries <= set(sys.stdlib_module_names)
+    assert "torch" not in {name.split(".")[0] for name in imported(ROOT / "extension.py")}
+
+
+OLD_ENGINE = """
+import sys, types
+if {version!r}:
+    sys.modules["comfyui_version"] = types.SimpleNamespace(__version__={version!r})
+import load_pack
+before = set(sys.modules)
+pack = load_pack.load_pack()
+new = {{name.split(".")[0] for name in set(sys.modules) - before}} - set(sys.stdlib_module_names)
+print("OFFERS", hasattr(pack, "comfy_entrypoint"), *new)
+"""
+
+
+@pytest.mark.parametrize("version", ["", "0.3.74", "0.2.9"])
+def test_an_old_comfyui_is_told_in_one_sentence(version: str) -> None:
+    code = OLD_ENGINE.format(version=version)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "scripts", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["OFFERS", "False", "identity_edit_pack"]
+    (line,) = done.stderr.splitlines()
+    said = version or "too old to say its version"
+    assert line.endswith(f"ComfyUI-IdentityEdit needs ComfyUI 0.3.75 or newer and this one is {said}: update ComfyUI.")
+
+
+@pytest.mark.parametrize("version", ["0.3.75", "0.3.100", "0.33.0", "1.0.0", "nightly"])
+def test_a_newer_comfyui_is_let_through(version: str, pack: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "comfyui_version", SimpleNamespace(__version__=version))
+    assert pack.too_old() is None
+
+
+def test_the_oldest_comfyui_is_said_alike_everywhere(pack: ModuleType) -> None:
+    oldest = pack.OLDEST_COMFYUI
+    assert f'requires-comfyui = ">={oldest}"' in (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f"ComfyUI {oldest} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", SCRIPTS_BEFORE_VENV)

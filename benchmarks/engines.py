@@ -1,0 +1,227 @@
+"""The pack on other versions of ComfyUI: `.venv/bin/python benchmarks/engines.py FOLDER [FOLDER ...]`.
+
+Each FOLDER holds a ComfyUI of some version: `git -C ComfyUI worktree add ../comfyui-0.33.0 v0.33.0` makes one. Nothing
+is written into it. What its requirements.txt asks for is installed into an environment of its own below
+.venv/engines, on top of the packages of .venv and with their torch; an environment that is there already is used again.
+
+On each version a real server is started with the pack. Asked is whether it says that the pack is loaded, whether every
+node is registered, whether shipped workflows run (with few steps), and how much their pictures differ from those of the
+version that the pack is developed on, `engine.ENGINE_VERSION`. `--tests` names tests to run there as well.
+Writes benchmarks/results/engines.json and engines.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import engine  # noqa: E402  (found on the path that was extended just above)
+from environment import TORCH, TORCHVISION, VENV, ScriptError, requirements_beyond_torch  # noqa: E402
+from load_pack import source_commit  # noqa: E402
+from report import write_results  # noqa: E402
+
+WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_generate")
+"""Together they use what a ComfyUI may have changed: gradients, recorded and exchanged attention, added layers."""
+
+MOST_STEPS = 6
+"""Sampling, inversion and optimisation steps are cut down to this number."""
+
+
+def version_of(folder: Path) -> str:
+    """The version that a ComfyUI says it has; they say so since 0.3.12."""
+    path = folder / "comfyui_version.py"
+    found = re.search(r'__version__ = "([^"]+)"', path.read_text()) if path.is_file() else None
+    return found[1] if found else "before 0.3.12"
+
+
+def make_environment(folder: Path, version: str) -> Path:
+    """The Python with what this ComfyUI needs: its own packages first, those of the running Python after them."""
+    place = VENV / "engines" / version
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = place / "installed.json"
+    wanted = requirements_beyond_torch(folder)
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return python
+    venv.create(place, with_pip=True, clear=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
+    # pip sees the packages below as installed, so that it adds only what is missing or of another version.
+    (packages / "packages_below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    constraints = place / "constraints.txt"
+    constraints.write_text(f"{TORCH}\n{TORCHVISION}\ntransformers<5\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for arguments in (["--constraint", str(constraints), *wanted], ["--no-deps", "torchaudio"]):
+        if subprocess.run([*pip, *arguments]).returncode:
+            raise ScriptError(f"pip could not install what ComfyUI {version} needs: its own message is above.")
+    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
+        # Made for another torch. ComfyUI imports it at its start; without the compiled part the Python part loads.
+        for library in (packages / "torchaudio" / "lib").glob("_torchaudio*"):
+            library.unlink()
+    stamp.write_text(json.dumps(wanted))
+    return python
+
+
+def cheaper(prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt with every number of steps or iterations cut down to MOST_STEPS."""
+    prompt = copy.deepcopy(prompt)
+    for node in prompt.values():
+        for name, value in node["inputs"].items():
+            if type(value) is int and ("steps" in name or "iterations" in name):
+                node["inputs"][name] = min(value, MOST_STEPS)
+    return prompt
+
+
+def probe(destination: Path, workflows: list[str]) -> dict[str, Any]:
+    """What the ComfyUI named by COMFYUI_PATH does with the pack; its pictures are saved below `destination`."""
+    from api_client import Client, PromptError
+
+    expected = {path.stem for path in (ROOT / "web" / "docs").glob("IdentityEdit*.md")}
+    found: dict[str, Any] = {"starts": False, "says": "", "nodes": 0, "expected_nodes": len(expected), "workflows": {}}
+    with tempfile.TemporaryDirectory(prefix="identity-edit-") as base:
+        server = engine.Server(Path(base))
+        try:
+            server.start(timeout=600)
+        except ScriptError as error:
+            lines = str(error).strip().splitlines()
+            return {**found, "says": lines[-1] if lines else "it did not start"}
+        try:
+            found["starts"] = True
+            found["says"] = server.pack_failure() or ""
+            client = Client(server.address)
+            found["nodes"] = len(expected & set(client.object_info()))
+            if found["says"] or found["nodes"] < len(expected):
+                return found
+            for name in workflows:
+                prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+                prompt = cheaper(prompt)
+                try:
+                    run = client.run(prompt)
+                except PromptError as error:
+                    found["workflows"][name] = str(error)
+                    continue
+                for node in run.outputs:
+                    for number, picture in enumerate(client.images(run, node)):
+                        picture.convert("RGB").save(destination / f"{name}_{node}_{number}.png")
+                found["workflows"][name] = ""
+        finally:
+            server.stop()
+    return found
+
+
+def largest_difference(folder: Path, reference: Path, workflow: str) -> int | None:
+    """The largest difference of any pixel of a workflow's pictures from the reference's, of 255; None without such."""
+    import numpy as np
+    from PIL import Image
+
+    ours = {path.name: path for path in folder.glob(f"{workflow}_*.png")}
+    theirs = {path.name: path for path in reference.glob(f"{workflow}_*.png")}
+    if not theirs or set(ours) != set(theirs):
+        return None
+    differences = []
+    for name, path in ours.items():
+        one, two = (np.asarray(Image.open(each), dtype=np.int16) for each in (path, theirs[name]))
+        if one.shape != two.shape:
+            return None
+        differences.append(int(np.abs(one - two).max()))
+    return max(differences)
+
+
+def examine(folder: Path, pictures: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything about one version of ComfyUI."""
+    version = version_of(folder)
+    print(f"ComfyUI {version} ...", flush=True)
+    python = make_environment(folder, version)
+    variables = {**os.environ, "COMFYUI_PATH": str(folder), "HF_HUB_OFFLINE": "1"}
+    destination = pictures / version
+    destination.mkdir()
+    command = [str(python), __file__, "--probe", str(destination), "--workflows", *arguments.workflows]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        raise ScriptError(f"ComfyUI {version} could not be asked: {done.stderr.strip().splitlines()[-1]}")
+    found = {"version": version, **json.loads((destination / "found.json").read_text())}
+    if arguments.tests and found["nodes"] == found["expected_nodes"]:
+        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments.tests]
+        tests = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+        counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", tests.stdout.splitlines()[-1])
+        found["tests"] = ", ".join(counts)
+        found["failed_tests"] = re.findall(r"^(?:FAILED|ERROR) (.*)", tests.stdout, re.MULTILINE)
+    print(json.dumps(found, indent=2), flush=True)
+    return found
+
+
+def table(found: list[dict[str, Any]], arguments: argparse.Namespace, command: str, commit: str) -> list[str]:
+    lines = [
+        "# The pack on other versions of ComfyUI",
+        "",
+        f"`{command}` at commit {commit}. Workflows with at most {MOST_STEPS} steps; beside each run, the largest",
+        f"difference of any pixel (of 255) from the picture of ComfyUI {engine.ENGINE_VERSION}.",
+        "",
+        f"| ComfyUI | starts | nodes | {' | '.join(arguments.workflows)} | tests |",
+        "|---|---|---|" + "---|" * len(arguments.workflows) + "---|",
+    ]
+    for one in found:
+        cells = []
+        for name in arguments.workflows:
+            if name not in one["workflows"]:
+                cells.append("")
+            elif one["workflows"][name]:
+                cells.append("fails")
+            else:
+                difference = one["differences"].get(name)
+                cells.append("runs" if difference is None else f"runs, {difference}")
+        nodes = f"{one['nodes']} of {one['expected_nodes']}"
+        starts = "yes" if one["starts"] else "no"
+        lines.append(f"| {one['version']} | {starts} | {nodes} | {' | '.join(cells)} | {one.get('tests', '')} |")
+    lines.append("")
+    for one in found:
+        said = [one["says"], *(f"{name}: {text}" for name, text in one["workflows"].items() if text)]
+        said += [f"test failed: {name}" for name in one.get("failed_tests", [])]
+        lines += [f"- {one['version']}: {text}" for text in said if text]
+    if arguments.tests:
+        lines += ["", f"Tests: `{' '.join(arguments.tests)}`."]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="a ComfyUI (default: the usual one)")
+    parser.add_argument("--workflows", nargs="*", default=list(WORKFLOWS), help="shipped workflows to run")
+    parser.add_argument("--tests", nargs="*", default=[], help="tests to run on each version, as pytest takes them")
+    parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)  # this script's call of itself
+    arguments = parser.parse_args()
+    if arguments.probe:
+        answer = probe(arguments.probe, arguments.workflows)
+        (arguments.probe / "found.json").write_text(json.dumps(answer))
+        return
+    folders = [folder.resolve() for folder in arguments.folders] or [engine.find_engine()]
+    with tempfile.TemporaryDirectory(prefix="identity-edit-") as temporary:
+        pictures = Path(temporary)
+        found = [examine(folder, pictures, arguments) for folder in folders]
+        for one in found:
+            one["differences"] = {
+                name: largest_difference(pictures / one["version"], pictures / engine.ENGINE_VERSION, name)
+                for name in arguments.workflows
+            }
+    command = " ".join(["benchmarks/engines.py", *sys.argv[1:]])
+    commit = source_commit()
+    result = {"command": command, "commit": commit, "reference": engine.ENGINE_VERSION, "engines": found}
+    write_results("engines", result, table(found, arguments, command, commit))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ScriptError as error:
+        sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """Does a server that runs for long stay as it was: `.venv/bin/python benchmarks/soak.py --prompts 500`.
 
 All shipped workflows, made cheap, in rounds of random order on one server, with other seeds each time, so that nothing
-comes from the cache. After every prompt: memory (resident and, without what is shared, unique), threads and open files
+comes from the cache; those that train, half of the time, take part in every fourth round. After every prompt: memory (resident and, without what is shared, unique), threads and open files
 of the server process. After every round the reference prompt is computed anew, its picture compared bit for bit with
 the one before the first round, and the process asked what is alive in it (see `soak_probe.py`).
 
@@ -34,8 +34,15 @@ from tqdm import tqdm  # noqa: E402
 
 WARM_UP_ROUNDS = 5
 """Rounds in which libraries are loaded and the allocator finds its size; they are shown but not in the slopes."""
+TRAININGS_EVERY = 4
+"""Rounds from one with trainings to the next."""
 MIB = 2**20
 UNFINISHED = (".tmp", ".part")
+
+
+def trains(name: str) -> bool:
+    nodes = cheap_workflows.read(name).values()
+    return any(node["class_type"].startswith("IdentityEditTrain") for node in nodes)
 
 
 def processes(server: psutil.Process) -> list[psutil.Process]:
@@ -87,7 +94,7 @@ def growth_by_workflow(samples: list[dict[str, Any]], rounds: int) -> dict[str, 
     return {name: round(fmean(values[-3:]) - fmean(values[:3]), 1) for name, values in sorted(by_name.items())}
 
 
-def draw(samples: list[dict[str, Any]], probes: list[dict[str, Any]], per_round: int) -> None:
+def draw(samples: list[dict[str, Any]], probes: list[dict[str, Any]]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -96,16 +103,16 @@ def draw(samples: list[dict[str, Any]], probes: list[dict[str, Any]], per_round:
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     above.plot([one["rss_mib"] for one in samples], label="resident", color="tab:blue", linewidth=0.8)
     above.plot([one["uss_mib"] for one in samples], label="unique", color="tab:green", linewidth=0.8)
-    ends = [(number + 1) * per_round - 1 for number in range(len(probes) - 1)]
+    last_of = {one["round"]: one["prompt"] for one in samples}
     above.plot(
-        ends,
+        list(last_of.values()),
         [probe["tensor_bytes"] / MIB for probe in probes[1:]],
         "o-",
         label="live tensors after the reference prompt",
         color="tab:red",
         markersize=3,
     )
-    above.axvline(WARM_UP_ROUNDS * per_round - 0.5, color="grey", linewidth=0.8, linestyle=":")
+    above.axvline(last_of.get(WARM_UP_ROUNDS - 1, 0) + 0.5, color="grey", linewidth=0.8, linestyle=":")
     above.set_ylabel("memory of the server, MiB")
     above.set_ylim(bottom=0)
     above.legend(loc="lower right")
@@ -118,9 +125,9 @@ def draw(samples: list[dict[str, Any]], probes: list[dict[str, Any]], per_round:
 
 
 def report(arguments: argparse.Namespace, commit: str, digests: list[str], samples: list, probes: list) -> None:
-    per_round = len(cheap_workflows.NAMES)
     rounds = len(probes) - 1
     measured = [one for one in samples if one["round"] >= min(WARM_UP_ROUNDS, rounds - 1)]
+    few = min(len(measured), len(cheap_workflows.NAMES))
     names = ("rss_mib", "uss_mib", "threads", "open_files", "processes")
     slopes = {name: slope([one[name] for one in measured]) for name in names}
     growth = growth_by_workflow(samples, rounds)
@@ -142,8 +149,9 @@ def report(arguments: argparse.Namespace, commit: str, digests: list[str], sampl
     lines = [
         f"# {len(samples)} prompts on one server",
         "",
-        f"`{figures['command']}` at commit {commit}: {rounds} rounds of the {per_round} shipped workflows, made cheap "
-        f"and in random order (seed {arguments.seed}), every prompt with other seeds; one CPU thread.",
+        f"`{figures['command']}` at commit {commit}: {rounds} rounds of the shipped workflows, made cheap and in "
+        f"random order (seed {arguments.seed}), those that train in every {TRAININGS_EVERY}th round; every prompt with "
+        f"other seeds; one CPU thread.",
         "",
         f"Prompts that failed: {len(failures)}. The reference picture, computed anew before the first and after every "
         f"round ({len(digests)} times), was {'always the same' if len(set(digests)) == 1 else 'NOT always the same'}, "
@@ -162,11 +170,10 @@ def report(arguments: argparse.Namespace, commit: str, digests: list[str], sampl
         "processes": "processes",
     }
     for name, title in titles.items():
-        start = fmean(one[name] for one in measured[:per_round])
-        end = fmean(one[name] for one in measured[-per_round:])
+        start, end = (fmean(one[name] for one in part) for part in (measured[:few], measured[-few:]))
         found = slopes[name]
         lines.append(
-            f"| {title} (mean of a round) | {start:.1f} | {end:.1f} | {found['slope']:+.2f} "
+            f"| {title} (mean of {few} prompts) | {start:.1f} | {end:.1f} | {found['slope']:+.2f} "
             f"({found['low']:+.2f} to {found['high']:+.2f}) |"
         )
     lines += [
@@ -190,18 +197,17 @@ def report(arguments: argparse.Namespace, commit: str, digests: list[str], sampl
         lines += ["", "| prompt | workflow | error |", "|---|---|---|"]
         lines += [f"| {one['prompt']} | {one['workflow']} | {one['error']} |" for one in failures]
     lines += ["", "![Memory, threads and open files](soak.png)"]
-    draw(samples, probes, per_round)
+    draw(samples, probes)
     write_results("soak", figures, lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=500, help="in whole rounds of all workflows (default 500)")
+    parser.add_argument("--prompts", type=int, default=500, help="at least so many, in whole rounds (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of the prompts' seeds (default 0)")
     arguments = parser.parse_args()
 
-    names = cheap_workflows.NAMES
-    rounds = max(1, round(arguments.prompts / len(names)))
+    without_training = [name for name in cheap_workflows.NAMES if not trains(name)]
     draws = random.Random(arguments.seed)
     commit = source_commit()
     samples: list[dict[str, Any]] = []
@@ -222,7 +228,10 @@ def main() -> None:
 
             digests = [cheap_workflows.reference_digest(client)]
             probes = [probe()]
-            for number in tqdm(range(rounds), unit="round"):
+            number = 0
+            bar = tqdm(total=arguments.prompts, unit="prompt")
+            while len(samples) < arguments.prompts:
+                names = without_training if number % TRAININGS_EVERY else cheap_workflows.NAMES
                 for name in draws.sample(names, len(names)):
                     seed = 1 + len(samples)
                     prompt = cheap_workflows.with_seed(cheap_workflows.cheap(cheap_workflows.read(name)), seed)
@@ -235,6 +244,8 @@ def main() -> None:
                     facts |= {"seconds": round(seconds, 2), "unfinished_files": unfinished_files(base)}
                     samples.append({**facts, **sample(process)})
                     clear(base)
+                    bar.update()
+                number += 1
                 digests.append(cheap_workflows.reference_digest(client))
                 probes.append(probe())
                 report(arguments, commit, digests, samples, probes)

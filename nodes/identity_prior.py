@@ -14,7 +14,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
-from .saved_files import changed_at, loadable_files, next_path
+from .saved_files import changed_at, loadable_files, new_path, next_path
 from .sockets import SubjectPictures, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -215,8 +215,8 @@ class TrainIdentityPrior(io.ComfyNode):
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps),
         )
-        path = next_path(filename_prefix, f"{FILE_FOLDER}/prior")
-        priors.save_identity_prior(prior, path)
+        with new_path(filename_prefix, f"{FILE_FOLDER}/prior") as path:
+            priors.save_identity_prior(prior, path)
         checkpoints.remove()
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior)
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
@@ -386,7 +386,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
     def execute(cls, file: str, rank: int, filename_prefix: str) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
-        path = next_path(filename_prefix, f"{FILE_FOLDER}/prior")
+        next_path(filename_prefix, f"{FILE_FOLDER}/prior")  # better before long work than after it
         prior = priors.load_identity_prior(folder_paths.get_annotated_filepath(file))
         bars: list[Any] = []
 
@@ -396,7 +396,8 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
             bars[0].update_absolute(done, total)
 
         tensors, error = priors.as_lora(prior, rank, progress)
-        priors.save_lora(prior, tensors, rank, error, path)
+        with new_path(filename_prefix, f"{FILE_FOLDER}/prior") as path:
+            priors.save_lora(prior, tensors, rank, error, path)
         mebibytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
         text = f"LoRA of rank {rank}: relative error {error:.3f}, {mebibytes:.1f} MiB.\nSaved as {path}"
         return io.NodeOutput(path, error, show_text(cls, text), ui=ui.PreviewText(text))

@@ -16,7 +16,7 @@ from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, loadable_files, next_path
+from .saved_files import FILE_ENDING, changed_at, loadable_files, new_path, next_path
 from .sockets import IdentityWords, SubjectPictures, schema, show_text
 from .training import CHECKPOINT_FOLDER, LossMap, checkpointing_input, how_trained
 
@@ -210,8 +210,8 @@ class TrainIdentityWords(io.ComfyNode):
             checkpoint=checkpoint,
             progress=lambda done, total, loss, sample: bar.update_absolute(done, total),
         )
-        path = next_path(filename_prefix, f"{FILE_FOLDER}/identity")
-        words_of.save_identity_words(learned, path)
+        with new_path(filename_prefix, f"{FILE_FOLDER}/identity") as path:
+            words_of.save_identity_words(learned, path)
         for done in checkpoints:  # the file holds the result now
             with contextlib.suppress(OSError):
                 os.remove(done)

@@ -11,7 +11,7 @@ from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.step_embeddings import apply_step_embeddings
-from .saved_files import changed_at, loadable_files, next_path
+from .saved_files import changed_at, loadable_files, new_path
 from .sockets import Inversion, latent_samples, progress, schema, show_text
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
@@ -462,8 +462,8 @@ class SaveInversion(io.ComfyNode):
 
     @classmethod
     def execute(cls, inversion: ddim.Inversion, filename_prefix: str) -> io.NodeOutput:
-        path = next_path(filename_prefix, f"{FILE_FOLDER}/inversion")
-        ddim.save_inversion(inversion, path)
+        with new_path(filename_prefix, f"{FILE_FOLDER}/inversion") as path:
+            ddim.save_inversion(inversion, path)
         return io.NodeOutput(path, ui=ui.PreviewText(show_text(cls, path)))
 
 

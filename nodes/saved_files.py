@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import folder_paths
 
 from ..pipelines.errors import IdentityEditError
+from ..pipelines.files import CLAIMED
 
 FILE_ENDING = ".safetensors"
 IN_OUTPUT_FOLDER = " [output]"
@@ -37,6 +39,39 @@ def next_path(filename_prefix: str, example: str) -> str:
             f"make the output folder writable."
         ) from error
     return os.path.join(folder, f"{name}_{number:05}_{FILE_ENDING}")
+
+
+@contextlib.contextmanager
+def new_path(filename_prefix: str, example: str) -> Iterator[str]:
+    """`next_path`, kept for this process while the block writes the file.
+
+    Another server that saves into the same folder under the same prefix gets the next number, where both would write
+    the same file and one result would be lost.
+
+    Raises:
+        IdentityEditError: as `next_path` does.
+    """
+    while True:
+        path = next_path(filename_prefix, example)
+        claim = path + CLAIMED
+        try:
+            with open(claim, "x"):
+                pass
+        except FileExistsError:
+            continue  # the other one's number; ComfyUI counts the claim, so that the next is another
+        except OSError as error:
+            raise IdentityEditError(
+                f"filename_prefix '{filename_prefix}' cannot be written to ({error.strerror}); choose another folder, "
+                f"or make the output folder writable."
+            ) from error
+        if not os.path.exists(path):  # else the other one has written it since its number was asked for
+            break
+        os.remove(claim)
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(claim)
 
 
 def loadable_files(folder: str, without: str | None = None) -> list[str]:

@@ -18,7 +18,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
-from .saved_files import changed_at, loadable_files, model_folder_files, next_path, path_of
+from .saved_files import changed_at, loadable_files, model_folder_files, new_path, next_path, path_of
 from .sockets import StyleAttention, SubjectPictures, WPlus, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -250,8 +250,8 @@ class TrainStyleAttention(io.ComfyNode):
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps),
         )
-        path = next_path(filename_prefix, f"{FILE_FOLDER}/person")
-        files.save_style_attention(style, path)
+        with new_path(filename_prefix, f"{FILE_FOLDER}/person") as path:
+            files.save_style_attention(style, path)
         checkpoints.remove()
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         text = show_text(cls, _report(style, run, len(encoded), path))

@@ -17,7 +17,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, loadable_files, model_folder_files, next_path, path_of
+from .saved_files import FILE_ENDING, changed_at, loadable_files, model_folder_files, new_path, next_path, path_of
 from .sockets import Subject, SubjectPictures, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -233,8 +233,8 @@ class TrainSubjectEmbedding(io.ComfyNode):
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps + sampling_steps * updates_per_step),
         )
-        path = next_path(filename_prefix, f"{FILE_FOLDER}/subject")
-        subject_files.save_subject(subject, path)
+        with new_path(filename_prefix, f"{FILE_FOLDER}/subject") as path:
+            subject_files.save_subject(subject, path)
         checkpoints.remove()
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         text = show_text(cls, _report(subject, run, steps, path))

@@ -16,7 +16,7 @@ from ..pipelines import train_mcdm
 from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.training import TrainingRun, TrainingSettings
-from .saved_files import model_files, model_path, next_path
+from .saved_files import model_files, model_path, new_path, next_path
 from .sockets import schema, show_text
 from .training import LossMap, checkpointing_input, precision_input, training_progress
 
@@ -262,9 +262,9 @@ class TrainMCDM(io.ComfyNode):
             progress=training_progress(model, steps),
             encoding_progress=lambda done, total: bar.update_absolute(done, total),
         )
-        path = next_path(filename_prefix, EXAMPLE_PREFIX)
         of_clip, of_vae = (clip, vae) if file_contents == WHOLE else (None, None)
-        mcdms.save_mcdm(trained.mcdm, path, trained.model, of_clip, of_vae, trained.weights, file_dtype)
+        with new_path(filename_prefix, EXAMPLE_PREFIX) as path:
+            mcdms.save_mcdm(trained.mcdm, path, trained.model, of_clip, of_vae, trained.weights, file_dtype)
         with contextlib.suppress(OSError):  # the file holds its result now
             os.remove(train_mcdm.checkpoint_path(run_folder, trained))
         remove_encoded(trained.encoded)

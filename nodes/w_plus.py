@@ -15,7 +15,7 @@ from ..pipelines.face_pictures import as_colour
 from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
-from .saved_files import changed_at, loadable_files, next_path
+from .saved_files import changed_at, loadable_files, new_path
 from .sockets import WPlus, WPlusEncoder, schema, show_text
 
 FILE_FOLDER = "w_plus"
@@ -97,9 +97,9 @@ class SaveWPlusEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder: Encoder, filename_prefix: str) -> io.NodeOutput:
-        path = next_path(filename_prefix, f"{ENCODER_FOLDER}/encoder")
         name = encoder.name.rsplit(" (", 1)[0]
-        encoders.save_w_plus_encoder(path, encoder.network, encoder.average, name, encoder.training)
+        with new_path(filename_prefix, f"{ENCODER_FOLDER}/encoder") as path:
+            encoders.save_w_plus_encoder(path, encoder.network, encoder.average, name, encoder.training)
         show_text(cls, f"Saved as {path}")
         return io.NodeOutput(path)
 
@@ -255,8 +255,8 @@ class SaveWPlus(io.ComfyNode):
 
     @classmethod
     def execute(cls, w_plus: Styles, filename_prefix: str) -> io.NodeOutput:
-        path = next_path(filename_prefix, f"{FILE_FOLDER}/person")
-        styles_of.save_w_plus(w_plus, path)
+        with new_path(filename_prefix, f"{FILE_FOLDER}/person") as path:
+            styles_of.save_w_plus(w_plus, path)
         show_text(cls, f"Saved as {path}")
         return io.NodeOutput(path)
 

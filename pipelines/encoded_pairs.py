@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from .training import OneProcess, Processes, run_hash
 
 _AT_ONCE = 8
 """Pictures that are encoded in one call."""
+_LOCK_SECONDS = 0.5
+"""Between two looks at whether the waiting was cancelled."""
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,15 @@ def encode_pairs(
             ("tokens", "<f2", (vision.tokens, vision.width)),
         ]
     )
-    if processes.index == 0 and not os.path.exists(path):
-        _write(pairs, (height, width), vae, clip_vision, path, layout, progress)
+    records = None
+    if processes.index == 0:
+        with _alone(path):
+            if not os.path.exists(path):
+                _write(pairs, (height, width), vae, clip_vision, path, layout, progress)
+            records = np.memmap(path, dtype=layout, mode="r")
     processes.wait()
     return EncodedPairs(
-        records=np.memmap(path, dtype=layout, mode="r"),
+        records=np.memmap(path, dtype=layout, mode="r") if records is None else records,
         source_prompts=[pair.source_prompt for pair in pairs],
         target_prompts=[pair.target_prompt for pair in pairs],
         vision=vision,
@@ -167,9 +173,40 @@ def encode_pairs(
 
 
 def remove_encoded(encoded: EncodedPairs) -> None:
-    """Delete the file of encoded pairs, where the system lets it."""
-    with contextlib.suppress(OSError):  # Windows keeps a file that is mapped
+    """Delete the file of encoded pairs, where the system lets it. A training that has mapped it keeps what it has."""
+    with contextlib.suppress(OSError), _alone(encoded.path):  # Windows keeps a file that is mapped
         os.remove(encoded.path)
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+    """Run the block while no other process of this machine is at the file of encoded pairs.
+
+    Two servers that train on the same pairs would both append to it. The lock is the operating system's and is gone
+    with a killed process; filelock comes with torch. Its empty file stays: to delete it while another one waits for it
+    would give two the lock.
+
+    Raises:
+        IdentityEditError: when the lock cannot be written.
+    """
+    from comfy import model_management  # not needed before a node runs
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(f"{path}.lock")
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        while not lock.is_locked:
+            model_management.throw_exception_if_processing_interrupted()
+            with contextlib.suppress(Timeout):
+                lock.acquire(timeout=_LOCK_SECONDS)
+    except OSError as error:
+        raise IdentityEditError(
+            f"The encoded pairs cannot be written to {path} ({error.strerror or error}); make its folder writable."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_picture(path: Path) -> torch.Tensor:

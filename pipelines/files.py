@@ -1,20 +1,61 @@
 """Files that are written whole or not at all: tensors as safetensors, with their description in the header.
 
 safetensors is used for both because it holds no code: nothing in such a file is ever executed.
+
+A process that is killed while it writes leaves a file under a temporary name, which no list of files shows. The next
+one that writes into the folder removes it, once it is so old that no living process can be writing it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import time
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from .errors import IdentityEditError
 
+CLAIMED = ".claimed.tmp"
+"""Behind the name of a file that a process is about to write."""
+ABANDONED_AFTER = 3600.0
+"""Seconds without a change after which something half written belongs to no living process."""
 _DESCRIPTION = "identity_edit"
+_TEMPORARY = re.compile(r"\.(claimed|[0-9a-f]{8})\.tmp$")
+
+
+@contextlib.contextmanager
+def written_whole(path: str) -> Iterator[str]:
+    """A temporary name beside `path`, which takes its place when the block ends well and is removed when it does not.
+
+    The folder is made when it is missing, and what killed processes left in it is removed. Raises OSError as the
+    system does.
+    """
+    path = os.path.abspath(path)
+    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        remove_abandoned(os.path.dirname(path))
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+
+
+def remove_abandoned(folder: str) -> None:
+    """Remove the temporary files of `written_whole` and the claims that have not changed for ABANDONED_AFTER."""
+    with contextlib.suppress(OSError):  # another process may be tidying up too, and nothing depends on it
+        for entry in os.scandir(folder):
+            if _TEMPORARY.search(entry.name) and entry.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_AFTER:
+                        os.remove(entry.path)
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
@@ -31,19 +72,14 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = f"{os.path.abspath(path)}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        os.makedirs(os.path.dirname(temporary), exist_ok=True)
-        save_file(_with_memory_of_their_own(tensors), temporary, metadata={_DESCRIPTION: json.dumps(description)})
-        os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            save_file(_with_memory_of_their_own(tensors), temporary, metadata={_DESCRIPTION: json.dumps(description)})
     except (OSError, SafetensorError) as error:
         raise IdentityEditError(
             f"The file {path} cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder, "
             f"or make room."
         ) from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def _with_memory_of_their_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

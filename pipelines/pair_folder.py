@@ -21,7 +21,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import time
@@ -34,13 +33,12 @@ from typing import Any
 import torch
 
 from .errors import IdentityEditError
+from .files import ABANDONED_AFTER, written_whole
 
 SOURCE, TARGET, DESCRIPTION = "source.png", "target.png", "pair.json"
 DATASET, INDEX, SHEET = "dataset.json", "index.jsonl", "contact_sheet.jpg"
 _NAME = re.compile(r"\d{6,}")
 _TEMPORARY = ".tmp"
-_ABANDONED_AFTER = 3600.0
-"""Seconds after which something half written belongs to no living process."""
 _MAY_DIFFER = ("count",)
 """Settings that change no pair: a dataset can be made longer."""
 
@@ -86,7 +84,7 @@ class PairFolder:
         for entry in entries:
             if entry.name.endswith(_TEMPORARY):
                 with suppress(FileNotFoundError):  # its process has just finished it
-                    if time.time() - entry.stat().st_mtime > _ABANDONED_AFTER:
+                    if time.time() - entry.stat().st_mtime > ABANDONED_AFTER:
                         shutil.rmtree(entry, ignore_errors=True)
             elif _NAME.fullmatch(entry.name):
                 try:
@@ -175,14 +173,8 @@ class PairFolder:
             entry.rename(place)
 
     def _write(self, file: Path, data: bytes) -> None:
-        temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}{_TEMPORARY}")
-        with _writing(self.path):
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(data)
-                os.replace(temporary, file)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with _writing(self.path), written_whole(str(file)) as temporary:
+            Path(temporary).write_bytes(data)
 
 
 def read_pair(folder: Path) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import IdentityEditError
+from .files import written_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -552,17 +552,10 @@ def _flat_picture(image: torch.Tensor) -> torch.Tensor:
 
 
 def _write_text(path: str, text: str) -> None:
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=os.path.dirname(path), suffix=".tmp", delete=False
-        ) as file:
-            temporary = file.name
+        with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.remove(temporary)
         raise IdentityEditError(
             f"The caption {path} cannot be written ({error.strerror}); make its folder writable, or do not save."
         ) from error

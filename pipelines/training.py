@@ -366,6 +366,8 @@ def _read_checkpoint(
     try:
         tensors, description = read_tensors(path, _CHECKPOINT)
     except IdentityEditError as error:
+        if not os.path.exists(path):  # a server that makes the same run has just finished it and removed this
+            return None
         raise IdentityEditError(f"{error} To train from the beginning, delete this checkpoint.") from error
     if description.get("run") != run or description["steps"] > steps:
         return None

@@ -143,6 +143,11 @@ class Server:
     def url(self) -> str:
         return f"http://{self.address}"
 
+    @property
+    def process_id(self) -> int | None:
+        """The running server's process id, for those who measure or signal it; None when it does not run."""
+        return self._process.pid if self._process is not None else None
+
     def start(self, timeout: float = 300.0) -> Server:
         """Start and wait until the server answers.
 

@@ -1,0 +1,223 @@
+"""Random valid graphs over all nodes of the pack and stock nodes on one server: each ends well or with one sentence.
+
+A graph may end with an error of the pack's class, or of a stock node by its own hand; anything else is a fault, and so
+is a server that dies or that afterwards draws another reference picture. `IDENTITY_EDIT_GRAPHS=200` runs as many
+graphs, else GRAPHS; `IDENTITY_EDIT_GRAPHS_SEED` draws others. With `IDENTITY_EDIT_GRAPHS_LOG=file.json` what became
+of every graph is written there.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cheap_workflows
+import hypothesis
+import pytest
+import random_graphs
+from api_client import ExecutionError, Prompt, ValidationError
+from engine import PACK_FOLDER
+from hypothesis import strategies
+
+if TYPE_CHECKING:
+    from identity_edit_pack.tests.conftest import RunningServer
+
+GRAPHS = 20
+GRAPHS_FOR_A_NODE = 2
+"""Hypothesis begins with the plainest graph of a node; from the second on they are random."""
+EVERY = 10
+"""Graphs between two reference pictures."""
+SHRINKS = 30
+"""Graphs that are run to make a failing one smaller."""
+ERROR = "IdentityEditError"
+BLOCKED = "ExecutionBlocked"
+
+
+@dataclasses.dataclass
+class Ended:
+    """How a graph ended: "finished", "refused" (before anything ran), "our error", "stock error", or "fault"."""
+
+    how: str
+    said: str = ""
+    node: str = ""
+
+
+class Graphs:
+    """Runs graphs on the server and keeps count."""
+
+    def __init__(self, server: RunningServer) -> None:
+        self.server = server
+        self.catalogue = random_graphs.Catalogue.of(server.client.object_info())
+        self.reference = cheap_workflows.reference_digest(server.client)
+        self.occurred: collections.Counter[str] = collections.Counter()
+        self.computed: collections.Counter[str] = collections.Counter()
+        self.ends: list[dict[str, Any]] = []
+        self.known: dict[str, Ended] = {}
+
+    def run(self, prompt: Prompt) -> Ended:
+        key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
+        if key not in self.known:
+            self.known[key] = self._run(prompt)
+            self.ends.append({**dataclasses.asdict(self.known[key]), "prompt": prompt})
+            if len(self.ends) % EVERY == 0:
+                self.check_reference()
+        return self.known[key]
+
+    def check_reference(self) -> None:
+        digest = cheap_workflows.reference_digest(self.server.client)
+        assert digest == self.reference, f"the reference picture changed within the last {EVERY} graphs"
+
+    def _run(self, prompt: Prompt) -> Ended:
+        classes = {key: node["class_type"] for key, node in prompt.items()}
+        self.occurred.update(set(classes.values()))
+        failure: dict[str, Any] = {}
+        started: list[str] = []
+
+        def listen(kind: str, data: dict[str, Any]) -> None:
+            if kind == "executing" and data["node"]:
+                started.append(data["node"])
+            elif kind == "execution_error":
+                failure.update(data)
+
+        try:
+            self.server.client.run(prompt, listen, timeout=300)
+        except ValidationError as error:
+            # The graph is valid by its types and ranges: only a node's own validate_inputs may refuse it.
+            return Ended("refused" if one_sentence(error.message) else "fault", str(error))
+        except ExecutionError:
+            return self._failed(failure, classes)
+        except TimeoutError as error:
+            self.server.client.interrupt()
+            return Ended("fault", str(error), classes.get(started[-1], "") if started else "")
+        finally:
+            assert self.server.process.is_running(), f"the server died:\n{self.server.process.log_tail()}"
+            failed = str(failure.get("node_id", ""))
+            self.computed.update({classes[number] for number in started if number in classes and number != failed})
+        return Ended("finished")
+
+    @staticmethod
+    def _failed(failure: dict[str, Any], classes: dict[str, str]) -> Ended:
+        said, node = failure["exception_message"].strip(), classes[str(failure["node_id"])]
+        if failure["exception_type"].split(".")[-1] == ERROR:
+            return Ended("our error" if one_sentence(said) else "fault", said, node)
+        if failure["exception_type"].split(".")[-1] == BLOCKED:  # an output that a node of the pack left out, and why
+            return Ended("our error" if one_sentence(said) else "fault", said, node)
+        through_the_pack = any(PACK_FOLDER in line for line in failure["traceback"])
+        trace = "".join(failure["traceback"][-3:])
+        if node.startswith(random_graphs.PREFIX) or through_the_pack:
+            return Ended("fault", f"{failure['exception_type']}: {said}\n{trace}", node)
+        return Ended("stock error", f"{failure['exception_type']}: {said}", node)
+
+
+def one_sentence(said: str) -> bool:
+    return "\n" not in said and said.endswith(".") and len(said) < 600
+
+
+def prepare(graphs: Graphs) -> None:
+    """Run the plain graph of every node that saves something, so that the loaders have files to offer."""
+    folder = graphs.server.process.base / "input" / "cat"
+    (folder / "test").mkdir(parents=True, exist_ok=True)
+    empty = {"width": 96, "height": 96, "batch_size": 1, "color": 0x996633}
+    drawn = graphs.server.run(
+        {
+            "1": {"class_type": "EmptyImage", "inputs": empty},
+            "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+        }
+    )
+    for name in ("cat", "test/cat"):
+        graphs.server.images(drawn, "2")[0].save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("a sks cat", encoding="utf-8")
+    for _ in range(2):  # what loads a file and saves it in another form joins in the second pass
+        before = set(graphs.catalogue.nodes)
+        for key in graphs.catalogue.of_the_pack():
+            if graphs.catalogue.nodes[key]["output_node"] and graphs.occurred[key] == 0:
+                graphs.run(random_graphs.build(graphs.catalogue, key, random_graphs.first_of))
+                graphs.occurred[key] += 1
+        graphs.catalogue = random_graphs.Catalogue.of(graphs.server.client.object_info())
+        if set(graphs.catalogue.nodes) == before:
+            break
+
+
+@pytest.fixture(scope="module")
+def graphs(server: RunningServer) -> Graphs:
+    prepared = Graphs(server)
+    prepare(prepared)
+    faults = [end for end in prepared.ends if end["how"] == "fault"]
+    assert not faults, json.dumps(faults, indent=1)
+    prepared.ends.clear()
+    prepared.occurred.clear()
+    prepared.computed.clear()
+    return prepared
+
+
+def look_for_a_fault(graphs: Graphs, target: str, count: int, seed: int) -> None:
+    """Run random graphs around one node; hypothesis makes one that fails smaller, within SHRINKS graphs."""
+    left: list[int] = []  # graphs that may still be run, once one has failed
+
+    @hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        report_multiple_bugs=False,
+    )
+    @hypothesis.seed(seed)
+    @hypothesis.given(strategies.data())
+    def ends_well(data: Any) -> None:
+        prompt = random_graphs.build(
+            graphs.catalogue, target, lambda options: data.draw(strategies.sampled_from(options))
+        )
+        key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
+        if left and key not in graphs.known:
+            if left[0] == 0:
+                return
+            left[0] -= 1
+        ended = graphs.run(prompt)
+        if ended.how == "fault":
+            left[:] = left or [SHRINKS]
+            pytest.fail(f"seed {seed}, {target}, at {ended.node}: {ended.said}\n{json.dumps(prompt, indent=1)}")
+
+    ends_well()
+
+
+def test_every_graph_ends_well_or_with_one_sentence(graphs: Graphs) -> None:
+    wanted = int(os.environ.get("IDENTITY_EDIT_GRAPHS", GRAPHS))
+    seed = int(os.environ.get("IDENTITY_EDIT_GRAPHS_SEED", "0"))
+    ours = graphs.catalogue.of_the_pack()
+    order = sorted(ours, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).hexdigest())
+    faults: list[str] = []
+    number = 0
+    while len(graphs.ends) < wanted:
+        target = order[number % len(order)]
+        try:
+            look_for_a_fault(graphs, target, GRAPHS_FOR_A_NODE, seed + number)
+        except pytest.fail.Exception as failure:
+            faults.append(str(failure))
+        number += 1
+    graphs.check_reference()
+    log = os.environ.get("IDENTITY_EDIT_GRAPHS_LOG")
+    if log:
+        write_log(Path(log), graphs)
+    assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults)
+    if wanted >= 2 * len(ours):
+        assert set(ours) <= set(graphs.occurred), set(ours) - set(graphs.occurred)
+
+
+def test_every_node_can_take_part(graphs: Graphs) -> None:
+    assert graphs.catalogue.left_out == {}
+
+
+def write_log(path: Path, graphs: Graphs) -> None:
+    """What became of the graphs, and how often each node of the pack occurred and was computed."""
+    ends = collections.Counter(end["how"] for end in graphs.ends)
+    nodes = {key: [graphs.occurred[key], graphs.computed[key]] for key in graphs.catalogue.of_the_pack()}
+    facts = {"graphs": len(graphs.ends), "ends": dict(ends), "occurred_and_computed": nodes, "runs": graphs.ends}
+    with contextlib.suppress(OSError):
+        path.write_text(json.dumps(facts, indent=1), encoding="utf-8")

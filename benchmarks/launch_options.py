@@ -155,8 +155,7 @@ def read_pictures(path: Path) -> Pictures:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    kept = RESULTS / f"{NAME}.json"
-    rows: list[dict[str, Any]] = json.loads(kept.read_text("utf-8"))["rows"] if kept.is_file() else []
+    rows = read_rows()
     # What is compared with comes first, and again where its pictures are gone.
     options = [PLAIN, *(option for option in arguments.option if option != PLAIN)]
     for option in options:
@@ -173,10 +172,16 @@ def measure(arguments: argparse.Namespace) -> None:
                     found = run_workflow(client, option, name, arguments)
                 row = {"option": option, "workflow": name, **found, "steps": arguments.steps}
                 row["commit"] = load_pack.source_commit()
-                rows = [r for r in rows if (r["option"], r["workflow"]) != (option, name)] + [row]
+                # Read again: another call may have added some meanwhile.
+                rows = [r for r in read_rows() if (r["option"], r["workflow"]) != (option, name)] + [row]
                 rows.sort(key=lambda r: (list(OPTIONS).index(r["option"]), r["workflow"]))
                 print(option, name, found, flush=True)
                 write_rows(rows)
+
+
+def read_rows() -> list[dict[str, Any]]:
+    kept = RESULTS / f"{NAME}.json"
+    return json.loads(kept.read_text("utf-8"))["rows"] if kept.is_file() else []
 
 
 def is_there(rows: list[dict[str, Any]], option: str, workflow: str, arguments: argparse.Namespace) -> bool:

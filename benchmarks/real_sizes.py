@@ -301,7 +301,10 @@ def measure(arguments: argparse.Namespace) -> None:
                     key = {"family": family, "row": group[number], "size": size_of(group[number], arguments)}
                     record = {**key, "dtype": arguments.dtype, **found}
                     record |= {"threads": arguments.threads, "commit": load_pack.source_commit()}
-                    rows = sorted([*(row for row in rows if place(row) != place(record)), record], key=place)
+                    others = [
+                        row for row in read_rows() if place(row) != place(record)
+                    ]  # another call may have added some
+                    rows = sorted([*others, record], key=place)
                     write_rows(rows)
                     print(family, *(record.get(part) for part in ("row", "result", "message", "seconds")), flush=True)
                     names = group[number + 1 :]  # those after a row at which the process ended

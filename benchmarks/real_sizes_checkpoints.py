@@ -1,0 +1,133 @@
+"""Checkpoints of full width with random weights, which the stock Load Checkpoint recognises: SD 1.5, SD 2.1 and SDXL.
+
+UNet, text encoders and VAE are ComfyUI's own classes, made on PyTorch's meta device for the names and shapes of their
+weights; the weights are drawn, of a size that keeps signals up, and stored in float16 as published checkpoints are.
+Beside them a CLIP vision of ViT-L/14's size. Import it after `load_pack.prepare_engine`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMON = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_temporal_attention": False,
+    "use_spatial_transformer": True,
+    "legacy": False,
+}
+SD1_AND_2 = {
+    **COMMON,
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "adm_in_channels": None,
+}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15": {**SD1_AND_2, "use_linear_in_transformer": False, "context_dim": 768},
+    "sd21": {**SD1_AND_2, "use_linear_in_transformer": True, "context_dim": 1024},
+    "sdxl": {
+        **COMMON,
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "use_linear_in_transformer": True,
+        "context_dim": 2048,
+        "adm_in_channels": 2816,
+        "num_classes": "sequential",
+    },
+}
+VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+TELLS_VELOCITY = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+"""ComfyUI takes an SD2 checkpoint for v-prediction when this weight's standard deviation is above 0.09."""
+
+
+def write_checkpoint(family: str, path: Path, seed: int = 0) -> None:
+    """Draw a checkpoint of a family of UNETS and write it."""
+    _write({name: tensor for name, tensor in _checkpoint(family).items() if tensor.numel()}, path, seed)
+
+
+def write_clip_vision(path: Path, seed: int = 0) -> None:
+    """Draw a CLIP vision of ViT-L/14's size, as Load CLIP Vision reads it."""
+    import comfy.clip_model
+    import comfy.clip_vision
+    import comfy.ops
+
+    config = json.loads(Path(comfy.clip_vision.__file__).with_name("clip_vision_config_vitl.json").read_text("utf-8"))
+    meta = torch.device("meta")
+    made = comfy.clip_model.CLIPVisionModelProjection(config, torch.float16, meta, comfy.ops.manual_cast)
+    _write(made.state_dict(), path, seed)
+
+
+def _checkpoint(family: str) -> dict[str, torch.Tensor]:
+    """Names and meta tensors of what a checkpoint holds."""
+    import comfy.ldm.models.autoencoder
+    import comfy.model_base
+    import comfy.sd1_clip
+    import comfy.sdxl_clip
+    import comfy.supported_models
+    import comfy.text_encoders.sd2_clip
+
+    meta = torch.device("meta")
+    config: Any
+    if family == "sdxl":
+        config, encoder = comfy.supported_models.SDXL(dict(UNETS[family])), comfy.sdxl_clip.SDXLClipModel
+    elif family == "sd21":
+        config, encoder = comfy.supported_models.SD20(dict(UNETS[family])), comfy.text_encoders.sd2_clip.SD2ClipModel
+    else:
+        config, encoder = comfy.supported_models.SD15(dict(UNETS[family])), comfy.sd1_clip.SD1ClipModel
+    config.unet_config.update(config.unet_extra_config)
+    config.set_inference_dtype(torch.float16, None)
+    model: Any
+    if family == "sdxl":
+        model = comfy.model_base.SDXL(config, device=meta)
+    else:
+        model = comfy.model_base.BaseModel(config, model_type=comfy.model_base.ModelType.EPS, device=meta)
+    with meta:
+        text = encoder(device=meta, dtype=torch.float16)
+        vae = comfy.ldm.models.autoencoder.AutoencoderKL(ddconfig=VAE, embed_dim=4)
+    return dict(model.state_dict_for_saving(text.state_dict(), vae.state_dict()))
+
+
+def _write(shapes: dict[str, torch.Tensor], path: Path, seed: int) -> None:
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: _drawn(name, tensor, generator) for name, tensor in shapes.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path)
+
+
+def _drawn(name: str, like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if name.endswith("position_ids"):
+        return torch.arange(like.shape[-1]).expand(like.shape).clone()
+    if name.endswith("logit_scale"):
+        return torch.full(like.shape, 4.6, dtype=torch.float16)
+    if name.endswith(TELLS_VELOCITY):
+        return 0.2 * torch.randn(like.shape, generator=generator).half()
+    if like.ndim > 1:
+        weight = torch.randn(like.shape, generator=generator)
+        return weight.mul_(like[0].numel() ** -0.5).half()
+    is_gain = name.endswith("weight")  # of a normalisation
+    return torch.full(like.shape, 1.0 if is_gain else 0.0, dtype=torch.float16)

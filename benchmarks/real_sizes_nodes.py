@@ -1,0 +1,525 @@
+"""What benchmarks/real_sizes.py runs: each node of the pack that touches a model, with the fewest steps it can take.
+
+A row is a function of `Models`, named in real_sizes.ROWS. What it needs beside its nodes (an inversion, a sampler) is
+the pack's or stock too. Import it after `load_pack.load_pack`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.samplers
+import torch
+from comfy_extras import nodes_custom_sampler as samplers
+from comfy_extras.nodes_model_advanced import ModelComputeDtype
+from identity_edit_pack.nodes import NODE_CLASSES
+from identity_edit_pack.pipelines import engine, mcdm
+from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
+from identity_edit_pack.pipelines.engine.vision import vision_tag
+from identity_edit_pack.pipelines.w_plus import WPlus
+
+import nodes as stock
+
+PREFIX = "IdentityEdit"
+PACK = {node.GET_SCHEMA().node_id: node for node in NODE_CLASSES}
+SOURCE_PROMPT, TARGET_PROMPT, CLASS_WORD = "a photo of a cat on a sofa", "a photo of a dog on a sofa", "cat"
+SAMPLING = "sampling with it"
+
+
+class NotFiniteError(Exception):
+    """A node gave NaN or infinite values."""
+
+
+@dataclass
+class Models:
+    """A loaded checkpoint of a family, and what rows do with it.
+
+    Attributes:
+        family: "sd15", "sd21" or "sdxl".
+        dtype: in which the UNet computes; float32 is ComfyUI's own choice on a CPU.
+        size: pixels of a picture's side.
+        seconds: by what ran.
+    """
+
+    family: str
+    dtype: str
+    size: int = 512
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.load(f"{self.family}.safetensors")
+
+    def load(self, file: str) -> None:
+        model, self.clip, self.vae = stock.CheckpointLoaderSimple().load_checkpoint(file)
+        short = {"bfloat16": "bf16", "float32": "fp32"}[self.dtype]
+        self.model = ModelComputeDtype().patch(model, short)[0]
+
+    def at_size(self, size: int) -> Models:
+        """The same models for another row."""
+        row = copy.copy(self)
+        row.size, row.seconds = size, {}
+        return row
+
+    def clip_vision(self) -> Any:
+        return stock.CLIPVisionLoader().load_clip("vision.safetensors")[0]
+
+    def prompt(self, text: str) -> Any:
+        return stock.CLIPTextEncode().encode(self.clip, text)[0]
+
+    def latent(self, width: int = 1, batch: int = 1) -> dict[str, Any]:
+        """A picture's latent; `width` pictures side by side."""
+        cells = self.size // 8
+        generator = torch.Generator().manual_seed(1)
+        return {"samples": torch.randn(batch, 4, cells, cells * width, generator=generator)}
+
+    def pictures(self, count: int, size: int | None = None) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(2)
+        side = size or self.size
+        coarse = torch.rand(count, 3, 8, 8, generator=generator)
+        return torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear").movedim(1, 3)
+
+    def mask(self, size: int | None = None) -> torch.Tensor:
+        side = size or self.size
+        mask = torch.zeros(1, side, side)
+        mask[:, side // 4 : -side // 4, side // 4 : -side // 4] = 1.0
+        return mask
+
+    def subject(self, size: int) -> Any:
+        """Two pictures, through the pack's own node, which takes lists."""
+        caption = f"a photo of a sks {CLASS_WORD}"
+        return self.run(
+            "SubjectPicturesFromImages",
+            images=[self.pictures(2, size)],
+            captions=[f"{caption}\n{caption} on a sofa"],
+            class_word=[CLASS_WORD],
+            token=["sks"],
+            add_token=[False],
+            masks=[self.mask(size).expand(2, -1, -1)],
+        )[0]
+
+    def inversion(self, steps: int = 1) -> Any:
+        return self.run(
+            "DDIMInversion",
+            model=self.model,
+            source=self.prompt(SOURCE_PROMPT),
+            latent=self.latent(),
+            steps=steps,
+        )[0]
+
+    def null_text(self, inversion: Any, **settings: Any) -> tuple[Any, ...]:
+        return self.run(
+            "NullTextOptimization",
+            model=self.model,
+            inversion=inversion,
+            source=self.prompt(SOURCE_PROMPT),
+            negative=self.prompt(""),
+            inner_steps=1,
+            checkpointing=True,
+            **settings,
+        )
+
+    def run(self, name: str, **inputs: Any) -> tuple[Any, ...]:
+        """A node's outputs; inputs that are not given have the schema's defaults."""
+        node = PACK[PREFIX + name]
+        schema = node.GET_SCHEMA()
+        defaults = {each.id: each.default for each in schema.inputs if getattr(each, "default", None) is not None}
+        begin = time.perf_counter()
+        outputs = node.execute(**{**defaults, **inputs}).args
+        self._add(schema.display_name, time.perf_counter() - begin)
+        check_finite(outputs, schema.display_name)
+        return tuple(outputs)
+
+    def sample(
+        self,
+        model: Any,
+        positive: Any = None,
+        latent: dict[str, Any] | None = None,
+        sigmas: torch.Tensor | None = None,
+        sampler: Any = None,
+        guider: Any = None,
+        negative: Any = None,
+        add_noise: bool = True,
+    ) -> torch.Tensor:
+        """The stock SamplerCustomAdvanced, one step of euler where nothing else is said."""
+        if guider is None:
+            guider = samplers.CFGGuider.execute(
+                model,
+                self.prompt(TARGET_PROMPT) if positive is None else positive,
+                self.prompt("") if negative is None else negative,
+                7.5,
+            ).args[0]
+        if sigmas is None:
+            sigmas = samplers.BasicScheduler.execute(model, "normal", 1, 1.0).args[0]
+        noise = (samplers.RandomNoise.execute(5) if add_noise else samplers.DisableNoise.execute()).args[0]
+        sampler = sampler or comfy.samplers.sampler_object("euler")
+        begin = time.perf_counter()
+        sampled = samplers.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent or self.latent())
+        self._add(SAMPLING, time.perf_counter() - begin)
+        check_finite(sampled.args, SAMPLING)
+        return sampled.args[0]["samples"]
+
+    def _add(self, what: str, seconds: float) -> None:
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+
+def check_finite(outputs: Iterable[Any], name: str) -> None:
+    """Raise NotFiniteError when a tensor among a node's outputs is not finite."""
+    for output in outputs:
+        for tensor in _tensors(output):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise NotFiniteError(f"{name} gave NaN or infinite values")
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        return [tensor for part in value.values() for tensor in _tensors(part)]
+    if isinstance(value, list | tuple):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
+
+
+def in_output_folder(path: str) -> str:
+    """The name under which a loader lists a file of the output folder."""
+    folder = Path(path).parent
+    return f"{folder.name}/{Path(path).name} [output]"
+
+
+def ddim_inversion(models: Models) -> None:
+    inversion = models.inversion()
+    path = models.run("SaveInversion", inversion=inversion)[0]
+    models.run("LoadInversion", model=models.model, file=in_output_folder(path))
+
+
+def edit_friendly(models: Models) -> None:
+    source = models.prompt(SOURCE_PROMPT)
+    inversion = models.run(
+        "EditFriendlyDDPMInversion",
+        model=models.model,
+        source=source,
+        latent=models.latent(),
+        steps=2,
+        negative=models.prompt(""),
+    )[0]
+    sampler, sigmas, start = models.run("EditFriendlyDDPMSampler", model=models.model, inversion=inversion, skip=0.5)
+    models.sample(models.model, latent=start, sigmas=sigmas, sampler=sampler, add_noise=False)
+
+
+def null_text(models: Models) -> None:
+    inversion = models.inversion()
+    model, negative, found, latent, _ = models.null_text(inversion)
+    models.sample(model, models.prompt(SOURCE_PROMPT), latent, found.sigmas, negative=negative, add_noise=False)
+
+
+def null_text_adaptive(models: Models) -> None:
+    models.null_text(models.inversion(), method="null-text optimization (adaptive)")
+
+
+def null_text_without_checkpointing(models: Models) -> None:
+    models.run(
+        "NullTextOptimization",
+        model=models.model,
+        inversion=models.inversion(),
+        source=models.prompt(SOURCE_PROMPT),
+        negative=models.prompt(""),
+        inner_steps=1,
+    )
+
+
+def negative_prompt_inversion(models: Models) -> None:
+    models.null_text(models.inversion(), method="negative-prompt inversion (fast)")
+
+
+def optimize_text_embedding(models: Models) -> None:
+    target = models.prompt(TARGET_PROMPT)
+    settings = {"model": models.model, "latent": models.latent(), "target": target, "steps": 1, "checkpointing": True}
+    optimized = models.run("OptimizeTextEmbedding", **settings)[0]
+    inversion = models.inversion(2)
+    prompts = {"source": models.prompt(SOURCE_PROMPT), "target": target, "ratio": 0.5, "optimized": optimized}
+    models.run(
+        "TimestepAwareTextInjectionSampler",
+        model=models.model,
+        inversion=inversion,
+        negative=models.prompt(""),
+        **prompts,
+    )
+
+
+def text_injection(models: Models) -> None:
+    inversion = models.inversion(2)
+    prompts = {
+        "model": models.model,
+        "sigmas": inversion.sigmas,
+        "source": models.prompt(SOURCE_PROMPT),
+        "target": models.prompt(TARGET_PROMPT),
+        "ratio": 0.5,
+    }
+    positive = models.run("TimestepAwareTextInjection", **prompts)[0]
+    start = {"samples": inversion.start_latent(models.model)}
+    models.sample(models.model, positive, start, inversion.sigmas, add_noise=False)
+
+
+def text_injection_model(models: Models) -> None:
+    sigmas = samplers.BasicScheduler.execute(models.model, "normal", 2, 1.0).args[0]
+    model, positive = models.run(
+        "TimestepAwareTextInjectionModel",
+        model=models.model,
+        sigmas=sigmas,
+        source=models.prompt(SOURCE_PROMPT),
+        target=models.prompt(TARGET_PROMPT),
+        ratio=0.5,
+    )
+    models.sample(model, positive, sigmas=sigmas)
+
+
+def identity_attention(models: Models) -> None:
+    model, found = models.run("IdentityAttention", model=models.model, clip=models.clip, identity_prompt=CLASS_WORD)
+    models.sample(model)
+    models.run("AttentionHeatmap", picture=models.pictures(1), identity_attention=found)
+
+
+def mask_blend(models: Models) -> None:
+    models.run(
+        "IdentityAwareMaskBlend",
+        model=models.model,
+        clip=models.clip,
+        inversion=models.inversion(),
+        source=models.prompt(SOURCE_PROMPT),
+        target=models.prompt(TARGET_PROMPT),
+        identity_prompt=CLASS_WORD,
+        negative=models.prompt(""),
+    )
+
+
+def segment_subject(models: Models) -> None:
+    models.run(
+        "SegmentSubject",
+        model=models.model,
+        clip=models.clip,
+        vae=models.vae,
+        pictures=models.pictures(1),
+        subject=CLASS_WORD,
+        timesteps="101",
+        longest_side=models.size,
+        sam="no model",
+        grounding_dino="no model",
+    )
+
+
+def training(models: Models) -> dict[str, Any]:
+    return {"model": models.model, "clip": models.clip, "vae": models.vae, "steps": 1, "precision": models.dtype}
+
+
+def identity_prior(models: Models) -> None:
+    subject = models.subject(models.size)
+    path = models.run("TrainIdentityPrior", **training(models), subject=subject)[5]
+    file = in_output_folder(path)
+    model, clip, prompt, _ = models.run("LoadIdentityPrior", model=models.model, clip=models.clip, file=file)
+    models.sample(model, stock.CLIPTextEncode().encode(clip, prompt)[0])
+    models.run("SaveIdentityPriorAsLoRA", file=file, rank=1)
+
+
+def subject_embedding(models: Models) -> None:
+    subject = models.subject(models.size)
+    settings = {"updates_per_step": 1, "sampling_steps": 1, "pictures": subject}
+    path = models.run("TrainSubjectEmbedding", **training(models), **settings)[3]
+    learned, name, _ = models.run("StepWiseEmbeddingLoader", file=in_output_folder(path))
+    model, positive, _ = models.run(
+        "ApplySubject", model=models.model, clip=models.clip, subject=learned, prompt=f"a photo of a {name}"
+    )
+    models.sample(model, positive)
+
+
+def subject_word(models: Models) -> None:
+    subject = models.subject(models.size)
+    settings = {"kind": "word", "updates_per_step": 0, "pictures": subject}
+    learned = models.run("TrainSubjectEmbedding", **training(models), **settings)[0]
+    models.run("SaveSubjectAsEmbedding", subject=learned, name=f"random_{models.family}", overwrite=True)
+    model, positive, _ = models.run(
+        "ApplySubject",
+        model=models.model,
+        clip=models.clip,
+        subject=learned,
+        prompt=f"a photo of a {subject.identity_prompt}",
+    )
+    models.sample(model, positive)
+
+
+def select_reference(models: Models) -> None:
+    models.run(
+        "SelectReference",
+        generated=models.pictures(1),
+        images=models.pictures(2),
+        masks=models.mask().expand(2, -1, -1),
+        generated_mask=models.mask(),
+        encoder="CLIP_VISION input",
+        clip_vision=models.clip_vision(),
+    )
+
+
+def reference_guidance(models: Models) -> None:
+    models.run(
+        "ReferenceGuidedNullTextOptimizer",
+        model=models.model,
+        positive=models.prompt(TARGET_PROMPT),
+        negative=models.prompt(""),
+        latent=models.latent(),
+        inversion=models.inversion(),
+        mask=models.mask(),
+        start_percent=0.0,
+        end_percent=1.0,
+        inner_steps=1,
+        checkpointing=True,
+    )
+
+
+def mutual_self_attention(models: Models) -> None:
+    inversion = models.inversion()
+    model = models.run(
+        "MutualSelfAttention",
+        model=models.model,
+        inversion=inversion,
+        source=models.prompt(SOURCE_PROMPT),
+        start_step=0.0,
+        source_mask=models.mask(),
+        target_mask=models.mask(),
+    )[0]
+    start = {"samples": inversion.start_latent(models.model)}
+    models.sample(model, latent=start, sigmas=inversion.sigmas, add_noise=False)
+
+
+def prompt_to_prompt(models: Models) -> None:
+    model, positive = models.run(
+        "PromptToPrompt",
+        model=models.model,
+        clip=models.clip,
+        source_prompt=SOURCE_PROMPT,
+        target_prompt=TARGET_PROMPT,
+        blend_words="cat dog",
+        blend_start=0.0,
+        reweight="dog: 2",
+    )
+    models.sample(model, positive)
+
+
+def replace_subject(models: Models) -> None:
+    found = models.null_text(models.inversion(), method="negative-prompt inversion (fast)")[2]
+    models.run(
+        "ReplaceSubject",
+        model=models.model,
+        clip=models.clip,
+        inversion=found,
+        source_prompt=SOURCE_PROMPT,
+        target_prompt=TARGET_PROMPT,
+        local_blend=True,
+        guidance_scale=7.5,
+    )
+
+
+def pair_guider(models: Models) -> None:
+    guider = models.run(
+        "PairGuider",
+        model=models.model,
+        shared=models.prompt("the same cat on the left and right"),
+        source=models.prompt(SOURCE_PROMPT),
+        target=models.prompt(TARGET_PROMPT),
+        negative=models.prompt(""),
+    )[0]
+    models.sample(models.model, latent=models.latent(width=2), guider=guider)
+
+
+def generate_pairs(models: Models) -> None:
+    models.run(
+        "GeneratePairs",
+        model=models.model,
+        clip=models.clip,
+        vae=models.vae,
+        sampler=comfy.samplers.sampler_object("euler"),
+        sigmas=samplers.BasicScheduler.execute(models.model, "normal", 1, 1.0).args[0],
+        count=1,
+        width=models.size,
+        height=models.size,
+        folder=f"pairs/{models.family}",
+        smallest_similarity=0.01,
+        attempts=1,
+        clip_vision=models.clip_vision(),
+    )
+
+
+def identity_words(models: Models) -> None:
+    subject, vision = models.subject(models.size), models.clip_vision()
+    settings = {"pictures": subject, "clip_vision": vision, "batch_size": 1}
+    path = models.run("TrainIdentityWords", **training(models), **settings)[2]
+    words = models.run("LoadIdentityWords", file=in_output_folder(path))[0]
+    seen = stock.CLIPVisionEncode().encode(vision, models.pictures(1), "none")[0]
+    positive = models.run(
+        "ApplyIdentityWords",
+        clip=models.clip,
+        identity_words=words,
+        clip_vision_output=seen,
+        prompt=f"a photo of a {CLASS_WORD}",
+    )[0]
+    models.sample(models.model, positive)
+
+
+def mcdm_editing(models: Models) -> None:
+    """With the file of an MCDM that was not trained: the checkpoint's weights, and an image embedding as it begins."""
+    vision = models.clip_vision()
+    cells = models.size // 8
+    edit_model = as_edit_model(models.model)
+    generator = torch.Generator().manual_seed(3)
+    embedding = mcdm.new_embedding(edit_model, vision, (4, cells, cells), generator, mcdm.IMAGE_TOKENS)
+    begun = mcdm.MCDM(embedding, vision_tag(vision), engine.model_tag(edit_model), (4, cells, cells), {})
+    file = f"mcdm_{models.family}.safetensors"
+    path = stock.folder_paths.folder_names_and_paths["checkpoints"][0][0]
+    mcdm.save_mcdm(begun, str(Path(path) / file), edit_model, models.clip, models.vae, {}, "float16")
+    del edit_model
+    models.load(file)
+    positive, negative, source, latent, _ = models.run(
+        "MCDMConditioner",
+        model=models.model,
+        clip=models.clip,
+        clip_vision=vision,
+        vae=models.vae,
+        picture=models.pictures(1),
+        file=file,
+        target_prompt=TARGET_PROMPT,
+        source_prompt=SOURCE_PROMPT,
+    )
+    shared = {"model": models.model, "source": source}
+    mask = models.run("MCDMEditMask", target=positive, latent=latent, seeds=1, steps=2, noise_steps=1, **shared)[0]
+    guider = models.run("MCDMGuider", positive=positive, negative=negative, mask=models.mask(), **shared)[0]
+    models.sample(models.model, guider=guider, latent=latent)
+    if mask.shape[1:] != (models.size, models.size):
+        raise AssertionError(f"the mask is {tuple(mask.shape)}")
+
+
+def diffedit(models: Models) -> None:
+    source, target = models.prompt(SOURCE_PROMPT), models.prompt(TARGET_PROMPT)
+    shared = {"model": models.model, "target": target}
+    models.run("MCDMEditMask", source=source, latent=models.latent(), seeds=1, steps=2, noise_steps=1, **shared)
+    inversion, negative = models.inversion(), models.prompt("")
+    settings = {"negative": negative, "mask": models.mask(), "encoding_ratio": 1.0}
+    models.run("DiffEdit", inversion=inversion, **settings, **shared)
+
+
+def style_attention(models: Models) -> None:
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(2, 18, 512, generator=generator)
+    person = WPlus(rows, torch.zeros(18, 512), "random")
+    settings = {"pictures": models.subject(models.size), "w_plus": person, "batch_size": 1}
+    path = models.run("TrainStyleAttention", **training(models), **settings)[3]
+    loaded = models.run("LoadStyleAttention", file=in_output_folder(path))[0]
+    one = WPlus(rows[:1], torch.zeros(18, 512), "random")
+    model = models.run("ApplyStyleCrossAttention", model=models.model, style_attention=loaded, w_plus=one)[0]
+    models.sample(model)
+
+
+def plain(models: Models) -> None:
+    models.sample(models.model)

@@ -102,9 +102,9 @@ def test_a_method_says_what_it_lacks(tmp_path: Path):
         return EditCase("one", "", tmp_path / "one.png", "a cat", "a dog", **changes)
 
     settings = edit_methods.MethodSettings()
-    assert edit_methods.METHODS["lipe"].lacks(case(), settings) == ("references",)
+    assert edit_methods.METHODS["lipe"].lacks(case(), settings) == ("references", "class word")
     known = case(references=(tmp_path / "two.png",), subject_word="sks", class_word="cat")
     assert edit_methods.METHODS["lipe"].lacks(known, settings) == ()
-    assert edit_methods.METHODS["mcdm"].lacks(known, settings) == ("mcdm",)
+    assert edit_methods.METHODS["mcdm"].lacks(known, settings) == ("mcdm", "instruction")
     assert edit_methods.METHODS["reference-masactrl"].lacks(known, settings) == ("masactrl",)
     assert set(edit_methods.SAME_ALGORITHM) | set(edit_methods.SAME_ALGORITHM.values()) <= set(edit_methods.METHODS)

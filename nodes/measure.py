@@ -384,11 +384,12 @@ def _few_pictures(edited: int, others: int) -> str | None:
 
 
 def _or_blocked(means: dict[str, float], name: str) -> Any:
+    """A mean, or what keeps nodes behind an output that has none from running, without an error."""
     if name in means:
         return means[name]
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    return ExecutionBlocker(f"{name} was not computed; choose its network in Score Edit, and write its prompts.")
+    return ExecutionBlocker(None)
 
 
 NODES: list[type[io.ComfyNode]] = [ReconstructionCheck, ScoreEdit]

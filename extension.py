@@ -6,6 +6,7 @@ subjects, of style attentions, of encoders of W+, of face networks, of backgroun
 and the help pages; nothing else.
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -27,7 +28,17 @@ class IdentityEditExtension(ComfyExtension):
         return NODE_CLASSES
 
 
+def warn_of_another_copy() -> None:
+    """ComfyUI lets the pack that comes last replace the nodes of the first, and says nothing about it."""
+    here = Path(__file__).parent
+    for folder in map(Path, folder_paths.get_folder_paths("checkpoints")):
+        other = folder.parent.parent
+        if folder.parts[-2:] == ("demo_world", "weights") and other != here:
+            logging.warning(f"ComfyUI-IdentityEdit is loaded twice, from {other} and from {here}: remove one of them.")
+
+
 async def comfy_entrypoint() -> IdentityEditExtension:
+    warn_of_another_copy()
     demo_world = Path(__file__).parent / "demo_world"
     folder_paths.add_model_folder_path("checkpoints", str(demo_world / "weights"))
     folder_paths.add_model_folder_path("controlnet", str(demo_world / "control"))

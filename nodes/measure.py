@@ -335,7 +335,7 @@ class ScoreEdit(io.ComfyNode):
             )
         others = source if references is None else references
         warning = _few_pictures(len(edited), len(others)) if inception != NONE else None
-        text = show_text(cls, score_report.score_table(scores), warning)
+        text = show_text(cls, score_report.score_table(scores, rule), warning)
         means = {score.name: score.mean for score in scores}
         return io.NodeOutput(
             text,

@@ -1,0 +1,115 @@
+"""One edit to be made, whatever dataset it comes from.
+
+Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from identity_edit_pack.pipelines.errors import IdentityEditError
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+@dataclass(frozen=True)
+class EditCase:
+    """A picture and what is to become of it. Files are read when asked for, so that listing thousands costs little.
+
+    Attributes:
+        name: unique in its dataset, usable as a file name.
+        group: the dataset's own kind of edit ("pose", "3_delete_object"), or the subject; "" without.
+        picture: the source picture's file.
+        source_prompt: what it shows; "" where the dataset does not say.
+        target_prompt: what the edited picture shows. Prompts call a subject by its class word; `named` adds the token.
+        instruction: the edit as an instruction, for InstructPix2Pix.
+        mask: a picture, white where the edit may change something.
+        target: the true edit, where the dataset knows it (the demo world does).
+        references: other pictures of the subject, each with a caption in a .txt beside it or without.
+        subject_word: the rare token that names the subject ("sks").
+        class_word: what the subject is ("dog").
+    """
+
+    name: str
+    group: str
+    picture: Path
+    source_prompt: str
+    target_prompt: str
+    instruction: str = ""
+    mask: Path | None = None
+    target: Path | None = None
+    references: tuple[Path, ...] = ()
+    subject_word: str = ""
+    class_word: str = ""
+
+    def load_picture(self, size: int) -> torch.Tensor:
+        """[1, size, size, 3] in [0, 1]; see `load_square`."""
+        return load_square(self.picture, size)
+
+    def load_target(self, size: int) -> torch.Tensor | None:
+        """The true edit [1, size, size, 3] in [0, 1], or None."""
+        return None if self.target is None else load_square(self.target, size)
+
+    def load_mask(self, size: int) -> torch.Tensor | None:
+        """[1, size, size], 1 where the edit may change the picture and 0 elsewhere, or None."""
+        if self.mask is None:
+            return None
+        mask = load_square(self.mask, size, Image.Resampling.NEAREST)
+        return (mask.mean(-1) >= 0.5).float()
+
+    def load_references(self, size: int) -> list[torch.Tensor]:
+        """Each [size, size, 3] in [0, 1]."""
+        return [load_square(path, size)[0] for path in self.references]
+
+    def named(self) -> EditCase:
+        """The same edit for a method that has learned the subject: "a sks dog in the snow" for "a dog in the snow"."""
+        if not (self.subject_word and self.class_word):
+            return self
+        prompts = {
+            name: with_token(getattr(self, name), self.subject_word, self.class_word)
+            for name in ("source_prompt", "target_prompt")
+        }
+        return dataclasses.replace(self, **prompts)
+
+
+def with_token(prompt: str, token: str, class_word: str) -> str:
+    """The prompt with the token before the first class word; as it is where it holds the token or no class word."""
+    if re.search(rf"\b{re.escape(token)}\b", prompt):
+        return prompt
+    return re.sub(rf"\b{re.escape(class_word)}\b", f"{token} {class_word}", prompt, count=1)
+
+
+def load_square(path: Path, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> torch.Tensor:
+    """A picture's centre square, resized: [1, size, size, 3] in [0, 1].
+
+    As the code of PIE-Bench (utils.py, `load_512`) and diffusers' training script of DreamBooth do; both resize with
+    Pillow's bicubic filter, and the latter also turns pictures as their cameras say.
+
+    Raises:
+        IdentityEditError: when the file is missing or holds no picture.
+    """
+    try:
+        with Image.open(path) as opened:
+            picture = ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError as error:
+        raise IdentityEditError(f"The picture {path} is missing; download the dataset again.") from error
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise IdentityEditError(f"{path} cannot be read as a picture; download the dataset again.") from error
+    side = min(picture.size)
+    left, top = ((length - side) // 2 for length in picture.size)
+    square = picture.crop((left, top, left + side, top + side)).resize((size, size), resampling)
+    return torch.from_numpy(np.array(square)).float()[None] / 255
+
+
+def save_picture(picture: torch.Tensor, path: Path) -> Path:
+    """Write a picture [H, W, 3] in [0, 1] as PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    pixels = (picture.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    Image.fromarray(pixels).save(temporary, "PNG")
+    temporary.replace(path)
+    return path

@@ -160,15 +160,21 @@ def regularisation_set(base: Checkpoint, species: str, seed: int) -> TrainingPic
     return encode_pictures(base.vae, list(base.vae.decode(latents).cpu()), prompts)
 
 
-def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: bool, seed: int) -> TrainingPictures:
-    """The references with editing-oriented captions, or with "a sks cat" alone (DreamBooth, Ruiz et al. 2023)."""
+def references(subject: Attributes, name: str, detailed: bool, seed: int) -> list[tuple[torch.Tensor, str]]:
+    """Pictures [128, 128, 3] of a subject with editing-oriented captions, or with "a sks cat" alone (DreamBooth, Ruiz
+    et al. 2023)."""
     generator = random.Random(f"lipe references {seed} {subject.identity}")
-    pictures, captions = [], []
+    found = []
     for index in range(REFERENCES):
         attributes = as_subject(subject, generator)
         picture, _ = render(attributes, EVALUATION_SEED + generator.randrange(1 << 32))
-        pictures.append(torch.from_numpy(picture.copy()).float() / 255)
-        captions.append(caption_with(attributes, name, index % CAPTION_TEMPLATES) if detailed else f"a {name}")
+        text = caption_with(attributes, name, index % CAPTION_TEMPLATES) if detailed else f"a {name}"
+        found.append((torch.from_numpy(picture.copy()).float() / 255, text))
+    return found
+
+
+def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: bool, seed: int) -> TrainingPictures:
+    pictures, captions = zip(*references(subject, name, detailed, seed), strict=True)
     with torch.no_grad():
         return encode_pictures(base.vae, pictures, captions)
 

@@ -46,10 +46,10 @@ import comfy.sd  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy.linalg  # noqa: E402
 import torch  # noqa: E402
-from edits import Pair, embed, mean_psnr, render_pair, save_sheet  # noqa: E402
+from edits import Pair, composite, embed, mean_psnr, render_pair, save_sheet  # noqa: E402
 from identity_edit_pack.demo_world import family  # noqa: E402
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF, caption, random_attributes  # noqa: E402
-from identity_edit_pack.demo_world.classifier import classify, load_classifier  # noqa: E402
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier  # noqa: E402
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
 from identity_edit_pack.pipelines import mcdm  # noqa: E402
@@ -163,12 +163,6 @@ def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int) -> tor
     return composite(pictures, parts.vae.decode(result.latent), mask)
 
 
-def composite(pictures: torch.Tensor, edited: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The source's own pixels outside of the mask, as the stock ImageCompositeMasked does it."""
-    m = torch.nn.functional.interpolate(mask[:, None], size=pictures.shape[1:3], mode="bilinear")[:, 0, ..., None]
-    return edited * m + pictures * (1.0 - m)
-
-
 def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
     """All four; the mask and what is seen of the pictures are made once."""
     model, pictures = parts.edit_model, torch.stack([pair.before for pair in pairs])
@@ -233,17 +227,10 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(of_a + of_b - 2 * np.real(root)))
 
 
-def score(pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
-    classifier = load_classifier()
+def score_each(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    """For each pair: whether the classifier sees the edit done and the identity kept, SSIM against the true edit, and
+    PSNR against the source where the true edit changes nothing."""
     answers = classify(classifier, pictures)
-    truths = torch.stack([pair.after for pair in pairs])
-    distances, ours, theirs = [], [], []
-    with torch.no_grad():
-        for some, true in zip(pictures.split(32), truths.split(32), strict=True):
-            (maps, own), (true_maps, their) = features(classifier, some), features(classifier, true)
-            distances.append(feature_distances(maps, true_maps))
-            ours.append(own)
-            theirs.append(their)
     rows = []
     for index, (picture, pair) in enumerate(zip(pictures, pairs, strict=True)):
         sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
@@ -261,6 +248,20 @@ def score(pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
                 "psnr_outside_db": mean_psnr(picture[same], pair.before[same]),
             }
         )
+    return rows
+
+
+def score(pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
+    classifier = load_classifier()
+    truths = torch.stack([pair.after for pair in pairs])
+    distances, ours, theirs = [], [], []
+    with torch.no_grad():
+        for some, true in zip(pictures.split(32), truths.split(32), strict=True):
+            (maps, own), (true_maps, their) = features(classifier, some), features(classifier, true)
+            distances.append(feature_distances(maps, true_maps))
+            ours.append(own)
+            theirs.append(their)
+    rows = score_each(classifier, pictures, pairs)
     names = [*rows[0], *(name for name in rows[1] if name not in rows[0])]
     means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     frechet = frechet_distance(*(torch.cat(each).double().numpy() for each in (ours, theirs)))

@@ -1,0 +1,444 @@
+"""How does the pack compare with what else there is? `.venv/bin/python benchmarks/peers.py --community C --masactrl M`.
+
+The pack's methods, ComfyUI's stock nodes, diffusers' pipelines, those of its community and the authors' own code edit
+the same pictures with the same weights in float32, the same number of steps, guidance scale and seed.
+
+- Figures: non-rigid edits (pose, expression, view) of subjects that the demo checkpoint has never seen, as in
+  `lipe_edit.py`. Every method is told the whole caption, but for LIPE, which learns the subject from four pictures and
+  is told its rare token and class word alone.
+- Portraits: the edits that the demo MCDM has learned, as in `portrait_edit.py`. MCDM and InstructPix2Pix, which run on
+  the same eight-channel checkpoint, are told the edit's words, the others the whole caption.
+
+The renderer knows the true edit. Scores: share of edits that the attribute classifier sees done; share of pictures of
+which it sees the identity kept; both; PSNR against the source outside of what the true edit changes (figures: outside
+of the subject); SSIM against the true edit. Time and network evaluations are those of a method alone, with all that it
+needs; what is learned once for a subject is given apart. Two implementations of the same algorithm are compared with
+one another.
+`--community` is a folder with diffusers' examples/community, `--masactrl` a checkout of MasaCtrl's code; without one of
+them its methods are left out. With `--keep` a run that was stopped goes on, and `--only-kept` reports what it has.
+Writes benchmarks/results/peers.json, .md, .jpg (figures) and peers_portraits.jpg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import edits  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import lipe_edit  # noqa: E402
+import numpy as np  # noqa: E402
+import portrait_edit  # noqa: E402
+import torch  # noqa: E402
+from edit_cases import EditCase, save_picture  # noqa: E402
+from edit_methods import (  # noqa: E402
+    METHODS,
+    SAME_ALGORITHM,
+    SUBJECT,
+    Checkpoint,
+    MethodSettings,
+    load_checkpoint,
+    measured,
+)
+from edits import Pair  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import Attributes, caption  # noqa: E402
+from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
+from report import RESULTS, write_results  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+SIZE = 128
+TOKEN = "sks"
+SLOW = ("community-imagic",)
+PORTRAITS = (
+    "img2img", "diffusers-img2img", "sdedit", "ddim", "negative-prompt", "diffedit", "diffusers-diffedit",
+    "instruct-pix2pix", "diffusers-instruct-pix2pix", "mcdm",
+)  # fmt: skip
+FIGURES = tuple(name for name, method in METHODS.items() if "mcdm" not in method.needs)
+REASONS = {
+    "img2img": "ComfyUI ends at noise level 0, diffusers' scheduler at that of the first timestep.",
+    "instruct-pix2pix": "ComfyUI scales the first noise by sigma, diffusers by one, and the ends differ as above.",
+    "diffedit": (
+        "diffusers guides the two predictions whose difference makes the mask: twice the evaluations, and the same "
+        "mask but for a factor that the threshold divides out. It blends each step's result with the inverted latent "
+        "of the step before, so that noise is left outside of the mask; the pack blends with that of the same level. "
+        "It inverts only as far as the edit goes back, the pack's node the whole way. The noise differs."
+    ),
+    "masactrl": (
+        "The same picture to rounding. The reference evaluates the source in its first steps too, where nothing looks "
+        "at it, and guides it; the pack's source follows the inversion."
+    ),
+    "null-text-7.5": (
+        "The same picture to rounding. The community's pipeline computes gradients of all weights, and evaluates both "
+        "sides once more at the end of each step."
+    ),
+}
+"""Why two implementations of the same algorithm differ."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A picture to edit, as every method but those that learn the subject is told, as these are, and the truth."""
+
+    case: EditCase
+    named: EditCase
+    pair: Pair
+
+
+def figure_tasks(count: int, folder: Path, seed: int) -> list[Task]:
+    """The three kinds of edit of one subject after the other."""
+    kinds = len(lipe_edit.EDITED)
+    tasks: list[Task] = []
+    for number, subject in enumerate(lipe_edit.draw_subjects(-(-count // kinds), seed)):
+        references = write_references(subject, folder / f"subject {number}", seed)
+        for pair in lipe_edit.draw_pairs(subject, kinds, seed):
+            name = f"figure {len(tasks):02}"
+            case = EditCase(
+                name=name,
+                group=pair.edited,
+                picture=save_picture(pair.before, folder / f"{name}.png"),
+                source_prompt=caption(pair.source),
+                target_prompt=caption(pair.target),
+                target=save_picture(pair.after, folder / f"{name} edited.png"),
+                references=references,
+                subject_word=TOKEN,
+                class_word=subject.species,
+            )
+            by_token = f"{TOKEN} {subject.species}"
+            named = dataclasses.replace(
+                case,
+                source_prompt=lipe_edit.caption_with(pair.source, by_token),
+                target_prompt=lipe_edit.caption_with(pair.target, by_token),
+            )
+            tasks.append(Task(case, named, pair))
+    return tasks[:count]
+
+
+def write_references(subject: Attributes, folder: Path, seed: int) -> tuple[Path, ...]:
+    """Four pictures of a subject, each with its editing-oriented caption beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for index, (picture, text) in enumerate(lipe_edit.references(subject, f"{TOKEN} {subject.species}", True, seed)):
+        paths.append(save_picture(picture, folder / f"{index}.png"))
+        paths[-1].with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    return tuple(paths)
+
+
+def portrait_tasks(count: int, folder: Path, seed: int) -> list[Task]:
+    tasks = []
+    for index in range(count):
+        pair, name = portrait_edit.draw_pair(seed, index), f"portrait {index:02}"
+        case = EditCase(
+            name=name,
+            group=pair.edited,
+            picture=save_picture(pair.before, folder / f"{name}.png"),
+            source_prompt=caption(pair.source),
+            target_prompt=caption(pair.target),
+            instruction=portrait_edit.edit_words(pair)[1],
+            target=save_picture(pair.after, folder / f"{name} edited.png"),
+            class_word="person",
+        )
+        tasks.append(Task(case, case, pair))
+    return tasks
+
+
+@dataclass(frozen=True)
+class Made:
+    """An edited picture [128, 128, 3] in [0, 1], what it cost, and what learning its subject did."""
+
+    picture: torch.Tensor
+    seconds: float
+    evaluations: int
+    subject_seconds: float
+
+
+def make(name: str, task: Task, checkpoint: Checkpoint, settings: MethodSettings) -> Made:
+    method, work = METHODS[name], settings.work
+    case = task.named if "references" in method.needs else task.case
+    work.begin()
+    with measured() as own:
+        picture = method.edit(checkpoint, case, settings)
+    cost = work.edit_cost(own)
+    return Made(picture[0].clamp(0, 1), cost.seconds, cost.evaluations, work.used[SUBJECT].seconds)
+
+
+def kept_or_made(path: Path, make_it: Callable[[], Made]) -> Made:
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            said = file.metadata()
+            picture = file.get_tensor("picture")
+        return Made(picture, float(said["seconds"]), int(said["evaluations"]), float(said["subject_seconds"]))
+    made = make_it()
+    said = {name: str(getattr(made, name)) for name in ("seconds", "evaluations", "subject_seconds")}
+    temporary = path.with_suffix(".tmp")
+    save_file({"picture": made.picture.contiguous()}, temporary, metadata=said)
+    temporary.replace(path)
+    return made
+
+
+def edit_all(
+    names: tuple[str, ...], tasks: list[Task], checkpoint: Checkpoint, settings: MethodSettings, folder: Path,
+    only_kept: bool,
+) -> Iterator[tuple[str, int, Made]]:  # fmt: skip
+    """(method, number of the task, what it made), one task after the other."""
+    for number, task in enumerate(tqdm(tasks, unit="picture")):
+        for name in names:
+            path = folder / f"{name} {task.case.name}.safetensors"
+            if METHODS[name].lacks(task.named, settings) or (only_kept and not path.exists()):
+                continue
+            yield name, number, kept_or_made(path, lambda: make(name, task, checkpoint, settings))  # noqa: B023
+        settings.work.forget("case")
+
+
+def warm_up(task: Task, checkpoint: Checkpoint, settings: MethodSettings) -> None:
+    """Load the networks and let the libraries prepare themselves before anything is measured."""
+    for name in ("img2img", "diffusers-img2img"):
+        make(name, task, checkpoint, dataclasses.replace(settings, steps=2))
+
+
+Results = dict[str, dict[int, Made]]
+Score = Callable[[torch.Tensor, list[Pair]], list[dict[str, Any]]]
+
+
+def rows_of(results: Results, tasks: list[Task], score: Score) -> dict[str, dict[str, Any]]:
+    report: dict[str, dict[str, Any]] = {}
+    for name, made in results.items():
+        pairs = [tasks[number].pair for number in made]
+        scored = score(torch.stack([one.picture for one in made.values()]), pairs)
+        report[name] = {
+            "implementation": METHODS[name].implementation if name in METHODS else "",
+            "description": METHODS[name].description if name in METHODS else "",
+            "cases": len(made),
+            **{key: float(np.mean([row[key] for row in scored])) for key in scored[0]},
+            "seconds": statistics.median(one.seconds for one in made.values()),
+            "evaluations": statistics.median(one.evaluations for one in made.values()),
+            "subject_seconds": statistics.median(one.subject_seconds for one in made.values()),
+        }
+    return report
+
+
+def score_figures(pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    rows = edits.score_each(load_classifier(), pictures, pairs)
+    names = {"edit_done_and_identity_kept": "both", "background_psnr_db": "psnr_db", "ssim_to_true_edit": "ssim"}
+    return [
+        {names.get(key, key): value for key, value in row.items() if key != "psnr_to_source_db"} for row in rows
+    ]
+
+
+def score_portraits(pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    rows = portrait_edit.score_each(load_classifier(), pictures, pairs)
+    kept = ("edit_done", "identity_kept", "both", "ssim")
+    return [{**{key: row[key] for key in kept}, "psnr_db": row["psnr_outside_db"]} for row in rows]
+
+
+def table(report: dict[str, dict[str, Any]], shown: str) -> list[str]:
+    lines = [
+        f"| method | implementation | edit done | identity kept | both | {shown} PSNR | SSIM to true edit | "
+        "seconds | evaluations | pictures |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, row in report.items():
+        time = f"{row['seconds']:.1f}" if row["implementation"] else ""
+        if row["subject_seconds"]:
+            time += f" + {row['subject_seconds']:.0f} for the subject"
+        count = f"{row['evaluations']:.0f}" if row["implementation"] else ""
+        lines.append(
+            f"| {name} | {row['implementation']} | {row['edit_done']:.2f} | {row['identity_kept']:.2f} | "
+            f"{row['both']:.2f} | {row['psnr_db']:.1f} dB | {row['ssim']:.3f} | {time} | {count} | {row['cases']} |"
+        )
+    return lines
+
+
+def same_algorithm(results: Results, report: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Two implementations of one algorithm: how alike their pictures are, and what they cost."""
+    lines, figures = [], []
+    for ours, theirs in SAME_ALGORITHM.items():
+        both = sorted(set(results.get(ours, ())) & set(results.get(theirs, ())))
+        if not both:
+            continue
+        pairs = [(results[ours][number], results[theirs][number]) for number in both]
+        alike = statistics.median(edits.mean_psnr(a.picture, b.picture) for a, b in pairs)
+        ratio = statistics.median(a.seconds / b.seconds for a, b in pairs)
+        evaluations = [report[name]["evaluations"] for name in (ours, theirs)]
+        figures.append(
+            {"method": ours, "other": theirs, "psnr_between_db": alike, "time_ratio": ratio, "pictures": len(both)}
+        )
+        lines.append(
+            f"| {ours} | {theirs} | {alike:.1f} dB | {ratio:.2f} | {evaluations[0]:.0f} / {evaluations[1]:.0f} | "
+            f"{REASONS[ours]} |"
+        )
+    return lines, figures
+
+
+def sheet_rows(results: Results, tasks: list[Task]) -> list[torch.Tensor]:
+    """Sources, methods, true edits; grey where a method made no picture."""
+    grey = torch.full((SIZE, SIZE, 3), 0.5)
+    rows = [torch.stack([task.pair.before for task in tasks])]
+    for made in results.values():
+        rows.append(torch.stack([made[n].picture if n in made else grey for n in range(len(tasks))]))
+    return [*rows, torch.stack([task.pair.after for task in tasks])]
+
+
+def check_kept(folder: Path, settings: dict[str, Any]) -> None:
+    """Pictures of other settings are not mixed with those of this run."""
+    path, text = folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise SystemExit(f"{folder} holds pictures of other settings; name another folder, or remove it.")
+    path.write_text(text, encoding="utf-8")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=15, help="figures, three of each subject (default 15)")
+    parser.add_argument("--portraits", type=int, default=12, help="portraits (default 12)")
+    parser.add_argument("--slow-cases", type=int, default=3, help=f"figures by {', '.join(SLOW)} (default 3)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="a part of the methods")
+    parser.add_argument("--steps", type=int, default=50, help="of sampling and of inversion (default 50)")
+    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the target prompt, as in the workflows")
+    parser.add_argument("--image-guidance-scale", type=float, default=3.0, help="of InstructPix2Pix, as MCDM's")
+    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures, edits and noise")
+    parser.add_argument("--community", type=Path, help="folder with diffusers' examples/community")
+    parser.add_argument("--masactrl", type=Path, help="folder with MasaCtrl's code")
+    parser.add_argument("--keep", type=Path, help="folder in which what was made is kept")
+    parser.add_argument("--only-kept", action="store_true", help="make nothing more, report what --keep holds")
+    parser.add_argument("--threads", type=int, default=1, help="default 1, so that times can be compared")
+    weights = ROOT / "demo_world" / "weights"
+    parser.add_argument("--checkpoint", type=Path, default=weights / "identity-edit-demo.safetensors")
+    parser.add_argument("--mcdm", type=Path, default=weights / "identity-edit-demo-mcdm.safetensors")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(arguments.threads)
+    family.register()
+    checkpoint = load_checkpoint(arguments.checkpoint, SIZE)
+
+    def class_pictures(_: Checkpoint, case: EditCase) -> Any:
+        base = lipe_edit.Checkpoint(checkpoint.model, checkpoint.clip, checkpoint.vae)
+        return lipe_edit.regularisation_set(base, case.class_word, arguments.seed)
+
+    settings = MethodSettings(
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        source_guidance_scale=2.0,
+        image_guidance_scale=arguments.image_guidance_scale,
+        regularisation=class_pictures,
+        mcdm=arguments.mcdm,
+        mcdm_source_prompt=portrait_edit.SOURCE_PROMPT,
+        community=arguments.community,
+        masactrl=arguments.masactrl,
+        seed=arguments.seed,
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_kept(
+            folder,
+            {"steps": settings.steps, "guidance_scale": settings.guidance_scale, "seed": settings.seed,
+             "image_guidance_scale": settings.image_guidance_scale, "threads": arguments.threads},
+        )  # fmt: skip
+        figures = figure_tasks(arguments.cases, folder, arguments.seed)
+        portraits = portrait_tasks(arguments.portraits, folder, arguments.seed)
+        if not arguments.only_kept:
+            warm_up(figures[0], checkpoint, settings)
+        made: dict[str, Results] = {"figures": {}, "portraits": {}}
+        for kind, tasks, names in (
+            ("figures", figures, tuple(name for name in FIGURES if name not in SLOW)),
+            ("portraits", portraits, PORTRAITS),
+            ("figures", figures[: arguments.slow_cases], SLOW),
+        ):
+            chosen = tuple(name for name in names if name in arguments.methods)
+            for name, number, one in edit_all(chosen, tasks, checkpoint, settings, folder, arguments.only_kept):
+                made[kind].setdefault(name, {})[number] = one
+    write_report(arguments, (figures, made["figures"]), (portraits, made["portraits"]))
+
+
+def write_report(
+    arguments: argparse.Namespace, figures: tuple[list[Task], Results], portraits: tuple[list[Task], Results]
+) -> None:
+    reports = {}
+    for kind, (tasks, results), score in (
+        ("figures", figures, score_figures),
+        ("portraits", portraits, score_portraits),
+    ):
+        truth = {number: Made(task.pair.after, 0.0, 0, 0.0) for number, task in enumerate(tasks)}
+        reports[kind] = rows_of({**results, "true edit (renderer)": truth}, tasks, score)
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/peers.py", *recorded(sys.argv[1:])])
+    comparisons = [same_algorithm(figures[1], reports["figures"]), same_algorithm(portraits[1], reports["portraits"])]
+    seen = {line.split("|")[1] for line in comparisons[0][0]}
+    lines = [
+        "# The pack beside stock nodes, diffusers, its community and the authors' code",
+        "",
+        f"`{command}` at commit {commit}: the demo world, {arguments.steps} steps, guidance scale "
+        f"{arguments.guidance_scale:g} where a method has not its own, float32, {arguments.threads} threads, seed "
+        f"{arguments.seed}. Seconds are medians of "
+        + ("elapsed time on a GPU." if torch.cuda.is_available() else "processor time.")
+        + " An evaluation is a forward pass of one picture with one prompt; backward passes are not counted.",
+        "",
+        "## Figures: pose, expression and view of unseen subjects",
+        "",
+        *table(reports["figures"], "background"),
+        "",
+        "## Portraits: expressions and costumes of unseen people",
+        "",
+        *table(reports["portraits"], "outside"),
+        "",
+        "## The same algorithm twice",
+        "",
+        "Time is the median of the first's relative to the second's for the same picture.",
+        "",
+        "| method | other implementation | PSNR between the pictures | time | evaluations | what differs |",
+        "|---|---|---|---|---|---|",
+        *comparisons[0][0],
+        *(line for line in comparisons[1][0] if line.split("|")[1] not in seen),
+        "",
+        "Learning a subject beside a plain loop and diffusers' loop: "
+        "[identity prior](identity_prior_training.md), [subject embeddings](subject_embedding_training.md).",
+        "",
+        "What the methods are:",
+        "",
+        *(
+            f"- {name}: {METHODS[name].description} ({METHODS[name].source})"
+            for name in METHODS
+            if name in figures[1] or name in portraits[1]
+        ),
+    ]
+    everything = {
+        "command": command,
+        "commit": commit,
+        "seed": arguments.seed,
+        "steps": arguments.steps,
+        "figures": reports["figures"],
+        "portraits": reports["portraits"],
+        "same_algorithm": {"figures": comparisons[0][1], "portraits": comparisons[1][1]},
+    }
+    write_results("peers", everything, lines)
+    edits.save_sheet(RESULTS / "peers.jpg", sheet_rows(figures[1], figures[0]), 9)
+    edits.save_sheet(RESULTS / "peers_portraits.jpg", sheet_rows(portraits[1], portraits[0]), 6)
+
+
+def recorded(arguments: list[str]) -> list[str]:
+    """The command's arguments without the folders, whose places differ from machine to machine."""
+    return [Path(each).name if "/" in each else each for each in arguments]
+
+
+if __name__ == "__main__":
+    main()

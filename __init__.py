@@ -2,8 +2,8 @@
 
 It registers the nodes, the folders of the demo checkpoint, of its control network, of its encoder of W+ and of its
 style attention, the model families of the demo checkpoint, SD2.x with a source picture, the models folders of learned
-subjects, of style attentions, of encoders of W+, of face networks and of background networks, and the help pages;
-nothing else.
+subjects, of style attentions, of encoders of W+, of face networks, of background networks and of weights for scores,
+and the help pages; nothing else.
 """
 
 import os
@@ -15,6 +15,7 @@ from comfy_api.latest import ComfyExtension, io
 from .demo_world import family
 from .nodes import NODE_CLASSES
 from .nodes.face import MODEL_FOLDERS
+from .nodes.measure import MODEL_FOLDERS as SCORE_FOLDERS
 from .nodes.style_attention import FILE_FOLDER as STYLE_FOLDER
 from .nodes.subject_embedding import FILE_FOLDER
 from .nodes.w_plus import ENCODER_FOLDER
@@ -34,7 +35,7 @@ async def comfy_entrypoint() -> IdentityEditExtension:
     folder_paths.add_model_folder_path("controlnet", str(demo_world / "control"))
     # Beside those that extra_model_paths.yaml may name; Step-Wise Embedding Loader lists what it can read there.
     folder_paths.add_model_folder_path(FILE_FOLDER, os.path.join(folder_paths.models_dir, FILE_FOLDER))
-    for folder in (STYLE_FOLDER, ENCODER_FOLDER, *MODEL_FOLDERS):
+    for folder in (STYLE_FOLDER, ENCODER_FOLDER, *MODEL_FOLDERS, *SCORE_FOLDERS):
         folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
     # What Save W+ Encoder writes, as ComfyUI does with its own output/checkpoints.
     folder_paths.add_model_folder_path(

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from comfy_api.latest import io, ui
 
+from ..pipelines import clip_scores, edit_scores, feature_scores, score_files, score_report
 from ..pipelines import reconstruction as reconstructions
-from .sockets import schema, show_text
+from ..pipelines.aesthetic_score import NEEDED as AESTHETIC_NEEDED
+from ..pipelines.aesthetic_score import PURPOSE as AESTHETIC_PURPOSE
+from ..pipelines.errors import IdentityEditError
+from ..pipelines.faces import list_detectors, missing_file
+from ..pipelines.frechet_distance import FEATURES, FEWEST
+from ..pipelines.frechet_distance import NEEDED as INCEPTION_NEEDED
+from ..pipelines.frechet_distance import PURPOSE as INCEPTION_PURPOSE
+from ..pipelines.identity_similarity import NEEDED as RECOGNIZER_NEEDED
+from ..pipelines.identity_similarity import load_recognizer
+from ..pipelines.lpips_score import BACKBONES
+from ..pipelines.model_folders import list_models, missing_model
+from .sockets import FaceDetector, schema, show_text
+
+MODEL_FOLDERS = (score_files.FOLDER,)
+ENCODER_FOLDER = "image_encoders"
+NONE, INPUTS = "none", "CLIP and CLIP_VISION inputs"
 
 
 class ReconstructionCheck(io.ComfyNode):
@@ -55,4 +73,322 @@ class ReconstructionCheck(io.ComfyNode):
         return io.NodeOutput(float(values.min()), text, ui=ui.PreviewText(text))
 
 
-NODES: list[type[io.ComfyNode]] = [ReconstructionCheck]
+class ScoreEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        encoders = [*list_models(ENCODER_FOLDER)]
+        weights = [*score_files.files()]
+        return schema(
+            node_id="IdentityEditScoreEdit",
+            display_name="Score Edit",
+            category="measure",
+            search_aliases=[
+                "CLIP score",
+                "CLIP similarity",
+                "LPIPS",
+                "SSIM",
+                "PSNR",
+                "MSE",
+                "DINO",
+                "DINOv2",
+                "FID",
+                "KID",
+                "ArcFace",
+                "aesthetic score",
+                "PIE-Bench",
+                "metrics",
+                "evaluate",
+                "compare images",
+            ],
+            description=(
+                "Scores edited pictures: what was kept of the source, whether the prompt was followed, and whether the "
+                "subject is still the same. PSNR and SSIM need no file; every other score is computed by networks of "
+                "yours."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("edited", tooltip="The edited pictures, one or more."),
+                io.Image.Input(
+                    "source",
+                    tooltip="The picture that was edited, one for all or one for each, of the same size.",
+                ),
+                io.String.Input(
+                    "target_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="What the edited picture should show, for CLIP-T and CLIP-D. Empty leaves them out.",
+                ),
+                io.String.Input(
+                    "source_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="What the source shows, for CLIP-D. Empty leaves it out.",
+                ),
+                io.Combo.Input(
+                    "rule",
+                    options=list(edit_scores.RULES),
+                    default=edit_scores.PLAIN,
+                    tooltip="How the parts inside and outside of the mask are compared. Mean over the part: only its "
+                    "pixels count. PIE-Bench: both pictures are multiplied by the mask and compared as a whole, and "
+                    "the structure distance is taken as in its code; only so can figures be set beside its tables.",
+                ),
+                io.Combo.Input(
+                    "lpips",
+                    options=[NONE, *BACKBONES],
+                    default=NONE,
+                    tooltip=f"The network of LPIPS, from two files in models/{score_files.FOLDER}: torchvision's "
+                    "alexnet-owt-7be5be79.pth with lpips' alex.pth, vgg16-397923af.pth with vgg.pth, or "
+                    "squeezenet1_1-b8a52dc0.pth with squeeze.pth. Nothing is downloaded. PIE-Bench uses SqueezeNet.",
+                ),
+                io.Combo.Input(
+                    "clip_model",
+                    options=[NONE, INPUTS, *encoders],
+                    default=NONE,
+                    tooltip="For CLIP-T, CLIP-I, CLIP-D and the aesthetic score: a CLIP with both encoders in "
+                    f"models/{ENCODER_FOLDER}, a folder in the form of transformers, or the inputs clip and "
+                    "clip_vision. PIE-Bench uses ViT-L/14.",
+                ),
+                io.Combo.Input(
+                    "dino",
+                    options=[NONE, *encoders],
+                    default=NONE,
+                    tooltip=f"For DINO-I: a folder in models/{ENCODER_FOLDER}, transformers or timm, safetensors. "
+                    "DreamBooth uses DINO ViT-S/16.",
+                ),
+                io.Combo.Input(
+                    "dinov2",
+                    options=[NONE, *encoders],
+                    default=NONE,
+                    tooltip=f"For DINOv2-I: a folder in models/{ENCODER_FOLDER}, transformers or timm, safetensors.",
+                ),
+                io.Combo.Input(
+                    "structure",
+                    options=[NONE, *encoders],
+                    default=NONE,
+                    tooltip=f"For the structure distance: a DINO in models/{ENCODER_FOLDER} in the form of "
+                    "transformers. PIE-Bench uses DINO ViT-B/8.",
+                ),
+                io.Combo.Input(
+                    "recognizer",
+                    options=[NONE, *list_detectors()],
+                    default=NONE,
+                    tooltip="For ArcFace ID: a model pack of insightface or a single .onnx in models/insightface. It "
+                    "needs face_detector too.",
+                ),
+                io.Combo.Input(
+                    "aesthetic",
+                    options=[NONE, *weights],
+                    default=NONE,
+                    tooltip="For the aesthetic score: sa_0_4_vit_l_14_linear.pth or sac+logos+ava1-l14-linearMSE.pth "
+                    f"of LAION in models/{score_files.FOLDER}. It reads CLIP ViT-L/14, so choose that as clip_model.",
+                ),
+                io.Combo.Input(
+                    "inception",
+                    options=[NONE, *weights],
+                    default=NONE,
+                    tooltip="For FID and KID: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, with which "
+                    "published FIDs are computed, or torchvision's inception_v3_google-0cc3c7bd.pth, in "
+                    f"models/{score_files.FOLDER}. They need {FEWEST} edited pictures and as many references (or "
+                    "sources).",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="1 where the edit may change the picture, of the pictures' size. With it scores are given "
+                    "inside and outside of it as well.",
+                ),
+                io.Image.Input(
+                    "references",
+                    optional=True,
+                    tooltip="Other pictures of the subject: CLIP-I, DINO-I and DINOv2-I are the mean over them, "
+                    "ArcFace ID the highest. For FID and KID the set to compare with, in the place of the sources.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="For the clip_model 'CLIP and CLIP_VISION inputs': of an SDXL or SD 2.x checkpoint, whose "
+                    "text encoders have the projection that comparing needs.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="The image encoder trained with clip, from Load CLIP Vision: ViT-bigG for SDXL, ViT-H for "
+                    "SD 2.x.",
+                ),
+                FaceDetector.Input("face_detector", optional=True, tooltip="For ArcFace ID: Load Face Detector."),
+            ],
+            outputs=[
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="A table of all scores, what each of them is, and warnings.",
+                ),
+                io.String.Output(
+                    "scores",
+                    display_name="scores",
+                    tooltip="JSON: the mean and all values of every score by its name, with direction, definition and "
+                    "source.",
+                ),
+                io.Float.Output(
+                    "psnr", display_name="psnr", tooltip="Mean PSNR of the whole pictures in dB; higher is closer."
+                ),
+                io.Float.Output(
+                    "ssim", display_name="ssim", tooltip="Mean SSIM of the whole pictures, up to 1; higher is closer."
+                ),
+                io.Float.Output(
+                    "lpips_distance",
+                    display_name="lpips",
+                    tooltip="Mean LPIPS of the whole pictures; lower is closer. Without the network, what is connected "
+                    "here does not run.",
+                ),
+                io.Float.Output(
+                    "clip_t",
+                    display_name="CLIP-T",
+                    tooltip="Mean CLIP-T; higher follows the prompt more. Without the network or the prompt, what is "
+                    "connected here does not run.",
+                ),
+                io.Float.Output(
+                    "clip_d",
+                    display_name="CLIP-D",
+                    tooltip="Mean CLIP-D; higher follows the change of the prompt more. Without the network or a "
+                    "prompt, what is connected here does not run.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        clip_model: str = NONE,
+        dino: str = NONE,
+        dinov2: str = NONE,
+        structure: str = NONE,
+        recognizer: str = NONE,
+        aesthetic: str = NONE,
+        inception: str = NONE,
+    ) -> bool | str:
+        folders = [
+            (NONE if clip_model == INPUTS else clip_model, clip_scores.NEEDED),
+            (dino, feature_scores.NEEDED_DINO),
+            (dinov2, feature_scores.NEEDED_DINOV2),
+            (structure, feature_scores.NEEDED_STRUCTURE),
+        ]
+        encoders = list_models(ENCODER_FOLDER)
+        for name, needed in folders:
+            if name not in (NONE, *encoders):
+                return missing_model(ENCODER_FOLDER, name, needed)
+        if recognizer != NONE and recognizer not in list_detectors():
+            return missing_file(recognizer, RECOGNIZER_NEEDED)
+        weights = score_files.files()
+        if aesthetic not in (NONE, *weights):
+            return score_files.missing_file(aesthetic, AESTHETIC_PURPOSE, AESTHETIC_NEEDED)
+        if inception not in (NONE, *weights):
+            return score_files.missing_file(inception, INCEPTION_PURPOSE, INCEPTION_NEEDED)
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        edited: torch.Tensor,
+        source: torch.Tensor,
+        target_prompt: str,
+        source_prompt: str,
+        rule: str,
+        lpips: str,
+        clip_model: str,
+        dino: str,
+        dinov2: str,
+        structure: str,
+        recognizer: str,
+        aesthetic: str,
+        inception: str,
+        mask: torch.Tensor | None = None,
+        references: torch.Tensor | None = None,
+        clip: Any = None,
+        clip_vision: Any = None,
+        face_detector: Any = None,
+    ) -> io.NodeOutput:
+        from comfy.utils import ProgressBar
+
+        bar = ProgressBar(len(edited))
+        with edit_scores.open_networks(
+            clip=_clip(clip_model, clip, clip_vision),
+            dino=_folder(dino, feature_scores.NEEDED_DINO),
+            dinov2=_folder(dinov2, feature_scores.NEEDED_DINOV2),
+            structure=_folder(structure, feature_scores.NEEDED_STRUCTURE),
+            lpips=None if lpips == NONE else lpips,
+            face_detector=None if recognizer == NONE else face_detector,
+            face_recognizer=None if recognizer == NONE else load_recognizer(recognizer),
+            aesthetic=None if aesthetic == NONE else aesthetic,
+            inception=None if inception == NONE else inception,
+        ) as networks:
+            scores = edit_scores.score_edit(
+                edited,
+                source,
+                mask=mask,
+                source_prompt=source_prompt,
+                target_prompt=target_prompt,
+                references=None if references is None else list(references),
+                networks=networks,
+                rule=rule,
+                progress=bar.update_absolute,
+            )
+        others = source if references is None else references
+        warning = _few_pictures(len(edited), len(others)) if inception != NONE else None
+        text = show_text(cls, score_report.score_table(scores), warning)
+        means = {score.name: score.mean for score in scores}
+        return io.NodeOutput(
+            text,
+            score_report.scores_as_json(scores, rule),
+            means["PSNR"],
+            means["SSIM"],
+            *(_or_blocked(means, name) for name in ("LPIPS", "CLIP-T", "CLIP-D")),
+            ui=ui.PreviewText(text),
+        )
+
+
+def _folder(name: str, needed: str) -> str | None:
+    """The path of a model in models/image_encoders."""
+    if name == NONE:
+        return None
+    models = list_models(ENCODER_FOLDER)
+    if name not in models:
+        raise IdentityEditError(missing_model(ENCODER_FOLDER, name, needed))
+    return models[name]
+
+
+def _clip(name: str, clip: Any, clip_vision: Any) -> str | clip_scores.SocketClip | None:
+    if name != INPUTS:
+        return _folder(name, clip_scores.NEEDED)
+    if clip is None or clip_vision is None:
+        raise IdentityEditError(
+            f"The clip_model '{INPUTS}' needs both clip and clip_vision; connect them, or choose a folder."
+        )
+    return clip_scores.SocketClip(clip, clip_vision)
+
+
+def _few_pictures(edited: int, others: int) -> str | None:
+    """A warning about the number of pictures for FID."""
+    fewest = min(edited, others)
+    if fewest < FEWEST:
+        return (
+            f"FID and KID are left out: they need {FEWEST} edited pictures and as many references or sources, and "
+            f"there are {edited} and {others}."
+        )
+    if fewest < FEATURES:
+        return (
+            f"FID of {edited} and {others} pictures is higher than that of many would be (its features have {FEATURES} "
+            f"numbers); compare it only with an FID of as many pictures, or look at KID."
+        )
+    return None
+
+
+def _or_blocked(means: dict[str, float], name: str) -> Any:
+    if name in means:
+        return means[name]
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(f"{name} was not computed; choose its network in Score Edit, and write its prompts.")
+
+
+NODES: list[type[io.ComfyNode]] = [ReconstructionCheck, ScoreEdit]

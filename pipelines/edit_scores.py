@@ -1,0 +1,368 @@
+"""All scores of an edit at once: how well the source is kept, the prompt followed and the subject recognised.
+
+`score_edit` gives those that the inputs and the networks at hand allow; what is missing is left out. Each score says
+its definition, its direction and its source. How they are computed stands in picture_scores, lpips_score, clip_scores,
+feature_scores, identity_similarity, aesthetic_score and frechet_distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import aesthetic_score, clip_scores, feature_scores, frechet_distance, lpips_score, picture_scores
+from .errors import IdentityEditError
+from .faces import FaceDetector, detect_faces
+from .identity_similarity import FaceRecognizer, embed_faces, similarities
+from .score_definitions import DEFINITIONS, INSIDE, OUTSIDE, PIE_BENCH_PARTS, PLAIN_PARTS
+from .score_inputs import ScoredPictures, prompt_for_each
+
+PLAIN, PIE_BENCH = "mean over the part", "PIE-Bench"
+RULES = (PLAIN, PIE_BENCH)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One score of a batch of edits.
+
+    Attributes:
+        name: "LPIPS", "LPIPS outside", "CLIP-I (references)", ...
+        values: float64 [B], one for each edited picture, or [1] for a score of them all (FID, KID). NaN where a score
+            is not defined, as for a part of a picture that is empty.
+        higher_is_better: None where neither is, as inside of the mask, where an edit should change something.
+        definition: one sentence.
+        source: paper and section, or the code that it follows.
+    """
+
+    name: str
+    values: torch.Tensor
+    higher_is_better: bool | None
+    definition: str
+    source: str
+
+    @property
+    def mean(self) -> float:
+        """Over the pictures for which it is defined; NaN where it is for none."""
+        return float(self.values.nanmean())
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Loaded networks, from `open_networks` or of one's own; None leaves out what needs it."""
+
+    clip: clip_scores.ClipEmbedder | None = None
+    dino: feature_scores.PictureEncoder | None = None
+    dinov2: feature_scores.PictureEncoder | None = None
+    structure: feature_scores.Structure | None = None
+    lpips: lpips_score.LpipsScorer | None = None
+    face_detector: FaceDetector | None = None
+    face_recognizer: FaceRecognizer | None = None
+    aesthetic: aesthetic_score.AestheticPredictor | None = None
+    inception: frechet_distance.Inception | None = None
+
+
+@contextmanager
+def open_networks(
+    *,
+    clip: str | clip_scores.ClipEmbedder | None = None,
+    dino: str | None = None,
+    dinov2: str | None = None,
+    structure: str | None = None,
+    lpips: str | None = None,
+    face_detector: FaceDetector | None = None,
+    face_recognizer: FaceRecognizer | None = None,
+    aesthetic: str | None = None,
+    inception: str | None = None,
+) -> Iterator[Networks]:
+    """Networks from local files for the time of a `with`, so that many edits can be scored with one loading.
+
+    All stay in the device's memory meanwhile, unknown to ComfyUI, so make the edits before.
+
+    Args:
+        clip: folder of a CLIP (transformers), or an embedder such as `clip_scores.SocketClip`.
+        dino, dinov2, structure: folders of image encoders.
+        lpips: one of `lpips_score.BACKBONES`.
+        aesthetic, inception: names of `score_files.files`.
+        face_detector, face_recognizer: of `faces.load_detector` and `identity_similarity.load_recognizer`.
+
+    Raises:
+        IdentityEditError: naming what is missing and where it goes.
+    """
+    with ExitStack() as opened:
+
+        def opens(opener: Callable[..., Any], given: str | None, *arguments: str) -> Any:
+            return None if given is None else opened.enter_context(opener(given, *arguments))
+
+        yield Networks(
+            clip=opens(clip_scores.open_clip_folder, clip) if isinstance(clip, str) else clip,
+            dino=opens(feature_scores.open_encoder, dino, feature_scores.NEEDED_DINO),
+            dinov2=opens(feature_scores.open_encoder, dinov2, feature_scores.NEEDED_DINOV2),
+            structure=opens(feature_scores.open_structure, structure),
+            lpips=opens(lpips_score.open_lpips, lpips),
+            face_detector=face_detector,
+            face_recognizer=face_recognizer,
+            aesthetic=None if aesthetic is None else aesthetic_score.load_aesthetic_predictor(aesthetic),
+            inception=opens(frechet_distance.open_inception, inception),
+        )
+
+
+@torch.no_grad()
+def score_edit(
+    edited: torch.Tensor,
+    source: torch.Tensor | None,
+    *,
+    mask: torch.Tensor | None = None,
+    source_prompt: str | list[str] = "",
+    target_prompt: str | list[str] = "",
+    references: Sequence[torch.Tensor] | None = None,
+    networks: Networks | None = None,
+    rule: str = PLAIN,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Score]:
+    """Every score that the inputs and the networks allow.
+
+    Args:
+        edited: [B, H, W, 3], 0 to 1.
+        source: what was edited, of the same size: one for all, or one for each.
+        mask: [B, H, W] or one for all, 1 where the edit may change the picture. With it there are scores inside and
+            outside of it as well.
+        source_prompt, target_prompt: one for all, or one for each; empty ones leave out what needs them.
+        references: pictures [h, w, 3] of the subject, of any sizes; each edited picture is compared with all of them.
+        networks: what is loaded.
+        rule: how parts of pictures are compared, one of `RULES`; see `picture_scores`. "PIE-Bench" also takes the
+            structure distance as its code does (see `feature_scores.Structure.distance`).
+        progress: called as progress(pictures done, of how many).
+
+    Returns:
+        scores in the order of `score_definitions.DEFINITIONS`.
+
+    Raises:
+        IdentityEditError: for pictures, masks or prompts that do not fit to one another.
+    """
+    networks = networks or Networks()
+    if rule not in RULES:
+        raise IdentityEditError(f"rule is {rule!r}; choose one of {', '.join(RULES)}.")
+    if networks.aesthetic is not None and networks.clip is None:
+        raise IdentityEditError("The aesthetic predictor reads CLIP's embeddings; choose a clip too.")
+    if (networks.face_detector is None) != (networks.face_recognizer is None):
+        raise IdentityEditError("ArcFace ID needs a face detector and a recogniser; give both, or neither.")
+    case = ScoredPictures.of(edited, source, mask, references)
+    prompts = [
+        prompt_for_each(source_prompt, case, "source_prompt"),
+        prompt_for_each(target_prompt, case, "target_prompt"),
+    ]
+    known = _Known.of(case, *prompts, networks)
+    values: dict[str, list[float]] = {}
+    for number in range(len(case.edited)):
+        _stop_if_interrupted()
+        found = {
+            **_picture_scores(case, number, networks, rule),
+            **_clip_scores(case, number, known, networks),
+            **_feature_scores(case, number, known, networks),
+            **_identity_scores(case, number, known, networks),
+        }
+        for name, value in found.items():
+            values.setdefault(name, []).append(value)
+        if progress is not None:
+            progress(number + 1, len(case.edited))
+    if networks.inception is not None:
+        values.update(_set_scores(case, networks.inception))
+    return _in_order(values, networks, rule)
+
+
+# -- what is the same for all pictures ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Embeddings of prompts (by prompt) and of references, computed once."""
+
+    texts: dict[str, torch.Tensor] = field(default_factory=dict)
+    source_prompts: list[str] = field(default_factory=list)
+    target_prompts: list[str] = field(default_factory=list)
+    clip: torch.Tensor | None = None
+    dino: torch.Tensor | None = None
+    dinov2: torch.Tensor | None = None
+    faces: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, case: ScoredPictures, source_prompts: list[str], target_prompts: list[str], networks: Networks
+    ) -> _Known:
+        texts: dict[str, torch.Tensor] = {}
+        if networks.clip is not None:
+            texts = {text: networks.clip.texts([text]) for text in {*source_prompts, *target_prompts} if text}
+        references = case.references
+
+        def encoded(encode: Callable[[list[torch.Tensor]], torch.Tensor] | None) -> torch.Tensor | None:
+            return encode(references) if encode is not None and references else None
+
+        faces = None
+        if networks.face_recognizer is not None and references:
+            found = [_face_embedding(picture, networks) for picture in references]
+            with_face = [embedding for embedding in found if embedding is not None]
+            faces = torch.cat(with_face) if with_face else None
+        return cls(
+            texts,
+            source_prompts,
+            target_prompts,
+            encoded(None if networks.clip is None else networks.clip.pictures),
+            encoded(networks.dino),
+            encoded(networks.dinov2),
+            faces,
+        )
+
+
+# -- scores of one picture ---------------------------------------------------------------------------------------------
+
+
+def _picture_scores(case: ScoredPictures, number: int, networks: Networks, rule: str) -> dict[str, float]:
+    """MSE, PSNR, SSIM, LPIPS and structure distance of the whole and of both parts."""
+    if case.source is None:
+        return {}
+    found: dict[str, float] = {}
+    for part in ("",) if case.mask is None else ("", INSIDE, OUTSIDE):
+        edited, source = case.edited[number : number + 1], case.source[number : number + 1]
+        weights = case.weights(part, number)
+        is_empty = weights is not None and not bool(weights.any())
+        if weights is not None and rule == PIE_BENCH:
+            edited, source = (picture_scores.multiplied(pictures, weights) for pictures in (edited, source))
+            weights = None
+        error = picture_scores.mean_squared_error(edited, source, weights)
+        scores = {
+            "MSE": error,
+            "PSNR": picture_scores.psnr_of_error(error),
+            "SSIM": picture_scores.ssim(edited, source, weights),
+        }
+        if networks.lpips is not None:
+            scores["LPIPS"] = networks.lpips.distance(edited, source, weights)
+        if networks.structure is not None and (not part or rule == PIE_BENCH):
+            scores["structure distance"] = networks.structure.distance(edited, source, as_pie_bench=rule == PIE_BENCH)
+        found |= {_of_part(name, part): torch.nan if is_empty else float(value) for name, value in scores.items()}
+    return found
+
+
+def _clip_scores(case: ScoredPictures, number: int, known: _Known, networks: Networks) -> dict[str, float]:
+    """CLIP-T, CLIP-I, CLIP-D and the aesthetic score."""
+    if networks.clip is None:
+        return {}
+    clip = networks.clip
+    picture = clip.pictures([case.edited[number]])
+    source = None if case.source is None else clip.pictures([case.source[number]])
+    target, origin = (known.texts.get(prompts[number]) for prompts in (known.target_prompts, known.source_prompts))
+    found: dict[str, float] = {}
+    if target is not None:
+        clip_scores.check_sizes(picture, target, clip.name)
+        found["CLIP-T"] = float(clip_scores.text_similarity(picture, target))
+        if case.mask is not None:
+            weights = case.weights(INSIDE, number)
+            assert weights is not None
+            inside = clip.pictures([picture_scores.multiplied(case.edited[number : number + 1], weights)[0]])
+            value = float(clip_scores.text_similarity(inside, target))
+            found[_of_part("CLIP-T", INSIDE)] = value if bool(weights.any()) else torch.nan
+    found |= _similarity("CLIP-I", picture, source, known.clip)
+    if target is not None and origin is not None and source is not None:
+        found["CLIP-D"] = float(clip_scores.direction_similarity(picture, source, target, origin))
+    if networks.aesthetic is not None:
+        found["aesthetic score"] = float(networks.aesthetic.predict(picture))
+    return found
+
+
+def _feature_scores(case: ScoredPictures, number: int, known: _Known, networks: Networks) -> dict[str, float]:
+    """DINO-I and DINOv2-I."""
+    found: dict[str, float] = {}
+    encoders = {"DINO-I": (networks.dino, known.dino), "DINOv2-I": (networks.dinov2, known.dinov2)}
+    for name, (encode, references) in encoders.items():
+        if encode is not None:
+            picture = encode([case.edited[number]])
+            source = None if case.source is None else encode([case.source[number]])
+            found |= _similarity(name, picture, source, references)
+    return found
+
+
+def _similarity(
+    name: str, picture: torch.Tensor, source: torch.Tensor | None, references: torch.Tensor | None
+) -> dict[str, float]:
+    """Cosine to the source, and the mean of those to all references."""
+    pairs = {f"{name} (source)": source, f"{name} (references)": references}
+    return {
+        key: float(feature_scores.cosines(picture, other).mean()) for key, other in pairs.items() if other is not None
+    }
+
+
+def _identity_scores(case: ScoredPictures, number: int, known: _Known, networks: Networks) -> dict[str, float]:
+    """ArcFace ID to the source and to the most similar reference; 0 where the edited picture has no face."""
+    if networks.face_recognizer is None:
+        return {}
+    picture = _face_embedding(case.edited[number], networks)
+    others: dict[str, torch.Tensor | None] = {}
+    if case.source is not None:
+        others["ArcFace ID (source)"] = _face_embedding(case.source[number], networks)
+    if case.references:
+        others["ArcFace ID (references)"] = known.faces
+    found = {}
+    for name, other in others.items():
+        if other is None:
+            found[name] = torch.nan
+        else:
+            found[name] = 0.0 if picture is None else float(similarities(picture, other).max())
+    return found
+
+
+def _face_embedding(picture: torch.Tensor, networks: Networks) -> torch.Tensor | None:
+    """[1, D] of the largest face, or None without one."""
+    assert networks.face_detector is not None and networks.face_recognizer is not None
+    faces = detect_faces(networks.face_detector, picture)
+    return embed_faces(networks.face_recognizer, [(picture, faces[0])]) if faces else None
+
+
+# -- scores of all pictures together -----------------------------------------------------------------------------------
+
+
+def _set_scores(case: ScoredPictures, inception: frechet_distance.Inception) -> dict[str, list[float]]:
+    """FID and KID to the references, or else to the sources; none where either set has too few pictures."""
+    others = case.references or ([] if case.source is None else list(case.source[: case.sources]))
+    if min(len(case.edited), len(others)) < frechet_distance.FEWEST:
+        return {}
+    first, second = inception.features(list(case.edited)), inception.features(others)
+    return {
+        "FID": [frechet_distance.frechet_distance(first, second)],
+        "KID": [frechet_distance.kernel_distance(first, second)],
+    }
+
+
+def _in_order(values: dict[str, list[float]], networks: Networks, rule: str) -> list[Score]:
+    """Scores with their definitions, each with its parts behind it."""
+    scores = []
+    parts = PIE_BENCH_PARTS if rule == PIE_BENCH else PLAIN_PARTS
+    for base, definition in DEFINITIONS.items():
+        for suffix in ("", f" {INSIDE}", f" {OUTSIDE}", " (source)", " (references)"):
+            found = values.get(base + suffix)
+            if found is None:
+                continue
+            part = suffix.strip() if suffix.strip() in (INSIDE, OUTSIDE) else ""
+            network = getattr(getattr(networks, definition.network, None), "name", None)
+            scores.append(
+                Score(
+                    base + suffix,
+                    torch.tensor(found, dtype=torch.float64),
+                    definition.higher_is_better if part != INSIDE or base == "CLIP-T" else None,
+                    definition.sentence(part, suffix, parts, network, is_pie_bench=rule == PIE_BENCH),
+                    definition.source,
+                )
+            )
+    return scores
+
+
+def _of_part(name: str, part: str) -> str:
+    return f"{name} {part}" if part else name
+
+
+def _stop_if_interrupted() -> None:
+    from comfy import model_management
+
+    model_management.throw_exception_if_processing_interrupted()

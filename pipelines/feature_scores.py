@@ -1,0 +1,162 @@
+"""What vision transformers see of two pictures: DINO-I and DINOv2-I, and the distance of their structure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import interpolate, normalize
+
+from .errors import IdentityEditError
+from .features import encoder_of_folder
+from .model_folders import check_preprocessor, from_transformers, loaded, read_config, to_pillow
+
+NEEDED_DINO = "config.json, model.safetensors and preprocessor_config.json of DINO (ViT-S/16), transformers or timm"
+NEEDED_DINOV2 = "config.json, model.safetensors and preprocessor_config.json of DINOv2, transformers or timm"
+NEEDED_STRUCTURE = "config.json, model.safetensors and preprocessor_config.json of DINO (ViT-B/8), transformers"
+_KINDS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
+STRUCTURE_SIDE = 224
+LONGEST_STRUCTURE_SIDE = 480
+"""Pixels along the shorter and at most along the longer side of pictures whose structure is compared (PIE-Bench)."""
+COLOUR_MEAN, COLOUR_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""ImageNet's, which DINO was trained with."""
+
+
+class PictureEncoder(Protocol):
+    """Features [n, D] of n pictures [h, w, 3], 0 to 1; `name` is what the report calls it."""
+
+    name: str
+
+    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor: ...
+
+
+def cosines(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity [n1, n2] float64 of features [n1, D] and [n2, D]."""
+    return normalize(first.double(), dim=1) @ normalize(second.double(), dim=1).T
+
+
+class ClassToken:
+    """A vision transformer of transformers that is loaded: its class token after the last layer."""
+
+    def __init__(self, name: str, network: Any, processor: Any, device: torch.device) -> None:
+        self.name = name
+        self._network, self._processor, self._device = network, processor, device
+
+    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = []
+        for picture in pictures:
+            prepared = self._processor(images=to_pillow(picture), return_tensors="pt").to(self._device)
+            found.append(self._network(**prepared).last_hidden_state[:, 0].float().cpu())
+        return torch.cat(found)
+
+
+class FolderEncoder:
+    """An encoder of any other kind that `features.encoder_of_folder` reads, loaded whenever it is used."""
+
+    def __init__(self, path: str) -> None:
+        self.name = _name(path)
+        self._encode = encoder_of_folder(path)
+
+    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._encode(pictures)
+
+
+@contextmanager
+def open_encoder(path: str, needed: str = NEEDED_DINO) -> Iterator[PictureEncoder]:
+    """An image encoder from a local folder for the time of a `with`, as DINO-I and DINOv2-I have it (Ruiz et al. 2023,
+    section 4.1).
+
+    Raises:
+        IdentityEditError: when files are missing or the folder holds another kind of network.
+    """
+    if read_config(path, needed).get("model_type") not in _KINDS:
+        yield FolderEncoder(path)
+        return
+    check_preprocessor(path)
+    with loaded(path, lambda: _load_transformer(path)) as (network, processor, device):
+        yield ClassToken(_name(path), network, processor, device)
+
+
+class Structure:
+    """How the parts of a picture lie to one another, as a DINO's keys say it (Tumanyan et al. 2022, section 3)."""
+
+    def __init__(self, name: str, network: Any, device: torch.device) -> None:
+        self.name = name
+        self._network, self._device = network, device
+
+    def distance(self, edited: torch.Tensor, source: torch.Tensor, *, as_pie_bench: bool = False) -> torch.Tensor:
+        """Mean squared difference [B] of the two pictures' self-similarities.
+
+        Args:
+            edited, source: [B, H, W, 3], 0 to 1.
+            as_pie_bench: as the published figures of PIE-Bench were made: its code leaves pixels at 0 to 255 where
+                DINO takes 0 to 1, and the torchvision that it names (0.13.1) scales tensors without smoothing.
+        """
+        found = [
+            (self._self_similarity(first, as_pie_bench) - self._self_similarity(second, as_pie_bench)).square().mean()
+            for first, second in zip(edited, source, strict=True)
+        ]
+        return torch.stack(found).cpu().double()
+
+    def _self_similarity(self, picture: torch.Tensor, as_pie_bench: bool) -> torch.Tensor:
+        """Cosines [t, t] of the last layer's keys, all heads side by side, of the class token and every patch."""
+        image = picture.float().permute(2, 0, 1)[None].to(self._device)
+        image = interpolate(
+            image, size=structure_size(*image.shape[2:]), mode="bilinear", antialias=not as_pie_bench
+        ) * (255.0 if as_pie_bench else 1.0)
+        mean, deviation = (
+            torch.tensor(values).view(1, 3, 1, 1).to(image) for values in (COLOUR_MEAN, COLOUR_DEVIATION)
+        )
+        keys: list[torch.Tensor] = []
+        handle = _last_keys(self._network).register_forward_hook(lambda module, given, output: keys.append(output[0]))
+        try:
+            self._network((image - mean) / deviation, interpolate_pos_encoding=True)
+        finally:
+            handle.remove()
+        unit = normalize(keys[0].float(), dim=1)
+        return unit @ unit.T
+
+
+def structure_size(height: int, width: int) -> tuple[int, int]:
+    """The size at which structures are compared: the shorter side 224 pixels, the longer one at most 480."""
+    short, long = sorted((height, width))
+    new_short, new_long = STRUCTURE_SIDE, int(STRUCTURE_SIDE * long / short)
+    if new_long > LONGEST_STRUCTURE_SIDE:
+        new_short, new_long = int(LONGEST_STRUCTURE_SIDE * new_short / new_long), LONGEST_STRUCTURE_SIDE
+    return (new_short, new_long) if height <= width else (new_long, new_short)
+
+
+@contextmanager
+def open_structure(path: str) -> Iterator[Structure]:
+    """A DINO from a folder in the form of transformers, for the time of a `with`.
+
+    Raises:
+        IdentityEditError: when files are missing or the folder holds another kind of network.
+    """
+    kind = read_config(path, NEEDED_STRUCTURE).get("model_type")
+    if kind != "vit":
+        raise IdentityEditError(
+            f"The model in {path} is '{kind}', and the structure distance needs a DINO in the form of transformers; "
+            f"choose one such as DINO ViT-B/8."
+        )
+    check_preprocessor(path)
+    with loaded(path, lambda: _load_transformer(path)) as (network, _, device):
+        yield Structure(_name(path), network, device)
+
+
+def _last_keys(network: Any) -> Any:
+    """The layer that makes the last block's keys, by whichever name transformers has for it."""
+    return [module for name, module in network.named_modules() if name.endswith(("attention.key", ".k_proj"))][-1]
+
+
+def _load_transformer(path: str) -> tuple[Any, Any]:
+    import transformers
+
+    return from_transformers(path, transformers.AutoModel, transformers.AutoImageProcessor)
+
+
+def _name(path: str) -> str:
+    return os.path.basename(os.path.normpath(path))

@@ -1,0 +1,146 @@
+"""What each score of an edit is, which direction is better, and where it comes from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INSIDE, OUTSIDE = "inside", "outside"
+PLAIN_PARTS = "the mean over its pixels alone"
+PIE_BENCH_PARTS = "both pictures multiplied by it and compared as a whole, as PIE-Bench does"
+_PARTS = {INSIDE: "inside the mask", OUTSIDE: "outside the mask"}
+_OTHERS = {"(source)": "of the source", "(references)": "of the references"}
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A kind of score.
+
+    Attributes:
+        higher_is_better: the direction.
+        text: the definition, without its full stop; {other} stands for what the edited picture is compared with.
+        source: paper and section, or code.
+        network: which of `edit_scores.Networks` computes it; "" for none.
+        pie_bench: added to the definition under PIE-Bench's rule.
+    """
+
+    higher_is_better: bool
+    text: str
+    source: str
+    network: str = ""
+    pie_bench: str = ""
+
+    def sentence(self, part: str, suffix: str, rule: str, network: str | None, *, is_pie_bench: bool) -> str:
+        """The definition as one sentence.
+
+        Args:
+            part: "inside", "outside" or "" for the whole.
+            suffix: what stands behind the score's name.
+            rule: how parts are compared.
+            network: the name of the network that was used.
+            is_pie_bench: whether PIE-Bench's rule is in force.
+        """
+        text = self.text.format(other=_OTHERS.get(suffix.strip(), "of the source"))
+        if suffix.strip() == "(references)":
+            text += ", the highest of them" if self.network == "face_recognizer" else ", the mean of them"
+        if network:
+            text += f" ({network})"
+        if part and self.network == "clip":
+            text += f", {_PARTS[part]}: the picture multiplied by it"
+        elif part:
+            text += f", {_PARTS[part]}: {rule}"
+        if is_pie_bench and self.pie_bench:
+            text += f"; {self.pie_bench}"
+        return f"{text}."
+
+
+PIE_BENCH_CODE = "PIE-Bench, evaluation/matrics_calculator.py (Ju et al. 2024)"
+DEFINITIONS = {
+    "MSE": Definition(
+        False,
+        "Mean squared difference of edited picture and source over pixels and colours, 0 to 1",
+        PIE_BENCH_CODE,
+    ),
+    "PSNR": Definition(
+        True,
+        "Peak signal-to-noise ratio in dB, -10 log10 of the mean squared error of pictures from 0 to 1",
+        PIE_BENCH_CODE,
+    ),
+    "SSIM": Definition(
+        True,
+        "Mean structural similarity in Gaussian windows of 11 pixels and standard deviation 1.5, each colour by itself",
+        "Wang et al. 2004, eq. 13",
+    ),
+    "LPIPS": Definition(
+        False,
+        "Distance of the features of edited picture and source in a network, weighted by the linear heads of version "
+        "0.1, over all layers",
+        "Zhang et al. 2018, eq. 1",
+        "lpips",
+    ),
+    "structure distance": Definition(
+        False,
+        "Mean squared difference of the cosines among the keys of DINO's last layer in edited picture and source, at "
+        "224 pixels along the shorter side",
+        f"Tumanyan et al. 2022, structure loss; {PIE_BENCH_CODE}",
+        "structure",
+        "as in PIE-Bench's code pixels from 0 to 255 enter the network, scaled without smoothing",
+    ),
+    "CLIP-T": Definition(
+        True,
+        "Cosine of CLIP's embeddings of the edited picture and of the target prompt; PIE-Bench prints 100 times it",
+        "Ruiz et al. 2023, section 4.1",
+        "clip",
+    ),
+    "CLIP-I": Definition(
+        True,
+        "Cosine of CLIP's embeddings of the edited picture and {other}",
+        "Ruiz et al. 2023, section 4.1",
+        "clip",
+    ),
+    "CLIP-D": Definition(
+        True,
+        "Cosine, in CLIP's space, of the change from source to edited picture and the change from source to target "
+        "prompt",
+        "Gal et al. 2022, directional loss; Brooks et al. 2023, section 3.1.2",
+        "clip",
+    ),
+    "DINO-I": Definition(
+        True,
+        "Cosine of DINO's class tokens of the edited picture and {other}",
+        "Ruiz et al. 2023, section 4.1",
+        "dino",
+    ),
+    "DINOv2-I": Definition(
+        True,
+        "Cosine of DINOv2's class tokens of the edited picture and {other}",
+        "Ruiz et al. 2023, section 4.1, with the network of Oquab et al. 2024, as Liu et al. 2024 (LIPE) take it",
+        "dinov2",
+    ),
+    "ArcFace ID": Definition(
+        True,
+        "Cosine of the ArcFace embeddings of the largest faces of the edited picture and {other}, 0 where the edited "
+        "picture has no face",
+        "Deng et al. 2019; Gu et al. 2025 (PIDiff), section 3.2",
+        "face_recognizer",
+    ),
+    "aesthetic score": Definition(
+        True,
+        "What LAION's predictor says of CLIP's embedding of the edited picture, about 1 to 10",
+        "Schuhmann et al. 2022",
+        "aesthetic",
+    ),
+    "FID": Definition(
+        False,
+        "Fréchet distance of the Inception features of the edited pictures and of the references, or else of the "
+        "sources; it grows when there are few pictures, so compare equal numbers only",
+        "Heusel et al. 2017, eq. 6",
+        "inception",
+    ),
+    "KID": Definition(
+        False,
+        "Squared maximum mean discrepancy of the same features with a cubic kernel, without bias, over all pairs",
+        "Bińkowski et al. 2018, section 4",
+        "inception",
+    ),
+}
+"""By name, in the order of reports. Parts and partners stand behind the name: "LPIPS outside", "CLIP-I (source)"."""

@@ -35,6 +35,10 @@ def main() -> None:
     clip_vision.add_argument("--pairs-per-batch", type=int, default=16)
     clip_vision.add_argument("--learning-rate", type=float, default=3e-3)
     clip_vision.add_argument("--probe", action="store_true", help="print the committed encoder's linear-probe accuracy")
+    clip = commands.add_parser("clip", help="train the CLIP that scores pictures, from the committed CLIP vision")
+    clip.add_argument("--steps", type=int, default=1000)
+    clip.add_argument("--pairs-per-batch", type=int, default=16)
+    clip.add_argument("--learning-rate", type=float, default=2e-3)
     control = commands.add_parser("control", help="train the control network for poses on the unpacked checkpoint")
     control.add_argument("--steps", type=int, default=1500)
     control.add_argument("--batch-size", type=int, default=16)
@@ -93,6 +97,10 @@ def main() -> None:
         if not arguments.probe:
             train_clip_vision(arguments.folder, arguments.steps, arguments.pairs_per_batch, arguments.learning_rate)
         print(", ".join(f"{name} {share:.3f}" for name, share in linear_probe().items()))
+    elif arguments.command == "clip":
+        module_of_the_pack("train_clip").train_clip(
+            arguments.folder, arguments.steps, arguments.pairs_per_batch, arguments.learning_rate
+        )
     elif arguments.command == "control":
         from .train_control import train_control
 

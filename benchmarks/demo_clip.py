@@ -1,0 +1,132 @@
+"""What the demo world's CLIP knows: `.venv/bin/python benchmarks/demo_clip.py`.
+
+For pictures of held-out identities, as the renderer draws them and as the demo checkpoint's autoencoder gives them
+back:
+
+- for each attribute, how often the right caption is the nearest among its variants with another value of it;
+- how often the right caption is the nearest among as many captions of other pictures;
+- CLIP-T of the right caption, and of one with one attribute wrong;
+- CLIP-D of true edits with their own pair of captions, and with the pair of another edit.
+
+Writes benchmarks/results/demo_clip.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import torch  # noqa: E402
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+    ATTRIBUTES_OF,
+    CAPTION_TEMPLATES,
+    Attributes,
+    caption,
+)
+from identity_edit_pack.demo_world.clip import image_embeddings, load_clip, text_embeddings  # noqa: E402
+from identity_edit_pack.demo_world.pictures import evaluation_set, to_tensor  # noqa: E402
+from identity_edit_pack.demo_world.renderer import render  # noqa: E402
+from identity_edit_pack.demo_world.train_clip import attribute_choices  # noqa: E402
+from identity_edit_pack.pipelines.clip_scores import direction_similarity  # noqa: E402
+from report import write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+Sample = tuple[Attributes, int]
+
+
+def with_one_change(sample: Sample, generator: random.Random) -> Sample:
+    """The same picture with another value of one visible attribute."""
+    attributes, seed = sample
+    name = generator.choice(sorted(attributes.visible))
+    others = [value for value in ATTRIBUTES_OF[attributes.framing][name] if value != getattr(attributes, name)]
+    return attributes.replace(**{name: generator.choice(others)}), seed
+
+
+def text_of(sample: Sample) -> str:
+    return caption(sample[0], sample[1] % CAPTION_TEMPLATES)
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=300, help="pictures of held-out identities (300)")
+    parser.add_argument("--seed", type=int, default=0, help="draws them (0)")
+    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    arguments = parser.parse_args()
+
+    model, tokenizer = load_clip()
+    family.register()
+    _, _, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), output_clip=False)
+    samples = evaluation_set(arguments.pictures, seed=arguments.seed + 50, held_out=True)
+    generator = random.Random(arguments.seed)
+    edits = [with_one_change(sample, generator) for sample in samples]
+
+    def embeddings(pictures: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image_embeddings(model, chunk) for chunk in pictures.split(50)])
+
+    renders = torch.stack([to_tensor(render(*sample)[0]) for sample in tqdm(samples, unit="picture")])
+    chunks = (renders / 2 + 0.5).movedim(1, -1).split(20)
+    decoded = torch.cat([vae.decode(vae.encode(chunk)).cpu() for chunk in tqdm(chunks, unit="batch")])
+    images = {"renders": embeddings(renders), "reconstructions": embeddings(decoded.movedim(-1, 1) * 2 - 1)}
+    edited = embeddings(torch.stack([to_tensor(render(*sample)[0]) for sample in edits]))
+    texts, wrong = (
+        text_embeddings(model, tokenizer, [text_of(sample) for sample in part]) for part in (samples, edits)
+    )
+
+    choices = {name: attribute_choices(found, samples, (model, tokenizer)) for name, found in images.items()}
+    every = torch.arange(len(samples))
+    ranks = {name: float(((found @ texts.T).argmax(1) == every).float().mean()) for name, found in images.items()}
+    right, other = ((images["renders"] * part).sum(1) for part in (texts, wrong))
+    own = direction_similarity(edited, images["renders"], wrong, texts)
+    shifted = direction_similarity(edited, images["renders"], wrong.roll(1, 0), texts.roll(1, 0))
+
+    commit, command = load_pack.source_commit(), " ".join(["benchmarks/demo_clip.py", *sys.argv[1:]])
+    lines = [
+        "# The demo world's CLIP",
+        "",
+        f"`{command}` at commit {commit}: {len(samples)} pictures of held-out identities (seed {arguments.seed}). "
+        f"Share of pictures whose right caption is nearer than all that differ from it in one attribute:",
+        "",
+        "| attribute | renders | reconstructions | by chance |",
+        "|---|---|---|---|",
+    ]
+    for name, (share, chance) in choices["renders"].items():
+        of_decoded = choices["reconstructions"][name][0]
+        lines.append(f"| {name.replace('_', ' ')} | {share:.3f} | {of_decoded:.3f} | {chance:.3f} |")
+    lines += [
+        f"| the caption among {len(samples)} | {ranks['renders']:.3f} | {ranks['reconstructions']:.3f} | "
+        f"{1 / len(samples):.3f} |",
+        "",
+        f"CLIP-T of the right caption {right.mean():.3f}, of one with one attribute wrong {other.mean():.3f}; the "
+        f"right one is higher for {(right > other).float().mean():.3f} of the pictures.",
+        f"CLIP-D of a true edit {own.mean():.3f} with its own captions, {shifted.mean():.3f} with another edit's.",
+    ]
+    figures = {
+        "command": command,
+        "commit": commit,
+        "seed": arguments.seed,
+        "pictures": len(samples),
+        "attributes": {name: {key: share for key, (share, _) in found.items()} for name, found in choices.items()},
+        "by_chance": {name: chance for name, (_, chance) in choices["renders"].items()},
+        "caption_among_all": ranks,
+        "clip_t": {"right": float(right.mean()), "one_wrong": float(other.mean())},
+        "right_above_wrong": float((right > other).float().mean()),
+        "clip_d": {"own": float(own.mean()), "of_another_edit": float(shifted.mean())},
+    }
+    write_results("demo_clip", figures, lines)
+
+
+if __name__ == "__main__":
+    main()

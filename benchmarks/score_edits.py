@@ -1,0 +1,320 @@
+"""Edit a published dataset with the methods of the field and score the results: one command, one table.
+
+    .venv/bin/python benchmarks/score_edits.py --dataset demo --methods ddim null-text-7.5 masactrl
+    .venv/bin/python benchmarks/score_edits.py --dataset pie-bench --folder data --checkpoint sd-v1-4.safetensors \\
+        --methods img2img masactrl prompt-to-prompt --clip clip-vit-large-patch14 --structure dino-vitb8 \\
+        --models ComfyUI/models --lpips SqueezeNet --keep kept
+    .venv/bin/python benchmarks/score_edits.py --dataset tedbench --folder tedbench --edited tedbench/imagic \\
+        --clip clip-vit-large-patch14
+
+`--dataset` is one of pie-bench, tedbench, lipe, dreambooth (folders in their published form, see edit_datasets.py;
+nothing is downloaded) and demo, which the demo world draws: edits of subjects that nothing was trained on, with the
+true edits known. `--methods` are those of edit_methods.py; `--list` names them. `--edited` scores pictures that exist
+already, found by the names of the cases. Every table has the unchanged source picture as a row, and the true edit where
+it is known. With `--keep` a run that was stopped goes on. Scores need the networks that are given, local folders in the
+form of transformers (`--clip`, `--dino`, `--dinov2`, `--structure`) or files of `--models` (a ComfyUI models folder):
+`--lpips`, `--fid` and `--aesthetic` of its image_scores, `--arcface` and `--face-detector` of its insightface. The demo
+dataset is scored by the demo world's own CLIP, whose figures say nothing beside those of a published CLIP.
+
+Parts of pictures are compared by PIE-Bench's rule for pie-bench, else by the mean over the part (`--rule`).
+
+Published figures to compare with, each with the papers' own checkpoints, pictures and scorers; this command has not
+measured them:
+
+- LIPE (Liu et al. 2024, table 2, on their dataset with SDXL), DINOv2-I / CLIP-I / CLIP-T / CLIP-D: LIPE .8848 / .9247 /
+  .2331 / .0807; DreamCtrl .7804 / .8517 / .2304 / .0433; Imagic .6961 / .7356 / .2310 / .0138; MasaCtrl .6027 / .7425 /
+  .2628 / .0178.
+- HiFi Tuner (Wang et al. 2023, on the DreamBooth dataset with Stable Diffusion 1.4), DINO / CLIP-I / CLIP-T: textual
+  inversion .569 / .780 / .255, with HiFi Tuner .665 / .807 / .291; DreamBooth .668 / .803 / .305, with HiFi Tuner
+  .680 / .809 / .317.
+- MCDM (Chen et al. 2024, on their portraits), SSIM / LPIPS / FID: costumes .791 / .633 / 52.56, expressions .943 / .400
+  / 22.09; DiffEdit .722 / .721 / 93.52.
+- PIDiff (Gu et al. 2025), ArcFace ID / LPIPS / CLIP-T: .3112 / .5936 / .1938.
+
+Writes benchmarks/results/NAME.json (the values of every case), NAME.md and NAME.jpg (the first cases).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
+load_pack.load_pack()
+
+import edit_dataset_demo  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
+import edits  # noqa: E402
+import folder_paths  # noqa: E402
+import torch  # noqa: E402
+from edit_cases import EditCase  # noqa: E402
+from edit_datasets import READERS, read_dataset  # noqa: E402
+from edit_methods import METHODS, Checkpoint, Method, MethodSettings, load_checkpoint  # noqa: E402
+from edit_scoring import (  # noqa: E402
+    SOURCE,
+    TARGET,
+    EditedFolder,
+    KeptPictures,
+    MethodScores,
+    Pictures,
+    figure,
+    figures_of,
+    means_by_group,
+    score_case,
+    set_scores,
+    sheet,
+    table,
+)
+from identity_edit_pack.demo_world import family  # noqa: E402
+from identity_edit_pack.demo_world.clip import CLIP_FOLDER  # noqa: E402
+from identity_edit_pack.pipelines.edit_scores import PIE_BENCH, PLAIN, RULES, open_networks  # noqa: E402
+from identity_edit_pack.pipelines.errors import IdentityEditError  # noqa: E402
+from identity_edit_pack.pipelines.faces import load_detector  # noqa: E402
+from identity_edit_pack.pipelines.identity_similarity import load_recognizer  # noqa: E402
+from identity_edit_pack.pipelines.score_definitions import PIE_BENCH_PARTS, PLAIN_PARTS  # noqa: E402
+from report import RESULTS, write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+DEMO = "demo"
+DEMO_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo.safetensors"
+DEMO_SIZE, USUAL_SIZE = 128, 512
+SHEET_SIDE, SHEET_COLUMNS = 128, 12
+PARTS = {PLAIN: PLAIN_PARTS, PIE_BENCH: PIE_BENCH_PARTS}
+NUMBERS = {entry.name for entry in dataclasses.fields(MethodSettings) if entry.type in ("int", "float")}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="name the methods, and stop")
+    parser.add_argument("--dataset", choices=(*READERS, DEMO), default=DEMO)
+    parser.add_argument("--folder", type=Path, help="the dataset's folder; for demo where it is written (temporary)")
+    parser.add_argument("--cases", type=int, help="how many cases (all; demo: 21)")
+    parser.add_argument("--start", type=int, default=0, help="the first of them (0)")
+    parser.add_argument("--checkpoint", type=Path, help="an SD 1.x, 2.x or XL checkpoint (the demo world's)")
+    parser.add_argument("--size", type=int, help="width and height of the pictures (512; demo: 128)")
+    parser.add_argument("--methods", nargs="*", default=[], metavar="METHOD", help="see --list")
+    parser.add_argument("--edited", nargs="*", default=[], type=Path, help="folders of pictures that exist already")
+    parser.add_argument("--keep", type=Path, help="keep the made pictures here, and go on with what it holds")
+    parser.add_argument("--seed", type=int, default=0, help="of all noise (0)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="NAME=NUMBER", help=f"any of {', '.join(sorted(NUMBERS))}"
+    )
+    for name, what in (("mcdm", "checkpoint"), ("community", "folder"), ("masactrl", "folder")):
+        parser.add_argument(f"--{name}", type=Path, help=f"the {what} that some methods need")
+    for name in ("clip", "dino", "dinov2", "structure"):
+        parser.add_argument(f"--{name}", type=Path, help="folder of the network (transformers)")
+    parser.add_argument("--models", type=Path, help="a ComfyUI models folder with image_scores and insightface")
+    for name in ("lpips", "fid", "aesthetic", "arcface", "face-detector"):
+        parser.add_argument(f"--{name}", help="name of the network in --models")
+    parser.add_argument("--rule", choices=RULES, help="how parts are compared (pie-bench: PIE-Bench)")
+    parser.add_argument("--name", help="of the results (edits_DATASET)")
+    return parser.parse_args()
+
+
+def read_cases(arguments: argparse.Namespace, temporary: Path) -> list[EditCase]:
+    """The chosen cases."""
+    masks = temporary / "masks"
+    start, stop = arguments.start, None if arguments.cases is None else arguments.start + arguments.cases
+    if arguments.dataset == DEMO:
+        folder = arguments.folder or temporary / "demo"
+        stop = stop or start + 3 * len(edit_dataset_demo.KINDS)
+        edit_dataset_demo.write_demo_dataset(folder, stop)
+        cases = edit_dataset_demo.read_demo_dataset(folder, masks)
+    elif arguments.folder is None:
+        raise IdentityEditError(f"--folder is missing; give the folder of the dataset {arguments.dataset}.")
+    else:
+        cases = read_dataset(arguments.dataset, arguments.folder, masks)
+    chosen = cases[start:stop]
+    if not chosen:
+        raise IdentityEditError(f"--start {start} leaves none of {len(cases)} cases; choose a smaller number.")
+    return chosen
+
+
+def method_settings(arguments: argparse.Namespace) -> MethodSettings:
+    changes: dict[str, Any] = {name: getattr(arguments, name) for name in ("mcdm", "community", "masactrl", "seed")}
+    for assignment in arguments.set:
+        name, _, number = assignment.partition("=")
+        try:
+            if name not in NUMBERS:
+                raise ValueError
+            changes[name] = int(number) if isinstance(getattr(MethodSettings(), name), int) else float(number)
+        except ValueError as error:
+            raise IdentityEditError(
+                f"--set {assignment} sets no number; write NAME=NUMBER with a NAME of {', '.join(sorted(NUMBERS))}."
+            ) from error
+    return MethodSettings(**changes)
+
+
+def made_pictures(arguments: argparse.Namespace, cases: list[EditCase], size: int, keep: Path) -> dict[str, Pictures]:
+    """Edit all cases by all methods; what reads the pictures, by method."""
+    unknown = sorted(set(arguments.methods) - set(METHODS))
+    if unknown:
+        raise IdentityEditError(f"There is no method {', '.join(unknown)}; --list names those that there are.")
+    settings = method_settings(arguments)
+    path = arguments.checkpoint or DEMO_CHECKPOINT
+    if arguments.methods and not path.is_file():
+        raise IdentityEditError(f"The checkpoint {path} is missing; give a file with --checkpoint.")
+    kept = KeptPictures(keep, settings_of_pictures(arguments, settings, path, size))
+
+    @functools.cache
+    def checkpoint() -> Checkpoint:
+        family.register()
+        return load_checkpoint(path, size)
+
+    left_out: dict[str, str] = {}
+    for case in tqdm(cases, unit="case", desc="editing", disable=not arguments.methods):
+        # One case after the other, so that methods share their work on it.
+        for name in arguments.methods:
+            method = METHODS[name]
+            own = case.named() if "references" in method.needs else case
+            lacking = method.lacks(own, settings)
+            if lacking:
+                left_out[name] = ", ".join(lacking)
+            else:
+                kept.make(name, own, functools.partial(edit_case, method, checkpoint, settings))
+        settings.work.forget("case")
+    for name, lacking_words in left_out.items():
+        print(f"{name} is left out where it lacks {lacking_words}.")
+    return {name: functools.partial(kept.load, name, size=size) for name in arguments.methods}
+
+
+def edit_case(
+    method: Method, checkpoint: Callable[[], Checkpoint], settings: MethodSettings, case: EditCase
+) -> torch.Tensor:
+    return method.edit(checkpoint(), case, settings)
+
+
+def settings_of_pictures(
+    arguments: argparse.Namespace, settings: MethodSettings, checkpoint: Path, size: int
+) -> dict[str, Any]:
+    """What made pictures depend on."""
+    files = {name: path.name for name in ("mcdm", "community", "masactrl") if (path := getattr(arguments, name))}
+    numbers = {name: getattr(settings, name) for name in sorted(NUMBERS)}
+    return {"dataset": arguments.dataset, "checkpoint": checkpoint.name, "size": size, **files, **numbers}
+
+
+def existing_pictures(arguments: argparse.Namespace, cases: list[EditCase], size: int) -> dict[str, Pictures]:
+    """What reads the pictures of --edited, by the folder's name."""
+    found: dict[str, Pictures] = {}
+    for folder in arguments.edited:
+        edited = EditedFolder(folder)
+        if not any(case.name in edited.paths for case in cases):
+            raise IdentityEditError(f"{folder} holds no picture named like a case, as {cases[0].name} is; rename them.")
+        found[folder.name] = functools.partial(edited.load, size=size)
+    return found
+
+
+@contextlib.contextmanager
+def networks_of(arguments: argparse.Namespace) -> Any:
+    """What scores; the demo world's CLIP for its dataset where no other is given."""
+    of_models = ("lpips", "fid", "aesthetic", "arcface", "face_detector")
+    if arguments.models is None and any(getattr(arguments, name) for name in of_models):
+        raise IdentityEditError("--models is missing; give the ComfyUI models folder that holds image_scores.")
+    if arguments.models is not None:
+        for name in ("image_scores", "insightface"):
+            folder_paths.add_model_folder_path(name, str((arguments.models / name).resolve()), is_default=True)
+    clip = arguments.clip or (CLIP_FOLDER if arguments.dataset == DEMO else None)
+    folders = {name: getattr(arguments, name) for name in ("dino", "dinov2", "structure")} | {"clip": clip}
+    with open_networks(
+        **{name: None if folder is None else str(folder) for name, folder in folders.items()},
+        lpips=arguments.lpips,
+        aesthetic=arguments.aesthetic,
+        inception=arguments.fid,
+        face_recognizer=None if arguments.arcface is None else load_recognizer(arguments.arcface),
+        face_detector=None if arguments.face_detector is None else load_detector(arguments.face_detector),
+    ) as networks:
+        yield networks
+
+
+def command() -> str:
+    """The command with relative paths, as it is recorded."""
+
+    def relative(word: str) -> str:
+        return Path(word).name if Path(word).is_absolute() else word
+
+    return " ".join(["benchmarks/score_edits.py", *(relative(word) for word in sys.argv[1:])])
+
+
+def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: dict[str, Pictures], size: int) -> None:
+    """Score every row of pictures, and write the results."""
+    rule = arguments.rule or (PIE_BENCH if arguments.dataset == "pie-bench" else PLAIN)
+    methods = {name: MethodScores() for name in rows}
+    others: list[torch.Tensor] = []
+    with networks_of(arguments) as networks:
+        inception, networks = networks.inception, dataclasses.replace(networks, inception=None)
+        for case in tqdm(cases, unit="case", desc="scoring"):
+            if inception is not None:
+                others.append(inception.features([case.load_picture(size)[0]]))
+            for name, pictures in rows.items():
+                edited = pictures(case)
+                if edited is None:
+                    continue
+                compare_source = arguments.dataset != "dreambooth"
+                scores = score_case(edited, case, networks, size=size, rule=rule, compare_source=compare_source)
+                methods[name].add(case, scores)
+                if inception is not None:
+                    methods[name].features.append(inception.features([edited[0]]))
+    sets = {name: set_scores(scores, others) for name, scores in methods.items()}
+    commit = load_pack.source_commit()
+    title = f"# Edits of {arguments.dataset}, scored"
+    about = f"`{command()}` at commit {commit}: {len(cases)} cases from number {arguments.start} on, {size} pixels."
+    parts = f"Inside and outside of a mask: {PARTS[rule]}."
+    lines = [title, "", f"{about} {parts}", "", *table(methods, sets)]
+    by_group = list(means_by_group(methods, cases))
+    shown = [name for name in ("CLIP-T", "CLIP-D", "SSIM", "PSNR outside") if any(name in row[3] for row in by_group)]
+    if by_group and arguments.dataset != "dreambooth":
+        lines += ["", f"| kind of edit | cases | method | {' | '.join(shown)} |", "|---" * (len(shown) + 3) + "|"]
+        for group, count, name, means in by_group:
+            cells = " | ".join(figure(score, means.get(score, float("nan"))) for score in shown)
+            lines.append(f"| {group} | {count} | {name} | {cells} |")
+    lines += ["", f"Rows of the sheet: {', '.join(rows)}; the first {min(len(cases), SHEET_COLUMNS)} cases."]
+    figures = {
+        "command": command(),
+        "commit": commit,
+        "dataset": arguments.dataset,
+        "seed": arguments.seed,
+        "size": size,
+        "rule": rule,
+        "methods": figures_of(methods, sets),
+    }
+    name = arguments.name or f"edits_{arguments.dataset.replace('-', '_')}"
+    write_results(name, figures, lines)
+    edits.save_sheet(RESULTS / f"{name}.jpg", sheet(rows, cases[:SHEET_COLUMNS], SHEET_SIDE), SHEET_COLUMNS)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.list:
+        for name, method in METHODS.items():
+            needs = f" (needs {', '.join(method.needs)})" if method.needs else ""
+            print(f"{name}: {method.description} [{method.source}]{needs}")
+        return
+    size = arguments.size or (DEMO_SIZE if arguments.dataset == DEMO else USUAL_SIZE)
+    with tempfile.TemporaryDirectory(prefix="score-edits-") as temporary:
+        cases = read_cases(arguments, Path(temporary))
+        rows: dict[str, Pictures] = {SOURCE: functools.partial(EditCase.load_picture, size=size)}
+        if cases[0].target is not None:
+            rows[TARGET] = functools.partial(EditCase.load_target, size=size)
+        with networks_of(arguments):
+            pass  # what is missing is said before any picture is made; the memory is free for making them
+        rows |= made_pictures(arguments, cases, size, arguments.keep or Path(temporary) / "kept")
+        rows |= existing_pictures(arguments, cases, size)
+        score_and_write(arguments, cases, rows, size)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except IdentityEditError as error:
+        sys.exit(str(error))

@@ -335,7 +335,7 @@ class ScoreEdit(io.ComfyNode):
             )
         others = source if references is None else references
         warning = _few_pictures(len(edited), len(others)) if inception != NONE else None
-        text = show_text(cls, score_report.score_table(scores), warning)
+        text = show_text(cls, score_report.score_table(scores, rule), warning)
         means = {score.name: score.mean for score in scores}
         return io.NodeOutput(
             text,
@@ -384,11 +384,12 @@ def _few_pictures(edited: int, others: int) -> str | None:
 
 
 def _or_blocked(means: dict[str, float], name: str) -> Any:
+    """A mean, or what keeps nodes behind an output that has none from running, without an error."""
     if name in means:
         return means[name]
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    return ExecutionBlocker(f"{name} was not computed; choose its network in Score Edit, and write its prompts.")
+    return ExecutionBlocker(None)
 
 
 NODES: list[type[io.ComfyNode]] = [ReconstructionCheck, ScoreEdit]

@@ -149,13 +149,14 @@ def score_edit(
     if networks.aesthetic is not None and networks.clip is None:
         raise IdentityEditError("The aesthetic predictor reads CLIP's embeddings; choose a clip too.")
     if (networks.face_detector is None) != (networks.face_recognizer is None):
-        raise IdentityEditError("ArcFace ID needs a face detector and a recogniser; give both, or neither.")
+        raise IdentityEditError(
+            "ArcFace ID needs a face detector and a recogniser; connect Load Face Detector and choose a recognizer, or "
+            "leave both out."
+        )
     case = ScoredPictures.of(edited, source, mask, references)
-    prompts = [
-        prompt_for_each(source_prompt, case, "source_prompt"),
-        prompt_for_each(target_prompt, case, "target_prompt"),
-    ]
-    known = _Known.of(case, *prompts, networks)
+    source_prompts = prompt_for_each(source_prompt, case, "source_prompt")
+    target_prompts = prompt_for_each(target_prompt, case, "target_prompt")
+    known = _Known.of(case, source_prompts, target_prompts, networks)
     values: dict[str, list[float]] = {}
     for number in range(len(case.edited)):
         _stop_if_interrupted()

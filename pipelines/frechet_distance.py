@@ -29,7 +29,6 @@ FEATURES = 2048
 FEWEST = 50
 """[choice] Pictures in each set below which no distance is given: it would say more of their number than of them."""
 NEEDED = "Inception v3, of pytorch-fid or of torchvision"
-EXAMPLE = "pt_inception-2015-12-05-6726825d.pth"
 PURPOSE = "FID"
 
 

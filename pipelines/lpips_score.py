@@ -88,7 +88,8 @@ class Lpips(torch.nn.Module):
             if weights is None:
                 total += difference.mean(dim=(1, 2))
             else:
-                places = adaptive_avg_pool2d(weights.cpu().double().unsqueeze(1), difference.shape[1:])[:, 0]
+                size = (difference.shape[1], difference.shape[2])
+                places = adaptive_avg_pool2d(weights.cpu().double().unsqueeze(1), size)[:, 0]
                 total += (difference * places).sum(dim=(1, 2)) / places.sum(dim=(1, 2))
         return total
 

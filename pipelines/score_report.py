@@ -6,15 +6,21 @@ import json
 import math
 from collections.abc import Sequence
 
-from .edit_scores import Score
+from .edit_scores import PIE_BENCH, Score
+from .score_definitions import INSIDE, OUTSIDE, PIE_BENCH_PARTS, PLAIN_PARTS
 
 _DIRECTIONS = {True: "higher", False: "lower", None: "-"}
 _DIGITS = {"PSNR": 2, "FID": 2, "aesthetic score": 2}
 _SMALL = ("MSE", "structure distance", "KID")
 
 
-def score_table(scores: Sequence[Score]) -> str:
-    """A table of name, mean, lowest and highest value and the better direction, and below it every definition."""
+def score_table(scores: Sequence[Score], rule: str) -> str:
+    """A table of name, mean, lowest and highest value and the better direction, and below it what each score is.
+
+    Args:
+        scores: of `edit_scores.score_edit`.
+        rule: by which they were taken, one of `edit_scores.RULES`.
+    """
     rows = [("score", "mean", "lowest", "highest", "better")]
     for score in scores:
         values = [value for value in score.values.tolist() if not math.isnan(value)]
@@ -29,7 +35,11 @@ def score_table(scores: Sequence[Score]) -> str:
         name = row[0].ljust(widths[0])
         figures_text = "  ".join(text.rjust(width) for text, width in zip(row[1:4], widths[1:4], strict=True))
         lines.append(f"{name}  {figures_text}  {row[4]}".rstrip())
-    definitions = [f"{score.name}: {score.definition} [{score.source}]" for score in scores]
+    wholes = [score for score in scores if not _is_part(score.name)]
+    definitions = [f"{score.name}: {score.definition} [{score.source}]" for score in wholes]
+    if len(wholes) < len(scores):
+        how = PIE_BENCH_PARTS if rule == PIE_BENCH else PLAIN_PARTS
+        definitions.append(f"{INSIDE}, {OUTSIDE}: the same of a part given by the mask: {how}.")
     return "\n".join([*lines, "", *definitions])
 
 
@@ -52,12 +62,17 @@ def scores_as_json(scores: Sequence[Score], rule: str) -> str:
     return json.dumps(content, allow_nan=False, ensure_ascii=False, indent=1)
 
 
+def _is_part(name: str) -> bool:
+    """Whether the definition of the whole and the rule say what it is; CLIP-T has a rule of its own."""
+    return name.endswith((f" {INSIDE}", f" {OUTSIDE}")) and not name.startswith("CLIP")
+
+
 def _figure(name: str, value: float) -> str:
     if math.isnan(value):
         return "none"
     if math.isinf(value):
         return "infinite"
-    base = name.removesuffix(" inside").removesuffix(" outside")
+    base = name.removesuffix(f" {INSIDE}").removesuffix(f" {OUTSIDE}")
     return f"{value:.3g}" if base in _SMALL else f"{value:.{_DIGITS.get(base, 4)}f}"
 
 

@@ -48,7 +48,7 @@ def test_it_works_without_any_file() -> None:
     from comfy_execution.graph_utils import ExecutionBlocker
 
     assert len(others) == 3 and all(isinstance(other, ExecutionBlocker) for other in others)
-    assert "LPIPS was not computed; choose its network" in str(others[0].message)
+    assert all(other.message is None for other in others), "a message would fail the whole workflow"
 
 
 def test_a_mask_and_the_rule_reach_the_scores() -> None:

@@ -242,22 +242,26 @@ def test_the_table_and_the_json_say_what_was_measured() -> None:
     edited[0] = SOURCE[0]
     both = torch.stack([torch.ones(40, 48), torch.zeros(40, 48)])
     scores = edit_scores.score_edit(edited, SOURCE, mask=both)
-    table = score_table(scores).splitlines()
+    table = score_table(scores, edit_scores.PLAIN).splitlines()
     assert table[0].split() == ["score", "mean", "lowest", "highest", "better"]
     psnr = next(score for score in scores if score.name == "PSNR")
     row = next(line for line in table if line.startswith("PSNR "))
     assert row.split() == ["PSNR", "infinite", f"{float(psnr.values[1]):.2f}", "infinite", "higher"]
     assert any(line.startswith("PSNR inside") and line.endswith("-") for line in table)
     for score in scores:
-        assert f"{score.name}: {score.definition} [{score.source}]" in table
+        is_part = score.name.endswith("side")
+        assert (f"{score.name}: {score.definition} [{score.source}]" in table) != is_part
         assert score.definition.endswith(".") and score.definition.count(". ") == 0
+    assert table[-1].endswith("given by the mask: the mean over its pixels alone.")
+    assert score_table(scores, edit_scores.PIE_BENCH).endswith("compared as a whole, as PIE-Bench does.")
+    assert "given by the mask" not in score_table(scores[:1], edit_scores.PLAIN)
     content = json.loads(scores_as_json(scores, edit_scores.PLAIN))
     assert content["rule"] == edit_scores.PLAIN
     assert content["scores"]["PSNR"]["values"] == ["infinite", pytest.approx(float(psnr.values[1]))]
     assert content["scores"]["SSIM inside"]["values"][1] is None
     assert content["scores"]["SSIM"]["higher_is_better"] is True
     nothing = by_name(EDITED, SOURCE, mask=torch.zeros(1, 40, 48))["PSNR inside"]
-    assert "none" in score_table([nothing]) and math.isnan(nothing.mean)
+    assert "none" in score_table([nothing], edit_scores.PLAIN) and math.isnan(nothing.mean)
 
 
 def test_networks_are_opened_from_folders_and_given_back(tmp_path: Path) -> None:

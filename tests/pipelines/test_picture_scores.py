@@ -31,11 +31,11 @@ def test_ssim_is_that_of_scikit_image_and_of_torchmetrics() -> None:
 
     found = picture_scores.ssim(EDITED, SOURCE)
     assert found.dtype == torch.float64 and found.shape == (2,)
-    assert found.tolist() == pytest.approx([skimage_map(0).mean(), skimage_map(1).mean()], abs=1e-6)
+    assert found.tolist() == pytest.approx([skimage_map(0).mean(), skimage_map(1).mean()], abs=2e-6)
     pair = [pictures.movedim(-1, 1).double() for pictures in (EDITED, SOURCE)]
     _, full = structural_similarity_index_measure(*pair, data_range=1.0, reduction="none", return_full_image=True)
     without_border = full[:, :, 5:-5, 5:-5].mean(dim=(1, 2, 3))
-    assert found.tolist() == pytest.approx(without_border.tolist(), abs=1e-6)
+    assert found.tolist() == pytest.approx(without_border.tolist(), abs=2e-6)
     assert picture_scores.ssim(SOURCE, SOURCE).tolist() == pytest.approx([1.0, 1.0])
 
 
@@ -43,7 +43,7 @@ def test_ssim_of_a_part_is_the_mean_of_its_windows() -> None:
     found = picture_scores.ssim(EDITED, SOURCE, MASK)
     for number in range(2):
         weights = MASK[number, 5:-5, 5:-5].double().numpy()
-        assert float(found[number]) == pytest.approx((skimage_map(number) * weights).sum() / weights.sum(), abs=1e-6)
+        assert float(found[number]) == pytest.approx((skimage_map(number) * weights).sum() / weights.sum(), abs=5e-6)
 
 
 def test_errors_are_those_of_numpy_and_torchmetrics() -> None:

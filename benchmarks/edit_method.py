@@ -80,6 +80,8 @@ EDIT, SUBJECT, PREPARATION = "edit", "subject", "preparation"
 class SharedWork:
     """Work that is done once, and counts for every method that uses it.
 
+    Whoever measures calls `begin` before a method and `edit_cost` after it, and `forget("case")` between pictures.
+
     Attributes:
         used: what was used since `begin`, by what it is for.
         made: the part of it that was made since then, which is in the clock of whoever measures the method.
@@ -178,7 +180,8 @@ class Method:
             "reference" (the authors').
         description: one line.
         source: paper or code.
-        needs: what it cannot do without: "references", "mcdm", "community", "masactrl".
+        needs: what it cannot do without: "references", "class word" and "instruction" of a case, "mcdm", "community"
+            and "masactrl" of the settings.
         edit: gives the edited picture [1, size, size, 3] in [0, 1].
     """
 
@@ -192,6 +195,8 @@ class Method:
         """What it needs and does not have."""
         has = {
             "references": bool(case.references and case.subject_word),
+            "class word": bool(case.class_word),
+            "instruction": bool(case.instruction),
             "mcdm": settings.mcdm is not None,
             "community": settings.community is not None,
             "masactrl": settings.masactrl is not None,

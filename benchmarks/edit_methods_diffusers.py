@@ -238,7 +238,7 @@ METHODS = {
     ),
     "diffusers-instruct-pix2pix": Method(
         "diffusers", "StableDiffusionInstructPix2PixPipeline", "diffusers; Brooks et al. 2023", instruct_pix2pix,
-        ("mcdm",),
+        ("mcdm", "instruction"),
     ),
     "community-null-text": Method(
         "community", "NullTextPipeline and the target prompt, guidance 7.5", "diffusers; Mokady et al. 2023",

@@ -74,7 +74,7 @@ def inverted(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -
         begin = start(checkpoint, case)
         return ddim_inversion(checkpoint.model, begin.latent, begin.source, steps=settings.steps)
 
-    return settings.work.once(("case", "inversion", case.name, case.source_prompt, settings.steps), make)
+    return settings.work.once(("case", "inversion", case.picture, case.source_prompt, settings.steps), make)
 
 
 def with_null_text(
@@ -82,6 +82,7 @@ def with_null_text(
 ) -> Inversion:
     """The inversion with its null-text embeddings; made once."""
     inversion = inverted(checkpoint, case, settings)
+    key = ("case", "null-text", case.picture, case.source_prompt, method, guidance_scale, settings.steps)
 
     def make() -> Inversion:
         begin = start(checkpoint, case)
@@ -90,7 +91,7 @@ def with_null_text(
         )
         return inversion.with_embeddings(found.embeddings)
 
-    return settings.work.once(("case", "null-text", case.name, method, guidance_scale, settings.steps), make)
+    return settings.work.once(key, make)
 
 
 def by_ddim(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> torch.Tensor:
@@ -290,7 +291,10 @@ METHODS = {
     ),
     "masactrl": Method("pack", "Mutual Self-Attention on a DDIM inversion", "Cao et al. 2023", by_masactrl),
     "diffedit": Method("pack", "MCDM Edit Mask and DiffEdit", "Couairon et al. 2023", by_diffedit),
-    "masks": Method("pack", "identity-aware masks without a prior", "Liu et al. 2024", by_masked_edit),
-    "lipe": Method("pack", "an identity prior and identity-aware masks", "Liu et al. 2024", by_lipe, ("references",)),
-    "mcdm": Method("pack", "a model that learned edits of portraits", "Chen et al. 2024", by_mcdm, ("mcdm",)),
+    "masks": Method("pack", "identity-aware masks without a prior", "Liu et al. 2024", by_masked_edit,
+                    ("class word",)),
+    "lipe": Method("pack", "an identity prior and identity-aware masks", "Liu et al. 2024", by_lipe,
+                   ("references", "class word")),
+    "mcdm": Method("pack", "a model that learned edits of portraits", "Chen et al. 2024", by_mcdm,
+                   ("mcdm", "instruction")),
 }  # fmt: skip

@@ -358,7 +358,7 @@ def main() -> None:
         figures = figure_tasks(arguments.cases, folder, arguments.seed)
         portraits = portrait_tasks(arguments.portraits, folder, arguments.seed)
         if not arguments.only_kept:
-            warm_up(figures[0], checkpoint, settings)
+            warm_up([*figures, *portraits][0], checkpoint, settings)
         made: dict[str, Results] = {"figures": {}, "portraits": {}}
         for kind, tasks, names in (
             ("figures", figures, tuple(name for name in FIGURES if name not in SLOW)),
@@ -380,7 +380,7 @@ def write_report(
         ("portraits", portraits, score_portraits),
     ):
         truth = {number: Made(task.pair.after, 0.0, 0, 0.0) for number, task in enumerate(tasks)}
-        reports[kind] = rows_of({**results, "true edit (renderer)": truth}, tasks, score)
+        reports[kind] = rows_of({**results, "true edit (renderer)": truth} if tasks else {}, tasks, score)
     commit, command = load_pack.source_commit(), " ".join(["benchmarks/peers.py", *recorded(sys.argv[1:])])
     comparisons = [same_algorithm(figures[1], reports["figures"]), same_algorithm(portraits[1], reports["portraits"])]
     seen = {line.split("|")[1] for line in comparisons[0][0]}
@@ -431,8 +431,9 @@ def write_report(
         "same_algorithm": {"figures": comparisons[0][1], "portraits": comparisons[1][1]},
     }
     write_results("peers", everything, lines)
-    edits.save_sheet(RESULTS / "peers.jpg", sheet_rows(figures[1], figures[0]), 9)
-    edits.save_sheet(RESULTS / "peers_portraits.jpg", sheet_rows(portraits[1], portraits[0]), 6)
+    for name, (tasks, results) in (("peers.jpg", figures), ("peers_portraits.jpg", portraits)):
+        if tasks:
+            edits.save_sheet(RESULTS / name, sheet_rows(results, tasks), 9)
 
 
 def recorded(arguments: list[str]) -> list[str]:

@@ -95,3 +95,40 @@ def test_a_latent_smaller_than_the_kernel_is_refused():
     latent = tiny_models.latent(3, 1, 2, 2)
     with pytest.raises(IdentityEditError, match="smaller than kernel"):
         edit_masks.edit_mask(tiny_models.sd1(), tiny_models.conditioning(1), tiny_models.conditioning(2), latent)
+
+
+def test_the_cells_of_a_mask_are_those_that_diffusers_chooses():
+    """StableDiffusionDiffEditPipeline.generate_mask on the same weights, noise and noise level.
+
+    It cuts the difference at three times its mean and takes what is above half of that, without normalising to the
+    smallest difference first; so the order of the cells must be the same, and the mask for the threshold that its
+    choice amounts to.
+    """
+    import diffusers_models
+    from diffusers import DDIMInverseScheduler, StableDiffusionDiffEditPipeline
+
+    model = tiny_models.sd1()
+    target, source = tiny_models.conditioning(1), tiny_models.conditioning(2)
+    latent = tiny_models.latent(3, height=32, width=32)
+    settings = EditMaskSettings(steps=1000, noise_steps=500, seeds=2, outliers=3.0, kernel=1, threshold=0.5)
+    found = edit_mask(model, target, source, latent, settings, seed=5)
+
+    scheduler = diffusers_models.scheduler()
+    pipe = StableDiffusionDiffEditPipeline(
+        vae=diffusers_models.autoencoder(None, model, 256), text_encoder=None, tokenizer=None,
+        unet=diffusers_models.unet(model), scheduler=scheduler,
+        inverse_scheduler=DDIMInverseScheduler.from_config(scheduler.config), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    empty = torch.zeros_like(target[0][0])
+    theirs = pipe.generate_mask(
+        image=engine.to_model_scale(model, latent), target_prompt_embeds=target[0][0],
+        target_negative_prompt_embeds=empty, source_prompt_embeds=source[0][0], source_negative_prompt_embeds=empty,
+        num_maps_per_mask=settings.seeds, mask_encode_strength=0.5, mask_thresholding_ratio=3.0,
+        num_inference_steps=1000, guidance_scale=7.5, output_type="np",
+        generator=[torch.Generator().manual_seed(5 + i) for i in range(settings.seeds)],
+    )  # fmt: skip
+    chosen = torch.from_numpy(theirs) > 0
+    assert 0.01 < float(chosen.float().mean()) < 0.99
+    inside, outside = found.contrast[chosen], found.contrast[~chosen]
+    assert float(inside.min()) > float(outside.max()) - 1e-5

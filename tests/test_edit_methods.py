@@ -1,0 +1,110 @@
+"""What the benchmark of editing methods rests on: the same weights in diffusers, and whose work counts for whom."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+
+
+@pytest.mark.usefixtures("pack")
+def test_the_unet_for_diffusers_is_the_same_network():
+    import diffusers_models
+
+    model = tiny_models.sd1()
+    twin = diffusers_models.unet(model)
+    x, context = tiny_models.latent(1, batch=2), tiny_models.conditioning(2, batch=2)[0][0]
+    with torch.no_grad():
+        ours = model.model.diffusion_model(x, torch.tensor([500.0, 500.0]), context=context)
+        theirs = twin(x, 500, encoder_hidden_states=context).sample
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.usefixtures("pack")
+def test_the_autoencoder_for_diffusers_is_comfyuis():
+    import diffusers_models
+
+    class Halves:
+        """A VAE whose latent is the picture, eight times smaller and half as bright."""
+
+        def encode(self, pictures: torch.Tensor) -> torch.Tensor:
+            assert pictures.shape[-1] == 3 and 0.0 <= float(pictures.min()) <= float(pictures.max()) <= 1.0
+            return pictures.permute(0, 3, 1, 2)[..., ::8, ::8] / 2
+
+        def decode(self, latent: torch.Tensor) -> torch.Tensor:
+            return (latent * 2).permute(0, 2, 3, 1)
+
+    made = diffusers_models.autoencoder(Halves(), tiny_models.sd1(), 64)
+    picture = torch.rand(1, 3, 64, 64) * 2 - 1
+    latent = made.encode(picture).latent_dist
+    assert torch.equal(latent.mean, latent.sample()) and torch.equal(latent.mean, latent.mode())
+    assert torch.allclose(made.decode(latent.mean).sample, picture[..., ::8, ::8], atol=1e-6)
+    assert made.config.scaling_factor == 0.18215 and 2 ** (len(made.config.block_out_channels) - 1) == 8
+
+
+@pytest.mark.usefixtures("pack")
+def test_evaluations_are_counted_one_for_each_picture_and_prompt():
+    import diffusers_models
+    from edit_method import measured
+
+    model = tiny_models.sd1()
+    x, context = tiny_models.latent(1, batch=3), tiny_models.conditioning(2, batch=3)[0][0]
+    with torch.no_grad(), measured() as cost:
+        model.model.diffusion_model(x, torch.full((3,), 500.0), context=context)
+        diffusers_models.unet(model)(x[:2], 500, encoder_hidden_states=context[:2])
+    assert cost.evaluations == 5 and cost.seconds > 0.0
+    with torch.no_grad():
+        model.model.diffusion_model(x, torch.full((3,), 500.0), context=context)
+    assert cost.evaluations == 5  # nothing is watched afterwards
+
+
+@pytest.mark.usefixtures("pack")
+def test_shared_work_is_done_once_and_counts_for_all_that_use_it():
+    from edit_method import EDIT, PREPARATION, SUBJECT, Cost, SharedWork, measured
+
+    model, x = tiny_models.sd1(), tiny_models.latent(1)
+    context = tiny_models.conditioning(2)[0][0]
+
+    def evaluate(times: int) -> int:
+        with torch.no_grad():
+            for _ in range(times):
+                model.model.diffusion_model(x, torch.full((1,), 500.0), context=context)
+        return times
+
+    work = SharedWork()
+
+    def method() -> tuple[Cost, dict[str, Cost]]:
+        work.begin()
+        with measured() as own:
+            assert work.once(("case", "inversion"), lambda: evaluate(3), EDIT) == 3
+            work.once(("subject", 1), lambda: evaluate(5), SUBJECT)
+            work.once(("file",), lambda: evaluate(7), PREPARATION)
+            evaluate(2)
+        return work.edit_cost(own), dict(work.used)
+
+    first, _ = method()
+    second, used = method()
+    assert first.evaluations == second.evaluations == 5  # 2 of its own and the 3 shared ones
+    assert used[SUBJECT].evaluations == 5
+    work.forget("case")
+    assert ("case", "inversion") not in work._results and ("subject", 1) in work._results
+
+
+@pytest.mark.usefixtures("pack")
+def test_a_method_says_what_it_lacks(tmp_path: Path):
+    import edit_methods
+    from edit_cases import EditCase
+
+    def case(**changes: Any) -> EditCase:
+        return EditCase("one", "", tmp_path / "one.png", "a cat", "a dog", **changes)
+
+    settings = edit_methods.MethodSettings()
+    assert edit_methods.METHODS["lipe"].lacks(case(), settings) == ("references", "class word")
+    known = case(references=(tmp_path / "two.png",), subject_word="sks", class_word="cat")
+    assert edit_methods.METHODS["lipe"].lacks(known, settings) == ()
+    assert edit_methods.METHODS["mcdm"].lacks(known, settings) == ("mcdm", "instruction")
+    assert edit_methods.METHODS["reference-masactrl"].lacks(known, settings) == ("masactrl",)
+    assert set(edit_methods.SAME_ALGORITHM) | set(edit_methods.SAME_ALGORITHM.values()) <= set(edit_methods.METHODS)

@@ -69,11 +69,11 @@ class EditCase:
         """The same edit for a method that has learned the subject: "a sks dog in the snow" for "a dog in the snow"."""
         if not (self.subject_word and self.class_word):
             return self
-        prompts = {
-            name: with_token(getattr(self, name), self.subject_word, self.class_word)
-            for name in ("source_prompt", "target_prompt")
-        }
-        return dataclasses.replace(self, **prompts)
+        source, target = (
+            with_token(prompt, self.subject_word, self.class_word)
+            for prompt in (self.source_prompt, self.target_prompt)
+        )
+        return dataclasses.replace(self, source_prompt=source, target_prompt=target)
 
 
 def with_token(prompt: str, token: str, class_word: str) -> str:

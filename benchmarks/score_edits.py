@@ -91,7 +91,7 @@ DEMO_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo.safetensors"
 DEMO_SIZE, USUAL_SIZE = 128, 512
 SHEET_SIDE, SHEET_COLUMNS = 128, 12
 PARTS = {PLAIN: PLAIN_PARTS, PIE_BENCH: PIE_BENCH_PARTS}
-NUMBERS = {entry.name for entry in dataclasses.fields(MethodSettings) if entry.type in ("int", "float")}
+NUMBERS = {entry.name for entry in dataclasses.fields(MethodSettings) if entry.type in ("int", "float")} - {"seed"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -201,7 +201,14 @@ def settings_of_pictures(
     """What made pictures depend on."""
     files = {name: path.name for name in ("mcdm", "community", "masactrl") if (path := getattr(arguments, name))}
     numbers = {name: getattr(settings, name) for name in sorted(NUMBERS)}
-    return {"dataset": arguments.dataset, "checkpoint": checkpoint.name, "size": size, **files, **numbers}
+    return {
+        "dataset": arguments.dataset,
+        "checkpoint": checkpoint.name,
+        "size": size,
+        "seed": settings.seed,
+        **files,
+        **numbers,
+    }
 
 
 def existing_pictures(arguments: argparse.Namespace, cases: list[EditCase], size: int) -> dict[str, Pictures]:
@@ -265,6 +272,8 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
                 methods[name].add(case, scores)
                 if inception is not None:
                     methods[name].features.append(inception.features([edited[0]]))
+    methods = {name: scores for name, scores in methods.items() if scores.values}
+    rows = {name: rows[name] for name in methods}
     sets = {name: set_scores(scores, others) for name, scores in methods.items()}
     commit = load_pack.source_commit()
     title = f"# Edits of {arguments.dataset}, scored"
@@ -278,7 +287,7 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
         for group, count, name, means in by_group:
             cells = " | ".join(figure(score, means.get(score, float("nan"))) for score in shown)
             lines.append(f"| {group} | {count} | {name} | {cells} |")
-    lines += ["", f"Rows of the sheet: {', '.join(rows)}; the first {min(len(cases), SHEET_COLUMNS)} cases."]
+    lines += ["", f"Rows of the sheet: {', '.join(rows)}; the first cases."]
     figures = {
         "command": command(),
         "commit": commit,

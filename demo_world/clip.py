@@ -36,7 +36,7 @@ def write_vocabulary(folder: Path) -> None:
     Learned by the `tokenizers` library's trainer from captions of every identity (words say nothing of who is held
     out). Any other text is spelled in bytes, as CLIP's own tokenizer does with words that it does not know.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
 
     generator = random.Random(0)
     captions = [

@@ -39,7 +39,7 @@ FAMILIES = {"sd15": "SD 1.5", "sd21": "SD 2.1 (v-prediction)", "sdxl": "SDXL"}
 GIB = 2**30
 GIB_NEEDED = {"sd15": 6.0, "sd21": 6.5, "sdxl": 13.0}
 """Before a row begins, beside what is left to others."""
-OK, REFUSED, FAILED, STOPPED = "ok", "refused", "failed", "stopped"
+OK, REFUSED, TOO_LARGE, STOPPED, FAILED = "ok", "refused", "not run", "stopped", "failed"
 ROWS = {
     "plain sampling, for comparison": "plain",
     "DDIM Inversion": "ddim_inversion",
@@ -63,6 +63,7 @@ ROWS = {
     "Generate Pairs": "generate_pairs",
     "MCDM editing": "mcdm_editing",
     "DiffEdit": "diffedit",
+    "Train MCDM": "train_mcdm",
     "Train Identity Words": "identity_words",
     "Train Subject Embedding": "subject_embedding",
     "Train Subject Embedding (word)": "subject_word",
@@ -71,6 +72,7 @@ ROWS = {
 }
 """What is run, and its function in real_sizes_nodes.py."""
 TRAININGS = {
+    "Train MCDM",
     "Train Identity Words",
     "Train Subject Embedding",
     "Train Subject Embedding (word)",
@@ -96,11 +98,15 @@ def run_rows(names: list[str], arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
-        models = real_sizes_nodes.Models(arguments.family[0], arguments.dtype)
+        models = real_sizes_nodes.Models(arguments.family[0], arguments.dtype, memory_gib=0.0)
         model = f"{type(models.model.model).__name__}, {models.model.model.model_type.name}"
         for name in names:
             give_memory_back()
+            used = psutil.Process().memory_info().rss / GIB
+            free = psutil.virtual_memory().available / GIB - arguments.leave_gib
+            models.memory_gib = min(arguments.most_gib - used, free)
             result = run_row(name, models.at_size(size_of(name, arguments)))
+            result["nodes_with_models"] = real_sizes_nodes.nodes_with_models()
             print(json.dumps({**result, "model": model, "peak_memory_mib": highest_memory_mib()}), flush=True)
 
 
@@ -116,6 +122,8 @@ def run_row(name: str, models: Any) -> dict[str, Any]:
         getattr(real_sizes_nodes, ROWS[name])(models)
     except IdentityEditError as error:
         result = {"result": REFUSED, "message": str(error)}
+    except real_sizes_nodes.TooLargeError as error:
+        result = {"result": TOO_LARGE, "message": str(error)}
     except Exception as error:
         traceback.print_exc()
         result = {"result": FAILED, "message": f"{type(error).__name__}: {error}"}
@@ -147,6 +155,7 @@ def in_a_process(names: list[str], family: str, arguments: argparse.Namespace) -
     command = [sys.executable, __file__, "--alone", "--only", *names, "--family", family]
     command += ["--size", str(arguments.size), "--base", str(arguments.base)]
     command += ["--threads", str(arguments.threads), "--dtype", arguments.dtype]
+    command += ["--most-gib", str(arguments.most_gib), "--leave-gib", str(arguments.leave_gib)]
     # Settings that keep freed memory in the process would count it as used.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     with (arguments.base / "last_process.log").open("w", encoding="utf-8") as log:
@@ -211,14 +220,15 @@ def write_here(name: str, arguments: argparse.Namespace) -> None:
         checkpoints.write_checkpoint(name, models / "checkpoints" / f"{name}.safetensors")
 
 
-def read_rows() -> list[dict[str, Any]]:
+def read_results() -> dict[str, Any]:
+    """What earlier calls have found: rows, and the pack's nodes that take a model."""
     from report import RESULTS
 
     path = RESULTS / f"{NAME}.json"
-    return json.loads(path.read_text("utf-8"))["rows"] if path.is_file() else []
+    return {"rows": [], "nodes_with_models": [], **(json.loads(path.read_text("utf-8")) if path.is_file() else {})}
 
 
-def write_rows(rows: list[dict[str, Any]]) -> None:
+def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
     from report import write_results
 
     lines = [
@@ -243,6 +253,8 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
             "| row | nodes (seconds) | picture | UNet computes in | result | peak MiB |",
             "|---|---|---|---|---|---|",
         ]
+        ran = {name for row in of_family if row["result"] == OK for name in row["seconds"]}
+        missing = [name for name in nodes if name not in ran]
         for row in of_family:
             parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row.get("seconds", {}).items())
             result = row["result"] if row["result"] == OK else f"{row['result']}: {row['message']}"
@@ -250,10 +262,17 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
             lines.append(
                 f"| {row['row']} | {parts} | {size} | {row['dtype']} | {result} | {row.get('peak_memory_mib', '')} |"
             )
-    counts = {result: sum(row["result"] == result for row in rows) for result in (OK, REFUSED, STOPPED, FAILED)}
+        if missing:
+            lines += [
+                "",
+                f"Nodes with a MODEL, CLIP, VAE or CLIP_VISION input that have not run: {', '.join(missing)}.",
+            ]
+    counts = {
+        result: sum(row["result"] == result for row in rows) for result in (OK, REFUSED, TOO_LARGE, STOPPED, FAILED)
+    }
     lines += ["", ", ".join(f"{count} rows {result}" for result, count in counts.items() if count) + "."]
     with contextlib.redirect_stdout(None):
-        write_results(NAME, {"rows": rows}, lines)
+        write_results(NAME, {"rows": rows, "nodes_with_models": nodes}, lines)
 
 
 def main() -> None:
@@ -287,7 +306,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    rows = read_rows()
+    rows = read_results()["rows"]
     write_checkpoint("vision", arguments)
     for family in arguments.family:
         write_checkpoint(family, arguments)
@@ -299,13 +318,14 @@ def measure(arguments: argparse.Namespace) -> None:
                 names, group = [], names
                 for number, found in enumerate(in_a_process(group, family, arguments)):
                     key = {"family": family, "row": group[number], "size": size_of(group[number], arguments)}
+                    nodes = found.pop("nodes_with_models", read_results()["nodes_with_models"])
                     record = {**key, "dtype": arguments.dtype, **found}
                     record |= {"threads": arguments.threads, "commit": load_pack.source_commit()}
                     others = [
-                        row for row in read_rows() if place(row) != place(record)
+                        row for row in read_results()["rows"] if place(row) != place(record)
                     ]  # another call may have added some
                     rows = sorted([*others, record], key=place)
-                    write_rows(rows)
+                    write_rows(rows, nodes)
                     print(family, *(record.get(part) for part in ("row", "result", "message", "seconds")), flush=True)
                     names = group[number + 1 :]  # those after a row at which the process ended
 

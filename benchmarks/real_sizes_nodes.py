@@ -21,6 +21,7 @@ from identity_edit_pack.nodes import NODE_CLASSES
 from identity_edit_pack.pipelines import engine, mcdm
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
 from identity_edit_pack.pipelines.engine.vision import vision_tag
+from identity_edit_pack.pipelines.identity_prior import attention_keys
 from identity_edit_pack.pipelines.w_plus import WPlus
 
 import nodes as stock
@@ -29,6 +30,13 @@ PREFIX = "IdentityEdit"
 PACK = {node.GET_SCHEMA().node_id: node for node in NODE_CLASSES}
 SOURCE_PROMPT, TARGET_PROMPT, CLASS_WORD = "a photo of a cat on a sofa", "a photo of a dog on a sofa", "cat"
 SAMPLING = "sampling with it"
+MODEL_SOCKETS = {"MODEL", "CLIP", "VAE", "CLIP_VISION"}
+BYTES_OF_A_TRAINED_WEIGHT = 16
+"""Itself, its gradient and AdamW's two moments, each in float32."""
+
+
+class TooLargeError(Exception):
+    """A training needs more memory than there is."""
 
 
 class NotFiniteError(Exception):
@@ -42,12 +50,14 @@ class Models:
     Attributes:
         family: "sd15", "sd21" or "sdxl".
         dtype: in which the UNet computes; float32 is ComfyUI's own choice on a CPU.
+        memory_gib: what trained weights may take at most.
         size: pixels of a picture's side.
         seconds: by what ran.
     """
 
     family: str
     dtype: str
+    memory_gib: float
     size: int = 512
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -123,6 +133,15 @@ class Models:
             **settings,
         )
 
+    def check_memory(self, trained: int) -> None:
+        """Raise TooLargeError when so many trained weights do not fit into memory."""
+        gib = BYTES_OF_A_TRAINED_WEIGHT * trained / 2**30
+        if gib > self.memory_gib:
+            raise TooLargeError(
+                f"{trained / 1e6:.0f} million trained weights take {gib:.1f} GiB ({BYTES_OF_A_TRAINED_WEIGHT} bytes "
+                f"each) beside the model, and {max(0.0, self.memory_gib):.1f} GiB were left for them"
+            )
+
     def run(self, name: str, **inputs: Any) -> tuple[Any, ...]:
         """A node's outputs; inputs that are not given have the schema's defaults."""
         node = PACK[PREFIX + name]
@@ -165,6 +184,14 @@ class Models:
 
     def _add(self, what: str, seconds: float) -> None:
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+
+def nodes_with_models() -> list[str]:
+    """Display names of the pack's nodes that take a model of any kind."""
+    schemas = [node.GET_SCHEMA() for node in PACK.values()]
+    return [
+        schema.display_name for schema in schemas if any(each.get_io_type() in MODEL_SOCKETS for each in schema.inputs)
+    ]
 
 
 def check_finite(outputs: Iterable[Any], name: str) -> None:
@@ -317,6 +344,9 @@ def training(models: Models) -> dict[str, Any]:
 
 
 def identity_prior(models: Models) -> None:
+    of_model, of_clip = attention_keys(models.model, models.clip)
+    weights = {**models.model.model.state_dict(), **models.clip.patcher.model.state_dict()}
+    models.check_memory(sum(weights[key].numel() for key in (*of_model, *of_clip)))
     subject = models.subject(models.size)
     path = models.run("TrainIdentityPrior", **training(models), subject=subject)[5]
     file = in_output_folder(path)
@@ -466,6 +496,20 @@ def identity_words(models: Models) -> None:
         prompt=f"a photo of a {CLASS_WORD}",
     )[0]
     models.sample(models.model, positive)
+
+
+def train_mcdm(models: Models) -> None:
+    network = models.model.get_model_object("diffusion_model")
+    models.check_memory(sum(weight.numel() for weight in network.parameters()))
+    generate_pairs(models)
+    models.run(
+        "TrainMCDM",
+        **training(models),
+        clip_vision=models.clip_vision(),
+        folder=f"pairs/{models.family}",
+        batch_size=1,
+        ema_decay=0.0,
+    )
 
 
 def mcdm_editing(models: Models) -> None:

@@ -8,8 +8,8 @@ import logging
 import re
 from importlib import import_module
 
-OLDEST_COMFYUI = "0.3.75"
-"""The same as `requires-comfyui` in pyproject.toml; what newer ones do is in benchmarks/results/engines.md."""
+OLDEST_COMFYUI = "0.3.60"
+"""The first in which the pack's patches can ask for an attention function (benchmarks/results/engines.md)."""
 
 
 def too_old() -> str | None:

@@ -151,6 +151,8 @@ def examine(folder: Path, pictures: Path, arguments: argparse.Namespace) -> dict
     if done.returncode:
         raise ScriptError(f"ComfyUI {version} could not be asked: {done.stderr.strip().splitlines()[-1]}")
     found = {"version": version, **json.loads((destination / "found.json").read_text())}
+    # Results name no folder of the machine that they were measured on.
+    found["says"] = re.sub(r"[^\s(]*custom_nodes", "custom_nodes", found["says"].replace(str(folder), "ComfyUI"))
     if arguments.tests and found["nodes"] == found["expected_nodes"]:
         command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments.tests]
         tests = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)

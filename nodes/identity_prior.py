@@ -15,7 +15,7 @@ from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
 from .saved_files import changed_at, loadable_files, next_path
-from .sockets import SubjectPictures, schema, show_text
+from .sockets import SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -157,6 +157,7 @@ class TrainIdentityPrior(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -317,6 +318,7 @@ class LoadIdentityPrior(io.ComfyNode):
         return _modified(file)
 
     @classmethod
+    @checked
     def execute(cls, model: Any, clip: Any, file: str, strength_model: float, strength_clip: float) -> io.NodeOutput:
         prior = priors.load_identity_prior(folder_paths.get_annotated_filepath(file))
         warning = priors.check_identity_prior(model, clip, prior)
@@ -383,6 +385,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
         return _modified(file)
 
     @classmethod
+    @checked
     def execute(cls, file: str, rank: int, filename_prefix: str) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 

@@ -17,7 +17,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from .saved_files import FILE_ENDING, changed_at, loadable_files, next_path
-from .sockets import IdentityWords, SubjectPictures, schema, show_text
+from .sockets import IdentityWords, SubjectPictures, checked, schema, show_text
 from .training import checkpointing_input
 
 LossMap = io.Custom("LOSS_MAP")
@@ -150,6 +150,7 @@ class TrainIdentityWords(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -271,6 +272,7 @@ class LoadIdentityWords(io.ComfyNode):
         return changed_at(folder_paths.get_annotated_filepath(file))
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         words = words_of.load_identity_words(folder_paths.get_annotated_filepath(file))
         trained = f"; {words.training['steps']} training steps" if "steps" in words.training else ""
@@ -317,6 +319,7 @@ class ApplyIdentityWords(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, clip: Any, identity_words: Words, clip_vision_output: Any, prompt: str, class_word: str
     ) -> io.NodeOutput:

@@ -12,6 +12,8 @@ from ..pipelines.errors import IdentityEditError
 FILE_ENDING = ".safetensors"
 IN_OUTPUT_FOLDER = " [output]"
 """ComfyUI's mark on names that are not relative to the input folder."""
+_LONGEST_NAME = 200
+"""Bytes of a file's or folder's name that a user gives; file systems end at 255, and numbers and endings follow."""
 _DIFFUSION_MODELS = "diffusion_models"
 _FOLDER_MARK = f" [{_DIFFUSION_MODELS}]"
 
@@ -23,6 +25,8 @@ def next_path(filename_prefix: str, example: str) -> str:
         IdentityEditError: when the prefix is empty, leads out of the output folder, or cannot be written to.
     """
     output = folder_paths.get_output_directory()
+    if any(len(part.encode()) > _LONGEST_NAME for part in filename_prefix.replace("\\", "/").split("/")):
+        raise IdentityEditError(f"filename_prefix is too long; write a file name such as '{example}'.")
     if not os.path.basename(os.path.normpath(filename_prefix)).strip(". "):
         raise IdentityEditError(f"filename_prefix is empty; write a file name such as '{example}'.")
     if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):

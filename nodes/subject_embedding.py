@@ -18,7 +18,7 @@ from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from .saved_files import FILE_ENDING, changed_at, loadable_files, model_folder_files, next_path, path_of
-from .sockets import Subject, SubjectPictures, schema, show_text
+from .sockets import Subject, SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -168,6 +168,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -300,6 +301,7 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
         return changed_at(path_of(file, MODEL_FOLDERS))
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         path = path_of(file, MODEL_FOLDERS)
         if path is None:
@@ -359,6 +361,7 @@ class ApplySubject(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Any, clip: Any, subject: SubjectEmbedding, prompt: str) -> io.NodeOutput:
         patched, positive, warning = apply_subject(model, clip, subject, prompt)
         return io.NodeOutput(patched, positive, show_text(cls, f"{describe(subject)}.", warning))
@@ -397,6 +400,7 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, subject: SubjectEmbedding, name: str, overwrite: bool) -> io.NodeOutput:
         path = _embedding_path(name)
         if os.path.exists(path) and not overwrite:

@@ -16,7 +16,7 @@ from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, loadable_files, next_path
+from .saved_files import FILE_ENDING, changed_at, loadable_files, next_path, saved_path
 from .sockets import IdentityWords, SubjectPictures, checked, schema, show_text
 from .training import checkpointing_input
 
@@ -269,12 +269,12 @@ class LoadIdentityWords(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(folder_paths.get_annotated_filepath(file))
+        return changed_at(saved_path(file))
 
     @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        words = words_of.load_identity_words(folder_paths.get_annotated_filepath(file))
+        words = words_of.load_identity_words(saved_path(file))
         trained = f"; {words.training['steps']} training steps" if "steps" in words.training else ""
         return io.NodeOutput(words, show_text(cls, f"{_describe(words)}{trained}."))
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.step_embeddings import apply_step_embeddings
-from .saved_files import changed_at, loadable_files, next_path
+from .saved_files import changed_at, loadable_files, next_path, saved_path
 from .sockets import Inversion, checked, choice_of, latent_samples, progress, schema, show_text
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
@@ -529,12 +528,12 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(folder_paths.get_annotated_filepath(file))
+        return changed_at(saved_path(file))
 
     @classmethod
     @checked
     def execute(cls, model: Any, file: str, steps: int, latent: dict[str, Any] | None = None) -> io.NodeOutput:
-        inversion = ddim.load_inversion(folder_paths.get_annotated_filepath(file))
+        inversion = ddim.load_inversion(saved_path(file))
         shape = None if latent is None else tuple(latent_samples(latent, "The latent").shape)
         ddim.check_inversion(inversion, model, steps=steps or None, latent_shape=shape)
         if inversion.embeddings is not None:

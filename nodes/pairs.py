@@ -18,6 +18,7 @@ from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.pair_folder import PairFolder
 from ..pipelines.pictures import as_colour
 from ..pipelines.train_identity_words import features_of
+from .saved_files import check_name
 from .sockets import IdentityWords, checked, schema, show_text
 
 FOLDER = "pairs"
@@ -460,6 +461,7 @@ def _progress() -> Any:
 
 
 def _dataset_path(folder: str) -> str:
+    check_name(folder, "folder")
     output = os.path.abspath(folder_paths.get_output_directory())
     path = os.path.abspath(os.path.join(output, folder.strip()))
     if not folder.strip() or not path.startswith(output + os.sep):

@@ -16,7 +16,7 @@ from ..pipelines import regularisation_prompts as prompts
 from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.model_folders import list_models, missing_model
-from .saved_files import IN_OUTPUT_FOLDER
+from .saved_files import IN_OUTPUT_FOLDER, path_below
 from .sockets import SubjectPictures, checked, schema, show_text
 
 REGULARISATION_FOLDER = "regularisation"
@@ -501,8 +501,8 @@ def _folders() -> list[str]:
 
 def _folder_path(folder: str) -> str:
     if folder.endswith(IN_OUTPUT_FOLDER):
-        return os.path.join(folder_paths.get_output_directory(), folder.removesuffix(IN_OUTPUT_FOLDER))
-    return os.path.join(folder_paths.get_input_directory(), folder)
+        return path_below(folder_paths.get_output_directory(), folder.removesuffix(IN_OUTPUT_FOLDER), "folder")
+    return path_below(folder_paths.get_input_directory(), folder, "folder")
 
 
 def _subfolders(path: str) -> list[str]:

@@ -17,7 +17,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, loadable_files, model_folder_files, next_path, path_of
+from .saved_files import FILE_ENDING, changed_at, check_name, loadable_files, model_folder_files, next_path, path_of
 from .sockets import Subject, SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -413,6 +413,7 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
 
 
 def _embedding_path(name: str) -> str:
+    check_name(name, "name")
     name = name.strip()
     if not name or any(part in name for part in (" ", ",", ":", "(", ")", "\\")) or name.startswith("."):
         raise IdentityEditError(

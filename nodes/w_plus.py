@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
@@ -15,7 +14,7 @@ from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import as_colour
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
-from .saved_files import changed_at, loadable_files, next_path
+from .saved_files import changed_at, loadable_files, next_path, saved_path
 from .sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
 FILE_FOLDER = "w_plus"
@@ -291,18 +290,18 @@ class LoadWPlus(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if folder_paths.exists_annotated_filepath(file):
+        if file in loadable_files(FILE_FOLDER):
             return True
         return f"The file '{file}' does not exist; choose another, or save one first."
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> float:
-        return changed_at(folder_paths.get_annotated_filepath(file))
+        return changed_at(saved_path(file))
 
     @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        styles = styles_of.load_w_plus(folder_paths.get_annotated_filepath(file))
+        styles = styles_of.load_w_plus(saved_path(file))
         return io.NodeOutput(styles, show_text(cls, f"{_described(styles)}."))
 
 

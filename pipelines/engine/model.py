@@ -114,6 +114,20 @@ class ModelTag:
     dtype: str
     weights: tuple[float, ...]
 
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> ModelTag:
+        """The tag that a file's description holds.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: when it holds something else; see `files.understanding`.
+        """
+        texts = [description[name] for name in ("architecture", "prediction", "latent_format", "dtype")]
+        if not isinstance(description["weights"], list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("the model's tag is of another form")
+        torch.finfo(getattr(torch, description["dtype"]))
+        weights = tuple(float(weight) for weight in description["weights"])
+        return cls(**{**description, "sigma_max": float(description["sigma_max"]), "weights": weights})
+
     def difference(self, other: ModelTag) -> str | None:
         """What tells the two models apart, in words, or None when they are the same model.
 

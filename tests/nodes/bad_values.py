@@ -20,6 +20,8 @@ NOT_A_NUMBER, INFINITE, HUGE = math.nan, math.inf, 1e30
 UNICODE = "猫 🐈 Äpfel ‮ sks cat"
 LONG = "a sks cat on the grass and " * 700
 """3500 words."""
+FILES = {"file", "folder", "image_embedding", "detector", "recognizer", "sam", "grounding_dino", "background_model"}
+"""Combos whose options are what lies in folders."""
 Variants = dict[str, Any]
 
 
@@ -214,8 +216,11 @@ def number(good: float, least: float, most: float) -> Variants:
     }  # fmt: skip
 
 
-def choice(options: list[str]) -> Variants:
-    return {**{option: option for option in options}, "not among them": "something else", "empty": ""}
+def choice(options: list[str], good: str, is_file: bool) -> Variants:
+    """All that the combo has, or of files the good one alone; and what a link may bring."""
+    listed = {good: good} if is_file else {option: option for option in options}
+    wrong = {"not among them": "something else", "empty": "", "upwards": "../../x", "absolute": "/etc/passwd"}
+    return {**listed, **wrong}
 
 
 # -- models ------------------------------------------------------------------------------------------------------------
@@ -480,7 +485,7 @@ def variants(item: Any, good: Any) -> Variants:
     if kind == "BOOLEAN":
         return {"off": False, "on": True}
     if kind == "COMBO":
-        return choice(item.options)
+        return choice(item.options, good, item.id in FILES)
     found = BY_SOCKET[kind](good)
     # None is what a loader gives for a part that its file lacks, and what another pack's node may give.
     return found if kind in ("STRING",) else {**found, "None": None}

@@ -22,6 +22,7 @@ from identity_edit_pack.pipelines import (
     edit_friendly_inversion,
     faces,
     identity_prompt,
+    identity_similarity,
     identity_words,
     mcdm,
     null_text,
@@ -268,6 +269,27 @@ class World:
                 Image.fromarray((picture * 255).byte().numpy()).save(folder / f"{name}.png")
                 (folder / f"{name}.txt").write_text("a sks cat")
         return "cat"
+
+
+def world_in(root: Path, patch: Any) -> World:
+    """A world whose files are below `root`: ComfyUI's folders are there until `patch`, pytest's, undoes it."""
+    for name in ("output", "input", "temp"):
+        (root / name).mkdir()
+        patch.setattr(folder_paths, f"{name}_directory", str(root / name))
+    patch.setattr(folder_paths, "models_dir", str(root / "models"))
+    known = dict(folder_paths.folder_names_and_paths)
+    for name in ("w_plus_encoders", "embeddings", "subject_embeddings", "style_attention"):
+        (root / "models" / name).mkdir(parents=True)
+        known[name] = ([str(root / "models" / name)], {".safetensors", ".pt", ".pth", ".bin"})
+    (root / "output" / "checkpoints").mkdir()
+    for name in ("checkpoints", "diffusion_models"):
+        known[name] = ([str(root / "output" / "checkpoints")], {".safetensors"})
+    patch.setattr(folder_paths, "folder_names_and_paths", known)
+    patch.setattr(folder_paths, "filename_list_cache", {})
+    # Their networks are files that a test has not; what the nodes do with them is tested.
+    patch.setattr(face.pipeline, "load_detector", lambda name, score: Detector())
+    patch.setattr(identity_similarity, "load_recognizer", lambda name: Recognizer())
+    return World()
 
 
 TRAINING: dict[str, Any] = {"steps": 1, "precision": "float32", "checkpointing": False, "sample_every": 0}

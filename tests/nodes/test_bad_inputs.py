@@ -14,14 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import comfy.samplers
-import folder_paths
 import pytest
 import torch
-from identity_edit_pack.nodes import face
-from identity_edit_pack.pipelines import identity_similarity
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.bad_values import variants
-from identity_edit_pack.tests.nodes.good_inputs import CLASSES, GOOD, Detector, Recognizer, World, good
+from identity_edit_pack.tests.nodes.good_inputs import CLASSES, GOOD, World, good, world_in
 
 COSTLY = {
     "steps", "inner_steps", "seeds", "count", "sampling_steps", "updates_per_step", "batch_size",
@@ -33,33 +30,12 @@ COSTLY = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """Models, pictures and files in folders of ComfyUI that are these tests' own."""
-    root = tmp_path_factory.mktemp("comfyui")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("output", "input", "temp"):
-            (root / name).mkdir()
-            patch.setattr(folder_paths, f"{name}_directory", str(root / name))
-        patch.setattr(folder_paths, "models_dir", str(root / "models"))
-        known = dict(folder_paths.folder_names_and_paths)
-        for name in ("w_plus_encoders", "embeddings", "subject_embeddings", "style_attention"):
-            (root / "models" / name).mkdir(parents=True)
-            known[name] = ([str(root / "models" / name)], {".safetensors", ".pt", ".pth", ".bin"})
-        for name in ("checkpoints", "diffusion_models"):
-            (root / "output" / "checkpoints").mkdir(exist_ok=True)
-            known[name] = ([str(root / "output" / "checkpoints")], {".safetensors"})
-        patch.setattr(folder_paths, "folder_names_and_paths", known)
-        patch.setattr(folder_paths, "filename_list_cache", {})
-        # Their networks are files that a test has not; what the nodes do with them is tested here.
-        patch.setattr(face.pipeline, "load_detector", lambda name, score: Detector())
-        patch.setattr(identity_similarity, "load_recognizer", lambda name: Recognizer())
-        yield World()
+        yield world_in(tmp_path_factory.mktemp("comfyui"), patch)
 
 
 def test_every_node_has_an_entry() -> None:
     assert set(GOOD) == set(CLASSES)
-    for name, node in CLASSES.items():
-        known = {item.id for item in node.define_schema().inputs}
-        assert set(GOOD[name](World())) <= known if name == "LoadDemoClipVision" else True
 
 
 def run(name: str, inputs: dict[str, Any], world: World) -> tuple[Any, ...]:
@@ -184,6 +160,13 @@ def place(error: Exception) -> str:
     return f" ({' < '.join(found[::-1][:3])})" if found else ""
 
 
+QUICK = {
+    "below the least", "beyond the most", "nan", "not among them", "upwards", "off", "empty", "unicode",
+    "thousands of words",
+    "NUL", "path upwards", "a path upwards",
+}  # fmt: skip
+WIDGETS = ("INT", "FLOAT", "BOOLEAN", "COMBO", "STRING")
+"""What is tried on the widgets of the nodes that train, as each value that is taken costs a training."""
 INPUTS = [(name, item.id) for name, node in CLASSES.items() for item in node.define_schema().inputs]
 
 
@@ -204,7 +187,9 @@ def test_bad_inputs(name: str, input_name: str, world: World) -> None:
         value = value[0]
     faults = []
     for variant, bad in variants(item, value).items():
-        if variant in ("most", "beyond the most") and input_name in COSTLY:
+        if variant == "most" and input_name in COSTLY:
+            continue
+        if name.startswith("Train") and item.get_io_type() in WIDGETS and variant not in QUICK:
             continue
         found = fault(name, {**inputs, input_name: bad}, world)
         if found:

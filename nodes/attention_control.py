@@ -11,7 +11,7 @@ from ..attention.mutual_self_attention import AUTOMATIC
 from ..pipelines import mutual_self_attention
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.inversion import Inversion as InversionData
-from .sockets import Inversion, schema
+from .sockets import Inversion, checked, schema
 
 
 class MutualSelfAttention(io.ComfyNode):
@@ -88,6 +88,7 @@ class MutualSelfAttention(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

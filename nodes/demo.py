@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo_world import attributes as world
-from .sockets import schema
+from .sockets import checked, schema
 
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "framing": (world.FRAMINGS, "A whole figure, or a person's portrait (hair, eyes, skin and face shape)."),
@@ -73,6 +73,7 @@ class DrawDemoPicture(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, wording: int, seed: int, **choices: str) -> io.NodeOutput:
         from ..demo_world.renderer import render
 
@@ -138,6 +139,7 @@ class DrawDemoPortraits(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, count: int, identities: str, seed: int) -> io.NodeOutput:
         from ..demo_world.pose import draw_pose
         from ..demo_world.renderer import render
@@ -178,6 +180,7 @@ class LoadDemoClipVision(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls) -> io.NodeOutput:
         from ..demo_world.clip_vision import load_clip_vision
 

@@ -16,9 +16,10 @@ from ..pipelines.background import FOLDER as BACKGROUND_FOLDER
 from ..pipelines.background import NEEDED as BACKGROUND_NEEDED
 from ..pipelines.background import subject_masks, without_background
 from ..pipelines.errors import IdentityEditError, check_batch_matches
-from ..pipelines.face_pictures import as_colour, drawn_faces
+from ..pipelines.face_pictures import drawn_faces
 from ..pipelines.model_folders import list_models, missing_model
-from .sockets import FaceDetector, schema, show_text
+from ..pipelines.pictures import as_colour
+from .sockets import FaceDetector, checked, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"
@@ -69,6 +70,7 @@ class LoadFaceDetector(io.ComfyNode):
         return pipeline.missing_file(detector)
 
     @classmethod
+    @checked
     def execute(cls, detector: str, score: float) -> io.NodeOutput:
         return io.NodeOutput(pipeline.load_detector(detector, score))
 
@@ -193,6 +195,7 @@ class AlignFace(io.ComfyNode):
         return missing_model(BACKGROUND_FOLDER, background_model, BACKGROUND_NEEDED)
 
     @classmethod
+    @checked
     def execute(
         cls,
         pictures: torch.Tensor,
@@ -312,6 +315,7 @@ class IdentitySimilarity(io.ComfyNode):
         return pipeline.missing_file(recognizer, identity_similarity.NEEDED)
 
     @classmethod
+    @checked
     def execute(
         cls,
         pictures: torch.Tensor,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
@@ -14,8 +13,8 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
-from .saved_files import changed_at, loadable_files, new_path, next_path
-from .sockets import SubjectPictures, schema, show_text
+from .saved_files import changed_at, loadable_files, new_path, next_path, saved_path
+from .sockets import SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -157,6 +156,7 @@ class TrainIdentityPrior(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -317,8 +317,9 @@ class LoadIdentityPrior(io.ComfyNode):
         return _modified(file)
 
     @classmethod
+    @checked
     def execute(cls, model: Any, clip: Any, file: str, strength_model: float, strength_clip: float) -> io.NodeOutput:
-        prior = priors.load_identity_prior(folder_paths.get_annotated_filepath(file))
+        prior = priors.load_identity_prior(saved_path(file))
         warning = priors.check_identity_prior(model, clip, prior)
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior, strength_model, strength_clip)
         facts = prior.training
@@ -383,11 +384,12 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
         return _modified(file)
 
     @classmethod
+    @checked
     def execute(cls, file: str, rank: int, filename_prefix: str) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
         next_path(filename_prefix, f"{FILE_FOLDER}/prior")  # better before long work than after it
-        prior = priors.load_identity_prior(folder_paths.get_annotated_filepath(file))
+        prior = priors.load_identity_prior(saved_path(file))
         bars: list[Any] = []
 
         def progress(done: int, total: int) -> None:
@@ -410,7 +412,7 @@ def _is_there(file: str) -> bool | str:
 
 
 def _modified(file: str) -> float:
-    return changed_at(folder_paths.get_annotated_filepath(file))
+    return changed_at(saved_path(file))
 
 
 NODES: list[type[io.ComfyNode]] = [TrainIdentityPrior, LoadIdentityPrior, SaveIdentityPriorAsLoRA]

@@ -16,8 +16,8 @@ from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, loadable_files, new_path, next_path
-from .sockets import IdentityWords, SubjectPictures, schema, show_text
+from .saved_files import FILE_ENDING, changed_at, loadable_files, new_path, next_path, saved_path
+from .sockets import IdentityWords, SubjectPictures, checked, schema, show_text
 from .training import CHECKPOINT_FOLDER, LossMap, checkpointing_input, how_trained
 
 FILE_FOLDER = "identity_words"
@@ -150,6 +150,7 @@ class TrainIdentityWords(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -268,11 +269,12 @@ class LoadIdentityWords(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(folder_paths.get_annotated_filepath(file))
+        return changed_at(saved_path(file))
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        words = words_of.load_identity_words(folder_paths.get_annotated_filepath(file))
+        words = words_of.load_identity_words(saved_path(file))
         return io.NodeOutput(words, show_text(cls, f"{_describe(words)}{how_trained(words.training)}."))
 
 
@@ -316,6 +318,7 @@ class ApplyIdentityWords(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, clip: Any, identity_words: Words, clip_vision_output: Any, prompt: str, class_word: str
     ) -> io.NodeOutput:

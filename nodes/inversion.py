@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.step_embeddings import apply_step_embeddings
-from .saved_files import changed_at, loadable_files, new_path
-from .sockets import Inversion, latent_samples, progress, schema, show_text
+from .saved_files import changed_at, loadable_files, new_path, saved_path
+from .sockets import Inversion, checked, choice_of, latent_samples, progress, schema, show_text
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
 ADAPTIVE_NULL_TEXT_OPTIMIZATION = "null-text optimization (adaptive)"
@@ -94,6 +93,7 @@ class DDIMInversion(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -190,6 +190,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -258,6 +259,7 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Any, inversion: ddim.Inversion, skip: float) -> io.NodeOutput:
         import comfy.samplers
 
@@ -375,6 +377,7 @@ class NullTextOptimization(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -397,7 +400,8 @@ class NullTextOptimization(io.ComfyNode):
             latent = ddim.reconstruct(model, inversion, source, callback=progress(model, steps))
             text = show_text(cls, f"Negative-prompt inversion: no optimization, {steps} evaluations to reconstruct.")
         else:
-            updates = inner_steps or null_text.DEFAULT_INNER_STEPS[_METHODS[method]]
+            form = choice_of(_METHODS, method, "method")
+            updates = inner_steps or null_text.DEFAULT_INNER_STEPS[form]
             found = null_text.null_text_optimization(
                 model,
                 inversion,
@@ -407,7 +411,7 @@ class NullTextOptimization(io.ComfyNode):
                 inner_steps=updates,
                 learning_rate=learning_rate,
                 early_stop=early_stop,
-                method=_METHODS[method],
+                method=form,
                 checkpointing=checkpointing,
                 callback=progress(model, inversion.steps * (updates + 1)),
             )
@@ -461,6 +465,7 @@ class SaveInversion(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, inversion: ddim.Inversion, filename_prefix: str) -> io.NodeOutput:
         with new_path(filename_prefix, f"{FILE_FOLDER}/inversion") as path:
             ddim.save_inversion(inversion, path)
@@ -523,11 +528,12 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(folder_paths.get_annotated_filepath(file))
+        return changed_at(saved_path(file))
 
     @classmethod
+    @checked
     def execute(cls, model: Any, file: str, steps: int, latent: dict[str, Any] | None = None) -> io.NodeOutput:
-        inversion = ddim.load_inversion(folder_paths.get_annotated_filepath(file))
+        inversion = ddim.load_inversion(saved_path(file))
         shape = None if latent is None else tuple(latent_samples(latent, "The latent").shape)
         ddim.check_inversion(inversion, model, steps=steps or None, latent_shape=shape)
         if inversion.embeddings is not None:

@@ -15,7 +15,8 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.inversion import Inversion as InversionData
-from .sockets import PIXELS_OF_A_CELL, Inversion, at_picture_size, progress, schema, show_text
+from ..pipelines.pictures import as_colour
+from .sockets import PIXELS_OF_A_CELL, Inversion, at_picture_size, checked, choice_of, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
 """`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""
@@ -113,6 +114,7 @@ class IdentityAttentionNode(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Any, clip: Any, identity_prompt: str, identity_words: str, layers: str) -> io.NodeOutput:
         identity = encode_identity_prompt(clip, identity_prompt, identity_words)
         return io.NodeOutput(*capture_identity(model, identity, layers))
@@ -233,6 +235,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -267,7 +270,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             blend_until=blend_until,
             source_mask=source_mask,
             target_mask=target_mask,
-            given_masks=_GIVEN_MASKS[given_masks],
+            given_masks=choice_of(_GIVEN_MASKS, given_masks, "given_masks"),
             callback=progress(model, 2 * inversion.steps),
         )
         shares = [
@@ -343,6 +346,7 @@ class AttentionHeatmap(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         picture: torch.Tensor,
@@ -355,7 +359,13 @@ class AttentionHeatmap(io.ComfyNode):
     ) -> io.NodeOutput:
         if identity_attention is None and mask is None:
             raise IdentityEditError("There is nothing to draw; connect an identity attention, a mask, or both.")
-        drawn = picture[..., :3]
+        if identity_attention is not None and not identity_attention.cross:
+            raise IdentityEditError(
+                "No attention has been recorded in identity_attention; sample with the model of Identity Attention "
+                "first, and connect its result to picture."
+            )
+        drawn = as_colour(picture, "picture")
+        mask = mask[None] if mask is not None and mask.ndim == 2 else mask
         values = mask
         if identity_attention is not None:
             power = 0 if show == CROSS_ATTENTION else self_attention_power

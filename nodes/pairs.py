@@ -16,8 +16,10 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.pair_folder import PairFolder
+from ..pipelines.pictures import as_colour
 from ..pipelines.train_identity_words import features_of
-from .sockets import IdentityWords, schema, show_text
+from .saved_files import check_name
+from .sockets import IdentityWords, checked, schema, show_text
 
 FOLDER = "pairs"
 _SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
@@ -100,6 +102,7 @@ class PairGuider(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -152,6 +155,7 @@ class SplitPair(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, images: torch.Tensor | None = None, latent: dict[str, Any] | None = None) -> io.NodeOutput:
         from comfy_execution.graph import ExecutionBlocker
 
@@ -346,6 +350,7 @@ class GeneratePairs(io.ComfyNode):
         return time.time()  # pairs may have been deleted since; those that are there cost nothing
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -431,7 +436,9 @@ def _identities(
             f"Identity words need identity_words, identity_pictures and clip_vision, and {missing} is missing; connect "
             f"all three or neither words nor pictures."
         )
-    return datasets.Identities(words, features_of(clip_vision, list(pictures)), class_word.strip())
+    return datasets.Identities(
+        words, features_of(clip_vision, list(as_colour(pictures, "identity_pictures"))), class_word.strip()
+    )
 
 
 def _poses(control_net: Any | None, poses: torch.Tensor | None, strength: float) -> datasets.Poses | None:
@@ -439,7 +446,7 @@ def _poses(control_net: Any | None, poses: torch.Tensor | None, strength: float)
         return None
     if control_net is None or poses is None:
         raise IdentityEditError("A pose needs both control_net and poses; connect both, or neither.")
-    return datasets.Poses(control_net, poses, strength) if strength else None
+    return datasets.Poses(control_net, as_colour(poses, "poses"), strength) if strength else None
 
 
 def _report(done: datasets.PairsMade, folder: PairFolder, settings: datasets.PairSettings) -> str:
@@ -470,6 +477,7 @@ def _progress() -> Any:
 
 
 def _dataset_path(folder: str) -> str:
+    check_name(folder, "folder")
     output = os.path.abspath(folder_paths.get_output_directory())
     path = os.path.abspath(os.path.join(output, folder.strip()))
     if not folder.strip() or not path.startswith(output + os.sep):
@@ -510,6 +518,7 @@ class SavePair(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         source: torch.Tensor,
@@ -523,8 +532,8 @@ class SavePair(io.ComfyNode):
         made_of = PairFolder(_dataset_path(folder))
         numbers = datasets.save_pairs(
             made_of,
-            source,
-            target,
+            as_colour(source, "source"),
+            as_colour(target, "target"),
             source_prompt=source_prompt,
             target_prompt=target_prompt,
             edit=edit,

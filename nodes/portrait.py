@@ -14,8 +14,9 @@ from ..pipelines import mcdm_guidance
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.identity_mask_blend import identity_mask_blend
 from ..pipelines.inversion import Inversion as InversionData
+from ..pipelines.pictures import as_colour
 from .saved_files import model_files, model_path
-from .sockets import Inversion, at_picture_size, latent_samples, progress, schema, show_text
+from .sockets import Inversion, at_picture_size, checked, latent_samples, progress, schema, show_text
 
 
 class MCDMConditioner(io.ComfyNode):
@@ -96,6 +97,7 @@ class MCDMConditioner(io.ComfyNode):
         return os.path.getmtime(model_path(file)) if file in model_files() else 0.0
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -109,7 +111,7 @@ class MCDMConditioner(io.ComfyNode):
     ) -> io.NodeOutput:
         made = mcdms.load_mcdm(model_path(file))
         warning = mcdms.check_mcdm(made, model)
-        seen = mcdms.see_pictures(made, model, clip_vision, vae, picture)
+        seen = mcdms.see_pictures(made, model, clip_vision, vae, as_colour(picture, "picture"))
         positive, negative, source = (
             mcdms.with_pictures(clip.encode_from_tokens_scheduled(clip.tokenize(text)), seen)
             for text in (target_prompt, "", source_prompt)
@@ -184,6 +186,7 @@ class MCDMGuider(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -296,6 +299,7 @@ class MCDMEditMask(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -373,6 +377,7 @@ class DiffEdit(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

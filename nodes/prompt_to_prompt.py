@@ -15,7 +15,7 @@ from ..pipelines import prompt_to_prompt as control
 from ..pipelines import subject_replacement as replacement
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.inversion import Inversion as InversionData
-from .sockets import Inversion, progress, schema, show_text
+from .sockets import Inversion, checked, progress, schema, show_text
 
 
 class PromptToPrompt(io.ComfyNode):
@@ -142,6 +142,7 @@ class PromptToPrompt(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -279,6 +280,7 @@ class ReplaceSubject(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

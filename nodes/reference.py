@@ -10,8 +10,9 @@ from comfy_api.latest import io
 from ..pipelines import alignment, features
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.pictures import as_colour
 from ..pipelines.subject_pictures import SubjectPictures as SubjectPicturesData
-from .sockets import SubjectPictures, schema, show_text
+from .sockets import SubjectPictures, checked, schema, show_text
 
 MODEL_FOLDER = "image_encoders"
 BUILT_IN, CLIP_VISION = "colours and edges (no model)", "CLIP_VISION input"
@@ -97,6 +98,7 @@ class SelectReference(io.ComfyNode):
         return missing_model(MODEL_FOLDER, encoder, features.NEEDED)
 
     @classmethod
+    @checked
     def execute(
         cls,
         generated: torch.Tensor,
@@ -108,8 +110,9 @@ class SelectReference(io.ComfyNode):
         generated_mask: torch.Tensor | None = None,
         clip_vision: Any = None,
     ) -> io.NodeOutput:
+        images = None if images is None else as_colour(images, "images")
         pictures, picture_masks, captions, names = _sources(subject, images, masks)
-        drawn = list(generated)
+        drawn = list(as_colour(generated, "generated"))
         drawn_masks = _masks_of(drawn, generated_mask, "generated_mask")
         choice = features.select_reference(
             drawn,
@@ -244,6 +247,7 @@ class AlignReference(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         reference: torch.Tensor,
@@ -257,6 +261,11 @@ class AlignReference(io.ComfyNode):
         parts: str,
         generated: torch.Tensor | None = None,
     ) -> io.NodeOutput:
+        reference = as_colour(reference, "reference")
+        generated = None if generated is None else as_colour(generated, "generated")
+        reference_mask, generated_mask = (
+            mask[None] if mask.ndim == 2 else mask for mask in (reference_mask, generated_mask)
+        )
         count = max(len(reference), len(generated_mask))
         given = {
             "reference": reference,
@@ -326,6 +335,7 @@ def _sources(
 def _masks_of(pictures: list[torch.Tensor], masks: torch.Tensor | None, name: str) -> list[torch.Tensor | None]:
     if masks is None:
         return [None] * len(pictures)
+    masks = masks[None] if masks.ndim == 2 else masks
     if len(masks) != len(pictures):
         raise IdentityEditError(
             f"{name} holds {len(masks)} masks for {len(pictures)} pictures; give each picture its mask."

@@ -12,7 +12,7 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.inversion import check_inversion
-from .sockets import Inversion, latent_samples, progress, schema, show_text
+from .sockets import Inversion, checked, latent_samples, progress, schema, show_text
 
 
 class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
@@ -142,6 +142,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

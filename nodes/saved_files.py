@@ -14,6 +14,9 @@ from ..pipelines.files import CLAIMED
 FILE_ENDING = ".safetensors"
 IN_OUTPUT_FOLDER = " [output]"
 """ComfyUI's mark on names that are not relative to the input folder."""
+_LONGEST_NAME = 200
+"""Bytes of a file's or folder's name that a user gives; file systems end at 255, and numbers and endings follow."""
+_DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
 _DIFFUSION_MODELS = "diffusion_models"
 _FOLDER_MARK = f" [{_DIFFUSION_MODELS}]"
 
@@ -25,6 +28,7 @@ def next_path(filename_prefix: str, example: str) -> str:
         IdentityEditError: when the prefix is empty, leads out of the output folder, or cannot be written to.
     """
     output = folder_paths.get_output_directory()
+    check_name(filename_prefix, "filename_prefix")
     if not os.path.basename(os.path.normpath(filename_prefix)).strip(". "):
         raise IdentityEditError(f"filename_prefix is empty; write a file name such as '{example}'.")
     if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):
@@ -74,6 +78,19 @@ def new_path(filename_prefix: str, example: str) -> Iterator[str]:
             os.remove(claim)
 
 
+def check_name(name: str, what: str) -> None:
+    """Check a file's or folder's name that a user gives, with folders before it; `what` is the input's name.
+
+    Raises:
+        IdentityEditError: when a part of it is too long for file systems, or a device of Windows and no file there.
+    """
+    for part in name.replace("\\", "/").split("/"):
+        if len(part.encode("utf-8", "replace")) > _LONGEST_NAME:
+            raise IdentityEditError(f"{what} is too long; write a shorter name.")
+        if part.split(".")[0].strip().upper() in _DEVICES:
+            raise IdentityEditError(f"{what} '{name}' names a device of Windows; write another name.")
+
+
 def loadable_files(folder: str, without: str | None = None) -> list[str]:
     """Names for a combo: files in the input folder, and in the output folder's `folder` without its `without`."""
     saved = _files_in(os.path.join(folder_paths.get_output_directory(), folder))
@@ -94,11 +111,38 @@ def model_folder_files(folders: Sequence[str], endings: tuple[str, ...]) -> list
 
 
 def path_of(file: str, folders: Sequence[str]) -> str | None:
-    """The path of a name of `loadable_files` or of `model_folder_files`, or None where a folder has no such file."""
+    """The path of a name of `loadable_files` or of `model_folder_files`, or None where a folder has no such file.
+
+    Raises:
+        IdentityEditError: for a name that leads out of ComfyUI's folders, which a link to the combo could bring.
+    """
     for folder in folders:
         if file.endswith(f" [{folder}]"):
             return folder_paths.get_full_path(folder, file.removesuffix(f" [{folder}]"))
-    return folder_paths.get_annotated_filepath(file)
+    return saved_path(file)
+
+
+def saved_path(file: str) -> str:
+    """The path of a name of `loadable_files`.
+
+    Raises:
+        IdentityEditError: for a name that leads out of ComfyUI's folders, which a link to the combo could bring.
+    """
+    name, folder = folder_paths.annotated_filepath(file)
+    return path_below(folder or folder_paths.get_input_directory(), name, "file")
+
+
+def path_below(folder: str, name: str, what: str) -> str:
+    """The path of a file or folder by its name below a folder; `what` is the input's name.
+
+    Raises:
+        IdentityEditError: when it is empty or leads out of the folder.
+    """
+    folder = os.path.abspath(folder)
+    path = os.path.abspath(os.path.join(folder, name))
+    if not path.startswith(folder + os.sep):
+        raise IdentityEditError(f"{what} '{name}' is empty or leads out of ComfyUI's folders; choose one of the list.")
+    return path
 
 
 def changed_at(path: str | None) -> float:

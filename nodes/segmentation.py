@@ -14,7 +14,8 @@ from ..pipelines import segmentation as pipeline
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import encode_identity_prompt
 from ..pipelines.model_folders import list_models, missing_model
-from .sockets import progress, schema, show_text
+from ..pipelines.pictures import as_colour
+from .sockets import checked, progress, schema, show_text
 
 ATTENTION = "attention (no further model)"
 SEGMENT_ANYTHING = "Segment Anything"
@@ -184,6 +185,7 @@ class SegmentSubject(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls,
         pictures: torch.Tensor,
@@ -207,7 +209,7 @@ class SegmentSubject(io.ComfyNode):
         clip: Any = None,
         vae: Any = None,
     ) -> io.NodeOutput:
-        pictures = pictures[..., :3].detach().cpu().float()
+        pictures = as_colour(pictures)
         if method == ATTENTION:
             steps = _timesteps(timesteps)
             found = _by_attention(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
-from ..pipelines.engine import Callback
-from ..pipelines.errors import IdentityEditError
+from ..pipelines import engine
+from ..pipelines.errors import IdentityEditError, check_conditioning, check_latent
+from ..pipelines.input_checks import check_mask, check_number, check_pictures, check_sigmas, check_text
 
 CATEGORY = "identity edit"
 PIXELS_OF_A_CELL = 8
@@ -49,7 +53,98 @@ def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Sch
     return io.Schema(category=f"{CATEGORY}/{category}", hidden=[io.Hidden.unique_id], **fields)
 
 
-def progress(model: Any, total: int) -> Callback:
+def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    """A node's `execute` that first checks its inputs against its schema, and at last that its results are numbers.
+
+    So no node can forget it, and a wrong input is named by the name that it has on the node. What only one technique
+    demands is checked in its pipeline.
+    """
+    parameters = inspect.signature(execute)
+
+    @functools.wraps(execute)
+    def check_and_execute(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        given = dict(parameters.bind(cls, *args, **kwargs).arguments)
+        for parameter in parameters.parameters.values():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                given |= given.pop(parameter.name, {})
+        schema = cls.define_schema()
+        check_inputs(schema, given)
+        output = execute(cls, *args, **kwargs)
+        check_results(schema, output)
+        return output
+
+    return check_and_execute
+
+
+def check_inputs(schema: io.Schema, given: dict[str, Any]) -> None:
+    """Check inputs by the types of their sockets and the limits of their widgets.
+
+    Raises:
+        IdentityEditError: naming the first that no node can use.
+    """
+    model = channels = None
+    for item in schema.inputs:
+        if item.id not in given:
+            continue
+        kind, value = item.get_io_type(), given[item.id]
+        for each in value if schema.is_input_list and isinstance(value, list) else [value]:
+            if each is None:
+                if not item.optional:
+                    raise IdentityEditError(
+                        f"{item.id} is missing: what is connected gave nothing, as a file without this part does; "
+                        f"connect another."
+                    )
+            elif kind == "MODEL":
+                engine.require_noise_prediction_model(each)
+                model, channels = each, engine.latent_channels(each)
+            elif kind == "VAE":
+                _check_vae(each, item.id, channels)
+            elif kind == "IMAGE":
+                check_pictures(each, item.id)
+            elif kind == "MASK":
+                check_mask(each, item.id)
+            elif kind == "LATENT":
+                check_latent(latent_samples(each, item.id), item.id, channels)
+            elif kind == "CONDITIONING":
+                if model is None:
+                    check_conditioning(each, item.id)
+                else:
+                    engine.check_prompt(model, each, item.id)
+            elif kind == "SIGMAS":
+                check_sigmas(each, item.id)
+            elif kind in ("INT", "FLOAT"):
+                check_number(each, item.id, item.min, item.max)
+            elif kind == "STRING":
+                check_text(each, item.id)
+
+
+def _check_vae(vae: Any, name: str, channels: int | None) -> None:
+    own = getattr(vae, "latent_channels", None)
+    if channels is not None and own is not None and own != channels:
+        raise IdentityEditError(
+            f"The {name} gives latents of {own} channels but the model takes {channels}; use the VAE of the same "
+            f"checkpoint."
+        )
+
+
+def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
+    """Raise `IdentityEditError` when a picture, mask, latent or conditioning that a node gives is not finite."""
+    for item, value in zip(schema.outputs, output.args, strict=False):
+        kind, tensors = item.get_io_type(), []
+        if kind in ("IMAGE", "MASK") and isinstance(value, torch.Tensor):
+            tensors = [value]
+        elif kind == "LATENT" and isinstance(value, dict):
+            tensors = [value["samples"]]
+        elif kind == "CONDITIONING" and isinstance(value, list):
+            tensors = [embedding for embedding, *_ in value if isinstance(embedding, torch.Tensor)]
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise IdentityEditError(
+                f"The result {item.id} holds NaN or infinite values; load the model in float32 (--force-fp32), or "
+                f"lower what multiplies it, such as a guidance scale or a learning rate."
+            )
+
+
+def progress(model: Any, total: int) -> engine.Callback:
     """ComfyUI's own progress bar with its preview of latents, for a loop of `total` steps."""
     import latent_preview  # a module of ComfyUI, not needed before a node runs
 
@@ -87,3 +182,14 @@ def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -
     if instance is not None and node.hidden is not None:
         instance.send_progress_text(text, node.hidden.unique_id)
     return text
+
+
+def choice_of(table: dict[str, Any], choice: str, name: str) -> Any:
+    """What a combo's choice stands for.
+
+    Raises:
+        IdentityEditError: for one that a link has brought and the combo has not.
+    """
+    if choice not in table:
+        raise IdentityEditError(f"{name} is '{choice}'; choose one of {', '.join(table)}.")
+    return table[choice]

@@ -19,7 +19,7 @@ from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
 from .saved_files import changed_at, loadable_files, model_folder_files, new_path, next_path, path_of
-from .sockets import StyleAttention, SubjectPictures, WPlus, schema, show_text
+from .sockets import StyleAttention, SubjectPictures, WPlus, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -184,6 +184,7 @@ class TrainStyleAttention(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -309,6 +310,7 @@ class LoadStyleAttention(io.ComfyNode):
         return changed_at(path_of(file, (FILE_FOLDER,)))
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         path = path_of(file, (FILE_FOLDER,))
         if path is None:
@@ -395,6 +397,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

@@ -16,8 +16,8 @@ from ..pipelines import regularisation_prompts as prompts
 from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.model_folders import list_models, missing_model
-from .saved_files import IN_OUTPUT_FOLDER
-from .sockets import SubjectPictures, schema, show_text
+from .saved_files import IN_OUTPUT_FOLDER, path_below
+from .sockets import SubjectPictures, checked, schema, show_text
 
 REGULARISATION_FOLDER = "regularisation"
 """Below the output folder: where the shipped workflow saves a regularisation set with its prompts."""
@@ -147,6 +147,7 @@ class LoadSubjectPictures(io.ComfyNode):
         return digest.hexdigest()
 
     @classmethod
+    @checked
     def execute(
         cls, folder: str, class_word: str, token: str, captions: str, add_token: bool, size: int
     ) -> io.NodeOutput:
@@ -203,6 +204,7 @@ class SubjectPicturesFromImages(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         images: list[torch.Tensor],
@@ -316,6 +318,7 @@ class CaptionPictures(io.ComfyNode):
         return model == NO_MODEL or _check_model(model)
 
     @classmethod
+    @checked
     def execute(
         cls,
         subject: subjects.SubjectPictures,
@@ -452,6 +455,7 @@ class RegularisationPrompts(io.ComfyNode):
         return source in (SHIPPED_LIST, OWN_PROMPTS, ENDPOINT) or _check_model(source)
 
     @classmethod
+    @checked
     def execute(
         cls,
         class_word: str,
@@ -497,8 +501,8 @@ def _folders() -> list[str]:
 
 def _folder_path(folder: str) -> str:
     if folder.endswith(IN_OUTPUT_FOLDER):
-        return os.path.join(folder_paths.get_output_directory(), folder.removesuffix(IN_OUTPUT_FOLDER))
-    return os.path.join(folder_paths.get_input_directory(), folder)
+        return path_below(folder_paths.get_output_directory(), folder.removesuffix(IN_OUTPUT_FOLDER), "folder")
+    return path_below(folder_paths.get_input_directory(), folder, "folder")
 
 
 def _subfolders(path: str) -> list[str]:

@@ -17,8 +17,17 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, loadable_files, model_folder_files, new_path, next_path, path_of
-from .sockets import Subject, SubjectPictures, schema, show_text
+from .saved_files import (
+    FILE_ENDING,
+    changed_at,
+    check_name,
+    loadable_files,
+    model_folder_files,
+    new_path,
+    next_path,
+    path_of,
+)
+from .sockets import Subject, SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -169,6 +178,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -301,6 +311,7 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
         return changed_at(path_of(file, MODEL_FOLDERS))
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         path = path_of(file, MODEL_FOLDERS)
         if path is None:
@@ -354,6 +365,7 @@ class ApplySubject(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, model: Any, clip: Any, subject: SubjectEmbedding, prompt: str) -> io.NodeOutput:
         patched, positive, warning = apply_subject(model, clip, subject, prompt)
         return io.NodeOutput(patched, positive, show_text(cls, f"{describe(subject)}.", warning))
@@ -392,6 +404,7 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, subject: SubjectEmbedding, name: str, overwrite: bool) -> io.NodeOutput:
         path = _embedding_path(name)
         if os.path.exists(path) and not overwrite:
@@ -404,6 +417,7 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
 
 
 def _embedding_path(name: str) -> str:
+    check_name(name, "name")
     name = name.strip()
     if not name or any(part in name for part in (" ", ",", ":", "(", ")", "\\")) or name.startswith("."):
         raise IdentityEditError(

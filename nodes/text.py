@@ -12,7 +12,7 @@ from ..pipelines import text_optimization as optimization
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.step_embeddings import apply_step_embeddings
-from .sockets import Inversion, latent_samples, progress, schema, show_text
+from .sockets import Inversion, checked, latent_samples, progress, schema, show_text
 
 
 class OptimizeTextEmbedding(io.ComfyNode):
@@ -79,6 +79,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -175,6 +176,7 @@ class TimestepAwareTextInjection(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -225,6 +227,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,
@@ -295,6 +298,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

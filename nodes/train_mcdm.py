@@ -17,7 +17,7 @@ from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirr
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.training import TrainingRun, TrainingSettings
 from .saved_files import model_files, model_path, new_path, next_path
-from .sockets import schema, show_text
+from .sockets import checked, schema, show_text
 from .training import LossMap, checkpointing_input, precision_input, training_progress
 
 RUN_FOLDER = "mcdm"
@@ -198,6 +198,7 @@ class TrainMCDM(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls,
         model: Any,

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..pipelines import w_plus as styles_of
 from ..pipelines import w_plus_encoder as encoders
 from ..pipelines.errors import IdentityEditError
-from ..pipelines.face_pictures import as_colour
 from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.pictures import as_colour
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
-from .saved_files import changed_at, loadable_files, new_path
-from .sockets import WPlus, WPlusEncoder, schema, show_text
+from .saved_files import changed_at, loadable_files, new_path, saved_path
+from .sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
 FILE_FOLDER = "w_plus"
 ENCODER_FOLDER = encoders.FOLDER
@@ -60,6 +59,7 @@ class LoadWPlusEncoder(io.ComfyNode):
         return changed_at(list_models(ENCODER_FOLDER, encoders.ENDINGS).get(file))
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
         found = list_models(ENCODER_FOLDER, encoders.ENDINGS)
         if file not in found:
@@ -96,6 +96,7 @@ class SaveWPlusEncoder(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, encoder: Encoder, filename_prefix: str) -> io.NodeOutput:
         name = encoder.name.rsplit(" (", 1)[0]
         with new_path(filename_prefix, f"{ENCODER_FOLDER}/encoder") as path:
@@ -131,6 +132,7 @@ class EncodeWPlus(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, encoder: Encoder, faces: torch.Tensor) -> io.NodeOutput:
         pictures = as_colour(faces, "faces")
         size, given = encoder.size, pictures.shape[1]
@@ -182,6 +184,7 @@ class MixWPlus(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, first: Styles, second: Styles, rows: str, weight: float) -> io.NodeOutput:
         chosen = styles_of.parse_rows(rows, first.count)
         mixed = styles_of.mix_styles(first, second, chosen, weight)
@@ -216,6 +219,7 @@ class AverageWPlus(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(
         cls, first: Styles, second: Styles | None = None, third: Styles | None = None, fourth: Styles | None = None
     ) -> io.NodeOutput:
@@ -254,6 +258,7 @@ class SaveWPlus(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, w_plus: Styles, filename_prefix: str) -> io.NodeOutput:
         with new_path(filename_prefix, f"{FILE_FOLDER}/person") as path:
             styles_of.save_w_plus(w_plus, path)
@@ -286,17 +291,18 @@ class LoadWPlus(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if folder_paths.exists_annotated_filepath(file):
+        if file in loadable_files(FILE_FOLDER):
             return True
         return f"The file '{file}' does not exist; choose another, or save one first."
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> float:
-        return changed_at(folder_paths.get_annotated_filepath(file))
+        return changed_at(saved_path(file))
 
     @classmethod
+    @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        styles = styles_of.load_w_plus(folder_paths.get_annotated_filepath(file))
+        styles = styles_of.load_w_plus(saved_path(file))
         return io.NodeOutput(styles, show_text(cls, f"{_described(styles)}."))
 
 

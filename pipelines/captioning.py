@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .errors import IdentityEditError
+from .errors import IdentityEditError, check_finite
 from .language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
 from .subject_pictures import SubjectPictures, has_word, with_token
 
@@ -69,6 +69,8 @@ def caption_pictures(
         names.append(subject.test_name)
         captions.append(subject.test_caption)
         pictures.append(subject.test_picture)
+    for name, picture in zip(names, pictures, strict=True):
+        check_finite(picture, name)
     lines = lines or []
     if len(lines) > len(names):
         raise IdentityEditError(

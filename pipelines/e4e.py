@@ -109,6 +109,8 @@ class E4E(nn.Module):
 
     def __init__(self, rows: int = ROWS) -> None:
         super().__init__()
+        if not 1 <= rows <= ROWS:
+            raise IdentityEditError(f"An e4e has 1 to {ROWS} rows, not {rows}; choose another file.")
         self.rows, self.width, self.size = rows, WIDTH, SIZE
         first = UNITS[0][0]
         self.input_layer = nn.Sequential(
@@ -179,19 +181,24 @@ def from_published(content: dict[str, Any], path: str) -> tuple[E4E, torch.Tenso
             f"The e4e in {path} was trained without a mean style, which this pack needs; choose e4e_ffhq_encode.pt."
         )
     state = content.get("state_dict", content)
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     average = content.get("latent_avg", tensors.pop("latent_avg", None))
     if any(name.startswith("encoder.") for name in tensors):
         own = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
         tensors = {name.removeprefix("encoder."): tensor for name, tensor in own.items()}
     numbers = {
-        int(name.split(".")[1]) for name in tensors if name.startswith("styles.") and name.split(".")[1].isdigit()
+        int(name.split(".")[1])
+        for name in tensors
+        if name.startswith("styles.") and name.split(".")[1].isdecimal() and len(name.split(".")[1]) < 6
     }
     if "input_layer.0.weight" not in tensors or not numbers:
         raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
     rows = max(numbers) + 1
     if (
         not isinstance(average, torch.Tensor)
+        or average.ndim < 1
         or average.shape[-1] != WIDTH
         or average.numel() not in (WIDTH, rows * WIDTH)
     ):
@@ -218,7 +225,9 @@ def with_weights(architecture: Any, config: dict[str, Any], tensors: dict[str, t
                 for name, tensor in tensors.items()
             }
             network.load_state_dict(own, assign=True)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except IdentityEditError:
+        raise
+    except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         lines = [line.strip() for line in str(error).strip().splitlines()]
         what = lines[1] if len(lines) > 1 else lines[0] if lines else type(error).__name__
         raise IdentityEditError(

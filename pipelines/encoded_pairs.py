@@ -23,6 +23,7 @@ from .engine.vision import VisionTag, vision_tag, vision_tokens
 from .errors import IdentityEditError, check_finite
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
+from .picture_files import open_picture
 from .training import OneProcess, Processes, run_hash
 
 _AT_ONCE = 8
@@ -95,23 +96,36 @@ def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
     index = folder / INDEX
     try:
         lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise IdentityEditError(
-            f"The folder {folder} has no {INDEX} that can be read ({error.strerror}); choose a folder of pairs."
+            f"The folder {folder} has no {INDEX} that can be read ({error}); choose a folder of pairs."
         ) from error
     splits: tuple[list[PairFiles], list[PairFiles]] = ([], [])
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            pair = PairFiles(
-                folder / entry["source"], folder / entry["target"], entry["source_prompt"], entry["target_prompt"]
-            )
+            texts = [entry[name] for name in ("source", "target", "source_prompt", "target_prompt")]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("paths and prompts are texts")
+            pair = PairFiles(_inside(folder, texts[0]), _inside(folder, texts[1]), texts[2], texts[3])
             splits[0 if entry.get("split", TRAIN) == TRAIN else 1].append(pair)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IdentityEditError(
                 f"Line {number} of {index} describes no pair ({error!r}); take it out, or make the pairs again."
             ) from error
     return splits
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a picture that an index names.
+
+    Raises:
+        ValueError: when it lies outside of the folder, by its name or by a link: an index may be anybody's.
+    """
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{name} lies outside of the folder")
+    return path
 
 
 def with_mirrored(pairs: Sequence[PairFiles]) -> list[PairFiles]:
@@ -215,15 +229,8 @@ def read_picture(path: Path) -> torch.Tensor:
     Raises:
         IdentityEditError: when the file is missing or damaged.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as picture:
-            pixels = np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all of these for damaged files
-        raise IdentityEditError(
-            f"The picture {path} cannot be read ({error}); make its pair again, or take it out of the index."
-        ) from error
+    picture = open_picture(path, str(path), "make its pair again, or take it out of the index")
+    pixels = np.array(picture.convert("RGB"))
     return torch.from_numpy(pixels).float() / 255.0
 
 

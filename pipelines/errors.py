@@ -11,10 +11,27 @@ import torch
 
 MAXIMUM_BATCH = 64
 """Largest number of latents processed at once; a batch beyond it is almost always a mistake (a video, a folder)."""
+LARGEST_VALUE = 1e6
+"""Of latents and embeddings. Theirs are below 100, those of noise below 150000 (sigma 4500); networks overflow far
+beyond."""
+
+
+LONGEST_MESSAGE = 700
+"""Characters; the longest of the pack's own are below, unless they quote a user's whole prompt."""
 
 
 class IdentityEditError(ValueError):
-    """An input cannot be used; the message says which one and what to do instead."""
+    """An input cannot be used; the message says which one and what to do instead.
+
+    It stays one line that can be read: of a very long one the middle is left out, as what is wrong stands at its
+    beginning and the remedy at its end.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.splitlines())
+        if len(line) > LONGEST_MESSAGE:
+            line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[10 - LONGEST_MESSAGE // 2 :]}"
+        super().__init__(line)
 
 
 def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -> None:
@@ -44,6 +61,23 @@ def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -
             f"checkpoint's own VAE."
         )
     check_finite(latent, name)
+    check_size_of_values(latent, name)
+
+
+def shortened(text: str, length: int = 80) -> str:
+    """A text that a message quotes, as one line of at most `length` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def check_size_of_values(tensor: torch.Tensor, name: str) -> None:
+    """Raise `IdentityEditError` when `tensor` holds a value beyond what any network computes with."""
+    largest = float(tensor.detach().float().abs().max())
+    if largest > LARGEST_VALUE:
+        raise IdentityEditError(
+            f"{name} holds values up to {largest:.3g}, with which no model can compute; take away what multiplies it, "
+            f"or encode it again."
+        )
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:
@@ -68,7 +102,39 @@ def check_batch_matches(count: int, batch: int, name: str) -> None:
         )
 
 
-def check_conditioning(conditioning: Any, name: str) -> None:
-    """Raise `IdentityEditError` unless `conditioning` is a non-empty ComfyUI CONDITIONING list."""
+def check_conditioning(conditioning: Any, name: str, width: int | None = None) -> None:
+    """Check a ComfyUI CONDITIONING list.
+
+    Args:
+        conditioning: should be a list of [embedding [B, T, C], options], not empty, with finite numbers.
+        name: the input's name as the user sees it, for the message.
+        width: C of the model, where known.
+
+    Raises:
+        IdentityEditError: when it is empty, of another form or width, or holds NaN, infinite or huge values.
+    """
     if not isinstance(conditioning, list) or len(conditioning) == 0:
         raise IdentityEditError(f"{name} is empty; connect a CLIP Text Encode node.")
+    for entry in conditioning:
+        if not isinstance(entry, (list, tuple)) or len(entry) < 2 or not isinstance(entry[1], dict):
+            raise IdentityEditError(f"{name} is no list of embeddings with options; connect a CLIP Text Encode node.")
+        embedding, pooled = entry[0], entry[1].get("pooled_output")
+        if not isinstance(embedding, torch.Tensor):
+            raise IdentityEditError(f"{name} holds no text embedding; connect a CLIP Text Encode node.")
+        if embedding.ndim != 3 or 0 in embedding.shape:
+            raise IdentityEditError(
+                f"{name} must hold text embeddings [batch, tokens, channels], not {tuple(embedding.shape)}; connect a "
+                f"CLIP Text Encode node."
+            )
+        if pooled is not None and (not isinstance(pooled, torch.Tensor) or pooled.ndim != 2 or 0 in pooled.shape):
+            raise IdentityEditError(f"The pooled output of {name} is of another form; connect a CLIP Text Encode node.")
+        for tensor in (embedding, pooled):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise IdentityEditError(f"{name} contains NaN or infinite values; encode the prompt again.")
+            if tensor is not None:
+                check_size_of_values(tensor, name)
+        if width is not None and embedding.shape[2] != width:
+            raise IdentityEditError(
+                f"{name} has {embedding.shape[2]} channels but the model takes {width}; encode the prompt with this "
+                f"checkpoint's CLIP."
+            )

@@ -1,4 +1,4 @@
-"""Pictures of every kind as faces are looked for in them (colours, floating point, 0 to 1), and faces drawn on them."""
+"""Faces drawn on pictures."""
 
 from __future__ import annotations
 
@@ -6,50 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from .errors import IdentityEditError
 from .face_alignment import ffhq_quad
 from .faces import Face
-
-_BRIGHTEST = 2.0
-"""Above this a picture is not 0 to 1 with some overshoot, but counts in other units."""
-
-
-def as_colour(pictures: torch.Tensor, name: str = "pictures") -> torch.Tensor:
-    """Grey, colour or RGBA pictures as colour pictures.
-
-    Args:
-        pictures: [B, H, W, C] with 1 (grey), 2 (grey and alpha), 3 or 4 (RGBA) channels: floating point of 0 to 1, or
-            whole numbers of 8 or 16 bits. Alpha is left out, as everywhere in ComfyUI.
-        name: the input's name as the user sees it.
-
-    Returns:
-        [B, H, W, 3] float32 CPU, 0 to 1.
-
-    Raises:
-        IdentityEditError: for another shape, NaN, or values that are not 0 to 1.
-    """
-    if pictures.ndim != 4 or min(pictures.shape) < 1 or pictures.shape[-1] > 4:
-        raise IdentityEditError(
-            f"{name} must be pictures [batch, height, width, channels] with 1 to 4 channels, not "
-            f"{tuple(pictures.shape)}; connect a Load Image node."
-        )
-    values = pictures.detach().cpu()
-    if values.is_floating_point():
-        values = values.float()
-        if not bool(torch.isfinite(values).all()):
-            raise IdentityEditError(f"{name} contains NaN or infinite values; load or decode the picture again.")
-        if float(values.max()) > _BRIGHTEST:
-            raise IdentityEditError(
-                f"{name} holds values up to {float(values.max()):g}, and pictures go from 0 to 1; divide it by its "
-                f"largest possible value before (255, or 65535 for 16 bits)."
-            )
-    elif pictures.dtype in (torch.uint8, torch.uint16):
-        values = values.float() / torch.iinfo(pictures.dtype).max
-    else:
-        raise IdentityEditError(f"{name} holds numbers of the type {pictures.dtype}; give floating point from 0 to 1.")
-    if values.shape[-1] <= 2:
-        values = values[..., :1].expand(*values.shape[:-1], 3)
-    return values[..., :3].clamp(0.0, 1.0)
 
 
 def drawn_faces(pictures: torch.Tensor, found: Sequence[Sequence[Face]]) -> torch.Tensor:

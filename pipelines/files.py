@@ -27,6 +27,10 @@ ABANDONED_AFTER = 3600.0
 """Seconds without a change after which something half written belongs to no living process."""
 _DESCRIPTION = "identity_edit"
 _TEMPORARY = re.compile(r"\.(claimed|[0-9a-f]{8})\.tmp$")
+_NOT_UNDERSTOOD = (
+    KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError
+)  # fmt: skip
+"""What Python and torch raise for values of wrong types and sizes; RecursionError is a RuntimeError."""
 
 
 @contextlib.contextmanager
@@ -121,6 +125,44 @@ def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torc
             tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except FileNotFoundError as error:
         raise IdentityEditError(f"The file {path} does not exist; choose another, or save one first.") from error
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
+    except IdentityEditError:
+        raise
+    except (OSError, SafetensorError, *_NOT_UNDERSTOOD) as error:  # JSON nested too deeply, numbers of too many digits
         raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error
     return tensors, description
+
+
+@contextlib.contextmanager
+def understanding(path: str, what: str, remedy: str = "train and save it again") -> Iterator[None]:
+    """Around the lines that make something of a file's tensors and description, which may hold anything at all.
+
+    Args:
+        path: the file.
+        what: what it should hold, for the message, such as "The subject".
+        remedy: the end of the message.
+
+    Raises:
+        IdentityEditError: when they could not make it.
+    """
+    try:
+        yield
+    except IdentityEditError:
+        raise
+    except _NOT_UNDERSTOOD as error:
+        raise IdentityEditError(
+            f"{what} {path} is damaged or of another version of this pack ({type(error).__name__}: {error}); {remedy}."
+        ) from error
+
+
+def check_facts(training: Any, numbers: tuple[str, ...]) -> dict[str, Any]:
+    """What a description says about a training, which reports print.
+
+    Raises:
+        KeyError, TypeError, ValueError: unless it is a dictionary with these numbers; see `understanding`.
+    """
+    if not isinstance(training, dict):
+        raise TypeError("training is no dictionary")
+    for name in numbers:
+        if isinstance(training[name], (str, bool)) or float(training[name]) < 0:
+            raise ValueError(f"{name} is no number from 0")
+    return training

@@ -21,7 +21,7 @@ import torch
 from . import engine
 from .engine.trainable import BFLOAT16, PRECISIONS, TrainableNetworks, trainable_networks
 from .errors import IdentityEditError
-from .files import read_tensors, write_tensors
+from .files import check_facts, read_tensors, understanding, write_tensors
 from .schedule import ddim_schedule, euler_step
 from .training import (
     Progress,
@@ -340,20 +340,17 @@ def load_identity_prior(path: str) -> IdentityPrior:
         IdentityEditError: when the file is missing, damaged, or holds something else.
     """
     tensors, description = read_tensors(path, KIND)
-    try:
-        tag = {**description["model"], "weights": tuple(description["model"]["weights"])}
+    with understanding(path, "The identity prior"):
         return IdentityPrior(
             model_change=_below(tensors, _MODEL),
             clip_change=_below(tensors, _CLIP),
-            token=description["token"],
-            class_word=description["class_word"],
-            model=engine.ModelTag(**tag),
-            training=description["training"],
+            token=str(description["token"]),
+            class_word=str(description["class_word"]),
+            model=engine.ModelTag.from_description(description["model"]),
+            training=check_facts(
+                description["training"], ("steps", "learning_rate", "identity_pictures", "regularisation_pictures")
+            ),
         )
-    except (KeyError, TypeError) as error:
-        raise IdentityEditError(
-            f"The identity prior {path} is of another version of this pack ({error}); train and save it again."
-        ) from error
 
 
 def as_lora(

@@ -17,9 +17,8 @@ from torch import nn
 
 from . import engine
 from .conditioning import Conditioning
-from .errors import IdentityEditError
-from .files import read_tensors, write_tensors
-from .model_folders import first_line
+from .errors import IdentityEditError, check_finite
+from .files import check_facts, read_tensors, understanding, write_tensors
 from .subject_embedding import Tokens, Vectors, check_word_widths, mark_subject, with_word_vectors
 from .subject_pictures import has_word, with_token
 
@@ -200,25 +199,23 @@ def load_identity_words(path: str) -> IdentityWords:
         IdentityEditError: when the file is missing, damaged, or holds something else.
     """
     tensors, description = read_tensors(path, KIND)
-    try:
+    with understanding(path, "The identity words"):
         tag = description["model"]
+        words, (tokens, width) = int(description["words"]), description["features"]
+        widths = {str(name): int(each) for name, each in description["widths"].items()}
         # ComfyUI runs nodes in inference mode, in which weights would be made that nothing can be trained through.
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            encoder = IdentityEncoder(description["features"][1], description["widths"], description["words"])
-            encoder.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
-        words = IdentityWords(
-            encoder=encoder,
-            words=description["words"],
-            widths=description["widths"],
-            features=tuple(description["features"]),
-            class_word=description["class_word"],
-            model=None if tag is None else engine.ModelTag(**{**tag, "weights": tuple(tag["weights"])}),
-            training=description["training"],
+        with torch.inference_mode(False), torch.no_grad():
+            with torch.device("meta"):  # whatever sizes a file claims, no memory is taken for them
+                encoder = IdentityEncoder(int(width), widths, words)
+            encoder.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
+        for name, tensor in tensors.items():
+            check_finite(tensor, f"{name} of {path}")
+        return IdentityWords(
+            encoder=encoder.requires_grad_(False),
+            words=words,
+            widths=widths,
+            features=(int(tokens), int(width)),
+            class_word=str(description["class_word"]),
+            model=None if tag is None else engine.ModelTag.from_description(tag),
+            training=check_facts(description["training"], ()),
         )
-    except (KeyError, TypeError, IndexError, RuntimeError) as error:
-        raise IdentityEditError(
-            f"The identity words {path} are of another version of this pack ({first_line(error)}); train and save them "
-            f"again."
-        ) from error
-    words.encoder.requires_grad_(False)
-    return words

@@ -421,7 +421,7 @@ def load_inversion(path: str) -> Inversion:
     tensors, description = files.read_tensors(path, _KIND)
     if description.get("format") not in range(1, _FORMAT + 1):
         raise IdentityEditError(f"The file {path} was written by a newer version of this pack; update the pack.")
-    try:
+    with files.understanding(path, "The inversion", "save the inversion again"):
         embeddings = None
         if "embeddings.embeddings" in tensors:
             embeddings = StepEmbeddings(
@@ -430,26 +430,25 @@ def load_inversion(path: str) -> Inversion:
                 pooled=tensors.get("embeddings.pooled"),
                 guidance_scale=description.get("embeddings.guidance_scale"),
             )
-        model = description["model"]
         inversion = Inversion(
             trajectory=tensors["trajectory"],
             sigmas=tensors["sigmas"],
             timesteps=tensors["timesteps"],
             method=str(description["method"]),
             guidance_scale=float(description["guidance_scale"]),
-            model=engine.ModelTag(**{**model, "weights": tuple(model["weights"])}),
+            model=engine.ModelTag.from_description(description["model"]),
             embeddings=embeddings,
             noise_maps=tensors.get("noise_maps"),
             eta=float(description.get("eta", 0.0)),
         )
-    except (KeyError, TypeError) as error:
-        raise IdentityEditError(f"The file {path} is incomplete ({error}); save the inversion again.") from error
-    if inversion.trajectory.ndim != 5 or inversion.trajectory.shape[0] != inversion.steps + 1:
+    schedule_fits = inversion.timesteps.ndim == 1 and inversion.sigmas.shape == (inversion.steps + 1,)
+    if not schedule_fits or inversion.trajectory.ndim != 5 or inversion.trajectory.shape[0] != inversion.steps + 1:
         raise IdentityEditError(f"The file {path} is damaged (its trajectory does not fit); save the inversion again.")
     maps, expected = inversion.noise_maps, (inversion.steps, *inversion.trajectory.shape[1:])
     if (maps is None) != (inversion.method == DDIM) or (maps is not None and tuple(maps.shape) != expected):
         raise IdentityEditError(f"The file {path} is damaged (its noise maps do not fit); save the inversion again.")
     check_finite(inversion.trajectory, f"The file {path}")
+    check_finite(inversion.sigmas, f"The file {path}")
     if maps is not None:
         check_finite(maps, f"The file {path}")
     return inversion

@@ -21,7 +21,7 @@ from .conditioning import Conditioning
 from .engine.edit_model import checkpoint_tensors, require_edit_model
 from .engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
 from .errors import IdentityEditError, check_conditioning, check_finite
-from .files import read_tensors, write_tensors
+from .files import check_facts, read_tensors, understanding, write_tensors
 
 KIND = "MCDM"
 IMAGE_TOKENS = 77
@@ -284,16 +284,18 @@ def load_mcdm(path: str) -> MCDM:
         raise IdentityEditError(
             f"The MCDM in {path} was trained with other conventions than this version of the pack has; train it again."
         )
-    try:
-        vision = VisionTag(**{**description["vision"], "weights": tuple(description["vision"]["weights"])})
-        model = engine.ModelTag(**{**description["model"], "weights": tuple(description["model"]["weights"])})
-        channels, height, width = description["latent"]
+    with understanding(path, "The MCDM in", "train it again"):
+        vision = VisionTag.from_description(description["vision"])
+        model = engine.ModelTag.from_description(description["model"])
+        channels, height, width = (int(side) for side in description["latent"])
+        training = check_facts(description["training"], ())
+        if not isinstance(training.get("prompts") or [], list):
+            raise TypeError("prompts is no list")
         context = tensors[_PREFIX + "project.weight"].shape[0]
         latent = (channels, height, width)
-        embedding = ImageEmbedding(vision.tokens, vision.width, latent, context, description["image_tokens"])
-        embedding.load_state_dict({name.removeprefix(_PREFIX): value.float() for name, value in tensors.items()})
-        return MCDM(embedding, vision, model, latent, description["training"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise IdentityEditError(
-            f"The MCDM in {path} is of another version of this pack ({error}); train it again."
-        ) from error
+        with torch.inference_mode(False):  # it may be trained further
+            own = {name.removeprefix(_PREFIX): value.float().clone() for name, value in tensors.items()}
+        with torch.device("meta"):  # whatever sizes a file claims, no memory is taken for them
+            embedding = ImageEmbedding(vision.tokens, vision.width, latent, context, int(description["image_tokens"]))
+        embedding.load_state_dict(own, assign=True)
+        return MCDM(embedding.requires_grad_(False), vision, model, latent, training)

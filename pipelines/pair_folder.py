@@ -34,11 +34,13 @@ import torch
 
 from .errors import IdentityEditError
 from .files import ABANDONED_AFTER, written_whole
+from .picture_files import open_picture
 
 SOURCE, TARGET, DESCRIPTION = "source.png", "target.png", "pair.json"
 DATASET, INDEX, SHEET = "dataset.json", "index.jsonl", "contact_sheet.jpg"
 _NAME = re.compile(r"\d{6,}")
 _TEMPORARY = ".tmp"
+_LONGEST_LABEL = 60
 _MAY_DIFFER = ("count",)
 """Settings that change no pair: a dataset can be made longer."""
 
@@ -149,7 +151,7 @@ class PairFolder:
         for number, facts in sorted(self.finished().items()):
             paths = {"source": f"pairs/{number:06}/{SOURCE}", "target": f"pairs/{number:06}/{TARGET}"}
             lines.append(json.dumps({**paths, **facts}, ensure_ascii=False))
-        self._write(self.path / INDEX, "".join(line + "\n" for line in lines).encode())
+        self._write(self.path / INDEX, "".join(line + "\n" for line in lines).encode("utf-8", "replace"))
         return len(lines)
 
     def contact_sheet(self, most: int = 24, columns: int = 4, height: int = 128) -> torch.Tensor | None:
@@ -194,10 +196,8 @@ def read_pair(folder: Path) -> dict[str, Any]:
 
 def load_pair(folder: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Source and target [H, W, 3] in [0, 1] and the description of the pair in a folder; see `read_pair`."""
-    from PIL import Image
-
     facts = read_pair(folder)
-    source, target = (_tensor(Image.open(folder / name).convert("RGB")) for name in (SOURCE, TARGET))
+    source, target = (_tensor(open_picture(folder / name, str(folder / name))) for name in (SOURCE, TARGET))
     return source, target, facts
 
 
@@ -217,12 +217,13 @@ def _sheet(pairs: Sequence[tuple[Path, dict[str, Any]]], columns: int, height: i
     line, gap = 14, 6
     tiles = []
     for folder, facts in pairs:
-        halves = [Image.open(folder / name).convert("RGB") for name in (SOURCE, TARGET)]
+        halves = [open_picture(folder / name, str(folder / name)).convert("RGB") for name in (SOURCE, TARGET)]
         width = max(1, round(height * halves[0].width / halves[0].height))
         tile = Image.new("RGB", (2 * width, height + line), "white")
         for place, half in enumerate(halves):
             tile.paste(half.resize((width, height), Image.Resampling.LANCZOS), (place * width, 0))
-        label = " ".join(str(part) for part in (facts["number"], facts.get("edit", ""), facts.get("split", "")))
+        label = " ".join(str(part) for part in (int(folder.name), facts.get("edit", ""), facts.get("split", "")))
+        label = label.encode("utf-8", "replace").decode()[:_LONGEST_LABEL]
         ImageDraw.Draw(tile).text((2, height + 1), label, fill="black")
         tiles.append(tile)
     columns = min(columns, len(tiles))
@@ -268,7 +269,7 @@ def _writing(path: Path) -> Iterator[None]:
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, IdentityEditError):
             raise
         raise IdentityEditError(f"{path} cannot be read ({error}); delete it to make it again.") from error

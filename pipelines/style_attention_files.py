@@ -22,7 +22,7 @@ import torch
 
 from . import engine
 from .errors import IdentityEditError
-from .files import read_tensors, write_tensors
+from .files import check_facts, read_tensors, understanding, write_tensors
 from .model_folders import first_line
 from .style_attention import StyleAttention, StyleNetwork
 
@@ -80,8 +80,9 @@ def load_style_attention(path: str) -> StyleAttention:
         raise IdentityEditError(f"The file {path} does not exist; choose another one, or train a style attention.")
     _refuse_others(path)
     tensors, description = read_tensors(path, KIND)
-    try:
-        tag = description["model"]
+    with understanding(path, "The style attention"):
+        tag, training = description["model"], description["training"]
+        check_facts(training, ("steps", "learning_rate", "pictures") if "steps" in training else ())
         attention = "attention.layers."
         sizes = {}
         for name in sorted({name[len(attention) :].split(".")[0] for name in tensors if name.startswith(attention)}):
@@ -91,25 +92,21 @@ def load_style_attention(path: str) -> StyleAttention:
             sizes[block, int(number), int(index)] = (int(channels), int(inner), int(text))
         groups = tuple((int(first), int(last)) for first, last in description["row_groups"])
         # ComfyUI runs nodes in inference mode, in which weights would be made that nothing can be trained through.
-        with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            network = StyleNetwork(groups, description["style_width"], description["text_width"], sizes)
-            network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        with torch.inference_mode(False), torch.no_grad():
+            with torch.device("meta"):  # whatever sizes a file claims, no memory is taken for them
+                network = StyleNetwork(groups, description["style_width"], description["text_width"], sizes)
+            network.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
         style = StyleAttention(
             network=network.eval().requires_grad_(False),
             kind=description["attention"],
             style_rows=int(description["style_rows"]),
             style_width=int(description["style_width"]),
             text_width=int(description["text_width"]),
-            encoder=description["encoder"],
-            pseudo_word=description["pseudo_word"],
-            model=None if tag is None else engine.ModelTag(**{**tag, "weights": tuple(tag["weights"])}),
-            training=description["training"],
+            encoder=str(description["encoder"]),
+            pseudo_word=str(description["pseudo_word"]),
+            model=None if tag is None else engine.ModelTag.from_description(tag),
+            training=training,
         )
-    except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        raise IdentityEditError(
-            f"The style attention {path} is damaged or of another version of this pack ({first_line(error)}); train "
-            f"and save it again."
-        ) from error
     if not all(bool(torch.isfinite(parameter).all()) for parameter in network.parameters()):
         raise IdentityEditError(f"The style attention {path} holds NaN or infinite values; train it again.")
     return style
@@ -134,7 +131,7 @@ def _refuse_others(path: str) -> None:
 
 def _names_in(path: str) -> set[str]:
     """Names of a file's tensors, or of the parts it is made of."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     content: Any
     try:
@@ -147,6 +144,6 @@ def _names_in(path: str) -> set[str]:
             f"The file {path} is damaged or holds code beside its tensors, which is never executed; choose one that "
             f"Train Style Attention has saved."
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # torch raises many kinds for what is no file of its own
         raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); save it again.") from error
     return {str(name) for name in content} if isinstance(content, dict) else set()

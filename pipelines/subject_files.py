@@ -28,7 +28,8 @@ import torch
 
 from . import engine
 from .errors import IdentityEditError
-from .files import read_tensors, write_tensors
+from .files import check_facts, read_tensors, understanding, write_tensors
+from .model_folders import first_line
 from .subject_embedding import OUTPUT, WORD, SubjectEmbedding, Vectors
 
 KIND = "embedding of a subject"
@@ -83,7 +84,7 @@ def load_subject(path: str) -> SubjectEmbedding:
     if not _is_ours(path):
         return load_textual_inversion(path)
     tensors, description = read_tensors(path, KIND)
-    try:
+    with understanding(path, "The subject"):
         vectors = {name.removeprefix("shared."): part for name, part in tensors.items() if name.startswith("shared.")}
         steps: Vectors = {}
         for name, shared in vectors.items():
@@ -92,21 +93,18 @@ def load_subject(path: str) -> SubjectEmbedding:
             elif f"steps.{name}.levels" in tensors:
                 scale = tensors[f"steps.{name}.scale"][..., None]
                 steps[name] = shared + tensors[f"steps.{name}.levels"].float() * scale
-        tag = description["model"]
+        tag, training = description["model"], description["training"]
+        check_facts(training, ("steps", "learning_rate", "pictures") if "steps" in training else ())
         return SubjectEmbedding(
             kind=description["form"],
             vectors=vectors,
             step_vectors=steps or None,
-            timesteps=tuple(description["timesteps"]),
-            class_word=description["class_word"],
-            token=description["token"],
-            model=None if tag is None else engine.ModelTag(**{**tag, "weights": tuple(tag["weights"])}),
-            training=description["training"],
+            timesteps=tuple(int(timestep) for timestep in description["timesteps"]),
+            class_word=str(description["class_word"]),
+            token=str(description["token"]),
+            model=None if tag is None else engine.ModelTag.from_description(tag),
+            training=training,
         )
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise IdentityEditError(
-            f"The subject {path} is of another version of this pack ({error}); train and save it again."
-        ) from error
 
 
 def load_textual_inversion(path: str) -> SubjectEmbedding:
@@ -178,7 +176,6 @@ def _is_ours(path: str) -> bool:
 
 
 def _read(path: str) -> Any:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -192,5 +189,5 @@ def _read(path: str) -> Any:
             f"The file {path} is damaged or holds code beside its tensors, which is never executed; save it as "
             f"safetensors in the program that made it."
         ) from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error
+    except Exception as error:  # torch raises many kinds for what is no file of its own
+        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); save it again.") from error

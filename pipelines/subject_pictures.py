@@ -16,12 +16,14 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import IdentityEditError
 from .files import written_whole
+from .picture_files import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,6 +34,9 @@ CLASS_WORD_FILE = "class_word.txt"
 TEST_FOLDER = "test"
 FEWEST, MOST = 3, 5
 """The number of reference pictures in Liu et al. 2024 (section 2); any number from one on is accepted, with a note."""
+
+_LONGEST_TEXT = 100_000
+"""Characters of a caption file; captions have some hundred."""
 
 CAPTION_FILES = "caption files"
 CLASS_WORD_ONLY = "class word only (DreamBooth)"
@@ -375,19 +380,23 @@ def _check_stems(pictures: list[str], masks: dict[str, str]) -> None:
 
 
 def _read_class_word(path: str) -> str:
-    file = os.path.join(path, CLASS_WORD_FILE)
-    return _read_text(file, CLASS_WORD_FILE) if os.path.isfile(file) else ""
+    if not os.path.isfile(os.path.join(path, CLASS_WORD_FILE)):
+        return ""
+    return _read_text(_inside(path, CLASS_WORD_FILE), CLASS_WORD_FILE)
 
 
 def _read_text(path: str, name: str) -> str:
     """A text file as one line."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            return _one_line(file.read())
+            text = file.read(_LONGEST_TEXT + 1)
     except UnicodeDecodeError as error:
         raise IdentityEditError(f"{name} is not UTF-8 text; save it as UTF-8.") from error
     except OSError as error:
         raise IdentityEditError(f"{name} cannot be read ({error.strerror}); make it readable.") from error
+    if len(text) > _LONGEST_TEXT or "\0" in text:
+        raise IdentityEditError(f"{name} is no caption or class word, but something larger; write a line of text.")
+    return _one_line(text)
 
 
 def _one_line(text: str) -> str:
@@ -413,7 +422,7 @@ def _caption(path: str, name: str, source: str, class_word: str, token: str, add
                 f"Caption Pictures."
             )
         return ""
-    text = _read_text(full, file)
+    text = _read_text(_inside(path, file), file)
     if not text:
         raise IdentityEditError(
             f"The caption file {file} is empty; write what {name} shows into it, with "
@@ -492,19 +501,19 @@ def _read_picture(
 
 
 def _open(path: str, name: str) -> Image:
-    """A picture file in upright orientation, wholly decoded, eight bits a channel."""
-    import numpy as np
-    from PIL import Image, ImageOps
+    return open_picture(_inside(path, name), name)
 
-    try:
-        with Image.open(os.path.join(path, name)) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise IdentityEditError(f"The picture {name} cannot be read ({error}); save it again, or delete it.") from error
-    if image.mode.startswith("I"):  # 16 bits; convert() would cut values above 255 off
-        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8))
-    return image
+
+def _inside(folder: str, name: str) -> str:
+    """The path of a file in a folder. A link that leads out of it, as an unpacked archive may bring, is not followed.
+
+    Raises:
+        IdentityEditError: for such a link.
+    """
+    path = os.path.join(folder, name)
+    if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
+        raise IdentityEditError(f"{name} is a link to a file outside of its folder; copy the file there.")
+    return path
 
 
 def _tensor(image: Image) -> torch.Tensor:

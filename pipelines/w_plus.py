@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import IdentityEditError, check_batch_matches
-from .files import read_tensors, write_tensors
+from .files import read_tensors, understanding, write_tensors
 
 KIND = "entry of W+ styles"
 COARSE_ROWS = "1-9"
@@ -180,7 +180,5 @@ def load_w_plus(path: str) -> WPlus:
         IdentityEditError: when the file is missing, damaged, or holds something else.
     """
     tensors, description = read_tensors(path, KIND)
-    try:
+    with understanding(path, "The file of W+ styles", "encode and save them again"):
         return WPlus(tensors["rows"].float(), tensors["average"].float(), str(description["encoder"]))
-    except KeyError as error:
-        raise IdentityEditError(f"The W+ styles {path} lack {error}; encode and save them again.") from error

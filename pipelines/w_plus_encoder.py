@@ -26,7 +26,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from .e4e import E4E, from_published, with_weights
 from .engine.managed_network import load_whole, managed
 from .errors import IdentityEditError
-from .files import read_tensors, write_tensors
+from .files import check_facts, read_tensors, understanding, write_tensors
 from .model_folders import first_line
 from .w_plus import WPlus, check_finite_styles
 
@@ -37,6 +37,7 @@ NEEDED = "e4e_ffhq_encode.pt, or a .safetensors file of this pack"
 BYTES_A_PICTURE = 600_000_000
 """Memory that e4e's features of one picture take at most; measured on the CPU, 0.5 GB at batch 1."""
 _FINGERPRINT_VALUES = 64
+_MOST_PARTS = 32
 
 
 class SmallWPlusEncoder(nn.Module):
@@ -67,6 +68,11 @@ class SmallWPlusEncoder(nn.Module):
         grid: int = 4,
     ) -> None:
         super().__init__()
+        if len(channels) > _MOST_PARTS or len(groups) > _MOST_PARTS:
+            raise IdentityEditError(
+                f"An encoder has at most {_MOST_PARTS} stages and groups, not {len(channels)} and {len(groups)}; "
+                f"correct its configuration."
+            )
         if size % 2 ** len(channels) or any(not 1 <= stage <= len(channels) for _, stage in groups):
             raise IdentityEditError(
                 f"An encoder of {len(channels)} stages needs a size that they can halve and groups that read one of "
@@ -234,7 +240,7 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
     name, training = os.path.splitext(os.path.basename(path))[0], {}
     if path.lower().endswith(".safetensors") and _is_ours(path):
         tensors, description = read_tensors(path, KIND)
-        architecture = ARCHITECTURES.get(description.get("architecture", ""))
+        architecture = ARCHITECTURES.get(str(description.get("architecture", "")))
         average = tensors.pop("latent_avg", None)
         if architecture is None or average is None:
             raise IdentityEditError(
@@ -242,8 +248,9 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
                 f"or save it again."
             )
         own = {key.removeprefix("encoder."): tensor for key, tensor in tensors.items()}
-        network = with_weights(architecture, description.get("config", {}), own, path)
-        name, training = description.get("name", name), description.get("training", {})
+        with understanding(path, "The encoder", "download it or save it again"):
+            network = with_weights(architecture, description.get("config", {}), own, path)
+            name, training = str(description.get("name", name)), check_facts(description.get("training", {}), ())
     else:
         network, average = from_published(_read(path), path)
     if tuple(average.shape) != (network.rows, network.width):

@@ -58,6 +58,9 @@ class SDXLTokenizer:
     def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
         return {key: part.tokenize_with_weights(text, return_word_ids, **kwargs) for key, part in self.parts.items()}
 
+    def untokenize(self, token_weight_pair):
+        return self.parts["g"].untokenize(token_weight_pair)
+
     def state_dict(self):
         return {}
 

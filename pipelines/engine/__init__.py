@@ -15,6 +15,7 @@ from .loop import Callback, NetworkEvaluator, run_loop
 from .model import (
     KEEPS_EMBEDDING,
     ModelTag,
+    check_prompt,
     conditionings_of_the_prompt,
     conditionings_with_embedding,
     context_channels,
@@ -33,6 +34,7 @@ __all__ = [
     "ModelTag",
     "NetworkEvaluator",
     "add_wrappers",
+    "check_prompt",
     "conditionings_of_the_prompt",
     "conditionings_with_embedding",
     "context_channels",

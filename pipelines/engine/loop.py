@@ -13,11 +13,11 @@ import comfy.samplers
 import torch
 
 from ..conditioning import Conditioning, copy_outside_inference_mode
-from ..errors import check_conditioning, check_latent
+from ..errors import check_latent
 from ..gradients import patches_on_copies
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
 from .guidance import guided_estimate
-from .model import conditionings_with_embedding, latent_channels, require_noise_prediction_model
+from .model import check_prompt, conditionings_with_embedding, latent_channels, require_noise_prediction_model
 
 _KEY = "identity_edit"
 
@@ -138,9 +138,9 @@ def run_loop(
     """
     require_noise_prediction_model(model)
     check_latent(latent, "The latent", latent_channels(model))
-    check_conditioning(positive, "The positive conditioning")
+    check_prompt(model, positive, "The positive conditioning")
     if negative is not None:
-        check_conditioning(negative, "The negative conditioning")
+        check_prompt(model, negative, "The negative conditioning")
     guider = _LoopGuider(model.clone())
     patcher = guider.model_patcher
     sampler = _LoopSampler(loop, callback, gradients, checkpointing)

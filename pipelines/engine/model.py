@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
+import comfy.model_base
 import comfy.model_sampling
 import comfy.patcher_extension
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ..errors import IdentityEditError
+from ..errors import IdentityEditError, check_conditioning
 
+_SIZE_CHANNELS_OF_SDXL = 6 * 256
+"""What ComfyUI puts behind the pooled output: six sizes of the picture, each as 256 numbers."""
 _BESIDE_THE_PROMPT = ("control", "gligen", "mask")
 """What a conditioning may carry beside its prompt that speaks of one picture."""
 
@@ -34,6 +37,8 @@ def require_noise_prediction_model(model: Any) -> Any:
     Raises:
         IdentityEditError: for any other model, with its name.
     """
+    if model is None:
+        raise IdentityEditError("There is no model; connect a Load Checkpoint node.")
     sampling = model.get_model_object("model_sampling")
     network = model.get_model_object("diffusion_model")
     kinds = comfy.model_sampling
@@ -58,6 +63,25 @@ def context_channels(model: Any) -> int:
         if isinstance(module, SpatialTransformer):
             return int(module.transformer_blocks[0].attn2.to_k.in_features)
     raise IdentityEditError("The model has no cross-attention; load a text-to-image checkpoint.")
+
+
+def check_prompt(model: Any, conditioning: Any, name: str) -> None:
+    """Check that a CONDITIONING is one that the model takes: see `check_conditioning`; SDXL needs a pooled output too.
+
+    Raises:
+        IdentityEditError: when it is another model's.
+    """
+    check_conditioning(conditioning, name, context_channels(model))
+    if not isinstance(model.model, comfy.model_base.SDXL):
+        return
+    width = int(model.model.adm_channels) - _SIZE_CHANNELS_OF_SDXL
+    for _, options, *_ in conditioning:
+        pooled = options.get("pooled_output")
+        if pooled is None or pooled.shape[1] != width:
+            has = "no pooled output" if pooled is None else f"a pooled output of {pooled.shape[1]} channels"
+            raise IdentityEditError(
+                f"{name} has {has} but the model takes one of {width}; encode the prompt with this checkpoint's CLIP."
+            )
 
 
 def to_socket_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
@@ -89,6 +113,20 @@ class ModelTag:
     sigma_max: float
     dtype: str
     weights: tuple[float, ...]
+
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> ModelTag:
+        """The tag that a file's description holds.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: when it holds something else; see `files.understanding`.
+        """
+        texts = [description[name] for name in ("architecture", "prediction", "latent_format", "dtype")]
+        if not isinstance(description["weights"], list) or not all(isinstance(text, str) for text in texts):
+            raise TypeError("the model's tag is of another form")
+        torch.finfo(getattr(torch, description["dtype"]))
+        weights = tuple(float(weight) for weight in description["weights"])
+        return cls(**{**description, "sigma_max": float(description["sigma_max"]), "weights": weights})
 
     def difference(self, other: ModelTag) -> str | None:
         """What tells the two models apart, in words, or None when they are the same model.

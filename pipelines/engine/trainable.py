@@ -15,8 +15,9 @@ import comfy.samplers
 import torch
 
 from ..errors import IdentityEditError
+from .edit_model import input_channels, is_edit_model
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
-from .model import require_noise_prediction_model
+from .model import check_prompt, latent_channels, require_noise_prediction_model
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
@@ -112,6 +113,7 @@ class TrainableNetworks:
         if self._clip.layer_idx is not None:  # CLIP Set Last Layer
             encoder.set_clip_options({"layer": self._clip.layer_idx})
         embedding, pooled = encoder.encode_token_weights(self._clip.tokenize(caption, disable_weights=True))[:2]
+        check_prompt(self._patcher, [[embedding, {"pooled_output": pooled}]], "The clip's text")
         return embedding, pooled
 
 
@@ -151,6 +153,11 @@ def trainable_networks(
         IdentityEditError: for a model of another kind and for weights that cannot be trained.
     """
     require_noise_prediction_model(model)
+    if input_channels(model) != latent_channels(model) and not is_edit_model(model):
+        raise IdentityEditError(
+            f"The model takes {input_channels(model)} input channels and cannot be trained with pictures alone; load a "
+            f"text-to-image checkpoint, no inpainting model."
+        )
     patcher, text_encoder = model.clone(), clip.clone()
     dtype = PRECISIONS[precision]
     computes_in = model.get_model_object("manual_cast_dtype") or model.model_dtype()

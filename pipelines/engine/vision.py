@@ -28,6 +28,16 @@ class VisionTag:
     width: int
     weights: tuple[float, ...]
 
+    @classmethod
+    def from_description(cls, description: dict[str, Any]) -> VisionTag:
+        """The tag that a file's description holds.
+
+        Raises:
+            KeyError, TypeError, ValueError: when it holds something else; see `files.understanding`.
+        """
+        weights = tuple(float(weight) for weight in description["weights"])
+        return cls(int(description["tokens"]), int(description["width"]), weights)
+
     def difference(self, other: VisionTag) -> str | None:
         """What tells two apart, in words, or None. Weights are compared within the rounding of bfloat16."""
         if (self.tokens, self.width) != (other.tokens, other.width):

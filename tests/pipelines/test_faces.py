@@ -12,9 +12,10 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import face_pictures, faces
+from identity_edit_pack.pipelines import faces
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.faces import Face
+from identity_edit_pack.pipelines.pictures import as_colour
 from identity_edit_pack.tests.real_faces import real_file, real_photo
 
 POINTS = np.array([[60.0, 80.0], [100.0, 80.0], [80.0, 102.0], [65.0, 124.0], [95.0, 124.0]])
@@ -131,13 +132,13 @@ def test_points_that_are_none(text: str, message: str) -> None:
 def test_pictures_of_every_kind() -> None:
     colour = torch.rand(2, 8, 9, 3, generator=torch.Generator().manual_seed(0))
     grey = colour[..., :1]
-    assert torch.equal(face_pictures.as_colour(grey), grey.expand(-1, -1, -1, 3))
-    assert torch.equal(face_pictures.as_colour(torch.cat([grey, 0 * grey], -1)), grey.expand(-1, -1, -1, 3))
-    assert torch.equal(face_pictures.as_colour(torch.cat([colour, 0 * grey], -1)), colour)
-    torch.testing.assert_close(face_pictures.as_colour(colour.double()), colour)
+    assert torch.equal(as_colour(grey), grey.expand(-1, -1, -1, 3))
+    assert torch.equal(as_colour(torch.cat([grey, 0 * grey], -1)), grey.expand(-1, -1, -1, 3))
+    assert torch.equal(as_colour(torch.cat([colour, 0 * grey], -1)), colour)
+    torch.testing.assert_close(as_colour(colour.double()), colour)
     sixteen = (colour * 65535).round().to(torch.uint16)
-    torch.testing.assert_close(face_pictures.as_colour(sixteen), colour, atol=1e-5, rtol=0)
-    torch.testing.assert_close(face_pictures.as_colour((colour * 255).round().byte()), colour, atol=2.1e-3, rtol=0)
+    torch.testing.assert_close(as_colour(sixteen), colour, atol=1e-5, rtol=0)
+    torch.testing.assert_close(as_colour((colour * 255).round().byte()), colour, atol=2.1e-3, rtol=0)
     for wrong, message in (
         (colour * 65535, "0 to 1"),
         (colour * float("nan"), "NaN"),
@@ -145,7 +146,7 @@ def test_pictures_of_every_kind() -> None:
         (colour.long(), "type"),
     ):
         with pytest.raises(IdentityEditError, match=message):
-            face_pictures.as_colour(wrong)
+            as_colour(wrong)
 
 
 # -- files and packages ------------------------------------------------------------------------------------------------

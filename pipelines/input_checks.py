@@ -1,0 +1,109 @@
+"""Checks of what goes through sockets and widgets, for every node alike (`nodes.sockets.checked`).
+
+ComfyUI checks that a widget's own value lies within its limits, but not a value that is linked to it, and of a socket
+only its type. Here is what the numbers must be like. See `errors` for latents and conditionings.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from .errors import IdentityEditError, shortened
+
+BRIGHTEST = 2.0
+"""Above this a picture or mask is not 0 to 1 with some overshoot, but counts in other units."""
+
+
+def check_pictures(pictures: Any, name: str) -> None:
+    """Check an IMAGE [B, H, W, C].
+
+    Args:
+        pictures: floating point of 0 to 1 with some overshoot, or whole numbers of 8 or 16 bits; 1 to 4 channels.
+        name: the input's name as the user sees it.
+
+    Raises:
+        IdentityEditError: for another form, no pixels, NaN, or values that are no brightness.
+    """
+    if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4:
+        shape = f", not {tuple(pictures.shape)}" if isinstance(pictures, torch.Tensor) else ""
+        raise IdentityEditError(
+            f"{name} must be pictures [batch, height, width, channels]{shape}; connect a Load Image node."
+        )
+    if min(pictures.shape) < 1 or pictures.shape[-1] > 4:
+        raise IdentityEditError(
+            f"{name} must be pictures [batch, height, width, channels] with 1 to 4 channels, not "
+            f"{tuple(pictures.shape)}; connect a Load Image node."
+        )
+    if pictures.is_floating_point():
+        if not bool(torch.isfinite(pictures).all()):
+            raise IdentityEditError(f"{name} contains NaN or infinite values; load or decode the picture again.")
+        brightest = float(pictures.detach().max())
+        if brightest > BRIGHTEST:
+            raise IdentityEditError(
+                f"{name} holds values up to {brightest:g}, and pictures go from 0 to 1; divide it by its largest "
+                f"possible value before (255, or 65535 for 16 bits)."
+            )
+    elif pictures.dtype not in (torch.uint8, torch.uint16):
+        raise IdentityEditError(f"{name} holds numbers of the type {pictures.dtype}; give floating point from 0 to 1.")
+
+
+def check_mask(mask: Any, name: str) -> None:
+    """Check a MASK [B, H, W] or [H, W] of 0 to 1.
+
+    Raises:
+        IdentityEditError: for another form, no cells, NaN, or values that are no shares.
+    """
+    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3) or 0 in mask.shape:
+        shape = f", not {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
+        raise IdentityEditError(
+            f"{name} must be a mask [batch, height, width]{shape}; connect a node that gives a mask, such as Load "
+            f"Image (as Mask)."
+        )
+    if not bool(torch.isfinite(mask).all()):
+        raise IdentityEditError(f"{name} contains NaN or infinite values; make the mask again.")
+    farthest = float(mask.detach().float().abs().max())
+    if farthest > BRIGHTEST:
+        raise IdentityEditError(
+            f"{name} holds values up to {farthest:g}, and masks go from 0 to 1; divide it by its largest value before."
+        )
+
+
+def check_sigmas(sigmas: Any, name: str) -> None:
+    """Check SIGMAS [N + 1], N from 1: floating point, finite, not below 0.
+
+    Raises:
+        IdentityEditError: naming what is wrong.
+    """
+    if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
+        raise IdentityEditError(f"{name} must be a list of two noise levels or more; connect a scheduler node.")
+    if not bool(torch.isfinite(sigmas).all()) or float(sigmas.min()) < 0.0:
+        raise IdentityEditError(f"{name} holds noise levels that are below 0 or no numbers; connect a scheduler node.")
+
+
+def check_number(value: Any, name: str, least: float | None, most: float | None) -> None:
+    """Raise `IdentityEditError` unless `value` is a number from `least` to `most` (None: no limit)."""
+    try:
+        is_number = math.isfinite(value)
+    except (TypeError, ValueError, OverflowError):
+        is_number = False
+    limits = f" from {least:g}" if least is not None else ""
+    limits += f" to {most:g}" if most is not None else ""
+    if not is_number:
+        raise IdentityEditError(f"{name} is {shortened(str(value))}; choose a number{limits}.")
+    if (least is not None and value < least) or (most is not None and value > most):
+        raise IdentityEditError(f"{name} is {value:g}; choose a number{limits}.")
+
+
+def check_text(text: Any, name: str) -> None:
+    """Raise `IdentityEditError` unless `text` is text that a file could hold: no halves of characters, no NUL."""
+    if not isinstance(text, str):
+        raise IdentityEditError(f"{name} is no text; write it, or connect a node that gives a text.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise IdentityEditError(f"{name} holds a broken character; write it again.") from error
+    if "\0" in text:
+        raise IdentityEditError(f"{name} holds a character that no text can (NUL); take it out.")

@@ -20,7 +20,7 @@ from ..pipelines.identity_similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.identity_similarity import load_recognizer
 from ..pipelines.lpips_score import BACKBONES
 from ..pipelines.model_folders import list_models, missing_model
-from .sockets import FaceDetector, schema, show_text
+from .sockets import FaceDetector, checked, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
 ENCODER_FOLDER = "image_encoders"
@@ -65,6 +65,7 @@ class ReconstructionCheck(io.ComfyNode):
         )
 
     @classmethod
+    @checked
     def execute(cls, picture: torch.Tensor, reconstruction: torch.Tensor, lowest_psnr: float) -> io.NodeOutput:
         values = reconstructions.psnr(picture, reconstruction)
         figures = ", ".join(f"{value:.1f} dB" for value in values.tolist())
@@ -287,6 +288,7 @@ class ScoreEdit(io.ComfyNode):
         return True
 
     @classmethod
+    @checked
     def execute(
         cls,
         edited: torch.Tensor,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import IdentityEditError
-from .face_pictures import as_colour
+from .pictures import as_colour
 from .score_definitions import INSIDE
 
 

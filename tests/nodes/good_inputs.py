@@ -15,9 +15,8 @@ import folder_paths
 import numpy as np
 import tiny_styles
 import torch
-from identity_edit_pack import NODE_CLASSES
 from identity_edit_pack.attention.capture import IdentityAttention
-from identity_edit_pack.nodes import face, segmentation, train_mcdm
+from identity_edit_pack.nodes import NODE_CLASSES, face, segmentation, train_mcdm
 from identity_edit_pack.pipelines import (
     edit_friendly_inversion,
     faces,
@@ -461,6 +460,10 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "model": w.model, "style_attention": w.style_attention, "w_plus": w.w_plus, "mask": w.mask,
     },
     "ReconstructionCheck": lambda w: {"picture": w.pictures, "reconstruction": 0.5 * w.pictures},
+    "ScoreEdit": lambda w: {
+        "edited": 0.5 * w.pictures, "source": w.pictures, "mask": w.mask, "target_prompt": "a cat",
+        "references": w.pictures, "clip": w.clip, "clip_vision": w.clip_vision, "face_detector": Detector(),
+    },
     "DrawDemoPicture": lambda w: {"seed": 1},
     "DrawDemoPortraits": lambda w: {"count": 1},
     "LoadDemoClipVision": lambda w: {},

@@ -37,7 +37,7 @@ import psutil  # noqa: E402
 NAME = "real_sizes"
 FAMILIES = {"sd15": "SD 1.5", "sd21": "SD 2.1 (v-prediction)", "sdxl": "SDXL"}
 GIB = 2**30
-GIB_NEEDED = {"sd15": 6.0, "sd21": 6.5, "sdxl": 13.0}
+GIB_NEEDED = {"sd15": 6.0, "sd21": 6.5, "sdxl": 10.0}
 """Before a row begins, beside what is left to others."""
 OK, REFUSED, TOO_LARGE, STOPPED, FAILED = "ok", "refused", "not run", "stopped", "failed"
 ROWS = {

@@ -1,9 +1,10 @@
 """Does a server that runs for long stay as it was: `.venv/bin/python benchmarks/soak.py --prompts 500`.
 
 All shipped workflows, made cheap, in rounds of random order on one server, with other seeds each time, so that nothing
-comes from the cache; those that train, half of the time, take part in every fourth round. After every prompt: memory (resident and, without what is shared, unique), threads and open files
-of the server process. After every round the reference prompt is computed anew, its picture compared bit for bit with
-the one before the first round, and the process asked what is alive in it (see `soak_probe.py`).
+comes from the cache; those that train, half of the time, take part in every fourth round. After every prompt: memory
+(resident and, without what is shared, unique), threads and open files of the server process. After every round the
+reference prompt is computed anew, its picture compared bit for bit with the one before the first round, and the process
+asked what is alive in it (see `soak_probe.py`).
 
 Writes benchmarks/results/soak.md, .json and .png after every round: a run that is stopped leaves what it has measured.
 """

@@ -5,6 +5,7 @@ Every message is one sentence that names the input and what to do about it; Comf
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -137,4 +138,31 @@ def check_conditioning(conditioning: Any, name: str, width: int | None = None) -
             raise IdentityEditError(
                 f"{name} has {embedding.shape[2]} channels but the model takes {width}; encode the prompt with this "
                 f"checkpoint's CLIP."
+            )
+
+
+def check_areas(options: Iterable[dict[str, Any]], latent: torch.Tensor, name: str) -> None:
+    """Check that each area that a conditioning is limited to begins inside the latent; ComfyUI cuts it at the far ends.
+
+    Args:
+        options: those of every entry of a conditioning; "area" is (height, width, y, x) in latent pixels, or
+            ("percentage", height, width, y, x) in shares of the latent, or absent.
+        latent: [B, C, H, W].
+        name: the conditioning's name as the user sees it, for the message.
+
+    Raises:
+        IdentityEditError: when an area begins at or beyond the latent's right or lower end.
+    """
+    height, width = latent.shape[-2:]
+    for entry in options:
+        area = entry.get("area")
+        if area is None:
+            continue
+        y, x = area[-2:]
+        if area[0] == "percentage":
+            y, x = round(y * height), round(x * width)
+        if y >= height or x >= width:
+            raise IdentityEditError(
+                f"{name} is for an area that begins outside of the picture ({x}, {y} in a latent of {width}x{height}); "
+                f"lower x and y of the node that sets the area."
             )

@@ -163,13 +163,18 @@ STRINGS: dict[str, list[str]] = {
 """Texts by the widget's name, the plain one first; widgets named after prompts get PROMPTS, others what is here or
 their default. A strange text is among the options of all of them."""
 
+DEMO, DEMO_MCDM = "identity-edit-demo.safetensors", "identity-edit-demo-mcdm.safetensors"
 OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditGeneratePairs", "folder"): ["pairs/generated", "pairs/random", ""],
     ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated", "pairs"],
-    ("IdentityEditMCDMConditioner", "file"): ["identity-edit-demo-mcdm.safetensors", "identity-edit-demo.safetensors"],
-    ("CheckpointLoaderSimple", "ckpt_name"): ["identity-edit-demo.safetensors", "identity-edit-demo-mcdm.safetensors"],
+    ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", DEMO_MCDM],
+    ("IdentityEditLoadSubjectPictures", "folder"): ["cat", "cat", "cat", "3d"],
+    ("IdentityEditLoadWPlusEncoder", "file"): ["identity-edit-demo-w-plus.safetensors"] * 3 + ["no model"],
+    ("IdentityEditMCDMConditioner", "file"): [DEMO_MCDM, DEMO_MCDM, DEMO],
+    ("CheckpointLoaderSimple", "ckpt_name"): [DEMO, DEMO, DEMO, DEMO_MCDM],
 }
 """Options of one widget of one node, where the name alone does not tell them."""
+OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask")
 SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "euler_ancestral", "dpmpp_sde", "lcm", "ddpm"]
 """The others take many evaluations a step or are like these."""
 
@@ -284,7 +289,7 @@ class Builder:
                 continue
             if not is_socket(specification):
                 values[name] = self.widget(key, name, specification)
-            elif name in required or (depth < MOST_DEPTH and self.choose([False, False, True])):
+            elif name in required or (depth < MOST_DEPTH and self.choose(self.optional(name))):
                 kind = self.choose(specification[0].split(","))
                 if kind in self.catalogue.producers or kind == "*":
                     values[name] = self.source(kind, depth + 1)
@@ -296,6 +301,11 @@ class Builder:
         for index, kind in enumerate(info["output"]):
             self.outputs.setdefault(kind, []).append([number, index])
         return number
+
+    @staticmethod
+    def optional(name: str) -> list[bool]:
+        """Whether an optional socket is connected: mostly those without which most settings are refused."""
+        return [True, True, True, False] if name in OFTEN_CONNECTED else [False, False, False, True]
 
     def source(self, kind: str, depth: int) -> Link:
         """An output of a type: mostly one that is there, so that most of a graph shares one model."""
@@ -349,7 +359,7 @@ class Builder:
             plain = STRINGS.get(name) or (PROMPTS if "prompt" in name or name == "text" else None)
             texts = plain or [settings.get("default", ""), ""]
             # Mostly plain ones: a graph that fails at its first node says nothing of the others.
-            return self.choose([texts[0]] * 6 + [*texts, STRANGE])
+            return self.choose([texts[0]] * 10 + [*texts, STRANGE])
         return self.number(kind, name, settings)
 
     def number(self, kind: str, name: str, settings: dict[str, Any]) -> int | float:
@@ -361,7 +371,7 @@ class Builder:
         if step:
             base = settings.get("min", 0)
             between = [min(max(base + round((value - base) / step) * step, low), high) for value in between]
-        values = [default] * 5 + [low, *between, high]
+        values = [default] * 8 + [low, *between, high]
         if kind == "INT":
             return self.choose([int(value) for value in values])
         return self.choose([float(value) for value in values])

@@ -9,6 +9,7 @@ import comfy.samplers
 import torch
 
 from ..conditioning import Conditioning
+from ..errors import check_areas
 
 Combine = Callable[["CombiningGuider", "dict[str, torch.Tensor]", torch.Tensor], torch.Tensor]
 """(guider, estimates of z_0 by name, x) -> the estimate of z_0 that the sampler gets, all [B, C, H, W] float32."""
@@ -31,6 +32,12 @@ class CombiningGuider(comfy.samplers.CFGGuider):
         self._combine = combine
         self._now: tuple[torch.Tensor, dict[str, Any]] | None = None
         self.evaluations = 0
+
+    def sample(self, noise: torch.Tensor, latent_image: torch.Tensor, *arguments: Any, **named: Any) -> torch.Tensor:
+        """Called by ComfyUI's sampling nodes."""
+        for name, conditioning in self.original_conds.items():
+            check_areas(conditioning, latent_image, f"The {name} conditioning")
+        return super().sample(noise, latent_image, *arguments, **named)
 
     def predict_noise(
         self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] | None = None, seed: Any = None

@@ -13,7 +13,7 @@ import comfy.samplers
 import torch
 
 from ..conditioning import Conditioning, copy_outside_inference_mode
-from ..errors import check_latent
+from ..errors import check_areas, check_latent
 from ..gradients import patches_on_copies
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
 from .guidance import guided_estimate
@@ -138,9 +138,10 @@ def run_loop(
     """
     require_noise_prediction_model(model)
     check_latent(latent, "The latent", latent_channels(model))
-    check_prompt(model, positive, "The positive conditioning")
-    if negative is not None:
-        check_prompt(model, negative, "The negative conditioning")
+    for name, side in (("The positive conditioning", positive), ("The negative conditioning", negative)):
+        if side is not None:
+            check_prompt(model, side, name)
+            check_areas((options for _, options in side), latent, name)
     guider = _LoopGuider(model.clone())
     patcher = guider.model_patcher
     sampler = _LoopSampler(loop, callback, gradients, checkpointing)

@@ -343,3 +343,14 @@ def test_nothing_keeps_the_model_after_a_run():
         assert clones() == before
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("area", [(2, 2, 0, 12), (2, 2, 8, 0), ("percentage", 0.5, 0.5, 0.0, 1.0)])
+def test_an_area_outside_of_the_picture_is_refused(area: tuple):
+    """ComfyUI's own message for it is that of a failed slice."""
+    latent, conditioning = tiny_models.latent(2, height=8, width=12), tiny_models.conditioning(1)
+    outside = [[conditioning[0][0], {**conditioning[0][1], "area": area, "strength": 1.0}]]
+    with pytest.raises(IdentityEditError, match="The positive conditioning is for an area that begins outside"):
+        inversion.ddim_inversion(tiny_models.sd1(), latent, outside, steps=2)
+    inside = [[conditioning[0][0], {**conditioning[0][1], "area": (4, 20, 4, 8), "strength": 1.0}]]
+    inversion.ddim_inversion(tiny_models.sd1(), latent, conditioning + inside, steps=2)

@@ -223,3 +223,14 @@ def test_halves_put_together_are_the_whole() -> None:
 def test_weights_that_sum_to_one_leave_x_out() -> None:
     x, estimate = torch.randn(1, 4, 4, 8), torch.randn(1, 4, 4, 8)
     assert torch.allclose(pair_estimate(estimate, estimate, estimate, x), estimate, atol=1e-6)
+
+
+def test_an_area_outside_of_the_picture_is_refused() -> None:
+    sides = conditionings()
+    embedding, options = sides["target"][0]
+    sides["target"] = [[embedding, {**options, "area": (2, 2, 6, 0), "strength": 1.0}]]
+    guider = pair_guider(
+        tiny_models.sd1(), **sides, guidance_scale=2.0, shared_weight=0.1, source_weight=0.9, target_weight=0.9
+    )
+    with pytest.raises(IdentityEditError, match="The target conditioning is for an area that begins outside"):
+        evaluate(guider, shape=(1, 4, 6, 20))

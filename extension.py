@@ -2,8 +2,8 @@
 
 It registers the nodes, the folders of the demo checkpoint, of its control network, of its encoder of W+ and of its
 style attention, the model families of the demo checkpoint, SD2.x with a source picture, the models folders of learned
-subjects, of style attentions, of encoders of W+, of face networks, of background networks and of weights for scores,
-and the help pages; nothing else.
+subjects, of style attentions, of encoders of W+, of face networks, of background networks, of image encoders and of
+weights for scores, and the help pages; nothing else.
 """
 
 import logging
@@ -16,6 +16,7 @@ from comfy_api.latest import ComfyExtension, io
 from .demo_world import family
 from .nodes import NODE_CLASSES
 from .nodes.face import MODEL_FOLDERS
+from .nodes.measure import ENCODER_FOLDER as ENCODERS
 from .nodes.measure import MODEL_FOLDERS as SCORE_FOLDERS
 from .nodes.style_attention import FILE_FOLDER as STYLE_FOLDER
 from .nodes.subject_embedding import FILE_FOLDER
@@ -44,7 +45,7 @@ async def comfy_entrypoint() -> IdentityEditExtension:
     folder_paths.add_model_folder_path("controlnet", str(demo_world / "control"))
     # Beside those that extra_model_paths.yaml may name; Step-Wise Embedding Loader lists what it can read there.
     folder_paths.add_model_folder_path(FILE_FOLDER, os.path.join(folder_paths.models_dir, FILE_FOLDER))
-    for folder in (STYLE_FOLDER, ENCODER_FOLDER, *MODEL_FOLDERS, *SCORE_FOLDERS):
+    for folder in (STYLE_FOLDER, ENCODER_FOLDER, ENCODERS, *MODEL_FOLDERS, *SCORE_FOLDERS):
         folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder))
     # What Save W+ Encoder writes, as ComfyUI does with its own output/checkpoints.
     folder_paths.add_model_folder_path(
@@ -53,6 +54,7 @@ async def comfy_entrypoint() -> IdentityEditExtension:
     # After the user's own folders, as the first of a kind is where users are told to put their files.
     folder_paths.add_model_folder_path(ENCODER_FOLDER, str(demo_world / "w_plus"))
     folder_paths.add_model_folder_path(STYLE_FOLDER, str(demo_world / "style_attention"))
+    folder_paths.add_model_folder_path(ENCODERS, str(demo_world / "scoring"))
     family.register()
     register_families()
     return IdentityEditExtension()

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
 # Beside the attribute classifier: the folder of what scores pictures, none of which any method may use.
-CLIP_FOLDER = Path(__file__).parent / "scoring" / "clip"
+CLIP_FOLDER = Path(__file__).parent / "scoring" / "identity-edit-demo-clip"
 TEXT_LENGTH = 77
 TEXT_WIDTH = 128
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"

@@ -172,6 +172,8 @@ def test_only_the_documented_folders_are_registered(noted: Any) -> None:
         "w_plus_encoders": [models / "w_plus_encoders", output / "w_plus_encoders", demo_world / "w_plus"],
         "insightface": [models / "insightface"],
         "rembg": [models / "rembg"],
+        "image_scores": [models / "image_scores"],
+        "image_encoders": [models / "image_encoders", demo_world / "scoring"],
     }
     base = Path(after["environment"]["BASE"])
     added = {

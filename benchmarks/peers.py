@@ -73,17 +73,22 @@ PORTRAITS = (
 )  # fmt: skip
 FIGURES = tuple(name for name, method in METHODS.items() if "mcdm" not in method.needs)
 REASONS = {
-    "img2img": "ComfyUI ends at noise level 0, diffusers' scheduler at that of the first timestep.",
-    "instruct-pix2pix": "ComfyUI scales the first noise by sigma, diffusers by one, and the ends differ as above.",
+    "img2img": (
+        "ComfyUI's own nodes. They end at noise level 0, diffusers' scheduler at that of the first timestep."
+    ),
+    "instruct-pix2pix": (
+        "ComfyUI's own nodes. They scale the first noise by sigma, diffusers does not; the ends differ as above."
+    ),
     "diffedit": (
-        "diffusers guides the two predictions whose difference makes the mask: twice the evaluations, and the same "
-        "mask but for a factor that the threshold divides out. It blends each step's result with the inverted latent "
-        "of the step before, so that noise is left outside of the mask; the pack blends with that of the same level. "
-        "It inverts only as far as the edit goes back, the pack's node the whole way. The noise differs."
+        "diffusers guides the two predictions whose difference makes the mask: twice the evaluations for the same "
+        "difference but for a factor, which normalising takes away. Its noise is drawn in another order, and each of "
+        "its steps is blended with the inverted latent of the step before, the pack's with that of the same noise "
+        "level. It inverts only as far as the edit goes back, DDIM Inversion the whole way."
     ),
     "masactrl": (
-        "The same picture to rounding. The reference evaluates the source in its first steps too, where nothing looks "
-        "at it, and guides it; the pack's source follows the inversion."
+        "The same picture to rounding. The reference evaluates source and target as one batch; the pack one after the "
+        "other, which needs less memory and serves any guider, and is slower on a processor. It leaves the source out "
+        "of the first steps, where nothing looks at it."
     ),
     "null-text-7.5": (
         "The same picture to rounding. The community's pipeline computes gradients of all weights, and evaluates both "

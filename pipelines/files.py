@@ -2,7 +2,7 @@
 
 safetensors is used for both because it holds no code: nothing in such a file is ever executed.
 
-A process that is killed while it writes leaves a file under a temporary name, which no list of files shows. The next
+A process that is killed while it writes leaves a folder of a temporary name, which no list of files shows. The next
 one that writes into the folder removes it, once it is so old that no living process can be writing it.
 """
 
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -35,31 +36,49 @@ _NOT_UNDERSTOOD = (
 
 @contextlib.contextmanager
 def written_whole(path: str) -> Iterator[str]:
-    """A temporary name beside `path`, which takes its place when the block ends well and is removed when it does not.
+    """A name to write to, which takes the place of `path` when the block ends well and is removed when it does not.
 
-    The folder is made when it is missing, and what killed processes left in it is removed. Raises OSError as the
-    system does.
+    It is in a folder of its own beside `path`, because safetensors (from 0.8) writes to a temporary file beside the one
+    it is asked for, under a name that nobody could tell from those of others. What killed processes left here is
+    removed. Raises OSError as the system does.
     """
     path = os.path.abspath(path)
-    temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    parent = os.path.dirname(path)
+    folder = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+    os.makedirs(parent, exist_ok=True)
+    remove_abandoned(parent)
+    os.mkdir(folder)
     try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        remove_abandoned(os.path.dirname(path))
+        temporary = os.path.join(folder, "unfinished")  # no ending: lists of files look into folders too
         yield temporary
+        os.chmod(temporary, _mode_of_new_files(folder))
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_abandoned(folder: str) -> None:
-    """Remove the temporary files of `written_whole` and the claims that have not changed for ABANDONED_AFTER."""
+def _mode_of_new_files(folder: str) -> int:
+    """The permissions that the user's umask gives to new files: safetensors (from 0.8) gives its owner's alone, with
+    which a server of another user could not read a shared models folder."""
+    probe = os.path.join(folder, "permissions")
+    with open(probe, "x"):
+        return os.stat(probe).st_mode & 0o777
+
+
+def remove_abandoned(parent: str) -> None:
+    """Remove the temporary folders of `written_whole` and the claims that have not changed for ABANDONED_AFTER."""
     with contextlib.suppress(OSError):  # another process may be tidying up too, and nothing depends on it
-        for entry in os.scandir(folder):
-            if _TEMPORARY.search(entry.name) and entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(OSError):
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED_AFTER:
-                        os.remove(entry.path)
+        for name in os.listdir(parent):
+            path = os.path.join(parent, name)
+            if not _TEMPORARY.search(name) or os.path.islink(path):
+                continue
+            within = [os.path.join(path, each) for each in os.listdir(path)] if os.path.isdir(path) else []
+            if time.time() - max(os.path.getmtime(each) for each in (path, *within)) < ABANDONED_AFTER:
+                continue
+            if os.path.isdir(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.remove(path)
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import folder_paths
 import pytest
 import saving_loops
+import torch
 from environment import ROOT
 from identity_edit_pack.nodes import saved_files
 from identity_edit_pack.pipelines import files
@@ -100,24 +101,36 @@ def test_a_killed_save_leaves_a_whole_file(
     monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "input"))
     assert not [name for name in saved_files.loadable_files("saved") if ".tmp" in name or ".part" in name]
-    for path in folder.rglob("*.tmp"):
+    left = [path for path in folder.rglob("*") if ".tmp" in str(path)]
+    for path in sorted(left, reverse=True):  # what is inside first: to look into a folder does not change its time
         os.utime(path, (OLD, OLD))
-    saving_loops.KINDS[kind].save(folder, 1)
+    for version in (1, 2):  # the first may find a finished training, and write nothing
+        saving_loops.KINDS[kind].save(folder, version)
     if kind == "pairs":
         PairFolder(folder).finished()
-    assert not list(folder.rglob("*.tmp"))
+    assert not [path for path in folder.rglob("*") if ".tmp" in str(path)]
 
 
 def test_young_temporary_files_are_left_alone_and_old_ones_of_others_too(tmp_path: Path) -> None:
     young, old = tmp_path / "a.safetensors.0123abcd.tmp", tmp_path / "b.safetensors.0123abcd.tmp"
     claim, foreign = tmp_path / "c.safetensors.claimed.tmp", tmp_path / "notes.tmp"
-    for path in (young, old, claim, foreign):
+    for path in (young, old):
+        path.mkdir()
+        (path / ".tmpAbCdEf").write_bytes(b"half")
+    for path in (claim, foreign):
         path.write_bytes(b"half")
-    for path in (old, claim, foreign):
-        os.utime(path, (OLD, OLD))
+    for path in (old / ".tmpAbCdEf", old, claim, foreign, young):
+        os.utime(path, (OLD, OLD))  # the young one's file is still being written
     with files.written_whole(str(tmp_path / "d.txt")) as temporary:
         Path(temporary).write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "d.txt", foreign.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+def test_a_saved_file_has_the_permissions_of_any_other(tmp_path: Path) -> None:
+    files.write_tensors(str(tmp_path / "saved.safetensors"), {"a": torch.zeros(2)}, {"kind": "test"})
+    (tmp_path / "other").touch()
+    assert (tmp_path / "saved.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
 
 
 def test_two_that_save_under_one_prefix_get_two_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo_world import attributes as world
-from .sockets import checked, schema
+from .sockets import checked, choice_of, schema
 
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "framing": (world.FRAMINGS, "A whole figure, or a person's portrait (hair, eyes, skin and face shape)."),
@@ -77,6 +77,8 @@ class DrawDemoPicture(io.ComfyNode):
     def execute(cls, wording: int, seed: int, **choices: str) -> io.NodeOutput:
         from ..demo_world.renderer import render
 
+        for name, (options, _) in _CHOICES.items():
+            choice_of(dict.fromkeys(options), choices.get(name, options[0]), name)
         attributes = world.Attributes(**choices)
         picture, mask = render(attributes, seed)
         return io.NodeOutput(

@@ -321,7 +321,9 @@ def _sources(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[str], list[str]]:
     """Pictures, masks, captions and names of what a reference is chosen from."""
     if (subject is None) == (images is None):
-        raise IdentityEditError("Connect the subject's pictures to either subject or images.")
+        raise IdentityEditError(
+            "There is nothing to choose from, or twice; connect the subject's pictures to either subject or images."
+        )
     if subject is not None:
         if masks is not None:
             raise IdentityEditError("masks belongs to images, but subject is connected, which has its own; remove one.")

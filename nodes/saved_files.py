@@ -164,7 +164,13 @@ def model_files() -> list[str]:
 
 
 def model_path(file: str) -> str:
-    """The path of one of `model_files`."""
-    if file.endswith(_FOLDER_MARK):
-        return folder_paths.get_full_path_or_raise(_DIFFUSION_MODELS, file.removesuffix(_FOLDER_MARK))
-    return folder_paths.get_full_path_or_raise("checkpoints", file)
+    """The path of one of `model_files`.
+
+    Raises:
+        IdentityEditError: for one that is not there.
+    """
+    folder = _DIFFUSION_MODELS if file.endswith(_FOLDER_MARK) else "checkpoints"
+    path = folder_paths.get_full_path(folder, file.removesuffix(_FOLDER_MARK)) if file else None
+    if path is None:
+        raise IdentityEditError(f"file '{file}' is not in ComfyUI's {folder}; choose another one.")
+    return path

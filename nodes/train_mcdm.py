@@ -16,8 +16,8 @@ from ..pipelines import train_mcdm
 from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.training import TrainingRun, TrainingSettings
-from .saved_files import model_files, model_path, new_path, next_path
-from .sockets import checked, schema, show_text
+from .saved_files import check_name, model_files, model_path, new_path, next_path
+from .sockets import checked, choice_of, schema, show_text
 from .training import LossMap, checkpointing_input, precision_input, training_progress
 
 RUN_FOLDER = "mcdm"
@@ -228,6 +228,7 @@ class TrainMCDM(io.ComfyNode):
         from comfy.utils import ProgressBar
 
         next_path(filename_prefix, EXAMPLE_PREFIX)  # better before a long training than after it
+        choice_of(mcdms.FILE_DTYPES, file_dtype, "file_dtype")
         pairs, held_out = pairs_in_folder(find_folder(folder))
         if mirror:
             pairs = with_mirrored(pairs)
@@ -282,6 +283,7 @@ def find_folder(name: str) -> Path:
     Raises:
         IdentityEditError: when there is none.
     """
+    check_name(name, "folder")
     candidates = [Path(name)] if os.path.isabs(name) else []
     candidates += [
         Path(root) / name for root in (folder_paths.get_output_directory(), folder_paths.get_input_directory())

@@ -103,16 +103,15 @@ def check_batch_matches(count: int, batch: int, name: str) -> None:
         )
 
 
-def check_conditioning(conditioning: Any, name: str, width: int | None = None) -> None:
+def check_conditioning(conditioning: Any, name: str) -> None:
     """Check a ComfyUI CONDITIONING list.
 
     Args:
         conditioning: should be a list of [embedding [B, T, C], options], not empty, with finite numbers.
         name: the input's name as the user sees it, for the message.
-        width: C of the model, where known.
 
     Raises:
-        IdentityEditError: when it is empty, of another form or width, or holds NaN, infinite or huge values.
+        IdentityEditError: when it is empty, of another form, or holds NaN, infinite or huge values.
     """
     if not isinstance(conditioning, list) or len(conditioning) == 0:
         raise IdentityEditError(f"{name} is empty; connect a CLIP Text Encode node.")
@@ -134,11 +133,6 @@ def check_conditioning(conditioning: Any, name: str, width: int | None = None) -
                 raise IdentityEditError(f"{name} contains NaN or infinite values; encode the prompt again.")
             if tensor is not None:
                 check_size_of_values(tensor, name)
-        if width is not None and embedding.shape[2] != width:
-            raise IdentityEditError(
-                f"{name} has {embedding.shape[2]} channels but the model takes {width}; encode the prompt with this "
-                f"checkpoint's CLIP."
-            )
 
 
 def check_areas(options: Iterable[dict[str, Any]], latent: torch.Tensor, name: str) -> None:

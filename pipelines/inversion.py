@@ -113,6 +113,7 @@ def check_inversion(
         IdentityEditError: naming what does not match.
     """
     engine.require_noise_prediction_model(model)
+    check_finite(inversion.trajectory, "The inversion")
     difference = inversion.model.difference(engine.model_tag(model))
     if difference is not None:
         raise IdentityEditError(

@@ -44,6 +44,7 @@ CONVENTIONS: dict[str, Any] = {
 """What training and inference agree on. It is in every file, and a file with other conventions is refused."""
 
 _PREFIX = "identity_edit_mcdm."
+_PIXELS_OF_A_CELL = 8
 
 
 class ImageEmbedding(nn.Module):
@@ -172,6 +173,10 @@ def see_pictures(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, pictures: t
     if other is not None:
         raise IdentityEditError(
             f"The CLIP vision is not the one that this MCDM was trained with ({other}); load that one."
+        )
+    if min(pictures.shape[1:3]) < _PIXELS_OF_A_CELL:
+        raise IdentityEditError(
+            f"The picture is {pictures.shape[2]}x{pictures.shape[1]} pixels; use one of 64 or more."
         )
     latent = vae.encode(pictures[..., :3]).detach().float()
     if latent.ndim != 4 or latent.shape[1] != mcdm.latent[0]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .errors import IdentityEditError
+from .input_checks import check_pictures
 
 LOWEST_PSNR = 20.0
 """dB below which a reconstruction is taken to have failed. A choice between what the demo world gave at 20 steps: 26 dB
@@ -24,8 +25,10 @@ def psnr(picture: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
         [B] float64 in dB, infinite for equal pictures.
 
     Raises:
-        IdentityEditError: when the shapes differ.
+        IdentityEditError: when the shapes differ, or one holds no pictures of 0 to 1.
     """
+    check_pictures(picture, "The picture")
+    check_pictures(reconstruction, "The reconstruction")
     if picture.shape != reconstruction.shape:
         raise IdentityEditError(
             f"The picture {tuple(picture.shape)} and its reconstruction {tuple(reconstruction.shape)} differ in size; "

@@ -212,6 +212,7 @@ def apply_subject(
     """
     warnings = [check_model(model, subject)]
     conditioning = subject_conditioning(clip, subject, prompt)
+    engine.check_prompt(model, conditioning, "The prompt")
     if subject.kind == OUTPUT:
         warnings.append(reach_warning(clip, without_token(prompt, subject.token, subject.class_word), subject.tokens))
         if subject.class_word and not _names(prompt, subject):

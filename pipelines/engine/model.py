@@ -71,17 +71,31 @@ def check_prompt(model: Any, conditioning: Any, name: str) -> None:
     Raises:
         IdentityEditError: when it is another model's.
     """
-    check_conditioning(conditioning, name, context_channels(model))
+    check_conditioning(conditioning, name)
+    for embedding, options, *_ in conditioning:
+        check_text_width(model, embedding, options.get("pooled_output"), name)
+
+
+def check_text_width(model: Any, embedding: torch.Tensor, pooled: torch.Tensor | None, name: str) -> None:
+    """Check the widths alone of an embedding [B, T, C] and a pooled output [B, P]; the numbers are not looked at.
+
+    Raises:
+        IdentityEditError: when they are another model's.
+    """
+    width = context_channels(model)
+    if embedding.shape[2] != width:
+        raise IdentityEditError(
+            f"{name} has {embedding.shape[2]} channels but the model takes {width}; encode the prompt with this "
+            f"checkpoint's CLIP."
+        )
     if not isinstance(model.model, comfy.model_base.SDXL):
         return
     width = int(model.model.adm_channels) - _SIZE_CHANNELS_OF_SDXL
-    for _, options, *_ in conditioning:
-        pooled = options.get("pooled_output")
-        if pooled is None or pooled.shape[1] != width:
-            has = "no pooled output" if pooled is None else f"a pooled output of {pooled.shape[1]} channels"
-            raise IdentityEditError(
-                f"{name} has {has} but the model takes one of {width}; encode the prompt with this checkpoint's CLIP."
-            )
+    if pooled is None or pooled.shape[1] != width:
+        has = "no pooled output" if pooled is None else f"a pooled output of {pooled.shape[1]} channels"
+        raise IdentityEditError(
+            f"{name} has {has} but the model takes one of {width}; encode the prompt with this checkpoint's CLIP."
+        )
 
 
 def to_socket_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from ..errors import IdentityEditError
 from .edit_model import input_channels, is_edit_model
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
-from .model import check_prompt, latent_channels, require_noise_prediction_model
+from .model import check_text_width, latent_channels, require_noise_prediction_model
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
@@ -98,6 +98,7 @@ class TrainableNetworks:
             [B, C, H, W] float32.
         """
         embedding, pooled = (None if part is None else part.to(self.device) for part in text)
+        check_text_width(self._patcher, embedding, pooled, "The clip's text")
         conditioning: dict[str, Any] = {"cross_attn": embedding, "model_conds": {}, "uuid": uuid.uuid4()}
         if pooled is not None:
             conditioning["pooled_output"] = pooled
@@ -113,7 +114,6 @@ class TrainableNetworks:
         if self._clip.layer_idx is not None:  # CLIP Set Last Layer
             encoder.set_clip_options({"layer": self._clip.layer_idx})
         embedding, pooled = encoder.encode_token_weights(self._clip.tokenize(caption, disable_weights=True))[:2]
-        check_prompt(self._patcher, [[embedding, {"pooled_output": pooled}]], "The clip's text")
         return embedding, pooled
 
 

@@ -211,6 +211,10 @@ class World:
     def sampler(self) -> Any:
         return comfy.samplers.sampler_object("euler")
 
+    def example(self, kind: str) -> Any:
+        """A value for a socket that a node's good inputs leave free."""
+        return {"IMAGE": self.pictures, "W_PLUS": self.w_plus, "SUBJECT_PICTURES": self.subject}.get(kind)
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     @staticmethod

@@ -58,11 +58,14 @@ def find_chromium() -> str:
 
 
 @contextmanager
-def open_page(server: Server) -> Iterator[Page]:
-    """The page of a running server, ready to take a workflow, in a new browser profile. Only the server is reached."""
+def open_page(server: Server, language: str = "en") -> Iterator[Page]:
+    """The page of a running server, ready to take a workflow, in a new browser profile. Only the server is reached.
+
+    language: one of the page's own ("zh", "ja", ...), as in its setting "Comfy.Locale".
+    """
     settings = server.base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps(SETTINGS))
+    settings.write_text(json.dumps({**SETTINGS, "Comfy.Locale": language}))
     with tempfile.TemporaryDirectory(prefix="chromium-") as profile, sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             profile,
@@ -71,7 +74,10 @@ def open_page(server: Server) -> Iterator[Page]:
             viewport={"width": 1800, "height": 1000},
         )
         try:
-            yield _open(context, server)
+            page = _open(context, server)
+            if language != "en":
+                _keep_translations(page, language)
+            yield page
         finally:
             context.close()
 
@@ -89,6 +95,27 @@ def _open(context: BrowserContext, server: Server) -> Page:
     page.wait_for_function("window.app?.vueAppReady && window.app.graph", timeout=120_000)
     page.wait_for_function("Object.keys(LiteGraph.registered_node_types).length > 100", timeout=120_000)
     return page
+
+
+def _keep_translations(page: Page, language: str) -> None:
+    """Give the page the translations of custom nodes once more where it has lost them.
+
+    Versions below 1.34 of ComfyUI's frontend get them from the server first and the translations of their own
+    afterwards, which replace them; newer ones merge both, and nothing is done here.
+    """
+    script = """async language => {
+        const vue = document.querySelector("#vue-app").__vue_app__;
+        const { nodeDefs, ...others } = (await (await fetch("/api/i18n")).json())[language];
+        if (Object.keys(nodeDefs).every(id => vue.config.globalProperties.$te(`nodeDefs.${id}.display_name`))) return;
+        const provided = Object.getOwnPropertySymbols(vue._context.provides).map(key => vue._context.provides[key]);
+        const i18n = provided.find(value => value?.global?.mergeLocaleMessage);
+        i18n.global.mergeLocaleMessage(language, { nodeDefs, ...others });
+        await app.registerNodes();
+    }"""
+    loaded = """language => document.querySelector("#vue-app").__vue_app__.config.globalProperties
+        .$te("nodeDefs.KSampler.display_name", language)"""
+    page.wait_for_function(loaded, arg=language, timeout=120_000)
+    page.evaluate(script, language)
 
 
 def load_workflow(page: Page, workflow: dict[str, Any], name: str) -> list[str]:

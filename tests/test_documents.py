@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
+import load_pack
 import pytest
 from page_workflows import pack_release
 
@@ -84,12 +86,13 @@ def test_the_registry_reads_the_release_as_it_is_meant() -> None:
     """By ComfyUI's own reader of pyproject.toml, which the registry shares."""
     from comfy_config.config_parser import extract_node_configuration
 
+    oldest = sys.modules[load_pack.PACK_NAME].OLDEST_COMFYUI
     found = extract_node_configuration(str(ROOT))
     assert found is not None
     assert found.project.name == pack_release()["id"] and "comfyui" not in found.project.name.lower()
     assert re.fullmatch(r"\d+\.\d+\.\d+", found.project.version)
     assert sorted(found.project.dependencies) == sorted(required("requirements.txt"))
-    assert found.project.supported_os == ["OS Independent"] and found.project.supported_comfyui_version == ">=0.3.75"
+    assert found.project.supported_os == ["OS Independent"] and found.project.supported_comfyui_version == f">={oldest}"
     assert (ROOT / found.project.license.file).is_file()
     assert found.tool_comfy.publisher_id and found.tool_comfy.display_name
     assert re.search(rf"^## {re.escape(found.project.version)}\b", read("CHANGELOG.md"), re.MULTILINE)

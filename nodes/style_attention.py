@@ -317,7 +317,7 @@ class LoadStyleAttention(io.ComfyNode):
         style = files.load_style_attention(path)
         facts = style.training
         trained = ""
-        if "steps" in facts:
+        if facts.keys() >= {"steps", "learning_rate", "pictures"}:
             trained = (
                 f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} "
                 f"pictures"

@@ -309,7 +309,7 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
         subject = subject_files.load_subject(path)
         facts = subject.training
         trained = ""
-        if "steps" in facts:
+        if facts.keys() >= {"steps", "learning_rate", "pictures"}:
             trained = (
                 f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} "
                 f"pictures"

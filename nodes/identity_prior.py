@@ -323,11 +323,13 @@ class LoadIdentityPrior(io.ComfyNode):
         warning = priors.check_identity_prior(model, clip, prior)
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior, strength_model, strength_clip)
         facts = prior.training
-        text = (
-            f"Identity prior '{prior.identity_prompt}': {facts['steps']} steps, learning rate "
-            f"{facts['learning_rate']:g}, {facts['identity_pictures']} pictures of the subject, "
-            f"{facts['regularisation_pictures']} of its class."
-        )
+        text = f"Identity prior '{prior.identity_prompt}'."
+        if facts.keys() >= {"steps", "learning_rate", "identity_pictures", "regularisation_pictures"}:
+            text = (
+                f"{text[:-1]}: {facts['steps']} steps, learning rate {facts['learning_rate']:g}, "
+                f"{facts['identity_pictures']} pictures of the subject, {facts['regularisation_pictures']} of its "
+                f"class."
+            )
         return io.NodeOutput(patched_model, patched_clip, prior.identity_prompt, show_text(cls, text, warning))
 
 

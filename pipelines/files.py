@@ -177,11 +177,12 @@ def check_facts(training: Any, numbers: tuple[str, ...]) -> dict[str, Any]:
     """What a description says about a training, which reports print.
 
     Raises:
-        KeyError, TypeError, ValueError: unless it is a dictionary with these numbers; see `understanding`.
+        TypeError, ValueError: unless it is a dictionary in which these, where they are there, are numbers; see
+            `understanding`.
     """
     if not isinstance(training, dict):
         raise TypeError("training is no dictionary")
     for name in numbers:
-        if isinstance(training[name], (str, bool)) or float(training[name]) < 0:
+        if isinstance(training.get(name, 0), (str, bool)) or not float(training.get(name, 0)) >= 0:
             raise ValueError(f"{name} is no number from 0")
     return training

@@ -82,7 +82,7 @@ def load_style_attention(path: str) -> StyleAttention:
     tensors, description = read_tensors(path, KIND)
     with understanding(path, "The style attention"):
         tag, training = description["model"], description["training"]
-        check_facts(training, ("steps", "learning_rate", "pictures") if "steps" in training else ())
+        check_facts(training, ("steps", "learning_rate", "pictures"))
         attention = "attention.layers."
         sizes = {}
         for name in sorted({name[len(attention) :].split(".")[0] for name in tensors if name.startswith(attention)}):

@@ -355,13 +355,13 @@ def test_an_encoder_cannot_claim_a_billion_rows(world: World, bounded: None) -> 
 # -- pictures and captions ---------------------------------------------------------------------------------------------
 
 
-def png(width: int, height: int, data: bytes = b"") -> bytes:
-    """A PNG that claims any size."""
+def png(width: int, height: int, data: bytes = b"", bits: int = 8, colour: int = 2) -> bytes:
+    """A PNG that claims any size; colour 2 is red, green and blue, and 0 is grey."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -383,7 +383,7 @@ REFUSED_PICTURES = {
     "truncated": saved(a_picture(), "PNG")[:-2000],
     "half a JPEG": saved(a_picture(), "JPEG")[:700],
     "a bomb": png(60_000, 60_000),
-    "a smaller bomb": png(13_000, 13_000),
+    "a smaller bomb": png(13_000, 13_000, b"\0" * (13_000 * (1 + 13_000 // 8)), bits=1, colour=0),
     "the largest": png(2**31 - 1, 2**31 - 1),
     "no pixels": png(0, 0),
     "no data": png(64, 64),

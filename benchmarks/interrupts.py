@@ -1,8 +1,8 @@
 """What an interrupt does: `.venv/bin/python benchmarks/interrupts.py --interrupts 100`.
 
 At a random moment of a random shipped workflow, made cheap, the running prompt is interrupted. Measured is the time
-from the request to the prompt's end, beside that of one step of a stock sampler on the same server, and whether the next
-prompt, the reference one computed anew, gives the same picture bit for bit.
+from the request to the prompt's end, beside that of one step of a stock sampler on the same server, and whether the
+next prompt, the reference one computed anew, gives the same picture bit for bit.
 
 Writes benchmarks/results/interrupts.md and .json after every ten interrupts.
 """

@@ -1,8 +1,9 @@
 """What an interrupt does: `.venv/bin/python benchmarks/interrupts.py --interrupts 100`.
 
 At a random moment of a random shipped workflow, made cheap, the running prompt is interrupted. Measured is the time
-from the request to the prompt's end, beside that of one step of a stock sampler on the same server, and whether the next
-prompt, the reference one computed anew, gives the same picture bit for bit.
+from the request to the prompt's end, beside that of one step of a stock sampler on the same server; the number of steps
+reported after the request; and whether the next prompt, the reference one computed anew, gives the same picture bit for
+bit.
 
 Writes benchmarks/results/interrupts.md and .json after every ten interrupts.
 """
@@ -46,11 +47,14 @@ class Moment:
         self.asked_at: float | None = None
         self.node: str | None = None
         self.node_when_asked: str | None = None
+        self.steps_after = 0
         self._timer: threading.Timer | None = None
 
     def listen(self, kind: str, data: dict[str, Any]) -> None:
         if kind == "executing" and data["node"]:
             self.node = data["node"]
+        if kind == "progress" and self.asked_at is not None:
+            self.steps_after += 1
         if kind == "execution_start" and self._timer is None:
             self._timer = threading.Timer(self.seconds, self._ask)
             self._timer.start()
@@ -82,7 +86,14 @@ def interrupt_once(client: Client, name: str, seconds: float, seed: int) -> dict
     moment.cancel()
     node = prompt.get(moment.node_when_asked or "", {}).get("class_type", "")
     late = None if moment.asked_at is None or how != "interrupted" else ended - moment.asked_at
-    return {"workflow": name, "after_seconds": round(seconds, 2), "node": node, "end": how, "seconds_to_end": late}
+    return {
+        "workflow": name,
+        "after_seconds": round(seconds, 2),
+        "node": node,
+        "end": how,
+        "seconds_to_end": late,
+        "steps_after": None if late is None else moment.steps_after,
+    }
 
 
 def interrupts(client: Client, count: int, seed: int, latest: float = LATEST_SECONDS) -> Iterator[dict[str, Any]]:
@@ -121,6 +132,7 @@ def report(arguments: argparse.Namespace, commit: str, step: float, found: list[
         "seed": arguments.seed,
         "interrupts": len(found),
         "step_seconds": step,
+        "steps_after": dict(sorted(Counter(one["steps_after"] for one in met).items())),
         "ends": dict(ends),
         "wrong_references": sum(not one["reference_is_right"] for one in found),
         "median_seconds": median(seconds),
@@ -142,6 +154,10 @@ def report(arguments: argparse.Namespace, commit: str, step: float, found: list[
         f"| ... 95 % | {figures['seconds_95']:.3f} |",
         f"| ... most | {figures['most_seconds']:.3f} |",
         f"| one step of the stock sampler on this machine (batch 1, guidance), seconds | {step:.3f} |",
+        "",
+        "Steps that progress was reported of after the request: "
+        + ", ".join(f"{steps} in {count} prompts" for steps, count in figures["steps_after"].items())
+        + ".",
         "",
         "| interrupted in | times | median seconds | most |",
         "|---|---|---|---|",

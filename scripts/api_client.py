@@ -93,6 +93,10 @@ class Client:
         """Ask the server to interrupt the running prompt."""
         self._http.post(f"http://{self.address}/interrupt", timeout=60).raise_for_status()
 
+    def clear_history(self) -> None:
+        """Make the server forget what finished prompts have shown."""
+        self._http.post(f"http://{self.address}/history", json={"clear": True}, timeout=60).raise_for_status()
+
     def upload(self, name: str, data: bytes) -> None:
         """Put a file into the server's input folder, over one of the same name."""
         files = {"image": (name, data)}

@@ -17,4 +17,6 @@ def test_an_interrupted_prompt_ends_and_the_next_one_is_right(server: RunningSer
     found = list(interrupts.interrupts(server.client, INTERRUPTS, seed=1, latest=LATEST_SECONDS))
     assert all(one["reference_is_right"] for one in found), found
     assert not [one for one in found if one["end"].startswith("failed")], found
+    # A step under way is finished and reported, and the report of the one before may still be on its way.
+    assert all((one["steps_after"] or 0) <= 2 for one in found), found
     assert any(one["end"] == "interrupted" for one in found), found

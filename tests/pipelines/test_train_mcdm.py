@@ -9,7 +9,9 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +250,29 @@ def test_encoding_goes_on_where_it_was_stopped(tmp_path: Path):
     assert np.array_equal(again.records, whole.records)
     source = encoded_pairs.read_picture(pairs[3].source)[None]
     assert torch.equal(again.latents("source", [3]), vae.encode(source))
+
+
+def test_two_that_encode_the_same_pairs_do_not_write_into_one_file(tmp_path: Path):
+    pairs = make_pairs(tmp_path, count=20)
+    vae, vision = tiny_vision.VAE(), tiny_vision.clip_vision()
+    whole = encoded_pairs.encode_pairs(pairs, vae, vision, str(tmp_path / "whole"))
+    seen: list[str] = []
+
+    def encode(name: str, progress: Any) -> encoded_pairs.EncodedPairs:
+        return encoded_pairs.encode_pairs(pairs, vae, vision, str(tmp_path / "shared"), progress=progress)
+
+    def first_progress(done: int, total: int) -> None:
+        seen.append("first")
+        if done == 8:
+            threads.submit(lambda: results.append(encode("second", lambda done, total: seen.append("second"))))
+            time.sleep(1.0)  # in which the second could do what it must not
+
+    results: list[encoded_pairs.EncodedPairs] = []
+    with ThreadPoolExecutor(1) as threads:
+        results.append(encode("first", first_progress))
+    assert seen == ["first"] * 3 and len(results) == 2
+    for found in results:
+        assert np.array_equal(found.records, whole.records)
 
 
 def test_mirrored_pairs_follow_and_hold_the_mirrored_pictures(tmp_path: Path):

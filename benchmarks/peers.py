@@ -408,7 +408,8 @@ def write_report(
         "",
         "## The same algorithm twice",
         "",
-        "Time is the median of the first's relative to the second's for the same picture.",
+        "Time is the median of the first's relative to the second's for the same picture. A PSNR of 100 dB is the "
+        "highest that is given: equal to rounding.",
         "",
         "| method | other implementation | PSNR between the pictures | time | evaluations | what differs |",
         "|---|---|---|---|---|---|",

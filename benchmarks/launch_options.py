@@ -135,9 +135,10 @@ def run_workflow(client: Client, option: str, workflow: str, arguments: argparse
             return {"result": FAILED, "message": "a picture is flat"}
         kept = arguments.base / f"plain_{workflow}.npz"
         if option == PLAIN:
-            np.savez(
-                kept, **{f"{key} {i}": image for key, images in pictures.items() for i, image in enumerate(images)}
-            )
+            arrays: dict[str, Any] = {
+                f"{key} {i}": image for key, images in pictures.items() for i, image in enumerate(images)
+            }
+            np.savez(kept, **arrays)
         else:
             result["psnr_db"] = round(lowest_psnr(pictures, read_pictures(kept)), 2)
     except (PromptError, TimeoutError, ValueError) as error:

@@ -181,7 +181,8 @@ def watch(process: subprocess.Popen[str], arguments: argparse.Namespace, stopped
     watched = psutil.Process(process.pid)
     with contextlib.suppress(psutil.Error):
         while process.poll() is None:
-            used = watched.memory_info().rss
+            memory = watched.memory_info()
+            used = memory.rss - getattr(memory, "shared", 0)  # a checkpoint's mapped file can be dropped at any time
             if used > arguments.most_gib * GIB or psutil.virtual_memory().available < arguments.leave_gib * GIB / 2:
                 stopped.append(float(used))
                 process.kill()
@@ -237,7 +238,7 @@ def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
         "`benchmarks/real_sizes.py`: random weights, the fewest steps each node takes, on a CPU; "
         "commit and threads stand in the JSON file for each row. Seconds are of the named nodes and of the sampling "
         "with them, on a machine that had other work to do; the peak is the whole process's resident memory during "
-        "the row, with Python, PyTorch and the checkpoint.",
+        "the row, with Python, PyTorch, the checkpoint and what is mapped of its file.",
     ]
     for family, title in FAMILIES.items():
         of_family = [row for row in rows if row["family"] == family]

@@ -142,7 +142,7 @@ class Models:
                 f"each) beside the model, and {max(0.0, self.memory_gib):.1f} GiB were left for them"
             )
 
-    def run(self, name: str, **inputs: Any) -> tuple[Any, ...]:
+    def run(self, name: str, /, **inputs: Any) -> tuple[Any, ...]:
         """A node's outputs; inputs that are not given have the schema's defaults."""
         node = PACK[PREFIX + name]
         schema = node.GET_SCHEMA()

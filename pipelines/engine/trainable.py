@@ -97,7 +97,8 @@ class TrainableNetworks:
         Returns:
             [B, C, H, W] float32.
         """
-        embedding, pooled = (None if part is None else part.to(self.device) for part in text)
+        embedding = text[0].to(self.device)
+        pooled = None if text[1] is None else text[1].to(self.device)
         check_text_width(self._patcher, embedding, pooled, "The clip's text")
         conditioning: dict[str, Any] = {"cross_attn": embedding, "model_conds": {}, "uuid": uuid.uuid4()}
         if pooled is not None:

@@ -198,8 +198,7 @@ def read_training(folder: Path) -> int | None:
 def add_pair(folder: Path, version: int) -> None:
     pairs = PairFolder(folder)
     picture = torch.full((1, 160, 160, 3), version % 200 / 255)
-    facts = {"source_prompt": f"{version}", "target_prompt": "", "edit": "none"}
-    save_pairs(pairs, picture, picture, **facts)
+    save_pairs(pairs, picture, picture, source_prompt=f"{version}", target_prompt="", edit="none")
 
 
 def read_pairs(folder: Path) -> int | None:
@@ -253,12 +252,12 @@ def check_encoded(folder: Path) -> int:
 
 def save_captions(folder: Path, version: int) -> None:
     subject = subject_pictures.SubjectPictures(
-        pictures=(torch.zeros(8, 8, 3),),
-        captions=(f"a sks cat {version}, " + "lying on a sofa, " * 20_000,),
+        pictures=[torch.zeros(8, 8, 3)],
+        captions=[f"a sks cat {version}, " + "lying on a sofa, " * 20_000],
         class_word="cat",
         token="sks",
-        masks=(None,),
-        names=("cat.png",),
+        masks=[None],
+        names=["cat.png"],
         folder=str(folder),
     )
     subject_pictures.save_captions(subject, overwrite=True)

@@ -100,8 +100,8 @@ def _open(context: BrowserContext, server: Server) -> Page:
 def _keep_translations(page: Page, language: str) -> None:
     """Give the page the translations of custom nodes once more where it has lost them.
 
-    Versions below 1.34 of ComfyUI's frontend get them from the server first and the translations of their own
-    afterwards, which replace them; newer ones merge both, and nothing is done here.
+    Frontend 1.32, ComfyUI 0.3.75's, gets them from the server first and the translations of its own afterwards, which
+    replace them. The one of ComfyUI 0.4.0 (1.33.13) and newer ones merge both, and nothing is done here.
     """
     script = """async language => {
         const vue = document.querySelector("#vue-app").__vue_app__;

@@ -60,7 +60,7 @@ def test_every_node_is_shown_in_the_language(page: Page, language: str) -> None:
         assert found["outputs"] == [value["name"] for value in wanted["outputs"].values()]
 
 
-def test_tooltips_are_shown_in_the_language(page: Page, language: str, tmp_path: Path) -> None:
+def test_tooltips_are_shown_in_the_language(page: Page, language: str) -> None:
     """The pointer rests on a node's title, on its input, on its output and on its widget."""
     texts = read(LOCALES / language / "nodeDefs.json")["IdentityEditTrainStyleAttention"]
     places = page.evaluate("""async () => {
@@ -96,7 +96,6 @@ def test_tooltips_are_shown_in_the_language(page: Page, language: str, tmp_path:
         tooltip = page.locator(".node-tooltip")
         tooltip.wait_for(state="visible", timeout=10_000)
         assert tooltip.inner_text() == shown(wanted[name]), name
-    page.screenshot(path=tmp_path / f"{language}.png")
 
 
 @pytest.mark.parametrize("name", ["mcdm_generate_pairs", "timestep_aware_edit"])

@@ -115,6 +115,7 @@ class TrainableNetworks:
         if self._clip.layer_idx is not None:  # CLIP Set Last Layer
             encoder.set_clip_options({"layer": self._clip.layer_idx})
         embedding, pooled = encoder.encode_token_weights(self._clip.tokenize(caption, disable_weights=True))[:2]
+        check_text_width(self._patcher, embedding, pooled, "The clip's text")
         return embedding, pooled
 
 

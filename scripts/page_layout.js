@@ -2,7 +2,18 @@
 // Runs inside the page; scripts/page_workflows.py describes the layout.
 async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   const gap = 30, titleHeight = 30, groupTitle = 50, minimumWidth = 300, outputHeight = 340, noteLine = 22;
+  const widgetPadding = 90, maximumWidth = 480;
   const roundUp = (value) => Math.ceil(value / 10) * 10;
+
+  // The page cuts a widget's label when label and value do not fit side by side into the node.
+  const ruler = document.createElement("canvas").getContext("2d");
+  ruler.font = app.canvas.inner_text_font;
+  const widgetWidth = (widget) => {
+    if (widget.element || widget.hidden) return 0;
+    const texts = [widget.label ?? widget.name, String(widget.value)];
+    const width = texts.reduce((sum, text) => sum + ruler.measureText(text).width, widgetPadding);
+    return Math.min(width, maximumWidth);
+  };
 
   await app.loadApiJson(prompt, name);
   const graph = app.graph;
@@ -18,7 +29,8 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
       if (widget.name === "control_after_generate") widget.value = "fixed";
     }
     const height = outputNodes.includes(node.type) ? Math.max(node.size[1], outputHeight) : node.size[1];
-    node.setSize([roundUp(Math.max(node.size[0], minimumWidth)), roundUp(height)]);
+    const width = Math.max(node.size[0], minimumWidth, ...(node.widgets ?? []).map(widgetWidth));
+    node.setSize([roundUp(width), roundUp(height)]);
   }
   for (const [key, size] of Object.entries(layout.sizes ?? {})) graph.getNodeById(key).setSize(size);
 
@@ -73,7 +85,9 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
     top = rowBottom + gap;
   }
   // The whole workflow is in sight when it is opened, beside the page's side bar and below its menu.
-  const scale = Math.min(0.8, 1500 / right, 800 / top);
+  // Below 0.58 the page draws no text, so a workflow that almost fits is shown at that scale.
+  const fitting = Math.min(0.8, 1640 / right, 830 / top);
+  const scale = fitting > 0.55 ? Math.max(fitting, 0.58) : fitting;
   app.canvas.ds.scale = Math.round(scale * 100) / 100;
   app.canvas.ds.offset = [Math.round(90 / scale), Math.round(130 / scale)];
   graph.extra = { ...graph.extra, identityEdit: { version: pack.version } };

@@ -6,13 +6,13 @@ Imported after `load_pack.load_pack()`, which makes the pack known under its fix
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.subject_words import with_token
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -70,17 +70,10 @@ class EditCase:
         if not (self.subject_word and self.class_word):
             return self
         source, target = (
-            with_token(prompt, self.subject_word, self.class_word)
+            with_token(prompt, self.class_word, self.subject_word)
             for prompt in (self.source_prompt, self.target_prompt)
         )
         return dataclasses.replace(self, source_prompt=source, target_prompt=target)
-
-
-def with_token(prompt: str, token: str, class_word: str) -> str:
-    """The prompt with the token before the first class word; as it is where it holds the token or no class word."""
-    if re.search(rf"\b{re.escape(token)}\b", prompt):
-        return prompt
-    return re.sub(rf"\b{re.escape(class_word)}\b", f"{token} {class_word}", prompt, count=1)
 
 
 def load_square(path: Path, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> torch.Tensor:

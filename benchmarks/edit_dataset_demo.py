@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edit_cases import EditCase, save_picture, with_token
+from edit_cases import EditCase, save_picture
 from edit_datasets import PIE_BENCH_SIDE, TOKEN, encode_mask, pictures_in, read_json, read_pie_bench, text_of
 from identity_edit_pack.demo_world.attributes import (
     CAPTION_TEMPLATES,
@@ -35,6 +35,7 @@ from identity_edit_pack.demo_world.attributes import (
 )
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines.subject_words import with_token
 
 REFERENCES = 4
 WORN = [costume for costume in COSTUMES if costume != "none"]
@@ -142,7 +143,7 @@ def write_references(subject: Attributes, folder: Path, seed: int) -> None:
         picture, _ = render(shown, EVALUATION_SEED + generator.randrange(1 << 32))
         path = save_picture(as_tensor(picture), folder / f"{number}.png")
         said = caption(shown, number % CAPTION_TEMPLATES).replace(f"an {words}", f"a {words}")
-        said = with_token(said.replace(words, subject.species), TOKEN, subject.species)
+        said = with_token(said.replace(words, subject.species), subject.species, TOKEN)
         path.with_suffix(".txt").write_text(said + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,8 @@ import torch
 
 from .errors import IdentityEditError, check_finite
 from .language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
-from .subject_pictures import SubjectPictures, has_word, with_token
+from .subject_pictures import SubjectPictures
+from .subject_words import has_word, with_token
 
 INSTRUCTION = (
     "Enhance your image captioning skills by providing detailed captions. Structure your response to include: "

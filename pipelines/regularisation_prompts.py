@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from .errors import IdentityEditError
 from .language_models import TEXT, load_language_model
-from .subject_pictures import has_word, with_article
+from .subject_words import has_word, with_article
 
 KEYWORD = "{keyword}"
 """Stands for the class word in an instruction."""

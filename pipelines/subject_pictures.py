@@ -14,7 +14,6 @@ word, "sks dog". A folder holds it like this:
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +23,13 @@ import torch
 from .errors import IdentityEditError
 from .files import written_whole
 from .picture_files import open_picture
+from .subject_words import CLASS_WORD_FILE, check_caption, check_words, identity_prompt, one_line, with_article
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 MASK_MARK = ".mask"
-CLASS_WORD_FILE = "class_word.txt"
 TEST_FOLDER = "test"
 FEWEST, MOST = 3, 5
 """The number of reference pictures in Liu et al. 2024 (section 2); any number from one on is accepted, with a note."""
@@ -78,7 +77,7 @@ class SubjectPictures:
     @property
     def identity_prompt(self) -> str:
         """The subject's name in prompts (P^e in Liu et al. 2024): the token and the class word."""
-        return _identity_prompt(self.class_word, self.token)
+        return identity_prompt(self.class_word, self.token)
 
 
 def load_subject_folder(
@@ -175,7 +174,7 @@ def from_batch(
     if captions:
         every = captions * len(pictures) if len(captions) == 1 else captions
         texts = [
-            check_caption(_one_line(text), f"The caption of {name}", class_word, token, add_token)
+            check_caption(one_line(text), f"The caption of {name}", class_word, token, add_token)
             for text, name in zip(every, names, strict=True)
         ]
     found: list[torch.Tensor | None] = [None] * len(pictures)
@@ -190,85 +189,6 @@ def from_batch(
         found = list(given)
     notes = tuple(_count_notes(len(pictures), token))
     return SubjectPictures(pictures, texts, found, names, class_word, token, notes=notes)
-
-
-def check_words(class_word: str, token: str) -> tuple[str, str]:
-    """The class word and the token without spaces around them.
-
-    Raises:
-        IdentityEditError: when the class word is empty or holds the token, or the token is several words.
-    """
-    class_word, token = _one_line(class_word), token.strip()
-    if not class_word:
-        raise IdentityEditError(
-            f"class_word is empty; write what the subject is, such as 'dog', or put it into {CLASS_WORD_FILE} beside "
-            f"the pictures."
-        )
-    if len(token.split()) > 1:
-        raise IdentityEditError(f"token is '{token}'; write one rare word that stands for the subject, such as 'sks'.")
-    if token and has_word(class_word, token):
-        raise IdentityEditError(
-            f"class_word '{class_word}' holds the token '{token}'; write only what the subject is, such as 'dog'."
-        )
-    return class_word, token
-
-
-def has_word(text: str, word: str) -> bool:
-    """Whether `text` holds `word`, whole ("cat" is not in "caterpillar") and in upper or lower case."""
-    return re.search(_word_pattern(word), text, re.IGNORECASE) is not None
-
-
-def with_token(caption: str, class_word: str, token: str) -> str:
-    """The caption with the token before its first class word; unchanged where it has the token or no class word."""
-    if not token or has_word(caption, token):
-        return caption
-    return re.sub(
-        _word_pattern(class_word), lambda found: f"{token} {found.group()}", caption, count=1, flags=re.IGNORECASE
-    )
-
-
-def with_article(class_word: str) -> str:
-    """ "a dog", "an owl"."""
-    return f"{'an' if class_word[0].lower() in 'aeiou' else 'a'} {class_word}"
-
-
-def _identity_prompt(class_word: str, token: str) -> str:
-    return f"{token} {class_word}".strip()
-
-
-def _word_pattern(word: str) -> str:
-    # \b would not do: a token such as <dog> begins and ends with characters that are no letters.
-    return r"(?<!\w)" + r"\s+".join(re.escape(part) for part in word.split()) + r"(?!\w)"
-
-
-def check_caption(caption: str, what: str, class_word: str, token: str, add_token: bool = False) -> str:
-    """The caption, with the token where `add_token` asks for it.
-
-    Args:
-        caption: the text.
-        what: the caption's name for the message, such as "The caption 1.txt".
-        class_word, token: both must be in the caption as whole words (the token unless it is "").
-        add_token: put the token before the class word where it is missing.
-
-    Raises:
-        IdentityEditError: when the caption is empty or lacks one of the two words.
-    """
-    name = _identity_prompt(class_word, token)
-    if not caption.strip():
-        raise IdentityEditError(f"{what} is empty; write what the picture shows, with '{name}' in it.")
-    if not has_word(caption, class_word):
-        raise IdentityEditError(
-            f"{what} lacks the class word '{class_word}'; call the subject '{name}' in it (it says: "
-            f"'{_short(caption)}')."
-        )
-    if add_token:
-        caption = with_token(caption, class_word, token)
-    if token and not has_word(caption, token):
-        raise IdentityEditError(
-            f"{what} lacks the identity token '{token}'; write '{name}' instead of '{class_word}', or "
-            f"switch add_token on (it says: '{_short(caption)}')."
-        )
-    return caption
 
 
 def check_captions(subject: SubjectPictures) -> None:
@@ -396,21 +316,13 @@ def _read_text(path: str, name: str) -> str:
         raise IdentityEditError(f"{name} cannot be read ({error.strerror}); make it readable.") from error
     if len(text) > _LONGEST_TEXT or "\0" in text:
         raise IdentityEditError(f"{name} is no caption or class word, but something larger; write a line of text.")
-    return _one_line(text)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+    return one_line(text)
 
 
 def _caption(path: str, name: str, source: str, class_word: str, token: str, add_token: bool, *, required: bool) -> str:
     """The caption of one picture, from where `source` says."""
     if source == CLASS_WORD_ONLY:
-        return f"a photo of {_identity_prompt(class_word, token) if token else with_article(class_word)}"
+        return f"a photo of {identity_prompt(class_word, token) if token else with_article(class_word)}"
     if source not in CAPTION_SOURCES:
         raise IdentityEditError(f"captions is '{source}'; choose one of {', '.join(CAPTION_SOURCES)}.")
     file = f"{_stem(name)}.txt"
@@ -426,7 +338,7 @@ def _caption(path: str, name: str, source: str, class_word: str, token: str, add
     if not text:
         raise IdentityEditError(
             f"The caption file {file} is empty; write what {name} shows into it, with "
-            f"'{_identity_prompt(class_word, token)}', or delete it."
+            f"'{identity_prompt(class_word, token)}', or delete it."
         )
     if source == NO_CAPTIONS_YET:  # Caption Pictures puts the token in
         return text

@@ -24,7 +24,7 @@ from .identity_words import (
     mark_identity,
 )
 from .subject_embedding import Vectors, with_word_vectors, word_table
-from .subject_pictures import has_word
+from .subject_words import has_word
 from .training import Progress, TrainingRun, TrainingSettings, generator_of, run_hash, train, training_facts
 from .training_pictures import TrainingPictures, batch_indices, draw_batch, draw_noise, losses_of
 

@@ -28,7 +28,7 @@ from .subject_embedding import (
     without_token,
     word_table,
 )
-from .subject_pictures import has_word
+from .subject_words import has_word
 from .training import (
     Progress,
     TrainingRun,

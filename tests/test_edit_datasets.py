@@ -9,7 +9,7 @@ import edit_dataset_demo as demo
 import numpy as np
 import pytest
 import torch
-from edit_cases import EditCase, load_square, save_picture, with_token
+from edit_cases import EditCase, load_square, save_picture
 from edit_datasets import READERS, decode_mask, encode_mask, inside, read_dataset
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.pipelines.errors import IdentityEditError
@@ -126,12 +126,6 @@ def test_dreambooth(tmp_path):
     assert [path.name for path in cases["cat2-00"].references] == ["00.jpg", "01.jpg", "02.jpg"]
     # The folder may also be the one with the subjects itself.
     assert len(read_dataset("dreambooth", tmp_path / "dataset", tmp_path)) == 6
-
-
-def test_a_token_is_put_before_whole_words_and_once():
-    assert with_token("a catalogue and a cat and a cat", "sks", "cat") == "a catalogue and a sks cat and a cat"
-    assert with_token("a sks cat", "sks", "cat") == "a sks cat"
-    assert with_token("a tree", "sks", "cat") == "a tree"
 
 
 def test_pictures_are_the_centre_square(tmp_path):

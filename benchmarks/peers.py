@@ -395,8 +395,14 @@ def write_report(
         f"`{command}` at commit {commit}: the demo world, {arguments.steps} steps, guidance scale "
         f"{arguments.guidance_scale:g} where a method has not its own, float32, {arguments.threads} threads, seed "
         f"{arguments.seed}. Seconds are medians of "
-        + ("elapsed time on a GPU." if torch.cuda.is_available() else "processor time.")
-        + " An evaluation is a forward pass of one picture with one prompt; backward passes are not counted.",
+        + (
+            "elapsed time on a GPU."
+            if torch.cuda.is_available()
+            else "processor time, which other work on the machine lengthens."
+        )
+        + " An evaluation is a forward pass of one picture with one prompt; backward passes are not counted. Rows of "
+        "fewer pictures are of the first of them."
+        + (" Pictures and times were kept from runs with the same settings." if arguments.keep else ""),
         "",
         "## Figures: pose, expression and view of unseen subjects",
         "",
@@ -419,7 +425,7 @@ def write_report(
         "Learning a subject beside a plain loop and diffusers' loop: "
         "[identity prior](identity_prior_training.md), [subject embeddings](subject_embedding_training.md).",
         "",
-        "What the methods are:",
+        "Rows of the pictures: the source, the methods in the table's order, the true edit. The methods:",
         "",
         *(
             f"- {name}: {METHODS[name].description} ({METHODS[name].source})"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
 import threading
@@ -71,9 +72,12 @@ class Moment:
             self._timer.join()
 
 
-def interrupt_once(client: Client, name: str, seconds: float, seed: int) -> dict[str, Any]:
+def interrupt_once(client: Client, base: Path, name: str, seconds: float, seed: int) -> dict[str, Any]:
     """Run a workflow and interrupt it; says what came of it."""
     prompt = cheap_workflows.with_seed(cheap_workflows.cheap(cheap_workflows.read(name), LONG), seed)
+    for node in prompt.values():
+        if node["class_type"] == "IdentityEditGeneratePairs":  # goes on with pairs, but not with those of another seed
+            shutil.rmtree(base / "output" / node["inputs"]["folder"], ignore_errors=True)
     moment = Moment(client, seconds)
     how = "finished before it"
     try:
@@ -81,7 +85,7 @@ def interrupt_once(client: Client, name: str, seconds: float, seed: int) -> dict
     except Interrupted:
         how = "interrupted"
     except PromptError as error:
-        how = f"failed: {error}"
+        how = f"failed in {error.node_id}: {type(error).__name__}"
     ended = time.perf_counter()
     moment.cancel()
     node = prompt.get(moment.node_when_asked or "", {}).get("class_type", "")
@@ -96,12 +100,18 @@ def interrupt_once(client: Client, name: str, seconds: float, seed: int) -> dict
     }
 
 
-def interrupts(client: Client, count: int, seed: int, latest: float = LATEST_SECONDS) -> Iterator[dict[str, Any]]:
-    """Interrupt `count` prompts and, after each, draw the reference picture; facts of each."""
+def interrupts(
+    client: Client, base: Path, count: int, seed: int, latest: float = LATEST_SECONDS
+) -> Iterator[dict[str, Any]]:
+    """Interrupt `count` prompts and, after each, draw the reference picture; facts of each.
+
+    base: the server's folder.
+    """
     draws = random.Random(seed)
     expected = cheap_workflows.reference_digest(client)
     for number in range(count):
-        facts = interrupt_once(client, draws.choice(cheap_workflows.NAMES), draws.uniform(0.0, latest), 1 + number)
+        name, seconds = draws.choice(cheap_workflows.NAMES), draws.uniform(0.0, latest)
+        facts = interrupt_once(client, base, name, seconds, 1 + number)
         yield {**facts, "reference_is_right": cheap_workflows.reference_digest(client) == expected}
 
 
@@ -183,7 +193,9 @@ def main() -> None:
     ):
         client = Client(server.address)
         step = step_seconds(client)
-        for facts in tqdm(interrupts(client, arguments.interrupts, arguments.seed), total=arguments.interrupts):
+        for facts in tqdm(
+            interrupts(client, server.base, arguments.interrupts, arguments.seed), total=arguments.interrupts
+        ):
             found.append(facts)
             if len(found) % 10 == 0 or len(found) == arguments.interrupts:
                 report(arguments, commit, step, found)

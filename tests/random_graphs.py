@@ -168,6 +168,8 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditGeneratePairs", "folder"): ["pairs/generated", "pairs/random", ""],
     ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated", "pairs"],
     ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", DEMO_MCDM],
+    ("IdentityEditAlignFace", "method"): ["whole picture", "whole picture", "detector", "points"],
+    ("IdentityEditAlignFace", "background"): ["keep", "keep", "remove"],
     ("IdentityEditLoadSubjectPictures", "folder"): ["cat", "cat", "cat", "3d"],
     ("IdentityEditLoadWPlusEncoder", "file"): ["identity-edit-demo-w-plus.safetensors"] * 3 + ["no model"],
     ("IdentityEditMCDMConditioner", "file"): [DEMO_MCDM, DEMO_MCDM, DEMO],

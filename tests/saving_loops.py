@@ -43,7 +43,7 @@ from safetensors.torch import load_file
 
 NUMBERS = 1_000_000
 """In a large tensor: 4 MB, so that most of a child's time is spent in writing."""
-TAG = ModelTag("SD1", "eps", "SD15", 14.6, "torch.float32", (0.5, 0.25))
+TAG = ModelTag("SD1", "eps", "SD15", 14.6, "float32", (0.5, 0.25))
 STEPS = 4
 
 
@@ -253,7 +253,7 @@ def check_encoded(folder: Path) -> int:
 def save_captions(folder: Path, version: int) -> None:
     subject = subject_pictures.SubjectPictures(
         pictures=[torch.zeros(8, 8, 3)],
-        captions=[f"a sks cat {version}, " + "lying on a sofa, " * 20_000],
+        captions=[f"a sks cat {version}, " + "lying on a sofa, " * 5_000],
         class_word="cat",
         token="sks",
         masks=[None],
@@ -268,7 +268,7 @@ def read_captions(folder: Path) -> int | None:
     if not path.exists():
         return None
     text = path.read_text(encoding="utf-8")
-    assert text.count("lying on a sofa, ") == 20_000, "the caption is half of one"
+    assert text.count("lying on a sofa, ") == 5_000, "the caption is half of one"
     return int(text.split(",")[0].split()[-1])
 
 

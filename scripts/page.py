@@ -28,6 +28,9 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
 ]
 
+PATIENCE = 300_000
+"""Milliseconds for the page to come up: on a busy machine it takes minutes."""
+
 SETTINGS = {
     "Comfy.TutorialCompleted": True,  # otherwise the template browser covers the canvas of a new user
     "Comfy.InstalledVersion": "1.32.9",
@@ -91,9 +94,9 @@ def _open(context: BrowserContext, server: Server) -> Page:
 
     context.route("**/*", only_the_server)
     page = context.pages[0]
-    page.goto(server.url, timeout=120_000)
-    page.wait_for_function("window.app?.vueAppReady && window.app.graph", timeout=120_000)
-    page.wait_for_function("Object.keys(LiteGraph.registered_node_types).length > 100", timeout=120_000)
+    page.goto(server.url, timeout=PATIENCE)
+    page.wait_for_function("window.app?.vueAppReady && window.app.graph", timeout=PATIENCE)
+    page.wait_for_function("Object.keys(LiteGraph.registered_node_types).length > 100", timeout=PATIENCE)
     return page
 
 
@@ -126,6 +129,48 @@ def load_workflow(page: Page, workflow: dict[str, Any], name: str) -> list[str]:
         return workflow.nodes.map(node => node.type).filter(type => !(type in known));
     }"""
     return page.evaluate(script, [workflow, name])
+
+
+def choose_template(page: Page, pack: str, name: str) -> None:
+    """Open a workflow as a user does: the template browser, the pack's name in it, the workflow's card."""
+    # The thumbnails of ComfyUI's own templates are many and large, and nobody looks at them here.
+    page.route("**/templates/*.webp", lambda route: route.abort())
+    page.locator(".templates-tab-button").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.locator("nav").get_by_role("button").filter(has_text=pack).click()
+    dialog.get_by_test_id(f"template-workflow-{name}").click()
+    dialog.wait_for(state="detached")
+
+
+def drawn_texts(page: Page, node_id: int | str) -> list[str]:
+    """Every text that the page draws on its canvas for a node at full size, as it is drawn: a cut one ends with "…".
+
+    The node is brought into sight. What is an element of its own above the canvas (a text field) is not among them.
+    """
+    script = """async (id) => {
+        const node = app.graph.getNodeById(id) ?? app.graph.getNodeById(String(id));
+        const view = app.canvas.ds, texts = [];
+        view.scale = 1;
+        view.offset = [400 - node.pos[0], 200 - node.pos[1]];
+        app.canvas.setDirty(true, true);
+        const draw = CanvasRenderingContext2D.prototype.fillText;
+        CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+            if (app.canvas.current_node === node) texts.push(String(text));
+            return draw.call(this, text, ...rest);
+        };
+        const drawNode = app.canvas.drawNode;
+        app.canvas.drawNode = function (one, context) {
+            const before = app.canvas.current_node;
+            app.canvas.current_node = one;
+            try { return drawNode.call(this, one, context); } finally { app.canvas.current_node = before; }
+        };
+        try { app.canvas.draw(true, true); } finally {
+            CanvasRenderingContext2D.prototype.fillText = draw;
+            app.canvas.drawNode = drawNode;
+        }
+        return texts;
+    }"""
+    return page.evaluate(script, node_id)
 
 
 def to_prompt(page: Page) -> Prompt:

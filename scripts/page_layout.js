@@ -2,7 +2,7 @@
 // Runs inside the page; scripts/page_workflows.py describes the layout.
 async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   const gap = 30, titleHeight = 30, groupTitle = 50, minimumWidth = 300, outputHeight = 340, noteLine = 22;
-  const widgetPadding = 90, maximumWidth = 480;
+  const widgetPadding = 90, maximumWidth = 540;
   const roundUp = (value) => Math.ceil(value / 10) * 10;
 
   // The page cuts a widget's label when label and value do not fit side by side into the node.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from engine import PACK_FOLDER
 from environment import ScriptError
-from page import find_chromium, load_workflow, open_page, take_notices, to_prompt
+from page import drawn_texts, find_chromium, load_workflow, open_page, take_notices, to_prompt
 from page_workflows import differences
 
 if TYPE_CHECKING:
@@ -67,6 +67,16 @@ def test_nodes_stand_apart_inside_their_groups(name: str, page: Page, server: Ru
     for number, (title, *box) in enumerate(found["nodes"]):
         for other, *another in found["nodes"][number + 1 :]:
             assert not overlap(box, another), f"{title} covers {other}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_text_on_a_node_is_cut(name: str, page: Page, server: RunningServer) -> None:
+    open_template(page, server, name)
+    nodes = page.evaluate("() => app.graph.nodes.map(node => [node.id, node.title])")
+    texts = {title: drawn_texts(page, node) for node, title in nodes}
+    assert all(texts.values()), "a node was not drawn"
+    cut = {title: found for title, found in texts.items() if any(text.endswith(("…", "...")) for text in found)}
+    assert cut == {}
 
 
 def overlap(one: list[float], two: list[float]) -> bool:

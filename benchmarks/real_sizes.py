@@ -238,11 +238,13 @@ def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
         "`benchmarks/real_sizes.py`: random weights, the fewest steps each node takes, on a CPU; "
         "commit and threads stand in the JSON file for each row. Seconds are of the named nodes and of the sampling "
         "with them, on a machine that had other work to do; the peak is the whole process's resident memory during "
-        "the row, with Python, PyTorch, the checkpoint and what is mapped of its file.",
+        "the row, with Python, PyTorch, the checkpoint and what is mapped of its file. A row is made again by "
+        "`--family FAMILY --only ROW --size SIZE`, with twice the size for trainings; all seeds are fixed in the code.",
     ]
     for family, title in FAMILIES.items():
         of_family = [row for row in rows if row["family"] == family]
         if not of_family:
+            lines += ["", f"## {title}", "", "Not run."]
             continue
         model = next((row["model"] for row in of_family if "model" in row), "")
         lines += [

@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 
+from ..attention.errors import IdentityEditError
+
 MAXIMUM_BATCH = 64
 """Largest number of latents processed at once; a batch beyond it is almost always a mistake (a video, a folder)."""
-
-
-class IdentityEditError(ValueError):
-    """An input cannot be used; the message says which one and what to do instead."""
 
 
 def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -> None:

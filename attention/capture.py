@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from .errors import IdentityEditError
 from .layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers, choose_layers, layer_key
 from .maps import cross_attention_columns, self_attention_map
 from .patches import Patched
@@ -90,10 +91,10 @@ class IdentityAttention:
         A cell that no conditioning with weight covers attends to itself alone.
 
         Raises:
-            ValueError: when none was read.
+            IdentityEditError: when none was read.
         """
         if self._self is None:
-            raise ValueError(
+            raise IdentityEditError(
                 "No self-attention was read; sample with the model of Identity Attention first, with a self-attention "
                 "power above 0."
             )
@@ -176,12 +177,12 @@ def capture_attention(
         the clone, and the handle that its runs fill.
 
     Raises:
-        ValueError: for another kind of model, layers that it does not have, or tokens outside the embedding.
+        IdentityEditError: for another kind of model, layers that it does not have, or tokens outside the embedding.
     """
     all_layers = attention_layers(model.get_model_object("diffusion_model"))
     choose_layers(all_layers, 64, 64, layers)  # refuses now what could never be found
     if len(columns) == 0 or not all(0 <= column < context.shape[1] for column in columns):
-        raise ValueError(
+        raise IdentityEditError(
             f"The identity tokens {list(columns)} are not among the {context.shape[1]} of the identity prompt; choose "
             f"at least one of its words."
         )
@@ -275,7 +276,7 @@ def capture_attention(
 def _begin_run(attention: IdentityAttention, network: Any, noise: torch.Tensor, context: torch.Tensor) -> _Run:
     batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
     if context.shape[0] not in (1, batch):
-        raise ValueError(
+        raise IdentityEditError(
             f"The identity prompt has {context.shape[0]} embeddings for a batch of {batch} latents; give one for all, "
             f"or one for each."
         )

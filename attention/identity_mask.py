@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, pad
 
 from .capture import IdentityAttention
+from .errors import IdentityEditError
 
 SELF_ATTENTION_POWER = 1
 """lambda of eq. 2. The paper names no value; measured, see `THRESHOLD`."""
@@ -30,10 +31,10 @@ def rough_mask(attention: IdentityAttention, grid: tuple[int, int] | None = None
         [B, h, w] float32, 0 to 1.
 
     Raises:
-        ValueError: when nothing has been recorded.
+        IdentityEditError: when nothing has been recorded.
     """
     if not attention.cross:
-        raise ValueError("No attention has been recorded; sample with the model of Identity Attention first.")
+        raise IdentityEditError("No attention has been recorded; sample with the model of Identity Attention first.")
     grid = grid or attention.self_grid or max(attention.cross)
     total = torch.stack([resized(mean.total, grid) for mean in attention.cross.values()]).sum(dim=0)
     weight = torch.stack([resized(mean.weight, grid) for mean in attention.cross.values()]).sum(dim=0)

@@ -13,6 +13,8 @@ from typing import Any
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
+from .errors import IdentityEditError
+
 AUTOMATIC, ALL = "automatic", "all"
 LAYER_CHOICES = (AUTOMATIC, "1", "2", "4", "8", "1, 2", "2, 4", "4, 8", "1, 2, 4", ALL)
 """What a user can choose: `automatic_factors`, some factors by which the latent is downsampled, or all layers."""
@@ -61,10 +63,10 @@ def attention_layers(network: Any) -> list[AttentionLayer]:
     """All transformer blocks of a UNetModel, in the order in which they run.
 
     Raises:
-        ValueError: when the network is no such UNet or has no transformer block.
+        IdentityEditError: when the network is no such UNet or has no transformer block.
     """
     if not isinstance(network, UNetModel):
-        raise ValueError(
+        raise IdentityEditError(
             f"The model's network is a {type(network).__name__}, whose attention cannot be read; load a Stable "
             f"Diffusion 1.x, 2.x or XL checkpoint."
         )
@@ -83,7 +85,7 @@ def attention_layers(network: Any) -> list[AttentionLayer]:
                 elif isinstance(resampling, Upsample):
                     downsampling //= 2
     if not found:
-        raise ValueError("The model has no attention layers; load a text-to-image checkpoint.")
+        raise IdentityEditError("The model has no attention layers; load a text-to-image checkpoint.")
     return found
 
 
@@ -112,7 +114,7 @@ def choose_layers(layers: Sequence[AttentionLayer], height: int, width: int, cho
         choice: one of `LAYER_CHOICES`, or any downsampling factors separated by commas.
 
     Raises:
-        ValueError: when the choice cannot be read or the model has no layer of a factor.
+        IdentityEditError: when the choice cannot be read or the model has no layer of a factor.
     """
     if choice == ALL:
         return list(layers)
@@ -123,7 +125,7 @@ def choose_layers(layers: Sequence[AttentionLayer], height: int, width: int, cho
     except ValueError:
         factors = set()
     if not factors or not factors <= present:
-        raise ValueError(
+        raise IdentityEditError(
             f"layers is {choice!r} but this model attends at 1/{', 1/'.join(map(str, sorted(present)))} of the "
             f"latent's size; choose from {', '.join(map(str, sorted(present)))}, or automatic."
         )

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .errors import IdentityEditError
 from .layers import AttentionLayer, LayerKey, attention_layers, layer_key
 from .patches import Patched, by_conditioning, keys_and_values
 from .regions import region_of
@@ -35,7 +36,7 @@ def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, 
             `AUTOMATIC` finds the same two in any UNet: the decoder's layers without those on its coarsest grid.
 
     Raises:
-        ValueError: when the network is no UNet, or start_layer is not one of its layers.
+        IdentityEditError: when the network is no UNet, or start_layer is not one of its layers.
     """
     layers = [layer for layer in attention_layers(network) if layer.attends_to_itself]
     if start_layer == AUTOMATIC:
@@ -44,13 +45,13 @@ def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, 
         chosen = [layer for layer in decoder if layer.downsampling < coarsest] or decoder
     else:
         if not 0 <= start_layer < len(layers):
-            raise ValueError(
+            raise IdentityEditError(
                 f"start_layer is {start_layer} but the model has {len(layers)} self-attention layers; choose a number "
                 f"from 0 to {len(layers) - 1}, or {AUTOMATIC} for automatic."
             )
         chosen = layers[start_layer:]
     if not chosen:
-        raise ValueError("The model's decoder has no self-attention; choose start_layer by hand.")
+        raise IdentityEditError("The model's decoder has no self-attention; choose start_layer by hand.")
     return {layer.key: layer for layer in chosen}
 
 
@@ -148,7 +149,7 @@ class MutualMasks:
         shape = extra["activations_shape"][2:]
         cells = int(shape[0]) * int(shape[1])
         if n.shape[1] != cells or to_keys.shape[1] != cells:
-            raise ValueError(
+            raise IdentityEditError(
                 "Masks of mutual self-attention need whole layers, but another patch merges or cuts their cells; "
                 "remove token merging or HyperTile, or the masks."
             )

@@ -34,6 +34,7 @@ from comfy.patcher_extension import WrappersMP
 from torch.nn.functional import max_pool2d
 
 from .capture import MeanMap
+from .errors import IdentityEditError
 from .identity_mask import resized
 from .layers import AttentionLayer, LayerKey, layer_key
 from .maps import cross_attention_columns
@@ -121,7 +122,7 @@ class LocalBlend:
         """[B, 1, H, W] bool: where the latent may change.
 
         Raises:
-            ValueError: when no layer has been read.
+            IdentityEditError: when no layer has been read.
         """
         masks = []
         for of, columns in self.columns.items():
@@ -136,7 +137,7 @@ class LocalBlend:
                 enlarged = resized(spread, (height, width))
                 masks.append(enlarged > self._threshold * enlarged.amax(dim=(1, 2), keepdim=True))
         if not masks:
-            raise ValueError(
+            raise IdentityEditError(
                 "The attention of the blend's words could not be read; remove token merging or HyperTile, or the words."
             )
         batch = max(mask.shape[0] for mask in masks)
@@ -176,13 +177,13 @@ class AttentionControl:
         """Model options for the target's evaluation, after the source's.
 
         Raises:
-            ValueError: when a layer of the source was not evaluated, with its key.
+            IdentityEditError: when a layer of the source was not evaluated, with its key.
         """
         recorded_cross, recorded_self = {key for key, _ in self._cross}, {key for key, _ in self._self}
         missing = [key for key in self._keys() if key not in recorded_cross]
         missing += [key for key in self.self_layers if key not in recorded_self]
         if missing:
-            raise ValueError(
+            raise IdentityEditError(
                 f"Attention control found no attention in the layers {missing}; remove the node that skips them (such "
                 f"as a cache of deep features)."
             )
@@ -379,7 +380,7 @@ def _with_attn2(
 
 def _check_tokens(keys: torch.Tensor, count: int, whose: str) -> int:
     if keys.shape[1] % count != 0:
-        raise ValueError(
+        raise IdentityEditError(
             f"The {whose}'s conditioning has {keys.shape[1]} tokens but its prompt {count}; connect the conditioning "
             f"of the prompt that attention control was made for."
         )

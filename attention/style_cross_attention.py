@@ -32,6 +32,7 @@ import comfy.ops
 import torch
 from torch import nn
 
+from .errors import IdentityEditError
 from .layers import AttentionLayer, LayerKey, attention_layers, layer_key
 from .patches import Patched
 from .regions import Region, region_of
@@ -124,11 +125,11 @@ def text_layers(network: Any) -> dict[LayerKey, AttentionLayer]:
     """The layers of a UNet that attend to text, by key: each gets an SCA.
 
     Raises:
-        ValueError: when the network is no UNet or has none.
+        IdentityEditError: when the network is no UNet or has none.
     """
     found = {layer.key: layer for layer in attention_layers(network) if layer.attends_to_text}
     if not found:
-        raise ValueError("The model has no cross-attention; load a text-to-image checkpoint.")
+        raise IdentityEditError("The model has no cross-attention; load a text-to-image checkpoint.")
     return found
 
 
@@ -256,7 +257,7 @@ class SubjectStyles:
         """[B, n, C] of all rows of a batch of conditionings, each of the latents one after another."""
         each = rows.shape[0] // len(null)
         if self.tokens.shape[0] not in (1, each):
-            raise ValueError(
+            raise IdentityEditError(
                 f"There are W+ styles of {self.tokens.shape[0]} pictures for a batch of {each}; give one for all, or "
                 f"one for each."
             )
@@ -270,7 +271,7 @@ class SubjectStyles:
         """[B, N, 1]: how much of each cell is the person's."""
         grid = int(shape[0]), int(shape[1])
         if rows.shape[1] != grid[0] * grid[1]:
-            raise ValueError(
+            raise IdentityEditError(
                 "The mask of a style needs whole layers, but another patch merges or cuts their cells; remove token "
                 "merging, or the mask."
             )
@@ -279,7 +280,7 @@ class SubjectStyles:
             each = rows.shape[0] // len(uuids)
             cells = [self._of_region(self._region(uuid, grid), rows.device) for uuid in uuids]
             if cells[0].shape[0] not in (1, each):
-                raise ValueError(
+                raise IdentityEditError(
                     f"The mask holds {cells[0].shape[0]} masks for a batch of {each}; give one for all, or one for "
                     f"each."
                 )

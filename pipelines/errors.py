@@ -1,4 +1,4 @@
-"""The pack's one exception, and the checks of inputs that several techniques share.
+"""Checks of inputs that several techniques share; they raise the pack's one exception.
 
 Every message is one sentence that names the input and what to do about it; ComfyUI shows it on the node.
 """
@@ -10,29 +10,13 @@ from typing import Any
 
 import torch
 
+from ..attention.errors import IdentityEditError
+
 MAXIMUM_BATCH = 64
 """Largest number of latents processed at once; a batch beyond it is almost always a mistake (a video, a folder)."""
 LARGEST_VALUE = 1e6
 """Of latents and embeddings. Theirs are below 100, those of noise below 150000 (sigma 4500); networks overflow far
 beyond."""
-
-
-LONGEST_MESSAGE = 700
-"""Characters; the longest of the pack's own are below, unless they quote a user's whole prompt."""
-
-
-class IdentityEditError(ValueError):
-    """An input cannot be used; the message says which one and what to do instead.
-
-    It stays one line that can be read: of a very long one the middle is left out, as what is wrong stands at its
-    beginning and the remedy at its end.
-    """
-
-    def __init__(self, message: str) -> None:
-        line = " ".join(message.splitlines())
-        if len(line) > LONGEST_MESSAGE:
-            line = f"{line[: LONGEST_MESSAGE // 2]} ... {line[10 - LONGEST_MESSAGE // 2 :]}"
-        super().__init__(line)
 
 
 def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -> None:

@@ -70,7 +70,4 @@ def capture_identity(
             f"The identity prompt has embeddings of {identity.embedding.shape[-1]} channels but the model takes "
             f"{channels}; connect the CLIP of the same checkpoint."
         )
-    try:
-        return capture_attention(model, identity.embedding, identity.tokens, layers, self_attention)
-    except ValueError as error:
-        raise IdentityEditError(str(error)) from error
+    return capture_attention(model, identity.embedding, identity.tokens, layers, self_attention)

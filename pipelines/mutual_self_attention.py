@@ -81,10 +81,7 @@ def mutual_self_attention(
     masks = None
     if source_mask is not None and target_mask is not None:
         masks = _checked_mask(source_mask, "source_mask"), _checked_mask(target_mask, "target_mask")
-    try:
-        layers = mutual_layers(model.get_model_object("diffusion_model"), start_layer)
-    except ValueError as error:
-        raise IdentityEditError(str(error)) from error
+    layers = mutual_layers(model.get_model_object("diffusion_model"), start_layer)
     first_step = round(start_step * inversion.steps)
 
     def look_into_the_source(

@@ -288,10 +288,6 @@ def with_attention_control(
                 if inversion is not None:
                     source_denoised = (inversion.trajectory[-1] / signal_scale(inversion.sigmas[-1])).to(x)
                 target_denoised = torch.where(run.mask, target_denoised, source_denoised)
-        except IdentityEditError:
-            raise
-        except ValueError as error:
-            raise IdentityEditError(str(error)) from error
         finally:
             guider.conds = own
         return target_denoised if inversion is not None else torch.cat([source_denoised, target_denoised])

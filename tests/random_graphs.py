@@ -168,6 +168,9 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditGeneratePairs", "folder"): ["pairs/generated", "pairs/random", ""],
     ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated", "pairs"],
     ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", DEMO_MCDM],
+    ("IdentityEditTrainSubjectEmbedding", "masked_loss"): [False, False, True],
+    ("IdentityEditTrainIdentityPrior", "masked_loss"): [False, False, False, True],
+    ("IdentityEditTrainStyleAttention", "masked_loss"): [False, False, False, True],
     ("IdentityEditAlignFace", "method"): ["whole picture", "whole picture", "detector", "points"],
     ("IdentityEditAlignFace", "background"): ["keep", "keep", "remove"],
     ("IdentityEditLoadSubjectPictures", "folder"): ["cat", "cat", "cat", "3d"],
@@ -176,7 +179,7 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("CheckpointLoaderSimple", "ckpt_name"): [DEMO, DEMO, DEMO, DEMO_MCDM],
 }
 """Options of one widget of one node, where the name alone does not tell them."""
-OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask")
+OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask", "masks")
 SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "euler_ancestral", "dpmpp_sde", "lcm", "ddpm"]
 """The others take many evaluations a step or are like these."""
 
@@ -360,6 +363,8 @@ class Builder:
         if kind == "STRING":
             plain = STRINGS.get(name) or (PROMPTS if "prompt" in name or name == "text" else None)
             texts = plain or [settings.get("default", ""), ""]
+            if name == "filename_prefix":  # the default's folder is where loaders look
+                texts = [settings.get("default", ""), *texts]
             # Mostly plain ones: a graph that fails at its first node says nothing of the others.
             return self.choose([texts[0]] * 10 + [*texts, STRANGE])
         return self.number(kind, name, settings)

@@ -28,7 +28,7 @@ from hypothesis import strategies
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer
 
-GRAPHS = 20
+GRAPHS = 16
 GRAPHS_FOR_A_NODE = 2
 """Hypothesis begins with the plainest graph of a node; from the second on they are random."""
 EVERY = 10

@@ -179,6 +179,13 @@ def recorded() -> IdentityAttention:
     return attention
 
 
+def test_heatmap_of_what_nobody_sampled_is_refused() -> None:
+    with pytest.raises(IdentityEditError, match="^No attention has been recorded; sample with the model"):
+        masks.AttentionHeatmap.execute(
+            torch.zeros(1, 32, 32, 3), masks.CROSS_ATTENTION, 0.3, 4, 0.5, IdentityAttention((1,))
+        )
+
+
 def test_heatmap_lays_the_map_over_the_picture() -> None:
     picture = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     show = masks.AttentionHeatmap.execute

@@ -180,7 +180,7 @@ def recorded() -> IdentityAttention:
 
 
 def test_heatmap_of_what_nobody_sampled_is_refused() -> None:
-    with pytest.raises(IdentityEditError, match="^No attention has been recorded in identity_attention; sample with the model"):
+    with pytest.raises(IdentityEditError, match="^No attention has been recorded in identity_attention; sample with"):
         masks.AttentionHeatmap.execute(
             torch.zeros(1, 32, 32, 3), masks.CROSS_ATTENTION, 0.3, 4, 0.5, IdentityAttention((1,))
         )

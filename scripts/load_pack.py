@@ -42,11 +42,14 @@ def prepare_engine(*, cpu: bool = True, base: Path | None = None) -> Path:
     """Put ComfyUI first on `sys.path` and set its options; call this before the first `import comfy`.
 
     cpu: whether ComfyUI computes on the CPU (as with its `--cpu`).
-    base: the folder for models, input, output and user files; a temporary one by default, removed at the end.
+    base: the folder for models, input, output and user files; a temporary one by default, removed at the end. A second
+        call without one changes nothing: tests import benchmarks, and these prepare the engine at their beginning.
     Returns the engine's folder.
     """
     global _base
     path = find_engine()
+    if base is None and _base is not None:
+        return path
     sys.path.insert(0, str(path))
     if base is None:
         _base = tempfile.TemporaryDirectory(prefix="identity-edit-")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -141,8 +141,12 @@ def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
     return list(found.values())
 
 
-def patches_on_copies(model_options: dict[str, Any]) -> dict[str, Any]:
-    """The same model options, with every patch of other nodes safe for autograd.
+BLOCK_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "middle_patch", "output_block_patch")
+"""The patches behind whole blocks; of the pack's own nodes none is among them."""
+
+
+def patches_on_copies(model_options: dict[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The same model options, with every patch of other nodes, or those of some names, safe for autograd.
 
     Some patches write into tensors that the backward pass needs as they were: into those that they are given, or into
     some of their own (FreeU multiplies a part of the hidden state by its mean, in place). So a patch works on copies,
@@ -159,7 +163,7 @@ def patches_on_copies(model_options: dict[str, Any]) -> dict[str, Any]:
 
     options = model_options.get("transformer_options", {})
     patches = {
-        name: [on_copies(patch) if callable(patch) else patch for patch in those]
+        name: [on_copies(patch) if callable(patch) and (names is None or name in names) else patch for patch in those]
         for name, those in options.get("patches", {}).items()
     }
     return {**model_options, "transformer_options": {**options, "patches": patches}}

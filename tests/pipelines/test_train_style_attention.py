@@ -335,6 +335,23 @@ def test_on_a_model_with_a_lora_it_begins_as_the_changed_weights(monkeypatch: py
     assert torch.allclose(begun, plain + up @ down, atol=1e-5)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_beside_a_patch_that_writes_in_place(checkpointing: bool) -> None:
+    """FreeU multiplies a part of the hidden state in place, of which the backward pass needs what it was."""
+
+    def in_place(hidden: torch.Tensor, skip: torch.Tensor, options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        half = hidden.shape[1] // 2
+        hidden[:, :half] = hidden[:, :half] * hidden.mean(1, keepdim=True)
+        return hidden, skip
+
+    model, clip = make()
+    patched = model.clone()
+    patched.set_model_output_block_patch(in_place)
+    settings = dataclasses.replace(SETTINGS, checkpointing=checkpointing)
+    _, record = train(models=(patched, clip), settings=settings, training=dataclasses.replace(TRAINING, steps=2))
+    assert len(record.losses) == 2 and all(loss > 0.0 for loss in record.losses)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

@@ -124,7 +124,7 @@ def draw(samples: list[dict[str, Any]], probes: list[dict[str, Any]]) -> None:
     above.axvline(last_of.get(WARM_UP_ROUNDS - 1, 0) + 0.5, color="grey", linewidth=0.8, linestyle=":")
     above.set_ylabel("memory of the server, MiB")
     above.set_ylim(bottom=0)
-    above.legend(loc="lower right")
+    above.legend(loc="center right")
     below.plot([one["threads"] for one in samples], label="threads", color="tab:purple", linewidth=0.8)
     below.plot([one["open_files"] for one in samples], label="open files", color="tab:orange", linewidth=0.8)
     below.set_ylim(bottom=0)

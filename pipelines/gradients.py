@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -141,16 +141,16 @@ def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
     return list(found.values())
 
 
-BLOCK_PATCHES = ("input_block_patch", "input_block_patch_after_skip", "middle_patch", "output_block_patch")
-"""The patches behind whole blocks; of the pack's own nodes none is among them."""
+_PACK = __name__.rsplit(".", 2)[0]
 
 
-def patches_on_copies(model_options: dict[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
-    """The same model options, with every patch of other nodes, or those of some names, safe for autograd.
+def patches_on_copies(model_options: dict[str, Any]) -> dict[str, Any]:
+    """The same model options, with every patch of other nodes safe for autograd.
 
     Some patches write into tensors that the backward pass needs as they were: into those that they are given, or into
     some of their own (FreeU multiplies a part of the hidden state by its mean, in place). So a patch works on copies,
-    and what autograd keeps of its work is copied too.
+    and what autograd keeps of its work is copied too. The pack's own patches write into nothing; what a training
+    learns may be among them, and copies of that in every step would cost time and memory.
     """
 
     def on_copies(patch: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,10 +163,14 @@ def patches_on_copies(model_options: dict[str, Any], names: Sequence[str] | None
 
     options = model_options.get("transformer_options", {})
     patches = {
-        name: [on_copies(patch) if callable(patch) and (names is None or name in names) else patch for patch in those]
+        name: [on_copies(patch) if callable(patch) and not _is_own(patch) else patch for patch in those]
         for name, those in options.get("patches", {}).items()
     }
     return {**model_options, "transformer_options": {**options, "patches": patches}}
+
+
+def _is_own(patch: Callable[..., Any]) -> bool:
+    return str(getattr(patch, "__module__", "")).startswith((f"{_PACK}.attention.", f"{_PACK}.pipelines."))
 
 
 def _copy_with_gradient(value: Any) -> Any:

@@ -168,6 +168,8 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditGeneratePairs", "folder"): ["pairs/generated", "pairs/random", ""],
     ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated", "pairs"],
     ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", DEMO_MCDM],
+    ("IdentityEditLoadInversion", "steps"): [0, 0, 0, 3, 2],  # 0 is the file's own number
+    ("IdentityEditReferenceGuidedNullTextOptimizer", "steps"): [0, 0, 0, 2],
     ("IdentityEditTrainSubjectEmbedding", "masked_loss"): [False, False, True],
     ("IdentityEditTrainIdentityPrior", "masked_loss"): [False, False, False, True],
     ("IdentityEditTrainStyleAttention", "masked_loss"): [False, False, False, True],
@@ -179,6 +181,18 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("CheckpointLoaderSimple", "ckpt_name"): [DEMO, DEMO, DEMO, DEMO_MCDM],
 }
 """Options of one widget of one node, where the name alone does not tell them."""
+FITTING: dict[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
+    ("IdentityEditMCDMConditioner", "model"): ("CheckpointLoaderSimple", 0, {"ckpt_name": DEMO_MCDM}),
+    ("IdentityEditMCDMGuider", "model"): ("CheckpointLoaderSimple", 0, {"ckpt_name": DEMO_MCDM}),
+    ("IdentityEditMCDMGuider", "positive"): ("IdentityEditMCDMConditioner", 0, {}),
+    ("IdentityEditReplaceSubject", "inversion"): ("IdentityEditNullTextOptimization", 2, {}),
+    ("IdentityEditAttentionHeatmap", "identity_attention"): ("IdentityEditIdentityAwareMaskBlend", 3, {}),
+    ("IdentityEditEditFriendlyDDPMSampler", "inversion"): ("IdentityEditEditFriendlyDDPMInversion", 0, {}),
+    ("IdentityEditDiffEdit", "inversion"): ("IdentityEditDDIMInversion", 0, {}),
+    ("IdentityEditNullTextOptimization", "inversion"): ("IdentityEditDDIMInversion", 0, {}),
+}
+"""What some inputs need of all that their type allows, by class and input: (class, output, widgets). Three times of four
+such a node is put there; without it these nodes would hardly ever come to compute anything."""
 OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask", "masks")
 SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "euler_ancestral", "dpmpp_sde", "lcm", "ddpm"]
 """The others take many evaluations a step or are like these."""
@@ -281,10 +295,10 @@ class Builder:
         self.outputs: dict[str, list[Link]] = {}
         self.used: set[tuple[str, int]] = set()
 
-    def add(self, key: str, depth: int = 0, given: dict[str, Link] | None = None) -> str:
+    def add(self, key: str, depth: int = 0, given: dict[str, Any] | None = None) -> str:
         """Add a node with all that it needs, and return its id.
 
-        given: links for some of its inputs.
+        given: links or values for some of its inputs.
         """
         info = self.catalogue.nodes[key]
         required = info["input"].get("required", {})
@@ -296,12 +310,15 @@ class Builder:
                 values[name] = self.widget(key, name, specification)
             elif name in required or (depth < MOST_DEPTH and self.choose(self.optional(name))):
                 kind = self.choose(specification[0].split(","))
-                if kind in self.catalogue.producers or kind == "*":
+                fitting = FITTING.get((key, name))
+                if fitting and depth < MOST_DEPTH and self.choose([True, True, True, False]):
+                    values[name] = [self.add(fitting[0], depth + 1, dict(fitting[2])), fitting[1]]
+                elif kind in self.catalogue.producers or kind == "*":
                     values[name] = self.source(kind, depth + 1)
         number = str(len(self.prompt) + 1)
         self.prompt[number] = {"class_type": key, "inputs": values}
         for value in values.values():
-            if isinstance(value, list):
+            if isinstance(value, list):  # a link
                 self.used.add((value[0], value[1]))
         for index, kind in enumerate(info["output"]):
             self.outputs.setdefault(kind, []).append([number, index])

@@ -15,7 +15,7 @@ import comfy.samplers
 import torch
 
 from ..errors import IdentityEditError
-from ..gradients import BLOCK_PATCHES, patches_on_copies
+from ..gradients import patches_on_copies
 from .edit_model import input_channels, is_edit_model
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
 from .model import check_text_width, latent_channels, require_noise_prediction_model
@@ -60,8 +60,8 @@ class TrainableNetworks:
         self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         # Attention patches and wrappers of other nodes take part in training as they do in sampling.
         comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self._options)
-        # FreeU and its like write into what the backward pass needs; copies for all would double the memory.
-        self._options = patches_on_copies(self._options, BLOCK_PATCHES)
+        # FreeU and its like write into what the backward pass needs.
+        self._options = patches_on_copies(self._options)
 
     def changes(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What has been learned so far, on the CPU: variables minus the weights they began as, of MODEL and of CLIP."""

@@ -460,6 +460,28 @@ def test_a_lora_on_the_model_is_part_of_what_is_trained():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_patch_that_writes_in_place_trains_like_one_that_does_not(checkpointing: bool):
+    """FreeU's does; the backward pass needs the hidden state as it was."""
+
+    def in_place(hidden: torch.Tensor, skip: torch.Tensor, options: dict[str, Any]):
+        half = hidden.shape[1] // 2
+        hidden[:, :half] = hidden[:, :half] * (1 + 0.1 * hidden.mean(1, keepdim=True))
+        return hidden, skip
+
+    def elsewhere(hidden: torch.Tensor, skip: torch.Tensor, options: dict[str, Any]):
+        first, second = hidden.chunk(2, dim=1)
+        return torch.cat([first * (1 + 0.1 * hidden.mean(1, keepdim=True)), second], dim=1), skip
+
+    settings = dataclasses.replace(SETTINGS, checkpointing=checkpointing)
+    losses = []
+    for patch in (in_place, elsewhere):
+        model, clip = make("sd1")
+        model.set_model_output_block_patch(patch)
+        losses.append(train(model, clip, settings)[1].losses)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_clip_without_clip_is_refused():
     class Other:
         class patcher:

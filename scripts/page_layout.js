@@ -34,6 +34,15 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   }
   for (const [key, size] of Object.entries(layout.sizes ?? {})) graph.getNodeById(key).setSize(size);
 
+  // The page's newer way to draw nodes, "Nodes 2.0", makes them higher: a line with the pack's name, larger widgets and
+  // texts. Both ways leave a gap below this.
+  const heightOf = (node) => {
+    const isOurs = node.type.startsWith("IdentityEdit");
+    const shown = (node.widgets ?? []).filter((widget) => !widget.hidden);
+    const texts = shown.filter((widget) => widget.element).length;
+    return node.size[1] + roundUp((isOurs ? 28 : 4) + 3 * shown.length + 20 * texts);
+  };
+
   const addNote = (text, width) => {
     const note = LiteGraph.createNode("MarkdownNote");
     note.title = "Note";
@@ -61,7 +70,7 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
         for (const key of column) {
           const node = graph.getNodeById(key);
           node.pos = [x, y + titleHeight];
-          y += titleHeight + node.size[1] + gap;
+          y += titleHeight + heightOf(node) + gap;
           width = Math.max(width, node.size[0]);
         }
         bottom = Math.max(bottom, y);

@@ -475,7 +475,7 @@ def generate_pairs(models: Models) -> None:
         count=1,
         width=models.size,
         height=models.size,
-        folder=f"pairs/{models.family}",
+        folder=f"pairs/{models.family}_{models.size}",
         smallest_similarity=0.01,
         attempts=1,
         clip_vision=models.clip_vision(),
@@ -506,7 +506,7 @@ def train_mcdm(models: Models) -> None:
         "TrainMCDM",
         **training(models),
         clip_vision=models.clip_vision(),
-        folder=f"pairs/{models.family}",
+        folder=f"pairs/{models.family}_{models.size}",
         batch_size=1,
         ema_decay=0.0,
     )

@@ -19,6 +19,7 @@ NEGATIVE_PROMPT_INVERSION = "negative-prompt inversion (fast)"
 _METHODS = {
     NULL_TEXT_OPTIMIZATION: null_text.PAPER,
     ADAPTIVE_NULL_TEXT_OPTIMIZATION: null_text.ADAPTIVE,
+    NEGATIVE_PROMPT_INVERSION: None,  # optimizes nothing
 }
 FILE_FOLDER = "inversions"
 
@@ -293,7 +294,7 @@ class NullTextOptimization(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "method",
-                    options=[*_METHODS, NEGATIVE_PROMPT_INVERSION],
+                    options=list(_METHODS),
                     default=NULL_TEXT_OPTIMIZATION,
                     tooltip="Null-text optimization follows the picture most closely (Jung et al. 2024, figure 7), "
                     "update by update as its reference implementation does. The adaptive form aims at the same "
@@ -392,7 +393,8 @@ class NullTextOptimization(io.ComfyNode):
         checkpointing: bool,
     ) -> io.NodeOutput:
         ddim.check_inversion(inversion, model)
-        if method == NEGATIVE_PROMPT_INVERSION:
+        form = choice_of(_METHODS, method, "method")
+        if form is None:
             table = null_text.negative_prompt_inversion(inversion, source)
             null_conditioning = with_embedding(negative, table.embeddings[0], table.pooled_row(0))
             # Both sides of the guidance are the source prompt: any guidance scale gives what scale 1 gives.
@@ -400,7 +402,6 @@ class NullTextOptimization(io.ComfyNode):
             latent = ddim.reconstruct(model, inversion, source, callback=progress(model, steps))
             text = show_text(cls, f"Negative-prompt inversion: no optimization, {steps} evaluations to reconstruct.")
         else:
-            form = choice_of(_METHODS, method, "method")
             updates = inner_steps or null_text.DEFAULT_INNER_STEPS[form]
             found = null_text.null_text_optimization(
                 model,

@@ -61,14 +61,15 @@ def find_chromium() -> str:
 
 
 @contextmanager
-def open_page(server: Server, language: str = "en") -> Iterator[Page]:
+def open_page(server: Server, language: str = "en", nodes_2: bool = False) -> Iterator[Page]:
     """The page of a running server, ready to take a workflow, in a new browser profile. Only the server is reached.
 
     language: one of the page's own ("zh", "ja", ...), as in its setting "Comfy.Locale".
+    nodes_2: "Nodes 2.0", the page's newer way to draw nodes, as elements instead of on a canvas.
     """
     settings = server.base / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True, exist_ok=True)
-    settings.write_text(json.dumps({**SETTINGS, "Comfy.Locale": language}))
+    settings.write_text(json.dumps({**SETTINGS, "Comfy.Locale": language, "Comfy.VueNodes.Enabled": nodes_2}))
     with tempfile.TemporaryDirectory(prefix="chromium-") as profile, sync_playwright() as playwright:
         context = playwright.chromium.launch_persistent_context(
             profile,

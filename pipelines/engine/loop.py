@@ -157,6 +157,10 @@ def run_loop(
         conditionings = {"positive": positive}
         if negative is not None:
             conditionings["negative"] = negative
+        elif patcher.model_options.get("disable_cfg1_optimization"):
+            # A patch of the guidance (Self-Attention Guidance is one) wants both sides evaluated at scale 1 too, and
+            # ends in an error of its own where there is one alone.
+            conditionings["negative"] = positive
         guider.inner_set_conds(conditionings)
         latent = latent.to(torch.float32)
         guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, disable_pbar=True, seed=seed)

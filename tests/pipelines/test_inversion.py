@@ -14,6 +14,7 @@ import pytest
 import reference_null_text
 import tiny_models
 import torch
+from comfy_extras import nodes_sag
 from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.schedule import Schedule, ddim_timesteps, signal_scale
@@ -163,6 +164,21 @@ def test_the_stock_sampler_follows_the_same_path():
     )  # fmt: skip
     ours = inversion.reconstruct(patcher, pivot, positive, negative, 4.0)
     assert relative_error(ours, stock) < 1e-5
+
+
+def test_a_patch_that_wants_both_sides_gets_them_without_a_negative_prompt():
+    """Stock Self-Attention Guidance blurs by the attention of the negative side, at guidance scale 1 too."""
+    patcher = nodes_sag.SelfAttentionGuidance.execute(tiny_models.sd1(), 2.0, 1.0).result[0]
+    positive = tiny_models.conditioning(1)
+    pivot = inversion.ddim_inversion(tiny_models.sd1(), tiny_models.latent(2), positive, steps=4, end_at_zero=True)
+    start = pivot.start_latent(patcher)
+    ours = inversion.reconstruct(patcher, pivot, positive)
+    stock = comfy.sample.sample_custom(
+        patcher, torch.zeros_like(start), 1.0, comfy.samplers.sampler_object("euler"), pivot.sigmas, positive, positive,
+        start, disable_pbar=True, seed=0,
+    )  # fmt: skip
+    assert relative_error(ours, stock) < 1e-5
+    assert relative_error(ours, inversion.reconstruct(tiny_models.sd1(), pivot, positive)) > 1e-3
 
 
 def test_evaluations_progress_and_preview_are_reported():

@@ -166,19 +166,20 @@ their default. A strange text is among the options of all of them."""
 DEMO, DEMO_MCDM = "identity-edit-demo.safetensors", "identity-edit-demo-mcdm.safetensors"
 OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditGeneratePairs", "folder"): ["pairs/generated", "pairs/random", ""],
-    ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated", "pairs"],
+    ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated"] * 4 + ["pairs"],
     ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", DEMO_MCDM],
     ("IdentityEditLoadInversion", "steps"): [0, 0, 0, 3, 2],  # 0 is the file's own number
     ("IdentityEditReferenceGuidedNullTextOptimizer", "steps"): [0, 0, 0, 2],
     ("IdentityEditTrainSubjectEmbedding", "masked_loss"): [False, False, True],
+    ("IdentityEditTrainIdentityWords", "masked_loss"): [False, False, False, True],
     ("IdentityEditTrainIdentityPrior", "masked_loss"): [False, False, False, True],
     ("IdentityEditTrainStyleAttention", "masked_loss"): [False, False, False, True],
     ("IdentityEditAlignFace", "method"): ["whole picture", "whole picture", "detector", "points"],
     ("IdentityEditAlignFace", "background"): ["keep", "keep", "remove"],
-    ("IdentityEditLoadSubjectPictures", "folder"): ["cat", "cat", "cat", "3d"],
+    ("IdentityEditLoadSubjectPictures", "folder"): ["cat"] * 9 + ["3d"],
     ("IdentityEditLoadWPlusEncoder", "file"): ["identity-edit-demo-w-plus.safetensors"] * 3 + ["no model"],
     ("IdentityEditMCDMConditioner", "file"): [DEMO_MCDM, DEMO_MCDM, DEMO],
-    ("CheckpointLoaderSimple", "ckpt_name"): [DEMO, DEMO, DEMO, DEMO_MCDM],
+    ("CheckpointLoaderSimple", "ckpt_name"): [DEMO] * 7 + [DEMO_MCDM],
 }
 """Options of one widget of one node, where the name alone does not tell them."""
 FITTING: dict[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
@@ -190,9 +191,10 @@ FITTING: dict[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
     ("IdentityEditEditFriendlyDDPMSampler", "inversion"): ("IdentityEditEditFriendlyDDPMInversion", 0, {}),
     ("IdentityEditDiffEdit", "inversion"): ("IdentityEditDDIMInversion", 0, {}),
     ("IdentityEditNullTextOptimization", "inversion"): ("IdentityEditDDIMInversion", 0, {}),
+    ("IdentityEditSaveSubjectAsEmbedding", "subject"): ("IdentityEditTrainSubjectEmbedding", 0, {"kind": "word"}),
 }
-"""What some inputs need of all that their type allows, by class and input: (class, output, widgets). Three times of four
-such a node is put there; without it these nodes would hardly ever come to compute anything."""
+"""What some inputs need of all that their type allows, by class and input: (class, output, widgets). Three times of
+four such a node is put there; without it these nodes would hardly ever come to compute anything."""
 OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask", "masks")
 SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "euler_ancestral", "dpmpp_sde", "lcm", "ddpm"]
 """The others take many evaluations a step or are like these."""
@@ -369,12 +371,12 @@ class Builder:
 
     def widget(self, key: str, name: str, specification: list[Any]) -> Any:
         """A value for a widget: its default first, then the ends of its range and others within."""
-        options = OVERRIDES.get((key, name)) or options_of(specification)
-        if name == "sampler_name":
-            options = SAMPLERS
-        if options is not None:
-            return self.choose(options)
         kind, settings = specification[0], specification[1] if len(specification) > 1 else {}
+        if (key, name) in OVERRIDES:
+            return self.choose(OVERRIDES[key, name])
+        options = SAMPLERS if name == "sampler_name" else options_of(specification)
+        if options is not None:  # as with texts, mostly the plain one
+            return self.choose([settings.get("default", options[0])] * len(options) + options)
         if kind == "BOOLEAN":
             return self.choose([settings.get("default", False), not settings.get("default", False)])
         if kind == "STRING":

@@ -196,7 +196,8 @@ def train_style_attention(
             for key, layer in layers.items():
                 for part in ("to_q", "to_k", "to_v"):
                     own, text = getattr(network.attention[key], part), getattr(layer.block.attn2, part)
-                    own.weight.copy_(float32_weight(text, "weight", f"{'.'.join(map(str, key))}.attn2.{part}"))
+                    named = f"{'.'.join(map(str, key))}.attn2.{part}"
+                    own.weight.copy_(float32_weight(text, "weight", named, in_use=True))
         rows, average = rows.to(networks.device), average.to(networks.device)
 
         def losses(index: int) -> Iterator[torch.Tensor]:

@@ -176,6 +176,7 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditTrainStyleAttention", "masked_loss"): [False, False, False, True],
     ("IdentityEditAlignFace", "method"): ["whole picture", "whole picture", "detector", "points"],
     ("IdentityEditAlignFace", "background"): ["keep", "keep", "remove"],
+    ("IdentityEditSaveSubjectAsEmbedding", "overwrite"): [True, True, True, False],
     ("IdentityEditLoadSubjectPictures", "folder"): ["cat"] * 9 + ["3d"],
     ("IdentityEditLoadWPlusEncoder", "file"): ["identity-edit-demo-w-plus.safetensors"] * 3 + ["no model"],
     ("IdentityEditMCDMConditioner", "file"): [DEMO_MCDM, DEMO_MCDM, DEMO],
@@ -195,6 +196,8 @@ FITTING: dict[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
 }
 """What some inputs need of all that their type allows, by class and input: (class, output, widgets). Three times of
 four such a node is put there; without it these nodes would hardly ever come to compute anything."""
+ONCE = {"SelfAttentionGuidance"}
+"""Stock nodes of which two on one model fail by themselves, under KSampler too."""
 OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask", "masks")
 SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "euler_ancestral", "dpmpp_sde", "lcm", "ddpm"]
 """The others take many evaluations a step or are like these."""
@@ -341,6 +344,8 @@ class Builder:
             return self.choose(there)
         few = len(self.prompt) >= MOST_NODES or depth >= MOST_DEPTH
         key, index = ways[0] if few else self.choose(ways)
+        if key in ONCE and any(node["class_type"] == key for node in self.prompt.values()):
+            key, index = ways[0]
         return [self.add(key, depth, {}), index]
 
     def follow(self, number: str) -> str | None:
@@ -353,7 +358,7 @@ class Builder:
         ]
         if not ways:
             return None
-        index, key, name = self.choose(ways)
+        index, key, name = self.choose([way for way in ways if way[1] not in ONCE])
         return self.add(key, 1, {name: [number, index]})
 
     def show_the_rest(self) -> None:

@@ -189,8 +189,15 @@ def trainable_networks(
             patcher.cleanup()
 
 
-def float32_weight(module: torch.nn.Module, name: str, key: str) -> torch.Tensor:
+def float32_weight(module: torch.nn.Module, name: str, key: str, *, in_use: bool = False) -> torch.Tensor:
     """A float32 copy of a layer's weight as it is now, on its device.
+
+    Args:
+        module: the layer.
+        name: of its parameter.
+        key: names the weight in an error.
+        in_use: with what ComfyUI adds to it while it computes: a LoRA, where the weight itself stays as it was since
+            memory is short (`--lowvram`, `--novram`).
 
     Raises:
         IdentityEditError: for a weight in a form of which a copy is not the weight; `key` names it.
@@ -201,7 +208,10 @@ def float32_weight(module: torch.nn.Module, name: str, key: str) -> torch.Tensor
             f"The weight {key} is stored in a scaled or quantised form that cannot be trained; load the checkpoint in "
             f"float16, bfloat16 or float32."
         )
-    return weight.detach().to(torch.float32, copy=True)
+    copy = weight.detach().to(torch.float32, copy=True)
+    for function in getattr(module, f"{name}_function", ()) if in_use else ():
+        copy = function(copy)
+    return copy
 
 
 @contextlib.contextmanager

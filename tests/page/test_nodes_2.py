@@ -42,7 +42,7 @@ def page(server: RunningServer) -> Iterator[Page]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nodes_stand_apart_inside_their_groups(name: str, page: Page) -> None:
+def test_nodes_stand_apart_and_queue_what_the_api_form_says(name: str, page: Page) -> None:
     workflow = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     assert load_workflow(page, workflow, name) == []
     nodes = len(workflow["nodes"])
@@ -56,10 +56,5 @@ def test_nodes_stand_apart_inside_their_groups(name: str, page: Page) -> None:
     for number, (title, left, top, right, bottom) in enumerate(boxes):
         for other, x, y, to_x, to_y in boxes[number + 1 :]:
             assert not (left < to_x and x < right and top < to_y and y < bottom), f"{title} covers {other}"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_it_queues_what_the_api_form_says(name: str, page: Page) -> None:
-    load_workflow(page, json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8")), name)
     api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert differences(to_prompt(page), api) == []

@@ -10,6 +10,7 @@ import argparse
 import collections
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -80,8 +81,8 @@ def main() -> None:
         *sentences(found["runs"]),
     ]
     figures = {key: found[key] for key in ("graphs", "ends", "occurred_and_computed")}
-    faults = [run for run in found["runs"] if run["how"] == "fault"]
-    write_results("random_graphs", {"commit": source_commit(), "seed": arguments.seed, **figures, "faults": faults}, lines)
+    figures["faults"] = [run for run in found["runs"] if run["how"] == "fault"]
+    write_results("random_graphs", {"commit": source_commit(), "seed": arguments.seed, **figures}, lines)
 
 
 def sentences(runs: list[dict[str, Any]]) -> list[str]:
@@ -89,7 +90,8 @@ def sentences(runs: list[dict[str, Any]]) -> list[str]:
     said: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for one in runs:
         if one["how"] == "our error":
-            said[one["node"]][one["said"].replace("|", "\\|")] += 1
+            text = re.sub(r"/\S*/comfyui\d*/", "", one["said"])  # the test's own folder
+            said[one["node"]][text.replace("|", "\\|")] += 1
     nodes = sorted(said, key=lambda node: (-said[node].total(), node))
     return [f"| {node} | {said[node].total()} | {said[node].most_common(1)[0][0]} |" for node in nodes]
 

@@ -174,7 +174,7 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditTrainIdentityWords", "masked_loss"): [False, False, False, True],
     ("IdentityEditTrainIdentityPrior", "masked_loss"): [False, False, False, True],
     ("IdentityEditTrainStyleAttention", "masked_loss"): [False, False, False, True],
-    ("IdentityEditAlignFace", "method"): ["whole picture", "whole picture", "detector", "points"],
+    ("IdentityEditAlignFace", "method"): ["whole picture"] * 6 + ["detector", "points"],
     ("IdentityEditAlignFace", "background"): ["keep", "keep", "remove"],
     ("IdentityEditSaveSubjectAsEmbedding", "overwrite"): [True, True, True, False],
     ("IdentityEditLoadSubjectPictures", "folder"): ["cat"] * 9 + ["3d"],

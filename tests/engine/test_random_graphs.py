@@ -35,6 +35,8 @@ EVERY = 10
 """Graphs between two reference pictures."""
 SHRINKS = 30
 """Graphs that are run to make a failing one smaller."""
+SUBJECT = ("cat", "test/cat")
+"""Pictures of a subject in the input folder's `cat`."""
 ERROR = "IdentityEditError"
 BLOCKED = "ExecutionBlocked"
 
@@ -60,9 +62,17 @@ class Graphs:
         self.ends: list[dict[str, Any]] = []
         self.known: dict[str, Ended] = {}
 
+    def write_captions(self) -> None:
+        """The captions of the subject's pictures, as they were before a graph wrote others."""
+        for name in SUBJECT:
+            path = self.server.process.base / "input" / "cat" / f"{name}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("a sks cat", encoding="utf-8")
+
     def run(self, prompt: Prompt) -> Ended:
         key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
         if key not in self.known:
+            self.write_captions()
             self.known[key] = self._run(prompt)
             self.ends.append({**dataclasses.asdict(self.known[key]), "prompt": prompt})
             if len(self.ends) % EVERY == 0:
@@ -122,7 +132,7 @@ def one_sentence(said: str) -> bool:
 def prepare(graphs: Graphs) -> None:
     """Run the plain graph of every node that saves something, so that the loaders have files to offer."""
     folder = graphs.server.process.base / "input" / "cat"
-    (folder / "test").mkdir(parents=True, exist_ok=True)
+    graphs.write_captions()
     empty = {"width": 96, "height": 96, "batch_size": 1, "color": 0x996633}
     drawn = graphs.server.run(
         {
@@ -130,9 +140,8 @@ def prepare(graphs: Graphs) -> None:
             "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
         }
     )
-    for name in ("cat", "test/cat"):
+    for name in SUBJECT:
         graphs.server.images(drawn, "2")[0].save(folder / f"{name}.png")
-        (folder / f"{name}.txt").write_text("a sks cat", encoding="utf-8")
     for _ in range(2):  # what loads a file and saves it in another form joins in the second pass
         before = set(graphs.catalogue.nodes)
         for key in graphs.catalogue.of_the_pack():

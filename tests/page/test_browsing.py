@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine import PACK_FOLDER
-from environment import ScriptError
-from page import PATIENCE, choose_template, drawn_texts, find_chromium, open_page, take_notices, to_prompt
+from page import PATIENCE, choose_template, drawn_texts, open_page, take_notices, to_prompt
 from page_workflows import differences
 
 if TYPE_CHECKING:
@@ -23,11 +22,7 @@ SAMPLE = ("reconstruct", "mcdm_edit", "pidiff_style_mix")
 
 
 @pytest.fixture(scope="module")
-def page(server: RunningServer) -> Iterator[Page]:
-    try:
-        find_chromium()
-    except ScriptError as error:
-        pytest.skip(str(error))
+def page(server: RunningServer, chromium: str) -> Iterator[Page]:
     with open_page(server.process) as page:
         page.set_default_timeout(PATIENCE)
         yield page

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from environment import ROOT, ScriptError
-from page import find_chromium, load_workflow, open_page, take_notices, to_prompt
+from environment import ROOT
+from page import load_workflow, open_page, take_notices, to_prompt
 from page_workflows import differences
 from translations import LANGUAGES, LOCALES, read, shown
 
@@ -26,11 +26,7 @@ def language(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def page(language: str, server: RunningServer) -> Iterator[Page]:
-    try:
-        find_chromium()
-    except ScriptError as error:
-        pytest.skip(str(error))
+def page(language: str, server: RunningServer, chromium: str) -> Iterator[Page]:
     with open_page(server.process, language) as page:
         yield page
 

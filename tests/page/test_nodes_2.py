@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from environment import ScriptError
-from page import find_chromium, load_workflow, open_page, to_prompt
+from page import load_workflow, open_page, to_prompt
 from page_workflows import differences
 
 if TYPE_CHECKING:
@@ -32,11 +31,7 @@ BOXES = """() => {
 
 
 @pytest.fixture(scope="module")
-def page(server: RunningServer) -> Iterator[Page]:
-    try:
-        find_chromium()
-    except ScriptError as error:
-        pytest.skip(str(error))
+def page(server: RunningServer, chromium: str) -> Iterator[Page]:
     with open_page(server.process, nodes_2=True) as page:
         yield page
 

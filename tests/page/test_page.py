@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine import PACK_FOLDER
-from environment import ScriptError
-from page import drawn_texts, find_chromium, load_workflow, open_page, take_notices, to_prompt
+from page import drawn_texts, load_workflow, open_page, take_notices, to_prompt
 from page_workflows import differences
 
 if TYPE_CHECKING:
@@ -23,11 +22,7 @@ NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 
 
 @pytest.fixture(scope="module")
-def page(server: RunningServer) -> Iterator[Page]:
-    try:
-        find_chromium()
-    except ScriptError as error:
-        pytest.skip(str(error))
+def page(server: RunningServer, chromium: str) -> Iterator[Page]:
     with open_page(server.process) as page:
         yield page
 

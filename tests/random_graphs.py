@@ -299,12 +299,14 @@ class Builder:
         self.prompt: Prompt = {}
         self.outputs: dict[str, list[Link]] = {}
         self.used: set[tuple[str, int]] = set()
+        self.begun: set[str] = set()  # classes that are there, or will be once their inputs are
 
     def add(self, key: str, depth: int = 0, given: dict[str, Any] | None = None) -> str:
         """Add a node with all that it needs, and return its id.
 
         given: links or values for some of its inputs.
         """
+        self.begun.add(key)
         info = self.catalogue.nodes[key]
         required = info["input"].get("required", {})
         values: dict[str, Any] = dict(given or {})
@@ -344,7 +346,7 @@ class Builder:
             return self.choose(there)
         few = len(self.prompt) >= MOST_NODES or depth >= MOST_DEPTH
         key, index = ways[0] if few else self.choose(ways)
-        if key in ONCE and any(node["class_type"] == key for node in self.prompt.values()):
+        if key in ONCE & self.begun:
             key, index = ways[0]
         return [self.add(key, depth, {}), index]
 

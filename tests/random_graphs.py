@@ -196,6 +196,8 @@ FITTING: dict[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
 }
 """What some inputs need of all that their type allows, by class and input: (class, output, widgets). Three times of
 four such a node is put there; without it these nodes would hardly ever come to compute anything."""
+PLAIN = {"precision": "float32"}
+"""The plain option of a combo by its name, where the default is slow: not every processor has bfloat16."""
 ONCE = {"SelfAttentionGuidance"}
 """Stock nodes of which two on one model fail by themselves, under KSampler too."""
 OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask", "masks")
@@ -383,7 +385,8 @@ class Builder:
             return self.choose(OVERRIDES[key, name])
         options = SAMPLERS if name == "sampler_name" else options_of(specification)
         if options is not None:  # as with texts, mostly the plain one
-            return self.choose([settings.get("default", options[0])] * len(options) + options)
+            plain = PLAIN.get(name, settings.get("default", options[0]))
+            return self.choose([plain] * len(options) + options)
         if kind == "BOOLEAN":
             return self.choose([settings.get("default", False), not settings.get("default", False)])
         if kind == "STRING":

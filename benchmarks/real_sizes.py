@@ -95,6 +95,9 @@ def run_rows(names: list[str], arguments: argparse.Namespace) -> None:
     load_pack.load_pack()
     import real_sizes_nodes
     import torch
+    from identity_edit_pack.pipelines.engine.edit_model import register_families
+
+    register_families()  # as the pack's entry point does
 
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():

@@ -65,10 +65,12 @@ class TrainableNetworks:
 
     def changes(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """What has been learned so far, on the CPU: variables minus the weights they began as, of MODEL and of CLIP."""
-        model, clip = (
-            {key: (variable.detach() - before).to("cpu", dtype) for key, (variable, before) in part.items()}
-            for part in self._trained
-        )
+
+        def change(variable: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+            # PyTorch subtracts no float8, in which `--fp8_e4m3fn-unet` keeps weights.
+            return (variable.detach() - before.to(variable.dtype)).to("cpu", dtype)
+
+        model, clip = ({key: change(*pair) for key, pair in part.items()} for part in self._trained)
         return model, clip
 
     def encode(self, captions: Sequence[str]) -> Text:

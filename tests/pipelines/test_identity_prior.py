@@ -460,6 +460,19 @@ def test_a_lora_on_the_model_is_part_of_what_is_trained():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0] != pytest.approx(losses[2], rel=1e-3)
 
 
+def test_the_change_of_a_weight_that_is_kept_in_float8():
+    """As with `--fp8_e4m3fn-unet`; PyTorch subtracts no float8."""
+    model, clip = make("sd1")
+    weight = model.model.diffusion_model.out[2].weight
+    weight.data = weight.data.to(torch.float8_e4m3fn)
+    key = "diffusion_model.out.2.weight"
+    with trainable_networks(model, clip, [key], [], precision="float32", latent_shape=[1, 4, 8, 8]) as networks:
+        with torch.no_grad():
+            networks.model_variables[key].add_(0.25)
+        (change,) = networks.changes(torch.float32)[0].values()
+    assert torch.allclose(change, torch.full_like(change, 0.25), atol=1e-6)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_patch_that_writes_in_place_trains_like_one_that_does_not(checkpointing: bool):
     """FreeU's does; the backward pass needs the hidden state as it was."""

@@ -4,6 +4,7 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   const gap = 30, titleHeight = 30, groupTitle = 50, minimumWidth = 300, outputHeight = 340, noteLine = 22;
   const widgetPadding = 90, maximumWidth = 540;
   const roundUp = (value) => Math.ceil(value / 10) * 10;
+  const isOurs = (node) => node.type.startsWith("IdentityEdit");
 
   // The page cuts a widget's label when label and value do not fit side by side into the node.
   const ruler = document.createElement("canvas").getContext("2d");
@@ -21,9 +22,8 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
 
   for (const node of graph.nodes) {
     // From which pack and version a node is: ComfyUI-Manager offers to install what a user lacks.
-    const isOurs = node.type.startsWith("IdentityEdit");
-    node.properties.cnr_id = isOurs ? pack.id : "comfy-core";
-    node.properties.ver = isOurs ? pack.version : engineVersion;
+    node.properties.cnr_id = isOurs(node) ? pack.id : "comfy-core";
+    node.properties.ver = isOurs(node) ? pack.version : engineVersion;
     for (const widget of node.widgets ?? []) {
       // The same picture every time, until the user asks for another.
       if (widget.name === "control_after_generate") widget.value = "fixed";
@@ -37,10 +37,9 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   // The page's newer way to draw nodes, "Nodes 2.0", makes them higher: a line with the pack's name, larger widgets and
   // texts. Both ways leave a gap below this.
   const heightOf = (node) => {
-    const isOurs = node.type.startsWith("IdentityEdit");
     const shown = (node.widgets ?? []).filter((widget) => !widget.hidden);
     const texts = shown.filter((widget) => widget.element).length;
-    return node.size[1] + roundUp((isOurs ? 28 : 4) + 3 * shown.length + 20 * texts);
+    return node.size[1] + roundUp((isOurs(node) ? 28 : 4) + 3 * shown.length + 20 * texts);
   };
 
   const addNote = (text, width) => {

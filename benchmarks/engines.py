@@ -19,9 +19,7 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "scripts"))
 
 import engine  # noqa: E402  (found on the path that was extended just above)
-from environment import TORCH, TORCHVISION, VENV, ScriptError, requirements_beyond_torch  # noqa: E402
+from environment import ScriptError, make_environment  # noqa: E402
 from load_pack import source_commit  # noqa: E402
 from report import write_results  # noqa: E402
 
@@ -38,39 +36,6 @@ WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_gen
 
 MOST_STEPS = 6
 """Sampling, inversion and optimisation steps are cut down to this number."""
-
-
-def version_of(folder: Path) -> str:
-    """The version that a ComfyUI says it has; they say so since 0.3.12."""
-    path = folder / "comfyui_version.py"
-    found = re.search(r'__version__ = "([^"]+)"', path.read_text()) if path.is_file() else None
-    return found[1] if found else "before 0.3.12"
-
-
-def make_environment(folder: Path, version: str) -> Path:
-    """The Python with what this ComfyUI needs: its own packages first, those of the running Python after them."""
-    place = VENV / "engines" / version
-    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp = place / "installed.json"
-    wanted = requirements_beyond_torch(folder)
-    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
-        return python
-    venv.create(place, with_pip=True, clear=True)
-    packages = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
-    # pip sees the packages below as installed, so that it adds only what is missing or of another version.
-    (packages / "packages_below.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    constraints = place / "constraints.txt"
-    constraints.write_text(f"{TORCH}\n{TORCHVISION}\ntransformers<5\n")
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    for arguments in (["--constraint", str(constraints), *wanted], ["--no-deps", "torchaudio"]):
-        if subprocess.run([*pip, *arguments]).returncode:
-            raise ScriptError(f"pip could not install what ComfyUI {version} needs: its own message is above.")
-    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
-        # Made for another torch. ComfyUI imports it at its start; without the compiled part the Python part loads.
-        for library in (packages / "torchaudio" / "lib").glob("_torchaudio*"):
-            library.unlink()
-    stamp.write_text(json.dumps(wanted))
-    return python
 
 
 def cheaper(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +105,7 @@ def largest_difference(folder: Path, reference: Path, workflow: str) -> int | No
 
 def examine(folder: Path, pictures: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one version of ComfyUI."""
-    version = version_of(folder)
+    version = engine.version_of(folder)
     print(f"ComfyUI {version} ...", flush=True)
     python = make_environment(folder, version)
     variables = {**os.environ, "COMFYUI_PATH": str(folder), "HF_HUB_OFFLINE": "1"}

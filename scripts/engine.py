@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -39,14 +40,26 @@ def find_engine() -> Path:
     """The folder of the ComfyUI to use: `COMFYUI_PATH`, or the cached ComfyUI 0.3.75, fetched when it is missing."""
     chosen = os.environ.get("COMFYUI_PATH")
     if chosen:
-        path = Path(chosen).expanduser().resolve()
-        if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
-            raise ScriptError(f"COMFYUI_PATH is '{chosen}', which holds no ComfyUI: it has no main.py and comfy/.")
-        return path
+        return engine_in(chosen, "COMFYUI_PATH")
     path = VENV / f"comfyui-{ENGINE_VERSION}"
     if not path.is_dir():
         _fetch_engine(path)
     return path
+
+
+def engine_in(chosen: str, named_by: str) -> Path:
+    """The folder of a ComfyUI of the user's own; `named_by` says in an error what named it."""
+    path = Path(chosen).expanduser().resolve()
+    if not (path / "main.py").is_file() or not (path / "comfy").is_dir():
+        raise ScriptError(f"{named_by} is '{chosen}', which holds no ComfyUI: it has no main.py and comfy/.")
+    return path
+
+
+def version_of(folder: Path) -> str:
+    """The version that a ComfyUI says it has; they say so since 0.3.12."""
+    path = folder / "comfyui_version.py"
+    found = re.search(r'__version__ = "([^"]+)"', path.read_text()) if path.is_file() else None
+    return found[1] if found else "before 0.3.12"
 
 
 def _fetch_engine(destination: Path) -> None:
@@ -233,7 +246,7 @@ class Server:
 
     def _variables(self) -> dict[str, str]:
         variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self._environment}
-        if os.environ.get("COMFYUI_PATH"):
+        if os.environ.get("COMFYUI_PATH") and not os.environ.get("PYTHONPYCACHEPREFIX"):
             variables["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing is written into the user's ComfyUI
         return variables
 

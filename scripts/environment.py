@@ -1,6 +1,7 @@
 """Making `.venv`, once, and continuing in it. Standard library only.
 
-`.venv/installed.json` records a hash of the requirement lists: while it fits, nothing is installed again.
+`.venv/installed.json` records a hash of the requirement lists: while it fits, nothing is installed again. Other
+versions of ComfyUI have environments of their own below `.venv/engines`, on top of `.venv`'s packages.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
+ENGINES = VENV / "engines"
 
 MINIMUM_PYTHON = (3, 10)
 TORCH = "torch==2.13.0"
@@ -29,9 +33,14 @@ class ScriptError(RuntimeError):
 
 
 def enter() -> None:
-    """Return when this process runs in a complete `.venv`; otherwise make it and start this command again in it."""
+    """Return when this process runs in a complete `.venv`; otherwise make it and start this command again in it.
+
+    In an environment of another ComfyUI (`make_environment`), which is complete from the start, it returns at once.
+    """
     if sys.version_info < MINIMUM_PYTHON:
         raise ScriptError(f"Python {sys.version.split()[0]} is too old: python3 3.10 or newer is needed.")
+    if ENGINES.resolve() in Path(sys.prefix).resolve().parents:
+        return
     wanted = _fingerprint()
     if _read_stamp().get("fingerprint") != wanted or not PYTHON.exists():
         _install(wanted)
@@ -70,6 +79,41 @@ def requirements_beyond_torch(engine: Path) -> list[str]:
         return []
     lines = [line.split("#")[0].strip() for line in lines]
     return [line for line in lines if line and not line.startswith(("torch", "-")) or line.startswith("torchsde")]
+
+
+def make_environment(engine: Path, version: str) -> Path:
+    """The Python of an environment with what another ComfyUI needs: its own packages first, then those of `.venv`.
+
+    Call it from `.venv`, with whose torch the ComfyUI runs. Nothing is installed into `.venv` and nothing is written
+    into the ComfyUI; an environment that is there already is used again.
+
+    Args:
+        engine: the ComfyUI's folder.
+        version: its version, which names the environment.
+    """
+    place = ENGINES / version
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamp = place / "installed.json"
+    wanted = requirements_beyond_torch(engine)
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return python
+    print(f"Making an environment for ComfyUI {version} ...", flush=True)
+    venv.create(place, with_pip=True, clear=True)
+    packages = Path(sysconfig.get_path("purelib", vars={"base": str(place)}))
+    # pip sees the packages below as installed, so that it adds only what is missing or of another version.
+    (packages / "packages_below.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    constraints = place / "constraints.txt"
+    constraints.write_text(f"{TORCH}\n{TORCHVISION}\ntransformers<5\n")
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    for arguments in (["--constraint", str(constraints), *wanted], ["--no-deps", "torchaudio"]):
+        if subprocess.run([*pip, *arguments]).returncode:
+            raise ScriptError(f"pip could not install what ComfyUI {version} needs: its own message is above.")
+    if subprocess.run([str(python), "-c", "import torchaudio"], capture_output=True).returncode:
+        # Made for another torch. ComfyUI imports it at its start; without the compiled part the Python part loads.
+        for library in (packages / "torchaudio" / "lib").glob("_torchaudio*"):
+            library.unlink()
+    stamp.write_text(json.dumps(wanted))
+    return python
 
 
 def _fingerprint() -> str:

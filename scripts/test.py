@@ -1,24 +1,55 @@
-"""Runs every check of the repository: `python3 scripts/test.py [options of pytest]`.
+"""Runs every check of the repository: `python3 scripts/test.py [--engine FOLDER] [options of pytest]`.
 
-ruff, mypy, import-linter, then the whole test suite with its slowest ten tests. All run even when an early one fails.
+ruff, mypy, import-linter, then the whole test suite with its slowest ten tests and what was skipped, and why. All run
+even when an early one fails.
+
+`--engine FOLDER` runs the test suite alone, on the ComfyUI in that folder, with an environment of its own below
+.venv/engines; nothing is written into the folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
 
 import environment
-from engine import find_engine, link
-from environment import ROOT, VENV
+from engine import engine_in, find_engine, link, version_of
+from environment import ENGINES, ROOT, VENV
 
 PACKAGE = "identity_edit_pack"
+SUITE = ["-m", "pytest", "--durations=10", "-rfEs"]
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--engine", metavar="FOLDER", help="run the tests on the ComfyUI in this folder")
+    arguments, of_pytest = parser.parse_known_args()
+    if arguments.engine:
+        os.environ.pop("COMFYUI_PATH", None)  # what it needs would be installed into .venv
+        environment.enter()
+        return tests_on(arguments.engine, of_pytest)
     environment.enter()
     find_engine()
+    return checks_and_tests(of_pytest)
+
+
+def tests_on(chosen: str, of_pytest: list[str]) -> int:
+    """The test suite on another ComfyUI."""
+    engine = engine_in(chosen, "--engine")
+    version = version_of(engine)
+    python = environment.make_environment(engine, version)
+    # Beside its environment Python may keep compiled files: the suite starts many servers.
+    compiled = ENGINES / version / "compiled"
+    variables = {**os.environ, "COMFYUI_PATH": str(engine), "PYTHONPYCACHEPREFIX": str(compiled)}
+    print(f"\n== pytest on ComfyUI {version}", flush=True)
+    return subprocess.run([str(python), *SUITE, *of_pytest], cwd=ROOT, env=variables).returncode
+
+
+def checks_and_tests(of_pytest: list[str]) -> int:
     # ComfyUI names the pack after its folder, whatever that is called; the checkers see it under a fixed name.
     folder = VENV / "checked"
     link(ROOT, folder / PACKAGE)
@@ -27,7 +58,7 @@ def main() -> int:
         "ruff": [python, "-m", "ruff", "check", "."],
         "mypy": [python, "-m", "mypy", "-p", PACKAGE],
         "import-linter": [python, "-c", "from importlinter.cli import lint_imports_command as run; run()"],
-        "pytest": [python, "-m", "pytest", "--durations=10", *sys.argv[1:]],
+        "pytest": [python, *SUITE, *of_pytest],
     }
     path = os.pathsep.join(str(part) for part in (folder, ROOT / "scripts", ROOT / "tests", ROOT / "benchmarks"))
     failed = []

@@ -13,7 +13,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
-from .saved_files import changed_at, loadable_files, new_path, next_path, saved_path
+from .saved_files import changed_at, check_file, loadable_files, new_path, next_path, saved_path
 from .sockets import SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -274,8 +274,8 @@ class LoadIdentityPrior(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
-                    tooltip=f"Files of Train Identity Prior in the output folder's '{FILE_FOLDER}', and in the input "
-                    "folder. Press R to list new ones.",
+                    tooltip=f"Files of Train Identity Prior in the input folder itself and in '{FILE_FOLDER}' below "
+                    "the output or the input folder. Press R to list new ones.",
                 ),
                 io.Float.Input(
                     "strength_model",
@@ -310,7 +310,7 @@ class LoadIdentityPrior(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        return _is_there(file)
+        return check_file(file, "train the prior again")
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
@@ -348,8 +348,8 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
-                    tooltip=f"Files of Train Identity Prior in the output folder's '{FILE_FOLDER}', and in the input "
-                    "folder. Press R to list new ones.",
+                    tooltip=f"Files of Train Identity Prior in the input folder itself and in '{FILE_FOLDER}' below "
+                    "the output or the input folder. Press R to list new ones.",
                 ),
                 io.Int.Input(
                     "rank",
@@ -379,7 +379,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        return _is_there(file)
+        return check_file(file, "train the prior again")
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:
@@ -405,12 +405,6 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
         mebibytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
         text = f"LoRA of rank {rank}: relative error {error:.3f}, {mebibytes:.1f} MiB.\nSaved as {path}"
         return io.NodeOutput(path, error, show_text(cls, text), ui=ui.PreviewText(text))
-
-
-def _is_there(file: str) -> bool | str:
-    if file not in loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER):
-        return f"file '{file}' is not there any more; choose another one, or train the prior again."
-    return True
 
 
 def _modified(file: str) -> float:

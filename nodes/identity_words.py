@@ -16,7 +16,7 @@ from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, loadable_files, new_path, next_path, saved_path
+from .saved_files import FILE_ENDING, changed_at, check_file, loadable_files, new_path, next_path, saved_path
 from .sockets import IdentityWords, SubjectPictures, checked, schema, show_text
 from .training import CHECKPOINT_FOLDER, LossMap, checkpointing_input, how_trained
 
@@ -245,8 +245,8 @@ class LoadIdentityWords(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
-                    tooltip=f"Files of Train Identity Words in the output folder's '{FILE_FOLDER}' and in the input "
-                    f"folder. Press R to list new ones.",
+                    tooltip=f"Files of Train Identity Words in the input folder itself and in '{FILE_FOLDER}' below "
+                    "the output or the input folder. Press R to list new ones.",
                 ),
             ],
             outputs=[
@@ -263,9 +263,7 @@ class LoadIdentityWords(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file not in loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER):
-            return f"file '{file}' is not there any more; choose another one, or train the identity words again."
-        return True
+        return check_file(file, "train the identity words again")
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:

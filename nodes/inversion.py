@@ -10,7 +10,7 @@ from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.step_embeddings import apply_step_embeddings
-from .saved_files import changed_at, loadable_files, new_path, saved_path
+from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
 from .sockets import Inversion, checked, choice_of, latent_samples, progress, schema, show_text
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
@@ -488,8 +488,8 @@ class LoadInversion(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=loadable_files(FILE_FOLDER),
-                    tooltip=f"Files of Save Inversion in the output folder's '{FILE_FOLDER}', and in the input folder. "
-                    "Press R to list new ones.",
+                    tooltip=f"Files of Save Inversion in the input folder itself and in '{FILE_FOLDER}' below "
+                    "the output or the input folder. Press R to list new ones.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -523,9 +523,7 @@ class LoadInversion(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file not in loadable_files(FILE_FOLDER):
-            return f"file '{file}' is not there any more; choose another one, or save the inversion again."
-        return True
+        return check_file(file, "save the inversion again")
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:

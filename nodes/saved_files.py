@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import folder_paths
 
@@ -19,6 +21,8 @@ _LONGEST_NAME = 200
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
 _DIFFUSION_MODELS = "diffusion_models"
 _FOLDER_MARK = f" [{_DIFFUSION_MODELS}]"
+_CLOCK_STEP = 2_000_000_000
+"""Nanoseconds within which two changes of a folder may have the same time (FAT has the coarsest clock)."""
 
 
 def next_path(filename_prefix: str, example: str) -> str:
@@ -92,11 +96,28 @@ def check_name(name: str, what: str) -> None:
 
 
 def loadable_files(folder: str, without: str | None = None) -> list[str]:
-    """Names for a combo: files in the input folder, and in the output folder's `folder` without its `without`."""
-    saved = _files_in(os.path.join(folder_paths.get_output_directory(), folder))
-    listed = [name for name in saved if without is None or not name.startswith(f"{without}/")]
-    own = _files_in(folder_paths.get_input_directory())
-    return own + [f"{folder}/{name}{IN_OUTPUT_FOLDER}" for name in listed]
+    """Names for a combo: files in the input folder itself, and in the input and output folder's `folder` without its
+    `without`. Other folders below the input folder may hold any number of pictures and are not searched; a file in one
+    of them can be named all the same (`check_file`)."""
+    inputs, outputs = folder_paths.get_input_directory(), folder_paths.get_output_directory()
+    return [
+        *_listing(inputs).files,
+        *_files_below(inputs, folder, without),
+        *(f"{name}{IN_OUTPUT_FOLDER}" for name in _files_below(outputs, folder, without)),
+    ]
+
+
+def check_file(file: str, remedy: str, folders: Sequence[str] = ()) -> bool | str:
+    """For `validate_inputs`: True where a name of `loadable_files` or `model_folder_files` is a file, or the sentence
+    that says it is not; `remedy` is what else to do than to choose another one."""
+    try:
+        path = path_of(file, folders)
+    except IdentityEditError as error:
+        return str(error)
+    from_models = any(file.endswith(f" [{folder}]") for folder in folders)
+    if path is not None and os.path.isfile(path) and (from_models or path.endswith(FILE_ENDING)):
+        return True
+    return f"file '{file}' is not there any more; choose another one, or {remedy}."
 
 
 def model_folder_files(folders: Sequence[str], endings: tuple[str, ...]) -> list[str]:
@@ -150,11 +171,66 @@ def changed_at(path: str | None) -> float:
     return os.path.getmtime(path) if path is not None and os.path.isfile(path) else 0.0
 
 
-def _files_in(folder: str) -> list[str]:
-    if not os.path.isdir(folder):
-        return []
-    names, _ = folder_paths.recursive_search(folder)
-    return [name.replace(os.sep, "/") for name in sorted(names) if name.endswith(FILE_ENDING)]
+def folders_below(root: str) -> list[str]:
+    """All folders below a folder at any depth but links, by their path from it, sorted: as ComfyUI's own list."""
+    found: list[str] = []
+    waiting = [""]
+    while waiting:
+        name = waiting.pop()
+        path = os.path.join(root, name) if name else root
+        below = [f"{name}/{folder}" if name else folder for folder in _listing(path).folders]
+        below = [folder for folder in below if not os.path.islink(os.path.join(root, folder))]
+        found += below
+        waiting += below
+    return sorted(found)
+
+
+@dataclass(frozen=True)
+class _Listing:
+    """What a folder holds directly: safetensors files and folders, sorted; `changed` is its time in nanoseconds."""
+
+    changed: int
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+
+
+_listings: dict[str, _Listing] = {}
+"""By folder, so that a folder of many thousand pictures is read once and not at each load of the page."""
+
+
+def _listing(folder: str) -> _Listing:
+    """A folder's listing, read anew when the folder has changed; empty for one that cannot be read."""
+    files, folders = [], []
+    try:
+        changed = os.stat(folder).st_mtime_ns
+        kept = _listings.get(folder)
+        if kept is not None and kept.changed == changed:
+            return kept
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.endswith(FILE_ENDING):
+                    files.append(entry.name)
+    except OSError:
+        return _Listing(0, (), ())
+    listing = _Listing(changed, tuple(sorted(files)), tuple(sorted(folders)))
+    if time.time_ns() - changed > _CLOCK_STEP:  # else a file that comes next may leave the folder's time as it is
+        _listings[folder] = listing
+    return listing
+
+
+def _files_below(root: str, folder: str, without: str | None) -> list[str]:
+    """The files in a root's folder at any depth, by their path from the root, sorted."""
+    found: list[str] = []
+    waiting = [folder]
+    while waiting:
+        name = waiting.pop()
+        listing = _listing(os.path.join(root, name))
+        found += [f"{name}/{file}" for file in listing.files]
+        below = [f"{name}/{inner}" for inner in listing.folders]
+        waiting += [path for path in below if without is None or path != f"{folder}/{without}"]
+    return sorted(found)
 
 
 def model_files() -> list[str]:

@@ -67,7 +67,7 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
         for parameter in parameters.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
-        schema = cls.define_schema()
+        schema = cls.SCHEMA or cls.GET_SCHEMA()  # ComfyUI has made it when it asked for the inputs
         check_inputs(schema, given)
         output = execute(cls, *args, **kwargs)
         check_results(schema, output)

@@ -18,7 +18,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
-from .saved_files import changed_at, loadable_files, model_folder_files, new_path, next_path, path_of
+from .saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
 from .sockets import StyleAttention, SubjectPictures, WPlus, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
@@ -280,8 +280,8 @@ class LoadStyleAttention(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=_files(),
-                    tooltip=f"Files of Train Style Attention in the output folder's '{FILE_FOLDER}', in the input "
-                    f"folder and in the models folder '{FILE_FOLDER}'. Press R to list new ones.",
+                    tooltip=f"Files of Train Style Attention in the input folder itself and in '{FILE_FOLDER}' below "
+                    f"the output, the input or the models folder. Press R to list new ones.",
                 ),
             ],
             outputs=[
@@ -301,9 +301,7 @@ class LoadStyleAttention(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file not in _files():
-            return f"file '{file}' is not there any more; choose another one, or train the style attention again."
-        return True
+        return check_file(file, "train the style attention again", (FILE_FOLDER,))
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:

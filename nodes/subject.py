@@ -16,7 +16,7 @@ from ..pipelines import regularisation_prompts as prompts
 from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.model_folders import list_models, missing_model
-from .saved_files import IN_OUTPUT_FOLDER, path_below
+from .saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
 from .sockets import SubjectPictures, checked, schema, show_text
 
 REGULARISATION_FOLDER = "regularisation"
@@ -494,7 +494,7 @@ def _seed_input(tooltip: str) -> io.Int.Input:
 def _folders() -> list[str]:
     """The folders that may hold a subject or a regularisation set."""
     rendered = os.path.join(folder_paths.get_output_directory(), REGULARISATION_FOLDER)
-    listed = [name.replace(os.sep, "/") for name in folder_paths.get_input_subfolders()]
+    listed = folders_below(folder_paths.get_input_directory())
     listed += [f"{REGULARISATION_FOLDER}/{name}{IN_OUTPUT_FOLDER}" for name in _subfolders(rendered)]
     return sorted(name for name in listed if name.split("/")[-1] != subjects.TEST_FOLDER)
 

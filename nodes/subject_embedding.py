@@ -20,6 +20,7 @@ from ..pipelines.training_pictures import encode_pictures
 from .saved_files import (
     FILE_ENDING,
     changed_at,
+    check_file,
     check_name,
     loadable_files,
     model_folder_files,
@@ -282,9 +283,9 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=_files(),
-                    tooltip=f"Files of Train Subject Embedding in the output folder's '{FILE_FOLDER}', in the input "
-                    f"folder and in the models folder '{FILE_FOLDER}', and the embeddings that ComfyUI lists. Press R "
-                    f"to list new ones.",
+                    tooltip=f"Files of Train Subject Embedding in the input folder itself and in '{FILE_FOLDER}' below "
+                    f"the output, the input or the models folder, and the embeddings that ComfyUI lists. Press R to "
+                    f"list new ones.",
                 ),
             ],
             outputs=[
@@ -302,9 +303,7 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file not in _files():
-            return f"file '{file}' is not there any more; choose another one, or train the subject again."
-        return True
+        return check_file(file, "train the subject again", MODEL_FOLDERS)
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_: Any) -> float:

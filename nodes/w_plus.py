@@ -14,7 +14,7 @@ from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import as_colour
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
-from .saved_files import changed_at, loadable_files, new_path, saved_path
+from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
 from .sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
 FILE_FOLDER = "w_plus"
@@ -279,8 +279,8 @@ class LoadWPlus(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=loadable_files(FILE_FOLDER),
-                    tooltip=f"Files of Save W+ in the output folder's '{FILE_FOLDER}', and in the input folder. Press "
-                    "R to list new ones.",
+                    tooltip=f"Files of Save W+ in the input folder itself and in '{FILE_FOLDER}' below "
+                    "the output or the input folder. Press R to list new ones.",
                 ),
             ],
             outputs=[
@@ -291,9 +291,7 @@ class LoadWPlus(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        if file in loadable_files(FILE_FOLDER):
-            return True
-        return f"The file '{file}' does not exist; choose another, or save one first."
+        return check_file(file, "save the style rows again")
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> float:

@@ -94,4 +94,4 @@ def test_styles_are_mixed_averaged_saved_and_loaded(encoder: Any) -> None:
     assert name in nodes.LoadWPlus.define_schema().inputs[0].options and nodes.LoadWPlus.validate_inputs(name) is True
     loaded, report = run(nodes.LoadWPlus, name)
     assert torch.equal(loaded.rows, mixed.rows) and loaded.encoder == encoder.name in report
-    assert "does not exist" in str(nodes.LoadWPlus.validate_inputs("w_plus/none.safetensors [output]"))
+    assert "not there any more" in str(nodes.LoadWPlus.validate_inputs("w_plus/none.safetensors [output]"))

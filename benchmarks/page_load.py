@@ -1,0 +1,110 @@
+"""What the pack adds to the page's load with many files: `.venv/bin/python benchmarks/page_load.py`.
+
+Two real servers, one with the pack, share an input folder and are asked for /object_info in turn: with no file, with
+40,000 pictures in the input folder itself, and with as many in 400 folders below it. Given are the first answer after
+the files have appeared, when no list is known yet, and the median of the later ones.
+Writes benchmarks/results/page_load_VERSION.json and .md, VERSION being ComfyUI's (COMFYUI_PATH names another one).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import engine  # noqa: E402  (found on the path that was extended just above)
+from load_pack import source_commit  # noqa: E402
+from report import write_results  # noqa: E402
+
+GOAL_SECONDS = 0.1
+FOLDERS = 400
+
+
+def make_files(folder: Path, count: int, folders: int) -> None:
+    """Empty pictures, spread over folders below `folder`, or in it for 0 folders."""
+    for number in range(count):
+        place = folder / f"set {number % folders}" if folders else folder
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{number:05}.png").touch()
+
+
+def seconds(server: engine.Server) -> float:
+    begin = time.perf_counter()
+    with urllib.request.urlopen(f"{server.url}/object_info", timeout=120) as answer:
+        answer.read()
+    return time.perf_counter() - begin
+
+
+def measured(count: int, folders: int, requests: int) -> dict[str, Any]:
+    """First and median seconds of both servers, for one layout of files."""
+    with tempfile.TemporaryDirectory(prefix="identity-edit-") as folder:
+        base = Path(folder)
+        make_files(base / "shared", count, folders)
+        (base / "shared").mkdir(exist_ok=True)
+        arguments = ("--input-directory", str(base / "shared"))
+        with (
+            engine.Server(base / "without", with_pack=False, arguments=arguments) as without,
+            engine.Server(base / "with", arguments=arguments) as with_pack,
+        ):
+            if failure := with_pack.pack_failure():
+                raise SystemExit(f"ComfyUI could not load the pack: {failure}")
+            time.sleep(3.0)  # the folders' times are no longer the clock's
+            both = [(seconds(without), seconds(with_pack)) for _ in range(1 + requests)]
+    return {"files": count, "folders": folders, "first": figures(both[:1]), "later": figures(both[1:])}
+
+
+def figures(both: list[tuple[float, float]]) -> dict[str, float]:
+    """Medians of (without, with), and of what the pack adds to each pair."""
+    without, with_pack = zip(*both, strict=True)
+    added = [second - first for first, second in both]
+    return {
+        name: round(statistics.median(values), 4)
+        for name, values in (("without", without), ("with", with_pack), ("added", added))
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=40_000, help="pictures below the input folder (default 40000)")
+    parser.add_argument("--requests", type=int, default=15, help="later answers, whose median is given (default 15)")
+    options = parser.parse_args()
+
+    layouts = [(0, 0), (options.files, 0), (options.files, FOLDERS)]
+    rows = [measured(count, folders, options.requests) for count, folders in layouts]
+    commit, version = source_commit(), engine_version()
+    command = " ".join(["benchmarks/page_load.py", *sys.argv[1:]])
+    lines = [
+        f"# What the pack adds to /object_info, ComfyUI {version}",
+        "",
+        f"`{command}` at commit {commit}, on {os.cpu_count()} CPU cores: seconds of the first answer and the median of "
+        f"{options.requests} later ones, each server asked in turn.",
+        "",
+        "| files below the input folder | first, without | with | added | later, without | with | added |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        where = f"{row['files']:,} in {row['folders']} folders" if row["folders"] else f"{row['files']:,} in it"
+        numbers = [f"{row[when][what]:.3f}" for when in ("first", "later") for what in ("without", "with", "added")]
+        lines.append(f"| {' | '.join([where, *numbers])} |")
+    lines += ["", f"The goal is less than {GOAL_SECONDS} s added."]
+    result = {"command": command, "commit": commit, "comfyui": version, "goal_seconds": GOAL_SECONDS, "rows": rows}
+    write_results(f"page_load_{version}", result, lines)
+
+
+def engine_version() -> str:
+    """ComfyUI's own version, from its file."""
+    text = (engine.find_engine() / "comfyui_version.py").read_text(encoding="utf-8")
+    return text.split('"')[-2]
+
+
+if __name__ == "__main__":
+    main()

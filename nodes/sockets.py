@@ -15,6 +15,7 @@ from comfy_api.latest import io
 from ..pipelines import engine
 from ..pipelines.errors import IdentityEditError, check_conditioning, check_latent
 from ..pipelines.input_checks import check_mask, check_number, check_pictures, check_sigmas, check_text
+from ..pipelines.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
 PIXELS_OF_A_CELL = 8
@@ -82,40 +83,48 @@ def check_inputs(schema: io.Schema, given: dict[str, Any]) -> None:
     Raises:
         IdentityEditError: naming the first that no node can use.
     """
-    model = channels = None
+    model = None
     for item in schema.inputs:
         if item.id not in given:
             continue
         kind, value = item.get_io_type(), given[item.id]
         for each in value if schema.is_input_list and isinstance(value, list) else [value]:
-            if each is None:
-                if not item.optional:
-                    raise IdentityEditError(
-                        f"{item.id} is missing: what is connected gave nothing, as a file without this part does; "
-                        f"connect another."
-                    )
-            elif kind == "MODEL":
-                engine.require_noise_prediction_model(each)
-                model, channels = each, engine.latent_channels(each)
-            elif kind == "VAE":
-                _check_vae(each, item.id, channels)
-            elif kind == "IMAGE":
-                check_pictures(each, item.id)
-            elif kind == "MASK":
-                check_mask(each, item.id)
-            elif kind == "LATENT":
-                check_latent(latent_samples(each, item.id), item.id, channels)
-            elif kind == "CONDITIONING":
-                if model is None:
-                    check_conditioning(each, item.id)
-                else:
-                    engine.check_prompt(model, each, item.id)
-            elif kind == "SIGMAS":
-                check_sigmas(each, item.id)
-            elif kind in ("INT", "FLOAT"):
-                check_number(each, item.id, item.min, item.max)
-            elif kind == "STRING":
-                check_text(each, item.id)
+            if each is not None:
+                if kind in _CHECKS:
+                    _CHECKS[kind](each, item, model)
+                model = each if kind == "MODEL" else model
+            elif not item.optional:
+                raise IdentityEditError(
+                    f"{item.id} is missing: what is connected gave nothing, as a file without this part does; "
+                    f"connect another."
+                )
+
+
+_CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
+    "MODEL": lambda value, item, model: engine.require_noise_prediction_model(value),
+    "CLIP": lambda value, item, model: check_clip(value, item.id),
+    "VAE": lambda value, item, model: _check_vae(value, item.id, _channels(model)),
+    "IMAGE": lambda value, item, model: check_pictures(value, item.id),
+    "MASK": lambda value, item, model: check_mask(value, item.id),
+    "LATENT": lambda value, item, model: check_latent(latent_samples(value, item.id), item.id, _channels(model)),
+    "CONDITIONING": lambda value, item, model: _check_conditioning(value, item.id, model),
+    "SIGMAS": lambda value, item, model: check_sigmas(value, item.id),
+    "INT": lambda value, item, model: check_number(value, item.id, item.min, item.max),
+    "FLOAT": lambda value, item, model: check_number(value, item.id, item.min, item.max),
+    "STRING": lambda value, item, model: check_text(value, item.id),
+}
+"""How a value is checked, by its socket's type: of a value, its input, and the MODEL among the inputs before it."""
+
+
+def _channels(model: Any) -> int | None:
+    return None if model is None else engine.latent_channels(model)
+
+
+def _check_conditioning(conditioning: Any, name: str, model: Any) -> None:
+    if model is None:
+        check_conditioning(conditioning, name)
+    else:
+        engine.check_prompt(model, conditioning, name)
 
 
 def _check_vae(vae: Any, name: str, channels: int | None) -> None:

@@ -17,6 +17,9 @@ from .errors import IdentityEditError
 _END_OF_WORD = "</w>"
 """How CLIP's byte-pair encoding marks the last token of a word."""
 
+_ENCODERS = ({"l"}, {"h"}, {"l", "g"})
+"""What ComfyUI calls the text encoders of Stable Diffusion 1.x, 2.x and XL."""
+
 Positions = tuple[int, ...]
 Pair = tuple[Positions, Positions]
 """Positions in the source that belong to positions in the target."""
@@ -53,6 +56,25 @@ class PromptTokens:
     @property
     def positions(self) -> Positions:
         return tuple(position for position, _ in self.content)
+
+
+def check_clip(clip: Any, name: str) -> None:
+    """Check that a CLIP cuts text for the encoders of Stable Diffusion.
+
+    Args:
+        clip: CLIP.
+        name: the input's name as the user sees it.
+
+    Raises:
+        IdentityEditError: for another family's, with that family's name and encoders.
+    """
+    encoders = clip.tokenize("")
+    if set(encoders) not in _ENCODERS:
+        family = type(clip.tokenizer).__name__.removesuffix("Tokenizer")
+        raise IdentityEditError(
+            f"{name} is another family's ({family}, with {', '.join(encoders)}); connect the CLIP of the same Stable "
+            f"Diffusion 1.x, 2.x or XL checkpoint."
+        )
 
 
 def prompt_tokens(clip: Any, text: str) -> PromptTokens:

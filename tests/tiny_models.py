@@ -90,18 +90,29 @@ def sd2_v(seed: int = 0, zero_snr: bool = False, output_gain: float = 1.0) -> co
 
 def sdxl(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
     """Like SDXL: pooled output and sizes as vector conditioning, no transformer at the latent's resolution."""
+    return _like_sdxl(comfy.supported_models.SDXL, comfy.model_base.SDXL, 6 * 256, seed, output_gain)
+
+
+def sdxl_refiner(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+    """Like SDXL's refiner, whose vector conditioning is the pooled output, two sizes and a score."""
+    return _like_sdxl(comfy.supported_models.SDXLRefiner, comfy.model_base.SDXLRefiner, 5 * 256, seed, 1.0)
+
+
+def _like_sdxl(
+    supported: Any, base: Any, behind_the_pooled_output: int, seed: int, output_gain: float
+) -> comfy.model_patcher.ModelPatcher:
     unet = _unet_config(
         use_linear_in_transformer=True,
         transformer_depth=[0, 2],
         transformer_depth_output=[0, 0, 2, 2],
         transformer_depth_middle=2,
-        adm_in_channels=POOLED + 6 * 256,
+        adm_in_channels=POOLED + behind_the_pooled_output,
         num_classes="sequential",
     )
-    config = comfy.supported_models.SDXL(unet)
+    config = supported(unet)
     config.unet_config["num_head_channels"] = 16
     config.set_inference_dtype(torch.float32, None)
-    return _patcher(comfy.model_base.SDXL(config, device=torch.device("cpu")), seed, output_gain)
+    return _patcher(base(config, device=torch.device("cpu")), seed, output_gain)
 
 
 FAMILIES: dict[str, Any] = {"sd1": sd1, "sd2_v": sd2_v, "sdxl": sdxl}

@@ -17,8 +17,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..errors import IdentityEditError, check_conditioning
 
-_SIZE_CHANNELS_OF_SDXL = 6 * 256
-"""What ComfyUI puts behind the pooled output: six sizes of the picture, each as 256 numbers."""
+_BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base.SDXLRefiner, 5 * 256))
+"""What ComfyUI puts behind the pooled output: sizes of the picture and the refiner's score, each as 256 numbers."""
 _BESIDE_THE_PROMPT = ("control", "gligen", "mask")
 """What a conditioning may carry beside its prompt that speaks of one picture."""
 
@@ -66,7 +66,8 @@ def context_channels(model: Any) -> int:
 
 
 def check_prompt(model: Any, conditioning: Any, name: str) -> None:
-    """Check that a CONDITIONING is one that the model takes: see `check_conditioning`; SDXL needs a pooled output too.
+    """Check that a CONDITIONING is one that the model takes: see `check_conditioning`; SDXL and its refiner need a
+    pooled output too.
 
     Raises:
         IdentityEditError: when it is another model's.
@@ -88,9 +89,10 @@ def check_text_width(model: Any, embedding: torch.Tensor, pooled: torch.Tensor |
             f"{name} has {embedding.shape[2]} channels but the model takes {width}; encode the prompt with this "
             f"checkpoint's CLIP."
         )
-    if not isinstance(model.model, comfy.model_base.SDXL):
+    behind = next((count for kind, count in _BEHIND_THE_POOLED_OUTPUT if isinstance(model.model, kind)), None)
+    if behind is None:
         return
-    width = int(model.model.adm_channels) - _SIZE_CHANNELS_OF_SDXL
+    width = int(model.model.adm_channels) - behind
     if pooled is None or pooled.shape[1] != width:
         has = "no pooled output" if pooled is None else f"a pooled output of {pooled.shape[1]} channels"
         raise IdentityEditError(

@@ -22,6 +22,7 @@ from .nodes.style_attention import FILE_FOLDER as STYLE_FOLDER
 from .nodes.subject_embedding import FILE_FOLDER
 from .nodes.w_plus import ENCODER_FOLDER
 from .pipelines.engine.edit_model import register_families
+from .pipelines.errors import for_console
 
 
 class IdentityEditExtension(ComfyExtension):
@@ -35,7 +36,8 @@ def warn_of_another_copy() -> None:
     for folder in map(Path, folder_paths.get_folder_paths("checkpoints")):
         other = folder.parent.parent
         if folder.parts[-2:] == ("demo_world", "weights") and other != here:
-            logging.warning(f"ComfyUI-IdentityEdit is loaded twice, from {other} and from {here}: remove one of them.")
+            text = f"ComfyUI-IdentityEdit is loaded twice, from {other} and from {here}: remove one of them."
+            logging.warning(for_console(text))
 
 
 async def comfy_entrypoint() -> IdentityEditExtension:

@@ -12,6 +12,7 @@ from ..pipelines import edit_mask as edit_masks
 from ..pipelines import mcdm as mcdms
 from ..pipelines import mcdm_guidance
 from ..pipelines.conditioning import Conditioning
+from ..pipelines.errors import for_console
 from ..pipelines.identity_mask_blend import identity_mask_blend
 from ..pipelines.inversion import Inversion as InversionData
 from ..pipelines.pictures import as_colour
@@ -89,7 +90,7 @@ class MCDMConditioner(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
         if file not in model_files():
-            return f"file '{file}' is not there any more; choose another one, or train it again."
+            return for_console(f"file '{file}' is not there any more; choose another one, or train it again.")
         return True
 
     @classmethod

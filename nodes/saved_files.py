@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import folder_paths
 
-from ..pipelines.errors import IdentityEditError
+from ..pipelines.errors import IdentityEditError, for_console
 from ..pipelines.files import CLAIMED
 
 FILE_ENDING = ".safetensors"
@@ -117,7 +117,7 @@ def check_file(file: str, remedy: str, folders: Sequence[str] = ()) -> bool | st
     from_models = any(file.endswith(f" [{folder}]") for folder in folders)
     if path is not None and os.path.isfile(path) and (from_models or path.endswith(FILE_ENDING)):
         return True
-    return f"file '{file}' is not there any more; choose another one, or {remedy}."
+    return for_console(f"file '{file}' is not there any more; choose another one, or {remedy}.")
 
 
 def model_folder_files(folders: Sequence[str], endings: tuple[str, ...]) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
-from ..pipelines.errors import IdentityEditError, check_conditioning, check_latent
+from ..pipelines.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
 from ..pipelines.input_checks import check_mask, check_number, check_pictures, check_sigmas, check_text
 from ..pipelines.prompt_tokens import check_clip
 
@@ -69,9 +69,15 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         schema = cls.SCHEMA or cls.GET_SCHEMA()  # ComfyUI has made it when it asked for the inputs
-        check_inputs(schema, given)
-        output = execute(cls, *args, **kwargs)
-        check_results(schema, output)
+        try:
+            check_inputs(schema, given)
+            output = execute(cls, *args, **kwargs)
+            check_results(schema, output)
+        except Exception as error:
+            fit = loggable(error)
+            if fit is error:
+                raise
+            raise fit from None
         return output
 
     return check_and_execute
@@ -180,7 +186,7 @@ def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:
 def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -> str:
     """Show a text on the node on the page, write a warning into ComfyUI's log, and return both as one text."""
     if warning is not None:
-        logging.warning("IdentityEdit: %s", warning)
+        logging.warning("IdentityEdit: %s", for_console(warning))
         text = f"{text}\nWarning: {warning}" if text else f"Warning: {warning}"
     try:
         from server import PromptServer

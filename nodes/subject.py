@@ -14,7 +14,7 @@ from comfy_api.latest import io, ui
 from ..pipelines import captioning
 from ..pipelines import regularisation_prompts as prompts
 from ..pipelines import subject_pictures as subjects
-from ..pipelines.errors import IdentityEditError
+from ..pipelines.errors import IdentityEditError, for_console
 from ..pipelines.model_folders import list_models, missing_model
 from .saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
 from .sockets import SubjectPictures, checked, schema, show_text
@@ -131,7 +131,7 @@ class LoadSubjectPictures(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, folder: str) -> bool | str:
         if folder not in _folders():
-            return (
+            return for_console(
                 f"folder '{folder}' is not below ComfyUI's input folder; make it there, put 3 to 5 pictures with their "
                 f"captions into it, and press R."
             )

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .errors import IdentityEditError
+from .errors import IdentityEditError, for_console
 from .face_alignment import PROFILE, check_points, ffhq_quad, quad_side, turned_aside
 from .model_folders import first_line, model_roots
 
@@ -442,4 +442,4 @@ def onnx_session(path: str) -> Any:
 
 def missing_file(name: str, needed: str = NEEDED) -> str:
     """The sentence that says where a detector should be and which files there are."""
-    return f"'{name}' is not in {model_roots(FOLDER)[0]}; put there {needed}, and press R."
+    return for_console(f"'{name}' is not in {model_roots(FOLDER)[0]}; put there {needed}, and press R.")

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .errors import IdentityEditError
+from .errors import IdentityEditError, for_console
 
 CONFIG = "config.json"
 
@@ -52,7 +52,7 @@ def list_models(name: str, endings: tuple[str, ...] = ()) -> dict[str, str]:
 
 def missing_model(name: str, model: str, needed: str) -> str:
     """The sentence that says where a model should be and which files it has."""
-    return f"The model '{model}' is not in {model_roots(name)[0]}; put it there ({needed}), and press R."
+    return for_console(f"The model '{model}' is not in {model_roots(name)[0]}; put it there ({needed}), and press R.")
 
 
 def read_config(path: str, needed: str) -> dict[str, Any]:

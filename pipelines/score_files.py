@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import IdentityEditError
+from .errors import IdentityEditError, for_console
 from .model_folders import first_line, model_roots, read_checkpoint
 
 FOLDER = "image_scores"
@@ -53,7 +53,7 @@ def find_file(beginning: str, example: str, purpose: str, what: str, *, whole_na
 
 def missing_file(name: str, purpose: str, what: str) -> str:
     """The sentence that says which file goes where."""
-    return f"{purpose} needs {name} ({what}); put it into {model_roots(FOLDER)[0]}, and press R."
+    return for_console(f"{purpose} needs {name} ({what}); put it into {model_roots(FOLDER)[0]}, and press R.")
 
 
 def backbone_of_torchvision(path: str, architecture: str) -> Any:

@@ -39,8 +39,8 @@ def _identity_inputs() -> list[io.Input]:
         io.String.Input(
             "identity_words",
             default="",
-            tooltip="Which words of the identity prompt count, separated by spaces. Empty: all of them. The tokens of "
-            "begin, end and padding never count.",
+            tooltip="Which words of the identity prompt count, separated by spaces or commas. Empty: all of them. The "
+            "tokens of begin, end and padding never count.",
         ),
     ]
 

@@ -99,7 +99,7 @@ class PromptToPrompt(io.ComfyNode):
                 io.String.Input(
                     "blend_words",
                     default="",
-                    tooltip="Local blend: words of either prompt, such as: cat dog. The picture changes where the "
+                    tooltip="Local blend: words of either prompt, such as: cat, dog. The picture changes where the "
                     "attention to these is, and nowhere else. Empty: everywhere.",
                 ),
                 io.Float.Input(
@@ -211,8 +211,8 @@ class ReplaceSubject(io.ComfyNode):
                 io.String.Input(
                     "subject_words",
                     default="",
-                    tooltip="The new subject's words in the target prompt, separated by spaces; their attention is "
-                    "their own. Empty: the words that the source prompt lacks.",
+                    tooltip="The new subject's words in the target prompt, separated by spaces or commas; their "
+                    "attention is their own. Empty: the words that the source prompt lacks.",
                 ),
                 io.Int.Input(
                     "subject_tokens",

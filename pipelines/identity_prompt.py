@@ -11,7 +11,7 @@ from ..attention.capture import IdentityAttention, capture_attention
 from ..attention.layers import AUTOMATIC
 from . import engine
 from .errors import IdentityEditError
-from .prompt_tokens import positions_of, prompt_tokens
+from .prompt_tokens import positions_of, prompt_tokens, split_words
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def encode_identity_prompt(clip: Any, text: str, words: str = "") -> IdentityPro
     Args:
         clip: CLIP of the model.
         text: the prompt.
-        words: the part of it that counts, each word as it stands in the prompt; empty is the whole prompt. The tokens
-            of begin, end and padding never count.
+        words: the part of it that counts, words as they stand in the prompt, separated by spaces or commas; empty is
+            the whole prompt. The tokens of begin, end and padding never count.
 
     Raises:
         IdentityEditError: when the prompt is empty or lacks one of the words.
@@ -47,8 +47,8 @@ def encode_identity_prompt(clip: Any, text: str, words: str = "") -> IdentityPro
             'the model has learned one ("sks cat").'
         )
     positions = set(prompt.positions)
-    if words.split():
-        positions = {p for word in words.split() for p in positions_of(clip, prompt, word, "The identity prompt")}
+    if separate := split_words(words):
+        positions = {p for word in separate for p in positions_of(clip, prompt, word, "The identity prompt")}
     with torch.no_grad():
         embedding = clip.encode_from_tokens(clip.tokenize(text))
     inside = tuple(position for position in sorted(positions) if position < embedding.shape[1])

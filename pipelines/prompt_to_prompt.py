@@ -13,6 +13,7 @@ any stock sampler and guider runs it:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError
 from .inversion import Inversion, check_inversion, check_sampled_latent
 from .prompt_tokens import (
+    BETWEEN_WORDS,
     Pair,
     aligned_tokens,
     paired_words,
     positions_in_either,
     positions_of,
     prompt_tokens,
+    split_words,
     token_mapper,
 )
 from .schedule import signal_scale
@@ -51,6 +54,7 @@ FACTORS = (AUTOMATIC, "1", "2", "4", "8")
 
 _KEY = "identity_edit_prompt_to_prompt"
 _RELATIVE_TOLERANCE = 1e-4
+_WORD_AND_FACTOR = re.compile(r"(?P<word>\S.*?)\s*:\s*(?P<factor>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)(?=\s|$)", re.I)
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,8 @@ def prompt_to_prompt(
         edit: "replace" exchanges word for word: a new word takes the place of the one that it stands for. "refine"
             keeps the attention of the tokens that both prompts share and leaves new ones free.
         reweight: words of the target prompt and the factor of their attention; below 1 weakens, below 0 inverts.
-        blend_words: words of either prompt, separated by spaces: the latent changes where these are, and nowhere else.
-            Empty for everywhere.
+        blend_words: words of either prompt, separated by spaces or commas: the latent changes where these are, and
+            nowhere else. Empty for everywhere.
         settings: when and where attention is controlled.
         inversion: of a real picture, made with the source prompt; None samples the source beside the target.
 
@@ -126,7 +130,7 @@ def prompt_to_prompt(
     for word, factor in (reweight or {}).items():
         factors[list(positions_of(clip, target, word, "The target prompt"))] = float(factor)
     tokens = TokenMap(mapper, mapper.sum(dim=0) > 0, factors)
-    words = [positions_in_either(clip, source, target, word) for word in blend_words.split()]
+    words = [positions_in_either(clip, source, target, word) for word in split_words(blend_words)]
     blend: Pair | None = None
     if words:
         blend = tuple(p for first, _ in words for p in first), tuple(p for _, second in words for p in second)
@@ -137,24 +141,22 @@ def prompt_to_prompt(
 
 
 def parse_reweight(text: str) -> dict[str, float]:
-    """Words and factors from "fluffy: 2, red hat: 0.5" (separated by commas or new lines).
+    """Words and factors from "fluffy: 2, red hat: 0.5" (separated by commas, spaces or new lines).
 
     Raises:
         IdentityEditError: when a part is no word, colon and number.
     """
     found: dict[str, float] = {}
-    for part in text.replace("\n", ",").split(","):
-        if not part.strip():
-            continue
-        word, _, factor = part.rpartition(":")
-        try:
-            found[word.strip()] = float(factor)
-        except ValueError:
-            word = ""
-        if not word.strip():
-            raise IdentityEditError(
-                f"reweight has {part.strip()!r}; write each word with its factor, such as: fluffy: 2, hat: 0.5."
-            )
+    for part in BETWEEN_WORDS.split(text.replace("\n", ",").replace("\uff1a", ":")):
+        rest = part.strip()
+        while rest:
+            pair = _WORD_AND_FACTOR.match(rest)
+            if pair is None:
+                raise IdentityEditError(
+                    f"reweight has {part.strip()!r}; write each word with its factor, such as: fluffy: 2, hat: 0.5."
+                )
+            found[pair["word"].strip()] = float(pair["factor"])
+            rest = rest[pair.end() :].strip()
     return found
 
 

@@ -6,8 +6,10 @@ prompt into parts of 77 tokens, each with its own begin, end and padding.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from .errors import IdentityEditError
 _END_OF_WORD = "</w>"
 """How CLIP's byte-pair encoding marks the last token of a word."""
 
+BETWEEN_WORDS = re.compile("[,;\uff0c\u3001\uff1b]")
 _ENCODERS = ({"l"}, {"h"}, {"l", "g"})
 """What ComfyUI calls the text encoders of Stable Diffusion 1.x, 2.x and XL."""
 
@@ -43,7 +46,8 @@ class PromptTokens:
         count: tokens of its embedding, T: 77 or a multiple.
         content: (position, token) of everything but begin, end and padding; a token is a number, or an embedding of a
             textual inversion.
-        words: the positions of each word's tokens; punctuation is a word of its own.
+        words: the positions of each word's tokens; punctuation is a word of its own, and so is an embedding of however
+            many vectors.
         parts: where begin, end and padding are.
     """
 
@@ -79,7 +83,7 @@ def check_clip(clip: Any, name: str) -> None:
 
 def prompt_tokens(clip: Any, text: str) -> PromptTokens:
     """Cut a prompt into tokens as `clip` does, emphasis and textual inversions included."""
-    found: dict[int, Any] = {}
+    found: dict[int, tuple[Any, int]] = {}
     parts: dict[int, Part] = {}
     count = 0
     # SDXL's two encoders have the same tokens at the same positions, but for textual inversions of different lengths:
@@ -88,14 +92,21 @@ def prompt_tokens(clip: Any, text: str) -> PromptTokens:
         start = 0
         for chunk in chunks:
             content = [i for i, (_, _, word) in enumerate(chunk) if word != 0]
-            found.update({start + i: chunk[i][0] for i in content})
+            found.update({start + i: (chunk[i][0], chunk[i][2]) for i in content})
             end = content[-1] + 1 if content else 1
             part = Part(start, start + end, tuple(range(start + end + 1, start + len(chunk))))
             parts[start] = max(part, parts.get(start, part), key=lambda part: part.end)
             start += len(chunk)
         count = max(count, start)
-    ordered = tuple(sorted(found.items(), key=lambda item: item[0]))
-    return PromptTokens(text, count, ordered, _words(clip, ordered), tuple(parts[start] for start in sorted(parts)))
+    content = tuple((position, found[position][0]) for position in sorted(found))
+    words = _words(clip, [(position, *found[position]) for position in sorted(found)])
+    return PromptTokens(text, count, content, words, tuple(parts[start] for start in sorted(parts)))
+
+
+def split_words(text: str) -> list[str]:
+    """The words of a field that holds several, separated by spaces or commas alike (those of Chinese and Japanese
+    too)."""
+    return BETWEEN_WORDS.sub(" ", text).split()
 
 
 def positions_of(clip: Any, prompt: PromptTokens, word: str, name: str) -> Positions:
@@ -211,13 +222,17 @@ def _paired_parts(source: PromptTokens, target: PromptTokens) -> list[Pair]:
     return pairs
 
 
-def _words(clip: Any, content: Sequence[tuple[int, Any]]) -> tuple[Positions, ...]:
+def _words(clip: Any, content: Sequence[tuple[int, Any, int]]) -> tuple[Positions, ...]:
+    """Of (position, token, number that ComfyUI gives to what stands between two spaces)."""
     words: list[Positions] = []
     word: list[int] = []
-    for position, token in content:
-        word.append(position)
-        text = None if isinstance(token, torch.Tensor) else clip.tokenizer.untokenize([(token, 1.0)])[0][1]
-        if text is None or text.endswith(_END_OF_WORD):
+    for (is_vector, _), tokens in groupby(content, lambda item: (isinstance(item[1], torch.Tensor), item[2])):
+        for position, token, _ in tokens:
+            word.append(position)
+            if not is_vector and clip.tokenizer.untokenize([(token, 1.0)])[0][1].endswith(_END_OF_WORD):
+                words.append(tuple(word))
+                word = []
+        if is_vector:
             words.append(tuple(word))
             word = []
     return tuple(words + ([tuple(word)] if word else []))

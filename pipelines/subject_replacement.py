@@ -17,7 +17,7 @@ from .conditioning import Conditioning, single_embedding, with_embedding
 from .errors import IdentityEditError, check_batch_matches
 from .inversion import DDIM, Inversion, check_inversion, check_method
 from .prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
-from .prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
+from .prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, split_words, token_mapper
 from .schedule import euler_step, signal_scale
 
 SUBJECT_TOKENS = 5
@@ -166,7 +166,7 @@ def _subject_tokens(
     """All tokens take the source's weights but [c_s^t, w_g]; and the tokens of the old and the new subject."""
     mapper = token_mapper(source, target, aligned_tokens(source, target))
     mapped = mapper.sum(dim=0) > 0
-    words = [p for word in subject_words.split() for p in positions_of(clip, target, word, "The target prompt")]
+    words = [p for word in split_words(subject_words) for p in positions_of(clip, target, word, "The target prompt")]
     if not words:
         words = [position for position in target.positions if not mapped[position]]
     last = list(range(target.count - learned, target.count))

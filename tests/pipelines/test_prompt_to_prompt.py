@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import comfy.sample
@@ -15,8 +16,10 @@ from identity_edit_pack.pipelines import inversion
 from identity_edit_pack.pipelines import prompt_to_prompt as p2p
 from identity_edit_pack.pipelines import prompt_tokens as words
 from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.step_embeddings import apply_step_embeddings, constant_embedding
 from identity_edit_pack.tests import tiny_models
+from safetensors.torch import save_file
 
 CAT, DOG = "a photo of a cat in the snow", "a photo of a dog in the snow"
 HEIGHT, WIDTH = 8, 12
@@ -344,7 +347,60 @@ def test_bad_inputs_are_refused(clip: Any) -> None:
 
 def test_reweight_is_read_from_text() -> None:
     assert p2p.parse_reweight("fluffy: 2, red hat:0.5\nsnow : -1") == {"fluffy": 2.0, "red hat": 0.5, "snow": -1.0}
-    assert p2p.parse_reweight(" ") == {}
-    for text in ("fluffy", "fluffy: much", ": 2"):
+    for text in (
+        "fluffy: 2 red hat:.5 snow :-1e0",
+        "fluffy:2,\nred hat: 0.5, , snow: -1.",
+        "fluffy\uff1a2\uff0cred hat:.5;snow:-1",
+    ):
+        assert p2p.parse_reweight(text) == {"fluffy": 2.0, "red hat": 0.5, "snow": -1.0}, text
+    assert p2p.parse_reweight("embedding:my_cat: 2 4k:3") == {"embedding:my_cat": 2.0, "4k": 3.0}
+    assert p2p.parse_reweight(" , ") == {}
+    for text in ("fluffy", "fluffy: much", ": 2", "fluffy: 2 hat", "fluffy: 2 hat: x", "fluffy: nan"):
         with pytest.raises(IdentityEditError, match="each word with its factor"):
             p2p.parse_reweight(text)
+
+
+SEPARATED = ["cat snow", "cat, snow", "cat,snow", " cat ,\n snow,", "cat; snow", "cat\uff0csnow", "cat\u3001 snow"]
+
+
+@pytest.mark.parametrize("text", SEPARATED)
+def test_words_are_separated_by_spaces_and_commas_alike(text: str, clip: Any) -> None:
+    """In every field that holds words."""
+    assert words.split_words(text) == ["cat", "snow"]
+    prompt = "a cat, in the snow, at night"
+    expected = {
+        i for word in ("cat", "snow") for i in words.positions_of(clip, words.prompt_tokens(clip, prompt), word, "")
+    }
+    assert set(encode_identity_prompt(clip, prompt, text).tokens) == expected
+    results = []
+    for blend in (text, "cat snow"):
+        model, positive = p2p.prompt_to_prompt(tiny_models.sd1(), clip, CAT, DOG, blend_words=blend)
+        results.append(sample(model, positive, positive))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("vectors", [1, 2, 7])
+def test_an_embedding_is_one_word_however_many_vectors_it_has(vectors: int, family: str, tmp_path: Path) -> None:
+    clip = encoder(family)
+    width = tiny_models.CONTEXT if family == "sd1" else tiny_models.POOLED
+    tensor = torch.randn(vectors, width)
+    tensors = {"emb_params": tensor} if family == "sd1" else {"clip_l": tensor, "clip_g": tensor.clone()}
+    save_file(tensors, tmp_path / "thing.safetensors")
+    for key, part in [("l", clip.tokenizer.clip_l)] if family == "sd1" else clip.tokenizer.parts.items():
+        part.embedding_directory, part.embedding_key = str(tmp_path), f"clip_{key}"
+    source = words.prompt_tokens(clip, "a cat on the grass")
+    for text, counts in (
+        ("a embedding:thing on the grass", [1, vectors, 1, 1, 1]),
+        ("a (embedding:thing:1.2) on the grass", [1, vectors, 1, 1, 1]),
+        ("a embedding:thing embedding:thing cat, on", [1, vectors, vectors, 1, 1, 1]),
+    ):
+        target = words.prompt_tokens(clip, text)
+        assert [len(positions) for positions in target.words] == counts
+    target = words.prompt_tokens(clip, "a embedding:thing on the grass")
+    mapper = words.token_mapper(source, target, words.paired_words(source, target))
+    for i, position in enumerate(range(2, 2 + vectors)):  # each of its vectors gets its share of the cat's attention
+        assert float(mapper[2, position]) == pytest.approx(1.0 / vectors), i
+    for i in range(3):  # "on the grass" stays with itself
+        assert float(mapper[3 + i, 2 + vectors + i]) == 1.0
+    p2p.prompt_to_prompt(tiny_models.FAMILIES[family](), clip, source.text, target.text)

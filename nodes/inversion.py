@@ -9,9 +9,10 @@ from comfy_api.latest import io, ui
 from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
+from ..pipelines.schedule import fewer_steps
 from ..pipelines.step_embeddings import apply_step_embeddings
 from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
-from .sockets import Inversion, checked, choice_of, latent_samples, progress, schema, show_text
+from .sockets import Inversion, checked, choice_of, latent_samples, progress, schema, show_text, show_warnings
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
 ADAPTIVE_NULL_TEXT_OPTIMIZATION = "null-text optimization (adaptive)"
@@ -115,6 +116,7 @@ class DDIMInversion(io.ComfyNode):
             end_at_zero=end_at_zero,
             callback=progress(model, steps),
         )
+        show_warnings(cls, fewer_steps(steps, result.steps))
         # A noise mask of the picture stays behind: a sampler would blend with x_T as if it were the picture.
         return io.NodeOutput(result, {"samples": result.start_latent(model)}, result.sigmas.clone())
 
@@ -216,6 +218,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
             zero_last_noise_map=zero_last_noise_map,
             callback=progress(model, steps),
         )
+        show_warnings(cls, fewer_steps(steps, result.steps))
         return io.NodeOutput(result)
 
 

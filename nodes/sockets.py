@@ -199,6 +199,12 @@ def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -
     return text
 
 
+def show_warnings(node: type[io.ComfyNode], *warnings: str | None) -> None:
+    """`show_text` for a node that has nothing else to say; those that are None are left out."""
+    if text := " ".join(warning for warning in warnings if warning is not None):
+        show_text(node, "", text)
+
+
 def choice_of(table: dict[str, Any], choice: str, name: str) -> Any:
     """What a combo's choice stands for.
 

@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from ..pipelines import subject_files
 from ..pipelines import train_subject_embedding as learning
 from ..pipelines.errors import IdentityEditError
+from ..pipelines.schedule import fewer_steps
 from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
@@ -248,7 +249,8 @@ class TrainSubjectEmbedding(io.ComfyNode):
             subject_files.save_subject(subject, path)
         checkpoints.remove()
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
-        text = show_text(cls, _report(subject, run, steps, path))
+        fewer = fewer_steps(sampling_steps, len(subject.timesteps)) if updates_per_step else None
+        text = show_text(cls, _report(subject, run, steps, path), fewer)
         return io.NodeOutput(subject, samples, {"loss": run.losses}, path, text, ui=ui.PreviewImage(samples, cls=cls))
 
 

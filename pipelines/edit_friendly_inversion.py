@@ -63,7 +63,8 @@ def edit_friendly_ddpm_inversion(
         latent: the picture [B, C, H, W] in the scale of LATENT sockets.
         source: the source prompt's CONDITIONING.
         negative: CONDITIONING of the negative side, the empty prompt in the paper; not needed for guidance scale 1.
-        steps: N, 1 to one less than the model's training timesteps. 100 in the reference implementation.
+        steps: N, 1 to one less than the model's training timesteps; fewer on a distilled model (`ddim_schedule`). 100
+            in the reference implementation.
         guidance_scale: of the source prompt, 3.5 in the reference implementation.
         eta: share of each step's noise, above 0 up to 1. 1 (DDPM) in the paper; 0 has no noise maps.
         seed: of the noise. A picture's noise depends on the seed and its place in the batch alone; the first picture of
@@ -81,6 +82,7 @@ def edit_friendly_ddpm_inversion(
         IdentityEditError: when an input cannot be used.
     """
     schedule = _schedule(model, steps)
+    steps = schedule.steps
     if not 0.0 < eta <= 1.0:
         raise IdentityEditError(
             f"eta is {eta:g}; choose a value above 0 up to 1, or DDIM Inversion, which is the method for eta 0."
@@ -210,7 +212,7 @@ def sampler_sigmas(inversion: Inversion, skip: int) -> torch.Tensor:
 
 def _schedule(model: Any, steps: int) -> Schedule:
     sampling = engine.require_noise_prediction_model(model)
-    schedule = ddim_schedule(sampling, steps)
+    schedule = ddim_schedule(sampling, steps, room_below=True)
     if float(schedule.sigmas[-1]) == 0.0:
         # As many steps as timesteps end at sigma 0, where the last step has no noise that could carry the picture.
         raise IdentityEditError(

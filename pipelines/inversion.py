@@ -233,7 +233,7 @@ def ddim_inversion(
         latent: the picture [B, C, H, W] in the scale of LATENT sockets.
         positive: the source prompt's CONDITIONING.
         negative: needed for a guidance scale other than 1.
-        steps: N, 1 to 1000. The papers use 50.
+        steps: N, 1 to 1000; fewer on a distilled model (`schedule.ddim_schedule`). The papers use 50.
         guidance_scale: 1 as in the reference implementation; a larger one makes the inversion less exact.
         end_at_zero: the picture is at sigma 0 instead of the sigma of timestep 0 (see `schedule.ddim_schedule`).
         callback: progress with preview.

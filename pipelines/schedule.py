@@ -8,10 +8,15 @@ The spacing is the one that the reference implementations of DDIM inversion and 
 "leading" spacing with an offset of one): for 50 steps of 1000 the timesteps 981, 961, ..., 1, and below them timestep
 0 ("set_alpha_to_one=False"). ComfyUI's own `ddim_uniform` gives these timesteps only for counts that divide 1000, and
 always appends sigma 0; hence this function.
+
+A distilled model keeps a part of its training's noise levels: ComfyUI's ModelSamplingDiscrete gives 50 of 1000 for LCM.
+There the steps are spread over these levels as LCM's own sampler does (Luo et al. 2023). A timestep is always one of
+the training's, never a row of a model's table.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,9 +26,15 @@ from .errors import check_steps
 
 
 class DiscreteSampling(Protocol):
-    """The part of ComfyUI's ModelSamplingDiscrete that a schedule needs."""
+    """The part of ComfyUI's ModelSamplingDiscrete that a schedule needs: the noise levels that the model has,
+    ascending, the number of its training's timesteps, and both by one another."""
 
     sigmas: torch.Tensor
+    num_timesteps: int
+
+    def sigma(self, timestep: torch.Tensor) -> torch.Tensor: ...
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -66,23 +77,57 @@ def ddim_timesteps(steps: int, training_timesteps: int = 1000) -> torch.Tensor:
     return torch.arange(steps - 1, -1, -1, dtype=torch.int64) * ratio + offset
 
 
-def ddim_schedule(model_sampling: DiscreteSampling, steps: int, end_at_zero: bool = False) -> Schedule:
+def ddim_schedule(
+    model_sampling: DiscreteSampling, steps: int, end_at_zero: bool = False, room_below: bool = False
+) -> Schedule:
     """Timesteps and sigmas of a DDIM run on a model's own noise schedule.
 
     Args:
         model_sampling: the model's sampling object (`engine.require_noise_prediction_model` gives it).
-        steps: number of steps, from 1 to the number of training timesteps.
+        steps: number of steps, from 1 to the number of training timesteps. A distilled model's run has as many as the
+            model has noise levels, where that is less (`fewer_steps`).
         end_at_zero: False ends at the sigma of timestep 0 (0.029 for Stable Diffusion), as the reference
             implementations do; True ends at sigma 0, as ComfyUI's schedulers do. With as many steps as training
             timesteps nothing lies below timestep 0, and the end is sigma 0 in either case.
+        room_below: leave a noise level below the last step, so that it does not end at sigma 0 because there is none.
 
     Raises:
         IdentityEditError: when `steps` is outside its range.
     """
-    table = model_sampling.sigmas.detach().to(device="cpu", dtype=torch.float32)
-    timesteps = ddim_timesteps(steps, table.shape[0])
-    end = torch.zeros(1) if end_at_zero or int(timesteps[-1]) == 0 else table[:1]
-    return Schedule(timesteps=timesteps, sigmas=torch.cat([table[timesteps], end]))
+    table = noise_levels(model_sampling)
+    levels = table.shape[0]
+    if levels < model_sampling.num_timesteps:
+        check_steps(steps, model_sampling.num_timesteps)
+        steps = min(steps, levels - room_below)
+        # LCM's spacing: linspace(0, levels, steps, endpoint=False), rounded down, from the noisiest on.
+        rows = levels - 1 - torch.arange(steps) * levels // steps
+        timesteps = model_sampling.timestep(model_sampling.sigmas[rows]).to(device="cpu", dtype=torch.int64)
+    else:
+        rows = timesteps = ddim_timesteps(steps, levels)
+    end = torch.zeros(1) if end_at_zero or int(rows[-1]) == 0 else table[:1]
+    return Schedule(timesteps=timesteps, sigmas=torch.cat([table[rows], end]))
+
+
+def fewer_steps(asked: int, taken: int) -> str | None:
+    """The warning where a distilled model has fewer noise levels than the steps that were asked for, or None."""
+    if taken >= asked:
+        return None
+    return (
+        f"The model has few noise levels, as LCM's sampling does, so that {taken} steps are taken instead of {asked}; "
+        f"for more use the model without ModelSamplingDiscrete's lcm."
+    )
+
+
+def noise_levels(model_sampling: DiscreteSampling) -> torch.Tensor:
+    """All noise levels that a model has, ascending, float32 on the CPU: as many as its training's timesteps, or fewer
+    where it is distilled."""
+    return model_sampling.sigmas.detach().to(device="cpu", dtype=torch.float32)
+
+
+def rows_of(model_sampling: DiscreteSampling, timesteps: Sequence[int]) -> torch.Tensor:
+    """[N] int64: the rows of `noise_levels` that are nearest to timesteps of the training."""
+    levels = model_sampling.sigma(torch.tensor(list(timesteps), dtype=torch.float32)).detach().cpu().float()
+    return (noise_levels(model_sampling).log() - levels.log()[:, None]).abs().argmin(dim=1)
 
 
 def alpha_bar(sigma: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ from .model_folders import (
     read_config,
     to_pillow,
 )
+from .schedule import noise_levels, rows_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -177,7 +178,8 @@ def record_attention(
         latent: [B, C, h, w] of the pictures, in the scale of LATENT sockets.
         identity: what the subject is, such as "cat".
         conditioning: CONDITIONING that the network is evaluated with: a caption, or the identity prompt itself.
-        timesteps: of the model's training, from 0 to below their number; one network evaluation each.
+        timesteps: of the model's training, from 0 to below their number; one network evaluation each, at the model's
+            nearest noise level.
         self_attention: also record the self-attention, for eq. 2 of Liu et al. 2024.
         layers: a choice of `attention.layers.choose_layers`.
         seed: of the noise.
@@ -186,14 +188,13 @@ def record_attention(
     Raises:
         IdentityEditError: when the model, the prompt or an option cannot be used.
     """
-    table = engine.require_noise_prediction_model(model).sigmas.detach().float().cpu()
-    if len(timesteps) == 0 or not all(0 <= timestep < len(table) for timestep in timesteps):
-        raise IdentityEditError(
-            f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {len(table) - 1}."
-        )
+    sampling = engine.require_noise_prediction_model(model)
+    most = int(sampling.num_timesteps) - 1
+    if len(timesteps) == 0 or not all(0 <= timestep <= most for timestep in timesteps):
+        raise IdentityEditError(f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {most}.")
     capturing, attention = capture_identity(model, identity, layers, self_attention=self_attention)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-    sigmas = table[sorted(timesteps, reverse=True)]
+    sigmas = noise_levels(sampling)[rows_of(sampling, sorted(timesteps, reverse=True))]
 
     def look(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
         for i, sigma in enumerate(sigmas.to(evaluator.device)):

@@ -22,6 +22,7 @@ import torch
 from . import engine
 from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError
+from .schedule import noise_levels
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 
 OUTPUT, WORD = "output", "word"
@@ -184,14 +185,21 @@ def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
     Raises:
         IdentityEditError: when the model has fewer timesteps.
     """
-    table = engine.require_noise_prediction_model(model).sigmas.detach().to(device="cpu", dtype=torch.float32)
-    if timesteps[0] >= table.shape[0]:
+    sampling = engine.require_noise_prediction_model(model)
+    if timesteps[0] >= sampling.num_timesteps:
         raise IdentityEditError(
-            f"The subject has embeddings up to timestep {timesteps[0]} and the model {table.shape[0]} timesteps; use "
-            f"the model that it was trained on."
+            f"The subject has embeddings up to timestep {timesteps[0]} and the model {sampling.num_timesteps} "
+            f"timesteps; use the model that it was trained on."
         )
     halfway = [(first + second) // 2 for first, second in zip(timesteps[:-1], timesteps[1:], strict=True)]
-    return torch.cat([table[[timesteps[0], *halfway]], torch.zeros(1)])
+    table = noise_levels(sampling)
+    if table.shape[0] == sampling.num_timesteps:
+        boundaries = table[[timesteps[0], *halfway]]
+    else:  # between a distilled model's levels, and below them all, where it evaluates nothing, by share
+        at = torch.tensor([timesteps[0], *halfway], dtype=torch.float32)
+        lowest = float(sampling.timestep(sampling.sigmas[:1]))
+        boundaries = sampling.sigma(at).detach().cpu().float() * ((at + 1.0) / (lowest + 1.0)).clamp(max=1.0)
+    return torch.cat([boundaries, torch.zeros(1)])
 
 
 def apply_subject(

@@ -104,7 +104,7 @@ def optimize_text_embedding(
         target,
         None,
         latent,
-        ddim_schedule(sampling, min(50, sampling.sigmas.shape[0])).sigmas,
+        ddim_schedule(sampling, 50).sigmas,
         loop,
         gradients=True,
         checkpointing=checkpointing,

@@ -14,7 +14,7 @@ import torch
 from . import engine
 from .engine.trainable import BFLOAT16, PRECISIONS, Text, TrainableNetworks, trainable_networks
 from .errors import IdentityEditError
-from .schedule import ddim_schedule, ddim_timesteps, euler_step
+from .schedule import ddim_schedule, euler_step, rows_of
 from .subject_embedding import (
     KINDS,
     OUTPUT,
@@ -153,7 +153,7 @@ def train_subject_embedding(
     training = dataclasses.replace(training, bfloat16=settings.precision == BFLOAT16)
     timesteps: list[int] = []
     if settings.updates_per_step:
-        timesteps = ddim_timesteps(settings.sampling_steps, sampling.sigmas.shape[0]).tolist()
+        timesteps = ddim_schedule(sampling, settings.sampling_steps).timesteps.tolist()
     total = training.steps + len(timesteps) * settings.updates_per_step
     largest = max(pictures.latents, key=torch.Tensor.numel)
     with trainable_networks(
@@ -177,7 +177,7 @@ def train_subject_embedding(
                 batch = dataclasses.replace(batch, masks=torch.ones_like(batch.masks))
             t, noise = draw_noise(batch, sampling.sigmas.shape[0], generator_of(training.seed, index, what))
             if timestep is not None:
-                t = torch.full_like(t, timestep)
+                t = rows_of(sampling, [timestep]).expand_as(t)
             # L_s(c_s) = |M (eps_theta(x_t, [c, c_s]) - eps)|^2 + w_s |c_s - phi_s|^2                            # eq. 6
             each = denoising_losses(encoder.with_vectors(vectors), sampling, tag.prediction, batch, t, noise)
             if settings.regularisation_weight == 0.0:

@@ -5,21 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .engine.trainable import TrainableNetworks
 from .errors import IdentityEditError, check_finite
+from .schedule import DiscreteSampling
 from .training import generator_of
 
 _PIXELS_PER_LATENT = 8
-
-
-class DiscreteSampling(Protocol):
-    """The part of ComfyUI's ModelSamplingDiscrete that the loss needs."""
-
-    sigmas: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -142,9 +137,9 @@ def draw_batch(pictures: TrainingPictures, chosen: list[int], to_model_scale: An
     )
 
 
-def draw_noise(batch: Batch, timesteps: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Timesteps [B] drawn uniformly and noise of the batch's shape, both on the CPU."""
-    t = torch.randint(timesteps, (batch.latents.shape[0],), generator=generator)
+def draw_noise(batch: Batch, levels: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [B] of the model's noise levels drawn uniformly and noise of the batch's shape, both on the CPU."""
+    t = torch.randint(levels, (batch.latents.shape[0],), generator=generator)
     return t, torch.randn(batch.latents.shape, generator=generator)
 
 
@@ -167,7 +162,7 @@ def denoising_losses(
         sampling: the model's sampling object.
         prediction: "eps" or "v".
         batch: what to denoise.
-        t: timesteps [B].
+        t: [B] rows of the model's noise levels (timesteps, where it is not distilled).
         noise: eps [B, C, h, w].
         min_snr_gamma: min-SNR weights of Hang et al. 2023, who use 5; 0 weights every timestep equally, as Ho et al.
             2020 and LIPE do.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,11 +17,12 @@ from ..pipelines.background import ENDINGS as BACKGROUND_ENDINGS
 from ..pipelines.background import FOLDER as BACKGROUND_FOLDER
 from ..pipelines.background import NEEDED as BACKGROUND_NEEDED
 from ..pipelines.background import subject_masks, without_background
-from ..pipelines.errors import IdentityEditError, check_batch_matches
+from ..pipelines.errors import IdentityEditError
 from ..pipelines.face_pictures import drawn_faces
+from ..pipelines.masks import masks_for
 from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import as_colour
-from .sockets import FaceDetector, checked, schema, show_text
+from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"
@@ -27,7 +30,7 @@ BY_DETECTOR, BY_POINTS, WHOLE = "detector", "points", "whole picture"
 METHODS = (BY_DETECTOR, BY_POINTS, WHOLE)
 KEEP, REMOVE = "keep", "remove"
 MOST_SIMILAR = "most similar"
-STOP, ZERO = "stop with an error", "count as 0"
+STOP, ZERO, LEAVE_OUT = "stop with an error", "count as 0", "leave out"
 
 
 class LoadFaceDetector(io.ComfyNode):
@@ -161,11 +164,19 @@ class AlignFace(io.ComfyNode):
                 FaceDetector.Input(
                     "face_detector", optional=True, tooltip="For the method 'detector': Load Face Detector."
                 ),
-                io.Mask.Input(
+                mask_input(
                     "mask",
+                    "Mask of the person: 1 on the person, such as Segment Subject's, of any size; one for all pictures "
+                    "or one for each. It is aligned with the pictures.",
                     optional=True,
-                    tooltip="1 on the person, of the pictures' size, such as Segment Subject's. It is aligned with the "
-                    "pictures.",
+                ),
+                io.Combo.Input(
+                    "without_face",
+                    options=[LEAVE_OUT, STOP],
+                    default=LEAVE_OUT,
+                    optional=True,
+                    tooltip="What to do with a picture without a face that can be used, or with an empty mask. Leave "
+                    "out goes on with the others, and the report says which it was.",
                 ),
             ],
             outputs=[
@@ -210,26 +221,41 @@ class AlignFace(io.ComfyNode):
         points: str,
         face_detector: Any = None,
         mask: torch.Tensor | None = None,
+        without_face: str = LEAVE_OUT,
     ) -> io.NodeOutput:
         pictures = as_colour(pictures)
-        masks = None if mask is None else _masks(mask, pictures)
+        masks = None if mask is None else masks_for(mask, "mask", pictures.shape[1], pictures.shape[2], len(pictures))
         notes: list[str] = []
+        faults = _Faults(without_face)
+        usable = []
+        for number in range(len(pictures)):
+            with faults.of_a_picture():
+                _check_mask(masks, number)
+                usable.append(number)
+        found: list[list[pipeline.Face]] = [[] for _ in pictures]
         if method == WHOLE:
-            found: list[list[pipeline.Face]] = [[] for _ in pictures]
-            faces, face_masks = _whole_pictures(pictures, masks, size)
+            faults.stop_if_nothing_is_left(usable)
+            faces, face_masks = _whole_pictures(pictures[usable], None if masks is None else masks[usable], size)
             text = f"{len(faces)} whole picture{'s' if len(faces) > 1 else ''}"
         else:
-            found = _find(pictures, method, choice, index, points, face_detector)
+            candidates, choice = _find(pictures, method, choice, points, face_detector)
             aligned = []
-            for number, (picture, faces_of_it) in enumerate(zip(pictures, found, strict=True)):
-                for face in faces_of_it:
-                    note = pipeline.check_face(face, _name(number), smallest_face)
-                    notes += [note] if note else []
-                    own = None if masks is None else masks[number]
-                    aligned.append(face_alignment.align_ffhq(picture, face.points, size, own))
+            for number in usable:
+                chosen: list[pipeline.Face] = []
+                with faults.of_a_picture():
+                    chosen = pipeline.choose_faces(candidates[number], choice, index, _name(number))
+                for face in chosen:
+                    with faults.of_a_picture():
+                        note = pipeline.check_face(face, _name(number), smallest_face)
+                        own = None if masks is None else masks[number]
+                        aligned.append(face_alignment.align_ffhq(pictures[number], face.points, size, own))
+                        found[number].append(face)
+                        notes += [note] if note else []
+            faults.stop_if_nothing_is_left(aligned)
             faces = torch.stack([each.picture for each in aligned])
             face_masks = torch.stack([each.mask for each in aligned])
             text = f"{len(faces)} face{'s' if len(faces) > 1 else ''} of {len(pictures)} picture(s)"
+        notes += faults.note()
         if background == REMOVE:
             if masks is None:
                 face_masks = face_masks * subject_masks(_background_model(background_model), faces)
@@ -290,10 +316,18 @@ class IdentitySimilarity(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "without_face",
-                    options=[STOP, ZERO],
+                    options=[STOP, ZERO, LEAVE_OUT],
                     default=STOP,
                     tooltip="What to do with a picture in which no face is found. Counting it as 0 keeps a long "
-                    "comparison from ending.",
+                    "comparison from ending; leave out takes the mean without it, and the report says which it was.",
+                ),
+                io.Combo.Input(
+                    "reference_without_face",
+                    options=[LEAVE_OUT, STOP],
+                    default=LEAVE_OUT,
+                    optional=True,
+                    tooltip="What to do with a reference in which no face is found. Leave out goes on with the others, "
+                    "and the report says which it was.",
                 ),
             ],
             outputs=[
@@ -324,19 +358,26 @@ class IdentitySimilarity(io.ComfyNode):
         recognizer: str,
         choice: str,
         without_face: str,
+        reference_without_face: str = LEAVE_OUT,
     ) -> io.NodeOutput:
         pictures, reference = as_colour(pictures), as_colour(reference, "reference")
         network = identity_similarity.load_recognizer(recognizer)
         notes: list[str] = []
         known = []
+        faults = _Faults(reference_without_face)
         for number, picture in enumerate(reference):
             name = f"reference {number + 1}"
-            face = pipeline.choose_faces(pipeline.detect_faces(face_detector, picture), pipeline.LARGEST, 1, name)[0]
-            notes += _warning(face, name)
-            known.append((picture, face))
+            faces = pipeline.detect_faces(face_detector, picture)
+            with faults.of_a_picture():
+                face = pipeline.choose_faces(faces, pipeline.LARGEST, 1, name)[0]
+                notes += _warning(face, name)
+                known.append((picture, face))
+        faults.stop_if_nothing_is_left(known)
+        notes += faults.note()
         embedded = identity_similarity.embed_faces(network, known)
 
         scores, lines = [], []
+        faults = _Faults(without_face)
         for number, picture in enumerate(pictures):
             _stop_if_interrupted()
             found = pipeline.detect_faces(face_detector, picture)
@@ -344,25 +385,71 @@ class IdentitySimilarity(io.ComfyNode):
                 scores.append(0.0)
                 lines.append(f"{_name(number)}: 0 (no face)")
                 continue
-            candidates = pipeline.choose_faces(
-                found, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
-            )
+            candidates: list[pipeline.Face] = []
+            with faults.of_a_picture():
+                candidates = pipeline.choose_faces(
+                    found, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
+                )
+            if not candidates:
+                lines.append(f"{_name(number)}: left out (no face)")
+                continue
             own = identity_similarity.embed_faces(network, [(picture, face) for face in candidates])
             best = identity_similarity.similarities(own, embedded).amax(dim=1)
             chosen = int(best.argmax())
             notes += _warning(candidates[chosen], _name(number))
             scores.append(float(best[chosen]))
             lines.append(f"{_name(number)}: {scores[-1]:.3f} ({identity_similarity.verdict(scores[-1])})")
+        faults.stop_if_nothing_is_left(scores)
+        notes += faults.note()
         mean = sum(scores) / len(scores)
         text = f"Identity similarity {mean:.3f}\n" + "\n".join(lines)
         text = show_text(cls, text, " ".join(notes) or None)
         return io.NodeOutput(mean, min(scores), text, ui=ui.PreviewText(text))
 
 
+class _Faults:
+    """Pictures that cannot be used: the first one stops the node, or they are left out.
+
+    Args:
+        choice: STOP, or any other to go on without them.
+    """
+
+    def __init__(self, choice: str) -> None:
+        self._stops = choice == STOP
+        self._found: list[IdentityEditError] = []
+
+    @contextmanager
+    def of_a_picture(self) -> Iterator[None]:
+        """What may fail for a picture alone."""
+        try:
+            yield
+        except IdentityEditError as error:
+            if self._stops:
+                raise
+            self._found.append(error)
+
+    def stop_if_nothing_is_left(self, usable: Sequence[Any]) -> None:
+        """Raise the first fault where there is nothing to go on with."""
+        if not usable:
+            raise self._found[0]
+
+    def note(self) -> list[str]:
+        """A sentence that says what was left out and why."""
+        reasons = "; ".join(str(error).split(";")[0] for error in self._found)
+        return [f"Left out: {reasons}."] if reasons else []
+
+
+def _check_mask(masks: torch.Tensor | None, number: int) -> None:
+    if masks is not None and not bool((masks[number] > 0).any()):
+        raise IdentityEditError(
+            f"The mask of {_name(number)} is empty; paint the person, connect Segment Subject, or take the mask away."
+        )
+
+
 def _find(
-    pictures: torch.Tensor, method: str, choice: str, index: int, points: str, detector: Any
-) -> list[list[pipeline.Face]]:
-    """The chosen faces of every picture."""
+    pictures: torch.Tensor, method: str, choice: str, points: str, detector: Any
+) -> tuple[list[list[pipeline.Face]], str]:
+    """The faces of every picture, the largest first, and the choice among them."""
     if method == BY_POINTS:
         if not points.strip():
             raise IdentityEditError(
@@ -370,9 +457,8 @@ def _find(
             )
         given = pipeline.parse_points(points, len(pictures))
         several = any(len(faces) > 1 for faces in given)
-        chosen = choice if several else pipeline.LARGEST
         ordered = [sorted(faces, key=lambda face: face.area, reverse=True) for faces in given]
-        return [pipeline.choose_faces(faces, chosen, index, _name(i)) for i, faces in enumerate(ordered)]
+        return ordered, choice if several else pipeline.LARGEST
     if method != BY_DETECTOR:
         raise IdentityEditError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
     if detector is None:
@@ -381,11 +467,10 @@ def _find(
             "picture'."
         )
     found = []
-    for number, picture in enumerate(pictures):
+    for picture in pictures:
         _stop_if_interrupted()
-        faces = pipeline.detect_faces(detector, picture)
-        found.append(pipeline.choose_faces(faces, choice, index, _name(number)))
-    return found
+        found.append(pipeline.detect_faces(detector, picture))
+    return found, choice
 
 
 def _whole_pictures(pictures: torch.Tensor, masks: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,19 +484,6 @@ def _whole_pictures(pictures: torch.Tensor, masks: torch.Tensor | None, size: in
     if side != size:
         layers = interpolate(layers, size=(size, size), mode="bilinear", antialias=True)
     return layers[:, :3].movedim(1, -1).contiguous(), layers[:, 3].contiguous()
-
-
-def _masks(mask: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """A mask for each picture, of its size."""
-    mask = mask.detach().cpu().float()
-    mask = mask[None] if mask.ndim == 2 else mask
-    check_batch_matches(mask.shape[0], pictures.shape[0], "mask")
-    size = tuple(pictures.shape[1:3])
-    if tuple(mask.shape[1:]) != size:
-        mask = interpolate(mask[:, None], size=size, mode="bilinear", antialias=True)[:, 0]
-    if not bool((mask > 0).flatten(1).any(dim=1).all()):
-        raise IdentityEditError("mask is empty; paint the person, connect Segment Subject, or take the mask away.")
-    return mask.clamp(0.0, 1.0).expand(pictures.shape[0], -1, -1)
 
 
 def _background_model(name: str) -> str:

@@ -15,8 +15,9 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.inversion import Inversion as InversionData
-from ..pipelines.pictures import as_colour
-from .sockets import PIXELS_OF_A_CELL, Inversion, at_picture_size, checked, choice_of, progress, schema, show_text
+from ..pipelines.masks import masks_for
+from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour
+from .sockets import Inversion, at_picture_size, checked, choice_of, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
 """`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""
@@ -365,7 +366,8 @@ class AttentionHeatmap(io.ComfyNode):
                 "first, and connect its result to picture."
             )
         drawn = as_colour(picture, "picture")
-        mask = mask[None] if mask is not None and mask.ndim == 2 else mask
+        if mask is not None:
+            mask = masks_for(mask, "mask", drawn.shape[1], drawn.shape[2], len(drawn))
         values = mask
         if identity_attention is not None:
             power = 0 if show == CROSS_ATTENTION else self_attention_power

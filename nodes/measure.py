@@ -20,6 +20,7 @@ from ..pipelines.identity_similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.identity_similarity import load_recognizer
 from ..pipelines.lpips_score import BACKBONES
 from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.pictures import comparable
 from .sockets import FaceDetector, checked, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
@@ -67,10 +68,11 @@ class ReconstructionCheck(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, picture: torch.Tensor, reconstruction: torch.Tensor, lowest_psnr: float) -> io.NodeOutput:
+        picture, reconstruction, cut = comparable(picture, reconstruction, ("picture", "reconstruction"))
         values = reconstructions.psnr(picture, reconstruction)
         figures = ", ".join(f"{value:.1f} dB" for value in values.tolist())
         warning = reconstructions.reconstruction_warning(values, lowest_psnr)
-        text = show_text(cls, f"Reconstruction PSNR: {figures}", warning)
+        text = show_text(cls, "\n".join(filter(None, [f"Reconstruction PSNR: {figures}", cut])), warning)
         return io.NodeOutput(float(values.min()), text, ui=ui.PreviewText(text))
 
 
@@ -312,6 +314,7 @@ class ScoreEdit(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
+        _, _, cut = comparable(edited, source, ("edited", "source"))
         bar = ProgressBar(len(edited))
         with edit_scores.open_networks(
             clip=_clip(clip_model, clip, clip_vision),
@@ -337,7 +340,8 @@ class ScoreEdit(io.ComfyNode):
             )
         others = source if references is None else references
         warning = _few_pictures(len(edited), len(others)) if inception != NONE else None
-        text = show_text(cls, score_report.score_table(scores, rule), warning)
+        table = score_report.score_table(scores, rule)
+        text = show_text(cls, table if cut is None else f"{table}\n{cut}", warning)
         means = {score.name: score.mean for score in scores}
         return io.NodeOutput(
             text,

@@ -16,7 +16,7 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.pair_folder import PairFolder
-from ..pipelines.pictures import as_colour
+from ..pipelines.pictures import as_colour, comparable
 from ..pipelines.train_identity_words import features_of
 from .saved_files import check_name
 from .sockets import IdentityWords, checked, schema, show_text
@@ -501,7 +501,7 @@ class SavePair(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Image.Input("source", tooltip="The pictures before the edit."),
-                io.Image.Input("target", tooltip="The pictures after it, as many."),
+                io.Image.Input("target", tooltip="The pictures after it, as many, of the same size."),
                 io.String.Input("source_prompt", default="", tooltip="What the source shows, p_a."),
                 io.String.Input("target_prompt", default="", tooltip="What the target shows, p_b."),
                 io.String.Input("edit", default="edit", tooltip="The edit's name."),
@@ -530,16 +530,18 @@ class SavePair(io.ComfyNode):
         folder: str,
     ) -> io.NodeOutput:
         made_of = PairFolder(_dataset_path(folder))
+        source, target, cut = comparable(source, target, ("source", "target"))
         numbers = datasets.save_pairs(
             made_of,
-            as_colour(source, "source"),
-            as_colour(target, "target"),
+            source,
+            target,
             source_prompt=source_prompt,
             target_prompt=target_prompt,
             edit=edit,
             validation_share=validation_share,
         )
-        text = show_text(cls, f"Saved as pair {', '.join(map(str, numbers))} in {made_of.path}.")
+        saved = f"Saved as pair {', '.join(map(str, numbers))} in {made_of.path}."
+        text = show_text(cls, saved if cut is None else f"{saved} {cut}")
         return io.NodeOutput(str(made_of.path), text, ui=ui.PreviewText(text))
 
 

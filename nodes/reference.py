@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..pipelines import alignment, features
 from ..pipelines.errors import IdentityEditError
+from ..pipelines.masks import masks_for
 from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import as_colour
 from ..pipelines.subject_pictures import SubjectPictures as SubjectPicturesData
@@ -263,9 +264,6 @@ class AlignReference(io.ComfyNode):
     ) -> io.NodeOutput:
         reference = as_colour(reference, "reference")
         generated = None if generated is None else as_colour(generated, "generated")
-        reference_mask, generated_mask = (
-            mask[None] if mask.ndim == 2 else mask for mask in (reference_mask, generated_mask)
-        )
         count = max(len(reference), len(generated_mask))
         given = {
             "reference": reference,
@@ -337,12 +335,8 @@ def _sources(
 def _masks_of(pictures: list[torch.Tensor], masks: torch.Tensor | None, name: str) -> list[torch.Tensor | None]:
     if masks is None:
         return [None] * len(pictures)
-    masks = masks[None] if masks.ndim == 2 else masks
-    if len(masks) != len(pictures):
-        raise IdentityEditError(
-            f"{name} holds {len(masks)} masks for {len(pictures)} pictures; give each picture its mask."
-        )
-    return list(masks)
+    height, width = pictures[0].shape[:2]  # of a batch: all have one size
+    return list(masks_for(masks, name, height, width, len(pictures)))
 
 
 def _encoder(name: str, clip_vision: Any) -> features.Encoder:

@@ -14,7 +14,7 @@ from ..pipelines import segmentation as pipeline
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import encode_identity_prompt
 from ..pipelines.model_folders import list_models, missing_model
-from ..pipelines.pictures import as_colour
+from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour, encoded
 from .sockets import checked, progress, schema, show_text
 
 ATTENTION = "attention (no further model)"
@@ -23,7 +23,6 @@ BY_NAME = "Grounding DINO + Segment Anything"
 METHODS = (ATTENTION, SEGMENT_ANYTHING, BY_NAME)
 NO_MODEL = "no model"
 _SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
-_CELL = 8
 
 
 class SegmentSubject(io.ComfyNode):
@@ -268,11 +267,12 @@ def _by_attention(
     height, width = pictures.shape[1:3]
     # The VAE takes whole cells; the picture is scaled to them, so that the mask fits to a fraction of a pixel.
     factor = min(1.0, longest_side / max(height, width))
-    whole = tuple(max(_CELL, round(side * factor / _CELL) * _CELL) for side in (height, width))
+    cells = (max(1, round(side * factor / PIXELS_OF_A_CELL)) for side in (height, width))
+    whole = tuple(count * PIXELS_OF_A_CELL for count in cells)
     shown = interpolate(pictures.movedim(-1, 1), size=whole, mode="bilinear", antialias=True).movedim(1, -1)
     if whole == (height, width):
         shown = pictures
-    latent = vae.encode(shown)
+    latent = encoded(vae, shown, "A picture")
     return pipeline.attention_masks(model, latent, identity, conditioning, (height, width), **options)
 
 

@@ -7,6 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from comfy_api.latest import io
 
 from ..pipelines import engine
 from ..pipelines.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
-from ..pipelines.input_checks import check_mask, check_number, check_pictures, check_sigmas, check_text
+from ..pipelines.input_checks import BRIGHTEST, check_mask, check_number, check_pictures, check_sigmas, check_text
+from ..pipelines.masks import CUT_OUT, as_masks, is_no_mask, is_transparency
+from ..pipelines.pictures import PIXELS_OF_A_CELL
 from ..pipelines.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
-PIXELS_OF_A_CELL = 8
-"""Pixels of a picture along a side of one cell of its latent."""
+_notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())
 
 Inversion = io.Custom("INVERSION")
 """`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
@@ -58,26 +60,34 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     """A node's `execute` that first checks its inputs against its schema, and at last that its results are numbers.
 
     So no node can forget it, and a wrong input is named by the name that it has on the node. What only one technique
-    demands is checked in its pipeline.
+    demands is checked in its pipeline. Pictures and masks are brought to one form; what is to be said of them comes
+    with the node's own text.
     """
     parameters = inspect.signature(execute)
 
     @functools.wraps(execute)
     def check_and_execute(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
         given = dict(parameters.bind(cls, *args, **kwargs).arguments)
+        del given["cls"]
         for parameter in parameters.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
         schema = cls.SCHEMA or cls.GET_SCHEMA()  # ComfyUI has made it when it asked for the inputs
+        before = _notes.set(())
         try:
             check_inputs(schema, given)
-            output = execute(cls, *args, **kwargs)
+            _notes.set(tuple(bring_to_form(schema, given)))
+            output = execute(cls, **given)
             check_results(schema, output)
         except Exception as error:
             fit = loggable(error)
             if fit is error:
                 raise
             raise fit from None
+        finally:
+            if _notes.get():  # no text was shown
+                show_text(cls, "")
+            _notes.reset(before)
         return output
 
     return check_and_execute
@@ -133,6 +143,59 @@ def _check_conditioning(conditioning: Any, name: str, model: Any) -> None:
         engine.check_prompt(model, conditioning, name)
 
 
+def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
+    """Bring checked pictures and masks among a node's inputs to the form that all nodes work with, in `given`.
+
+    A MASK becomes [B, H, W] float32 CPU; an optional one that is empty as Load Image's is becomes None. A picture
+    brighter than 1 by more than an overshoot is cut at 1.
+
+    Returns:
+        a sentence for each input of which something is to be said.
+    """
+    notes = []
+    pictures: dict[str, list[torch.Tensor]] = {}
+    masks: dict[str, list[torch.Tensor]] = {}
+    for item in schema.inputs:
+        kind, value = item.get_io_type(), given.get(item.id)
+        if kind not in ("IMAGE", "MASK") or value is None:
+            continue
+        is_list = schema.is_input_list and isinstance(value, list)
+        entries = [each for each in (value if is_list else [value]) if each is not None]
+        if kind == "IMAGE":
+            brightest = max((float(each.max()) for each in entries if each.is_floating_point()), default=0.0)
+            if brightest > BRIGHTEST:
+                entries = [each.clamp(max=1.0) if each.is_floating_point() else each for each in entries]
+                notes.append(
+                    f"{item.id} holds values up to {brightest:g}, as pictures of a high dynamic range do; all above 1 "
+                    f"is cut to 1, as Save Image does."
+                )
+            pictures[item.id] = entries
+        else:
+            entries = [as_masks(each, item.id) for each in entries]
+            if item.optional and entries and all(map(is_no_mask, entries)):
+                notes.append(
+                    f"{item.id} is empty, as Load Image gives it for a picture without transparency; it counts as not "
+                    f"connected."
+                )
+                given[item.id] = None
+                continue
+            masks[item.id] = entries
+        given[item.id] = entries if is_list else entries[0]
+    for name, of_masks in masks.items():
+        for other, of_pictures in pictures.items():
+            if any(is_transparency(mask, shown) for mask in of_masks for shown in of_pictures):
+                notes.append(
+                    f"{name} is 1 exactly where {other} is transparent; if its subject is meant, put Invert Mask "
+                    f"between."
+                )
+    return notes
+
+
+def mask_input(name: str, tooltip: str, *, optional: bool = False) -> io.Mask.Input:
+    """A MASK input, whose tooltip says what to do with the mask of a cut-out."""
+    return io.Mask.Input(name, optional=optional, tooltip=f"{tooltip} {CUT_OUT}")
+
+
 def _check_vae(vae: Any, name: str, channels: int | None) -> None:
     own = getattr(vae, "latent_channels", None)
     if channels is not None and own is not None and own != channels:
@@ -184,10 +247,15 @@ def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:
 
 
 def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -> str:
-    """Show a text on the node on the page, write a warning into ComfyUI's log, and return both as one text."""
-    if warning is not None:
-        logging.warning("IdentityEdit: %s", for_console(warning))
-        text = f"{text}\nWarning: {warning}" if text else f"Warning: {warning}"
+    """Show a text on the node on the page, write a warning into ComfyUI's log, and return both as one text.
+
+    What is to be said of the node's inputs comes with the first text that it shows.
+    """
+    warnings = [*_notes.get(), *([] if warning is None else [warning])]
+    _notes.set(())
+    for each in warnings:
+        logging.warning("IdentityEdit: %s", for_console(each))
+    text = "\n".join([*([text] if text else []), *(f"Warning: {each}" for each in warnings)])
     try:
         from server import PromptServer
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import grid_sample, interpolate
 
 from .errors import IdentityEditError, check_finite
+from .masks import masks_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,8 +113,9 @@ def align_reference(
 
     Args:
         picture: I_r [h, w, 3], 0 to 1.
-        mask: M_r [h, w] of its size; above one half is subject.
-        generated_mask: M_g [H, W]. The two pictures may be of different sizes.
+        mask: M_r [h, w] of any size; above one half is subject.
+        generated_mask: M_g [H, W], of any size too where generated_picture is given. The two pictures may be of
+            different sizes.
         generated_picture: I_g1 [H, W, 3], for the surroundings "generated picture".
         symmetric, optimizer, scale_limit, rotation_limit: as for `align_masks`.
         parts: what of a mask in several separate parts counts: LARGEST_PART or ALL_PARTS.
@@ -125,7 +127,7 @@ def align_reference(
             the least (benchmarks/results/align_reference.md).
 
     Raises:
-        IdentityEditError: when a mask is empty, does not fit its picture, or an option is unknown.
+        IdentityEditError: when a mask is empty, or an option is unknown.
     """
     if surroundings not in SURROUNDINGS:
         raise IdentityEditError(f"surroundings is {surroundings!r}; choose one of {', '.join(SURROUNDINGS)}.")
@@ -134,9 +136,12 @@ def align_reference(
             f"The surroundings '{GENERATED}' need generated_picture; connect the picture of generated_mask, or choose "
             f"'{REFLECT}'."
         )
-    _check_picture(picture, mask, "The reference")
+    _check_picture(picture, "The reference")
+    mask = masks_for(mask, "The reference's mask", picture.shape[0], picture.shape[1], 1)[0]
     if generated_picture is not None:
-        _check_picture(generated_picture, generated_mask, "The generated picture")
+        _check_picture(generated_picture, "The generated picture")
+        height, width = generated_picture.shape[:2]
+        generated_mask = masks_for(generated_mask, "The generated mask", height, width, 1)[0]
     m_r, note_r = subject_part(mask, "The reference's mask", parts)
     m_g, note_g = subject_part(generated_mask, "The generated mask", parts)
     similarity = align_masks(
@@ -391,8 +396,9 @@ class _DistanceField:
         import numpy as np
         from scipy.ndimage import distance_transform_edt
 
-        # Beyond the picture the field goes on for a quarter of its size, and linearly from there.
-        self._border = max(mask.shape) // 4
+        # Beyond the picture the field goes on for a quarter of its size, and linearly from there. It has four cells
+        # around any point, even of a picture of one pixel.
+        self._border = max(1, max(mask.shape) // 4)
         padded = np.pad(mask, self._border)
         self._field = distance_transform_edt(~padded).astype(np.float32)
         self._centre = np.array([(mask.shape[1] - 1) / 2, (mask.shape[0] - 1) / 2]) + self._border
@@ -462,14 +468,9 @@ def _limit_note(
     return None
 
 
-def _check_picture(picture: torch.Tensor, mask: torch.Tensor, name: str) -> None:
+def _check_picture(picture: torch.Tensor, name: str) -> None:
     if picture.ndim != 3 or picture.shape[-1] < 3 or 0 in picture.shape:
         raise IdentityEditError(f"{name} has the shape {tuple(picture.shape)}; connect a picture with three channels.")
-    if mask.ndim == 2 and tuple(picture.shape[:2]) != tuple(mask.shape):
-        raise IdentityEditError(
-            f"{name} is {picture.shape[1]}x{picture.shape[0]} pixels but its mask {mask.shape[1]}x{mask.shape[0]}; use "
-            f"a mask of the picture's size."
-        )
     check_finite(picture, name)
 
 

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 
 from .engine.vision import VisionTag, vision_tag, vision_tokens
-from .errors import IdentityEditError, check_finite
+from .errors import IdentityEditError
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
 from .picture_files import open_picture
+from .pictures import encoded, middle
 from .training import OneProcess, Processes, run_hash
 
 _AT_ONCE = 8
@@ -224,14 +225,14 @@ def _alone(path: str) -> Iterator[None]:
 
 
 def read_picture(path: Path) -> torch.Tensor:
-    """A picture file [H, W, 3] float32, 0 to 1.
+    """A picture file [H, W, 3] float32, 0 to 1, cut to the middle that VAE Encode keeps.
 
     Raises:
         IdentityEditError: when the file is missing or damaged.
     """
     picture = open_picture(path, str(path), "make its pair again, or take it out of the index")
     pixels = np.array(picture.convert("RGB"))
-    return torch.from_numpy(pixels).float() / 255.0
+    return middle(torch.from_numpy(pixels).float()[None] / 255.0)[0]
 
 
 def _write(
@@ -281,9 +282,7 @@ def _read(path: Path, size: tuple[int, int], mirrored: bool) -> torch.Tensor:
 
 def _encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        latents = vae.encode(pictures).detach().float().cpu()
-    check_finite(latents, "The latent of a pair")
-    return latents
+        return encoded(vae, pictures, "The picture of a pair")
 
 
 def _fingerprint(pairs: Sequence[PairFiles], size: tuple[int, int], vae: Any, vision: VisionTag) -> str:

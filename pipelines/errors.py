@@ -47,7 +47,7 @@ def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -
             f"{name} has {latent.shape[1]} channels but the model takes {channels}; encode the picture with this "
             f"checkpoint's own VAE."
         )
-    check_finite(latent, name)
+    check_finite(latent, not_finite(latent, name) or name)
     check_size_of_values(latent, name)
 
 
@@ -65,6 +65,14 @@ def check_size_of_values(tensor: torch.Tensor, name: str) -> None:
             f"{name} holds values up to {largest:.3g}, with which no model can compute; take away what multiplies it, "
             f"or encode it again."
         )
+
+
+def not_finite(batch: torch.Tensor, name: str) -> str | None:
+    """`name` with the numbers of those of a batch [B, ...] that hold NaN or infinite values; None where none does."""
+    bad = [str(i + 1) for i, entry in enumerate(batch) if not bool(torch.isfinite(entry).all())]
+    if not bad:
+        return None
+    return f"{name} (number {', '.join(bad)} of {len(batch)})" if len(batch) > 1 else name
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:

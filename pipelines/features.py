@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, normalize, one_hot, pad
 
 from .errors import IdentityEditError, check_finite
+from .masks import masks_for
 from .model_folders import check_preprocessor, first_line, from_transformers, loaded, read_config, to_pillow
 
 NEEDED = (
@@ -66,7 +67,7 @@ def select_reference(
             looked at (see `subject_only`).
 
     Raises:
-        IdentityEditError: when there is no picture, or a mask is empty or of another size.
+        IdentityEditError: when there is no picture, or a mask is empty.
     """
     if len(sources) == 0 or len(generated) == 0:
         raise IdentityEditError("There is no picture to choose from; connect the subject's pictures.")
@@ -87,21 +88,16 @@ def subject_only(picture: torch.Tensor, mask: torch.Tensor, margin: float = MARG
 
     Args:
         picture: [h, w, 3].
-        mask: [h, w], 1 on the subject.
+        mask: [h, w] of any size, 1 on the subject.
         margin: around the subject's box, a share of its longer side.
 
     Returns:
         [side, side, 3].
 
     Raises:
-        IdentityEditError: when the mask is empty or of another size.
+        IdentityEditError: when the mask is empty.
     """
-    if tuple(mask.shape) != tuple(picture.shape[:2]):
-        raise IdentityEditError(
-            f"A picture is {picture.shape[1]}x{picture.shape[0]} pixels but its mask {mask.shape[-1]}x"
-            f"{mask.shape[-2]}; use a mask of the picture's size."
-        )
-    inside = mask.clamp(0.0, 1.0).to(picture)
+    inside = masks_for(mask, "A mask", picture.shape[0], picture.shape[1], 1)[0].to(picture)
     rows, columns = torch.nonzero((inside > 0.5).any(1)).flatten(), torch.nonzero((inside > 0.5).any(0)).flatten()
     if len(rows) == 0:
         raise IdentityEditError("A mask is empty; connect one that is white on the subject, as of Segment Subject.")

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 
 from ..attention.capture import IdentityAttention
-from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, feathered, identity_mask, resized, union
+from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, feathered, identity_mask, union
 from ..attention.layers import AUTOMATIC
 from . import engine
 from .conditioning import Conditioning, with_embedding
-from .errors import IdentityEditError, check_batch_matches, check_finite
+from .errors import IdentityEditError
 from .identity_prompt import IdentityPrompt, capture_identity
 from .inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, sampling_step
+from .masks import masks_for
 from .schedule import signal_scale
 from .step_embeddings import apply_step_embeddings
 
@@ -106,7 +107,7 @@ def identity_mask_blend(
         skip: share of the first steps that are left out, 0 to below 1. The paper starts at T.
         blend_until: share of the remaining steps, from the first, in which latents are blended. 1 is the paper's; less
             lets the last steps smooth the border, and change the background.
-        source_mask, target_mask: masks [1 or B, h, w] of one's own, 0 to 1, at the size of the picture or the latent.
+        source_mask, target_mask: masks [1 or B, h, w] of one's own, 0 to 1, of any size.
         given_masks: "replace" takes them instead of the ones found (and saves the reconstruction pass), "unite" with
             them.
         keep_step_masks: return the mask of every step.
@@ -139,8 +140,10 @@ def identity_mask_blend(
     count = steps - first
     blended = round(blend_until * count)
     batch, height, width = inversion.batch, inversion.trajectory.shape[-2], inversion.trajectory.shape[-1]
-    given_source = _given_mask(source_mask, "The source mask", batch, height, width)
-    given_target = _given_mask(target_mask, "The target mask", batch, height, width)
+    given_source, given_target = (
+        None if mask is None else masks_for(mask, name, height, width, batch)
+        for mask, name in ((source_mask, "The source mask"), (target_mask, "The target mask"))
+    )
     finds_source = given_source is None or given_masks == UNITE
     finds_target = given_target is None or given_masks == UNITE
     if identity is None and (finds_source or finds_target):
@@ -248,30 +251,6 @@ def _check_settings(settings: MaskSettings, skip: float, blend_until: float, giv
         )
     if given_masks not in GIVEN_MASKS:
         raise IdentityEditError(f"given_masks is {given_masks!r}; choose one of {', '.join(GIVEN_MASKS)}.")
-
-
-def _given_mask(mask: torch.Tensor | None, name: str, batch: int, height: int, width: int) -> torch.Tensor | None:
-    """A mask of the user's at the latent's size [B, H, W] float32 in [0, 1], refused where it cannot be the picture's.
-
-    A picture may be up to 7 pixels larger than its latent says (VAE Encode crops it): within one cell any size is
-    taken that has the latent's proportions.
-    """
-    if mask is None:
-        return None
-    mask = mask.detach().to(device="cpu", dtype=torch.float32)
-    if mask.ndim == 2:
-        mask = mask.unsqueeze(0)
-    if mask.ndim != 3 or 0 in mask.shape:
-        raise IdentityEditError(f"{name} has the shape {tuple(mask.shape)}; connect a MASK [batch, height, width].")
-    scale_y, scale_x = mask.shape[1] / height, mask.shape[2] / width
-    if min(scale_y, scale_x) < 1.0 or abs(scale_y / scale_x - 1.0) > 1.0 / min(height, width):
-        raise IdentityEditError(
-            f"{name} is {mask.shape[2]}x{mask.shape[1]} pixels but the inverted picture {8 * width}x{8 * height}; use "
-            f"a mask of the picture's size."
-        )
-    check_finite(mask, name)
-    check_batch_matches(mask.shape[0], batch, name)
-    return resized(mask.clamp(0.0, 1.0), (height, width)).expand(batch, -1, -1).clone()
 
 
 def _warning(

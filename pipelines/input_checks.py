@@ -11,17 +11,20 @@ from typing import Any
 
 import torch
 
-from .errors import IdentityEditError, shortened
+from .errors import IdentityEditError, not_finite, shortened
 
 BRIGHTEST = 2.0
-"""Above this a picture or mask is not 0 to 1 with some overshoot, but counts in other units."""
+"""Above this a picture is not 0 to 1 with some overshoot but has a high dynamic range, and a mask other units."""
+BRIGHTEST_HDR = 16.0
+"""Above this a picture counts in other units, such as levels of 8 bits."""
 
 
 def check_pictures(pictures: Any, name: str) -> None:
     """Check an IMAGE [B, H, W, C].
 
     Args:
-        pictures: floating point of 0 to 1 with some overshoot, or whole numbers of 8 or 16 bits; 1 to 4 channels.
+        pictures: floating point of 0 to 1, with up to `BRIGHTEST_HDR` of a high dynamic range, or whole numbers of 8
+            or 16 bits; 1 to 4 channels.
         name: the input's name as the user sees it.
 
     Raises:
@@ -38,10 +41,11 @@ def check_pictures(pictures: Any, name: str) -> None:
             f"{tuple(pictures.shape)}; connect a Load Image node."
         )
     if pictures.is_floating_point():
-        if not bool(torch.isfinite(pictures).all()):
-            raise IdentityEditError(f"{name} contains NaN or infinite values; load or decode the picture again.")
+        bad = not_finite(pictures, name)
+        if bad:
+            raise IdentityEditError(f"{bad} contains NaN or infinite values; load or decode it again.")
         brightest = float(pictures.detach().max())
-        if brightest > BRIGHTEST:
+        if brightest > BRIGHTEST_HDR:
             raise IdentityEditError(
                 f"{name} holds values up to {brightest:g}, and pictures go from 0 to 1; divide it by its largest "
                 f"possible value before (255, or 65535 for 16 bits)."
@@ -51,19 +55,21 @@ def check_pictures(pictures: Any, name: str) -> None:
 
 
 def check_mask(mask: Any, name: str) -> None:
-    """Check a MASK [B, H, W] or [H, W] of 0 to 1.
+    """Check a MASK [B, H, W], [H, W] or [B, 1, H, W] of 0 to 1.
 
     Raises:
         IdentityEditError: for another form, no cells, NaN, or values that are no shares.
     """
-    if not isinstance(mask, torch.Tensor) or mask.ndim not in (2, 3) or 0 in mask.shape:
+    is_mask = isinstance(mask, torch.Tensor) and (mask.ndim in (2, 3) or (mask.ndim == 4 and mask.shape[1] == 1))
+    if not is_mask or 0 in mask.shape:
         shape = f", not {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
         raise IdentityEditError(
             f"{name} must be a mask [batch, height, width]{shape}; connect a node that gives a mask, such as Load "
             f"Image (as Mask)."
         )
-    if not bool(torch.isfinite(mask).all()):
-        raise IdentityEditError(f"{name} contains NaN or infinite values; make the mask again.")
+    bad = not_finite(mask if mask.ndim > 2 else mask[None], name)
+    if bad:
+        raise IdentityEditError(f"{bad} contains NaN or infinite values; make the mask again.")
     farthest = float(mask.detach().float().abs().max())
     if farthest > BRIGHTEST:
         raise IdentityEditError(

@@ -20,8 +20,9 @@ from . import engine
 from .conditioning import Conditioning
 from .engine.edit_model import checkpoint_tensors, require_edit_model
 from .engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
-from .errors import IdentityEditError, check_conditioning, check_finite
+from .errors import IdentityEditError, check_conditioning
 from .files import check_facts, read_tensors, understanding, write_tensors
+from .pictures import encoded
 
 KIND = "MCDM"
 IMAGE_TOKENS = 77
@@ -44,7 +45,6 @@ CONVENTIONS: dict[str, Any] = {
 """What training and inference agree on. It is in every file, and a file with other conventions is refused."""
 
 _PREFIX = "identity_edit_mcdm."
-_PIXELS_OF_A_CELL = 8
 
 
 class ImageEmbedding(nn.Module):
@@ -174,20 +174,15 @@ def see_pictures(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, pictures: t
         raise IdentityEditError(
             f"The CLIP vision is not the one that this MCDM was trained with ({other}); load that one."
         )
-    if min(pictures.shape[1:3]) < _PIXELS_OF_A_CELL:
-        raise IdentityEditError(
-            f"The picture is {pictures.shape[2]}x{pictures.shape[1]} pixels; use one of 64 or more."
-        )
-    latent = vae.encode(pictures[..., :3]).detach().float()
-    if latent.ndim != 4 or latent.shape[1] != mcdm.latent[0]:
+    latent = encoded(vae, pictures, "The picture")
+    if latent.shape[1] != mcdm.latent[0]:
         raise IdentityEditError(
             f"The VAE gives latents {tuple(latent.shape)} but the MCDM takes {mcdm.latent[0]} channels; use the VAE of "
             f"its checkpoint."
         )
-    check_finite(latent, "The source picture's latent")
     with torch.no_grad():
         tokens = vision_tokens(clip_vision, pictures)
-        embeddings = mcdm.embedding(tokens, engine.to_model_scale(model, latent.cpu()))
+        embeddings = mcdm.embedding(tokens, engine.to_model_scale(model, latent))
     return SourcePictures(latent, embeddings)
 
 

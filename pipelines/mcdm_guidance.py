@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from ..attention.identity_mask import resized
 from . import engine
 from .conditioning import Conditioning
 from .engine.edit_model import require_edit_model
-from .errors import IdentityEditError, check_batch_matches, check_finite
+from .errors import IdentityEditError, check_batch_matches
+from .masks import as_masks, of_size
 from .mcdm import without_pictures
 
 POSITIVE, NEGATIVE, IMAGE, UNCONDITIONAL, SOURCE = "positive", "negative", "image", "unconditional", "source"
@@ -96,7 +96,7 @@ def mcdm_guider(
         negative: the null text with the same c_s and c_im; what has fewer conditions is made of it.
         scales: s_1, s_2, s_3.
         source: p_a with the same c_s and c_im; needed with a mask.
-        mask: M [B or 1, h, w] of the picture's or the latent's size, 1 where the edit may be; None is eq. 1.
+        mask: M [B or 1, h, w] of any size, 1 where the edit may be; None is eq. 1.
 
     Raises:
         IdentityEditError: when the model sees no source picture, a conditioning holds none, or source and mask do not
@@ -109,12 +109,7 @@ def mcdm_guider(
     if mask is not None:
         if source is None:
             raise IdentityEditError("A mask needs source, the prompt of the picture as it is; connect it as well.")
-        if mask.ndim == 2:
-            mask = mask.unsqueeze(0)
-        if mask.ndim != 3 or 0 in mask.shape:
-            raise IdentityEditError(f"The mask has the shape {tuple(mask.shape)}; connect a MASK [batch, h, w].")
-        check_finite(mask, "The mask")
-        mask = mask.detach().float().clamp(0.0, 1.0)
+        mask = as_masks(mask, "mask")
     candidates: dict[str, Conditioning | None] = {
         POSITIVE: positive,
         NEGATIVE: negative,
@@ -134,7 +129,7 @@ def mcdm_guider(
         of_latent = None
         if mask is not None:
             check_batch_matches(mask.shape[0], x.shape[0], "The mask")
-            of_latent = resized(mask.to(x.device), (x.shape[2], x.shape[3]))
+            of_latent = of_size(mask, x.shape[2], x.shape[3]).to(x.device)
         return guider.after_guidance(guided_estimate(estimates, scales, of_latent), estimates, x)
 
     return engine.CombiningGuider(model, conditionings, combine)

@@ -14,8 +14,9 @@ from ..attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeat
 from ..attention.patches import with_patches, without_guidance_functions
 from . import engine
 from .conditioning import Conditioning, single_embedding
-from .errors import IdentityEditError, check_batch_matches, check_finite
+from .errors import IdentityEditError, check_batch_matches
 from .inversion import Inversion, check_inversion, check_sampled_latent
+from .masks import as_masks, cut_to
 
 START_STEP = 0.08
 """The reference implementation's 4 of 50 steps, as a share of the steps."""
@@ -80,7 +81,7 @@ def mutual_self_attention(
         )
     masks = None
     if source_mask is not None and target_mask is not None:
-        masks = _checked_mask(source_mask, "source_mask"), _checked_mask(target_mask, "target_mask")
+        masks = as_masks(source_mask, "source_mask"), as_masks(target_mask, "target_mask")
     layers = mutual_layers(model.get_model_object("diffusion_model"), start_layer)
     first_step = round(start_step * inversion.steps)
 
@@ -121,7 +122,8 @@ def mutual_self_attention(
             for mask, name in zip(masks, ("source_mask", "target_mask"), strict=True):
                 check_batch_matches(mask.shape[0], x.shape[0], name)
             entries = {entry["uuid"]: entry for side in own.values() for entry in side or ()}
-            guiding = MutualMasks(*masks, entries, x.shape[-2], x.shape[-1])
+            height, width = x.shape[-2:]
+            guiding = MutualMasks(*(cut_to(mask, height, width) for mask in masks), entries, height, width)
             patches["attn1_output_patch"] = guiding.output_patch()
         patches["attn1_patch"] = features.injecting_patch(guiding)
         return executor(x, timestep, with_patches(model_options, **patches), seed)
@@ -143,11 +145,3 @@ def _source_conditionings(
         # A mask weighs only the prediction, which the source's evaluation does not use.
         result[side] = None if conditionings is None else engine.conditionings_of_the_prompt(conditionings)
     return result
-
-
-def _checked_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
-    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
-    if mask.ndim != 3 or 0 in mask.shape:
-        raise IdentityEditError(f"{name} must be a mask [batch, height, width], not {tuple(mask.shape)}; connect one.")
-    check_finite(mask, name)
-    return mask.detach().to(device="cpu", dtype=torch.float32, copy=True)

@@ -31,6 +31,7 @@ from .pair_guidance import (
     halves,
     pair_guider,
 )
+from .pictures import comparable
 
 SUBJECT = "{subject}"
 NAME_MARK = "|"
@@ -319,7 +320,7 @@ def save_pairs(
 
     Args:
         folder: the dataset.
-        source, target: [B, H, W, 3] in [0, 1], of one size.
+        source, target: as `pictures.comparable` takes them.
         source_prompt, target_prompt: p_a and p_b.
         edit: its name.
         validation_share: share of the pairs that is for validation, drawn from their numbers.
@@ -330,11 +331,7 @@ def save_pairs(
     Raises:
         IdentityEditError: when the pictures do not belong together, or cannot be written.
     """
-    if source.shape[:3] != target.shape[:3]:
-        raise IdentityEditError(
-            f"The source is {source.shape[0]} pictures of {source.shape[2]}x{source.shape[1]} and the target "
-            f"{target.shape[0]} of {target.shape[2]}x{target.shape[1]}; give pairs of one size."
-        )
+    source, target, _ = comparable(source, target, ("source", "target"))
     used = {*folder.finished(), *folder.rejected()}
     numbers = []
     for before, after in zip(source, target, strict=True):

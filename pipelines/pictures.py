@@ -1,17 +1,23 @@
-"""Pictures of every kind as networks take them: colours, floating point, 0 to 1."""
+"""Pictures of every kind as networks take them: colors, floating point, 0 to 1, of sizes that fit."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from .errors import IdentityEditError, check_finite, not_finite
 from .input_checks import check_pictures
+
+PIXELS_OF_A_CELL = 8
+"""Pixels of a picture along a side of one cell of its latent."""
 
 
 def as_colour(pictures: torch.Tensor, name: str = "pictures") -> torch.Tensor:
-    """Grey, colour or RGBA pictures as colour pictures.
+    """Gray, color or RGBA pictures as color pictures.
 
     Args:
-        pictures: [B, H, W, C] with 1 (grey), 2 (grey and alpha), 3 or 4 (RGBA) channels: floating point of 0 to 1, or
+        pictures: [B, H, W, C] with 1 (gray), 2 (gray and alpha), 3 or 4 (RGBA) channels: floating point of 0 to 1, or
             whole numbers of 8 or 16 bits. Alpha is left out, as everywhere in ComfyUI.
         name: the input's name as the user sees it.
 
@@ -19,11 +25,116 @@ def as_colour(pictures: torch.Tensor, name: str = "pictures") -> torch.Tensor:
         [B, H, W, 3] float32 CPU, 0 to 1.
 
     Raises:
-        IdentityEditError: for another shape, NaN, or values that are not 0 to 1.
+        IdentityEditError: for another shape, NaN, or values that are no brightness.
     """
+    return _colors(_values(pictures, name))
+
+
+def on_white(pictures: torch.Tensor, name: str = "pictures") -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Pictures as `as_colour` takes them, laid on white where they are transparent, and what of each is opaque.
+
+    Returns:
+        [B, H, W, 3] float32 CPU, 0 to 1, and for each picture its opacity [H, W], None where it has no transparency.
+
+    Raises:
+        IdentityEditError: as `as_colour`.
+    """
+    values = _values(pictures, name)
+    colors = _colors(values)
+    if values.shape[-1] in (1, 3):
+        return colors, [None] * len(values)
+    opacity = values[..., -1].clamp(0.0, 1.0)
+    flat = colors * opacity[..., None] + (1.0 - opacity[..., None])
+    return flat, [each.clone() if float(each.min()) < 1.0 else None for each in opacity]
+
+
+def _values(pictures: torch.Tensor, name: str) -> torch.Tensor:
     check_pictures(pictures, name)
     values = pictures.detach().cpu()
-    values = values.float() if values.is_floating_point() else values.float() / torch.iinfo(pictures.dtype).max
+    return values.float() if values.is_floating_point() else values.float() / torch.iinfo(pictures.dtype).max
+
+
+def _colors(values: torch.Tensor) -> torch.Tensor:
     if values.shape[-1] <= 2:
         values = values[..., :1].expand(*values.shape[:-1], 3)
     return values[..., :3].clamp(0.0, 1.0)
+
+
+def middle(batch: torch.Tensor) -> torch.Tensor:
+    """The middle of pictures [B, H, W, C] or masks [B, H, W] that VAE Encode keeps: sides of a multiple of 8 pixels.
+
+    Sides below 8 pixels stay as they are; such pictures have no latent.
+    """
+    for dimension in (1, 2):
+        side = batch.shape[dimension]
+        kept = side // PIXELS_OF_A_CELL * PIXELS_OF_A_CELL or side
+        batch = batch.narrow(dimension, (side - kept) // 2, kept)
+    return batch
+
+
+def comparable(
+    first: torch.Tensor, second: torch.Tensor, names: tuple[str, str]
+) -> tuple[torch.Tensor, torch.Tensor, str | None]:
+    """Two batches of pictures brought to colors, to one size and to one number, to be compared pixel by pixel.
+
+    The larger ones are cut as VAE Encode cuts them, where that is why their sizes differ; a batch of one is repeated.
+
+    Args:
+        first, second: as `as_colour` takes them.
+        names: the inputs' names as the user sees them.
+
+    Returns:
+        both [B, H, W, 3] float32 CPU, 0 to 1, and a sentence for the report where one was cut.
+
+    Raises:
+        IdentityEditError: when they are no pictures, or no such cut explains their sizes, or their numbers differ.
+    """
+    pictures = [as_colour(each, name) for each, name in zip((first, second), names, strict=True)]
+    sizes = [f"{each.shape[2]}x{each.shape[1]}" for each in pictures]
+    note = None
+    if pictures[0].shape[1:] != pictures[1].shape[1:]:
+        for cut, other in ((0, 1), (1, 0)):
+            smaller = middle(pictures[cut])
+            if smaller.shape[1:] == pictures[other].shape[1:]:
+                pictures[cut] = smaller
+                note = f"Of {names[cut]} ({sizes[cut]}) the middle {sizes[other]} is taken, which VAE Encode keeps."
+                break
+        else:
+            raise IdentityEditError(
+                f"{names[0]} has {sizes[0]} pixels and {names[1]} {sizes[1]}, which is more than VAE Encode cuts off; "
+                f"scale both to one size."
+            )
+    counts = [len(each) for each in pictures]
+    if counts[0] != counts[1] and 1 not in counts:
+        raise IdentityEditError(
+            f"{names[0]} holds {counts[0]} pictures and {names[1]} {counts[1]}; give as many of both, or one of either."
+        )
+    pictures = [each.expand(max(counts), -1, -1, -1) for each in pictures]
+    return pictures[0], pictures[1], note
+
+
+def encoded(vae: Any, pictures: torch.Tensor, name: str) -> torch.Tensor:
+    """The latents of pictures.
+
+    Args:
+        vae: VAE.
+        pictures: [B, H, W, 3], 0 to 1; the VAE cuts sides that are no multiples of 8 pixels.
+        name: what the pictures are, for messages.
+
+    Returns:
+        [B, C, h, w] float32 CPU, in the scale of LATENT sockets.
+
+    Raises:
+        IdentityEditError: when the pictures are smaller than a cell, or the latents are of a video or not finite.
+    """
+    height, width = pictures.shape[1:3]
+    if min(height, width) < PIXELS_OF_A_CELL:
+        raise IdentityEditError(f"{name} is {width}x{height} pixels; use one of 64 or more.")
+    latents = vae.encode(pictures[..., :3]).detach().float().cpu()
+    if latents.ndim != 4:
+        raise IdentityEditError(
+            f"The vae gives latents {tuple(latents.shape)}, as one of a video model does; use the VAE of the same "
+            f"checkpoint as the model."
+        )
+    check_finite(latents, not_finite(latents, f"The latent of {name[:1].lower()}{name[1:]}") or "")
+    return latents

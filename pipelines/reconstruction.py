@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .errors import IdentityEditError
-from .input_checks import check_pictures
+from .pictures import comparable
 
 LOWEST_PSNR = 20.0
 """dB below which a reconstruction is taken to have failed. A choice between what the demo world gave at 20 steps: 26 dB
@@ -18,22 +17,15 @@ def psnr(picture: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     One line of arithmetic, so no metrics library is asked.
 
     Args:
-        picture: IMAGE [B, H, W, 3], values 0 to 1.
-        reconstruction: IMAGE of the same shape.
+        picture, reconstruction: as `pictures.comparable` takes them.
 
     Returns:
         [B] float64 in dB, infinite for equal pictures.
 
     Raises:
-        IdentityEditError: when the shapes differ, or one holds no pictures of 0 to 1.
+        IdentityEditError: as `pictures.comparable`.
     """
-    check_pictures(picture, "The picture")
-    check_pictures(reconstruction, "The reconstruction")
-    if picture.shape != reconstruction.shape:
-        raise IdentityEditError(
-            f"The picture {tuple(picture.shape)} and its reconstruction {tuple(reconstruction.shape)} differ in size; "
-            f"scale the picture to a multiple of 8 before encoding it."
-        )
+    picture, reconstruction, _ = comparable(picture, reconstruction, ("picture", "reconstruction"))
     error = (picture.double() - reconstruction.double()).square().flatten(1).mean(dim=1)
     return -10.0 * torch.log10(error)
 

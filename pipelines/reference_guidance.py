@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 
-from ..attention.identity_mask import resized
 from . import engine
 from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError, check_batch_matches, check_finite, check_latent
 from .gradients import gradients_by_sample
 from .inversion import DDIM, Inversion, check_inversion, check_method
+from .masks import masks_for
 from .schedule import euler_step, signal_scale
 
 GUIDANCE_SCALE = 7.5
@@ -91,8 +91,8 @@ def reference_guided_sampling(
         start: x_T [B, C, H, W] at inversion.sigmas[0] in the scale of LATENT sockets, see `first_pass_latent`.
         inversion: [x*_0, ..., x*_T] of the aligned reference from `inversion.ddim_inversion` with guidance scale 1; of
             one picture, or of one for each latent. Its noise levels are those of the run.
-        mask: M_r* [1 or B, h, w] in [0, 1] of the aligned reference's subject, at any size with its proportions. A
-            cell of the latent belongs to the subject where at least half of it does.
+        mask: M_r* [1 or B, h, w] in [0, 1] of the aligned reference's subject, of any size. A cell of
+            the latent belongs to the subject where at least half of it does.
         positive: CONDITIONING of the prompt.
         negative: CONDITIONING of the empty prompt, phi; one entry.
         guidance_scale: w > 1, that of the first pass. 7.5 is the pack's usual one; the paper names none.
@@ -267,32 +267,18 @@ def progress_total(steps: int, guided: range, inner_steps: int) -> int:
 
 
 def latent_mask(mask: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
-    """A mask [h, w] or [1 or B, h, w] on the latent's grid [B, H, W], 1 where at least half of a cell is covered.
+    """A mask [1 or B, h, w] of any size on the latent's grid [B, H, W], 1 where at least half of a cell is covered.
 
     Raises:
-        IdentityEditError: for a mask of other proportions or another batch, or one that covers no cell of a latent.
+        IdentityEditError: for masks of another batch, or one that covers no cell of a latent.
     """
-    mask = mask.detach().to(device="cpu", dtype=torch.float32)
-    if mask.ndim == 2:
-        mask = mask.unsqueeze(0)
-    if mask.ndim != 3 or 0 in mask.shape:
-        raise IdentityEditError(f"The mask has the shape {tuple(mask.shape)}; connect a MASK [batch, height, width].")
-    # A picture may be up to 7 pixels larger than its latent says: VAE Encode crops it.
-    proportions = (mask.shape[1] / height) / (mask.shape[2] / width)
-    if abs(proportions - 1.0) > 1.0 / min(height, width):
-        raise IdentityEditError(
-            f"The mask is {mask.shape[2]}x{mask.shape[1]} but the picture {8 * width}x{8 * height}; use the mask of "
-            f"the aligned reference."
-        )
-    check_finite(mask, "The mask")
-    check_batch_matches(mask.shape[0], batch, "The mask")
-    cells = (resized(mask.clamp(0.0, 1.0), (height, width)) >= 0.5).float()
+    cells = (masks_for(mask, "mask", height, width, batch) >= 0.5).float()
     if bool((cells.sum(dim=(1, 2)) == 0).any()):
         raise IdentityEditError(
             "The mask is empty on the latent's grid, so nothing could be guided; connect the mask of the aligned "
             "reference's subject, or grow it (GrowMask)."
         )
-    return cells.expand(batch, -1, -1).clone()
+    return cells
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from .errors import IdentityEditError
-from .pictures import as_colour
+from .masks import masks_for
+from .pictures import as_colour, comparable
 from .score_definitions import INSIDE
 
 
@@ -31,26 +32,16 @@ class ScoredPictures:
         references: Sequence[torch.Tensor] | None,
     ) -> ScoredPictures:
         edited = as_colour(edited, "edited")
-        count, height, width = edited.shape[:3]
-        sources = 0 if source is None else len(source)
+        count, sources = len(edited), 0
         if source is not None:
-            source = as_colour(source, "source")
-            if source.shape[1:3] != edited.shape[1:3]:
+            sources = len(source)
+            edited, source, _ = comparable(edited, source, ("edited", "source"))
+            if len(edited) > count:
                 raise IdentityEditError(
-                    f"edited has {width}x{height} pixels and source {source.shape[2]}x{source.shape[1]}; scale both to "
-                    f"one size."
+                    f"source holds {sources} pictures for one edited picture; give one for all, or one for each."
                 )
-            source = _for_each(source, count, "source")
         if mask is not None:
-            mask = mask.detach().float().cpu()
-            if mask.ndim != 3 or mask.shape[1:] != edited.shape[1:3]:
-                raise IdentityEditError(
-                    f"mask has the shape {tuple(mask.shape)} for pictures of {width}x{height} pixels; use a mask of "
-                    f"the pictures' size."
-                )
-            if not bool(torch.isfinite(mask).all()):
-                raise IdentityEditError("mask contains NaN or infinite values; make it again.")
-            mask = _for_each(mask.clamp(0.0, 1.0), count, "mask")
+            mask = masks_for(mask, "mask", edited.shape[1], edited.shape[2], count)
         known = [as_colour(picture[None], "references")[0] for picture in references or []]
         return cls(edited, source, mask, known, sources)
 
@@ -61,14 +52,6 @@ class ScoredPictures:
         assert self.mask is not None
         inside = self.mask[number : number + 1]
         return inside if part == INSIDE else 1.0 - inside
-
-
-def _for_each(batch: torch.Tensor, count: int, name: str) -> torch.Tensor:
-    if len(batch) not in (1, count):
-        raise IdentityEditError(
-            f"{name} holds {len(batch)} entries for {count} edited pictures; give one for all, or one for each."
-        )
-    return batch.expand(count, *batch.shape[1:])
 
 
 def prompt_for_each(prompt: str | list[str], case: ScoredPictures, name: str) -> list[str]:

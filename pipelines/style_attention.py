@@ -30,6 +30,7 @@ from ..attention.style_cross_attention import (
 )
 from . import engine
 from .errors import IdentityEditError, check_batch_matches
+from .masks import as_masks, cut_to
 from .w_plus import WPlus
 
 ROW_GROUPS = "1-5, 6-9, 10-13, 14-18"
@@ -320,15 +321,17 @@ def apply_style_attention(
     clone = model.clone()
     if strength == 0.0:
         return clone
-    styles = SubjectStyles(tokens, null, strength, _checked_mask(mask))
+    given = None if mask is None else as_masks(mask, "mask")
+    styles = SubjectStyles(tokens, null, strength, given)
 
     def predict_noise(
         executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
     ) -> torch.Tensor:
         guider = executor.class_obj
         check_batch_matches(tokens.shape[0], x.shape[0], "w_plus")
-        if styles.mask is not None:
-            check_batch_matches(styles.mask.shape[0], x.shape[0], "mask")
+        if given is not None:
+            check_batch_matches(given.shape[0], x.shape[0], "mask")
+            styles.mask = cut_to(given, x.shape[-2], x.shape[-1])
         sampling = guider.model_patcher.get_model_object("model_sampling")
         sigma = float(timestep.max())
         before, styles.evaluation = (
@@ -360,19 +363,6 @@ def apply_style_attention(
     clone.set_additional_models(f"{_KEY}_{id(patcher.model)}", [patcher])
     engine.add_wrappers(clone, _KEY, predict_noise=predict_noise, outer_sample=outer_sample)
     return clone
-
-
-def _checked_mask(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, H, W] float32 CPU, 0 to 1."""
-    if mask is None:
-        return None
-    mask = mask.detach().float().cpu()
-    mask = mask[None] if mask.ndim == 2 else mask
-    if mask.ndim != 3 or mask.numel() == 0 or not bool(torch.isfinite(mask).all()):
-        raise IdentityEditError(
-            f"mask {tuple(mask.shape)} is no MASK [batch, height, width] of finite values; draw it again."
-        )
-    return mask.clamp(0.0, 1.0)
 
 
 def described(style: StyleAttention) -> str:

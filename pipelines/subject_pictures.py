@@ -5,37 +5,54 @@ describes what can be edited (action, view, expression), in which the subject is
 word, "sks dog". A folder holds it like this:
 
     dog/                     the subject
-        1.jpg  1.txt         a picture (png, jpg, jpeg, webp) and its caption
-        2.png  2.txt  2.mask.png     perhaps with a mask: white on the subject, as large as its picture
+        1.jpg  1.txt         a picture, in any format that Pillow reads, and its caption
+        2.png  2.txt  2.mask.png     perhaps with a mask: white on the subject, of any size
         class_word.txt       perhaps: what the subject is, "dog"
         test/9.jpg  9.txt    perhaps: the one picture to edit, and its caption
+
+Masks may also be called as other trainers call them: 2-masklabel.png, 2_mask.png, 2-mask.png, or mask/2.png and
+masks/2.png.
 """
 
 from __future__ import annotations
 
+import codecs
+import mimetypes
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from .errors import IdentityEditError
 from .files import written_whole
-from .picture_files import open_picture
+from .masks import as_masks, is_no_mask, masks_for
+from .picture_files import open_picture, picture_formats, read_picture
+from .pictures import on_white
 from .subject_words import CLASS_WORD_FILE, check_caption, check_words, identity_prompt, one_line, with_article
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 MASK_MARK = ".mask"
+_MASK_MARKS = (MASK_MARK, "-masklabel", "_mask", "-mask")
+"""Ends of the names of masks, without the file's ending: this pack's, OneTrainer's, and what people write."""
+_ALWAYS_MASKS = (MASK_MARK, "-masklabel")
+"""The others may end a picture's own name, as in dog_with_mask.png: they mark a mask where its picture is there."""
+_MASK_FOLDERS = ("mask", "masks")
+_NO_PICTURE_OF_THE_SUBJECT = "-condlabel"
+"""OneTrainer's further input of a picture."""
 TEST_FOLDER = "test"
 FEWEST, MOST = 3, 5
 """The number of reference pictures in Liu et al. 2024 (section 2); any number from one on is accepted, with a note."""
 
 _LONGEST_TEXT = 100_000
 """Characters of a caption file; captions have some hundred."""
+_PHOTO_ENDINGS = (".avif", ".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".exr", ".hdr")
+"""Pictures that Python's list of types does not know everywhere."""
+_ENCODING_OF_MARK = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+"""Notepad's "Unicode" and PowerShell's redirection write UTF-16, and say so in the first two bytes."""
 
 CAPTION_FILES = "caption files"
 CLASS_WORD_ONLY = "class word only (DreamBooth)"
@@ -112,13 +129,13 @@ def load_subject_folder(
             f"file, into a folder below ComfyUI's input folder."
         )
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    files = [name for name in names if os.path.isfile(os.path.join(path, name))]
-    pictures = [name for name in files if _is_picture(name) and not _is_mask(name)]
-    masks = {_stem(name).removesuffix(MASK_MARK): name for name in files if _is_mask(name)}
+    pictures, masks = _pictures_and_masks(path, names)
     if not pictures:
+        unreadable = _unreadable(names)
+        of_them = f", but {', '.join(unreadable)}, which Pillow cannot read here" if unreadable else ""
         raise IdentityEditError(
-            f"The folder {path} holds no picture ({', '.join(PICTURE_ENDINGS)}); put {FEWEST} to {MOST} pictures of "
-            f"the subject into it."
+            f"The folder {path} holds no picture{of_them}; put {FEWEST} to {MOST} pictures of the subject into it, "
+            f"such as .png or .jpg."
         )
     class_word, token = check_words(class_word.strip() or _read_class_word(path), token)
     _check_stems(pictures, masks)
@@ -150,20 +167,25 @@ def from_batch(
     """Make a subject's pictures from tensors.
 
     Args:
-        images: [batch, height, width, 3 or 4], or a list of such batches, values 0 to 1. A fourth channel is opacity:
-            such a picture is laid on white.
+        images: [batch, height, width, 1 to 4], or a list of such batches, values 0 to 1; gray ones become colors. A
+            second or fourth channel is opacity: such a picture is laid on white, and without a mask of its own its
+            opaque part is the mask.
         captions: one for each picture, one for all, or none yet (an empty list).
         class_word, token: as for `load_subject_folder`.
-        masks: [batch, height, width] or a list of such batches, 1 on the subject; one for each picture.
+        masks: [batch, height, width] or a list of such batches, 1 on the subject; one for each picture or one for
+            all, of any size. One that is empty as Load Image's is counts as none.
         add_token: put the token before the class word of captions that lack it, instead of refusing them.
 
     Raises:
         IdentityEditError: when an image, caption or mask cannot be used, or their numbers differ.
     """
     class_word, token = check_words(class_word, token)
-    pictures = [_flat_picture(image) for batch in _as_list(images) for image in _entries(batch, 4, "The images")]
-    if not pictures:
-        raise IdentityEditError("The images are empty; connect at least one picture.")
+    pictures: list[torch.Tensor] = []
+    found: list[torch.Tensor | None] = []
+    for batch in _as_list(images):
+        flat, opaque = on_white(batch[None] if getattr(batch, "ndim", 0) == 3 else batch, "images")
+        pictures += flat
+        found += opaque
     names = [f"picture {number}" for number in range(1, len(pictures) + 1)]
     if len(captions) not in (0, 1, len(pictures)):
         raise IdentityEditError(
@@ -177,16 +199,18 @@ def from_batch(
             check_caption(one_line(text), f"The caption of {name}", class_word, token, add_token)
             for text, name in zip(every, names, strict=True)
         ]
-    found: list[torch.Tensor | None] = [None] * len(pictures)
     if masks is not None:
-        given = [mask.detach().cpu().float() for batch in _as_list(masks) for mask in _entries(batch, 3, "The masks")]
-        if len(given) != len(pictures):
+        given = [mask for batch in _as_list(masks) for mask in as_masks(batch, "masks")]
+        if len(given) not in (1, len(pictures)):
             raise IdentityEditError(
-                f"There are {len(given)} masks for {len(pictures)} pictures; give each picture its mask, or no masks."
+                f"There are {len(given)} masks for {len(pictures)} pictures; give one for each picture, one for all, "
+                f"or no masks."
             )
-        for picture, mask, name in zip(pictures, given, names, strict=True):
-            _check_mask(mask, (picture.shape[1], picture.shape[0]), f"The mask of {name}")
-        found = list(given)
+        every = given * len(pictures) if len(given) == 1 else given
+        found = [
+            own if is_no_mask(mask[None]) else _mask_of(picture, mask, f"The mask of {name}")
+            for picture, mask, own, name in zip(pictures, every, found, names, strict=True)
+        ]
     notes = tuple(_count_notes(len(pictures), token))
     return SubjectPictures(pictures, texts, found, names, class_word, token, notes=notes)
 
@@ -271,12 +295,37 @@ def save_captions(subject: SubjectPictures, *, overwrite: bool = False) -> list[
 # --- Reading a folder ------------------------------------------------------------------------------------------------
 
 
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith(PICTURE_ENDINGS)
+def _pictures_and_masks(path: str, names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The names of a folder's pictures, and the masks, with their folder, by the stem of their picture."""
+    endings = picture_formats()
+    shown = [name for name in names if _ending(name) in endings and os.path.isfile(os.path.join(path, name))]
+    stems = {_stem(name) for name in shown}
+    pictures: list[str] = []
+    masks: dict[str, str] = {}
+    for name in shown:
+        marks = [mark for mark in _MASK_MARKS if _stem(name).endswith(mark)]
+        of = [(mark, _stem(name).removesuffix(mark)) for mark in marks]
+        stem = next((stem for mark, stem in of if mark in _ALWAYS_MASKS or stem in stems), None)
+        if stem is not None:
+            masks.setdefault(stem, name)
+        elif not _stem(name).endswith(_NO_PICTURE_OF_THE_SUBJECT):
+            pictures.append(name)
+    for folder in (name for name in names if name.lower() in _MASK_FOLDERS and os.path.isdir(os.path.join(path, name))):
+        for name in sorted(os.listdir(os.path.join(path, folder))):
+            if _ending(name) in endings and _stem(name) in {_stem(picture) for picture in pictures}:
+                masks.setdefault(_stem(name), f"{folder}/{name}")
+    return pictures, masks
 
 
-def _is_mask(name: str) -> bool:
-    return _is_picture(name) and _stem(name).endswith(MASK_MARK)
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _unreadable(names: list[str]) -> list[str]:
+    """Files that are pictures by their ending, which Pillow cannot read here."""
+    known = picture_formats()
+    kinds = {name: mimetypes.guess_type(name)[0] or "" for name in names if _ending(name) not in known}
+    return [name for name, kind in kinds.items() if kind.startswith("image/") or _ending(name) in _PHOTO_ENDINGS]
 
 
 def _stem(name: str) -> str:
@@ -308,8 +357,10 @@ def _read_class_word(path: str) -> str:
 def _read_text(path: str, name: str) -> str:
     """A text file as one line."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(_LONGEST_TEXT + 1)
+        with open(path, "rb") as file:
+            content = file.read(4 * _LONGEST_TEXT + 4)  # a character has at most four bytes
+        encoding = next((encoding for mark, encoding in _ENCODING_OF_MARK if content.startswith(mark)), "utf-8")
+        text = content.decode(encoding) if len(content) <= 4 * _LONGEST_TEXT else "\0"
     except UnicodeDecodeError as error:
         raise IdentityEditError(f"{name} is not UTF-8 text; save it as UTF-8.") from error
     except OSError as error:
@@ -347,10 +398,16 @@ def _caption(path: str, name: str, source: str, class_word: str, token: str, add
 
 def _ignored_notes(names: list[str], pictures: list[str], masks: dict[str, str]) -> list[str]:
     known = {*pictures, *masks.values(), CLASS_WORD_FILE, TEST_FOLDER, *(f"{_stem(name)}.txt" for name in pictures)}
+    known |= {os.path.dirname(mask) for mask in masks.values()}
     unknown = [name for name in names if name not in known]
-    if not unknown:
-        return []
-    return [f"Ignored, because they are neither picture, caption nor mask of one: {', '.join(unknown)}."]
+    unreadable = _unreadable(unknown)
+    others = [name for name in unknown if name not in unreadable]
+    notes = []
+    if unreadable:
+        notes.append(f"Left out, because Pillow cannot read them here: {', '.join(unreadable)}; save them as .png.")
+    if others:
+        notes.append(f"Ignored, because they are neither picture, caption nor mask of one: {', '.join(others)}.")
+    return notes
 
 
 def _count_notes(count: int, token: str) -> list[str]:
@@ -367,7 +424,7 @@ def _with_test_picture(
     if not os.path.isdir(folder):
         return replace(subject, notes=tuple(notes))
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    pictures = [name for name in names if _is_picture(name) and not _is_mask(name)]
+    pictures, _ = _pictures_and_masks(folder, names)
     if not pictures:
         return replace(subject, notes=(*notes, f"The folder {TEST_FOLDER} holds no picture."))
     if len(pictures) > 1:
@@ -384,36 +441,22 @@ def _read_picture(
     path: str, name: str, mask_name: str | None, size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A picture [height, width, 3] and its mask [height, width] or None, both of the wanted size."""
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    picture = _open(path, name)
-    mask = None
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        opacity = picture.getchannel("A")
-        if np.asarray(opacity).min() < 255:
-            mask = opacity
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    picture = picture.convert("RGB")
+    flat, opaque = on_white(read_picture(_inside(path, name), name), name)
+    picture, mask, what = flat[0], opaque[0], f"The transparency of {name}"
     if mask_name is not None:
-        mask = _open(path, mask_name).convert("L")
-    what = f"The mask {mask_name}" if mask_name else f"The transparency of {name}"
+        mask = _tensor(open_picture(_inside(path, mask_name), mask_name).convert("L"))
+        what = f"The mask {mask_name}"
     if mask is not None:
-        _check_mask(_tensor(mask), picture.size, what)
+        mask = _mask_of(picture, mask, what)
     if size is not None:
-        picture = ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS)
+        picture = _square(picture, size, smooth=True)
         if mask is not None:
-            mask = ImageOps.fit(mask, (size, size), Image.Resampling.BILINEAR)
-            if mask.getextrema()[1] == 0:
+            mask = _square(mask, size, smooth=False)
+            if not bool(mask.any()):
                 raise IdentityEditError(
-                    f"{what} marks nothing within the centred square of {name}; crop the picture around the subject."
+                    f"{what} marks nothing within the centered square of {name}; crop the picture around the subject."
                 )
-    return _tensor(picture), None if mask is None else _tensor(mask)
-
-
-def _open(path: str, name: str) -> Image:
-    return open_picture(_inside(path, name), name)
+    return picture, mask
 
 
 def _inside(folder: str, name: str) -> str:
@@ -429,21 +472,30 @@ def _inside(folder: str, name: str) -> str:
 
 
 def _tensor(image: Image) -> torch.Tensor:
-    """[height, width, 3] or, of a grey image, [height, width]; float32, 0 to 1."""
+    """[height, width, 3] or, of a gray image, [height, width]; float32, 0 to 1."""
     import numpy as np
 
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
 
 
-def _check_mask(mask: torch.Tensor, size: tuple[int, int], what: str) -> None:
-    """Check that a mask [height, width] fits a picture of `size` (width, height) and marks something."""
-    if (mask.shape[1], mask.shape[0]) != size:
-        raise IdentityEditError(
-            f"{what} is {mask.shape[1]}x{mask.shape[0]} but its picture is {size[0]}x{size[1]}; make the mask as large "
-            f"as the picture."
-        )
-    if not bool(torch.isfinite(mask).all()) or float(mask.max()) <= 0.0:
+def _square(pixels: torch.Tensor, size: int, *, smooth: bool) -> torch.Tensor:
+    """The centered square of a picture [height, width, 3] or mask [height, width], scaled to a side of `size`."""
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray((pixels * 255.0).round().to(torch.uint8).numpy())
+    return _tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS if smooth else Image.Resampling.BILINEAR))
+
+
+def _mask_of(picture: torch.Tensor, mask: torch.Tensor, what: str) -> torch.Tensor:
+    """A mask [height, width] brought to the size of its picture.
+
+    Raises:
+        IdentityEditError: when it marks nothing.
+    """
+    fitted = masks_for(mask, what, picture.shape[0], picture.shape[1], 1)[0]
+    if not bool(fitted.any()):
         raise IdentityEditError(f"{what} marks nothing; make it white on the subject, or leave it out.")
+    return fitted
 
 
 # --- From tensors ----------------------------------------------------------------------------------------------------
@@ -451,25 +503,6 @@ def _check_mask(mask: torch.Tensor, size: tuple[int, int], what: str) -> None:
 
 def _as_list(batches: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
     return list(batches) if isinstance(batches, (list, tuple)) else [batches]
-
-
-def _entries(batch: Any, dimensions: int, what: str) -> list[torch.Tensor]:
-    """The entries of a batch with `dimensions` dimensions; one entry without its batch dimension is taken too."""
-    if not isinstance(batch, torch.Tensor) or batch.ndim not in (dimensions - 1, dimensions):
-        raise IdentityEditError(f"{what} are no batch of pictures; connect a node such as Load Image.")
-    return list(batch) if batch.ndim == dimensions else [batch]
-
-
-def _flat_picture(image: torch.Tensor) -> torch.Tensor:
-    """[height, width, 3] of an image with three or four channels."""
-    image = image.detach().cpu().float()
-    if image.shape[-1] not in (3, 4) or image.numel() == 0:
-        raise IdentityEditError(f"An image has the shape {tuple(image.shape)}; connect pictures with three channels.")
-    if not bool(torch.isfinite(image).all()):
-        raise IdentityEditError("The images contain NaN or infinite values; decode them again.")
-    if image.shape[-1] == 4:
-        image = image[..., :3] * image[..., 3:] + (1.0 - image[..., 3:])
-    return image.clamp(0.0, 1.0)
 
 
 def _write_text(path: str, text: str) -> None:

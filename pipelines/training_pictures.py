@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from .engine.trainable import TrainableNetworks
-from .errors import IdentityEditError, check_finite
+from .errors import IdentityEditError
+from .masks import masks_for, of_size
+from .pictures import encoded
 from .schedule import DiscreteSampling
 from .training import generator_of
-
-_PIXELS_PER_LATENT = 8
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ def encode_pictures(
         vae: VAE of the checkpoint.
         pictures: [H, W, 3] float32, 0 to 1.
         captions: one for each picture.
-        masks: [H, W] of the picture's size, 1 on the subject, or None; averaged to the latent's resolution.
+        masks: [H, W], 1 on the subject, or None; averaged to the latent's resolution.
 
     Raises:
-        IdentityEditError: when there is no picture, a caption is missing, a mask has another size or is empty, or a
-            latent is not finite.
+        IdentityEditError: when there is no picture, a caption is missing, a mask is empty, or a latent is of a video or
+            not finite.
     """
     masks = list(masks) if masks is not None else [None] * len(pictures)
     if not pictures:
@@ -76,10 +76,7 @@ def encode_pictures(
     latents, small_masks = [], []
     for number, (picture, caption, mask) in enumerate(zip(pictures, captions, masks, strict=True), start=1):
         height, width = picture.shape[:2]
-        if min(height, width) < _PIXELS_PER_LATENT:
-            raise IdentityEditError(f"Picture {number} is {width}x{height}; use pictures of 64 pixels or more.")
-        latent = vae.encode(picture[None, :, :, :3])[0].detach().float().cpu().clone()
-        check_finite(latent, f"The latent of picture {number}")
+        latent = encoded(vae, picture[None], f"Picture {number}")[0].clone()
         latents.append(latent)
         small_masks.append(None if mask is None else _latent_mask(mask, picture, latent, number))
         # The picture and not its latent: encoding it again need not give the same bits.
@@ -91,16 +88,8 @@ def encode_pictures(
 
 
 def _latent_mask(mask: torch.Tensor, picture: torch.Tensor, latent: torch.Tensor, number: int) -> torch.Tensor:
-    if mask.shape != picture.shape[:2]:
-        raise IdentityEditError(
-            f"The mask of picture {number} is {mask.shape[-1]}x{mask.shape[0]} and the picture {picture.shape[1]}x"
-            f"{picture.shape[0]}; make the mask as large as its picture."
-        )
-    # VAE Encode cuts the middle out of a picture whose sides are no multiples of 8.
-    cut = [side // _PIXELS_PER_LATENT * _PIXELS_PER_LATENT for side in mask.shape]
-    top, left = ((side - kept) // 2 for side, kept in zip(mask.shape, cut, strict=True))
-    middle = mask.detach().float().cpu()[None, None, top : top + cut[0], left : left + cut[1]]
-    small = torch.nn.functional.adaptive_avg_pool2d(middle, (latent.shape[1], latent.shape[2]))[0, 0].clone()
+    of_picture = masks_for(mask, f"The mask of picture {number}", picture.shape[0], picture.shape[1], 1)
+    small = of_size(of_picture, latent.shape[1], latent.shape[2])[0].clone()
     if not float(small.sum()) > 0.0:
         raise IdentityEditError(f"The mask of picture {number} is empty; paint the subject white, or remove the mask.")
     return small

@@ -11,7 +11,7 @@ from ..attention.mutual_self_attention import AUTOMATIC
 from ..pipelines import mutual_self_attention
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.inversion import Inversion as InversionData
-from .sockets import Inversion, checked, schema
+from .sockets import Inversion, checked, mask_input, schema
 
 
 class MutualSelfAttention(io.ComfyNode):
@@ -66,16 +66,16 @@ class MutualSelfAttention(io.ComfyNode):
                     optional=True,
                     tooltip="The negative prompt for the picture; without it the sampler's own counts for both.",
                 ),
-                io.Mask.Input(
+                mask_input(
                     "source_mask",
-                    optional=True,
-                    tooltip="The subject in the picture. With both masks the subject looks at the subject and the "
+                    "Mask of the subject in the picture. With both masks the subject looks at the subject and the "
                     "background at the background (mask-guided MasaCtrl).",
-                ),
-                io.Mask.Input(
-                    "target_mask",
                     optional=True,
-                    tooltip="Where the subject will be in the edit. Connect both masks or none.",
+                ),
+                mask_input(
+                    "target_mask",
+                    "Mask of where the subject will be in the edit. Connect both masks or none.",
+                    optional=True,
                 ),
             ],
             outputs=[

@@ -17,7 +17,7 @@ from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.inversion import Inversion as InversionData
 from ..pipelines.masks import masks_for
 from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour
-from .sockets import Inversion, at_picture_size, checked, choice_of, progress, schema, show_text
+from .sockets import Inversion, at_picture_size, checked, choice_of, mask_input, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
 """`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""
@@ -200,10 +200,16 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     tooltip="The negative prompt. Not needed with an inversion from Null-Text Optimization, which "
                     "carries its own, nor with guidance scale 1.",
                 ),
-                io.Mask.Input(
-                    "source_mask", optional=True, tooltip="Where the subject is in the picture, if you know it."
+                mask_input(
+                    "source_mask",
+                    "Mask of the subject in the picture, if you know it.",
+                    optional=True,
                 ),
-                io.Mask.Input("target_mask", optional=True, tooltip="Where the subject may be in the edited picture."),
+                mask_input(
+                    "target_mask",
+                    "Mask of where the subject may be in the edited picture.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -332,8 +338,10 @@ class AttentionHeatmap(io.ComfyNode):
                     optional=True,
                     tooltip="From Identity Attention or Identity-Aware Mask Blend; without it only the mask is drawn.",
                 ),
-                io.Mask.Input(
-                    "mask", optional=True, tooltip="A mask whose outline is drawn on top, to compare it with the map."
+                mask_input(
+                    "mask",
+                    "Mask whose outline is drawn on top, to compare it with the map.",
+                    optional=True,
                 ),
             ],
             outputs=[

@@ -21,7 +21,7 @@ from ..pipelines.identity_similarity import load_recognizer
 from ..pipelines.lpips_score import BACKBONES
 from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import comparable
-from .sockets import FaceDetector, checked, schema, show_text
+from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
 ENCODER_FOLDER = "image_encoders"
@@ -194,11 +194,11 @@ class ScoreEdit(io.ComfyNode):
                     f"models/{score_files.FOLDER}. They need {FEWEST} edited pictures and as many references (or "
                     "sources).",
                 ),
-                io.Mask.Input(
+                mask_input(
                     "mask",
-                    optional=True,
-                    tooltip="1 where the edit may change the picture, of the pictures' size. With it scores are given "
+                    "Mask of the edit: 1 where it may change the picture, of any size. With it scores are given "
                     "inside and outside of it as well.",
+                    optional=True,
                 ),
                 io.Image.Input(
                     "references",

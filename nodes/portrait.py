@@ -17,7 +17,7 @@ from ..pipelines.identity_mask_blend import identity_mask_blend
 from ..pipelines.inversion import Inversion as InversionData
 from ..pipelines.pictures import as_colour
 from .saved_files import model_files, model_path
-from .sockets import Inversion, at_picture_size, checked, latent_samples, progress, schema, show_text
+from .sockets import Inversion, at_picture_size, checked, latent_samples, mask_input, progress, schema, show_text
 
 
 class MCDMConditioner(io.ComfyNode):
@@ -173,11 +173,11 @@ class MCDMGuider(io.ComfyNode):
                     optional=True,
                     tooltip="From MCDM Conditioner: the source prompt, which holds outside of the mask.",
                 ),
-                io.Mask.Input(
+                mask_input(
                     "mask",
+                    "Mask of where the edit may be, from MCDM Edit Mask or painted, of any size; it needs source. "
+                    "Without one the edit may be everywhere.",
                     optional=True,
-                    tooltip="Where the edit may be, from MCDM Edit Mask or painted; it needs source. Without one the "
-                    "edit may be everywhere.",
                 ),
             ],
             outputs=[
@@ -350,7 +350,10 @@ class DiffEdit(io.ComfyNode):
                 ),
                 io.Conditioning.Input("target", tooltip="The prompt that describes the edited picture."),
                 io.Conditioning.Input("negative", tooltip="The empty prompt, or what is not to be seen."),
-                io.Mask.Input("mask", tooltip="Where the edit may be, from MCDM Edit Mask or painted."),
+                mask_input(
+                    "mask",
+                    "Mask of where the edit may be, from MCDM Edit Mask or painted, of any size.",
+                ),
                 io.Float.Input(
                     "encoding_ratio",
                     default=0.5,

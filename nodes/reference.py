@@ -13,7 +13,7 @@ from ..pipelines.masks import masks_for
 from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import as_colour
 from ..pipelines.subject_pictures import SubjectPictures as SubjectPicturesData
-from .sockets import SubjectPictures, checked, schema, show_text
+from .sockets import SubjectPictures, checked, mask_input, schema, show_text
 
 MODEL_FOLDER = "image_encoders"
 BUILT_IN, CLIP_VISION = "colours and edges (no model)", "CLIP_VISION input"
@@ -59,13 +59,17 @@ class SelectReference(io.ComfyNode):
                 io.Image.Input(
                     "images", optional=True, tooltip="The subject's pictures as a batch, in the place of subject."
                 ),
-                io.Mask.Input(
-                    "masks", optional=True, tooltip="One for each of images, 1 on the subject, as of Segment Subject."
-                ),
-                io.Mask.Input(
-                    "generated_mask",
+                mask_input(
+                    "masks",
+                    "Masks of the subject in images, 1 on it, as of Segment Subject: one for each or one for all, of "
+                    "any size.",
                     optional=True,
-                    tooltip="The subject in the generated picture, as of Segment Subject, for subject_only.",
+                ),
+                mask_input(
+                    "generated_mask",
+                    "Mask of the subject in the generated picture, as of Segment Subject, for subject_only; of any "
+                    "size.",
+                    optional=True,
                 ),
                 io.ClipVision.Input(
                     "clip_vision", optional=True, tooltip="From Load CLIP Vision, for the encoder 'CLIP_VISION input'."
@@ -156,10 +160,14 @@ class AlignReference(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input("reference", tooltip="The reference picture, from Select Reference."),
-                io.Mask.Input("reference_mask", tooltip="The subject in the reference."),
-                io.Mask.Input(
+                mask_input(
+                    "reference_mask",
+                    "Mask of the subject in the reference, of any size.",
+                ),
+                mask_input(
                     "generated_mask",
-                    tooltip="The subject in the generated picture, as of Segment Subject. The result has its size.",
+                    "Mask of the subject in the generated picture, as of Segment Subject. The result has the size of "
+                    "generated, or else of this mask.",
                 ),
                 io.Combo.Input(
                     "surroundings",

@@ -12,7 +12,7 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.inversion import check_inversion
-from .sockets import Inversion, checked, latent_samples, progress, schema, show_text
+from .sockets import Inversion, checked, latent_samples, mask_input, progress, schema, show_text
 
 
 class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
@@ -50,7 +50,10 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     tooltip="Of the aligned reference, from DDIM Inversion with guidance scale 1; its steps are those "
                     "of this node.",
                 ),
-                io.Mask.Input("mask", tooltip="The subject in the aligned reference, from Align Reference; any size."),
+                mask_input(
+                    "mask",
+                    "Mask of the subject in the aligned reference, from Align Reference; of any size.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,

@@ -19,7 +19,7 @@ from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
 from .saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
-from .sockets import StyleAttention, SubjectPictures, WPlus, checked, schema, show_text
+from .sockets import StyleAttention, SubjectPictures, WPlus, checked, mask_input, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -379,11 +379,11 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                     "with straight lines between them: '0, 1' rises, '1, 0.5' falls to half. Empty: constant, as in Gu "
                     "et al. 2025.",
                 ),
-                io.Mask.Input(
+                mask_input(
                     "mask",
-                    optional=True,
-                    tooltip="Where the person is, white; of any size, stretched over the picture. Without it: "
+                    "Mask of the person, 1 where it is; of any size, stretched over the picture. Without it: "
                     "everywhere.",
+                    optional=True,
                 ),
             ],
             outputs=[

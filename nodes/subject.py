@@ -17,7 +17,7 @@ from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError, for_console
 from ..pipelines.model_folders import list_models, missing_model
 from .saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
-from .sockets import SubjectPictures, checked, schema, show_text
+from .sockets import SubjectPictures, checked, mask_input, schema, show_text
 
 REGULARISATION_FOLDER = "regularisation"
 """Below the output folder: where the shipped workflow saves a regularisation set with its prompts."""
@@ -189,10 +189,11 @@ class SubjectPicturesFromImages(io.ComfyNode):
                 _class_word_input("What the subject is, such as 'dog'; every caption must say it."),
                 _token_input(),
                 _add_token_input(),
-                io.Mask.Input(
+                mask_input(
                     "masks",
+                    "Masks of the subject, 1 on it: one for each picture or one for all, of any size. For a training "
+                    "with a masked loss. An RGBA picture without one has its opaque part as its mask.",
                     optional=True,
-                    tooltip="1 on the subject; one for each picture, of its size. For a training with a masked loss.",
                 ),
             ],
             outputs=[

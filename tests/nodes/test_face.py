@@ -99,7 +99,9 @@ def test_the_background_is_removed_by_a_network(monkeypatch: pytest.MonkeyPatch)
 def test_what_cannot_be_aligned_is_named() -> None:
     black = torch.cat([PICTURES[:1], torch.zeros_like(PICTURES[:1])])
     with pytest.raises(IdentityEditError, match="No face was found in picture 2"):
-        align(black, face_detector=Detector(0.0))
+        align(black, face_detector=Detector(0.0), without_face=nodes.STOP)
+    with pytest.raises(IdentityEditError, match="No face was found in picture 1"):
+        align(torch.zeros_like(black), face_detector=Detector(0.0))
     with pytest.raises(IdentityEditError, match="index is 3, but picture 1 has 2 faces"):
         align(face_detector=Detector(0.0, 40.0), choice=pipeline.INDEX, index=3)
     with pytest.raises(IdentityEditError, match="face in picture 1 is too small"):
@@ -110,9 +112,9 @@ def test_what_cannot_be_aligned_is_named() -> None:
         align(method=nodes.BY_POINTS)
     with pytest.raises(IdentityEditError, match="needs a mask or a background_model"):
         align(method=nodes.WHOLE, background=nodes.REMOVE)
-    with pytest.raises(IdentityEditError, match="mask is empty"):
+    with pytest.raises(IdentityEditError, match="mask of picture 1 is empty"):
         align(method=nodes.WHOLE, mask=torch.zeros(1, 64, 64))
-    with pytest.raises(IdentityEditError, match="3 entries for a batch of 2"):
+    with pytest.raises(IdentityEditError, match="mask holds 3 masks for 2 pictures"):
         align(method=nodes.WHOLE, mask=torch.ones(3, 200, 180))
 
 

@@ -142,7 +142,7 @@ def test_the_nodes_run_in_inference_mode_as_comfyui_runs_them() -> None:
 def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_models.sd1()
     inverted = invert(model)
-    nothing = torch.zeros(1, 64, 64)
+    nothing = torch.zeros(1, 128, 128)
     edited, source_mask, _, source_attention, _, report = masks.IdentityAwareMaskBlend.execute(
         model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE, source_mask=nothing,
         target_mask=nothing,
@@ -218,7 +218,7 @@ def test_heatmap_outlines_masks() -> None:
     assert (drawn != picture).any(), "no outline"
     with pytest.raises(IdentityEditError, match="nothing to draw"):
         show(picture, masks.MASK, 0.3, 0, 0.6)
-    with pytest.raises(IdentityEditError, match="map is of 3 pictures but 1"):
+    with pytest.raises(IdentityEditError, match="mask holds 3 masks for 1 picture"):
         show(picture, masks.MASK, 0.3, 0, 0.6, None, given.expand(3, -1, -1))
 
 

@@ -71,7 +71,7 @@ def test_select_reference_names_bad_input() -> None:
         select()
     with pytest.raises(IdentityEditError, match="masks holds 2 masks for 3 pictures"):
         select(images=IMAGES, masks=MASKS[:2])
-    with pytest.raises(IdentityEditError, match="generated_mask holds 3 masks for 1 pictures"):
+    with pytest.raises(IdentityEditError, match="generated_mask holds 3 masks for 1 picture;"):
         select(images=IMAGES, generated_mask=MASKS)
     with pytest.raises(IdentityEditError, match="connect Load CLIP Vision"):
         select(images=IMAGES, encoder=nodes.CLIP_VISION)

@@ -133,7 +133,7 @@ def test_apply_warns_of_what_does_not_quite_fit(models: Any) -> None:
 
 def test_a_mask_and_a_schedule_reach_the_model(models: Any) -> None:
     style, one, latent = tiny_styles.style_attention(models[0]), tiny_styles.w_plus(), tiny_models.latent(3)
-    mask = torch.zeros(1, 64, 64)
+    mask = torch.zeros(1, 96, 96)
     with torch.inference_mode():
         plain = sample(models[0], latent)
         masked = nodes.ApplyStyleCrossAttention.execute(models[0], style, one, **APPLIED, mask=mask).args[0]

@@ -221,9 +221,10 @@ def test_every_network_brings_its_scores_and_progress_is_told() -> None:
 
 def test_bad_inputs_are_named() -> None:
     bad = [
-        ((EDITED, SOURCE[:, :30]), {}, "edited has 48x40 pixels and source 48x30; scale both"),
-        ((EDITED, torch.rand(3, 40, 48, 3)), {}, "source holds 3 entries for 2 edited pictures"),
-        ((EDITED, SOURCE), {"mask": MASK[:, :30]}, "use a mask of the pictures' size"),
+        ((EDITED, SOURCE[:, :30]), {}, "edited has 48x40 pixels and source 48x30, which is more than VAE Encode"),
+        ((EDITED, torch.rand(3, 40, 48, 3)), {}, "edited holds 2 pictures and source 3"),
+        ((EDITED[:1], SOURCE), {}, "source holds 2 pictures for one edited"),
+        ((EDITED, SOURCE), {"mask": MASK.expand(3, -1, -1)}, "mask holds 3 masks for 2 pictures"),
         ((EDITED, SOURCE), {"mask": torch.full_like(MASK, torch.nan)}, "mask contains NaN"),
         ((EDITED, SOURCE), {"target_prompt": ["a", "b", "c"]}, "target_prompt holds 3 prompts for 2 edited"),
         ((EDITED, SOURCE), {"source_prompt": ["a", ""]}, "source_prompt is empty for some"),

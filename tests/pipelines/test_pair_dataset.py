@@ -216,8 +216,11 @@ def test_saved_pairs_get_the_next_numbers(tmp_path) -> None:
     assert datasets.save_pairs(folder, pictures[:2], pictures[1:], **facts) == [0, 1]
     assert datasets.save_pairs(folder, pictures[:1], pictures[:1], **facts) == [2]
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 3
+    assert datasets.save_pairs(folder, pictures[:1], pictures[1:], **facts) == [3, 4]  # one source for both
+    with pytest.raises(IdentityEditError, match="one of either"):
+        datasets.save_pairs(folder, pictures, pictures[:2], **facts)
     with pytest.raises(IdentityEditError, match="one size"):
-        datasets.save_pairs(folder, pictures[:2], pictures[:1], **facts)
+        datasets.save_pairs(folder, pictures, pictures[:, :8], **facts)
 
 
 def test_a_subject_is_drawn_by_its_words_and_called_by_its_name():

@@ -11,7 +11,7 @@ from identity_edit_pack.pipelines.errors import IdentityEditError
 
 
 def test_psnr_of_a_known_difference():
-    picture = torch.rand(2, 6, 5, 3)
+    picture = 0.9 * torch.rand(2, 6, 5, 3)
     changed = picture.clone()
     changed[0] += 0.1
     changed[1] += 0.01
@@ -21,9 +21,11 @@ def test_psnr_of_a_known_difference():
     assert reconstruction.psnr(picture, picture).tolist() == [math.inf, math.inf]
 
 
-def test_sizes_must_agree():
-    with pytest.raises(IdentityEditError, match="differ in size"):
-        reconstruction.psnr(torch.rand(1, 6, 5, 3), torch.rand(1, 6, 6, 3))
+def test_what_no_cut_of_vae_encode_explains_is_refused():
+    with pytest.raises(IdentityEditError, match="picture has 26x17 pixels and reconstruction 26x16, which is more"):
+        reconstruction.psnr(torch.rand(1, 17, 26, 3), torch.rand(1, 16, 26, 3))
+    with pytest.raises(IdentityEditError, match="picture holds 3 pictures and reconstruction 2"):
+        reconstruction.psnr(torch.rand(3, 16, 16, 3), torch.rand(2, 16, 16, 3))
 
 
 def test_the_warning_names_the_pictures_below():

@@ -128,7 +128,7 @@ class AlignFace(io.ComfyNode):
                     default=pipeline.SMALLEST_SIDE,
                     min=8,
                     max=2048,
-                    tooltip="Pixels along a side of a face's crop below which it is refused. 48: smaller faces were no "
+                    tooltip="Pixels along a side of a face's crop below which it cannot be used. 48: smaller faces were no "
                     "longer recognised for sure (benchmarks/results/face_identity.md).",
                 ),
                 io.Combo.Input(

@@ -113,7 +113,7 @@ def test_what_cannot_be_aligned_is_named() -> None:
     with pytest.raises(IdentityEditError, match="needs a mask or a background_model"):
         align(method=nodes.WHOLE, background=nodes.REMOVE)
     with pytest.raises(IdentityEditError, match="mask of picture 1 is empty"):
-        align(method=nodes.WHOLE, mask=torch.zeros(1, 64, 64))
+        align(method=nodes.WHOLE, mask=torch.zeros(1, 200, 180))
     with pytest.raises(IdentityEditError, match="mask holds 3 masks for 2 pictures"):
         align(method=nodes.WHOLE, mask=torch.ones(3, 200, 180))
 

@@ -224,7 +224,7 @@ def test_bad_inputs_are_named() -> None:
         ((EDITED, SOURCE[:, :30]), {}, "edited has 48x40 pixels and source 48x30, which is more than VAE Encode"),
         ((EDITED, torch.rand(3, 40, 48, 3)), {}, "edited holds 2 pictures and source 3"),
         ((EDITED[:1], SOURCE), {}, "source holds 2 pictures for one edited"),
-        ((EDITED, SOURCE), {"mask": MASK.expand(3, -1, -1)}, "mask holds 3 masks for 2 pictures"),
+        ((EDITED, SOURCE), {"mask": torch.ones(3, 40, 48)}, "mask holds 3 masks for 2 pictures"),
         ((EDITED, SOURCE), {"mask": torch.full_like(MASK, torch.nan)}, "mask contains NaN"),
         ((EDITED, SOURCE), {"target_prompt": ["a", "b", "c"]}, "target_prompt holds 3 prompts for 2 edited"),
         ((EDITED, SOURCE), {"source_prompt": ["a", ""]}, "source_prompt is empty for some"),

@@ -72,7 +72,7 @@ def not_finite(batch: torch.Tensor, name: str) -> str | None:
     bad = [str(i + 1) for i, entry in enumerate(batch) if not bool(torch.isfinite(entry).all())]
     if not bad:
         return None
-    return f"{name} (number {', '.join(bad)} of {len(batch)})" if len(batch) > 1 else name
+    return name if len(bad) == len(batch) else f"{name} (number {', '.join(bad)} of {len(batch)})"
 
 
 def check_finite(tensor: torch.Tensor, name: str) -> None:

@@ -128,8 +128,8 @@ class AlignFace(io.ComfyNode):
                     default=pipeline.SMALLEST_SIDE,
                     min=8,
                     max=2048,
-                    tooltip="Pixels along a side of a face's crop below which it cannot be used. 48: smaller faces were no "
-                    "longer recognised for sure (benchmarks/results/face_identity.md).",
+                    tooltip="Pixels along a side of a face's crop below which it cannot be used. 48: smaller faces "
+                    "were no longer recognised for sure (benchmarks/results/face_identity.md).",
                 ),
                 io.Combo.Input(
                     "background",

@@ -11,7 +11,8 @@ from ..attention.mutual_self_attention import AUTOMATIC
 from ..pipelines import mutual_self_attention
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.inversion import Inversion as InversionData
-from .sockets import Inversion, checked, mask_input, schema
+from .idle import takes_all
+from .sockets import Inversion, checked, mask_input, schema, show_warnings
 
 
 class MutualSelfAttention(io.ComfyNode):
@@ -100,6 +101,12 @@ class MutualSelfAttention(io.ComfyNode):
         source_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
     ) -> io.NodeOutput:
+        if takes_all(start_step, inversion.steps):
+            show_warnings(
+                cls,
+                f"start_step is {start_step:g}, so that none of the {inversion.steps} steps looks into the picture and "
+                f"the model samples as it does without this node; choose a smaller one.",
+            )
         return io.NodeOutput(
             mutual_self_attention.mutual_self_attention(
                 model,

@@ -13,6 +13,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import TrainingPictures, encode_pictures
+from .idle import first_said, joined
 from .saved_files import changed_at, check_file, loadable_files, new_path, next_path, saved_path
 from .sockets import SubjectPictures, checked, schema, show_text
 from .training import (
@@ -330,7 +331,14 @@ class LoadIdentityPrior(io.ComfyNode):
                 f"{facts['identity_pictures']} pictures of the subject, {facts['regularisation_pictures']} of its "
                 f"class."
             )
-        return io.NodeOutput(patched_model, patched_clip, prior.identity_prompt, show_text(cls, text, warning))
+        unused = first_said(
+            (
+                strength_model == 0.0 and strength_clip == 0.0,
+                "strength_model and strength_clip are 0, so that model and clip stay as they are; raise one of them.",
+            ),
+        )
+        text = show_text(cls, text, joined(unused, warning))
+        return io.NodeOutput(patched_model, patched_clip, prior.identity_prompt, text)
 
 
 class SaveIdentityPriorAsLoRA(io.ComfyNode):

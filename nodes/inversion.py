@@ -11,6 +11,7 @@ from ..pipelines import inversion as ddim
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.schedule import fewer_steps
 from ..pipelines.step_embeddings import apply_step_embeddings
+from .idle import noise_mask_left_out
 from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
 from .sockets import Inversion, checked, choice_of, latent_samples, progress, schema, show_text, show_warnings
 
@@ -116,7 +117,7 @@ class DDIMInversion(io.ComfyNode):
             end_at_zero=end_at_zero,
             callback=progress(model, steps),
         )
-        show_warnings(cls, fewer_steps(steps, result.steps))
+        show_warnings(cls, fewer_steps(steps, result.steps), noise_mask_left_out(latent))
         # A noise mask of the picture stays behind: a sampler would blend with x_T as if it were the picture.
         return io.NodeOutput(result, {"samples": result.start_latent(model)}, result.sigmas.clone())
 
@@ -218,7 +219,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
             zero_last_noise_map=zero_last_noise_map,
             callback=progress(model, steps),
         )
-        show_warnings(cls, fewer_steps(steps, result.steps))
+        show_warnings(cls, fewer_steps(steps, result.steps), noise_mask_left_out(latent))
         return io.NodeOutput(result)
 
 
@@ -269,6 +270,12 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
 
         ddim.check_inversion(inversion, model)
         first = edit_friendly_inversion.skipped_steps(inversion.steps, skip)
+        if first < round(skip * inversion.steps):
+            show_warnings(
+                cls,
+                f"skip is {skip:g}, which leaves out all {inversion.steps} steps: only the last one is sampled, and "
+                f"the picture comes back nearly as it is; choose a smaller one.",
+            )
         return io.NodeOutput(
             comfy.samplers.KSAMPLER(edit_friendly_inversion.edit_friendly_sampler(inversion)),
             edit_friendly_inversion.sampler_sigmas(inversion, first),

@@ -17,6 +17,7 @@ from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.inversion import Inversion as InversionData
 from ..pipelines.masks import masks_for
 from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour
+from .idle import first_said, joined, same_prompt, takes_no_part
 from .sockets import Inversion, at_picture_size, checked, choice_of, mask_input, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
@@ -294,8 +295,24 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             at_picture_size(result.target_mask),
             result.source_attention or IdentityAttention(()),
             result.target_attention or IdentityAttention(()),
-            show_text(cls, text, result.warning),
+            show_text(cls, text, joined(_idle(source, target, skip, blend_until, inversion.steps), result.warning)),
         )
+
+
+def _idle(source: Conditioning, target: Conditioning, skip: float, blend_until: float, steps: int) -> str | None:
+    left = max(1, steps - round(skip * steps))
+    return first_said(
+        (
+            same_prompt(source, target),
+            "The source prompt and the target prompt are the same, so that nothing is edited; write another target "
+            "prompt.",
+        ),
+        (
+            takes_no_part(blend_until, left),
+            f"blend_until is {blend_until:g}, so that none of the {left} steps is blended and nothing outside of the "
+            f"subject is kept; choose a larger one.",
+        ),
+    )
 
 
 class AttentionHeatmap(io.ComfyNode):

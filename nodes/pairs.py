@@ -18,8 +18,9 @@ from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.pair_folder import PairFolder
 from ..pipelines.pictures import as_colour, comparable
 from ..pipelines.train_identity_words import features_of
+from .idle import first_said, same_prompt
 from .saved_files import check_name
-from .sockets import IdentityWords, checked, schema, show_text
+from .sockets import IdentityWords, checked, schema, show_text, show_warnings
 
 FOLDER = "pairs"
 _SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
@@ -126,7 +127,31 @@ class PairGuider(io.ComfyNode):
             source_weight=source_weight,
             target_weight=target_weight,
         )
+        show_warnings(
+            cls,
+            first_said(
+                (
+                    same_prompt(source, target),
+                    "The source prompt and the target prompt are the same, so that both halves show the same; write "
+                    "another target prompt.",
+                ),
+            )
+            or _idle(guidance_scale, shared_weight, source_weight, target_weight),
+        )
         return io.NodeOutput(guider)
+
+
+def _idle(guidance_scale: float, shared_weight: float, source_weight: float, target_weight: float) -> str | None:
+    return first_said(
+        (
+            guidance_scale == 0.0 or max(shared_weight, source_weight, target_weight) == 0.0,
+            "guidance_scale or all three weights are 0, so that no prompt has a part; raise them.",
+        ),
+        (
+            max(source_weight, target_weight) == 0.0,
+            "source_weight and target_weight are 0, so that both halves follow the shared prompt alone; raise them.",
+        ),
+    )
 
 
 class SplitPair(io.ComfyNode):
@@ -421,7 +446,8 @@ class GeneratePairs(io.ComfyNode):
                 f"None of {done.rejected} pairs is as alike as smallest_similarity {smallest_similarity:g}; lower it, "
                 f"and choose another folder."
             )
-        text = show_text(cls, _report(done, made_of, settings))
+        unused = _idle(guidance_scale, shared_weight, source_weight, target_weight)
+        text = show_text(cls, _report(done, made_of, settings), unused)
         return io.NodeOutput(sheet, str(made_of.path), text, ui=ui.PreviewImage(sheet, cls=cls))
 
 

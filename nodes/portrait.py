@@ -16,6 +16,7 @@ from ..pipelines.errors import for_console
 from ..pipelines.identity_mask_blend import identity_mask_blend
 from ..pipelines.inversion import Inversion as InversionData
 from ..pipelines.pictures import as_colour
+from .idle import first_said, is_empty, joined, noise_mask_left_out, same_prompt
 from .saved_files import model_files, model_path
 from .sockets import Inversion, at_picture_size, checked, latent_samples, mask_input, progress, schema, show_text
 
@@ -202,7 +203,23 @@ class MCDMGuider(io.ComfyNode):
         scales = mcdm_guidance.GuidanceScales(image_scale, spatial_scale, text_scale)
         guider = mcdm_guidance.mcdm_guider(model, positive, negative, scales, source, mask)
         count = scales.evaluations(masked=mask is not None)
-        return io.NodeOutput(guider, show_text(cls, f"{count} network evaluations a step."))
+        unused = first_said(
+            (
+                max(image_scale, spatial_scale, text_scale) == 0.0,
+                "All scales are 0, so that neither the picture nor a prompt has a part; raise them.",
+            ),
+            (text_scale == 0.0, "text_scale is 0, so that the target prompt has no part; raise it."),
+            (
+                is_empty(mask),
+                "The mask is empty, so that the source prompt holds everywhere and nothing is edited; connect another, "
+                "or none.",
+            ),
+            (
+                source is not None and same_prompt(source, positive),
+                "source and positive are the same prompt, so that nothing is edited; write another target prompt.",
+            ),
+        )
+        return io.NodeOutput(guider, show_text(cls, f"{count} network evaluations a step.", unused))
 
 
 class MCDMEditMask(io.ComfyNode):
@@ -327,7 +344,9 @@ class MCDMEditMask(io.ComfyNode):
         shares = ", ".join(f"{share:.0%}" for share in found.mask.mean(dim=(1, 2)).tolist())
         text = f"{found.evaluations} network evaluations; the mask covers {shares} of the picture."
         return io.NodeOutput(
-            at_picture_size(found.mask), at_picture_size(found.contrast), show_text(cls, text, found.warning)
+            at_picture_size(found.mask),
+            at_picture_size(found.contrast),
+            show_text(cls, text, joined(found.warning, noise_mask_left_out(latent))),
         )
 
 
@@ -407,7 +426,20 @@ class DiffEdit(io.ComfyNode):
         )
         share = float(result.source_mask.mean())
         text = f"{result.evaluations} network evaluations; the mask covers {share:.0%} of the picture."
-        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, result.warning))
+        shares = result.source_mask.mean(dim=(1, 2))
+        unused = first_said(
+            (
+                bool((shares == 0).any()),
+                "The mask holds nothing of a picture, which comes back as it is; connect one that is white where the "
+                "edit may be.",
+            ),
+            (
+                bool((shares == 1).all()),
+                "The mask covers everything, so that nothing of the picture is put back; connect one that is black "
+                "where the picture stays.",
+            ),
+        )
+        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))
 
 
 NODES: list[type[io.ComfyNode]] = [MCDMConditioner, MCDMGuider, MCDMEditMask, DiffEdit]

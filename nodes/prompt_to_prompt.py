@@ -15,7 +15,11 @@ from ..pipelines import prompt_to_prompt as control
 from ..pipelines import subject_replacement as replacement
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.inversion import Inversion as InversionData
-from .sockets import Inversion, checked, progress, schema, show_text
+from .idle import first_said, joined, takes_all, takes_no_part
+from .sockets import Inversion, checked, progress, schema, show_text, show_warnings
+
+_ANY = 1000
+"""Steps of a run that is not known yet."""
 
 
 class PromptToPrompt(io.ComfyNode):
@@ -173,7 +177,50 @@ class PromptToPrompt(io.ComfyNode):
             settings,
             inversion,
         )
+        steps = _ANY if inversion is None else inversion.steps
+        factors = control.parse_reweight(reweight)
+        show_warnings(
+            cls,
+            first_said(
+                (
+                    source_prompt == target_prompt and all(factor == 1.0 for factor in factors.values()),
+                    "The source prompt and the target prompt are the same and no word has another weight, so that "
+                    "nothing is edited; write another target prompt, or factors into reweight.",
+                ),
+                (
+                    takes_no_part(max(cross_replace_steps, self_replace_steps), steps) and not blend_words.strip(),
+                    "cross_replace_steps and self_replace_steps are 0, so that the target prompt is sampled as without "
+                    "this node; raise one of them.",
+                ),
+                (
+                    bool(factors) and takes_no_part(cross_replace_steps, steps),
+                    "reweight has no effect while cross_replace_steps is 0; raise it.",
+                ),
+            ),
+            _blend_idle(bool(blend_words.strip()), blend_threshold, blend_start, steps),
+            first_said(
+                *(
+                    (factor == 1.0, f"reweight leaves {word!r} as it is with the factor 1; write another.")
+                    for word, factor in factors.items()
+                )
+            ),
+        )
         return io.NodeOutput(controlled, positive)
+
+
+def _blend_idle(blends: bool, threshold: float, start: float, steps: int) -> str | None:
+    """What is to be said of a local blend that holds nothing, or does not begin."""
+    return first_said(
+        (
+            blends and takes_all(start, steps),
+            f"blend_start is {start:g}, so that the local blend begins in no step; lower it.",
+        ),
+        (
+            blends and threshold >= 1.0,
+            "blend_threshold is 1, above which no attention is, so that the local blend gives the source again; lower "
+            "it.",
+        ),
+    )
 
 
 class ReplaceSubject(io.ComfyNode):
@@ -315,7 +362,20 @@ class ReplaceSubject(io.ComfyNode):
         )
         free = ", ".join(map(str, result.free_tokens))
         text = f"Tokens with attention of their own: {free}. {result.evaluations} network evaluations."
-        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, result.warning))
+        unused = first_said(
+            (
+                source_prompt == target_prompt and target is None,
+                "The source prompt and the target prompt are the same, so that nothing is replaced; write the new "
+                "subject into the target prompt, or connect it.",
+            ),
+            (
+                takes_no_part(max(cross_replace_steps, self_replace_steps), inversion.steps) and not local_blend,
+                "cross_replace_steps and self_replace_steps are 0, so that nothing of the picture's attention is kept; "
+                "raise one of them.",
+            ),
+        )
+        unused = joined(unused, _blend_idle(local_blend, blend_threshold, control.BLEND_START, inversion.steps))
+        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))
 
 
 NODES: list[type[io.ComfyNode]] = [PromptToPrompt, ReplaceSubject]

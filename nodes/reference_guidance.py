@@ -12,6 +12,7 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.inversion import check_inversion
+from .idle import first_said, joined
 from .sockets import Inversion, checked, latent_samples, mask_input, progress, schema, show_text
 
 
@@ -188,7 +189,15 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             checkpointing=checkpointing,
             callback=progress(model, guidance.progress_total(inversion.steps, guided, inner_steps)),
         )
-        text = show_text(cls, _report(found, inversion.steps), found.warning)
+        unused = first_said(
+            (inner_steps == 0, "inner_steps is 0, so that this is the first pass again; choose 1 or more."),
+            (not bool(found.mask.any()), "The mask is empty, so that this is the first pass again; connect another."),
+            (
+                bool(found.losses) and all(bool(rows.isnan().all()) for rows in found.losses),
+                "No step was guided, as each loss was below early_stop from the first; lower it.",
+            ),
+        )
+        text = show_text(cls, _report(found, inversion.steps), joined(unused, found.warning))
         return io.NodeOutput({**latent, "samples": found.latent}, text)
 
 

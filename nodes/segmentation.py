@@ -262,7 +262,7 @@ def _by_attention(
         raise IdentityEditError(
             f"The method '{ATTENTION}' needs model, clip and vae; connect a checkpoint's, or choose another method."
         )
-    identity = encode_identity_prompt(clip, subject)
+    identity = encode_identity_prompt(clip, subject, name="subject")
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(caption.strip() or subject))
     height, width = pictures.shape[1:3]
     # The VAE takes whole cells; the picture is scaled to them, so that the mask fits to a fraction of a pixel.

@@ -18,6 +18,7 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.training import TrainingRun, TrainingSettings
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
+from .idle import first_said, is_empty, joined
 from .saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
 from .sockets import StyleAttention, SubjectPictures, WPlus, checked, mask_input, schema, show_text
 from .training import (
@@ -417,8 +418,22 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             schedule=styles.parse_schedule(schedule),
             mask=mask,
         )
-        warnings = [styles.check_model(style_attention, model), styles.check_styles(style_attention, w_plus)]
-        warning = " ".join(text for text in warnings if text is not None) or None
+        unused = first_said(
+            (strength == 0.0, "strength is 0, so that the person is not drawn; choose another."),
+            (
+                start_percent >= end_percent,
+                f"start_percent is {start_percent:g} and end_percent {end_percent:g}, so that the person is not drawn; "
+                f"choose a start_percent below end_percent.",
+            ),
+            (
+                bool(schedule.strip()) and not any(styles.parse_schedule(schedule)),
+                "All factors of schedule are 0, so that the person is not drawn; write others.",
+            ),
+            (is_empty(mask), "The mask is empty, so that the person is not drawn; connect another, or none."),
+        )
+        warning = joined(
+            unused, styles.check_model(style_attention, model), styles.check_styles(style_attention, w_plus)
+        )
         text = f"{styles.described(style_attention)}; strength {strength:g}"
         return io.NodeOutput(styled, show_text(cls, f"{text}.", warning))
 

@@ -12,7 +12,8 @@ from ..pipelines import text_optimization as optimization
 from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.step_embeddings import apply_step_embeddings
-from .sockets import Inversion, checked, latent_samples, progress, schema, show_text
+from .idle import first_said, joined, noise_mask_left_out, same_prompt
+from .sockets import Inversion, checked, latent_samples, progress, schema, show_text, show_warnings
 
 
 class OptimizeTextEmbedding(io.ComfyNode):
@@ -106,7 +107,8 @@ class OptimizeTextEmbedding(io.ComfyNode):
             f"Text optimization: {steps} steps, {found.evaluations} network evaluations, mean loss {first:.4f} in the "
             f"first quarter and {last:.4f} in the last."
         )
-        return io.NodeOutput(with_embedding(target, found.embedding), show_text(cls, text))
+        text = show_text(cls, text, noise_mask_left_out(latent))
+        return io.NodeOutput(with_embedding(target, found.embedding), text)
 
 
 def _prompt_inputs() -> list[io.Input]:
@@ -133,6 +135,42 @@ def _prompt_inputs() -> list[io.Input]:
             "al. 2024, eq. 3. 0.6 to 0.8 in Imagic. Without an optimized embedding it has no effect.",
         ),
     ]
+
+
+def _idle(
+    source: Conditioning,
+    edit: Conditioning,
+    optimized: Conditioning | None,
+    ratio: float,
+    eta: float,
+    steps: int,
+) -> str | None:
+    """What has no part in the edit, the same on all three nodes."""
+    return joined(
+        first_said(
+            (
+                same_prompt(source, edit),
+                "The source prompt and the target prompt are the same, so that nothing is edited; write another "
+                "target prompt.",
+            ),
+            (
+                text_injection.source_steps(steps, ratio) == steps,
+                f"ratio is {ratio:g}, so that all {steps} steps use the source prompt and nothing is edited; choose a "
+                f"smaller one.",
+            ),
+            (
+                text_injection.source_steps(steps, ratio) == 0,
+                f"ratio is {ratio:g}, so that no step of {steps} uses the source prompt; choose a larger one to keep "
+                f"more of the picture.",
+            ),
+        ),
+        first_said(
+            (
+                optimized is not None and eta == 1.0,
+                "eta is 1, with which the optimized embedding has no part; choose a smaller one.",
+            ),
+        ),
+    )
 
 
 def _optimized_input() -> io.Input:
@@ -189,6 +227,7 @@ class TimestepAwareTextInjection(io.ComfyNode):
     ) -> io.NodeOutput:
         edit = text_injection.edit_conditioning(target, optimized, eta)
         positive = text_injection.injected_conditioning(model, sigmas, source, edit, ratio)
+        show_warnings(cls, _idle(source, edit, optimized, ratio, eta, len(sigmas) - 1))
         return io.NodeOutput(positive)
 
 
@@ -240,6 +279,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
     ) -> io.NodeOutput:
         edit = text_injection.edit_conditioning(target, optimized, eta)
         table = text_injection.injection_table(sigmas, source, edit, ratio)
+        show_warnings(cls, _idle(source, edit, optimized, ratio, eta, len(sigmas) - 1))
         return io.NodeOutput(apply_step_embeddings(model, table, "positive"), edit)
 
 
@@ -328,7 +368,8 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             f"{result.source_steps} of {inversion.steps} steps with the source prompt, {result.evaluations} network "
             f"evaluations."
         )
-        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, result.warning))
+        unused = _idle(source, edit, optimized, ratio, eta, inversion.steps)
+        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))
 
 
 NODES: list[type[io.ComfyNode]] = [

@@ -14,6 +14,7 @@ from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import as_colour
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
+from .idle import first_said
 from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
 from .sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
@@ -190,7 +191,11 @@ class MixWPlus(io.ComfyNode):
         mixed = styles_of.mix_styles(first, second, chosen, weight)
         numbers = ", ".join(str(row + 1) for row in chosen)
         text = f"{_described(mixed)}; rows {numbers} from the second face, weight {weight:g}."
-        return io.NodeOutput(mixed, show_text(cls, text))
+        unused = first_said(
+            (weight == 0.0, "weight is 0, so that the first face stays as it is; choose another."),
+            (torch.equal(mixed.rows, first.rows), "Both faces have the same rows, so that nothing is mixed."),
+        )
+        return io.NodeOutput(mixed, show_text(cls, text, unused))
 
 
 class AverageWPlus(io.ComfyNode):

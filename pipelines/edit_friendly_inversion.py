@@ -14,7 +14,7 @@ import torch
 
 from . import engine
 from .conditioning import Conditioning
-from .errors import IdentityEditError, check_finite
+from .errors import IN_FLOAT32, IdentityEditError, check_finite
 from .inversion import (
     EDIT_FRIENDLY_DDPM,
     Inversion,
@@ -118,8 +118,8 @@ def edit_friendly_ddpm_inversion(
     if zero_last_noise_map:
         noise_maps[-1] = torch.zeros_like(noise_maps[-1])
     trajectory, maps = torch.stack(latents), torch.stack(noise_maps)
-    check_finite(trajectory, "The inversion's trajectory")
-    check_finite(maps, "The inversion's noise maps")
+    check_finite(trajectory, "The inversion's trajectory", IN_FLOAT32)
+    check_finite(maps, "The inversion's noise maps", IN_FLOAT32)
     return Inversion(
         trajectory=trajectory,
         sigmas=schedule.sigmas,

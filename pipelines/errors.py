@@ -75,12 +75,15 @@ def not_finite(batch: torch.Tensor, name: str) -> str | None:
     return name if len(bad) == len(batch) else f"{name} (number {', '.join(bad)} of {len(batch)})"
 
 
-def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raise `IdentityEditError` when `tensor` holds NaN or infinite values."""
+ENCODE_AGAIN = "encode the picture again, with the VAE in float32 (--fp32-vae)"
+IN_FLOAT32 = "load the model in float32 (--force-fp32)"
+"""Remedies for numbers that are none, in a picture's latent and in what a model has computed."""
+
+
+def check_finite(tensor: torch.Tensor, name: str, remedy: str = ENCODE_AGAIN) -> None:
+    """Raise `IdentityEditError` with the remedy when `tensor` holds NaN or infinite values."""
     if not bool(torch.isfinite(tensor).all()):
-        raise IdentityEditError(
-            f"{name} contains NaN or infinite values; encode the picture again, with the VAE in float32 (--fp32-vae)."
-        )
+        raise IdentityEditError(f"{name} contains NaN or infinite values; {remedy}.")
 
 
 def check_steps(steps: int, most: int) -> None:
@@ -89,11 +92,11 @@ def check_steps(steps: int, most: int) -> None:
         raise IdentityEditError(f"steps is {steps}; choose a number from 1 to {most}.")
 
 
-def check_batch_matches(count: int, batch: int, name: str) -> None:
-    """Raise `IdentityEditError` unless `name` has one entry, or one for each of the `batch` latents."""
+def check_batch_matches(count: int, batch: int, name: str, what: str = "latents") -> None:
+    """Raise `IdentityEditError` unless `name` has one entry, or one for each of the batch; `what` it is a batch of."""
     if count not in (1, batch):
         raise IdentityEditError(
-            f"{name} holds {count} entries for a batch of {batch} latents; give one for all, or one for each."
+            f"{name} holds {count} entries for a batch of {batch} {what}; give one for all, or one for each."
         )
 
 

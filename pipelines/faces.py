@@ -144,8 +144,8 @@ def choose_faces(faces: Sequence[Face], choice: str, index: int, name: str) -> l
         raise IdentityEditError(f"choice is {choice!r}; choose one of {', '.join(CHOICES)}.")
     if not faces:
         raise IdentityEditError(
-            f"No face was found in {name}; use a picture that shows one from the front, lower the score, give the five "
-            f"points yourself, or leave the picture out."
+            f"No face was found in {name}; use a picture that shows one from the front, lower score in Load Face "
+            f"Detector, or leave the picture out."
         )
     if choice == LARGEST:
         return [faces[0]]

@@ -76,7 +76,7 @@ def select_reference(
         for pictures, masks in ((generated, generated_masks), (sources, source_masks))
     ]
     similarities = (normalize(features[1].float(), dim=1) @ normalize(features[0].float(), dim=1).T).mean(dim=1)
-    check_finite(similarities, "The pictures' features")
+    check_finite(similarities, "The pictures' features", "choose another encoder, or load it in float32")
     return Choice(int(similarities.argmax()), similarities)
 
 

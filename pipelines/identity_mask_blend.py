@@ -7,7 +7,7 @@ the model's own attention to an identity prompt says.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,7 +215,11 @@ def identity_mask_blend(
         source_attention=source_attention,
         target_attention=target_attention,
         evaluations=evaluations + further,
-        warning=_warning(inversion, guidance_scale, fixed_source_mask, last_target_mask),
+        warning=_warning(
+            inversion,
+            guidance_scale,
+            {"source mask": fixed_source_mask, "target mask": last_target_mask} if identity else {},
+        ),
     )
 
 
@@ -253,9 +257,7 @@ def _check_settings(settings: MaskSettings, skip: float, blend_until: float, giv
         raise IdentityEditError(f"given_masks is {given_masks!r}; choose one of {', '.join(GIVEN_MASKS)}.")
 
 
-def _warning(
-    inversion: Inversion, guidance_scale: float, source_mask: torch.Tensor, target_mask: torch.Tensor
-) -> str | None:
+def _warning(inversion: Inversion, guidance_scale: float, found: Mapping[str, torch.Tensor]) -> str | None:
     table = inversion.embeddings
     optimised_for = None if table is None else table.guidance_scale
     if optimised_for is not None and abs(optimised_for - guidance_scale) > 1e-6:
@@ -263,11 +265,11 @@ def _warning(
             f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
             f"{optimised_for:g}; use the same for both, or the picture drifts away from the inversion."
         )
-    for name, mask in (("source", source_mask), ("target", target_mask)):
+    for name, mask in found.items():
         shares = mask.mean(dim=(1, 2))
         if bool(((shares == 0) | (shares == 1)).any()):
             return (
-                f"The {name} mask holds nothing or everything of a picture; check the identity prompt, the threshold "
+                f"The {name} holds nothing or everything of a picture; check the identity prompt, the threshold "
                 f"and the layers, or connect a mask."
             )
     return None

@@ -28,7 +28,7 @@ class IdentityPrompt:
     tokens: tuple[int, ...]
 
 
-def encode_identity_prompt(clip: Any, text: str, words: str = "") -> IdentityPrompt:
+def encode_identity_prompt(clip: Any, text: str, words: str = "", name: str = "identity_prompt") -> IdentityPrompt:
     """Encode the words that name the subject, such as "sks cat": the rare token and the class noun.
 
     Args:
@@ -36,6 +36,7 @@ def encode_identity_prompt(clip: Any, text: str, words: str = "") -> IdentityPro
         text: the prompt.
         words: the part of it that counts, words as they stand in the prompt, separated by spaces or commas; empty is
             the whole prompt. The tokens of begin, end and padding never count.
+        name: the prompt's name as the user sees it.
 
     Raises:
         IdentityEditError: when the prompt is empty or lacks one of the words.
@@ -43,12 +44,12 @@ def encode_identity_prompt(clip: Any, text: str, words: str = "") -> IdentityPro
     prompt = prompt_tokens(clip, text)
     if not prompt.positions:
         raise IdentityEditError(
-            'The identity prompt is empty; write what the subject is, such as "cat", with its rare token before it if '
+            f'{name} is empty; write what the subject is, such as "cat", with its rare token before it if '
             'the model has learned one ("sks cat").'
         )
     positions = set(prompt.positions)
     if separate := split_words(words):
-        positions = {p for word in separate for p in positions_of(clip, prompt, word, "The identity prompt")}
+        positions = {p for word in separate for p in positions_of(clip, prompt, word, name)}
     with torch.no_grad():
         embedding = clip.encode_from_tokens(clip.tokenize(text))
     inside = tuple(position for position in sorted(positions) if position < embedding.shape[1])
@@ -67,7 +68,7 @@ def capture_identity(
     channels = engine.context_channels(model)
     if identity.embedding.shape[-1] != channels:
         raise IdentityEditError(
-            f"The identity prompt has embeddings of {identity.embedding.shape[-1]} channels but the model takes "
-            f"{channels}; connect the CLIP of the same checkpoint."
+            f"clip gives embeddings of {identity.embedding.shape[-1]} channels but the model takes {channels}; connect "
+            f"the CLIP of the same checkpoint."
         )
     return capture_attention(model, identity.embedding, identity.tokens, layers, self_attention)

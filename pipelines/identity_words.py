@@ -209,7 +209,7 @@ def load_identity_words(path: str) -> IdentityWords:
                 encoder = IdentityEncoder(int(width), widths, words)
             encoder.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
         for name, tensor in tensors.items():
-            check_finite(tensor, f"{name} of {path}")
+            check_finite(tensor, f"{name} of {path}", "train it again with a lower learning rate")
         return IdentityWords(
             encoder=encoder.requires_grad_(False),
             words=words,

@@ -15,7 +15,7 @@ import torch
 
 from . import engine, files
 from .conditioning import Conditioning
-from .errors import IdentityEditError, check_batch_matches, check_finite
+from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
 from .schedule import Schedule, ddim_schedule, euler_step, signal_scale
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 
@@ -26,6 +26,7 @@ _KIND = "inversion"
 _FORMAT = 2
 """1 had no noise maps and no eta; such files are read as before."""
 _SAME_SIGMA = 1e-4
+_SAVE_AGAIN = "make and save the inversion again"
 """Two sigmas closer than this (relative) are the same noise level: adjacent ones of 1000 timesteps differ by 4e-3."""
 
 
@@ -113,7 +114,7 @@ def check_inversion(
         IdentityEditError: naming what does not match.
     """
     engine.require_noise_prediction_model(model)
-    check_finite(inversion.trajectory, "The inversion")
+    check_finite(inversion.trajectory, "The inversion", "invert the picture again")
     difference = inversion.model.difference(engine.model_tag(model))
     if difference is not None:
         raise IdentityEditError(
@@ -268,7 +269,7 @@ def ddim_inversion(
     with torch.no_grad():
         trajectory = engine.run_loop(model, positive, negative, latent, schedule.sigmas, loop, callback=callback)
     stacked = torch.stack(trajectory[::-1])
-    check_finite(stacked, "The inversion's trajectory")
+    check_finite(stacked, "The inversion's trajectory", IN_FLOAT32)
     return Inversion(
         trajectory=stacked,
         sigmas=schedule.sigmas,
@@ -448,10 +449,10 @@ def load_inversion(path: str) -> Inversion:
     maps, expected = inversion.noise_maps, (inversion.steps, *inversion.trajectory.shape[1:])
     if (maps is None) != (inversion.method == DDIM) or (maps is not None and tuple(maps.shape) != expected):
         raise IdentityEditError(f"The file {path} is damaged (its noise maps do not fit); save the inversion again.")
-    check_finite(inversion.trajectory, f"The file {path}")
-    check_finite(inversion.sigmas, f"The file {path}")
+    check_finite(inversion.trajectory, f"The file {path}", _SAVE_AGAIN)
+    check_finite(inversion.sigmas, f"The file {path}", _SAVE_AGAIN)
     if maps is not None:
-        check_finite(maps, f"The file {path}")
+        check_finite(maps, f"The file {path}", _SAVE_AGAIN)
     return inversion
 
 

@@ -36,6 +36,7 @@ def reconstruction_warning(values: torch.Tensor, lowest: float = LOWEST_PSNR) ->
     if not bad:
         return None
     return (
-        f"The inversion does not reconstruct picture {', '.join(bad)}, below {lowest:g} dB; use more steps, a source "
+        f"The inversion does not reconstruct picture {', '.join(bad)}, below {lowest:g} dB; sample with euler or ddim, "
+        f"without added noise, at the inversion's guidance scale; if that is so already, use more steps, a source "
         f"prompt that describes the picture, or Null-Text Optimization."
     )

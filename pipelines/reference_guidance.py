@@ -23,7 +23,7 @@ import torch
 
 from . import engine
 from .conditioning import Conditioning, single_embedding
-from .errors import IdentityEditError, check_batch_matches, check_finite, check_latent
+from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
 from .gradients import gradients_by_sample
 from .inversion import DDIM, Inversion, check_inversion, check_method
 from .masks import masks_for
@@ -182,7 +182,7 @@ def reference_guided_sampling(
             checkpointing=checkpointing,
             callback=callback,
         )
-    check_finite(z_0, "The sampled latent")
+    check_finite(z_0, "The sampled latent", f"{IN_FLOAT32}, or lower learning_rate")
     return record.result(
         ReferenceGuidance(
             latent=engine.to_socket_scale(model, z_0),

@@ -56,7 +56,7 @@ class StepEmbeddings:
                 f"The pooled outputs {tuple(self.pooled.shape)} do not belong to the embeddings "
                 f"{tuple(self.embeddings.shape)}; take both from the same prompt."
             )
-        check_finite(self.embeddings, "The step table")
+        check_finite(self.embeddings, "The step table", "optimize it again with a lower learning rate")
 
     @property
     def steps(self) -> int:

@@ -248,7 +248,7 @@ def parse_schedule(text: str) -> tuple[float, ...]:
         IdentityEditError: when a part is no finite number.
     """
     try:
-        factors = tuple(float(part) for part in text.split(",")) if text.strip() else ()
+        factors = tuple(float(part) for part in text.replace(",", " ").split())
         if not bool(torch.isfinite(torch.tensor(factors)).all()):
             raise ValueError
     except ValueError:

@@ -149,7 +149,7 @@ def train_subject_embedding(
     tag = engine.model_tag(model)
     check_training_captions(clip, pictures.captions, settings)
     if settings.masked and all(mask is None for mask in pictures.masks):
-        raise IdentityEditError("masked is on but no picture has a mask; add masks, or switch it off.")
+        raise IdentityEditError("masked_loss is on but no picture has a mask; add masks, or switch it off.")
     training = dataclasses.replace(training, bfloat16=settings.precision == BFLOAT16)
     timesteps: list[int] = []
     if settings.updates_per_step:

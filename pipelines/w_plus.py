@@ -133,8 +133,8 @@ def mix_styles(first: WPlus, second: WPlus, rows: Sequence[int], weight: float =
     """
     check_same_encoder(first, second, "The second W+ input")
     pictures = max(first.rows.shape[0], second.rows.shape[0])
-    check_batch_matches(first.rows.shape[0], pictures, "The first W+ input")
-    check_batch_matches(second.rows.shape[0], pictures, "The second W+ input")
+    check_batch_matches(first.rows.shape[0], pictures, "first", "faces")
+    check_batch_matches(second.rows.shape[0], pictures, "second", "faces")
     mixed = first.rows.expand(pictures, -1, -1).clone()
     other = second.rows.expand(pictures, -1, -1)
     chosen = list(rows)

@@ -73,7 +73,7 @@ def test_only_words_count_never_begin_end_and_padding(clip: Any) -> None:
     assert encode(clip, long, "cat").tokens == (77 + 1 + 5,)  # 75 words fit between begin and end
     assert encode(clip, long).embedding.shape == (1, 154, tiny_models.CONTEXT)
     for empty in ("", "  "):
-        with pytest.raises(IdentityEditError, match="identity prompt is empty"):
+        with pytest.raises(IdentityEditError, match="identity_prompt is empty"):
             encode(clip, empty)
     with pytest.raises(IdentityEditError, match="'a cat' does not contain the word 'sks'"):
         encode(clip, "a cat", "sks cat")
@@ -88,7 +88,7 @@ def test_identity_attention_records_any_stock_sampling() -> None:
 
 
 def test_identity_attention_refuses_what_it_cannot_read() -> None:
-    with pytest.raises(IdentityEditError, match="identity prompt is empty"):
+    with pytest.raises(IdentityEditError, match="identity_prompt is empty"):
         masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "", "", "automatic")
     with pytest.raises(IdentityEditError, match="layers is '4' but this model attends at 1/1, 1/2"):
         masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "cat", "", "4")

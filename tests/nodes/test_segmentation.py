@@ -72,7 +72,7 @@ def test_attention_takes_pictures_of_any_size(checkpoint: dict[str, Any]) -> Non
 def test_attention_needs_a_checkpoint_and_a_subject(checkpoint: dict[str, Any]) -> None:
     with pytest.raises(IdentityEditError, match="needs model, clip and vae"):
         segment(subject="cat")
-    with pytest.raises(IdentityEditError, match="identity prompt is empty"):
+    with pytest.raises(IdentityEditError, match="subject is empty"):
         segment(**checkpoint)
     with pytest.raises(IdentityEditError, match="timesteps is 'early'"):
         segment(subject="cat", timesteps="early", **checkpoint)

@@ -420,7 +420,7 @@ def test_other_bad_input():
     with pytest.raises(IdentityEditError, match="steps is -1; choose 1 or more"):
         dataclasses.replace(TRAINING, steps=-1)
     model, clip = make("sd1")
-    with pytest.raises(IdentityEditError, match="masked is on but no picture has a mask"):
+    with pytest.raises(IdentityEditError, match="masked_loss is on but no picture has a mask"):
         train(model, clip, shown=pictures(masked=False))
     broken = pictures()
     broken.latents[0][0, 0, 0] = float("nan")

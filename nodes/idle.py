@@ -1,0 +1,67 @@
+"""Settings with which a node can change nothing.
+
+They are valid, and what comes out looks like a failure of the method: so the node says it in one line (`show_text`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..pipelines.conditioning import Conditioning
+
+
+def first_said(*cases: tuple[bool, str]) -> str | None:
+    """The sentence of the first case that holds, or None."""
+    return next((sentence for holds, sentence in cases if holds), None)
+
+
+def joined(*warnings: str | None) -> str | None:
+    """Several warnings as one text; those that are None are left out."""
+    return " ".join(warning for warning in warnings if warning is not None) or None
+
+
+def same_prompt(first: Conditioning, second: Conditioning) -> bool:
+    """Whether two CONDITIONINGs say the same: equal embeddings and pooled outputs, and the same further options."""
+    return len(first) == len(second) and all(
+        _same(list(one), list(other)) for one, other in zip(first, second, strict=True)
+    )
+
+
+def is_empty(mask: torch.Tensor | None) -> bool:
+    """Whether there is a mask, and it holds nothing."""
+    return mask is not None and not bool((mask > 0).any())
+
+
+def takes_no_part(share: float, steps: int) -> bool:
+    """Whether a share of the steps is rounded to none of them."""
+    return round(share * steps) == 0
+
+
+def takes_all(share: float, steps: int) -> bool:
+    """Whether a share of the steps is rounded to all of them."""
+    return round(share * steps) >= steps
+
+
+def noise_mask_left_out(latent: dict[str, Any]) -> str | None:
+    """What a node that uses a LATENT's whole picture says of a noise mask that leaves out a part of it."""
+    mask = latent.get("noise_mask")
+    if mask is None or bool((mask == 1).all()):
+        return None
+    return (
+        "latent has a noise mask, which is not used here: it is about the whole picture; use the mask in the sampler "
+        "(Set Latent Noise Mask), or in a node that takes one."
+    )
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        return first.shape == second.shape and torch.equal(first.cpu(), second.cpu())
+    if type(first) is not type(second):
+        return False
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    return first is second or isinstance(first, (str, int, float, bool)) and bool(first == second)

@@ -329,8 +329,9 @@ def list_detectors() -> dict[str, str]:
         packs = os.path.join(root, PACKS)
         for name in sorted(os.listdir(packs)) if os.path.isdir(packs) else []:
             folder = os.path.join(packs, name)
-            if os.path.isdir(folder) and any(file.lower().endswith(".onnx") for file in os.listdir(folder)):
-                found.setdefault(f"{PACKS}/{name}", folder)
+            for place in (folder, os.path.join(folder, name)):  # an archive may unpack into a folder of its own
+                if os.path.isdir(place) and any(file.lower().endswith(".onnx") for file in os.listdir(place)):
+                    found.setdefault(f"{PACKS}/{name}", place)
         for name in sorted(os.listdir(root)) if os.path.isdir(root) else []:
             if name.lower().endswith(".onnx"):
                 found.setdefault(name, os.path.join(root, name))
@@ -377,7 +378,7 @@ def insightface_model(path: str, task: str) -> Any:
     """A network of insightface from a file or a pack's folder, on the CPU.
 
     Args:
-        path: an .onnx file, or the folder ROOT/models/PACK.
+        path: an .onnx file, or the folder ROOT/models/PACK, or PACK in one of that name.
         task: "detection" or "recognition".
 
     Raises:
@@ -391,9 +392,12 @@ def insightface_model(path: str, task: str) -> Any:
     providers = ["CPUExecutionProvider"]
     try:
         if os.path.isdir(path):
-            root = os.path.dirname(os.path.dirname(path))
+            packs = os.path.dirname(path)
+            if os.path.basename(packs) == os.path.basename(path):
+                packs = os.path.dirname(packs)
+            name, root = os.path.relpath(path, packs), os.path.dirname(packs)
             wanted = ["detection"] if task == "detection" else ["detection", task]
-            pack = FaceAnalysis(name=os.path.basename(path), root=root, allowed_modules=wanted, providers=providers)
+            pack = FaceAnalysis(name=name, root=root, allowed_modules=wanted, providers=providers)
             network = pack.models.get(task)
         else:
             network = model_zoo.get_model(path, providers=providers)

@@ -140,9 +140,10 @@ def identity_mask_blend(
     count = steps - first
     blended = round(blend_until * count)
     batch, height, width = inversion.batch, inversion.trajectory.shape[-2], inversion.trajectory.shape[-1]
+    names = ("The source mask", "The target mask") if identity else ("The mask", "The mask")  # as DiffEdit has it
     given_source, given_target = (
         None if mask is None else masks_for(mask, name, height, width, batch)
-        for mask, name in ((source_mask, "The source mask"), (target_mask, "The target mask"))
+        for mask, name in ((source_mask, names[0]), (target_mask, names[1]))
     )
     finds_source = given_source is None or given_masks == UNITE
     finds_target = given_target is None or given_masks == UNITE

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from pathlib import Path
 from typing import Any
 
+import pytest
 from comfy_api.latest import io
 from identity_edit_pack.nodes import NODE_CLASSES
 
@@ -61,6 +64,36 @@ def test_defaults_can_be_chosen() -> None:
                 assert abs(default / grid - round(default / grid)) < 1e-6, f"{schema.node_id}: {item.id}"
             elif isinstance(item, io.Combo.Input) and item.options and default is not None:
                 assert default in item.options, f"{schema.node_id}: {item.id}"
+
+
+def test_an_optional_input_has_one_default() -> None:
+    """An API prompt that leaves it out gets the signature's, the page the schema's."""
+    for node, schema in zip(NODE_CLASSES, SCHEMAS, strict=True):
+        parameters = inspect.signature(node.execute).parameters
+        open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        for item in schema.inputs:
+            default = getattr(item, "default", None)
+            if item.optional and not (open_ended and item.id not in parameters):
+                own = parameters[item.id].default
+                assert own == default, f"{schema.node_id}: {item.id} is {own!r} in execute and {default!r} on the page"
+
+
+@pytest.mark.parametrize("left_out", ["seed", "guidance_scale", "pose_strength", "class_word"])
+def test_prompts_may_leave_out_optional_inputs_and_no_others(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CONTRIBUTING.md says: ComfyUI itself asks for every required input, with a default or without."""
+    import execution
+
+    import nodes
+
+    node = next(node for node in NODE_CLASSES if node.define_schema().node_id == "IdentityEditGeneratePairs")
+    monkeypatch.setitem(nodes.NODE_CLASS_MAPPINGS, "Pairs", node)
+    inputs = {item.id: item.default for item in node.define_schema().inputs if hasattr(item, "default")}
+    prompt = {
+        "1": {"class_type": "Pairs", "inputs": {name: value for name, value in inputs.items() if name != left_out}}
+    }
+    _, errors, _ = asyncio.run(execution.validate_inputs("id", prompt, "1", {}))
+    missing = [error["extra_info"]["input_name"] for error in errors if error["type"] == "required_input_missing"]
+    assert (left_out in missing) == (left_out in ("seed", "guidance_scale"))
 
 
 def test_seeds_can_be_fixed_or_drawn_anew() -> None:

@@ -171,6 +171,10 @@ def without(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 def test_packs_and_files_are_listed(models: Path) -> None:
     assert list(faces.list_detectors()) == ["models/buffalo_l", "scrfd.onnx", "yunet.onnx"]
+    deeper = models / "insightface" / "models" / "antelopev2" / "antelopev2"  # as its archive unpacks
+    deeper.mkdir(parents=True)
+    (deeper / "scrfd_10g_bnkps.onnx").write_bytes(b"scrfd")
+    assert faces.list_detectors()["models/antelopev2"] == str(deeper)
 
 
 def test_missing_files_and_packages_are_named(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +230,11 @@ def test_insightface_gets_packs_and_pictures_as_it_wants_them(models: Path, monk
     detector = faces.load_detector("models/buffalo_l", score=0.4)
     assert (asked["name"], asked["root"]) == ("buffalo_l", str(models / "insightface"))
     assert network.options["det_thresh"] == 0.4
+    deeper = models / "insightface" / "models" / "antelopev2" / "antelopev2"
+    deeper.mkdir(parents=True)
+    (deeper / "scrfd_10g_bnkps.onnx").write_bytes(b"scrfd")
+    faces.load_detector("models/antelopev2")
+    assert (asked["name"], asked["root"]) == ("antelopev2/antelopev2", str(models / "insightface"))
     red = np.zeros((200, 200, 3), np.uint8)
     red[..., 0] = 255
     found = detector.detect(red)

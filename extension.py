@@ -1,9 +1,9 @@
 """What the pack registers with ComfyUI, which calls `comfy_entrypoint`.
 
-It registers the nodes, the folders of the demo checkpoint, of its control network, of its encoder of W+ and of its
-style attention, the model families of the demo checkpoint, SD2.x with a source picture, the models folders of learned
-subjects, of style attentions, of encoders of W+, of face networks, of background networks, of image encoders and of
-weights for scores, and the help pages; nothing else.
+It registers the nodes, the folders of the demo checkpoint, of its MCDM, of its control network, of its encoder of W+
+and of its style attention, the model families of the demo checkpoint, SD2.x with a source picture, the models folders
+of learned subjects, of style attentions, of encoders of W+, of face networks, of background networks, of image encoders
+and of weights for scores, and the help pages; nothing else.
 """
 
 import logging
@@ -44,6 +44,7 @@ async def comfy_entrypoint() -> IdentityEditExtension:
     warn_of_another_copy()
     demo_world = Path(__file__).parent / "demo_world"
     folder_paths.add_model_folder_path("checkpoints", str(demo_world / "weights"))
+    folder_paths.add_model_folder_path("diffusion_models", str(demo_world / "diffusion_models"))
     folder_paths.add_model_folder_path("controlnet", str(demo_world / "control"))
     # Beside those that extra_model_paths.yaml may name; Step-Wise Embedding Loader lists what it can read there.
     folder_paths.add_model_folder_path(FILE_FOLDER, os.path.join(folder_paths.models_dir, FILE_FOLDER))

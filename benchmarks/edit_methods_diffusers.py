@@ -100,7 +100,7 @@ def diffedit(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -
 
 
 def instruct_pix2pix(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> torch.Tensor:
-    edit = eight_channel_checkpoint(settings, checkpoint.size)
+    edit = eight_channel_checkpoint(settings, checkpoint)
     parts = components(edit, settings)
     pipe = pipeline(diffusers.StableDiffusionInstructPix2PixPipeline, parts)
     made = pipe(

@@ -248,7 +248,7 @@ def by_mcdm(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) ->
     """The workflow `mcdm_edit`: the mask's guidance, and the source's own pixels outside of the mask."""
     from identity_edit_pack.demo_world.clip_vision import load_clip_vision
 
-    edit, path = eight_channel_checkpoint(settings, checkpoint.size), settings.mcdm
+    edit, path = eight_channel_checkpoint(settings, checkpoint), settings.mcdm
     file = settings.work.once(("mcdm", path), lambda: mcdm.load_mcdm(str(path)), PREPARATION)
     vision = settings.work.once(("vision",), load_clip_vision, PREPARATION)
     picture = case.load_picture(edit.size)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import torch
 from edit_cases import EditCase
-from edit_method import PREPARATION, Checkpoint, Method, MethodSettings, load_checkpoint
+from edit_method import PREPARATION, Checkpoint, Method, MethodSettings
 from edits import embed
 
 
@@ -40,11 +42,16 @@ def _by_ksampler(
     return checkpoint.vae.decode(made).cpu()
 
 
-def eight_channel_checkpoint(settings: MethodSettings, size: int) -> Checkpoint:
-    """The checkpoint that also sees the source picture's latent."""
+def eight_channel_checkpoint(settings: MethodSettings, checkpoint: Checkpoint) -> Checkpoint:
+    """A UNet that also sees the source picture's latent, with the checkpoint's text encoder and VAE."""
     path = settings.mcdm
     assert path is not None
-    return settings.work.once(("checkpoint", path), lambda: load_checkpoint(path, size), PREPARATION)
+
+    def load() -> Checkpoint:
+        model = comfy.sd.load_diffusion_model(str(path), model_options={"dtype": torch.float32})
+        return dataclasses.replace(checkpoint, model=model, path=path)
+
+    return settings.work.once(("checkpoint", path), load, PREPARATION)
 
 
 @torch.no_grad()
@@ -53,7 +60,7 @@ def instruct_pix2pix(checkpoint: Checkpoint, case: EditCase, settings: MethodSet
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
     from comfy_extras.nodes_ip2p import InstructPixToPixConditioning
 
-    edit = eight_channel_checkpoint(settings, checkpoint.size)
+    edit = eight_channel_checkpoint(settings, checkpoint)
     text, empty = embed(edit.clip, [case.instruction]), embed(edit.clip, [""])
     with_picture = InstructPixToPixConditioning.execute(text, empty, case.load_picture(edit.size), edit.vae)
     positive, middle, latent = with_picture.result

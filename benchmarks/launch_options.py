@@ -37,6 +37,7 @@ from report import RESULTS, write_results  # noqa: E402
 
 NAME = "launch_options"
 PLAIN, COMPILED = "plain", "TorchCompileModel"
+LOADERS = ("CheckpointLoaderSimple", "UNETLoader")
 OPTIONS: dict[str, tuple[str, ...]] = {
     PLAIN: (),
     "--fp16-unet": ("--fp16-unet",),
@@ -73,9 +74,9 @@ def cheaper(prompt: dict[str, Any], most_steps: int) -> dict[str, Any]:
 
 
 def compiled(prompt: dict[str, Any]) -> dict[str, Any]:
-    """The prompt with the stock TorchCompileModel behind every Load Checkpoint."""
+    """The prompt with the stock TorchCompileModel behind every Load Checkpoint and Load Diffusion Model."""
     prompt = copy.deepcopy(prompt)
-    loaders = [key for key, node in prompt.items() if node["class_type"] == "CheckpointLoaderSimple"]
+    loaders = [key for key, node in prompt.items() if node["class_type"] in LOADERS]
     for loader in loaders:
         for node in prompt.values():
             for name, value in node["inputs"].items():

@@ -324,9 +324,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--keep", type=Path, help="folder in which what was made is kept")
     parser.add_argument("--only-kept", action="store_true", help="make nothing more, report what --keep holds")
     parser.add_argument("--threads", type=int, default=1, help="default 1, so that times can be compared")
-    weights = ROOT / "demo_world" / "weights"
-    parser.add_argument("--checkpoint", type=Path, default=weights / "identity-edit-demo.safetensors")
-    parser.add_argument("--mcdm", type=Path, default=weights / "identity-edit-demo-mcdm.safetensors")
+    world = ROOT / "demo_world"
+    parser.add_argument("--checkpoint", type=Path, default=world / "weights/identity-edit-demo.safetensors")
+    parser.add_argument("--mcdm", type=Path, default=world / "diffusion_models/identity-edit-demo-mcdm.safetensors")
     return parser.parse_args()
 
 

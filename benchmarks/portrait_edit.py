@@ -291,7 +291,7 @@ def load(arguments: argparse.Namespace) -> None:
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
     edit_model, made = None, None
     if arguments.only != "others":
-        edit_model = comfy.sd.load_checkpoint_guess_config(str(arguments.mcdm))[0]
+        edit_model = comfy.sd.load_diffusion_model(str(arguments.mcdm))
         made = mcdm.load_mcdm(str(arguments.mcdm))
     parts = Parts(model, clip, vae, edit_model, load_clip_vision(), made)
     _worker = parts, arguments
@@ -350,9 +350,9 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="a folder in which pictures are kept, so that a run that was stopped goes on"
     )
-    weights = ROOT / "demo_world" / "weights"
-    parser.add_argument("--checkpoint", type=Path, default=weights / "identity-edit-demo.safetensors")
-    parser.add_argument("--mcdm", type=Path, default=weights / "identity-edit-demo-mcdm.safetensors")
+    world = ROOT / "demo_world"
+    parser.add_argument("--checkpoint", type=Path, default=world / "weights/identity-edit-demo.safetensors")
+    parser.add_argument("--mcdm", type=Path, default=world / "diffusion_models/identity-edit-demo-mcdm.safetensors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processes", type=int, default=1, help="that share the portraits (default 1)")
     arguments = parser.parse_args()

@@ -93,7 +93,7 @@ def make_unet(in_channels: int = LATENT_CHANNELS) -> nn.Module:
 class TextEncoder(nn.Module):
     """SD 1.x's CLIP text transformer, small, with a table of only the token ids that captions use.
 
-    The table is expanded to the whole CLIP vocabulary when the checkpoint is exported.
+    The table is expanded to the whole CLIP vocabulary when the checkpoint is loaded (``family.whole_token_table``).
     """
 
     def __init__(self, token_ids: list[int]) -> None:
@@ -130,18 +130,3 @@ class TextEncoder(nn.Module):
             x = x + attention.out_proj(h.transpose(1, 2).reshape(batch, length, -1))
             x = x + layer.mlp(layer.layer_norm2(x))
         return model.final_layer_norm(x)
-
-    def full_state_dict(self, seed: int = 0) -> dict[str, torch.Tensor]:
-        """The weights with the table expanded to CLIP's 49,408 rows.
-
-        Rows that no caption used are small random vectors around the table's mean: words the world does not know.
-        """
-        state = {name: value.detach().clone() for name, value in self.clip.state_dict().items()}
-        name = "text_model.embeddings.token_embedding.weight"
-        table = state[name].float()
-        generator = torch.Generator().manual_seed(seed)
-        noise = torch.randn(TEXT_CONFIG["vocab_size"], CONTEXT_DIM, generator=generator)
-        full = table.mean(0) + noise * table.std(0) * 0.3
-        full[torch.tensor(self.token_ids)] = table
-        state[name] = full
-        return state

@@ -39,7 +39,9 @@ import torch  # noqa: E402
 if TYPE_CHECKING:
     from PIL import Image
 
-torch.set_num_threads(2)
+THREADS_ARE_CHOSEN = "OMP_NUM_THREADS" in os.environ
+if not THREADS_ARE_CHOSEN:
+    torch.set_num_threads(2)
 TINY_MODELS_ONLY = {"attention", "nodes", "pipelines"}
 """The folders whose tests compute with tiny models alone."""
 
@@ -64,9 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny models are faster with one thread, many times so on a machine that is busy."""
+    """Tiny models are faster with one thread, many times so on a machine that is busy; OMP_NUM_THREADS wins."""
     threads = torch.get_num_threads()
-    if request.path.parent.name in TINY_MODELS_ONLY:
+    if request.path.parent.name in TINY_MODELS_ONLY and not THREADS_ARE_CHOSEN:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

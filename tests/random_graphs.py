@@ -89,6 +89,7 @@ STOCK = (  # fmt: skip
     "SplitSigmas",
     "ThresholdMask",
     "TomePatchModel",
+    "UNETLoader",
     "VAEDecode",
     "VAEEncode",
     "VAEEncodeForInpaint",
@@ -164,10 +165,11 @@ STRINGS: dict[str, list[str]] = {
 their default. A strange text is among the options of all of them."""
 
 DEMO, DEMO_MCDM = "identity-edit-demo.safetensors", "identity-edit-demo-mcdm.safetensors"
+MCDM_FILE = f"{DEMO_MCDM} [diffusion_models]"
 OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditGeneratePairs", "folder"): ["pairs/generated", "pairs/random", ""],
     ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated"] * 4 + ["pairs"],
-    ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", DEMO_MCDM],
+    ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", MCDM_FILE],
     ("IdentityEditLoadInversion", "steps"): [0, 0, 0, 3, 2],  # 0 is the file's own number
     ("IdentityEditReferenceGuidedNullTextOptimizer", "steps"): [0, 0, 0, 2],
     ("IdentityEditTrainSubjectEmbedding", "masked_loss"): [False, False, True],
@@ -179,13 +181,12 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditSaveSubjectAsEmbedding", "overwrite"): [True, True, True, False],
     ("IdentityEditLoadSubjectPictures", "folder"): ["cat"] * 9 + ["3d"],
     ("IdentityEditLoadWPlusEncoder", "file"): ["identity-edit-demo-w-plus.safetensors"] * 3 + ["no model"],
-    ("IdentityEditMCDMConditioner", "file"): [DEMO_MCDM, DEMO_MCDM, DEMO],
-    ("CheckpointLoaderSimple", "ckpt_name"): [DEMO] * 7 + [DEMO_MCDM],
+    ("IdentityEditMCDMConditioner", "file"): [MCDM_FILE, MCDM_FILE, DEMO],
 }
 """Options of one widget of one node, where the name alone does not tell them."""
 FITTING: dict[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
-    ("IdentityEditMCDMConditioner", "model"): ("CheckpointLoaderSimple", 0, {"ckpt_name": DEMO_MCDM}),
-    ("IdentityEditMCDMGuider", "model"): ("CheckpointLoaderSimple", 0, {"ckpt_name": DEMO_MCDM}),
+    ("IdentityEditMCDMConditioner", "model"): ("UNETLoader", 0, {"unet_name": DEMO_MCDM}),
+    ("IdentityEditMCDMGuider", "model"): ("UNETLoader", 0, {"unet_name": DEMO_MCDM}),
     ("IdentityEditMCDMGuider", "positive"): ("IdentityEditMCDMConditioner", 0, {}),
     ("IdentityEditReplaceSubject", "inversion"): ("IdentityEditNullTextOptimization", 2, {}),
     ("IdentityEditAttentionHeatmap", "identity_attention"): ("IdentityEditIdentityAwareMaskBlend", 3, {}),

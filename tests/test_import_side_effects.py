@@ -166,6 +166,7 @@ def test_only_the_documented_folders_are_registered(noted: Any) -> None:
     demo_world = ROOT / "demo_world"
     expected = {
         "checkpoints": [demo_world / "weights"],
+        "diffusion_models": [demo_world / "diffusion_models"],
         "controlnet": [demo_world / "control"],
         "subject_embeddings": [models / "subject_embeddings"],
         "style_attention": [models / "style_attention", demo_world / "style_attention"],

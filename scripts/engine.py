@@ -128,6 +128,19 @@ def has_accelerator() -> bool:
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
+def thread_variables() -> dict[str, str]:
+    """One thread fewer than there are cores, unless a variable of the user's has chosen (OMP_NUM_THREADS and others).
+
+    Threads of OpenMP wait for each other by spinning. With as many of them as cores, one core that is busy with
+    something else makes each wait for one that does not run, and every operation takes a whole turn of the system's
+    scheduler (benchmarks/results/busy_core.md). Waiting without spinning costs more on an idle machine than the thread.
+    """
+    if any(name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_NUM_THREADS")) for name in os.environ):
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores - 1))}
+
+
 class Server:
     """A headless ComfyUI on a free port of 127.0.0.1, with a base folder of its own; a context manager.
 
@@ -245,7 +258,8 @@ class Server:
         return [*launcher, str(find_engine() / "main.py"), *options, *self._arguments]
 
     def _variables(self) -> dict[str, str]:
-        variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8", **self._environment}
+        variables = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+        variables |= {**thread_variables(), **self._environment}
         if os.environ.get("COMFYUI_PATH") and not os.environ.get("PYTHONPYCACHEPREFIX"):
             variables["PYTHONDONTWRITEBYTECODE"] = "1"  # nothing is written into the user's ComfyUI
         return variables

@@ -31,19 +31,14 @@ from engine import Server  # noqa: E402
 # Tests that compare pictures to the bit need a matrix product that does not depend on where its operands lie in
 # memory; Intel's library gives that on request only. Servers started by tests inherit it.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Tiny models are faster with one thread, many times so beside a busy core; servers and other processes inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 load_pack.prepare_engine(cpu=True)
 
-import torch  # noqa: E402
 
 if TYPE_CHECKING:
     from PIL import Image
-
-THREADS_ARE_CHOSEN = "OMP_NUM_THREADS" in os.environ
-if not THREADS_ARE_CHOSEN:
-    torch.set_num_threads(2)
-TINY_MODELS_ONLY = {"attention", "nodes", "pipelines"}
-"""The folders whose tests compute with tiny models alone."""
 
 # One broken module must not hide the tests of all others: its error is kept and raised by the `pack` fixture.
 _failure: Exception | None = None
@@ -62,16 +57,6 @@ class EntryPointIsNotATestPackage:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(EntryPointIsNotATestPackage())
-
-
-@pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny models are faster with one thread, many times so on a machine that is busy; OMP_NUM_THREADS wins."""
-    threads = torch.get_num_threads()
-    if request.path.parent.name in TINY_MODELS_ONLY and not THREADS_ARE_CHOSEN:
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -116,8 +101,7 @@ class RunningServer:
 def running_server(base: Path, *arguments: str) -> Iterator[RunningServer]:
     """A ComfyUI with further command line options. No hub can be reached, so that a node which downloads something
     unasked fails here."""
-    variables = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-    with Server(base, arguments=arguments, environment=variables) as process:
+    with Server(base, arguments=arguments, environment={"HF_HUB_OFFLINE": "1"}) as process:
         yield RunningServer(process)
 
 

@@ -18,7 +18,7 @@ from engine import PACK_FOLDER, Server, find_engine
 from .test_timestep_aware_edit import inversion_prompt, node, with_picture
 
 ROOT = Path(__file__).resolve().parents[2]
-VARIABLES = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+VARIABLES = {"HF_HUB_OFFLINE": "1"}
 
 
 def link_pack(base: Path, name: str) -> None:

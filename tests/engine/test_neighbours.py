@@ -177,7 +177,7 @@ def neighbourhood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbou
             path = base / "custom_nodes" / pack / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(textwrap.dedent(text), encoding="utf-8")
-    with Server(base, environment={"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}) as process:
+    with Server(base, environment={"HF_HUB_OFFLINE": "1"}) as process:
         yield Neighbourhood(process)
 
 

@@ -28,7 +28,6 @@ class Autoencoder:
 def output(tmp_path):
     before = folder_paths.get_output_directory()
     folder_paths.set_output_directory(str(tmp_path))
-    torch.set_num_threads(1)
     yield tmp_path
     folder_paths.set_output_directory(before)
 

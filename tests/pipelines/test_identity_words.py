@@ -37,7 +37,6 @@ def train(family="sd1", settings=SETTINGS, training=TRAINING, features=FEATURES,
 
 @pytest.fixture(scope="module")
 def trained():
-    torch.set_num_threads(1)  # as in the tests, so that bits can be compared
     return train()
 
 

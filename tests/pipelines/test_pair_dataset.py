@@ -50,7 +50,6 @@ def hashes(folder):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    torch.set_num_threads(1)  # as in the tests, so that bits can be compared
     return generate(tmp_path_factory.mktemp("pairs"))
 
 

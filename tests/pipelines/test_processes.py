@@ -21,7 +21,6 @@ package = types.ModuleType("identity_edit_pack")
 package.__path__ = [{str(ROOT)!r}]
 sys.modules["identity_edit_pack"] = package
 import torch
-torch.set_num_threads(1)
 from safetensors.torch import save_file
 from identity_edit_pack.pipelines import processes, training
 from identity_edit_pack.pipelines.training import TrainingSettings, generator_of

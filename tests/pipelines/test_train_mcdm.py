@@ -203,7 +203,7 @@ import os, signal, sys
 sys.path.insert(0, {tests!r}); sys.path.insert(0, {scripts!r})
 import load_pack
 load_pack.prepare_engine(cpu=True); load_pack.load_pack()
-import torch; torch.set_num_threads(1)
+import torch
 from pathlib import Path
 from identity_edit_pack.tests.pipelines import test_train_mcdm as here
 def kill(done, *_):

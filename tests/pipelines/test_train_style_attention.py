@@ -56,7 +56,6 @@ def train(
 
 @pytest.fixture(scope="module")
 def uninterrupted():
-    torch.set_num_threads(1)  # as in the tests, so that bits can be compared
     return train()
 
 

@@ -158,7 +158,7 @@ import sys, time
 sys.path[:0] = [{scripts!r}, {tests!r}]
 import load_pack
 load_pack.prepare_engine(cpu=True); load_pack.load_pack()
-import torch; torch.set_num_threads(1)
+import torch
 from test_training import Problem
 def progress(done, *_):
     print(done, flush=True)

@@ -1,0 +1,112 @@
+"""What a core that is busy with something else costs a shipped workflow: `.venv/bin/python benchmarks/busy_core.py`.
+
+A workflow runs on a real server on an idle machine and beside a program that keeps one core busy, with the scripts' own
+choice of threads (`scripts/engine.py`), with as many threads as cores, and with those threads not spinning while they
+wait. A run that takes more than --limit seconds is ended there. Medians of --runs, each on a server that has just
+started. Writes benchmarks/results/busy_core.json and busy_core.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+import engine  # noqa: E402  (found on the path that was extended just above)
+from api_client import Client  # noqa: E402
+from demo import read_workflow  # noqa: E402
+from load_pack import source_commit  # noqa: E402
+from report import write_results  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+SETTINGS: dict[str, dict[str, str]] = {
+    "as the scripts choose": engine.thread_variables(),
+    "a thread for each core": {"OMP_NUM_THREADS": str(CORES)},
+    "the same, waiting without spinning": {"OMP_NUM_THREADS": str(CORES), "OMP_WAIT_POLICY": "PASSIVE"},
+}
+GOAL = 2.0
+
+
+def seconds_of(workflow: str, variables: dict[str, str], limit: float) -> float:
+    """Seconds of the workflow on a server of its own; `limit` when it takes longer."""
+    with (
+        tempfile.TemporaryDirectory(prefix="identity-edit-") as base,
+        engine.Server(Path(base), environment=variables) as server,
+    ):
+        deadline = time.monotonic() + limit
+
+        def listen(*_: object) -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
+        try:
+            return Client(server.address).run(read_workflow(workflow), listen).seconds
+        except TimeoutError:
+            return limit
+
+
+def busy_program() -> subprocess.Popen[bytes]:
+    """Keeps one core busy, in a session of its own as another user's programs are, with the weight of this one."""
+    program = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    with contextlib.suppress(OSError):  # Linux shares cores between sessions
+        weight = Path("/proc/self/autogroup").read_text().split()[-1]
+        Path(f"/proc/{program.pid}/autogroup").write_text(weight)
+    return program
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workflow", default="timestep_aware_edit_fast")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run is ended (default 120)")
+    parser.add_argument("--note", default="", help="a sentence about the machine, for the table")
+    arguments = parser.parse_args()
+
+    found: dict[str, dict[str, list[float]]] = {name: {"idle": [], "busy": []} for name in SETTINGS}
+    for _ in tqdm(range(arguments.runs), unit="round"):
+        for machine in ("idle", "busy"):
+            other = busy_program() if machine == "busy" else None
+            try:
+                for name, variables in SETTINGS.items():
+                    if arguments.limit not in found[name][machine]:  # once is enough
+                        found[name][machine].append(seconds_of(arguments.workflow, variables, arguments.limit))
+            finally:
+                if other is not None:
+                    other.kill()
+
+    def shown(values: list[float]) -> str:
+        middle = statistics.median(values)
+        return f"over {arguments.limit:.0f}" if middle >= arguments.limit else f"{middle:.1f}"
+
+    commit = source_commit()
+    own = {machine: statistics.median(values) for machine, values in found["as the scripts choose"].items()}
+    rows = [f"| {name} | {shown(by['idle'])} | {shown(by['busy'])} |" for name, by in found.items()]
+    lines = [
+        "# What a busy core costs",
+        "",
+        f"`benchmarks/busy_core.py` at commit {commit}: `{arguments.workflow}` on a server, medians of "
+        f"{arguments.runs} runs in seconds, on {CORES} CPU cores, with and without a program that keeps one of them "
+        f"busy. {arguments.note}".strip(),
+        "",
+        "| threads | idle machine | one core busy |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"The goal is that a busy core costs at most a factor of {GOAL:.0f}: it costs {own['busy'] / own['idle']:.2f}.",
+    ]
+    figures = {"command": " ".join(["benchmarks/busy_core.py", *sys.argv[1:]]), "commit": commit, "cores": CORES}
+    write_results("busy_core", {**figures, "settings": SETTINGS, "seconds": found}, lines)
+
+
+if __name__ == "__main__":
+    main()

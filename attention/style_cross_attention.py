@@ -19,12 +19,13 @@ There are so few style tokens, four, that both large products of an attention ca
 projection with the keys, and the values with to_out. A layer of C channels, h heads and n tokens then costs 2 h n C
 multiplications a cell instead of 2 C^2 (SD1.5: 64 instead of 640 to 2560 columns), for the same numbers.
 
-Read on ComfyUI 0.3.75: comfy/ldm/modules/attention.py (BasicTransformerBlock), comfy/ops.py.
+Read on ComfyUI 0.3.75 and 0.33.0: comfy/ldm/modules/attention.py (BasicTransformerBlock), comfy/ops.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -56,11 +57,10 @@ class StyleCrossAttention(nn.Module):
         """The weights are left as memory is; they are copied from the text cross-attention, or loaded."""
         super().__init__()
         channels, inner, text = size
-        # ComfyUI's layers without a dtype of their own: they compute in that of their input, on its device.
-        operations = comfy.ops.manual_cast
-        self.to_q = operations.Linear(channels, inner, bias=False)
-        self.to_k = operations.Linear(text, inner, bias=False)
-        self.to_v = operations.Linear(text, inner, bias=False)
+        # Layers without a dtype of their own: they compute in that of their input, on its device.
+        self.to_q = _layer(channels, inner)
+        self.to_k = _layer(text, inner)
+        self.to_v = _layer(text, inner)
 
     @property
     def size(self) -> LayerSize:
@@ -84,8 +84,9 @@ class StyleCrossAttention(nn.Module):
         values = self.to_v(tokens).unflatten(-1, (heads, -1))
         n, d = keys.shape[1], keys.shape[-1]
         # Q' K'^T / sqrt(d) = query (W'_q K'^T / sqrt(d))                                                    eq. 3
-        w_q = comfy.ops.cast_to_input(self.to_q.weight, query, copy=False).unflatten(0, (heads, -1))  # [h, d, C]
-        to_scores = torch.einsum("bnhd,hdc->bchn", keys * d**-0.5, w_q).flatten(2)
+        with _weight(self.to_q, query) as w_q:
+            w_q = w_q.unflatten(0, (heads, -1))  # [h, d, C]
+            to_scores = torch.einsum("bnhd,hdc->bchn", keys * d**-0.5, w_q).flatten(2)
         scores = (query @ to_scores).unflatten(-1, (heads, n))
         attention = scores.float().softmax(dim=-1).to(query.dtype).flatten(2)  # [B, N, h n]
         # to_out(softmax(.) V') = softmax(.) to_out(V'), head by head: a head's values, and zeros for all others
@@ -93,6 +94,28 @@ class StyleCrossAttention(nn.Module):
         of_heads = (values.transpose(1, 2).unsqueeze(3) * own).flatten(3).flatten(1, 2)  # [B, h n, h d]
         bias = to_out(torch.zeros_like(of_heads[:1, :1]))
         return attention @ (to_out(of_heads) - bias)
+
+
+def _layer(inputs: int, outputs: int) -> nn.Linear:
+    layer = comfy.ops.manual_cast.Linear(inputs, outputs, bias=False)
+    if layer.weight is None:  # with dynamic VRAM ComfyUI's layers wait for a file's weights
+        layer.weight = nn.Parameter(torch.empty(outputs, inputs))
+    return layer
+
+
+@contextlib.contextmanager
+def _weight(layer: nn.Linear, like: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A layer's weight in the dtype and on the device of a tensor, for the time of this context, as ComfyUI's own
+    layers get theirs."""
+    release = getattr(comfy.ops, "uncast_bias_weight", None)
+    if release is None:  # older than 0.3.68
+        yield comfy.ops.cast_bias_weight(layer, like)[0]
+        return
+    weight, bias, handle = comfy.ops.cast_bias_weight(layer, like, offloadable=True)
+    try:
+        yield weight
+    finally:
+        release(layer, weight, bias, handle)
 
 
 class StyleLayers(nn.Module):

@@ -57,6 +57,54 @@ def with_embedding(
     return result
 
 
+def coverage_warning(conditioning: Conditioning, latent: torch.Tensor) -> str | None:
+    """Say when a CONDITIONING leaves a part of the picture or of the steps without a prompt.
+
+    ComfyUI takes zeros for an estimate that no entry gives, so that what is inverted or optimized there is lost.
+
+    Args:
+        conditioning: entries with "area", "mask", "start_percent" and "end_percent" as ComfyUI's nodes set them.
+        latent: [B, C, H, W].
+
+    Returns:
+        one sentence with the remedy, or None where everything is covered.
+    """
+    times = {0.0, 1.0}
+    for _, options in conditioning:
+        times |= {min(max(float(options.get(name, 0.0)), 0.0), 1.0) for name in ("start_percent", "end_percent")}
+    between = sorted(times)
+    for start, end in zip(between[:-1], between[1:], strict=True):
+        covered = torch.zeros(latent.shape[-2:], dtype=torch.bool)
+        for _, options in conditioning:
+            if options.get("start_percent", 0.0) <= (start + end) / 2 <= options.get("end_percent", 1.0):
+                covered |= _covered(options, latent)
+        if not bool(covered.all()):
+            return (
+                "The positive conditioning covers only a part of the picture or of the steps, and the rest is lost "
+                "here; combine it with a prompt for the rest (Conditioning Combine), or remove its area, mask or "
+                "timestep range."
+            )
+    return None
+
+
+def _covered(options: dict[str, Any], latent: torch.Tensor) -> torch.Tensor:
+    """Where in the latent [H, W] an entry of a CONDITIONING has a say."""
+    height, width = latent.shape[-2:]
+    covered = torch.ones((height, width), dtype=torch.bool)
+    if options.get("area") is not None:
+        covered[:] = False
+        if options["area"][0] == "percentage":
+            h, w, y, x = (round(part * size) for part, size in zip(options["area"][1:], (height, width) * 2, strict=True))
+        else:
+            h, w, y, x = options["area"][-4:]
+        covered[y : y + h, x : x + w] = True
+    if options.get("mask") is not None:
+        mask = options["mask"].detach().float().cpu()
+        mask = torch.nn.functional.interpolate(mask.reshape(-1, 1, *mask.shape[-2:]), (height, width), mode="bilinear")
+        covered &= (mask > 0.0).flatten(0, 1).any(dim=0)
+    return covered
+
+
 def copy_outside_inference_mode(value: Any) -> Any:
     """Copy every tensor inside nested lists, tuples and dictionaries; other objects are shared.
 

@@ -213,29 +213,25 @@ def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: lis
 
 
 def differentiable_attention(
-    pytorch_attention: Callable[..., torch.Tensor],
-    without_gradient: Iterable[str],
-    previous: Callable[..., torch.Tensor] | None,
+    pytorch_attention: Callable[..., torch.Tensor], previous: Callable[..., torch.Tensor] | None
 ) -> Callable[..., torch.Tensor]:
-    """An attention override that never returns an attention without its gradient.
+    """An attention override that computes with PyTorch's attention wherever a gradient is needed.
+
+    Other attention functions may have no backward pass, or one that is only a part of the gradient (queries and keys
+    quantized, values not), and nothing about a function or its result tells which; so none is asked.
 
     Args:
-        pytorch_attention: the attention to use instead.
-        without_gradient: names of attention functions that have no backward pass.
-        previous: an override that another node has put on the model, asked first, or None.
+        pytorch_attention: ComfyUI's attention of that name.
+        previous: an override that another node has put on the model, or None; it is used where no gradient is needed.
 
     Returns:
         a function for `transformer_options["optimized_attention_override"]`.
     """
-    names = frozenset(without_gradient)
 
     def override(function: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        needed = torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in args[:3])
-        if needed and getattr(function, "__name__", "") in names:
-            function = pytorch_attention
-        result = previous(function, *args, **kwargs) if previous is not None else function(*args, **kwargs)
-        if needed and not result.requires_grad:
-            result = pytorch_attention(*args, **kwargs)
-        return result
+        inputs = (*args, *kwargs.values())
+        if torch.is_grad_enabled() and any(getattr(value, "requires_grad", False) for value in inputs):
+            return pytorch_attention(*args, **kwargs)
+        return previous(function, *args, **kwargs) if previous is not None else function(*args, **kwargs)
 
     return override

@@ -20,6 +20,7 @@ import torch
 
 from . import engine
 from .engine.trainable import BFLOAT16, PRECISIONS, TrainableNetworks, trainable_networks
+from .engine.weights import stored_weights, weight_shapes
 from .errors import IdentityEditError
 from .files import check_facts, read_tensors, understanding, write_tensors
 from .schedule import ddim_schedule, euler_step
@@ -125,8 +126,8 @@ def attention_keys(model: Any, clip: Any) -> tuple[list[str], list[str]]:
     Raises:
         IdentityEditError: when the CLIP has no such layers.
     """
-    model_keys = [key for key in model.model.state_dict() if _MODEL_KEYS.fullmatch(key)]
-    clip_keys = [key for key in clip.patcher.model.state_dict() if _CLIP_KEYS.fullmatch(key)]
+    model_keys = [key for key in weight_shapes(model.model) if _MODEL_KEYS.fullmatch(key)]
+    clip_keys = [key for key in weight_shapes(clip.patcher.model) if _CLIP_KEYS.fullmatch(key)]
     if not model_keys or not clip_keys:
         raise IdentityEditError(
             "The CLIP has no CLIP text encoder to train; use the CLIP of a Stable Diffusion 1.x, 2.x or XL checkpoint."
@@ -222,6 +223,8 @@ def train_identity_prior(
             run=run,
             sample=sample,
             progress=progress,
+            # Of the text encoder, the layers behind the one that is read get no gradient.
+            needed=[_MODEL + key for key in networks.model_variables],
         )
         model_change, clip_change = networks.changes(FILE_DTYPES[settings.file_dtype])
     prior = IdentityPrior(
@@ -297,13 +300,13 @@ def check_identity_prior(model: Any, clip: Any, prior: IdentityPrior) -> str | N
     tag = engine.model_tag(model)
     # Of another checkpoint of the same family only the weights differ; `difference` names what is different first.
     difference = dataclasses.replace(tag, weights=prior.model.weights).difference(prior.model)
-    states = (
-        (model.model.state_dict(), prior.model_change, "MODEL"),
-        (clip.patcher.model.state_dict(), prior.clip_change, "CLIP"),
+    parts = (
+        (weight_shapes(model.model), prior.model_change, "MODEL"),
+        (weight_shapes(clip.patcher.model), prior.clip_change, "CLIP"),
     )
-    for state, change, socket in states:
+    for shapes, change, socket in parts:
         for key, tensor in change.items():
-            if difference is None and (key not in state or state[key].shape != tensor.shape):
+            if difference is None and shapes.get(key) != tensor.shape:
                 difference = f"the {socket} has no weight {key} of the shape {tuple(tensor.shape)}"
     if difference is not None:
         raise IdentityEditError(
@@ -446,10 +449,11 @@ def _run_description(
     for name in (*_NOT_OF_THE_RUN, *_NOT_OF_THE_PRIOR):
         del optimisation[name]
     # A text encoder is told by a few of its weights as the checkpoint holds them.
-    first = {
-        key: value[0][0] for key, value in clip.patcher.get_key_patches("clip_").items() if _CLIP_KEYS.fullmatch(key)
-    }
-    encoder = [value.flatten()[:1].float().cpu().tolist() for value in first.values()]
+    encoder = [
+        [] if weight is None else weight.flatten()[:1].float().cpu().tolist()
+        for key, weight, _ in stored_weights(clip.patcher, "clip_")
+        if _CLIP_KEYS.fullmatch(key)
+    ]
     return {
         "settings": optimisation,
         "model": dataclasses.asdict(tag),

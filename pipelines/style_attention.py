@@ -10,9 +10,9 @@ transformer block has its style cross-attention.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,9 +173,12 @@ class StyleAttention:
             # Outside of inference mode, so that a training can pass gradients through.
             with torch.inference_mode(False), torch.no_grad():
                 layers = self.network.attention
+                remake = partial(StyleLayers, layers.sizes)
                 if dtype != torch.float32:
-                    layers = copy.deepcopy(layers).to(dtype)
-            self._patchers[key] = engine.managed_beside(model, layers)
+                    copy = remake()
+                    copy.load_state_dict({name: weight.cpu() for name, weight in layers.state_dict().items()})
+                    layers = copy.to(dtype)
+                self._patchers[key] = engine.managed_beside(model, layers, remake)
         return self._patchers[key]
 
 

@@ -15,6 +15,7 @@ from . import engine
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
 from .engine.edit_model import as_edit_model, set_weights, unet_keys
 from .engine.trainable import BFLOAT16, PRECISIONS, Text, TrainableNetworks, joined_texts, trainable_networks
+from .engine.weights import stored_weights
 from .errors import IdentityEditError
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
@@ -358,8 +359,8 @@ def _run_description(
     # Batches of a step, however they are shared out: so a run may go on with another number of processes.
     optimisation["accumulation"] *= processes.count
     encoder = [
-        [key, value[0][0].flatten()[:1].float().cpu().tolist()]
-        for key, value in sorted(clip.patcher.get_key_patches("clip_").items())
+        [key, [] if weight is None else weight.flatten()[:1].float().cpu().tolist()]
+        for key, weight, _ in stored_weights(clip.patcher, "clip_")
         if key.endswith("_proj.weight")
     ]
     went_before = {} if start is None else {"start": start.training.get("run", "unknown")}

@@ -241,6 +241,7 @@ def train_subject_embedding(
                 run=run,
                 sample=lambda: sample(learned_at),
                 progress=_continued(progress, training.steps, total),
+                needed=(),  # a batch is of one step
             )
             record = TrainingRun(
                 losses=record.losses + second.losses,

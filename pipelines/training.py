@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -171,6 +171,7 @@ def train(
     sample: Callable[[], torch.Tensor] | None = None,
     progress: Progress | None = None,
     processes: Processes | None = None,
+    needed: Collection[str] | None = None,
 ) -> TrainingRun:
     """Minimise the loss over variables, which are changed in place.
 
@@ -192,14 +193,17 @@ def train(
         sample: makes a picture (or anything else) to look at, without gradients; called at the end in any case.
         progress: called after every step, in the first process.
         processes: that train together; None is this one alone. Samples, progress and checkpoints are the first's.
+        needed: names of the variables that the loss of every batch depends on; None are all. A run in whose first step
+            one of them gets no gradient would end well and change nothing.
 
     Returns:
         the record; the variables hold the result, which is their moving average where one is kept.
 
     Raises:
-        IdentityEditError: when the loss or a gradient is not finite, or a checkpoint cannot be written or read.
-        Exception: whatever stopped the run, ComfyUI's InterruptProcessingException included, after its checkpoint has
-            been written.
+        IdentityEditError: when the loss or a gradient is not finite, when the loss does not depend on what is needed,
+            or when a checkpoint cannot be written or read.
+        BaseException: whatever stopped the run, ComfyUI's InterruptProcessingException included, after its checkpoint
+            has been written.
     """
     processes = processes or OneProcess()
     optimizer = _optimizer(list(variables.values()), settings)
@@ -213,6 +217,8 @@ def train(
     try:
         for step in range(done.resumed_at, settings.steps):
             loss = _gradients(variables, losses, step, settings, processes)
+            if step == done.resumed_at:
+                _check_reached(variables, needed)
             optimizer.step()
             if average is not None:
                 average.step(variables.values())
@@ -228,7 +234,7 @@ def train(
                 progress(step + 1, settings.steps, loss, new_sample)
     except IdentityEditError:  # a full disk, a loss that is no number: the last checkpoint is the best there is
         raise
-    except Exception:
+    except BaseException:  # ComfyUI's interrupt is no Exception since 0.19.4
         if checkpoint is not None and settings.checkpoint_every and len(done.losses) > written:
             try:
                 _write_checkpoint(checkpoint, run, variables, optimizer, average, done)
@@ -243,6 +249,18 @@ def train(
     if average is not None:
         average.copy_to(variables.values())
     return done
+
+
+def _check_reached(variables: dict[str, torch.Tensor], needed: Collection[str] | None) -> None:
+    """Refuse a run that would not change what it is to change: call it between the gradients and the first update."""
+    unreached = [name for name, variable in variables.items() if variable.grad is None]
+    missed = [name for name in unreached if needed is None or name in needed]
+    if missed or len(unreached) == len(variables):
+        raise IdentityEditError(
+            f"The training would not change {len(missed or unreached)} of {len(variables)} chosen weights "
+            f"({(missed or unreached)[0]}): the model does not compute with them; load it with ComfyUI's own loader, "
+            f"and remove what other nodes have patched into it."
+        )
 
 
 def _moving_average(variables: dict[str, torch.Tensor], settings: TrainingSettings) -> Any:

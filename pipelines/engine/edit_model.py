@@ -9,17 +9,17 @@ channels; `register_families` adds it.
 
 from __future__ import annotations
 
-import copy
+import uuid
 from typing import Any
 
 import comfy.model_base
-import comfy.model_management
-import comfy.model_patcher
 import comfy.supported_models
 import torch
 
 from ..errors import IdentityEditError
+from .managed_network import managed
 from .model import latent_channels, require_noise_prediction_model
+from .weights import checkpoint_weights, stored_weights
 
 UNET_PREFIX = "model.diffusion_model."
 _MODEL_PREFIX = "diffusion_model."
@@ -94,20 +94,33 @@ def as_edit_model(model: Any) -> Any:
             f"The model takes {channels} input channels; load a text-to-image checkpoint ({of_latent} channels, no "
             f"inpainting model)."
         )
-    comfy.model_management.load_models_gpu([model], force_patch_weights=True, force_full_load=True)
+    for key, _, is_quantized in stored_weights(model, _MODEL_PREFIX):
+        if is_quantized:
+            raise IdentityEditError(
+                f"The model's weights are quantized ({key}) and cannot be trained; load the checkpoint in float16, "
+                f"bfloat16 or float32."
+            )
     base = model.model
-    config = copy.copy(base.model_config)
+    config = object.__new__(type(base.model_config))  # a configuration answers None to what copy.copy asks it for
+    config.__dict__.update(base.model_config.__dict__)
     config.unet_config = {**config.unet_config, "in_channels": 2 * of_latent}
     kinds = comfy.model_base
     kind = kinds.SDXL_instructpix2pix if isinstance(base, kinds.SDXL) else kinds.SD15_instructpix2pix
-    cpu = torch.device("cpu")
-    made = kind(config, model_type=base.model_type, device=cpu)
-    weights = {key: value.to(cpu) for key, value in base.diffusion_model.state_dict().items()}
+    cpu, model_type = torch.device("cpu"), base.model_type
+    weights = {
+        key.removeprefix(UNET_PREFIX): value
+        for key, value in checkpoint_weights(model).items()
+        if key.startswith(UNET_PREFIX)
+    }
     first = weights[_FIRST_WEIGHT]
     weights[_FIRST_WEIGHT] = torch.cat([first, first.new_zeros(first[:, : 2 * of_latent - channels].shape)], dim=1)
+
+    def make() -> torch.nn.Module:
+        return kind(config, model_type=model_type, device=cpu).eval()
+
+    made = make()
     made.diffusion_model.load_state_dict(weights)
-    made.eval()
-    patcher = comfy.model_patcher.ModelPatcher(made, load_device=model.load_device, offload_device=cpu)
+    patcher = managed(made, load_device=model.load_device, offload_device=cpu, remake=make)
     if "model_sampling" in model.object_patches:  # of ModelSamplingDiscrete and the like
         patcher.add_object_patch("model_sampling", model.object_patches["model_sampling"])
     return patcher
@@ -120,10 +133,11 @@ def unet_keys(model: Any) -> list[str]:
 
 def set_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
     """Replace weights of a model of one's own, by keys of `model.model.state_dict()`, in its own dtype."""
-    state = model.model.state_dict()
     with torch.no_grad():
         for key, weight in weights.items():
-            state[key].copy_(weight.to(state[key]))
+            parameter = model.model.get_parameter(key)
+            parameter.copy_(weight.to(parameter))
+    model.patches_uuid = uuid.uuid4()  # what ComfyUI has on the device is brought there anew
 
 
 def checkpoint_tensors(
@@ -140,11 +154,7 @@ def checkpoint_tensors(
     Returns:
         CPU tensors by name.
     """
-    patchers = [model] if clip is None else [model, clip.load_model()]
-    comfy.model_management.load_models_gpu(patchers, force_patch_weights=True)
-    of_clip = None if clip is None else clip.get_sd()
-    of_vae = None if vae is None else vae.get_sd()
-    tensors = dict(model.model.state_dict_for_saving(of_clip, of_vae))
+    tensors = checkpoint_weights(model, clip, vae)
     sampling = require_noise_prediction_model(model)
     if "v_pred" in tensors and getattr(sampling, "zsnr", False):
         tensors["ztsnr"] = torch.tensor([])
@@ -153,5 +163,4 @@ def checkpoint_tensors(
     return {
         name: (tensor.to(dtype) if tensor.is_floating_point() and tensor.numel() else tensor).detach().cpu()
         for name, tensor in tensors.items()
-        if isinstance(tensor, torch.Tensor)
     }

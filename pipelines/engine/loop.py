@@ -4,6 +4,7 @@ inpainting channels, pooled outputs and cleaning up remain ComfyUI's."""
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
@@ -12,12 +13,24 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
-from ..conditioning import Conditioning, copy_outside_inference_mode
+from ..conditioning import Conditioning, copy_outside_inference_mode, coverage_warning
 from ..errors import check_areas, check_latent
 from ..gradients import patches_on_copies
-from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
+from .gradient_context import (
+    gradient_context,
+    gradient_memory,
+    load_completely,
+    memory_in_words,
+    use_differentiable_attention,
+)
 from .guidance import guided_estimate
-from .model import check_prompt, conditionings_with_embedding, latent_channels, require_noise_prediction_model
+from .model import (
+    check_prompt,
+    conditionings_with_embedding,
+    drop_step_caches,
+    latent_channels,
+    require_noise_prediction_model,
+)
 
 _KEY = "identity_edit"
 
@@ -142,14 +155,19 @@ def run_loop(
         if side is not None:
             check_prompt(model, side, name)
             check_areas((options for _, options in side), latent, name)
+    warning = coverage_warning(positive, latent)
+    if warning is not None:
+        logging.warning("IdentityEdit: %s", warning)
     guider = _LoopGuider(model.clone())
     patcher = guider.model_patcher
+    drop_step_caches(patcher)
     sampler = _LoopSampler(loop, callback, gradients, checkpointing)
     kinds = comfy.patcher_extension.WrappersMP
     patcher.add_wrapper_with_key(kinds.APPLY_MODEL, _KEY, sampler.count_evaluations)
     with contextlib.ExitStack() as stack:
         if gradients:
             stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(memory_in_words())
             positive, negative, latent, sigmas = copy_outside_inference_mode((positive, negative, latent, sigmas))
             patcher.add_wrapper_with_key(kinds.PREPARE_SAMPLING, _KEY, sampler.load_completely)
             use_differentiable_attention(patcher)
@@ -292,8 +310,7 @@ class _LoopSampler(comfy.samplers.Sampler):
     def load_completely(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         """PREPARE_SAMPLING wrapper: no weight may be moved away between the forward and the backward pass."""
         prepared = executor(model, noise_shape, *args, **kwargs)
-        memory = gradient_memory(model, list(noise_shape), self._checkpointing)
-        comfy.model_management.load_models_gpu([model, *prepared[2]], memory_required=memory, force_full_load=True)
+        load_completely([model, *prepared[2]], gradient_memory(model, list(noise_shape), self._checkpointing))
         return prepared
 
 

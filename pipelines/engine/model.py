@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 from ..errors import IdentityEditError, check_conditioning
+from .weights import samples_of_weights
 
 _BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base.SDXLRefiner, 5 * 256))
 """What ComfyUI puts behind the pooled output: sizes of the picture and the refiner's score, each as 256 numbers."""
+_QUANTIZED_ROUNDING = 0.2
+"""Largest relative error of weights in four bits, with a margin; eight bits are within 0.02."""
 _BESIDE_THE_PROMPT = ("control", "gligen", "mask")
 """What a conditioning may carry beside its prompt that speaks of one picture."""
 
@@ -120,7 +124,9 @@ class ModelTag:
         latent_format: name of the latent's scaling.
         sigma_max: highest noise level of the model's schedule.
         dtype: in which the weights were loaded.
-        weights: a few hundred of the model's own weights, without LoRAs or other patches on it.
+        weights: a few hundred of the model's own weights, without LoRAs or other patches on it; NaN where only their
+            layer can read them (GGUF).
+        quantized: whether some of them are kept in a quantized form.
     """
 
     architecture: str
@@ -129,6 +135,7 @@ class ModelTag:
     sigma_max: float
     dtype: str
     weights: tuple[float, ...]
+    quantized: bool = False
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> ModelTag:
@@ -142,13 +149,15 @@ class ModelTag:
             raise TypeError("the model's tag is of another form")
         torch.finfo(getattr(torch, description["dtype"]))
         weights = tuple(float(weight) for weight in description["weights"])
-        return cls(**{**description, "sigma_max": float(description["sigma_max"]), "weights": weights})
+        quantized = bool(description.get("quantized", False))
+        sigma_max = float(description["sigma_max"])
+        return cls(**{**description, "sigma_max": sigma_max, "weights": weights, "quantized": quantized})
 
     def difference(self, other: ModelTag) -> str | None:
         """What tells the two models apart, in words, or None when they are the same model.
 
-        Weights are compared within the rounding of the coarser of both dtypes, so that a checkpoint matches itself in
-        float32, float16, bfloat16 and float8.
+        Weights are compared within the rounding of the coarser of both forms, so that a checkpoint matches itself in
+        float32, float16, bfloat16, float8 and quantized; those that cannot be read are not compared.
         """
         for name in ("architecture", "prediction", "latent_format"):
             if getattr(self, name) != getattr(other, name):
@@ -156,8 +165,13 @@ class ModelTag:
         if not math.isclose(self.sigma_max, other.sigma_max, rel_tol=1e-3):
             return f"a noise schedule up to {self.sigma_max:.2f} instead of {other.sigma_max:.2f}"
         mine, its = torch.tensor(self.weights), torch.tensor(other.weights)
+        if mine.shape != its.shape:
+            return "different weights"
+        known = torch.isfinite(mine) & torch.isfinite(its)
         rounding = max(torch.finfo(getattr(torch, tag.dtype)).eps for tag in (self, other))
-        if mine.shape != its.shape or float((mine - its).norm()) > max(rounding, 1e-5) * float(its.norm()):
+        if self.quantized or other.quantized:
+            rounding = max(rounding, _QUANTIZED_ROUNDING)
+        if float((mine - its)[known].norm()) > max(rounding, 1e-5) * float(its[known].norm()):
             return "different weights"
         return None
 
@@ -167,13 +181,11 @@ def model_tag(model: Any) -> ModelTag:
     sampling = require_noise_prediction_model(model)
     network = model.get_model_object("diffusion_model")
     samples: list[float] = []
+    any_quantized = False
     for prefix in ("diffusion_model.time_embed.", "diffusion_model.input_blocks.0.", "diffusion_model.out."):
-        for key, patches in sorted(model.get_key_patches(prefix).items()):
-            weight = patches[0][0]  # the weight as the checkpoint holds it, before LoRAs
-            if key.endswith("weight") and weight.ndim > 1:
-                flat = weight.detach().reshape(-1)
-                chosen = flat[:: max(1, flat.shape[0] // 64)][:64]
-                samples += chosen.to(device="cpu", dtype=torch.float32).tolist()
+        numbers, quantized = samples_of_weights(model, prefix)
+        samples += numbers
+        any_quantized |= quantized
     in_channels = network.input_blocks[0][0].in_channels
     return ModelTag(
         architecture=f"{type(model.model).__name__}-{network.model_channels}-{in_channels}-{context_channels(model)}",
@@ -182,7 +194,38 @@ def model_tag(model: Any) -> ModelTag:
         sigma_max=float(sampling.sigmas[-1]),
         dtype=str(model.model_dtype()).removeprefix("torch."),
         weights=tuple(samples),
+        quantized=any_quantized,
     )
+
+
+def drop_step_caches(clone: Any) -> None:
+    """Take from a clone what skips evaluations and repeats an earlier step's (EasyCache, LazyCache and the like).
+
+    They assume the small steps of a sampler that only goes forward; in an inversion, or where the same noise level is
+    evaluated twice, they give another trajectory. What is called a cache is taken for one. The log says so.
+    """
+    options = clone.model_options["transformer_options"]
+    of_options = options.get("wrappers", {})
+    dropped = {key for key in options if _is_cache(key)}
+    for key in dropped:
+        del options[key]
+    for kind, by_key in list(clone.wrappers.items()):
+        for key in [key for key in by_key if _is_cache(key)]:
+            clone.remove_wrappers_with_key(kind, key)
+            dropped.add(key)
+    for by_key in of_options.values():
+        for key in [key for key in by_key if _is_cache(key)]:
+            del by_key[key]
+            dropped.add(key)
+    if dropped:
+        logging.warning(
+            "IdentityEdit: the model's %s is left out here, since it would change the result; sampling keeps it.",
+            " and ".join(sorted(dropped)),
+        )
+
+
+def _is_cache(key: Any) -> bool:
+    return isinstance(key, str) and "cache" in key.lower()
 
 
 def with_predict_noise_wrapper(model: Any, key: str, wrapper: Callable[..., Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,7 +19,8 @@ from ..errors import IdentityEditError
 from ..gradients import patches_on_copies
 from .edit_model import input_channels, is_edit_model
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
-from .model import check_text_width, latent_channels, require_noise_prediction_model
+from .model import check_text_width, drop_step_caches, latent_channels, require_noise_prediction_model
+from .weights import weight_shapes
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
@@ -170,13 +172,13 @@ def trainable_networks(
     computes_in = model.get_model_object("manual_cast_dtype") or model.model_dtype()
     if computes_in != dtype or model.model_dtype() != dtype:
         patcher.set_model_compute_dtype(dtype)
+    drop_step_caches(patcher)
     use_differentiable_attention(patcher)
     model_keys, clip_keys = list(model_keys), list(clip_keys)
-    state = {**patcher.model.state_dict(), **text_encoder.patcher.model.state_dict()}
-    trained = sum(state[key].numel() for key in (*model_keys, *clip_keys))
+    shapes = weight_shapes(patcher.model) | weight_shapes(text_encoder.patcher.model)
+    trained = sum(math.prod(shapes[key]) for key in (*model_keys, *clip_keys))
     trained += sum(parameter.numel() for module in modules for parameter in module.parameters())
     memory = gradient_memory(patcher, latent_shape, checkpointing) + _BYTES_PER_VARIABLE * trained
-    del state
     patchers = [patcher, text_encoder.patcher]
     with contextlib.ExitStack() as stack:
         stack.enter_context(gradient_context(patchers, memory_required=memory, checkpointing=checkpointing))

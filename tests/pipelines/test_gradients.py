@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from identity_edit_pack.pipelines import engine, gradients
+from identity_edit_pack.pipelines.conditioning import coverage_warning
 from identity_edit_pack.pipelines.errors import IdentityEditError
 
 BACKENDS = ["attention_pytorch", "attention_split", "attention_sub_quad", "attention_basic"]
@@ -93,31 +94,46 @@ class NoBackward(torch.autograd.Function):
         raise NotImplementedError("no derivative")
 
 
-class WithoutGradient:
-    """An attention without a backward pass: its result has lost the gradient, or raises when asked for it."""
-
-    def __init__(self, name: str, raises: bool = False) -> None:
-        self.calls = 0
-
-        def kernel(q, k, v, heads, *args, **kwargs):
-            self.calls += 1
-            out = attention.attention_pytorch(q.detach(), k.detach(), v.detach(), heads, *args, **kwargs)
-            return NoBackward.apply(out, q, k, v) if raises else out
-
-        kernel.__name__ = name
-        self.function = attention.wrap_attn(kernel)
+@attention.wrap_attn
+def loses_the_gradient(q, k, v, heads, *args, **kwargs):
+    return attention.attention_pytorch(q.detach(), k.detach(), v.detach(), heads, *args, **kwargs)
 
 
-@pytest.mark.parametrize("name", ["attention_sage", "attention_flash"])
-@pytest.mark.parametrize("raises", [False, True])
-def test_backends_without_gradient_are_replaced(
-    monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor, name: str, raises: bool
+@attention.wrap_attn
+def raises_in_the_backward_pass(q, k, v, heads, *args, **kwargs):
+    return NoBackward.apply(attention.attention_pytorch(q, k, v, heads, *args, **kwargs).detach(), q, k, v)
+
+
+@attention.wrap_attn
+def gives_a_part_of_the_gradient(q, k, v, heads, *args, **kwargs):
+    """As kernels do that quantize the queries and keys: the result requires a gradient, and it is wrong."""
+    return attention.attention_pytorch(q.detach(), k.detach(), v, heads, *args, **kwargs)
+
+
+WITHOUT_THE_GRADIENT = [loses_the_gradient, raises_in_the_backward_pass, gives_a_part_of_the_gradient]
+
+
+@pytest.mark.parametrize("function", WITHOUT_THE_GRADIENT)
+def test_global_attention_functions_give_way_to_pytorchs(
+    monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor, function: Any
 ):
-    kernel = WithoutGradient(name, raises)
     for slot in ("optimized_attention", "optimized_attention_masked"):
-        monkeypatch.setattr(attention, slot, kernel.function)
-    gradient, _ = gradient_of_embedding(tiny_models.sd1())
-    assert close(gradient, expected)
+        monkeypatch.setattr(attention, slot, function)
+    assert close(gradient_of_embedding(tiny_models.sd1())[0], expected)
+
+
+@pytest.mark.parametrize("function", WITHOUT_THE_GRADIENT)
+def test_attention_overrides_of_other_nodes_give_way_to_pytorchs(expected: torch.Tensor, function: Any):
+    calls: list[bool] = []
+
+    def override(_: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append(torch.is_grad_enabled())
+        return function(*args, **kwargs)
+
+    patched = tiny_models.sd1().clone()
+    patched.model_options["transformer_options"]["optimized_attention_override"] = override
+    assert close(gradient_of_embedding(patched)[0], expected)
+    assert calls, "where no gradient is needed the override has its place"
 
 
 def test_there_is_a_gradient_when_memory_is_short(monkeypatch: pytest.MonkeyPatch, expected: torch.Tensor):
@@ -127,25 +143,6 @@ def test_there_is_a_gradient_when_memory_is_short(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(attention.model_management, "get_free_memory", lambda *a, **k: (1, 1) if k or a[1:] else 1)
     gradient, _ = gradient_of_embedding(tiny_models.sd1())
     assert close(gradient, expected)
-
-
-def test_an_override_of_another_node_keeps_its_place_unless_it_loses_the_gradient(expected: torch.Tensor):
-    kernel = WithoutGradient("attention_unknown")
-    loses = tiny_models.sd1().clone()
-    loses.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *a, **k: (
-        kernel.function(*a, **k)
-    )
-    assert close(gradient_of_embedding(loses)[0], expected) and kernel.calls > 0
-
-    calls: list[str] = []
-
-    def doubled(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(function.__name__)
-        return 2.0 * function(*args, **kwargs)
-
-    keeps = tiny_models.sd1().clone()
-    keeps.model_options["transformer_options"]["optimized_attention_override"] = doubled
-    assert not close(gradient_of_embedding(keeps)[0], expected, 0.05) and calls
 
 
 def test_attention_patches_see_which_side_is_evaluated():
@@ -288,6 +285,54 @@ def test_scaled_gradients_are_exact_and_survive_half_precision():
         tolerance = 5e-3 if half else 1e-6
         torch.testing.assert_close(first, 1e-9 * expected, rtol=tolerance, atol=1e-12 * tolerance)
         torch.testing.assert_close(second, 1e-3 * expected, rtol=tolerance, atol=1e-5 * tolerance)
+
+
+def test_a_device_without_memory_is_said_with_what_helps(monkeypatch: pytest.MonkeyPatch):
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    patcher = tiny_models.sd1()
+    patcher.set_model_attn2_patch(full)
+    before = {key: value.clone() for key, value in patcher.model.state_dict().items()}
+    with pytest.raises(IdentityEditError, match="checkpointing.*smaller picture.*smaller batch"):
+        gradient_of_embedding(patcher)
+    assert all(torch.equal(value, before[key]) for key, value in patcher.model.state_dict().items())
+
+
+@pytest.mark.parametrize("node", ["EasyCacheNode", "LazyCacheNode"])
+def test_caches_of_steps_are_left_out_and_the_log_says_so(node: str, caplog: pytest.LogCaptureFixture):
+    from comfy_extras import nodes_easycache
+    from identity_edit_pack.pipelines.inversion import ddim_inversion
+
+    plain = tiny_models.sd1(output_gain=0.05)
+    cached = getattr(nodes_easycache, node).execute(plain, 0.5, 0.0, 1.0, False).args[0]
+    sides = tiny_models.latent(3), tiny_models.conditioning(1)
+    expected = ddim_inversion(plain, *sides, steps=6).trajectory
+    assert not caplog.text
+    assert torch.equal(ddim_inversion(cached, *sides, steps=6).trajectory, expected)
+    assert "cache is left out" in caplog.text
+    assert "easycache" in cached.model_options["transformer_options"], "the given model keeps it"
+
+
+@pytest.mark.parametrize(
+    ("options", "is_partial"),
+    [
+        ([{}], False),
+        ([{"start_percent": 0.2}], True),
+        ([{"end_percent": 0.5}, {"start_percent": 0.5}], False),
+        ([{"end_percent": 0.4}, {"start_percent": 0.5}], True),
+        ([{"area": (8, 4, 0, 0)}], True),
+        ([{"area": (8, 4, 0, 0)}, {"area": ("percentage", 1.0, 0.5, 0.0, 0.5)}], False),
+        ([{"mask": torch.zeros(1, 64, 64)}], True),
+        ([{"mask": torch.ones(1, 64, 64)}], False),
+        ([{"mask": torch.zeros(1, 64, 64)}, {}], False),
+        ([{"mask": torch.ones(64, 64), "area": (8, 4, 0, 0)}], True),
+    ],
+)
+def test_a_prompt_for_a_part_is_noticed(options: list[dict[str, Any]], is_partial: bool):
+    embedding = tiny_models.conditioning(1)[0][0]
+    said = coverage_warning([[embedding, each] for each in options], torch.zeros(1, 4, 8, 8))
+    assert (said is not None) == is_partial
 
 
 def test_gradients_that_are_not_numbers_are_refused():

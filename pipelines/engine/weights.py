@@ -1,0 +1,106 @@
+"""Weights of a ModelPatcher as the checkpoint holds them, and as Save Checkpoint writes them.
+
+Read on ComfyUI 0.3.75 and 0.33.0: comfy/model_patcher.py, comfy/ops.py, comfy/sd.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management
+import torch
+
+
+def weight_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
+    """The shape of every parameter by its key, as its layer computes with it.
+
+    The layers are asked where they know it: a weight may be kept in another shape (packed, or as bytes).
+    """
+    shapes = {}
+    for path, module in network.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            shape = parameter.shape
+            if name == "weight" and isinstance(module, torch.nn.Linear):
+                shape = torch.Size((module.out_features, module.in_features))
+            elif name == "weight" and isinstance(module, torch.nn.Embedding):
+                shape = torch.Size((module.num_embeddings, module.embedding_dim))
+            shapes[f"{path}.{name}" if path else name] = shape
+    return shapes
+
+
+def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
+    """The parameters of a network as its checkpoint holds them, without LoRAs and other patches.
+
+    Args:
+        patcher: ModelPatcher.
+        prefix: of the keys to look at.
+
+    Yields:
+        key, weight (dequantized; None where only the layer can read it, as GGUF's), and whether it is kept in a
+        quantized form; in the order of the keys.
+    """
+    for key in sorted(key for key, _ in patcher.model.named_parameters() if key.startswith(prefix)):
+        path, _, name = key.rpartition(".")
+        module = patcher.model.get_submodule(path)
+        weight, convert = getattr(module, name), getattr(module, f"convert_{name}", None)
+        if key in patcher.backup:  # a LoRA is in the place of the weight
+            weight = patcher.backup[key].weight
+        if key in patcher.hook_backup:
+            weight = patcher.hook_backup[key][0]
+        if weight.is_meta or not weight.is_floating_point():
+            yield key, None, True
+            continue
+        plain = weight
+        with torch.no_grad():
+            if type(weight.data) is not torch.Tensor:
+                plain = weight.dequantize()
+            elif convert is not None:  # gives scaled float8 its scale, and other weights as they are
+                plain = convert(weight, inplace=False)
+        yield key, plain.detach(), plain is not weight
+
+
+def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[float], bool]:
+    """Up to `most` numbers of every matrix and kernel below a prefix, to tell one checkpoint from another.
+
+    Returns:
+        the numbers, NaN for those that cannot be read, and whether any weight is kept in a quantized form.
+    """
+    shapes = weight_shapes(patcher.model)
+    samples: list[float] = []
+    any_quantized = False
+    for key, weight, is_quantized in stored_weights(patcher, prefix):
+        if not key.endswith("weight") or len(shapes[key]) < 2:
+            continue
+        any_quantized |= is_quantized
+        count = math.prod(shapes[key])
+        step = max(1, count // most)
+        if weight is None:
+            samples += [math.nan] * len(range(0, count, step)[:most])
+        else:
+            samples += weight.reshape(-1)[::step][:most].to(device="cpu", dtype=torch.float32).tolist()
+    return samples, any_quantized
+
+
+def checkpoint_weights(model: Any, clip: Any | None = None, vae: Any | None = None) -> dict[str, torch.Tensor]:
+    """All weights with their LoRAs, by the names of a checkpoint file, as ComfyUI's Save Checkpoint writes them.
+
+    Args:
+        model: MODEL.
+        clip, vae: CLIP and VAE of the file, or None.
+
+    Returns:
+        CPU tensors by name, in the dtype in which each is kept.
+    """
+    of_vae = None if vae is None else vae.get_sd()
+    patchers = [model] if clip is None else [model, clip.patcher]
+    if hasattr(model, "state_dict_for_saving"):  # newer than 0.3.75: entries that compute their weight when moved
+        for patcher in patchers:  # so that no entry adds a LoRA to a weight which has it already
+            comfy.model_management.unload_model_and_clones(patcher)
+        of_clip = None if clip is None else clip.state_dict_for_saving()
+        saved = model.state_dict_for_saving(of_clip, of_vae)
+    else:
+        comfy.model_management.load_models_gpu(patchers, force_patch_weights=True)
+        saved = model.model.state_dict_for_saving(None if clip is None else clip.get_sd(), of_vae)
+    return {name: entry.to("cpu").detach() for name, entry in saved.items() if isinstance(entry, torch.Tensor)}

@@ -94,7 +94,8 @@ def _covered(options: dict[str, Any], latent: torch.Tensor) -> torch.Tensor:
     if options.get("area") is not None:
         covered[:] = False
         if options["area"][0] == "percentage":
-            h, w, y, x = (round(part * size) for part, size in zip(options["area"][1:], (height, width) * 2, strict=True))
+            sizes = (height, width, height, width)
+            h, w, y, x = (round(part * size) for part, size in zip(options["area"][1:], sizes, strict=True))
         else:
             h, w, y, x = options["area"][-4:]
         covered[y : y + h, x : x + w] = True

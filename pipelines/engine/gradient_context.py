@@ -46,10 +46,10 @@ def gradient_context(
     patchers = list(patchers)
     patchers += [added for patcher in patchers for added in patcher.get_nested_additional_models()]
     patchers = list({id(patcher): patcher for patcher in patchers}.values())
-    with torch.inference_mode(False), torch.enable_grad(), memory_in_words():
+    with memory_in_words():
         if load:
             load_completely(patchers, memory_required)
-        with contextlib.ExitStack() as stack:
+        with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
             stack.enter_context(weights_on_device(patchers))
             modules: list[torch.nn.Module] = []
             for patcher in patchers:
@@ -86,6 +86,8 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
 
 def load_completely(patchers: list[Any], memory_required: float) -> None:
     """Load all weights and make room for what the computation needs beside them.
+
+    Call it in ComfyUI's inference mode: quantized weights that have been moved outside of it cannot be moved in it.
 
     Args:
         patchers: ModelPatchers.

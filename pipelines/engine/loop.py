@@ -268,6 +268,7 @@ class _LoopSampler(comfy.samplers.Sampler):
         self._callback = callback
         self._gradients = gradients
         self._checkpointing = checkpointing
+        self._inference_mode = torch.is_inference_mode_enabled()  # where the loop is run from
         self._evaluator: NetworkEvaluator | None = None
         self.result: Any = None
 
@@ -309,8 +310,9 @@ class _LoopSampler(comfy.samplers.Sampler):
 
     def load_completely(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         """PREPARE_SAMPLING wrapper: no weight may be moved away between the forward and the backward pass."""
-        prepared = executor(model, noise_shape, *args, **kwargs)
-        load_completely([model, *prepared[2]], gradient_memory(model, list(noise_shape), self._checkpointing))
+        with torch.inference_mode(self._inference_mode):
+            prepared = executor(model, noise_shape, *args, **kwargs)
+            load_completely([model, *prepared[2]], gradient_memory(model, list(noise_shape), self._checkpointing))
         return prepared
 
 

@@ -20,7 +20,7 @@ from ..gradients import patches_on_copies
 from .edit_model import input_channels, is_edit_model
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
 from .model import check_text_width, drop_step_caches, latent_channels, require_noise_prediction_model
-from .weights import weight_shapes
+from .weights import plain_weight, weight_shapes
 
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
@@ -69,6 +69,7 @@ class TrainableNetworks:
         """What has been learned so far, on the CPU: variables minus the weights they began as, of MODEL and of CLIP."""
 
         def change(variable: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+            before = before.detach() if type(before.data) is torch.Tensor else before.detach().dequantize()
             # PyTorch subtracts no float8, in which `--fp8_e4m3fn-unet` keeps weights.
             return (variable.detach() - before.to(variable.dtype)).to("cpu", dtype)
 
@@ -206,13 +207,15 @@ def float32_weight(module: torch.nn.Module, name: str, key: str, *, in_use: bool
     Raises:
         IdentityEditError: for a weight in a form of which a copy is not the weight; `key` names it.
     """
-    weight = getattr(module, name)
-    if hasattr(module, f"convert_{name}") or type(weight.data) is not torch.Tensor:
+    weight = getattr(module, name).detach()
+    plain = plain_weight(module, name, weight)
+    # A layer that scales a weight itself (scaled float8 of older versions) would scale a plain one too.
+    if plain is None or (plain is not weight and type(weight) is torch.Tensor):
         raise IdentityEditError(
-            f"The weight {key} is stored in a scaled or quantised form that cannot be trained; load the checkpoint in "
-            f"float16, bfloat16 or float32."
+            f"The weight {key} is stored in a quantized form that cannot be trained; load the checkpoint in float16, "
+            f"bfloat16 or float32."
         )
-    copy = weight.detach().to(torch.float32, copy=True)
+    copy = plain.to(torch.float32, copy=True)
     for function in getattr(module, f"{name}_function", ()) if in_use else ():
         copy = function(copy)
     return copy

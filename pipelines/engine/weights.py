@@ -30,6 +30,19 @@ def weight_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
     return shapes
 
 
+def plain_weight(module: torch.nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor | None:
+    """A layer's detached weight as numbers: itself where it is not quantized, None where only the layer can read it."""
+    if weight.is_meta or not weight.is_floating_point():
+        return None
+    convert = getattr(module, f"convert_{name}", None)
+    with torch.no_grad():
+        if type(weight.data) is not torch.Tensor:
+            return weight.dequantize()
+        if convert is not None:  # gives scaled float8 its scale, and other weights as they are
+            return convert(weight, inplace=False)
+    return weight
+
+
 def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
     """The parameters of a network as its checkpoint holds them, without LoRAs and other patches.
 
@@ -44,21 +57,14 @@ def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tenso
     for key in sorted(key for key, _ in patcher.model.named_parameters() if key.startswith(prefix)):
         path, _, name = key.rpartition(".")
         module = patcher.model.get_submodule(path)
-        weight, convert = getattr(module, name), getattr(module, f"convert_{name}", None)
+        weight = getattr(module, name)
         if key in patcher.backup:  # a LoRA is in the place of the weight
             weight = patcher.backup[key].weight
         if key in patcher.hook_backup:
             weight = patcher.hook_backup[key][0]
-        if weight.is_meta or not weight.is_floating_point():
-            yield key, None, True
-            continue
-        plain = weight
-        with torch.no_grad():
-            if type(weight.data) is not torch.Tensor:
-                plain = weight.dequantize()
-            elif convert is not None:  # gives scaled float8 its scale, and other weights as they are
-                plain = convert(weight, inplace=False)
-        yield key, plain.detach(), plain is not weight
+        weight = weight.detach()
+        plain = plain_weight(module, name, weight)
+        yield key, plain, plain is not weight
 
 
 def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[float], bool]:

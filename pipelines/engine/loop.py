@@ -171,6 +171,10 @@ def run_loop(
             positive, negative, latent, sigmas = copy_outside_inference_mode((positive, negative, latent, sigmas))
             patcher.add_wrapper_with_key(kinds.PREPARE_SAMPLING, _KEY, sampler.load_completely)
             use_differentiable_attention(patcher)
+            if any(options.get("control") is not None for side in (positive, negative or []) for _, options in side):
+                # ComfyUI adds a control network's output to the skip connections in place, and the next block's
+                # backward pass needs its input as it was.
+                patcher.set_model_patch(_copy_hidden_state, "input_block_patch_after_skip")
         stack.enter_context(torch.no_grad())  # the loop itself turns gradients on again, after loading and encoding
         conditionings = {"positive": positive}
         if negative is not None:
@@ -314,6 +318,10 @@ class _LoopSampler(comfy.samplers.Sampler):
             prepared = executor(model, noise_shape, *args, **kwargs)
             load_completely([model, *prepared[2]], gradient_memory(model, list(noise_shape), self._checkpointing))
         return prepared
+
+
+def _copy_hidden_state(h: torch.Tensor, transformer_options: dict[str, Any]) -> torch.Tensor:
+    return h.clone()
 
 
 def _is_transformer_options(value: Any) -> bool:

@@ -69,7 +69,7 @@ class TrainableNetworks:
         """What has been learned so far, on the CPU: variables minus the weights they began as, of MODEL and of CLIP."""
 
         def change(variable: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-            before = before.detach() if type(before.data) is torch.Tensor else before.detach().dequantize()
+            before = before.detach() if type(before.data) is torch.Tensor else before.dequantize()
             # PyTorch subtracts no float8, in which `--fp8_e4m3fn-unet` keeps weights.
             return (variable.detach() - before.to(variable.dtype)).to("cpu", dtype)
 
@@ -207,15 +207,15 @@ def float32_weight(module: torch.nn.Module, name: str, key: str, *, in_use: bool
     Raises:
         IdentityEditError: for a weight in a form of which a copy is not the weight; `key` names it.
     """
-    weight = getattr(module, name).detach()
+    weight = getattr(module, name)
     plain = plain_weight(module, name, weight)
     # A layer that scales a weight itself (scaled float8 of older versions) would scale a plain one too.
-    if plain is None or (plain is not weight and type(weight) is torch.Tensor):
+    if plain is None or (plain is not weight and type(weight.data) is torch.Tensor):
         raise IdentityEditError(
             f"The weight {key} is stored in a quantized form that cannot be trained; load the checkpoint in float16, "
             f"bfloat16 or float32."
         )
-    copy = plain.to(torch.float32, copy=True)
+    copy = plain.detach().to(torch.float32, copy=True)
     for function in getattr(module, f"{name}_function", ()) if in_use else ():
         copy = function(copy)
     return copy

@@ -31,7 +31,7 @@ def weight_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 def plain_weight(module: torch.nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor | None:
-    """A layer's detached weight as numbers: itself where it is not quantized, None where only the layer can read it."""
+    """A layer's weight as numbers: itself where it is not quantized, None where only the layer can read it."""
     if weight.is_meta or not weight.is_floating_point():
         return None
     convert = getattr(module, f"convert_{name}", None)
@@ -62,9 +62,8 @@ def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tenso
             weight = patcher.backup[key].weight
         if key in patcher.hook_backup:
             weight = patcher.hook_backup[key][0]
-        weight = weight.detach()
         plain = plain_weight(module, name, weight)
-        yield key, plain, plain is not weight
+        yield key, None if plain is None else plain.detach(), plain is not weight
 
 
 def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[float], bool]:

@@ -1,0 +1,101 @@
+"""Every node with a MODEL, on quantized weights: it works, or says in one sentence why it cannot.
+
+`benchmarks/quantized_weights.py` writes what each does into a table.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized_models
+import tiny_models
+import torch
+from identity_edit_pack.pipelines.engine import model_tag
+from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
+from identity_edit_pack.tests.nodes.test_bad_inputs import run
+
+NODES = [name for name, node in CLASSES.items() if "MODEL" in {item.get_io_type() for item in node.GET_SCHEMA().inputs}]
+LEARN_ALL_WEIGHTS = {"TrainMCDM"}
+"""Nodes that refuse weights which are quantized."""
+LEARN_WEIGHTS = {"TrainIdentityPrior", "TrainStyleAttention", *LEARN_ALL_WEIGHTS}
+"""Nodes that refuse weights which only their layer can read."""
+
+
+class QuantizedWorld(World):
+    """Its models are quantized. Files were made with the plain ones, since not all can be with these."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    @functools.cached_property
+    def model(self) -> Any:
+        return quantized_models.quantized(super().model, self.kind)
+
+    @functools.cached_property
+    def edit_model(self) -> Any:
+        return quantized_models.quantized(super().edit_model, self.kind)
+
+    def saved_mcdm(self) -> str:
+        return World().saved_mcdm()
+
+    def saved_prior(self) -> str:
+        return World().saved_prior()
+
+
+def answer(name: str, kind: str, folder: Path) -> str:
+    """'works', or the sentence with which the node refuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        world_in(folder, patch)
+        world = QuantizedWorld(kind)
+        try:
+            with torch.inference_mode():  # as ComfyUI runs all of a prompt
+                run(name, good(world, name), world)
+        except IdentityEditError as error:
+            return str(error)
+        return "works"
+
+
+@pytest.mark.parametrize("kind", quantized_models.formats())
+@pytest.mark.parametrize("name", NODES)
+def test_a_node_works_or_says_why_not(name: str, kind: str, tmp_path: Path) -> None:
+    said = answer(name, kind, tmp_path)
+    refuses = name in (LEARN_WEIGHTS if kind == quantized_models.GGUF else LEARN_ALL_WEIGHTS)
+    assert ("quantized" in said and "float16" in said) if refuses else said == "works", said
+
+
+@pytest.mark.parametrize("kind", quantized_models.formats())
+def test_a_checkpoint_is_recognized_in_its_quantized_form_and_no_other_is(kind: str) -> None:
+    quantized = model_tag(quantized_models.quantized(tiny_models.sd1(output_gain=0.1), kind))
+    plain = model_tag(tiny_models.sd1(output_gain=0.1))
+    other = model_tag(tiny_models.sd1(seed=1, output_gain=0.1))
+    assert quantized.quantized and not plain.quantized
+    assert quantized.difference(plain) is None and plain.difference(quantized) is None
+    assert quantized.difference(other) == "different weights"
+
+
+@pytest.mark.parametrize("kind", quantized_models.formats())
+def test_an_identity_prior_moves_a_quantized_model_as_it_moves_the_plain_one(kind: str) -> None:
+    from identity_edit_pack.pipelines import identity_prior
+    from identity_edit_pack.tests.attention.sampling import sample
+    from tiny_text_encoders import clip
+
+    plain = tiny_models.sd1(output_gain=0.1)
+    keys, _ = identity_prior.attention_keys(plain, clip("sd1"))
+    generator = torch.Generator().manual_seed(3)
+    weights = dict(plain.model.named_parameters())
+    change = {key: torch.randn(weights[key].shape, generator=generator) / weights[key].shape[-1] ** 0.5 for key in keys}
+    prior = identity_prior.IdentityPrior(change, {}, "sks", "cat", model_tag(plain), {})
+
+    def moved(model: Any) -> torch.Tensor:
+        patched, _ = identity_prior.apply_identity_prior(model, clip("sd1"), prior)
+        return sample(patched, tiny_models.latent(4)) - sample(model, tiny_models.latent(4))
+
+    with torch.inference_mode():
+        expected, found = moved(plain), moved(quantized_models.quantized(tiny_models.sd1(output_gain=0.1), kind))
+    cosine = torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0)
+    # ComfyUI rounds the changed weights again, in four bits by about as much as this change.
+    assert cosine > (0.5 if kind == "nvfp4" else 0.9)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from identity_edit_pack.pipelines import picture_files
 from identity_edit_pack.pipelines import subject_pictures as subjects
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from PIL import Image
@@ -161,6 +163,95 @@ def test_bad_words_are_refused(class_word: str, token: str, message: str, folder
         subjects.load_subject_folder(str(folder), class_word, token)
 
 
+def savable() -> list[tuple[str, str]]:
+    """Every ending that is read and that Pillow can also write here, with its format."""
+    Image.init()
+    found = []
+    for ending, name in sorted(picture_files.picture_formats().items()):
+        if name in {*Image.SAVE} - {"ICNS", "ICO"}:  # of their own sizes
+            found.append((ending, name))
+    return found
+
+
+@pytest.mark.parametrize(("ending", "kind"), savable())
+def test_pictures_of_every_ending_are_read(tmp_path: Path, ending: str, kind: str) -> None:
+    picture = Image.new("RGB", (24, 16), (200, 40, 40))
+    picture.paste((20, 60, 220), (12, 0, 24, 16))
+    mode = {"BLP": "P", "MSP": "1", "PFM": "F", "SPIDER": "F", "XBM": "1"}.get(kind, "RGB")
+    for name in (f"1{ending}", f"2{ending.upper()}"):
+        picture.convert(mode).save(tmp_path / name, format=kind)
+        (tmp_path / f"{name[0]}.txt").write_text("a sks dog")
+    subject = load(tmp_path)
+    assert subject.names == [f"1{ending}", f"2{ending.upper()}"]
+    wanted = values(picture.convert(mode if mode != "F" else "L").convert("RGB"))
+    for found in subject.pictures:
+        assert (found - wanted)[2:-2, 2:10].abs().mean() < 0.03
+
+
+def test_the_endings_of_load_image_are_among_them() -> None:
+    usual = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+    known = picture_files.picture_formats()
+    assert usual <= set(known) and not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf"} & set(known)
+
+
+def test_a_file_that_needs_another_program_is_no_picture(folder: Path) -> None:
+    noise_picture(1).save(folder / "1.eps")
+    (folder / "1.eps").replace(folder / "1.png")
+    with pytest.raises(IdentityEditError, match=r"The picture 1\.png cannot be read"):
+        load(folder)
+
+
+@pytest.mark.parametrize(("brightest", "one"), [(1.0, 1.0), (4.0, 1.0), (200.0, 255.0), (60000.0, 65535.0)])
+def test_floating_point_files_are_told_by_their_values(folder: Path, brightest: float, one: float) -> None:
+    levels = np.linspace(0.0, brightest, 24 * 16, dtype=np.float32).reshape(16, 24)
+    Image.fromarray(levels).save(folder / "1.tiff")
+    (folder / "1.png").unlink()
+    found = load(folder).pictures[0][..., 0]
+    torch.testing.assert_close(found, torch.from_numpy(levels / one).clamp(max=1.0), atol=0.003, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "name", ["3.mask.png", "3-masklabel.png", "3_mask.webp", "3-mask.bmp", "mask/3.png", "Masks/3.png"]
+)
+@pytest.mark.parametrize("size", [(24, 16), (48, 32), (12, 8), (64, 64)])
+def test_masks_of_other_trainers_and_sizes_are_read(folder: Path, name: str, size: tuple[int, int]) -> None:
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
+    (folder / name).parent.mkdir(exist_ok=True)
+    mask.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
+    subject = load(folder)
+    assert subject.names == ["1.png", "2.png", "3.png"] and subject.notes == ()
+    found = subject.masks[2]
+    assert found.shape == (16, 24) and found[:, :11].min() > 0.9 and found[:, 13:].max() < 0.1
+
+
+def test_a_picture_whose_name_ends_like_a_mask_is_a_picture(folder: Path) -> None:
+    noise_picture(4).save(folder / "dog_with_mask.png")
+    noise_picture(4).save(folder / "1-condlabel.png")
+    (folder / "dog_with_mask.txt").write_text("a sks dog with a mask")
+    subject = load(folder)
+    assert "dog_with_mask.png" in subject.names and subject.masks[0] is None
+    assert any("1-condlabel.png" in note for note in subject.notes)
+
+
+def test_pictures_that_pillow_cannot_read_are_called_pictures(folder: Path) -> None:
+    (folder / "4.heic").write_bytes(b"")
+    notes = load(folder).notes
+    assert any("Pillow cannot read them here: 4.heic" in note for note in notes)
+    assert not any("neither picture" in note for note in notes)
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(IdentityEditError, match=r"holds no picture, but 4\.heic, which Pillow cannot read here"):
+        load(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_captions_in_every_encoding_that_says_what_it_is(folder: Path, encoding: str) -> None:
+    mark = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}.get(encoding, b"")
+    (folder / "1.txt").write_bytes(mark + "a sks dog, \u732b\r\n".encode(encoding))
+    assert load(folder).captions[0] == "a sks dog, \u732b"
+
+
 def test_a_mask_outside_of_the_square_is_refused(folder: Path) -> None:
     mask = Image.new("L", (24, 16))
     mask.paste(255, (0, 0, 2, 16))
@@ -221,6 +312,19 @@ def test_tensors_become_a_subject() -> None:
     clear[..., 3] = 0.25
     expected = 0.25 * clear[0, ..., :3] + 0.75
     assert torch.allclose(subjects.from_batch(clear, [], "cat").pictures[0], expected)
+
+
+def test_tensors_are_read_as_files_are() -> None:
+    gray = torch.rand(1, 6, 5, 1)
+    subject = subjects.from_batch([gray, torch.cat([gray, gray], -1)], [], "cat")
+    assert torch.equal(subject.pictures[0], gray[0].expand(-1, -1, 3)) and subject.masks[0] is None
+    torch.testing.assert_close(subject.pictures[1], (gray * gray + 1 - gray)[0].expand(-1, -1, 3))
+    assert torch.equal(subject.masks[1], gray[0, ..., 0])
+    cut_out = torch.rand(2, 6, 5, 4)
+    assert torch.equal(subjects.from_batch(cut_out, [], "cat").masks[1], cut_out[1, ..., 3])
+    given = [torch.zeros(1, 64, 64), torch.ones(12, 10)]  # the first as Load Image gives it
+    masks = subjects.from_batch(cut_out, [], "cat", masks=given).masks
+    assert torch.equal(masks[0], cut_out[0, ..., 3]) and torch.equal(masks[1], torch.ones(6, 5))
 
 
 @pytest.mark.parametrize(

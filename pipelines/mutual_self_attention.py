@@ -123,7 +123,8 @@ def mutual_self_attention(
                 check_batch_matches(mask.shape[0], x.shape[0], name)
             entries = {entry["uuid"]: entry for side in own.values() for entry in side or ()}
             height, width = x.shape[-2:]
-            guiding = MutualMasks(*(cut_to(mask, height, width) for mask in masks), entries, height, width)
+            source_cut, target_cut = (cut_to(mask, height, width) for mask in masks)
+            guiding = MutualMasks(source_cut, target_cut, entries, height, width)
             patches["attn1_output_patch"] = guiding.output_patch()
         patches["attn1_patch"] = features.injecting_patch(guiding)
         return executor(x, timestep, with_patches(model_options, **patches), seed)

@@ -206,10 +206,10 @@ def from_batch(
                 f"There are {len(given)} masks for {len(pictures)} pictures; give one for each picture, one for all, "
                 f"or no masks."
             )
-        every = given * len(pictures) if len(given) == 1 else given
+        given = given * len(pictures) if len(given) == 1 else given
         found = [
             own if is_no_mask(mask[None]) else _mask_of(picture, mask, f"The mask of {name}")
-            for picture, mask, own, name in zip(pictures, every, found, names, strict=True)
+            for picture, mask, own, name in zip(pictures, given, found, names, strict=True)
         ]
     notes = tuple(_count_notes(len(pictures), token))
     return SubjectPictures(pictures, texts, found, names, class_word, token, notes=notes)

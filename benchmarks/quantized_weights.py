@@ -1,7 +1,7 @@
 """What every node with a MODEL does with quantized weights: `.venv/bin/python benchmarks/quantized_weights.py`.
 
-On the tiny models of the tests, by the inputs of `tests/nodes/good_inputs.py`; ComfyUI's own formats need a ComfyUI that
-has them (`COMFYUI_PATH`). Writes benchmarks/results/quantized_weights.json and .md.
+On the tiny models of the tests, by the inputs of `tests/nodes/good_inputs.py`; ComfyUI's own formats need a ComfyUI
+that has them (`COMFYUI_PATH`). Writes benchmarks/results/quantized_weights.json and .md.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def main() -> None:
     lines = [
         "# Nodes on quantized weights",
         "",
-        f"`benchmarks/quantized_weights.py` at commit {commit} on ComfyUI {version}: every node that has a MODEL, on the",
-        "tests' tiny models with all linear layers quantized. GGUF-like layers are the tests' own, made after what GGUF",
-        "packs do. A number stands for the sentence below it with which the node refuses.",
+        f"`benchmarks/quantized_weights.py` at commit {commit} on ComfyUI {version}: every node that has a MODEL, on",
+        "the tests' tiny models with all linear layers quantized. GGUF-like layers are the tests' own, made after what",
+        "GGUF packs do. A number stands for the sentence below it with which the node refuses.",
         "",
         f"| node | {' | '.join(names)} |",
         "|---|" + "---|" * len(names),

@@ -86,7 +86,8 @@ def test_lambda_over_the_steps() -> None:
     assert at(250, schedule=(1.0, 0.0, 1.0)) == pytest.approx(0.4 * (2 * 749 / 999 - 1), abs=1e-6)
     inside = {"start_percent": 0.2, "end_percent": 0.8, "schedule": (0.0, 1.0)}
     assert at(500, **inside) == pytest.approx(0.2, abs=0.001) and at(900, **inside) == 0.0 == at(100, **inside)
-    assert styles.parse_schedule(" ") == () == styles.parse_schedule(",") and styles.parse_schedule("0, 0.5 ,1") == (0.0, 0.5, 1.0)
+    assert styles.parse_schedule(" ") == () == styles.parse_schedule(",")
+    assert styles.parse_schedule("0, 0.5 ,1") == (0.0, 0.5, 1.0)
     for text in ("a", "1;2", "nan", "0, inf"):
         with pytest.raises(IdentityEditError, match="schedule is"):
             styles.parse_schedule(text)

@@ -350,3 +350,16 @@ def test_two_processes_do_what_one_does_with_twice_the_accumulation(tmp_path: Pa
         assert runs[index].losses == pytest.approx(run.losses, rel=1e-5)
         assert all(torch.allclose(problems[index].variables[key], alone.variables[key], atol=1e-5) for key in "ab")
     assert os.listdir(tmp_path) == ["0.safetensors"] and runs[0].samples and not runs[1].samples
+
+
+def test_a_run_that_would_not_change_what_it_is_to_change_is_refused() -> None:
+    """As where a loader computes with other weights than the layer's: it would end well, and the file hold nothing."""
+    problem = Problem()
+    problem.variables["c"] = torch.zeros(2, requires_grad=True)
+    with pytest.raises(IdentityEditError, match=r"1 of 3 chosen weights \(c\)"):
+        problem.train()
+    assert torch.equal(problem.variables["a"], Problem().variables["a"]), "nothing was updated"
+    problem.train(needed=["a", "b"])  # of text encoders and tables by step, a batch may use a part
+    only = {"c": problem.variables["c"]}
+    with pytest.raises(IdentityEditError, match=r"1 of 1 chosen weights"):
+        training.train(only, lambda index: iter([torch.ones((), requires_grad=True)]), SETTINGS, needed=[])

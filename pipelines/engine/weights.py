@@ -99,13 +99,12 @@ def checkpoint_weights(model: Any, clip: Any | None = None, vae: Any | None = No
         CPU tensors by name, in the dtype in which each is kept.
     """
     of_vae = None if vae is None else vae.get_sd()
-    patchers = [model] if clip is None else [model, clip.patcher]
     if hasattr(model, "state_dict_for_saving"):  # newer than 0.3.75: entries that compute their weight when moved
-        for patcher in patchers:  # so that no entry adds a LoRA to a weight which has it already
-            comfy.model_management.unload_model_and_clones(patcher)
+        comfy.model_management.unload_all_models()  # no entry is to add a LoRA to a weight that has it already
         of_clip = None if clip is None else clip.state_dict_for_saving()
         saved = model.state_dict_for_saving(of_clip, of_vae)
     else:
+        patchers = [model] if clip is None else [model, clip.patcher]
         comfy.model_management.load_models_gpu(patchers, force_patch_weights=True)
         saved = model.model.state_dict_for_saving(None if clip is None else clip.get_sd(), of_vae)
     return {name: entry.to("cpu").detach() for name, entry in saved.items() if isinstance(entry, torch.Tensor)}

@@ -8,9 +8,12 @@ and of weights for scores, and the help pages; nothing else.
 
 import logging
 import os
+import re
+from importlib import metadata
 from pathlib import Path
 
 import folder_paths
+from comfyui_version import __version__ as comfyui_version
 from comfy_api.latest import ComfyExtension, io
 
 from .demo_world import family
@@ -40,7 +43,16 @@ def warn_of_another_copy() -> None:
             logging.warning(for_console(text))
 
 
+def versions() -> str:
+    """What a report of a fault needs first, in a line."""
+    text = (Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    ours = found[1] if found else "of an unknown version"
+    return f"ComfyUI-IdentityEdit {ours} on ComfyUI {comfyui_version}, torch {metadata.version('torch')}"
+
+
 async def comfy_entrypoint() -> IdentityEditExtension:
+    logging.info(versions())
     warn_of_another_copy()
     demo_world = Path(__file__).parent / "demo_world"
     folder_paths.add_model_folder_path("checkpoints", str(demo_world / "weights"))

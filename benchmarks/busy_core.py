@@ -23,7 +23,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 import engine  # noqa: E402  (found on the path that was extended just above)
 from api_client import Client  # noqa: E402
-from demo import read_workflow  # noqa: E402
+from api_workflows import read_workflow  # noqa: E402
 from load_pack import source_commit  # noqa: E402
 from report import write_results  # noqa: E402
 from tqdm import tqdm  # noqa: E402

@@ -31,7 +31,7 @@ sys.path.append(str(ROOT / "scripts"))
 
 import load_pack  # noqa: E402  (found on the path that was extended just above)
 from api_client import Client, PromptError  # noqa: E402
-from demo import read_workflow, workflow_names  # noqa: E402
+from api_workflows import read_workflow, workflow_names  # noqa: E402
 from engine import Server, has_accelerator  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
 

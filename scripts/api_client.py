@@ -15,20 +15,12 @@ from typing import Any
 
 import requests
 import websocket
-from environment import ScriptError
+from api_workflows import Prompt, node_title
 from PIL import Image
-
-Prompt = dict[str, dict[str, Any]]
-"""A workflow in ComfyUI's API format: node id -> class_type, inputs and perhaps _meta."""
+from user_comfyui import ScriptError
 
 Listener = Callable[[str, dict[str, Any]], None]
 """Called with the type and the data of every message about the running prompt."""
-
-
-def node_title(prompt: Prompt, node_id: str) -> str:
-    """The node's title on the page, or else its class name."""
-    node = prompt.get(node_id, {})
-    return node.get("_meta", {}).get("title") or node.get("class_type", f"node {node_id}")
 
 
 class PromptError(ScriptError):

@@ -6,7 +6,6 @@ The first call makes `.venv` and fetches the engine; later ones start at once. S
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import signal
 import sys
@@ -14,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import environment
+from api_workflows import Prompt, change_inputs, node_title, read_workflow, workflow_names
 from engine import Server
 from environment import ROOT, VENV, ScriptError
 
 if TYPE_CHECKING:
-    from api_client import Client, Prompt, Run
+    from api_client import Client, Run
     from PIL import Image
 
-API_WORKFLOWS = ROOT / "workflows" / "api"
 DEFAULT_WORKFLOW = "timestep_aware_edit"
 
 
@@ -43,43 +42,6 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_workflow(name: str) -> Prompt:
-    """The API JSON of a shipped workflow, or of the file `name` when it ends in .json."""
-    path = Path(name) if name.endswith(".json") else API_WORKFLOWS / f"{name}.json"
-    if not path.is_file():
-        raise ScriptError(f"There is no workflow '{name}': choose one of {', '.join(workflow_names())}.")
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def workflow_names() -> list[str]:
-    return sorted(path.stem for path in API_WORKFLOWS.glob("*.json"))
-
-
-def change_inputs(prompt: Prompt, changes: list[str]) -> None:
-    """Apply NODE.INPUT=VALUE changes in place; VALUE is read as JSON where it is JSON, else as text."""
-    for change in changes:
-        target, equals, text = change.partition("=")
-        node, dot, name = target.rpartition(".")
-        if not equals or not dot:
-            raise ScriptError(f"--set {change}: write NODE.INPUT=VALUE, for example --set 'KSampler.seed=7'.")
-        found = [node] if node in prompt else [key for key in prompt if _title(prompt, key) == node]
-        if len(found) != 1:
-            raise ScriptError(f"--set {change}: {len(found)} nodes have the id or title '{node}', one is needed.")
-        inputs = prompt[found[0]]["inputs"]
-        if name not in inputs:
-            raise ScriptError(f"--set {change}: '{node}' has the inputs {', '.join(inputs)}, but no '{name}'.")
-        try:
-            inputs[name] = json.loads(text)
-        except ValueError:
-            inputs[name] = text
-
-
-def _title(prompt: Prompt, node_id: str) -> str:
-    from api_client import node_title
-
-    return node_title(prompt, node_id)
-
-
 def run_with_progress(client: Client, prompt: Prompt) -> Run:
     """Run the prompt with one progress bar for the nodes and one for the loop inside the current node."""
     from tqdm import tqdm
@@ -90,7 +52,7 @@ def run_with_progress(client: Client, prompt: Prompt) -> Run:
         def show(kind: str, data: dict[str, Any]) -> None:
             if kind == "executing" and data["node"] is not None:
                 nodes.n = len(finished)
-                nodes.set_description(_title(prompt, data["node"]))
+                nodes.set_description(node_title(prompt, data["node"]))
                 finished.add(data["node"])
                 steps.reset(total=1)
             elif kind == "execution_cached":
@@ -109,7 +71,7 @@ def save_pictures(client: Client, prompt: Prompt, run: Run, folder: Path) -> lis
     saved: list[Path] = []
     columns: list[tuple[str, Image.Image]] = []
     for node_id in sorted(run.outputs, key=lambda key: [int(part) for part in re.findall(r"\d+", key)]):
-        title = _title(prompt, node_id)
+        title = node_title(prompt, node_id)
         pictures = client.images(run, node_id)
         if pictures:
             columns.append((title, pictures[0]))
@@ -149,10 +111,10 @@ def side_by_side(columns: list[tuple[str, Image.Image]], height: int = 384) -> I
 def print_run(prompt: Prompt, run: Run, saved: list[Path]) -> None:
     for node_id, output in run.outputs.items():
         for text in output.get("text", []):
-            print(f"{_title(prompt, node_id)}: {text}")
+            print(f"{node_title(prompt, node_id)}: {text}")
     print("\nseconds  node")
     for node_id, seconds in run.node_seconds.items():
-        print(f"{seconds:7.1f}  {_title(prompt, node_id)}")
+        print(f"{seconds:7.1f}  {node_title(prompt, node_id)}")
     print(f"{run.seconds:7.1f}  the whole workflow\n")
     for path in saved:
         print(path)

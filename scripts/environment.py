@@ -16,6 +16,8 @@ import sysconfig
 import venv
 from pathlib import Path
 
+from user_comfyui import ScriptError
+
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv"
 ENGINES = VENV / "engines"
@@ -26,10 +28,6 @@ TORCHVISION = "torchvision==0.28.0"
 LISTS = (ROOT / "scripts" / "requirements.txt", ROOT / "requirements.txt")
 STAMP = VENV / "installed.json"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-
-
-class ScriptError(RuntimeError):
-    """A failure whose message is one sentence for the user: the scripts print it without a traceback."""
 
 
 def enter() -> None:

@@ -1,18 +1,20 @@
-"""Generates a dataset of pairs on several machines or GPUs: `python3 scripts/generate_pairs.py --output FOLDER`.
+"""Generates a dataset of pairs on several machines or GPUs: `python scripts/generate_pairs.py --output FOLDER`.
 
-Every worker is a headless ComfyUI that is given the workflow once for each pair (its Generate Pairs node with the
-pair's number as `part`) and hands the pair back; this process alone writes the dataset, and asks only for pairs that
-are missing. A pair whose worker dies is given to another one, and the worker is replaced.
+To be run by the Python that ComfyUI runs in. Every worker is a ComfyUI inside a process, which is given the workflow
+once for each pair (its Generate Pairs node with the pair's number as `part`) and hands the pair back; this process
+alone writes the dataset, and asks only for pairs that are missing. A pair whose worker dies is given to another one,
+and the worker is replaced. One worker runs in this process.
 
 Across machines by Ray, of the two engines that come into question. Pairs are independent jobs of minutes for workers
 that differ (a GPU here, a CPU there) and may die: Ray places actors where a GPU is free, sets CUDA_VISIBLE_DEVICES,
 brings files back without a shared folder, and reports the death of one actor as that actor's error. Hugging Face
 accelerate starts the same program in lockstep on equal processes with a collective group between them: the death of
-one ends them all, there is no queue, and its processes would have to be ComfyUI's. Ray is optional and in no list of
-requirements (`pip install ray`): one local worker needs none.
+one ends them all, and there is no queue. Ray is optional and in no list of requirements (`pip install ray`): one worker
+needs none.
 
-On a cluster, start Ray on every machine (`ray start`), give `--ray-address auto`, and set COMFYUI_PATH on the machines
-whose own ComfyUI is to be used; this repository is sent to them by Ray.
+The ComfyUI is the one in whose custom_nodes the pack lies, or the one that COMFYUI_PATH names, on every machine of a
+cluster (there, start Ray on every machine with `ray start`, and give `--ray-address auto`; the pack is sent to them by
+Ray).
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import environment
-from environment import ROOT, ScriptError
+from api_workflows import Prompt, change_inputs, read_workflow
+from user_comfyui import PACK, ScriptError, name_pack
 
+SCRIPTS = str(PACK / "scripts")
 DEFAULT_WORKFLOW = "mcdm_generate_pairs"
 NODE = "IdentityEditGeneratePairs"
 WORK_FOLDER = "pairs/work"
@@ -39,46 +42,45 @@ MOST_LOSSES = 3
 """Workers that may die over one pair before the run is given up: then it is the pair that kills them."""
 _NOT_SENT = [".venv", ".git", "demo_output", "node_modules", "tests", "benchmarks", "**/__pycache__"]
 
-Prompt = dict[str, dict[str, Any]]
 Result = dict[str, bytes]
 """A pair's files by name, or `rejected.json` alone; and `dataset.json`."""
 
 
 def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Generate pairs with headless ComfyUI workers.")
+    parser = argparse.ArgumentParser(description="Generate a dataset of pairs.")
     parser.add_argument(
         "--workflow", default=DEFAULT_WORKFLOW, metavar="NAME", help="a shipped workflow, or the path of an API JSON"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NODE.INPUT=VALUE", help="change an input (may be repeated)"
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output" / "pairs", help="the dataset's folder")
-    parser.add_argument("--workers", type=int, default=1, help="headless ComfyUIs; more than one needs Ray")
+    parser.add_argument("--output", type=Path, required=True, help="the dataset's folder")
+    parser.add_argument("--workers", type=int, default=1, help="ComfyUIs at once; more than one needs Ray")
     parser.add_argument("--ray-address", default=None, help="of a Ray cluster, such as 'auto'; a local one by default")
     parser.add_argument("--gpus", type=float, default=0.0, help="GPUs for each worker, where Ray shares them out")
     parser.add_argument(
-        "--server-argument", action="append", default=[], help="further options of ComfyUI, such as model paths"
+        "--comfyui-argument",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="an option of ComfyUI, such as "
+        "--comfyui-argument=--extra-model-paths-config --comfyui-argument=FILE (may be repeated)",
     )
     return parser.parse_args(arguments)
 
 
 class Worker:
-    """A headless ComfyUI that makes single pairs."""
+    """A ComfyUI in this process that makes single pairs."""
 
-    def __init__(self, prompt: Prompt, server_arguments: list[str], scripts: str | None) -> None:
-        # Ray sends the repository into the working directory of its workers on other machines.
+    def __init__(self, prompt: Prompt, options: list[str], scripts: str | None) -> None:
+        # Ray sends the pack into the working directory of its workers on other machines.
         sys.path.insert(0, scripts or str(Path.cwd() / "scripts"))
         # Imported here, as there is nothing to import before on another machine.
-        from api_client import Client
-        from engine import Server
-        from environment import ScriptError
+        from user_comfyui import ComfyUI
 
         self.prompt = prompt
-        self.base = tempfile.TemporaryDirectory(prefix="identity-edit-pairs-")
-        self.server = Server(Path(self.base.name), arguments=tuple(server_arguments)).start()
-        if self.server.pack_failure():
-            raise ScriptError(f"ComfyUI could not load the pack: {self.server.pack_failure()}")
-        self.client = Client(self.server.address)
+        self.folder = tempfile.TemporaryDirectory(prefix="identity-edit-pairs-")
+        self.comfyui = ComfyUI(Path(self.folder.name), options)
 
     def process_id(self) -> int:
         return os.getpid()
@@ -88,13 +90,13 @@ class Worker:
         prompt = copy.deepcopy(self.prompt)
         inputs = next(node["inputs"] for node in prompt.values() if node["class_type"] == NODE)
         inputs |= {"part": str(number), "folder": WORK_FOLDER}
-        folder = self.server.base / "output" / WORK_FOLDER
+        folder = self.comfyui.output / WORK_FOLDER
         pair, rejected = folder / "pairs" / f"{number:06}", folder / "rejected" / f"{number:06}.json"
-        from api_client import ExecutionError
+        from user_comfyui import NodeError
 
         try:
-            self.client.run(prompt)
-        except ExecutionError:
+            self.comfyui.run(prompt)
+        except NodeError:
             if not rejected.is_file():  # a run with nothing but rejected pairs ends with an error
                 raise
         files = {"dataset.json": (folder / "dataset.json").read_bytes()}
@@ -103,27 +105,15 @@ class Worker:
         return files | {"rejected.json": rejected.read_bytes()}
 
     def stop(self) -> None:
-        self.server.stop()
-        self.base.cleanup()
+        self.folder.cleanup()
 
 
-def results_of_one_worker(
-    prompt: Prompt, numbers: list[int], server_arguments: list[str]
-) -> Iterator[tuple[int, Result]]:
-    """Make pairs one after the other on this machine."""
-    worker = Worker(prompt, server_arguments, str(ROOT / "scripts"))
+def results_of_one_worker(prompt: Prompt, numbers: list[int], options: list[str]) -> Iterator[tuple[int, Result]]:
+    """Make pairs one after the other in this process."""
+    worker = Worker(prompt, options, SCRIPTS)
     try:
         for number in numbers:
-            try:
-                files = worker.make(number)
-            except ScriptError:
-                raise
-            except Exception as error:  # of the connection
-                if worker.server.is_running():
-                    raise
-                log = worker.server.log_tail()
-                raise ScriptError(f"ComfyUI ended while it made pair {number}; the end of its log:\n{log}") from error
-            yield number, files
+            yield number, worker.make(number)
     finally:
         worker.stop()
 
@@ -131,7 +121,7 @@ def results_of_one_worker(
 def results_of_ray(
     prompt: Prompt,
     numbers: list[int],
-    server_arguments: list[str],
+    options: list[str],
     *,
     workers: int,
     address: str | None = None,
@@ -143,7 +133,7 @@ def results_of_ray(
     Args:
         prompt: the workflow.
         numbers: of the pairs to make.
-        server_arguments: of ComfyUI.
+        options: of ComfyUI.
         workers: how many at once.
         address: of a cluster; None starts one on this machine for the time of the run.
         gpus: for each worker.
@@ -157,21 +147,21 @@ def results_of_ray(
         from ray.exceptions import RayActorError, RayTaskError
     except ImportError:
         raise ScriptError("More than one worker needs Ray: 'pip install ray', or --workers 1.") from None
-    options: dict[str, Any]
+    cluster: dict[str, Any]
     if address:
         # Run as a command, this file is sent by value; what it imports is in the working directory.
-        options = {"address": address, "runtime_env": {"working_dir": str(ROOT), "excludes": _NOT_SENT}}
+        cluster = {"address": address, "runtime_env": {"working_dir": str(PACK), "excludes": _NOT_SENT}}
     else:
-        path = os.pathsep.join(filter(None, (str(ROOT / "scripts"), os.environ.get("PYTHONPATH"))))
-        options = {"num_cpus": workers, "include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+        path = os.pathsep.join(filter(None, (SCRIPTS, os.environ.get("PYTHONPATH"))))
+        cluster = {"num_cpus": workers, "include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    ray.init(log_to_driver=False, **options)
+    ray.init(log_to_driver=False, **cluster)
     actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
     waiting, losses = deque(numbers), dict.fromkeys(numbers, 0)
     busy: dict[Any, tuple[Any, int]] = {}
 
     def start() -> Any:
-        started = actor.remote(prompt, server_arguments, None if address else str(ROOT / "scripts"))
+        started = actor.remote(prompt, options, None if address else SCRIPTS)
         if on_worker is not None:
             on_worker(ray.get(started.process_id.remote()))
         return started
@@ -241,17 +231,10 @@ def collect(folder: Any, results: Iterator[tuple[int, Result]], total: int) -> N
 
 def main() -> None:
     arguments = read_arguments()
-    environment.enter()
-    from demo import change_inputs, read_workflow
-
     prompt = read_workflow(arguments.workflow)
     change_inputs(prompt, arguments.set)
     count = node_of(prompt)["count"]
-    # The pack is loaded here for its dataset's form alone.
-    import load_pack
-
-    load_pack.prepare_engine(cpu=True)
-    load_pack.load_pack()
+    name_pack()  # for its dataset's form alone
     from identity_edit_pack.pipelines.errors import IdentityEditError
     from identity_edit_pack.pipelines.pair_folder import PairFolder
 
@@ -264,13 +247,13 @@ def main() -> None:
                 results = results_of_ray(
                     prompt,
                     missing,
-                    arguments.server_argument,
+                    arguments.comfyui_argument,
                     workers=arguments.workers,
                     address=arguments.ray_address,
                     gpus=arguments.gpus,
                 )
             else:
-                results = results_of_one_worker(prompt, missing, arguments.server_argument)
+                results = results_of_one_worker(prompt, missing, arguments.comfyui_argument)
             try:
                 collect(folder, results, len(missing))
             finally:

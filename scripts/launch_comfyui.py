@@ -26,7 +26,7 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if arguments[0] == "--declare-torchvision-operators":
         arguments = arguments[1:]
-        from load_pack import declare_torchvision_operators
+        from user_comfyui import declare_torchvision_operators
 
         declare_torchvision_operators()
     main = Path(arguments[0]).resolve()

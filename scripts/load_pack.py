@@ -15,27 +15,9 @@ from types import ModuleType
 
 from engine import find_engine, make_base
 from environment import ROOT
-
-PACK_NAME = "identity_edit_pack"
+from user_comfyui import PACK_NAME, declare_torchvision_operators
 
 _base = None  # keeps the temporary base folder until the process ends
-
-
-def declare_torchvision_operators() -> None:
-    """Make `import torchvision` work where its compiled operators cannot load (a CUDA build beside a CPU torch).
-
-    torchvision registers fake versions of two operators that its own library declares; without that library the import
-    fails. The two schemas are declared only then: beside a working library a second declaration would collide.
-    """
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        import torch
-
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def prepare_engine(*, cpu: bool = True, base: Path | None = None) -> Path:

@@ -1,13 +1,15 @@
 """Trains an MCDM as the Train MCDM node does, on one accelerator or on several.
 
-    .venv/bin/python scripts/train_mcdm.py --checkpoint sd15.safetensors --clip-vision clip-vit-l.safetensors \\
+    python scripts/train_mcdm.py --checkpoint sd15.safetensors --clip-vision clip-vit-l.safetensors \\
         --pairs output/pairs --output output/checkpoints/mcdm.safetensors
-    .venv/bin/accelerate launch --num_processes 4 scripts/train_mcdm.py ...        # needs pip install accelerate
+    accelerate launch --num_processes 4 scripts/train_mcdm.py ...        # needs pip install accelerate
+
+To be run by the Python that ComfyUI runs in. The ComfyUI is the one in whose custom_nodes the pack lies, or the one
+that COMFYUI_PATH names.
 
 P processes with an accumulation of A do what one does with P A, each with its own accelerator: accelerate starts them
 and averages their gradients (see pipelines/processes.py). A run that was stopped or killed goes on when the same
-command is given again, also with another number of processes as long as P A stays the same. COMFYUI_PATH names the
-ComfyUI to use, as for the other scripts.
+command is given again, also with another number of processes as long as P A stays the same.
 """
 
 from __future__ import annotations
@@ -19,16 +21,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import load_pack
 import torch
-from environment import ROOT, ScriptError
+from user_comfyui import PACK, ScriptError, name_pack, use_comfyui
 
 DEMO = "demo"
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    demo = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
+    demo = PACK / "demo_world" / "weights" / "identity-edit-demo.safetensors"
     parser.add_argument(
         "--checkpoint", type=Path, default=demo, help="of the model that made the pairs (default: demo)"
     )
@@ -75,10 +76,10 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    if load_pack.cuda_is_available():  # ComfyUI takes the current one
+    if torch.cuda.is_available():  # ComfyUI takes the current one
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-    load_pack.load_pack()
+    use_comfyui()
+    name_pack()
 
     import comfy.sd
     from identity_edit_pack.demo_world import family

@@ -11,6 +11,7 @@ from pathlib import Path
 import load_pack
 import pytest
 from page_workflows import pack_release
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "LICENSES.md", "CHANGELOG.md")
@@ -107,3 +108,18 @@ def test_workflows_say_which_version_they_were_made_with() -> None:
             if node["type"].startswith("IdentityEdit"):
                 assert node["properties"]["cnr_id"] == release["id"], path.name
                 assert node["properties"]["ver"] == release["version"], path.name
+
+
+def test_the_registry_finds_the_repository_and_its_pictures() -> None:
+    fields = dict(re.findall(r'^(Repository|Icon|Banner) = "(.+)"$', pyproject(), re.MULTILINE))
+    assert set(fields) == {"Repository", "Icon", "Banner"}
+    sizes = {}
+    for name in ("Icon", "Banner"):
+        address, path = fields[name].split("/raw/HEAD/")
+        assert address == fields["Repository"]
+        with Image.open(ROOT / path) as picture:
+            sizes[name] = picture.size
+    width, height = sizes["Icon"]
+    assert width == height <= 400
+    width, height = sizes["Banner"]
+    assert width * 9 == height * 21

@@ -6,6 +6,7 @@ The one-way imports between the rooms are contracts of import-linter (pyproject.
 from __future__ import annotations
 
 import ast
+import asyncio
 import json
 import re
 import subprocess
@@ -24,7 +25,9 @@ PACK_FILES = [
     *(ROOT / "__init__.py", ROOT / "extension.py"),
     *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))),
 ]
-SCRIPTS_BEFORE_VENV = ("demo.py", "test.py", "engine.py", "environment.py", "page_workflows.py")
+SCRIPTS_BEFORE_VENV = (  # fmt: skip
+    "demo.py", "test.py", "engine.py", "environment.py", "page_workflows.py", "api_workflows.py", "user_comfyui.py",
+)
 WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 
@@ -95,6 +98,19 @@ def test_no_comfyui_that_is_asked_for_is_turned_away(pack: ModuleType, monkeypat
     assert found is not None
     monkeypatch.setitem(sys.modules, "comfyui_version", SimpleNamespace(__version__=found[1]))
     assert pack.too_old() is None
+
+
+def test_the_console_names_the_versions_in_one_line(pack: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
+    import comfyui_version
+    import torch
+
+    with caplog.at_level("INFO"):
+        asyncio.run(pack.comfy_entrypoint())
+    (line,) = [record.getMessage() for record in caplog.records if "torch" in record.getMessage()]
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    versions = f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}"
+    assert line == f"ComfyUI-IdentityEdit {found[1]} on {versions}" and line.isascii()
 
 
 @pytest.mark.parametrize("name", SCRIPTS_BEFORE_VENV)

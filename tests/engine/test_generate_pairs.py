@@ -1,20 +1,23 @@
-"""Pairs on several headless workers: one of two is killed in the middle, and no pair is lost or doubled."""
+"""Pairs made by the command that is installed with the pack: in its own process, and on several workers of which one is
+killed in the middle, so that no pair is lost or doubled."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import generate_pairs
 import pytest
-from demo import read_workflow
-from environment import ScriptError
+from api_workflows import read_workflow
+from engine import find_engine, make_base
 from identity_edit_pack.pipelines.pair_folder import PairFolder
+from user_comfyui import ScriptError
 
 COUNT = 6
 
@@ -36,12 +39,27 @@ def dataset(folder: PairFolder) -> dict[int, dict]:
     return {number: facts["files"] for number, facts in folder.finished().items()}
 
 
+def command(folder: Path, base: Path, prompt) -> subprocess.CompletedProcess[str]:
+    """Run the command as a user does, who has COMFYUI_PATH name their ComfyUI."""
+    make_base(base, with_pack=False)
+    workflow = base / "workflow.json"
+    workflow.write_text(json.dumps(prompt))
+    options = [f"--comfyui-argument={option}" for option in ("--base-directory", str(base))]
+    return subprocess.run(
+        [sys.executable, generate_pairs.__file__, "--workflow", str(workflow), "--output", str(folder), *options],
+        env={**os.environ, "COMFYUI_PATH": str(find_engine())},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
 @pytest.fixture(scope="module")
 def on_one_worker(tmp_path_factory) -> PairFolder:
     folder = PairFolder(tmp_path_factory.mktemp("one"))
-    results = generate_pairs.results_of_one_worker(workflow(), list(range(COUNT)), [])
-    generate_pairs.collect(folder, results, COUNT)
-    folder.write_index()
+    done = command(folder.path, tmp_path_factory.mktemp("base"), workflow())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"{COUNT} pairs, 0 rejected: {folder.path}"
     return folder
 
 
@@ -49,10 +67,11 @@ def test_one_worker_makes_every_pair(on_one_worker) -> None:
     assert sorted(dataset(on_one_worker)) == list(range(COUNT))
 
 
-def test_a_killed_worker_loses_and_doubles_nothing(on_one_worker, tmp_path, monkeypatch) -> None:
+def test_a_killed_worker_loses_and_doubles_nothing(on_one_worker, tmp_path, tmp_path_factory, monkeypatch) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else Ray keeps a token in the home folder
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("COMFYUI_PATH", str(find_engine()))
     folder = PairFolder(tmp_path)
     workers: list[int] = []
     killed: list[int] = []
@@ -75,7 +94,9 @@ def test_a_killed_worker_loses_and_doubles_nothing(on_one_worker, tmp_path, monk
             made.append(number)
             yield number, files
 
-    results = generate_pairs.results_of_ray(workflow(), list(range(COUNT)), [], workers=2, on_worker=workers.append)
+    options = ["--base-directory", str(make_base(tmp_path_factory.mktemp("base"), with_pack=False))]
+    numbers = list(range(COUNT))
+    results = generate_pairs.results_of_ray(workflow(), numbers, options, workers=2, on_worker=workers.append)
     generate_pairs.collect(folder, noted(results), COUNT)
     watcher.join(timeout=5)
     assert killed and len(workers) == 3, "one worker was killed and replaced"
@@ -87,37 +108,25 @@ def test_a_killed_worker_loses_and_doubles_nothing(on_one_worker, tmp_path, monk
     assert dataset(folder) == dataset(on_one_worker)
 
 
-def test_only_missing_pairs_are_asked_for(on_one_worker, monkeypatch, capsys) -> None:
-    asked: list[int] = []
-
-    def results(prompt, numbers, server_arguments):
-        asked.extend(numbers)
-        files = {file.name: file.read_bytes() for file in kept.iterdir()}
-        yield numbers[0], files | {"dataset.json": (on_one_worker.path / "dataset.json").read_bytes()}
-
+def test_only_missing_pairs_are_made(on_one_worker, tmp_path) -> None:
+    before = dataset(on_one_worker)
     pair = on_one_worker.path / "pairs" / "000002"
-    kept = pair.rename(on_one_worker.path / "kept")
-    path = on_one_worker.path / "workflow.json"
-    path.write_text(json.dumps(workflow()))
-    arguments = argparse.Namespace(
-        workflow=str(path), set=[], output=Path(on_one_worker.path), workers=1, ray_address=None, gpus=0.0,
-        server_argument=[],
-    )  # fmt: skip
-    monkeypatch.setattr(generate_pairs, "read_arguments", lambda: arguments)
-    monkeypatch.setattr(generate_pairs.environment, "enter", lambda: None)
-    monkeypatch.setattr("load_pack.prepare_engine", lambda cpu: None)
-    monkeypatch.setattr(generate_pairs, "results_of_one_worker", results)
-    generate_pairs.main()
-    assert asked == [2]
-    assert capsys.readouterr().out.startswith(f"{COUNT} pairs, 0 rejected")
+    pair.rename(tmp_path / "moved away")
+    written = {path: path.stat().st_mtime_ns for path in on_one_worker.path.glob("pairs/*/*")}
+    done = command(on_one_worker.path, tmp_path, workflow())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert dataset(on_one_worker) == before
+    assert {path: path.stat().st_mtime_ns for path in written} == written
     assert (on_one_worker.path / "contact_sheet.jpg").is_file()
 
 
-def test_a_nodes_own_error_is_told_once(tmp_path) -> None:
+def test_a_nodes_own_error_is_told_in_one_line(tmp_path) -> None:
     prompt = workflow(count=1)
     generate_pairs.node_of(prompt)["edits"] = "no arrow: here"
-    with pytest.raises(ScriptError, match="cannot be read"):
-        list(generate_pairs.results_of_one_worker(prompt, [0], []))
+    done = command(tmp_path / "pairs", tmp_path, prompt)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: Generate Pairs: ")
+    assert "cannot be read" in done.stderr.splitlines()[-1]
 
 
 def test_a_workflow_without_the_node_is_refused() -> None:

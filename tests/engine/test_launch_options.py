@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import launch_options
 import numpy as np
 import pytest
-from demo import read_workflow
+from api_workflows import read_workflow
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer

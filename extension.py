@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 
 import folder_paths
-from comfyui_version import __version__ as comfyui_version
 from comfy_api.latest import ComfyExtension, io
+from comfyui_version import __version__ as comfyui_version
 
 from .demo_world import family
 from .nodes import NODE_CLASSES

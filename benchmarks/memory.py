@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import subprocess
 import sys
 import threading
@@ -64,6 +64,10 @@ def highest_of_this_process() -> int:
     where there is one, else the process's resident memory."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20)
+    if os.name == "nt":
+        return round(psutil.Process().memory_info().peak_wset / 2**20)
+    import resource
+
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

@@ -31,6 +31,7 @@ PACK = {node.GET_SCHEMA().node_id: node for node in NODE_CLASSES}
 SOURCE_PROMPT, TARGET_PROMPT, CLASS_WORD = "a photo of a cat on a sofa", "a photo of a dog on a sofa", "cat"
 SAMPLING = "sampling with it"
 MODEL_SOCKETS = {"MODEL", "CLIP", "VAE", "CLIP_VISION"}
+CHOSEN_BY_COMFYUI = "as ComfyUI chooses"
 BYTES_OF_A_TRAINED_WEIGHT = 16
 """Itself, its gradient and AdamW's two moments, each in float32."""
 
@@ -49,7 +50,8 @@ class Models:
 
     Attributes:
         family: "sd15", "sd21" or "sdxl".
-        dtype: in which the UNet computes; float32 is ComfyUI's own choice on a CPU.
+        dtype: in which the UNet computes and trainings are done; CHOSEN_BY_COMFYUI leaves it to ComfyUI, which takes
+            float32 on a CPU, and trainings to their default.
         memory_gib: what trained weights may take at most.
         size: pixels of a picture's side.
         seconds: by what ran.
@@ -57,7 +59,7 @@ class Models:
 
     family: str
     dtype: str
-    memory_gib: float
+    memory_gib: float = 0.0
     size: int = 512
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -66,8 +68,8 @@ class Models:
 
     def load(self, file: str) -> None:
         model, self.clip, self.vae = stock.CheckpointLoaderSimple().load_checkpoint(file)
-        short = {"bfloat16": "bf16", "float32": "fp32"}[self.dtype]
-        self.model = ModelComputeDtype().patch(model, short)[0]
+        short = {"bfloat16": "bf16", "float32": "fp32"}
+        self.model = ModelComputeDtype().patch(model, short[self.dtype])[0] if self.dtype in short else model
 
     def at_size(self, size: int) -> Models:
         """The same models for another row."""
@@ -197,18 +199,19 @@ def nodes_with_models() -> list[str]:
 def check_finite(outputs: Iterable[Any], name: str) -> None:
     """Raise NotFiniteError when a tensor among a node's outputs is not finite."""
     for output in outputs:
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                 raise NotFiniteError(f"{name} gave NaN or infinite values")
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """All tensors inside of a node's output; networks are left out."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
-        return [tensor for part in value.values() for tensor in _tensors(part)]
+        return [tensor for part in value.values() for tensor in tensors_in(part)]
     if isinstance(value, list | tuple):
-        return [tensor for part in value for tensor in _tensors(part)]
+        return [tensor for part in value for tensor in tensors_in(part)]
     return []
 
 
@@ -340,7 +343,8 @@ def segment_subject(models: Models) -> None:
 
 
 def training(models: Models) -> dict[str, Any]:
-    return {"model": models.model, "clip": models.clip, "vae": models.vae, "steps": 1, "precision": models.dtype}
+    chosen = {} if models.dtype == CHOSEN_BY_COMFYUI else {"precision": models.dtype}
+    return {"model": models.model, "clip": models.clip, "vae": models.vae, "steps": 1, **chosen}
 
 
 def identity_prior(models: Models) -> None:

@@ -1,0 +1,499 @@
+"""The pack on a graphics card, in at most eight minutes: `COMFYUI_PATH=FOLDER python -m benchmarks gpu`.
+
+For a person with an NVIDIA card: with the Python that ComfyUI runs with, from this folder; FOLDER is that ComfyUI.
+Models of SD 1.5's and SDXL's width with random weights, read by the stock loaders from files that are written to a
+temporary folder (9 GB) and removed at the end:
+
+- gradients: every node with gradients, under ComfyUI's dynamic VRAM and without it. How far what they learn is apart
+  is given relative to its size: both compute the same.
+- attention: capture and style cross-attention beside plain sampling.
+- null-text: the pack's methods beside the reference's loop, in float32.
+- precision, compiled: nodes with a UNet in float16, bfloat16 and float8, and compiled by the stock TorchCompileModel.
+
+Each part is a process of its own. What fails is recorded and the next is done; what the minutes leave no time for is
+recorded as not run. On a machine without a card the demo world's small models take the place of the wide ones and
+nothing is compiled, which shows that the script works and says nothing about a card. Peaks of memory are those of
+PyTorch's allocator on a card, without what dynamic VRAM itself holds, and of the process on a processor.
+Writes benchmarks/results/gpu_DEVICE.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in ("scripts", "benchmarks"):
+    sys.path.append(str(ROOT / folder))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+from report import write_results  # noqa: E402
+
+MINUTES = 8.0
+PART_SECONDS = 150.0
+"""What a part may take at most, so that one that hangs leaves time for the others."""
+WIDE, TINY = ("sd15", "sdxl"), "tiny"
+TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL", TINY: "demo world"}
+OK, FAILED, NOT_RUN = "ok", "failed", "not run"
+GRADIENTS, ATTENTION, NULL_TEXT, PRECISION, COMPILED = "gradients", "attention", "null-text", "precision", "compiled"
+DYNAMIC, WHOLE = "dynamic VRAM", "without dynamic VRAM"
+UNET_IN = {"float16": "fp16_unet", "bfloat16": "bf16_unet", "float8": "fp8_e4m3fn_unet"}
+"""Types and ComfyUI's options for them."""
+WITH_GRADIENTS = (
+    "Null-Text Optimization",
+    "Optimize Text Embedding",
+    "Reference-Guided Null-Text Optimizer",
+    "Null-Text Optimization (adaptive)",
+    "Train Subject Embedding",
+    "Train Subject Embedding (word)",
+    "Train Identity Words",
+    "Train Style Attention",
+    "Train Identity Prior",
+    "Train MCDM",
+)
+"""Rows of real_sizes.py; those of the largest files last."""
+IN_EVERY_TYPE = ("plain sampling, for comparison", "Null-Text Optimization", "Train Subject Embedding (word)")
+WHEN_COMPILED = ("plain sampling, for comparison", "Null-Text Optimization", "Identity Attention")
+LEARNING_RATES = {
+    "NullTextOptimization": 0.1,
+    "ReferenceGuidedNullTextOptimizer": 0.1,
+    "OptimizeTextEmbedding": 0.1,
+}
+"""So large that an embedding that goes another way is seen in its numbers."""
+APART = 0.05
+"""Up to here what was learned in two ways is the same but for rounding: the mean absolute difference of its numbers
+relative to their mean absolute value. Where nothing or something else is learned it is 0.1 to 2."""
+SAMPLES = 512
+ROUNDS, STEPS = 3, 2
+NULL_TEXT_STEPS = {"sd15": 10, TINY: 2}
+SIZES = {"sd15": 512, "sdxl": 512, TINY: 64}
+
+Part = tuple[str, str, str]
+"""What is measured, on models of which width, in which setting."""
+
+
+def parts(tiny: bool) -> list[Part]:
+    """In the order in which they are measured: what concerns most people first."""
+    widths = (TINY,) if tiny else WIDE
+    types = ("bfloat16",) if tiny else tuple(UNET_IN)
+    return [
+        *((GRADIENTS, width, setting) for width in widths for setting in (WHOLE, DYNAMIC)),
+        *((ATTENTION, width, "") for width in widths),
+        (NULL_TEXT, widths[0], ""),
+        *((PRECISION, widths[0], type_) for type_ in types),
+        (COMPILED, widths[0], ""),
+    ]
+
+
+def rows_of(part: Part) -> tuple[str, ...]:
+    return {
+        GRADIENTS: WITH_GRADIENTS,
+        PRECISION: IN_EVERY_TYPE,
+        COMPILED: WHEN_COMPILED,
+        ATTENTION: ("attention and style attention",),
+        NULL_TEXT: ("null-text and the reference's loop",),
+    }[part[0]]
+
+
+# -- in a process of its own -------------------------------------------------------------------------------------------
+
+
+class NotHereError(Exception):
+    """This machine or this ComfyUI has not what a part is about."""
+
+
+def begin_dynamic_vram() -> None:
+    """What ComfyUI's main.py does before torch is imported."""
+    try:
+        import comfy_aimdo.control as control
+    except ImportError:
+        raise NotHereError("this ComfyUI has no dynamic VRAM") from None
+    # Its versions take different settings.
+    for settings in ({"simple_vram_headroom": None, "nvml_pressure": True}, {"simple_vram_headroom": None}, {}):
+        with contextlib.suppress(TypeError):
+            control.init(**settings)
+            return
+
+
+def switch_to_dynamic_vram() -> None:
+    """What ComfyUI's main.py does once its modules are imported."""
+    import comfy.memory_management
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy_aimdo.control as control
+    from comfy.cli_args import args
+
+    devices = comfy.model_management.get_all_torch_devices()
+    try:
+        begun = control.init_devices((each.index, int(args.vram_headroom * 2**30)) for each in devices)
+    except (AttributeError, TypeError):
+        begun = control.init_devices(each.index for each in devices)
+    if not begun:
+        raise NotHereError("comfy-aimdo cannot work with this device")
+    comfy.model_patcher.CoreModelPatcher = comfy.model_patcher.ModelPatcherDynamic
+    comfy.memory_management.aimdo_enabled = True
+
+
+def prepare(arguments: argparse.Namespace, *, dynamic: bool, option: str | None = None) -> None:
+    """ComfyUI and the pack in this process, as a server with these options has them."""
+    if dynamic:
+        begin_dynamic_vram()
+    has_card = load_pack.cuda_is_available()
+    if dynamic and not has_card:
+        raise NotHereError("dynamic VRAM is for graphics cards")
+    load_pack.prepare_engine(cpu=not has_card, base=arguments.base)
+    if option is not None:
+        from comfy.cli_args import args
+
+        setattr(args, option, True)
+    if dynamic:
+        switch_to_dynamic_vram()
+    load_pack.load_pack()
+    from identity_edit_pack.demo_world import family
+    from identity_edit_pack.pipelines.engine.edit_model import register_families
+
+    register_families()  # both as the pack's entry point does
+    family.register()
+
+
+def as_comfyui_starts(arguments: argparse.Namespace, option: str | None = None) -> None:
+    """With dynamic VRAM where ComfyUI would use it."""
+    try:
+        prepare(arguments, dynamic=True, option=option)
+    except NotHereError:
+        prepare(arguments, dynamic=False, option=option)
+
+
+def node_rows(part: Part, names: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of real_sizes.py with the models of this process."""
+    import comfy.model_management as management
+    import memory
+    import real_sizes
+    import real_sizes_nodes
+    import torch
+    from safetensors.torch import load_file
+
+    class Models(real_sizes_nodes.Models):
+        """Whose nodes learn much at once, and whose results are sampled."""
+
+        found: list[torch.Tensor]
+
+        def clip_vision(self) -> Any:
+            if self.family != TINY:
+                return super().clip_vision()
+            from identity_edit_pack.demo_world.clip_vision import load_clip_vision
+
+            return load_clip_vision()
+
+        def run(self, name: str, /, **inputs: Any) -> tuple[Any, ...]:
+            if name in LEARNING_RATES:
+                inputs = {"learning_rate": LEARNING_RATES[name], **inputs}
+            outputs = super().run(name, **inputs)
+            self.found += [tensor for tensor in real_sizes_nodes.tensors_in(outputs) if tensor.is_floating_point()]
+            return outputs
+
+    with torch.inference_mode():
+        models = Models(part[1], real_sizes_nodes.CHOSEN_BY_COMFYUI)
+        if part[0] == COMPILED:
+            from comfy_extras.nodes_torch_compile import TorchCompileModel
+
+            models.model = TorchCompileModel.execute(models.model, "inductor").args[0]
+        for name in names:
+            there = set(arguments.base.rglob("*.safetensors"))
+            real_sizes.give_memory_back()
+            row = models.at_size(arguments.size or SIZES[part[1]])
+            row.found = []
+            row.memory_gib = management.get_free_memory() / 2**30
+            with memory.PeakMemory() as peak:
+                result = real_sizes.run_row(name, row)
+            for path in sorted(set(arguments.base.rglob("*.safetensors")) - there):
+                row.found += list(load_file(path).values())
+                path.unlink()
+            yield {"row": name, **result, "peak_memory_mib": round(peak.mib), "samples": samples_of(row.found)}
+
+
+def samples_of(tensors: list[Any]) -> list[float]:
+    """Some numbers of all that was found, evenly taken, to compare with another process's."""
+    import torch
+
+    parts = [tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES)].float().cpu() for tensor in tensors]
+    if not parts:
+        return []
+    together = torch.cat(parts)
+    return [float(value) for value in together[:: max(1, together.numel() // SAMPLES)]]
+
+
+def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Evaluations with attention recorded, and with style attentions, beside plain ones in turn."""
+    import attention_capture as capture  # these two prepare ComfyUI and the pack themselves
+    import memory
+    import style_attention_cost as style
+
+    width = part[1]
+    capture.WIDTHS[TINY] = ({**capture.SD15, "model_channels": 32}, SIZES[TINY])
+    settings = argparse.Namespace(layers=capture.AUTOMATIC, steps=STEPS, size=arguments.size or SIZES[width])
+    model = capture.load(width)
+    trained: dict[Any, Any] = {}
+    ways: dict[str, Any] = {
+        name: lambda name=name: capture.evaluations(model, width, name, settings) for name in capture.VARIANTS
+    }
+    for name in style.VARIANTS[1:]:
+        styled = style.prepared(model, name, trained)
+        ways[name] = lambda styled=styled: style.evaluations(styled, width, settings, STEPS)
+    peaks = {}
+    for name, way in ways.items():
+        way()  # warms up
+        with memory.PeakMemory() as peak:
+            way()
+        peaks[name] = round(peak.mib)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(ROUNDS):
+        # In another order each time, so that a machine that slows down favours none.
+        for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
+            seconds[name] += ways[name]()
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    plain, kind = capture.PLAIN, capture.device_type()
+    for name in ways:
+        ratio, more = medians[name] / medians[plain], peaks[name] - peaks[plain]
+        row: dict[str, Any] = {"row": name, "result": OK, "seconds": {"evaluation": medians[name]}}
+        row |= {"relative": ratio, "peak_memory_mib": peaks[name]}
+        if name == capture.BOTH:
+            most = capture.GOALS.get(kind, capture.GOALS["cpu"])
+            goal = f"{capture.BOTH}: at most {most:g} of plain sampling's time, {capture.MEMORY_GOAL} MiB more"
+            row |= {"goal": goal, "holds": ratio <= most and more <= capture.MEMORY_GOAL}
+        if name == style.ONE:
+            most = style.GOALS.get(kind, style.GOALS["cpu"])
+            row |= {"goal": f"{style.ONE}: at most {most:g} of plain sampling's time", "holds": ratio <= most}
+        yield row
+
+
+def null_text_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same picture by the pack's methods and by the reference's loop."""
+    import memory
+    import null_text_speed as speed  # prepares ComfyUI and the pack itself
+    import torch
+
+    width = part[1]
+    model, clip, _ = speed.load(checkpoint_of(width, arguments.base))
+    cells = (arguments.size or SIZES[width]) // 8
+    latent = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        positive, negative = (
+            [[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("a photo of a cat on a sofa", "")
+        )
+    pivot = speed.inversion.ddim_inversion(model, latent, positive, steps=NULL_TEXT_STEPS[width])
+    seconds: dict[str, float] = {}
+    distances: dict[str, float] = {}
+    for name, method in speed.METHODS.items():
+        memory.synchronize()
+        begin = time.perf_counter()
+        with memory.PeakMemory() as peak:
+            z_0, evaluations, updates = method(model, pivot, positive, negative, speed.null_text.GUIDANCE_SCALE)
+        seconds[name] = time.perf_counter() - begin
+        distances[name] = float((z_0.cpu() - latent).square().mean())
+        relative = seconds[name] / seconds[speed.REFERENCE]
+        row: dict[str, Any] = {"row": name, "result": OK, "seconds": {"optimisation": seconds[name]}}
+        row |= {"relative": relative, "peak_memory_mib": round(peak.mib)}
+        row |= {"message": f"{evaluations} evaluations, {updates} updates, squared error {distances[name]:.3g}"}
+        if name != speed.REFERENCE:
+            better = distances[name] <= distances[speed.REFERENCE]
+            row |= {"goal": f"{name}: at most {speed.GOAL:g} of the reference's time, no larger error"}
+            row |= {"holds": relative <= speed.GOAL and better}
+        yield row
+
+
+def alone(arguments: argparse.Namespace) -> None:
+    """The rows of a part, a line of JSON for each."""
+    part: Part = tuple(arguments.alone)
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what ComfyUI prints
+    try:
+        if part[0] == ATTENTION:
+            rows = attention_rows(part, arguments)
+        elif part[0] == NULL_TEXT:
+            rows = null_text_rows(part, arguments)
+        else:
+            if part[0] == GRADIENTS:
+                prepare(arguments, dynamic=part[2] == DYNAMIC)
+            else:
+                as_comfyui_starts(arguments, UNET_IN.get(part[2]))
+            rows = node_rows(part, list(rows_of(part)), arguments)
+        for row in rows:
+            print(json.dumps(row), file=answers, flush=True)
+    except NotHereError as error:
+        for name in rows_of(part):
+            print(json.dumps({"row": name, "result": NOT_RUN, "message": str(error)}), file=answers, flush=True)
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(width: str, base: Path) -> Path:
+    return base / "models" / "checkpoints" / f"{width}.safetensors"
+
+
+def write_files(tiny: bool, base: Path) -> None:
+    """The checkpoints, and a CLIP vision beside them."""
+    import real_sizes
+
+    if tiny:
+        path = checkpoint_of(TINY, base)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_bytes((ROOT / "demo_world/weights/identity-edit-demo.safetensors").read_bytes())
+        return
+    for name in ("vision", *WIDE):
+        real_sizes.write_checkpoint(name, argparse.Namespace(base=base, threads=os.cpu_count() or 1))
+
+
+def measure(part: Part, arguments: argparse.Namespace, deadline: float) -> list[dict[str, Any]]:
+    """The rows of a part; those that it does not come to are named with the reason."""
+    found: list[dict[str, Any]] = []
+    left = min(deadline - time.monotonic(), PART_SECONDS)
+    reason = (NOT_RUN, f"the {arguments.minutes:g} minutes were over")
+    if part[0] == COMPILED and part[1] == TINY:
+        left, reason = 0.0, (NOT_RUN, "compiling takes minutes on a processor")
+    if left > 0:
+        command = [sys.executable, str(Path(__file__).resolve()), "--alone", *part, "--base", str(arguments.base)]
+        command += ["--size", str(arguments.size or 0)]
+        with (arguments.base / "last_part.log").open("w", encoding="utf-8") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8")
+        timer = threading.Timer(left, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            found.append(json.loads(line))
+            show(part, found[-1])
+        code = process.wait()
+        if timer.is_alive():
+            timer.cancel()
+            last = (arguments.base / "last_part.log").read_text("utf-8", "replace").strip().splitlines()
+            reason = (FAILED, f"the process ended with {code}: {last[-1] if last else ''}")
+        elif deadline - time.monotonic() > 0:
+            reason = (FAILED, f"stopped after {left:.0f} s")
+    expected = [name for name in rows_of(part) if name not in {row["row"] for row in found}]
+    if part[0] in (ATTENTION, NULL_TEXT) and found:
+        expected = []
+    for number, name in enumerate(expected):
+        result, message = reason if number == 0 else (NOT_RUN, "the process had ended" if left > 0 else reason[1])
+        found.append({"row": name, "result": result, "message": message})
+        show(part, found[-1])
+    return [{"part": part[0], "width": part[1], "setting": part[2], **row} for row in found]
+
+
+def show(part: Part, row: dict[str, Any]) -> None:
+    print(*(word for word in part if word), "|", row["row"], "|", row["result"], row.get("message", ""), flush=True)
+
+
+def compare(rows: list[dict[str, Any]]) -> None:
+    """How far what was learned under dynamic VRAM is from what was learned without it; samples are dropped."""
+    whole = {(row["width"], row["row"]): row for row in rows if row["setting"] == WHOLE and row["result"] == OK}
+    for row in rows:
+        if row["setting"] != DYNAMIC or row["result"] != OK:
+            continue
+        row["goal"] = f"gradients, {TITLES[row['width']]}, {row['row']}: the same under dynamic VRAM"
+        other = whole.get((row["width"], row["row"]))
+        if other is None:
+            row["holds"] = False
+            row["message"] = "nothing to compare with"
+            continue
+        row["apart"] = distance(row["samples"], other["samples"])
+        row["holds"] = row["apart"] <= APART
+    for row in rows:
+        row.pop("samples", None)
+
+
+def distance(first: list[float], second: list[float]) -> float:
+    if len(first) != len(second) or not first:
+        return float("inf")
+    apart = sum(abs(a - b) for a, b in zip(first, second, strict=True))
+    return apart / max(sum(map(abs, second)), 1e-12)
+
+
+def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
+    lines = [
+        f"# The pack on {facts['device']}",
+        "",
+        f"`{facts['command']}` at commit {facts['commit']}: ComfyUI {facts['comfyui']}, torch {facts['torch']}, "
+        f"{facts['system']}, {facts['seconds']:.0f} s in all; random weights, all seeds fixed in the code.",
+        "",
+        "| part | models | setting | row | result | seconds | relative | apart | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        message = row.get("message")
+        result = f"{row['result']}: {message}" if message else row["result"]
+        spent = sum(row.get("seconds", {}).values())
+        cells = [row["part"], TITLES[row["width"]], row["setting"], row["row"], result.replace("|", "/")]
+        cells += [f"{spent:.3g}" if spent else ""]
+        cells += [f"{row[name]:.3g}" if name in row else "" for name in ("relative", "apart")]
+        lines.append(f"| {' | '.join([*cells, str(row.get('peak_memory_mib', ''))])} |")
+    lines += ["", "Relative is the time to plain sampling's or to the reference's loop. Goals:", ""]
+    goals = [row for row in rows if "goal" in row]
+    lines += [f"- {'holds' if row['holds'] else 'does not hold'}: {row['goal']}." for row in goals] or ["- none."]
+    counts = {result: sum(row["result"] == result for row in rows) for result in {row["result"] for row in rows}}
+    lines += ["", ", ".join(f"{count} rows {result}" for result, count in sorted(counts.items())) + "."]
+    return lines
+
+
+def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Measure what is asked for -> the rows, and on what they were measured."""
+    import torch
+    from engine import find_engine, version_of
+
+    begin = time.monotonic()
+    has_card = torch.cuda.is_available()
+    tiny = arguments.tiny or not has_card
+    chosen = [part for part in parts(tiny) if part[0] in (arguments.only or part[0])]
+    with tempfile.TemporaryDirectory(prefix="identity-edit-gpu-") as temporary:
+        arguments.base = arguments.base or Path(temporary)
+        arguments.base.mkdir(parents=True, exist_ok=True)
+        write_files(tiny, arguments.base)
+        rows = [row for part in chosen for row in measure(part, arguments, begin + 60.0 * arguments.minutes)]
+    compare(rows)
+    return rows, {
+        "command": " ".join(["python -m benchmarks gpu", *sys.argv[1:]]),
+        "commit": load_pack.source_commit(),
+        "device": torch.cuda.get_device_name() if has_card else "a processor, with the demo world's models",
+        "comfyui": version_of(find_engine()),
+        "torch": torch.__version__,
+        "system": platform.system(),
+        "seconds": time.monotonic() - begin,
+    }
+
+
+def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"that it may take (default {MINUTES:g})")
+    parser.add_argument("--only", nargs="+", choices=(GRADIENTS, ATTENTION, NULL_TEXT, PRECISION, COMPILED))
+    parser.add_argument("--size", type=int, default=0, help="pictures' width and height (default 512, 64 if tiny)")
+    parser.add_argument("--tiny", action="store_true", help="the demo world's small models, whatever the machine has")
+    parser.add_argument("--base", type=Path, help="folder for the checkpoints, which stay there (default: temporary)")
+    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    arguments = read_arguments()
+    if arguments.alone:
+        alone(arguments)
+        return
+    rows, facts = run(arguments)
+    kind = "cpu" if facts["device"].startswith("a processor") else "cuda"
+    write_results(f"gpu_{kind}", {**facts, "rows": rows}, table(rows, facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -423,11 +423,12 @@ def distance(first: list[float], second: list[float]) -> float:
 
 
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
+    load = "" if facts["load"] is None else f" at a load of {facts['load']:.1f}"
     lines = [
         f"# The pack on {facts['device']}",
         "",
         f"`{facts['command']}` at commit {facts['commit']}: ComfyUI {facts['comfyui']}, torch {facts['torch']}, "
-        f"{facts['system']}, {facts['seconds']:.0f} s in all; random weights, all seeds fixed in the code.",
+        f"{facts['system']}, {facts['seconds']:.0f} s in all{load}; {facts['weights']}, all seeds fixed in the code.",
         "",
         "| part | models | setting | row | result | seconds | relative | apart | peak MiB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -440,7 +441,11 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
         cells += [f"{spent:.3g}" if spent else ""]
         cells += [f"{row[name]:.3g}" if name in row else "" for name in ("relative", "apart")]
         lines.append(f"| {' | '.join([*cells, str(row.get('peak_memory_mib', ''))])} |")
-    lines += ["", "Relative is the time to plain sampling's or to the reference's loop. Goals:", ""]
+    lines += [
+        "",
+        "Relative is the time to plain sampling's or to the reference's loop. Goals, of models of full width:",
+        "",
+    ]
     goals = [row for row in rows if "goal" in row]
     lines += [f"- {'holds' if row['holds'] else 'does not hold'}: {row['goal']}." for row in goals] or ["- none."]
     counts = {result: sum(row["result"] == result for row in rows) for result in {row["result"] for row in rows}}
@@ -471,6 +476,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
         "torch": torch.__version__,
         "system": platform.system(),
         "seconds": time.monotonic() - begin,
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "weights": "the demo checkpoint" if tiny else "random weights",
     }
 
 

@@ -213,7 +213,7 @@ def node_rows(part: Part, names: list[str], arguments: argparse.Namespace) -> It
         for name in names:
             there = set(arguments.base.rglob("*.safetensors"))
             real_sizes.give_memory_back()
-            row = models.at_size(arguments.size or SIZES[part[1]])
+            row: Any = models.at_size(arguments.size or SIZES[part[1]])
             row.found = []
             row.memory_gib = management.get_free_memory() / 2**30
             with memory.PeakMemory() as peak:

@@ -98,9 +98,9 @@ def prompt_tokens(clip: Any, text: str) -> PromptTokens:
             parts[start] = max(part, parts.get(start, part), key=lambda part: part.end)
             start += len(chunk)
         count = max(count, start)
-    content = tuple((position, found[position][0]) for position in sorted(found))
+    ordered = tuple((position, found[position][0]) for position in sorted(found))
     words = _words(clip, [(position, *found[position]) for position in sorted(found)])
-    return PromptTokens(text, count, content, words, tuple(parts[start] for start in sorted(parts)))
+    return PromptTokens(text, count, ordered, words, tuple(parts[start] for start in sorted(parts)))
 
 
 def split_words(text: str) -> list[str]:

@@ -67,6 +67,8 @@ def quantized(patcher: Any, kind: str) -> comfy.model_patcher.ModelPatcher:
 class Bytes(torch.Tensor):
     """A weight as bytes, which answers with the shape of the numbers in it."""
 
+    of_numbers: torch.Size
+
     def __new__(cls, data: torch.Tensor, of_numbers: torch.Size) -> Bytes:
         made = data.as_subclass(cls)
         made.of_numbers = of_numbers
@@ -82,7 +84,7 @@ class Bytes(torch.Tensor):
         return self
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> torch.Size:  # type: ignore[override]
         return getattr(self, "of_numbers", self.size())
 
 

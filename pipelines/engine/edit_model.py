@@ -115,7 +115,7 @@ def as_edit_model(model: Any) -> Any:
     first = weights[_FIRST_WEIGHT]
     weights[_FIRST_WEIGHT] = torch.cat([first, first.new_zeros(first[:, : 2 * of_latent - channels].shape)], dim=1)
 
-    def make() -> torch.nn.Module:
+    def make() -> Any:
         return kind(config, model_type=model_type, device=cpu).eval()
 
     made = make()

@@ -44,7 +44,8 @@ def managed(
         make, reference = remake, weakref.ref(patcher)  # clones keep the patcher alive as their parent
 
         def again(disable_dynamic: bool = False) -> Any:
-            weights = {key: weight.to("cpu", copy=True) for key, weight, _ in stored_weights(reference(), "")}
+            stored = stored_weights(reference(), "")
+            weights = {key: weight.to("cpu", copy=True) for key, weight, _ in stored if weight is not None}
             copy = make()
             copy.load_state_dict(weights, strict=False, assign=True)
             return patcher_around(copy, disable_dynamic)

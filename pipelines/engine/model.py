@@ -16,7 +16,7 @@ import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ..errors import IdentityEditError, check_conditioning
+from ..errors import IdentityEditError, check_conditioning, for_console
 from .weights import samples_of_weights
 
 _BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base.SDXLRefiner, 5 * 256))
@@ -220,7 +220,7 @@ def drop_step_caches(clone: Any) -> None:
     if dropped:
         logging.warning(
             "IdentityEdit: the model's %s is left out here, since it would change the result; sampling keeps it.",
-            " and ".join(sorted(dropped)),
+            for_console(" and ".join(sorted(dropped))),
         )
 
 

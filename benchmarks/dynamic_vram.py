@@ -1,0 +1,72 @@
+"""Every node under ComfyUI's dynamic VRAM beside plain models: `COMFYUI_PATH=FOLDER python -m benchmarks dynamic_vram`.
+
+Runs the cases of tests/dynamic_vram, on the device in host memory that they bring: ComfyUI's own code brings and takes
+back weights there, with room for all of them or for 1 MB, in one stream or in NVIDIA's two, and with everything taken
+back between forward and backward pass. Given is the largest error of what a node gives, of what stands in the files it
+writes and of what its MODEL samples afterwards: the mean absolute difference from what plain models on the processor
+give, relative to their mean absolute value. FOLDER is a ComfyUI that has dynamic VRAM; the Python is one with what it
+needs and with pytest (`scripts/test.py --engine FOLDER` makes one below .venv/engines).
+Writes benchmarks/results/dynamic_vram.json and .md.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in ("scripts", "tests", "benchmarks"):
+    sys.path.append(str(ROOT / folder))
+
+import load_pack  # noqa: E402  (found on the path that was extended just above)
+
+load_pack.prepare_engine(cpu=True)
+load_pack.load_pack()
+
+import torch  # noqa: E402
+from engine import find_engine, version_of  # noqa: E402
+from identity_edit_pack.tests.dynamic_vram import test_dynamic_vram as tests  # noqa: E402
+from report import write_results  # noqa: E402
+
+
+def main() -> None:
+    reason = tests.reason_for_none()
+    if reason is not None:
+        sys.exit(f"error: {reason}.")
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        worker = tests.Worker(Path(folder) / "worker.log")
+        for case, setting in tests.CASES:
+            found = worker.run(case, **tests.SETTINGS[setting])
+            found.pop("trace", None)
+            rows.append({"case": case, "setting": setting, **found})
+            print(rows[-1], flush=True)
+        worker.stop()
+    commit, version = load_pack.source_commit(), version_of(find_engine())
+    right = [row for row in rows if row.get("error", 1.0) <= tests.THRESHOLDS.get(row["case"], tests.TOLERANCE)]
+    lines = [
+        "# Dynamic VRAM: every node beside plain models",
+        "",
+        f"`python -m benchmarks dynamic_vram` at commit {commit}: ComfyUI {version}, torch {torch.__version__}, on a "
+        "device in host memory, tiny models; all seeds fixed in the code.",
+        "",
+        "| case or node | setting | largest relative error | tensors compared | weights taken back | without room |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['setting']} | {row['failed']} | | | |"
+            if "failed" in row
+            else f"| {row['case']} | {row['setting']} | {row['error']:.1e} | {row['compared']} | {row['evictions']} | "
+            f"{row['refusals']} |"
+            for row in rows
+        ),
+        "",
+        f"{len(right)} of {len(rows)} are right: an error of at most {tests.TOLERANCE:g}; of SegmentSubject, which "
+        f"decides by a threshold, {tests.THRESHOLDS['SegmentSubject']:g}.",
+    ]
+    write_results("dynamic_vram", {"commit": commit, "comfyui": version, "rows": rows}, lines)
+
+
+if __name__ == "__main__":
+    main()

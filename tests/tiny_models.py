@@ -20,6 +20,13 @@ TOKENS = 8
 POOLED = 16
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far apart two samples are, in parts of their size. A random network's samples may lie in the thousands, and
+    one processor rounds otherwise than another, also by the size of the batch: what is the same but for rounding
+    differs by less than 1e-5."""
+    return float((found.detach().double() - expected.double()).norm() / expected.double().norm())
+
+
 def _unet_config(**changes: Any) -> dict[str, Any]:
     config = {
         "image_size": 32,

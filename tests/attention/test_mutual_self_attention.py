@@ -20,13 +20,10 @@ from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.tests import tiny_models
+from identity_edit_pack.tests.tiny_models import relative_error
 
 SOURCE, NEGATIVE, TARGET = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
 HEIGHT, WIDTH = 8, 12
-
-
-def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((ours.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
 def inverted(model: Any, batch: int = 1, steps: int = 6, seed: int = 4) -> inversion.Inversion:

@@ -13,6 +13,7 @@ from identity_edit_pack.attention.layers import attention_layers
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.prompt_to_prompt import ControlSettings, with_attention_control
 from identity_edit_pack.tests import tiny_models
+from identity_edit_pack.tests.tiny_models import relative_error
 
 SOURCE, NEGATIVE, TARGET = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
 TOKENS = tiny_models.TOKENS
@@ -37,10 +38,6 @@ def swapped(source: int = TOKENS, target: int = TOKENS) -> control.TokenMap:
     factors = torch.ones(target)
     factors[2], factors[5] = 2.5, -0.5
     return control.TokenMap(mapper, mapper.sum(dim=0) > 0, factors)
-
-
-def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((ours.detach().double() - expected.double()).norm() / expected.double().norm())
 
 
 def sample(

@@ -87,8 +87,9 @@ def test_with_zero_channels_and_no_image_tokens_the_output_is_the_base_models(na
         after = sample(stock_guider(model, with_source, negative, 4.0), noise)
         changed = sample(stock_guider(with_source_weights(model), with_source, negative, 4.0), noise)
     assert isinstance(model.model, comfy.model_base.IP2P)
-    assert torch.equal(after, before)
-    assert not torch.equal(changed, before)  # it is the zeros that do it: the picture is not left out
+    # A convolution over more channels adds in another order on some processors.
+    assert tiny_models.relative_error(after, before) < 1e-5
+    assert tiny_models.relative_error(changed, before) > 1e-3  # it is the zeros: the picture is not left out
 
 
 def test_a_lora_on_the_model_becomes_part_of_it_and_the_model_itself_stays():
@@ -271,7 +272,7 @@ def test_the_guider_samples_by_the_formula(seen, scales: GuidanceScales, masked:
         z_0 = in_float64(estimates, scales, mask).float()
         x = x + (following - sigma) * (x - z_0) / sigma
     expected = model.model.process_latent_out(x)
-    assert torch.allclose(result, expected, atol=2e-3, rtol=1e-3)
+    assert tiny_models.relative_error(result, expected) < 1e-5
     assert float(result.std()) > 0.5
     assert sum(calls) == guider.evaluations == 3 * scales.evaluations(masked=masked)
     assert len(calls) == 3  # contexts of 8 and of 16 tokens go together
@@ -294,9 +295,9 @@ def test_a_mask_of_ones_is_the_unmasked_guidance_and_of_zeros_the_sources(seen):
 
     plain = sample(mcdm_guidance.mcdm_guider(model, full, negative, GuidanceScales()), zeros)
     of_source = sample(mcdm_guidance.mcdm_guider(model, source, negative, GuidanceScales()), zeros)
-    assert torch.allclose(masked(1.0), plain, atol=1e-4)
-    assert torch.allclose(masked(0.0), of_source, atol=1e-4)
-    assert not torch.allclose(plain, of_source, atol=1e-2)
+    assert tiny_models.relative_error(masked(1.0), plain) < 1e-5
+    assert tiny_models.relative_error(masked(0.0), of_source) < 1e-5
+    assert tiny_models.relative_error(plain, of_source) > 1e-3
 
 
 def test_functions_after_the_guidance_run_and_the_guider_leaves_the_model_as_it_was(seen):
@@ -322,7 +323,7 @@ def test_a_batch_of_pictures_is_edited_one_by_one(seen):
     alone = guider.sample(
         noise, torch.zeros(1, 4, 8, 8), comfy.samplers.sampler_object("euler"), SIGMAS, disable_pbar=True, seed=1
     )
-    assert torch.allclose(both[1:], alone, atol=1e-3)
+    assert tiny_models.relative_error(both[1:], alone) < 1e-5
 
 
 # -- clear errors ------------------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def test_every_timestep_is_one_evaluation_at_its_own_noise() -> None:
     scaled = model.model.process_latent_in(latent)
     for (sigma, x), timestep in zip(seen, (501, 101), strict=True):
         assert sigma == pytest.approx(float(sampling.sigmas[timestep]), rel=1e-5)
-        assert torch.allclose(x, scaled + sigma * noise, atol=1e-4)
+        assert tiny_models.relative_error(x, scaled + sigma * noise) < 1e-6
 
 
 def test_bad_attention_options_are_named() -> None:

@@ -15,6 +15,7 @@ from identity_edit_pack.pipelines.prompt_to_prompt import encode
 from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.pipelines.subject_replacement import subject_replacement
 from identity_edit_pack.tests import tiny_models
+from identity_edit_pack.tests.tiny_models import relative_error
 
 CAT, DOG = "a photo of a cat in the snow", "a photo of a dog in the snow"
 STEPS, N = 3, 5
@@ -105,10 +106,6 @@ def literal_algorithm_3(
     finally:
         attention.close()
     return engine.to_socket_scale(model, z_0)
-
-
-def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((ours.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -7,12 +7,9 @@ import tiny_models
 import torch
 from identity_edit_pack.pipelines import text_optimization
 from identity_edit_pack.pipelines.errors import IdentityEditError
+from tiny_models import relative_error
 
 TARGET = tiny_models.conditioning(1)
-
-
-def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((ours - expected).norm() / expected.norm())
 
 
 def test_it_reproduces_a_plain_loop():

@@ -19,6 +19,7 @@ import logging
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -216,9 +217,8 @@ def train(
         sample, progress, checkpoint = None, None, None
     try:
         for step in range(done.resumed_at, settings.steps):
-            loss = _gradients(variables, losses, step, settings, processes)
-            if step == done.resumed_at:
-                _check_reached(variables, needed)
+            check = partial(_check_reached, variables, needed) if step == done.resumed_at else None
+            loss = _gradients(variables, losses, step, settings, processes, check)
             optimizer.step()
             if average is not None:
                 average.step(variables.values())
@@ -300,8 +300,12 @@ def _gradients(
     step: int,
     settings: TrainingSettings,
     processes: Processes,
+    check: Callable[[], None] | None = None,
 ) -> float:
-    """Fill the gradients of one step and return its loss, both as means over the step's batches of all processes."""
+    """Fill the gradients of one step and return its loss, both as means over the step's batches of all processes.
+
+    `check` is called when this process has its own.
+    """
     for variable in variables.values():
         variable.grad = None
     total = torch.zeros(())
@@ -315,6 +319,8 @@ def _gradients(
                 break
             (loss / settings.accumulation).backward()
             total += loss.detach().float().cpu() / settings.accumulation
+    if check is not None:
+        check()
     if processes.count > 1:
         for variable in variables.values():
             if variable.grad is None:  # every process must give the same tensors

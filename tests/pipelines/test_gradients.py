@@ -248,6 +248,7 @@ def test_everything_is_put_back():
         assert repr(patcher.model_options) == options and not patcher.get_all_wrappers("apply_model")
         assert not any("forward" in vars(module) for module in patcher.model.modules())
     plain = tiny_models.sd1()
+    plain.model.requires_grad_(True)
     gradient_of_embedding(plain)
     assert all(parameter.requires_grad for parameter in plain.model.parameters())
 

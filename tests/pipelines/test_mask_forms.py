@@ -22,7 +22,7 @@ def test_a_mask_grows_and_halves_as_comfyui_does_it() -> None:
 def test_what_vae_encode_cuts_off_a_picture_is_cut_off_its_mask(size: tuple[int, int]) -> None:
     mask = torch.rand(1, *size)
     vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
-    vae.downscale_ratio, vae.crop_input, vae.latent_dim = 8, True, 2
+    vae.downscale_ratio, vae.crop_input, vae.latent_dim, vae.output_channels = 8, True, 2, 1
     kept = vae.vae_encode_crop_pixels(mask[..., None])[..., 0]
     assert kept.shape == (1, 96, 128) and torch.equal(middle(mask), kept)
     assert torch.equal(masks.of_size(mask, 96, 128), kept)

@@ -38,7 +38,12 @@ if __name__ == "__main__":
     variables, losses = problem()
     settings = TrainingSettings(steps=6, learning_rate=0.05, accumulation=int(sys.argv[2]), checkpoint_every=2)
     run = training.train(
-        variables, losses, settings, processes=group, checkpoint=f"{{sys.argv[1]}}/{{group.index}}.checkpoint"
+        variables,
+        losses,
+        settings,
+        processes=group,
+        checkpoint=f"{{sys.argv[1]}}/{{group.index}}.checkpoint",
+        needed=["weight"],
     )
     group.wait()
     result = {{"weight": variables["weight"].detach(), "losses": torch.tensor(run.losses)}}

@@ -234,7 +234,8 @@ def check_mcdm(mcdm: MCDM, model: Any) -> str | None:
         raise IdentityEditError(
             f"The model is not of the family of this MCDM's file ({difference}); load both from the same file."
         )
-    if tag.difference(mcdm.model) is not None:
+    # The tag is the trained model's; the file keeps its weights in one of FILE_DTYPES, bfloat16 the coarsest.
+    if tag.difference(dataclasses.replace(mcdm.model, dtype="bfloat16")) is not None:
         return "The model has other weights than the MCDM's file; load both from the same file."
     return None
 

@@ -363,6 +363,16 @@ def test_other_weights_than_the_files_are_warned_about(seen):
     assert "other weights" in mcdm.check_mcdm(made, other)
 
 
+@pytest.mark.parametrize("kept_in", ["float16", "bfloat16"])
+def test_weights_that_the_file_has_rounded_are_the_files(seen, kept_in: str):
+    """The tag in a file is that of the trained float32 weights; on a processor ComfyUI loads the file's as float32."""
+    model, made, _, _ = seen
+    loaded = edit_model.as_edit_model(model)
+    dtype, keys = mcdm.FILE_DTYPES[kept_in], edit_model.unet_keys(loaded)
+    edit_model.set_weights(loaded, {key: loaded.model.get_parameter(key).to(dtype) for key in keys})
+    assert mcdm.check_mcdm(made, loaded) is None
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import encode_identity_prompt
 from ..pipelines.model_folders import list_models, missing_model
 from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour, encoded
+from ..pipelines.prompt_tokens import split_words
 from .sockets import checked, progress, schema, show_text
 
 ATTENTION = "attention (no further model)"
@@ -312,7 +313,7 @@ def _by_segment_anything(
 
 def _timesteps(text: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
+        return tuple(int(part) for part in split_words(text))
     except ValueError as error:
         raise IdentityEditError(
             f"timesteps is '{text}'; write whole numbers from 0 to 999, separated by commas, such as '1, 101, 201'."

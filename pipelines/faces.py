@@ -24,6 +24,7 @@ import torch
 from .errors import IdentityEditError, for_console
 from .face_alignment import PROFILE, check_points, ffhq_quad, quad_side, turned_aside
 from .model_folders import first_line, model_roots
+from .prompt_tokens import split_words
 
 if TYPE_CHECKING:
     import numpy as np
@@ -245,7 +246,7 @@ def _is_pair(point: Any) -> bool:
 
 def _numbers(line: str) -> list[float] | None:
     try:
-        return [float(part) for part in line.replace(",", " ").split()]
+        return [float(part) for part in split_words(line)]
     except ValueError:
         return None
 

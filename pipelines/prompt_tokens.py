@@ -70,8 +70,14 @@ def check_clip(clip: Any, name: str) -> None:
         name: the input's name as the user sees it.
 
     Raises:
-        IdentityEditError: for another family's, with that family's name and encoders.
+        IdentityEditError: for another family's, with that family's name and encoders, and for what is no CLIP at all,
+            as a node with an output of any type can bring.
     """
+    if not hasattr(clip, "tokenize"):
+        raise IdentityEditError(
+            f"{name} is no text encoder ({type(clip).__name__}); connect the CLIP of the same Stable Diffusion 1.x, "
+            f"2.x or XL checkpoint."
+        )
     encoders = clip.tokenize("")
     if set(encoders) not in _ENCODERS:
         family = type(clip.tokenizer).__name__.removesuffix("Tokenizer")

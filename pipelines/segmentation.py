@@ -30,6 +30,7 @@ from .model_folders import (
     read_config,
     to_pillow,
 )
+from .prompt_tokens import split_words
 from .schedule import noise_levels, rows_of
 
 if TYPE_CHECKING:
@@ -503,7 +504,7 @@ def check_prompt(prompt: Prompt, picture: torch.Tensor) -> None:
 
 def _numbers(text: str) -> list[float] | None:
     try:
-        return [float(part) for part in text.replace(",", " ").split()]
+        return [float(part) for part in split_words(text)]
     except ValueError:
         return None
 

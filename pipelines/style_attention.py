@@ -31,6 +31,7 @@ from ..attention.style_cross_attention import (
 from . import engine
 from .errors import IdentityEditError, check_batch_matches
 from .masks import as_masks, cut_to
+from .prompt_tokens import BETWEEN_WORDS, split_words
 from .w_plus import WPlus
 
 ROW_GROUPS = "1-5, 6-9, 10-13, 14-18"
@@ -57,8 +58,8 @@ def parse_row_groups(text: str, count: int) -> RowGroups:
         IdentityEditError: when a part is no range, or the groups do not hold every row once and in order.
     """
     groups = []
-    for part in text.split(","):
-        ends = [end.strip() for end in part.split("-")]
+    for part in filter(str.strip, BETWEEN_WORDS.split(text)):
+        ends = [end.strip() for end in part.replace("\N{EN DASH}", "-").split("-")]
         if len(ends) > 2 or not all(end.isdecimal() for end in ends):
             raise IdentityEditError(f"row_groups is '{text}'; write ranges such as '{ROW_GROUPS}'.")
         groups.append((int(ends[0]), int(ends[-1])))
@@ -251,7 +252,7 @@ def parse_schedule(text: str) -> tuple[float, ...]:
         IdentityEditError: when a part is no finite number.
     """
     try:
-        factors = tuple(float(part) for part in text.replace(",", " ").split())
+        factors = tuple(float(part) for part in split_words(text))
         if not bool(torch.isfinite(torch.tensor(factors)).all()):
             raise ValueError
     except ValueError:

@@ -303,12 +303,12 @@ def _pictures_and_masks(path: str, names: list[str]) -> tuple[list[str], dict[st
     pictures: list[str] = []
     masks: dict[str, str] = {}
     for name in shown:
-        marks = [mark for mark in _MASK_MARKS if _stem(name).endswith(mark)]
-        of = [(mark, _stem(name).removesuffix(mark)) for mark in marks]
+        marks = [mark for mark in _MASK_MARKS if _stem(name).lower().endswith(mark)]
+        of = [(mark, _stem(name)[: -len(mark)]) for mark in marks]
         stem = next((stem for mark, stem in of if mark in _ALWAYS_MASKS or stem in stems), None)
         if stem is not None:
             masks.setdefault(stem, name)
-        elif not _stem(name).endswith(_NO_PICTURE_OF_THE_SUBJECT):
+        elif not _stem(name).lower().endswith(_NO_PICTURE_OF_THE_SUBJECT):
             pictures.append(name)
     for folder in (name for name in names if name.lower() in _MASK_FOLDERS and os.path.isdir(os.path.join(path, name))):
         for name in sorted(os.listdir(os.path.join(path, folder))):
@@ -360,12 +360,14 @@ def _read_text(path: str, name: str) -> str:
         with open(path, "rb") as file:
             content = file.read(4 * _LONGEST_TEXT + 4)  # a character has at most four bytes
         encoding = next((encoding for mark, encoding in _ENCODING_OF_MARK if content.startswith(mark)), "utf-8")
-        text = content.decode(encoding) if len(content) <= 4 * _LONGEST_TEXT else "\0"
+        text = content.decode(encoding) if len(content) <= 4 * _LONGEST_TEXT else ""
     except UnicodeDecodeError as error:
         raise IdentityEditError(f"{name} is not UTF-8 text; save it as UTF-8.") from error
     except OSError as error:
         raise IdentityEditError(f"{name} cannot be read ({error.strerror}); make it readable.") from error
-    if len(text) > _LONGEST_TEXT or "\0" in text:
+    if "\0" in text:  # UTF-16 without its mark, UTF-32
+        raise IdentityEditError(f"{name} is not UTF-8 text; save it as UTF-8.")
+    if len(content) > 4 * _LONGEST_TEXT or len(text) > _LONGEST_TEXT:
         raise IdentityEditError(f"{name} is no caption or class word, but something larger; write a line of text.")
     return one_line(text)
 
@@ -444,7 +446,7 @@ def _read_picture(
     flat, opaque = on_white(read_picture(_inside(path, name), name), name)
     picture, mask, what = flat[0], opaque[0], f"The transparency of {name}"
     if mask_name is not None:
-        mask = _tensor(open_picture(_inside(path, mask_name), mask_name).convert("L"))
+        mask = _tensor(_on_black(open_picture(_inside(path, mask_name), mask_name)).convert("L"))
         what = f"The mask {mask_name}"
     if mask is not None:
         mask = _mask_of(picture, mask, what)
@@ -469,6 +471,16 @@ def _inside(folder: str, name: str) -> str:
     if not Path(path).resolve().is_relative_to(Path(folder).resolve()):
         raise IdentityEditError(f"{name} is a link to a file outside of its folder; copy the file there.")
     return path
+
+
+def _on_black(image: Image) -> Image:
+    """A mask's image without transparency: where it is transparent it marks nothing."""
+    from PIL import Image
+
+    if not image.has_transparency_data:
+        return image
+    layer = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
 
 
 def _tensor(image: Image) -> torch.Tensor:

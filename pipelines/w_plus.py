@@ -17,6 +17,7 @@ import torch
 
 from .errors import IdentityEditError, check_batch_matches
 from .files import read_tensors, understanding, write_tensors
+from .prompt_tokens import BETWEEN_WORDS
 
 KIND = "entry of W+ styles"
 COARSE_ROWS = "1-9"
@@ -96,7 +97,7 @@ def parse_rows(text: str, count: int) -> tuple[int, ...]:
     if text.strip().lower() == "all":
         return tuple(range(count))
     found: set[int] = set()
-    for part in text.replace(";", ",").split(","):
+    for part in BETWEEN_WORDS.split(text):
         if not part.strip():
             continue
         ends = part.replace("\N{EN DASH}", "-").split("-")  # a dash that came with a copied text

@@ -94,7 +94,8 @@ def test_timesteps_are_those_of_the_training() -> None:
     rows = schedule.rows_of(sampling, asked)
     assert (rows * 20 + 19 - torch.tensor(asked)).abs().max() <= 19 and rows.tolist()[-2:] == [0, 0]
     assert schedule.rows_of(full, asked).tolist() == asked
-    assert segmentation._timesteps("1, 101 201") == (1, 101, 201)
+    for text in ("1, 101 201", "1\uff0c101\u3001201,"):
+        assert segmentation._timesteps(text) == (1, 101, 201)
 
 
 @pytest.mark.parametrize("steps", [10, 50, 100, 1000])

@@ -453,7 +453,7 @@ def test_a_palette_with_transparency_is_a_mask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "caption", [b"\xff\xfe\x00a", bytes(range(256)) * 10, b"a sks\0 cat", b"a sks cat " * 10**6, b"\x80\x04K\x01."]
+    "caption", [b"\xff\xfe\x00a\x00", bytes(range(256)) * 10, b"a sks\0 cat", b"a sks cat " * 10**6, b"\x80\x04K\x01."]
 )
 def test_captions_that_are_no_text(caption: bytes, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "cat", saved(a_picture(), "PNG"))

@@ -77,6 +77,13 @@ def test_a_clip_of_another_family_is_named(
         node.execute(**inputs)
 
 
+@pytest.mark.parametrize("kind", ["clip_vision", "model", "vae"])
+def test_what_is_no_clip_is_named(kind: str, world: World) -> None:
+    """As a node whose output is of any type can bring it."""
+    with pytest.raises(IdentityEditError, match=r"^clip is no text encoder \(\w+\); connect the CLIP"):
+        CLASSES["IdentityAttention"].execute(**{**good(world, "IdentityAttention"), "clip": getattr(world, kind)})
+
+
 def test_the_refiner_needs_a_pooled_output() -> None:
     model = tiny_models.sdxl_refiner()
     prompt = tiny_models.conditioning(1)

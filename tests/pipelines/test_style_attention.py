@@ -41,7 +41,8 @@ def difference(first: torch.Tensor, second: torch.Tensor) -> float:
 def test_row_groups_are_those_of_the_paper_and_settable() -> None:
     paper = ((1, 5), (6, 9), (10, 13), (14, 18))
     assert styles.parse_row_groups(styles.ROW_GROUPS, 18) == paper == styles.proportional_row_groups(18)
-    assert styles.parse_row_groups("1-2,3, 4 - 7", 7) == ((1, 2), (3, 3), (4, 7))
+    for text in ("1-2,3, 4 - 7", "1\N{EN DASH}2\uff0c3\u30014-7,"):
+        assert styles.parse_row_groups(text, 7) == ((1, 2), (3, 3), (4, 7))
     assert styles.written_row_groups(((1, 2), (3, 3), (4, 7))) == "1-2, 3, 4-7"
     for count in range(1, 40):
         written = styles.written_row_groups(styles.proportional_row_groups(count))
@@ -88,7 +89,7 @@ def test_lambda_over_the_steps() -> None:
     assert at(500, **inside) == pytest.approx(0.2, abs=0.001) and at(900, **inside) == 0.0 == at(100, **inside)
     assert styles.parse_schedule(" ") == () == styles.parse_schedule(",")
     assert styles.parse_schedule("0, 0.5 ,1") == (0.0, 0.5, 1.0)
-    for text in ("a", "1;2", "nan", "0, inf"):
+    for text in ("a", "1:2", "nan", "0, inf"):
         with pytest.raises(IdentityEditError, match="schedule is"):
             styles.parse_schedule(text)
 

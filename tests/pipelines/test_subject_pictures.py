@@ -211,7 +211,17 @@ def test_floating_point_files_are_told_by_their_values(folder: Path, brightest: 
 
 
 @pytest.mark.parametrize(
-    "name", ["3.mask.png", "3-masklabel.png", "3_mask.webp", "3-mask.bmp", "mask/3.png", "Masks/3.png"]
+    "name",
+    [
+        "3.mask.png",
+        "3-masklabel.png",
+        "3_mask.webp",
+        "3-mask.bmp",
+        "3_Mask.PNG",
+        "3.MASK.png",
+        "mask/3.png",
+        "Masks/3.png",
+    ],
 )
 @pytest.mark.parametrize("size", [(24, 16), (48, 32), (12, 8), (64, 64)])
 def test_masks_of_other_trainers_and_sizes_are_read(folder: Path, name: str, size: tuple[int, int]) -> None:
@@ -223,6 +233,15 @@ def test_masks_of_other_trainers_and_sizes_are_read(folder: Path, name: str, siz
     assert subject.names == ["1.png", "2.png", "3.png"] and subject.notes == ()
     found = subject.masks[2]
     assert found.shape == (16, 24) and found[:, :11].min() > 0.9 and found[:, 13:].max() < 0.1
+
+
+def test_a_mask_marks_nothing_where_it_is_transparent(folder: Path) -> None:
+    """As one that was painted white on a transparent layer."""
+    layer = Image.new("RGBA", (24, 16), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (0, 0, 12, 16))
+    layer.save(folder / "3-mask.png")
+    found = load(folder).masks[2]
+    assert torch.equal(found[:, :12], torch.ones(16, 12)) and not found[:, 12:].any()
 
 
 def test_a_picture_whose_name_ends_like_a_mask_is_a_picture(folder: Path) -> None:
@@ -250,6 +269,13 @@ def test_captions_in_every_encoding_that_says_what_it_is(folder: Path, encoding:
     mark = {"utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE}.get(encoding, b"")
     (folder / "1.txt").write_bytes(mark + "a sks dog, \u732b\r\n".encode(encoding))
     assert load(folder).captions[0] == "a sks dog, \u732b"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32", "cp1252"])
+def test_a_caption_in_an_encoding_that_does_not_say_what_it_is(folder: Path, encoding: str) -> None:
+    (folder / "1.txt").write_bytes("a sks dog at a caf\xe9".encode(encoding))
+    with pytest.raises(IdentityEditError, match=r"^1\.txt is not UTF-8 text; save it as UTF-8"):
+        load(folder)
 
 
 def test_a_mask_outside_of_the_square_is_refused(folder: Path) -> None:

@@ -395,7 +395,7 @@ def test_pictures_of_different_sizes_are_refused(server: RunningServer) -> None:
     prompt["check"] = node(
         "IdentityEditReconstructionCheck", picture=["picture", 0], reconstruction=["small", 0], lowest_psnr=20.0
     )
-    refused(server, prompt, "check", "differ in size")
+    refused(server, prompt, "check", "128x128 pixels and reconstruction 64x64")
 
 
 @pytest.mark.parametrize("at", ["null_text", "optimized"])

@@ -119,6 +119,7 @@ def check_inputs(schema: io.Schema, given: dict[str, Any]) -> None:
 _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "MODEL": lambda value, item, model: engine.require_noise_prediction_model(value),
     "CLIP": lambda value, item, model: check_clip(value, item.id),
+    "CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),
     "VAE": lambda value, item, model: _check_vae(value, item.id, _channels(model)),
     "IMAGE": lambda value, item, model: check_pictures(value, item.id),
     "MASK": lambda value, item, model: check_mask(value, item.id),
@@ -130,6 +131,11 @@ _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "STRING": lambda value, item, model: check_text(value, item.id),
 }
 """How a value is checked, by its socket's type: of a value, its input, and the MODEL among the inputs before it."""
+
+
+def _check_clip_vision(clip_vision: Any, name: str) -> None:
+    if not hasattr(clip_vision, "encode_image"):
+        raise IdentityEditError(f"{name} is no CLIP vision; connect a Load CLIP Vision node.")
 
 
 def _channels(model: Any) -> int | None:

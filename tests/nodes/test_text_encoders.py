@@ -93,3 +93,18 @@ def test_the_refiner_needs_a_pooled_output() -> None:
     for options in ({}, {"pooled_output": torch.zeros(1, tiny_models.POOLED + 256)}):  # as of SDXL's own width
         with pytest.raises(IdentityEditError, match="source has .*pooled output.* takes one of 16;"):
             inversion.DDIMInversion.execute(model, [[prompt[0][0], options]], latent, 2, 1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        (node, item.id)
+        for node, kind in CLASSES.items()
+        for item in kind.define_schema().inputs
+        if item.get_io_type() == "CLIP_VISION"
+    ],
+)
+def test_a_clip_vision_that_is_none_is_named(node: str, name: str, world: World) -> None:
+    inputs = {**good(world, node), name: world.model}
+    with pytest.raises(IdentityEditError, match=f"^{name} is no CLIP vision; connect a Load CLIP Vision"):
+        CLASSES[node].execute(**inputs)

@@ -336,15 +336,19 @@ def sampling_pairs(model: Any, key: str, begin: Callable[[int, torch.Tensor], No
         latent_image: torch.Tensor,
         sampler: Any,
         sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
         begin(noise.shape[0], sigmas)
         if in_pairs:
+            # Newer versions than 0.3.75 hand it over as it will be used, one mask for each latent.
+            if denoise_mask is not None and denoise_mask.shape[0] == noise.shape[0]:
+                denoise_mask = torch.cat([denoise_mask, denoise_mask])
             noise, latent_image = torch.cat([noise, noise]), torch.cat([latent_image, latent_image])
             if kwargs.get("latent_shapes") is not None:
                 kwargs["latent_shapes"] = [latent_image.shape]
-        return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, key)

@@ -101,8 +101,26 @@ def count_partial_loads(patch: pytest.MonkeyPatch, partly: list[int]) -> None:
     patch.setattr(comfy.model_management.LoadedModel, "model_load", counting)
 
 
+@functools.cache
+def stock_encoding_keeps_a_lora() -> bool:
+    """Whether ComfyUI's own text encoding, without a node of the pack, is the same with little memory; 0.33.0's is not
+    for a CLIP with a LoRA that has been loaded before."""
+    clip = WorldWithLoRA().clip
+    embeddings = []
+    for share in (None, LITTLE):
+        with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+            if share is not None:
+                of_little_memory(patch, share)
+            embeddings.append(clip.encode_from_tokens(clip.tokenize("a cat")).clone())
+            comfy.model_management.unload_all_models()
+    return torch.allclose(*embeddings, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", NODES)
 def test_a_node_gives_what_it_gives_with_enough_memory(name: str, tmp_path: Path) -> None:
+    has_clip = "CLIP" in {item.get_io_type() for item in CLASSES[name].GET_SCHEMA().inputs}
+    if has_clip and not stock_encoding_keeps_a_lora():
+        pytest.skip("this ComfyUI's own text encoding loses the LoRA of a CLIP that is loaded in part")
     expected, never = results_of(name, tmp_path, None)
     assert never == []
     for share in (LITTLE, NOTHING):

@@ -61,7 +61,8 @@ def write_table(rows: dict[str, dict[str, Any]]) -> None:
         counts = " | ".join(str(row["counts"].get(kind, 0)) for kind in ("passed", "failed", "skipped"))
         lines.append(f"| `{variables}` | {', '.join(row['folders'])} | {row['commit']} | {counts} |")
     failed = [f"- {setting}: `{name}`" for setting, row in rows.items() for name in row["failed"]]
-    write_results("processors", rows, [*lines, *(["", *failed] if failed else [])])
+    notes = [row["note"] for row in rows.values() if "note" in row]  # by hand, until the setting is run again
+    write_results("processors", rows, [*lines, *(["", *failed] if failed else []), *(["", *notes] if notes else [])])
 
 
 def main() -> None:

@@ -56,9 +56,7 @@ class Start:
 @torch.no_grad()
 def start(checkpoint: Checkpoint, case: EditCase) -> Start:
     latent = checkpoint.vae.encode(case.load_picture(checkpoint.size))
-    source, target, empty = (
-        embed(checkpoint.clip, [text]) for text in (case.source_prompt, case.target_prompt, "")
-    )
+    source, target, empty = (embed(checkpoint.clip, [text]) for text in (case.source_prompt, case.target_prompt, ""))
     return Start(latent, source, target, empty)
 
 
@@ -236,9 +234,7 @@ def _with_prior(
     with torch.no_grad():
         identity = encode_pictures(checkpoint.vae, case.load_references(checkpoint.size), captions)
     own = PriorSettings(token=case.subject_word, class_word=case.class_word, precision="float32")
-    training = TrainingSettings(
-        steps=settings.training_steps, learning_rate=settings.learning_rate, seed=settings.seed
-    )
+    training = TrainingSettings(steps=settings.training_steps, learning_rate=settings.learning_rate, seed=settings.seed)
     prior, _ = train_identity_prior(checkpoint.model, checkpoint.clip, identity, regularisation, own, training)
     return apply_identity_prior(checkpoint.model, checkpoint.clip, prior)
 

@@ -79,7 +79,10 @@ METHODS = {
     "img2img": Method("stock", "VAE Encode and KSampler with the target prompt", "ComfyUI", img2img),
     "sdedit": Method("stock", "the same with the stochastic sampler of the paper", "Meng et al. 2022", sdedit),
     "instruct-pix2pix": Method(
-        "stock", "DualCFGGuider with an eight-channel checkpoint", "Brooks et al. 2023", instruct_pix2pix,
+        "stock",
+        "DualCFGGuider with an eight-channel checkpoint",
+        "Brooks et al. 2023",
+        instruct_pix2pix,
         ("mcdm", "instruction"),
     ),
 }

@@ -73,9 +73,7 @@ PORTRAITS = (
 )  # fmt: skip
 FIGURES = tuple(name for name, method in METHODS.items() if "mcdm" not in method.needs)
 REASONS = {
-    "img2img": (
-        "ComfyUI's own nodes. They end at noise level 0, diffusers' scheduler at that of the first timestep."
-    ),
+    "img2img": ("ComfyUI's own nodes. They end at noise level 0, diffusers' scheduler at that of the first timestep."),
     "instruct-pix2pix": (
         "ComfyUI's own nodes. They scale the first noise by sigma, diffusers does not; the ends differ as above."
     ),
@@ -242,9 +240,7 @@ def rows_of(results: Results, tasks: list[Task], score: Score) -> dict[str, dict
 def score_figures(pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
     rows = edits.score_each(load_classifier(), pictures, pairs)
     names = {"edit_done_and_identity_kept": "both", "background_psnr_db": "psnr_db", "ssim_to_true_edit": "ssim"}
-    return [
-        {names.get(key, key): value for key, value in row.items() if key != "psnr_to_source_db"} for row in rows
-    ]
+    return [{names.get(key, key): value for key, value in row.items() if key != "psnr_to_source_db"} for row in rows]
 
 
 def score_portraits(pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:

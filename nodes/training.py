@@ -152,6 +152,4 @@ def how_trained(facts: dict[str, Any]) -> str:
     """What follows a file's description in reports, from `pipelines.training.training_facts`; "" where it has none."""
     if not facts.keys() >= {"steps", "learning_rate", "pictures"}:
         return ""
-    return (
-        f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} pictures"
-    )
+    return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} pictures"

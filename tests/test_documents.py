@@ -14,7 +14,10 @@ from page_workflows import pack_release
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "LICENSES.md", "CHANGELOG.md")
+DOCUMENTS = (
+    "README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "LICENSES.md", "CHANGELOG.md",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))),
+)  # fmt: skip
 REQUIREMENT = re.compile(r"^([A-Za-z0-9_.-]+)")
 
 
@@ -49,19 +52,21 @@ def test_links_and_files_in_documents_exist(name: str) -> None:
         r"`((?:scripts|tests|benchmarks|workflows|locales|web|nodes|pipelines|attention)/[\w./-]+)`", text
     )
     paths = [path for path in paths if not re.search(r"NAME|NODE_ID", path)]
-    missing = [path for path in (*links, *paths) if path and not (ROOT / path).exists()]
+    folder = (ROOT / name).parent
+    missing = [link for link in links if link and not (folder / link).exists()]
+    missing += [path for path in paths if not (ROOT / path).exists()]
     assert missing == []
 
 
-def test_every_workflow_is_in_the_readme_and_the_changelog() -> None:
+def test_every_workflow_is_in_the_documents_and_the_changelog() -> None:
     for path in (ROOT / "workflows").glob("*.json"):
-        for document in ("README.md", "CHANGELOG.md"):
+        for document in ("docs/workflows.md", "CHANGELOG.md"):
             assert f"`{path.stem}`" in read(document), f"{path.stem}, {document}"
 
 
-def test_every_node_is_in_the_readme_under_its_category(node_classes: dict[str, type]) -> None:
+def test_every_node_is_in_the_documents_under_its_category(node_classes: dict[str, type]) -> None:
     table = {}
-    for line in read("README.md").split("## Nodes")[1].split("##")[0].splitlines():
+    for line in read("docs/nodes.md").splitlines():
         if line.startswith("| ") and " · " in line or line.startswith(("| measure", "| demo")):
             category, names = [cell.strip() for cell in line.strip("|").split("|")]
             table[category] = [name.strip() for name in names.split(" · ")]

@@ -26,7 +26,13 @@ PACK_FILES = [
     *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))),
 ]
 SCRIPTS_BEFORE_VENV = (  # fmt: skip
-    "demo.py", "test.py", "engine.py", "environment.py", "page_workflows.py", "api_workflows.py", "user_comfyui.py",
+    "demo.py",
+    "test.py",
+    "engine.py",
+    "environment.py",
+    "page_workflows.py",
+    "api_workflows.py",
+    "user_comfyui.py",
 )
 WORKFLOWS = ROOT / "workflows"
 NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))

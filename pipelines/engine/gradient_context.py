@@ -94,9 +94,7 @@ def load_completely(patchers: list[Any], memory_required: float) -> None:
         memory_required: bytes beside the weights.
     """
     of_weights = sum(patcher.model_size() for patcher in patchers if _is_dynamic(patcher))
-    comfy.model_management.load_models_gpu(
-        patchers, memory_required=memory_required + of_weights, force_full_load=True
-    )
+    comfy.model_management.load_models_gpu(patchers, memory_required=memory_required + of_weights, force_full_load=True)
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import shutil
 import sys
@@ -32,10 +33,9 @@ sys.path.append(str(ROOT / "scripts"))
 import load_pack  # noqa: E402  (found on the path that was extended just above)
 from api_client import Client, PromptError  # noqa: E402
 from api_workflows import read_workflow, workflow_names  # noqa: E402
-from engine import Server, has_accelerator  # noqa: E402
+from engine import ENGINE_VERSION, Server, find_engine, has_accelerator, version_of  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
 
-NAME = "launch_options"
 PLAIN, COMPILED = "plain", "TorchCompileModel"
 LOADERS = ("CheckpointLoaderSimple", "UNETLoader")
 OPTIONS: dict[str, tuple[str, ...]] = {
@@ -47,6 +47,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "--bf16-vae --bf16-text-enc": ("--bf16-vae", "--bf16-text-enc"),
     "--lowvram": ("--lowvram",),
     "--highvram": ("--highvram",),
+    "--fp16-intermediates": ("--fp16-intermediates",),
+    "--cache-none": ("--cache-none",),
+    "--cache-ram 1": ("--cache-ram", "1"),
+    "--fast": ("--fast",),
+    "--deterministic": ("--deterministic",),
+    "--disable-dynamic-vram": ("--disable-dynamic-vram",),
     COMPILED: (),
 }
 """Names in the results, and the command line of ComfyUI."""
@@ -93,7 +99,15 @@ def why_not(option: str) -> str | None:
         return f"ComfyUI accepts {option} only without --cpu, and this machine has no GPU"
     if option == COMPILED and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
         return "torch.compile needs a C++ compiler on a CPU, and there is none"
+    if any(word.startswith("--") and word not in known_options() for word in OPTIONS[option]):
+        return f"this ComfyUI has no {option}"
     return None
+
+
+@functools.cache
+def known_options() -> str:
+    """ComfyUI's own list of its options."""
+    return (find_engine() / "comfy" / "cli_args.py").read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -185,8 +199,14 @@ def measure(arguments: argparse.Namespace) -> None:
                 write_rows(rows)
 
 
+def results_name() -> str:
+    """The tables of another ComfyUI than the usual one have its version in their name."""
+    version = version_of(find_engine())
+    return "launch_options" if version == ENGINE_VERSION else f"launch_options_{version}"
+
+
 def read_rows() -> list[dict[str, Any]]:
-    kept = RESULTS / f"{NAME}.json"
+    kept = RESULTS / f"{results_name()}.json"
     return json.loads(kept.read_text("utf-8"))["rows"] if kept.is_file() else []
 
 
@@ -205,10 +225,10 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
     lines = [
         "# The shipped workflows under ComfyUI's launch options",
         "",
-        f"`benchmarks/launch_options.py`: on the demo checkpoint, every number of steps cut to "
-        f"{', '.join(map(str, steps))}; commits stand in the JSON file. A number is the lowest PSNR in dB of a "
-        f"workflow's pictures against the same server without the option, 99 for the same pictures; {CLOSE_DB:g} dB "
-        f"and more look like the same picture. In `plain` it is the seconds.",
+        f"`benchmarks/launch_options.py` on ComfyUI {version_of(find_engine())}, demo checkpoint, every number of "
+        f"steps cut to {', '.join(map(str, steps))}; commits stand in the JSON file. A number is the lowest PSNR in dB "
+        f"of a workflow's pictures against the same server without the option, 99 for the same pictures; "
+        f"{CLOSE_DB:g} dB and more look like the same picture. In `plain` it is the seconds.",
         "",
         f"| workflow | {' | '.join(options)} |",
         f"|---|{'---|' * len(options)}",
@@ -234,7 +254,7 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
     lines += ["", f"{len(compared)} runs with an option gave pictures, {close} of them close to the plain ones."]
     lines += ["", LOADED_IN_PART]
     with contextlib.redirect_stdout(None):
-        write_results(NAME, {"rows": rows}, lines)
+        write_results(results_name(), {"rows": rows}, lines)
 
 
 def main() -> None:

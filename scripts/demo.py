@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from api_client import Client, Run
     from PIL import Image
 
-DEFAULT_WORKFLOW = "timestep_aware_edit"
+DEFAULT_WORKFLOW = "timestep_aware_edit_fast"
 
 
 def read_arguments() -> argparse.Namespace:
@@ -147,6 +147,8 @@ def main() -> None:
         run = run_with_progress(client, prompt)
         saved = save_pictures(client, prompt, run, arguments.output / Path(arguments.workflow).stem)
         print_run(prompt, run, saved)
+        print("\nOther workflows: --list names them, --workflow NAME runs one; the README says what each is for.")
+        print("ComfyUI's page: --serve.")
 
 
 if __name__ == "__main__":

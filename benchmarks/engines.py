@@ -29,11 +29,12 @@ sys.path.append(str(ROOT / "scripts"))
 import engine  # noqa: E402  (found on the path that was extended just above)
 from environment import ScriptError, make_environment  # noqa: E402
 from load_pack import source_commit  # noqa: E402
-from report import write_results  # noqa: E402
+from report import RESULTS, write_results  # noqa: E402
 
 WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_generate")
 """Together they use what a ComfyUI may have changed: gradients, recorded and exchanged attention, added layers."""
 
+COMMAND = "benchmarks/engines.py FOLDER [FOLDER ...] --tests tests/engine/test_server.py"
 MOST_STEPS = 6
 """Sampling, inversion and optimisation steps are cut down to this number."""
 
@@ -128,15 +129,15 @@ def examine(folder: Path, pictures: Path, arguments: argparse.Namespace) -> dict
     return found
 
 
-def table(found: list[dict[str, Any]], arguments: argparse.Namespace, command: str, commit: str) -> list[str]:
+def table(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
     lines = [
         "# The pack on other versions of ComfyUI",
         "",
-        f"`{command}` at commit {commit}. Workflows with at most {MOST_STEPS} steps; beside each run, the largest",
-        f"difference of any pixel (of 255) from the picture of ComfyUI {engine.ENGINE_VERSION}.",
+        f"`{COMMAND}`. Workflows with at most {MOST_STEPS} steps; beside each run, the largest difference of any",
+        f"pixel (of 255) from the picture of ComfyUI {engine.ENGINE_VERSION}. A version that is not named again keeps its row.",
         "",
-        f"| ComfyUI | starts | nodes | {' | '.join(arguments.workflows)} | tests |",
-        "|---|---|---|" + "---|" * len(arguments.workflows) + "---|",
+        f"| ComfyUI | starts | nodes | {' | '.join(arguments.workflows)} | tests | commit |",
+        "|---|---|---|" + "---|" * len(arguments.workflows) + "---|---|",
     ]
     for one in found:
         cells = []
@@ -150,7 +151,7 @@ def table(found: list[dict[str, Any]], arguments: argparse.Namespace, command: s
                 cells.append("runs" if difference is None else f"runs, {difference}")
         nodes = f"{one['nodes']} of {one['expected_nodes']}"
         starts = "yes" if one["starts"] else "no"
-        lines.append(f"| {one['version']} | {starts} | {nodes} | {' | '.join(cells)} | {one.get('tests', '')} |")
+        lines.append(f"| {one['version']} | {starts} | {nodes} | {' | '.join(cells)} | {one.get('tests', '')} | {one['commit']} |")
     lines.append("")
     for one in found:
         said = [one["says"], *(f"{name}: {text}" for name, text in one["workflows"].items() if text)]
@@ -181,10 +182,13 @@ def main() -> None:
                 name: largest_difference(pictures / one["version"], pictures / engine.ENGINE_VERSION, name)
                 for name in arguments.workflows
             }
-    command = " ".join(["benchmarks/engines.py", *sys.argv[1:]])
-    commit = source_commit()
-    result = {"command": command, "commit": commit, "reference": engine.ENGINE_VERSION, "engines": found}
-    write_results("engines", result, table(found, arguments, command, commit))
+            one["commit"] = source_commit()
+    before = RESULTS / "engines.json"
+    kept = {one["version"]: one for one in json.loads(before.read_text())["engines"]} if before.is_file() else {}
+    kept.update({one["version"]: one for one in found})
+    found = sorted(kept.values(), key=lambda one: [int(part) for part in one["version"].split(".")])
+    result = {"command": COMMAND, "reference": engine.ENGINE_VERSION, "engines": found}
+    write_results("engines", result, table(found, arguments))
 
 
 if __name__ == "__main__":

@@ -177,7 +177,7 @@ def read_pictures(path: Path) -> Pictures:
 def measure(arguments: argparse.Namespace) -> None:
     rows = read_rows()
     # What is compared with comes first, and again where its pictures are gone.
-    options = [PLAIN, *(option for option in arguments.option if option != PLAIN)]
+    options = [PLAIN, *(option for option in arguments.option or OPTIONS if option != PLAIN)]
     for option in options:
         names = [name for name in arguments.workflow if not is_there(rows, option, name, arguments)]
         reason = why_not(option)
@@ -259,7 +259,7 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--option", choices=OPTIONS, nargs="+", default=list(OPTIONS), help="default all")
+    parser.add_argument("--option", choices=OPTIONS, action="append", help='--option="--fast", repeated (default all)')
     parser.add_argument("--workflow", choices=workflow_names(), nargs="+", default=workflow_names(), help="default all")
     parser.add_argument("--steps", type=int, default=4, help="most steps of anything (default 4)")
     parser.add_argument("--threads", type=int, default=1)

@@ -134,7 +134,7 @@ def table(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[st
         "# The pack on other versions of ComfyUI",
         "",
         f"`{COMMAND}`. Workflows with at most {MOST_STEPS} steps; beside each run, the largest difference of any",
-        f"pixel (of 255) from the picture of ComfyUI {engine.ENGINE_VERSION}. A version that is not named again keeps its row.",
+        f"pixel (of 255) from the picture of ComfyUI {engine.ENGINE_VERSION}. A version that is not run keeps its row.",
         "",
         f"| ComfyUI | starts | nodes | {' | '.join(arguments.workflows)} | tests | commit |",
         "|---|---|---|" + "---|" * len(arguments.workflows) + "---|---|",
@@ -151,7 +151,8 @@ def table(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[st
                 cells.append("runs" if difference is None else f"runs, {difference}")
         nodes = f"{one['nodes']} of {one['expected_nodes']}"
         starts = "yes" if one["starts"] else "no"
-        lines.append(f"| {one['version']} | {starts} | {nodes} | {' | '.join(cells)} | {one.get('tests', '')} | {one['commit']} |")
+        row = [one["version"], starts, nodes, *cells, one.get("tests", ""), one["commit"]]
+        lines.append(f"| {' | '.join(row)} |")
     lines.append("")
     for one in found:
         said = [one["says"], *(f"{name}: {text}" for name, text in one["workflows"].items() if text)]

@@ -23,10 +23,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from .errors import IdentityEditError
-from .layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers, choose_layers, layer_key
-from .maps import cross_attention_columns, self_attention_map
-from .patches import Patched
+from .maps import MeanMap, heads_apart
 from .regions import Region, region_of
+from .sites import AUTOMATIC, Attended, LayerKey, choose_layers
+from .unet import AttentionLayer, Patched, attention_layers, layer_key
 
 _KEY = "identity_edit_attention"
 MAXIMUM_SELF_ATTENTION_CELLS = 32 * 32
@@ -34,26 +34,6 @@ MAXIMUM_SELF_ATTENTION_CELLS = 32 * 32
 picture, one of 64x64 sixteen times that, in memory and in time."""
 
 Grid = tuple[int, int]
-
-
-@dataclass
-class MeanMap:
-    """A running mean over heads, layers and network evaluations, cell by cell.
-
-    Attributes:
-        total: cross-attention [B, h, w], or self-attention [B, h * w, h * w]; weighted sum of the maps so far.
-        weight: [B, h, w] or [B, h * w]: the weights' sum for each query.
-    """
-
-    total: torch.Tensor
-    weight: torch.Tensor
-
-    @classmethod
-    def empty(cls, shape: Sequence[int], query_shape: Sequence[int], device: torch.device) -> MeanMap:
-        return cls(torch.zeros(*shape, device=device), torch.zeros(*query_shape, device=device))
-
-    def cpu(self) -> MeanMap:
-        return MeanMap(self.total.cpu(), self.weight.cpu())
 
 
 class IdentityAttention:
@@ -152,6 +132,24 @@ class _Run:
         expected = [("cross", key) for key in self.cross_layers] + [("self", key) for key in self.self_layers]
         return [item[1] for item in expected if item not in self.fired]
 
+    def rows_to_read(self, n: torch.Tensor, extra: dict[str, Any]) -> list[tuple[torch.Tensor, Region, torch.Tensor]]:
+        """The rows of the positive side in a batch of conditionings: (activations [B, cells, C], region, weight).
+
+        ComfyUI lays the conditionings of both sides one after another into a batch, in any order, or evaluates them in
+        separate calls; `cond_or_uncond` and `uuids` say whose rows they are.
+        """
+        sides, uuids = extra["cond_or_uncond"], extra["uuids"]
+        shape = tuple(extra["activations_shape"][2:])
+        if n.shape[0] != self.batch * len(sides) or n.shape[1] != shape[0] * shape[1]:
+            return []  # cells were merged or tiled before
+        found = []
+        for rows, side, uuid in zip(n.split(self.batch), sides, uuids, strict=True):
+            if side == self.side:
+                entry = self.entries.get(uuid, {})
+                region = region_of(entry, self.height, self.width, shape)
+                found.append((rows, region, region.weight(entry, n.device, self.batch)))
+        return found
+
 
 def capture_attention(
     model: Any,
@@ -170,7 +168,7 @@ def capture_attention(
         model: MODEL (a ModelPatcher) with a Stable Diffusion 1.x, 2.x or XL UNet; it is not changed.
         context: [B or 1, T, C], the identity prompt's embedding. The softmax runs over all its T tokens.
         columns: the tokens whose attention is summed; never those of begin, end and padding.
-        layers: see `layers.choose_layers`.
+        layers: see `sites.choose_layers`.
         self_attention: also read self-attention, at one grid (see `MAXIMUM_SELF_ATTENTION_CELLS`).
 
     Returns:
@@ -187,18 +185,39 @@ def capture_attention(
             f"at least one of its words."
         )
     attention = IdentityAttention(columns, layers, self_attention)
-    embedding = context.detach()
-    run: _Run | None = None
+    return _Recorder(attention, context.detach()).on(model), attention
 
-    def outer_sample(executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        nonlocal run
+
+class _Recorder:
+    """Fills an `IdentityAttention` while a model samples: wrappers say what is evaluated, patches read the layers."""
+
+    def __init__(self, attention: IdentityAttention, context: torch.Tensor) -> None:
+        self._attention = attention
+        self._context = context
+        self._run: _Run | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
+        return self  # a clone copies its model's options deeply, and these methods with them
+
+    def on(self, model: Any) -> Any:
+        """A clone of a model that is recorded."""
+        clone = model.clone()
+        clone.set_model_attn2_patch(self._read_cross_attention)
+        if self._attention.reads_self_attention:
+            clone.set_model_attn1_patch(self._read_self_attention)
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, self._outer_sample)
+        clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, self._predict_noise)
+        clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, self._calc_cond_batch)
+        return clone
+
+    def _outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         network = executor.class_obj.model_patcher.get_model_object("diffusion_model")
-        attention.clear()
-        run = _begin_run(attention, network, noise, embedding)
+        self._attention.clear()
+        self._run = run = self._begin(network, noise)
         try:
             result = executor(noise, *args, **kwargs)
             missing = run.missing()
-            if attention.evaluations > 0 and missing:
+            if self._attention.evaluations > 0 and missing:
                 logging.warning(
                     "IdentityEdit: the attention of %d layers could not be read (%s); another patch of the model "
                     "changes their cells.",
@@ -207,10 +226,26 @@ def capture_attention(
                 )
             return result
         finally:
-            run = None
-            attention.to_cpu()
+            self._run = None
+            self._attention.to_cpu()
 
-    def predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def _begin(self, network: Any, noise: torch.Tensor) -> _Run:
+        batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
+        if self._context.shape[0] not in (1, batch):
+            raise IdentityEditError(
+                f"The identity prompt has {self._context.shape[0]} embeddings for a batch of {batch} latents; give one "
+                f"for all, or one for each."
+            )
+        chosen = choose_layers(attention_layers(network), height, width, self._attention.choice)
+        cross = {layer.key: layer for layer in chosen if layer.attends_to_text}
+        own: list[AttentionLayer] = []
+        if self._attention.reads_self_attention:
+            factor = _self_attention_factor(chosen, height, width)
+            own = [layer for layer in chosen if layer.attends_to_itself and layer.downsampling == factor]
+        return _Run(batch, height, width, cross, {layer.key: layer for layer in own})
+
+    def _predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        run = self._run
         if run is None:
             return executor(*args, **kwargs)
         run.guider = executor.class_obj
@@ -219,7 +254,10 @@ def capture_attention(
         finally:
             run.guider = None
 
-    def calc_cond_batch(executor: Any, network: Any, conds: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _calc_cond_batch(
+        self, executor: Any, network: Any, conds: Any, x: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        run = self._run
         side = None if run is None or run.guider is None else _positive_side(run.guider, conds)
         if run is None or side is None or tuple(x.shape[0:1] + x.shape[2:]) != (run.batch, run.height, run.width):
             return executor(network, conds, x, *args, **kwargs)
@@ -227,66 +265,44 @@ def capture_attention(
         run.side, run.entries = side, {entry["uuid"]: entry for entry in conds[side]}
         try:
             result = executor(network, conds, x, *args, **kwargs)
-            attention.evaluations += 1
+            self._attention.evaluations += 1
             return result
         finally:
             run.side, run.entries = None, {}
 
-    def attn2_patch(
-        n: torch.Tensor, patched_context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
+    @torch.no_grad()
+    def _read_cross_attention(
+        self, n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
     ) -> Patched:
+        run = self._run
         layer = None if run is None or run.side is None else run.cross_layers.get(layer_key(extra))
         if run is not None and layer is not None:
-            with torch.no_grad():
-                for rows, region, weight in _rows_to_read(run, n, extra):
-                    if run.context is None:
-                        run.context = embedding.to(device=n.device, dtype=n.dtype)
-                    query, key = layer.block.attn2.to_q(rows), layer.block.attn2.to_k(run.context)
-                    maps = cross_attention_columns(query, key, extra["n_heads"], attention.columns)
-                    maps = maps.unflatten(1, region.shape)
-                    attention.add_cross_attention(maps, region, weight, run.batch)
-                    run.fired.add(("cross", layer.key))
-        return n, patched_context, value
+            for rows, region, weight in run.rows_to_read(n, extra):
+                if run.context is None:
+                    run.context = self._context.to(device=n.device, dtype=n.dtype)
+                query, key = layer.block.attn2.to_q(rows), layer.block.attn2.to_k(run.context)
+                query, key = (heads_apart(each, extra["n_heads"]) for each in (query, key))
+                maps = Attended(query, key, region.shape).to_text(self._attention.columns)
+                self._attention.add_cross_attention(maps, region, weight, run.batch)
+                run.fired.add(("cross", layer.key))
+        return n, context, value
 
-    def attn1_patch(
-        n: torch.Tensor, patched_context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
+    @torch.no_grad()
+    def _read_self_attention(
+        self, n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
     ) -> Patched:
+        run = self._run
         layer = None if run is None or run.side is None else run.self_layers.get(layer_key(extra))
         if run is not None and layer is not None:
-            with torch.no_grad():
-                for rows, region, weight in _rows_to_read(run, n, extra):
-                    if attention.self_grid not in (None, region.grid):
-                        continue
-                    query, key = layer.block.attn1.to_q(rows), layer.block.attn1.to_k(rows)
-                    maps = self_attention_map(query, key, extra["n_heads"])
-                    attention.add_self_attention(maps, region, weight, run.batch)
-                    run.fired.add(("self", layer.key))
-        return n, patched_context, value
-
-    clone = model.clone()
-    clone.set_model_attn2_patch(attn2_patch)
-    if self_attention:
-        clone.set_model_attn1_patch(attn1_patch)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, outer_sample)
-    clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, predict_noise)
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, calc_cond_batch)
-    return clone, attention
-
-
-def _begin_run(attention: IdentityAttention, network: Any, noise: torch.Tensor, context: torch.Tensor) -> _Run:
-    batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
-    if context.shape[0] not in (1, batch):
-        raise IdentityEditError(
-            f"The identity prompt has {context.shape[0]} embeddings for a batch of {batch} latents; give one for all, "
-            f"or one for each."
-        )
-    chosen = choose_layers(attention_layers(network), height, width, attention.choice)
-    cross = {layer.key: layer for layer in chosen if layer.attends_to_text}
-    own: list[AttentionLayer] = []
-    if attention.reads_self_attention:
-        factor = _self_attention_factor(chosen, height, width)
-        own = [layer for layer in chosen if layer.attends_to_itself and layer.downsampling == factor]
-    return _Run(batch, height, width, cross, {layer.key: layer for layer in own})
+            for rows, region, weight in run.rows_to_read(n, extra):
+                if self._attention.self_grid not in (None, region.grid):
+                    continue
+                query, key = layer.block.attn1.to_q(rows), layer.block.attn1.to_k(rows)
+                query, key = (heads_apart(each, extra["n_heads"]) for each in (query, key))
+                maps = Attended(query, key, region.shape).to_picture()
+                self._attention.add_self_attention(maps, region, weight, run.batch)
+                run.fired.add(("self", layer.key))
+        return n, context, value
 
 
 def _self_attention_factor(layers: Sequence[AttentionLayer], height: int, width: int) -> int:
@@ -310,22 +326,3 @@ def _positive_side(guider: Any, conds: Sequence[Any]) -> int | None:
         if side is not None and side is own:
             return index
     return 0 if len(conds) > 0 and conds[0] is not None else None
-
-
-def _rows_to_read(run: _Run, n: torch.Tensor, extra: dict[str, Any]) -> list[tuple[torch.Tensor, Region, torch.Tensor]]:
-    """The rows of the positive side in a batch of conditionings: (activations [B, cells, C], region, weight).
-
-    ComfyUI lays the conditionings of both sides one after another into a batch, in any order, or evaluates them in
-    separate calls; `cond_or_uncond` and `uuids` say whose rows they are.
-    """
-    sides, uuids = extra["cond_or_uncond"], extra["uuids"]
-    shape = tuple(extra["activations_shape"][2:])
-    if n.shape[0] != run.batch * len(sides) or n.shape[1] != shape[0] * shape[1]:
-        return []  # cells were merged or tiled before
-    found = []
-    for rows, side, uuid in zip(n.split(run.batch), sides, uuids, strict=True):
-        if side == run.side:
-            entry = run.entries.get(uuid, {})
-            region = region_of(entry, run.height, run.width, shape)
-            found.append((rows, region, region.weight(entry, n.device, run.batch)))
-    return found

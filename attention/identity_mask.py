@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
-from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, pad
 
 from .capture import IdentityAttention
 from .errors import IdentityEditError
+from .masks import normalised, resized
 
 SELF_ATTENTION_POWER = 1
 """lambda of eq. 2. The paper names no value; measured, see `THRESHOLD`."""
@@ -61,12 +59,6 @@ def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int =
     return mask.view_as(rough)
 
 
-def normalised(mask: torch.Tensor) -> torch.Tensor:
-    """Each picture's map [B, h, w] from 0 at its smallest value to 1 at its largest; 0 where all are equal."""
-    low, high = mask.amin(dim=(1, 2), keepdim=True), mask.amax(dim=(1, 2), keepdim=True)
-    return torch.where(high > low, (mask - low) / (high - low).clamp(min=1e-30), torch.zeros_like(mask))
-
-
 def identity_map(attention: IdentityAttention, height: int, width: int, power: int) -> torch.Tensor:
     """The normalised map [B, height, width] in [0, 1] that a mask is cut out of: M^1 for power 0, else M^2."""
     mask = rough_mask(attention)
@@ -96,35 +88,3 @@ def identity_mask(
         [B, height, width] float32, 0 or 1.
     """
     return (identity_map(attention, height, width, power) > threshold).float()
-
-
-def union(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """M_t, eq. 3: the union of two masks, so that the subject of neither picture is cut."""
-    return torch.maximum(first, second)
-
-
-def feathered(mask: torch.Tensor, width: float) -> torch.Tensor:
-    """A mask [B, H, W] whose border fades: blurred by a Gaussian of deviation `width` in cells; 0 leaves it as it is.
-
-    Written out, because torchvision's blur reflects at the border and so refuses small latents; this one repeats the
-    outermost cells, and a mask of ones stays one.
-    """
-    if width <= 0:
-        return mask
-    radius = max(1, math.ceil(3 * width))
-    distance = torch.arange(-radius, radius + 1, device=mask.device, dtype=torch.float32)
-    kernel = torch.exp(-0.5 * (distance / width) ** 2)
-    kernel = kernel / kernel.sum()
-    padded = pad(mask.unsqueeze(1), (radius, radius, radius, radius), mode="replicate")
-    blurred = conv2d(conv2d(padded, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-    return blurred.squeeze(1).clamp(0.0, 1.0)
-
-
-def resized(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """A map [B, h, w] on another grid: bilinear where it grows, the mean of the cells where it shrinks (which is
-    bilinear for a half, and leaves no cell out for less)."""
-    if tuple(mask.shape[1:]) == tuple(grid):
-        return mask
-    if mask.shape[1] >= grid[0] and mask.shape[2] >= grid[1]:
-        return adaptive_avg_pool2d(mask.unsqueeze(1), grid).squeeze(1)
-    return interpolate(mask.unsqueeze(1), size=grid, mode="bilinear", align_corners=False).squeeze(1)

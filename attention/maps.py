@@ -1,34 +1,56 @@
-"""Attention maps from queries and keys, in float32 and in pieces, so that no full set of maps is ever in memory."""
+"""Attention maps from queries and keys, in float32 and in pieces, so that no full set of maps is ever in memory, and
+their running mean."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 
 _ELEMENTS = {"cpu": 2 * 2**20}
 _ELEMENTS_ELSEWHERE = 16 * 2**20
 """Numbers in one piece: 8 MiB where a piece should stay in the cache, 64 MiB where few, large kernels are faster."""
 
 
+@dataclass
+class MeanMap:
+    """A running mean over heads, layers and network evaluations, cell by cell.
+
+    Attributes:
+        total: cross-attention [B, h, w], or self-attention [B, h * w, h * w]; weighted sum of the maps so far.
+        weight: [B, h, w] or [B, h * w]: the weights' sum for each query.
+    """
+
+    total: torch.Tensor
+    weight: torch.Tensor
+
+    @classmethod
+    def empty(cls, shape: Sequence[int], query_shape: Sequence[int], device: torch.device) -> MeanMap:
+        return cls(torch.zeros(*shape, device=device), torch.zeros(*query_shape, device=device))
+
+    def cpu(self) -> MeanMap:
+        return MeanMap(self.total.cpu(), self.weight.cpu())
+
+
 def cross_attention_columns(
-    query: torch.Tensor, key: torch.Tensor, heads: int, columns: Sequence[int] | torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, columns: Sequence[int] | torch.Tensor
 ) -> torch.Tensor:
     """How much each query attends to some of the keys: softmax(Q K^T / sqrt(d)), mean over heads, sum over `columns`.
 
     Only the chosen columns are made into probabilities; of all others only the softmax's normaliser is needed.
 
     Args:
-        query: [B, N, heads * d] in any precision.
-        key: [B or 1, T, heads * d].
-        heads: number of heads.
+        query: [B, heads, N, d] in any precision.
+        key: [B or 1, heads, T, d].
         columns: indices of keys, 0 to T - 1.
 
     Returns:
         [B, N] float32, 0 to 1.
     """
-    q, k = _heads_apart(query, heads), _heads_apart(key, heads).transpose(-1, -2)
-    batch, _, count, dimension = q.shape
+    q, k = query.float(), key.float().transpose(-1, -2)
+    batch, heads, count, dimension = q.shape
     chosen = torch.as_tensor(columns, device=query.device)
     result = torch.empty(batch, count, device=query.device)
     for rows in _pieces(count, batch * heads * k.shape[-1], query.device):
@@ -38,30 +60,28 @@ def cross_attention_columns(
     return result
 
 
-def self_attention_map(query: torch.Tensor, key: torch.Tensor, heads: int) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(d)), mean over heads: how much each cell attends to each cell.
+def self_attention_map(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """softmax(Q K^T / sqrt(d)), mean over heads: how much each query attends to each key.
 
     Args:
-        query, key: [B, N, heads * d] in any precision.
-        heads: number of heads.
+        query, key: [B, heads, N, d] and [B, heads, M, d] in any precision.
 
     Returns:
-        [B, N, N] float32; every row sums to 1.
+        [B, N, M] float32; every row sums to 1.
     """
-    q, k = _heads_apart(query, heads), _heads_apart(key, heads).transpose(-1, -2)
-    batch, _, count, dimension = q.shape
-    result = torch.zeros(batch, count, count, device=query.device)
-    for rows in _pieces(count, batch * count, query.device):
-        for group in _pieces(heads, batch * (rows.stop - rows.start) * count, query.device):
+    q, k = query.float(), key.float().transpose(-1, -2)
+    batch, heads, count, dimension = q.shape
+    result = torch.zeros(batch, count, k.shape[-1], device=query.device)
+    for rows in _pieces(count, batch * k.shape[-1], query.device):
+        for group in _pieces(heads, batch * (rows.stop - rows.start) * k.shape[-1], query.device):
             logits = (q[:, group, rows] * dimension**-0.5) @ k[:, group]
             result[:, rows] += logits.softmax(dim=-1).sum(dim=1)
     return result.div_(heads)
 
 
-def _heads_apart(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, N, heads * d] to [B, heads, N, d] float32."""
-    batch, count, width = tensor.shape
-    return tensor.view(batch, count, heads, width // heads).transpose(1, 2).float()
+def heads_apart(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """[..., N, heads * d] as [..., heads, N, d], in the same memory."""
+    return rearrange(tensor, "... n (h d) -> ... h n d", h=heads)
 
 
 def _pieces(count: int, numbers_each: int, device: torch.device) -> Iterator[slice]:

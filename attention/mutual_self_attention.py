@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from .errors import IdentityEditError
-from .layers import AttentionLayer, LayerKey, attention_layers, layer_key
-from .patches import Patched, by_conditioning, keys_and_values
 from .regions import region_of
+from .sites import LayerKey
+from .unet import AttentionLayer, Patched, attention_layers, by_conditioning, keys_and_values, layer_key
 
 AUTOMATIC = -1
 

@@ -31,15 +31,15 @@ from typing import Any
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from comfy.patcher_extension import WrappersMP
+from einops import rearrange
 from torch.nn.functional import max_pool2d
 
-from .capture import MeanMap
 from .errors import IdentityEditError
-from .identity_mask import resized
-from .layers import AttentionLayer, LayerKey, layer_key
-from .maps import cross_attention_columns
-from .patches import Patched, by_conditioning, keys_and_values, with_patches
+from .maps import MeanMap, cross_attention_columns, heads_apart
+from .masks import resized
 from .regions import region_of
+from .sites import LayerKey
+from .unet import AttentionLayer, Patched, by_conditioning, keys_and_values, layer_key, with_patches
 
 REFERENCE_FACTOR, REFERENCE_CELLS = 4, 16
 """The reference implementation controls self-attention on grids of at most 16x16 cells, and finds words for the local
@@ -274,9 +274,9 @@ class AttentionControl:
             m_target = attention_weights(q[b], k[b, :target_tokens], heads)
             weights = self.tokens.weights(m_source, m_target)
             maps.append(weights[:, :, columns].sum(dim=-1).mean(dim=0))
-            values = _heads_apart(v[b, :target_tokens], heads)
+            values = heads_apart(v[b, :target_tokens], heads).float()
             attended = (weights * self.tokens.factors.to(weights.device)) @ values
-            outputs.append(attended.transpose(0, 1).flatten(1))
+            outputs.append(rearrange(attended, "h n d -> n (h d)"))
         return torch.stack(outputs).to(v.dtype), torch.stack(maps)
 
     def _of_the_source(
@@ -303,7 +303,8 @@ class AttentionControl:
 
     def _add_to_blend(self, of: str, q: torch.Tensor, k: torch.Tensor, uuid: Any, extra: dict[str, Any]) -> None:
         if self.blend is not None and self.blend.columns[of] and layer_key(extra) in self.blend_layers:
-            maps = cross_attention_columns(q, k, extra["n_heads"], self.blend.columns[of])
+            queries, keys = (heads_apart(each, extra["n_heads"]) for each in (q, k))
+            maps = cross_attention_columns(queries, keys, self.blend.columns[of])
             self._add_maps(of, maps, uuid, extra)
 
     def _add_maps(self, of: str, maps: torch.Tensor, uuid: Any, extra: dict[str, Any]) -> None:
@@ -315,7 +316,7 @@ class AttentionControl:
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
     """softmax(Q K^T / sqrt(d)) of one picture [heads, N, T] float32, from q [N, heads * d] and k [T, heads * d]."""
-    queries, keys = _heads_apart(q, heads), _heads_apart(k, heads)
+    queries, keys = heads_apart(q, heads).float(), heads_apart(k, heads).float()
     return (queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)).softmax(dim=-1)
 
 
@@ -389,8 +390,3 @@ def _check_tokens(keys: torch.Tensor, count: int, whose: str) -> int:
             f"of the prompt that attention control was made for."
         )
     return count
-
-
-def _heads_apart(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[N, heads * d] to [heads, N, d] float32."""
-    return tensor.unflatten(1, (heads, -1)).transpose(0, 1).float()

@@ -34,9 +34,9 @@ import torch
 from torch import nn
 
 from .errors import IdentityEditError
-from .layers import AttentionLayer, LayerKey, attention_layers, layer_key
-from .patches import Patched
 from .regions import Region, region_of
+from .sites import LayerKey
+from .unet import AttentionLayer, Patched, attention_layers, layer_key
 
 SEQUENTIAL, PARALLEL = "sequential", "parallel"
 KINDS = (SEQUENTIAL, PARALLEL)

@@ -35,7 +35,7 @@ import memory  # noqa: E402
 import torch  # noqa: E402
 from comfy.patcher_extension import WrappersMP  # noqa: E402
 from identity_edit_pack.attention.capture import capture_attention  # noqa: E402
-from identity_edit_pack.attention.layers import AUTOMATIC, LAYER_CHOICES  # noqa: E402
+from identity_edit_pack.attention.sites import AUTOMATIC, LAYER_CHOICES  # noqa: E402
 from report import write_results  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 

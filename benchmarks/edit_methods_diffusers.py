@@ -26,8 +26,8 @@ import torch
 from edit_cases import EditCase
 from edit_method import PREPARATION, Checkpoint, Method, MethodSettings
 from edit_methods_stock import eight_channel_checkpoint
-from identity_edit_pack.attention.layers import attention_layers
 from identity_edit_pack.attention.mutual_self_attention import mutual_layers
+from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines.mutual_self_attention import START_STEP
 
 diffusers.utils.logging.set_verbosity_error()

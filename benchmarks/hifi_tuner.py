@@ -58,8 +58,8 @@ from identity_edit_pack.demo_world.attributes import Attributes, caption  # noqa
 from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
 from identity_edit_pack.pipelines.alignment import align_reference  # noqa: E402
+from identity_edit_pack.pipelines.attention_segmentation import attention_masks  # noqa: E402
 from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
-from identity_edit_pack.pipelines.features import histogram_features, select_reference  # noqa: E402
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
 from identity_edit_pack.pipelines.inversion import (  # noqa: E402
     ddim_inversion,
@@ -69,8 +69,8 @@ from identity_edit_pack.pipelines.reference_guidance import (  # noqa: E402
     first_pass_latent,
     reference_guided_sampling,
 )
+from identity_edit_pack.pipelines.reference_selection import histogram_features, select_reference  # noqa: E402
 from identity_edit_pack.pipelines.schedule import Schedule, ddim_schedule  # noqa: E402
-from identity_edit_pack.pipelines.segmentation import attention_masks  # noqa: E402
 from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings  # noqa: E402
 from identity_edit_pack.pipelines.subject_embedding import (  # noqa: E402
     OUTPUT,

@@ -62,7 +62,8 @@ from identity_edit_pack.pipelines.identity_words import (  # noqa: E402
     load_identity_words,
     save_identity_words,
 )
-from identity_edit_pack.pipelines.pair_folder import PairFolder, load_pair  # noqa: E402
+from identity_edit_pack.pipelines.pair_folder import SOURCE, TARGET, PairFolder, read_pair  # noqa: E402
+from identity_edit_pack.pipelines.pictures import read_picture  # noqa: E402
 from identity_edit_pack.pipelines.train_identity_words import (  # noqa: E402
     IdentitySettings,
     features_of,
@@ -275,8 +276,11 @@ def main() -> None:
                 datasets.generate_pairs(
                     model, clip, vae, sampler, sigmas, folder, settings, identities=who, poses=pose, numbers=shown
                 )
-                loaded = [load_pair(folder.path / "pairs" / f"{number:06}") for number in numbers]
-            pairs = [(source, target, facts["edit"]) for source, target, facts in loaded]
+                folders = [folder.path / "pairs" / f"{number:06}" for number in numbers]
+                pairs = [
+                    (*(read_picture(at / name, name)[0] for name in (SOURCE, TARGET)), read_pair(at)["edit"])
+                    for at in folders
+                ]
         else:
             pairs = [apart(checkpoint, sampler, sigmas, settings, n) for n in tqdm(range(arguments.pairs), desc=name)]
         seconds = (time.perf_counter() - start) / arguments.pairs

@@ -1,6 +1,6 @@
 """How well does a model's own attention segment a subject? `.venv/bin/python benchmarks/segment_subject.py`.
 
-The masks of `pipelines.segmentation.attention_masks` against those of the renderer (intersection over union), on
+The masks of `attention_segmentation.attention_masks` against those of the renderer (intersection over union), on
 pictures of held-out identities of the demo world that no training has seen. The network looks at each picture once at
 every timestep of a grid; every set of timesteps, threshold and lambda of equation 2 (Liu et al. 2024) is then cut out
 of the same recordings. Half of the pictures choose, the other half is what is reported. The network is evaluated with
@@ -33,7 +33,8 @@ from identity_edit_pack.demo_world import family  # noqa: E402
 from identity_edit_pack.demo_world.attributes import caption  # noqa: E402
 from identity_edit_pack.demo_world.pictures import evaluation_set  # noqa: E402
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import heatmap, segmentation  # noqa: E402
+from identity_edit_pack.pipelines import attention_segmentation as by_attention  # noqa: E402
+from identity_edit_pack.pipelines import heatmap  # noqa: E402
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
 
@@ -62,7 +63,7 @@ def record(model: Any, clip: Any, latents: torch.Tensor, names: list[str], texts
         rough, own = [], []
         for name in sorted(set(names)):
             rows = [i for i, other in enumerate(names) if other == name]
-            attention = segmentation.record_attention(
+            attention = by_attention.record_attention(
                 model,
                 latents[rows],
                 encode_identity_prompt(clip, name),
@@ -139,7 +140,7 @@ def main() -> None:
             for threshold in THRESHOLDS:
                 each = overlap(values > threshold, true)
                 rows.append((float(each[:half].mean()), chosen, threshold, power, each[half:]))
-        defaults = (tuple(sorted(segmentation.TIMESTEPS)), segmentation.THRESHOLD, segmentation.POWER)
+        defaults = (tuple(sorted(by_attention.TIMESTEPS)), by_attention.THRESHOLD, by_attention.POWER)
         own = next(row for row in rows if row[1:4] == defaults)
         told = {
             f"{label}, best of {n}": max((row for row in rows if len(row[1]) == n), key=first) for n in (1, 2, 3, 5)
@@ -161,14 +162,14 @@ def main() -> None:
             }
         sheets.append(heatmap.outlined(pictures, (cut(recorded, own[1], own[3]) > own[2]).float())[half:])
     start = time.perf_counter()
-    segmentation.attention_masks(
+    by_attention.attention_masks(
         model, latents[:1], encode_identity_prompt(clip, names[0]), embed(clip, [f"a {names[0]}"]), (128, 128)
     )
     figures["seconds_a_picture"] = time.perf_counter() - start
     lines += [
         "",
         f"One picture with the defaults: {figures['seconds_a_picture']:.2f} s on this machine's "
-        f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(segmentation.TIMESTEPS)} network evaluations.",
+        f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(by_attention.TIMESTEPS)} network evaluations.",
         "",
         "![pictures; masks with the class word; masks with the caption](segment_subject.jpg)",
     ]

@@ -17,10 +17,10 @@ from ..pipelines.background import ENDINGS as BACKGROUND_ENDINGS
 from ..pipelines.background import FOLDER as BACKGROUND_FOLDER
 from ..pipelines.background import NEEDED as BACKGROUND_NEEDED
 from ..pipelines.background import subject_masks, without_background
+from ..pipelines.engine.host import stop_if_interrupted
 from ..pipelines.errors import IdentityEditError
-from ..pipelines.face_pictures import drawn_faces
 from ..pipelines.masks import masks_for
-from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.model_folders import list_models, missing_model, model_path
 from ..pipelines.pictures import as_colour
 from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
@@ -273,7 +273,7 @@ class AlignFace(io.ComfyNode):
         return io.NodeOutput(
             faces,
             face_masks,
-            drawn_faces(pictures, found),
+            pipeline.drawn_faces(pictures, found),
             json.dumps(entries),
             show_text(cls, f"{text}, {size}x{size}.", " ".join(notes) or None),
             ui=ui.PreviewImage(faces, cls=cls),
@@ -379,7 +379,7 @@ class IdentitySimilarity(io.ComfyNode):
         scores, lines = [], []
         faults = _Faults(without_face)
         for number, picture in enumerate(pictures):
-            _stop_if_interrupted()
+            stop_if_interrupted()
             found = pipeline.detect_faces(face_detector, picture)
             if not found and without_face == ZERO:
                 scores.append(0.0)
@@ -468,7 +468,7 @@ def _find(
         )
     found = []
     for picture in pictures:
-        _stop_if_interrupted()
+        stop_if_interrupted()
         found.append(pipeline.detect_faces(detector, picture))
     return found, choice
 
@@ -492,10 +492,7 @@ def _background_model(name: str) -> str:
             "Removing the background needs a mask or a background_model; connect one, choose the other, or set "
             "background to 'keep'."
         )
-    found = list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)
-    if name not in found:
-        raise IdentityEditError(missing_model(BACKGROUND_FOLDER, name, BACKGROUND_NEEDED))
-    return found[name]
+    return model_path(BACKGROUND_FOLDER, name, BACKGROUND_NEEDED, BACKGROUND_ENDINGS)
 
 
 def _warning(face: pipeline.Face, name: str) -> list[str]:
@@ -505,12 +502,6 @@ def _warning(face: pipeline.Face, name: str) -> list[str]:
 
 def _name(number: int) -> str:
     return f"picture {number + 1}"
-
-
-def _stop_if_interrupted() -> None:
-    from comfy import model_management
-
-    model_management.throw_exception_if_processing_interrupted()
 
 
 NODES: list[type[io.ComfyNode]] = [LoadFaceDetector, AlignFace, IdentitySimilarity]

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..attention import identity_mask as masks
 from ..attention.capture import IdentityAttention
-from ..attention.layers import AUTOMATIC, LAYER_CHOICES
+from ..attention.sites import AUTOMATIC, LAYER_CHOICES
 from ..pipelines import heatmap, identity_mask_blend
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError

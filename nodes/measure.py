@@ -19,7 +19,7 @@ from ..pipelines.frechet_distance import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.identity_similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.identity_similarity import load_recognizer
 from ..pipelines.lpips_score import BACKBONES
-from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.model_folders import list_models, missing_model, model_path
 from ..pipelines.pictures import comparable
 from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
@@ -355,12 +355,7 @@ class ScoreEdit(io.ComfyNode):
 
 def _folder(name: str, needed: str) -> str | None:
     """The path of a model in models/image_encoders."""
-    if name == NONE:
-        return None
-    models = list_models(ENCODER_FOLDER)
-    if name not in models:
-        raise IdentityEditError(missing_model(ENCODER_FOLDER, name, needed))
-    return models[name]
+    return None if name == NONE else model_path(ENCODER_FOLDER, name, needed)
 
 
 def _clip(name: str, clip: Any, clip_vision: Any) -> str | clip_scores.SocketClip | None:

@@ -16,7 +16,7 @@ from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.pair_folder import PairFolder
-from ..pipelines.pictures import as_colour, comparable
+from ..pipelines.pictures import as_colour, comparable, to_pillow
 from ..pipelines.train_identity_words import features_of
 from .idle import first_said, same_prompt
 from .saved_files import check_name
@@ -488,15 +488,13 @@ def _report(done: datasets.PairsMade, folder: PairFolder, settings: datasets.Pai
 def _progress() -> Any:
     """ComfyUI's progress bar, with each new pair as its preview."""
     from comfy.utils import ProgressBar
-    from PIL import Image
 
     bar = ProgressBar(1)
 
     def report(done: int, total: int, picture: torch.Tensor | None) -> None:
         preview = None
         if picture is not None:
-            levels = (picture[..., :3].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
-            preview = ("JPEG", Image.fromarray(levels.cpu().numpy()), 512)
+            preview = ("JPEG", to_pillow(picture), 512)
         bar.update_absolute(done, total, preview)
 
     return report

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines import alignment, features
+from ..pipelines import alignment, image_encoders, reference_selection
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.masks import masks_for
-from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.model_folders import list_models, missing_model, model_path
 from ..pipelines.pictures import as_colour
 from ..pipelines.subject_pictures import SubjectPictures as SubjectPicturesData
 from .sockets import SubjectPictures, checked, mask_input, schema, show_text
@@ -100,7 +100,7 @@ class SelectReference(io.ComfyNode):
     def validate_inputs(cls, encoder: str) -> bool | str:
         if encoder in (BUILT_IN, CLIP_VISION) or encoder in list_models(MODEL_FOLDER):
             return True
-        return missing_model(MODEL_FOLDER, encoder, features.NEEDED)
+        return missing_model(MODEL_FOLDER, encoder, image_encoders.NEEDED)
 
     @classmethod
     @checked
@@ -119,7 +119,7 @@ class SelectReference(io.ComfyNode):
         pictures, picture_masks, captions, names = _sources(subject, images, masks)
         drawn = list(as_colour(generated, "generated"))
         drawn_masks = _masks_of(drawn, generated_mask, "generated_mask")
-        choice = features.select_reference(
+        choice = reference_selection.select_reference(
             drawn,
             pictures,
             _encoder(encoder, clip_vision),
@@ -347,19 +347,16 @@ def _masks_of(pictures: list[torch.Tensor], masks: torch.Tensor | None, name: st
     return list(masks_for(masks, name, height, width, len(pictures)))
 
 
-def _encoder(name: str, clip_vision: Any) -> features.Encoder:
+def _encoder(name: str, clip_vision: Any) -> image_encoders.Encoder:
     if name == BUILT_IN:
-        return features.histogram_features
+        return reference_selection.histogram_features
     if name == CLIP_VISION:
         if clip_vision is None:
             raise IdentityEditError(
                 f"The encoder '{CLIP_VISION}' needs clip_vision; connect Load CLIP Vision, or choose '{BUILT_IN}'."
             )
-        return features.encoder_of_clip_vision(clip_vision)
-    models = list_models(MODEL_FOLDER)
-    if name not in models:
-        raise IdentityEditError(missing_model(MODEL_FOLDER, name, features.NEEDED))
-    return features.encoder_of_folder(models[name])
+        return image_encoders.encoder_of_clip_vision(clip_vision)
+    return image_encoders.encoder_of_folder(model_path(MODEL_FOLDER, name, image_encoders.NEEDED))
 
 
 def _mask_output(mask: torch.Tensor | None, name: str) -> Any:

@@ -8,14 +8,16 @@ import torch
 from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
-from ..attention.layers import AUTOMATIC, LAYER_CHOICES
-from ..pipelines import alignment, heatmap
-from ..pipelines import segmentation as pipeline
+from ..attention.sites import AUTOMATIC, LAYER_CHOICES
+from ..pipelines import alignment, attention_segmentation, heatmap
+from ..pipelines import grounding_dino as dino
+from ..pipelines import segment_anything as pipeline
+from ..pipelines.engine.host import stop_if_interrupted
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import encode_identity_prompt
-from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.model_folders import list_models, missing_model, model_path
+from ..pipelines.parsing import whole_numbers
 from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour, encoded
-from ..pipelines.prompt_tokens import split_words
 from .sockets import checked, progress, schema, show_text
 
 ATTENTION = "attention (no further model)"
@@ -63,14 +65,14 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 io.String.Input(
                     "timesteps",
-                    default=", ".join(map(str, pipeline.TIMESTEPS)),
+                    default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
                     tooltip="Attention: how noisy the picture is when the model looks at it, 0 to 999; one network "
                     "evaluation each. Low ones overlapped the best with the true masks of the demo world "
                     "(benchmarks/results/segment_subject.md).",
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=pipeline.THRESHOLD,
+                    default=attention_segmentation.THRESHOLD,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -79,7 +81,7 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "self_attention_power",
-                    default=pipeline.POWER,
+                    default=attention_segmentation.POWER,
                     min=0,
                     max=16,
                     tooltip="Attention: lambda of Liu et al. 2024, eq. 2, how often the map is spread along the "
@@ -117,8 +119,8 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "grounding_dino",
-                    options=_options(pipeline.GROUNDING_DINO_FOLDER),
-                    tooltip=f"A Grounding DINO in models/{pipeline.GROUNDING_DINO_FOLDER}: a folder in the form of "
+                    options=_options(dino.FOLDER),
+                    tooltip=f"A Grounding DINO in models/{dino.FOLDER}: a folder in the form of "
                     "transformers. Nothing is downloaded.",
                 ),
                 io.String.Input(
@@ -143,7 +145,7 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "box_threshold",
-                    default=pipeline.BOX_THRESHOLD,
+                    default=dino.BOX_THRESHOLD,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -180,8 +182,8 @@ class SegmentSubject(io.ComfyNode):
         found = list_models(pipeline.SAM_FOLDER, pipeline.CHECKPOINT_ENDINGS)
         if sam not in found:
             return missing_model(pipeline.SAM_FOLDER, sam, pipeline.SAM_NEEDED)
-        if method == BY_NAME and grounding_dino not in list_models(pipeline.GROUNDING_DINO_FOLDER):
-            return missing_model(pipeline.GROUNDING_DINO_FOLDER, grounding_dino, pipeline.GROUNDING_DINO_NEEDED)
+        if method == BY_NAME and grounding_dino not in list_models(dino.FOLDER):
+            return missing_model(dino.FOLDER, grounding_dino, dino.NEEDED)
         return True
 
     @classmethod
@@ -274,7 +276,7 @@ def _by_attention(
     if whole == (height, width):
         shown = pictures
     latent = encoded(vae, shown, "A picture")
-    return pipeline.attention_masks(model, latent, identity, conditioning, (height, width), **options)
+    return attention_segmentation.attention_masks(model, latent, identity, conditioning, (height, width), **options)
 
 
 def _by_segment_anything(
@@ -289,21 +291,19 @@ def _by_segment_anything(
     box_threshold: float,
 ) -> torch.Tensor:
     """Masks [B, H, W] by Segment Anything, with or without Grounding DINO."""
-    from comfy import model_management
-
-    path = _path(pipeline.SAM_FOLDER, sam, pipeline.SAM_NEEDED, pipeline.CHECKPOINT_ENDINGS)
+    path = model_path(pipeline.SAM_FOLDER, sam, pipeline.SAM_NEEDED, pipeline.CHECKPOINT_ENDINGS)
     prompt = pipeline.parse_prompt(points, box)
     boxes: list[Any] = []
     if method == BY_NAME:
-        detector = _path(pipeline.GROUNDING_DINO_FOLDER, grounding_dino, pipeline.GROUNDING_DINO_NEEDED)
-        boxes = pipeline.detect(detector, list(pictures), subject, box_threshold)
+        detector = model_path(dino.FOLDER, grounding_dino, dino.NEEDED)
+        boxes = dino.detect(detector, list(pictures), subject, box_threshold)
     else:
         for picture in pictures:
             pipeline.check_prompt(prompt, picture)
     found = []
     with pipeline.load_segmenter(path) as segmenter:
         for i, picture in enumerate(pictures):
-            model_management.throw_exception_if_processing_interrupted()
+            stop_if_interrupted()
             if method == BY_NAME:
                 found.append(pipeline.segment_by_name(segmenter, picture, boxes[i], choice))
             else:
@@ -312,23 +312,16 @@ def _by_segment_anything(
 
 
 def _timesteps(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in split_words(text))
-    except ValueError as error:
+    found = whole_numbers(text)
+    if found is None:
         raise IdentityEditError(
             f"timesteps is '{text}'; write whole numbers from 0 to 999, separated by commas, such as '1, 101, 201'."
-        ) from error
+        )
+    return tuple(found)
 
 
 def _options(folder: str, endings: tuple[str, ...] = ()) -> list[str]:
     return [NO_MODEL, *list_models(folder, endings)]
-
-
-def _path(folder: str, name: str, needed: str, endings: tuple[str, ...] = ()) -> str:
-    models = list_models(folder, endings)
-    if name not in models:
-        raise IdentityEditError(missing_model(folder, name, needed))
-    return models[name]
 
 
 NODES: list[type[io.ComfyNode]] = [SegmentSubject]

@@ -15,13 +15,14 @@ from ..pipelines import captioning
 from ..pipelines import regularisation_prompts as prompts
 from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError, for_console
-from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.model_folders import list_models, missing_model, model_path
 from .saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
 from .sockets import SubjectPictures, checked, mask_input, schema, show_text
 
 REGULARISATION_FOLDER = "regularisation"
 """Below the output folder: where the shipped workflow saves a regularisation set with its prompts."""
 MODEL_FOLDER = "LLM"
+_MODEL_FILES = "config.json, the *.safetensors weights and the tokenizer's or processor's files"
 NO_MODEL = "no model"
 SHIPPED_LIST = "shipped list"
 OWN_PROMPTS = "own prompts"
@@ -336,7 +337,7 @@ class CaptionPictures(io.ComfyNode):
             subjects.check_can_save(subject)  # before the model works for minutes
         captioned, notes = captioning.caption_pictures(
             subject,
-            model_path=None if model == NO_MODEL else _model_path(model),
+            model_path=None if model == NO_MODEL else model_path(MODEL_FOLDER, model, _MODEL_FILES),
             lines=captions.rstrip().splitlines(),
             keep_existing=keep_existing,
             instruction=instruction,
@@ -480,8 +481,9 @@ class RegularisationPrompts(io.ComfyNode):
         elif source == ENDPOINT:
             found, notes = prompts.endpoint_prompts(class_word, count, seed, instructions, **options)
         else:
+            path = model_path(MODEL_FOLDER, source, _MODEL_FILES)
             found, notes = prompts.model_prompts(
-                _model_path(source), class_word, count, seed, instructions, max_new_tokens=max_new_tokens, **options
+                path, class_word, count, seed, instructions, max_new_tokens=max_new_tokens, **options
             )
         seeds = [(seed + number) % (_SEED_MAXIMUM + 1) for number in range(len(found))]
         report = show_text(cls, "\n".join([f"{len(found)} prompts from {source}.", *notes, *found]))
@@ -510,18 +512,8 @@ def _subfolders(path: str) -> list[str]:
     return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
 
 
-def _model_path(name: str) -> str:
-    path = list_models(MODEL_FOLDER).get(name)
-    if path is None:
-        raise IdentityEditError(str(_check_model(name)))
-    return path
-
-
 def _check_model(name: str) -> bool | str:
-    if name in list_models(MODEL_FOLDER):
-        return True
-    needed = "config.json, the *.safetensors weights and the tokenizer's or processor's files"
-    return missing_model(MODEL_FOLDER, name, needed)
+    return name in list_models(MODEL_FOLDER) or missing_model(MODEL_FOLDER, name, _MODEL_FILES)
 
 
 def _test_picture(subject: subjects.SubjectPictures, folder: str) -> Any:

@@ -9,8 +9,7 @@ from comfy_api.latest import io
 
 from ..pipelines import w_plus as styles_of
 from ..pipelines import w_plus_encoder as encoders
-from ..pipelines.errors import IdentityEditError
-from ..pipelines.model_folders import list_models, missing_model
+from ..pipelines.model_folders import list_models, missing_model, model_path
 from ..pipelines.pictures import as_colour
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
@@ -62,10 +61,7 @@ class LoadWPlusEncoder(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, file: str) -> io.NodeOutput:
-        found = list_models(ENCODER_FOLDER, encoders.ENDINGS)
-        if file not in found:
-            raise IdentityEditError(missing_model(ENCODER_FOLDER, file, encoders.NEEDED))
-        encoder = encoders.load_w_plus_encoder(found[file])
+        encoder = encoders.load_w_plus_encoder(model_path(ENCODER_FOLDER, file, encoders.NEEDED, encoders.ENDINGS))
         rows, width = encoder.average.shape
         text = f"Encoder {encoder.name}: {rows} rows of {width}, from pictures of {encoder.size}x{encoder.size}."
         return io.NodeOutput(encoder, show_text(cls, text))

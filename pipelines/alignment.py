@@ -9,6 +9,7 @@ share them and a picture is turned about its centre.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,9 @@ START_POINTS = 400
 GRADIENT_STEPS = 500
 LEARNING_RATE = 0.1
 """[choice] L and eta of Algorithm 4, which gives neither; lengths are in units of the mask's size."""
+
+Residuals = Callable[["np.ndarray"], "tuple[np.ndarray, np.ndarray]"]
+"""Of theta [4]: distances [n] and their derivatives [n, 4]."""
 
 REFLECT, EDGE, GENERATED, GREY = SURROUNDINGS = ("reflect", "edge", "generated picture", "grey")
 
@@ -213,36 +217,70 @@ def align_masks(
         IdentityEditError: when a mask is empty or an option is out of its range.
     """
     import numpy as np
-    from scipy.optimize import least_squares
 
     _check_options(optimizer, scale_limit, rotation_limit, rotation_starts)
     m_r = as_mask(reference, "The reference's mask").numpy()
     m_g = as_mask(generated, "The generated mask").numpy()
-    centre_r, centre_g = _centroid(m_r), _centroid(m_g)
-    area_ratio = float(np.sqrt(m_g.sum() / m_r.sum()))
-    unit = float(np.sqrt(m_g.sum() / np.pi))  # of lengths below, so that all four numbers are of the order of 1
-    nearest_g, nearest_r = _DistanceField(m_g), _DistanceField(m_r)
+    masks = _Masks(m_r, m_g, symmetric)
+    limits = np.array([np.log(scale_limit), np.deg2rad(rotation_limit), np.inf, np.inf])
+    if optimizer == LEAST_SQUARES:
+        optimize, start_steps, steps = _gauss_newton, 12, 60
+    else:
+        optimize, start_steps, steps = _gradient_descent, GRADIENT_STEPS // 5, GRADIENT_STEPS
+    residuals = masks.residuals_of(START_POINTS)
+    angles = np.deg2rad(rotation_limit) * (
+        np.linspace(-0.8, 0.8, rotation_starts) if rotation_starts > 1 else np.zeros(1)
+    )
+    candidates = []
+    for angle in angles:
+        theta = optimize(residuals, np.array([0.0, angle, 0.0, 0.0]), limits, start_steps)
+        candidates.append((float((residuals(theta)[0] ** 2).sum()), theta))
+    best = min(candidates, key=lambda candidate: candidate[0])[1]
+    residuals = masks.residuals_of(POINTS)
+    theta = optimize(residuals, best, limits, steps)
+    return masks.similarity(theta, float((residuals(theta)[0] ** 2).sum()))
 
-    def residuals(theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest distances d [n] and their derivatives [n, 4], weighed so that the sum of d^2 is s / n.
 
-        theta is (log of the scale over the masks' ratio, angle, displacement of the centroids in units): the same
-        family of transforms as eq. 8, without its coupling of the angle and the translation.
-        """
-        scale, turn, shift = area_ratio * np.exp(theta[0]), theta[1], theta[2:] * unit
+class _Masks:
+    """M_r and M_g, and how far T_theta(M_r) is from M_g.
+
+    theta is (log of the scale over the masks' ratio, angle, displacement of the centroids in units): the same family of
+    transforms as eq. 8, without its coupling of the angle and the translation.
+    """
+
+    def __init__(self, m_r: np.ndarray, m_g: np.ndarray, symmetric: bool) -> None:
+        import numpy as np
+
+        self._m_r, self._m_g, self._symmetric = m_r, m_g, symmetric
+        self._centre_r, self._centre_g = _centroid(m_r), _centroid(m_g)
+        self._area_ratio = float(np.sqrt(m_g.sum() / m_r.sum()))
+        self._unit = float(np.sqrt(m_g.sum() / np.pi))  # of lengths, so that all four numbers are of the order of 1
+        self._nearest_g, self._nearest_r = _DistanceField(m_g), _DistanceField(m_r)
+
+    def residuals_of(self, most: int) -> Residuals:
+        """`residuals` of at most so many points of each mask."""
+        p_r, p_g = _points(self._m_r, most) - self._centre_r, _points(self._m_g, most) - self._centre_g
+        return lambda theta: self.residuals(theta, p_r, p_g)
+
+    def residuals(self, theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nearest distances d [n] and their derivatives [n, 4], weighed so that the sum of d^2 is s / n."""
+        import numpy as np
+
+        unit = self._unit
+        scale, turn, shift = self._area_ratio * np.exp(theta[0]), theta[1], theta[2:] * unit
         cos, sin = np.cos(turn), np.sin(turn)
         rotation = np.array([[cos, -sin], [sin, cos]])
         # P_t = T_theta(P_r), and for each p_t the distance to its nearest p_g
         arm = scale * p_r @ rotation.T
-        distance, slope = nearest_g(arm + centre_g + shift)
+        distance, slope = self._nearest_g(arm + self._centre_g + shift)
         turned = np.stack([-arm[:, 1], arm[:, 0]], axis=1)
         derivative = np.stack([(slope * arm).sum(1), (slope * turned).sum(1), *(slope * unit).T], axis=1)
         weight = 1 / (unit * np.sqrt(len(p_r)))
-        if not symmetric:
+        if not self._symmetric:
             return distance * weight, derivative * weight
         # The other direction: p_g moved back by T_theta^-1, nearest p_r, distances scaled forward again
         back = (p_g - shift) @ rotation / scale
-        distance_r, slope_r = nearest_r(back + centre_r)
+        distance_r, slope_r = self._nearest_r(back + self._centre_r)
         turned = np.stack([back[:, 1], -back[:, 0]], axis=1)
         moved = -(slope_r @ rotation.T) * unit  # scale * (-R^T shift / scale), differentiated
         derivative_r = np.stack(
@@ -254,62 +292,44 @@ def align_masks(
             np.concatenate([derivative * weight, derivative_r * weight_g]),
         )
 
-    limits = np.array([np.log(scale_limit), np.deg2rad(rotation_limit), np.inf, np.inf])
+    def similarity(self, theta: np.ndarray, s: float) -> Similarity:
+        """T_theta by eq. 8: s R (p - c_r) + c_g + shift = s R (p + translation); s: sum of the squared residuals."""
+        import numpy as np
 
-    def gradient_descent(theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray, steps: int) -> np.ndarray:
-        for _ in range(steps):  # l = 1, ..., L
-            d, derivative = residuals(theta, p_r, p_g)  # s = sum of d^2
-            theta = theta - LEARNING_RATE * 2 * derivative.T @ d  # theta = theta - eta grad s
-            theta = theta.clip(-limits, limits)
-        return theta
+        scale, turn = self._area_ratio * float(np.exp(theta[0])), float(theta[1])
+        back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / scale
+        x, y = (back @ (self._centre_g + theta[2:] * self._unit) - self._centre_r).tolist()
+        distance = self._unit * float(np.sqrt(s / (2 if self._symmetric else 1)))
+        return Similarity(scale, float(np.rad2deg(turn)), x, y, distance)
 
-    def gauss_newton(theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray, steps: int) -> np.ndarray:
-        free = limits > 0  # scipy refuses bounds that leave no room
-        if not free.all():
-            fixed = theta.copy()
 
-            def full(part: np.ndarray) -> np.ndarray:
-                whole = fixed.copy()
-                whole[free] = part
-                return whole
+def _gradient_descent(residuals: Residuals, theta: np.ndarray, limits: np.ndarray, steps: int) -> np.ndarray:
+    """Algorithm 4's own."""
+    for _ in range(steps):  # l = 1, ..., L
+        d, derivative = residuals(theta)  # s = sum of d^2
+        theta = theta - LEARNING_RATE * 2 * derivative.T @ d  # theta = theta - eta grad s
+        theta = theta.clip(-limits, limits)
+    return theta
 
-        else:
 
-            def full(part: np.ndarray) -> np.ndarray:
-                return part
+def _gauss_newton(residuals: Residuals, theta: np.ndarray, limits: np.ndarray, steps: int) -> np.ndarray:
+    from scipy.optimize import least_squares
 
-        result = least_squares(
-            lambda part: residuals(full(part), p_r, p_g)[0],
-            theta[free],
-            jac=lambda part: residuals(full(part), p_r, p_g)[1][:, free],
-            bounds=(-limits[free], limits[free]),
-            max_nfev=steps,
-        )
-        return full(result.x)
+    free = limits > 0  # scipy refuses bounds that leave no room
 
-    if optimizer == LEAST_SQUARES:
-        optimize, start_steps, steps = gauss_newton, 12, 60
-    else:
-        optimize, start_steps, steps = gradient_descent, GRADIENT_STEPS // 5, GRADIENT_STEPS
-    few = _points(m_r, START_POINTS) - centre_r, _points(m_g, START_POINTS) - centre_g
-    angles = np.deg2rad(rotation_limit) * (
-        np.linspace(-0.8, 0.8, rotation_starts) if rotation_starts > 1 else np.zeros(1)
+    def full(part: np.ndarray) -> np.ndarray:
+        whole = theta.copy()
+        whole[free] = part
+        return whole
+
+    result = least_squares(
+        lambda part: residuals(full(part))[0],
+        theta[free],
+        jac=lambda part: residuals(full(part))[1][:, free],
+        bounds=(-limits[free], limits[free]),
+        max_nfev=steps,
     )
-    candidates = []
-    for angle in angles:
-        theta = optimize(np.array([0.0, angle, 0.0, 0.0]), *few, start_steps)
-        candidates.append((float((residuals(theta, *few)[0] ** 2).sum()), theta))
-    best = min(candidates, key=lambda candidate: candidate[0])[1]
-    many = _points(m_r, POINTS) - centre_r, _points(m_g, POINTS) - centre_g
-    theta = optimize(best, *many, steps)
-    directions = 2 if symmetric else 1
-    distance = unit * float(np.sqrt((residuals(theta, *many)[0] ** 2).sum() / directions))
-
-    # From the displacement of the centroids to eq. 8: s R (p - c_r) + c_g + shift = s R (p + translation)
-    scale, turn = area_ratio * float(np.exp(theta[0])), float(theta[1])
-    back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / scale
-    translation = back @ (centre_g + theta[2:] * unit) - centre_r
-    return Similarity(scale, float(np.rad2deg(turn)), float(translation[0]), float(translation[1]), distance)
+    return full(result.x)
 
 
 def resample(picture: torch.Tensor, similarity: Similarity, size: tuple[int, int], padding: str) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from .errors import IdentityEditError
-from .faces import onnx_session
+from .optional import onnx_session
 
 FOLDER = "rembg"
 ENDINGS = (".onnx",)

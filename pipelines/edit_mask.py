@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..attention.identity_mask import normalised
+from ..attention.masks import blurred, normalised
 from . import engine
 from .conditioning import Conditioning
 from .errors import IdentityEditError, check_steps
@@ -145,7 +145,5 @@ def _blurred(contrast: torch.Tensor, kernel: int) -> torch.Tensor:
         raise IdentityEditError(
             f"The latent {contrast.shape[2]}x{contrast.shape[1]} is smaller than kernel {kernel}; choose a smaller one."
         )
-    from kornia.filters import gaussian_blur2d
-
     deviation = 0.3 * ((kernel - 1) * 0.5 - 1.0) + 0.8
-    return gaussian_blur2d(contrast[:, None], (kernel, kernel), (deviation, deviation))[:, 0]
+    return blurred(contrast, deviation, kernel // 2, "reflect")

@@ -7,18 +7,19 @@ feature_scores, identity_similarity, aesthetic_score and frechet_distance.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import aesthetic_score, clip_scores, feature_scores, frechet_distance, lpips_score, picture_scores
+from .engine.host import stop_if_interrupted
 from .errors import IdentityEditError
 from .faces import FaceDetector, detect_faces
 from .identity_similarity import FaceRecognizer, embed_faces, similarities
-from .score_definitions import DEFINITIONS, INSIDE, OUTSIDE, PIE_BENCH_PARTS, PLAIN_PARTS
+from .score_definitions import DEFINITIONS, INSIDE, OUTSIDE, definition_of
 from .score_inputs import ScoredPictures, prompt_for_each
 
 PLAIN, PIE_BENCH = "mean over the part", "PIE-Bench"
@@ -156,15 +157,18 @@ def score_edit(
     case = ScoredPictures.of(edited, source, mask, references)
     source_prompts = prompt_for_each(source_prompt, case, "source_prompt")
     target_prompts = prompt_for_each(target_prompt, case, "target_prompt")
-    known = _Known.of(case, source_prompts, target_prompts, networks)
+    prompts = {*source_prompts, *target_prompts} - {""}
+    texts = {} if networks.clip is None else {text: networks.clip.texts([text]) for text in prompts}
+    of_references = _of_references(case, networks)
     values: dict[str, list[float]] = {}
     for number in range(len(case.edited)):
-        _stop_if_interrupted()
+        stop_if_interrupted()
+        target, origin = texts.get(target_prompts[number]), texts.get(source_prompts[number])
         found = {
             **_picture_scores(case, number, networks, rule),
-            **_clip_scores(case, number, known, networks),
-            **_feature_scores(case, number, known, networks),
-            **_identity_scores(case, number, known, networks),
+            **_clip_scores(case, number, target, origin, of_references, networks),
+            **_feature_scores(case, number, of_references, networks),
+            **_identity_scores(case, number, of_references, networks),
         }
         for name, value in found.items():
             values.setdefault(name, []).append(value)
@@ -178,44 +182,21 @@ def score_edit(
 # -- what is the same for all pictures ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Known:
-    """Embeddings of prompts (by prompt) and of references, computed once."""
-
-    texts: dict[str, torch.Tensor] = field(default_factory=dict)
-    source_prompts: list[str] = field(default_factory=list)
-    target_prompts: list[str] = field(default_factory=list)
-    clip: torch.Tensor | None = None
-    dino: torch.Tensor | None = None
-    dinov2: torch.Tensor | None = None
-    faces: torch.Tensor | None = None
-
-    @classmethod
-    def of(
-        cls, case: ScoredPictures, source_prompts: list[str], target_prompts: list[str], networks: Networks
-    ) -> _Known:
-        texts: dict[str, torch.Tensor] = {}
-        if networks.clip is not None:
-            texts = {text: networks.clip.texts([text]) for text in {*source_prompts, *target_prompts} if text}
-        references = case.references
-
-        def encoded(encode: Callable[[list[torch.Tensor]], torch.Tensor] | None) -> torch.Tensor | None:
-            return encode(references) if encode is not None and references else None
-
-        faces = None
-        if networks.face_recognizer is not None and references:
-            found = [_face_embedding(picture, networks) for picture in references]
-            with_face = [embedding for embedding in found if embedding is not None]
-            faces = torch.cat(with_face) if with_face else None
-        return cls(
-            texts,
-            source_prompts,
-            target_prompts,
-            encoded(None if networks.clip is None else networks.clip.pictures),
-            encoded(networks.dino),
-            encoded(networks.dinov2),
-            faces,
-        )
+def _of_references(case: ScoredPictures, networks: Networks) -> dict[str, torch.Tensor]:
+    """What each network at hand says of the references, by its name in `Networks`."""
+    if not case.references:
+        return {}
+    encoders = {
+        "clip": None if networks.clip is None else networks.clip.pictures,
+        "dino": networks.dino,
+        "dinov2": networks.dinov2,
+    }
+    found = {name: encode(case.references) for name, encode in encoders.items() if encode is not None}
+    if networks.face_recognizer is not None:
+        faces = [_face_embedding(picture, networks) for picture in case.references]
+        if with_face := [embedding for embedding in faces if embedding is not None]:
+            found["face_recognizer"] = torch.cat(with_face)
+    return found
 
 
 # -- scores of one picture ---------------------------------------------------------------------------------------------
@@ -247,14 +228,20 @@ def _picture_scores(case: ScoredPictures, number: int, networks: Networks, rule:
     return found
 
 
-def _clip_scores(case: ScoredPictures, number: int, known: _Known, networks: Networks) -> dict[str, float]:
+def _clip_scores(
+    case: ScoredPictures,
+    number: int,
+    target: torch.Tensor | None,
+    origin: torch.Tensor | None,
+    of_references: Mapping[str, torch.Tensor],
+    networks: Networks,
+) -> dict[str, float]:
     """CLIP-T, CLIP-I, CLIP-D and the aesthetic score."""
     if networks.clip is None:
         return {}
     clip = networks.clip
     picture = clip.pictures([case.edited[number]])
     source = None if case.source is None else clip.pictures([case.source[number]])
-    target, origin = (known.texts.get(prompts[number]) for prompts in (known.target_prompts, known.source_prompts))
     found: dict[str, float] = {}
     if target is not None:
         clip_scores.check_sizes(picture, target, clip.name)
@@ -265,7 +252,7 @@ def _clip_scores(case: ScoredPictures, number: int, known: _Known, networks: Net
             inside = clip.pictures([picture_scores.multiplied(case.edited[number : number + 1], weights)[0]])
             value = float(clip_scores.text_similarity(inside, target))
             found[_of_part("CLIP-T", INSIDE)] = value if bool(weights.any()) else torch.nan
-    found |= _similarity("CLIP-I", picture, source, known.clip)
+    found |= _similarity("CLIP-I", picture, source, of_references.get("clip"))
     if target is not None and origin is not None and source is not None:
         found["CLIP-D"] = float(clip_scores.direction_similarity(picture, source, target, origin))
     if networks.aesthetic is not None:
@@ -273,15 +260,17 @@ def _clip_scores(case: ScoredPictures, number: int, known: _Known, networks: Net
     return found
 
 
-def _feature_scores(case: ScoredPictures, number: int, known: _Known, networks: Networks) -> dict[str, float]:
+def _feature_scores(
+    case: ScoredPictures, number: int, of_references: Mapping[str, torch.Tensor], networks: Networks
+) -> dict[str, float]:
     """DINO-I and DINOv2-I."""
     found: dict[str, float] = {}
-    encoders = {"DINO-I": (networks.dino, known.dino), "DINOv2-I": (networks.dinov2, known.dinov2)}
-    for name, (encode, references) in encoders.items():
+    for name, network in (("DINO-I", "dino"), ("DINOv2-I", "dinov2")):
+        encode = getattr(networks, network)
         if encode is not None:
             picture = encode([case.edited[number]])
             source = None if case.source is None else encode([case.source[number]])
-            found |= _similarity(name, picture, source, references)
+            found |= _similarity(name, picture, source, of_references.get(network))
     return found
 
 
@@ -295,7 +284,9 @@ def _similarity(
     }
 
 
-def _identity_scores(case: ScoredPictures, number: int, known: _Known, networks: Networks) -> dict[str, float]:
+def _identity_scores(
+    case: ScoredPictures, number: int, of_references: Mapping[str, torch.Tensor], networks: Networks
+) -> dict[str, float]:
     """ArcFace ID to the source and to the most similar reference; 0 where the edited picture has no face."""
     if networks.face_recognizer is None:
         return {}
@@ -304,7 +295,7 @@ def _identity_scores(case: ScoredPictures, number: int, known: _Known, networks:
     if case.source is not None:
         others["ArcFace ID (source)"] = _face_embedding(case.source[number], networks)
     if case.references:
-        others["ArcFace ID (references)"] = known.faces
+        others["ArcFace ID (references)"] = of_references.get("face_recognizer")
     found = {}
     for name, other in others.items():
         if other is None:
@@ -339,31 +330,17 @@ def _set_scores(case: ScoredPictures, inception: frechet_distance.Inception) -> 
 def _in_order(values: dict[str, list[float]], networks: Networks, rule: str) -> list[Score]:
     """Scores with their definitions, each with its parts behind it."""
     scores = []
-    parts = PIE_BENCH_PARTS if rule == PIE_BENCH else PLAIN_PARTS
     for base, definition in DEFINITIONS.items():
-        for suffix in ("", f" {INSIDE}", f" {OUTSIDE}", " (source)", " (references)"):
-            found = values.get(base + suffix)
-            if found is None:
-                continue
-            part = suffix.strip() if suffix.strip() in (INSIDE, OUTSIDE) else ""
-            network = getattr(getattr(networks, definition.network, None), "name", None)
-            scores.append(
-                Score(
-                    base + suffix,
-                    torch.tensor(found, dtype=torch.float64),
-                    definition.higher_is_better if part != INSIDE or base == "CLIP-T" else None,
-                    definition.sentence(part, suffix, parts, network, is_pie_bench=rule == PIE_BENCH),
-                    definition.source,
-                )
-            )
+        name_of_network = getattr(getattr(networks, definition.network, None), "name", None)
+        for part in ("", INSIDE, OUTSIDE, "(source)", "(references)"):
+            name = _of_part(base, part)
+            if name in values:
+                sentence = definition_of(base, part, name_of_network, is_pie_bench=rule == PIE_BENCH)
+                is_better = definition.higher_is_better if part != INSIDE or base == "CLIP-T" else None
+                found = torch.tensor(values[name], dtype=torch.float64)
+                scores.append(Score(name, found, is_better, sentence, definition.source))
     return scores
 
 
 def _of_part(name: str, part: str) -> str:
     return f"{name} {part}" if part else name
-
-
-def _stop_if_interrupted() -> None:
-    from comfy import model_management
-
-    model_management.throw_exception_if_processing_interrupted()

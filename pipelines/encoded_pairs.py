@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from .engine.host import stop_if_interrupted
 from .engine.vision import VisionTag, vision_tag, vision_tokens
 from .errors import IdentityEditError
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
-from .picture_files import open_picture
-from .pictures import encoded, middle
+from .pictures import encoded, from_pillow, middle, open_picture
 from .training import OneProcess, Processes, run_hash
 
 _AT_ONCE = 8
@@ -204,14 +204,13 @@ def _alone(path: str) -> Iterator[None]:
     Raises:
         IdentityEditError: when the lock cannot be written.
     """
-    from comfy import model_management  # not needed before a node runs
     from filelock import FileLock, Timeout
 
     lock = FileLock(f"{path}.lock")
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         while not lock.is_locked:
-            model_management.throw_exception_if_processing_interrupted()
+            stop_if_interrupted()
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=_LOCK_SECONDS)
     except OSError as error:
@@ -231,8 +230,7 @@ def read_picture(path: Path) -> torch.Tensor:
         IdentityEditError: when the file is missing or damaged.
     """
     picture = open_picture(path, str(path), "make its pair again, or take it out of the index")
-    pixels = np.array(picture.convert("RGB"))
-    return middle(torch.from_numpy(pixels).float()[None] / 255.0)[0]
+    return middle(from_pillow(picture.convert("RGB"))[None])[0]
 
 
 def _write(

@@ -57,6 +57,12 @@ def shortened(text: str, length: int = 80) -> str:
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an exception's text, at most 200 characters of it, or else its name."""
+    lines = str(error).strip().splitlines()
+    return shortened(lines[0] if lines else type(error).__name__, 200)
+
+
 def check_size_of_values(tensor: torch.Tensor, name: str) -> None:
     """Raise `IdentityEditError` when `tensor` holds a value beyond what any network computes with."""
     largest = float(tensor.detach().float().abs().max())

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .errors import IdentityEditError, for_console
+from .errors import IdentityEditError, first_line, for_console
 from .face_alignment import PROFILE, check_points, ffhq_quad, quad_side, turned_aside
-from .model_folders import first_line, model_roots
-from .prompt_tokens import split_words
+from .model_folders import model_roots
+from .optional import import_optional
+from .parsing import lines_of_numbers
+from .pictures import as_bytes, from_pillow, to_pillow
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,7 +105,7 @@ def detect_faces(detector: FaceDetector, picture: torch.Tensor) -> list[Face]:
     import numpy as np
     from PIL import Image
 
-    pixels = (picture.clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
+    pixels = as_bytes(picture)
     height, width = pixels.shape[:2]
     margin_y, margin_x = round(height * _MARGIN), round(width * _MARGIN)
     framed = np.pad(pixels, ((margin_y, margin_y), (margin_x, margin_x), (0, 0)))
@@ -181,6 +183,24 @@ def check_face(face: Face, name: str, smallest: float = SMALLEST_SIDE) -> str | 
     return f"The face in {name} is {' and '.join(notes)}." if notes else None
 
 
+def drawn_faces(pictures: torch.Tensor, found: Sequence[Sequence[Face]]) -> torch.Tensor:
+    """Pictures [B, H, W, 3] with the points and the FFHQ crops of their faces drawn on them."""
+    from PIL import ImageDraw
+
+    drawn = []
+    for picture, faces in zip(pictures, found, strict=True):
+        image = to_pillow(picture)
+        pen = ImageDraw.Draw(image)
+        width = max(1, max(image.size) // 400)
+        for face in faces:
+            corners = [tuple(corner) for corner in ffhq_quad(face.points).tolist()]
+            pen.line([*corners, corners[0]], fill=(0, 220, 90), width=width)
+            for x, y in face.points.tolist():
+                pen.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), fill=(255, 60, 60))
+        drawn.append(from_pillow(image))
+    return torch.stack(drawn)
+
+
 # -- points that a user gives ------------------------------------------------------------------------------------------
 
 
@@ -217,10 +237,9 @@ def parse_points(text: str, pictures: int) -> list[list[Face]]:
         return found
     if content is None:
         content = []
-        for line in text.replace(";", "\n").splitlines():
-            numbers = _numbers(line) if line.strip() else []
+        for line, numbers in lines_of_numbers(text):
             if numbers is None or len(numbers) not in (0, 2):
-                raise IdentityEditError(f"points has the line '{line.strip()}'; {how}.")
+                raise IdentityEditError(f"points has the line '{line}'; {how}.")
             content += [numbers] if numbers else []
         if not content or len(content) % 5:
             raise IdentityEditError(f"points has {len(content)} of five points; {how}.")
@@ -242,13 +261,6 @@ def _given(points: Any) -> Face:
 
 def _is_pair(point: Any) -> bool:
     return isinstance(point, list) and len(point) == 2 and all(isinstance(value, (int, float)) for value in point)
-
-
-def _numbers(line: str) -> list[float] | None:
-    try:
-        return [float(part) for part in split_words(line)]
-    except ValueError:
-        return None
 
 
 # -- detectors ---------------------------------------------------------------------------------------------------------
@@ -413,36 +425,6 @@ def insightface_model(path: str, task: str) -> Any:
             f"{'a detector such as det_10g.onnx' if task == 'detection' else 'one such as w600k_r50.onnx'}."
         )
     return network
-
-
-def import_optional(module: str, package: str, what: str) -> Any:
-    """A module of an optional package.
-
-    Raises:
-        IdentityEditError: naming the package and what needs it.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise IdentityEditError(
-            f"{what} needs the package {package.split()[-1]}, which cannot be imported ({first_line(error)}); run "
-            f"`pip install {package}`, or choose another."
-        ) from error
-
-
-def onnx_session(path: str) -> Any:
-    """An ONNX file ready to run on the CPU.
-
-    Raises:
-        IdentityEditError: when onnxruntime is missing, or cannot load the file.
-    """
-    onnxruntime = import_optional("onnxruntime", "onnxruntime", path)
-    try:
-        return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions have no common base
-        raise IdentityEditError(f"{path} cannot be loaded ({first_line(error)}); download it again.") from error
 
 
 def missing_file(name: str, needed: str = NEEDED) -> str:

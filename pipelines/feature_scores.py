@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from .errors import IdentityEditError
-from .features import encoder_of_folder
-from .model_folders import check_preprocessor, from_transformers, loaded, read_config, to_pillow
+from .image_encoders import encoder_of_folder
+from .model_folders import check_preprocessor, from_transformers, loaded, read_config
+from .pictures import to_pillow
 
 NEEDED_DINO = "config.json, model.safetensors and preprocessor_config.json of DINO (ViT-S/16), transformers or timm"
 NEEDED_DINOV2 = "config.json, model.safetensors and preprocessor_config.json of DINOv2, transformers or timm"
@@ -54,7 +55,7 @@ class ClassToken:
 
 
 class FolderEncoder:
-    """An encoder of any other kind that `features.encoder_of_folder` reads, loaded whenever it is used."""
+    """An encoder of any other kind that `image_encoders.encoder_of_folder` reads, loaded whenever it is used."""
 
     def __init__(self, path: str) -> None:
         self.name = _name(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import time
@@ -20,13 +21,14 @@ from typing import Any
 
 import torch
 
-from .errors import IdentityEditError
+from .errors import IdentityEditError, first_line
 
 CLAIMED = ".claimed.tmp"
 """Behind the name of a file that a process is about to write."""
 ABANDONED_AFTER = 3600.0
 """Seconds without a change after which something half written belongs to no living process."""
-_DESCRIPTION = "identity_edit"
+DESCRIPTION = "identity_edit"
+"""The header's entry in which this pack's files describe themselves."""
 _TEMPORARY = re.compile(r"\.(claimed|[0-9a-f]{8})\.tmp$")
 _NOT_UNDERSTOOD = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError
@@ -97,7 +99,7 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict
 
     try:
         with written_whole(path) as temporary:
-            save_file(_with_memory_of_their_own(tensors), temporary, metadata={_DESCRIPTION: json.dumps(description)})
+            save_file(_with_memory_of_their_own(tensors), temporary, metadata={DESCRIPTION: json.dumps(description)})
     except (OSError, SafetensorError) as error:
         raise IdentityEditError(
             f"The file {path} cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder, "
@@ -137,7 +139,7 @@ def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torc
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            description = json.loads((file.metadata() or {}).get(_DESCRIPTION, "null"))
+            description = json.loads((file.metadata() or {}).get(DESCRIPTION, "null"))
             if not isinstance(description, dict) or description.get("kind") != kind:
                 raise IdentityEditError(f"The file {path} holds no {kind}; choose one saved by this pack.")
             names = file.keys()
@@ -149,6 +151,55 @@ def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torc
     except (OSError, SafetensorError, *_NOT_UNDERSTOOD) as error:  # JSON nested too deeply, numbers of too many digits
         raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error
     return tensors, description
+
+
+def header_of(path: str, remedy: str = "save it again") -> tuple[set[str], dict[str, str]]:
+    """The names of a safetensors file's tensors, and its metadata; of another kind of file, nothing.
+
+    Raises:
+        IdentityEditError: when it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.lower().endswith(".safetensors"):
+        return set(), {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return set(file.keys()), file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); {remedy}.") from error
+
+
+def read_foreign(
+    path: str, remedy: str, instead: str, classes: tuple[type, ...] = (), device: str = "cpu", mmap: bool = False
+) -> Any:
+    """The content of another program's file, safetensors or a pickle, without executing anything in it.
+
+    Args:
+        path: the file.
+        remedy: what to do when it cannot be read.
+        instead: what to do when it is a pickle of more than tensors.
+        classes: further classes that a pickle may hold.
+        device, mmap: as for `torch.load`.
+
+    Raises:
+        IdentityEditError: when it is missing or damaged, or holds code.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        if path.lower().endswith(".safetensors"):
+            return load_file(path, device=device)
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, weights_only=True, map_location=device, mmap=mmap)
+    except FileNotFoundError as error:
+        raise IdentityEditError(f"The file {path} does not exist; choose another.") from error
+    except pickle.UnpicklingError as error:
+        raise IdentityEditError(
+            f"The file {path} is damaged or holds code beside its tensors, which is never executed; {instead}."
+        ) from error
+    except Exception as error:  # torch raises many kinds for what is no file of its own
+        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); {remedy}.") from error
 
 
 @contextlib.contextmanager

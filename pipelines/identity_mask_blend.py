@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ..attention.capture import IdentityAttention
-from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, feathered, identity_mask, union
-from ..attention.layers import AUTOMATIC
+from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, identity_mask
+from ..attention.masks import feathered, union
+from ..attention.sites import AUTOMATIC
 from . import engine
 from .conditioning import Conditioning, with_embedding
 from .errors import IdentityEditError
@@ -64,7 +65,7 @@ class MaskSettings:
     Attributes:
         threshold: of the normalised map, 0 to 1.
         power: lambda of eq. 2; 0 uses the cross-attention alone.
-        layers: a choice of `attention.layers.choose_layers`.
+        layers: a choice of `attention.sites.choose_layers`.
         feathering: deviation in latent cells of the Gaussian that softens the border of M_t; 0 is the paper's.
     """
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from ..attention.capture import IdentityAttention, capture_attention
-from ..attention.layers import AUTOMATIC
+from ..attention.sites import AUTOMATIC
 from . import engine
 from .errors import IdentityEditError
-from .prompt_tokens import positions_of, prompt_tokens, split_words
+from .parsing import split_words
+from .prompt_tokens import positions_of, prompt_tokens
 
 
 @dataclass(frozen=True)

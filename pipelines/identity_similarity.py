@@ -15,7 +15,8 @@ import torch
 
 from .errors import IdentityEditError
 from .face_alignment import ARCFACE_SIZE, align_arcface
-from .faces import Face, import_optional, insightface_model, list_detectors, missing_file, onnx_session
+from .faces import Face, insightface_model, list_detectors, missing_file
+from .optional import import_optional, onnx_session
 
 if TYPE_CHECKING:
     import numpy as np

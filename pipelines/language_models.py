@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from .errors import IdentityEditError
-from .model_folders import CONFIG, check_preprocessor, first_line, loaded, read_config, to_pillow
+from .engine.host import stop_if_interrupted, supports_bfloat16
+from .errors import IdentityEditError, first_line
+from .model_folders import CONFIG, check_preprocessor, loaded, read_config
+from .pictures import to_pillow
 
 IMAGE_AND_TEXT = "image-text-to-text"
 TEXT = "text-generation"
@@ -145,18 +147,14 @@ def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
 
 def _dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype to compute in: as stored, but bfloat16 for float16 on a CPU, and float16 where bfloat16 is missing."""
-    from comfy import model_management
-
     if device.type == "cpu" and stored == torch.float16:
         return torch.bfloat16
-    if device.type != "cpu" and stored == torch.bfloat16 and not model_management.should_use_bf16(device):
+    if device.type != "cpu" and stored == torch.bfloat16 and not supports_bfloat16(device):
         return torch.float16
     return stored
 
 
 def _stop_when_interrupted(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     """A stopping criterion of transformers, asked after every token; it stops by ComfyUI's own exception."""
-    from comfy import model_management
-
-    model_management.throw_exception_if_processing_interrupted()
+    stop_if_interrupted()
     return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

@@ -6,7 +6,6 @@ torch reads with weights_only. A network is loaded for one node's run and given 
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +14,8 @@ from typing import Any
 
 import torch
 
-from .errors import IdentityEditError, for_console
+from .engine.host import device_with_room, give_memory_back
+from .errors import IdentityEditError, first_line, for_console
 
 CONFIG = "config.json"
 
@@ -53,6 +53,18 @@ def list_models(name: str, endings: tuple[str, ...] = ()) -> dict[str, str]:
 def missing_model(name: str, model: str, needed: str) -> str:
     """The sentence that says where a model should be and which files it has."""
     return for_console(f"The model '{model}' is not in {model_roots(name)[0]}; put it there ({needed}), and press R.")
+
+
+def model_path(name: str, model: str, needed: str, endings: tuple[str, ...] = ()) -> str:
+    """The path of a model in models/NAME; see `list_models` and `missing_model`.
+
+    Raises:
+        IdentityEditError: when it is not there.
+    """
+    models = list_models(name, endings)
+    if model not in models:
+        raise IdentityEditError(missing_model(name, model, needed))
+    return models[model]
 
 
 def read_config(path: str, needed: str) -> dict[str, Any]:
@@ -120,16 +132,13 @@ def loaded(
     Raises:
         IdentityEditError: when it cannot be loaded or does not fit into memory.
     """
-    from comfy import model_management
-
-    device = model_management.get_torch_device()
     network = None
     try:
         try:
             with torch.random.fork_rng(devices=[]):  # libraries draw weights before they read them
                 network, processor = load()
             size = sum(parameter.nbytes for parameter in network.parameters())
-            model_management.free_memory(memory * size, device)
+            device = device_with_room(memory * size)
             chosen = torch.float32 if dtype is None else dtype(network.dtype, device)
             network = network.eval().to(device=device, dtype=chosen)
         except IdentityEditError:
@@ -145,8 +154,7 @@ def loaded(
             yield network, processor, device
     finally:
         del network
-        gc.collect()
-        model_management.soft_empty_cache()
+        give_memory_back()
 
 
 def from_transformers(path: str, network_class: Any, processor_class: Any) -> tuple[Any, Any]:
@@ -185,17 +193,3 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise IdentityEditError(f"The checkpoint {path} holds no plain weights; choose a model's own file.")
     return state
-
-
-def to_pillow(picture: torch.Tensor) -> Any:
-    """A Pillow image of a picture [height, width, 3], 0 to 1."""
-    from PIL import Image
-
-    return Image.fromarray((picture[..., :3].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy())
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's text, at most 200 characters of it, or else its name."""
-    lines = str(error).strip().splitlines()
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeatures, mutual_layers
-from ..attention.patches import with_patches, without_guidance_functions
+from ..attention.unet import with_patches, without_guidance_functions
 from . import engine
 from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError, check_batch_matches

@@ -18,9 +18,10 @@ import torch
 
 from . import engine
 from .conditioning import Conditioning
+from .engine.host import stock_noise
 from .errors import IdentityEditError
-from .features import encoder_of_clip_vision
 from .identity_words import IdentityWords, identity_conditioning, identity_vectors
+from .image_encoders import encoder_of_clip_vision
 from .pair_folder import PairFolder
 from .pair_guidance import (
     GUIDANCE_SCALE,
@@ -31,7 +32,8 @@ from .pair_guidance import (
     halves,
     pair_guider,
 )
-from .pictures import comparable
+from .parsing import as_range
+from .pictures import PIXELS_OF_A_CELL, comparable
 
 SUBJECT = "{subject}"
 NAME_MARK = "|"
@@ -45,7 +47,6 @@ royal costume: a {SUBJECT}, normal costume -> a {SUBJECT}, traditional golden pa
 SUBJECTS = "man\nwoman"
 VALIDATION_SHARE = 0.05
 ATTEMPTS = 4
-_PIXELS_PER_LATENT = 8
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -111,8 +112,8 @@ class PairSettings:
             raise IdentityEditError(f"Two edits are called {max(names, key=names.count)}; give each its own name.")
         for name in ("width", "height"):
             size = getattr(self, name)
-            if size < _PIXELS_PER_LATENT or size % _PIXELS_PER_LATENT:
-                raise IdentityEditError(f"{name} is {size}; choose a multiple of {_PIXELS_PER_LATENT}.")
+            if size < PIXELS_OF_A_CELL or size % PIXELS_OF_A_CELL:
+                raise IdentityEditError(f"{name} is {size}; choose a multiple of {PIXELS_OF_A_CELL}.")
         if not 0.0 <= self.validation_share < 1.0:
             raise IdentityEditError(f"validation_share is {self.validation_share}; choose a share from 0 to below 1.")
         if self.attempts < 1:
@@ -195,16 +196,12 @@ def parse_part(text: str, count: int) -> range:
     """
     if not text.strip():
         return range(count)
-    first, dash, last = text.partition("-")
-    try:
-        numbers = range(int(first), int(last if dash else first) + 1)
-    except ValueError:
-        numbers = range(0)
-    if not numbers or numbers[0] < 0 or numbers[-1] >= count:
+    ends = as_range(text)
+    if ends is None or not ends[0] <= ends[1] < count:
         raise IdentityEditError(
             f"part is '{text}'; write a pair's number or two with a dash between them, from 0 to {count - 1}."
         )
-    return numbers
+    return range(ends[0], ends[1] + 1)
 
 
 def plan(settings: PairSettings, number: int, identities: int = 0, poses: int = 0) -> PairPlan:
@@ -415,12 +412,10 @@ class _Maker:
         return source, target, facts, passed
 
     def sample(self, guider: engine.CombiningGuider, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        import comfy.sample
-
         settings = self.settings
-        height, width = settings.height // _PIXELS_PER_LATENT, 2 * settings.width // _PIXELS_PER_LATENT
+        height, width = settings.height // PIXELS_OF_A_CELL, 2 * settings.width // PIXELS_OF_A_CELL
         latent = torch.zeros(1, engine.latent_channels(self.model), height, width)
-        noise = comfy.sample.prepare_noise(latent, seed)
+        noise = stock_noise(latent, seed)
         sampled = guider.sample(noise, latent, self.sampler, self.sigmas, disable_pbar=True, seed=seed)
         source, target = halves(self.vae.decode(sampled), 2, "The pair")
         return source[0], target[0]

@@ -34,7 +34,7 @@ import torch
 
 from .errors import IdentityEditError
 from .files import ABANDONED_AFTER, written_whole
-from .picture_files import open_picture
+from .pictures import from_pillow, open_picture, to_pillow
 
 SOURCE, TARGET, DESCRIPTION = "source.png", "target.png", "pair.json"
 DATASET, INDEX, SHEET = "dataset.json", "index.jsonl", "contact_sheet.jpg"
@@ -166,7 +166,7 @@ class PairFolder:
         buffer = io.BytesIO()
         sheet.save(buffer, "JPEG", quality=90)
         self._write(self.path / SHEET, buffer.getvalue())
-        return _tensor(sheet)[None]
+        return from_pillow(sheet)[None]
 
     def _set_aside(self, entry: Path) -> None:
         place = self.path / "damaged" / f"{entry.name}.{uuid.uuid4().hex[:8]}"
@@ -194,20 +194,10 @@ def read_pair(folder: Path) -> dict[str, Any]:
     return facts
 
 
-def load_pair(folder: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """Source and target [H, W, 3] in [0, 1] and the description of the pair in a folder; see `read_pair`."""
-    facts = read_pair(folder)
-    source, target = (_tensor(open_picture(folder / name, str(folder / name))) for name in (SOURCE, TARGET))
-    return source, target, facts
-
-
 def png(picture: torch.Tensor) -> bytes:
     """A picture [H, W, 3] in [0, 1] as a PNG file."""
-    from PIL import Image
-
-    levels = (picture[..., :3].detach().float().cpu().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)
     buffer = io.BytesIO()
-    Image.fromarray(levels.numpy()).save(buffer, "PNG", compress_level=4)
+    to_pillow(picture).save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()
 
 
@@ -234,12 +224,6 @@ def _sheet(pairs: Sequence[tuple[Path, dict[str, Any]]], columns: int, height: i
         row, column = divmod(place, columns)
         sheet.paste(tile, (column * (width + gap), row * (height + line + gap)))
     return sheet
-
-
-def _tensor(image: Any) -> torch.Tensor:
-    import numpy as np
-
-    return torch.from_numpy(np.array(image.convert("RGB"))).float() / 255.0
 
 
 def _facts_of(data: bytes) -> dict[str, Any]:

@@ -1,16 +1,26 @@
-"""Pictures of every kind as networks take them: colors, floating point, 0 to 1, of sizes that fit."""
+"""Pictures of every kind as networks take them: colors, floating point, 0 to 1, of sizes that fit; from and to Pillow,
+and from files of any kind and origin, read without trusting what they say about themselves."""
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .errors import IdentityEditError, check_finite, not_finite
-from .input_checks import check_pictures
+from .input_checks import BRIGHTEST_HDR, check_pictures
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
 
 PIXELS_OF_A_CELL = 8
 """Pixels of a picture along a side of one cell of its latent."""
+MOST_PIXELS = 100_000_000
+"""Of one picture: twice what cameras give. A file of some kilobytes can claim any number of them."""
+_NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+"""Formats that Pillow knows without reading pixels from them, or only by another program (Ghostscript)."""
 
 
 def as_colour(pictures: torch.Tensor, name: str = "pictures") -> torch.Tensor:
@@ -138,3 +148,91 @@ def encoded(vae: Any, pictures: torch.Tensor, name: str) -> torch.Tensor:
         )
     check_finite(latents, not_finite(latents, f"The latent of {name[:1].lower()}{name[1:]}") or "")
     return latents
+
+
+# --- From and to Pillow, and files -----------------------------------------------------------------------------------
+
+
+def as_bytes(picture: torch.Tensor) -> np.ndarray:
+    """A picture [H, W, 3 or more] or mask [H, W], 0 to 1, as uint8 RGB [H, W, 3] or [H, W]."""
+    colors = picture if picture.ndim == 2 else picture[..., :3]
+    return (colors.detach().float().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
+
+
+def to_pillow(picture: torch.Tensor) -> Image:
+    """The same as a Pillow image."""
+    from PIL import Image
+
+    return Image.fromarray(as_bytes(picture))
+
+
+def from_pillow(image: Image) -> torch.Tensor:
+    """[H, W, channels] or, of a gray image, [H, W]; float32, 0 to 1."""
+    import numpy as np
+
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
+
+
+def picture_formats() -> dict[str, str]:
+    """The format of every file ending, with its dot and in lower case, whose pictures Pillow reads here.
+
+    Other packs may bring further ones, as pillow_heif does.
+    """
+    from PIL import Image
+
+    readable = _readable()
+    return {ending: name for ending, name in Image.registered_extensions().items() if name in readable}
+
+
+def _readable() -> list[str]:
+    """Pillow's formats in the order in which it tries them."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in Image.ID if name in Image.OPEN and name not in _NO_PICTURES]
+
+
+def open_picture(path: str | os.PathLike[str], name: str, remedy: str = "save it again, or delete it") -> Image:
+    """A picture file in upright orientation, wholly decoded, eight bits a channel.
+
+    Args:
+        path: the file; its content, not its ending, says what it is. Of an animation it is the first picture.
+        name: its name for messages.
+        remedy: the end of the messages.
+
+    Raises:
+        IdentityEditError: when it is missing, damaged, no picture, or larger than `MOST_PIXELS`.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=_readable()) as file:
+            if file.width * file.height > MOST_PIXELS:
+                raise IdentityEditError(
+                    f"The picture {name} claims {file.width}x{file.height} pixels, more than can be read; {remedy}."
+                )
+            image = ImageOps.exif_transpose(file)
+            image.load()
+    except IdentityEditError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
+        raise IdentityEditError(f"The picture {name} cannot be read ({error}); {remedy}.") from error
+    if image.mode.startswith("I"):  # 16 bits; convert() would cut values above 255 off
+        image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8))
+    if image.mode == "F":  # 0 to 1 and above, or levels of 8 or 16 bits; convert() takes all for levels of 8
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        brightest = values.max()
+        one = 1.0 if brightest <= BRIGHTEST_HDR else 255.0 if brightest <= 255.0 else 65535.0
+        image = Image.fromarray((values / one * 255.0).round().clip(0, 255).astype(np.uint8))
+    return image
+
+
+def read_picture(path: str | os.PathLike[str], name: str) -> torch.Tensor:
+    """A picture file as an IMAGE [1, H, W, C] float32, 0 to 1: four channels where it has transparency, else three.
+
+    Raises:
+        IdentityEditError: as `open_picture`.
+    """
+    image = open_picture(path, name)
+    return from_pillow(image.convert("RGBA" if image.has_transparency_data else "RGB"))[None]

@@ -20,22 +20,21 @@ from typing import Any
 
 import torch
 
-from ..attention.layers import AUTOMATIC, AttentionLayer, LayerKey, attention_layers
-from ..attention.patches import without_guidance_functions
 from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor, sampling_pairs
+from ..attention.sites import AUTOMATIC, LayerKey
+from ..attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from . import engine
 from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError
 from .inversion import Inversion, check_inversion, check_sampled_latent
+from .parsing import split_parts, split_words
 from .prompt_tokens import (
-    BETWEEN_WORDS,
     Pair,
     aligned_tokens,
     paired_words,
     positions_in_either,
     positions_of,
     prompt_tokens,
-    split_words,
     token_mapper,
 )
 from .schedule import signal_scale
@@ -147,13 +146,13 @@ def parse_reweight(text: str) -> dict[str, float]:
         IdentityEditError: when a part is no word, colon and number.
     """
     found: dict[str, float] = {}
-    for part in BETWEEN_WORDS.split(text.replace("\n", ",").replace("\uff1a", ":")):
-        rest = part.strip()
+    for part in split_parts(text.replace("\n", ",").replace("\uff1a", ":")):
+        rest = part
         while rest:
             pair = _WORD_AND_FACTOR.match(rest)
             if pair is None:
                 raise IdentityEditError(
-                    f"reweight has {part.strip()!r}; write each word with its factor, such as: fluffy: 2, hat: 0.5."
+                    f"reweight has {part!r}; write each word with its factor, such as: fluffy: 2, hat: 0.5."
                 )
             found[pair["word"].strip()] = float(pair["factor"])
             rest = rest[pair.end() :].strip()

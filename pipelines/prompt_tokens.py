@@ -6,7 +6,6 @@ prompt into parts of 77 tokens, each with its own begin, end and padding.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -19,7 +18,6 @@ from .errors import IdentityEditError
 _END_OF_WORD = "</w>"
 """How CLIP's byte-pair encoding marks the last token of a word."""
 
-BETWEEN_WORDS = re.compile("[,;\uff0c\u3001\uff1b]")
 _ENCODERS = ({"l"}, {"h"}, {"l", "g"})
 """What ComfyUI calls the text encoders of Stable Diffusion 1.x, 2.x and XL."""
 
@@ -107,12 +105,6 @@ def prompt_tokens(clip: Any, text: str) -> PromptTokens:
     ordered = tuple((position, found[position][0]) for position in sorted(found))
     words = _words(clip, [(position, *found[position]) for position in sorted(found)])
     return PromptTokens(text, count, ordered, words, tuple(parts[start] for start in sorted(parts)))
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a field that holds several, separated by spaces or commas alike (those of Chinese and Japanese
-    too)."""
-    return BETWEEN_WORDS.sub(" ", text).split()
 
 
 def positions_of(clip: Any, prompt: PromptTokens, word: str, name: str) -> Positions:

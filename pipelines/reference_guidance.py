@@ -23,6 +23,7 @@ import torch
 
 from . import engine
 from .conditioning import Conditioning, single_embedding
+from .engine.host import stock_noise
 from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
 from .gradients import gradients_by_sample
 from .inversion import DDIM, Inversion, check_inversion, check_method
@@ -224,12 +225,10 @@ def first_pass_latent(
     Raises:
         IdentityEditError: when the model or the latent cannot be used.
     """
-    import comfy.sample
-
     sampling = engine.require_noise_prediction_model(model)
     check_latent(latent, "The latent", engine.latent_channels(model))
     latent = latent.detach().to(device="cpu", dtype=torch.float32)
-    noise = comfy.sample.prepare_noise(latent, seed, None if batch_index is None else list(batch_index))
+    noise = stock_noise(latent, seed, batch_index)
     if bool(torch.count_nonzero(latent)):  # ComfyUI leaves an empty latent as it is, whatever the format
         latent = engine.to_model_scale(model, latent)
     highest, sigma = float(sampling.sigma_max), float(sigmas[0])

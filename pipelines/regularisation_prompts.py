@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from .engine.host import stop_if_interrupted
 from .errors import IdentityEditError
 from .language_models import TEXT, load_language_model
 from .subject_words import has_word, with_article
@@ -234,9 +235,7 @@ def endpoint_prompts(
     """
 
     def ask(instruction: str, answer_seed: int) -> str:
-        from comfy import model_management
-
-        model_management.throw_exception_if_processing_interrupted()
+        stop_if_interrupted()
         return ask_endpoint(instruction, answer_seed, temperature, timeout)
 
     return written_prompts(ask, class_word, count, seed, instructions, progress)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 INSIDE, OUTSIDE = "inside", "outside"
 PLAIN_PARTS = "the mean over its pixels alone"
 PIE_BENCH_PARTS = "both pictures multiplied by it and compared as a whole, as PIE-Bench does"
-_PARTS = {INSIDE: "inside the mask", OUTSIDE: "outside the mask"}
-_OTHERS = {"(source)": "of the source", "(references)": "of the references"}
 
 
-@dataclass(frozen=True)
-class Definition:
+class Definition(NamedTuple):
     """A kind of score.
 
     Attributes:
@@ -28,29 +25,6 @@ class Definition:
     source: str
     network: str = ""
     pie_bench: str = ""
-
-    def sentence(self, part: str, suffix: str, rule: str, network: str | None, *, is_pie_bench: bool) -> str:
-        """The definition as one sentence.
-
-        Args:
-            part: "inside", "outside" or "" for the whole.
-            suffix: what stands behind the score's name.
-            rule: how parts are compared.
-            network: the name of the network that was used.
-            is_pie_bench: whether PIE-Bench's rule is in force.
-        """
-        text = self.text.format(other=_OTHERS.get(suffix.strip(), "of the source"))
-        if suffix.strip() == "(references)":
-            text += ", the highest of them" if self.network == "face_recognizer" else ", the mean of them"
-        if network:
-            text += f" ({network})"
-        if part and self.network == "clip":
-            text += f", {_PARTS[part]}: the picture multiplied by it"
-        elif part:
-            text += f", {_PARTS[part]}: {rule}"
-        if is_pie_bench and self.pie_bench:
-            text += f"; {self.pie_bench}"
-        return f"{text}."
 
 
 PIE_BENCH_CODE = "PIE-Bench, evaluation/matrics_calculator.py (Ju et al. 2024)"
@@ -144,3 +118,27 @@ DEFINITIONS = {
     ),
 }
 """By name, in the order of reports. Parts and partners stand behind the name: "LPIPS outside", "CLIP-I (source)"."""
+
+
+def definition_of(name: str, part: str, network: str | None, *, is_pie_bench: bool) -> str:
+    """The definition of a score as one sentence.
+
+    Args:
+        name: of `DEFINITIONS`.
+        part: what stands behind the score's name: "inside", "outside", "(source)", "(references)" or "".
+        network: the name of the network that was used.
+        is_pie_bench: whether PIE-Bench's rule is in force.
+    """
+    definition = DEFINITIONS[name]
+    is_of_references = part == "(references)"
+    text = definition.text.format(other="of the references" if is_of_references else "of the source")
+    if is_of_references:
+        text += ", the highest of them" if definition.network == "face_recognizer" else ", the mean of them"
+    if network:
+        text += f" ({network})"
+    if part in (INSIDE, OUTSIDE):
+        rule = PIE_BENCH_PARTS if is_pie_bench else PLAIN_PARTS
+        text += f", {part} the mask: {'the picture multiplied by it' if definition.network == 'clip' else rule}"
+    if is_pie_bench and definition.pie_bench:
+        text += f"; {definition.pie_bench}"
+    return f"{text}."

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .errors import IdentityEditError, for_console
-from .model_folders import first_line, model_roots, read_checkpoint
+from .errors import IdentityEditError, first_line, for_console, shortened
+from .model_folders import model_roots, read_checkpoint
 
 FOLDER = "image_scores"
 ENDINGS = (".safetensors", ".pth", ".pt")
@@ -108,5 +108,4 @@ def with_weights(network: Any, state: dict[str, torch.Tensor], path: str, name: 
 def _second_line(error: RuntimeError) -> str:
     """torch names the module first and the tensors after it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[min(1, len(lines) - 1)].rstrip(". ")
-    return text if len(text) <= 160 else text[:157] + "..."
+    return shortened(lines[min(1, len(lines) - 1)].rstrip(". "), 160)

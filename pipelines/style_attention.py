@@ -31,7 +31,7 @@ from ..attention.style_cross_attention import (
 from . import engine
 from .errors import IdentityEditError, check_batch_matches
 from .masks import as_masks, cut_to
-from .prompt_tokens import BETWEEN_WORDS, split_words
+from .parsing import as_range, numbers, split_parts
 from .w_plus import WPlus
 
 ROW_GROUPS = "1-5, 6-9, 10-13, 14-18"
@@ -58,11 +58,11 @@ def parse_row_groups(text: str, count: int) -> RowGroups:
         IdentityEditError: when a part is no range, or the groups do not hold every row once and in order.
     """
     groups = []
-    for part in filter(str.strip, BETWEEN_WORDS.split(text)):
-        ends = [end.strip() for end in part.replace("\N{EN DASH}", "-").split("-")]
-        if len(ends) > 2 or not all(end.isdecimal() for end in ends):
+    for part in split_parts(text):
+        ends = as_range(part)
+        if ends is None:
             raise IdentityEditError(f"row_groups is '{text}'; write ranges such as '{ROW_GROUPS}'.")
-        groups.append((int(ends[0]), int(ends[-1])))
+        groups.append(ends)
     expected = 1
     for first, last in groups:
         if first != expected or last < first:
@@ -251,15 +251,10 @@ def parse_schedule(text: str) -> tuple[float, ...]:
     Raises:
         IdentityEditError: when a part is no finite number.
     """
-    try:
-        factors = tuple(float(part) for part in split_words(text))
-        if not bool(torch.isfinite(torch.tensor(factors)).all()):
-            raise ValueError
-    except ValueError:
-        raise IdentityEditError(
-            f"schedule is '{text}'; write numbers separated by commas, such as '0, 1', or nothing."
-        ) from None
-    return factors
+    factors = numbers(text)
+    if factors is None or not bool(torch.isfinite(torch.tensor(factors)).all()):
+        raise IdentityEditError(f"schedule is '{text}'; write numbers separated by commas, such as '0, 1', or nothing.")
+    return tuple(factors)
 
 
 def strength_at(

@@ -15,15 +15,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
-from typing import Any
 
 import torch
 
 from . import engine
 from .errors import IdentityEditError
-from .files import check_facts, read_tensors, understanding, write_tensors
-from .model_folders import first_line
+from .files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .style_attention import StyleAttention, StyleNetwork
 
 KIND = "style attention"
@@ -113,7 +110,10 @@ def load_style_attention(path: str) -> StyleAttention:
 
 
 def _refuse_others(path: str) -> None:
-    names = _names_in(path)
+    names, _ = header_of(path)
+    if not path.lower().endswith(".safetensors"):
+        content = read_foreign(path, "save it again", "choose one that Train Style Attention has saved", device="meta")
+        names = {str(name) for name in content} if isinstance(content, dict) else set()
     if any(_ADAPTER_WEIGHT in name for name in names) or names >= _ADAPTER_PARTS:
         raise IdentityEditError(
             f"The file {path} is a w-plus-adapter, whose layers and groups of rows are others; train a style attention "
@@ -127,23 +127,3 @@ def _refuse_others(path: str) -> None:
         raise IdentityEditError(
             f"The file {path} holds no style attention; choose one that Train Style Attention has saved."
         )
-
-
-def _names_in(path: str) -> set[str]:
-    """Names of a file's tensors, or of the parts it is made of."""
-    from safetensors import safe_open
-
-    content: Any
-    try:
-        if path.lower().endswith(".safetensors"):
-            with safe_open(path, framework="pt", device="cpu") as file:
-                return set(file.keys())
-        content = torch.load(path, weights_only=True, map_location="meta")
-    except pickle.UnpicklingError as error:
-        raise IdentityEditError(
-            f"The file {path} is damaged or holds code beside its tensors, which is never executed; choose one that "
-            f"Train Style Attention has saved."
-        ) from error
-    except Exception as error:  # torch raises many kinds for what is no file of its own
-        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); save it again.") from error
-    return {str(name) for name in content} if isinstance(content, dict) else set()

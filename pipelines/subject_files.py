@@ -21,15 +21,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
 from typing import Any
 
 import torch
 
 from . import engine
 from .errors import IdentityEditError
-from .files import check_facts, read_tensors, understanding, write_tensors
-from .model_folders import first_line
+from .files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .subject_embedding import OUTPUT, WORD, SubjectEmbedding, Vectors
 
 KIND = "embedding of a subject"
@@ -81,7 +79,8 @@ def load_subject(path: str) -> SubjectEmbedding:
     """
     if not os.path.isfile(path):
         raise IdentityEditError(f"The file {path} does not exist; choose another, or train a subject first.")
-    if not _is_ours(path):
+    names, _ = header_of(path, "train the subject or load it again")
+    if not any(name.startswith("shared.") for name in names):
         return load_textual_inversion(path)
     tensors, description = read_tensors(path, KIND)
     with understanding(path, "The subject"):
@@ -116,7 +115,7 @@ def load_textual_inversion(path: str) -> SubjectEmbedding:
     Raises:
         IdentityEditError: when the file is missing, damaged, no textual inversion, or holds code.
     """
-    content = _read(path)
+    content = read_foreign(path, "save it again", "save it as safetensors in the program that made it")
     token = os.path.splitext(os.path.basename(path))[0]
     found: dict[str, Any] = {}
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):  # A1111, .pt
@@ -158,36 +157,3 @@ def save_textual_inversion(subject: SubjectEmbedding, path: str) -> None:
         )
     description = {"kind": "textual inversion", "token": subject.token, "class_word": subject.class_word}
     write_tensors(path, {name: shared.float() for name, shared in subject.vectors.items()}, description)
-
-
-def _is_ours(path: str) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.lower().endswith(".safetensors"):
-        return False
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            names = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise IdentityEditError(
-            f"The file {path} cannot be read ({error}); train the subject or load it again."
-        ) from error
-    return any(name.startswith("shared.") for name in names)
-
-
-def _read(path: str) -> Any:
-    from safetensors.torch import load_file
-
-    try:
-        if path.lower().endswith(".safetensors"):
-            return load_file(path, device="cpu")
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except FileNotFoundError as error:
-        raise IdentityEditError(f"The file {path} does not exist; choose another.") from error
-    except pickle.UnpicklingError as error:
-        raise IdentityEditError(
-            f"The file {path} is damaged or holds code beside its tensors, which is never executed; save it as "
-            f"safetensors in the program that made it."
-        ) from error
-    except Exception as error:  # torch raises many kinds for what is no file of its own
-        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); save it again.") from error

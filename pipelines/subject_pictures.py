@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .engine.host import cut_and_scaled
 from .errors import IdentityEditError
 from .files import written_whole
 from .masks import as_masks, is_no_mask, masks_for
-from .picture_files import open_picture, picture_formats, read_picture
-from .pictures import on_white
+from .pictures import from_pillow, on_white, open_picture, picture_formats, read_picture, to_pillow
 from .subject_words import CLASS_WORD_FILE, check_caption, check_words, identity_prompt, one_line, with_article
 
 if TYPE_CHECKING:
@@ -236,15 +236,10 @@ def check_captions(subject: SubjectPictures) -> None:
 
 def picture_batch(subject: SubjectPictures) -> torch.Tensor:
     """All pictures as one IMAGE batch [batch, height, width, 3], cut and scaled to the first one's size."""
-    from comfy.utils import common_upscale
-
-    height, width = subject.pictures[0].shape[:2]
-    fitted = []
-    for picture in subject.pictures:
-        if picture.shape[:2] != (height, width):
-            picture = common_upscale(picture[None].movedim(-1, 1), width, height, "lanczos", "center").movedim(1, -1)[0]
-        fitted.append(picture)
-    return torch.stack(fitted)
+    size = subject.pictures[0].shape[:2]
+    return torch.stack(
+        [picture if picture.shape[:2] == size else cut_and_scaled(picture, *size) for picture in subject.pictures]
+    )
 
 
 def check_can_save(subject: SubjectPictures) -> str:
@@ -446,7 +441,7 @@ def _read_picture(
     flat, opaque = on_white(read_picture(_inside(path, name), name), name)
     picture, mask, what = flat[0], opaque[0], f"The transparency of {name}"
     if mask_name is not None:
-        mask = _tensor(_on_black(open_picture(_inside(path, mask_name), mask_name)).convert("L"))
+        mask = from_pillow(_on_black(open_picture(_inside(path, mask_name), mask_name)).convert("L"))
         what = f"The mask {mask_name}"
     if mask is not None:
         mask = _mask_of(picture, mask, what)
@@ -483,19 +478,12 @@ def _on_black(image: Image) -> Image:
     return Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
 
 
-def _tensor(image: Image) -> torch.Tensor:
-    """[height, width, 3] or, of a gray image, [height, width]; float32, 0 to 1."""
-    import numpy as np
-
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
-
-
 def _square(pixels: torch.Tensor, size: int, *, smooth: bool) -> torch.Tensor:
     """The centered square of a picture [height, width, 3] or mask [height, width], scaled to a side of `size`."""
     from PIL import Image, ImageOps
 
-    image = Image.fromarray((pixels * 255.0).round().to(torch.uint8).numpy())
-    return _tensor(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS if smooth else Image.Resampling.BILINEAR))
+    how = Image.Resampling.LANCZOS if smooth else Image.Resampling.BILINEAR
+    return from_pillow(ImageOps.fit(to_pillow(pixels), (size, size), how))
 
 
 def _mask_of(picture: torch.Tensor, mask: torch.Tensor, what: str) -> torch.Tensor:

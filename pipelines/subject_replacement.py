@@ -16,8 +16,9 @@ from . import engine
 from .conditioning import Conditioning, single_embedding, with_embedding
 from .errors import IdentityEditError, check_batch_matches
 from .inversion import DDIM, Inversion, check_inversion, check_method
+from .parsing import split_words
 from .prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
-from .prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, split_words, token_mapper
+from .prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
 from .schedule import euler_step, signal_scale
 
 SUBJECT_TOKENS = 5

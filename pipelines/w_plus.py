@@ -17,10 +17,9 @@ import torch
 
 from .errors import IdentityEditError, check_batch_matches
 from .files import read_tensors, understanding, write_tensors
-from .prompt_tokens import BETWEEN_WORDS
+from .parsing import as_range, split_parts
 
 KIND = "entry of W+ styles"
-COARSE_ROWS = "1-9"
 FINE_ROWS = "10-18"
 
 
@@ -97,16 +96,14 @@ def parse_rows(text: str, count: int) -> tuple[int, ...]:
     if text.strip().lower() == "all":
         return tuple(range(count))
     found: set[int] = set()
-    for part in BETWEEN_WORDS.split(text):
-        if not part.strip():
-            continue
-        ends = part.replace("\N{EN DASH}", "-").split("-")  # a dash that came with a copied text
-        if len(ends) > 2 or not all(end.strip().isdecimal() for end in ends):
-            raise IdentityEditError(f"rows has '{part.strip()}'; write numbers and ranges, such as '1-9, 12'.")
-        first, last = int(ends[0]), int(ends[-1])
+    for part in split_parts(text):
+        ends = as_range(part)
+        if ends is None:
+            raise IdentityEditError(f"rows has '{part}'; write numbers and ranges, such as '1-9, 12'.")
+        first, last = ends
         if not 1 <= first <= last <= count:
             raise IdentityEditError(
-                f"rows has '{part.strip()}', but these styles have rows 1 to {count}; write ranges in ascending order "
+                f"rows has '{part}', but these styles have rows 1 to {count}; write ranges in ascending order "
                 f"within them."
             )
         found |= set(range(first - 1, last))

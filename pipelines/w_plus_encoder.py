@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,8 +25,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from .e4e import E4E, from_published, with_weights
 from .engine.managed_network import load_whole, managed
 from .errors import IdentityEditError
-from .files import check_facts, read_tensors, understanding, write_tensors
-from .model_folders import first_line
+from .files import DESCRIPTION, check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .w_plus import WPlus, check_finite_styles
 
 KIND = "encoder of W+"
@@ -238,7 +236,8 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
     if not os.path.isfile(path):
         raise IdentityEditError(f"The file {path} does not exist; choose another, and press R.")
     name, training = os.path.splitext(os.path.basename(path))[0], {}
-    if path.lower().endswith(".safetensors") and _is_ours(path):
+    _, metadata = header_of(path, "download it again")
+    if DESCRIPTION in metadata:
         tensors, description = read_tensors(path, KIND)
         architecture = ARCHITECTURES.get(str(description.get("architecture", "")))
         average = tensors.pop("latent_avg", None)
@@ -252,7 +251,12 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
             network = with_weights(architecture, description.get("config", {}), own, path)
             name, training = str(description.get("name", name)), check_facts(description.get("training", {}), ())
     else:
-        network, average = from_published(_read(path), path)
+        # A namespace of the training's options is the one class besides tensors that published files hold.
+        instead = "download e4e_ffhq_encode.pt from its authors, or choose a .safetensors file"
+        content = read_foreign(path, "download it again", instead, (Namespace,), mmap=_is_zip(path))
+        if not isinstance(content, dict):
+            raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
+        network, average = from_published(content, path)
     if tuple(average.shape) != (network.rows, network.width):
         raise IdentityEditError(
             f"The mean style {tuple(average.shape)} in {path} does not belong to its encoder of {network.rows} rows of "
@@ -272,38 +276,6 @@ def fingerprint(network: nn.Module, average: torch.Tensor) -> str:
         digest.update(f"{key} {tuple(tensor.shape)}".encode())
         digest.update(flat[:: max(1, flat.shape[0] // _FINGERPRINT_VALUES)][:_FINGERPRINT_VALUES].numpy().tobytes())
     return digest.hexdigest()[:8]
-
-
-def _is_ours(path: str) -> bool:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "identity_edit" in (file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); download it again.") from error
-
-
-def _read(path: str) -> dict[str, Any]:
-    """The content of a published checkpoint, without executing anything in it."""
-    try:
-        if path.lower().endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        # A namespace of the training's options is the one class besides tensors that published files hold.
-        with torch.serialization.safe_globals([Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise IdentityEditError(
-            f"The file {path} holds more than plain weights and could run code, so it was not opened; download "
-            f"e4e_ffhq_encode.pt from its authors, or choose a .safetensors file."
-        ) from error
-    except Exception as error:  # torch and safetensors raise many kinds
-        raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); download it again.") from error
-    if not isinstance(content, dict):
-        raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
-    return content
 
 
 def _is_zip(path: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import comfy.samplers
 import torch
-from identity_edit_pack.attention import layers
+from identity_edit_pack.attention import unet
 from identity_edit_pack.tests import tiny_models
 
 SIGMAS = torch.tensor([9.0, 4.0, 1.0, 0.0])
@@ -49,7 +49,7 @@ class Reference:
     def run(self, latent: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         height, width = latent.shape[-2:]
         hooks = []
-        for layer in layers.attention_layers(self.model.get_model_object("diffusion_model")):
+        for layer in unet.attention_layers(self.model.get_model_object("diffusion_model")):
             grid = layer.grid(height, width)
             for attention, note in ((layer.block.attn2, self._cross), (layer.block.attn1, self._own)):
                 hooks.append(attention.register_forward_pre_hook(self._reader(grid, note)))

@@ -11,7 +11,8 @@ import comfy.ldm.modules.attention as engine_attention
 import comfy.samplers
 import pytest
 import torch
-from identity_edit_pack.attention import capture, layers
+from identity_edit_pack.attention import capture, sites, unet
+from identity_edit_pack.attention.maps import MeanMap
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.attention.sampling import COLUMNS, IDENTITY, NEGATIVE, POSITIVE, Reference, sample
 
@@ -19,11 +20,11 @@ BACKENDS = ["attention_basic", "attention_sub_quad", "attention_split", "attenti
 EMBEDDING = IDENTITY[0][0]
 
 
-def record(model, choice: str = layers.ALL, embedding: torch.Tensor = EMBEDDING, **options):
+def record(model, choice: str = sites.ALL, embedding: torch.Tensor = EMBEDDING, **options):
     return capture.capture_attention(model, embedding, COLUMNS, choice, **options)
 
 
-def mean(found: capture.MeanMap) -> torch.Tensor:
+def mean(found: MeanMap) -> torch.Tensor:
     return found.total / found.weight
 
 
@@ -49,7 +50,7 @@ def test_the_mean_is_of_sharp_maps_too() -> None:
     """Random weights make flat maps, on which much could be wrong unseen: sharpen them."""
     model, latent = tiny_models.sd1(), tiny_models.latent(4)
     with torch.no_grad():
-        for layer in layers.attention_layers(model.model.diffusion_model):
+        for layer in unet.attention_layers(model.model.diffusion_model):
             for attention in (layer.block.attn1, layer.block.attn2):
                 attention.to_q.weight.mul_(8)
     reference = Reference(model, EMBEDDING, COLUMNS)
@@ -163,7 +164,7 @@ def test_what_guidance_evaluates_besides_is_not_read() -> None:
 def test_beside_another_packs_replace_on_the_same_block() -> None:
     """Like IPAdapter: an attn2 replace that owns the block. Both do their work, and neither notices the other."""
     model, latent = tiny_models.sd1(), tiny_models.latent(4)
-    keys = [layer.key for layer in layers.attention_layers(model.model.diffusion_model)]
+    keys = [layer.key for layer in unet.attention_layers(model.model.diffusion_model)]
     calls = []
 
     def adapter(q, k, v, extra):

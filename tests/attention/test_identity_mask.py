@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.attention import identity_mask
-from identity_edit_pack.attention.capture import IdentityAttention, MeanMap
+from identity_edit_pack.attention import identity_mask, masks
+from identity_edit_pack.attention.capture import IdentityAttention
+from identity_edit_pack.attention.maps import MeanMap
 from scipy.ndimage import gaussian_filter
 
 
@@ -52,10 +53,10 @@ def test_refined_mask_is_the_matrix_power(power: int) -> None:
 def test_masks_are_normalised_for_each_picture_alone() -> None:
     maps = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(1))
     maps *= torch.tensor([1.0, 50.0, 0.0]).view(3, 1, 1)
-    found = identity_mask.normalised(maps)
+    found = masks.normalised(maps)
     assert found[:2].amin(dim=(1, 2)).tolist() == [0, 0] and found[:2].amax(dim=(1, 2)).tolist() == [1, 1]
     assert torch.equal(found[2], torch.zeros(4, 5)), "an even map outlines nothing"
-    assert torch.equal(found[:1], identity_mask.normalised(maps[:1]))
+    assert torch.equal(found[:1], masks.normalised(maps[:1]))
 
 
 def test_the_contour_runs_between_coarse_cells() -> None:
@@ -69,16 +70,16 @@ def test_the_contour_runs_between_coarse_cells() -> None:
 
 def test_union_and_feathering() -> None:
     first, second = torch.tensor([[[1.0, 0.0, 0.2]]]), torch.tensor([[[0.0, 0.0, 0.7]]])
-    assert torch.equal(identity_mask.union(first, second), torch.tensor([[[1.0, 0.0, 0.7]]]))
+    assert torch.equal(masks.union(first, second), torch.tensor([[[1.0, 0.0, 0.7]]]))
     mask = torch.zeros(2, 12, 9)
     mask[0, 3:7, 2:6] = 1
     mask[1] = 1
-    assert identity_mask.feathered(mask, 0.0) is mask
-    soft = identity_mask.feathered(mask, 1.5)
+    assert masks.feathered(mask, 0.0) is mask
+    soft = masks.feathered(mask, 1.5)
     expected = gaussian_filter(mask[0].double().numpy(), 1.5, mode="nearest", radius=5)
     assert np.allclose(soft[0].numpy(), expected, atol=1e-6)
     assert torch.allclose(soft[1], torch.ones(12, 9), atol=1e-6)
-    assert identity_mask.feathered(mask[:, :2, :2], 4.0).shape == (2, 2, 2)
+    assert masks.feathered(mask[:, :2, :2], 4.0).shape == (2, 2, 2)
 
 
 def test_an_empty_recording_says_so() -> None:

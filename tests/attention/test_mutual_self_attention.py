@@ -14,7 +14,7 @@ import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from identity_edit_pack.attention import mutual_self_attention as mutual
-from identity_edit_pack.attention.layers import attention_layers
+from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
 from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.errors import IdentityEditError

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from identity_edit_pack.attention import identity_mask
-from identity_edit_pack.attention.capture import IdentityAttention, MeanMap
+from identity_edit_pack.attention.capture import IdentityAttention
+from identity_edit_pack.attention.maps import MeanMap
 from identity_edit_pack.nodes import masks
 from identity_edit_pack.pipelines import identity_mask_blend, identity_prompt, inversion
 from identity_edit_pack.pipelines.errors import IdentityEditError

@@ -10,11 +10,12 @@ import torch
 from identity_edit_pack.nodes import face, measure
 from identity_edit_pack.pipelines import faces as face_networks
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.pair_folder import PairFolder, load_pair
+from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.tests import tiny_vision
 from identity_edit_pack.tests.nodes import good_inputs
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in
+from saved_pairs import load_pair
 
 
 def inputs_of(kind: str) -> list[tuple[str, str]]:

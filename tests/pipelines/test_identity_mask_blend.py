@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from identity_edit_pack.attention.identity_mask import feathered, identity_mask
+from identity_edit_pack.attention.identity_mask import identity_mask
+from identity_edit_pack.attention.masks import feathered
 from identity_edit_pack.pipelines import engine, identity_mask_blend, null_text
 from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion, edit_friendly_sampling
 from identity_edit_pack.pipelines.errors import IdentityEditError

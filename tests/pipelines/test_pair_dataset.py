@@ -12,8 +12,9 @@ import pytest
 import torch
 from identity_edit_pack.pipelines import pair_dataset as datasets
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.pair_folder import PairFolder, load_pair
+from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
+from saved_pairs import load_pair
 
 EDITS = datasets.parse_edits(
     "hat: a {subject} -> a {subject}, hat\n# not this one: a -> b\n\nscarf: a {subject} -> a {subject}, scarf"

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.pair_folder import PairFolder, load_pair
+from identity_edit_pack.pipelines.pair_folder import PairFolder
 from PIL import Image
+from saved_pairs import load_pair
 
 
 def picture(seed: int, height: int = 24, width: int = 16) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import picture_files
+from identity_edit_pack.pipelines import pictures as picture_forms
 from identity_edit_pack.pipelines import subject_pictures as subjects
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from PIL import Image
@@ -167,7 +167,7 @@ def savable() -> list[tuple[str, str]]:
     """Every ending that is read and that Pillow can also write here, with its format."""
     Image.init()
     found = []
-    for ending, name in sorted(picture_files.picture_formats().items()):
+    for ending, name in sorted(picture_forms.picture_formats().items()):
         if name in {*Image.SAVE} - {"ICNS", "ICO"}:  # of their own sizes
             found.append((ending, name))
     return found
@@ -190,7 +190,7 @@ def test_pictures_of_every_ending_are_read(tmp_path: Path, ending: str, kind: st
 
 def test_the_endings_of_load_image_are_among_them() -> None:
     usual = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-    known = picture_files.picture_formats()
+    known = picture_forms.picture_formats()
     assert usual <= set(known) and not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf"} & set(known)
 
 

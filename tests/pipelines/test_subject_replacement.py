@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny_text_encoders
 import torch
-from identity_edit_pack.attention.layers import attention_layers
+from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines import engine, inversion, null_text
 from identity_edit_pack.pipelines.conditioning import with_embedding
 from identity_edit_pack.pipelines.errors import IdentityEditError

@@ -1,63 +1,27 @@
-"""Masks of a subject in a picture: by the diffusion model's own attention, or by Segment Anything.
-
-Wang et al. 2023 take subject masks from Segment Anything (Kirillov et al. 2023), and find the subject by its name with
-Grounding DINO (Liu et al. 2023, "Grounded SAM"). Where neither is at hand, the checkpoint that is loaded anyway says
-where it sees the subject: `attention_masks`, the identity-aware attention of Liu et al. 2024 on a noised picture.
-"""
+"""Masks of a subject by Segment Anything (Kirillov et al. 2023): from points and a box, chosen among everything that is
+found, or from the boxes of `grounding_dino` ("Grounded SAM"), as Wang et al. 2023 take them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from ..attention.capture import IdentityAttention
-from ..attention.identity_mask import identity_map
-from ..attention.layers import AUTOMATIC
-from . import engine
-from .conditioning import Conditioning
-from .errors import IdentityEditError
-from .identity_prompt import IdentityPrompt, capture_identity
-from .model_folders import (
-    check_preprocessor,
-    first_line,
-    from_transformers,
-    loaded,
-    read_checkpoint,
-    read_config,
-    to_pillow,
-)
-from .prompt_tokens import split_words
-from .schedule import noise_levels, rows_of
-
-if TYPE_CHECKING:
-    import numpy as np
+from .errors import IdentityEditError, first_line
+from .model_folders import check_preprocessor, from_transformers, loaded, read_checkpoint, read_config
+from .parsing import lines_of_numbers, numbers
+from .pictures import as_bytes, to_pillow
 
 SAM_FOLDER = "sams"
-GROUNDING_DINO_FOLDER = "grounding-dino"
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
 SAM_NEEDED = (
     "a checkpoint file of Segment Anything, such as sam_vit_b_01ec64.pth, for the package segment-anything; or a "
     "folder in the form of transformers with config.json, model.safetensors and preprocessor_config.json"
 )
-GROUNDING_DINO_NEEDED = (
-    "a folder in the form of transformers with config.json, model.safetensors, preprocessor_config.json and the "
-    "tokenizer's files"
-)
-
-TIMESTEPS = (1, 101, 201)
-"""Noise levels, of 1000, at which the model looks at the picture, one network evaluation each."""
-THRESHOLD = 0.45
-POWER = 2
-"""These three overlapped the best with the true masks of the demo world among three timesteps; one alone (101) and
-higher ones do little worse, see benchmarks/results/segment_subject.md. Liu et al. 2024 name none."""
-
 LARGEST, UNION, MOST_CERTAIN = CHOICES = ("largest", "union", "most certain")
-BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
-"""Defaults of Grounding DINO in transformers."""
 POINTS_PER_SIDE = 32
 """Of the grid of points that everything is asked for by (Kirillov et al. 2023)."""
 _BACKGROUND_BORDER = 0.5
@@ -104,108 +68,6 @@ class Segmenter(Protocol):
 
     def everything(self, picture: torch.Tensor) -> list[Segment]:
         """All parts that are found without a prompt."""
-
-
-# --- The diffusion model's own attention -----------------------------------------------------------------------------
-
-
-def attention_masks(
-    model: Any,
-    latent: torch.Tensor,
-    identity: IdentityPrompt,
-    conditioning: Conditioning,
-    size: tuple[int, int],
-    *,
-    timesteps: Sequence[int] = TIMESTEPS,
-    threshold: float = THRESHOLD,
-    power: int = POWER,
-    layers: str = AUTOMATIC,
-    seed: int = 0,
-    callback: engine.Callback | None = None,
-) -> torch.Tensor:
-    """Where a diffusion model sees the subject in pictures, without any further network.
-
-    The pictures' latents are noised to a few timesteps, as in training; the network looks at each once, and the
-    identity prompt's cross-attention is recorded beside (Liu et al. 2024, eq. 1), its mean over the timesteps spread
-    along the self-attention (eq. 2), normalised and cut.
-
-    Args:
-        model, latent, identity, conditioning, timesteps, layers, seed, callback: as for `record_attention`.
-        size: height and width of the masks: the pictures'.
-        threshold: share of the normalised map above which a place belongs to the subject.
-        power: lambda of eq. 2; 0 uses the cross-attention alone.
-
-    Returns:
-        [B, height, width] float32, 0 or 1.
-
-    Raises:
-        IdentityEditError: when the model, the prompt or an option cannot be used.
-    """
-    if not 0.0 <= threshold <= 1.0 or power < 0:
-        raise IdentityEditError(
-            f"threshold is {threshold:g} and self_attention_power {power}; choose a threshold from 0 to 1 and a power "
-            f"of 0 or more."
-        )
-    attention = record_attention(
-        model,
-        latent,
-        identity,
-        conditioning,
-        timesteps=timesteps,
-        self_attention=power > 0,
-        layers=layers,
-        seed=seed,
-        callback=callback,
-    )
-    return (identity_map(attention, *size, power) > threshold).float()
-
-
-def record_attention(
-    model: Any,
-    latent: torch.Tensor,
-    identity: IdentityPrompt,
-    conditioning: Conditioning,
-    *,
-    timesteps: Sequence[int] = TIMESTEPS,
-    self_attention: bool = True,
-    layers: str = AUTOMATIC,
-    seed: int = 0,
-    callback: engine.Callback | None = None,
-) -> IdentityAttention:
-    """What a diffusion model attends to as the subject in noised pictures.
-
-    Args:
-        model: MODEL.
-        latent: [B, C, h, w] of the pictures, in the scale of LATENT sockets.
-        identity: what the subject is, such as "cat".
-        conditioning: CONDITIONING that the network is evaluated with: a caption, or the identity prompt itself.
-        timesteps: of the model's training, from 0 to below their number; one network evaluation each, at the model's
-            nearest noise level.
-        self_attention: also record the self-attention, for eq. 2 of Liu et al. 2024.
-        layers: a choice of `attention.layers.choose_layers`.
-        seed: of the noise.
-        callback: progress with preview.
-
-    Raises:
-        IdentityEditError: when the model, the prompt or an option cannot be used.
-    """
-    sampling = engine.require_noise_prediction_model(model)
-    most = int(sampling.num_timesteps) - 1
-    if len(timesteps) == 0 or not all(0 <= timestep <= most for timestep in timesteps):
-        raise IdentityEditError(f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {most}.")
-    capturing, attention = capture_identity(model, identity, layers, self_attention=self_attention)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-    sigmas = noise_levels(sampling)[rows_of(sampling, sorted(timesteps, reverse=True))]
-
-    def look(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
-        for i, sigma in enumerate(sigmas.to(evaluator.device)):
-            x = z_0 + sigma * noise.to(z_0)
-            denoised = evaluator.denoised(x, sigma, "positive")
-            evaluator.report(i, denoised, x, len(sigmas))
-
-    with torch.no_grad():
-        engine.run_loop(capturing, conditioning, None, latent, sigmas, look, callback=callback)
-    return attention
 
 
 # --- Segment Anything ------------------------------------------------------------------------------------------------
@@ -298,7 +160,7 @@ class _PackageSegmenter:
         from segment_anything import SamPredictor
 
         predictor = SamPredictor(self._network)
-        predictor.set_image(_as_bytes(picture))
+        predictor.set_image(as_bytes(picture))
         masks, scores, _ = predictor.predict(
             point_coords=np.array(prompt.points, dtype=np.float32) if prompt.points else None,
             point_labels=np.array(prompt.labels, dtype=np.int32) if prompt.points else None,
@@ -311,7 +173,7 @@ class _PackageSegmenter:
     def everything(self, picture: torch.Tensor) -> list[Segment]:
         from segment_anything import SamAutomaticMaskGenerator
 
-        found = SamAutomaticMaskGenerator(self._network, points_per_side=POINTS_PER_SIDE).generate(_as_bytes(picture))
+        found = SamAutomaticMaskGenerator(self._network, points_per_side=POINTS_PER_SIDE).generate(as_bytes(picture))
         return [Segment(torch.from_numpy(part["segmentation"]), float(part["predicted_iou"])) for part in found]
 
 
@@ -392,60 +254,6 @@ def _package_model(path: str) -> Any:
     return network
 
 
-# --- Grounding DINO --------------------------------------------------------------------------------------------------
-
-
-def detect(
-    path: str,
-    pictures: Sequence[torch.Tensor],
-    name: str,
-    box_threshold: float = BOX_THRESHOLD,
-    text_threshold: float = TEXT_THRESHOLD,
-) -> list[list[tuple[float, tuple[float, ...]]]]:
-    """Where Grounding DINO finds a subject by its name.
-
-    Args:
-        path: a folder; see `GROUNDING_DINO_NEEDED`.
-        pictures: [height, width, 3], 0 to 1.
-        name: what to look for, such as "dog".
-        box_threshold, text_threshold: how sure the network must be, 0 to 1.
-
-    Returns:
-        for each picture (score, (left, top, right, bottom) in pixels), the most certain first.
-
-    Raises:
-        IdentityEditError: when files are missing, the folder holds another network, or there is no name.
-    """
-    words = " ".join(name.lower().replace(".", " ").split())
-    if not words:
-        raise IdentityEditError("subject is empty; write what to look for, such as 'dog'.")
-    config = read_config(path, GROUNDING_DINO_NEEDED)
-    if config.get("model_type") != "grounding-dino":
-        raise IdentityEditError(
-            f"The model in {path} is '{config.get('model_type')}', not 'grounding-dino'; choose a Grounding DINO of "
-            f"transformers."
-        )
-    check_preprocessor(path)
-
-    def load() -> tuple[Any, Any]:
-        import transformers
-
-        return from_transformers(path, transformers.GroundingDinoForObjectDetection, transformers.AutoProcessor)
-
-    found = []
-    with loaded(path, load) as (network, processor, device):
-        for picture in pictures:
-            # Names are lower case and end with a full stop: so Grounding DINO has learned them.
-            inputs = processor(images=to_pillow(picture), text=f"{words}.", return_tensors="pt").to(device)
-            # By position: the third argument has had two names.
-            result = processor.post_process_grounded_object_detection(
-                network(**inputs), inputs["input_ids"], box_threshold, text_threshold, [tuple(picture.shape[:2])]
-            )[0]
-            boxes = zip(result["scores"].tolist(), (tuple(box) for box in result["boxes"].tolist()), strict=True)
-            found.append(sorted(boxes, reverse=True))
-    return found
-
-
 # --- Prompts and parts -----------------------------------------------------------------------------------------------
 
 
@@ -461,27 +269,24 @@ def parse_prompt(points: str, box: str) -> Prompt:
     """
     coordinates: list[tuple[float, float]] = []
     labels: list[bool] = []
-    for line in points.replace(";", "\n").splitlines():
-        if not line.strip():
-            continue
-        numbers = _numbers(line)
-        if numbers is None or len(numbers) not in (2, 3) or (len(numbers) == 3 and numbers[2] not in (0, 1)):
+    for line, values in lines_of_numbers(points):
+        if values is None or len(values) not in (2, 3) or (len(values) == 3 and values[2] not in (0, 1)):
             raise IdentityEditError(
-                f"points has the line '{line.strip()}'; write 'x, y' for a point on the subject and 'x, y, 0' for one "
+                f"points has the line '{line}'; write 'x, y' for a point on the subject and 'x, y, 0' for one "
                 f"beside it, in pixels."
             )
-        coordinates.append((numbers[0], numbers[1]))
-        labels.append(len(numbers) == 2 or numbers[2] == 1)
+        coordinates.append((values[0], values[1]))
+        labels.append(len(values) == 2 or values[2] == 1)
     if coordinates and not any(labels) and not box.strip():
         raise IdentityEditError("points has none on the subject; add a point 'x, y' on it, or a box.")
     corners = None
     if box.strip():
-        numbers = _numbers(box)
-        if numbers is None or len(numbers) != 4 or numbers[0] >= numbers[2] or numbers[1] >= numbers[3]:
+        values = numbers(box)
+        if values is None or len(values) != 4 or values[0] >= values[2] or values[1] >= values[3]:
             raise IdentityEditError(
                 f"box is '{box.strip()}'; write 'left, top, right, bottom' in pixels, such as '20, 30, 400, 500'."
             )
-        corners = (numbers[0], numbers[1], numbers[2], numbers[3])
+        corners = (values[0], values[1], values[2], values[3])
     return Prompt(tuple(coordinates), tuple(labels), corners)
 
 
@@ -500,13 +305,6 @@ def check_prompt(prompt: Prompt, picture: torch.Tensor) -> None:
                 f"The box ({left:g}, {top:g}, {right:g}, {bottom:g}) lies outside of the picture of {width}x{height} "
                 f"pixels; choose one inside."
             )
-
-
-def _numbers(text: str) -> list[float] | None:
-    try:
-        return [float(part) for part in split_words(text)]
-    except ValueError:
-        return None
 
 
 def _is_ambiguous(prompt: Prompt) -> bool:
@@ -529,7 +327,3 @@ def _chosen(parts: Sequence[Segment], choice: str, picture: torch.Tensor) -> tor
     if choice == LARGEST:
         return max(parts, key=lambda part: int(part.mask.sum())).mask.float()
     return max(parts, key=lambda part: part.score).mask.float()
-
-
-def _as_bytes(picture: torch.Tensor) -> np.ndarray:
-    return (picture[..., :3].clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from identity_edit_pack.attention import layers
+from identity_edit_pack.attention import sites, unet
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.attention.sampling import sample
 
@@ -32,7 +32,7 @@ def network(**config) -> UNetModel:
         return UNetModel(**common, context_dim=16, use_spatial_transformer=True, legacy=False, **config)
 
 
-def numbers(found: list[layers.AttentionLayer], downsampling: int) -> dict[str, list[int]]:
+def numbers(found: list[unet.AttentionLayer], downsampling: int) -> dict[str, list[int]]:
     result: dict[str, set[int]] = {}
     for layer in found:
         if layer.downsampling == downsampling:
@@ -41,30 +41,30 @@ def numbers(found: list[layers.AttentionLayer], downsampling: int) -> dict[str, 
 
 
 def test_stable_diffusion_1_has_its_known_layers() -> None:
-    found = layers.attention_layers(network(**SD15))
+    found = unet.attention_layers(network(**SD15))
     assert len(found) == 16
     assert numbers(found, 1) == {"input": [1, 2], "output": [9, 10, 11]}
     assert numbers(found, 2) == {"input": [4, 5], "output": [6, 7, 8]}
     assert numbers(found, 4) == {"input": [7, 8], "output": [3, 4, 5]}
     assert numbers(found, 8) == {"middle": [0]}
-    chosen = layers.choose_layers(found, 64, 64, layers.AUTOMATIC)
+    chosen = sites.choose_layers(found, 64, 64, sites.AUTOMATIC)
     assert {layer.grid(64, 64) for layer in chosen} == {(32, 32), (16, 16)}
 
 
 def test_stable_diffusion_xl_has_its_known_layers() -> None:
-    found = layers.attention_layers(network(**SDXL))
+    found = unet.attention_layers(network(**SDXL))
     assert len(found) == 70
     assert numbers(found, 2) == {"input": [4, 5], "output": [3, 4, 5]}
     assert numbers(found, 4) == {"input": [7, 8], "middle": [0], "output": [0, 1, 2]}
-    chosen = layers.choose_layers(found, 128, 128, layers.AUTOMATIC)
+    chosen = sites.choose_layers(found, 128, 128, sites.AUTOMATIC)
     assert {layer.grid(128, 128) for layer in chosen} == {(64, 64), (32, 32)}
 
 
 def test_small_latents_use_the_finest_grids() -> None:
-    found = layers.attention_layers(network(**SD15))
-    assert layers.automatic_factors(found, 16, 16) == (1, 2)
-    assert layers.automatic_factors(found, 16, 40) == (2, 4)
-    assert layers.automatic_factors(layers.attention_layers(network(**SDXL)), 16, 16) == (2, 4)
+    found = unet.attention_layers(network(**SD15))
+    assert sites.automatic_factors(found, 16, 16) == (1, 2)
+    assert sites.automatic_factors(found, 16, 40) == (2, 4)
+    assert sites.automatic_factors(unet.attention_layers(network(**SDXL)), 16, 16) == (2, 4)
 
 
 @pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
@@ -79,15 +79,15 @@ def test_keys_and_grids_are_those_that_patches_see(family: str) -> None:
     patched = model.clone()
     patched.set_model_attn2_patch(note)
     sample(patched, tiny_models.latent(1, height=9, width=14), cfg=1.0)
-    found = layers.attention_layers(model.model.diffusion_model)
+    found = unet.attention_layers(model.model.diffusion_model)
     assert seen == [(layer.key, layer.grid(9, 14)) for layer in found] * 3
 
 
 def test_choices_that_a_model_lacks_are_refused() -> None:
-    found = layers.attention_layers(network(**SDXL))
+    found = unet.attention_layers(network(**SDXL))
     for choice in ("1", "2, 3", "", "coarse"):
         with pytest.raises(ValueError, match="choose from 2, 4, or automatic"):
-            layers.choose_layers(found, 128, 128, choice)
-    assert len(layers.choose_layers(found, 128, 128, layers.ALL)) == 70
+            sites.choose_layers(found, 128, 128, choice)
+    assert len(sites.choose_layers(found, 128, 128, sites.ALL)) == 70
     with pytest.raises(ValueError, match="Linear"):
-        layers.attention_layers(torch.nn.Linear(1, 1))
+        unet.attention_layers(torch.nn.Linear(1, 1))

@@ -12,7 +12,8 @@ import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import features
+from identity_edit_pack.pipelines import image_encoders
+from identity_edit_pack.pipelines import reference_selection as selection
 from identity_edit_pack.pipelines.errors import IdentityEditError
 
 CAT = Attributes(color="orange", pattern="striped")
@@ -60,10 +61,10 @@ def test_the_built_in_features_choose_the_same_pose_and_view() -> None:
             )
         ]
         generated = drawn(CAT.replace(pose=pose, facing="left", place="snow"), 77)
-        choice = features.select_reference(
+        choice = selection.select_reference(
             [generated[0]],
             [picture for picture, _ in sources],
-            features.histogram_features,
+            selection.histogram_features,
             generated_masks=[generated[1]],
             source_masks=[mask for _, mask in sources],
         )
@@ -74,30 +75,30 @@ def test_the_built_in_features_choose_the_same_pose_and_view() -> None:
 
 def test_the_same_picture_has_similarity_one_and_several_generated_ones_are_averaged() -> None:
     pictures = [drawn(CAT.replace(place=place), 3)[0] for place in ("grass", "snow", "night")]
-    choice = features.select_reference([pictures[1]], pictures, features.histogram_features)
+    choice = selection.select_reference([pictures[1]], pictures, selection.histogram_features)
     assert choice.index == 1 and float(choice.similarities[1]) == pytest.approx(1.0, abs=1e-5)
-    both = features.select_reference([pictures[1], pictures[2]], pictures, features.histogram_features)
-    other = features.select_reference([pictures[2]], pictures, features.histogram_features)
+    both = selection.select_reference([pictures[1], pictures[2]], pictures, selection.histogram_features)
+    other = selection.select_reference([pictures[2]], pictures, selection.histogram_features)
     assert torch.allclose(both.similarities, (choice.similarities + other.similarities) / 2, atol=1e-6)
 
 
 def test_the_background_does_not_count_where_only_the_subject_does() -> None:
     first, second = (drawn(CAT.replace(place=place), 3) for place in ("grass", "night"))
-    a, b = (features.subject_only(*picture) for picture in (first, second))
+    a, b = (selection.subject_only(*picture) for picture in (first, second))
     assert a.shape == b.shape and a.shape[0] == a.shape[1]
-    whole = torch.nn.functional.cosine_similarity(*features.histogram_features([first[0], second[0]]), dim=0)
-    alone = torch.nn.functional.cosine_similarity(*features.histogram_features([a, b]), dim=0)
+    whole = torch.nn.functional.cosine_similarity(*selection.histogram_features([first[0], second[0]]), dim=0)
+    alone = torch.nn.functional.cosine_similarity(*selection.histogram_features([a, b]), dim=0)
     assert alone > 0.99 and alone > whole + 0.1
 
 
 def test_the_subject_is_cut_to_a_square_also_at_the_border() -> None:
     picture, mask = torch.rand(20, 40, 3), torch.zeros(20, 40)
     mask[2:18, 36:40] = 1
-    cut = features.subject_only(picture, mask, margin=0.0)
+    cut = selection.subject_only(picture, mask, margin=0.0)
     assert cut.shape == (16, 16, 3)
     assert torch.equal(cut[:, 6:10], picture[2:18, 36:40])
-    cut[:, 6:10] = features.BACKGROUND
-    assert float((cut - features.BACKGROUND).abs().max()) == 0
+    cut[:, 6:10] = selection.BACKGROUND
+    assert float((cut - selection.BACKGROUND).abs().max()) == 0
 
 
 @pytest.mark.parametrize("kind", ["vit", "dinov2", "clip"])
@@ -106,7 +107,7 @@ def test_a_folder_of_transformers_gives_the_network_s_own_features(kind: str, tm
 
     network = save_vit(tmp_path, kind)
     pictures = [drawn(CAT, 1)[0], drawn(CAT, 2)[0]]
-    found = features.encoder_of_folder(str(tmp_path))(pictures)
+    found = image_encoders.encoder_of_folder(str(tmp_path))(pictures)
     prepared = AutoImageProcessor.from_pretrained(tmp_path)(
         images=[(picture * 255).round().byte().numpy() for picture in pictures], return_tensors="pt"
     )
@@ -124,7 +125,7 @@ def test_a_folder_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     path = str(tmp_path)
     with pytest.raises(IdentityEditError, match="does not exist|has no config.json"):
-        features.encoder_of_folder(path)
+        image_encoders.encoder_of_folder(path)
     network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, 4))
     save_file({**network.state_dict(), "head.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     config = {
@@ -134,7 +135,7 @@ def test_a_folder_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(IdentityEditError, match="pip install timm"):
-        features.encoder_of_folder(path)
+        image_encoders.encoder_of_folder(path)
     asked = []
 
     def create_model(name: str, **options: Any) -> torch.nn.Module:
@@ -144,7 +145,7 @@ def test_a_folder_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
     picture = torch.rand(16, 16, 3)
-    found = features.encoder_of_folder(path)([picture])
+    found = image_encoders.encoder_of_folder(path)([picture])
     assert asked == [("tiny", {"pretrained": False, "num_classes": 0})]
     with torch.no_grad():
         assert torch.allclose(found, network((picture.permute(2, 0, 1)[None] - 0.5) / 0.5), atol=1e-5)
@@ -156,25 +157,25 @@ def test_clip_vision_of_comfyui() -> None:
             assert not crop and image.ndim == 4
             return {"image_embeds": image.mean(dim=(1, 2)), "last_hidden_state": torch.zeros(1, 2, 3)}
 
-    found = features.encoder_of_clip_vision(ClipVision())([torch.rand(4, 4, 3), torch.rand(6, 5, 3)])
+    found = image_encoders.encoder_of_clip_vision(ClipVision())([torch.rand(4, 4, 3), torch.rand(6, 5, 3)])
     assert found.shape == (2, 3)
 
 
 def test_folders_that_cannot_be_used_say_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(IdentityEditError, match="does not exist; make it and put into it config.json"):
-        features.encoder_of_folder(str(tmp_path / "none"))
+        image_encoders.encoder_of_folder(str(tmp_path / "none"))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(IdentityEditError, match="no weights"):
-        features.encoder_of_folder(str(tmp_path))
+        image_encoders.encoder_of_folder(str(tmp_path))
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(IdentityEditError, match="only pickled weights"):
-        features.encoder_of_folder(str(tmp_path))
+        image_encoders.encoder_of_folder(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(IdentityEditError, match="no preprocessor_config.json"):
-        features.encoder_of_folder(str(tmp_path))
+        image_encoders.encoder_of_folder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(IdentityEditError, match="is 'llama', which is no image encoder"):
-        features.encoder_of_folder(str(tmp_path))
+        image_encoders.encoder_of_folder(str(tmp_path))
 
 
 def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
@@ -186,14 +187,14 @@ def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
     weights.pop("encoder.layer.0.attention.attention.query.weight")
     save_file(weights, file, metadata={"format": "pt"})
     with pytest.raises(IdentityEditError, match="lack 1 tensors"):
-        features.encoder_of_folder(str(tmp_path))([torch.rand(8, 8, 3)])
+        image_encoders.encoder_of_folder(str(tmp_path))([torch.rand(8, 8, 3)])
 
 
 def test_bad_input_is_named() -> None:
     picture = torch.rand(8, 8, 3)
     with pytest.raises(IdentityEditError, match="no picture to choose from"):
-        features.select_reference([picture], [], features.histogram_features)
+        selection.select_reference([picture], [], selection.histogram_features)
     with pytest.raises(IdentityEditError, match="2 masks for 1 pictures"):
-        features.select_reference([picture], [picture], features.histogram_features, source_masks=[None, None])
+        selection.select_reference([picture], [picture], selection.histogram_features, source_masks=[None, None])
     with pytest.raises(IdentityEditError, match="A mask is empty"):
-        features.subject_only(picture, torch.zeros(8, 8))
+        selection.subject_only(picture, torch.zeros(8, 8))

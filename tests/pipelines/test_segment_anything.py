@@ -13,7 +13,9 @@ import tiny_models
 import tiny_segmentation_models as tiny
 import torch
 from identity_edit_pack.attention import identity_mask
-from identity_edit_pack.pipelines import identity_prompt, segmentation
+from identity_edit_pack.pipelines import attention_segmentation as by_attention
+from identity_edit_pack.pipelines import grounding_dino, identity_prompt
+from identity_edit_pack.pipelines import segment_anything as sam
 from identity_edit_pack.pipelines.errors import IdentityEditError
 
 PICTURE = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(1))
@@ -28,11 +30,11 @@ def identity() -> identity_prompt.IdentityPrompt:
 
 def test_attention_masks_are_cut_out_of_what_the_network_attends_to() -> None:
     model, latent = tiny_models.sd1(), tiny_models.latent(4, batch=2)
-    attention = segmentation.record_attention(
+    attention = by_attention.record_attention(
         model, latent, identity(), tiny_models.conditioning(5), timesteps=(1, 401)
     )
     assert attention.evaluations == 2
-    masks = segmentation.attention_masks(
+    masks = by_attention.attention_masks(
         model, latent, identity(), tiny_models.conditioning(5), (64, 64), timesteps=(401, 1), threshold=0.4, power=1
     )
     assert torch.equal(masks, identity_mask.identity_mask(attention, 64, 64, 0.4, 1))
@@ -48,7 +50,7 @@ def test_every_timestep_is_one_evaluation_at_its_own_noise() -> None:
         return apply(arguments["input"], arguments["timestep"], **arguments["c"])
 
     model.set_model_unet_function_wrapper(watch)
-    segmentation.record_attention(model, latent, identity(), tiny_models.conditioning(5), timesteps=(101, 501), seed=7)
+    by_attention.record_attention(model, latent, identity(), tiny_models.conditioning(5), timesteps=(101, 501), seed=7)
     sampling = model.get_model_object("model_sampling")
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
     scaled = model.model.process_latent_in(latent)
@@ -61,9 +63,9 @@ def test_bad_attention_options_are_named() -> None:
     model, latent, prompt = tiny_models.sd1(), tiny_models.latent(4), tiny_models.conditioning(5)
     for timesteps in ((), (1000,), (-1,)):
         with pytest.raises(IdentityEditError, match="timesteps is"):
-            segmentation.attention_masks(model, latent, identity(), prompt, (8, 8), timesteps=timesteps)
+            by_attention.attention_masks(model, latent, identity(), prompt, (8, 8), timesteps=timesteps)
     with pytest.raises(IdentityEditError, match="threshold is 2"):
-        segmentation.attention_masks(model, latent, identity(), prompt, (8, 8), threshold=2.0)
+        by_attention.attention_masks(model, latent, identity(), prompt, (8, 8), threshold=2.0)
 
 
 # --- Segment Anything ------------------------------------------------------------------------------------------------
@@ -72,19 +74,19 @@ def test_bad_attention_options_are_named() -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        segmentation.Prompt(((20.0, 12.0),), (True,)),
-        segmentation.Prompt(((20.0, 12.0), (50.0, 40.0)), (True, False)),
-        segmentation.Prompt(box=(8.0, 4.0, 50.0, 40.0)),
-        segmentation.Prompt(((20.0, 12.0),), (True,), (8.0, 4.0, 50.0, 40.0)),
+        sam.Prompt(((20.0, 12.0),), (True,)),
+        sam.Prompt(((20.0, 12.0), (50.0, 40.0)), (True, False)),
+        sam.Prompt(box=(8.0, 4.0, 50.0, 40.0)),
+        sam.Prompt(((20.0, 12.0),), (True,), (8.0, 4.0, 50.0, 40.0)),
     ],
 )
-def test_transformers_sam_gives_the_mask_of_its_own_call(prompt: segmentation.Prompt, tmp_path: Path) -> None:
+def test_transformers_sam_gives_the_mask_of_its_own_call(prompt: sam.Prompt, tmp_path: Path) -> None:
     from PIL import Image
     from transformers import SamProcessor
 
     network = tiny.save_sam(tmp_path)
-    with segmentation.load_segmenter(str(tmp_path)) as segmenter:
-        found = segmentation.segment_anything(segmenter, PICTURE, prompt)
+    with sam.load_segmenter(str(tmp_path)) as segmenter:
+        found = sam.segment_anything(segmenter, PICTURE, prompt)
     processor = SamProcessor.from_pretrained(tmp_path)
     given: dict[str, Any] = {}
     if prompt.points:
@@ -118,12 +120,12 @@ class Parts:
         masks[0, 10:30, 10:40] = False
         masks[1, 10:30, 10:40] = True
         masks[2, 32:40, 44:50] = True
-        self.parts = [segmentation.Segment(mask, score) for mask, score in zip(masks, (0.99, 0.8, 0.95), strict=True)]
+        self.parts = [sam.Segment(mask, score) for mask, score in zip(masks, (0.99, 0.8, 0.95), strict=True)]
 
-    def everything(self, picture: torch.Tensor) -> list[segmentation.Segment]:
+    def everything(self, picture: torch.Tensor) -> list[sam.Segment]:
         return self.parts
 
-    def by_prompt(self, picture: torch.Tensor, prompt: segmentation.Prompt) -> segmentation.Segment:
+    def by_prompt(self, picture: torch.Tensor, prompt: sam.Prompt) -> sam.Segment:
         self.boxes.append(prompt.box)
         return self.parts[len(self.boxes)]
 
@@ -132,25 +134,25 @@ def test_without_a_prompt_one_part_is_chosen_and_never_the_background() -> None:
     segmenter = Parts()
     _, large, small = (part.mask.float() for part in segmenter.parts)
     for choice, expected in (
-        (segmentation.LARGEST, large),
-        (segmentation.MOST_CERTAIN, small),
-        (segmentation.UNION, large + small),
+        (sam.LARGEST, large),
+        (sam.MOST_CERTAIN, small),
+        (sam.UNION, large + small),
     ):
-        found = segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt(), choice)
+        found = sam.segment_anything(segmenter, PICTURE, sam.Prompt(), choice)
         assert torch.equal(found, expected), choice
     segmenter.parts = segmenter.parts[:1]
-    assert float(segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt()).max()) == 0
+    assert float(sam.segment_anything(segmenter, PICTURE, sam.Prompt()).max()) == 0
     with pytest.raises(IdentityEditError, match="choice is 'first'"):
-        segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt(), "first")
+        sam.segment_anything(segmenter, PICTURE, sam.Prompt(), "first")
 
 
 def test_boxes_are_cut_to_the_picture_and_chosen_by_the_detector_s_score() -> None:
     segmenter = Parts()
     boxes = [(0.9, (-5.0, 2.0, 70.0, 30.0)), (0.4, (40.0, 30.0, 52.0, 90.0))]
-    found = segmentation.segment_by_name(segmenter, PICTURE, boxes, segmentation.MOST_CERTAIN)
+    found = sam.segment_by_name(segmenter, PICTURE, boxes, sam.MOST_CERTAIN)
     assert segmenter.boxes == [(0.0, 2.0, 64.0, 30.0), (40.0, 30.0, 52.0, 48.0)]
     assert torch.equal(found, segmenter.parts[1].mask.float())
-    assert float(segmentation.segment_by_name(segmenter, PICTURE, [], segmentation.UNION).max()) == 0
+    assert float(sam.segment_by_name(segmenter, PICTURE, [], sam.UNION).max()) == 0
 
 
 def test_transformers_sam_segments_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,11 +163,11 @@ def test_transformers_sam_segments_everything(tmp_path: Path, monkeypatch: pytes
         return torch.arange(len(boxes))
 
     monkeypatch.setattr(module, "batched_nms", keep_all)
-    monkeypatch.setattr(segmentation, "POINTS_PER_SIDE", 4)
+    monkeypatch.setattr(sam, "POINTS_PER_SIDE", 4)
     tiny.save_sam(tmp_path)
-    with segmentation.load_segmenter(str(tmp_path)) as segmenter:
+    with sam.load_segmenter(str(tmp_path)) as segmenter:
         # A random network is sure of nothing: no part passes the pipeline's filters.
-        assert float(segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt()).max()) == 0
+        assert float(sam.segment_anything(segmenter, PICTURE, sam.Prompt()).max()) == 0
         kept = module.SamImageProcessor.filter_masks
 
         def lenient(self: Any, masks: Any, scores: Any, size: Any, box: Any, *_: Any, **__: Any) -> Any:
@@ -224,16 +226,16 @@ def test_the_package_gets_plain_weights_and_the_prompt(tmp_path: Path, monkeypat
     path = str(tmp_path / "sam_vit_b.pth")
     torch.save({"image_encoder.pos_embed": torch.ones(1, 2, 2, 768)}, path)
     monkeypatch.setitem(sys.modules, "segment_anything", None)
-    with pytest.raises(IdentityEditError, match="pip install segment-anything"), segmentation.load_segmenter(path):
+    with pytest.raises(IdentityEditError, match="pip install segment-anything"), sam.load_segmenter(path):
         pass
     package = FakePackage()
     monkeypatch.setitem(sys.modules, "segment_anything", package)
     monkeypatch.setattr(FakePredictor, "calls", [])
-    with segmentation.load_segmenter(path) as segmenter:
-        point = segmentation.Prompt(((3.0, 5.0),), (True,))
-        found = segmentation.segment_anything(segmenter, PICTURE, point)
-        segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt(box=(1.0, 2.0, 30.0, 40.0)))
-        everything = segmentation.segment_anything(segmenter, PICTURE, segmentation.Prompt())
+    with sam.load_segmenter(path) as segmenter:
+        point = sam.Prompt(((3.0, 5.0),), (True,))
+        found = sam.segment_anything(segmenter, PICTURE, point)
+        sam.segment_anything(segmenter, PICTURE, sam.Prompt(box=(1.0, 2.0, 30.0, 40.0)))
+        everything = sam.segment_anything(segmenter, PICTURE, sam.Prompt())
     assert float(package.built[0].image_encoder.pos_embed.detach().min()) == 1.0
     assert float(found.sum()) == 5 * 64 and float(everything.sum()) == 16
     first, second = FakePredictor.calls
@@ -253,13 +255,13 @@ def test_no_pickle_is_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     evil.write_bytes(pickle.dumps(Evil()))
     with (
         pytest.raises(IdentityEditError, match="cannot be read as plain weights"),
-        segmentation.load_segmenter(str(evil)),
+        sam.load_segmenter(str(evil)),
     ):
         pass
     assert not done.exists()
     other = tmp_path / "other.pth"
     torch.save({"weight": torch.ones(2)}, other)
-    with pytest.raises(IdentityEditError, match="no Segment Anything"), segmentation.load_segmenter(str(other)):
+    with pytest.raises(IdentityEditError, match="no Segment Anything"), sam.load_segmenter(str(other)):
         pass
 
 
@@ -271,7 +273,7 @@ def test_grounding_dino_gives_the_boxes_of_its_own_call(tmp_path: Path) -> None:
     from transformers import AutoProcessor
 
     network = tiny.save_grounding_dino(tmp_path)
-    found = segmentation.detect(str(tmp_path), [PICTURE, PICTURE], " Dog.", box_threshold=0.0, text_threshold=0.0)
+    found = grounding_dino.detect(str(tmp_path), [PICTURE, PICTURE], " Dog.", box_threshold=0.0, text_threshold=0.0)
     processor = AutoProcessor.from_pretrained(tmp_path)
     image = Image.fromarray((PICTURE * 255).round().byte().numpy())
     inputs = processor(images=image, text="dog.", return_tensors="pt")
@@ -284,20 +286,20 @@ def test_grounding_dino_gives_the_boxes_of_its_own_call(tmp_path: Path) -> None:
     assert len(found) == 2 and len(found[0]) == len(scores) == 5
     assert torch.allclose(torch.tensor([score for score, _ in found[0]]), scores[order], atol=1e-5)
     assert torch.allclose(torch.tensor([box for _, box in found[0]]), boxes[order], atol=1e-2)
-    assert segmentation.detect(str(tmp_path), [PICTURE], "dog", box_threshold=1.0) == [[]]
+    assert grounding_dino.detect(str(tmp_path), [PICTURE], "dog", box_threshold=1.0) == [[]]
 
 
 def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
     tiny.save_sam(tmp_path)
     with pytest.raises(IdentityEditError, match="is 'sam', not 'grounding-dino'"):
-        segmentation.detect(str(tmp_path), [PICTURE], "dog")
+        grounding_dino.detect(str(tmp_path), [PICTURE], "dog")
     with pytest.raises(IdentityEditError, match="subject is empty"):
-        segmentation.detect(str(tmp_path), [PICTURE], " . ")
+        grounding_dino.detect(str(tmp_path), [PICTURE], " . ")
     (tmp_path / "config.json").write_text('{"model_type": "grounding-dino"}')
-    with pytest.raises(IdentityEditError, match="not 'sam'"), segmentation.load_segmenter(str(tmp_path)):
+    with pytest.raises(IdentityEditError, match="not 'sam'"), sam.load_segmenter(str(tmp_path)):
         pass
     with pytest.raises(IdentityEditError, match="put into it a checkpoint file of Segment Anything"):  # noqa: SIM117
-        with segmentation.load_segmenter(str(tmp_path / "none")):
+        with sam.load_segmenter(str(tmp_path / "none")):
             pass
 
 
@@ -305,9 +307,9 @@ def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
 
 
 def test_prompts_are_read_from_text() -> None:
-    parse = segmentation.parse_prompt
-    assert parse("", "") == segmentation.Prompt() and parse("", "").is_automatic
-    assert parse("10, 20\n30 40.5, 0", "") == segmentation.Prompt(((10.0, 20.0), (30.0, 40.5)), (True, False))
+    parse = sam.parse_prompt
+    assert parse("", "") == sam.Prompt() and parse("", "").is_automatic
+    assert parse("10, 20\n30 40.5, 0", "") == sam.Prompt(((10.0, 20.0), (30.0, 40.5)), (True, False))
     assert parse("1,2,1; 3,4", "5, 6, 7, 8").box == (5.0, 6.0, 7.0, 8.0)
     for points, box, message in (
         ("10", "", "points has the line '10'"),
@@ -323,6 +325,6 @@ def test_prompts_are_read_from_text() -> None:
 
 def test_prompts_outside_of_the_picture_are_refused() -> None:
     with pytest.raises(IdentityEditError, match=r"The point \(100, 5\) lies outside of the picture of 64x48"):
-        segmentation.segment_anything(Parts(), PICTURE, segmentation.Prompt(((100.0, 5.0),), (True,)))
+        sam.segment_anything(Parts(), PICTURE, sam.Prompt(((100.0, 5.0),), (True,)))
     with pytest.raises(IdentityEditError, match="The box"):
-        segmentation.segment_anything(Parts(), PICTURE, segmentation.Prompt(box=(70.0, 0.0, 80.0, 9.0)))
+        sam.segment_anything(Parts(), PICTURE, sam.Prompt(box=(70.0, 0.0, 80.0, 9.0)))

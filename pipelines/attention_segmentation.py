@@ -1,0 +1,124 @@
+"""Masks of a subject by the diffusion model's own attention: the identity-aware attention of Liu et al. 2024 on noised
+pictures, where no further network is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..attention.capture import IdentityAttention
+from ..attention.identity_mask import identity_map
+from ..attention.sites import AUTOMATIC
+from . import engine
+from .conditioning import Conditioning
+from .errors import IdentityEditError
+from .identity_prompt import IdentityPrompt, capture_identity
+from .schedule import noise_levels, rows_of
+
+TIMESTEPS = (1, 101, 201)
+"""Noise levels, of 1000, at which the model looks at the picture, one network evaluation each."""
+THRESHOLD = 0.45
+POWER = 2
+"""These three overlapped the best with the true masks of the demo world among three timesteps; one alone (101) and
+higher ones do little worse, see benchmarks/results/segment_subject.md. Liu et al. 2024 name none."""
+
+
+def attention_masks(
+    model: Any,
+    latent: torch.Tensor,
+    identity: IdentityPrompt,
+    conditioning: Conditioning,
+    size: tuple[int, int],
+    *,
+    timesteps: Sequence[int] = TIMESTEPS,
+    threshold: float = THRESHOLD,
+    power: int = POWER,
+    layers: str = AUTOMATIC,
+    seed: int = 0,
+    callback: engine.Callback | None = None,
+) -> torch.Tensor:
+    """Where a diffusion model sees the subject in pictures, without any further network.
+
+    The pictures' latents are noised to a few timesteps, as in training; the network looks at each once, and the
+    identity prompt's cross-attention is recorded beside (Liu et al. 2024, eq. 1), its mean over the timesteps spread
+    along the self-attention (eq. 2), normalised and cut.
+
+    Args:
+        model, latent, identity, conditioning, timesteps, layers, seed, callback: as for `record_attention`.
+        size: height and width of the masks: the pictures'.
+        threshold: share of the normalised map above which a place belongs to the subject.
+        power: lambda of eq. 2; 0 uses the cross-attention alone.
+
+    Returns:
+        [B, height, width] float32, 0 or 1.
+
+    Raises:
+        IdentityEditError: when the model, the prompt or an option cannot be used.
+    """
+    if not 0.0 <= threshold <= 1.0 or power < 0:
+        raise IdentityEditError(
+            f"threshold is {threshold:g} and self_attention_power {power}; choose a threshold from 0 to 1 and a power "
+            f"of 0 or more."
+        )
+    attention = record_attention(
+        model,
+        latent,
+        identity,
+        conditioning,
+        timesteps=timesteps,
+        self_attention=power > 0,
+        layers=layers,
+        seed=seed,
+        callback=callback,
+    )
+    return (identity_map(attention, *size, power) > threshold).float()
+
+
+def record_attention(
+    model: Any,
+    latent: torch.Tensor,
+    identity: IdentityPrompt,
+    conditioning: Conditioning,
+    *,
+    timesteps: Sequence[int] = TIMESTEPS,
+    self_attention: bool = True,
+    layers: str = AUTOMATIC,
+    seed: int = 0,
+    callback: engine.Callback | None = None,
+) -> IdentityAttention:
+    """What a diffusion model attends to as the subject in noised pictures.
+
+    Args:
+        model: MODEL.
+        latent: [B, C, h, w] of the pictures, in the scale of LATENT sockets.
+        identity: what the subject is, such as "cat".
+        conditioning: CONDITIONING that the network is evaluated with: a caption, or the identity prompt itself.
+        timesteps: of the model's training, from 0 to below their number; one network evaluation each, at the model's
+            nearest noise level.
+        self_attention: also record the self-attention, for eq. 2 of Liu et al. 2024.
+        layers: a choice of `attention.sites.choose_layers`.
+        seed: of the noise.
+        callback: progress with preview.
+
+    Raises:
+        IdentityEditError: when the model, the prompt or an option cannot be used.
+    """
+    sampling = engine.require_noise_prediction_model(model)
+    most = int(sampling.num_timesteps) - 1
+    if len(timesteps) == 0 or not all(0 <= timestep <= most for timestep in timesteps):
+        raise IdentityEditError(f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {most}.")
+    capturing, attention = capture_identity(model, identity, layers, self_attention=self_attention)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    sigmas = noise_levels(sampling)[rows_of(sampling, sorted(timesteps, reverse=True))]
+
+    def look(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
+        for i, sigma in enumerate(sigmas.to(evaluator.device)):
+            x = z_0 + sigma * noise.to(z_0)
+            denoised = evaluator.denoised(x, sigma, "positive")
+            evaluator.report(i, denoised, x, len(sigmas))
+
+    with torch.no_grad():
+        engine.run_loop(capturing, conditioning, None, latent, sigmas, look, callback=callback)
+    return attention

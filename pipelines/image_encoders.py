@@ -1,0 +1,132 @@
+"""Networks that say in one vector what a picture shows: of a folder in the form of transformers or timm, or ComfyUI's
+CLIP_VISION."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn.functional import interpolate
+
+from .errors import IdentityEditError, first_line
+from .model_folders import check_preprocessor, from_transformers, loaded, read_config
+from .pictures import to_pillow
+
+NEEDED = (
+    "config.json, model.safetensors and preprocessor_config.json of an image encoder, such as DINO ViT-S/16, DINOv2 or "
+    "CLIP, in the form of transformers, or config.json and model.safetensors in that of timm"
+)
+_CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "deit", "ijepa")
+_PROJECTED = {"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"}
+_POOLED = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+
+Encoder = Callable[[Sequence[torch.Tensor]], torch.Tensor]
+"""Features [n, D] of n pictures [h, w, 3] in [0, 1] whose sizes may differ."""
+
+
+def encoder_of_clip_vision(clip_vision: Any) -> Encoder:
+    """Image embeddings of ComfyUI's CLIP_VISION (Load CLIP Vision); of DINOv2 there the class token."""
+
+    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = []
+        for picture in pictures:
+            # crop=False: the subject may stand at the side.
+            output = clip_vision.encode_image(picture[None, ..., :3], crop=False)
+            features = output["image_embeds"]
+            if features is None or features.ndim != 2:
+                features = output["last_hidden_state"][:, 0]
+            found.append(features.float().cpu())
+        return torch.cat(found)
+
+    return encode
+
+
+def encoder_of_folder(path: str) -> Encoder:
+    """Features by an image encoder in a local folder, in the form of transformers or of timm.
+
+    DINO, DINOv2 and other vision transformers give their class token after the last layer, as in DreamBooth's DINO
+    score (Ruiz et al. 2023); CLIP gives its projected image embedding; SigLIP its pooled one. The network is
+    loaded when pictures are encoded, and given back afterwards.
+
+    Args:
+        path: a folder; see `NEEDED`.
+
+    Raises:
+        IdentityEditError: when files are missing or the folder holds another kind of network.
+    """
+    config = read_config(path, NEEDED)
+    kind = config.get("model_type")
+    if kind is None and isinstance(config.get("architecture"), str):
+        return _timm_encoder(path, config)
+    if kind not in (*_CLASS_TOKEN, *_PROJECTED, *_POOLED):
+        raise IdentityEditError(
+            f"The model in {path} is '{kind}', which is no image encoder known here; choose one of DINO, DINOv2, CLIP, "
+            f"SigLIP or a vision transformer of timm."
+        )
+    check_preprocessor(path)
+
+    def load() -> tuple[Any, Any]:
+        import transformers
+
+        name = _PROJECTED.get(kind) or _POOLED.get(kind) or "AutoModel"
+        return from_transformers(path, getattr(transformers, name), transformers.AutoImageProcessor)
+
+    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = []
+        with loaded(path, load) as (network, processor, device):
+            for picture in pictures:
+                output = network(**processor(images=to_pillow(picture), return_tensors="pt").to(device))
+                if kind in _PROJECTED:
+                    features = output.image_embeds
+                else:
+                    features = output.pooler_output if kind in _POOLED else output.last_hidden_state[:, 0]
+                found.append(features.float().cpu())
+        return torch.cat(found)
+
+    return encode
+
+
+def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
+    """An encoder of timm: config.json names its architecture, model.safetensors has its weights."""
+    try:
+        import timm
+    except ImportError as error:
+        raise IdentityEditError(
+            f"The model in {path} is one of timm, which is not installed; run `pip install timm`, or choose a model in "
+            f"the form of transformers."
+        ) from error
+    import os
+
+    def load() -> tuple[Any, Any]:
+        from safetensors.torch import load_file
+
+        network = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
+        weights = load_file(os.path.join(path, "model.safetensors"))
+        missing, _ = network.load_state_dict(weights, strict=False)  # a classifier's head may be left over
+        if missing:
+            raise IdentityEditError(
+                f"The weights in {path} lack {len(missing)} tensors ({missing[0]}, ...); copy the model's files again."
+            )
+        return network, config.get("pretrained_cfg") or {}
+
+    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = []
+        with loaded(path, load) as (network, prepared, device):
+            size = tuple(prepared.get("input_size", (3, 224, 224)))[1:]
+            # timm's own default where a folder names none: ImageNet's
+            mean = torch.tensor(prepared.get("mean", (0.485, 0.456, 0.406))).view(1, 3, 1, 1)
+            deviation = torch.tensor(prepared.get("std", (0.229, 0.224, 0.225))).view(1, 3, 1, 1)
+            for picture in pictures:
+                image = picture[..., :3].float().cpu().permute(2, 0, 1)[None]
+                image = interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+                try:
+                    features = network(((image - mean) / deviation).to(device))
+                except RuntimeError as error:
+                    raise IdentityEditError(
+                        f"The model in {path} cannot read a picture ({first_line(error)}); choose another."
+                    ) from error
+                found.append(features.flatten(1).float().cpu())
+        return torch.cat(found)
+
+    return encode

@@ -30,7 +30,7 @@ def with_tables(page: str, schema: Any) -> str:
         ("Outputs", "| Output | |\n|---|---|\n", outputs),
     ):
         table = head + "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
-        page, count = re.subn(_TABLE.format(heading=heading), lambda _, table=table: table, page)
+        page, count = re.subn(_TABLE.format(heading=heading), table.replace("\\", r"\\"), page)
         if count != bool(rows):
             raise environment.ScriptError(f"{schema.node_id}.md has {count} tables under '## {heading}'; write one.")
     return page

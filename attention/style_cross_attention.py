@@ -27,7 +27,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.ops
 import torch
@@ -162,19 +162,11 @@ def layer_sizes(layers: Mapping[LayerKey, AttentionLayer]) -> dict[LayerKey, Lay
     return {key: (a.to_q.in_features, a.to_q.out_features, a.to_k.in_features) for key, a in text.items()}
 
 
-class Styles(Protocol):
-    """Whose style a block sees where."""
-
-    def __call__(
-        self, rows: torch.Tensor, extra: Mapping[str, Any]
-    ) -> tuple[torch.Tensor, float | torch.Tensor] | None:
-        """Style tokens [B, n, C] of each of a block's rows [B, N, channels], in their dtype and on their device, and
-        lambda, one number or [B, N, 1]. None where there is nothing to add."""
-        ...
-
-
 def style_patches(
-    network: Any, style_layers: StyleLayers, styles: Styles, kind: str = SEQUENTIAL
+    network: Any,
+    style_layers: StyleLayers,
+    styles: Callable[[torch.Tensor, Mapping[str, Any]], tuple[torch.Tensor, float | torch.Tensor] | None],
+    kind: str = SEQUENTIAL,
 ) -> dict[str, Callable[..., Any]]:
     """The patches that add SCA to a UNet, by the list they belong on.
 
@@ -184,7 +176,9 @@ def style_patches(
     Args:
         network: the UNetModel.
         style_layers: SCA of all its text layers; wherever its weights are when the network runs.
-        styles: see there.
+        styles: of a block's rows [B, N, channels] and its `transformer_options`, the style tokens [B, n, C] of each
+            row, in their dtype and on their device, and lambda, one number or [B, N, 1]. None where there is nothing to
+            add.
         kind: SEQUENTIAL or PARALLEL.
     """
     to_out = {key: layer.block.attn2.to_out for key, layer in text_layers(network).items()}
@@ -234,7 +228,7 @@ class Evaluation:
 
 @dataclass
 class SubjectStyles:
-    """One person's `Styles` while a picture is sampled.
+    """One person's `styles` (of `style_patches`) while a picture is sampled.
 
     Attributes:
         tokens: v [P, n, C] of the person, P one or the number of pictures.

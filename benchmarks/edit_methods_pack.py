@@ -17,7 +17,7 @@ from identity_edit_pack.pipelines.conditioning import Conditioning
 from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion, edit_friendly_sampling
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
-from identity_edit_pack.pipelines.identity_prior import PriorSettings, apply_identity_prior, train_identity_prior
+from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
@@ -33,7 +33,7 @@ from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prom
 from identity_edit_pack.pipelines.regularisation_prompts import shipped_prompts
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
-from identity_edit_pack.pipelines.training import TrainingSettings
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
 
 REGULARISATION = 16
@@ -233,9 +233,11 @@ def _with_prior(
         )
     with torch.no_grad():
         identity = encode_pictures(checkpoint.vae, case.load_references(checkpoint.size), captions)
-    own = PriorSettings(token=case.subject_word, class_word=case.class_word, precision="float32")
-    training = TrainingSettings(steps=settings.training_steps, learning_rate=settings.learning_rate, seed=settings.seed)
-    prior, _ = train_identity_prior(checkpoint.model, checkpoint.clip, identity, regularisation, own, training)
+    own = PriorSettings(
+        token=case.subject_word, class_word=case.class_word, precision="float32", weight_decay=0.0,
+        steps=settings.training_steps, learning_rate=settings.learning_rate, seed=settings.seed,
+    )  # fmt: skip
+    prior, _ = train_identity_prior(checkpoint.model, checkpoint.clip, identity, regularisation, own)
     return apply_identity_prior(checkpoint.model, checkpoint.clip, prior)
 
 

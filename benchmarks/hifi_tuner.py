@@ -83,7 +83,6 @@ from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
     SubjectSettings,
     train_subject_embedding,
 )
-from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
 from lipe_edit import (  # noqa: E402
     Checkpoint,
@@ -166,23 +165,20 @@ def training_pictures(run: Run) -> TrainingPictures:
 
 def learned(run: Run, pictures: TrainingPictures, **settings: Any) -> SubjectEmbedding:
     arguments = run.arguments
+    is_word = settings.get("kind") == WORD
     chosen = SubjectSettings(
         class_word=run.species,
         token=arguments.token,
+        steps=arguments.training_steps,
+        learning_rate=arguments.word_learning_rate if is_word else arguments.embedding_learning_rate,
         batch_size=arguments.batch_size,
         precision="float32",
+        seed=arguments.seed,
         sampling_steps=arguments.steps,
         sample_steps=1,
         **settings,
     )
-    training = TrainingSettings(
-        steps=arguments.training_steps,
-        learning_rate=arguments.word_learning_rate if chosen.kind == WORD else arguments.embedding_learning_rate,
-        optimizer="Adam",
-        gradient_clip=0.0,
-        seed=arguments.seed,
-    )
-    return train_subject_embedding(run.base.model, run.base.clip, pictures, chosen, training)[0]
+    return train_subject_embedding(run.base.model, run.base.clip, pictures, chosen)[0]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ of a process that does one run of one of them alone. Writes benchmarks/results/i
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -34,7 +35,8 @@ from identity_edit_pack.demo_world import family  # noqa: E402
 from identity_edit_pack.demo_world.attributes import Attributes, caption, random_attributes  # noqa: E402
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.pipelines import engine, identity_prior, training_pictures  # noqa: E402
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior  # noqa: E402
+from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
 from report import write_results  # noqa: E402
 from training_runs import (  # noqa: E402
@@ -51,7 +53,7 @@ from training_runs import (  # noqa: E402
 PACK, PLAIN = "Train Identity Prior", "plain loop"
 GOAL = 1.0
 """Steps a second of the pack relative to the plain loop's."""
-SETTINGS = identity_prior.PriorSettings(token="sks", class_word="cat", precision="float32", file_dtype="float32")
+SETTINGS = PriorSettings(token="sks", class_word="cat", learning_rate=1e-4, precision="float32", file_dtype="float32")
 
 Sets = tuple[TrainingPictures, TrainingPictures]
 Outcome = tuple[list[float], list[float]]
@@ -71,7 +73,7 @@ def draw_sets(vae: Any, seed: int) -> Sets:
     return encode(of_subject, called), encode(others, [caption(one) for one in others])
 
 
-def by_pack(model: Any, clip: Any, sets: Sets, settings: TrainingSettings) -> Outcome:
+def by_pack(model: Any, clip: Any, sets: Sets, settings: PriorSettings) -> Outcome:
     ends: list[float] = []
 
     def progress(*_: Any) -> None:
@@ -79,11 +81,11 @@ def by_pack(model: Any, clip: Any, sets: Sets, settings: TrainingSettings) -> Ou
         ends.append(time.perf_counter())
 
     with torch.inference_mode():  # as in ComfyUI
-        _, run = identity_prior.train_identity_prior(model, clip, *sets, SETTINGS, settings, progress=progress)
+        _, run = train_identity_prior(model, clip, *sets, settings, progress=progress)
     return np.diff(ends).tolist(), run.losses
 
 
-def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: TrainingSettings) -> Outcome:
+def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: PriorSettings) -> Outcome:
     """The loop of diffusers' train_dreambooth.py with the networks called directly."""
     networks = Networks.of(model, clip)
     device = networks.device
@@ -129,7 +131,7 @@ def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: TrainingSettings)
     return np.diff(ends).tolist(), losses
 
 
-METHODS: dict[str, Callable[[Any, Any, Sets, TrainingSettings], Outcome]] = {PLAIN: by_plain_loop, PACK: by_pack}
+METHODS: dict[str, Callable[[Any, Any, Sets, PriorSettings], Outcome]] = {PLAIN: by_plain_loop, PACK: by_pack}
 
 
 def main() -> None:
@@ -141,12 +143,7 @@ def main() -> None:
     with torch.no_grad():
         sets = draw_sets(vae, arguments.seed)
     names = [arguments.only] if arguments.only else list(METHODS)
-    settings = TrainingSettings(
-        steps=arguments.steps + WARM_UP + 1,
-        learning_rate=1e-4,
-        weight_decay=identity_prior.WEIGHT_DECAY,
-        seed=arguments.seed,
-    )
+    settings = dataclasses.replace(SETTINGS, steps=arguments.steps + WARM_UP + 1, seed=arguments.seed)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {}
     for name in in_turn(names, arguments):

@@ -61,15 +61,11 @@ from identity_edit_pack.pipelines.edit_friendly_inversion import (  # noqa: E402
     edit_friendly_sampling,
 )
 from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend  # noqa: E402
-from identity_edit_pack.pipelines.identity_prior import (  # noqa: E402
-    PriorSettings,
-    apply_identity_prior,
-    train_identity_prior,
-)
+from identity_edit_pack.pipelines.identity_prior import apply_identity_prior  # noqa: E402
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
 from identity_edit_pack.pipelines.inversion import Inversion  # noqa: E402
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention  # noqa: E402
-from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -182,11 +178,11 @@ def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: boo
 def with_prior(
     base: Checkpoint, identity: TrainingPictures, regularisation: TrainingPictures, species: str, arguments: Any
 ) -> Checkpoint:
-    settings = PriorSettings(token=arguments.token, class_word=species, precision="float32")
-    training = TrainingSettings(
-        steps=arguments.training_steps, learning_rate=arguments.learning_rate, seed=arguments.seed
-    )
-    prior, _ = train_identity_prior(base.model, base.clip, identity, regularisation, settings, training)
+    settings = PriorSettings(
+        token=arguments.token, class_word=species, precision="float32", weight_decay=0.0,
+        steps=arguments.training_steps, learning_rate=arguments.learning_rate, seed=arguments.seed,
+    )  # fmt: skip
+    prior, _ = train_identity_prior(base.model, base.clip, identity, regularisation, settings)
     return Checkpoint(*apply_identity_prior(base.model, base.clip, prior), base.vae)
 
 

@@ -10,6 +10,7 @@ benchmarks/results/mcdm_training.json and .md.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -40,8 +41,8 @@ from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm  # noqa: E402
 from identity_edit_pack.pipelines.encoded_pairs import PairFiles  # noqa: E402
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model  # noqa: E402
-from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT  # noqa: E402
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
+from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings  # noqa: E402
+from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
 from PIL import Image  # noqa: E402
 from report import write_results  # noqa: E402
 from training_runs import (  # noqa: E402
@@ -56,7 +57,7 @@ from training_runs import (  # noqa: E402
 PACK, PLAIN = "Train MCDM", "plain loop"
 GOAL = 1.0
 """Samples a second of the pack relative to the plain loop's."""
-SETTINGS = train_mcdm.MCDMSettings(precision="float32", checkpointing=False, sample_steps=1)
+SETTINGS = MCDMSettings(precision="float32", checkpointing=False, sample_steps=1)
 
 Parts = tuple[Any, Any, Any, Any]
 Outcome = tuple[list[float], list[float]]
@@ -77,7 +78,7 @@ def draw_pairs(folder: Path, count: int, seed: int) -> list[PairFiles]:
     return pairs
 
 
-def by_pack(parts: Parts, pairs: list[PairFiles], settings: TrainingSettings, folder: Path) -> Outcome:
+def by_pack(parts: Parts, pairs: list[PairFiles], settings: MCDMSettings, folder: Path) -> Outcome:
     ends: list[float] = []
 
     def progress(*_: Any) -> None:
@@ -85,11 +86,11 @@ def by_pack(parts: Parts, pairs: list[PairFiles], settings: TrainingSettings, fo
         ends.append(time.perf_counter())
 
     with torch.inference_mode():  # as in ComfyUI
-        _, run = train_mcdm.train_mcdm(*parts, pairs, SETTINGS, settings, str(folder), progress=progress)
+        _, run = train_mcdm.train_mcdm(*parts, pairs, settings, str(folder), progress=progress)
     return np.diff(ends).tolist(), run.losses
 
 
-def by_plain_loop(parts: Parts, pairs: list[PairFiles], settings: TrainingSettings, folder: Path) -> Outcome:
+def by_plain_loop(parts: Parts, pairs: list[PairFiles], settings: MCDMSettings, folder: Path) -> Outcome:
     """The loop of diffusers' train_instruct_pix2pix.py with the networks called directly."""
     model, clip, vae, clip_vision = parts
     encoded = encoded_pairs.encode_pairs(pairs, vae, clip_vision, str(folder))
@@ -110,7 +111,7 @@ def by_plain_loop(parts: Parts, pairs: list[PairFiles], settings: TrainingSettin
     alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
     losses, ends = [], []
     for step in range(settings.steps):
-        batch = train_mcdm.draw_mcdm_batch(encoded, SETTINGS, int(sampling.sigmas.shape[0]), step, settings.seed)
+        batch = train_mcdm.draw_mcdm_batch(encoded, settings, int(sampling.sigmas.shape[0]), step)
         texts, latents = [], []
         for number, same, bits in zip(batch.chosen, batch.reconstructs.tolist(), batch.dropped.tolist(), strict=True):
             prompts = encoded.source_prompts if same else encoded.target_prompts
@@ -142,7 +143,7 @@ def by_plain_loop(parts: Parts, pairs: list[PairFiles], settings: TrainingSettin
     return np.diff(ends).tolist(), losses
 
 
-METHODS: dict[str, Callable[[Parts, list[PairFiles], TrainingSettings, Path], Outcome]] = {
+METHODS: dict[str, Callable[[Parts, list[PairFiles], MCDMSettings, Path], Outcome]] = {
     PLAIN: by_plain_loop,
     PACK: by_pack,
 }
@@ -155,13 +156,7 @@ def main() -> None:
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), model_options=options)
     parts = (model, clip, vae, load_clip_vision())
     names = [arguments.only] if arguments.only else list(METHODS)
-    settings = TrainingSettings(
-        steps=arguments.steps + WARM_UP + 1,
-        learning_rate=train_mcdm.LEARNING_RATE,
-        weight_decay=train_mcdm.WEIGHT_DECAY,
-        ema_decay=train_mcdm.EMA_DECAY,
-        seed=arguments.seed,
-    )
+    settings = dataclasses.replace(SETTINGS, steps=arguments.steps + WARM_UP + 1, seed=arguments.seed)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as temporary:

@@ -69,7 +69,6 @@ from identity_edit_pack.pipelines.train_identity_words import (  # noqa: E402
     features_of,
     train_identity_words,
 )
-from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import encode_pictures  # noqa: E402
 from report import RESULTS, write_results  # noqa: E402
 from tqdm import tqdm  # noqa: E402
@@ -133,8 +132,9 @@ def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, st
         clip,
         encode_pictures(vae, pictures, captions),
         features_of(clip_vision, pictures),
-        IdentitySettings(class_word="person", words=WORDS, batch_size=8),
-        TrainingSettings(steps=steps, learning_rate=1e-3, checkpoint_every=100),
+        IdentitySettings(
+            class_word="person", words=WORDS, batch_size=8, steps=steps, learning_rate=1e-3, checkpoint_every=100
+        ),
         checkpoint=lambda name: str(path.with_name(f"{name}.safetensors")),
         progress=lambda done, total, loss, _: print(f"\r{done}/{total} {loss:.4f}", end="", file=sys.stderr),
     )

@@ -13,6 +13,7 @@ benchmarks/results/style_attention_training.json and .md.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -40,13 +41,8 @@ from identity_edit_pack.demo_world.attributes import random_attributes  # noqa: 
 from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.pipelines import engine, training_pictures  # noqa: E402
 from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, StyleNetwork, parse_row_groups  # noqa: E402
-from identity_edit_pack.pipelines.train_style_attention import (  # noqa: E402
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    StyleSettings,
-    train_style_attention,
-)
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
+from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention  # noqa: E402
+from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
 from identity_edit_pack.pipelines.w_plus import WPlus  # noqa: E402
 from report import write_results  # noqa: E402
@@ -103,7 +99,7 @@ class Evaluations:
         self._handle.remove()
 
 
-def by_pack(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, training: TrainingSettings) -> Outcome:
+def by_pack(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, training: StyleSettings) -> Outcome:
     ends: list[float] = []
     evaluations: list[int] = []
 
@@ -113,14 +109,12 @@ def by_pack(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, tr
         evaluations.append(counted.number)
 
     with torch.inference_mode(), Evaluations(model) as counted:  # as in ComfyUI
-        _, run = train_style_attention(model, clip, pictures, w_plus, SETTINGS, training, progress=progress)
+        _, run = train_style_attention(model, clip, pictures, w_plus, training, progress=progress)
     # The sample at the end is made before the last step is reported, and is no part of the training.
     return np.diff(ends).tolist()[:-1], run.losses, evaluations[-2] + 1
 
 
-def by_plain_loop(
-    model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, training: TrainingSettings
-) -> Outcome:
+def by_plain_loop(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, training: StyleSettings) -> Outcome:
     networks = Networks.of(model, clip)
     device = networks.device
     layers = text_layers(networks.unet)
@@ -184,7 +178,7 @@ def by_plain_loop(
     return np.diff(ends).tolist()[:-1], losses, counted.number
 
 
-METHODS: dict[str, Callable[[Any, Any, TrainingPictures, WPlus, TrainingSettings], Outcome]] = {
+METHODS: dict[str, Callable[[Any, Any, TrainingPictures, WPlus, StyleSettings], Outcome]] = {
     PLAIN: by_plain_loop,
     PACK: by_pack,
 }
@@ -201,13 +195,7 @@ def main() -> None:
     with torch.no_grad():
         pictures, w_plus = draw_pictures(vae, arguments.seed)
     names = [arguments.only] if arguments.only else list(METHODS)
-    training = TrainingSettings(
-        steps=arguments.steps + WARM_UP + 2,
-        learning_rate=LEARNING_RATE,
-        weight_decay=WEIGHT_DECAY,
-        gradient_clip=0.0,
-        seed=arguments.seed,
-    )
+    training = dataclasses.replace(SETTINGS, steps=arguments.steps + WARM_UP + 2, seed=arguments.seed)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {}
     evaluations: dict[str, int] = {}

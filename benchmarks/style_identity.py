@@ -62,20 +62,16 @@ from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.demo_world.train_style_attention import caption_calling  # noqa: E402
 from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH  # noqa: E402
 from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
-from identity_edit_pack.pipelines.engine.trainable import FLOAT32, PRECISIONS  # noqa: E402
-from identity_edit_pack.pipelines.identity_prior import (  # noqa: E402
-    PriorSettings,
-    apply_identity_prior,
-    train_identity_prior,
-)
+from identity_edit_pack.pipelines.identity_prior import apply_identity_prior  # noqa: E402
 from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention  # noqa: E402
 from identity_edit_pack.pipelines.subject_embedding import WORD, subject_conditioning  # noqa: E402
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior  # noqa: E402
 from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention  # noqa: E402
 from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
     SubjectSettings,
     train_subject_embedding,
 )
-from identity_edit_pack.pipelines.training import TrainingSettings  # noqa: E402
+from identity_edit_pack.pipelines.training import FLOAT32, PRECISIONS  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
 from identity_edit_pack.pipelines.w_plus import WPlus, average_styles  # noqa: E402
 from identity_edit_pack.pipelines.w_plus_encoder import (  # noqa: E402
@@ -194,26 +190,19 @@ def learned_style(parts: Parts, person: Person, kind: str) -> StyleAttention:
     arguments = parts.arguments
     settings = StyleSettings(
         pseudo_word=TOKEN, templates=(), kind=kind, style_noise=arguments.style_noise, precision=arguments.precision,
-        sample_steps=1,
+        steps=arguments.training_steps, learning_rate=arguments.learning_rate, seed=arguments.seed, sample_steps=1,
     )  # fmt: skip
-    training = TrainingSettings(
-        steps=arguments.training_steps, learning_rate=arguments.learning_rate, weight_decay=0.01, gradient_clip=0.0,
-        seed=arguments.seed,
-    )  # fmt: skip
-    return train_style_attention(parts.model, parts.clip, person.encoded, person.styles, settings, training)[0]
+    return train_style_attention(parts.model, parts.clip, person.encoded, person.styles, settings)[0]
 
 
 def by_word(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
     arguments = parts.arguments
     settings = SubjectSettings(
         class_word="person", token=TOKEN, kind=WORD, masked=False, regularisation_weight=0.0, updates_per_step=0,
-        batch_size=4, precision=arguments.precision, sample_steps=1,
+        batch_size=4, precision=arguments.precision, sample_steps=1, steps=arguments.word_steps,
+        learning_rate=arguments.word_learning_rate, seed=arguments.seed,
     )  # fmt: skip
-    training = TrainingSettings(
-        steps=arguments.word_steps, learning_rate=arguments.word_learning_rate, optimizer="Adam", gradient_clip=0.0,
-        seed=arguments.seed,
-    )  # fmt: skip
-    subject, _ = train_subject_embedding(parts.model, parts.clip, person.encoded, settings, training)
+    subject, _ = train_subject_embedding(parts.model, parts.clip, person.encoded, settings)
     with torch.no_grad():
         positive = torch.cat([subject_conditioning(parts.clip, subject, prompt)[0][0] for prompt in prompts])
     return drawn(parts, parts.model, parts.clip, [[positive, {}]])
@@ -226,11 +215,11 @@ def by_prior(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
     with torch.no_grad():
         pictures = drawn(parts, parts.model, parts.clip, embed(parts.clip, others))
         regularisation = encode_pictures(parts.vae, list(pictures), others)
-    settings = PriorSettings(token=TOKEN, class_word="person", precision=arguments.precision)
-    training = TrainingSettings(
-        steps=arguments.prior_steps, learning_rate=arguments.prior_learning_rate, seed=arguments.seed
-    )
-    prior, _ = train_identity_prior(parts.model, parts.clip, person.encoded, regularisation, settings, training)
+    settings = PriorSettings(
+        token=TOKEN, class_word="person", precision=arguments.precision, weight_decay=0.0, steps=arguments.prior_steps,
+        learning_rate=arguments.prior_learning_rate, seed=arguments.seed,
+    )  # fmt: skip
+    prior, _ = train_identity_prior(parts.model, parts.clip, person.encoded, regularisation, settings)
     model, clip = apply_identity_prior(parts.model, parts.clip, prior)
     return drawn(parts, model, clip, embed(clip, prompts))
 

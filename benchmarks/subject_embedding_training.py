@@ -16,6 +16,7 @@ process that does one run of one of them alone. Writes benchmarks/results/subjec
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import sys
@@ -42,12 +43,10 @@ from identity_edit_pack.demo_world.renderer import render  # noqa: E402
 from identity_edit_pack.pipelines import engine, training_pictures  # noqa: E402
 from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, mark_subject  # noqa: E402
 from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
-    LEARNING_RATE,
-    TOKENS,
     SubjectSettings,
     train_subject_embedding,
 )
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of  # noqa: E402
+from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
 from report import write_results  # noqa: E402
 from training_runs import (  # noqa: E402
@@ -66,6 +65,7 @@ PACK_WORD, PACK_OUTPUT = "Train Subject Embedding, word", "Train Subject Embeddi
 GOAL = 1.0
 """Steps a second of the pack relative to diffusers' loop."""
 CLASS_WORD, TOKEN = "cat", "sks"
+TOKENS = SubjectSettings.tokens
 DRAWS = "shared vectors"
 """The name under which the pack draws the batches of its first phase."""
 
@@ -102,7 +102,7 @@ class Evaluations:
         self._handle.remove()
 
 
-def by_pack(kind: str, model: Any, clip: Any, pictures: TrainingPictures, training: TrainingSettings) -> Outcome:
+def by_pack(kind: str, model: Any, clip: Any, pictures: TrainingPictures, training: SubjectSettings) -> Outcome:
     ends: list[float] = []
     evaluations: list[int] = []
 
@@ -111,18 +111,14 @@ def by_pack(kind: str, model: Any, clip: Any, pictures: TrainingPictures, traini
         ends.append(time.perf_counter())
         evaluations.append(counted.number)
 
-    settings = SubjectSettings(
-        CLASS_WORD, TOKEN, kind=kind, regularisation_weight=0.0, updates_per_step=0, precision="float32", sample_steps=1
-    )
+    settings = dataclasses.replace(training, kind=kind)
     with torch.inference_mode(), Evaluations(model) as counted:  # as in ComfyUI
-        _, run = train_subject_embedding(model, clip, pictures, settings, training, progress=progress)
+        _, run = train_subject_embedding(model, clip, pictures, settings, progress=progress)
     # The sample at the end is made before the last step is reported, and is no part of the training.
     return np.diff(ends).tolist()[:-1], run.losses, evaluations[-2] + 1
 
 
-def by_loop(
-    whole_table: bool, model: Any, clip: Any, pictures: TrainingPictures, training: TrainingSettings
-) -> Outcome:
+def by_loop(whole_table: bool, model: Any, clip: Any, pictures: TrainingPictures, training: SubjectSettings) -> Outcome:
     """The loop of diffusers' textual_inversion.py with the networks called directly."""
     networks = Networks.of(model, clip)
     device = networks.device
@@ -188,7 +184,7 @@ def _places(tokens: torch.Tensor, new: list[int]) -> tuple[torch.Tensor, torch.T
     return torch.zeros(len(new), dtype=torch.long, device=tokens.device), torch.tensor(columns, device=tokens.device)
 
 
-METHODS: dict[str, Callable[[Any, Any, TrainingPictures, TrainingSettings], Outcome]] = {
+METHODS: dict[str, Callable[[Any, Any, TrainingPictures, SubjectSettings], Outcome]] = {
     DIFFUSERS: partial(by_loop, True),
     PLAIN: partial(by_loop, False),
     PACK_WORD: partial(by_pack, WORD),
@@ -207,12 +203,15 @@ def main() -> None:
     with torch.no_grad():
         pictures = draw_pictures(vae, arguments.seed)
     names = [arguments.only] if arguments.only else list(METHODS)
-    training = TrainingSettings(
+    training = SubjectSettings(
+        class_word=CLASS_WORD,
+        token=TOKEN,
         steps=arguments.steps + WARM_UP + 2,
-        learning_rate=LEARNING_RATE,
-        optimizer="Adam",
-        gradient_clip=0.0,
+        regularisation_weight=0.0,
+        updates_per_step=0,
+        precision="float32",
         seed=arguments.seed,
+        sample_steps=1,
     )
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {}

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from ..pipelines.engine.trainable import BFLOAT16
 from ..pipelines.style_attention_files import save_style_attention
 from ..pipelines.train_style_attention import StyleSettings, train_style_attention
-from ..pipelines.training import TrainingSettings
+from ..pipelines.training import BFLOAT16
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus_encoder import encode_w_plus, load_w_plus_encoder
 from . import family
@@ -86,12 +85,12 @@ def train_demo_style_attention(
         text_drop=TEXT_DROP,
         style_drop=STYLE_DROP,
         style_noise=STYLE_NOISE,
+        steps=steps,
+        learning_rate=learning_rate,
         batch_size=batch_size,
         precision=precision,
+        checkpoint_every=25,
         sample_steps=1,
-    )
-    training = TrainingSettings(
-        steps=steps, learning_rate=learning_rate, weight_decay=0.01, gradient_clip=0.0, checkpoint_every=25
     )
     folder.mkdir(parents=True, exist_ok=True)
     with tqdm(total=steps, mininterval=5, unit="step") as bar:
@@ -109,7 +108,6 @@ def train_demo_style_attention(
             encoded,
             styles,
             settings,
-            training,
             checkpoint=lambda run: str(folder / f"style_attention_{run}.safetensors"),
             progress=progress,
         )

@@ -11,24 +11,29 @@ from ..pipelines import identity_prior as priors
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
-from ..pipelines.training import TrainingRun, TrainingSettings
-from ..pipelines.training_pictures import TrainingPictures, encode_pictures
+from ..pipelines.train_identity_prior import PriorSettings, train_identity_prior
+from ..pipelines.training import TrainingRun
+from ..pipelines.training_pictures import TrainingPictures, check_masks, encode_pictures
 from .idle import first_said, joined
 from .saved_files import changed_at, check_file, loadable_files, new_path, next_path, saved_path
 from .sockets import SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
-    LossMap,
-    check_masked_loss,
+    batch_size_input,
     checkpoint_every_input,
+    checkpoint_inputs,
     checkpointing_input,
+    filename_prefix_input,
     first_and_last,
     gradient_accumulation_input,
+    learning_rate_input,
     precision_input,
     sample_every_input,
     seed_input,
+    steps_input,
     steps_of,
+    training_outputs,
     training_progress,
 )
 
@@ -50,11 +55,7 @@ class TrainIdentityPrior(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
-                ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                *checkpoint_inputs(),
                 SubjectPictures.Input(
                     "subject",
                     tooltip="The identity set: three to five pictures whose captions call the subject by its token and "
@@ -67,35 +68,21 @@ class TrainIdentityPrior(io.ComfyNode):
                     "same model. They keep the model's knowledge of the class; without them it forgets other subjects. "
                     "The token is taken out of their captions where it stands in them.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=priors.STEPS,
-                    min=1,
-                    max=100000,
-                    tooltip="Training steps. 1000 in Liu et al. 2024 (appendix E.2.5).",
+                steps_input(PriorSettings.steps, 100000, ". 1000 in Liu et al. 2024 (appendix E.2.5)."),
+                learning_rate_input(
+                    PriorSettings.learning_rate,
+                    "AdamW's learning rate, for the UNet and the text encoders. 0.0005 in Liu et al. 2024 (appendix "
+                    "E.2.5). Lower it when samples show odd colours or the pictures themselves.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=priors.LEARNING_RATE,
-                    min=0.0000001,
-                    max=0.1,
-                    step=0.00001,
-                    round=0.0000001,
-                    tooltip="AdamW's learning rate, for the UNet and the text encoders. 0.0005 in Liu et al. 2024 "
-                    "(appendix E.2.5). Lower it when samples show odd colours or the pictures themselves.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=1,
-                    min=1,
-                    max=64,
-                    tooltip="Pictures of each of both sets in a batch. 1 in the examples of diffusers' DreamBooth "
-                    "script.",
+                batch_size_input(
+                    1,
+                    64,
+                    "Pictures of each of both sets in a batch. 1 in the examples of diffusers' DreamBooth script.",
                 ),
                 gradient_accumulation_input(),
                 io.Float.Input(
                     "regularisation_weight",
-                    default=priors.REGULARISATION_WEIGHT,
+                    default=PriorSettings.regularisation_weight,
                     min=0.0,
                     max=10.0,
                     step=0.05,
@@ -132,12 +119,7 @@ class TrainIdentityPrior(io.ComfyNode):
                     tooltip="What the samples show, with the token and the class word in it. Empty: those two words.",
                 ),
                 checkpoint_every_input(),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FILE_FOLDER}/prior",
-                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Identity Prior "
-                    f"lists what is in '{FILE_FOLDER}'.",
-                ),
+                filename_prefix_input(f"{FILE_FOLDER}/prior", "Load Identity Prior", FILE_FOLDER),
             ],
             outputs=[
                 io.Model.Output("model_with_prior", display_name="model", tooltip="The model that knows the subject."),
@@ -147,12 +129,7 @@ class TrainIdentityPrior(io.ComfyNode):
                     display_name="identity prompt",
                     tooltip="The token and the class word, by which prompts call the subject.",
                 ),
-                io.Image.Output("samples", display_name="samples", tooltip="The sample pictures in their order."),
-                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.String.Output("file", display_name="file", tooltip="Where the prior was saved."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
-                ),
+                *training_outputs("the prior"),
             ],
         )
 
@@ -182,36 +159,31 @@ class TrainIdentityPrior(io.ComfyNode):
         regularisation: Pictures | None = None,
     ) -> io.NodeOutput:
         check_captions(subject)
-        check_masked_loss(masked_loss, subject)
+        check_masks(subject.masks, masked_loss)
         next_path(filename_prefix, f"{FILE_FOLDER}/prior")  # better before a long training than after it
-        identity = encode_pictures(vae, subject.pictures, subject.captions, subject.masks)
-        of_the_class = None if regularisation is None else _encode_class(vae, regularisation, subject.token)
         checkpoints = Checkpoints(FILE_FOLDER)
-        prior, run = priors.train_identity_prior(
+        prior, run = train_identity_prior(
             model,
             clip,
-            identity,
-            of_the_class,
-            priors.PriorSettings(
+            encode_pictures(vae, subject.pictures, subject.captions, subject.masks),
+            None if regularisation is None else _encode_class(vae, regularisation, subject.token),
+            PriorSettings(
                 token=subject.token,
                 class_word=subject.class_word,
+                steps=steps,
+                learning_rate=learning_rate,
                 batch_size=batch_size,
+                accumulation=gradient_accumulation,
                 regularisation_weight=regularisation_weight,
                 text_encoder=train_text_encoder,
                 masked=masked_loss,
                 min_snr_gamma=min_snr_gamma,
                 precision=precision,
                 checkpointing=checkpointing,
-                sample_prompt=sample_prompt.strip(),
-            ),
-            TrainingSettings(
-                steps=steps,
-                learning_rate=learning_rate,
-                weight_decay=priors.WEIGHT_DECAY,
-                accumulation=gradient_accumulation,
                 seed=seed,
-                checkpoint_every=checkpoint_every,
                 sample_every=sample_every,
+                sample_prompt=sample_prompt.strip(),
+                checkpoint_every=checkpoint_every,
             ),
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps),
@@ -222,7 +194,7 @@ class TrainIdentityPrior(io.ComfyNode):
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior)
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         warning = None
-        if of_the_class is None:
+        if regularisation is None:
             warning = "There is no regularisation set; the model may forget other subjects of the class."
         text = show_text(cls, _report(prior, run, path), warning)
         losses = {"loss": run.losses}

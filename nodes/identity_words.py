@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import Any
 
-import folder_paths
 from comfy_api.latest import io, ui
 
 from ..pipelines import identity_words as words_of
 from ..pipelines import train_identity_words as learning
-from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
 from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
-from ..pipelines.training import TrainingSettings
+from ..pipelines.train_identity_words import IdentitySettings
+from ..pipelines.training import BFLOAT16, FLOAT32
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import FILE_ENDING, changed_at, check_file, loadable_files, new_path, next_path, saved_path
+from .saved_files import changed_at, check_file, loadable_files, new_path, next_path, saved_path
 from .sockets import IdentityWords, SubjectPictures, checked, schema, show_text
-from .training import CHECKPOINT_FOLDER, LossMap, checkpointing_input, how_trained
+from .training import (
+    CHECKPOINT_FOLDER,
+    Checkpoints,
+    batch_size_input,
+    checkpoint_every_input,
+    checkpoint_inputs,
+    checkpointing_input,
+    filename_prefix_input,
+    first_and_last,
+    how_trained,
+    learning_rate_input,
+    seed_input,
+    steps_input,
+    steps_of,
+    training_outputs,
+)
 
 FILE_FOLDER = "identity_words"
 
@@ -38,11 +51,7 @@ class TrainIdentityWords(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
-                ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                *checkpoint_inputs(),
                 io.ClipVision.Input(
                     "clip_vision", tooltip="The image encoder that is read. The same one is needed ever after."
                 ),
@@ -58,27 +67,19 @@ class TrainIdentityWords(io.ComfyNode):
                     max=words_of.MOST_WORDS,
                     tooltip="How many words say who it is. 2 in Chen et al. 2024.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=learning.STEPS,
-                    min=1,
-                    max=10000000,
-                    tooltip="Training steps. Our choice for a few thousand pictures; Chen et al. 2024 name none, ELITE "
-                    "has 300000.",
+                steps_input(
+                    IdentitySettings.steps,
+                    10000000,
+                    ". Our choice for a few thousand pictures; Chen et al. 2024 name none, ELITE has 300000.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=learning.LEARNING_RATE,
-                    min=0.0000001,
-                    max=0.1,
-                    step=0.00001,
-                    round=0.0000001,
-                    tooltip="AdamW's learning rate. Our choice for a few thousand steps; Chen et al. 2024 name none, "
-                    "ELITE has 0.000001 for 300000 steps.",
+                learning_rate_input(
+                    IdentitySettings.learning_rate,
+                    "AdamW's learning rate. Our choice for a few thousand steps; Chen et al. 2024 name none, ELITE has "
+                    "0.000001 for 300000 steps.",
                 ),
                 io.Float.Input(
                     "regularisation_weight",
-                    default=learning.REGULARISATION_WEIGHT,
+                    default=IdentitySettings.regularisation_weight,
                     min=0.0,
                     max=10.0,
                     step=0.001,
@@ -90,12 +91,8 @@ class TrainIdentityWords(io.ComfyNode):
                     default=False,
                     tooltip="Count the loss inside the pictures' masks only. Off, as Chen et al. 2024 name no mask.",
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=learning.BATCH_SIZE,
-                    min=1,
-                    max=256,
-                    tooltip="Pictures in a batch, all of one size. 4 a GPU in ELITE.",
+                batch_size_input(
+                    IdentitySettings.batch_size, 256, "Pictures in a batch, all of one size. 4 a GPU in ELITE."
                 ),
                 io.Int.Input(
                     "gradient_accumulation",
@@ -112,28 +109,9 @@ class TrainIdentityWords(io.ComfyNode):
                     "bfloat16 instructions, where it is slower.",
                 ),
                 checkpointing_input(),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the first weights and of all draws: the order of the pictures, timesteps and noise.",
-                ),
-                io.Int.Input(
-                    "checkpoint_every",
-                    default=200,
-                    min=0,
-                    max=100000,
-                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
-                    "again with the same settings. 0 writes none.",
-                ),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FILE_FOLDER}/identity",
-                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Identity Words "
-                    f"lists what is in '{FILE_FOLDER}'.",
-                ),
+                seed_input("Of the first weights and of all draws: the order of the pictures, timesteps and noise."),
+                checkpoint_every_input(200),
+                filename_prefix_input(f"{FILE_FOLDER}/identity", "Load Identity Words", FILE_FOLDER),
             ],
             outputs=[
                 IdentityWords.Output(
@@ -141,11 +119,7 @@ class TrainIdentityWords(io.ComfyNode):
                     display_name="identity words",
                     tooltip="For Apply Identity Words and Generate Pairs.",
                 ),
-                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.String.Output("file", display_name="file", tooltip="Where it was saved."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
-                ),
+                *training_outputs("it", None),
             ],
         )
 
@@ -173,19 +147,17 @@ class TrainIdentityWords(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
-        settings = learning.IdentitySettings(
+        settings = IdentitySettings(
             class_word=pictures.class_word,
             words=words,
-            regularisation_weight=regularisation_weight,
-            masked=masked_loss,
-            batch_size=batch_size,
-            precision=precision,
-            checkpointing=checkpointing,
-        )
-        training = TrainingSettings(
             steps=steps,
             learning_rate=learning_rate,
+            batch_size=batch_size,
             accumulation=gradient_accumulation,
+            regularisation_weight=regularisation_weight,
+            masked=masked_loss,
+            precision=precision,
+            checkpointing=checkpointing,
             seed=seed,
             checkpoint_every=checkpoint_every,
         )
@@ -193,13 +165,7 @@ class TrainIdentityWords(io.ComfyNode):
         captions = [caption or f"a {pictures.class_word}" for caption in pictures.captions]
         encoded = encode_pictures(vae, pictures.pictures, captions, pictures.masks)
         features = learning.features_of(clip_vision, pictures.pictures)
-        checkpoints: list[str] = []
-
-        def checkpoint(run: str) -> str:
-            folder = os.path.join(folder_paths.get_output_directory(), FILE_FOLDER, CHECKPOINT_FOLDER)
-            checkpoints.append(os.path.join(folder, run + FILE_ENDING))
-            return checkpoints[-1]
-
+        checkpoints = Checkpoints(FILE_FOLDER)
         bar = ProgressBar(steps)
         learned, run = learning.train_identity_words(
             model,
@@ -207,22 +173,16 @@ class TrainIdentityWords(io.ComfyNode):
             encoded,
             features,
             settings,
-            training,
-            checkpoint=checkpoint,
+            checkpoint=checkpoints.path,
             progress=lambda done, total, loss, sample: bar.update_absolute(done, total),
         )
         with new_path(filename_prefix, f"{FILE_FOLDER}/identity") as path:
             words_of.save_identity_words(learned, path)
-        for done in checkpoints:  # the file holds the result now
-            with contextlib.suppress(OSError):
-                os.remove(done)
-        few = max(1, min(50, len(run.losses) // 2))
-        first, last = (sum(part) / len(part) for part in (run.losses[:few], run.losses[-few:]))
-        began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
+        checkpoints.remove()
         text = show_text(
             cls,
-            f"{_describe(learned)}: {len(run.losses)} steps{began} on {len(encoded)} pictures.\n"
-            f"Loss: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}.\n"
+            f"{_describe(learned)}: {steps_of(run)} on {len(encoded)} pictures.\n"
+            f"Loss: {first_and_last(run.losses)}.\n"
             f"Saved as {path}, {os.path.getsize(path) / 1e6:.1f} MB",
         )
         return io.NodeOutput(learned, {"loss": run.losses}, path, text, ui=ui.PreviewText(text))

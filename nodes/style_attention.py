@@ -15,7 +15,8 @@ from ..pipelines import train_style_attention as learning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.style_attention import StyleAttention as Style
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
-from ..pipelines.training import TrainingRun, TrainingSettings
+from ..pipelines.train_style_attention import TEMPLATES, StyleSettings
+from ..pipelines.training import TrainingRun
 from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
 from .idle import first_said, is_empty, joined
@@ -24,17 +25,21 @@ from .sockets import StyleAttention, SubjectPictures, WPlus, checked, mask_input
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
-    LossMap,
-    check_masked_loss,
+    batch_size_input,
     checkpoint_every_input,
+    checkpoint_inputs,
     checkpointing_input,
+    filename_prefix_input,
     first_and_last,
     gradient_accumulation_input,
     how_trained,
+    learning_rate_input,
     precision_input,
     sample_every_input,
     seed_input,
+    steps_input,
     steps_of,
+    training_outputs,
     training_progress,
 )
 
@@ -56,11 +61,7 @@ class TrainStyleAttention(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
-                ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                *checkpoint_inputs(),
                 SubjectPictures.Input(
                     "pictures",
                     tooltip="Pictures of one person; 6 did best in Gu et al. 2025 (table 2). Their token is the "
@@ -83,38 +84,24 @@ class TrainStyleAttention(io.ComfyNode):
                 ),
                 io.String.Input(
                     "templates",
-                    default="\n".join(learning.TEMPLATES),
+                    default="\n".join(TEMPLATES),
                     multiline=True,
                     tooltip="Captions, one a line, of which one is drawn for each picture; {} is the pseudo-word. "
                     "Write '{} person' to name the class too. Empty: the pictures' own captions. Gu et al. 2025 name "
                     "the first two.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=learning.STEPS,
-                    min=1,
-                    max=1000000,
-                    tooltip="Training steps. 600 in Gu et al. 2025.",
+                steps_input(StyleSettings.steps, 1000000, ". 600 in Gu et al. 2025."),
+                batch_size_input(
+                    StyleSettings.batch_size, 64, "Pictures in a batch, all of one size. 4 in Gu et al. 2025."
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=learning.BATCH_SIZE,
-                    min=1,
-                    max=64,
-                    tooltip="Pictures in a batch, all of one size. 4 in Gu et al. 2025.",
-                ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=learning.LEARNING_RATE,
-                    min=0.0000001,
-                    max=1.0,
-                    step=0.00001,
-                    round=0.0000001,
-                    tooltip="AdamW's learning rate. Our choice: the number of Gu et al. 2025 is not known to us.",
+                learning_rate_input(
+                    StyleSettings.learning_rate,
+                    "AdamW's learning rate. Our choice: the number of Gu et al. 2025 is not known to us.",
+                    1.0,
                 ),
                 io.Float.Input(
                     "weight_decay",
-                    default=learning.WEIGHT_DECAY,
+                    default=StyleSettings.weight_decay,
                     min=0.0,
                     max=1.0,
                     step=0.001,
@@ -122,7 +109,7 @@ class TrainStyleAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "text_drop",
-                    default=learning.DROP,
+                    default=StyleSettings.text_drop,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -130,7 +117,7 @@ class TrainStyleAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "style_drop",
-                    default=learning.DROP,
+                    default=StyleSettings.style_drop,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -139,7 +126,7 @@ class TrainStyleAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "style_noise",
-                    default=learning.STYLE_NOISE,
+                    default=StyleSettings.style_noise,
                     min=0.0,
                     max=10.0,
                     step=0.01,
@@ -164,23 +151,13 @@ class TrainStyleAttention(io.ComfyNode):
                     "the first template.",
                 ),
                 checkpoint_every_input(),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FILE_FOLDER}/person",
-                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Style Attention "
-                    f"lists what is in '{FILE_FOLDER}'.",
-                ),
+                filename_prefix_input(f"{FILE_FOLDER}/person", "Load Style Attention", FILE_FOLDER),
             ],
             outputs=[
                 StyleAttention.Output(
                     "style_attention", display_name="style attention", tooltip="For Apply Style Cross-Attention."
                 ),
-                io.Image.Output("samples", display_name="samples", tooltip="The sample pictures in their order."),
-                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.String.Output("file", display_name="file", tooltip="Where it was saved."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
-                ),
+                *training_outputs("it"),
             ],
         )
 
@@ -213,30 +190,26 @@ class TrainStyleAttention(io.ComfyNode):
         checkpoint_every: int,
         filename_prefix: str,
     ) -> io.NodeOutput:
-        check_masked_loss(masked_loss, pictures)
-        settings = learning.StyleSettings(
+        settings = StyleSettings(
             pseudo_word=pictures.token,
             templates=tuple(line.strip() for line in templates.splitlines() if line.strip()),
             kind=kind,
             row_groups=row_groups,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            accumulation=gradient_accumulation,
+            weight_decay=weight_decay,
             text_drop=text_drop,
             style_drop=style_drop,
             style_noise=style_noise,
             masked=masked_loss,
-            batch_size=batch_size,
             precision=precision,
             checkpointing=checkpointing,
-            sample_prompt=sample_prompt.strip(),
-        )
-        training = TrainingSettings(
-            steps=steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            accumulation=gradient_accumulation,
-            gradient_clip=0.0,  # the paper clips nothing
             seed=seed,
-            checkpoint_every=checkpoint_every,
             sample_every=sample_every,
+            sample_prompt=sample_prompt.strip(),
+            checkpoint_every=checkpoint_every,
         )
         learning.check_training_input(pictures.captions, pictures.masks, w_plus, settings)
         next_path(filename_prefix, f"{FILE_FOLDER}/person")  # better before a long training than after it
@@ -248,7 +221,6 @@ class TrainStyleAttention(io.ComfyNode):
             encoded,
             w_plus,
             settings,
-            training,
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps),
         )

@@ -16,8 +16,9 @@ from ..pipelines.schedule import fewer_steps
 from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
-from ..pipelines.training import TrainingRun, TrainingSettings
-from ..pipelines.training_pictures import encode_pictures
+from ..pipelines.train_subject_embedding import MOST_TOKENS, SubjectSettings
+from ..pipelines.training import TrainingRun
+from ..pipelines.training_pictures import check_masks, encode_pictures
 from .saved_files import (
     FILE_ENDING,
     changed_at,
@@ -33,17 +34,21 @@ from .sockets import Subject, SubjectPictures, checked, schema, show_text
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
-    LossMap,
-    check_masked_loss,
+    batch_size_input,
     checkpoint_every_input,
+    checkpoint_inputs,
     checkpointing_input,
+    filename_prefix_input,
     first_and_last,
     gradient_accumulation_input,
     how_trained,
+    learning_rate_input,
     precision_input,
     sample_every_input,
     seed_input,
+    steps_input,
     steps_of,
+    training_outputs,
     training_progress,
 )
 
@@ -66,11 +71,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
-                ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                *checkpoint_inputs(),
                 SubjectPictures.Input(
                     "pictures",
                     tooltip="Three to five pictures of the subject with masks, and with captions that call it by its "
@@ -86,22 +87,20 @@ class TrainSubjectEmbedding(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "tokens",
-                    default=learning.TOKENS,
+                    default=SubjectSettings.tokens,
                     min=1,
-                    max=learning.MOST_TOKENS,
+                    max=MOST_TOKENS,
                     tooltip="How many rows or word vectors the subject gets. 5 in Wang et al. 2023. Prompts must leave "
                     "the rows free.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=learning.STEPS,
-                    min=1,
-                    max=100000,
-                    tooltip="Training steps of the embeddings that all sampling steps share. 1000 in Wang et al. 2023.",
+                steps_input(
+                    SubjectSettings.steps,
+                    100000,
+                    " of the embeddings that all sampling steps share. 1000 in Wang et al. 2023.",
                 ),
                 io.Int.Input(
                     "updates_per_step",
-                    default=learning.UPDATES_PER_STEP,
+                    default=SubjectSettings.updates_per_step,
                     min=0,
                     max=1000,
                     tooltip="Training steps of each sampling step's own embeddings after that. 10 in Wang et al. 2023; "
@@ -109,24 +108,18 @@ class TrainSubjectEmbedding(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "sampling_steps",
-                    default=learning.SAMPLING_STEPS,
+                    default=SubjectSettings.sampling_steps,
                     min=1,
                     max=1000,
                     tooltip="DDIM steps that get embeddings of their own. 50 in Wang et al. 2023. Other numbers of "
                     "steps can be sampled later; they take the nearest ones.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=learning.LEARNING_RATE,
-                    min=0.000001,
-                    max=1.0,
-                    step=0.0001,
-                    round=0.000001,
-                    tooltip="Adam's learning rate. 0.005 in Wang et al. 2023.",
+                learning_rate_input(
+                    SubjectSettings.learning_rate, "Adam's learning rate. 0.005 in Wang et al. 2023.", 1.0, 1e-4
                 ),
                 io.Float.Input(
                     "regularisation_weight",
-                    default=learning.REGULARISATION_WEIGHT,
+                    default=SubjectSettings.regularisation_weight,
                     min=0.0,
                     max=100.0,
                     step=0.0001,
@@ -147,9 +140,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     tooltip="Leave the rare token in captions and prompts. Switch it on for a model with an identity "
                     "prior, which knows the token. Off, the embeddings stand for it.",
                 ),
-                io.Int.Input(
-                    "batch_size", default=1, min=1, max=64, tooltip="Pictures in a batch. All of them have one size."
-                ),
+                batch_size_input(1, 64, "Pictures in a batch. All of them have one size."),
                 gradient_accumulation_input(),
                 precision_input("the embeddings"),
                 checkpointing_input(),
@@ -161,21 +152,11 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     tooltip="What the samples show, with the subject's name in it. Empty: the name alone.",
                 ),
                 checkpoint_every_input(),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FILE_FOLDER}/subject",
-                    tooltip=f"Folder and beginning of the file name, below the output folder. Step-Wise Embedding "
-                    f"Loader lists what is in '{FILE_FOLDER}'.",
-                ),
+                filename_prefix_input(f"{FILE_FOLDER}/subject", "Step-Wise Embedding Loader", FILE_FOLDER),
             ],
             outputs=[
                 Subject.Output("subject", display_name="subject", tooltip="The subject, for Apply Subject."),
-                io.Image.Output("samples", display_name="samples", tooltip="The sample pictures in their order."),
-                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.String.Output("file", display_name="file", tooltip="Where the subject was saved."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
-                ),
+                *training_outputs("the subject"),
             ],
         )
 
@@ -207,30 +188,26 @@ class TrainSubjectEmbedding(io.ComfyNode):
         filename_prefix: str,
     ) -> io.NodeOutput:
         check_captions(pictures)
-        check_masked_loss(masked_loss, pictures)
-        settings = learning.SubjectSettings(
+        check_masks(pictures.masks, masked_loss)
+        settings = SubjectSettings(
             class_word=pictures.class_word,
             token="" if keep_token else pictures.token,
             kind=kind,
             tokens=tokens,
+            steps=steps,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            accumulation=gradient_accumulation,
             regularisation_weight=regularisation_weight,
             masked=masked_loss,
             sampling_steps=sampling_steps,
             updates_per_step=updates_per_step,
-            batch_size=batch_size,
             precision=precision,
             checkpointing=checkpointing,
-            sample_prompt=sample_prompt.strip() or pictures.identity_prompt,
-        )
-        training = TrainingSettings(
-            steps=steps,
-            learning_rate=learning_rate,
-            optimizer="Adam",
-            accumulation=gradient_accumulation,
-            gradient_clip=0.0,  # the paper clips nothing
             seed=seed,
-            checkpoint_every=checkpoint_every,
             sample_every=sample_every,
+            sample_prompt=sample_prompt.strip() or pictures.identity_prompt,
+            checkpoint_every=checkpoint_every,
         )
         learning.check_training_captions(clip, pictures.captions, settings)
         next_path(filename_prefix, f"{FILE_FOLDER}/subject")  # better before a long training than after it
@@ -241,7 +218,6 @@ class TrainSubjectEmbedding(io.ComfyNode):
             clip,
             encoded,
             settings,
-            training,
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps + sampling_steps * updates_per_step),
         )

@@ -15,10 +15,24 @@ from ..pipelines import mcdm as mcdms
 from ..pipelines import train_mcdm
 from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
 from ..pipelines.errors import IdentityEditError
-from ..pipelines.training import TrainingRun, TrainingSettings
+from ..pipelines.train_mcdm import MCDMSettings
+from ..pipelines.training import TrainingRun
 from .saved_files import check_name, model_files, model_path, new_path, next_path
 from .sockets import checked, choice_of, schema, show_text
-from .training import LossMap, checkpointing_input, precision_input, training_progress
+from .training import (
+    batch_size_input,
+    checkpoint_every_input,
+    checkpointing_input,
+    first_and_last,
+    learning_rate_input,
+    precision_input,
+    sample_every_input,
+    seed_input,
+    steps_input,
+    steps_of,
+    training_outputs,
+    training_progress,
+)
 
 RUN_FOLDER = "mcdm"
 NEW = "new"
@@ -55,28 +69,18 @@ class TrainMCDM(io.ComfyNode):
                     tooltip="The folder of the pairs: a path, or a name below the output or the input folder. It holds "
                     "the index that Generate Pairs writes.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=train_mcdm.STEPS,
-                    min=1,
-                    max=10_000_000,
-                    tooltip="Training steps. 200000 in Chen et al. 2024 (supplement 1.2): three days on an A100.",
+                steps_input(
+                    MCDMSettings.steps,
+                    10_000_000,
+                    ". 200000 in Chen et al. 2024 (supplement 1.2): three days on an A100.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=train_mcdm.LEARNING_RATE,
-                    min=0.00000001,
-                    max=0.1,
-                    step=0.000001,
-                    round=0.00000001,
-                    tooltip="AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement 1.2).",
+                learning_rate_input(
+                    MCDMSettings.learning_rate,
+                    "AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement 1.2).",
+                    step=1e-6,
                 ),
-                io.Int.Input(
-                    "batch_size",
-                    default=train_mcdm.BATCH_SIZE,
-                    min=1,
-                    max=1024,
-                    tooltip="Pairs of a batch. 4 in Chen et al. 2024 (supplement 1.2).",
+                batch_size_input(
+                    MCDMSettings.batch_size, 1024, "Pairs of a batch. 4 in Chen et al. 2024 (supplement 1.2)."
                 ),
                 io.Int.Input(
                     "gradient_accumulation",
@@ -88,7 +92,7 @@ class TrainMCDM(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "identity_share",
-                    default=train_mcdm.IDENTITY_SHARE,
+                    default=MCDMSettings.identity_share,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -97,7 +101,7 @@ class TrainMCDM(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "dropout",
-                    default=train_mcdm.DROPOUT,
+                    default=MCDMSettings.dropout,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -127,7 +131,7 @@ class TrainMCDM(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "ema_decay",
-                    default=train_mcdm.EMA_DECAY,
+                    default=MCDMSettings.ema_decay,
                     min=0.0,
                     max=0.99999,
                     step=0.0001,
@@ -137,30 +141,9 @@ class TrainMCDM(io.ComfyNode):
                 ),
                 precision_input("the trained weights"),
                 checkpointing_input(),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of all draws: the order of the pairs, timesteps, noise and what is dropped.",
-                ),
-                io.Int.Input(
-                    "sample_every",
-                    default=1000,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="Steps between the sample edits that show how far it is. There is one at the end in any "
-                    "case; 0 makes no others.",
-                ),
-                io.Int.Input(
-                    "checkpoint_every",
-                    default=1000,
-                    min=0,
-                    max=1_000_000,
-                    tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued "
-                    "again with the same settings. Each is four times as large as the UNet in float32. 0 writes none.",
-                ),
+                seed_input("Of all draws: the order of the pairs, timesteps, noise and what is dropped."),
+                sample_every_input("the end", 1000, 1_000_000, "sample edits"),
+                checkpoint_every_input(1000, 1_000_000, "Each is four times as large as the UNet in float32. "),
                 io.Combo.Input(
                     "file_contents",
                     options=[WHOLE, UNET_ALONE],
@@ -183,16 +166,9 @@ class TrainMCDM(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("edit_model", display_name="model", tooltip="The trained model, for MCDM Guider."),
-                io.Image.Output(
-                    "samples",
-                    display_name="samples",
-                    tooltip="The sample edits in their order: of the first pair that is not trained on, where there is "
-                    "one.",
-                ),
-                LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-                io.String.Output("file", display_name="file", tooltip="Where the model was saved."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+                *training_outputs(
+                    "the model",
+                    "The sample edits in their order: of the first pair that is not trained on, where there is one.",
                 ),
             ],
         )
@@ -240,23 +216,20 @@ class TrainMCDM(io.ComfyNode):
             vae,
             clip_vision,
             pairs,
-            train_mcdm.MCDMSettings(
+            MCDMSettings(
+                steps=steps,
+                learning_rate=learning_rate,
                 batch_size=batch_size,
+                accumulation=gradient_accumulation,
                 identity_share=identity_share,
                 dropout=dropout,
                 image_tokens=image_tokens,
+                ema_decay=ema_decay,
                 precision=precision,
                 checkpointing=checkpointing,
-            ),
-            TrainingSettings(
-                steps=steps,
-                learning_rate=learning_rate,
-                weight_decay=train_mcdm.WEIGHT_DECAY,
-                accumulation=gradient_accumulation,
-                ema_decay=ema_decay,
                 seed=seed,
-                checkpoint_every=checkpoint_every,
                 sample_every=sample_every,
+                checkpoint_every=checkpoint_every,
             ),
             run_folder,
             start=None if image_embedding == NEW else mcdms.load_mcdm(model_path(image_embedding)),
@@ -298,12 +271,9 @@ def find_folder(name: str) -> Path:
 
 def _training_report(trained: train_mcdm.TrainedMCDM, run: TrainingRun, path: str) -> str:
     count = sum(tensor.numel() for tensor in trained.weights.values())
-    few = max(1, min(50, len(run.losses) // 2))
-    began = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
-    first, last = (sum(part) / len(part) for part in (run.losses[:few], run.losses[-few:]))
     return (
-        f"MCDM: {len(run.losses)} steps{began} on {len(trained.encoded)} pairs, {count / 1e6:.1f} million weights.\n"
-        f"Loss: {first:.4f} over the first {few} steps, {last:.4f} over the last {few}.\n"
+        f"MCDM: {steps_of(run)} on {len(trained.encoded)} pairs, {count / 1e6:.1f} million weights.\n"
+        f"Loss: {first_and_last(run.losses)}.\n"
         f"Saved as {path}"
     )
 

@@ -11,15 +11,46 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
-from ..pipelines.engine.trainable import BFLOAT16, FLOAT32
-from ..pipelines.errors import IdentityEditError
-from ..pipelines.subject_pictures import SubjectPictures
-from ..pipelines.training import Progress, TrainingRun
+from ..pipelines.training import BFLOAT16, FLOAT32, Progress, TrainingRun
 from .saved_files import FILE_ENDING
 
 LossMap = io.Custom("LOSS_MAP")
 """ComfyUI's socket of Train LoRA and Plot Loss Graph: {"loss": the loss of every step}."""
 CHECKPOINT_FOLDER = "checkpoints"
+
+
+def checkpoint_inputs() -> list[Any]:
+    """MODEL, CLIP and VAE of a checkpoint."""
+    return [
+        io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."),
+        io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+        io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+    ]
+
+
+def steps_input(default: int, most: int, tooltip: str) -> io.Int.Input:
+    return io.Int.Input("steps", default=default, min=1, max=most, tooltip=f"Training steps{tooltip}")
+
+
+def learning_rate_input(default: float, tooltip: str, most: float = 0.1, step: float = 1e-5) -> io.Float.Input:
+    """The widget rounds to a hundredth of its step."""
+    least = round(step / 100, 8)
+    return io.Float.Input(
+        "learning_rate", default=default, min=least, max=most, step=step, round=least, tooltip=tooltip
+    )
+
+
+def batch_size_input(default: int, most: int, tooltip: str) -> io.Int.Input:
+    return io.Int.Input("batch_size", default=default, min=1, max=most, tooltip=tooltip)
+
+
+def filename_prefix_input(default: str, loader: str, folder: str) -> io.String.Input:
+    return io.String.Input(
+        "filename_prefix",
+        default=default,
+        tooltip=f"Folder and beginning of the file name, below the output folder. {loader} lists what is in "
+        f"'{folder}'.",
+    )
 
 
 def gradient_accumulation_input() -> io.Int.Input:
@@ -51,45 +82,45 @@ def checkpointing_input() -> io.Boolean.Input:
     )
 
 
-def seed_input() -> io.Int.Input:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=0xFFFFFFFFFFFFFFFF,
-        control_after_generate=True,
-        tooltip="Of all draws: the order of the pictures, timesteps and noise.",
-    )
+def seed_input(of: str = "Of all draws: the order of the pictures, timesteps and noise.") -> io.Int.Input:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=of)
 
 
-def sample_every_input(last: str) -> io.Int.Input:
+def sample_every_input(
+    last: str, default: int = 100, most: int = 100_000, what: str = "sample pictures"
+) -> io.Int.Input:
     return io.Int.Input(
         "sample_every",
-        default=100,
+        default=default,
         min=0,
-        max=100000,
-        tooltip=f"Steps between the sample pictures that show how far it is. There is one at {last} in any case; 0 "
-        f"makes no others.",
+        max=most,
+        tooltip=f"Steps between the {what} that show how far it is. There is one at {last} in any case; 0 makes no "
+        f"others.",
     )
 
 
-def checkpoint_every_input() -> io.Int.Input:
+def checkpoint_every_input(default: int = 100, most: int = 100_000, more: str = "") -> io.Int.Input:
     return io.Int.Input(
         "checkpoint_every",
-        default=100,
+        default=default,
         min=0,
-        max=100000,
-        tooltip="Steps between checkpoints, from which a cancelled or killed run goes on when it is queued again with "
-        "the same settings. 0 writes none.",
+        max=most,
+        tooltip=f"Steps between checkpoints, from which a cancelled or killed run goes on when it is queued again with "
+        f"the same settings. {more}0 writes none.",
     )
 
 
-def check_masked_loss(masked_loss: bool, subject: SubjectPictures) -> None:
-    """Raise `IdentityEditError` when the loss is to be counted inside masks and there is none."""
-    if masked_loss and all(mask is None for mask in subject.masks):
-        raise IdentityEditError(
-            "masked_loss is on but no picture of the subject has a mask; add masks, or switch masked_loss off."
-        )
+def training_outputs(what: str, samples: str | None = "The sample pictures in their order.") -> list[Any]:
+    """Samples where there are any, losses, the file of `what` was trained, and the report."""
+    shown = [] if samples is None else [io.Image.Output("samples", display_name="samples", tooltip=samples)]
+    return [
+        *shown,
+        LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
+        io.String.Output("file", display_name="file", tooltip=f"Where {what} was saved."),
+        io.String.Output(
+            "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+        ),
+    ]
 
 
 class Checkpoints:

@@ -27,6 +27,8 @@ CLAIMED = ".claimed.tmp"
 """Behind the name of a file that a process is about to write."""
 ABANDONED_AFTER = 3600.0
 """Seconds without a change after which something half written belongs to no living process."""
+FILE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""In which a file may keep trained weights."""
 DESCRIPTION = "identity_edit"
 """The header's entry in which this pack's files describe themselves."""
 _TEMPORARY = re.compile(r"\.(claimed|[0-9a-f]{8})\.tmp$")

@@ -10,89 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import engine
-from .engine.trainable import BFLOAT16, PRECISIONS, TrainableNetworks, trainable_networks
-from .engine.weights import stored_weights, weight_shapes
+from .engine.weights import weight_shapes
 from .errors import IdentityEditError
 from .files import check_facts, read_tensors, understanding, write_tensors
-from .schedule import ddim_schedule, euler_step
-from .training import (
-    Progress,
-    TrainingRun,
-    TrainingSettings,
-    generator_of,
-    patch_strengths,
-    run_hash,
-    train,
-    training_facts,
-)
-from .training_pictures import Batch, TrainingPictures, batch_indices, denoising_losses, draw_batch, draw_noise
 
 KIND = "identity prior"
-STEPS = 1000
-LEARNING_RATE = 5e-4
-WEIGHT_DECAY = 0.01
-"""torch's and diffusers' default for AdamW; Liu et al. 2024 give none."""
-REGULARISATION_WEIGHT = 1.0
-FILE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
+CLIP_KEYS = re.compile(r"clip_\w\..+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)")
 _MODEL_KEYS = re.compile(r"diffusion_model\..+\.attn[12]\.to_(q|k|v|out\.0)\.(weight|bias)")
-_CLIP_KEYS = re.compile(r"clip_\w\..+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)")
-_MODEL, _CLIP = "model.", "clip."
-
-
-@dataclass(frozen=True)
-class PriorSettings:
-    """What is trained and on what, beside `TrainingSettings`.
-
-    Attributes:
-        token: V*, the rare token.
-        class_word: what the subject is.
-        batch_size: pictures of each of both sets in a batch.
-        regularisation_weight: of the class pictures' loss; 1 in Ruiz et al. 2023.
-        text_encoder: whether the text encoders are trained too, as in Liu et al. 2024.
-        masked: count the identity pictures' loss inside their masks only.
-        min_snr_gamma: see `denoising_losses`; 0 is off.
-        precision: a key of PRECISIONS.
-        checkpointing: recompute blocks in the backward pass: a fraction of the memory for a third more time.
-        sample_prompt: what the sample previews show; "" is the token and the class word.
-        sample_guidance_scale, sample_steps: of the sample previews, DDIM.
-        file_dtype: in which the change is kept, a key of FILE_DTYPES.
-    """
-
-    token: str
-    class_word: str
-    batch_size: int = 1
-    regularisation_weight: float = REGULARISATION_WEIGHT
-    text_encoder: bool = True
-    masked: bool = False
-    min_snr_gamma: float = 0.0
-    precision: str = BFLOAT16
-    checkpointing: bool = False
-    sample_prompt: str = ""
-    sample_guidance_scale: float = 5.0
-    sample_steps: int = 20
-    file_dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise IdentityEditError(f"batch_size is {self.batch_size}; choose 1 or more.")
-        for name, choices in (("precision", PRECISIONS), ("file_dtype", FILE_DTYPES)):
-            if getattr(self, name) not in choices:
-                raise IdentityEditError(f"{name} is {getattr(self, name)}; choose one of {', '.join(choices)}.")
-
-
-_NOT_OF_THE_RUN = ("steps", "checkpoint_every", "sample_every")
-_NOT_OF_THE_PRIOR = ("sample_prompt", "sample_guidance_scale", "sample_steps", "file_dtype", "checkpointing")
-"""Settings that change no step's result, so that a run with others of them can go on from the same checkpoint."""
+MODEL_PREFIX, CLIP_PREFIX = "model.", "clip."
 
 
 @dataclass(frozen=True)
@@ -127,148 +59,12 @@ def attention_keys(model: Any, clip: Any) -> tuple[list[str], list[str]]:
         IdentityEditError: when the CLIP has no such layers.
     """
     model_keys = [key for key in weight_shapes(model.model) if _MODEL_KEYS.fullmatch(key)]
-    clip_keys = [key for key in weight_shapes(clip.patcher.model) if _CLIP_KEYS.fullmatch(key)]
+    clip_keys = [key for key in weight_shapes(clip.patcher.model) if CLIP_KEYS.fullmatch(key)]
     if not model_keys or not clip_keys:
         raise IdentityEditError(
             "The CLIP has no CLIP text encoder to train; use the CLIP of a Stable Diffusion 1.x, 2.x or XL checkpoint."
         )
     return model_keys, clip_keys
-
-
-def train_identity_prior(
-    model: Any,
-    clip: Any,
-    identity: TrainingPictures,
-    regularisation: TrainingPictures | None,
-    settings: PriorSettings,
-    training: TrainingSettings,
-    *,
-    checkpoint: Callable[[str], str] | None = None,
-    progress: Progress | None = None,
-) -> tuple[IdentityPrior, TrainingRun]:
-    """Learn a subject (Liu et al. 2024, section 2.1).
-
-    Every step takes one batch of the identity set and one of the regularisation set:
-    loss = mean |eps_theta - eps|^2 over the former + regularisation_weight * the same over the latter.
-
-    Args:
-        model: MODEL that predicts noise or velocity; LoRAs on it count as part of it.
-        clip: its CLIP.
-        identity: pictures of the subject.
-        regularisation: pictures of its class, or None.
-        settings, training: see there. E.2.5 gives AdamW, 5e-4 for both networks, 1000 steps.
-        checkpoint: gives the file of the checkpoint for a hash of the run, see `training.train`.
-        progress: called after every step; samples are latents [1, C, h, w] in the scale of LATENT sockets.
-
-    Returns:
-        the prior and the record of the training.
-
-    Raises:
-        IdentityEditError: when an input cannot be used, or as in `training.train`.
-    """
-    sampling = engine.require_noise_prediction_model(model)
-    tag = engine.model_tag(model)
-    model_keys, clip_keys = attention_keys(model, clip)
-    if not settings.text_encoder:
-        clip_keys = []
-    training = dataclasses.replace(training, bfloat16=settings.precision == BFLOAT16)
-    description = _run_description(model, clip, tag, identity, regularisation, settings, training)
-    run = run_hash(description)
-    sets = {"identity": (identity, 1.0)}
-    if regularisation is not None and settings.regularisation_weight > 0.0:
-        sets["regularisation"] = (regularisation, settings.regularisation_weight)
-    to_model_scale = partial(engine.to_model_scale, model)
-
-    def losses(networks: TrainableNetworks, index: int) -> Iterator[torch.Tensor]:
-        parts = []
-        for what, (pictures, weight) in sets.items():
-            chosen = batch_indices(pictures, settings.batch_size, index, training.seed, what)
-            batch = draw_batch(pictures, chosen, to_model_scale, networks.device)
-            if what == "identity" and not settings.masked:
-                batch = dataclasses.replace(batch, masks=torch.ones_like(batch.masks))
-            generator = generator_of(training.seed, index, f"noise of {what}")
-            t, noise = draw_noise(batch, sampling.sigmas.shape[0], generator)
-            parts.append((batch, t, noise, torch.full(t.shape, weight / t.shape[0])))
-        if len({part[0].latents.shape for part in parts}) == 1:  # of one size: one evaluation for both sets
-            parts = [_joined(parts)]
-        for batch, t, noise, weights in parts:
-            each = denoising_losses(networks, sampling, tag.prediction, batch, t, noise, settings.min_snr_gamma)
-            yield (weights.to(each.device) * each).sum()
-
-    largest = max((latent for part, _ in sets.values() for latent in part.latents), key=torch.Tensor.numel)
-    shape = [settings.batch_size * len(sets), *largest.shape]
-    with trainable_networks(
-        model,
-        clip,
-        model_keys,
-        clip_keys,
-        precision=settings.precision,
-        latent_shape=shape,
-        checkpointing=settings.checkpointing,
-    ) as networks:
-        variables: dict[str, torch.Tensor] = {_MODEL + key: value for key, value in networks.model_variables.items()}
-        variables |= {_CLIP + key: value for key, value in networks.clip_variables.items()}
-        latent_size = identity.latents[0].shape
-
-        def sample() -> torch.Tensor:
-            prompt = settings.sample_prompt or f"{settings.token} {settings.class_word}"
-            latent = _sample(networks, sampling, latent_size, prompt, settings, training.seed)
-            return engine.to_socket_scale(model, latent)
-
-        record = train(
-            variables,
-            partial(losses, networks),
-            training,
-            checkpoint=checkpoint(run) if checkpoint is not None else None,
-            run=run,
-            sample=sample,
-            progress=progress,
-            # Of the text encoder, the layers behind the one that is read get no gradient.
-            needed=[_MODEL + key for key in networks.model_variables],
-        )
-        model_change, clip_change = networks.changes(FILE_DTYPES[settings.file_dtype])
-    prior = IdentityPrior(
-        model_change=model_change,
-        clip_change=clip_change,
-        token=settings.token,
-        class_word=settings.class_word,
-        model=tag,
-        training=training_facts(
-            training,
-            settings,
-            run,
-            identity_pictures=len(identity),
-            regularisation_pictures=0 if regularisation is None else len(regularisation),
-            last_losses_mean=sum(record.losses[-50:]) / len(record.losses[-50:]),
-            pack_version=_pack_version(),
-        ),
-    )
-    return prior, record
-
-
-def _joined(parts: list[tuple[Batch, torch.Tensor, torch.Tensor, torch.Tensor]]) -> Any:
-    batches, t, noise, weights = zip(*parts, strict=True)
-    batch = Batch(
-        latents=torch.cat([batch.latents for batch in batches]),
-        captions=[caption for batch in batches for caption in batch.captions],
-        masks=torch.cat([batch.masks for batch in batches]),
-    )
-    return batch, torch.cat(t), torch.cat(noise), torch.cat(weights)
-
-
-def _sample(
-    networks: TrainableNetworks, sampling: Any, size: torch.Size, prompt: str, settings: PriorSettings, seed: int
-) -> torch.Tensor:
-    """DDIM with guidance by the networks as they are now -> latent [1, C, h, w] in the model's scale."""
-    sigmas = ddim_schedule(sampling, settings.sample_steps, end_at_zero=True).sigmas.to(networks.device)
-    noise = torch.randn((1, *size), generator=generator_of(seed, 0, "sample")).to(networks.device)
-    x = sigmas[0] * noise
-    text = networks.encode([prompt, ""])
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-        both = networks.denoised(torch.cat([x, x]), sigma.expand(2), text).float()
-        denoised = both[1:] + settings.sample_guidance_scale * (both[:1] - both[1:])
-        x = euler_step(x, denoised, sigma, sigma_next)
-    return x
 
 
 def apply_identity_prior(
@@ -324,8 +120,8 @@ def save_identity_prior(prior: IdentityPrior, path: str) -> None:
     Raises:
         IdentityEditError: when the file cannot be written.
     """
-    tensors = {_MODEL + key: tensor for key, tensor in prior.model_change.items()}
-    tensors |= {_CLIP + key: tensor for key, tensor in prior.clip_change.items()}
+    tensors = {MODEL_PREFIX + key: tensor for key, tensor in prior.model_change.items()}
+    tensors |= {CLIP_PREFIX + key: tensor for key, tensor in prior.clip_change.items()}
     description = {
         "kind": KIND,
         "token": prior.token,
@@ -345,8 +141,8 @@ def load_identity_prior(path: str) -> IdentityPrior:
     tensors, description = read_tensors(path, KIND)
     with understanding(path, "The identity prior"):
         return IdentityPrior(
-            model_change=_below(tensors, _MODEL),
-            clip_change=_below(tensors, _CLIP),
+            model_change=_below(tensors, MODEL_PREFIX),
+            clip_change=_below(tensors, CLIP_PREFIX),
             token=str(description["token"]),
             class_word=str(description["class_word"]),
             model=engine.ModelTag.from_description(description["model"]),
@@ -433,38 +229,3 @@ def _patches(change: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 def _below(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-
-
-def _run_description(
-    model: Any,
-    clip: Any,
-    tag: engine.ModelTag,
-    identity: TrainingPictures,
-    regularisation: TrainingPictures | None,
-    settings: PriorSettings,
-    training: TrainingSettings,
-) -> dict[str, Any]:
-    """Everything that the result of a step depends on; weights by samples of them, patches of others by strengths."""
-    optimisation = {**dataclasses.asdict(training), **dataclasses.asdict(settings)}
-    for name in (*_NOT_OF_THE_RUN, *_NOT_OF_THE_PRIOR):
-        del optimisation[name]
-    # A text encoder is told by a few of its weights as the checkpoint holds them.
-    encoder = [
-        [] if weight is None else weight.flatten()[:1].float().cpu().tolist()
-        for key, weight, _ in stored_weights(clip.patcher, "clip_")
-        if _CLIP_KEYS.fullmatch(key)
-    ]
-    return {
-        "settings": optimisation,
-        "model": dataclasses.asdict(tag),
-        "patches": patch_strengths(model, clip.patcher),
-        "text_encoder": [encoder, clip.layer_idx],
-        "identity": identity.fingerprint,
-        "regularisation": None if regularisation is None else regularisation.fingerprint,
-    }
-
-
-def _pack_version() -> str:
-    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
-    return found.group(1) if found else "unknown"

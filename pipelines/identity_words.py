@@ -19,7 +19,7 @@ from . import engine
 from .conditioning import Conditioning
 from .errors import IdentityEditError, check_finite
 from .files import check_facts, read_tensors, understanding, write_tensors
-from .subject_embedding import Tokens, Vectors, check_word_widths, mark_subject, with_word_vectors
+from .subject_embedding import check_word_widths, mark_subject, with_word_vectors
 from .subject_words import has_word, with_token
 
 WORDS = 2
@@ -59,7 +59,7 @@ class IdentityEncoder(nn.Module):
             }
         )
 
-    def begin_with(self, vectors: Vectors) -> None:
+    def begin_with(self, vectors: dict[str, torch.Tensor]) -> None:
         """Let every word be `vectors[name]` [width] until something is learned."""
         for name, perceptron in self.perceptrons.items():
             *_, weight, bias = perceptron.parameters()  # its last layer's
@@ -67,7 +67,7 @@ class IdentityEncoder(nn.Module):
                 weight.zero_()
                 bias.copy_(vectors[name])
 
-    def forward(self, features: torch.Tensor) -> Vectors:
+    def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
         """Features [B, N, C] of B pictures -> word embeddings [B, words, width] by the text encoder's name."""
         queries = self.queries.expand(features.shape[0], -1, -1)
         read = self.decoder(queries, self.normalise(features))
@@ -109,7 +109,7 @@ def image_features(output: Any, name: str = "The CLIP vision output") -> torch.T
     return features.detach().float().cpu()
 
 
-def identity_vectors(words: IdentityWords, features: torch.Tensor) -> Vectors:
+def identity_vectors(words: IdentityWords, features: torch.Tensor) -> dict[str, torch.Tensor]:
     """Word embeddings [B, words, width] of B pictures by text encoder, float32 CPU.
 
     Raises:
@@ -124,7 +124,7 @@ def identity_vectors(words: IdentityWords, features: torch.Tensor) -> Vectors:
         return words.encoder.eval()(features.detach().clone().float())
 
 
-def mark_identity(clip: Any, class_word: str, count: int, prompt: str, **options: Any) -> Tokens:
+def mark_identity(clip: Any, class_word: str, count: int, prompt: str, **options: Any) -> dict[str, Any]:
     """Tokenise a prompt with `count` empty places right before its first class word; see `mark_subject`.
 
     Raises:
@@ -138,7 +138,7 @@ def mark_identity(clip: Any, class_word: str, count: int, prompt: str, **options
     return mark_subject(clip, _PLACE, "", count, with_token(prompt, class_word, _PLACE), **options)
 
 
-def identity_conditioning(clip: Any, vectors: Vectors, prompt: str, class_word: str) -> Conditioning:
+def identity_conditioning(clip: Any, vectors: dict[str, torch.Tensor], prompt: str, class_word: str) -> Conditioning:
     """Encode a prompt with identity words in it, as CLIP Text Encode does.
 
     Args:

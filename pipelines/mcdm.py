@@ -21,7 +21,7 @@ from .conditioning import Conditioning
 from .engine.edit_model import checkpoint_tensors, require_edit_model
 from .engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
 from .errors import IdentityEditError, check_conditioning
-from .files import check_facts, read_tensors, understanding, write_tensors
+from .files import FILE_DTYPES, check_facts, read_tensors, understanding, write_tensors
 from .pictures import encoded
 
 KIND = "MCDM"
@@ -32,7 +32,6 @@ TOKENS_OPTION = "identity_edit_image_tokens"
 """Option of a conditioning: how many of its last tokens are c_im."""
 SPATIAL_OPTION = "concat_latent_image"
 """Option of a conditioning in which ComfyUI keeps c_s."""
-FILE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 CONVENTIONS: dict[str, Any] = {
     "spatial": "the latent as the VAE gives it, unscaled, in input channels 5 to 8",
     "latent of the MLP": "scaled as the noisy latent is",

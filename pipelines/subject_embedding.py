@@ -13,6 +13,7 @@ equation 7). How files hold all this is in `subject_files`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,20 +22,16 @@ import torch
 
 from . import engine
 from .conditioning import Conditioning, single_embedding
-from .errors import IdentityEditError
+from .errors import IdentityEditError, shortened
 from .schedule import noise_levels
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
+from .subject_words import has_word, word_pattern
 
 OUTPUT, WORD = "output", "word"
 KINDS = (OUTPUT, WORD)
 
 _MARKERS = ("sks", "ufc", "nfl", "ibm", "bbc", "nba", "fifa", "gmo")
 """Words of one token; one that a prompt lacks holds the place of the word vectors while it is tokenised."""
-
-Vectors = dict[str, torch.Tensor]
-"""By name: "output", or the text encoder's ("clip_l", "clip_g", "clip_h") for word vectors."""
-Tokens = dict[str, list[list[tuple[Any, float]]]]
-"""What ComfyUI's tokenizers give: by encoder, chunks of (token or vector, weight)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ class SubjectEmbedding:
     Attributes:
         kind: OUTPUT or WORD, see the top of this file.
         vectors: the shared vectors [n, C] float32 CPU, c_s: under "output" with the width of the model's text
-            embeddings, or one for each text encoder with the width of its word vectors.
+            embeddings, or one for each text encoder ("clip_l", "clip_g", "clip_h") with the width of its word vectors.
         step_vectors: c_s^t for each of N timesteps [N, n, C] float32 CPU, by the same names, or None.
         timesteps: the N timesteps, descending; empty without step vectors.
         class_word: what the subject is, such as "dog"; "" where it is not known.
@@ -55,8 +52,8 @@ class SubjectEmbedding:
     """
 
     kind: str
-    vectors: Vectors
-    step_vectors: Vectors | None = None
+    vectors: dict[str, torch.Tensor]
+    step_vectors: dict[str, torch.Tensor] | None = None
     timesteps: tuple[int, ...] = ()
     class_word: str = ""
     token: str = ""
@@ -223,7 +220,8 @@ def apply_subject(
     engine.check_prompt(model, conditioning, "The prompt")
     if subject.kind == OUTPUT:
         warnings.append(reach_warning(clip, without_token(prompt, subject.token, subject.class_word), subject.tokens))
-        if subject.class_word and not _names(prompt, subject):
+        words = [word for word in (subject.token, subject.class_word) if word]
+        if subject.class_word and not any(has_word(prompt, word) for word in words):
             warnings.append(f"The prompt does not name the subject; call it '{subject.class_word}' in the prompt.")
     patched = model.clone()
     if subject.step_vectors is not None:
@@ -277,11 +275,11 @@ def without_token(prompt: str, token: str, class_word: str) -> str:
     if not token:
         return prompt
     if class_word:
-        prompt = re.sub(rf"{_word(token)}\s+(?={_word(class_word)})", "", prompt, flags=re.IGNORECASE)
-    return re.sub(_word(token), lambda _: class_word, prompt, flags=re.IGNORECASE)
+        prompt = re.sub(rf"{word_pattern(token)}\s+(?={word_pattern(class_word)})", "", prompt, flags=re.IGNORECASE)
+    return re.sub(word_pattern(token), lambda _: class_word, prompt, flags=re.IGNORECASE)
 
 
-def mark_subject(clip: Any, token: str, class_word: str, count: int, prompt: str, **options: Any) -> Tokens:
+def mark_subject(clip: Any, token: str, class_word: str, count: int, prompt: str, **options: Any) -> dict[str, Any]:
     """Tokenise a prompt with `count` empty places for word vectors where it names the subject.
 
     The subject's name is the token with the class word behind it, or the token alone; the class word alone where the
@@ -295,41 +293,36 @@ def mark_subject(clip: Any, token: str, class_word: str, count: int, prompt: str
         options: for `clip.tokenize`.
 
     Returns:
-        ComfyUI's tokens by encoder, with None in each place.
+        ComfyUI's tokens: by encoder, chunks of (token, weight), with None for the token in each place.
 
     Raises:
         IdentityEditError: when the prompt does not name the subject.
     """
-    pattern = rf"{_word(token)}(\s+{_word(class_word)})?" if class_word else _word(token)
+    pattern = rf"{word_pattern(token)}(\s+{word_pattern(class_word)})?" if class_word else word_pattern(token)
     if not token or not re.search(pattern, prompt, re.IGNORECASE):
-        pattern = _word(class_word)
+        pattern = word_pattern(class_word)
     if not (token or class_word) or not re.search(pattern, prompt, re.IGNORECASE):
         name = f"{token} {class_word}".strip() or "the subject"
-        raise IdentityEditError(f"The prompt '{_short(prompt)}' does not name the subject; write '{name}' in it.")
+        raise IdentityEditError(
+            f"The prompt '{shortened(prompt, 60)}' does not name the subject; write '{name}' in it."
+        )
     marker, ids = _free_marker(clip, prompt)
     text = re.sub(pattern, lambda _: " ".join([marker] * count), prompt, flags=re.IGNORECASE)
-    marked: Tokens = {}
-    for encoder, chunks in clip.tokenize(text, **options).items():
-        mark = ids[encoder]
-        marked[encoder] = [[(None if _is(token, mark) else token, weight) for token, weight in part] for part in chunks]
-    return marked
+    return {
+        encoder: [[(None if _is(token, ids[encoder]) else token, weight) for token, weight in part] for part in chunks]
+        for encoder, chunks in clip.tokenize(text, **options).items()
+    }
 
 
-def with_word_vectors(marked: Tokens, vectors: Vectors) -> Tokens:
+def with_word_vectors(marked: dict[str, Any], vectors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Put word vectors [n, C] of each encoder into the places that `mark_subject` left; gradients pass through."""
-    filled: Tokens = {}
+    filled = {}
     for encoder, chunks in marked.items():
-        of_encoder = vectors[f"clip_{encoder}"]
-        place = 0
-        filled[encoder] = []
-        for chunk in chunks:
-            tokens: list[tuple[Any, float]] = []
-            for token, weight in chunk:
-                if token is None:
-                    token = of_encoder[place % of_encoder.shape[0]]
-                    place += 1
-                tokens.append((token, weight))
-            filled[encoder].append(tokens)
+        rows, place = vectors[f"clip_{encoder}"], itertools.count()
+        filled[encoder] = [
+            [(rows[next(place) % len(rows)] if token is None else token, weight) for token, weight in chunk]
+            for chunk in chunks
+        ]
     return filled
 
 
@@ -365,7 +358,16 @@ def word_table(clip: Any) -> dict[str, torch.Tensor]:
     return tables
 
 
-def check_word_widths(clip: Any, vectors: Vectors) -> None:
+def word_vectors(clip: Any, text: str) -> dict[str, torch.Tensor]:
+    """The word vectors of a text's tokens [tokens, C] by the text encoder's name, as the encoder holds them."""
+    tables, vectors = word_table(clip), {}
+    for encoder, chunks in clip.tokenize(text, return_word_ids=True, disable_weights=True).items():
+        tokens = [token for token, _, word in chunks[0] if word != 0]
+        vectors[f"clip_{encoder}"] = tables[f"clip_{encoder}"].detach()[tokens]
+    return vectors
+
+
+def check_word_widths(clip: Any, vectors: dict[str, torch.Tensor]) -> None:
     """Raise `IdentityEditError` unless there are word vectors of the right width for every text encoder of the CLIP."""
     for encoder, table in word_table(clip).items():
         if encoder not in vectors or vectors[encoder].shape[-1] != table.shape[-1]:
@@ -396,16 +398,6 @@ def _is(token: Any, token_id: int) -> bool:
     return not isinstance(token, torch.Tensor) and token == token_id
 
 
-def _names(prompt: str, subject: SubjectEmbedding) -> bool:
-    words = [word for word in (subject.token, subject.class_word) if word]
-    return any(re.search(_word(word), prompt, re.IGNORECASE) for word in words)
-
-
-def _word(text: str) -> str:
-    """A pattern for whole words; a token such as <dog> begins and ends with characters that are no letters."""
-    return r"(?<!\w)" + r"\s+".join(re.escape(part) for part in text.split()) + r"(?!\w)"
-
-
 def _check_width(takes: int, has: int, subject: SubjectEmbedding) -> None:
     if takes != has:
         raise IdentityEditError(
@@ -418,7 +410,3 @@ def _ordinary_copy(tensor: torch.Tensor) -> torch.Tensor:
     """A float32 copy that may also take part in a gradient, which a tensor of ComfyUI's inference mode may not."""
     with torch.inference_mode(False), torch.no_grad():
         return tensor.detach().to(dtype=torch.float32, copy=True)
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 60 else f"{text[:57]}..."

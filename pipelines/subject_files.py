@@ -28,7 +28,7 @@ import torch
 from . import engine
 from .errors import IdentityEditError
 from .files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
-from .subject_embedding import OUTPUT, WORD, SubjectEmbedding, Vectors
+from .subject_embedding import OUTPUT, WORD, SubjectEmbedding
 
 KIND = "embedding of a subject"
 EMBEDDING_ENDINGS = (".safetensors", ".pt", ".bin")
@@ -85,7 +85,7 @@ def load_subject(path: str) -> SubjectEmbedding:
     tensors, description = read_tensors(path, KIND)
     with understanding(path, "The subject"):
         vectors = {name.removeprefix("shared."): part for name, part in tensors.items() if name.startswith("shared.")}
-        steps: Vectors = {}
+        steps: dict[str, torch.Tensor] = {}
         for name, shared in vectors.items():
             if f"steps.{name}" in tensors:
                 steps[name] = tensors[f"steps.{name}"]
@@ -128,7 +128,7 @@ def load_textual_inversion(path: str) -> SubjectEmbedding:
     elif isinstance(content, dict) and len(content) == 1:  # diffusers
         (key, value), *_ = content.items()
         found, token = {"": value}, str(key)
-    vectors: Vectors = {}
+    vectors: dict[str, torch.Tensor] = {}
     for name, tensor in found.items():
         if not isinstance(tensor, torch.Tensor) or tensor.ndim not in (1, 2) or tensor.numel() == 0:
             found = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .errors import IdentityEditError
+from .errors import IdentityEditError, shortened
 
 CLASS_WORD_FILE = "class_word.txt"
 """Beside a subject's pictures."""
@@ -33,7 +33,7 @@ def check_words(class_word: str, token: str) -> tuple[str, str]:
 
 def has_word(text: str, word: str) -> bool:
     """Whether `text` holds `word`, whole ("cat" is not in "caterpillar") and in upper or lower case."""
-    return re.search(_word_pattern(word), text, re.IGNORECASE) is not None
+    return re.search(word_pattern(word), text, re.IGNORECASE) is not None
 
 
 def with_token(caption: str, class_word: str, token: str) -> str:
@@ -41,7 +41,7 @@ def with_token(caption: str, class_word: str, token: str) -> str:
     if not token or has_word(caption, token):
         return caption
     return re.sub(
-        _word_pattern(class_word), lambda found: f"{token} {found.group()}", caption, count=1, flags=re.IGNORECASE
+        word_pattern(class_word), lambda found: f"{token} {found.group()}", caption, count=1, flags=re.IGNORECASE
     )
 
 
@@ -55,7 +55,8 @@ def identity_prompt(class_word: str, token: str) -> str:
     return f"{token} {class_word}".strip()
 
 
-def _word_pattern(word: str) -> str:
+def word_pattern(word: str) -> str:
+    """A pattern for whole words, with any spaces between them."""
     # \b would not do: a token such as <dog> begins and ends with characters that are no letters.
     return r"(?<!\w)" + r"\s+".join(re.escape(part) for part in word.split()) + r"(?!\w)"
 
@@ -78,14 +79,14 @@ def check_caption(caption: str, what: str, class_word: str, token: str, add_toke
     if not has_word(caption, class_word):
         raise IdentityEditError(
             f"{what} lacks the class word '{class_word}'; call the subject '{name}' in it (it says: "
-            f"'{_short(caption)}')."
+            f"'{shortened(caption)}')."
         )
     if add_token:
         caption = with_token(caption, class_word, token)
     if token and not has_word(caption, token):
         raise IdentityEditError(
             f"{what} lacks the identity token '{token}'; write '{name}' instead of '{class_word}', or "
-            f"switch add_token on (it says: '{_short(caption)}')."
+            f"switch add_token on (it says: '{shortened(caption)}')."
         )
     return caption
 
@@ -93,7 +94,3 @@ def check_caption(caption: str, what: str, class_word: str, token: str, add_toke
 def one_line(text: str) -> str:
     """The text with every run of spaces and line ends as one space."""
     return " ".join(text.split())
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

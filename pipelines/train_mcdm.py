@@ -14,74 +14,64 @@ import torch
 from . import engine
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
 from .engine.edit_model import as_edit_model, set_weights, unet_keys
-from .engine.trainable import BFLOAT16, PRECISIONS, Text, TrainableNetworks, joined_texts, trainable_networks
-from .engine.weights import stored_weights
+from .engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
+from .engine.weights import first_numbers
 from .errors import IdentityEditError
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
-from .schedule import ddim_schedule, euler_step
 from .training import (
+    BFLOAT16,
     OneProcess,
     Processes,
     Progress,
     TrainingRun,
     TrainingSettings,
     generator_of,
-    patch_strengths,
-    run_hash,
+    run_description,
     train,
+    training_facts,
 )
-from .training_pictures import losses_of
-
-STEPS, LEARNING_RATE, BATCH_SIZE = 200_000, 5e-6, 4
-WEIGHT_DECAY = 0.01
-"""AdamW's default in torch and diffusers, with which Stable Diffusion was trained; Chen et al. 2024 give none."""
-EMA_DECAY = 0.9999
-"""Stable Diffusion's; "the training scheme is similar to Stable Diffusion", section 3.3."""
-IDENTITY_SHARE, DROPOUT = 0.05, 0.2
+from .training_pictures import Batch, denoising_losses, preview
 
 SPATIAL_BIT, IMAGE_BIT, TEXT_BIT = 1, 2, 4
 _COMBINATIONS = SPATIAL_BIT + IMAGE_BIT + TEXT_BIT
 """Seven ways to drop something of three: the numbers 1 to 7, a bit for each condition."""
 
 _UNET, _EMBEDDING = "unet.", "image_embedding."
-_NOT_OF_THE_RUN = ("steps", "checkpoint_every", "sample_every", "sample_steps", "checkpointing")
-"""Settings that change no step's result, so that a run with others of them can go on from the same checkpoint."""
 
 
-@dataclass(frozen=True)
-class MCDMSettings:
-    """How an MCDM is trained, beside `TrainingSettings`; the defaults are those of Chen et al. 2024.
+@dataclass(frozen=True, kw_only=True)
+class MCDMSettings(TrainingSettings):
+    """How an MCDM is trained; the defaults are those of Chen et al. 2024.
 
     Attributes:
-        batch_size: pairs of a batch.
+        weight_decay: AdamW's default in torch and diffusers, with which Stable Diffusion was trained; the paper gives
+            none.
+        ema_decay: Stable Diffusion's; "the training scheme is similar to Stable Diffusion", section 3.3.
         identity_share: of the pairs, in which p_b and x_B are replaced by p_a and x_A.
         dropout: probability with which a pair loses conditions. Which ones is drawn evenly from the seven combinations
             of c_s, c_im and c_p: the paper says "any combination of the following, or even all of them".
         image_tokens: see `mcdm.ImageEmbedding`.
-        precision: a key of PRECISIONS.
-        checkpointing: recompute blocks in the backward pass: a fraction of the memory for a third more time.
-        sample_steps: DDIM steps of the sample previews.
     """
 
-    batch_size: int = BATCH_SIZE
-    identity_share: float = IDENTITY_SHARE
-    dropout: float = DROPOUT
-    image_tokens: int = IMAGE_TOKENS
+    steps: int = 200_000
+    learning_rate: float = 5e-6
+    batch_size: int = 4
+    weight_decay: float = 0.01
+    ema_decay: float = 0.9999
     precision: str = BFLOAT16
     checkpointing: bool = True
-    sample_steps: int = 20
+    identity_share: float = 0.05
+    dropout: float = 0.2
+    image_tokens: int = IMAGE_TOKENS
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.image_tokens < 0:
-            raise IdentityEditError(
-                f"batch_size is {self.batch_size}, image_tokens {self.image_tokens}; choose 1 or more, and 0 or more."
-            )
+        super().__post_init__()
+        if self.image_tokens < 0:
+            raise IdentityEditError(f"image_tokens is {self.image_tokens}; choose 0 or more.")
         for name in ("identity_share", "dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise IdentityEditError(f"{name} is {getattr(self, name):g}; choose a share from 0 to 1.")
-        if self.precision not in PRECISIONS:
-            raise IdentityEditError(f"precision is {self.precision}; choose one of {', '.join(PRECISIONS)}.")
 
 
 @dataclass(frozen=True)
@@ -120,9 +110,9 @@ class MCDMBatch:
     noise: torch.Tensor
 
 
-def draw_mcdm_batch(pairs: EncodedPairs, settings: MCDMSettings, timesteps: int, index: int, seed: int) -> MCDMBatch:
+def draw_mcdm_batch(pairs: EncodedPairs, settings: MCDMSettings, timesteps: int, index: int) -> MCDMBatch:
     """All draws of batch `index` (from 0), from the seed and the index alone. Every pair is seen once in a round."""
-    size = settings.batch_size
+    size, seed = settings.batch_size, settings.seed
     orders: dict[int, torch.Tensor] = {}
     chosen = []
     for position in range(index * size, (index + 1) * size):
@@ -146,7 +136,6 @@ def train_mcdm(
     clip_vision: Any,
     pairs: Sequence[PairFiles],
     settings: MCDMSettings,
-    training: TrainingSettings,
     folder: str,
     *,
     start: MCDM | None = None,
@@ -165,7 +154,7 @@ def train_mcdm(
         clip, vae: CLIP and VAE of the same checkpoint.
         clip_vision: CLIP_VISION.
         pairs: all of one size.
-        settings, training: see there.
+        settings: see there.
         folder: where the encoded pairs and the checkpoint of the run are, one for all processes; both are named by what
             they depend on.
         start: of the file of `model`, where that is an MCDM: the image embedding goes on from it. None begins anew.
@@ -182,48 +171,71 @@ def train_mcdm(
     """
     processes = processes or OneProcess()
     edit_model = as_edit_model(model)
-    sampling = engine.require_noise_prediction_model(edit_model)
-    training = dataclasses.replace(training, bfloat16=settings.precision == BFLOAT16)
     sample_pair = sample_pair or (pairs[0] if pairs else None)
     encode = partial(encode_pairs, vae=vae, clip_vision=clip_vision, folder=folder, processes=processes)
     encoded = encode(pairs, progress=encoding_progress)
     of_sample = encode([sample_pair]) if sample_pair is not None else encoded
     if of_sample.latent_shape != encoded.latent_shape:
         raise IdentityEditError("The pair for samples has another size than the others; use pairs of one size.")
-    run = run_hash(_run_description(model, clip, encoded, settings, training, processes, start))
-    latent_shape = [settings.batch_size, *encoded.latent_shape]
-    keys = unet_keys(edit_model)
+    encoder = first_numbers(clip.patcher, "clip_", lambda key: key.endswith("_proj.weight"))
+    description = run_description(
+        # Batches of a step, however they are shared out: so a run may go on with another number of processes.
+        dataclasses.replace(settings, accumulation=settings.accumulation * processes.count),
+        engine.model_tag(model),
+        model,
+        clip.patcher,
+        text_encoder=[list(encoder.items()), clip.layer_idx],
+        pairs=encoded.fingerprint,
+        **({} if start is None else {"start": start.training.get("run", "unknown")}),
+    )
     with trainable_networks(
         edit_model,
         clip,
-        keys,
-        [],
-        precision=settings.precision,
-        latent_shape=latent_shape,
+        unet_keys(edit_model),
+        dtype=settings.dtype,
+        latent_shape=[settings.batch_size, *encoded.latent_shape],
         checkpointing=settings.checkpointing,
     ) as networks:
-        embedding = _first_embedding(edit_model, clip_vision, encoded, settings, training.seed, start)
+        embedding = _first_embedding(edit_model, clip_vision, encoded, settings, start)
         embedding = embedding.to(networks.device).requires_grad_(True)
-        variables: dict[str, torch.Tensor] = {_UNET + key: value for key, value in networks.model_variables.items()}
-        variables |= {_EMBEDDING + name: value for name, value in embedding.named_parameters()}
-        tag = engine.model_tag(edit_model)
-        contexts = _Contexts(networks, embedding, encoded, partial(engine.to_model_scale, edit_model))
+        of_unet = {_UNET + key: value for key, value in networks.model_variables.items()}
+        of_embedding = {_EMBEDDING + name: value for name, value in embedding.named_parameters()}
 
         def losses(index: int) -> Iterator[torch.Tensor]:
-            batch = draw_mcdm_batch(encoded, settings, int(sampling.sigmas.shape[0]), index, training.seed)
-            yield _loss(contexts, batch, sampling, tag.prediction)
-
-        samples = _Contexts(networks, embedding, of_sample, contexts.to_model_scale)
+            levels = int(networks.sampling.sigmas.shape[0])
+            drawn = draw_mcdm_batch(encoded, settings, levels, index)
+            prompts, targets = [], []
+            for number, reconstructs in zip(drawn.chosen, drawn.reconstructs.tolist(), strict=True):
+                # "we replace c_{p_b} with c_{p_a} and x_B with x_A by 5 % of time"
+                prompts.append((encoded.source_prompts if reconstructs else encoded.target_prompts)[number])
+                targets.append(encoded.latents("source" if reconstructs else "target", [number]))
+            z_0 = networks.to_model_scale(torch.cat(targets))
+            batch = Batch(z_0, torch.ones_like(z_0[:, :1]), drawn.t.to(z_0.device), drawn.noise.to(z_0.device))
+            text, spatial = _conditions(networks, embedding, encoded, drawn.chosen, prompts, drawn.dropped.tolist())
+            yield denoising_losses(networks, batch, text, source=spatial).mean()
 
         def sample() -> torch.Tensor:
-            return engine.to_socket_scale(edit_model, _sample(samples, sampling, settings.sample_steps, training.seed))
+            """The paper's guidance on the first of the pairs."""
+            scales = GuidanceScales()
+            drops = {POSITIVE: 0, NEGATIVE: TEXT_BIT, IMAGE: TEXT_BIT | SPATIAL_BIT, UNCONDITIONAL: _COMBINATIONS}
+            names = [name for name, coefficient in scales.coefficients().items() if coefficient != 0.0]
+            count, prompt = len(names), of_sample.target_prompts[0]
+            text, spatial = _conditions(
+                networks, embedding, of_sample, [0] * count, [prompt] * count, [drops[name] for name in names]
+            )
 
-        record = train(
-            variables,
+            def estimate(x: torch.Tensor, sigma: torch.Tensor, t: int) -> torch.Tensor:
+                each = networks.denoised(x.expand(count, -1, -1, -1), sigma.expand(count), text, spatial).float()
+                return guided_estimate(dict(zip(names, each.split(1), strict=True)), scales)
+
+            return preview(networks, of_sample.latent_shape, settings, estimate)
+
+        run = train(
+            {**of_unet, **of_embedding},
             losses,
-            training,
-            checkpoint=os.path.join(folder, f"{run}.safetensors"),
-            run=run,
+            settings,
+            description=description,
+            checkpoint=partial(_checkpoint, folder),
             sample=sample,
             progress=progress,
             processes=processes,
@@ -233,29 +245,22 @@ def train_mcdm(
     set_weights(edit_model, weights)
     if processes.index == 0 and of_sample.path != encoded.path:
         remove_encoded(of_sample)
-    mcdm = MCDM(
-        embedding=embedding,
-        vision=encoded.vision,
-        model=engine.model_tag(edit_model),
-        latent=encoded.latent_shape,
-        training={
-            "steps": training.steps,
-            "settings": {**dataclasses.asdict(training), **dataclasses.asdict(settings)},
-            "processes": processes.count,
-            "pairs": len(encoded),
-            "prompts": sorted({*encoded.source_prompts, *encoded.target_prompts})[:256],
-            "last_losses_mean": sum(record.losses[-50:]) / len(record.losses[-50:]),
-            "run": run,
-        },
+    facts = training_facts(
+        settings,
+        run,
+        processes=processes.count,
+        pairs=len(encoded),
+        prompts=sorted({*encoded.source_prompts, *encoded.target_prompts})[:256],
     )
-    return TrainedMCDM(edit_model, mcdm, weights, encoded), record
+    mcdm = MCDM(embedding, encoded.vision, engine.model_tag(edit_model), encoded.latent_shape, facts)
+    return TrainedMCDM(edit_model, mcdm, weights, encoded), run
 
 
 def _first_embedding(
-    model: Any, clip_vision: Any, encoded: EncodedPairs, settings: MCDMSettings, seed: int, start: MCDM | None
+    model: Any, clip_vision: Any, encoded: EncodedPairs, settings: MCDMSettings, start: MCDM | None
 ) -> ImageEmbedding:
     """MLP(.) before the first step."""
-    generator = generator_of(seed, 0, "image embedding")
+    generator = generator_of(settings.seed, 0, "image embedding")
     embedding = new_embedding(model, clip_vision, encoded.latent_shape, generator, settings.image_tokens)
     if start is not None:
         difference = encoded.vision.difference(start.vision)
@@ -275,99 +280,33 @@ def _first_embedding(
     return embedding
 
 
+def _conditions(
+    networks: TrainableNetworks,
+    embedding: ImageEmbedding,
+    pairs: EncodedPairs,
+    chosen: Sequence[int],
+    prompts: Sequence[str],
+    dropped: Sequence[int],
+) -> tuple[Text, torch.Tensor]:
+    """(text and image tokens, c_s) of the chosen pairs with prompts, without what is dropped.
+
+    The null text is the empty prompt, the null c_im no tokens, the null c_s zeros in latent space.
+    """
+    spatial = pairs.latents("source", chosen)
+    image = embedding(pairs.tokens(chosen).to(networks.device), networks.to_model_scale(spatial)).float()
+    texts: list[Text] = []
+    for row, (prompt, bits) in enumerate(zip(prompts, dropped, strict=True)):
+        tokens, pooled = networks.encode(["" if bits & TEXT_BIT else prompt])
+        tokens = tokens.to(image)
+        texts.append((tokens if bits & IMAGE_BIT else torch.cat([tokens, image[row : row + 1]], dim=1), pooled))
+    kept = torch.tensor([0.0 if bits & SPATIAL_BIT else 1.0 for bits in dropped])
+    return joined_texts(texts), (spatial * kept.reshape(-1, 1, 1, 1)).to(networks.device)
+
+
 def checkpoint_path(folder: str, trained: TrainedMCDM) -> str:
     """The checkpoint of the run that made a result, which is no longer needed once the result is saved."""
-    return os.path.join(folder, f"{trained.mcdm.training['run']}.safetensors")
+    return _checkpoint(folder, trained.mcdm.training["run"])
 
 
-@dataclass(frozen=True)
-class _Contexts:
-    """The three conditions of encoded pairs while the networks are trained."""
-
-    networks: TrainableNetworks
-    embedding: ImageEmbedding
-    pairs: EncodedPairs
-    to_model_scale: Callable[[torch.Tensor], torch.Tensor]
-
-    def conditions(
-        self, chosen: Sequence[int], prompts: Sequence[str], dropped: Sequence[int]
-    ) -> tuple[Text, torch.Tensor]:
-        """(text and image tokens, c_s) of the chosen pairs, without what is dropped.
-
-        The null text is the empty prompt, the null c_im no tokens, the null c_s zeros in latent space.
-        """
-        device = self.networks.device
-        spatial = self.pairs.latents("source", chosen)
-        seen = self.pairs.tokens(chosen).to(device)
-        image = self.embedding(seen, self.to_model_scale(spatial).to(device)).float()
-        texts: list[Text] = []
-        for row, (prompt, bits) in enumerate(zip(prompts, dropped, strict=True)):
-            tokens, pooled = self.networks.encode(["" if bits & TEXT_BIT else prompt])
-            tokens = tokens.to(image)
-            texts.append((tokens if bits & IMAGE_BIT else torch.cat([tokens, image[row : row + 1]], dim=1), pooled))
-        kept = torch.tensor([0.0 if bits & SPATIAL_BIT else 1.0 for bits in dropped])
-        return joined_texts(texts), (spatial * kept.reshape(-1, 1, 1, 1)).to(device)
-
-
-def _loss(contexts: _Contexts, batch: MCDMBatch, sampling: Any, prediction: str) -> torch.Tensor:
-    """Mean over the batch of |eps_theta(z_t, t, {c_s, c_im, c_p}) - eps|^2."""
-    pairs, device = contexts.pairs, contexts.networks.device
-    prompts, targets = [], []
-    for number, reconstructs in zip(batch.chosen, batch.reconstructs.tolist(), strict=True):
-        # "we replace c_{p_b} with c_{p_a} and x_B with x_A by 5 % of time"
-        prompts.append((pairs.source_prompts if reconstructs else pairs.target_prompts)[number])
-        targets.append(pairs.latents("source" if reconstructs else "target", [number]))
-    text, spatial = contexts.conditions(batch.chosen, prompts, batch.dropped.tolist())
-    z_0 = contexts.to_model_scale(torch.cat(targets)).to(device)
-    everywhere = torch.ones_like(z_0[:, :1])
-    denoise = partial(contexts.networks.denoised, text=text, source=spatial)
-    return losses_of(denoise, sampling, prediction, z_0, everywhere, batch.t, batch.noise).mean()
-
-
-def _sample(contexts: _Contexts, sampling: Any, steps: int, seed: int) -> torch.Tensor:
-    """DDIM with the paper's guidance on the first of the pairs -> [1, C, h, w] in the model's scale."""
-    scales = GuidanceScales()
-    drops = {POSITIVE: 0, NEGATIVE: TEXT_BIT, IMAGE: TEXT_BIT | SPATIAL_BIT, UNCONDITIONAL: _COMBINATIONS}
-    names = [name for name, coefficient in scales.coefficients().items() if coefficient != 0.0]
-    text, spatial = contexts.conditions(
-        [0] * len(names), [contexts.pairs.target_prompts[0]] * len(names), [drops[name] for name in names]
-    )
-    sigmas = ddim_schedule(sampling, steps, end_at_zero=True).sigmas.to(spatial.device)
-    noise = torch.randn((1, *contexts.pairs.latent_shape), generator=generator_of(seed, 0, "sample"))
-    x = sigmas[0] * noise.to(spatial.device)
-    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
-        repeated = x.expand(len(names), -1, -1, -1)
-        estimates = contexts.networks.denoised(repeated, sigma.expand(len(names)), text, spatial).float()
-        by_name = {name: estimates[row : row + 1] for row, name in enumerate(names)}
-        x = euler_step(x, guided_estimate(by_name, scales), sigma, sigma_next)
-    return x
-
-
-def _run_description(
-    model: Any,
-    clip: Any,
-    encoded: EncodedPairs,
-    settings: MCDMSettings,
-    training: TrainingSettings,
-    processes: Processes,
-    start: MCDM | None,
-) -> dict[str, Any]:
-    """Everything that the result of a step depends on; weights by samples of them, patches of others by strengths."""
-    optimisation = {**dataclasses.asdict(training), **dataclasses.asdict(settings)}
-    for name in _NOT_OF_THE_RUN:
-        del optimisation[name]
-    # Batches of a step, however they are shared out: so a run may go on with another number of processes.
-    optimisation["accumulation"] *= processes.count
-    encoder = [
-        [key, [] if weight is None else weight.flatten()[:1].float().cpu().tolist()]
-        for key, weight, _ in stored_weights(clip.patcher, "clip_")
-        if key.endswith("_proj.weight")
-    ]
-    went_before = {} if start is None else {"start": start.training.get("run", "unknown")}
-    return went_before | {
-        "settings": optimisation,
-        "model": dataclasses.asdict(engine.model_tag(model)),
-        "patches": patch_strengths(model, clip.patcher),
-        "text_encoder": [encoder, clip.layer_idx],
-        "pairs": encoded.fingerprint,
-    }
+def _checkpoint(folder: str, run: str) -> str:
+    return os.path.join(folder, f"{run}.safetensors")

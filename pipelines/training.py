@@ -28,42 +28,61 @@ from .errors import IdentityEditError
 from .files import read_tensors, write_tensors
 
 OPTIMIZERS = ("AdamW", "Adam", "SGD")
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 _CHECKPOINT = "training checkpoint"
+_CHANGES_NO_STEP = {
+    "steps", "checkpointing", "checkpoint_every", "sample_every", "sample_prompt", "sample_guidance_scale",
+    "sample_strength", "sample_steps", "file_dtype",
+}  # fmt: skip
+"""Settings of all trainings that change no step's result: a run with others of them goes on from its checkpoint."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """How a run optimises.
+    """What every training needs; the settings of a technique derive from these and have its paper's defaults.
 
     Attributes:
         steps: updates of the variables.
         learning_rate: constant over the run.
+        batch_size: pictures (or pairs of them) in a batch.
+        accumulation: batches whose gradients are averaged for one step.
         optimizer: one of OPTIMIZERS, torch's with their default betas.
         weight_decay: AdamW's, towards the origin of the variables. 0 leaves a change of weights alone.
-        accumulation: batches whose gradients are averaged for one step.
         gradient_clip: largest norm of the gradient over all variables; 0 does not clip. 1 in diffusers' scripts.
-        bfloat16: run the batches under autocast to bfloat16; the variables stay in float32.
         ema_decay: of the variables' exponential moving average, which then is the result; 0 keeps none. The average
             begins faster, as diffusers' EMAModel has it: by (1 + step) / (10 + step) where that is less.
+        precision: a key of PRECISIONS, in which the networks compute. BFLOAT16 runs the batches under autocast. The
+            variables are float32 in either case.
+        checkpointing: recompute blocks in the backward pass: a fraction of the memory for a third more time.
         seed: of all draws.
         checkpoint_every: steps between checkpoints, 0 for none.
         sample_every: steps between samples; 0 makes the one at the end alone.
+        sample_prompt, sample_guidance_scale, sample_steps: what samples show, and how (DDIM); "" is the technique's
+            own prompt.
     """
 
     steps: int
     learning_rate: float
+    batch_size: int = 1
+    accumulation: int = 1
     optimizer: str = "AdamW"
     weight_decay: float = 0.0
-    accumulation: int = 1
     gradient_clip: float = 1.0
-    bfloat16: bool = False
     ema_decay: float = 0.0
+    precision: str = FLOAT32
+    checkpointing: bool = False
     seed: int = 0
     checkpoint_every: int = 0
     sample_every: int = 0
+    sample_prompt: str = ""
+    sample_guidance_scale: float = 5.0
+    sample_steps: int = 20
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("accumulation", 1), ("checkpoint_every", 0), ("sample_every", 0)):
+        for name, least in (
+            ("steps", 1), ("batch_size", 1), ("accumulation", 1), ("checkpoint_every", 0), ("sample_every", 0)
+        ):  # fmt: skip
             if getattr(self, name) < least:
                 raise IdentityEditError(f"{name} is {getattr(self, name)}; choose {least} or more.")
         if not self.learning_rate > 0.0:
@@ -72,6 +91,17 @@ class TrainingSettings:
             raise IdentityEditError(f"ema_decay is {self.ema_decay:g}; choose a value from 0 to below 1.")
         if self.optimizer not in OPTIMIZERS:
             raise IdentityEditError(f"The optimizer {self.optimizer} is unknown; choose {', '.join(OPTIMIZERS)}.")
+        self.check_choice("precision", PRECISIONS)
+
+    def check_choice(self, name: str, choices: Iterable[str]) -> None:
+        """Raise `IdentityEditError` unless the setting `name` is one of `choices`."""
+        if getattr(self, name) not in choices:
+            raise IdentityEditError(f"{name} is {getattr(self, name)}; choose one of {', '.join(choices)}.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the networks compute."""
+        return PRECISIONS[self.precision]
 
 
 @dataclass
@@ -82,11 +112,13 @@ class TrainingRun:
         losses: the loss of every step, averaged over its batches.
         samples: (number of steps done, sample) for every sample that was made.
         resumed_at: steps that were read from a checkpoint.
+        name: the `run_hash` of its description.
     """
 
     losses: list[float] = field(default_factory=list)
     samples: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     resumed_at: int = 0
+    name: str = ""
 
 
 Progress = Callable[[int, int, float, "torch.Tensor | None"], None]
@@ -140,25 +172,40 @@ def run_hash(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def patch_strengths(*patchers: Any) -> dict[str, list[list[float]]]:
-    """What `run_hash` takes of the weight patches (LoRAs, identity priors) on ModelPatchers: by the weight's name, each
-    patch's strength and that of the weight itself. The patches' own tensors are too large to be hashed at each run."""
+def run_description(settings: TrainingSettings, tag: Any, *patchers: Any, **facts: Any) -> dict[str, Any]:
+    """Everything that the result of a step depends on: what a checkpoint must have in common with a run.
+
+    Args:
+        settings: those that change no step's result are left out, so that a run can be made longer.
+        tag: `engine.model_tag` of the model.
+        patchers: ModelPatchers, told by the strengths of the weight patches (LoRAs, identity priors) on them: by the
+            weight's name, each patch's strength and that of the weight itself. The patches' own tensors are too large
+            to be hashed at each run.
+        facts: what the run is trained on, and the rest.
+    """
+    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _CHANGES_NO_STEP}
+    if patchers:
+        facts["patches"] = {
+            key: [[float(patch[0]), float(patch[2])] for patch in value]
+            for patcher in patchers
+            for key, value in patcher.patches.items()
+        }
     return {
-        key: [[float(patch[0]), float(patch[2])] for patch in value]
-        for patcher in patchers
-        for key, value in patcher.patches.items()
+        "settings": {**chosen, "bfloat16": settings.precision == BFLOAT16},
+        "model": dataclasses.asdict(tag),
+        **facts,
     }
 
 
-def training_facts(training: TrainingSettings, settings: Any, run: str, **more: Any) -> dict[str, Any]:
-    """How something was trained, for its file: the settings of the loop and of the technique (dataclasses), the run's
-    hash, and what else the technique wants to tell."""
+def training_facts(settings: TrainingSettings, run: TrainingRun, **more: Any) -> dict[str, Any]:
+    """How something was trained, for its file; `more` is what else the technique wants to tell."""
     return {
-        "steps": training.steps,
-        "learning_rate": training.learning_rate,
-        "settings": {**dataclasses.asdict(training), **dataclasses.asdict(settings)},
+        "steps": settings.steps,
+        "learning_rate": settings.learning_rate,
+        "settings": dataclasses.asdict(settings),
+        "last_losses_mean": sum(run.losses[-50:]) / len(run.losses[-50:]),
         **more,
-        "run": run,
+        "run": run.name,
     }
 
 
@@ -167,8 +214,8 @@ def train(
     losses: Callable[[int], Iterable[torch.Tensor]],
     settings: TrainingSettings,
     *,
-    checkpoint: str | None = None,
-    run: str = "",
+    description: dict[str, Any] | None = None,
+    checkpoint: Callable[[str], str] | None = None,
     sample: Callable[[], torch.Tensor] | None = None,
     progress: Progress | None = None,
     processes: Processes | None = None,
@@ -186,11 +233,10 @@ def train(
             Each is differentiated before the next is asked for, so that one graph at a time is in memory. All its
             draws must come from `generator_of(seed, index)`.
         settings: see `TrainingSettings`.
-        checkpoint: the file to which the state is written every `checkpoint_every` steps and when the run is stopped,
-            and from which a run of the same `run` goes on. A checkpoint of another run, or of more steps than are
-            wanted, is not read.
-        run: what the checkpoint must have in common with this run, see `run_hash`. Leave the number of steps out of
-            it, so that a run can be made longer.
+        description: what the checkpoint must have in common with this run, see `run_description`.
+        checkpoint: gives, for the hash of the description, the file to which the state is written every
+            `checkpoint_every` steps and when the run is stopped, and from which a run of the same description goes on.
+            A checkpoint of another run, or of more steps than are wanted, is not read.
         sample: makes a picture (or anything else) to look at, without gradients; called at the end in any case.
         progress: called after every step, in the first process.
         processes: that train together; None is this one alone. Samples, progress and checkpoints are the first's.
@@ -209,12 +255,13 @@ def train(
     processes = processes or OneProcess()
     optimizer = _optimizer(list(variables.values()), settings)
     average = _moving_average(variables, settings)
-    done = TrainingRun()
-    if checkpoint is not None and os.path.exists(checkpoint):
-        done = _read_checkpoint(checkpoint, run, variables, optimizer, average, settings.steps) or done
+    done = TrainingRun(name=run_hash(description or {}))
+    path = None if checkpoint is None else checkpoint(done.name)
+    if path is not None and os.path.exists(path):
+        done = _read_checkpoint(path, done.name, variables, optimizer, average, settings.steps) or done
     written = done.resumed_at
     if processes.index > 0:
-        sample, progress, checkpoint = None, None, None
+        sample, progress, path = None, None, None
     try:
         for step in range(done.resumed_at, settings.steps):
             check = partial(_check_reached, variables, needed) if step == done.resumed_at else None
@@ -227,17 +274,17 @@ def train(
             due = settings.sample_every and (step + 1) % settings.sample_every == 0
             if sample is not None and (due or step + 1 == settings.steps):
                 new_sample = _take_sample(sample, variables, average, settings, done)
-            if checkpoint is not None and settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
-                _write_checkpoint(checkpoint, run, variables, optimizer, average, done)
+            if path is not None and settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0:
+                _write_checkpoint(path, variables, optimizer, average, done)
                 written = step + 1
             if progress is not None:
                 progress(step + 1, settings.steps, loss, new_sample)
     except IdentityEditError:  # a full disk, a loss that is no number: the last checkpoint is the best there is
         raise
     except BaseException:  # ComfyUI's interrupt is no Exception since 0.19.4
-        if checkpoint is not None and settings.checkpoint_every and len(done.losses) > written:
+        if path is not None and settings.checkpoint_every and len(done.losses) > written:
             try:
-                _write_checkpoint(checkpoint, run, variables, optimizer, average, done)
+                _write_checkpoint(path, variables, optimizer, average, done)
             except IdentityEditError as error:
                 logging.warning("IdentityEdit: the training was stopped, and its last %s", error)
         raise
@@ -284,7 +331,7 @@ def _take_sample(
         before = [variable.detach().clone() for variable in variables.values()]
         average.copy_to(variables.values())
     try:
-        with torch.no_grad(), _autocast(variables, settings.bfloat16):
+        with torch.no_grad(), _autocast(variables, settings.dtype):
             taken = sample().detach().float().cpu()
     finally:
         with torch.no_grad():
@@ -311,9 +358,10 @@ def _gradients(
     total = torch.zeros(())
     in_a_step = settings.accumulation * processes.count
     for index in range(step * in_a_step + processes.index, (step + 1) * in_a_step, processes.count):
-        parts = iter(losses(index))
+        with _autocast(variables, settings.dtype):
+            parts = iter(losses(index))
         while True:
-            with _autocast(variables, settings.bfloat16):
+            with _autocast(variables, settings.dtype):
                 loss = next(parts, None)
             if loss is None:
                 break
@@ -342,10 +390,10 @@ def _gradients(
 
 
 @contextlib.contextmanager
-def _autocast(variables: dict[str, torch.Tensor], bfloat16: bool) -> Iterator[None]:
+def _autocast(variables: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for kind in sorted({variable.device.type for variable in variables.values()}) if bfloat16 else ():
-            stack.enter_context(torch.autocast(kind, dtype=torch.bfloat16))
+        for kind in sorted({variable.device.type for variable in variables.values()}) if dtype != torch.float32 else ():
+            stack.enter_context(torch.autocast(kind, dtype=dtype))
         yield
 
 
@@ -363,7 +411,6 @@ def _optimizer(variables: list[torch.Tensor], settings: TrainingSettings) -> tor
 
 def _write_checkpoint(
     path: str,
-    run: str,
     variables: dict[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     average: Any,
@@ -376,7 +423,7 @@ def _write_checkpoint(
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
     tensors |= {f"sample.{step}": picture for step, picture in done.samples}
     tensors["losses"] = torch.tensor(done.losses, dtype=torch.float64)
-    write_tensors(path, tensors, {"kind": _CHECKPOINT, "run": run, "steps": len(done.losses)})
+    write_tensors(path, tensors, {"kind": _CHECKPOINT, "run": done.name, "steps": len(done.losses)})
 
 
 def _read_checkpoint(
@@ -413,4 +460,5 @@ def _read_checkpoint(
         losses=tensors["losses"].tolist(),
         samples=sorted(samples, key=lambda item: item[0]),
         resumed_at=int(description["steps"]),
+        name=run,
     )

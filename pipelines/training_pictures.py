@@ -1,4 +1,4 @@
-"""Pictures as a training sees them: latents with captions and masks, batches of one size, and the denoising loss."""
+"""Pictures as a training sees them: batches of latents with captions and masks, the denoising loss, and previews."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .engine.trainable import TrainableNetworks
+from .engine.trainable import Text, TrainableNetworks
 from .errors import IdentityEditError
 from .masks import masks_for, of_size
 from .pictures import encoded
-from .schedule import DiscreteSampling
-from .training import generator_of
+from .schedule import ddim_schedule, euler_step
+from .training import TrainingSettings, generator_of
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,31 @@ class TrainingPictures:
     def __len__(self) -> int:
         return len(self.latents)
 
+    @property
+    def largest(self) -> torch.Size:
+        """[C, h, w] of the largest latent."""
+        return max(self.latents, key=torch.Tensor.numel).shape
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size: z_0 [B, C, h, w] in the model's scale, B captions, masks [B, 1, h, w]."""
+    """B pictures of one size with the noise that is put on them.
+
+    Attributes:
+        latents: z_0 [B, C, h, w] in the model's scale.
+        masks: [B, 1, h, w], 1 where the loss counts.
+        t: [B] rows of the model's noise levels (timesteps, where it is not distilled).
+        noise: eps [B, C, h, w].
+        captions: what each picture shows.
+        chosen: the pictures' numbers.
+    """
 
     latents: torch.Tensor
-    captions: list[str]
     masks: torch.Tensor
+    t: torch.Tensor
+    noise: torch.Tensor
+    captions: Sequence[str] = ()
+    chosen: Sequence[int] = ()
 
 
 def encode_pictures(
@@ -114,31 +131,56 @@ def batch_indices(pictures: TrainingPictures, batch_size: int, index: int, seed:
     return batches[int(torch.randperm(in_a_round, generator=generator)[index % in_a_round])]
 
 
-def draw_batch(pictures: TrainingPictures, chosen: list[int], to_model_scale: Any, device: torch.device) -> Batch:
-    """The chosen pictures, of one size, on a device; `to_model_scale` is `engine.to_model_scale` of the model."""
+def draw_batch(
+    networks: TrainableNetworks,
+    pictures: TrainingPictures,
+    settings: TrainingSettings,
+    index: int,
+    what: str,
+    *,
+    masked: bool,
+    generator: torch.Generator | None = None,
+) -> Batch:
+    """Batch `index` of a run, with timesteps drawn uniformly.
+
+    Args:
+        networks: what it is for.
+        pictures: what it is of.
+        settings: the batch's size, and the seed.
+        index: from 0.
+        what: a name for the draws, which depend on the seed, the index and it alone.
+        masked: whether the pictures' masks count.
+        generator: for timesteps and noise, in the place of that of `what`.
+    """
+    chosen = batch_indices(pictures, settings.batch_size, index, settings.seed, what)
     latents = torch.stack([pictures.latents[number] for number in chosen])
-    masks = [pictures.masks[number] for number in chosen]
+    masks = [pictures.masks[number] if masked else None for number in chosen]
     whole = torch.ones(latents.shape[2:])
+    generator = generator or generator_of(settings.seed, index, what)
+    t = torch.randint(networks.sampling.sigmas.shape[0], (len(chosen),), generator=generator)
+    noise = torch.randn(latents.shape, generator=generator)
     return Batch(
-        latents=to_model_scale(latents).to(device),
+        latents=networks.to_model_scale(latents),
+        masks=torch.stack([whole if mask is None else mask for mask in masks])[:, None].to(networks.device),
+        t=t.to(networks.device),
+        noise=noise.to(networks.device),
         captions=[pictures.captions[number] for number in chosen],
-        masks=torch.stack([whole if mask is None else mask for mask in masks])[:, None].to(device),
+        chosen=chosen,
     )
 
 
-def draw_noise(batch: Batch, levels: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [B] of the model's noise levels drawn uniformly and noise of the batch's shape, both on the CPU."""
-    t = torch.randint(levels, (batch.latents.shape[0],), generator=generator)
-    return t, torch.randn(batch.latents.shape, generator=generator)
+def check_masks(masks: Sequence[torch.Tensor | None], masked: bool) -> None:
+    """Raise `IdentityEditError` when the loss is to be counted inside the pictures' masks and there is none."""
+    if masked and all(mask is None for mask in masks):
+        raise IdentityEditError("masked_loss is on but no picture has a mask; add masks, or switch it off.")
 
 
 def denoising_losses(
     networks: TrainableNetworks,
-    sampling: DiscreteSampling,
-    prediction: str,
     batch: Batch,
-    t: torch.Tensor,
-    noise: torch.Tensor,
+    text: Text,
+    *,
+    source: torch.Tensor | None = None,
     min_snr_gamma: float = 0.0,
 ) -> torch.Tensor:
     """The loss that diffusion models are trained with, for each picture of a batch [B].
@@ -147,48 +189,64 @@ def denoising_losses(
     |eps_theta - eps|^2, or of |v_theta - v|^2 for models that predict velocity.
 
     Args:
-        networks: evaluates the captions and the network.
-        sampling: the model's sampling object.
-        prediction: "eps" or "v".
+        networks: evaluates the network.
         batch: what to denoise.
-        t: [B] rows of the model's noise levels (timesteps, where it is not distilled).
-        noise: eps [B, C, h, w].
+        text, source: see `TrainableNetworks.denoised`.
         min_snr_gamma: min-SNR weights of Hang et al. 2023, who use 5; 0 weights every timestep equally, as Ho et al.
             2020 and LIPE do.
     """
-    text = networks.encode(batch.captions)
-
-    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return networks.denoised(x, sigma, text)
-
-    return losses_of(denoise, sampling, prediction, batch.latents, batch.masks, t, noise, min_snr_gamma)
-
-
-def losses_of(
-    denoise: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    sampling: DiscreteSampling,
-    prediction: str,
-    latents: torch.Tensor,
-    masks: torch.Tensor,
-    t: torch.Tensor,
-    noise: torch.Tensor,
-    min_snr_gamma: float = 0.0,
-) -> torch.Tensor:
-    """As `denoising_losses`, for any `denoise(x, sigma)` that estimates z_0 [B, C, h, w] of x at noise levels [B].
-
-    `latents` [B, C, h, w] are in the model's scale, `masks` [B, 1, h, w].
-    """
-    sigma = sampling.sigmas.detach().to(device=latents.device, dtype=torch.float32)[t.to(latents.device)]
-    eps = noise.to(latents.device)
+    eps = batch.noise
+    sigma = networks.sampling.sigmas.detach().to(device=eps.device, dtype=torch.float32)[batch.t]
     level = sigma.reshape(-1, 1, 1, 1)
-    x = latents + level * eps
-    denoised = denoise(x, sigma).float()
+    x = batch.latents + level * eps
+    denoised = networks.denoised(x, sigma, text, source).float()
     error = (x - denoised) / level - eps  # eps_theta - eps
-    if prediction == "v":
+    if networks.predicts_velocity:
         error = error * torch.sqrt(1.0 + level**2)  # v_theta - v: v = (eps - sigma z_0) / sqrt(1 + sigma^2)
     channels = error.shape[1]
-    loss = (masks * error.square()).sum(dim=(1, 2, 3)) / (channels * masks.sum(dim=(1, 2, 3)))
+    loss = (batch.masks * error.square()).sum(dim=(1, 2, 3)) / (channels * batch.masks.sum(dim=(1, 2, 3)))
     if min_snr_gamma > 0.0:
         snr = 1.0 / sigma**2
-        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1.0 if prediction == "v" else snr)
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1.0 if networks.predicts_velocity else snr)
     return loss
+
+
+def preview(
+    networks: TrainableNetworks,
+    latent_shape: Sequence[int],
+    settings: TrainingSettings,
+    estimate: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
+) -> torch.Tensor:
+    """A picture by DDIM from a noise of the run's seed, by the networks as they are now.
+
+    Args:
+        networks: what is trained.
+        latent_shape: (C, h, w).
+        settings: the steps and the seed.
+        estimate: gives for x [1, C, h, w], its noise level sigma and the timestep the estimate of z_0, with guidance.
+
+    Returns:
+        [1, C, h, w] in the scale of LATENT sockets.
+    """
+    schedule = ddim_schedule(networks.sampling, settings.sample_steps, end_at_zero=True)
+    sigmas = schedule.sigmas.to(networks.device)
+    noise = torch.randn((1, *latent_shape), generator=generator_of(settings.seed, 0, "sample"))
+    x = sigmas[0] * noise.to(networks.device)
+    for t, sigma, sigma_next in zip(schedule.timesteps.tolist(), sigmas[:-1], sigmas[1:], strict=True):
+        x = euler_step(x, estimate(x, sigma, t), sigma, sigma_next)
+    return networks.to_socket_scale(x)
+
+
+def guided_preview(
+    networks: TrainableNetworks,
+    latent_shape: Sequence[int],
+    settings: TrainingSettings,
+    text_at: Callable[[int], Text],
+) -> torch.Tensor:
+    """`preview` with classifier-free guidance; `text_at` gives, at a timestep, the prompt's text and the empty one."""
+
+    def estimate(x: torch.Tensor, sigma: torch.Tensor, t: int) -> torch.Tensor:
+        both = networks.denoised(torch.cat([x, x]), sigma.expand(2), text_at(t)).float()
+        return both[1:] + settings.sample_guidance_scale * (both[:1] - both[1:])
+
+    return preview(networks, latent_shape, settings, estimate)

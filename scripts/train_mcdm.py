@@ -88,7 +88,6 @@ def main() -> int:
     from identity_edit_pack.pipelines.engine.edit_model import register_families
     from identity_edit_pack.pipelines.errors import IdentityEditError
     from identity_edit_pack.pipelines.processes import launched_processes
-    from identity_edit_pack.pipelines.training import TrainingSettings
     from tqdm import tqdm
 
     family.register()
@@ -113,19 +112,16 @@ def main() -> int:
                 load_clip_vision(arguments.clip_vision),
                 pairs,
                 train_mcdm.MCDMSettings(
+                    steps=arguments.steps,
+                    learning_rate=arguments.learning_rate,
                     batch_size=arguments.batch_size,
+                    accumulation=arguments.accumulation,
                     identity_share=arguments.identity_share,
                     dropout=arguments.dropout,
                     image_tokens=arguments.image_tokens,
+                    ema_decay=arguments.ema_decay,
                     precision=arguments.precision,
                     checkpointing=not arguments.no_checkpointing,
-                ),
-                TrainingSettings(
-                    steps=arguments.steps,
-                    learning_rate=arguments.learning_rate,
-                    weight_decay=train_mcdm.WEIGHT_DECAY,
-                    accumulation=arguments.accumulation,
-                    ema_decay=arguments.ema_decay,
                     seed=arguments.seed,
                     checkpoint_every=arguments.checkpoint_every,
                 ),

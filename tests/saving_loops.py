@@ -181,9 +181,11 @@ def train(folder: Path, version: int, steps: int = STEPS) -> training.TrainingRu
         steps=steps, learning_rate=1.0, optimizer="SGD", gradient_clip=0.0, checkpoint_every=1
     )
     run = training.train(
-        variables, lambda index: [variables["large"].sum()], settings, checkpoint=str(folder / "run.safetensors"),
-        run="run",
-    )  # fmt: skip
+        variables,
+        lambda index: [variables["large"].sum()],
+        settings,
+        checkpoint=lambda run: str(folder / "run.safetensors"),
+    )
     assert version_of(variables["large"].detach()) == -steps
     if version:  # in the loop the next one begins anew
         os.remove(folder / "run.safetensors")

@@ -11,6 +11,7 @@ from typing import Any
 import comfy.conds
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -19,11 +20,15 @@ from ..errors import IdentityEditError
 from ..gradients import patches_on_copies
 from .edit_model import input_channels, is_edit_model
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
-from .model import check_text_width, drop_step_caches, latent_channels, require_noise_prediction_model
+from .model import (
+    check_text_width,
+    drop_step_caches,
+    latent_channels,
+    require_noise_prediction_model,
+    to_model_scale,
+    to_socket_scale,
+)
 from .weights import plain_weight, weight_shapes
-
-FLOAT32, BFLOAT16 = "float32", "bfloat16"
-PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 
 _BYTES_PER_VARIABLE = 16
 """Of one trained number: itself, its gradient and AdamW's two moments, each in float32."""
@@ -49,6 +54,8 @@ class TrainableNetworks:
         model_variables: the trained weights of the MODEL by their keys, float32 leaves that require a gradient.
         clip_variables: likewise of the CLIP's text encoders.
         device: where latents have to be.
+        sampling: the MODEL's sampling object.
+        predicts_velocity: whether the MODEL predicts velocity (v) and not noise.
     """
 
     def __init__(self, patcher: Any, clip: Any, of_model: Variables, of_clip: Variables) -> None:
@@ -56,6 +63,8 @@ class TrainableNetworks:
         self.clip_variables = {key: variable for key, (variable, _) in of_clip.items()}
         self._trained = of_model, of_clip
         self.device: torch.device = patcher.load_device
+        self.sampling: Any = patcher.get_model_object("model_sampling")
+        self.predicts_velocity = isinstance(self.sampling, comfy.model_sampling.V_PREDICTION)
         self._patcher = patcher
         self._clip = clip
         self._frozen_texts: dict[str, Text] = {}
@@ -76,20 +85,32 @@ class TrainableNetworks:
         model, clip = ({key: change(*pair) for key, pair in part.items()} for part in self._trained)
         return model, clip
 
+    def to_model_scale(self, latent: torch.Tensor) -> torch.Tensor:
+        """A latent in the scale of LATENT sockets in the MODEL's scale, on the device."""
+        return to_model_scale(self._patcher, latent).to(self.device)
+
+    def to_socket_scale(self, latent: torch.Tensor) -> torch.Tensor:
+        """The other way round."""
+        return to_socket_scale(self._patcher, latent)
+
     def encode(self, captions: Sequence[str]) -> Text:
         """Encode captions as CLIP Text Encode does, except that parentheses are text and no emphasis.
 
-        A caption of more than 75 tokens gives a longer embedding, see `joined_texts`. While no weight of the text
-        encoders is trained, a caption is encoded once.
+        While no weight of the text encoders is trained, a caption is encoded once.
         """
         if self.clip_variables:
-            texts = [self._encode(caption) for caption in captions]
-        else:
-            for caption in set(captions) - set(self._frozen_texts):
-                with torch.no_grad():
-                    self._frozen_texts[caption] = self._encode(caption)
-            texts = [self._frozen_texts[caption] for caption in captions]
-        return joined_texts(texts)
+            return self.encode_tokens([self._tokens(caption) for caption in captions])
+        for caption in set(captions) - set(self._frozen_texts):
+            with torch.no_grad():
+                self._frozen_texts[caption] = self._encode(self._tokens(caption))
+        return self._on_device(joined_texts([self._frozen_texts[caption] for caption in captions]))
+
+    def encode_tokens(self, prompts: Sequence[dict[str, Any]]) -> Text:
+        """Encode prompts that are tokens as `clip.tokenize` gives them, word vectors among them.
+
+        Gradients pass through. A prompt of more than 75 tokens gives a longer embedding, see `joined_texts`.
+        """
+        return self._on_device(joined_texts([self._encode(tokens) for tokens in prompts]))
 
     def denoised(
         self, x: torch.Tensor, sigma: torch.Tensor, text: Text, source: torch.Tensor | None = None
@@ -105,9 +126,7 @@ class TrainableNetworks:
         Returns:
             [B, C, H, W] float32.
         """
-        embedding = text[0].to(self.device)
-        pooled = None if text[1] is None else text[1].to(self.device)
-        check_text_width(self._patcher, embedding, pooled, "The clip's text")
+        embedding, pooled = text
         conditioning: dict[str, Any] = {"cross_attn": embedding, "model_conds": {}, "uuid": uuid.uuid4()}
         if pooled is not None:
             conditioning["pooled_output"] = pooled
@@ -117,24 +136,31 @@ class TrainableNetworks:
         conditionings = comfy.samplers.encode_model_conds(base.extra_conds, [conditioning], x, x.device, "positive")
         return comfy.samplers.calc_cond_batch(base, [conditionings], x, sigma, self._options)[0]
 
-    def _encode(self, caption: str) -> Text:
+    def _tokens(self, caption: str) -> dict[str, Any]:
+        return self._clip.tokenize(caption, disable_weights=True)
+
+    def _encode(self, tokens: dict[str, Any]) -> Text:
         encoder = self._clip.cond_stage_model
         encoder.reset_clip_options()
         if self._clip.layer_idx is not None:  # CLIP Set Last Layer
             encoder.set_clip_options({"layer": self._clip.layer_idx})
-        embedding, pooled = encoder.encode_token_weights(self._clip.tokenize(caption, disable_weights=True))[:2]
+        embedding, pooled = encoder.encode_token_weights(tokens)[:2]
         check_text_width(self._patcher, embedding, pooled, "The clip's text")
         return embedding, pooled
+
+    def _on_device(self, text: Text) -> Text:
+        embedding, pooled = text
+        return embedding.to(self.device), None if pooled is None else pooled.to(self.device)
 
 
 @contextlib.contextmanager
 def trainable_networks(
     model: Any,
     clip: Any,
-    model_keys: Iterable[str],
-    clip_keys: Iterable[str],
+    model_keys: Iterable[str] = (),
+    clip_keys: Iterable[str] = (),
     *,
-    precision: str,
+    dtype: torch.dtype,
     latent_shape: list[int],
     checkpointing: bool = False,
     modules: Sequence[torch.nn.Module] = (),
@@ -151,8 +177,7 @@ def trainable_networks(
         clip: CLIP.
         model_keys: keys of `model.model.state_dict()`.
         clip_keys: keys of `clip.patcher.model.state_dict()`; none freezes the text encoders.
-        precision: FLOAT32 computes in float32 whatever the weights' dtype, BFLOAT16 in bfloat16. The caller chooses
-            autocast accordingly.
+        dtype: in which the networks compute, whatever the weights' own. The caller chooses autocast accordingly.
         latent_shape: [B, C, H, W] of the largest batch, for the memory estimate.
         checkpointing: see `gradient_context`.
         modules: networks of one's own that are trained beside or inside the MODEL, where its patches run them. Their
@@ -169,7 +194,6 @@ def trainable_networks(
             f"text-to-image checkpoint, no inpainting model."
         )
     patcher, text_encoder = model.clone(), clip.clone()
-    dtype = PRECISIONS[precision]
     computes_in = model.get_model_object("manual_cast_dtype") or model.model_dtype()
     if computes_in != dtype or model.model_dtype() != dtype:
         patcher.set_model_compute_dtype(dtype)

@@ -6,7 +6,7 @@ Read on ComfyUI 0.3.75 and 0.33.0: comfy/model_patcher.py, comfy/ops.py, comfy/s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_management
@@ -86,6 +86,16 @@ def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[
         else:
             samples += weight.reshape(-1)[::step][:most].to(device="cpu", dtype=torch.float32).tolist()
     return samples, any_quantized
+
+
+def first_numbers(patcher: Any, prefix: str, chosen: Callable[[str], object]) -> dict[str, list[float]]:
+    """The first number of every stored weight whose key begins with a prefix and is chosen, to tell one checkpoint from
+    another; [] where only the layer can read it."""
+    return {
+        key: [] if weight is None else weight.flatten()[:1].float().cpu().tolist()
+        for key, weight, _ in stored_weights(patcher, prefix)
+        if chosen(key)
+    }
 
 
 def checkpoint_weights(model: Any, clip: Any | None = None, vae: Any | None = None) -> dict[str, torch.Tensor]:

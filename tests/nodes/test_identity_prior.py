@@ -188,7 +188,7 @@ def test_a_file_that_cannot_be_written_is_told_before_the_training(
     models: Any, own_folders: Path, prefix: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (own_folders / "output" / "blocked").write_text("a file, not a folder")
-    monkeypatch.setattr(nodes.priors, "train_identity_prior", None)
+    monkeypatch.setattr(nodes, "train_identity_prior", None)
     with pytest.raises(IdentityEditError, match="filename_prefix"):
         train(models, filename_prefix=prefix)
 

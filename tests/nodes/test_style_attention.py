@@ -182,7 +182,7 @@ def test_files_of_the_models_folder_are_listed_and_foreign_ones_refused(own_fold
         (pictures(), W_PLUS, {"row_groups": "1-5, 6-9, 10-13, 14-18"}, "have 7 rows"),
         (pictures(), W_PLUS, {"templates": " \n"}, "Picture 1 has no caption"),
         (pictures(), W_PLUS, {"templates": "a photo"}, "no place for the pseudo-word"),
-        (pictures(), W_PLUS, {"masked_loss": True}, "no picture of the subject has a mask"),
+        (pictures(), W_PLUS, {"masked_loss": True}, "no picture has a mask"),
         (pictures(), W_PLUS, {"filename_prefix": "../x"}, "leads out of the output folder"),
         (dataclasses.replace(pictures(), pictures=[]), W_PLUS, {}, "no picture to train on"),
     ],

@@ -18,14 +18,14 @@ from identity_edit_pack.pipelines import engine, training_pictures
 from identity_edit_pack.pipelines import identity_prior as priors
 from identity_edit_pack.pipelines.engine.trainable import trainable_networks
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines.training import generator_of
 from identity_edit_pack.pipelines.training_pictures import Batch, TrainingPictures
 
-SETTINGS = priors.PriorSettings(
-    token="sks", class_word="cat", precision="float32", sample_prompt="a sks cat", sample_guidance_scale=2.0,
-    sample_steps=3, file_dtype="float32",
+SETTINGS = PriorSettings(
+    token="sks", class_word="cat", steps=4, learning_rate=1e-3, precision="float32", seed=7, checkpoint_every=1,
+    sample_every=2, sample_prompt="a sks cat", sample_guidance_scale=2.0, sample_steps=3, file_dtype="float32",
 )  # fmt: skip
-TRAINING = TrainingSettings(steps=4, learning_rate=1e-3, weight_decay=0.01, seed=7, sample_every=2, checkpoint_every=1)
 CAPTIONS = ["a sks cat sitting on the grass", "a sks cat in the snow"]
 
 
@@ -44,10 +44,10 @@ def make(family: str) -> tuple[Any, Any]:
     return tiny_models.FAMILIES[family](), tiny_text_encoders.clip(family)
 
 
-def train(model: Any, clip: Any, settings: Any = SETTINGS, training: Any = TRAINING, **arguments: Any):
+def train(model: Any, clip: Any, settings: Any = SETTINGS, **arguments: Any):
     identity = arguments.pop("identity", IDENTITY)
     regularisation = arguments.pop("regularisation", CLASS)
-    return priors.train_identity_prior(model, clip, identity, regularisation, settings, training, **arguments)
+    return train_identity_prior(model, clip, identity, regularisation, settings, **arguments)
 
 
 def all_tensors(model: Any, clip: Any) -> dict[str, torch.Tensor]:
@@ -64,6 +64,12 @@ def loaded_weights(patcher: Any) -> dict[str, torch.Tensor]:
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def both_pictures(model: Any, t: torch.Tensor) -> Batch:
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+    latents = engine.to_model_scale(model, torch.stack(IDENTITY.latents))
+    return Batch(latents, torch.stack(IDENTITY.masks)[:, None], t, noise)
 
 
 def loss_in_float64(unet: Any, text_encoder: Any, tokens: torch.Tensor, batch: Batch, t, noise, sigmas) -> torch.Tensor:
@@ -101,19 +107,14 @@ TRAINED = {
 def test_gradients_against_float64_differences_of_other_libraries(inference_mode: bool, checkpointing: bool):
     with torch.inference_mode(inference_mode):  # execution.py runs every prompt in it, loading the checkpoint included
         model, clip = make("sd1")
-        sampling = engine.require_noise_prediction_model(model)
         t = torch.tensor([100, 700])
         with torch.inference_mode(False):
-            batch = training_pictures.draw_batch(
-                IDENTITY, [0, 1], lambda z: engine.to_model_scale(model, z), torch.device("cpu")
-            )
-            noise = torch.randn(batch.latents.shape, generator=torch.Generator().manual_seed(4))
+            batch = both_pictures(model, t)
         with trainable_networks(
-            model, clip, TRAINED["model"], TRAINED["clip"], precision="float32",
+            model, clip, TRAINED["model"], TRAINED["clip"], dtype=torch.float32,
             latent_shape=[2, 4, 8, 8], checkpointing=checkpointing,
         ) as networks:  # fmt: skip
-            each = training_pictures.denoising_losses(networks, sampling, "eps", batch, t, noise)
-            loss = each.sum()
+            loss = training_pictures.denoising_losses(networks, batch, networks.encode(CAPTIONS)).sum()
             loss.backward()
             gradients = {
                 key: variable.grad.double()
@@ -125,7 +126,7 @@ def test_gradients_against_float64_differences_of_other_libraries(inference_mode
         text_encoder = tiny_text_encoders.transformers_twin(tiny_text_encoders.clip("sd1")).double()
         tokens = torch.tensor([[token for token, _ in clip.tokenize(text)["l"][0]] for text in CAPTIONS])
         sigmas = tiny_models.sd1().model.model_sampling.sigmas
-        arguments = (unet, text_encoder, tokens, batch, t, noise, sigmas)
+        arguments = (unet, text_encoder, tokens, batch, t, batch.noise, sigmas)
         assert float(loss) == pytest.approx(float(loss_in_float64(*arguments)), rel=1e-4)
         names = {**TRAINED["model"], **TRAINED["clip"]}
         weights = dict(unet.named_parameters()) | dict(text_encoder.named_parameters())
@@ -148,19 +149,14 @@ def test_gradients_of_other_families_against_differences(family: str):
     """The pooled output takes part too: SDXL's second encoder reaches the network through it."""
     with torch.inference_mode():
         model, clip = make(family)
-        sampling = engine.require_noise_prediction_model(model)
-        tag = engine.model_tag(model)
         model_keys, clip_keys = priors.attention_keys(model, clip)
         with trainable_networks(
-            model, clip, model_keys, clip_keys, precision="float32", latent_shape=[2, 4, 8, 8]
+            model, clip, model_keys, clip_keys, dtype=torch.float32, latent_shape=[2, 4, 8, 8]
         ) as networks:
-            batch = training_pictures.draw_batch(
-                IDENTITY, [0, 1], lambda z: engine.to_model_scale(model, z), torch.device("cpu")
-            )
-            t, noise = torch.tensor([300, 800]), torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
+            batch = both_pictures(model, torch.tensor([300, 800]))
 
             def loss() -> torch.Tensor:
-                return training_pictures.denoising_losses(networks, sampling, tag.prediction, batch, t, noise).sum()
+                return training_pictures.denoising_losses(networks, batch, networks.encode(CAPTIONS)).sum()
 
             loss().backward()
             for part in (networks.model_variables, networks.clip_variables):
@@ -194,13 +190,14 @@ def test_checkpointing_changes_no_training_step():
 class Known:
     """Networks whose answer is known: an error of `error` in the prediction of noise or of velocity."""
 
+    sampling = tiny_models.sd1().model.model_sampling
+
     def __init__(self, prediction: str, latents: torch.Tensor, noise: torch.Tensor, error: torch.Tensor) -> None:
         self.prediction, self.latents, self.noise, self.error = prediction, latents, noise, error
+        self.predicts_velocity = prediction == "v"
 
-    def encode(self, captions: list[str]) -> None:
-        assert captions == CAPTIONS
-
-    def denoised(self, x: torch.Tensor, sigma: torch.Tensor, text: None) -> torch.Tensor:
+    def denoised(self, x: torch.Tensor, sigma: torch.Tensor, text: str, source: None) -> torch.Tensor:
+        assert text == "text"
         sigma = sigma.double().reshape(-1, 1, 1, 1)
         alpha, level = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
         z = alpha * x.double()
@@ -218,10 +215,9 @@ def test_the_loss_is_the_formula(prediction: str, gamma: float, masked: bool):
     latents, noise = (torch.randn(2, 4, 6, 5, generator=generator) for _ in range(2))
     error = torch.randn(2, 4, 6, 5, generator=generator).double()
     masks = torch.rand(2, 1, 6, 5, generator=generator) if masked else torch.ones(2, 1, 6, 5)
-    sampling = tiny_models.sd1().model.model_sampling
     t = torch.tensor([60, 900])
     found = training_pictures.denoising_losses(
-        Known(prediction, latents, noise, error), sampling, prediction, Batch(latents, CAPTIONS, masks), t, noise, gamma
+        Known(prediction, latents, noise, error), Batch(latents, masks, t, noise), "text", min_snr_gamma=gamma
     )
     for row in range(2):
         total, weight = 0.0, 0.0
@@ -230,7 +226,7 @@ def test_the_loss_is_the_formula(prediction: str, gamma: float, masked: bool):
                 m = float(masks[row, 0, y, x])
                 total += m * sum(float(error[row, channel, y, x]) ** 2 for channel in range(4))
                 weight += 4 * m
-        snr = 1 / float(sampling.sigmas[t[row]]) ** 2
+        snr = 1 / float(Known.sampling.sigmas[t[row]]) ** 2
         of_snr = {"eps": min(snr, 5.0) / snr, "v": min(snr, 5.0) / (snr + 1)}[prediction] if gamma else 1.0
         assert float(found[row]) == pytest.approx(of_snr * total / weight, rel=1e-4)
 
@@ -242,22 +238,22 @@ def test_a_step_takes_one_batch_of_each_set(sizes: str, masked: bool):
     weight = 0.3
     other = CLASS if sizes == "equal" else pictures(3, [(4, 6)], ["a cat"])
     model, clip = make("sd1")
-    settings = dataclasses.replace(SETTINGS, regularisation_weight=weight, masked=masked, batch_size=2)
-    training = dataclasses.replace(TRAINING, steps=1)
-    _, run = train(model, clip, settings, training, regularisation=other)
+    settings = dataclasses.replace(SETTINGS, steps=1, regularisation_weight=weight, masked=masked, batch_size=2)
+    _, run = train(model, clip, settings, regularisation=other)
     expected = 0.0
-    sampling = engine.require_noise_prediction_model(model)
-    with trainable_networks(model, clip, [], [], precision="float32", latent_shape=[2, 4, 8, 8]) as networks:
+    with trainable_networks(model, clip, dtype=torch.float32, latent_shape=[2, 4, 8, 8]) as networks:
         for what, of_set, factor in (("identity", IDENTITY, 1.0), ("regularisation", other, weight)):
             chosen = training_pictures.batch_indices(of_set, 2, 0, 7, what)
-            batch = training_pictures.draw_batch(
-                of_set, chosen, lambda z: engine.to_model_scale(model, z), networks.device
-            )
-            if not masked:
-                batch = dataclasses.replace(batch, masks=torch.ones_like(batch.masks))
-            t, noise = training_pictures.draw_noise(batch, 1000, generator_of(7, 0, f"noise of {what}"))
+            generator = generator_of(7, 0, f"noise of {what}")
+            latents = engine.to_model_scale(model, torch.stack([of_set.latents[number] for number in chosen]))
+            masks = torch.ones_like(latents[:, :1])
+            if masked and what == "identity":
+                masks = torch.stack([of_set.masks[number] for number in chosen])[:, None]
+            t = torch.randint(1000, (2,), generator=generator)
+            batch = Batch(latents, masks, t, torch.randn(latents.shape, generator=generator))
             with torch.no_grad():
-                each = training_pictures.denoising_losses(networks, sampling, "eps", batch, t, noise)
+                text = networks.encode([of_set.captions[number] for number in chosen])
+                each = training_pictures.denoising_losses(networks, batch, text)
             expected += factor * float(each.mean())
     assert run.losses == pytest.approx([expected], rel=1e-4)
 
@@ -362,8 +358,8 @@ def test_training_learns_the_pictures():
     """On two pictures the loss with fixed draws must fall far; without a regularisation set."""
     with torch.inference_mode():
         model, clip = make("sd1")
-        training = dataclasses.replace(TRAINING, steps=60, learning_rate=3e-3, sample_every=0)
-        _, run = train(model, clip, training=training, regularisation=None)
+        settings = dataclasses.replace(SETTINGS, steps=60, learning_rate=3e-3, sample_every=0)
+        _, run = train(model, clip, settings, regularisation=None)
     assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
 
 
@@ -404,20 +400,20 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(tmp_path: Pa
     def checkpoint(run: str) -> str:
         return str(tmp_path / f"{run}.safetensors")
 
-    settings = dataclasses.replace(TRAINING, checkpoint_every=2)
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=2)
     with torch.inference_mode():
-        whole, whole_run = train(*make(family), training=settings)
+        whole, whole_run = train(*make(family), settings)
         model, clip = make(family)
         before = {key: value.clone() for key, value in all_tensors(model, clip).items()}
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            train(model, clip, training=settings, checkpoint=checkpoint, progress=stop)
+            train(model, clip, settings, checkpoint=checkpoint, progress=stop)
         assert all(torch.equal(value, before[key]) for key, value in all_tensors(model, clip).items())
         # More steps and other samples make no other run; another seed does.
         longer = dataclasses.replace(settings, steps=5, sample_every=1)
-        resumed, run = train(model, clip, training=settings, checkpoint=checkpoint)
-        assert train(model, clip, training=longer, checkpoint=checkpoint)[1].resumed_at == 4
+        resumed, run = train(model, clip, settings, checkpoint=checkpoint)
+        assert train(model, clip, longer, checkpoint=checkpoint)[1].resumed_at == 4
         other = dataclasses.replace(settings, seed=8)
-        assert train(model, clip, training=other, checkpoint=checkpoint)[1].resumed_at == 0
+        assert train(model, clip, other, checkpoint=checkpoint)[1].resumed_at == 0
     assert run.resumed_at == 3 and run.losses == pytest.approx(whole_run.losses, rel=1e-6)
     for part in ("model_change", "clip_change"):
         for key, change in getattr(whole, part).items():
@@ -465,7 +461,7 @@ def test_the_change_of_a_weight_that_is_kept_in_float8():
     weight = model.model.diffusion_model.out[2].weight
     weight.data = weight.data.to(torch.float8_e4m3fn)
     key = "diffusion_model.out.2.weight"
-    with trainable_networks(model, clip, [key], [], precision="float32", latent_shape=[1, 4, 8, 8]) as networks:
+    with trainable_networks(model, clip, [key], dtype=torch.float32, latent_shape=[1, 4, 8, 8]) as networks:
         with torch.no_grad():
             networks.model_variables[key].add_(0.25)
         (change,) = networks.changes(torch.float32)[0].values()

@@ -9,18 +9,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from identity_edit_pack.pipelines import identity_words as words_of
-from identity_edit_pack.pipelines.engine.trainable import FLOAT32
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.files import write_tensors
 from identity_edit_pack.pipelines.subject_embedding import word_table
 from identity_edit_pack.pipelines.train_identity_words import IdentitySettings, features_of, train_identity_words
-from identity_edit_pack.pipelines.training import TrainingSettings
+from identity_edit_pack.pipelines.training import FLOAT32
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
 CAPTIONS = ["a person on the grass", "a smiling person", "an angry person in the snow", "a person"]
-SETTINGS = IdentitySettings(class_word="person", batch_size=2, precision=FLOAT32)
-TRAINING = TrainingSettings(steps=6, learning_rate=1e-2, seed=3, checkpoint_every=2)
+SETTINGS = IdentitySettings(
+    class_word="person", steps=6, learning_rate=1e-2, batch_size=2, precision=FLOAT32, seed=3, checkpoint_every=2
+)
 FEATURES = torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(2))
 
 
@@ -30,9 +30,9 @@ def pictures() -> TrainingPictures:
     return TrainingPictures(latents, list(CAPTIONS), [None] * len(CAPTIONS), "pictures")
 
 
-def train(family="sd1", settings=SETTINGS, training=TRAINING, features=FEATURES, **options):
+def train(family="sd1", settings=SETTINGS, features=FEATURES, **options):
     model, clip = tiny_models.FAMILIES[family](output_gain=0.1), tiny_text_encoders.clip(family)
-    return train_identity_words(model, clip, pictures(), features, settings, training, **options)
+    return train_identity_words(model, clip, pictures(), features, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +118,8 @@ def test_training_learns_and_leaves_the_networks_alone(family) -> None:
     model, clip = tiny_models.FAMILIES[family](output_gain=0.1), tiny_text_encoders.clip(family)
     before = [copy.deepcopy(part.state_dict()) for part in (model.model, clip.cond_stage_model)]
     words, _ = train_identity_words(
-        model, clip, pictures(), FEATURES, dataclasses.replace(SETTINGS, regularisation_weight=50.0),
-        dataclasses.replace(TRAINING, steps=40),
-    )  # fmt: skip
+        model, clip, pictures(), FEATURES, dataclasses.replace(SETTINGS, regularisation_weight=50.0, steps=40)
+    )
     for part, state in zip((model.model, clip.cond_stage_model), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
         assert not any(parameter.grad is not None for parameter in part.parameters())
@@ -135,22 +134,22 @@ def test_the_loss_is_the_denoising_loss_of_the_captions_with_the_words() -> None
     regularisation."""
     from identity_edit_pack.pipelines.engine import to_model_scale
     from identity_edit_pack.pipelines.training import generator_of
-    from identity_edit_pack.pipelines.training_pictures import batch_indices, draw_batch, draw_noise
+    from identity_edit_pack.pipelines.training_pictures import batch_indices
 
     model, clip = tiny_models.sd1(output_gain=0.1), tiny_text_encoders.clip("sd1")
     shown = pictures()
-    settings = dataclasses.replace(SETTINGS, regularisation_weight=0.5)
-    _, run = train_identity_words(model, clip, shown, FEATURES, settings, dataclasses.replace(TRAINING, steps=1))
-    chosen = batch_indices(shown, 2, 0, TRAINING.seed, "identity words")
-    batch = draw_batch(shown, chosen, lambda latent: to_model_scale(model, latent), torch.device("cpu"))
+    settings = dataclasses.replace(SETTINGS, regularisation_weight=0.5, steps=1)
+    _, run = train_identity_words(model, clip, shown, FEATURES, settings)
+    chosen = batch_indices(shown, 2, 0, settings.seed, "identity words")
     sampling = model.get_model_object("model_sampling")
-    t, noise = draw_noise(batch, 1000, generator_of(TRAINING.seed, 0, "identity words"))
+    generator = generator_of(settings.seed, 0, "identity words")
+    t, noise = torch.randint(1000, (2,), generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
     losses = []
     for row, number in enumerate(chosen):
         text = CAPTIONS[number].replace("person", "person person person")
         embedding = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0]
         sigma = sampling.sigmas[t[row]].double()
-        x = batch.latents[row : row + 1] + sigma.float() * noise[row : row + 1]
+        x = to_model_scale(model, shown.latents[number])[None] + sigma.float() * noise[row : row + 1]
         with torch.no_grad():
             eps = model.model.diffusion_model(
                 x / (1 + sigma.float() ** 2) ** 0.5, torch.tensor([float(t[row])]), context=embedding

@@ -42,7 +42,7 @@ if __name__ == "__main__":
         losses,
         settings,
         processes=group,
-        checkpoint=f"{{sys.argv[1]}}/{{group.index}}.checkpoint",
+        checkpoint=lambda run: f"{{sys.argv[1]}}/{{group.index}}.checkpoint",
         needed=["weight"],
     )
     group.wait()

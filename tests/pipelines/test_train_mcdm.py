@@ -31,8 +31,10 @@ from identity_edit_pack.pipelines.training import TrainingSettings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = MCDMSettings(batch_size=2, image_tokens=77, precision="float32", checkpointing=False, sample_steps=2)
-TRAINING = TrainingSettings(steps=4, learning_rate=1e-3, weight_decay=0.01, seed=7, ema_decay=0.9, checkpoint_every=1)
+SETTINGS = MCDMSettings(
+    steps=4, learning_rate=1e-3, batch_size=2, ema_decay=0.9, image_tokens=77, precision="float32", checkpointing=False,
+    seed=7, checkpoint_every=1, sample_steps=2,
+)  # fmt: skip
 
 
 def make_pairs(folder: Path, count: int = 5, size: int = 64) -> list[PairFiles]:
@@ -46,10 +48,10 @@ def make_pairs(folder: Path, count: int = 5, size: int = 64) -> list[PairFiles]:
     return pairs
 
 
-def train(pairs: list[PairFiles], folder: Path, settings: Any = SETTINGS, training: Any = TRAINING, **arguments: Any):
+def train(pairs: list[PairFiles], folder: Path, settings: Any = SETTINGS, **arguments: Any):
     parts = arguments.pop("parts", None) or networks()
     model, clip, vae, vision = parts
-    return train_mcdm.train_mcdm(model, clip, vae, vision, pairs, settings, training, str(folder), **arguments)
+    return train_mcdm.train_mcdm(model, clip, vae, vision, pairs, settings, str(folder), **arguments)
 
 
 def networks(name: str = "sd1") -> tuple[Any, Any, Any, Any]:
@@ -63,8 +65,8 @@ def test_draws_have_the_papers_shares_and_every_pair_has_its_turn(tmp_path: Path
     pairs = encoded_pairs.encode_pairs(
         make_pairs(tmp_path), tiny_vision.VAE(), tiny_vision.clip_vision(), str(tmp_path)
     )
-    settings = MCDMSettings(batch_size=4)
-    batches = [train_mcdm.draw_mcdm_batch(pairs, settings, 1000, index, 3) for index in range(1500)]
+    settings = MCDMSettings(batch_size=4, seed=3)
+    batches = [train_mcdm.draw_mcdm_batch(pairs, settings, 1000, index) for index in range(1500)]
     count = 4 * len(batches)
     for start in range(0, 20, 4):  # rounds of five pairs over batches of four
         some = [number for batch in batches[start * 5 : start * 5 + 5] for number in batch.chosen]
@@ -76,7 +78,7 @@ def test_draws_have_the_papers_shares_and_every_pair_has_its_turn(tmp_path: Path
     assert set(dropped) == set(range(8))
     for bits in range(1, 8):
         assert dropped[bits] / count == pytest.approx(0.2 / 7, abs=0.01)
-    again = train_mcdm.draw_mcdm_batch(pairs, settings, 1000, 11, 3)
+    again = train_mcdm.draw_mcdm_batch(pairs, settings, 1000, 11)
     assert torch.equal(again.noise, batches[11].noise) and again.chosen == batches[11].chosen
 
 
@@ -94,10 +96,12 @@ def test_the_loss_is_that_of_the_stock_model_with_the_conditions_of_inference(na
         first = edit.model.diffusion_model.input_blocks[0][0].weight
         first[:, 4:] = 0.1 * torch.randn(first[:, 4:].shape, generator=torch.Generator().manual_seed(0))
     pairs = make_pairs(tmp_path)
-    settings = dataclasses.replace(SETTINGS, batch_size=6, identity_share=0.5, dropout=0.8)
-    once = TrainingSettings(steps=1, learning_rate=1e-12, seed=7)
-    trained, run = train(pairs, tmp_path, settings, once, parts=(edit, clip, vae, vision))
-    batch = train_mcdm.draw_mcdm_batch(trained.encoded, settings, 1000, 0, 7)
+    settings = dataclasses.replace(
+        SETTINGS, steps=1, learning_rate=1e-12, weight_decay=0.0, ema_decay=0.0, checkpoint_every=0, batch_size=6,
+        identity_share=0.5, dropout=0.8,
+    )  # fmt: skip
+    trained, run = train(pairs, tmp_path, settings, parts=(edit, clip, vae, vision))
+    batch = train_mcdm.draw_mcdm_batch(trained.encoded, settings, 1000, 0)
     assert len({*batch.dropped.tolist()}) > 1 and 0 < int(batch.reconstructs.sum()) < 6  # the batch tests something
 
     losses = []
@@ -137,9 +141,8 @@ def test_training_lowers_the_loss_changes_all_parts_and_leaves_the_given_model(i
     with torch.inference_mode(inference_mode):
         parts = networks()
         before = {key: value.clone() for key, value in parts[0].model.state_dict().items()}
-        once = dataclasses.replace(SETTINGS, dropout=0.0)
-        longer = dataclasses.replace(TRAINING, steps=40, learning_rate=3e-3, ema_decay=0.0)
-        trained, run = train(make_pairs(tmp_path), tmp_path, once, longer, parts=parts)
+        settings = dataclasses.replace(SETTINGS, dropout=0.0, steps=40, learning_rate=3e-3, ema_decay=0.0)
+        trained, run = train(make_pairs(tmp_path), tmp_path, settings, parts=parts)
     assert sum(run.losses[-10:]) < 0.9 * sum(run.losses[:10])
     assert all(torch.equal(value, before[key]) for key, value in parts[0].model.state_dict().items())
     first = trained.weights["diffusion_model.input_blocks.0.0.weight"]
@@ -165,7 +168,7 @@ def test_checkpointing_and_bfloat16_train_the_same(tmp_path: Path):
 def test_the_result_is_the_moving_average(tmp_path: Path):
     pairs = make_pairs(tmp_path)
     averaged, run = train(pairs, tmp_path / "1")
-    last, same = train(pairs, tmp_path / "2", training=dataclasses.replace(TRAINING, ema_decay=0.0))
+    last, same = train(pairs, tmp_path / "2", dataclasses.replace(SETTINGS, ema_decay=0.0))
     assert run.losses == pytest.approx(same.losses, rel=1e-5)  # the average takes no part in the training
     key = "diffusion_model.out.2.weight"  # behind the last weights on the way from the first, see test_training.py
     start = networks()[0].model.state_dict()[key]
@@ -291,18 +294,18 @@ def test_a_training_goes_on_from_an_earlier_image_embedding(tmp_path: Path):
     pairs = make_pairs(tmp_path)
     first, _ = train(pairs, tmp_path)
     parts = (first.model, *networks()[1:])
-    still = dataclasses.replace(TRAINING, steps=1, learning_rate=1e-9, ema_decay=0.0, weight_decay=0.0)
-    again, _ = train(pairs, tmp_path, training=still, parts=parts, start=first.mcdm)
+    still = dataclasses.replace(SETTINGS, steps=1, learning_rate=1e-9, ema_decay=0.0, weight_decay=0.0)
+    again, _ = train(pairs, tmp_path, still, parts=parts, start=first.mcdm)
     for name, weight in first.mcdm.embedding.state_dict().items():
         assert torch.allclose(again.mcdm.embedding.state_dict()[name], weight, atol=1e-6), name
-    anew, _ = train(pairs, tmp_path, training=still, parts=parts)
+    anew, _ = train(pairs, tmp_path, still, parts=parts)
     assert not torch.allclose(anew.mcdm.embedding.mix.weight, first.mcdm.embedding.mix.weight, atol=1e-6)
-    other = dataclasses.replace(SETTINGS, image_tokens=3)
+    other = dataclasses.replace(still, image_tokens=3)
     with pytest.raises(IdentityEditError, match="another size"):
-        train(pairs, tmp_path, other, still, parts=parts, start=first.mcdm)
+        train(pairs, tmp_path, other, parts=parts, start=first.mcdm)
     another = dataclasses.replace(first.mcdm, vision=dataclasses.replace(first.mcdm.vision, width=7))
     with pytest.raises(IdentityEditError, match="another CLIP vision"):
-        train(pairs, tmp_path, training=still, parts=parts, start=another)
+        train(pairs, tmp_path, still, parts=parts, start=another)
 
 
 def test_a_corrupt_missing_or_odd_picture_is_named(tmp_path: Path):

@@ -17,18 +17,15 @@ from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENT
 from identity_edit_pack.pipelines import engine, training_pictures
 from identity_edit_pack.pipelines import style_attention as styles
 from identity_edit_pack.pipelines import train_style_attention as trained
-from identity_edit_pack.pipelines.engine.trainable import BFLOAT16, FLOAT32
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of
+from identity_edit_pack.pipelines.training import BFLOAT16, FLOAT32, generator_of
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures
 
 SETTINGS = StyleSettings(
-    pseudo_word="sks", row_groups=tiny_styles.GROUPS, batch_size=2, precision=FLOAT32, sample_steps=2
-)
-TRAINING = TrainingSettings(
-    steps=6, learning_rate=1e-3, weight_decay=trained.WEIGHT_DECAY, seed=3, checkpoint_every=2, sample_every=3
-)
+    pseudo_word="sks", row_groups=tiny_styles.GROUPS, steps=6, learning_rate=1e-3, batch_size=2, precision=FLOAT32,
+    seed=3, checkpoint_every=2, sample_every=3, sample_steps=2,
+)  # fmt: skip
 CERTAIN = {"templates": ("an image of {}",), "text_drop": 0.0, "style_drop": 0.0, "style_noise": 0.0}
 """Settings without any draw but those of the noise."""
 COUNT = 4
@@ -47,11 +44,11 @@ def make(family: str = "sd1") -> tuple[Any, Any]:
 
 
 def train(
-    family: str = "sd1", settings: Any = SETTINGS, training: Any = TRAINING, shown: Any = None, w_plus: Any = W_PLUS,
-    models: Any = None, **options: Any,
+    family: str = "sd1", settings: Any = SETTINGS, shown: Any = None, w_plus: Any = W_PLUS, models: Any = None,
+    **options: Any,
 ):  # fmt: skip
     model, clip = models or make(family)
-    return train_style_attention(model, clip, shown or pictures(), w_plus, settings, training, **options)
+    return train_style_attention(model, clip, shown or pictures(), w_plus, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +102,9 @@ def _attend(attention: Any, x: torch.Tensor, context: torch.Tensor, heads: int) 
 @pytest.mark.parametrize("kind", [SEQUENTIAL, PARALLEL])
 def test_loss_and_gradient_are_those_of_equation_5(kind: str, masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, clip = make()
-    settings = dataclasses.replace(SETTINGS, kind=kind, masked=masked, **CERTAIN)
-    training = dataclasses.replace(TRAINING, steps=1, optimizer="SGD", learning_rate=1.0, gradient_clip=0.0)
+    settings = dataclasses.replace(
+        SETTINGS, kind=kind, masked=masked, steps=1, optimizer="SGD", learning_rate=1.0, **CERTAIN
+    )
     monkeypatch.setattr(trained, "in_file_precision", lambda network: network)  # all digits
     start: dict[str, torch.Tensor] = {}
     own_train = trained.train
@@ -127,13 +125,13 @@ def test_loss_and_gradient_are_those_of_equation_5(kind: str, masked: bool, monk
     monkeypatch.setattr(trained, "StyleNetwork", Network)
     monkeypatch.setattr(trained, "train", note_start)
     shown = pictures(masked)
-    style, run = train(settings=settings, training=training, shown=shown, models=(model, clip))
+    style, run = train(settings=settings, shown=shown, models=(model, clip))
 
     literal = Literal(model, start_mapping[0].requires_grad_(True), kind)
-    chosen = training_pictures.batch_indices(shown, 2, 0, training.seed, trained._WHAT)
+    chosen = training_pictures.batch_indices(shown, 2, 0, settings.seed, trained._WHAT)
     z_0 = torch.stack([engine.to_model_scale(model, shown.latents[number]) for number in chosen])
-    batch = training_pictures.Batch(z_0, [""] * 2, torch.ones(2, 1, 8, 8))
-    t, eps = training_pictures.draw_noise(batch, 1000, generator_of(training.seed, 0, trained._WHAT))
+    generator = generator_of(settings.seed, 0, trained._WHAT)
+    t, eps = torch.randint(1000, (2,), generator=generator), torch.randn(z_0.shape, generator=generator)
     sigma = model.get_model_object("model_sampling").sigmas[t].double().reshape(-1, 1, 1, 1)
     z_t = (z_0.double() + sigma * eps.double()) / (1 + sigma**2) ** 0.5
     text = clip.encode_from_tokens(clip.tokenize("an image of sks")).detach().double().expand(2, -1, -1)
@@ -173,9 +171,8 @@ def test_it_learns_and_leaves_everything_else_alone(family: str, kind: str) -> N
     with torch.inference_mode():
         model, clip = make(family)
         before = [copy.deepcopy(part.state_dict()) for part in (model.model, clip.cond_stage_model)]
-        settings = dataclasses.replace(SETTINGS, kind=kind, **CERTAIN)
-        training = dataclasses.replace(TRAINING, steps=30, learning_rate=1e-2, sample_every=0)
-        style, run = train(settings=settings, training=training, models=(model, clip))
+        settings = dataclasses.replace(SETTINGS, kind=kind, steps=30, learning_rate=1e-2, sample_every=0, **CERTAIN)
+        style, run = train(settings=settings, models=(model, clip))
     for part, state in zip((model.model, clip.cond_stage_model), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
         assert not any(parameter.grad is not None for parameter in part.parameters())
@@ -187,8 +184,8 @@ def test_it_learns_and_leaves_everything_else_alone(family: str, kind: str) -> N
     assert style.encoder == tiny_styles.ENCODER and style.model is not None and style.pseudo_word == "sks"
     # The same draws once more: what was learned serves the pictures it was learned from.
     model_again, clip_again = make(family)
-    again, second = train(family, settings, dataclasses.replace(training, steps=1, learning_rate=1e-30),
-                          models=(model_again, clip_again))  # fmt: skip
+    once = dataclasses.replace(settings, steps=1, learning_rate=1e-30)
+    again, second = train(family, once, models=(model_again, clip_again))
     assert sum(run.losses[-8:]) < sum(run.losses[:8])
     assert again.training["steps"] == 1 and second.losses[0] == pytest.approx(run.losses[0], rel=1e-5)
 
@@ -210,28 +207,21 @@ def draws(settings: Any, monkeypatch: pytest.MonkeyPatch, steps: int = 40) -> tu
     """All captions that were encoded in training and all tokens [steps * 2, 4, C] that were given."""
     captions: list[str] = []
     given: list[torch.Tensor] = []
-    own_encode, own_losses = engine.trainable.TrainableNetworks.encode, trained.losses_of
+    own_encode, own_forward = engine.trainable.TrainableNetworks.encode, styles.MappingNetwork.forward
 
     def encode(self: Any, texts: Any) -> Any:
         captions.extend(texts)
         return own_encode(self, texts)
 
-    def losses_of(*arguments: Any) -> Any:
-        return own_losses(*arguments)
-
-    class Given(trained._GivenStyles):
-        def __setattr__(self, name: str, value: Any) -> None:
-            if name == "tokens" and value is not None:
-                given.append(value.detach())
-            super().__setattr__(name, value)
+    def forward(self: Any, *arguments: Any) -> torch.Tensor:
+        given.append(own_forward(self, *arguments))
+        return given[-1]
 
     monkeypatch.setattr(engine.trainable.TrainableNetworks, "encode", encode)
-    monkeypatch.setattr(trained, "losses_of", losses_of)
-    monkeypatch.setattr(trained, "_GivenStyles", Given)
+    monkeypatch.setattr(styles.MappingNetwork, "forward", forward)
     # So little is learned that equal styles keep giving equal tokens.
-    training = dataclasses.replace(TRAINING, steps=steps, learning_rate=1e-12, weight_decay=0.0, sample_every=0)
-    train(settings=settings, training=training)
-    return captions[:-2], torch.cat(given[:-1])  # without the sample's
+    train(settings=dataclasses.replace(settings, steps=steps, learning_rate=1e-12, weight_decay=0.0, sample_every=0))
+    return captions[:-2], torch.cat(given[:-1]).detach()  # without the sample's
 
 
 def test_templates_and_both_drops(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,8 +318,8 @@ def test_on_a_model_with_a_lora_it_begins_as_the_changed_weights(monkeypatch: py
         model, None, {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}, 1.0, 1.0
     )
     monkeypatch.setattr(trained, "in_file_precision", lambda network: network)
-    training = dataclasses.replace(TRAINING, steps=1, learning_rate=1e-12, weight_decay=0.0)
-    style, _ = train(models=(changed, clip), training=training)
+    once = dataclasses.replace(SETTINGS, steps=1, learning_rate=1e-12, weight_decay=0.0)
+    style, _ = train(models=(changed, clip), settings=once)
     begun = style.network.attention["middle", 0, 0].to_q.weight
     assert torch.allclose(begun, plain + up @ down, atol=1e-5)
 
@@ -346,8 +336,9 @@ def test_beside_a_patch_that_writes_in_place(checkpointing: bool) -> None:
     model, clip = make()
     patched = model.clone()
     patched.set_model_output_block_patch(in_place)
-    settings = dataclasses.replace(SETTINGS, checkpointing=checkpointing)
-    _, record = train(models=(patched, clip), settings=settings, training=dataclasses.replace(TRAINING, steps=2))
+    _, record = train(
+        models=(patched, clip), settings=dataclasses.replace(SETTINGS, checkpointing=checkpointing, steps=2)
+    )
     assert len(record.losses) == 2 and all(loss > 0.0 for loss in record.losses)
 
 

@@ -12,23 +12,21 @@ import pytest
 import tiny_models
 import tiny_text_encoders
 import torch
-from identity_edit_pack.pipelines import engine, identity_prior, schedule, training_pictures
+from identity_edit_pack.pipelines import engine, identity_prior, schedule, train_identity_prior, training_pictures
 from identity_edit_pack.pipelines import train_subject_embedding as trained
 from identity_edit_pack.pipelines import training as training_loop
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, apply_subject
 from identity_edit_pack.pipelines.train_subject_embedding import SubjectSettings, train_subject_embedding
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of
+from identity_edit_pack.pipelines.training import generator_of
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures
 
 CAPTIONS = ["a sks cat sitting on the grass", "a smiling sks cat in the snow"]
 SETTINGS = SubjectSettings(
-    class_word="cat", token="sks", sampling_steps=4, updates_per_step=2, regularisation_weight=0.3, precision="float32",
+    class_word="cat", token="sks", steps=5, learning_rate=1e-2, sampling_steps=4, updates_per_step=2,
+    regularisation_weight=0.3, precision="float32", seed=7, checkpoint_every=1, sample_every=2,
     sample_guidance_scale=2.0, sample_steps=3,
 )  # fmt: skip
-TRAINING = TrainingSettings(
-    steps=5, learning_rate=1e-2, optimizer="Adam", gradient_clip=0.0, seed=7, sample_every=2, checkpoint_every=1
-)
 
 
 def pictures(captions: list[str] = CAPTIONS, masked: bool = True, seed: int = 1) -> TrainingPictures:
@@ -45,9 +43,9 @@ def make(family: str) -> tuple[Any, Any]:
     return tiny_models.FAMILIES[family](), tiny_text_encoders.clip(family)
 
 
-def train(model: Any, clip: Any, settings: Any = SETTINGS, training: Any = TRAINING, **arguments: Any):
+def train(model: Any, clip: Any, settings: Any = SETTINGS, **arguments: Any):
     shown = arguments.pop("shown", PICTURES)
-    return train_subject_embedding(model, clip, shown, settings, training, **arguments)
+    return train_subject_embedding(model, clip, shown, settings, **arguments)
 
 
 def without_steps(**changes: Any) -> SubjectSettings:
@@ -101,8 +99,8 @@ class Reference:
 
     def loss(self, kind: str, c_s: torch.Tensor, index: int, what: str, weight: float, t: int | None) -> torch.Tensor:
         start, squares = self.start(kind), []
-        chosen = training_pictures.batch_indices(PICTURES, 2, index, TRAINING.seed, what)
-        generator = generator_of(TRAINING.seed, index, what)
+        chosen = training_pictures.batch_indices(PICTURES, 2, index, SETTINGS.seed, what)
+        generator = generator_of(SETTINGS.seed, index, what)
         times = torch.randint(1000, (2,), generator=generator)
         noises = torch.randn(2, 4, 8, 8, generator=generator).double()
         for place, number in enumerate(chosen):
@@ -124,9 +122,10 @@ def test_loss_and_gradient_are_those_of_equation_6(kind: str, inference_mode: bo
     rate, weight = (50.0 if kind == OUTPUT else 0.5), 0.3
     with torch.inference_mode(inference_mode):
         model, clip = make("sd1")
-        settings = without_steps(kind=kind, batch_size=2, regularisation_weight=weight)
-        training = dataclasses.replace(TRAINING, steps=2, optimizer="SGD", learning_rate=rate)
-        subject, run = train(model, clip, settings, training)
+        settings = without_steps(
+            kind=kind, batch_size=2, regularisation_weight=weight, steps=2, optimizer="SGD", learning_rate=rate
+        )
+        subject, run = train(model, clip, settings)
     reference = Reference(model, clip)
     c_s = reference.start(kind).requires_grad_(True)
     for step in range(2):
@@ -148,16 +147,16 @@ def test_the_steps_of_algorithm_1(monkeypatch: pytest.MonkeyPatch):
     seen: list[tuple[list[int], torch.Tensor]] = []
     original = trained.denoising_losses
 
-    def recording(
-        encoder: Any, sampling: Any, prediction: str, batch: Any, t: torch.Tensor, noise: torch.Tensor
-    ) -> Any:
-        seen.append((t.tolist(), encoder.vectors[OUTPUT].detach().clone()))
-        return original(encoder, sampling, prediction, batch, t, noise)
+    def recording(networks: Any, batch: Any, text: Any) -> Any:
+        last_rows = text[0][:, -5:].detach().clone()
+        assert torch.equal(last_rows[0], last_rows[1]), "both captions end in c_s"
+        seen.append((batch.t.tolist(), last_rows[0]))
+        return original(networks, batch, text)
 
     monkeypatch.setattr(trained, "denoising_losses", recording)
     rate = 0.1
-    training = dataclasses.replace(TRAINING, steps=3, optimizer="SGD", learning_rate=rate)
-    subject, run = train(model, clip, dataclasses.replace(SETTINGS, batch_size=2), training)
+    settings = dataclasses.replace(SETTINGS, batch_size=2, steps=3, optimizer="SGD", learning_rate=rate)
+    subject, run = train(model, clip, settings)
     assert subject.timesteps == (751, 501, 251, 1) and len(run.losses) == 3 + 4 * 2 == len(seen)
     assert [step for step, _ in run.samples] == [2, 3, 5, 7, 9, 11]
     reference = Reference(model, clip)
@@ -179,10 +178,9 @@ def test_the_steps_of_algorithm_1(monkeypatch: pytest.MonkeyPatch):
 def test_velocity_models_learn_through_their_denoised_output():
     """The loss of a v-prediction model is that of its velocity (Salimans and Ho 2022)."""
     model, clip = make("sd2_v")
-    training = dataclasses.replace(TRAINING, steps=1)
-    _, run = train(model, clip, without_steps(regularisation_weight=0.0), training)
-    (number,) = training_pictures.batch_indices(PICTURES, 1, 0, TRAINING.seed, "shared vectors")
-    generator = generator_of(TRAINING.seed, 0, "shared vectors")
+    _, run = train(model, clip, without_steps(regularisation_weight=0.0, steps=1))
+    (number,) = training_pictures.batch_indices(PICTURES, 1, 0, SETTINGS.seed, "shared vectors")
+    generator = generator_of(SETTINGS.seed, 0, "shared vectors")
     t, noise = torch.randint(1000, (1,), generator=generator), torch.randn(1, 4, 8, 8, generator=generator)
     sigma = engine.require_noise_prediction_model(model).sigmas[t].reshape(-1, 1, 1, 1)
     z_0 = engine.to_model_scale(model, PICTURES.latents[number])[None]
@@ -223,9 +221,9 @@ def test_families_and_what_they_spend(family: str, kind: str, monkeypatch: pytes
 
     count(model.model.diffusion_model, "forward", "network")
     count(clip.cond_stage_model, "encode_token_weights", "text")
-    settings = dataclasses.replace(SETTINGS, kind=kind, sample_prompt=CAPTIONS[0])
+    settings = dataclasses.replace(SETTINGS, kind=kind, sample_prompt=CAPTIONS[0], sample_every=0, accumulation=2)
     with torch.inference_mode():
-        subject, run = train(model, clip, settings, dataclasses.replace(TRAINING, sample_every=0, accumulation=2))
+        subject, run = train(model, clip, settings)
     steps = 5 + 4 * 2
     samples = 2 * 3  # one at the end of each phase, both sides in one evaluation
     assert counted["network"] == steps * 2 + samples
@@ -253,8 +251,7 @@ def test_a_longer_run_keeps_no_more_tensors(kind: str):
         gc.collect()
         living.append(sum(isinstance(one, torch.Tensor) for one in gc.get_objects()))
 
-    training = dataclasses.replace(TRAINING, steps=12, sample_every=0, checkpoint_every=0)
-    train(model, clip, without_steps(kind=kind), training, progress=progress)
+    train(model, clip, without_steps(kind=kind, steps=12, sample_every=0, checkpoint_every=0), progress=progress)
     # Both captions have been seen by then; the last step makes a sample, which is kept.
     assert max(living[8:-1]) <= max(living[4:7])
 
@@ -271,10 +268,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(kind: str, stop_at: int, tmp_pat
             raise comfy.model_management.InterruptProcessingException()
 
     where = lambda run: str(tmp_path / run)  # noqa: E731
-    training = dataclasses.replace(TRAINING, checkpoint_every=2)
+    settings = dataclasses.replace(settings, checkpoint_every=2)
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        train(model, clip, settings, training, checkpoint=where, progress=stop)
-    resumed, second = train(model, clip, settings, training, checkpoint=where)
+        train(model, clip, settings, checkpoint=where, progress=stop)
+    resumed, second = train(model, clip, settings, checkpoint=where)
     assert second.resumed_at == stop_at
     assert second.losses == pytest.approx(record.losses, rel=1e-6)
     assert [step for step, _ in second.samples] == [step for step, _ in record.samples]
@@ -298,11 +295,11 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypat
             monkeypatch.setattr(training_loop, "_write_checkpoint", lambda *_: None)  # a killed process writes no more
             raise Killed
 
-    training = dataclasses.replace(TRAINING, checkpoint_every=2)
+    settings = dataclasses.replace(SETTINGS, checkpoint_every=2)
     with pytest.raises(Killed):
-        train(model, clip, training=training, checkpoint=where, progress=kill)
+        train(model, clip, settings, checkpoint=where, progress=kill)
     monkeypatch.undo()
-    resumed, record = train(model, clip, training=training, checkpoint=where)
+    resumed, record = train(model, clip, settings, checkpoint=where)
     assert record.resumed_at == 5 + 2, "all of the first phase, two of the three steps of the second"
     torch.testing.assert_close(resumed.step_vectors, whole.step_vectors, rtol=1e-6, atol=1e-6)
 
@@ -310,9 +307,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, monkeypat
 def test_the_first_phase_can_be_made_longer_and_other_settings_begin_anew(tmp_path: Path):
     model, clip = make("sd1")
     where = lambda run: str(tmp_path / run)  # noqa: E731
-    train(model, clip, training=dataclasses.replace(TRAINING, steps=4), checkpoint=where)
+    train(model, clip, dataclasses.replace(SETTINGS, steps=4), checkpoint=where)
     assert train(model, clip, without_steps(), checkpoint=where)[1].resumed_at == 4, "shared vectors are the same"
-    assert train(model, clip, training=dataclasses.replace(TRAINING, steps=6), checkpoint=where)[1].resumed_at == 5
+    assert train(model, clip, dataclasses.replace(SETTINGS, steps=6), checkpoint=where)[1].resumed_at == 5
     for changes in ({"regularisation_weight": 0.2}, {"tokens": 4}, {"masked": False}, {"kind": WORD}):
         assert train(model, clip, without_steps(**changes), checkpoint=where)[1].resumed_at == 0
 
@@ -323,17 +320,16 @@ def test_the_first_phase_can_be_made_longer_and_other_settings_begin_anew(tmp_pa
 @pytest.mark.parametrize("kind", [OUTPUT, WORD])
 def test_the_rows_of_table_2_are_settings(kind: str):
     model, clip = make("sd1")
-    training = dataclasses.replace(TRAINING, steps=4, sample_every=0)
-    plain = without_steps(kind=kind, masked=False, regularisation_weight=0.0)
+    plain = without_steps(kind=kind, masked=False, regularisation_weight=0.0, steps=4, sample_every=0)
     subjects = {}
     for name, changes in (("baseline", {}), ("mask", {"masked": True}), ("tied", {"regularisation_weight": 100.0})):
-        subjects[name] = train(model, clip, dataclasses.replace(plain, **changes), training)[0]
+        subjects[name] = train(model, clip, dataclasses.replace(plain, **changes))[0]
     (name,) = subjects["baseline"].vectors
     assert not torch.equal(subjects["baseline"].vectors[name], subjects["mask"].vectors[name])
     distance = {row: one.training["distance_from_start"][name] for row, one in subjects.items()}
     assert distance["tied"] < distance["baseline"]
     unmasked = pictures(masked=False)
-    again = train(model, clip, plain, training, shown=dataclasses.replace(unmasked, latents=PICTURES.latents))[0]
+    again = train(model, clip, plain, shown=dataclasses.replace(unmasked, latents=PICTURES.latents))[0]
     assert torch.equal(again.vectors[name], subjects["baseline"].vectors[name])
 
 
@@ -353,11 +349,10 @@ def test_bfloat16_and_checkpointing(checkpointing: bool):
 def test_on_a_model_with_an_identity_prior():
     """The prior's token stays in the captions when the subject is trained without one."""
     model, clip = make("sd1")
-    prior, _ = identity_prior.train_identity_prior(
-        model, clip, PICTURES, None,
-        identity_prior.PriorSettings(token="sks", class_word="cat", precision="float32", sample_steps=2),
-        TrainingSettings(steps=2, learning_rate=1e-2),
-    )  # fmt: skip
+    of_prior = train_identity_prior.PriorSettings(
+        token="sks", class_word="cat", precision="float32", steps=2, learning_rate=1e-2, sample_steps=2
+    )
+    prior, _ = train_identity_prior.train_identity_prior(model, clip, PICTURES, None, of_prior)
     with_prior = identity_prior.apply_identity_prior(model, clip, prior)
     settings = dataclasses.replace(SETTINGS, token="")
     subject, run = train(*with_prior, settings)
@@ -376,7 +371,7 @@ def test_pictures_and_captions_of_several_lengths_in_one_batch():
     shown = pictures(["a cat", long, "a cat sitting"])
     _, run = train(model, clip, without_steps(batch_size=3), shown=shown)
     singles = [
-        train(model, clip, without_steps(), dataclasses.replace(TRAINING, steps=1), shown=pictures([caption]))[1]
+        train(model, clip, without_steps(steps=1), shown=pictures([caption]))[1]
         for caption in ("a cat", long)
     ]
     assert len(run.losses) == 5 and all(len(one.losses) == 1 for one in singles)
@@ -421,7 +416,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 
 def test_other_bad_input():
     with pytest.raises(IdentityEditError, match="steps is -1; choose 1 or more"):
-        dataclasses.replace(TRAINING, steps=-1)
+        dataclasses.replace(SETTINGS, steps=-1)
     model, clip = make("sd1")
     with pytest.raises(IdentityEditError, match="masked_loss is on but no picture has a mask"):
         train(model, clip, shown=pictures(masked=False))

@@ -44,8 +44,15 @@ class Problem:
             yield scale * (torch.tanh(x @ self.variables["a"].T + self.variables["b"]) - x[:, :3]).square().mean()
 
     def train(self, settings: TrainingSettings = SETTINGS, **arguments) -> TrainingRun:
-        sample = self.variables["a"].clone
-        return training.train(self.variables, self.losses, settings, sample=sample, **arguments)
+        return training.train(
+            self.variables, self.losses, settings, sample=self.variables["a"].clone, **self.where(**arguments)
+        )
+
+    @staticmethod
+    def where(checkpoint: str | None = None, run: str = "one", **arguments) -> dict:
+        """The file of the checkpoint, and what the run is."""
+        path = None if checkpoint is None else lambda name: checkpoint
+        return {"checkpoint": path, "description": {"run": run}, **arguments}
 
 
 def stop_at(step: int):
@@ -225,7 +232,7 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_anything(tmp_pa
             yield part * float("nan") if index == 11 else part
 
     with pytest.raises(IdentityEditError, match="not finite at step 6"):
-        training.train(problem.variables, losses, SETTINGS, checkpoint=path, run="one")
+        training.train(problem.variables, losses, SETTINGS, **Problem.where(path))
     assert all(bool(torch.isfinite(value).all()) for value in problem.variables.values())
     assert Problem().train(checkpoint=path, run="one").resumed_at == 4
 
@@ -237,6 +244,8 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_anything(tmp_pa
         ({"learning_rate": 0.0}, "learning_rate is 0"),
         ({"optimizer": "Lion"}, "optimizer Lion"),
         ({"accumulation": 0}, "accumulation is 0"),
+        ({"batch_size": 0}, "batch_size is 0; choose 1 or more"),
+        ({"precision": "float8"}, "precision is float8; choose one of float32, bfloat16"),
     ],
 )
 def test_settings_are_checked(change: dict, message: str):
@@ -253,8 +262,8 @@ def test_autocast_computes_in_bfloat16_and_keeps_the_variables():
         seen.append(product.dtype)
         yield product.float().square().mean()
 
-    for bfloat16 in (True, False):
-        settings = TrainingSettings(steps=1, learning_rate=0.1, bfloat16=bfloat16)
+    for precision in training.BFLOAT16, training.FLOAT32:
+        settings = TrainingSettings(steps=1, learning_rate=0.1, precision=precision)
         training.train({"variable": variable}, losses, settings)
     assert seen == [torch.bfloat16, torch.float32] and variable.dtype == torch.float32
 
@@ -270,6 +279,31 @@ def test_draws_depend_on_seed_batch_and_purpose():
 def test_a_run_is_named_by_what_it_is():
     assert training.run_hash({"a": 1, "b": [2]}) == training.run_hash({"b": [2], "a": 1})
     assert training.run_hash({"a": 1}) != training.run_hash({"a": 2})
+
+
+@dataclasses.dataclass
+class Tag:
+    weight: float
+
+
+class Patched:
+    """What a run reads of a ModelPatcher: strength, tensor, and strength of the weight itself."""
+
+    def __init__(self, strength: float) -> None:
+        self.patches = {"layer.weight": [(strength, ("diff", ()), 1.0, None, None)]}
+
+
+def test_a_run_is_described_by_what_changes_its_steps():
+    def name(settings: TrainingSettings = SETTINGS, weight: float = 1.0, strength: float = 1.0, **facts) -> str:
+        return training.run_hash(training.run_description(settings, Tag(weight), Patched(strength), **facts))
+
+    for change in ({"steps": 99}, {"checkpoint_every": 1}, {"sample_every": 1}, {"checkpointing": True},
+                   {"sample_prompt": "a cat"}, {"sample_guidance_scale": 1.0}, {"sample_steps": 3}):  # fmt: skip
+        assert name(dataclasses.replace(SETTINGS, **change)) == name(), change
+    for change in ({"seed": 4}, {"learning_rate": 0.02}, {"batch_size": 2}, {"accumulation": 1}, {"ema_decay": 0.5},
+                   {"precision": "bfloat16"}, {"optimizer": "SGD"}, {"gradient_clip": 2.0}):  # fmt: skip
+        assert name(dataclasses.replace(SETTINGS, **change)) != name(), change
+    assert len({name(), name(weight=2.0), name(strength=0.5), name(pictures="others")}) == 4
 
 
 # -- the moving average, and processes that train together -------------------------------------------------------------

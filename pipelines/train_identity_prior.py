@@ -1,0 +1,174 @@
+"""Training the personalised identity prior of LIPE (Liu et al. 2024, section 2.1 and appendix E.2.5)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import engine
+from .engine.trainable import trainable_networks
+from .engine.weights import first_numbers
+from .files import FILE_DTYPES
+from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
+from .training import (
+    BFLOAT16,
+    Progress,
+    TrainingRun,
+    TrainingSettings,
+    generator_of,
+    run_description,
+    train,
+    training_facts,
+)
+from .training_pictures import Batch, TrainingPictures, denoising_losses, draw_batch, guided_preview
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings(TrainingSettings):
+    """What is trained and on what; the defaults are those of Liu et al. 2024.
+
+    Attributes:
+        token: V*, the rare token.
+        class_word: what the subject is.
+        batch_size: pictures of each of both sets in a batch.
+        weight_decay: torch's and diffusers' default for AdamW; the paper gives none.
+        regularisation_weight: of the class pictures' loss; 1 in Ruiz et al. 2023.
+        text_encoder: whether the text encoders are trained too.
+        masked: count the identity pictures' loss inside their masks only.
+        min_snr_gamma: see `denoising_losses`; 0 is off.
+        sample_prompt: "" is the token and the class word.
+        file_dtype: in which the change is kept, a key of FILE_DTYPES.
+    """
+
+    token: str
+    class_word: str
+    steps: int = 1000
+    learning_rate: float = 5e-4
+    weight_decay: float = 0.01
+    precision: str = BFLOAT16
+    regularisation_weight: float = 1.0
+    text_encoder: bool = True
+    masked: bool = False
+    min_snr_gamma: float = 0.0
+    file_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("file_dtype", FILE_DTYPES)
+
+
+def train_identity_prior(
+    model: Any,
+    clip: Any,
+    identity: TrainingPictures,
+    regularisation: TrainingPictures | None,
+    settings: PriorSettings,
+    *,
+    checkpoint: Callable[[str], str] | None = None,
+    progress: Progress | None = None,
+) -> tuple[IdentityPrior, TrainingRun]:
+    """Learn a subject.
+
+    Every step takes one batch of the identity set and one of the regularisation set:
+    loss = mean |eps_theta - eps|^2 over the former + regularisation_weight * the same over the latter.
+
+    Args:
+        model: MODEL that predicts noise or velocity; LoRAs on it count as part of it.
+        clip: its CLIP.
+        identity: pictures of the subject.
+        regularisation: pictures of its class, or None.
+        settings: see there.
+        checkpoint, progress: see `training.train`; samples are latents [1, C, h, w] in the scale of LATENT sockets.
+
+    Returns:
+        the prior and the record of the training.
+
+    Raises:
+        IdentityEditError: when an input cannot be used, or as in `training.train`.
+    """
+    tag = engine.model_tag(model)
+    model_keys, clip_keys = attention_keys(model, clip)
+    sets = {"identity": (identity, 1.0)}
+    if regularisation is not None and settings.regularisation_weight > 0.0:
+        sets["regularisation"] = (regularisation, settings.regularisation_weight)
+    encoder = first_numbers(clip.patcher, "clip_", CLIP_KEYS.fullmatch)
+    description = run_description(
+        settings,
+        tag,
+        model,
+        clip.patcher,
+        text_encoder=[list(encoder.values()), clip.layer_idx],
+        identity=identity.fingerprint,
+        regularisation=None if regularisation is None else regularisation.fingerprint,
+    )
+    largest = max((pictures.largest for pictures, _ in sets.values()), key=math.prod)
+    with trainable_networks(
+        model,
+        clip,
+        model_keys,
+        clip_keys if settings.text_encoder else [],
+        dtype=settings.dtype,
+        latent_shape=[settings.batch_size * len(sets), *largest],
+        checkpointing=settings.checkpointing,
+    ) as networks:
+
+        def losses(index: int) -> Iterator[torch.Tensor]:
+            batches, weights = [], []
+            for what, (pictures, weight) in sets.items():
+                masked = settings.masked or what != "identity"
+                generator = generator_of(settings.seed, index, f"noise of {what}")
+                batches.append(
+                    draw_batch(networks, pictures, settings, index, what, masked=masked, generator=generator)
+                )
+                weights.append(torch.full((settings.batch_size,), weight / settings.batch_size))
+            if len({batch.latents.shape for batch in batches}) == 1:  # of one size: one evaluation for both sets
+                batches, weights = [_joined(batches)], [torch.cat(weights)]
+            for batch, weight_of in zip(batches, weights, strict=True):
+                text = networks.encode(batch.captions)
+                each = denoising_losses(networks, batch, text, min_snr_gamma=settings.min_snr_gamma)
+                yield (weight_of.to(each.device) * each).sum()
+
+        def sample() -> torch.Tensor:
+            text = networks.encode([settings.sample_prompt or f"{settings.token} {settings.class_word}", ""])
+            return guided_preview(networks, identity.latents[0].shape, settings, lambda t: text)
+
+        of_model = {MODEL_PREFIX + key: value for key, value in networks.model_variables.items()}
+        of_clip = {CLIP_PREFIX + key: value for key, value in networks.clip_variables.items()}
+        run = train(
+            {**of_model, **of_clip},
+            losses,
+            settings,
+            description=description,
+            checkpoint=checkpoint,
+            sample=sample,
+            progress=progress,
+            needed=of_model,  # of the text encoder, the layers behind the one that is read get no gradient
+        )
+        model_change, clip_change = networks.changes(FILE_DTYPES[settings.file_dtype])
+    facts = training_facts(
+        settings,
+        run,
+        identity_pictures=len(identity),
+        regularisation_pictures=0 if regularisation is None else len(regularisation),
+        pack_version=_pack_version(),
+    )
+    return IdentityPrior(model_change, clip_change, settings.token, settings.class_word, tag, facts), run
+
+
+def _joined(batches: Sequence[Batch]) -> Batch:
+    latents, masks, t, noise = (
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("latents", "masks", "t", "noise")
+    )
+    return Batch(latents, masks, t, noise, [caption for batch in batches for caption in batch.captions])
+
+
+def _pack_version() -> str:
+    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    return found.group(1) if found else "unknown"

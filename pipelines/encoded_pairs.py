@@ -25,7 +25,8 @@ from .errors import IdentityEditError
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
 from .pictures import encoded, from_pillow, middle, open_picture
-from .training import OneProcess, Processes, run_hash
+from .processes import OneProcess, Processes
+from .training import run_hash
 
 _AT_ONCE = 8
 """Pictures that are encoded in one call."""

@@ -12,6 +12,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -280,13 +281,33 @@ def generate_pairs(
     finished, rejected = folder.finished(), folder.rejected()
     done = PairsMade(present=sum(number in finished for number in wanted))
     done.rejected = sum(number in rejected for number in wanted)
-    maker = _Maker(model, clip, vae, sampler, sigmas, settings, identities, poses, clip_vision)
+    counts = (
+        0 if identities is None else len(identities.features),
+        0 if poses is None else len(poses.pictures),
+    )
+    encode = _encoder(clip, identities)
+    draw = partial(_draw, model, vae, sampler, sigmas, settings)
+    features = None if clip_vision is None else encoder_of_clip_vision(clip_vision)
     try:
         for place, number in enumerate(wanted):
             picture = None
             if number not in finished and number not in rejected:
-                source, target, facts, passed = maker.make(number)
-                if passed:
+                pair = plan(settings, number, *counts)
+                shown = pair.shared_prompt, pair.drawn_source_prompt, pair.drawn_target_prompt
+                prompts = [*(encode(prompt, pair) for prompt in shown), encode(settings.negative_prompt)]
+                if poses is not None and pair.pose is not None:
+                    prompts = with_pose(poses, pair.pose, vae, prompts)
+                guider = pair_guider(
+                    model,
+                    *prompts,
+                    guidance_scale=settings.guidance_scale,
+                    shared_weight=settings.shared_weight,
+                    source_weight=settings.source_weight,
+                    target_weight=settings.target_weight,
+                )
+                source, target, facts = _make(settings, pair, partial(draw, guider), features)
+                done.evaluations += guider.evaluations
+                if settings.smallest_similarity == 0.0 or facts["similarity"] >= settings.smallest_similarity:
                     done.made += folder.add(number, source, target, facts)
                 else:
                     folder.reject(number, facts)
@@ -299,8 +320,62 @@ def generate_pairs(
             folder.write_index()
         raise
     folder.write_index()
-    done.evaluations = maker.evaluations
     return done
+
+
+def _encoder(clip: Any, identities: Identities | None) -> Callable[..., Conditioning]:
+    """What encodes a prompt: with the identity words of a pair, or plain, which is done once."""
+    texts: dict[str, Conditioning] = {}
+    words = None if identities is None else identity_vectors(identities.words, identities.features)
+
+    def encode(prompt: str, pair: PairPlan | None = None) -> Conditioning:
+        if identities is not None and words is not None and pair is not None and pair.identity is not None:
+            vectors = {name: each[pair.identity : pair.identity + 1] for name, each in words.items()}
+            return identity_conditioning(clip, vectors, prompt, identities.class_word or pair.subject)
+        if prompt not in texts:
+            texts[prompt] = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        return texts[prompt]
+
+    return encode
+
+
+def _draw(
+    model: Any,
+    vae: Any,
+    sampler: Any,
+    sigmas: torch.Tensor,
+    settings: PairSettings,
+    guider: engine.CombiningGuider,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Source and target [H, W, 3] by the noise of a seed."""
+    height, width = settings.height // PIXELS_OF_A_CELL, 2 * settings.width // PIXELS_OF_A_CELL
+    latent = torch.zeros(1, engine.latent_channels(model), height, width)
+    noise = stock_noise(latent, seed)
+    sampled = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
+    source, target = halves(vae.decode(sampled), 2, "The pair")
+    return source[0], target[0]
+
+
+def _make(
+    settings: PairSettings,
+    pair: PairPlan,
+    draw: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
+    features: Callable[[list[torch.Tensor]], torch.Tensor] | None,
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """The first drawing that is alike enough, or the last one: source and target [H, W, 3], and the description."""
+    similarity = None
+    for attempt in range(settings.attempts if settings.smallest_similarity > 0.0 else 1):
+        seed = noise_seed(settings, pair.number, attempt)
+        source, target = draw(seed)
+        if features is not None:
+            first, second = torch.nn.functional.normalize(features([source, target]), dim=-1)
+            similarity = round(float(first @ second), 4)
+            if similarity >= settings.smallest_similarity:
+                break
+    facts = {name: value for name, value in dataclasses.asdict(pair).items() if name != "number"}
+    facts |= {"seed": seed, "attempt": attempt, "similarity": similarity}
+    return source, target, {**facts, "smallest_similarity": settings.smallest_similarity}
 
 
 def save_pairs(
@@ -348,88 +423,6 @@ def save_pairs(
         numbers.append(number)
     folder.write_index()
     return numbers
-
-
-class _Maker:
-    """Makes single pairs; prompts without identity words are encoded once."""
-
-    def __init__(
-        self,
-        model: Any,
-        clip: Any,
-        vae: Any,
-        sampler: Any,
-        sigmas: torch.Tensor,
-        settings: PairSettings,
-        identities: Identities | None,
-        poses: Poses | None,
-        clip_vision: Any | None,
-    ) -> None:
-        self.model, self.clip, self.vae, self.sampler, self.sigmas = model, clip, vae, sampler, sigmas
-        self.settings, self.identities, self.poses = settings, identities, poses
-        self.encoder = None if clip_vision is None else encoder_of_clip_vision(clip_vision)
-        self.vectors = None if identities is None else identity_vectors(identities.words, identities.features)
-        self.texts: dict[str, Conditioning] = {}
-        self.evaluations = 0
-
-    def make(self, number: int) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any], bool]:
-        """Source and target [H, W, 3], the description, and whether the pair passes the check."""
-        settings = self.settings
-        pair = plan(
-            settings,
-            number,
-            0 if self.identities is None else len(self.identities.features),
-            0 if self.poses is None else len(self.poses.pictures),
-        )
-        words = pair.shared_prompt, pair.drawn_source_prompt, pair.drawn_target_prompt
-        prompts = [self.encode(text, pair) for text in words]
-        prompts.append(self.plain(settings.negative_prompt))
-        if self.poses is not None and pair.pose is not None:
-            prompts = with_pose(self.poses, pair.pose, self.vae, prompts)
-        guider = pair_guider(
-            self.model,
-            *prompts,
-            guidance_scale=settings.guidance_scale,
-            shared_weight=settings.shared_weight,
-            source_weight=settings.source_weight,
-            target_weight=settings.target_weight,
-        )
-        similarity, attempt = None, 0
-        for attempt in range(settings.attempts if settings.smallest_similarity > 0.0 else 1):
-            seed = noise_seed(settings, number, attempt)
-            source, target = self.sample(guider, seed)
-            if self.encoder is not None:
-                first, second = torch.nn.functional.normalize(self.encoder([source, target]), dim=-1)
-                similarity = round(float(first @ second), 4)
-                if similarity >= settings.smallest_similarity:
-                    break
-        self.evaluations += guider.evaluations
-        facts = dataclasses.asdict(pair)
-        del facts["number"]
-        facts |= {"seed": seed, "attempt": attempt, "similarity": similarity}
-        facts |= {"smallest_similarity": settings.smallest_similarity}
-        passed = settings.smallest_similarity == 0.0 or (similarity or 0.0) >= settings.smallest_similarity
-        return source, target, facts, passed
-
-    def sample(self, guider: engine.CombiningGuider, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        settings = self.settings
-        height, width = settings.height // PIXELS_OF_A_CELL, 2 * settings.width // PIXELS_OF_A_CELL
-        latent = torch.zeros(1, engine.latent_channels(self.model), height, width)
-        noise = stock_noise(latent, seed)
-        sampled = guider.sample(noise, latent, self.sampler, self.sigmas, disable_pbar=True, seed=seed)
-        source, target = halves(self.vae.decode(sampled), 2, "The pair")
-        return source[0], target[0]
-
-    def encode(self, prompt: str, pair: PairPlan) -> Conditioning:
-        if self.identities is None or self.vectors is None or pair.identity is None:
-            return self.plain(prompt)
-        vectors = {name: each[pair.identity : pair.identity + 1] for name, each in self.vectors.items()}
-        return identity_conditioning(self.clip, vectors, prompt, self.identities.class_word or pair.subject)
-
-    def plain(self, prompt: str) -> Conditioning:
-        if prompt not in self.texts:
-            self.texts[prompt] = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
-        return self.texts[prompt]
 
 
 def with_pose(poses: Poses, number: int, vae: Any, conditionings: list[Conditioning]) -> list[Conditioning]:

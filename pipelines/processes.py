@@ -8,16 +8,51 @@ network and its optimiser, and a network inside ComfyUI is called by ComfyUI.
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from .errors import IdentityEditError
-from .training import OneProcess, Processes
+
+
+class Processes(Protocol):
+    """The processes that train together, one for each accelerator.
+
+    Attributes:
+        count: how many there are.
+        index: which one this is, from 0. The first writes files.
+    """
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def index(self) -> int: ...
+
+    def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The mean over all processes of each tensor, the same in every process."""
+        ...
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        ...
+
+
+class OneProcess:
+    """This process alone."""
+
+    count = 1
+    index = 0
+
+    def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        return tensors
+
+    def wait(self) -> None:
+        return None
 
 
 class AccelerateProcesses:
-    """`training.Processes` of an `accelerate.Accelerator`."""
+    """`Processes` of an `accelerate.Accelerator`."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator

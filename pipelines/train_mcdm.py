@@ -19,10 +19,9 @@ from .engine.weights import first_numbers
 from .errors import IdentityEditError
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
+from .processes import OneProcess, Processes
 from .training import (
     BFLOAT16,
-    OneProcess,
-    Processes,
     Progress,
     TrainingRun,
     TrainingSettings,

@@ -211,9 +211,8 @@ class _Subject:
         self.networks, self.pictures, self.settings = networks, pictures, settings
         self.prompt = settings.sample_prompt or f"{settings.token} {settings.class_word}".strip()
         self.null = networks.encode([""])
-        encoder = _OutputEncoder if settings.kind == OUTPUT else _WordEncoder
-        self.encoder = encoder(networks, clip, settings, [*pictures.captions, self.prompt])
-        self.phi_s = self.encoder.start()
+        encoder = _output_encoder if settings.kind == OUTPUT else _word_encoder
+        self.encode, self.phi_s = encoder(networks, clip, settings, [*pictures.captions, self.prompt])
 
     def loss(self, c_s: dict[str, torch.Tensor], index: int, what: str, timestep: int | None = None) -> torch.Tensor:
         """L_s(c_s) on batch `index`, at one timestep or at any."""
@@ -223,7 +222,7 @@ class _Subject:
             t = rows_of(networks.sampling, [timestep]).expand(len(batch.chosen)).to(batch.t.device)
             batch = dataclasses.replace(batch, t=t)
         # L_s(c_s) = |M (eps_theta(x_t, [c, c_s]) - eps)|^2 + w_s |c_s - phi_s|^2                                # eq. 6
-        loss = denoising_losses(networks, batch, self.encoder.encode(c_s, batch.captions)).mean()
+        loss = denoising_losses(networks, batch, self.encode(c_s, batch.captions)).mean()
         if weight == 0.0:
             return loss
         return loss + weight * torch.cat([(c_s[name] - self.phi_s[name]).flatten() for name in c_s]).square().mean()
@@ -232,7 +231,7 @@ class _Subject:
         """A picture by the vectors of each timestep (equation 7)."""
 
         def text_at(t: int) -> Text:
-            return joined_texts([self.encoder.encode(vectors_at(t), [self.prompt]), self.null])
+            return joined_texts([self.encode(vectors_at(t), [self.prompt]), self.null])
 
         return guided_preview(self.networks, self.pictures.latents[0].shape, self.settings, text_at)
 
@@ -274,54 +273,47 @@ class _StepWise:
         return {name: torch.stack([part[name].detach().float().cpu() for part in self.c_s_of]) for name in names}
 
 
-class _OutputEncoder:
-    """Captions as [c, c_s]: the last n rows of the text encoder's output replaced. It runs once for each caption."""
+_Encode = Callable[[dict[str, torch.Tensor], Sequence[str]], Text]
+"""Encodes captions with the vectors c_s in them."""
 
-    def __init__(
-        self, networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
-    ) -> None:
-        self.networks, self.settings = networks, settings
-        self._texts = {
-            caption: networks.encode([without_token(caption, settings.token, settings.class_word)])
-            for caption in captions
-        }
 
-    def start(self) -> dict[str, torch.Tensor]:
-        """phi_s, the last n rows of the null prompt's embedding."""
-        embedding, _ = self.networks.encode([""])
-        return {OUTPUT: embedding[0, -self.settings.tokens :].to(torch.float32, copy=True)}
+def _output_encoder(
+    networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
+) -> tuple[_Encode, dict[str, torch.Tensor]]:
+    """[c, c_s]: the last n rows of the text encoder's output replaced, for which it runs once for each caption; and
+    phi_s, the last n rows of the null prompt's embedding."""
+    encoded = {
+        caption: networks.encode([without_token(caption, settings.token, settings.class_word)]) for caption in captions
+    }
 
-    def encode(self, c_s: dict[str, torch.Tensor], captions: Sequence[str]) -> Text:
-        rows, texts = c_s[OUTPUT], [self._texts[caption] for caption in captions]
+    def encode(c_s: dict[str, torch.Tensor], captions: Sequence[str]) -> Text:
+        rows, texts = c_s[OUTPUT], [encoded[caption] for caption in captions]
         return joined_texts([(with_last_rows(embedding.to(rows), rows), pooled) for embedding, pooled in texts])
 
+    null, _ = networks.encode([""])
+    return encode, {OUTPUT: null[0, -settings.tokens :].to(torch.float32, copy=True)}
 
-class _WordEncoder:
-    """Captions with word vectors at the place of the subject's name, through the text encoder."""
 
-    def __init__(
-        self, networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
-    ) -> None:
-        self.networks, self.clip, self.settings = networks, clip, settings
-        name = settings.token, settings.class_word, settings.tokens
-        self._marked = {caption: mark_subject(clip, *name, caption, disable_weights=True) for caption in captions}
+def _word_encoder(
+    networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
+) -> tuple[_Encode, dict[str, torch.Tensor]]:
+    """Word vectors at the place of the subject's name, through the text encoder; and phi_s, the class word's vectors,
+    over again until there are n."""
+    name = settings.token, settings.class_word, settings.tokens
+    marked = {caption: mark_subject(clip, *name, caption, disable_weights=True) for caption in captions}
 
-    def start(self) -> dict[str, torch.Tensor]:
-        """The class word's vectors, over again until there are n."""
-        words = word_vectors(self.clip, self.settings.class_word)
-        return {
-            name: rows[[place % len(rows) for place in range(self.settings.tokens)]].to(
-                self.networks.device, torch.float32, copy=True
-            )
-            for name, rows in words.items()
-        }
-
-    def encode(self, c_s: dict[str, torch.Tensor], captions: Sequence[str]) -> Text:
+    def encode(c_s: dict[str, torch.Tensor], captions: Sequence[str]) -> Text:
         texts = {
-            caption: self.networks.encode_tokens([with_word_vectors(self._marked[caption], c_s)])
+            caption: networks.encode_tokens([with_word_vectors(marked[caption], c_s)])
             for caption in dict.fromkeys(captions)
         }
         return joined_texts([texts[caption] for caption in captions])
+
+    phi_s = {}
+    for encoder, words in word_vectors(clip, settings.class_word).items():
+        rows = words[[place % len(words) for place in range(settings.tokens)]]
+        phi_s[encoder] = rows.to(networks.device, torch.float32, copy=True)
+    return encode, phi_s
 
 
 def _continued(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -1,9 +1,11 @@
 """The training loop that every trained technique shares.
 
-What is trained, on which batches and with which loss is the technique's; the loop has the optimiser (torch's), gradient
-accumulation, autocast, gradient clipping, the moving average of the variables (diffusers'), the record of losses,
-sample previews, and checkpoints from which a run that was interrupted or killed goes on. Draws depend on the seed and
-the step alone (`generator_of`), so that a resumed run is the uninterrupted one.
+A technique's `train_*.py` has its settings, derived from `TrainingSettings` with its paper's values, and hands to
+`train` its variables, `losses(index)`, `sample()` and a `run_description`; batches of pictures, the denoising loss and
+previews are in `training_pictures`. The loop has the optimiser (torch's), gradient accumulation, autocast, gradient
+clipping, the moving average of the variables (diffusers'), the record of losses, and checkpoints from which a run that
+was interrupted or killed goes on. Draws depend on the seed and the step alone (`generator_of`), so that a resumed run
+is the uninterrupted one.
 
 A trainer of a library (accelerate, Lightning) would own the process, its folders and its signals; inside a node of
 ComfyUI, which stops a run by an exception from any operation, the loop itself is the small part.
@@ -20,12 +22,13 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from .errors import IdentityEditError
 from .files import read_tensors, write_tensors
+from .processes import OneProcess, Processes
 
 OPTIMIZERS = ("AdamW", "Adam", "SGD")
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
@@ -123,42 +126,6 @@ class TrainingRun:
 
 Progress = Callable[[int, int, float, "torch.Tensor | None"], None]
 """(steps done, steps in all, loss, a new sample or None)."""
-
-
-class Processes(Protocol):
-    """The processes that train together, one for each accelerator; `pipelines.processes` makes them of accelerate.
-
-    Attributes:
-        count: how many there are.
-        index: which one this is, from 0. The first writes files.
-    """
-
-    @property
-    def count(self) -> int: ...
-
-    @property
-    def index(self) -> int: ...
-
-    def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The mean over all processes of each tensor, the same in every process."""
-        ...
-
-    def wait(self) -> None:
-        """Return when all processes have come here."""
-        ...
-
-
-class OneProcess:
-    """This process alone."""
-
-    count = 1
-    index = 0
-
-    def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        return tensors
-
-    def wait(self) -> None:
-        return None
 
 
 def generator_of(seed: int, index: int, what: str = "") -> torch.Generator:

@@ -34,13 +34,13 @@ class ClipVision:
         return {"image_embeds": picture.mean(dim=(1, 2)) - 0.5}
 
 
-def generate(path, settings=SETTINGS, model=None, **options):
+def generate(path, settings=SETTINGS, model=None, clip=None, **options):
     model = model or tiny_models.sd1(output_gain=0.1)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", 2)
     folder = PairFolder(path)
     done = datasets.generate_pairs(
-        model, tiny_text_encoders.clip("sd1"), Autoencoder(), comfy.samplers.sampler_object("euler"), sigmas, folder,
-        settings, **options,
+        model, clip or tiny_text_encoders.clip("sd1"), Autoencoder(), comfy.samplers.sampler_object("euler"), sigmas,
+        folder, settings, **options,
     )  # fmt: skip
     return done, folder
 
@@ -188,20 +188,19 @@ def test_the_check_keeps_what_is_alike_and_notes_what_is_not(whole, tmp_path) ->
 def test_identity_words_are_in_all_three_prompts(tmp_path, monkeypatch) -> None:
     asked = []
     monkeypatch.setattr(datasets, "identity_vectors", lambda words, features: {"clip_l": features})
-    plain = datasets._Maker.plain
+    clip = tiny_text_encoders.clip("sd1")
+    tokenize = clip.tokenize
 
     def encode(clip, vectors, prompt, class_word):
         asked.append((prompt, class_word, float(vectors["clip_l"].mean())))
-        return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+        return clip.encode_from_tokens_scheduled(tokenize(prompt))
 
+    monkeypatch.setattr(clip, "tokenize", lambda prompt: (asked.append((prompt,)), tokenize(prompt))[1])
     monkeypatch.setattr(datasets, "identity_conditioning", encode)
-    monkeypatch.setattr(
-        datasets._Maker, "plain", lambda self, prompt: (asked.append((prompt,)), plain(self, prompt))[1]
-    )
     features = torch.arange(2.0).reshape(2, 1, 1)
     words = SimpleNamespace(training={"run": "x"})
     identities = datasets.Identities(words, features)
-    generate(tmp_path, replace(SETTINGS, count=1), identities=identities)
+    generate(tmp_path, replace(SETTINGS, count=1), clip=clip, identities=identities)
     pair = PairFolder(tmp_path).finished()[0]
     expected = [
         (pair[f"{name}_prompt"], pair["subject"], float(pair["identity"])) for name in ("shared", "source", "target")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity_edit_pack.pipelines import processes, training
+from identity_edit_pack.pipelines import processes
 from identity_edit_pack.pipelines.errors import IdentityEditError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,7 +79,7 @@ def test_two_launched_processes_do_what_one_does_with_twice_the_accumulation(tmp
 def test_one_process_needs_no_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    assert isinstance(processes.launched_processes(), training.OneProcess)
+    assert isinstance(processes.launched_processes(), processes.OneProcess)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(IdentityEditError, match="pip install accelerate"):
         processes.launched_processes()

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo_world import attributes as world
-from .sockets import checked, choice_of, schema
+from .sockets import checked, choice_of, schema, seed_input
 
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "framing": (world.FRAMINGS, "A whole figure, or a person's portrait (hair, eyes, skin and face shape)."),
@@ -53,14 +53,9 @@ class DrawDemoPicture(io.ComfyNode):
                     max=world.CAPTION_TEMPLATES - 1,
                     tooltip="Which of the training captions' wordings the caption has; all mean the same.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Moves things about: position, size, horizon. With the same seed and another attribute you "
-                    "get the true answer of an edit.",
+                seed_input(
+                    "Moves things about: position, size, horizon. With the same seed and another attribute you "
+                    "get the true answer of an edit."
                 ),
             ],
             outputs=[
@@ -108,14 +103,7 @@ class DrawDemoPortraits(io.ComfyNode):
                     default="training",
                     tooltip="People that the demo checkpoint was trained on, or those that were held out of it.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Draws the people, their places and where things are.",
-                ),
+                seed_input("Draws the people, their places and where things are."),
             ],
             outputs=[
                 io.Image.Output(

@@ -13,7 +13,17 @@ from ..pipelines.schedule import fewer_steps
 from ..pipelines.step_embeddings import apply_step_embeddings
 from .idle import noise_mask_left_out
 from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
-from .sockets import Inversion, checked, choice_of, latent_samples, progress, schema, show_text, show_warnings
+from .sockets import (
+    Inversion,
+    checked,
+    choice_of,
+    latent_samples,
+    progress,
+    schema,
+    seed_input,
+    show_text,
+    show_warnings,
+)
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
 ADAPTIVE_NULL_TEXT_OPTIMIZATION = "null-text optimization (adaptive)"
@@ -165,14 +175,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                     tooltip="Share of each step's noise. 1 (DDPM) in Huberman-Spiegelglas et al. 2024; for 0 use DDIM "
                     "Inversion.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the noise. Another seed gives another inversion, and so another variant of the edit.",
-                ),
+                seed_input("Of the noise. Another seed gives another inversion, and so another variant of the edit."),
                 io.Boolean.Input(
                     "zero_last_noise_map",
                     default=False,

@@ -20,10 +20,9 @@ from ..pipelines.pictures import as_colour, comparable, to_pillow
 from ..pipelines.train_identity_words import features_of
 from .idle import first_said, same_prompt
 from .saved_files import check_name
-from .sockets import IdentityWords, checked, schema, show_text, show_warnings
+from .sockets import IdentityWords, checked, schema, seed_input, show_text, show_warnings
 
 FOLDER = "pairs"
-_SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
 
 
 def _guidance_inputs() -> list[Any]:
@@ -271,14 +270,9 @@ class GeneratePairs(io.ComfyNode):
                     tooltip="The negative prompt of all pairs; empty in Chen et al. 2024.",
                 ),
                 io.Int.Input("count", default=8, min=1, max=1000000, tooltip="How many pairs the dataset has in all."),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=_SEED_MAXIMUM,
-                    control_after_generate=True,
-                    tooltip="Of all draws: subjects, poses, identities, noises, splits. Set it to fixed, or a folder "
-                    "that was begun with another seed is refused.",
+                seed_input(
+                    "Of all draws: subjects, poses, identities, noises, splits. Set it to fixed, or a folder "
+                    "that was begun with another seed is refused."
                 ),
                 io.Int.Input(
                     "width",

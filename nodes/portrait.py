@@ -18,7 +18,17 @@ from ..pipelines.inversion import Inversion as InversionData
 from ..pipelines.pictures import as_colour
 from .idle import first_said, is_empty, joined, noise_mask_left_out, same_prompt
 from .saved_files import model_files, model_path
-from .sockets import Inversion, at_picture_size, checked, latent_samples, mask_input, progress, schema, show_text
+from .sockets import (
+    Inversion,
+    at_picture_size,
+    checked,
+    latent_samples,
+    mask_input,
+    progress,
+    schema,
+    seed_input,
+    show_text,
+)
 
 
 class MCDMConditioner(io.ComfyNode):
@@ -294,14 +304,7 @@ class MCDMEditMask(io.ComfyNode):
                     tooltip="Above it the edit may be: a larger one gives a smaller mask. 0.35 for expressions and 0.2 "
                     "for costumes in Chen et al. 2024, 0.5 in DiffEdit.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Of the first draw of noise; the others are the following ones.",
-                ),
+                seed_input("Of the first draw of noise; the others are the following ones."),
             ],
             outputs=[
                 io.Mask.Output("mask", display_name="mask", tooltip="1 where the edit may be, of the picture's size."),

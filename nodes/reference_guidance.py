@@ -13,7 +13,7 @@ from ..pipelines.errors import IdentityEditError
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.inversion import check_inversion
 from .idle import first_said, joined
-from .sockets import Inversion, checked, latent_samples, mask_input, progress, schema, show_text
+from .sockets import Inversion, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
 
 
 class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
@@ -55,14 +55,9 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     "mask",
                     "Mask of the subject in the aligned reference, from Align Reference; of any size.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="That of the first pass: the same seed gives the same noise as in KSampler and "
-                    "RandomNoise. Set it to fixed in both.",
+                seed_input(
+                    "That of the first pass: the same seed gives the same noise as in KSampler and "
+                    "RandomNoise. Set it to fixed in both."
                 ),
                 io.Float.Input(
                     "guidance_scale",

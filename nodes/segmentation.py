@@ -18,14 +18,13 @@ from ..pipelines.identity_prompt import encode_identity_prompt
 from ..pipelines.model_folders import list_models, missing_model, model_path
 from ..pipelines.parsing import whole_numbers
 from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour, encoded
-from .sockets import checked, progress, schema, show_text
+from .sockets import checked, progress, schema, seed_input, show_text
 
 ATTENTION = "attention (no further model)"
 SEGMENT_ANYTHING = "Segment Anything"
 BY_NAME = "Grounding DINO + Segment Anything"
 METHODS = (ATTENTION, SEGMENT_ANYTHING, BY_NAME)
 NO_MODEL = "no model"
-_SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
 
 
 class SegmentSubject(io.ComfyNode):
@@ -103,14 +102,7 @@ class SegmentSubject(io.ComfyNode):
                     tooltip="Attention: larger pictures are shown to the model scaled down to this side in pixels; the "
                     "mask has the picture's own size. Near the size that the checkpoint was trained for.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=_SEED_MAXIMUM,
-                    control_after_generate=True,
-                    tooltip="Attention: of the noise. The same seed gives the same mask.",
-                ),
+                seed_input("Attention: of the noise. The same seed gives the same mask."),
                 io.Combo.Input(
                     "sam",
                     options=_options(pipeline.SAM_FOLDER, pipeline.CHECKPOINT_ENDINGS),

@@ -197,6 +197,14 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
     return notes
 
 
+SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
+
+
+def seed_input(tooltip: str) -> io.Int.Input:
+    """The input `seed`, which the page can fix or draw anew."""
+    return io.Int.Input("seed", default=0, min=0, max=SEED_MAXIMUM, control_after_generate=True, tooltip=tooltip)
+
+
 def mask_input(name: str, tooltip: str, *, optional: bool = False) -> io.Mask.Input:
     """A MASK input, whose tooltip says what to do with the mask of a cut-out."""
     return io.Mask.Input(name, optional=optional, tooltip=f"{tooltip} {CUT_OUT}")

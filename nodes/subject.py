@@ -17,7 +17,7 @@ from ..pipelines import subject_pictures as subjects
 from ..pipelines.errors import IdentityEditError, for_console
 from ..pipelines.model_folders import list_models, missing_model, model_path
 from .saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
-from .sockets import SubjectPictures, checked, mask_input, schema, show_text
+from .sockets import SEED_MAXIMUM, SubjectPictures, checked, mask_input, schema, seed_input, show_text
 
 REGULARISATION_FOLDER = "regularisation"
 """Below the output folder: where the shipped workflow saves a regularisation set with its prompts."""
@@ -28,7 +28,6 @@ SHIPPED_LIST = "shipped list"
 OWN_PROMPTS = "own prompts"
 ENDPOINT = "endpoint (environment variables)"
 DO_NOT_SAVE, SAVE_NEW, OVERWRITE = SAVE_CHOICES = ("no", "new files only", "overwrite")
-_SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
 
 
 def _class_word_input(tooltip: str) -> io.String.Input:
@@ -288,7 +287,7 @@ class CaptionPictures(io.ComfyNode):
                     step=0.05,
                     tooltip="0: always the likeliest word. Above 0 the words are drawn, with the seed.",
                 ),
-                _seed_input("For a temperature above 0."),
+                seed_input("For a temperature above 0."),
             ],
             outputs=[
                 SubjectPictures.Output(
@@ -425,7 +424,7 @@ class RegularisationPrompts(io.ComfyNode):
                     step=0.05,
                     tooltip="How freely a language model writes; at 0 it repeats itself. Not used by the shipped list.",
                 ),
-                _seed_input("Another seed gives other prompts."),
+                seed_input("Another seed gives other prompts."),
                 io.String.Input(
                     "own_prompts",
                     default="",
@@ -485,13 +484,9 @@ class RegularisationPrompts(io.ComfyNode):
             found, notes = prompts.model_prompts(
                 path, class_word, count, seed, instructions, max_new_tokens=max_new_tokens, **options
             )
-        seeds = [(seed + number) % (_SEED_MAXIMUM + 1) for number in range(len(found))]
+        seeds = [(seed + number) % (SEED_MAXIMUM + 1) for number in range(len(found))]
         report = show_text(cls, "\n".join([f"{len(found)} prompts from {source}.", *notes, *found]))
         return io.NodeOutput(found, seeds, report)
-
-
-def _seed_input(tooltip: str) -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=_SEED_MAXIMUM, control_after_generate=True, tooltip=tooltip)
 
 
 def _folders() -> list[str]:

@@ -13,7 +13,7 @@ from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.step_embeddings import apply_step_embeddings
 from .idle import first_said, joined, noise_mask_left_out, same_prompt
-from .sockets import Inversion, checked, latent_samples, progress, schema, show_text, show_warnings
+from .sockets import Inversion, checked, latent_samples, progress, schema, seed_input, show_text, show_warnings
 
 
 class OptimizeTextEmbedding(io.ComfyNode):
@@ -54,14 +54,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
                     round=0.00001,
                     tooltip="Adam's learning rate. 0.001 in Imagic (section 4.2).",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Draws the timesteps and the noise; the same seed gives the same embedding.",
-                ),
+                seed_input("Draws the timesteps and the noise; the same seed gives the same embedding."),
                 io.Boolean.Input(
                     "checkpointing",
                     default=False,

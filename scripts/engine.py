@@ -137,8 +137,12 @@ def thread_variables() -> dict[str, str]:
     """
     if any(name.startswith(("OMP_", "GOMP_", "KMP_", "MKL_NUM_THREADS")) for name in os.environ):
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores - 1))}
+    return {"OMP_NUM_THREADS": str(max(1, cores() - 1))}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Server:

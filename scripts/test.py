@@ -1,7 +1,8 @@
-"""Runs every check of the repository: `python3 scripts/test.py [--engine FOLDER] [options of pytest]`.
+"""Runs every check of the repository: `python3 scripts/test.py [--fast] [--engine FOLDER] [options of pytest]`.
 
-ruff, mypy, import-linter, then the whole test suite with its slowest ten tests and what was skipped, and why. All run
-even when an early one fails.
+ruff, mypy, import-linter, then the whole test suite, on as many processes as there are cores (`-n 0`: in one), with its
+slowest ten tests and what was skipped, and why. All run even when an early one fails. `--fast` leaves out the tests
+that need a server or a browser, that try bad values by the hundred, or that compute for long.
 
 `--engine FOLDER` runs the test suite alone, on the ComfyUI in that folder, with an environment of its own below
 .venv/engines; nothing is written into the folder.
@@ -15,19 +16,22 @@ import subprocess
 import sys
 
 import environment
-from engine import engine_in, find_engine, link, version_of
+from engine import cores, engine_in, find_engine, link, version_of
 from environment import ENGINES, ROOT, VENV
 
 PACKAGE = "identity_edit_pack"
-SUITE = ["-m", "pytest", "--durations=10", "-rfEs"]
+SUITE = ["-m", "pytest", "--durations=10", "-rfEs", "-n", str(cores())]
+FAST = ["-m", "not (engine or page or fuzz or slow or endurance)"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--fast", action="store_true", help="only the tests that take little time, without a server")
     parser.add_argument("--engine", metavar="FOLDER", help="run the tests on the ComfyUI in this folder")
     arguments, of_pytest = parser.parse_known_args()
+    of_pytest = [*(FAST if arguments.fast else []), *of_pytest]
     if arguments.engine:
         os.environ.pop("COMFYUI_PATH", None)  # what it needs would be installed into .venv
         environment.enter()

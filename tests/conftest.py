@@ -3,8 +3,9 @@
 Tests import the pack's modules under one fixed name, whatever the clone's folder is called:
 `from identity_edit_pack.pipelines import schedule`.
 
-What must hold in a real server is tested there: the `server` fixture starts one for the whole session,
-`server.run(prompt)` runs a workflow in the API format and raises `api_client.ExecutionError` as the page would show it.
+What must hold in a real server is tested there: the `server` fixture starts one for the whole session, or for each
+worker of a parallel one (`parallel`); `server.run(prompt)` runs a workflow in the API format and raises
+`api_client.ExecutionError` as the page would show it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 for folder in ("scripts", "tests", "benchmarks"):  # what tests share: the engine, tiny models, reference loops
     sys.path.append(str(ROOT / folder))
 
-import load_pack  # noqa: E402  (these three are found on the path that was extended just above)
+import load_pack  # noqa: E402  (these four are found on the path that was extended just above)
+import parallel  # noqa: E402
 from api_client import Client, Prompt, Run  # noqa: E402
 from engine import Server  # noqa: E402
 
@@ -32,20 +34,14 @@ from engine import Server  # noqa: E402
 # memory; Intel's library gives that on request only. Servers started by tests inherit it.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Tiny models are faster with one thread, many times so beside a busy core; servers and other processes inherit it.
+# So each of several workers has a core of its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-load_pack.prepare_engine(cpu=True)
-
 
 if TYPE_CHECKING:
     from PIL import Image
 
-# One broken module must not hide the tests of all others: its error is kept and raised by the `pack` fixture.
 _failure: Exception | None = None
-try:
-    load_pack.load_pack()
-except Exception as error:
-    _failure = error
+"""What loading the pack raised: one broken module must not hide the tests of all others; the `pack` fixture raises."""
 
 
 class EntryPointIsNotATestPackage:
@@ -55,8 +51,33 @@ class EntryPointIsNotATestPackage:
         return pytest.Dir.from_parent(parent, path=path) if path == ROOT else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parallel.add_option(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    global _failure
     config.pluginmanager.register(EntryPointIsNotATestPackage())
+    parallel.configure(config)
+    if parallel.hands_out(config):  # its workers run the tests
+        return
+    load_pack.prepare_engine(cpu=True)
+    try:
+        load_pack.load_pack()
+    except Exception as error:
+        _failure = error
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return parallel.make_scheduler(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        parallel.mark(item)
+    if parallel.is_worker():
+        parallel.longest_first(items)
 
 
 @pytest.fixture(scope="session")

@@ -34,17 +34,20 @@ def open_template(page: Page, server: RunningServer, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_page_queues_what_the_api_form_says(name: str, page: Page, server: RunningServer) -> None:
+def test_a_workflow_is_whole_legible_and_queues_what_the_api_form_says(
+    name: str, page: Page, server: RunningServer
+) -> None:
     take_notices(page)
     assert open_template(page, server, name) == []
     assert take_notices(page) == []
     api = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     assert differences(to_prompt(page), api) == []
+    check_places(page)
+    check_texts(page)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nodes_stand_apart_inside_their_groups(name: str, page: Page, server: RunningServer) -> None:
-    open_template(page, server, name)
+def check_places(page: Page) -> None:
+    """Each node stands in one group, and none covers another."""
     script = """() => ({
         nodes: app.graph.nodes.map(node => [node.title, ...node.getBounding()]),
         groups: app.graph.groups.map(group => [group.title, ...group.pos, ...group.size]),
@@ -64,9 +67,8 @@ def test_nodes_stand_apart_inside_their_groups(name: str, page: Page, server: Ru
             assert not overlap(box, another), f"{title} covers {other}"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_no_text_on_a_node_is_cut(name: str, page: Page, server: RunningServer) -> None:
-    open_template(page, server, name)
+def check_texts(page: Page) -> None:
+    """No text on a node is cut."""
     nodes = page.evaluate("() => app.graph.nodes.map(node => [node.id, node.title])")
     texts = {title: drawn_texts(page, node) for node, title in nodes}
     assert all(texts.values()), "a node was not drawn"

@@ -1,0 +1,165 @@
+"""Breaks the code in many places, one after another, and says whether the tests notice: `.venv/bin/python
+scripts/mutations.py [NAME ...]`.
+
+Each change is made in a temporary copy of the repository, in the one file that holds its text, and the files of tests
+named beside it are run there. A change that no test notices is a guarantee that nothing holds: the command then ends
+with 1. The text is looked for in the whole pack, so that it may move between files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("attention", "pipelines", "nodes", "demo_world")
+NOT_COPIED = (".git", ".venv", ".*_cache", "__pycache__", "demo_output")
+PATIENCE = 1200.0
+"""Seconds for one change's tests; one that makes them hang is noticed."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A change of the code.
+
+    old, new: the text that stands in one place of the pack, and what takes its place.
+    tests: names of the files of tests, or their ends, that should notice.
+    """
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+MUTATIONS = [
+    # attention/
+    Mutation("softmax scale", "(q[:, :, rows] * dimension**-0.5) @ k", "(q[:, :, rows] * dimension**-1.0) @ k", ("test_capture.py",)),
+    Mutation("self-attention transposed", "mask = self_attention @ mask", "mask = self_attention.transpose(1, 2) @ mask", ("test_identity_mask.py",)),
+    Mutation("union of masks", "return torch.maximum(first, second)", "return torch.minimum(first, second)", ("test_identity_mask.py",)),
+    Mutation("lambda of the style", "return n + strength * added", "return n + added", ("test_style_cross_attention.py",)),
+    Mutation("null style for the prompt", "(self.null if is_null else self.tokens).expand", "(self.tokens if is_null else self.null).expand", ("test_style_cross_attention.py", "pipelines/test_style_attention.py")),
+    Mutation("exchanged tokens", "torch.where(self.mapped.to(target.device), source @", "torch.where(~self.mapped.to(target.device), source @", ("test_prompt_to_prompt.py",)),
+    Mutation("values of the source", "values.append(of_values.repeat(rows // of_values.shape[0], 1, 1))", "values.append(own[1])", ("test_mutual_self_attention.py",)),
+    Mutation("top and left of an area", "top, left = int(area[2]), int(area[3])", "left, top = int(area[2]), int(area[3])", ("test_capture.py", "test_mutual_self_attention.py", "test_style_cross_attention.py")),
+    Mutation("no style once compiled", "if given is None:  # lambda 0 keeps every bit", "if given is None or torch.compiler.is_compiling():", ("test_compiled_models.py",)),
+    # pipelines/
+    Mutation("offset of DDIM's timesteps", "dtype=torch.int64) * ratio + offset", "dtype=torch.int64) * ratio", ("test_schedule.py",)),
+    Mutation("one noise for all steps", "z_0 + sigmas[i] * noise[i].to(z_0)", "z_0 + sigmas[i] * noise[0].to(z_0)", ("test_edit_friendly_inversion.py",)),
+    Mutation("decay of the learning rate", "return first * max(1.0 - i / 100.0, 0.01)", "return first", ("test_null_text.py",)),
+    Mutation("eta the wrong way", "return eta * target + (1.0 - eta) * optimized", "return (1.0 - eta) * target + eta * optimized", ("test_text_optimization.py", "test_text_injection.py")),
+    Mutation("rounding of the ratio", "math.floor(ratio * steps + 0.5 + 1e-9)", "math.floor(ratio * steps)", ("test_text_injection.py",)),
+    Mutation("tolerance of step tables", "(inner_boundaries * (1.0 + _RELATIVE_TOLERANCE) >= sigma)", "(inner_boundaries > sigma)", ("test_step_embeddings.py",)),
+    Mutation("blend inside out", "m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside", "(1 - m.unsqueeze(1)) * x_next + m.unsqueeze(1) * outside", ("test_identity_mask_blend.py",)),
+    Mutation("reference outside of the mask", "x = torch.where(inside, x_star[i], x)", "x = torch.where(inside, x, x_star[i])", ("test_reference_guidance.py",)),
+    Mutation("guidance coefficients", "NEGATIVE: self.spatial - self.text", "NEGATIVE: self.text - self.spatial", ("test_mcdm.py", "test_portrait.py")),
+    Mutation("halves of a pair", "m_b = 1.0 - m_a  # [0, 1]", "m_b = m_a", ("test_pair_guidance.py",)),
+    Mutation("outliers of the edit mask", "settings.outliers * mean", "mean", ("test_edit_mask.py",)),
+    Mutation("gradients not scaled back", "gradient.float() / scale[index]", "gradient.float()", ("test_gradients.py",)),
+    Mutation("every process the same batches", "range(step * in_a_step + processes.index,", "range(step * in_a_step,", ("test_processes.py",)),
+    Mutation("average forgets its age", 'average.optimization_step = int(description["steps"])', "average.optimization_step = 0", ("test_training.py",)),
+    Mutation("LoRA without its root", "(root[:, None] * v[:kept]).to(change.dtype)", "v[:kept].to(change.dtype)", ("pipelines/test_identity_prior.py",)),
+    Mutation("style rows with their mean", "difference = rows - average", "difference = rows", ("pipelines/test_style_attention.py", "demo_world/test_style_attention.py")),
+    Mutation("centre of a face", "centre = eyes + eye_to_mouth * 0.1", "centre = eyes + eye_to_mouth * 0.3", ("test_face_alignment.py",)),
+    Mutation("PSNR", "return -10.0 * torch.log10(error)", "return -20.0 * torch.log10(error)", ("test_picture_scores.py",)),
+    Mutation("directional similarity", "pictures, texts = edited - source, target_texts - source_texts", "pictures, texts = edited, target_texts", ("test_clip_scores.py",)),
+    Mutation("young files swept away", "for each in (path, *within)) < ABANDONED_AFTER", "for each in (path, *within)) < 0", ("test_kill_while_saving.py",)),
+    Mutation("gradients in inference mode", "with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:", "with torch.enable_grad(), contextlib.ExitStack() as stack:", ("test_gradients.py", "pipelines/test_null_text.py")),
+    # nodes/: what the shared checks refuse, that nodes call them, and what a node checks itself
+    Mutation("sigmas unchecked", '"SIGMAS": lambda value, item, model: check_sigmas(value, item.id),', "", ("test_bad_inputs.py",)),
+    Mutation("numbers without limits", "if (least is not None and value < least) or (most is not None and value > most):", "if False:", ("test_bad_inputs.py", "test_sockets.py")),
+    Mutation("pictures of NaN", "bad = not_finite(pictures, name)", "bad = None", ("test_bad_inputs.py", "test_sockets.py")),
+    Mutation("CLIP vision unchecked", '"CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),', "", ("test_bad_inputs.py",)),
+    Mutation("a node without its checks", "    @checked\n    def execute(cls, detector: str, score: float)", "    def execute(cls, detector: str, score: float)", ("test_bad_inputs.py", "test_nodes.py", "test_sockets.py")),
+    Mutation("a training node without its checks", "STAND_IN_TRAINING", "", ()),
+    Mutation("the output folder is left", ".startswith(os.path.abspath(output) + os.sep)", ".startswith(os.sep)", ("test_saved_files.py", "test_bad_inputs.py")),
+    Mutation("seeds beyond the largest", "(seed + number) % (_SEED_MAXIMUM + 1)", "seed + number", ("nodes/test_subject.py",)),
+    # demo_world/
+    Mutation("wrong captions do not compete", 'logits.masked_fill(same, float("-inf")), target)', "logits[:, : len(captions)], target)", ("demo_world/test_clip.py",)),
+    Mutation("captions without a costume", 'costume = "" if a.costume == "none" else f"wearing a {a.costume}"', 'costume = ""', ("test_attributes.py",)),
+]  # fmt: skip
+
+
+def place_of(old: str, root: Path) -> Path:
+    """The one file of the pack that holds the text; it must hold it once."""
+    found = [path for room in ROOMS for path in (root / room).rglob("*.py") if old in path.read_text(encoding="utf-8")]
+    if len(found) != 1 or found[0].read_text(encoding="utf-8").count(old) != 1:
+        raise LookupError(f"stands in {len(found)} files" if len(found) != 1 else "stands there more than once")
+    return found[0]
+
+
+def files_of(names: tuple[str, ...], root: Path) -> list[str]:
+    tests = sorted((root / "tests").rglob("test_*.py"))
+    return [str(path) for path in tests if any(f"/{path.relative_to(root).as_posix()}".endswith(f"/{n}") for n in names)]
+
+
+def copied(folder: Path) -> Path:
+    """A copy of the repository with the same .venv; large files are shared where the file system can."""
+
+    def share(source: str, destination: str) -> None:
+        if source.endswith(".py"):
+            shutil.copy2(source, destination)
+        else:
+            try:
+                os.link(source, destination)
+            except OSError:
+                shutil.copy2(source, destination)
+
+    root = folder / "copy"
+    shutil.copytree(ROOT, root, ignore=shutil.ignore_patterns(*NOT_COPIED), copy_function=share)
+    (root / ".venv").symlink_to((ROOT / ".venv").resolve(), target_is_directory=True)
+    return root
+
+
+def outcome(mutation: Mutation, root: Path) -> str:
+    """What became of one change: "caught", "NOT CAUGHT", or why it could not be tried."""
+    try:
+        path = place_of(mutation.old, root)
+    except LookupError as error:
+        return f"not tried: the text {error}"
+    tests = files_of(mutation.tests, root)
+    if not tests:
+        return f"not tried: no file of tests is called {' or '.join(mutation.tests)}"
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace(mutation.old, mutation.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        return "caught (no end)"
+    finally:
+        path.write_text(before, encoding="utf-8")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    if done.returncode == 1 and failed:
+        return f"caught by {failed[0].split(' - ')[0].split(' ', 1)[1]}"
+    if done.returncode == 0:
+        return "NOT CAUGHT"
+    return f"not tried: pytest ended with {done.returncode}: {(failed or done.stdout.splitlines() or ['nothing'])[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only the changes whose names contain one of these")
+    names = parser.parse_args().names
+    chosen = [one for one in MUTATIONS if not names or any(name in one.name for name in names)]
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        root = copied(Path(folder))
+        for mutation in chosen:
+            start = time.perf_counter()
+            outcomes.append(outcome(mutation, root))
+            print(f"{mutation.name}: {outcomes[-1]} ({time.perf_counter() - start:.0f} s)", flush=True)
+    caught = sum(one.startswith("caught") for one in outcomes)
+    print(f"{caught} of {len(outcomes)} caught")
+    return 0 if caught == len(outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Does Algorithm 4 find the transform between two masks? `.venv/bin/python benchmarks/align_reference.py`.
+"""Does Algorithm 4 find the transform between two masks? `python -m benchmarks align_reference`.
 
 Random asymmetric masks of 512x512 pixels and a known similarity transform of each (scale +-30 %, rotation +-40
 degrees, translation; both masks are drawn from the outline's formula, none is resampled). A case is recovered when the
@@ -16,38 +16,30 @@ from __future__ import annotations
 import argparse
 import random
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=True)
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from edits import embed, mean_psnr  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import (
     POSES,
     Attributes,
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import alignment, heatmap  # noqa: E402
-from identity_edit_pack.pipelines.inversion import ddim_inversion  # noqa: E402
-from PIL import Image  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from scipy.spatial import cKDTree  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import alignment, heatmap
+from identity_edit_pack.pipelines.inversion import ddim_inversion
+from PIL import Image
+from scipy.spatial import cKDTree
+from tqdm import tqdm
+
+from .edits import embed, mean_psnr
+from .harness import RESULTS, ROOT, command_line, source_commit, write_results
 
 SIZE = 512
 SCALE, ROTATION, SHIFT = 0.3, 40.0, 40.0
@@ -195,24 +187,25 @@ def save_picture(path: Path, pairs: list[Any]) -> None:
     ).save(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=200)
     parser.add_argument(
         "--descent-cases", type=int, default=50, help="the first so many for gradient descent, which is slow"
     )
     parser.add_argument("--pairs", type=int, default=10, help="aligned references to invert; 0 inverts none")
     parser.add_argument("--steps", type=int, default=50, help="of the inversion")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     generator = np.random.default_rng(0)
     cases = [draw_case(generator) for _ in range(arguments.cases)]
-    command = " ".join(["benchmarks/align_reference.py", *sys.argv[1:]])
-    figures: dict[str, Any] = {"command": command, "commit": load_pack.source_commit(), "cases": arguments.cases}
+    command = command_line()
+    figures: dict[str, Any] = {"command": command, "commit": source_commit(), "cases": arguments.cases}
     lines = [
         "# Align Reference",
         "",
-        f"`{command}` at commit {load_pack.source_commit()}: {arguments.cases} random masks of "
+        f"`{command}` at commit {source_commit()}: {arguments.cases} random masks of "
         f"{SIZE}x{SIZE} and known transforms (scale "
         f"+-{SCALE:.0%}, rotation +-{ROTATION:g} degrees, translation); recovered means within {MOST_SCALE:.0%}, "
         f"{MOST_ROTATION:g} degree and {MOST_TRANSLATION:g} pixel. Processor time of one CPU core.",
@@ -257,7 +250,3 @@ def main() -> None:
         *(f"| {name} | {value:.2f} dB |" for name, value in psnr.items()),
     ]
     write_results("align_reference", figures, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What reading attention costs: `.venv/bin/python benchmarks/attention_capture.py`.
+"""What reading attention costs: `python -m benchmarks attention_capture`.
 
 Guided network evaluations (both sides, one picture) of a Stable Diffusion UNet of full width with random weights, as a
 stock sampler makes them: plain, with the identity prompt's cross-attention recorded, and with self-attention recorded
@@ -13,31 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.supported_models
+import torch
+from comfy.patcher_extension import WrappersMP
+from identity_edit_pack.attention.capture import capture_attention
+from identity_edit_pack.attention.sites import AUTOMATIC, LAYER_CHOICES
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.model_base  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.supported_models  # noqa: E402
-import memory  # noqa: E402
-import torch  # noqa: E402
-from comfy.patcher_extension import WrappersMP  # noqa: E402
-from identity_edit_pack.attention.capture import capture_attention  # noqa: E402
-from identity_edit_pack.attention.sites import AUTOMATIC, LAYER_CHOICES  # noqa: E402
-from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from . import memory
+from .harness import command_line, source_commit, write_results
 
 TOKENS, IDENTITY_TOKENS = 77, (1, 2)
 PLAIN, CROSS, BOTH = "plain sampling", "cross-attention recorded", "cross- and self-attention recorded"
@@ -157,7 +148,7 @@ def alone(width: str, variant: str, arguments: argparse.Namespace) -> dict[str, 
     """One sampling run in a process of its own: its highest memory in MiB, and the seconds of each evaluation."""
     options = ["--width", width, "--size", str(picture_size(width, arguments)), "--layers", arguments.layers]
     options += ["--steps", str(arguments.steps + (arguments.runs == 0))]  # one more, which warms up
-    return memory.in_a_process(__file__, variant, arguments, *options)
+    return memory.in_a_process("attention_capture", variant, arguments, *options)
 
 
 def measure(width: str, arguments: argparse.Namespace) -> None:
@@ -177,7 +168,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
                 seconds[variant] += evaluations(model, width, variant, arguments)
     medians = {variant: statistics.median(values) for variant, values in seconds.items()}
     size, kind = picture_size(width, arguments), device_type()
-    command = " ".join(["benchmarks/attention_capture.py", *sys.argv[1:]])
+    command = command_line()
     where = (
         f"{torch.cuda.get_device_name()}, float16" if kind == "cuda" else f"CPU, {arguments.threads} threads, float32"
     )
@@ -185,7 +176,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     lines = [
         f"# Recording attention: time and memory, {width} at {size}x{size}",
         "",
-        f"`{command}` at commit {load_pack.source_commit()}: medians of {len(seconds[PLAIN])} guided "
+        f"`{command}` at commit {source_commit()}: medians of {len(seconds[PLAIN])} guided "
         f"evaluations of one picture{each}, {where}, layers {arguments.layers}, random weights.",
         "",
         "| | seconds an evaluation | relative | peak memory (MiB) | more than plain (MiB) |",
@@ -205,7 +196,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     ]
     figures = {
         "command": command,
-        "commit": load_pack.source_commit(),
+        "commit": source_commit(),
         "width": width,
         "size": size,
         "device": where,
@@ -216,8 +207,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     write_results(f"attention_capture_{width}_{kind}", figures, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--width", choices=WIDTHS, nargs="+", default=list(WIDTHS), help="UNets to measure (default all)"
     )
@@ -233,7 +223,9 @@ def main() -> None:
     parser.add_argument("--layers", choices=LAYER_CHOICES, default=AUTOMATIC)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=VARIANTS, help="sample in one way and print the memory use")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.only:
         seconds = evaluations(load(arguments.width[0]), arguments.width[0], arguments.only, arguments)
@@ -241,7 +233,3 @@ def main() -> None:
         return
     for width in arguments.width:
         measure(width, arguments)
-
-
-if __name__ == "__main__":
-    main()

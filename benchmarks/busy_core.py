@@ -1,4 +1,4 @@
-"""What a core that is busy with something else costs a shipped workflow: `.venv/bin/python benchmarks/busy_core.py`.
+"""What a core that is busy with something else costs a shipped workflow: `python -m benchmarks busy_core`.
 
 A workflow runs on a real server on an idle machine and beside a program that keeps one core busy, with the scripts' own
 choice of threads (`scripts/engine.py`), with as many threads as cores, and with those threads not spinning while they
@@ -18,15 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import engine
+from api_client import Client
+from api_workflows import read_workflow
+from tqdm import tqdm
 
-import engine  # noqa: E402  (found on the path that was extended just above)
-from api_client import Client  # noqa: E402
-from api_workflows import read_workflow  # noqa: E402
-from load_pack import source_commit  # noqa: E402
-from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from .harness import command_line, source_commit, write_results
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SETTINGS: dict[str, dict[str, str]] = {
@@ -64,13 +61,14 @@ def busy_program() -> subprocess.Popen[bytes]:
     return program
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workflow", default="timestep_aware_edit_fast")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run is ended (default 120)")
     parser.add_argument("--note", default="", help="a sentence about the machine, for the table")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     found: dict[str, dict[str, list[float]]] = {name: {"idle": [], "busy": []} for name in SETTINGS}
     for _ in tqdm(range(arguments.runs), unit="round"):
@@ -94,7 +92,7 @@ def main() -> None:
     lines = [
         "# What a busy core costs",
         "",
-        f"`benchmarks/busy_core.py` at commit {commit}: `{arguments.workflow}` on a server, medians of "
+        f"`python -m benchmarks busy_core` at commit {commit}: `{arguments.workflow}` on a server, medians of "
         f"{arguments.runs} runs in seconds, on {CORES} CPU cores, with and without a program that keeps one of them "
         f"busy. {arguments.note}".strip(),
         "",
@@ -104,9 +102,5 @@ def main() -> None:
         "",
         f"The goal is that a busy core costs at most a factor of {GOAL:.0f}: it costs {own['busy'] / own['idle']:.2f}.",
     ]
-    figures = {"command": " ".join(["benchmarks/busy_core.py", *sys.argv[1:]]), "commit": commit, "cores": CORES}
+    figures = {"command": command_line(), "commit": commit, "cores": CORES}
     write_results("busy_core", {**figures, "settings": SETTINGS, "seconds": found}, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the demo world's CLIP knows: `.venv/bin/python benchmarks/demo_clip.py`.
+"""What the demo world's CLIP knows: `python -m benchmarks demo_clip`.
 
 For pictures of held-out identities, as the renderer draws them and as the demo checkpoint's autoencoder gives them
 back:
@@ -15,33 +15,25 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import torch  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+import comfy.sd
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import (
     ATTRIBUTES_OF,
     CAPTION_TEMPLATES,
     Attributes,
     caption,
 )
-from identity_edit_pack.demo_world.clip import image_embeddings, load_clip, text_embeddings  # noqa: E402
-from identity_edit_pack.demo_world.pictures import evaluation_set, to_tensor  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.demo_world.train_clip import attribute_choices  # noqa: E402
-from identity_edit_pack.pipelines.clip_scores import direction_similarity  # noqa: E402
-from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from identity_edit_pack.demo_world.clip import image_embeddings, load_clip, text_embeddings
+from identity_edit_pack.demo_world.pictures import evaluation_set, to_tensor
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.demo_world.train_clip import attribute_choices
+from identity_edit_pack.pipelines.clip_scores import direction_similarity
+from tqdm import tqdm
+
+from .harness import DEMO_CHECKPOINT, command_line, source_commit, write_results
 
 Sample = tuple[Attributes, int]
 
@@ -59,12 +51,13 @@ def text_of(sample: Sample) -> str:
 
 
 @torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=300, help="pictures of held-out identities (300)")
     parser.add_argument("--seed", type=int, default=0, help="draws them (0)")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    arguments = parser.parse_args()
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     model, tokenizer = load_clip()
     family.register()
@@ -92,7 +85,7 @@ def main() -> None:
     own = direction_similarity(edited, images["renders"], wrong, texts)
     shifted = direction_similarity(edited, images["renders"], wrong.roll(1, 0), texts.roll(1, 0))
 
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/demo_clip.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# The demo world's CLIP",
         "",
@@ -126,7 +119,3 @@ def main() -> None:
         "clip_d": {"own": float(own.mean()), "of_another_edit": float(shifted.mean())},
     }
     write_results("demo_clip", figures, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""How good the demo world is: `.venv/bin/python benchmarks/demo_world.py`.
+"""How good the demo world is: `python -m benchmarks demo_world`.
 
 Scores, by the committed attribute classifier, clean renders (how far it can be trusted), the autoencoder's
 reconstructions of them (the ceiling of everything the demo checkpoint makes) and pictures sampled for captions drawn at
@@ -9,31 +9,23 @@ Writes benchmarks/results/demo_world.json, demo_world.md and two sheets of pictu
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sample
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, Attributes, caption
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
+from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, labels_of
+from identity_edit_pack.demo_world.renderer import render
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.sd  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, Attributes, caption  # noqa: E402
-from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, labels_of  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from PIL import Image  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from skimage.metrics import peak_signal_noise_ratio  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
 
 GUIDANCE_SCALES = (2.0, 3.5, 5.0, 7.5)
 # What the demo world's use needs, as shares of right answers.
@@ -103,15 +95,16 @@ def save_sheet(name: str, rows: list[torch.Tensor]) -> None:
     Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).save(RESULTS / name, quality=90)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captions", type=int, default=500, help="captions to sample (default 500)")
     parser.add_argument("--tuning", type=int, default=100, help="captions on which the guidance scale is chosen")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--batch", type=int, default=20, help="pictures sampled at once (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="draws the captions and the noise (default 0)")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    arguments = parser.parse_args()
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     family.register()
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
@@ -138,7 +131,7 @@ def main() -> None:
         name: shares(classifier, pictures, pairs)
         for name, pictures in (("renders", renders), ("reconstructions", decoded), ("samples", samples))
     }
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/demo_world.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# The demo world, scored by its attribute classifier",
         "",
@@ -170,7 +163,3 @@ def main() -> None:
     write_results("demo_world", figures, lines)
     save_sheet("demo_world_reconstructions.jpg", [renders[:12], decoded[:12], renders[12:24], decoded[12:24]])
     save_sheet("demo_world_samples.jpg", [samples[start : start + 12] for start in range(0, 48, 12)])
-
-
-if __name__ == "__main__":
-    main()

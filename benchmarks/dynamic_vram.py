@@ -11,27 +11,20 @@ Writes benchmarks/results/dynamic_vram.json and .md.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-for folder in ("scripts", "tests", "benchmarks"):
-    sys.path.append(str(ROOT / folder))
+import torch
+from engine import find_engine, version_of
+from identity_edit_pack.tests.dynamic_vram import test_dynamic_vram as tests
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=True)
-load_pack.load_pack()
-
-import torch  # noqa: E402
-from engine import find_engine, version_of  # noqa: E402
-from identity_edit_pack.tests.dynamic_vram import test_dynamic_vram as tests  # noqa: E402
-from report import write_results  # noqa: E402
+from .harness import source_commit, write_results
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
     reason = tests.reason_for_none()
     if reason is not None:
         sys.exit(f"error: {reason}.")
@@ -44,7 +37,7 @@ def main() -> None:
             rows.append({"case": case, "setting": setting, **found})
             print(rows[-1], flush=True)
         worker.stop()
-    commit, version = load_pack.source_commit(), version_of(find_engine())
+    commit, version = source_commit(), version_of(find_engine())
     right = [row for row in rows if row.get("error", 1.0) <= tests.THRESHOLDS.get(row["case"], tests.TOLERANCE)]
     lines = [
         "# Dynamic VRAM: every node beside plain models",
@@ -66,7 +59,3 @@ def main() -> None:
         f"decides by a threshold, {tests.THRESHOLDS['SegmentSubject']:g}.",
     ]
     write_results("dynamic_vram", {"commit": commit, "comfyui": version, "rows": rows}, lines)
-
-
-if __name__ == "__main__":
-    main()

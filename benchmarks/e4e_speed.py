@@ -1,4 +1,4 @@
-"""How long does e4e take for a face? `.venv/bin/python benchmarks/e4e_speed.py`.
+"""How long does e4e take for a face? `python -m benchmarks e4e_speed`.
 
 Random weights: they take as long as the published ones, which are the user's to have. With --published FOLDER, a copy
 of the published implementation (omertov/encoder4editing), its network gets the same weights and is compared: number,
@@ -17,20 +17,13 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.model_management
+import torch
+from identity_edit_pack.pipelines import e4e
+from identity_edit_pack.pipelines.engine.managed_network import managed
+from identity_edit_pack.pipelines.w_plus_encoder import WPlusEncoder, encode_w_plus
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import torch  # noqa: E402
-from identity_edit_pack.pipelines import e4e  # noqa: E402
-from identity_edit_pack.pipelines.engine.managed_network import managed  # noqa: E402
-from identity_edit_pack.pipelines.w_plus_encoder import WPlusEncoder, encode_w_plus  # noqa: E402
-from report import write_results  # noqa: E402
+from .harness import command_line, source_commit, write_results
 
 GOAL = 2.0
 
@@ -65,11 +58,12 @@ def published(folder: Path, state: dict[str, torch.Tensor]) -> Any:
     return network.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--published", type=Path, help="a copy of the published implementation to compare with")
     parser.add_argument("--faces", type=int, default=5)
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     state = random_weights()
     network = e4e.with_weights(e4e.E4E, {"rows": e4e.ROWS}, state, "random weights")
@@ -94,7 +88,7 @@ def main() -> None:
         "median": median,
         "tensors": len(state),
     }
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/e4e_speed.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# e4e",
         "",
@@ -125,7 +119,3 @@ def main() -> None:
             f"up to {size:.2g}.",
         ]
     write_results("e4e_speed", {"command": command, "commit": commit, **figures}, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,4 @@
-"""What the editing benchmarks share: pairs of a picture and its true edit, and how an edit is scored.
-
-Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
-"""
+"""What the editing benchmarks share: pairs of a picture and its true edit, and how an edit is scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pack on other versions of ComfyUI: `.venv/bin/python benchmarks/engines.py FOLDER [FOLDER ...]`.
+"""The pack on other versions of ComfyUI: `python -m benchmarks engines FOLDER [FOLDER ...]`.
 
 Each FOLDER holds a ComfyUI of some version: `git -C ComfyUI worktree add ../comfyui-0.33.0 v0.33.0` makes one. Nothing
 is written into it. What its requirements.txt asks for is installed into an environment of its own below
@@ -18,23 +18,19 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import engine
+from environment import ScriptError, make_environment
 
-import engine  # noqa: E402  (found on the path that was extended just above)
-from environment import ScriptError, make_environment  # noqa: E402
-from load_pack import source_commit  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
+from .harness import RESULTS, ROOT, command_of, source_commit, write_results
 
 WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_generate")
 """Together they use what a ComfyUI may have changed: gradients, recorded and exchanged attention, added layers."""
 
-COMMAND = "benchmarks/engines.py FOLDER [FOLDER ...] --tests tests/engine/test_server.py"
+COMMAND = "python -m benchmarks engines FOLDER [FOLDER ...] --tests tests/engine/test_server.py"
 MOST_STEPS = 6
 """Sampling, inversion and optimisation steps are cut down to this number."""
 
@@ -112,8 +108,8 @@ def examine(folder: Path, pictures: Path, arguments: argparse.Namespace) -> dict
     variables = {**os.environ, "COMFYUI_PATH": str(folder), "HF_HUB_OFFLINE": "1"}
     destination = pictures / version
     destination.mkdir()
-    command = [str(python), __file__, "--probe", str(destination), "--workflows", *arguments.workflows]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    command = [*command_of("engines", str(python)), "--probe", str(destination), "--workflows", *arguments.workflows]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         raise ScriptError(f"ComfyUI {version} could not be asked: {done.stderr.strip().splitlines()[-1]}")
     found = {"version": version, **json.loads((destination / "found.json").read_text())}
@@ -163,13 +159,14 @@ def table(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[st
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="a ComfyUI (default: the usual one)")
     parser.add_argument("--workflows", nargs="*", default=list(WORKFLOWS), help="shipped workflows to run")
     parser.add_argument("--tests", nargs="*", default=[], help="tests to run on each version, as pytest takes them")
     parser.add_argument("--probe", type=Path, help=argparse.SUPPRESS)  # this script's call of itself
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     if arguments.probe:
         answer = probe(arguments.probe, arguments.workflows)
         (arguments.probe / "found.json").write_text(json.dumps(answer))
@@ -190,10 +187,3 @@ def main() -> None:
     found = sorted(kept.values(), key=lambda one: [int(part) for part in one["version"].split(".")])
     result = {"command": COMMAND, "reference": engine.ENGINE_VERSION, "engines": found}
     write_results("engines", result, table(found, arguments))
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except ScriptError as error:
-        sys.exit(f"error: {error}")

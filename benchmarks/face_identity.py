@@ -1,4 +1,4 @@
-"""Are faces in real photos found, aligned and recognised? `.venv/bin/python benchmarks/face_identity.py --models FOLDER
+"""Are faces in real photos found, aligned and recognised? `python -m benchmarks face_identity --models FOLDER
 --photos FOLDER`.
 
 Nothing is fetched and no photo is kept. --models holds a face detector (--detector, a YuNet or one of insightface), an
@@ -18,26 +18,18 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import numpy as np
+import torch
+from identity_edit_pack.pipelines import background, faces
+from identity_edit_pack.pipelines import identity_similarity as identity
+from identity_edit_pack.pipelines.face_alignment import PROFILE, align_ffhq, turned_aside
+from PIL import Image
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=True)
-load_pack.load_pack()
-
-import numpy as np  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import torch  # noqa: E402
-from identity_edit_pack.pipelines import background, faces  # noqa: E402
-from identity_edit_pack.pipelines import identity_similarity as identity  # noqa: E402
-from identity_edit_pack.pipelines.face_alignment import PROFILE, align_ffhq, turned_aside  # noqa: E402
-from PIL import Image  # noqa: E402
-from report import write_results  # noqa: E402
+from .harness import command_line, source_commit, write_results
 
 SIDES = (256, 192, 128, 96, 80, 64, 56, 48, 40, 32, 24)
 
@@ -107,14 +99,15 @@ def by_size(detector: Any, recognizer: Any, single: list[dict[str, Any]]) -> dic
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--detector", default="face_detection_yunet_2023mar.onnx")
     parser.add_argument("--recognizer", default="fr_feature.onnx")
     parser.add_argument("--background", default="u2netp.onnx")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     detector = faces.open_detector(str(arguments.models / arguments.detector))
     recognizer = identity.FaceRecognizer(str(arguments.models / arguments.recognizer))
@@ -139,7 +132,7 @@ def main() -> None:
     if network.is_file():
         share = background.subject_masks(str(network), torch.stack(aligned)).mean(dim=(1, 2)).tolist()
 
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/face_identity.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# Faces in real photos",
         "",
@@ -196,7 +189,3 @@ def main() -> None:
         "by_size": sizes,
     }
     write_results("face_identity", {"command": command, "commit": commit, **figures}, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -34,12 +33,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-for folder in ("scripts", "benchmarks"):
-    sys.path.append(str(ROOT / folder))
+import load_pack
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-from report import write_results  # noqa: E402
+from .harness import DEMO_CHECKPOINT, ROOT, command_line, command_of, source_commit, write_results
 
 MINUTES = 8.0
 PART_SECONDS = 150.0
@@ -179,11 +175,10 @@ def as_comfyui_starts(arguments: argparse.Namespace, option: str | None = None) 
 def node_rows(part: Part, names: list[str], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows of real_sizes.py with the models of this process."""
     import comfy.model_management as management
-    import memory
-    import real_sizes
-    import real_sizes_nodes
     import torch
     from safetensors.torch import load_file
+
+    from . import memory, real_sizes, real_sizes_nodes
 
     class Models(real_sizes_nodes.Models):
         """Whose nodes learn much at once, and whose results are sampled."""
@@ -237,9 +232,9 @@ def samples_of(tensors: list[Any]) -> list[float]:
 
 def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Evaluations with attention recorded, and with style attentions, beside plain ones in turn."""
-    import attention_capture as capture  # these two prepare ComfyUI and the pack themselves
-    import memory
-    import style_attention_cost as style
+    from . import attention_capture as capture
+    from . import memory
+    from . import style_attention_cost as style
 
     width = part[1]
     capture.WIDTHS[TINY] = ({**capture.SD15, "model_channels": 32}, SIZES[TINY])
@@ -281,9 +276,10 @@ def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
 
 def null_text_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The same picture by the pack's methods and by the reference's loop."""
-    import memory
-    import null_text_speed as speed  # prepares ComfyUI and the pack itself
     import torch
+
+    from . import memory
+    from . import null_text_speed as speed
 
     width = part[1]
     model, clip, _ = speed.load(checkpoint_of(width, arguments.base))
@@ -346,13 +342,13 @@ def checkpoint_of(width: str, base: Path) -> Path:
 
 def write_files(tiny: bool, base: Path) -> None:
     """The checkpoints, and a CLIP vision beside them."""
-    import real_sizes
+    from . import real_sizes
 
     if tiny:
         path = checkpoint_of(TINY, base)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            path.write_bytes((ROOT / "demo_world/weights/identity-edit-demo.safetensors").read_bytes())
+            path.write_bytes((DEMO_CHECKPOINT).read_bytes())
         return
     for name in ("vision", *WIDE):
         real_sizes.write_checkpoint(name, argparse.Namespace(base=base, threads=os.cpu_count() or 1))
@@ -366,10 +362,12 @@ def measure(part: Part, arguments: argparse.Namespace, deadline: float) -> list[
     if part[0] == COMPILED and part[1] == TINY:
         left, reason = 0.0, (NOT_RUN, "compiling takes minutes on a processor")
     if left > 0:
-        command = [sys.executable, str(Path(__file__).resolve()), "--alone", *part, "--base", str(arguments.base)]
+        command = [*command_of("gpu"), "--alone", *part, "--base", str(arguments.base)]
         command += ["--size", str(arguments.size or 0)]
         with (arguments.base / "last_part.log").open("w", encoding="utf-8") as log:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8")
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8", cwd=ROOT
+            )
         timer = threading.Timer(left, process.kill)
         timer.start()
         assert process.stdout is not None
@@ -469,8 +467,8 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
         rows = [row for part in chosen for row in measure(part, arguments, begin + 60.0 * arguments.minutes)]
     compare(rows)
     return rows, {
-        "command": " ".join(["python -m benchmarks gpu", *sys.argv[1:]]),
-        "commit": load_pack.source_commit(),
+        "command": command_line(),
+        "commit": source_commit(),
         "device": torch.cuda.get_device_name() if has_card else "a processor, with the demo world's models",
         "comfyui": version_of(find_engine()),
         "torch": torch.__version__,
@@ -481,26 +479,19 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
     }
 
 
-def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"that it may take (default {MINUTES:g})")
     parser.add_argument("--only", nargs="+", choices=(GRADIENTS, ATTENTION, NULL_TEXT, PRECISION, COMPILED))
     parser.add_argument("--size", type=int, default=0, help="pictures' width and height (default 512, 64 if tiny)")
     parser.add_argument("--tiny", action="store_true", help="the demo world's small models, whatever the machine has")
     parser.add_argument("--base", type=Path, help="folder for the checkpoints, which stay there (default: temporary)")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args(words)
 
 
-def main() -> None:
-    arguments = read_arguments()
+def main(arguments: argparse.Namespace) -> None:
     if arguments.alone:
         alone(arguments)
         return
     rows, facts = run(arguments)
     kind = "cpu" if facts["device"].startswith("a processor") else "cuda"
     write_results(f"gpu_{kind}", {**facts, "rows": rows}, table(rows, facts))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,4 @@
-"""The subjects of `hifi_tuner.py`: source pictures, what the prompts ask, pictures of others, and how each is scored.
-
-Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
-"""
+"""The subjects of `hifi_tuner`: source pictures, what the prompts ask, pictures of others, how each is scored."""
 
 from __future__ import annotations
 
@@ -10,12 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from edits import Pair, mean_psnr, render_pair
 from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, random_attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
 from identity_edit_pack.demo_world.renderer import render
-from lipe_edit import SPECIES, as_subject
+
+from .edits import Pair, mean_psnr, render_pair
+from .lipe_edit import SPECIES, as_subject
 
 PROMPTS: tuple[dict[str, str], ...] = (
     {"place": "snow", "costume": "santa hat"},

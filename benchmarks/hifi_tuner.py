@@ -1,4 +1,4 @@
-"""Does every part of HiFi Tuner help? `.venv/bin/python benchmarks/hifi_tuner.py`.
+"""Does every part of HiFi Tuner help? `python -m benchmarks hifi_tuner`.
 
 Table 2 of Wang et al. 2023 in small, row by row, on subjects that the demo checkpoint has never seen:
 
@@ -27,25 +27,50 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import Attributes, caption
+from identity_edit_pack.demo_world.classifier import load_classifier
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.pipelines.alignment import align_reference
+from identity_edit_pack.pipelines.attention_segmentation import attention_masks
+from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.inversion import (
+    ddim_inversion,
+    ddim_sampling,
+)
+from identity_edit_pack.pipelines.reference_guidance import (
+    first_pass_latent,
+    reference_guided_sampling,
+)
+from identity_edit_pack.pipelines.reference_selection import histogram_features, select_reference
+from identity_edit_pack.pipelines.schedule import Schedule, ddim_schedule
+from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
+from identity_edit_pack.pipelines.subject_embedding import (
+    OUTPUT,
+    WORD,
+    SubjectEmbedding,
+    subject_conditioning,
+    subject_table,
+)
+from identity_edit_pack.pipelines.train_subject_embedding import (
+    SubjectSettings,
+    train_subject_embedding,
+)
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from edits import embed, save_sheet  # noqa: E402
-from hifi_subjects import (  # noqa: E402
+from .edits import embed, save_sheet
+from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .hifi_subjects import (
     PROMPTS,
     Source,
     asked_of,
@@ -53,46 +78,13 @@ from hifi_subjects import (  # noqa: E402
     render_source,
     score,
 )
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import Attributes, caption  # noqa: E402
-from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
-from identity_edit_pack.pipelines.alignment import align_reference  # noqa: E402
-from identity_edit_pack.pipelines.attention_segmentation import attention_masks  # noqa: E402
-from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
-from identity_edit_pack.pipelines.inversion import (  # noqa: E402
-    ddim_inversion,
-    ddim_sampling,
-)
-from identity_edit_pack.pipelines.reference_guidance import (  # noqa: E402
-    first_pass_latent,
-    reference_guided_sampling,
-)
-from identity_edit_pack.pipelines.reference_selection import histogram_features, select_reference  # noqa: E402
-from identity_edit_pack.pipelines.schedule import Schedule, ddim_schedule  # noqa: E402
-from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings  # noqa: E402
-from identity_edit_pack.pipelines.subject_embedding import (  # noqa: E402
-    OUTPUT,
-    WORD,
-    SubjectEmbedding,
-    subject_conditioning,
-    subject_table,
-)
-from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
-    SubjectSettings,
-    train_subject_embedding,
-)
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
-from lipe_edit import (  # noqa: E402
+from .lipe_edit import (
     Checkpoint,
     caption_with,
     draw_subjects,
     regularisation_set,
     with_prior,
 )
-from report import RESULTS, write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 TEXTUAL_INVERSION, MASK, REGULARISATION = "Textual Inversion", "+ mask", "+ regularisation"
 STEP_WISE, GUIDED = "+ step-wise", "+ reference guidance"
@@ -311,7 +303,7 @@ def write_report(
     """The tables and the pictures of the subjects so far."""
     order = (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer")
     report = {row: means(scores[row]) for row in order}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/hifi_tuner.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     head = [
         "# HiFi Tuner on unseen subjects of the demo world",
         "",
@@ -357,11 +349,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--token", default="sks", help="the rare token")
     parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures and noise")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
     parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default 2)")
     parser.add_argument("--inner-steps", type=int, default=4, help="J of algorithm 2 (default 4; the paper's are 10)")
@@ -370,7 +361,9 @@ def main() -> None:
     parser.add_argument("--prior-steps", type=int, default=150, help="of DreamBooth (default 150)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of DreamBooth")
     add_training_arguments(parser)
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     family.register()
     base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
@@ -395,7 +388,3 @@ def main() -> None:
             sheet.setdefault(row, []).append((pictures[row] if made is None else made)[shown])
         # Written anew after each subject, so that a run that is stopped leaves the figures of those before.
         write_report(arguments, scores, sheet, (time.perf_counter() - begun) / 60)
-
-
-if __name__ == "__main__":
-    main()

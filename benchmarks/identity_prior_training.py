@@ -1,4 +1,4 @@
-"""Training an identity prior against a plain loop: `.venv/bin/python benchmarks/identity_prior_training.py`.
+"""Training an identity prior against a plain loop: `python -m benchmarks identity_prior_training`.
 
 Both train the same attention weights of the demo checkpoint on the same batches with the same draws: the pack's
 `train_identity_prior`, and a loop as diffusers' DreamBooth script has it, which calls the same UNet and text encoder
@@ -10,43 +10,35 @@ of a process that does one run of one of them alone. Writes benchmarks/results/i
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import Attributes, caption, random_attributes
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import engine, identity_prior, training_pictures
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines.training import generator_of
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import memory  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import Attributes, caption, random_attributes  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import engine, identity_prior, training_pictures  # noqa: E402
-from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior  # noqa: E402
-from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
-from report import write_results  # noqa: E402
-from training_runs import (  # noqa: E402
+from . import memory
+from .harness import command_line, source_commit, write_results
+from .training_runs import (
     WARM_UP,
     Networks,
     Speeds,
+    add_training_arguments,
     difference_of_losses,
     draw_subject,
     in_turn,
-    parse_arguments,
     peak_memory,
 )
 
@@ -134,8 +126,12 @@ def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: PriorSettings) ->
 METHODS: dict[str, Callable[[Any, Any, Sets, PriorSettings], Outcome]] = {PLAIN: by_plain_loop, PACK: by_pack}
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, METHODS, steps=8)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser, METHODS, steps=8)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
 
     family.register()
     options = {"dtype": torch.float32}
@@ -156,8 +152,8 @@ def main() -> None:
     difference = difference_of_losses(losses, [PACK], PLAIN)
     speeds = Speeds.of(seconds, PLAIN)
     rates, ratios, relative = speeds.rates, speeds.ratios[PACK], speeds.relative[PACK]
-    memories = {name: peak_memory(__file__, name, arguments) for name in names}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/identity_prior_training.py", *sys.argv[1:]])
+    memories = {name: peak_memory("identity_prior_training", name, arguments) for name in names}
+    commit, command = source_commit(), command_line()
     trained = sum(
         state[key].numel()
         for state, part in zip(
@@ -196,7 +192,3 @@ def main() -> None:
         "peak_memory_mib": memories,
     }
     write_results("identity_prior_training", everything, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Does a personalised identity prior with identity-aware masks edit better? `.venv/bin/python benchmarks/lipe_edit.py`.
+"""Does a personalised identity prior with identity-aware masks edit better? `python -m benchmarks lipe_edit`.
 
 Tables 1 and 2 and figure 7 of Liu et al. 2024 in small. For each of a few subjects that the demo checkpoint has never
 seen, identity priors are learned from four pictures, with editing-oriented captions and with plain ones; then new
@@ -24,51 +24,43 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.sd  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from edits import Pair, embed, mean_score, render_pair, save_sheet, score_each  # noqa: E402
-from identity_edit_pack.attention.identity_mask import identity_mask  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+import comfy.sample
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.attention.identity_mask import identity_mask
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import (
     ATTRIBUTES_OF,
     CAPTION_TEMPLATES,
     Attributes,
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines.edit_friendly_inversion import (  # noqa: E402
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_classifier
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines.edit_friendly_inversion import (
     edit_friendly_ddpm_inversion,
     edit_friendly_sampling,
 )
-from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend  # noqa: E402
-from identity_edit_pack.pipelines.identity_prior import apply_identity_prior  # noqa: E402
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
-from identity_edit_pack.pipelines.inversion import Inversion  # noqa: E402
-from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention  # noqa: E402
-from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior  # noqa: E402
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
+from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
+from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.inversion import Inversion
+from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+from tqdm import tqdm
+
+from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each
+from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
 
 EDITED = ("pose", "expression", "facing")
 SPECIES = ("cat", "dog", "bear", "rabbit")
@@ -333,8 +325,7 @@ def orderings(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--subjects", type=int, default=5, help="unseen subjects (default 5)")
     parser.add_argument("--edits", type=int, default=12, help="of each subject, a third of each kind (default 12)")
     parser.add_argument("--steps", type=int, default=40, help="DDPM steps (default 40)")
@@ -345,8 +336,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the priors (1e-4; the paper's is 5e-4)")
     parser.add_argument("--token", default="sks", help="the rare token")
     parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures, edits and noise")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    arguments = parser.parse_args()
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     family.register()
     base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
@@ -373,7 +366,7 @@ def main() -> None:
         report[name] = mean_score(score_each(classifier, made, pairs), pairs)
         report[name]["feature_similarity"] = float(np.mean(similarity(classifier, made, before)))
     mean_overlaps = {key: float(np.mean(values)) for key, values in overlaps.items()}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/lipe_edit.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     head = [
         "# Personalised identity prior and identity-aware masks on unseen subjects of the demo world",
         "",
@@ -398,7 +391,3 @@ def main() -> None:
     }
     write_results("lipe_edit", everything, head + tables(report, mean_overlaps) + orderings(report))
     save_sheet(RESULTS / "lipe_edit.jpg", [before, *columns.values()])
-
-
-if __name__ == "__main__":
-    main()

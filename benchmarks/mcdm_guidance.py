@@ -1,4 +1,4 @@
-"""What an edit by an MCDM costs: `.venv/bin/python benchmarks/mcdm_guidance.py`.
+"""What an edit by an MCDM costs: `python -m benchmarks mcdm_guidance`.
 
 One 20-step edit with UniPC for each way of guidance, on the demo checkpoint inflated to eight input channels (its
 weights change no cost): InstructPix2Pix's three terms by ComfyUI's own DualCFGGuider, and MCDM Guider's with the
@@ -11,35 +11,27 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import torch
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision
+from identity_edit_pack.pipelines import engine, mcdm
+from identity_edit_pack.pipelines.edit_mask import edit_mask
+from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
+from identity_edit_pack.pipelines.engine.vision import vision_tag
+from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import memory  # noqa: E402
-import torch  # noqa: E402
-from comfy_extras.nodes_custom_sampler import Guider_DualCFG  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
-from identity_edit_pack.pipelines import engine, mcdm  # noqa: E402
-from identity_edit_pack.pipelines.edit_mask import edit_mask  # noqa: E402
-from identity_edit_pack.pipelines.engine.edit_model import as_edit_model  # noqa: E402
-from identity_edit_pack.pipelines.engine.vision import vision_tag  # noqa: E402
-from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider  # noqa: E402
-from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from . import memory
+from .harness import DEMO_CHECKPOINT, command_line, source_commit, write_results
 
 STEPS = 20
 BASELINE = "InstructPix2Pix, 3 terms (DualCFGGuider)"
@@ -60,12 +52,13 @@ class Counter:
         return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument("--runs", type=int, default=5, help="of each, alternating (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
 
     family.register()
@@ -130,7 +123,7 @@ def main() -> None:
                     seconds[name].append(time.perf_counter() - begin)
                 counts[name] = counter.evaluations, counter.calls
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/mcdm_guidance.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# Cost of an edit by an MCDM",
         "",
@@ -159,7 +152,3 @@ def main() -> None:
         "seconds": seconds,
     }
     write_results("mcdm_guidance", everything, lines)
-
-
-if __name__ == "__main__":
-    main()

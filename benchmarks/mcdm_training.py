@@ -1,4 +1,4 @@
-"""Training an MCDM against a plain loop: `.venv/bin/python benchmarks/mcdm_training.py`.
+"""Training an MCDM against a plain loop: `python -m benchmarks mcdm_training`.
 
 Both train all weights of the demo checkpoint's UNet, inflated to eight input channels, and the image embedding on the
 same pairs with the same draws: the pack's `train_mcdm`, and a loop as diffusers' train_instruct_pix2pix.py has it,
@@ -10,47 +10,40 @@ benchmarks/results/mcdm_training.json and .md.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.model_management
+import comfy.sd
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import caption, random_attributes
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm
+from identity_edit_pack.pipelines.encoded_pairs import PairFiles
+from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
+from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
+from identity_edit_pack.pipelines.training import generator_of
+from PIL import Image
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.model_management  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.sd  # noqa: E402
-import memory  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import caption, random_attributes  # noqa: E402
-from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm  # noqa: E402
-from identity_edit_pack.pipelines.encoded_pairs import PairFiles  # noqa: E402
-from identity_edit_pack.pipelines.engine.edit_model import as_edit_model  # noqa: E402
-from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings  # noqa: E402
-from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
-from PIL import Image  # noqa: E402
-from report import write_results  # noqa: E402
-from training_runs import (  # noqa: E402
+from . import memory
+from .harness import command_line, source_commit, write_results
+from .training_runs import (
     WARM_UP,
     Speeds,
+    add_training_arguments,
     difference_of_losses,
     in_turn,
-    parse_arguments,
     peak_memory,
 )
 
@@ -149,8 +142,12 @@ METHODS: dict[str, Callable[[Parts, list[PairFiles], MCDMSettings, Path], Outcom
 }
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, METHODS, steps=8)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser, METHODS, steps=8)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
     family.register()
     options = {"dtype": torch.float32}
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), model_options=options)
@@ -175,8 +172,8 @@ def main() -> None:
     speeds = Speeds.of(seconds, PLAIN)
     rates = {name: size * rate for name, rate in speeds.rates.items()}
     ratios, relative = speeds.ratios[PACK], speeds.relative[PACK]
-    memories = {name: peak_memory(__file__, name, arguments) for name in names}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/mcdm_training.py", *sys.argv[1:]])
+    memories = {name: peak_memory("mcdm_training", name, arguments) for name in names}
+    commit, command = source_commit(), command_line()
     trained = sum(parameter.numel() for parameter in model.model.diffusion_model.parameters())
     lines = [
         "# Training an MCDM: speed and memory",
@@ -206,7 +203,3 @@ def main() -> None:
         "peak_memory_mib": memories,
     }
     write_results("mcdm_training", everything, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,13 +6,14 @@ import argparse
 import json
 import os
 import subprocess
-import sys
 import threading
 from types import TracebackType
 from typing import Any
 
 import psutil
 import torch
+
+from .harness import ROOT, command_of
 
 INTERVAL_SECONDS = 0.002
 
@@ -71,18 +72,18 @@ def highest_of_this_process() -> int:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def in_a_process(script: str, only: str, arguments: argparse.Namespace, *options: str) -> dict[str, Any]:
+def in_a_process(name: str, only: str, arguments: argparse.Namespace, *options: str) -> dict[str, Any]:
     """What a benchmark prints as JSON in its last line when it measures one thing alone, in a process of its own.
 
     Args:
-        script: the benchmark's file.
+        name: the benchmark's.
         only: what it measures, its option --only.
         arguments: the caller's own; steps and threads are passed on, and checkpoint and seed where there are any.
         options: further ones, which come last and so count.
     """
-    command = [sys.executable, script, "--only", only]
-    for name in ("steps", "threads", "checkpoint", "seed"):
-        if hasattr(arguments, name):
-            command += [f"--{name}", str(getattr(arguments, name))]
-    done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    command = [*command_of(name), "--only", only]
+    for option in ("steps", "threads", "checkpoint", "seed"):
+        if hasattr(arguments, option):
+            command += [f"--{option}", str(getattr(arguments, option))]
+    done = subprocess.run([*command, *options], check=True, capture_output=True, text=True, cwd=ROOT)
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -1,4 +1,4 @@
-"""Null-text optimisation against the reference's loop: `.venv/bin/python benchmarks/null_text_speed.py`.
+"""Null-text optimisation against the reference's loop: `python -m benchmarks null_text_speed`.
 
 Both optimise the same pictures with the same network, in float32 and with the same number of threads: the pack's
 `null_text_optimization`, by each of its methods, and `reference_null_text.py`, which does it the way the reference
@@ -14,35 +14,27 @@ import argparse
 import contextlib
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, caption
+from identity_edit_pack.demo_world.pictures import evaluation_set
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import engine, inversion, null_text
+from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.reconstruction import psnr
+from identity_edit_pack.pipelines.schedule import signal_scale
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import memory  # noqa: E402
-import numpy as np  # noqa: E402
-import reference_null_text  # noqa: E402
-import torch  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, caption  # noqa: E402
-from identity_edit_pack.demo_world.pictures import evaluation_set  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import engine, inversion, null_text  # noqa: E402
-from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
-from identity_edit_pack.pipelines.reconstruction import psnr  # noqa: E402
-from identity_edit_pack.pipelines.schedule import signal_scale  # noqa: E402
-from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from ..tests import reference_null_text
+from . import memory
+from .harness import DEMO_CHECKPOINT, command_line, source_commit, write_results
 
 REFERENCE = "reference"
 GOAL = 0.5
@@ -105,19 +97,20 @@ METHODS = {REFERENCE: by_reference, **{name: by_pack(name) for name in null_text
 
 def peak_memory(name: str, arguments: argparse.Namespace) -> int:
     """Memory that one picture by one method needs on top of the loaded model, in MiB, in a process of its own."""
-    return int(memory.in_a_process(__file__, name, arguments)["peak_memory_mib"])
+    return int(memory.in_a_process("null_text_speed", name, arguments)["peak_memory_mib"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument("--runs", type=int, default=5, help="pictures, each optimised once by each method (default 5)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=null_text.GUIDANCE_SCALE)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0, help="draws the pictures (default 0)")
     parser.add_argument("--only", choices=METHODS, help="do one picture by one method and print its memory use")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
 
     model, clip, vae = load(arguments.checkpoint)
@@ -163,7 +156,7 @@ def main() -> None:
         | {"peak_memory_mib": peak_memory(name, arguments)}
         for name, row in rows.items()
     }
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/null_text_speed.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# Null-text optimisation: time, evaluations and memory",
         "",
@@ -204,7 +197,3 @@ def main() -> None:
         "medians": medians,
     }
     write_results("null_text_speed", everything, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the pack adds to the page's load with many files: `.venv/bin/python benchmarks/page_load.py`.
+"""What the pack adds to the page's load with many files: `python -m benchmarks page_load`.
 
 Two real servers, one with the pack, share an input folder and are asked for /object_info in turn: with no file, with
 40,000 pictures in the input folder itself, and with as many in 400 folders below it. Given are the first answer after
@@ -12,21 +12,16 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
+import engine
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import engine  # noqa: E402  (found on the path that was extended just above)
-from load_pack import source_commit  # noqa: E402
-from report import write_results  # noqa: E402
+from .harness import command_line, source_commit, write_results
 
 GOAL_SECONDS = 0.1
 FOLDERS = 400
@@ -88,16 +83,16 @@ def figures(both: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--files", type=int, default=40_000, help="pictures below the input folder (default 40000)")
     parser.add_argument("--requests", type=int, default=15, help="later answers, whose median is given (default 15)")
-    options = parser.parse_args()
 
+
+def main(options: argparse.Namespace) -> None:
     layouts = [(0, 0), (options.files, 0), (options.files, FOLDERS)]
     rows = [measured(count, folders, options.requests) for count, folders in layouts]
     commit, version = source_commit(), engine_version()
-    command = " ".join(["benchmarks/page_load.py", *sys.argv[1:]])
+    command = command_line()
     lines = [
         f"# What the pack adds to /object_info, ComfyUI {version}",
         "",
@@ -126,7 +121,3 @@ def engine_version() -> str:
     """ComfyUI's own version, from its file."""
     text = (engine.find_engine() / "comfyui_version.py").read_text(encoding="utf-8")
     return text.split('"')[-2]
-
-
-if __name__ == "__main__":
-    main()

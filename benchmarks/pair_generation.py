@@ -1,4 +1,4 @@
-"""Do generated pairs show one person in the right two states? `.venv/bin/python benchmarks/pair_generation.py`.
+"""Do generated pairs show one person in the right two states? `python -m benchmarks pair_generation`.
 
 Figure 3 of Chen et al. 2024 as numbers, on the demo checkpoint, which was trained on single pictures of 128x128 and
 never saw one of 256x128. Six edits (three expressions, three costumes) of portraits of training identities:
@@ -26,23 +26,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.controlnet  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.sample  # noqa: E402
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from edits import save_sheet  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+import comfy.controlnet
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import (
     IDENTITY_OF,
     PLACE_PHRASES,
     Attributes,
@@ -50,28 +41,30 @@ from identity_edit_pack.demo_world.attributes import (  # noqa: E402
     description,
     random_attributes,
 )
-from identity_edit_pack.demo_world.classifier import classify, load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
-from identity_edit_pack.demo_world.pose import draw_pose  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.demo_world.train_control import CONTROL_PATH  # noqa: E402
-from identity_edit_pack.pipelines import pair_dataset as datasets  # noqa: E402
-from identity_edit_pack.pipelines.identity_words import (  # noqa: E402
+from identity_edit_pack.demo_world.classifier import classify, load_classifier
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
+from identity_edit_pack.demo_world.pose import draw_pose
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.demo_world.train_control import CONTROL_PATH
+from identity_edit_pack.pipelines import pair_dataset as datasets
+from identity_edit_pack.pipelines.identity_words import (
     IdentityWords,
     load_identity_words,
     save_identity_words,
 )
-from identity_edit_pack.pipelines.pair_folder import SOURCE, TARGET, PairFolder, read_pair  # noqa: E402
-from identity_edit_pack.pipelines.pictures import read_picture  # noqa: E402
-from identity_edit_pack.pipelines.train_identity_words import (  # noqa: E402
+from identity_edit_pack.pipelines.pair_folder import SOURCE, TARGET, PairFolder, read_pair
+from identity_edit_pack.pipelines.pictures import read_picture
+from identity_edit_pack.pipelines.train_identity_words import (
     IdentitySettings,
     features_of,
     train_identity_words,
 )
-from identity_edit_pack.pipelines.training_pictures import encode_pictures  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from identity_edit_pack.pipelines.training_pictures import encode_pictures
+from tqdm import tqdm
+
+from .edits import save_sheet
+from .harness import RESULTS, ROOT, command_line, source_commit, write_results
 
 SHARED_PROMPT = f"a portrait of the same {datasets.SUBJECT} on the left and right"
 Condition = tuple[datasets.PairSettings, datasets.Identities | None, datasets.Poses | None, bool]
@@ -213,15 +206,16 @@ def shown_people(
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure how well the demo checkpoint makes pairs.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--training-pictures", type=int, default=1500, help="of the identity words")
     parser.add_argument("--training-steps", type=int, default=2000, help="of the identity words")
     parser.add_argument("--identity-words", type=Path, default=ROOT / "demo_output" / "identity_words.safetensors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
 
     family.register()
@@ -263,8 +257,8 @@ def main() -> None:
             True,
         ),
     }
-    command = " ".join(["benchmarks/pair_generation.py", *sys.argv[1:]])
-    figures: dict[str, Any] = {"command": command, "commit": load_pack.source_commit(), "identity_words": trained}
+    command = command_line()
+    figures: dict[str, Any] = {"command": command, "commit": source_commit(), "identity_words": trained}
     rows = []
     for name, (settings, who, pose, composed) in conditions.items():
         start = time.perf_counter()
@@ -299,7 +293,7 @@ def main() -> None:
     lines = [
         "# Generated pairs of the demo checkpoint",
         "",
-        f"`{command}` at commit {load_pack.source_commit()}: {arguments.pairs} pairs a row, seed {arguments.seed}, "
+        f"`{command}` at commit {source_commit()}: {arguments.pairs} pairs a row, seed {arguments.seed}, "
         f"{STEPS} steps of {SAMPLER}, guidance scale {GUIDANCE_SCALE:g}. Identity words: {trained}.",
         "",
         "| | " + " | ".join(titles.values()) + " | seconds a pair |",
@@ -313,7 +307,3 @@ def main() -> None:
         lines.append(f"| {name} | {values} | {figures[name]['seconds_a_pair']:.1f} |")
     write_results("pair_generation", figures, lines)
     save_sheet(RESULTS / "pair_generation.jpg", rows, columns=6)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What does the demo MCDM do to portraits it has never seen? `.venv/bin/python benchmarks/portrait_edit.py`.
+"""What does the demo MCDM do to portraits it has never seen? `python -m benchmarks portrait_edit`.
 
 Table 1 of Chen et al. 2024 in small. Neutral portraits of held-out identities, each with one of the six edits that the
 demo MCDM has learned from generated pairs (three expressions, three costumes); the renderer knows the true edit.
@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import multiprocessing
 import random
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,37 +31,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import numpy as np
+import scipy.linalg
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import IDENTITY_OF, caption, random_attributes
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
+from identity_edit_pack.demo_world.clip_vision import load_clip_vision
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
+from identity_edit_pack.pipelines import mcdm
+from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
+from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
+from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
+from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt
+from safetensors.numpy import load_file, save_file
+from skimage.metrics import structural_similarity
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import numpy as np  # noqa: E402
-import scipy.linalg  # noqa: E402
-import torch  # noqa: E402
-from edits import Pair, composite, embed, mean_psnr, render_pair, save_sheet  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import IDENTITY_OF, caption, random_attributes  # noqa: E402
-from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.clip_vision import load_clip_vision  # noqa: E402
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS  # noqa: E402
-from identity_edit_pack.pipelines import mcdm  # noqa: E402
-from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
-from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask  # noqa: E402
-from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend  # noqa: E402
-from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion  # noqa: E402
-from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider  # noqa: E402
-from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-from skimage.metrics import structural_similarity  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from .edits import Pair, composite, embed, mean_psnr, render_pair, save_sheet
+from .harness import RESULTS, ROOT, command_line, source_commit, write_results
 
 EDITS = {
     "smiling": ("expression", "a portrait of a smiling person"),
@@ -335,8 +327,7 @@ def by_name(name: str, way: Callable[..., torch.Tensor], *arguments: Any) -> dic
     return {name: way(*arguments)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--portraits", type=int, default=204, help="a sixth for each edit (default 204)")
     parser.add_argument("--batch", type=int, default=12, help="portraits at once (default 12)")
     parser.add_argument("--seed", type=int, default=0, help="draws the portraits and all noise (default 0)")
@@ -355,7 +346,9 @@ def main() -> None:
     parser.add_argument("--mcdm", type=Path, default=world / "diffusion_models/identity-edit-demo-mcdm.safetensors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processes", type=int, default=1, help="that share the portraits (default 1)")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     pairs = [draw_pair(arguments.seed, index) for index in range(arguments.portraits)]
     tasks = [
@@ -375,7 +368,7 @@ def main() -> None:
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
 
     report = {name: score(pictures, pairs) for name, pictures in columns.items()}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/portrait_edit.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# Portrait edits of held-out identities of the demo world",
         "",
@@ -402,7 +395,3 @@ def main() -> None:
     before = torch.stack([pair.before for pair in pairs])
     truths = columns.pop("true edit (renderer)")
     save_sheet(RESULTS / "portrait_edit.jpg", [before, *columns.values(), *masks, truths])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What every node with a MODEL does with quantized weights: `.venv/bin/python benchmarks/quantized_weights.py`.
+"""What every node with a MODEL does with quantized weights: `python -m benchmarks quantized_weights`.
 
 On the tiny models of the tests, by the inputs of `tests/nodes/good_inputs.py`; ComfyUI's own formats need a ComfyUI
 that has them (`COMFYUI_PATH`). Writes benchmarks/results/quantized_weights.json and .md.
@@ -6,31 +6,21 @@ that has them (`COMFYUI_PATH`). Writes benchmarks/results/quantized_weights.json
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-for folder in ("scripts", "tests"):
-    sys.path.append(str(ROOT / folder))
+import comfyui_version
+import torch
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=True)
-
-import torch  # noqa: E402
-
-torch.set_num_threads(1)  # tiny models are faster so
-load_pack.load_pack()
-
-import comfyui_version  # noqa: E402
-import quantized_models  # noqa: E402
-from identity_edit_pack.tests.nodes.good_inputs import CLASSES  # noqa: E402
-from identity_edit_pack.tests.nodes.test_quantized_weights import NODES, answer  # noqa: E402
-from report import write_results  # noqa: E402
+from ..tests import quantized_models
+from ..tests.nodes.good_inputs import CLASSES
+from ..tests.nodes.test_quantized_weights import NODES, answer
+from .harness import source_commit, write_results
 
 
-def main() -> None:
+def main(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)  # tiny models are faster so
     kinds = quantized_models.formats()
     answers: dict[str, dict[str, str]] = {}
     for node in NODES:
@@ -38,15 +28,15 @@ def main() -> None:
         for kind in kinds:
             with tempfile.TemporaryDirectory(prefix="identity-edit-") as folder:
                 of_node[kind] = answer(node, kind, Path(folder))
-    version, commit = comfyui_version.__version__, load_pack.source_commit()
+    version, commit = comfyui_version.__version__, source_commit()
     names = [quantized_models.NAMES.get(kind, kind) for kind in kinds]
     sentences = sorted({said for of_node in answers.values() for said in of_node.values()} - {"works"})
     lines = [
         "# Nodes on quantized weights",
         "",
-        f"`benchmarks/quantized_weights.py` at commit {commit} on ComfyUI {version}: every node that has a MODEL, on",
-        "the tests' tiny models with all linear layers quantized. GGUF-like layers are the tests' own, made after what",
-        "GGUF packs do. A number stands for the sentence below it with which the node refuses.",
+        f"`python -m benchmarks quantized_weights` at commit {commit} on ComfyUI {version}: every node that has a",
+        "MODEL, on the tests' tiny models with all linear layers quantized. GGUF-like layers are the tests' own, made",
+        "after what GGUF packs do. A number stands for the sentence below it with which the node refuses.",
         "",
         f"| node | {' | '.join(names)} |",
         "|---|" + "---|" * len(names),
@@ -56,7 +46,3 @@ def main() -> None:
         lines.append(f"| {node} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {said}" for number, said in enumerate(sentences, start=1))]
     write_results("quantized_weights", {"commit": commit, "comfyui": version, "answers": answers}, lines)
-
-
-if __name__ == "__main__":
-    main()

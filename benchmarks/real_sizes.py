@@ -1,4 +1,4 @@
-"""Every node that touches a model, on models of full width: `.venv/bin/python benchmarks/real_sizes.py`.
+"""Every node that touches a model, on models of full width: `python -m benchmarks real_sizes`.
 
 SD 1.5, SD 2.1 (v-prediction) and SDXL with random weights, read by the stock Load Checkpoint from a file that is
 written once and removed at the end. Rows run in inference mode as ComfyUI runs a prompt, with the fewest steps their
@@ -28,11 +28,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import load_pack
+import psutil
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-import psutil  # noqa: E402
+from .harness import RESULTS, ROOT, command_of, source_commit, write_results
 
 NAME = "real_sizes"
 FAMILIES = {"sd15": "SD 1.5", "sd21": "SD 2.1 (v-prediction)", "sdxl": "SDXL"}
@@ -93,9 +92,10 @@ def run_rows(names: list[str], arguments: argparse.Namespace) -> None:
     if arguments.dtype == "bfloat16":
         args.bf16_unet = args.bf16_vae = True
     load_pack.load_pack()
-    import real_sizes_nodes
     import torch
     from identity_edit_pack.pipelines.engine.edit_model import register_families
+
+    from . import real_sizes_nodes
 
     register_families()  # as the pack's entry point does
 
@@ -117,8 +117,9 @@ def run_row(name: str, models: Any) -> dict[str, Any]:
     """One row: what came of it, and seconds by what ran."""
     import traceback
 
-    import real_sizes_nodes
     from identity_edit_pack.pipelines.errors import IdentityEditError
+
+    from . import real_sizes_nodes
 
     result: dict[str, Any] = {"result": OK}
     try:
@@ -155,14 +156,14 @@ def in_a_process(names: list[str], family: str, arguments: argparse.Namespace) -
 
     The process is stopped when it needs too much memory; then the row that was running is the last.
     """
-    command = [sys.executable, __file__, "--alone", "--only", *names, "--family", family]
+    command = [*command_of(NAME), "--alone", "--only", *names, "--family", family]
     command += ["--size", str(arguments.size), "--base", str(arguments.base)]
     command += ["--threads", str(arguments.threads), "--dtype", arguments.dtype]
     command += ["--most-gib", str(arguments.most_gib), "--leave-gib", str(arguments.leave_gib)]
     # Settings that keep freed memory in the process would count it as used.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     with (arguments.base / "last_process.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, cwd=ROOT)
         stopped: list[float] = []
         watcher = threading.Thread(target=watch, args=(process, arguments, stopped), daemon=True)
         watcher.start()
@@ -207,14 +208,15 @@ def write_checkpoint(name: str, arguments: argparse.Namespace) -> None:
     """In a process of its own, whose memory is given back."""
     folder = "clip_vision" if name == "vision" else "checkpoints"
     if not (arguments.base / "models" / folder / f"{name}.safetensors").is_file():
-        command = [sys.executable, __file__, "--write", name, "--base", str(arguments.base)]
-        subprocess.run([*command, "--threads", str(arguments.threads)], check=True)
+        command = [*command_of(NAME), "--write", name, "--base", str(arguments.base)]
+        subprocess.run([*command, "--threads", str(arguments.threads)], check=True, cwd=ROOT)
 
 
 def write_here(name: str, arguments: argparse.Namespace) -> None:
     load_pack.prepare_engine(cpu=True, base=arguments.base)
-    import real_sizes_checkpoints as checkpoints
     import torch
+
+    from . import real_sizes_checkpoints as checkpoints
 
     torch.set_num_threads(arguments.threads)
     models = arguments.base / "models"
@@ -226,19 +228,15 @@ def write_here(name: str, arguments: argparse.Namespace) -> None:
 
 def read_results() -> dict[str, Any]:
     """What earlier calls have found: rows, and the pack's nodes that take a model."""
-    from report import RESULTS
-
     path = RESULTS / f"{NAME}.json"
     return {"rows": [], "nodes_with_models": [], **(json.loads(path.read_text("utf-8")) if path.is_file() else {})}
 
 
 def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
-    from report import write_results
-
     lines = [
         "# Nodes on models of full width",
         "",
-        "`benchmarks/real_sizes.py`: random weights, the fewest steps each node takes, on a CPU; "
+        "`python -m benchmarks real_sizes`: random weights, the fewest steps each node takes, on a CPU; "
         "commit and threads stand in the JSON file for each row. Seconds are of the named nodes and of the sampling "
         "with them, on a machine that had other work to do; the peak is the whole process's resident memory during "
         "the row, with Python, PyTorch, the checkpoint and what is mapped of its file. A row is made again by "
@@ -281,8 +279,7 @@ def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
         write_results(NAME, {"rows": rows, "nodes_with_models": nodes}, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", choices=FAMILIES, nargs="+", default=list(FAMILIES))
     parser.add_argument("--only", choices=ROWS, nargs="+", metavar="ROW", help="rows to run (default all)")
     parser.add_argument("--missing", action="store_true", help="leave out rows that the results have as ok")
@@ -295,7 +292,9 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="folder for the checkpoints (default: a temporary one)")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--write", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     if arguments.write:
         write_here(arguments.write, arguments)
         return
@@ -326,7 +325,7 @@ def measure(arguments: argparse.Namespace) -> None:
                     key = {"family": family, "row": group[number], "size": size_of(group[number], arguments)}
                     nodes = found.pop("nodes_with_models", read_results()["nodes_with_models"])
                     record = {**key, "dtype": arguments.dtype, **found}
-                    record |= {"threads": arguments.threads, "commit": load_pack.source_commit()}
+                    record |= {"threads": arguments.threads, "commit": source_commit()}
                     others = [
                         row for row in read_results()["rows"] if place(row) != place(record)
                     ]  # another call may have added some
@@ -343,7 +342,3 @@ def is_ok(name: str, family: str, rows: list[dict[str, Any]]) -> bool:
 def place(row: dict[str, Any]) -> tuple[int, int, int, str]:
     """Where a row stands in the results."""
     return list(FAMILIES).index(row["family"]), list(ROWS).index(row["row"]), row["size"], row["dtype"]
-
-
-if __name__ == "__main__":
-    main()

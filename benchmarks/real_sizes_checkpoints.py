@@ -2,7 +2,7 @@
 
 UNet, text encoders and VAE are ComfyUI's own classes, made on PyTorch's meta device for the names and shapes of their
 weights; the weights are drawn, of a size that keeps signals up, and stored in float16 as published checkpoints are.
-Beside them a CLIP vision of ViT-L/14's size. Import it after `load_pack.prepare_engine`.
+Beside them a CLIP vision of ViT-L/14's size.
 """
 
 from __future__ import annotations

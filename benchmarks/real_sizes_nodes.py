@@ -1,7 +1,7 @@
-"""What benchmarks/real_sizes.py runs: each node of the pack that touches a model, with the fewest steps it can take.
+"""What the benchmark real_sizes runs: each node of the pack that touches a model, with the fewest steps it can take.
 
 A row is a function of `Models`, named in real_sizes.ROWS. What it needs beside its nodes (an inversion, a sampler) is
-the pack's or stock too. Import it after `load_pack.load_pack`.
+the pack's or stock too.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How well does a model's own attention segment a subject? `.venv/bin/python benchmarks/segment_subject.py`.
+"""How well does a model's own attention segment a subject? `python -m benchmarks segment_subject`.
 
 The masks of `attention_segmentation.attention_masks` against those of the renderer (intersection over union), on
 pictures of held-out identities of the demo world that no training has seen. The network looks at each picture once at
@@ -12,31 +12,22 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sd
+import torch
+from identity_edit_pack.attention import identity_mask as masks
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import caption
+from identity_edit_pack.demo_world.pictures import evaluation_set
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import attention_segmentation as by_attention
+from identity_edit_pack.pipelines import heatmap
+from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import torch  # noqa: E402
-from edits import embed, save_sheet  # noqa: E402
-from identity_edit_pack.attention import identity_mask as masks  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import caption  # noqa: E402
-from identity_edit_pack.demo_world.pictures import evaluation_set  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import attention_segmentation as by_attention  # noqa: E402
-from identity_edit_pack.pipelines import heatmap  # noqa: E402
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
+from .edits import embed, save_sheet
+from .harness import RESULTS, ROOT, command_line, source_commit, write_results
 
 TIMESTEPS = (1, 101, 201, 301, 401, 501, 601, 701, 801)
 SETS = [
@@ -95,10 +86,11 @@ def first(row: tuple[Any, ...]) -> float:
     return row[0]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pictures", type=int, default=40, help="half of them choose, half are reported")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     family.register()
     checkpoint = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
@@ -110,17 +102,17 @@ def main() -> None:
     latents = vae.encode(pictures)
     half = arguments.pictures // 2
 
-    command = " ".join(["benchmarks/segment_subject.py", *sys.argv[1:]])
+    command = command_line()
     figures: dict[str, Any] = {
         "command": command,
-        "commit": load_pack.source_commit(),
+        "commit": source_commit(),
         "pictures": arguments.pictures,
         "reported": arguments.pictures - half,
     }
     lines = [
         "# Segment Subject by attention",
         "",
-        f"`{command}` at commit {load_pack.source_commit()}: {arguments.pictures} pictures of held-out "
+        f"`{command}` at commit {source_commit()}: {arguments.pictures} pictures of held-out "
         f"identities; timesteps, threshold "
         f"and lambda chosen on {half}, reported on the other {arguments.pictures - half}. Intersection over union with "
         "the renderer's masks.",
@@ -175,7 +167,3 @@ def main() -> None:
     ]
     save_sheet(RESULTS / "segment_subject.jpg", sheets)
     write_results("segment_subject", figures, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""What the pack adds to ComfyUI's start: `.venv/bin/python benchmarks/startup.py`.
+"""What the pack adds to ComfyUI's start: `python -m benchmarks startup`.
 
 A real server is started with and without the pack in turn. Given are the medians of ComfyUI's own line "Import times
 for custom nodes" (which it rounds to 0.1 s) and of the time from the start of the process to the first answer.
@@ -11,18 +11,14 @@ import argparse
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import engine
+from tqdm import trange
 
-import engine  # noqa: E402  (found on the path that was extended just above)
-from load_pack import source_commit  # noqa: E402
-from report import write_results  # noqa: E402
-from tqdm import trange  # noqa: E402
+from .harness import command_line, source_commit, write_results
 
 GOAL_SECONDS = 0.5
 
@@ -44,11 +40,12 @@ def start_once(*, with_pack: bool) -> tuple[float, float]:
             return seconds, float(line[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--starts", type=int, default=5, help="starts with and starts without the pack (default 5)")
-    starts = parser.parse_args().starts
 
+
+def main(arguments: argparse.Namespace) -> None:
+    starts = arguments.starts
     start_once(with_pack=True)  # compiled files and the disk's cache are warm for all that count
     with_pack, without_pack, imports = [], [], []
     for _ in trange(starts, unit="pair"):
@@ -59,7 +56,7 @@ def main() -> None:
 
     commit = source_commit()
     result = {
-        "command": " ".join(["benchmarks/startup.py", *sys.argv[1:]]),
+        "command": command_line(),
         "commit": commit,
         "starts": starts,
         "import_seconds": imports,
@@ -72,7 +69,8 @@ def main() -> None:
     }
     table = f"""# What the pack adds to ComfyUI's start
 
-`benchmarks/startup.py` at commit {commit}: medians of {starts} starts each, in turn, on {os.cpu_count()} CPU cores.
+`python -m benchmarks startup` at commit {commit}: medians of {starts} starts each, in turn, on {os.cpu_count()} CPU
+cores.
 
 | | seconds |
 |---|---|
@@ -83,7 +81,3 @@ def main() -> None:
 The goal is less than {GOAL_SECONDS} s of import time.
 """
     write_results("startup", result, table.splitlines())
-
-
-if __name__ == "__main__":
-    main()

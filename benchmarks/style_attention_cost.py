@@ -1,4 +1,4 @@
-"""What style cross-attention costs while sampling: `.venv/bin/python benchmarks/style_attention_cost.py`.
+"""What style cross-attention costs while sampling: `python -m benchmarks style_attention_cost`.
 
 Guided network evaluations (both sides, one picture) of a Stable Diffusion UNet of full width with random weights, as a
 stock sampler makes them: plain, with one person's style attention, with the parallel kind, and with two people who
@@ -13,16 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from typing import Any
 
-# Prepares ComfyUI and the pack, before anything of them is imported.
-from attention_capture import WIDTHS, conditioning, device_type, load, picture_size  # isort: skip
-
 import comfy.samplers
-import load_pack
-import memory
 import torch
 from comfy.patcher_extension import WrappersMP
 from identity_edit_pack.attention.style_cross_attention import (
@@ -40,8 +34,11 @@ from identity_edit_pack.pipelines.style_attention import (
     parse_row_groups,
 )
 from identity_edit_pack.pipelines.w_plus import WPlus
-from report import write_results
 from tqdm import tqdm
+
+from . import memory
+from .attention_capture import WIDTHS, conditioning, device_type, load, picture_size
+from .harness import command_line, source_commit, write_results
 
 PLAIN, ONE, PARALLEL_ONE, TWO = (
     "plain sampling",
@@ -126,7 +123,7 @@ def evaluations(model: Any, width: str, arguments: argparse.Namespace, steps: in
 def measure(width: str, arguments: argparse.Namespace) -> None:
     options = ["--width", width, "--size", str(picture_size(width, arguments))]
     peaks = {  # first, while this process needs little memory itself
-        variant: int(memory.in_a_process(__file__, variant, arguments, *options)["peak_memory_mib"])
+        variant: int(memory.in_a_process("style_attention_cost", variant, arguments, *options)["peak_memory_mib"])
         for variant in tqdm(VARIANTS, desc=f"{width} alone", disable=arguments.no_memory)
         if not arguments.no_memory
     }
@@ -145,7 +142,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     ratios = {variant: [a / b for a, b in zip(of_runs[variant], of_runs[PLAIN], strict=True)] for variant in VARIANTS}
     relative = {variant: statistics.median(ratios[variant]) for variant in VARIANTS}
     size, kind = picture_size(width, arguments), device_type()
-    command = " ".join(["benchmarks/style_attention_cost.py", *sys.argv[1:]])
+    command = command_line()
     where = f"CPU, {arguments.threads} threads, float32"
     if kind == "cuda":
         where = f"{torch.cuda.get_device_name()}, float16"
@@ -153,7 +150,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     lines = [
         f"# Style cross-attention: time and memory, {width} at {size}x{size}",
         "",
-        f"`{command}` at commit {load_pack.source_commit()}: medians of {arguments.runs} rounds of {arguments.steps} "
+        f"`{command}` at commit {source_commit()}: medians of {arguments.runs} rounds of {arguments.steps} "
         f"guided evaluations of one picture, {where}, random weights; {weights / 1e6:.1f} million weights in one "
         f"style cross-attention.",
         "",
@@ -170,7 +167,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     ]
     figures = {
         "command": command,
-        "commit": load_pack.source_commit(),
+        "commit": source_commit(),
         "width": width,
         "size": size,
         "device": where,
@@ -183,8 +180,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     write_results(f"style_attention_cost_{width}_{kind}", figures, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", choices=WIDTHS, nargs="+", default=["sd15"], help="UNets to measure (default sd15)")
     parser.add_argument("--runs", type=int, default=5, help="sampling runs of each kind, in turn (default 5)")
     parser.add_argument("--steps", type=int, default=2, help="guided evaluations a run (default 2)")
@@ -192,7 +188,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
     parser.add_argument("--only", choices=VARIANTS, help="sample in one way and print the memory use")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.only:
         width = arguments.width[0]
@@ -202,7 +200,3 @@ def main() -> None:
         return
     for width in arguments.width:
         measure(width, arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Training a style attention against a plain loop: `.venv/bin/python benchmarks/style_attention_training.py`.
+"""Training a style attention against a plain loop: `python -m benchmarks style_attention_training`.
 
 Both train the mapping network and the style cross-attention of the demo checkpoint on the same pictures with the same
 draws: the pack's `train_style_attention`, and a plain loop as the training scripts of IP-Adapter and the w-plus-adapter
@@ -13,46 +13,38 @@ benchmarks/results/style_attention_training.json and .md.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.attention.style_cross_attention import layer_sizes, text_layers
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import random_attributes
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import engine, training_pictures
+from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, StyleNetwork, parse_row_groups
+from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
+from identity_edit_pack.pipelines.training import generator_of
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures
+from identity_edit_pack.pipelines.w_plus import WPlus
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import memory  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from identity_edit_pack.attention.style_cross_attention import layer_sizes, text_layers  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import random_attributes  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import engine, training_pictures  # noqa: E402
-from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, StyleNetwork, parse_row_groups  # noqa: E402
-from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention  # noqa: E402
-from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
-from identity_edit_pack.pipelines.w_plus import WPlus  # noqa: E402
-from report import write_results  # noqa: E402
-from training_runs import (  # noqa: E402
+from . import memory
+from .harness import command_line, source_commit, write_results
+from .training_runs import (
     WARM_UP,
     Networks,
     Speeds,
+    add_training_arguments,
     difference_of_losses,
     in_turn,
-    parse_arguments,
     peak_memory,
 )
 
@@ -184,8 +176,12 @@ METHODS: dict[str, Callable[[Any, Any, TrainingPictures, WPlus, StyleSettings], 
 }
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, METHODS, steps=10)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser, METHODS, steps=10)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
 
     family.register()
     options = {"dtype": torch.float32}
@@ -211,9 +207,9 @@ def main() -> None:
         raise SystemExit(f"The loops evaluate the network differently often: {evaluations}.")
     speeds = Speeds.of(seconds, PLAIN)
     rates, ratios, relative = speeds.rates, speeds.ratios, speeds.relative
-    memories = {name: peak_memory(__file__, name, arguments) for name in names}
-    commit = load_pack.source_commit()
-    command = " ".join(["benchmarks/style_attention_training.py", *sys.argv[1:]])
+    memories = {name: peak_memory("style_attention_training", name, arguments) for name in names}
+    commit = source_commit()
+    command = command_line()
     lines = [
         "# Training a style attention: speed and memory",
         "",
@@ -246,7 +242,3 @@ def main() -> None:
         "peak_memory_mib": memories,
     }
     write_results("style_attention_training", everything, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Does style cross-attention keep a face and follow the text? `.venv/bin/python benchmarks/style_identity.py`.
+"""Does style cross-attention keep a face and follow the text? `python -m benchmarks style_identity`.
 
 Tables 1 and 2 and figure 10 of Gu et al. 2025 in small, on people that neither the demo checkpoint nor the encoder of
 W+ has ever seen. Each is known from six photos, in several places, moods and directions, with captions that call the
@@ -25,30 +25,19 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import random
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sample  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import comfy.sd  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from edits import embed, save_sheet  # noqa: E402
-from hifi_subjects import features, seen  # noqa: E402
-from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+import comfy.sample
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import (
     IDENTITY_OF,
     PLACES,
     PORTRAIT_ATTRIBUTES,
@@ -56,32 +45,35 @@ from identity_edit_pack.demo_world.attributes import (  # noqa: E402
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.demo_world.train_style_attention import caption_calling  # noqa: E402
-from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH  # noqa: E402
-from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
-from identity_edit_pack.pipelines.identity_prior import apply_identity_prior  # noqa: E402
-from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention  # noqa: E402
-from identity_edit_pack.pipelines.subject_embedding import WORD, subject_conditioning  # noqa: E402
-from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior  # noqa: E402
-from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention  # noqa: E402
-from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
+from identity_edit_pack.demo_world.classifier import load_classifier
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.demo_world.train_style_attention import caption_calling
+from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH
+from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
+from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention
+from identity_edit_pack.pipelines.subject_embedding import WORD, subject_conditioning
+from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
+from identity_edit_pack.pipelines.train_subject_embedding import (
     SubjectSettings,
     train_subject_embedding,
 )
-from identity_edit_pack.pipelines.training import FLOAT32, PRECISIONS  # noqa: E402
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures  # noqa: E402
-from identity_edit_pack.pipelines.w_plus import WPlus, average_styles  # noqa: E402
-from identity_edit_pack.pipelines.w_plus_encoder import (  # noqa: E402
+from identity_edit_pack.pipelines.training import FLOAT32, PRECISIONS
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.w_plus import WPlus, average_styles
+from identity_edit_pack.pipelines.w_plus_encoder import (
     WPlusEncoder,
     encode_w_plus,
     fitted,
     load_w_plus_encoder,
 )
-from report import RESULTS, write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from tqdm import tqdm
+
+from .edits import embed, save_sheet
+from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .hifi_subjects import features, seen
 
 PROMPTS: tuple[dict[str, str], ...] = (
     {"place": "snow", "costume": "santa hat", "facing": "left"},
@@ -311,8 +303,7 @@ def table(rows: Rows, part: str, heading: str) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--people", type=int, default=8, help="held-out people (default 8)")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default all)")
@@ -332,11 +323,13 @@ def main() -> None:
     parser.add_argument("--prior-steps", type=int, default=300, help="of the identity prior (default 300)")
     parser.add_argument("--prior-learning-rate", type=float, default=5e-4, help="of the identity prior (default 5e-4)")
     parser.add_argument("--seed", type=int, default=0, help="draws people, photos and noise (default 0)")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument("--encoder", type=Path, default=W_PLUS_PATH)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--processes", type=int, default=1, help="that share the people (default 1)")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     people = draw_people(arguments.people, arguments.seed)
     begin = time.perf_counter()
@@ -361,7 +354,7 @@ def write_report(
     sheet: dict[str, list[torch.Tensor]],
     minutes: float,
 ) -> None:
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/style_identity.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     lines = [
         "# Style cross-attention on unseen people of the demo world",
         "",
@@ -384,7 +377,3 @@ def write_report(
     write_results(arguments.name, everything, lines)
     if len(sheet) > 1:
         save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(each) for each in sheet.values()], columns=16)
-
-
-if __name__ == "__main__":
-    main()

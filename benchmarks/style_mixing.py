@@ -1,9 +1,9 @@
-"""People that nobody trained on, and mixes of two: `.venv/bin/python benchmarks/style_mixing.py`.
+"""People that nobody trained on, and mixes of two: `python -m benchmarks style_mixing`.
 
 The committed demo style attention knows many people and none of these: a person is nothing but the W+ styles of photos
 here (Gu et al. 2025, section 2.2.2).
 
-- Lambda: the mean styles of six photos of each person, drawn at the prompts of benchmarks/style_identity.py for lambda
+- Lambda: the mean styles of six photos of each person, drawn at the prompts of `style_identity` for lambda
   0 to 1 and scored as there.
 - Mixing (section 3.4.1): the rows of single photos of two people, of whom one smiles and looks left and the other is
   angry and looks right, mixed by rows 10-18 and by each group of rows alone. Given is how often each attribute that the
@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
+from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+
 # Prepares ComfyUI and the pack, before anything of them is imported.
-from style_identity import (  # isort: skip
+from .style_identity import (  # isort: skip
     PROMPTS,
-    ROOT,
     STRENGTHS,
     Parts,
     Person,
@@ -38,11 +38,8 @@ from style_identity import (  # isort: skip
 )
 
 import comfy.sd
-import load_pack
 import numpy as np
 import torch
-from edits import save_sheet
-from hifi_subjects import seen
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
@@ -53,8 +50,10 @@ from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, StyleAttent
 from identity_edit_pack.pipelines.style_attention_files import load_style_attention
 from identity_edit_pack.pipelines.w_plus import average_styles, mix_styles, parse_rows
 from identity_edit_pack.pipelines.w_plus_encoder import encode_w_plus, fitted, load_w_plus_encoder
-from report import RESULTS, write_results
 from tqdm import tqdm
+
+from .edits import save_sheet
+from .hifi_subjects import seen
 
 ROWS_OF = {"10-18": (2, 3), "1-5": (0,), "6-9": (1,), "10-13": (2,), "14-18": (3,)}
 """Rows that are taken from the second parent, and the groups that they are."""
@@ -104,18 +103,19 @@ def mixing_table(mixing: Mixing) -> list[str]:
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--people", type=int, default=8, help="each is mixed with the next (default 8)")
     parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20)")
     parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")
     parser.add_argument("--strength", type=float, default=1.0, help="lambda of the mixes (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="draws people, photos and noise (default 0)")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument("--encoder", type=Path, default=W_PLUS_PATH)
     parser.add_argument("--style-attention", type=Path, default=STYLE_PATH)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     torch.set_num_threads(arguments.threads)
     family.register()
@@ -138,7 +138,7 @@ def main() -> None:
         for name, right in found.items():
             mixing.setdefault(name, []).extend(right)
 
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/style_mixing.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     minutes = (time.perf_counter() - begin) / 60
     lines = [
         "# People that nobody trained on, by their W+ styles",
@@ -159,7 +159,3 @@ def main() -> None:
     }
     write_results("style_mixing", everything, lines)
     save_sheet(RESULTS / "style_mixing.jpg", sheet)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Training a subject against textual inversion: `.venv/bin/python benchmarks/subject_embedding_training.py`.
+"""Training a subject against textual inversion: `python -m benchmarks subject_embedding_training`.
 
 All train on the same pictures of the demo checkpoint with the same draws:
 
@@ -16,47 +16,39 @@ process that does one run of one of them alone. Writes benchmarks/results/subjec
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import random
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import memory  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.renderer import render  # noqa: E402
-from identity_edit_pack.pipelines import engine, training_pictures  # noqa: E402
-from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, mark_subject  # noqa: E402
-from identity_edit_pack.pipelines.train_subject_embedding import (  # noqa: E402
+import comfy.sd
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import engine, training_pictures
+from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, mark_subject
+from identity_edit_pack.pipelines.train_subject_embedding import (
     SubjectSettings,
     train_subject_embedding,
 )
-from identity_edit_pack.pipelines.training import generator_of  # noqa: E402
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures  # noqa: E402
-from report import write_results  # noqa: E402
-from training_runs import (  # noqa: E402
+from identity_edit_pack.pipelines.training import generator_of
+from identity_edit_pack.pipelines.training_pictures import TrainingPictures
+
+from . import memory
+from .harness import command_line, source_commit, write_results
+from .training_runs import (
     WARM_UP,
     Networks,
     Speeds,
+    add_training_arguments,
     difference_of_losses,
     draw_subject,
     in_turn,
-    parse_arguments,
     peak_memory,
 )
 
@@ -192,8 +184,12 @@ METHODS: dict[str, Callable[[Any, Any, TrainingPictures, SubjectSettings], Outco
 }
 
 
-def main() -> None:
-    arguments = parse_arguments(__doc__, METHODS, steps=10)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_training_arguments(parser, METHODS, steps=10)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(arguments.threads)
 
     family.register()
     options = {"dtype": torch.float32}
@@ -228,9 +224,9 @@ def main() -> None:
         raise SystemExit(f"The loops evaluate the network differently often: {evaluations}.")
     speeds = Speeds.of(seconds, DIFFUSERS)
     rates, ratios, relative = speeds.rates, speeds.ratios, speeds.relative
-    memories = {name: peak_memory(__file__, name, arguments) for name in names}
-    commit = load_pack.source_commit()
-    command = " ".join(["benchmarks/subject_embedding_training.py", *sys.argv[1:]])
+    memories = {name: peak_memory("subject_embedding_training", name, arguments) for name in names}
+    commit = source_commit()
+    command = command_line()
     lines = [
         "# Training a subject's embeddings: speed and memory",
         "",
@@ -266,7 +262,3 @@ def main() -> None:
         "peak_memory_mib": memories,
     }
     write_results("subject_embedding_training", everything, lines)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Does another subject take the place of a picture's? `.venv/bin/python benchmarks/subject_replacement.py`.
+"""Does another subject take the place of a picture's? `python -m benchmarks subject_replacement`.
 
 Algorithm 3 of Wang et al. 2023 on pictures of other animals of the demo world, whose caption names the animal alone,
 with subjects that the demo checkpoint has never seen, learned as in hifi_tuner.py ("+ step-wise").
@@ -14,33 +14,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import comfy.sd
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.classifier import load_classifier
+from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization
+from identity_edit_pack.pipelines.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject
+from identity_edit_pack.pipelines.subject_replacement import subject_replacement
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import torch  # noqa: E402
-from edits import Pair, embed, save_sheet  # noqa: E402
-from hifi_subjects import draw_replacements, score_replacement  # noqa: E402
-from hifi_tuner import add_training_arguments, begin, learned, means, table, training_pictures  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
-from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion  # noqa: E402
-from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization  # noqa: E402
-from identity_edit_pack.pipelines.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject  # noqa: E402
-from identity_edit_pack.pipelines.subject_replacement import subject_replacement  # noqa: E402
-from lipe_edit import Checkpoint, caption_with, draw_subjects  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from .edits import Pair, embed, save_sheet
+from .harness import RESULTS, command_line, source_commit, write_results
+from .hifi_subjects import draw_replacements, score_replacement
+from .hifi_tuner import add_training_arguments, begin, learned, means, table, training_pictures
+from .lipe_edit import Checkpoint, caption_with, draw_subjects
 
 WITHOUT_CONTROL, ALGORITHM_3 = "without attention control", "algorithm 3"
 
@@ -87,15 +78,16 @@ def one_picture(inversion: Inversion, index: int) -> Inversion:
     return dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1], embeddings=own)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replacements", type=int, default=6, help="pictures of others a subject (default 6)")
     parser.add_argument(
         "--cross-replace-steps", type=float, nargs="+", default=[1.0, 0.4], help="shares of the steps (default 1 0.4)"
     )
     add_training_arguments(parser)
     parser.set_defaults(guidance_scale=1.5)
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     arguments.prompts = arguments.seeds = 1  # of `begin`; nothing is drawn from prompts here
 
     family.register()
@@ -124,7 +116,7 @@ def main() -> None:
     minutes = (time.perf_counter() - begun) / 60
 
     report = {name: means(rows) for name, rows in scores.items()}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/subject_replacement.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     columns = {
         "subject_replaced": "subject replaced",
         "species_replaced": "species",
@@ -153,7 +145,3 @@ def main() -> None:
     }
     write_results("subject_replacement", everything, lines)
     save_sheet(RESULTS / "subject_replacement.jpg", [torch.cat(row) for row in sheet.values()])
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Does timestep-aware injection keep more and still edit? `.venv/bin/python benchmarks/timestep_aware_edit.py`.
+"""Does timestep-aware injection keep more and still edit? `python -m benchmarks timestep_aware_edit`.
 
 Non-rigid edits (pose, expression, costume) of pictures of subjects that the demo checkpoint has never seen, by every
 stage of Jung et al. 2024: DDIM inversion with the target prompt, null-text inversion with the target prompt, text
@@ -13,39 +13,31 @@ from __future__ import annotations
 
 import argparse
 import random
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import comfy.sd  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import torch  # noqa: E402
-from edits import Pair, embed, mean_score, render_pair, save_sheet, score_each  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import (  # noqa: E402
+import comfy.sd
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import (
     ATTRIBUTES_OF,
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED  # noqa: E402
-from identity_edit_pack.pipelines.conditioning import Conditioning  # noqa: E402
-from identity_edit_pack.pipelines.inversion import ddim_inversion, ddim_sampling  # noqa: E402
-from identity_edit_pack.pipelines.null_text import METHODS as NULL_TEXT_METHODS  # noqa: E402
-from identity_edit_pack.pipelines.null_text import null_text_optimization  # noqa: E402
-from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling  # noqa: E402
-from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding  # noqa: E402
-from matplotlib import pyplot  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from identity_edit_pack.demo_world.classifier import load_classifier
+from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.inversion import ddim_inversion, ddim_sampling
+from identity_edit_pack.pipelines.null_text import METHODS as NULL_TEXT_METHODS
+from identity_edit_pack.pipelines.null_text import null_text_optimization
+from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
+from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
+from matplotlib import pyplot
+from tqdm import tqdm
+
+from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each
+from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
 
 RATIOS = (0.1, 0.2, 0.4)
 EDITED = ("pose", "expression", "costume")
@@ -139,8 +131,7 @@ def plot_trade_off(report: dict[str, Any], count: int) -> None:
     figure.savefig(RESULTS / "timestep_aware_edit.png", dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=102, help="(picture, edit) pairs, a third of each kind")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="default 4; 7.5 in the paper")
@@ -148,8 +139,10 @@ def main() -> None:
     parser.add_argument("--eta", type=float, default=0.7, help="interpolation towards the target prompt (default 0.7)")
     parser.add_argument("--batch", type=int, default=17, help="pictures at once")
     parser.add_argument("--seed", type=int, default=0, help="draws the pairs")
-    parser.add_argument("--checkpoint", type=Path, default=ROOT / "demo_world/weights/identity-edit-demo.safetensors")
-    arguments = parser.parse_args()
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     family.register()
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
@@ -166,7 +159,7 @@ def main() -> None:
 
     classifier = load_classifier()
     report = {name: mean_score(score_each(classifier, pictures, pairs), pairs) for name, pictures in columns.items()}
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/timestep_aware_edit.py", *sys.argv[1:]])
+    commit, command = source_commit(), command_line()
     head = [
         "# Timestep-aware text injection on unseen subjects of the demo world",
         "",
@@ -180,7 +173,3 @@ def main() -> None:
     write_results("timestep_aware_edit", everything, head + table(report) + effect_of_injection(report))
     plot_trade_off(report, len(pairs))
     save_sheet(RESULTS / "timestep_aware_edit.jpg", [torch.stack([pair.before for pair in pairs]), *columns.values()])
-
-
-if __name__ == "__main__":
-    main()

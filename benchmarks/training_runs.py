@@ -1,7 +1,4 @@
-"""What the benchmarks of trainings share: pictures, runs in turn, the plain loops' networks, and what is made of times.
-
-Loading the pack comes first: see the benchmarks' own first lines.
-"""
+"""What the benchmarks of trainings share: pictures, runs in turn, the plain loops' networks, tables of times."""
 
 from __future__ import annotations
 
@@ -14,31 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import memory
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes, caption, random_attributes
 from identity_edit_pack.pipelines import engine
 from tqdm import tqdm
 
-CHECKPOINT = Path(__file__).resolve().parents[1] / "demo_world/weights/identity-edit-demo.safetensors"
+from . import memory
+from .harness import DEMO_CHECKPOINT
+
 POSES = ("standing", "sitting", "lying", "standing")
 PLACES = ("grass", "room", "snow", "night")
 WARM_UP = 2
 """Steps of every run that are not counted."""
 
 
-def parse_arguments(description: str | None, methods: Collection[str], steps: int) -> argparse.Namespace:
-    """The command line of a benchmark with so many steps a run, and its number of threads set."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+def add_training_arguments(parser: argparse.ArgumentParser, methods: Collection[str], steps: int) -> None:
+    """The options of a benchmark with so many steps a run."""
+    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
     parser.add_argument("--runs", type=int, default=9, help="runs of each loop, alternating (default 9)")
     parser.add_argument("--steps", type=int, default=steps, help=f"training steps of a run (default {steps})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seed", type=int, default=0, help="draws the pictures and all batches (default 0)")
     parser.add_argument("--only", choices=methods, help="do one run by one loop and print its memory use")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    return arguments
 
 
 def draw_subject(generator: random.Random, class_word: str, token: str) -> tuple[list[Attributes], list[str]]:

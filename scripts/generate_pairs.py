@@ -40,7 +40,7 @@ NODE = "IdentityEditGeneratePairs"
 WORK_FOLDER = "pairs/work"
 MOST_LOSSES = 3
 """Workers that may die over one pair before the run is given up: then it is the pair that kills them."""
-_NOT_SENT = [".venv", ".git", "demo_output", "node_modules", "tests", "benchmarks", "**/__pycache__"]
+_NOT_SENT = [".venv", ".git", "demo_output", "node_modules", "tests", "benchmarks", "evaluation", "**/__pycache__"]
 
 Result = dict[str, bytes]
 """A pair's files by name, or `rejected.json` alone; and `dataset.json`."""

@@ -25,7 +25,7 @@ def prepare_engine(*, cpu: bool = True, base: Path | None = None) -> Path:
 
     cpu: whether ComfyUI computes on the CPU (as with its `--cpu`).
     base: the folder for models, input, output and user files; a temporary one by default, removed at the end. A second
-        call without one changes nothing: tests import benchmarks, and these prepare the engine at their beginning.
+        call without one changes nothing.
     Returns the engine's folder.
     """
     global _base

@@ -41,50 +41,219 @@ class Mutation:
 
 MUTATIONS = [
     # attention/
-    Mutation("softmax scale", "(q[:, :, rows] * dimension**-0.5) @ k", "(q[:, :, rows] * dimension**-1.0) @ k", ("test_capture.py",)),
-    Mutation("self-attention transposed", "mask = self_attention @ mask", "mask = self_attention.transpose(1, 2) @ mask", ("test_identity_mask.py",)),
-    Mutation("union of masks", "return torch.maximum(first, second)", "return torch.minimum(first, second)", ("test_identity_mask.py",)),
-    Mutation("lambda of the style", "return n + strength * added", "return n + added", ("test_style_cross_attention.py",)),
-    Mutation("null style for the prompt", "(self.null if is_null else self.tokens).expand", "(self.tokens if is_null else self.null).expand", ("test_style_cross_attention.py", "pipelines/test_style_attention.py")),
-    Mutation("exchanged tokens", "torch.where(self.mapped.to(target.device), source @", "torch.where(~self.mapped.to(target.device), source @", ("test_prompt_to_prompt.py",)),
-    Mutation("values of the source", "values.append(of_values.repeat(rows // of_values.shape[0], 1, 1))", "values.append(own[1])", ("test_mutual_self_attention.py",)),
-    Mutation("top and left of an area", "top, left = int(area[2]), int(area[3])", "left, top = int(area[2]), int(area[3])", ("test_capture.py", "test_mutual_self_attention.py", "test_style_cross_attention.py")),
-    Mutation("no style once compiled", "if given is None:  # lambda 0 keeps every bit", "if given is None or torch.compiler.is_compiling():", ("test_compiled_models.py",)),
+    Mutation(
+        "softmax scale",
+        "(q[:, :, rows] * dimension**-0.5) @ k",
+        "(q[:, :, rows] * dimension**-1.0) @ k",
+        ("test_capture.py",),
+    ),
+    Mutation(
+        "self-attention transposed",
+        "mask = self_attention @ mask",
+        "mask = self_attention.transpose(1, 2) @ mask",
+        ("test_identity_mask.py",),
+    ),
+    Mutation(
+        "union of masks",
+        "return torch.maximum(first, second)",
+        "return torch.minimum(first, second)",
+        ("test_identity_mask.py",),
+    ),
+    Mutation(
+        "lambda of the style", "return n + strength * added", "return n + added", ("test_style_cross_attention.py",)
+    ),
+    Mutation(
+        "null style for the prompt",
+        "(self.null if is_null else self.tokens).expand",
+        "(self.tokens if is_null else self.null).expand",
+        ("test_style_cross_attention.py", "pipelines/test_style_attention.py"),
+    ),
+    Mutation(
+        "exchanged tokens",
+        "torch.where(self.mapped.to(target.device), source @",
+        "torch.where(~self.mapped.to(target.device), source @",
+        ("test_prompt_to_prompt.py",),
+    ),
+    Mutation(
+        "values of the source",
+        "values.append(of_values.repeat(rows // of_values.shape[0], 1, 1))",
+        "values.append(own[1])",
+        ("test_mutual_self_attention.py",),
+    ),
+    Mutation(
+        "top and left of an area",
+        "top, left = int(area[2]), int(area[3])",
+        "left, top = int(area[2]), int(area[3])",
+        ("test_capture.py", "test_mutual_self_attention.py", "test_style_cross_attention.py"),
+    ),
+    Mutation(
+        "no style once compiled",
+        "if given is None:  # lambda 0 keeps every bit",
+        "if given is None or torch.compiler.is_compiling():",
+        ("test_compiled_models.py",),
+    ),
     # pipelines/
-    Mutation("offset of DDIM's timesteps", "dtype=torch.int64) * ratio + offset", "dtype=torch.int64) * ratio", ("test_schedule.py",)),
-    Mutation("one noise for all steps", "z_0 + sigmas[i] * noise[i].to(z_0)", "z_0 + sigmas[i] * noise[0].to(z_0)", ("test_edit_friendly_inversion.py",)),
-    Mutation("decay of the learning rate", "return first * max(1.0 - i / 100.0, 0.01)", "return first", ("test_null_text.py",)),
-    Mutation("eta the wrong way", "return eta * target + (1.0 - eta) * optimized", "return (1.0 - eta) * target + eta * optimized", ("test_text_optimization.py", "test_text_injection.py")),
-    Mutation("rounding of the ratio", "math.floor(ratio * steps + 0.5 + 1e-9)", "math.floor(ratio * steps)", ("test_text_injection.py",)),
-    Mutation("tolerance of step tables", "(inner_boundaries * (1.0 + _RELATIVE_TOLERANCE) >= sigma)", "(inner_boundaries > sigma)", ("test_step_embeddings.py",)),
-    Mutation("blend inside out", "m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside", "(1 - m.unsqueeze(1)) * x_next + m.unsqueeze(1) * outside", ("test_identity_mask_blend.py",)),
-    Mutation("reference outside of the mask", "x = torch.where(inside, x_star[i], x)", "x = torch.where(inside, x, x_star[i])", ("test_reference_guidance.py",)),
-    Mutation("guidance coefficients", "NEGATIVE: self.spatial - self.text", "NEGATIVE: self.text - self.spatial", ("test_mcdm.py", "test_portrait.py")),
+    Mutation(
+        "offset of DDIM's timesteps",
+        "dtype=torch.int64) * ratio + offset",
+        "dtype=torch.int64) * ratio",
+        ("test_schedule.py",),
+    ),
+    Mutation(
+        "one noise for all steps",
+        "z_0 + sigmas[i] * noise[i].to(z_0)",
+        "z_0 + sigmas[i] * noise[0].to(z_0)",
+        ("test_edit_friendly_inversion.py",),
+    ),
+    Mutation(
+        "decay of the learning rate",
+        "return first * max(1.0 - i / 100.0, 0.01)",
+        "return first",
+        ("test_null_text.py",),
+    ),
+    Mutation(
+        "eta the wrong way",
+        "return eta * target + (1.0 - eta) * optimized",
+        "return (1.0 - eta) * target + eta * optimized",
+        ("test_text_optimization.py", "test_text_injection.py"),
+    ),
+    Mutation(
+        "rounding of the ratio",
+        "math.floor(ratio * steps + 0.5 + 1e-9)",
+        "math.floor(ratio * steps)",
+        ("test_text_injection.py",),
+    ),
+    Mutation(
+        "tolerance of step tables",
+        "(inner_boundaries * (1.0 + _RELATIVE_TOLERANCE) >= sigma)",
+        "(inner_boundaries > sigma)",
+        ("test_step_embeddings.py",),
+    ),
+    Mutation(
+        "blend inside out",
+        "m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside",
+        "(1 - m.unsqueeze(1)) * x_next + m.unsqueeze(1) * outside",
+        ("test_identity_mask_blend.py",),
+    ),
+    Mutation(
+        "reference outside of the mask",
+        "x = torch.where(inside, x_star[i], x)",
+        "x = torch.where(inside, x, x_star[i])",
+        ("test_reference_guidance.py",),
+    ),
+    Mutation(
+        "guidance coefficients",
+        "NEGATIVE: self.spatial - self.text",
+        "NEGATIVE: self.text - self.spatial",
+        ("test_mcdm.py", "test_portrait.py"),
+    ),
     Mutation("halves of a pair", "m_b = 1.0 - m_a  # [0, 1]", "m_b = m_a", ("test_pair_guidance.py",)),
     Mutation("outliers of the edit mask", "settings.outliers * mean", "mean", ("test_edit_mask.py",)),
-    Mutation("gradients not scaled back", "gradient.float() / scale[index]", "gradient.float()", ("test_gradients.py",)),
-    Mutation("every process the same batches", "range(step * in_a_step + processes.index,", "range(step * in_a_step,", ("test_processes.py",)),
-    Mutation("average forgets its age", 'average.optimization_step = int(description["steps"])', "average.optimization_step = 0", ("test_training.py",)),
-    Mutation("LoRA without its root", "(root[:, None] * v[:kept]).to(change.dtype)", "v[:kept].to(change.dtype)", ("pipelines/test_identity_prior.py",)),
-    Mutation("style rows with their mean", "difference = rows - average", "difference = rows", ("pipelines/test_style_attention.py", "demo_world/test_style_attention.py")),
-    Mutation("centre of a face", "centre = eyes + eye_to_mouth * 0.1", "centre = eyes + eye_to_mouth * 0.3", ("test_face_alignment.py",)),
-    Mutation("PSNR", "return -10.0 * torch.log10(error)", "return -20.0 * torch.log10(error)", ("test_picture_scores.py",)),
-    Mutation("directional similarity", "pictures, texts = edited - source, target_texts - source_texts", "pictures, texts = edited, target_texts", ("test_clip_scores.py",)),
-    Mutation("young files swept away", "for each in (path, *within)) < ABANDONED_AFTER", "for each in (path, *within)) < 0", ("test_kill_while_saving.py",)),
-    Mutation("gradients in inference mode", "with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:", "with torch.enable_grad(), contextlib.ExitStack() as stack:", ("test_gradients.py", "pipelines/test_null_text.py")),
+    Mutation(
+        "gradients not scaled back", "gradient.float() / scale[index]", "gradient.float()", ("test_gradients.py",)
+    ),
+    Mutation(
+        "every process the same batches",
+        "range(step * in_a_step + processes.index,",
+        "range(step * in_a_step,",
+        ("test_processes.py",),
+    ),
+    Mutation(
+        "average forgets its age",
+        'average.optimization_step = int(description["steps"])',
+        "average.optimization_step = 0",
+        ("test_training.py",),
+    ),
+    Mutation(
+        "LoRA without its root",
+        "(root[:, None] * v[:kept]).to(change.dtype)",
+        "v[:kept].to(change.dtype)",
+        ("pipelines/test_identity_prior.py",),
+    ),
+    Mutation(
+        "style rows with their mean",
+        "difference = rows - average",
+        "difference = rows",
+        ("pipelines/test_style_attention.py", "demo_world/test_style_attention.py"),
+    ),
+    Mutation(
+        "centre of a face",
+        "centre = eyes + eye_to_mouth * 0.1",
+        "centre = eyes + eye_to_mouth * 0.3",
+        ("test_face_alignment.py",),
+    ),
+    Mutation(
+        "PSNR", "return -10.0 * torch.log10(error)", "return -20.0 * torch.log10(error)", ("test_picture_scores.py",)
+    ),
+    Mutation(
+        "directional similarity",
+        "pictures, texts = edited - source, target_texts - source_texts",
+        "pictures, texts = edited, target_texts",
+        ("test_clip_scores.py",),
+    ),
+    Mutation(
+        "young files swept away",
+        "for each in (path, *within)) < ABANDONED_AFTER",
+        "for each in (path, *within)) < 0",
+        ("test_kill_while_saving.py",),
+    ),
+    Mutation(
+        "gradients in inference mode",
+        "with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:",
+        "with torch.enable_grad(), contextlib.ExitStack() as stack:",
+        ("test_gradients.py", "pipelines/test_null_text.py"),
+    ),
     # nodes/: what the shared checks refuse, that nodes call them, and what a node checks itself
-    Mutation("sigmas unchecked", '"SIGMAS": lambda value, item, model: check_sigmas(value, item.id),', "", ("test_bad_inputs.py",)),
-    Mutation("numbers without limits", "if (least is not None and value < least) or (most is not None and value > most):", "if False:", ("test_bad_inputs.py", "test_sockets.py")),
-    Mutation("pictures of NaN", "bad = not_finite(pictures, name)", "bad = None", ("test_bad_inputs.py", "test_sockets.py")),
-    Mutation("CLIP vision unchecked", '"CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),', "", ("test_bad_inputs.py",)),
-    Mutation("a node without its checks", "    @checked\n    def execute(cls, detector: str, score: float)", "    def execute(cls, detector: str, score: float)", ("test_bad_inputs.py", "test_nodes.py", "test_sockets.py")),
-    Mutation("a training node without its checks", "STAND_IN_TRAINING", "", ()),
-    Mutation("the output folder is left", ".startswith(os.path.abspath(output) + os.sep)", ".startswith(os.sep)", ("test_saved_files.py", "test_bad_inputs.py")),
-    Mutation("seeds beyond the largest", "(seed + number) % (_SEED_MAXIMUM + 1)", "seed + number", ("nodes/test_subject.py",)),
+    Mutation(
+        "sigmas unchecked",
+        '"SIGMAS": lambda value, item, model: check_sigmas(value, item.id),',
+        "",
+        ("test_bad_inputs.py",),
+    ),
+    Mutation(
+        "numbers without limits",
+        "if (least is not None and value < least) or (most is not None and value > most):",
+        "if False:",
+        ("test_bad_inputs.py", "test_sockets.py"),
+    ),
+    Mutation(
+        "pictures of NaN", "bad = not_finite(pictures, name)", "bad = None", ("test_bad_inputs.py", "test_sockets.py")
+    ),
+    Mutation(
+        "CLIP vision unchecked",
+        '"CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),',
+        "",
+        ("test_bad_inputs.py",),
+    ),
+    Mutation(
+        "a node without its checks",
+        "    @checked\n    def execute(cls, detector: str, score: float)",
+        "    def execute(cls, detector: str, score: float)",
+        ("test_bad_inputs.py", "test_nodes.py", "test_sockets.py"),
+    ),
+    Mutation(
+        "the output folder is left",
+        ".startswith(os.path.abspath(output) + os.sep)",
+        ".startswith(os.sep)",
+        ("test_saved_files.py", "test_bad_inputs.py"),
+    ),
+    Mutation(
+        "seeds beyond the largest", "(seed + number) % (_SEED_MAXIMUM + 1)", "seed + number", ("nodes/test_subject.py",)
+    ),
     # demo_world/
-    Mutation("wrong captions do not compete", 'logits.masked_fill(same, float("-inf")), target)', "logits[:, : len(captions)], target)", ("demo_world/test_clip.py",)),
-    Mutation("captions without a costume", 'costume = "" if a.costume == "none" else f"wearing a {a.costume}"', 'costume = ""', ("test_attributes.py",)),
-]  # fmt: skip
+    Mutation(
+        "wrong captions do not compete",
+        'logits.masked_fill(same, float("-inf")), target)',
+        "logits[:, : len(captions)], target)",
+        ("demo_world/test_clip.py",),
+    ),
+    Mutation(
+        "captions without a costume",
+        'costume = "" if a.costume == "none" else f"wearing a {a.costume}"',
+        'costume = ""',
+        ("test_attributes.py",),
+    ),
+]
 
 
 def place_of(old: str, root: Path) -> Path:
@@ -97,7 +266,9 @@ def place_of(old: str, root: Path) -> Path:
 
 def files_of(names: tuple[str, ...], root: Path) -> list[str]:
     tests = sorted((root / "tests").rglob("test_*.py"))
-    return [str(path) for path in tests if any(f"/{path.relative_to(root).as_posix()}".endswith(f"/{n}") for n in names)]
+    return [
+        str(path) for path in tests if any(f"/{path.relative_to(root).as_posix()}".endswith(f"/{n}") for n in names)
+    ]
 
 
 def copied(folder: Path) -> Path:

@@ -64,7 +64,7 @@ def checks_and_tests(of_pytest: list[str]) -> int:
         "import-linter": [python, "-c", "from importlinter.cli import lint_imports_command as run; run()"],
         "pytest": [python, *SUITE, *of_pytest],
     }
-    path = os.pathsep.join(str(part) for part in (folder, ROOT / "scripts", ROOT / "tests", ROOT / "benchmarks"))
+    path = os.pathsep.join(str(part) for part in (folder, ROOT / "scripts", ROOT / "tests"))
     failed = []
     for name, command in checks.items():
         print(f"\n== {name}", flush=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-for folder in ("scripts", "tests", "benchmarks"):  # what tests share: the engine, tiny models, reference loops
+for folder in ("scripts", "tests"):  # what tests share: the engine, tiny models, reference loops
     sys.path.append(str(ROOT / folder))
 
 import load_pack  # noqa: E402  (these four are found on the path that was extended just above)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ def group_of(node_id: str) -> str:
 def longest_first(items: list[pytest.Item]) -> None:
     """Sort the collected tests in place: groups by their recorded seconds, tests of a group in their own order."""
     known: dict[str, float] = json.loads(DURATIONS.read_text(encoding="utf-8"))["files"]
-    seconds: Counter[str] = Counter()
+    seconds: dict[str, float] = defaultdict(float)
     for file in dict.fromkeys(item.nodeid.split("::")[0] for item in items):
         seconds[group_of(file)] += known.get(file, UNKNOWN_SECONDS)
     items.sort(key=lambda item: (-seconds[group_of(item.nodeid)], group_of(item.nodeid)))
@@ -43,21 +43,22 @@ class Durations:
     """Writes durations.json at the end of a run; files of which no test ran keep their seconds."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.seconds[report.nodeid] += report.duration
 
     def pytest_sessionfinish(self) -> None:
-        files: Counter[str] = Counter()
+        files: dict[str, float] = defaultdict(float)
         for test, seconds in self.seconds.items():
             files[test.split("::")[0]] += seconds
         before = json.loads(DURATIONS.read_text(encoding="utf-8"))["files"] if DURATIONS.is_file() else {}
         root = DURATIONS.parents[1]
         merged = {file: round(files.get(file, before.get(file, 0.0)), 1) for file in {**before, **files}}
+        slowest = sorted(self.seconds.items(), key=lambda item: -item[1])
         written = {
             "files": dict(sorted((file, seconds) for file, seconds in merged.items() if (root / file).is_file())),
-            "slowest": {test: round(seconds, 1) for test, seconds in self.seconds.most_common(SLOWEST)},
+            "slowest": {test: round(seconds, 1) for test, seconds in slowest[:SLOWEST]},
         }
         DURATIONS.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 

@@ -49,7 +49,7 @@ def test_links_and_files_in_documents_exist(name: str) -> None:
     text = read(name)
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     paths = re.findall(
-        r"`((?:scripts|tests|benchmarks|workflows|locales|web|nodes|pipelines|attention)/[\w./-]+)`", text
+        r"`((?:scripts|tests|benchmarks|evaluation|workflows|locales|web|nodes|pipelines|attention)/[\w./-]+)`", text
     )
     paths = [path for path in paths if not re.search(r"NAME|NODE_ID", path)]
     folder = (ROOT / name).parent

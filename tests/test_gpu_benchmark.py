@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import gpu
 import pytest
+from identity_edit_pack.benchmarks import gpu
+from identity_edit_pack.benchmarks.harness import arguments_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -20,7 +21,7 @@ def row(setting: str, samples: list[float], **more: Any) -> dict[str, Any]:
 
 
 def test_every_part_runs_on_a_processor_or_says_why_not() -> None:
-    rows, facts = gpu.run(gpu.read_arguments(["--tiny", "--only", gpu.GRADIENTS, gpu.ATTENTION, gpu.COMPILED]))
+    rows, facts = gpu.run(arguments_of(gpu, ["--tiny", "--only", gpu.GRADIENTS, gpu.ATTENTION, gpu.COMPILED]))
     results = {(row["part"], row["setting"], row["row"]): row for row in rows}
     for name in gpu.WITH_GRADIENTS:
         assert results[gpu.GRADIENTS, gpu.WHOLE, name]["result"] == gpu.OK, results[gpu.GRADIENTS, gpu.WHOLE, name]
@@ -35,7 +36,7 @@ def test_every_part_runs_on_a_processor_or_says_why_not() -> None:
 
 
 def test_what_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
-    arguments = gpu.read_arguments(["--base", str(tmp_path)])
+    arguments = arguments_of(gpu, ["--base", str(tmp_path)])
     rows = gpu.measure((gpu.PRECISION, gpu.TINY, "bfloat16"), arguments, time.monotonic() + 60)  # no checkpoint there
     assert [row["result"] for row in rows] == [gpu.FAILED, gpu.NOT_RUN, gpu.NOT_RUN]
     assert "tiny.safetensors" in rows[0]["message"]

@@ -59,7 +59,7 @@ def imported(path: Path, *, only_at_start: bool = False) -> Iterator[str]:
 @pytest.mark.parametrize("path", PACK_FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_pack_imports_itself_relatively(path: Path) -> None:
     # `import nodes` would be ComfyUI's own module, or ours for whoever asks ComfyUI's.
-    ours = {*ROOMS, "scripts", "tests", "benchmarks", "identity_edit_pack"}
+    ours = {*ROOMS, "scripts", "tests", "benchmarks", "evaluation", "identity_edit_pack"}
     assert ours.isdisjoint(name.split(".")[0] for name in imported(path))
 
 
@@ -159,7 +159,7 @@ def test_requirements_leave_the_users_torch_alone() -> None:
 
 
 def test_files_can_be_read_in_a_sitting() -> None:
-    rooms = (*ROOMS, "scripts", "tests", "benchmarks")
+    rooms = (*ROOMS, "scripts", "tests", "benchmarks", "evaluation")
     sizes = {path: path.stat().st_size for room in rooms for path in (ROOT / room).rglob("*.py")}
     assert {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > 40_000} == {}
 

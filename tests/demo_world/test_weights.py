@@ -1,4 +1,4 @@
-"""The committed weights, judged by the renderer's ground truth; benchmarks/demo_world.py makes the full figures."""
+"""The committed weights, judged by the renderer's ground truth; the benchmark demo_world makes the full figures."""
 
 import comfy.sd
 import numpy as np

@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).parent
-sys.path += [str(HERE), *(str(ROOT / folder) for folder in ("scripts", "tests", "benchmarks"))]
+sys.path += [str(HERE), *(str(ROOT / folder) for folder in ("scripts", "tests"))]
 
 ANSWERS = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # what ComfyUI prints, from its first import on

@@ -1,6 +1,6 @@
 """Every node with a MODEL, on quantized weights: it works, or says in one sentence why it cannot.
 
-`benchmarks/quantized_weights.py` writes what each does into a table.
+`python -m benchmarks quantized_weights` writes what each does into a table.
 """
 
 from __future__ import annotations

@@ -104,8 +104,8 @@ def test_the_cells_of_a_mask_are_those_that_diffusers_chooses():
     smallest difference first; so the order of the cells must be the same, and the mask for the threshold that its
     choice amounts to.
     """
-    import diffusers_models
     from diffusers import DDIMInverseScheduler, StableDiffusionDiffEditPipeline
+    from identity_edit_pack.evaluation import diffusers_models
 
     model = tiny_models.sd1()
     target, source = tiny_models.conditioning(1), tiny_models.conditioning(2)

@@ -1,4 +1,4 @@
-"""The shipped workflows made cheap, and a reference prompt: what the benchmarks and tests of endurance run on a server.
+"""The shipped workflows made cheap, and a reference prompt: what tests run on a server.
 
 Standard library only, so that the process which watches a server stays small.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from api_client import Client, Prompt
 
-WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows" / "api"
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
 NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
 CHECKPOINT = "identity-edit-demo.safetensors"
 

@@ -1,7 +1,4 @@
-"""One edit to be made, whatever dataset it comes from.
-
-Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
-"""
+"""One edit to be made, whatever dataset it comes from."""
 
 from __future__ import annotations
 

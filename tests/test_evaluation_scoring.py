@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from edit_cases import EditCase, save_picture
-from edit_scoring import (
+from identity_edit_pack.evaluation.cases import EditCase, save_picture
+from identity_edit_pack.evaluation.scoring import (
     EditedFolder,
     KeptPictures,
     MethodScores,

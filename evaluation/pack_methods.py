@@ -8,10 +8,6 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import torch
-from edit_cases import EditCase
-from edit_method import PREPARATION, SUBJECT, Checkpoint, Method, MethodSettings
-from edit_methods_stock import eight_channel_checkpoint
-from edits import composite, embed
 from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.conditioning import Conditioning
 from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion, edit_friendly_sampling
@@ -35,6 +31,11 @@ from identity_edit_pack.pipelines.text_injection import edit_conditioning, times
 from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+
+from ..benchmarks.edits import composite, embed
+from .cases import EditCase
+from .method import PREPARATION, SUBJECT, Checkpoint, Method, MethodSettings
+from .stock_methods import eight_channel_checkpoint
 
 REGULARISATION = 16
 MCDM_STEPS = 20

@@ -1,4 +1,4 @@
-"""The tests with tiny models under other processors' instructions: `.venv/bin/python benchmarks/processors.py`.
+"""The tests with tiny models under other processors' instructions: `python -m benchmarks processors`.
 
 PyTorch and oneDNN choose their kernels by the processor; ATEN_CPU_CAPABILITY and ONEDNN_MAX_CPU_ISA make them choose as
 on an older one. Each setting of --settings runs the --folders once; its row in benchmarks/results/processors.json is
@@ -13,14 +13,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-from load_pack import source_commit  # noqa: E402  (found on the path that was extended just above)
-from report import RESULTS, write_results  # noqa: E402
+from ...benchmarks.harness import RESULTS, ROOT, source_commit, write_results
 
 INSTRUCTIONS = {"default": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE"}
 SETTINGS = [f"{capability}-{threads}" for capability in INSTRUCTIONS for threads in (1, 2)]
@@ -50,7 +45,7 @@ def write_table(rows: dict[str, dict[str, Any]]) -> None:
     lines = [
         "# The tests with tiny models under other processors' instructions",
         "",
-        "`benchmarks/processors.py`; each row by `pytest` of its folders with its variables.",
+        "`python -m benchmarks processors`; each row by `pytest` of its folders with its variables.",
         "",
         "| variables | folders | commit | passed | failed | skipped |",
         "|---|---|---|---|---|---|",
@@ -65,11 +60,12 @@ def write_table(rows: dict[str, dict[str, Any]]) -> None:
     write_results("processors", rows, [*lines, *(["", *failed] if failed else []), *(["", *notes] if notes else [])])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SETTINGS, metavar="SETTING")
     parser.add_argument("--folders", nargs="+", default=FOLDERS)
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     kept = RESULTS / "processors.json"
     rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     for setting in arguments.settings:
@@ -78,7 +74,3 @@ def main() -> None:
         done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
         rows[setting] = row_of(setting, arguments.folders, done.stdout)
         write_table(rows)
-
-
-if __name__ == "__main__":
-    main()

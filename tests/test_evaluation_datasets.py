@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import random
 
-import edit_dataset_demo as demo
 import numpy as np
 import pytest
 import torch
-from edit_cases import EditCase, load_square, save_picture
-from edit_datasets import READERS, decode_mask, encode_mask, inside, read_dataset
 from identity_edit_pack.demo_world.attributes import Attributes
+from identity_edit_pack.evaluation import demo_dataset as demo
+from identity_edit_pack.evaluation.cases import EditCase, load_square, save_picture
+from identity_edit_pack.evaluation.datasets import READERS, decode_mask, encode_mask, inside, read_dataset
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from PIL import Image
 

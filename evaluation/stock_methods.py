@@ -9,9 +9,10 @@ import comfy.sample
 import comfy.samplers
 import comfy.sd
 import torch
-from edit_cases import EditCase
-from edit_method import PREPARATION, Checkpoint, Method, MethodSettings
-from edits import embed
+
+from ..benchmarks.edits import embed
+from .cases import EditCase
+from .method import PREPARATION, Checkpoint, Method, MethodSettings
 
 
 @torch.no_grad()

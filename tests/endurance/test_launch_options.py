@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import launch_options
 import numpy as np
 import pytest
 from api_workflows import read_workflow
+
+from . import launch_options
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer

@@ -21,14 +21,15 @@ from types import ModuleType
 from typing import Any
 
 import diffusers
-import diffusers_models
 import torch
-from edit_cases import EditCase
-from edit_method import PREPARATION, Checkpoint, Method, MethodSettings
-from edit_methods_stock import eight_channel_checkpoint
 from identity_edit_pack.attention.mutual_self_attention import mutual_layers
 from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines.mutual_self_attention import START_STEP
+
+from . import diffusers_models
+from .cases import EditCase
+from .method import PREPARATION, Checkpoint, Method, MethodSettings
+from .stock_methods import eight_channel_checkpoint
 
 diffusers.utils.logging.set_verbosity_error()
 

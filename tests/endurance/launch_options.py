@@ -1,4 +1,4 @@
-"""The shipped workflows under ComfyUI's launch options: `.venv/bin/python benchmarks/launch_options.py`.
+"""The shipped workflows under ComfyUI's launch options: `python -m benchmarks launch_options`.
 
 Each option starts a real server of its own, on which shipped workflows run with all numbers of steps cut to --steps.
 Their pictures are compared with those of a server without the option: given is the lowest PSNR of a workflow's
@@ -18,7 +18,6 @@ import copy
 import functools
 import json
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,15 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from api_client import Client, PromptError
+from api_workflows import read_workflow, workflow_names
+from engine import ENGINE_VERSION, Server, find_engine, has_accelerator, version_of
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
-
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-from api_client import Client, PromptError  # noqa: E402
-from api_workflows import read_workflow, workflow_names  # noqa: E402
-from engine import ENGINE_VERSION, Server, find_engine, has_accelerator, version_of  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
+from ...benchmarks.harness import RESULTS, source_commit, write_results
 
 PLAIN, COMPILED = "plain", "TorchCompileModel"
 LOADERS = ("CheckpointLoaderSimple", "UNETLoader")
@@ -191,7 +186,7 @@ def measure(arguments: argparse.Namespace) -> None:
                 if client is not None:
                     found = run_workflow(client, option, name, arguments)
                 row = {"option": option, "workflow": name, **found, "steps": arguments.steps}
-                row["commit"] = load_pack.source_commit()
+                row["commit"] = source_commit()
                 # Read again: another call may have added some meanwhile.
                 rows = [r for r in read_rows() if (r["option"], r["workflow"]) != (option, name)] + [row]
                 rows.sort(key=lambda r: (list(OPTIONS).index(r["option"]), r["workflow"]))
@@ -225,7 +220,7 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
     lines = [
         "# The shipped workflows under ComfyUI's launch options",
         "",
-        f"`benchmarks/launch_options.py` on ComfyUI {version_of(find_engine())}, demo checkpoint, every number of "
+        f"`python -m benchmarks launch_options` on ComfyUI {version_of(find_engine())}, demo checkpoint, every number of "
         f"steps cut to {', '.join(map(str, steps))}; commits stand in the JSON file. A number is the lowest PSNR in dB "
         f"of a workflow's pictures against the same server without the option, 99 for the same pictures; "
         f"{CLOSE_DB:g} dB and more look like the same picture. In `plain` it is the seconds.",
@@ -257,20 +252,17 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
         write_results(results_name(), {"rows": rows}, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", choices=OPTIONS, action="append", help='--option="--fast", repeated (default all)')
     parser.add_argument("--workflow", choices=workflow_names(), nargs="+", default=workflow_names(), help="default all")
     parser.add_argument("--steps", type=int, default=4, help="most steps of anything (default 4)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--missing", action="store_true", help="leave out what the results have")
     parser.add_argument("--base", type=Path, help="folder for plain pictures, to go on later (default: temporary)")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="identity-edit-plain-") as temporary:
         arguments.base = arguments.base or Path(temporary)
         arguments.base.mkdir(parents=True, exist_ok=True)
         measure(arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""How does the pack compare with what else there is? `.venv/bin/python benchmarks/peers.py --community C --masactrl M`.
+"""How does the pack compare with what else there is? `python -m benchmarks peers --community C --masactrl M`.
 
 The pack's methods, ComfyUI's stock nodes, diffusers' pipelines, those of its community and the authors' own code edit
 the same pictures with the same weights in float32, the same number of steps, guidance scale and seed.
@@ -32,21 +32,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import numpy as np
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.attributes import Attributes, caption
+from identity_edit_pack.demo_world.classifier import load_classifier
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import edits  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import lipe_edit  # noqa: E402
-import numpy as np  # noqa: E402
-import portrait_edit  # noqa: E402
-import torch  # noqa: E402
-from edit_cases import EditCase, save_picture  # noqa: E402
-from edit_methods import (  # noqa: E402
+from ..benchmarks import edits, lipe_edit, portrait_edit
+from ..benchmarks.edits import Pair
+from ..benchmarks.harness import RESULTS, ROOT, source_commit, write_results
+from .cases import EditCase, save_picture
+from .methods import (
     METHODS,
     SAME_ALGORITHM,
     SUBJECT,
@@ -55,14 +54,6 @@ from edit_methods import (  # noqa: E402
     load_checkpoint,
     measured,
 )
-from edits import Pair  # noqa: E402
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.attributes import Attributes, caption  # noqa: E402
-from identity_edit_pack.demo_world.classifier import load_classifier  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 SIZE = 128
 TOKEN = "sks"
@@ -305,8 +296,7 @@ def check_kept(folder: Path, settings: dict[str, Any]) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=15, help="figures, three of each subject (default 15)")
     parser.add_argument("--portraits", type=int, default=12, help="portraits (default 12)")
     parser.add_argument("--slow-cases", type=int, default=3, help=f"figures by {', '.join(SLOW)} (default 3)")
@@ -323,11 +313,9 @@ def parse_arguments() -> argparse.Namespace:
     world = ROOT / "demo_world"
     parser.add_argument("--checkpoint", type=Path, default=world / "weights/identity-edit-demo.safetensors")
     parser.add_argument("--mcdm", type=Path, default=world / "diffusion_models/identity-edit-demo-mcdm.safetensors")
-    return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     family.register()
     checkpoint = load_checkpoint(arguments.checkpoint, SIZE)
@@ -382,7 +370,7 @@ def write_report(
     ):
         truth = {number: Made(task.pair.after, 0.0, 0, 0.0) for number, task in enumerate(tasks)}
         reports[kind] = rows_of({**results, "true edit (renderer)": truth} if tasks else {}, tasks, score)
-    commit, command = load_pack.source_commit(), " ".join(["benchmarks/peers.py", *recorded(sys.argv[1:])])
+    commit, command = source_commit(), " ".join(["python -m benchmarks peers", *recorded(sys.argv[1:])])
     comparisons = [same_algorithm(figures[1], reports["figures"]), same_algorithm(portraits[1], reports["portraits"])]
     seen = {line.split("|")[1] for line in comparisons[0][0]}
     lines = [
@@ -447,7 +435,3 @@ def write_report(
 def recorded(arguments: list[str]) -> list[str]:
     """The command's arguments without the folders, whose places differ from machine to machine."""
     return [Path(each).name if "/" in each else each for each in arguments]
-
-
-if __name__ == "__main__":
-    main()

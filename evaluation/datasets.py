@@ -7,7 +7,6 @@
     dreambooth   Ruiz et al. 2023: 30 subjects, 25 prompts each
 
 Nothing is downloaded. No path that a dataset's file names leads out of the dataset's folder.
-Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from edit_cases import EditCase, save_picture
 from identity_edit_pack.pipelines.errors import IdentityEditError
+
+from .cases import EditCase, save_picture
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TOKEN = "sks"

@@ -1,7 +1,4 @@
-"""What `score_edits.py` does with cases and methods: makes pictures and keeps them, scores them, and writes a table.
-
-Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
-"""
+"""What `score_edits.py` does with cases and methods: makes pictures and keeps them, scores them, and writes a table."""
 
 from __future__ import annotations
 
@@ -14,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from edit_cases import EditCase, load_square, save_picture
-from edit_datasets import PICTURES, file_name
 from identity_edit_pack.pipelines import picture_scores
 from identity_edit_pack.pipelines.edit_scores import Networks, Score, score_edit
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.frechet_distance import FEWEST, frechet_distance, kernel_distance
 from identity_edit_pack.pipelines.score_definitions import INSIDE, OUTSIDE
 from PIL import Image
+
+from .cases import EditCase, load_square, save_picture
+from .datasets import PICTURES, file_name
 
 SOURCE, TARGET = "source", "true edit"
 """Rows that need no method: the picture unchanged, and the answer where the dataset knows it."""

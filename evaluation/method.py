@@ -11,7 +11,8 @@ from typing import Any
 
 import comfy.sd
 import torch
-from edit_cases import EditCase
+
+from .cases import EditCase
 
 UNETS = ("UNetModel", "UNet2DConditionModel")
 """The networks whose evaluations are counted: ComfyUI's class and diffusers'."""

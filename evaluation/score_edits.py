@@ -1,10 +1,10 @@
 """Edit a published dataset with the methods of the field and score the results: one command, one table.
 
-    .venv/bin/python benchmarks/score_edits.py --dataset demo --methods ddim null-text-7.5 masactrl
-    .venv/bin/python benchmarks/score_edits.py --dataset pie-bench --folder data --checkpoint sd-v1-4.safetensors \\
+    python -m benchmarks score_edits --dataset demo --methods ddim null-text-7.5 masactrl
+    python -m benchmarks score_edits --dataset pie-bench --folder data --checkpoint sd-v1-4.safetensors \\
         --methods img2img masactrl prompt-to-prompt --clip clip-vit-large-patch14 --structure dino-vitb8 \\
         --models ComfyUI/models --lpips SqueezeNet --keep kept
-    .venv/bin/python benchmarks/score_edits.py --dataset tedbench --folder tedbench --edited tedbench/imagic \\
+    python -m benchmarks score_edits --dataset tedbench --folder tedbench --edited tedbench/imagic \\
         --clip clip-vit-large-patch14
 
 `--dataset` is one of pie-bench, tedbench, lipe, dreambooth (folders in their published form, see edit_datasets.py;
@@ -46,22 +46,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import folder_paths
+import torch
+from identity_edit_pack.demo_world import family
+from identity_edit_pack.demo_world.clip import CLIP_FOLDER
+from identity_edit_pack.pipelines.edit_scores import PIE_BENCH, PLAIN, RULES, open_networks
+from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.faces import load_detector
+from identity_edit_pack.pipelines.identity_similarity import load_recognizer
+from identity_edit_pack.pipelines.score_definitions import PIE_BENCH_PARTS, PLAIN_PARTS
+from tqdm import tqdm
 
-import load_pack  # noqa: E402  (found on the path that was extended just above)
-
-load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-load_pack.load_pack()
-
-import edit_dataset_demo  # noqa: E402  (ComfyUI and the pack, found now that they are prepared)
-import edits  # noqa: E402
-import folder_paths  # noqa: E402
-import torch  # noqa: E402
-from edit_cases import EditCase  # noqa: E402
-from edit_datasets import READERS, read_dataset  # noqa: E402
-from edit_methods import METHODS, Checkpoint, Method, MethodSettings, load_checkpoint  # noqa: E402
-from edit_scoring import (  # noqa: E402
+from ..benchmarks import edits
+from ..benchmarks.harness import DEMO_CHECKPOINT, RESULTS, source_commit, write_results
+from . import demo_dataset as edit_dataset_demo
+from .cases import EditCase
+from .datasets import READERS, read_dataset
+from .methods import METHODS, Checkpoint, Method, MethodSettings, load_checkpoint
+from .scoring import (
     SOURCE,
     TARGET,
     EditedFolder,
@@ -76,26 +78,15 @@ from edit_scoring import (  # noqa: E402
     sheet,
     table,
 )
-from identity_edit_pack.demo_world import family  # noqa: E402
-from identity_edit_pack.demo_world.clip import CLIP_FOLDER  # noqa: E402
-from identity_edit_pack.pipelines.edit_scores import PIE_BENCH, PLAIN, RULES, open_networks  # noqa: E402
-from identity_edit_pack.pipelines.errors import IdentityEditError  # noqa: E402
-from identity_edit_pack.pipelines.faces import load_detector  # noqa: E402
-from identity_edit_pack.pipelines.identity_similarity import load_recognizer  # noqa: E402
-from identity_edit_pack.pipelines.score_definitions import PIE_BENCH_PARTS, PLAIN_PARTS  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 DEMO = "demo"
-DEMO_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo.safetensors"
 DEMO_SIZE, USUAL_SIZE = 128, 512
 SHEET_SIDE, SHEET_COLUMNS = 128, 12
 PARTS = {PLAIN: PLAIN_PARTS, PIE_BENCH: PIE_BENCH_PARTS}
 NUMBERS = {entry.name for entry in dataclasses.fields(MethodSettings) if entry.type in ("int", "float")} - {"seed"}
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="name the methods, and stop")
     parser.add_argument("--dataset", choices=(*READERS, DEMO), default=DEMO)
     parser.add_argument("--folder", type=Path, help="the dataset's folder; for demo where it is written (temporary)")
@@ -119,7 +110,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.add_argument(f"--{name}", help="name of the network in --models")
     parser.add_argument("--rule", choices=RULES, help="how parts are compared (pie-bench: PIE-Bench)")
     parser.add_argument("--name", help="of the results (edits_DATASET)")
-    return parser.parse_args()
 
 
 def read_cases(arguments: argparse.Namespace, temporary: Path) -> list[EditCase]:
@@ -250,7 +240,7 @@ def command() -> str:
     def relative(word: str) -> str:
         return Path(word).name if Path(word).is_absolute() else word
 
-    return " ".join(["benchmarks/score_edits.py", *(relative(word) for word in sys.argv[1:])])
+    return " ".join(["python -m benchmarks score_edits", *(relative(word) for word in sys.argv[1:])])
 
 
 def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: dict[str, Pictures], size: int) -> None:
@@ -275,7 +265,7 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
     methods = {name: scores for name, scores in methods.items() if scores.values}
     rows = {name: rows[name] for name in methods}
     sets = {name: set_scores(scores, others) for name, scores in methods.items()}
-    commit = load_pack.source_commit()
+    commit = source_commit()
     title = f"# Edits of {arguments.dataset}, scored"
     about = f"`{command()}` at commit {commit}: {len(cases)} cases from number {arguments.start} on, {size} pixels."
     parts = f"Inside and outside of a mask: {PARTS[rule]}."
@@ -302,8 +292,7 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
     edits.save_sheet(RESULTS / f"{name}.jpg", sheet(rows, cases[:SHEET_COLUMNS], SHEET_SIDE), SHEET_COLUMNS)
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> None:
     if arguments.list:
         for name, method in METHODS.items():
             needs = f" (needs {', '.join(method.needs)})" if method.needs else ""
@@ -320,10 +309,3 @@ def main() -> None:
         rows |= made_pictures(arguments, cases, size, arguments.keep or Path(temporary) / "kept")
         rows |= existing_pictures(arguments, cases, size)
         score_and_write(arguments, cases, rows, size)
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except IdentityEditError as error:
-        sys.exit(str(error))

@@ -1,4 +1,4 @@
-"""Does a server that runs for long stay as it was: `.venv/bin/python benchmarks/soak.py --prompts 500`.
+"""Does a server that runs for long stay as it was: `python -m benchmarks soak --prompts 500`.
 
 All shipped workflows, made cheap, in rounds of random order on one server, with other seeds each time, so that nothing
 comes from the cache; those that train, half of the time, take part in every fourth round. After every prompt: memory
@@ -14,24 +14,20 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+import psutil
+from api_client import Client
+from engine import Server
+from scipy.stats import theilslopes
+from tqdm import tqdm
 
-import cheap_workflows  # noqa: E402  (these are found beside this file and on the path that was extended just above)
-import psutil  # noqa: E402
-from api_client import Client  # noqa: E402
-from engine import Server  # noqa: E402
-from load_pack import source_commit  # noqa: E402
-from report import RESULTS, write_results  # noqa: E402
-from scipy.stats import theilslopes  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from ...benchmarks.harness import RESULTS, command_line, source_commit, write_results
+from . import cheap_workflows
 
 WARM_UP_ROUNDS = 5
 """Rounds in which libraries are loaded and the allocator finds its size; they are shown but not in the slopes."""
@@ -142,7 +138,7 @@ def report(arguments: argparse.Namespace, commit: str, digests: list[str], sampl
     growth = growth_by_workflow(samples, rounds)
     failures = [one for one in samples if one["error"]]
     figures = {
-        "command": " ".join(["benchmarks/soak.py", *sys.argv[1:]]),
+        "command": command_line(),
         "commit": commit,
         "seed": arguments.seed,
         "prompts": len(samples),
@@ -218,11 +214,12 @@ def report(arguments: argparse.Namespace, commit: str, digests: list[str], sampl
     write_results("soak", figures, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=500, help="at least so many, in whole rounds (default 500)")
     parser.add_argument("--seed", type=int, default=0, help="of the order and of the prompts' seeds (default 0)")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
 
     without_training = [name for name in cheap_workflows.NAMES if not trains(name)]
     draws = random.Random(arguments.seed)
@@ -267,7 +264,3 @@ def main() -> None:
                 digests.append(cheap_workflows.reference_digest(client))
                 probes.append(probe())
                 report(arguments, commit, digests, samples, probes)
-
-
-if __name__ == "__main__":
-    main()

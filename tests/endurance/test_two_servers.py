@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cheap_workflows
 import pytest
 from engine import make_base
 from safetensors import safe_open
+
+from . import cheap_workflows
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer

@@ -1,4 +1,4 @@
-"""What an interrupt does: `.venv/bin/python benchmarks/interrupts.py --interrupts 100`.
+"""What an interrupt does: `python -m benchmarks interrupts --interrupts 100`.
 
 At a random moment of a random shipped workflow, made cheap, the running prompt is interrupted. Measured is the time
 from the request to the prompt's end, beside that of one step of a stock sampler on the same server; the number of steps
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -23,15 +22,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "scripts"))
+from api_client import Client, Interrupted, PromptError
+from engine import Server
+from tqdm import tqdm
 
-import cheap_workflows  # noqa: E402  (these are found beside this file and on the path that was extended just above)
-from api_client import Client, Interrupted, PromptError  # noqa: E402
-from engine import Server  # noqa: E402
-from load_pack import source_commit  # noqa: E402
-from report import write_results  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+from ...benchmarks.harness import command_line, source_commit, write_results
+from . import cheap_workflows
 
 LONG = {**cheap_workflows.MOST, "steps": 30, "count": 4, "inner_steps": 5}
 """Limits of the workflows here: long enough for an interrupt to meet something."""
@@ -137,7 +133,7 @@ def report(arguments: argparse.Namespace, commit: str, step: float, found: list[
     seconds = sorted(one["seconds_to_end"] for one in met) or [0.0]
     tenths = quantiles(seconds, n=20) if len(seconds) > 1 else seconds
     figures = {
-        "command": " ".join(["benchmarks/interrupts.py", *sys.argv[1:]]),
+        "command": command_line(),
         "commit": commit,
         "seed": arguments.seed,
         "interrupts": len(found),
@@ -179,11 +175,12 @@ def report(arguments: argparse.Namespace, commit: str, step: float, found: list[
     write_results("interrupts", figures, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--interrupts", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the workflows and moments (default 0)")
-    arguments = parser.parse_args()
+
+
+def main(arguments: argparse.Namespace) -> None:
     commit = source_commit()
     found: list[dict[str, Any]] = []
     variables = {"HF_HUB_OFFLINE": "1", "MKL_CBWR": "AUTO,STRICT", "OMP_NUM_THREADS": "1"}
@@ -199,7 +196,3 @@ def main() -> None:
             found.append(facts)
             if len(found) % 10 == 0 or len(found) == arguments.interrupts:
                 report(arguments, commit, step, found)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,6 @@ Its kinds of edit are those of PIE-Bench that the demo world can draw, and bear 
 held-out identities, so that nothing was trained on them. Beside what PIE-Bench holds, the folder has the true edits
 (`target_images`), four other pictures of each subject with captions (`reference_images`), and `subjects.json`, which
 says for each case what its subject is called.
-Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edit_cases import EditCase, save_picture
-from edit_datasets import PIE_BENCH_SIDE, TOKEN, encode_mask, pictures_in, read_json, read_pie_bench, text_of
 from identity_edit_pack.demo_world.attributes import (
     CAPTION_TEMPLATES,
     COLORS,
@@ -36,6 +33,9 @@ from identity_edit_pack.demo_world.attributes import (
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.subject_words import with_token
+
+from .cases import EditCase, save_picture
+from .datasets import PIE_BENCH_SIDE, TOKEN, encode_mask, pictures_in, read_json, read_pie_bench, text_of
 
 REFERENCES = 4
 WORN = [costume for costume in COSTUMES if costume != "none"]

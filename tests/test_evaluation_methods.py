@@ -12,7 +12,7 @@ import torch
 
 @pytest.mark.usefixtures("pack")
 def test_the_unet_for_diffusers_is_the_same_network():
-    import diffusers_models
+    from identity_edit_pack.evaluation import diffusers_models
 
     model = tiny_models.sd1()
     twin = diffusers_models.unet(model)
@@ -25,7 +25,7 @@ def test_the_unet_for_diffusers_is_the_same_network():
 
 @pytest.mark.usefixtures("pack")
 def test_the_autoencoder_for_diffusers_is_comfyuis():
-    import diffusers_models
+    from identity_edit_pack.evaluation import diffusers_models
 
     class Halves:
         """A VAE whose latent is the picture, eight times smaller and half as bright."""
@@ -47,8 +47,8 @@ def test_the_autoencoder_for_diffusers_is_comfyuis():
 
 @pytest.mark.usefixtures("pack")
 def test_evaluations_are_counted_one_for_each_picture_and_prompt():
-    import diffusers_models
-    from edit_method import measured
+    from identity_edit_pack.evaluation import diffusers_models
+    from identity_edit_pack.evaluation.method import measured
 
     model = tiny_models.sd1()
     x, context = tiny_models.latent(1, batch=3), tiny_models.conditioning(2, batch=3)[0][0]
@@ -63,7 +63,7 @@ def test_evaluations_are_counted_one_for_each_picture_and_prompt():
 
 @pytest.mark.usefixtures("pack")
 def test_shared_work_is_done_once_and_counts_for_all_that_use_it():
-    from edit_method import EDIT, PREPARATION, SUBJECT, Cost, SharedWork, measured
+    from identity_edit_pack.evaluation.method import EDIT, PREPARATION, SUBJECT, Cost, SharedWork, measured
 
     model, x = tiny_models.sd1(), tiny_models.latent(1)
     context = tiny_models.conditioning(2)[0][0]
@@ -95,8 +95,8 @@ def test_shared_work_is_done_once_and_counts_for_all_that_use_it():
 
 @pytest.mark.usefixtures("pack")
 def test_a_method_says_what_it_lacks(tmp_path: Path):
-    import edit_methods
-    from edit_cases import EditCase
+    from identity_edit_pack.evaluation import methods as edit_methods
+    from identity_edit_pack.evaluation.cases import EditCase
 
     def case(**changes: Any) -> EditCase:
         return EditCase("one", "", tmp_path / "one.png", "a cat", "a dog", **changes)

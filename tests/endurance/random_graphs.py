@@ -1,40 +1,48 @@
-"""Random valid graphs over all nodes of the pack and stock nodes on one server: each ends well or with one sentence.
+"""Random valid graphs over all nodes of the pack and stock nodes on one server, and what becomes of each:
+`python -m benchmarks random_graphs`.
 
 A graph may end with an error of the pack's class, or of a stock node by its own hand; anything else is a fault, and so
-is a server that dies or that afterwards draws another reference picture. `IDENTITY_EDIT_GRAPHS=200` runs as many
-graphs, else GRAPHS; `IDENTITY_EDIT_GRAPHS_SEED` draws others. With `IDENTITY_EDIT_GRAPHS_LOG=file.json` what became
-of every graph is written there.
+is a server that dies or that afterwards draws another reference picture. `test_random_graphs.py` runs a few and fails
+at a fault; the command counts what becomes of many. Writes benchmarks/results/random_graphs.json and .md.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
+import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import cheap_workflows
 import hypothesis
-import pytest
-import random_graphs
 from api_client import ExecutionError, Prompt, ValidationError
 from engine import PACK_FOLDER
 from hypothesis import strategies
 
-if TYPE_CHECKING:
-    from identity_edit_pack.tests.conftest import RunningServer
+from ...benchmarks.harness import command_line, source_commit, write_results
+from . import cheap_workflows
+from . import graphs as random_graphs
 
-GRAPHS = 16
+if TYPE_CHECKING:
+    from ..conftest import RunningServer
+
 GRAPHS_FOR_A_NODE = 2
 """Hypothesis begins with the plainest graph of a node; from the second on they are random."""
 EVERY = 10
 """Graphs between two reference pictures."""
 SHRINKS = 30
 """Graphs that are run to make a failing one smaller."""
+ENDS = {
+    "finished": "finished",
+    "our error": "ended with one sentence of the pack",
+    "refused": "refused with one sentence before anything ran",
+    "stock error": "ended with an error of a stock node",
+    "fault": "anything else: a fault",
+}
 SUBJECT = ("cat", "test/cat")
 """Pictures of a subject in the input folder's `cat`."""
 ERROR = "IdentityEditError"
@@ -153,16 +161,8 @@ def prepare(graphs: Graphs) -> None:
             break
 
 
-@pytest.fixture(scope="module")
-def graphs(server: RunningServer) -> Graphs:
-    prepared = Graphs(server)
-    prepare(prepared)
-    faults = [end for end in prepared.ends if end["how"] == "fault"]
-    assert not faults, json.dumps(faults, indent=1)
-    prepared.ends.clear()
-    prepared.occurred.clear()
-    prepared.computed.clear()
-    return prepared
+class GraphFault(AssertionError):
+    """A graph ended otherwise than well or with one sentence."""
 
 
 def look_for_a_fault(graphs: Graphs, target: str, count: int, seed: int) -> None:
@@ -191,42 +191,96 @@ def look_for_a_fault(graphs: Graphs, target: str, count: int, seed: int) -> None
         ended = graphs.run(prompt)
         if ended.how == "fault":
             left[:] = left or [SHRINKS]
-            pytest.fail(f"seed {seed}, {target}, at {ended.node}: {ended.said}\n{json.dumps(prompt, indent=1)}")
+            raise GraphFault(f"seed {seed}, {target}, at {ended.node}: {ended.said}\n{json.dumps(prompt, indent=1)}")
 
     ends_well()
 
 
-def test_every_graph_ends_well_or_with_one_sentence(graphs: Graphs) -> None:
-    wanted = int(os.environ.get("IDENTITY_EDIT_GRAPHS", GRAPHS))
-    seed = int(os.environ.get("IDENTITY_EDIT_GRAPHS_SEED", "0"))
+def run_graphs(graphs: Graphs, wanted: int, seed: int) -> list[str]:
+    """Run random graphs around every node in turn until there are `wanted`; the faults, with their graphs."""
     ours = graphs.catalogue.of_the_pack()
     order = sorted(ours, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).hexdigest())
     faults: list[str] = []
     number = 0
     while len(graphs.ends) < wanted:
-        target = order[number % len(order)]
         try:
-            look_for_a_fault(graphs, target, GRAPHS_FOR_A_NODE, seed + number)
-        except pytest.fail.Exception as failure:
-            faults.append(str(failure))
+            look_for_a_fault(graphs, order[number % len(order)], GRAPHS_FOR_A_NODE, seed + number)
+        except GraphFault as fault:
+            faults.append(str(fault))
         number += 1
     graphs.check_reference()
-    log = os.environ.get("IDENTITY_EDIT_GRAPHS_LOG")
-    if log:
-        write_log(Path(log), graphs)
-    assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults)
-    if wanted >= 2 * len(ours):
-        assert set(ours) <= set(graphs.occurred), set(ours) - set(graphs.occurred)
+    return faults
 
 
-def test_every_node_can_take_part(graphs: Graphs) -> None:
-    assert graphs.catalogue.left_out == {}
+def prepared(server: RunningServer) -> Graphs:
+    """A server's graphs, with files for the loaders; raises `GraphFault` where one of the plain graphs is a fault."""
+    made = Graphs(server)
+    prepare(made)
+    faults = [end for end in made.ends if end["how"] == "fault"]
+    if faults:
+        raise GraphFault(json.dumps(faults, indent=1))
+    made.ends.clear()
+    made.occurred.clear()
+    made.computed.clear()
+    return made
 
 
-def write_log(path: Path, graphs: Graphs) -> None:
-    """What became of the graphs, and how often each node of the pack occurred and was computed."""
-    ends = collections.Counter(end["how"] for end in graphs.ends)
-    nodes = {key: [graphs.occurred[key], graphs.computed[key]] for key in graphs.catalogue.of_the_pack()}
-    facts = {"graphs": len(graphs.ends), "ends": dict(ends), "occurred_and_computed": nodes, "runs": graphs.ends}
-    with contextlib.suppress(OSError):
-        path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--graphs", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="another one draws other graphs")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    from ..conftest import running_server
+
+    with tempfile.TemporaryDirectory(prefix="identity-edit-") as folder, running_server(Path(folder)) as server:
+        graphs = prepared(server)
+        run_graphs(graphs, arguments.graphs, arguments.seed)
+    found = {
+        "graphs": len(graphs.ends),
+        "ends": dict(collections.Counter(end["how"] for end in graphs.ends)),
+        "occurred_and_computed": {
+            key: [graphs.occurred[key], graphs.computed[key]] for key in graphs.catalogue.of_the_pack()
+        },
+        "runs": graphs.ends,
+    }
+    nodes = [len(run["prompt"]) for run in graphs.ends]
+    lines = [
+        f"# {found['graphs']} random valid graphs on one server",
+        "",
+        f"`{command_line()}` (seed {arguments.seed}) at commit "
+        f"{source_commit()}: nodes of the pack and stock nodes joined by their socket types, {min(nodes)} to "
+        f"{max(nodes)} of them in a graph (median {sorted(nodes)[len(nodes) // 2]}). A reference picture, drawn anew "
+        f"after every ten graphs, stayed the same to the bit.",
+        "",
+        "| a graph | times |",
+        "|---|---|",
+        *(f"| {words} | {found['ends'].get(end, 0)} |" for end, words in ENDS.items()),
+        "",
+        "In how many graphs a node occurred, and in how many of them it came to its end; the others failed at it or "
+        "before it.",
+        "",
+        "| node | occurred | finished |",
+        "|---|---|---|",
+        *(f"| {node} | {n} | {done} |" for node, (n, done) in found["occurred_and_computed"].items()),
+        "",
+        "Where graphs ended with a sentence of the pack:",
+        "",
+        "| node | times | the most frequent sentence |",
+        "|---|---|---|",
+        *sentences(found["runs"]),
+    ]
+    figures = {key: found[key] for key in ("graphs", "ends", "occurred_and_computed")}
+    figures["faults"] = [run for run in found["runs"] if run["how"] == "fault"]
+    write_results("random_graphs", {"commit": source_commit(), "seed": arguments.seed, **figures}, lines)
+
+
+def sentences(runs: list[dict[str, Any]]) -> list[str]:
+    """A line of the table for each node at which graphs ended, the most frequent first."""
+    said: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for one in runs:
+        if one["how"] == "our error":
+            text = re.sub(r"/\S*/comfyui\d*/", "", one["said"])  # the server's own folder
+            said[one["node"]][text.replace("|", "\\|")] += 1
+    nodes = sorted(said, key=lambda node: (-said[node].total(), node))
+    return [f"| {node} | {said[node].total()} | {said[node].most_common(1)[0][0]} |" for node in nodes]

@@ -3,15 +3,14 @@
 `METHODS[name].edit(checkpoint, case, settings)` gives the edited picture. What several methods or cases need, such as
 an inversion or a subject's prior, is made once (`settings.work`) and still counts for each that uses it, so that the
 time of a method is what it costs alone.
-Imported after `load_pack.load_pack()`, which makes the pack known under its fixed name.
 """
 
 from __future__ import annotations
 
-import edit_methods_diffusers
-import edit_methods_pack
-import edit_methods_stock
-from edit_method import SUBJECT, Checkpoint, Cost, Method, MethodSettings, SharedWork, load_checkpoint, measured
+from . import diffusers_methods as edit_methods_diffusers
+from . import pack_methods as edit_methods_pack
+from . import stock_methods as edit_methods_stock
+from .method import SUBJECT, Checkpoint, Cost, Method, MethodSettings, SharedWork, load_checkpoint, measured
 
 METHODS: dict[str, Method] = {
     **edit_methods_stock.METHODS,

@@ -18,8 +18,10 @@ ABOVE_CHANCE = 0.15
 
 
 @pytest.fixture(scope="module")
-def probe() -> LinearProbe:
-    return LinearProbe(fitted=500, tested=250)
+def accuracies() -> dict[float, dict[str, list[float]]]:
+    """By noise, what a probe reads in each group: with that of Train Style Attention's default, and with NOISE."""
+    probe = LinearProbe(fitted=300, tested=150)
+    return {noise: probe.accuracy(noise) for noise in (0.05, NOISE)}
 
 
 def test_the_committed_file_is_a_small_encoder_of_18_rows() -> None:
@@ -40,22 +42,21 @@ def test_load_w_plus_encoder_lists_it(node_classes) -> None:
 
 
 def test_the_mean_style_is_that_of_training_people() -> None:
-    rows = encode(evaluation_set(300, seed=51, held_out=False, framing="portrait"))
+    rows = encode(evaluation_set(100, seed=51, held_out=False, framing="portrait"))
     average = load_w_plus_encoder(str(W_PLUS_PATH)).average
-    error_of_the_mean = rows.std() / 300**0.5
+    error_of_the_mean = rows.std() / 100**0.5
     assert float((rows.mean(0) - average).square().mean().sqrt()) < 1.5 * error_of_the_mean
 
 
 @pytest.mark.parametrize("group", range(len(GROUPS)))
-def test_a_group_says_its_own_attributes(group: int, probe: LinearProbe) -> None:
-    accuracy = probe.accuracy(0.05)  # the noise that Train Style Attention adds by default
+def test_a_group_says_its_own_attributes(group: int, accuracies: dict[float, dict[str, list[float]]]) -> None:
     for name in GROUPS[group][1]:
-        assert accuracy[name][group] >= OWN, name
+        assert accuracies[0.05][name][group] >= OWN, name
 
 
 @pytest.mark.parametrize("group", range(len(GROUPS)))
-def test_a_group_says_little_about_others(group: int, probe: LinearProbe) -> None:
-    accuracy = probe.accuracy(NOISE)
+def test_a_group_says_little_about_others(group: int, accuracies: dict[float, dict[str, list[float]]]) -> None:
+    accuracy = accuracies[NOISE]
     for name, choices in PORTRAIT_ATTRIBUTES.items():
         # Of three moods: a probe leaves crying people out.
         chance = 1 / (3 if name == "expression" else len(choices))

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 FOLDERS = ("benchmarks", "evaluation", "tests/endurance")
 ON_THE_PROCESSOR = ("align_reference", "dynamic_vram", "face_identity", "quantized_weights")
 """Benchmarks that take no accelerator where there is one."""
+WITHOUT_COMFYUI = (  # fmt: skip
+    "busy_core", "engines", "gpu", "interrupts", "launch_options", "page_load", "processors", "random_graphs",
+    "real_sizes", "soak", "startup",
+)
+"""Benchmarks that start servers or other processes, or that choose ComfyUI's options themselves."""
 DEMO_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo.safetensors"
 
 
@@ -45,11 +51,15 @@ def main() -> None:
         sys.exit(f"usage: python -m benchmarks NAME [options]\n{lines}")
     sys.path.append(str(ROOT / "scripts"))
     import load_pack
-    from user_comfyui import ScriptError
+    from user_comfyui import PACK_NAME, ScriptError
 
-    load_pack.prepare_engine(cpu=name in ON_THE_PROCESSOR or not load_pack.cuda_is_available())
-    load_pack.load_pack()
-    module = importlib.import_module(f"{load_pack.PACK_NAME}.{known[name][0].replace('/', '.')}.{name}")
+    if name not in WITHOUT_COMFYUI:
+        load_pack.prepare_engine(cpu=name in ON_THE_PROCESSOR or not load_pack.cuda_is_available())
+    # The pack by its folder: its entry point, which would import ComfyUI, has nothing to register here.
+    package = ModuleType(PACK_NAME)
+    package.__path__ = [str(ROOT)]
+    sys.modules[PACK_NAME] = package
+    module = importlib.import_module(f"{PACK_NAME}.{known[name][0].replace('/', '.')}.{name}")
     sys.argv = [f"python -m benchmarks {name}", *sys.argv[2:]]
     from identity_edit_pack.attention.errors import IdentityEditError
 

@@ -183,7 +183,10 @@ MUTATIONS = [
         ("test_face_alignment.py",),
     ),
     Mutation(
-        "squared error", "error = (edited.double() - source.double()).square().mean(dim=-1)", "error = (edited.double() - source.double()).abs().mean(dim=-1)", ("test_picture_scores.py",)
+        "squared error",
+        "error = (edited.double() - source.double()).square().mean(dim=-1)",
+        "error = (edited.double() - source.double()).abs().mean(dim=-1)",
+        ("test_picture_scores.py",),
     ),
     Mutation(
         "directional similarity",

@@ -32,11 +32,16 @@ def group_of(node_id: str) -> str:
 
 def longest_first(items: list[pytest.Item]) -> None:
     """Sort the collected tests in place: groups by their recorded seconds, tests of a group in their own order."""
-    known: dict[str, float] = json.loads(DURATIONS.read_text(encoding="utf-8"))["files"]
+    known = recorded_seconds()
     seconds: dict[str, float] = defaultdict(float)
     for file in dict.fromkeys(item.nodeid.split("::")[0] for item in items):
         seconds[group_of(file)] += known.get(file, UNKNOWN_SECONDS)
     items.sort(key=lambda item: (-seconds[group_of(item.nodeid)], group_of(item.nodeid)))
+
+
+def recorded_seconds() -> dict[str, float]:
+    """By file of tests, what durations.json says."""
+    return json.loads(DURATIONS.read_text(encoding="utf-8"))["files"] if DURATIONS.is_file() else {}
 
 
 class Durations:
@@ -52,7 +57,7 @@ class Durations:
         files: dict[str, float] = defaultdict(float)
         for test, seconds in self.seconds.items():
             files[test.split("::")[0]] += seconds
-        before = json.loads(DURATIONS.read_text(encoding="utf-8"))["files"] if DURATIONS.is_file() else {}
+        before = recorded_seconds()
         root = DURATIONS.parents[1]
         merged = {file: round(files.get(file, before.get(file, 0.0)), 1) for file in {**before, **files}}
         slowest = sorted(self.seconds.items(), key=lambda item: -item[1])

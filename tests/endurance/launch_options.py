@@ -220,9 +220,9 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
     lines = [
         "# The shipped workflows under ComfyUI's launch options",
         "",
-        f"`python -m benchmarks launch_options` on ComfyUI {version_of(find_engine())}, demo checkpoint, every number of "
-        f"steps cut to {', '.join(map(str, steps))}; commits stand in the JSON file. A number is the lowest PSNR in dB "
-        f"of a workflow's pictures against the same server without the option, 99 for the same pictures; "
+        f"`python -m benchmarks launch_options` on ComfyUI {version_of(find_engine())}, demo checkpoint, every number "
+        f"of steps cut to {', '.join(map(str, steps))}; commits stand in the JSON file. A number is the lowest PSNR in "
+        f"dB of a workflow's pictures against the same server without the option, 99 for the same pictures; "
         f"{CLOSE_DB:g} dB and more look like the same picture. In `plain` it is the seconds.",
         "",
         f"| workflow | {' | '.join(options)} |",

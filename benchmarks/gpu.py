@@ -232,6 +232,7 @@ def samples_of(tensors: list[Any]) -> list[float]:
 
 def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Evaluations with attention recorded, and with style attentions, beside plain ones in turn."""
+    prepare(arguments, dynamic=False)
     from . import attention_capture as capture
     from . import memory
     from . import style_attention_cost as style
@@ -276,6 +277,7 @@ def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
 
 def null_text_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The same picture by the pack's methods and by the reference's loop."""
+    prepare(arguments, dynamic=False)
     import torch
 
     from . import memory

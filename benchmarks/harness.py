@@ -49,7 +49,7 @@ def main() -> None:
     if name not in known:
         lines = "\n".join(f"  {each}: {does}" for each, (_, does) in known.items())
         sys.exit(f"usage: python -m benchmarks NAME [options]\n{lines}")
-    sys.path.append(str(ROOT / "scripts"))
+    sys.path += [str(ROOT / "scripts"), str(ROOT / "tests")]
     import load_pack
     from user_comfyui import PACK_NAME, ScriptError
 

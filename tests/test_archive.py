@@ -158,6 +158,7 @@ def test_its_size(archive: zipfile.ZipFile, record_property: Any) -> None:
     assert packed <= MOST_PACKED and unpacked <= MOST_UNPACKED, said
 
 
+@pytest.mark.engine
 def test_comfyui_loads_it(archive: zipfile.ZipFile, tmp_path: Path, node_classes: dict[str, Any]) -> None:
     base = make_base(tmp_path, with_pack=False)
     archive.extractall(base / "custom_nodes" / "identityedit")

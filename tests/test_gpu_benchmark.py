@@ -12,6 +12,8 @@ import pytest
 from identity_edit_pack.benchmarks import gpu
 from identity_edit_pack.benchmarks.harness import arguments_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

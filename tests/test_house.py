@@ -128,6 +128,7 @@ def test_scripts_start_with_the_standard_library(name: str) -> None:
     assert names & siblings <= {Path(other).stem for other in SCRIPTS_BEFORE_VENV}
 
 
+@pytest.mark.slow
 def test_loading_the_pack_imports_no_further_library() -> None:
     """What ComfyUI has not loaded itself is imported when a node runs, so that ComfyUI starts no slower."""
     code = """

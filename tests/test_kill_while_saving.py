@@ -24,7 +24,7 @@ from identity_edit_pack.nodes import saved_files
 from identity_edit_pack.pipelines import files
 from identity_edit_pack.pipelines.pair_folder import PairFolder
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+pytestmark = [pytest.mark.endurance, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]
 
 KILLS = int(os.environ.get("IDENTITY_EDIT_KILLS", "2"))
 SEED = int(os.environ.get("IDENTITY_EDIT_KILLS_SEED", "0"))

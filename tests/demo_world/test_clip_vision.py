@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, IDENTITY_OF
 from identity_edit_pack.demo_world.clip_vision import CLIP_VISION_CONFIG, CLIP_VISION_PATH, load_clip_vision
 from identity_edit_pack.demo_world.pictures import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
+
+pytestmark = pytest.mark.slow
 
 
 def pictures_of(samples):

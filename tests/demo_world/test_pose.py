@@ -14,6 +14,8 @@ from identity_edit_pack.demo_world.pose import LIMBS, draw_pose
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_control import CONTROL_PATH
 
+pytestmark = pytest.mark.slow
+
 PERSON = Attributes(framing="portrait")
 
 

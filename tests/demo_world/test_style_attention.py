@@ -17,6 +17,8 @@ from identity_edit_pack.pipelines.style_attention import apply_style_attention, 
 from identity_edit_pack.pipelines.style_attention_files import load_style_attention
 from identity_edit_pack.pipelines.w_plus_encoder import encode_w_plus, load_w_plus_encoder
 
+pytestmark = pytest.mark.slow
+
 PEOPLE = 6
 
 

@@ -10,6 +10,8 @@ from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH, Line
 from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, parse_row_groups
 from identity_edit_pack.pipelines.w_plus_encoder import SmallWPlusEncoder, load_w_plus_encoder
 
+pytestmark = pytest.mark.slow
+
 NOISE = 0.5
 """What is smaller than this, half of the rows' deviation, counts as nothing."""
 OWN = 0.97

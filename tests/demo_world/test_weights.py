@@ -12,6 +12,8 @@ from identity_edit_pack.demo_world.renderer import render
 from safetensors import safe_open
 from skimage.metrics import peak_signal_noise_ratio
 
+pytestmark = pytest.mark.slow
+
 MEGABYTE = 10**6
 FIRST_UNKNOWN = torch.tensor([[-0.17053, -0.13403, -0.04025], [-0.14990, -0.06793, -0.09387]])
 """The first three channels of the first two rows of the token table, as the checkpoint was trained with."""

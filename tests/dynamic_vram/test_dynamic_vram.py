@@ -63,7 +63,7 @@ def reason_for_none() -> str | None:
     return device.reason_for_none()
 
 
-pytestmark = pytest.mark.skipif(reason_for_none() is not None, reason=reason_for_none() or "")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(reason_for_none() is not None, reason=reason_for_none() or "")]
 
 
 class Worker:

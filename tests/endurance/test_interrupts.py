@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .interrupts import interrupts
+import pytest
+from identity_edit_pack.tests.endurance.interrupts import interrupts
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer
+
+pytestmark = pytest.mark.endurance
 
 INTERRUPTS = 8
 LATEST_SECONDS = 4.0

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from api_workflows import read_workflow
-
-from . import launch_options
+from identity_edit_pack.tests.endurance import launch_options
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer
+
+pytestmark = pytest.mark.endurance
 
 WORKFLOW = "nima_only"
 STEPS = 4

@@ -9,11 +9,12 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-
-from .random_graphs import Graphs, prepared, run_graphs
+from identity_edit_pack.tests.endurance.random_graphs import Graphs, prepared, run_graphs
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer
+
+pytestmark = [pytest.mark.endurance, pytest.mark.fuzz]
 
 GRAPHS = 16
 

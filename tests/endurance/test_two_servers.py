@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from engine import make_base
+from identity_edit_pack.tests.endurance import cheap_workflows
 from safetensors import safe_open
-
-from . import cheap_workflows
 
 if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer
+
+pytestmark = pytest.mark.endurance
 
 SHARED = ("models", "output")
 TRAINED = {

@@ -16,6 +16,8 @@ from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import complaint_about_message
 
+pytestmark = pytest.mark.fuzz
+
 WRITERS = {
     "SaveInversion": "filename_prefix",
     "SaveIdentityPriorAsLoRA": "filename_prefix",

@@ -17,6 +17,8 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from identity_edit_pack.tests.nodes.good_inputs import World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in
 
+pytestmark = pytest.mark.slow
+
 NODES = ("PromptToPrompt", "ApplyStyleCrossAttention", "NullTextOptimization")
 """One that exchanges attention, one that adds layers, one that needs gradients."""
 

@@ -18,6 +18,8 @@ from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in
 
+pytestmark = pytest.mark.slow
+
 SOURCE, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 3))
 COSTLY = {"steps", "count", "attempts", "size", "width", "height", "batch_size", "gradient_accumulation", "tokens"}
 NODES = [

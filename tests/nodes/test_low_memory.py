@@ -18,6 +18,8 @@ import torch
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in
 
+pytestmark = pytest.mark.slow
+
 LITTLE, NOTHING = "a little of the model", "nothing of it"
 RUN_NO_NETWORK = {"ScoreEdit", "EditFriendlyDDPMSampler"}
 NODES = [

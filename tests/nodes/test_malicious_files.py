@@ -34,6 +34,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.fuzz
+
 SECONDS = 60
 """A file that keeps a loader busy for longer hangs it."""
 BYTES = 2 * 2**30

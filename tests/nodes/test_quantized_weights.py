@@ -18,6 +18,8 @@ from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run
 
+pytestmark = pytest.mark.slow
+
 NODES = [name for name, node in CLASSES.items() if "MODEL" in {item.get_io_type() for item in node.GET_SCHEMA().inputs}]
 LEARN_ALL_WEIGHTS = {"TrainMCDM"}
 """Nodes that refuse weights which are quantized."""

@@ -12,6 +12,8 @@ import torch
 from identity_edit_pack.pipelines import processes
 from identity_edit_pack.pipelines.errors import IdentityEditError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Without ComfyUI, whose start is most of the time: the package is made of its folder, the entry point does not run.

@@ -180,7 +180,5 @@ class MutualMasks:
     ) -> torch.Tensor:
         """[rows, cells] bool: which cells of a conditioning's part of the layer's grid are inside the mask."""
         region = region_of(self._entries.get(uuid, {}), self._height, self._width, shape)
-        mask = mask.to(device=device, dtype=torch.float32).unsqueeze(1)
-        on_grid = torch.nn.functional.interpolate(mask, size=region.grid, mode="area").squeeze(1)
-        inside = on_grid[:, region.rows, region.columns].flatten(1) >= 0.5
+        inside = region.part_of(mask, device).flatten(1) >= 0.5
         return inside.repeat(rows // inside.shape[0], 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import adaptive_avg_pool2d
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Region:
         indices = torch.arange(self.grid[0] * self.grid[1], device=device).unflatten(0, self.grid)
         return indices[self.rows, self.columns].flatten()
 
+    def part_of(self, mask: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """A mask [B, H, W] of the latent, averaged onto the grid: its part inside the rectangle [B, h, w] float32."""
+        mask = mask.to(device=device, dtype=torch.float32).unsqueeze(1)
+        return adaptive_avg_pool2d(mask, self.grid).squeeze(1)[:, self.rows, self.columns]
+
     def weight(self, entry: dict[str, Any], device: torch.device, batch: int) -> torch.Tensor:
         """How much a conditioning's prediction counts in each cell [1 or B, h, w]: its strength times its mask.
 
@@ -55,11 +61,9 @@ class Region:
         mask = entry.get("mask")
         if mask is None:
             return torch.full((1, *self.shape), strength, device=device)
-        mask = mask[:batch].to(device=device, dtype=torch.float32)
-        if mask.shape[0] > 1:
-            mask = mask.repeat(batch // mask.shape[0], 1, 1)
-        on_grid = torch.nn.functional.adaptive_avg_pool2d(mask.unsqueeze(1), self.grid).squeeze(1)
-        inside = on_grid[:, self.rows, self.columns]
+        inside = self.part_of(mask[:batch], device)
+        if inside.shape[0] > 1:
+            inside = inside.repeat(batch // inside.shape[0], 1, 1)
         return (inside * (strength * float(entry.get("mask_strength", 1.0)))).clamp(min=0.0)
 
 

@@ -31,6 +31,7 @@ from typing import Any
 
 import comfy.ops
 import torch
+from einops import rearrange
 from torch import nn
 
 from .errors import IdentityEditError
@@ -80,18 +81,18 @@ class StyleCrossAttention(nn.Module):
         Returns:
             [B, N, C].
         """
-        keys = self.to_k(tokens).unflatten(-1, (heads, -1))  # [B, n, h, d]
-        values = self.to_v(tokens).unflatten(-1, (heads, -1))
+        keys = rearrange(self.to_k(tokens), "b n (h d) -> b n h d", h=heads)
+        values = rearrange(self.to_v(tokens), "b n (h d) -> b h n 1 d", h=heads)
         n, d = keys.shape[1], keys.shape[-1]
         # Q' K'^T / sqrt(d) = query (W'_q K'^T / sqrt(d))                                                    eq. 3
         with _weight(self.to_q, query) as w_q:
-            w_q = w_q.unflatten(0, (heads, -1))  # [h, d, C]
+            w_q = rearrange(w_q, "(h d) c -> h d c", h=heads)
             to_scores = torch.einsum("bnhd,hdc->bchn", keys * d**-0.5, w_q).flatten(2)
         scores = (query @ to_scores).unflatten(-1, (heads, n))
         attention = scores.float().softmax(dim=-1).to(query.dtype).flatten(2)  # [B, N, h n]
         # to_out(softmax(.) V') = softmax(.) to_out(V'), head by head: a head's values, and zeros for all others
         own = torch.eye(heads, dtype=values.dtype, device=values.device)[:, None, :, None]
-        of_heads = (values.transpose(1, 2).unsqueeze(3) * own).flatten(3).flatten(1, 2)  # [B, h n, h d]
+        of_heads = rearrange(values * own, "b h n k d -> b (h n) (k d)")
         bias = to_out(torch.zeros_like(of_heads[:1, :1]))
         return attention @ (to_out(of_heads) - bias)
 
@@ -263,7 +264,7 @@ class SubjectStyles:
         tokens = self._tokens(rows, null)
         if self.mask is None:
             return tokens, strength
-        return tokens, strength * self._mask(rows, uuids, extra["activations_shape"][2:])
+        return tokens, strength * self._cells(self.mask, rows, uuids, extra["activations_shape"][2:])
 
     def _is_null(self, side: int, uuid: Any) -> bool:
         if self.evaluation is not None and uuid in self.evaluation.entries:
@@ -284,7 +285,9 @@ class SubjectStyles:
             self._rows = {key: torch.cat(of_sides).to(rows)}  # the last one: all layers of an evaluation share it
         return self._rows[key]
 
-    def _mask(self, rows: torch.Tensor, uuids: Sequence[Any], shape: Sequence[int]) -> torch.Tensor:
+    def _cells(
+        self, mask: torch.Tensor, rows: torch.Tensor, uuids: Sequence[Any], shape: Sequence[int]
+    ) -> torch.Tensor:
         """[B, N, 1]: how much of each cell is the person's."""
         grid = int(shape[0]), int(shape[1])
         if rows.shape[1] != grid[0] * grid[1]:
@@ -295,7 +298,7 @@ class SubjectStyles:
         key = tuple(uuids), rows.shape[0], grid, rows.dtype, rows.device
         if key not in self._masks:
             each = rows.shape[0] // len(uuids)
-            cells = [self._of_region(self._region(uuid, grid), rows.device) for uuid in uuids]
+            cells = [self._region(uuid, grid).part_of(mask, rows.device).flatten(1) for uuid in uuids]
             if cells[0].shape[0] not in (1, each):
                 raise IdentityEditError(
                     f"The mask holds {cells[0].shape[0]} masks for a batch of {each}; give one for all, or one for "
@@ -308,9 +311,3 @@ class SubjectStyles:
         if self.evaluation is None or uuid not in self.evaluation.entries:
             return Region(grid, grid)
         return region_of(dict(self.evaluation.entries[uuid]), self.evaluation.height, self.evaluation.width, grid)
-
-    def _of_region(self, region: Region, device: torch.device) -> torch.Tensor:
-        assert self.mask is not None
-        mask = self.mask.to(device=device, dtype=torch.float32).unsqueeze(1)
-        on_grid = torch.nn.functional.interpolate(mask, size=region.grid, mode="area").squeeze(1)
-        return on_grid[:, region.rows, region.columns].flatten(1)

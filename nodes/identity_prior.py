@@ -15,10 +15,11 @@ from ..pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from ..pipelines.training import TrainingRun
 from ..pipelines.training_pictures import TrainingPictures, check_masks, encode_pictures
 from .idle import first_said, joined
-from .saved_files import changed_at, check_file, loadable_files, new_path, next_path, saved_path
-from .sockets import SubjectPictures, checked, schema, show_text
+from .saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
+from .sockets import SubjectPictures, checked, schema, seed_input, show_text, steps_input
 from .training import (
     CHECKPOINT_FOLDER,
+    SEED_TOOLTIP,
     Checkpoints,
     batch_size_input,
     checkpoint_every_input,
@@ -30,8 +31,6 @@ from .training import (
     learning_rate_input,
     precision_input,
     sample_every_input,
-    seed_input,
-    steps_input,
     steps_of,
     training_outputs,
     training_progress,
@@ -68,7 +67,7 @@ class TrainIdentityPrior(io.ComfyNode):
                     "same model. They keep the model's knowledge of the class; without them it forgets other subjects. "
                     "The token is taken out of their captions where it stands in them.",
                 ),
-                steps_input(PriorSettings.steps, 100000, ". 1000 in Liu et al. 2024 (appendix E.2.5)."),
+                steps_input(PriorSettings.steps, 100000, "Training steps. 1000 in Liu et al. 2024 (appendix E.2.5)."),
                 learning_rate_input(
                     PriorSettings.learning_rate,
                     "AdamW's learning rate, for the UNet and the text encoders. 0.0005 in Liu et al. 2024 (appendix "
@@ -111,7 +110,7 @@ class TrainIdentityPrior(io.ComfyNode):
                     tooltip="Weights the timesteps as Hang et al. 2023 do, who use 5. 0 weights all alike, as Liu et "
                     "al. 2024.",
                 ),
-                seed_input(),
+                seed_input(SEED_TOOLTIP),
                 sample_every_input("the end"),
                 io.String.Input(
                     "sample_prompt",
@@ -244,12 +243,7 @@ class LoadIdentityPrior(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model on which the prior was trained, or one of its family."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                io.Combo.Input(
-                    "file",
-                    options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
-                    tooltip=f"Files of Train Identity Prior in the input folder itself and in '{FILE_FOLDER}' below "
-                    "the output or the input folder. Press R to list new ones.",
-                ),
+                file_input("Train Identity Prior", FILE_FOLDER, CHECKPOINT_FOLDER),
                 io.Float.Input(
                     "strength_model",
                     default=1.0,
@@ -325,12 +319,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
             "other programs read, and says how much of it that rank keeps.",
             is_output_node=True,
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
-                    tooltip=f"Files of Train Identity Prior in the input folder itself and in '{FILE_FOLDER}' below "
-                    "the output or the input folder. Press R to list new ones.",
-                ),
+                file_input("Train Identity Prior", FILE_FOLDER, CHECKPOINT_FOLDER),
                 io.Int.Input(
                     "rank",
                     default=64,

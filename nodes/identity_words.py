@@ -14,8 +14,8 @@ from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.train_identity_words import IdentitySettings
 from ..pipelines.training import BFLOAT16, FLOAT32
 from ..pipelines.training_pictures import encode_pictures
-from .saved_files import changed_at, check_file, loadable_files, new_path, next_path, saved_path
-from .sockets import IdentityWords, SubjectPictures, checked, schema, show_text
+from .saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
+from .sockets import IdentityWords, SubjectPictures, checked, schema, seed_input, show_text, steps_input
 from .training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -27,8 +27,6 @@ from .training import (
     first_and_last,
     how_trained,
     learning_rate_input,
-    seed_input,
-    steps_input,
     steps_of,
     training_outputs,
 )
@@ -70,7 +68,8 @@ class TrainIdentityWords(io.ComfyNode):
                 steps_input(
                     IdentitySettings.steps,
                     10000000,
-                    ". Our choice for a few thousand pictures; Chen et al. 2024 name none, ELITE has 300000.",
+                    "Training steps. Our choice for a few thousand pictures; Chen et al. 2024 name none, ELITE has "
+                    "300000.",
                 ),
                 learning_rate_input(
                     IdentitySettings.learning_rate,
@@ -202,12 +201,7 @@ class LoadIdentityWords(io.ComfyNode):
             search_aliases=["identity encoder", "MCDM", "face words"],
             description="Loads identity words that Train Identity Words has saved.",
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER),
-                    tooltip=f"Files of Train Identity Words in the input folder itself and in '{FILE_FOLDER}' below "
-                    "the output or the input folder. Press R to list new ones.",
-                ),
+                file_input("Train Identity Words", FILE_FOLDER, CHECKPOINT_FOLDER),
             ],
             outputs=[
                 IdentityWords.Output(

@@ -12,17 +12,19 @@ from ..pipelines.conditioning import Conditioning, with_embedding
 from ..pipelines.schedule import fewer_steps
 from ..pipelines.step_embeddings import apply_step_embeddings
 from .idle import noise_mask_left_out
-from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
+from .saved_files import changed_at, check_file, file_input, new_path, saved_path
 from .sockets import (
     Inversion,
     checked,
     choice_of,
+    guidance_scale_input,
     latent_samples,
     progress,
     schema,
     seed_input,
     show_text,
     show_warnings,
+    steps_input,
 )
 
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
@@ -58,20 +60,14 @@ class DDIMInversion(io.ComfyNode):
                     "better (Jung et al. 2024, section 5.4).",
                 ),
                 io.Latent.Input("latent", tooltip="The picture, from VAE Encode with the same checkpoint's VAE."),
-                io.Int.Input(
-                    "steps",
-                    default=50,
-                    min=1,
-                    max=1000,
-                    tooltip="Steps of the inversion and of all sampling from it. 50 in Jung et al. 2024 (section 5.1).",
+                steps_input(
+                    50,
+                    1000,
+                    "Steps of the inversion and of all sampling from it. 50 in Jung et al. 2024 (section 5.1).",
                 ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=1.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Classifier-free guidance while inverting. 1 in the reference implementation of null-text "
+                guidance_scale_input(
+                    1.0,
+                    "Classifier-free guidance while inverting. 1 in the reference implementation of null-text "
                     "inversion; larger values reconstruct worse (Jung et al. 2024, appendix B.1).",
                 ),
                 io.Boolean.Input(
@@ -150,21 +146,15 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                 ),
                 io.Conditioning.Input("source", tooltip="The prompt that describes the picture as it is."),
                 io.Latent.Input("latent", tooltip="The picture, from VAE Encode with the same checkpoint's VAE."),
-                io.Int.Input(
-                    "steps",
-                    default=edit_friendly_inversion.STEPS,
-                    min=1,
-                    max=999,
-                    tooltip="Steps of the inversion and of all sampling from it. 100 in the reference implementation "
+                steps_input(
+                    edit_friendly_inversion.STEPS,
+                    999,
+                    "Steps of the inversion and of all sampling from it. 100 in the reference implementation "
                     "and in Liu et al. 2024.",
                 ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=edit_friendly_inversion.SOURCE_GUIDANCE_SCALE,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Classifier-free guidance of the source prompt. 3.5 in the reference implementation.",
+                guidance_scale_input(
+                    edit_friendly_inversion.SOURCE_GUIDANCE_SCALE,
+                    "Classifier-free guidance of the source prompt. 3.5 in the reference implementation.",
                 ),
                 io.Float.Input(
                     "eta",
@@ -314,13 +304,9 @@ class NullTextOptimization(io.ComfyNode):
                     "reconstruction with fewer network evaluations. Negative-prompt inversion optimizes nothing and "
                     "reconstructs as well as DDIM without guidance (Miyake et al. 2023).",
                 ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=null_text.GUIDANCE_SCALE,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="The guidance scale with which you will sample. 7.5 in Jung et al. 2024 (section 5.1). "
+                guidance_scale_input(
+                    null_text.GUIDANCE_SCALE,
+                    "The guidance scale with which you will sample. 7.5 in Jung et al. 2024 (section 5.1). "
                     "Not used by negative-prompt inversion.",
                 ),
                 io.Int.Input(
@@ -498,17 +484,11 @@ class LoadInversion(io.ComfyNode):
             "serve many edits.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the inversion; another one is refused."),
-                io.Combo.Input(
-                    "file",
-                    options=loadable_files(FILE_FOLDER),
-                    tooltip=f"Files of Save Inversion in the input folder itself and in '{FILE_FOLDER}' below "
-                    "the output or the input folder. Press R to list new ones.",
-                ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=1000,
+                file_input("Save Inversion", FILE_FOLDER),
+                steps_input(
+                    0,
+                    1000,
+                    least=0,
                     tooltip="Refuse an inversion with another number of steps; 0 accepts every number.",
                 ),
                 io.Latent.Input(

@@ -22,12 +22,14 @@ from .sockets import (
     Inversion,
     at_picture_size,
     checked,
+    guidance_scale_input,
     latent_samples,
     mask_input,
     progress,
     schema,
     seed_input,
     show_text,
+    steps_input,
 )
 
 
@@ -255,12 +257,10 @@ class MCDMEditMask(io.ComfyNode):
                     "source", tooltip="The picture as it is: source of MCDM Conditioner, or CLIP Text Encode."
                 ),
                 io.Latent.Input("latent", tooltip="The picture, from MCDM Conditioner or VAE Encode."),
-                io.Int.Input(
-                    "steps",
-                    default=default.steps,
-                    min=1,
-                    max=1000,
-                    tooltip="Of the schedule that noise_steps counts in. 20 in Chen et al. 2024 (supplement 1.3).",
+                steps_input(
+                    default.steps,
+                    1000,
+                    "Of the schedule that noise_steps counts in. 20 in Chen et al. 2024 (supplement 1.3).",
                 ),
                 io.Int.Input(
                     "noise_steps",
@@ -385,13 +385,8 @@ class DiffEdit(io.ComfyNode):
                     tooltip="How far into the inversion it goes back before it samples: more edits more and keeps less "
                     "of the masked part. 0.5 in Couairon et al. 2023; 0.8 in diffusers.",
                 ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=7.5,
-                    min=1.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Of the target prompt. 7.5, Stable Diffusion's usual one.",
+                guidance_scale_input(
+                    7.5, least=1.0, tooltip="Of the target prompt. 7.5, Stable Diffusion's usual one."
                 ),
             ],
             outputs=[

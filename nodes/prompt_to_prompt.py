@@ -16,7 +16,7 @@ from ..pipelines import subject_replacement as replacement
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.inversion import Inversion as InversionData
 from .idle import first_said, joined, takes_all, takes_no_part
-from .sockets import Inversion, checked, progress, schema, show_text, show_warnings
+from .sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text, show_warnings
 
 _ANY = 1000
 """Steps of a run that is not known yet."""
@@ -269,14 +269,8 @@ class ReplaceSubject(io.ComfyNode):
                     tooltip="How many learned tokens the connected target holds in its last positions, whose attention "
                     "is their own too. 5 in Wang et al. 2023 (section 4). Without a target it has no effect.",
                 ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=0.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Of the new picture. 0 is automatic: the one that the null-text embeddings were optimized "
-                    "for.",
+                guidance_scale_input(
+                    0.0, "Of the new picture. 0 is automatic: the one that the null-text embeddings were optimized for."
                 ),
                 io.Float.Input(
                     "cross_replace_steps",

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import folder_paths
+from comfy_api.latest import io
 
 from ..pipelines.errors import IdentityEditError, for_console
 from ..pipelines.files import CLAIMED
@@ -105,6 +106,16 @@ def loadable_files(folder: str, without: str | None = None) -> list[str]:
         *_files_below(inputs, folder, without),
         *(f"{name}{IN_OUTPUT_FOLDER}" for name in _files_below(outputs, folder, without)),
     ]
+
+
+def file_input(made_by: str, folder: str, without: str | None = None) -> io.Combo.Input:
+    """The widget of a node that loads one of `loadable_files`; `made_by` is the node that saves them."""
+    return io.Combo.Input(
+        "file",
+        options=loadable_files(folder, without),
+        tooltip=f"Files of {made_by} in the input folder itself and in '{folder}' below the output or the input "
+        f"folder. Press R to list new ones.",
+    )
 
 
 def check_file(file: str, remedy: str, folders: Sequence[str] = ()) -> bool | str:

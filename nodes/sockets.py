@@ -205,6 +205,14 @@ def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=SEED_MAXIMUM, control_after_generate=True, tooltip=tooltip)
 
 
+def steps_input(default: int, most: int, tooltip: str, *, least: int = 1) -> io.Int.Input:
+    return io.Int.Input("steps", default=default, min=least, max=most, tooltip=tooltip)
+
+
+def guidance_scale_input(default: float, tooltip: str, *, least: float = 0.0) -> io.Float.Input:
+    return io.Float.Input("guidance_scale", default=default, min=least, max=30.0, step=0.1, tooltip=tooltip)
+
+
 def mask_input(name: str, tooltip: str, *, optional: bool = False) -> io.Mask.Input:
     """A MASK input, whose tooltip says what to do with the mask of a cut-out."""
     return io.Mask.Input(name, optional=optional, tooltip=f"{tooltip} {CUT_OUT}")

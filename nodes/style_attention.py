@@ -21,9 +21,20 @@ from ..pipelines.training_pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
 from .idle import first_said, is_empty, joined
 from .saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
-from .sockets import StyleAttention, SubjectPictures, WPlus, checked, mask_input, schema, show_text
+from .sockets import (
+    StyleAttention,
+    SubjectPictures,
+    WPlus,
+    checked,
+    mask_input,
+    schema,
+    seed_input,
+    show_text,
+    steps_input,
+)
 from .training import (
     CHECKPOINT_FOLDER,
+    SEED_TOOLTIP,
     Checkpoints,
     batch_size_input,
     checkpoint_every_input,
@@ -36,8 +47,6 @@ from .training import (
     learning_rate_input,
     precision_input,
     sample_every_input,
-    seed_input,
-    steps_input,
     steps_of,
     training_outputs,
     training_progress,
@@ -90,7 +99,7 @@ class TrainStyleAttention(io.ComfyNode):
                     "Write '{} person' to name the class too. Empty: the pictures' own captions. Gu et al. 2025 name "
                     "the first two.",
                 ),
-                steps_input(StyleSettings.steps, 1000000, ". 600 in Gu et al. 2025."),
+                steps_input(StyleSettings.steps, 1000000, "Training steps. 600 in Gu et al. 2025."),
                 batch_size_input(
                     StyleSettings.batch_size, 64, "Pictures in a batch, all of one size. 4 in Gu et al. 2025."
                 ),
@@ -142,7 +151,7 @@ class TrainStyleAttention(io.ComfyNode):
                 gradient_accumulation_input(),
                 precision_input("the style attention's weights"),
                 checkpointing_input(),
-                seed_input(),
+                seed_input(SEED_TOOLTIP),
                 sample_every_input("the end"),
                 io.String.Input(
                     "sample_prompt",

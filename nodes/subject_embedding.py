@@ -30,9 +30,10 @@ from .saved_files import (
     next_path,
     path_of,
 )
-from .sockets import Subject, SubjectPictures, checked, schema, show_text
+from .sockets import Subject, SubjectPictures, checked, schema, seed_input, show_text, steps_input
 from .training import (
     CHECKPOINT_FOLDER,
+    SEED_TOOLTIP,
     Checkpoints,
     batch_size_input,
     checkpoint_every_input,
@@ -45,8 +46,6 @@ from .training import (
     learning_rate_input,
     precision_input,
     sample_every_input,
-    seed_input,
-    steps_input,
     steps_of,
     training_outputs,
     training_progress,
@@ -96,7 +95,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
                 steps_input(
                     SubjectSettings.steps,
                     100000,
-                    " of the embeddings that all sampling steps share. 1000 in Wang et al. 2023.",
+                    "Training steps of the embeddings that all sampling steps share. 1000 in Wang et al. 2023.",
                 ),
                 io.Int.Input(
                     "updates_per_step",
@@ -144,7 +143,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
                 gradient_accumulation_input(),
                 precision_input("the embeddings"),
                 checkpointing_input(),
-                seed_input(),
+                seed_input(SEED_TOOLTIP),
                 sample_every_input("the end of both phases"),
                 io.String.Input(
                     "sample_prompt",

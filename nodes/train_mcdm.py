@@ -18,7 +18,7 @@ from ..pipelines.errors import IdentityEditError
 from ..pipelines.train_mcdm import MCDMSettings
 from ..pipelines.training import TrainingRun
 from .saved_files import check_name, model_files, model_path, new_path, next_path
-from .sockets import checked, choice_of, schema, show_text
+from .sockets import checked, choice_of, schema, seed_input, show_text, steps_input
 from .training import (
     batch_size_input,
     checkpoint_every_input,
@@ -27,8 +27,6 @@ from .training import (
     learning_rate_input,
     precision_input,
     sample_every_input,
-    seed_input,
-    steps_input,
     steps_of,
     training_outputs,
     training_progress,
@@ -72,7 +70,7 @@ class TrainMCDM(io.ComfyNode):
                 steps_input(
                     MCDMSettings.steps,
                     10_000_000,
-                    ". 200000 in Chen et al. 2024 (supplement 1.2): three days on an A100.",
+                    "Training steps. 200000 in Chen et al. 2024 (supplement 1.2): three days on an A100.",
                 ),
                 learning_rate_input(
                     MCDMSettings.learning_rate,

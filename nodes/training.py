@@ -17,6 +17,7 @@ from .saved_files import FILE_ENDING
 LossMap = io.Custom("LOSS_MAP")
 """ComfyUI's socket of Train LoRA and Plot Loss Graph: {"loss": the loss of every step}."""
 CHECKPOINT_FOLDER = "checkpoints"
+SEED_TOOLTIP = "Of all draws: the order of the pictures, timesteps and noise."
 
 
 def checkpoint_inputs() -> list[Any]:
@@ -26,10 +27,6 @@ def checkpoint_inputs() -> list[Any]:
         io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
         io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
     ]
-
-
-def steps_input(default: int, most: int, tooltip: str) -> io.Int.Input:
-    return io.Int.Input("steps", default=default, min=1, max=most, tooltip=f"Training steps{tooltip}")
 
 
 def learning_rate_input(default: float, tooltip: str, most: float = 0.1, step: float = 1e-5) -> io.Float.Input:
@@ -80,10 +77,6 @@ def checkpointing_input() -> io.Boolean.Input:
         tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, for the same "
         "result.",
     )
-
-
-def seed_input(of: str = "Of all draws: the order of the pictures, timesteps and noise.") -> io.Int.Input:
-    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True, tooltip=of)
 
 
 def sample_every_input(

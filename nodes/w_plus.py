@@ -14,7 +14,7 @@ from ..pipelines.pictures import as_colour
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder
 from .idle import first_said
-from .saved_files import changed_at, check_file, loadable_files, new_path, saved_path
+from .saved_files import changed_at, check_file, file_input, new_path, saved_path
 from .sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
 FILE_FOLDER = "w_plus"
@@ -277,12 +277,7 @@ class LoadWPlus(io.ComfyNode):
             search_aliases=["load style", "load identity", "w plus"],
             description="Reads style rows that Save W+ has written.",
             inputs=[
-                io.Combo.Input(
-                    "file",
-                    options=loadable_files(FILE_FOLDER),
-                    tooltip=f"Files of Save W+ in the input folder itself and in '{FILE_FOLDER}' below "
-                    "the output or the input folder. Press R to list new ones.",
-                ),
+                file_input("Save W+", FILE_FOLDER),
             ],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="The style rows."),

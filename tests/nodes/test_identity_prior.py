@@ -12,6 +12,7 @@ import folder_paths
 import pytest
 import torch
 from identity_edit_pack.nodes import identity_prior as nodes
+from identity_edit_pack.nodes.saved_files import loadable_files
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_pictures import SubjectPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
@@ -133,7 +134,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
             train(models)
     folder = own_folders / "output" / "identity_priors" / "checkpoints"
     assert len(list(folder.iterdir())) == 1
-    assert not any("checkpoints" in name for name in nodes.loadable_files(nodes.FILE_FOLDER, nodes.CHECKPOINT_FOLDER))
+    assert not any("checkpoints" in name for name in loadable_files(nodes.FILE_FOLDER, nodes.CHECKPOINT_FOLDER))
     *_, loss, _, report = train(models).args
     assert "of which 2 were read from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert list(folder.iterdir()) == []

@@ -204,6 +204,9 @@ def drawn_faces(pictures: torch.Tensor, found: Sequence[Sequence[Face]]) -> torc
 # -- points that a user gives ------------------------------------------------------------------------------------------
 
 
+_HOW = "write five lines 'x, y' (left eye, right eye, nose, left and right corner of the mouth) or the same as JSON"
+
+
 def parse_points(text: str, pictures: int) -> list[list[Face]]:
     """Faces from five points that a user gives.
 
@@ -219,37 +222,46 @@ def parse_points(text: str, pictures: int) -> list[list[Face]]:
     Raises:
         IdentityEditError: when something is no number or incomplete, or does not match the number of pictures.
     """
-    how = "write five lines 'x, y' (left eye, right eye, nose, left and right corner of the mouth) or the same as JSON"
     try:
         content = json.loads(text)
     except ValueError:
         content = None
-    found: list[list[Face]] = [[] for _ in range(pictures)]
-    if isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
-        for entry in content:
-            number = entry.get("picture", 1)
-            if not isinstance(number, int) or not 1 <= number <= pictures:
-                raise IdentityEditError(f"points names the picture {number}, but there are {pictures}; correct it.")
-            found[number - 1].append(_given(entry.get("points")))
-        missing = [str(number) for number, faces in enumerate(found, start=1) if not faces]
-        if missing:
-            raise IdentityEditError(f"points has none for picture {', '.join(missing)}; {how}.")
-        return found
     if content is None:
-        content = []
-        for line, numbers in lines_of_numbers(text):
-            if numbers is None or len(numbers) not in (0, 2):
-                raise IdentityEditError(f"points has the line '{line}'; {how}.")
-            content += [numbers] if numbers else []
-        if not content or len(content) % 5:
-            raise IdentityEditError(f"points has {len(content)} of five points; {how}.")
-        content = [content[i : i + 5] for i in range(0, len(content), 5)]
+        content = _points_of_lines(text)
+    elif isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
+        return _faces_by_picture(content, pictures)
     elif isinstance(content, list) and len(content) == 5 and all(_is_pair(point) for point in content):
         content = [content]
     if not isinstance(content, list) or len(content) not in (1, pictures):
-        raise IdentityEditError(f"points must be of one face, or of one for each of {pictures} pictures; {how}.")
+        raise IdentityEditError(f"points must be of one face, or of one for each of {pictures} pictures; {_HOW}.")
     faces = [_given(points) for points in content]
     return [[face] for face in (faces * pictures if len(faces) == 1 else faces)]
+
+
+def _points_of_lines(text: str) -> list[list[list[float]]]:
+    """Five points for each face from lines 'x, y'."""
+    points = []
+    for line, numbers in lines_of_numbers(text):
+        if numbers is None or len(numbers) not in (0, 2):
+            raise IdentityEditError(f"points has the line '{line}'; {_HOW}.")
+        points += [numbers] if numbers else []
+    if not points or len(points) % 5:
+        raise IdentityEditError(f"points has {len(points)} of five points; {_HOW}.")
+    return [points[i : i + 5] for i in range(0, len(points), 5)]
+
+
+def _faces_by_picture(entries: list[dict[str, Any]], pictures: int) -> list[list[Face]]:
+    """Faces from what Align Face gives as its points."""
+    found: list[list[Face]] = [[] for _ in range(pictures)]
+    for entry in entries:
+        number = entry.get("picture", 1)
+        if not isinstance(number, int) or not 1 <= number <= pictures:
+            raise IdentityEditError(f"points names the picture {number}, but there are {pictures}; correct it.")
+        found[number - 1].append(_given(entry.get("points")))
+    missing = [str(number) for number, faces in enumerate(found, start=1) if not faces]
+    if missing:
+        raise IdentityEditError(f"points has none for picture {', '.join(missing)}; {_HOW}.")
+    return found
 
 
 def _given(points: Any) -> Face:

@@ -33,7 +33,7 @@ from identity_edit_pack.demo_world.attributes import (
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import alignment, heatmap
-from identity_edit_pack.pipelines.inversion import ddim_inversion
+from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion
 from PIL import Image
 from scipy.spatial import cKDTree
 from tqdm import tqdm
@@ -149,29 +149,12 @@ def inverted_psnr(pairs: list[Any], steps: int) -> dict[str, float]:
         with torch.no_grad():
             inverted = ddim_inversion(model, vae.encode(pictures), texts, steps=steps)
         with torch.no_grad():
-            sampled = vae.decode(sample(model, inverted, texts))
+            sampled = vae.decode(sample_inversion(model, inverted, texts))
         result[surroundings] = statistics.mean(
             mean_psnr(found[each.mask > 0], each.picture[each.mask > 0])
             for found, each in zip(sampled.cpu(), aligned, strict=True)
         )
     return result
-
-
-def sample(model: Any, inverted: Any, texts: Any) -> torch.Tensor:
-    """DDIM with guidance scale 1 from an inversion's end back to its picture."""
-    from identity_edit_pack.pipelines import engine
-    from identity_edit_pack.pipelines.schedule import euler_step, signal_scale
-
-    sigmas = inverted.sigmas
-
-    def loop(evaluator: Any, x: torch.Tensor) -> torch.Tensor:
-        for i in range(len(sigmas) - 1):
-            x = euler_step(x, evaluator.denoised(x, sigmas[i]), sigmas[i], sigmas[i + 1])
-        return x / signal_scale(sigmas[-1])
-
-    with torch.no_grad():
-        z_0 = engine.run_loop(model, texts, None, inverted.start_latent(model, 0), sigmas, loop)
-    return engine.to_socket_scale(model, z_0)
 
 
 def save_picture(path: Path, pairs: list[Any]) -> None:

@@ -32,6 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import comfy.sample
+import comfy.samplers
 import comfy.sd
 import numpy as np
 import torch
@@ -42,11 +44,9 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.pipelines.alignment import align_reference
 from identity_edit_pack.pipelines.attention_segmentation import attention_masks
 from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
-from identity_edit_pack.pipelines.inversion import (
-    ddim_inversion,
-    ddim_sampling,
-)
+from identity_edit_pack.pipelines.inversion import ddim_inversion
 from identity_edit_pack.pipelines.reference_guidance import (
     first_pass_latent,
     reference_guided_sampling,
@@ -195,7 +195,12 @@ def way_of_prior(run: Run, pictures: TrainingPictures) -> Way:
 
 
 def first_pass(run: Run, way: Way) -> torch.Tensor:
-    return ddim_sampling(way.model, run.start, run.schedule, way.positive, run.negative, run.arguments.guidance_scale)
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), run.schedule.sigmas
+    x = comfy.sample.sample_custom(
+        way.model, torch.zeros_like(run.start), run.arguments.guidance_scale, sampler, sigmas, way.positive,
+        run.negative, run.start, disable_pbar=True, seed=0,
+    )  # fmt: skip
+    return x / DIFFUSION.scale(sigmas[-1])
 
 
 @torch.no_grad()

@@ -48,12 +48,11 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.edit_friendly_inversion import (
     edit_friendly_ddpm_inversion,
-    edit_friendly_sampling,
 )
 from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
 from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
-from identity_edit_pack.pipelines.inversion import Inversion
+from identity_edit_pack.pipelines.inversion import Inversion, sample_inversion
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
@@ -197,7 +196,7 @@ class Editor:
         )  # fmt: skip
 
     def sampled(self, model: Any = None) -> torch.Tensor:
-        return edit_friendly_sampling(
+        return sample_inversion(
             model or self.checkpoint.model, self.inversion, self.target, self.negative,
             guidance_scale=self.arguments.guidance_scale, skip=self.first_step,
         )  # fmt: skip

@@ -89,7 +89,7 @@ def by_plain_loop(parts: Parts, pairs: list[PairFiles], settings: MCDMSettings, 
     encoded = encoded_pairs.encode_pairs(pairs, vae, clip_vision, str(folder))
     edit_model = as_edit_model(model)
     comfy.model_management.load_models_gpu([edit_model, clip.patcher], force_full_load=True)
-    sampling = engine.require_noise_prediction_model(edit_model)
+    sampling = engine.require(edit_model).sampling
     device = edit_model.load_device
     unet, text_encoder = edit_model.model.diffusion_model, clip.cond_stage_model.clip_l.transformer
     start = generator_of(settings.seed, 0, "image embedding")

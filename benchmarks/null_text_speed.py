@@ -28,8 +28,8 @@ from identity_edit_pack.demo_world.pictures import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import engine, inversion, null_text
 from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.reconstruction import psnr
-from identity_edit_pack.pipelines.schedule import signal_scale
 from tqdm import tqdm
 
 from ..tests import reference_null_text
@@ -57,11 +57,11 @@ def by_reference(
 ) -> Outcome:
     """The reference's loop on the same UNet, called directly, for models without vector conditioning."""
     network = model.model.diffusion_model
-    sampling = engine.require_noise_prediction_model(model)
+    sampling = engine.require(model).sampling
     device = next(network.parameters()).device
     alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
     scale = reference_null_text.DdimScale(alphas_cumprod, pivot.timesteps.tolist())
-    pivots = [(x / signal_scale(sigma)).to(device) for x, sigma in zip(pivot.trajectory, pivot.sigmas, strict=True)]
+    pivots = [(x / DIFFUSION.scale(sigma)).to(device) for x, sigma in zip(pivot.trajectory, pivot.sigmas, strict=True)]
     v_prediction = pivot.model.prediction == "v"
 
     def predict_noise(z: torch.Tensor, timestep: int, embedding: torch.Tensor) -> torch.Tensor:

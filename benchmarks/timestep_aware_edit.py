@@ -28,7 +28,7 @@ from identity_edit_pack.demo_world.attributes import (
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.pipelines.conditioning import Conditioning
-from identity_edit_pack.pipelines.inversion import ddim_inversion, ddim_sampling
+from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.null_text import METHODS as NULL_TEXT_METHODS
 from identity_edit_pack.pipelines.null_text import null_text_optimization
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
@@ -76,7 +76,7 @@ def edit_batch(
     latents = {
         "source picture, autoencoder only": latent,
         "null-text reconstruction": null_text.reconstruction,
-        "DDIM + target": ddim_sampling(model, inversion.start_latent(model), inversion.schedule, target),
+        "DDIM + target": sample_inversion(model, inversion, target),
         "null-text + target": timestep_aware_sampling(model, pivot, source, target, None, 0.0, scale).latent,
         "+ text optimisation": timestep_aware_sampling(model, pivot, source, edit, None, 0.0, scale).latent,
     }

@@ -71,7 +71,7 @@ class Networks:
     @classmethod
     def of(cls, model: Any, clip: Any) -> Networks:
         comfy.model_management.load_models_gpu([model, clip.patcher], force_full_load=True)
-        sampling = engine.require_noise_prediction_model(model)
+        sampling = engine.require(model).sampling
         unet, text_encoder = model.model.diffusion_model, clip.cond_stage_model.clip_l.transformer
         for module in (unet, text_encoder):
             module.requires_grad_(False)

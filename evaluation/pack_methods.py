@@ -10,7 +10,7 @@ import comfy.samplers
 import torch
 from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.conditioning import Conditioning
-from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion, edit_friendly_sampling
+from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
 from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
@@ -195,7 +195,7 @@ def by_edit_friendly(checkpoint: Checkpoint, case: EditCase, settings: MethodSet
         checkpoint.model, begin.latent, begin.source, begin.empty, steps=settings.steps,
         guidance_scale=settings.source_guidance_scale, seed=settings.seed,
     )  # fmt: skip
-    made = edit_friendly_sampling(
+    made = sample_inversion(
         checkpoint.model, inversion, begin.target, begin.empty, guidance_scale=settings.guidance_scale,
         skip=round(settings.skip * settings.steps),
     )  # fmt: skip

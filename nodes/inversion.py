@@ -261,7 +261,7 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
     def execute(cls, model: Any, inversion: ddim.Inversion, skip: float) -> io.NodeOutput:
         import comfy.samplers
 
-        ddim.check_inversion(inversion, model)
+        sampler = edit_friendly_inversion.edit_friendly_sampler(model, inversion)
         first = edit_friendly_inversion.skipped_steps(inversion.steps, skip)
         if first < round(skip * inversion.steps):
             show_warnings(
@@ -270,8 +270,8 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
                 f"the picture comes back nearly as it is; choose a smaller one.",
             )
         return io.NodeOutput(
-            comfy.samplers.KSAMPLER(edit_friendly_inversion.edit_friendly_sampler(inversion)),
-            edit_friendly_inversion.sampler_sigmas(inversion, first),
+            comfy.samplers.KSAMPLER(sampler),
+            inversion.sigmas[first:].clone(),
             {"samples": inversion.start_latent(model, first)},
         )
 
@@ -391,14 +391,13 @@ class NullTextOptimization(io.ComfyNode):
         early_stop: float,
         checkpointing: bool,
     ) -> io.NodeOutput:
-        ddim.check_inversion(inversion, model)
         form = choice_of(_METHODS, method, "method")
         if form is None:
             table = null_text.negative_prompt_inversion(inversion, source)
             null_conditioning = with_embedding(negative, table.embeddings[0], table.pooled_row(0))
             # Both sides of the guidance are the source prompt: any guidance scale gives what scale 1 gives.
             steps = inversion.steps
-            latent = ddim.reconstruct(model, inversion, source, callback=progress(model, steps))
+            latent = ddim.sample_inversion(model, inversion, source, callback=progress(model, steps))
             text = show_text(cls, f"Negative-prompt inversion: no optimization, {steps} evaluations to reconstruct.")
         else:
             updates = inner_steps or null_text.DEFAULT_INNER_STEPS[form]

@@ -11,7 +11,7 @@ from ..pipelines import reference_guidance as guidance
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import IdentityEditError
 from ..pipelines.inversion import Inversion as DDIMInversion
-from ..pipelines.inversion import check_inversion
+from ..pipelines.inversion import check_step_count
 from .idle import first_said, joined
 from .sockets import Inversion, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
 
@@ -160,7 +160,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
         steps: int,
         checkpointing: bool,
     ) -> io.NodeOutput:
-        check_inversion(inversion, model, steps=steps or None)
+        check_step_count(inversion, steps or None)
         empty = latent_samples(latent, "The latent")
         if latent.get("noise_mask") is not None:
             raise IdentityEditError(

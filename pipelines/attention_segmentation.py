@@ -105,7 +105,8 @@ def record_attention(
     Raises:
         IdentityEditError: when the model, the prompt or an option cannot be used.
     """
-    sampling = engine.require_noise_prediction_model(model)
+    family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
+    sampling = family.sampling
     most = int(sampling.num_timesteps) - 1
     if len(timesteps) == 0 or not all(0 <= timestep <= most for timestep in timesteps):
         raise IdentityEditError(f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {most}.")
@@ -115,10 +116,10 @@ def record_attention(
 
     def look(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
         for i, sigma in enumerate(sigmas.to(evaluator.device)):
-            x = z_0 + sigma * noise.to(z_0)
+            x = family.noise.noised(z_0, noise.to(z_0), sigma)
             denoised = evaluator.denoised(x, sigma, "positive")
             evaluator.report(i, denoised, x, len(sigmas))
 
-    with torch.no_grad():
-        engine.run_loop(capturing, conditioning, None, latent, sigmas, look, callback=callback)
+    z_picture = engine.model_latent(model, latent)
+    engine.run_loop(capturing, conditioning, None, z_picture, sigmas, look, callback=callback)
     return attention

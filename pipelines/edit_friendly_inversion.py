@@ -18,13 +18,11 @@ from .errors import IN_FLOAT32, IdentityEditError, check_finite
 from .inversion import (
     EDIT_FRIENDLY_DDPM,
     Inversion,
+    check_inversion,
     check_method,
-    check_skip,
-    sample_inversion,
-    sampling_distribution,
+    check_negative,
     sampling_step,
 )
-from .schedule import Schedule, ddim_schedule, signal_scale
 
 STEPS = 100
 SOURCE_GUIDANCE_SCALE = 3.5
@@ -81,43 +79,47 @@ def edit_friendly_ddpm_inversion(
     Raises:
         IdentityEditError: when an input cannot be used.
     """
-    schedule = _schedule(model, steps)
+    family = engine.require(model)
+    schedule = family.schedule(steps, room_below=True)
+    if float(schedule.sigmas[-1]) == 0.0:
+        # As many steps as timesteps end at sigma 0, where the last step has no noise that could carry the picture.
+        raise IdentityEditError(
+            f"steps is {steps}, as many as the model has timesteps; choose a number from 1 to {steps - 1}."
+        )
     steps = schedule.steps
     if not 0.0 < eta <= 1.0:
         raise IdentityEditError(
             f"eta is {eta:g}; choose a value above 0 up to 1, or DDIM Inversion, which is the method for eta 0."
         )
-    if guidance_scale != 1.0 and negative is None:
-        raise IdentityEditError(
-            f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, or set it to 1."
-        )
+    check_negative(negative, guidance_scale)
 
-    def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sigmas = schedule.sigmas.to(evaluator.device)
-        noise = _independent_noise(steps, z_0, seed)
+        noise = family.noise
+        eps = _independent_noise(steps, z_0, seed)
         # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t, each t with an eps of its own. The picture itself
         # takes the place of the last one.
-        latents = [z_0 + sigmas[i] * noise[i].to(z_0) for i in range(steps)]
-        latents.append(z_0 * signal_scale(sigmas[-1]))
+        latents = [noise.noised(z_0, eps[i].to(z_0), sigmas[i]) for i in range(steps)]
+        latents.append(z_0 * noise.scale(sigmas[-1]))
         noise_maps = []
         for i in range(steps):
             denoised = evaluator.guided(latents[i], sigmas[i], guidance_scale)
-            mean, deviation = sampling_distribution(schedule, i, eta, latents[i], denoised)
+            sigma, sigma_next = schedule.sigmas[i : i + 2].tolist()
+            mean, deviation = noise.distribution(latents[i], denoised, sigma, sigma_next, eta)
             # Eq. 5: z_t = (x_{t-1} - mu_t(x_t)) / sigma_t
             noise_map = (latents[i + 1] - mean) / deviation
             # The next latent as sampling will compute it, so that rounding does not add up over the steps.
             latents[i + 1] = mean + deviation * noise_map
             noise_maps.append(noise_map)
             evaluator.report(i, denoised, latents[i + 1], steps)
-        return [_keep(x) for x in latents], [_keep(z) for z in noise_maps]
+        if zero_last_noise_map:
+            noise_maps[-1] = torch.zeros_like(noise_maps[-1])
+        return torch.stack([x.cpu() for x in latents]), torch.stack([z.cpu() for z in noise_maps])
 
-    with torch.no_grad():
-        latents, noise_maps = engine.run_loop(
-            model, source, negative, latent, schedule.sigmas, loop, callback=callback, seed=seed
-        )
-    if zero_last_noise_map:
-        noise_maps[-1] = torch.zeros_like(noise_maps[-1])
-    trajectory, maps = torch.stack(latents), torch.stack(noise_maps)
+    z_0 = engine.model_latent(model, latent)
+    trajectory, maps = engine.run_loop(
+        model, source, negative, z_0, schedule.sigmas, loop, callback=callback, seed=seed
+    )
     check_finite(trajectory, "The inversion's trajectory", IN_FLOAT32)
     check_finite(maps, "The inversion's noise maps", IN_FLOAT32)
     return Inversion(
@@ -132,48 +134,19 @@ def edit_friendly_ddpm_inversion(
     )
 
 
-def edit_friendly_sampling(
-    model: Any,
-    inversion: Inversion,
-    positive: Conditioning,
-    negative: Conditioning | None = None,
-    guidance_scale: float = TARGET_GUIDANCE_SCALE,
-    skip: int | None = None,
-    callback: engine.Callback | None = None,
-) -> torch.Tensor:
-    """Edit a picture: sample its noise maps with the target prompt (Huberman-Spiegelglas et al. 2024).
-
-    Args:
-        model: MODEL, the one that made the inversion.
-        inversion: of `edit_friendly_ddpm_inversion`.
-        positive: the target prompt's CONDITIONING.
-        negative: CONDITIONING of the negative side; not needed for guidance scale 1.
-        guidance_scale: of the target prompt, 15 in the reference implementation.
-        skip: leave out so many of the first steps; None is the reference implementation's 36 of 100, in proportion.
-        callback: progress with preview.
-
-    Returns:
-        z_0 [B, C, H, W] in the scale of LATENT sockets.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
-    """
-    _check_noise_maps(inversion)
-    first = skipped_steps(inversion.steps) if skip is None else skip
-    return sample_inversion(model, inversion, positive, negative, guidance_scale, first, callback)
-
-
-def edit_friendly_sampler(inversion: Inversion) -> Callable[..., torch.Tensor]:
+def edit_friendly_sampler(model: Any, inversion: Inversion) -> Callable[..., torch.Tensor]:
     """A sampler function for ComfyUI's KSAMPLER that takes every step's noise from the inversion's maps.
 
     It follows the sigmas it is given, which must be adjoining ones of the inversion (all of them, or those after the
     skipped steps), and starts from the latent it is given (`Inversion.start_latent`) without added noise. Where the
-    sigmas end with the inversion's, it returns z_0 as `edit_friendly_sampling` does.
+    sigmas end with the inversion's, it returns z_0 as `sample_inversion` does.
 
     Raises:
-        IdentityEditError: when the inversion has no noise maps; in sampling, for other sigmas or another latent.
+        IdentityEditError: when the inversion is another model's or has no noise maps; in sampling, for other sigmas or
+            another latent.
     """
-    _check_noise_maps(inversion)
+    check_inversion(inversion, model)
+    check_method(inversion, EDIT_FRIENDLY_DDPM, "connect one from Edit-Friendly DDPM Inversion")
 
     def sample_edit_friendly_ddpm(
         model: Any,
@@ -198,27 +171,9 @@ def edit_friendly_sampler(inversion: Inversion) -> Callable[..., torch.Tensor]:
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             x = sampling_step(inversion, rows[i], x, denoised)
-        return x / signal_scale(sigmas[-1]) if rows[-1] == inversion.steps else x
+        return x / inversion.noise.scale(sigmas[-1]) if rows[-1] == inversion.steps else x
 
     return sample_edit_friendly_ddpm
-
-
-def sampler_sigmas(inversion: Inversion, skip: int) -> torch.Tensor:
-    """The inversion's sigmas [N + 1 - skip] without those of the first `skip` steps, for `edit_friendly_sampler`."""
-    _check_noise_maps(inversion)
-    check_skip(skip, inversion.steps)
-    return inversion.sigmas[skip:].clone()
-
-
-def _schedule(model: Any, steps: int) -> Schedule:
-    sampling = engine.require_noise_prediction_model(model)
-    schedule = ddim_schedule(sampling, steps, room_below=True)
-    if float(schedule.sigmas[-1]) == 0.0:
-        # As many steps as timesteps end at sigma 0, where the last step has no noise that could carry the picture.
-        raise IdentityEditError(
-            f"steps is {steps}, as many as the model has timesteps; choose a number from 1 to {steps - 1}."
-        )
-    return schedule
 
 
 def _without_rounding(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -230,16 +185,8 @@ def _without_rounding(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return kept if same else x
 
 
-def _check_noise_maps(inversion: Inversion) -> None:
-    check_method(inversion, EDIT_FRIENDLY_DDPM, "connect one from Edit-Friendly DDPM Inversion")
-
-
 def _independent_noise(steps: int, z_0: torch.Tensor, seed: int) -> torch.Tensor:
     """[steps, B, C, H, W] on the CPU, drawn picture by picture: a longer batch does not change its first ones."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     rows = [torch.randn((steps, *z_0.shape[1:]), generator=generator) for _ in range(z_0.shape[0])]
     return torch.stack(rows, dim=1)
-
-
-def _keep(latent: torch.Tensor) -> torch.Tensor:
-    return latent.detach().to(device="cpu", dtype=torch.float32, copy=True)

@@ -103,38 +103,37 @@ def edit_mask(
         IdentityEditError: when an input cannot be used.
     """
     settings = settings or EditMaskSettings()
-    sampling = engine.require_noise_prediction_model(model)
-    table = sampling.sigmas.detach().float().cpu()
+    family = engine.require(model)
+    table = family.sampling.sigmas.detach().float().cpu()
     sigma = table[round((table.shape[0] - 1) * settings.noise_steps / settings.steps)]
 
-    def differences(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def find(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> EditMask:
         level = sigma.to(evaluator.device)
         total = torch.zeros_like(z_0[:, 0])
         for i in range(settings.seeds):
             noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(seed + i))
-            x = z_0 + level * noise.to(z_0)
+            x = family.noise.noised(z_0, noise.to(z_0), level)
             with_target, with_source = evaluator.both(x, level)
             total += (with_target - with_source).abs().mean(dim=1)  # over the channels
             evaluator.report(i, with_target, x, settings.seeds)
-        return (total / settings.seeds).cpu(), evaluator.evaluations
-
-    with torch.no_grad():
-        difference, evaluations = engine.run_loop(
-            model, target, source, latent, torch.stack([sigma, torch.zeros(())]), differences, callback=callback
-        )
+        difference = (total / settings.seeds).cpu()
         if settings.outliers > 0.0:
             mean = difference.mean(dim=(1, 2), keepdim=True)
             difference = torch.minimum(difference, settings.outliers * mean)
         contrast = _blurred(normalised(difference), settings.kernel)
-    mask = (contrast > settings.threshold).float()
-    shares = mask.mean(dim=(1, 2))
-    warning = None
-    if bool(((shares == 0) | (shares == 1)).any()):
-        warning = (
-            "The edit mask holds nothing or everything of a picture; check that both prompts differ in the edit, and "
-            "the threshold."
-        )
-    return EditMask(mask, contrast, evaluations, warning)
+        mask = (contrast > settings.threshold).float()
+        shares = mask.mean(dim=(1, 2))
+        warning = None
+        if bool(((shares == 0) | (shares == 1)).any()):
+            warning = (
+                "The edit mask holds nothing or everything of a picture; check that both prompts differ in the edit, "
+                "and the threshold."
+            )
+        return EditMask(mask, contrast, evaluator.evaluations, warning)
+
+    z_picture = engine.model_latent(model, latent)
+    levels = torch.stack([sigma, torch.zeros(())])
+    return engine.run_loop(model, target, source, z_picture, levels, find, callback=callback)
 
 
 def _blurred(contrast: torch.Tensor, kernel: int) -> torch.Tensor:

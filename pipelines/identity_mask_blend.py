@@ -7,7 +7,7 @@ the model's own attention to an identity prompt says.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,12 +18,11 @@ from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, identity_
 from ..attention.masks import feathered, union
 from ..attention.sites import AUTOMATIC
 from . import engine
-from .conditioning import Conditioning, with_embedding
+from .conditioning import Conditioning
 from .errors import IdentityEditError
 from .identity_prompt import IdentityPrompt, capture_identity
-from .inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, sampling_step
+from .inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
 from .masks import masks_for
-from .schedule import signal_scale
 from .step_embeddings import apply_step_embeddings
 
 GUIDANCE_SCALES = {EDIT_FRIENDLY_DDPM: 15.0, DDIM: 7.5}
@@ -127,13 +126,7 @@ def identity_mask_blend(
     if guidance_scale is None:
         own = None if table is None else table.guidance_scale
         guidance_scale = own or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
-    if guidance_scale != 1.0 and negative is None:
-        if table is None:
-            raise IdentityEditError(
-                f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, use an inversion "
-                f"from Null-Text Optimization, or set the scale to 1."
-            )
-        negative = with_embedding(target[:1], table.embeddings[0], table.pooled_row(0))
+    negative = negative_side(inversion, target, negative, guidance_scale)
     target_model = model if table is None else apply_step_embeddings(model, table, "negative")
 
     steps, sigmas = inversion.steps, inversion.sigmas
@@ -164,7 +157,8 @@ def identity_mask_blend(
     source_attention: IdentityAttention | None = None
     evaluations = 0
     if finds_source and identity is not None:
-        source_model, source_attention = _capture(model, identity, settings)
+        with_self = settings.power > 0
+        source_model, source_attention = capture_identity(model, identity, settings.layers, self_attention=with_self)
 
         def reconstruct(evaluator: engine.NetworkEvaluator, _: torch.Tensor) -> int:
             for i in range(first, steps):
@@ -173,22 +167,22 @@ def identity_mask_blend(
                 evaluator.report(i - first, denoised, x, reports)
             return evaluator.evaluations
 
-        evaluations += _run(source_model, inversion, first, source, None, reconstruct, callback)
+        start, levels = inversion.trajectory[first], sigmas[first:]
+        evaluations = engine.run_loop(source_model, source, None, start, levels, reconstruct, callback=callback)
     # The mask accumulated at the last step; from here on it is fixed.
     fixed_source_mask = mask_of(source_attention, given_source, inversion.sigmas)
 
     target_attention: IdentityAttention | None = None
     if finds_target and identity is not None:
-        target_model, target_attention = _capture(target_model, identity, settings)
+        target_model, target_attention = capture_identity(
+            target_model, identity, settings.layers, self_attention=settings.power > 0
+        )
 
-    def denoise(
-        evaluator: engine.NetworkEvaluator, _: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], int]:
+    def denoise(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> IdentityMaskBlend:
         device = evaluator.device
         step_masks = []
         m_source = fixed_source_mask.to(device)
         m_target = torch.zeros_like(m_source)
-        x = inversion.trajectory[first].to(device)  # x^_T = x_T
         for i in range(first, steps):
             # x^_{t-1}, M^e_t = Denoise(x^_t, G*, P^g, P^e)
             denoised = evaluator.guided(x, sigmas[i].to(device), guidance_scale)
@@ -204,43 +198,22 @@ def identity_mask_blend(
                     step_masks.append(m.cpu())
             x = x_next
             evaluator.report(reports - count + i - first, denoised, x, reports)
-        return (x / signal_scale(sigmas[-1].to(device))).cpu(), m_target.cpu(), step_masks, evaluator.evaluations
+        m_target = m_target.cpu()
+        masks = {"source mask": fixed_source_mask, "target mask": m_target} if identity else {}
+        return IdentityMaskBlend(
+            latent=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1].to(device))).cpu()),
+            source_mask=fixed_source_mask,
+            target_mask=m_target,
+            step_masks=torch.stack(step_masks) if step_masks else None,
+            source_attention=source_attention,
+            target_attention=target_attention,
+            evaluations=evaluations + evaluator.evaluations,
+            warning=_warning(inversion, guidance_scale, masks),
+        )
 
-    z_0, last_target_mask, step_masks, further = _run(
-        target_model, inversion, first, target, negative, denoise, callback
-    )
-    return IdentityMaskBlend(
-        latent=engine.to_socket_scale(model, z_0),
-        source_mask=fixed_source_mask,
-        target_mask=last_target_mask,
-        step_masks=torch.stack(step_masks) if step_masks else None,
-        source_attention=source_attention,
-        target_attention=target_attention,
-        evaluations=evaluations + further,
-        warning=_warning(
-            inversion,
-            guidance_scale,
-            {"source mask": fixed_source_mask, "target mask": last_target_mask} if identity else {},
-        ),
-    )
-
-
-def _run(
-    model: Any,
-    inversion: Inversion,
-    first: int,
-    positive: Conditioning,
-    negative: Conditioning | None,
-    loop: Callable[[engine.NetworkEvaluator, torch.Tensor], Any],
-    callback: engine.Callback | None,
-) -> Any:
-    start, sigmas = inversion.start_latent(model, first), inversion.sigmas[first:]
-    with torch.no_grad():
-        return engine.run_loop(model, positive, negative, start, sigmas, loop, callback=callback)
-
-
-def _capture(model: Any, identity: IdentityPrompt, settings: MaskSettings) -> tuple[Any, IdentityAttention]:
-    return capture_identity(model, identity, settings.layers, self_attention=settings.power > 0)
+    # x^_T = x_T
+    start, levels = inversion.trajectory[first], sigmas[first:]
+    return engine.run_loop(target_model, target, negative, start, levels, denoise, callback=callback)
 
 
 def _check_settings(settings: MaskSettings, skip: float, blend_until: float, given_masks: str) -> None:
@@ -260,13 +233,9 @@ def _check_settings(settings: MaskSettings, skip: float, blend_until: float, giv
 
 
 def _warning(inversion: Inversion, guidance_scale: float, found: Mapping[str, torch.Tensor]) -> str | None:
-    table = inversion.embeddings
-    optimised_for = None if table is None else table.guidance_scale
-    if optimised_for is not None and abs(optimised_for - guidance_scale) > 1e-6:
-        return (
-            f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
-            f"{optimised_for:g}; use the same for both, or the picture drifts away from the inversion."
-        )
+    warning = None if inversion.embeddings is None else inversion.embeddings.guidance_warning(guidance_scale)
+    if warning is not None:
+        return warning
     for name, mask in found.items():
         shares = mask.mean(dim=(1, 2))
         if bool(((shares == 0) | (shares == 1)).any()):

@@ -65,8 +65,7 @@ def capture_identity(
     Raises:
         IdentityEditError: when the model or the prompt's embedding cannot be used.
     """
-    engine.require_noise_prediction_model(model)
-    channels = engine.context_channels(model)
+    channels = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
     if identity.embedding.shape[-1] != channels:
         raise IdentityEditError(
             f"clip gives embeddings of {identity.embedding.shape[-1]} channels but the model takes {channels}; connect "

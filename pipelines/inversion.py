@@ -7,16 +7,15 @@ DDPM inversion is in `edit_friendly_inversion`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from . import engine, files
-from .conditioning import Conditioning
+from .conditioning import Conditioning, with_embedding
 from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
-from .schedule import Schedule, ddim_schedule, euler_step, signal_scale
+from .schedule import SAME_LEVEL, Schedule
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 
 DDIM = "ddim"
@@ -25,9 +24,7 @@ EDIT_FRIENDLY_DDPM = "edit-friendly ddpm"
 _KIND = "inversion"
 _FORMAT = 2
 """1 had no noise maps and no eta; such files are read as before."""
-_SAME_SIGMA = 1e-4
 _SAVE_AGAIN = "make and save the inversion again"
-"""Two sigmas closer than this (relative) are the same noise level: adjacent ones of 1000 timesteps differ by 4e-3."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,18 @@ class Inversion:
         return int(self.trajectory.shape[1])
 
     @property
+    def noise(self) -> engine.NoisePath:
+        """The path from the picture to noise that its model has."""
+        return self.model.noise
+
+    @property
     def schedule(self) -> Schedule:
         return Schedule(timesteps=self.timesteps, sigmas=self.sigmas)
+
+    @property
+    def picture(self) -> torch.Tensor:
+        """z_0 [B, C, H, W] of the inverted picture, in the model's scale."""
+        return self.trajectory[-1] / self.noise.scale(self.sigmas[-1])
 
     def with_embeddings(self, embeddings: StepEmbeddings | None) -> Inversion:
         """The same inversion with another step table."""
@@ -84,7 +91,7 @@ class Inversion:
         """
         distances = (self.sigmas - sigma).abs()
         nearest = int(distances.argmin())
-        if float(distances[nearest]) > _SAME_SIGMA * max(sigma, float(self.sigmas[nearest])):
+        if float(distances[nearest]) > SAME_LEVEL * max(sigma, float(self.sigmas[nearest])):
             raise IdentityEditError(
                 f"The sampler asks for the noise level {sigma:.5g} but the inversion has none there (its nearest is "
                 f"{float(self.sigmas[nearest]):.5g}); sample with the inversion's own sigmas and a sampler that takes "
@@ -102,7 +109,7 @@ class Inversion:
 
     def end_latent(self, model: Any) -> torch.Tensor:
         """The inverted picture's latent z_0 [B, C, H, W] in the scale of LATENT sockets."""
-        return engine.to_socket_scale(model, self.trajectory[-1] / signal_scale(self.sigmas[-1]))
+        return engine.to_socket_scale(model, self.picture)
 
 
 def check_inversion(
@@ -113,7 +120,6 @@ def check_inversion(
     Raises:
         IdentityEditError: naming what does not match.
     """
-    engine.require_noise_prediction_model(model)
     check_finite(inversion.trajectory, "The inversion", "invert the picture again")
     difference = inversion.model.difference(engine.model_tag(model))
     if difference is not None:
@@ -121,15 +127,20 @@ def check_inversion(
             f"The inversion was made with another model ({difference}); load that checkpoint, or invert the picture "
             f"again with this one."
         )
-    if steps is not None and steps != inversion.steps:
-        raise IdentityEditError(
-            f"The inversion has {inversion.steps} steps but steps is {steps}; set steps to {inversion.steps}, or "
-            f"invert again."
-        )
+    check_step_count(inversion, steps)
     if latent_shape is not None and tuple(latent_shape) != tuple(inversion.trajectory.shape[1:]):
         raise IdentityEditError(
             f"The inversion holds latents {tuple(inversion.trajectory.shape[1:])} but the latent is "
             f"{tuple(latent_shape)}; use the size and batch that were inverted."
+        )
+
+
+def check_step_count(inversion: Inversion, steps: int | None) -> None:
+    """Raise `IdentityEditError` where `steps` is given and the inversion has another number of them."""
+    if steps is not None and steps != inversion.steps:
+        raise IdentityEditError(
+            f"The inversion has {inversion.steps} steps but steps is {steps}; set steps to {inversion.steps}, or "
+            f"invert again."
         )
 
 
@@ -163,18 +174,7 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
     """The step of sampling from sigmas[index] to sigmas[index + 1], of the kind that the inversion was made for.
 
     A deterministic inversion steps with DDIM (eta 0). One with noise maps steps as Huberman-Spiegelglas et al. 2024
-    do (eq. 3 and 4, the variance of Song et al. 2021, eq. 16), with its own map as the noise. In the papers' scale,
-    with p the timestep that follows t:
-
-        var = (1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p)
-        mu  = sqrt(abar_p) * x0_hat + sqrt(1 - abar_p - eta * var) * eps_hat,    z_p = mu + eta * sqrt(var) * z_map
-
-    Divided by sqrt(abar_p), and with abar = 1 / (1 + sigma^2), this is in ComfyUI's scale
-
-        var = sigma_p^2 * (1 - sigma_p^2 / sigma_t^2)
-        mu  = x0_hat + sqrt(sigma_p^2 - eta * var) * eps_hat,                    x_p = mu + eta * sqrt(var) * z_map
-
-    As in the reference implementation mu has eta and not eta^2 (Song et al. 2021): the same for eta 1 and 0.
+    do (eq. 3 and 4), with its own map as the noise; see `NoisePath.distribution`.
 
     Args:
         inversion: of one picture, or of as many as `x` has latents.
@@ -188,30 +188,18 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
     Raises:
         IdentityEditError: when the noise maps have another batch or size than the latent.
     """
-    sigmas = inversion.sigmas.to(x.device)
     if inversion.noise_maps is None:
-        return euler_step(x, denoised, sigmas[index], sigmas[index + 1])
+        sigmas = inversion.sigmas.to(x.device)
+        return inversion.noise.step(x, denoised, sigmas[index], sigmas[index + 1])
     check_batch_matches(inversion.batch, x.shape[0], "The inversion")
     if inversion.noise_maps.shape[2:] != x.shape[1:]:
         raise IdentityEditError(
             f"The inversion holds latents {tuple(inversion.noise_maps.shape[2:])} but the sampled one is "
             f"{tuple(x.shape[1:])}; sample from the inversion's own latent."
         )
-    mean, deviation = sampling_distribution(inversion.schedule, index, inversion.eta, x, denoised)
+    sigma, sigma_next = inversion.sigmas[index : index + 2].tolist()
+    mean, deviation = inversion.noise.distribution(x, denoised, sigma, sigma_next, inversion.eta)
     return mean + deviation * inversion.noise_maps[index].to(x)
-
-
-def sampling_distribution(
-    schedule: Schedule, index: int, eta: float, x: torch.Tensor, denoised: torch.Tensor
-) -> tuple[torch.Tensor, float]:
-    """mu [B, C, H, W] and eta * sqrt(var) of a step, in ComfyUI's scale; see `sampling_step`."""
-    sigma, sigma_next = float(schedule.sigmas[index]), float(schedule.sigmas[index + 1])
-    ratio = sigma_next / sigma
-    noise = (x - denoised) / sigma
-    # sigma_p^2 - eta * var, written so that nothing cancels where sigma_p is far below sigma_t.
-    direction = sigma_next * math.sqrt(1.0 - eta + eta * ratio * ratio)
-    deviation = eta * sigma_next * math.sqrt(1.0 - ratio * ratio)
-    return denoised + direction * noise, deviation
 
 
 def ddim_inversion(
@@ -230,7 +218,7 @@ def ddim_inversion(
     lower level's latent (in the papers' scale: eps(z_t, t + 1)).
 
     Args:
-        model: MODEL that predicts noise or velocity.
+        model: MODEL.
         latent: the picture [B, C, H, W] in the scale of LATENT sockets.
         positive: the source prompt's CONDITIONING.
         negative: needed for a guidance scale other than 1.
@@ -245,82 +233,35 @@ def ddim_inversion(
     Raises:
         IdentityEditError: when an input cannot be used.
     """
-    schedule = ddim_schedule(engine.require_noise_prediction_model(model), steps, end_at_zero)
-    if guidance_scale != 1.0 and negative is None:
-        raise IdentityEditError(
-            f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, or set it to 1."
-        )
+    family = engine.require(model)
+    schedule, noise = family.schedule(steps, end_at_zero), family.noise
+    check_negative(negative, guidance_scale)
 
-    def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> list[torch.Tensor]:
+    def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> torch.Tensor:
         sigmas = schedule.sigmas.flip(0).to(evaluator.device)
-        x = z_0 * signal_scale(sigmas[0])
-        trajectory = [_keep(x)]
+        x = z_0 * noise.scale(sigmas[0])
+        trajectory = [x.cpu()]
         for i in range(schedule.steps):
             sigma, sigma_next = sigmas[i], sigmas[i + 1]
             # z_t of the lower level, presented at the higher level: the same z, scaled to the higher level's x.
-            x_presented = x * (signal_scale(sigma_next) / signal_scale(sigma))
+            x_presented = x * (noise.scale(sigma_next) / noise.scale(sigma))
             denoised = evaluator.guided(x_presented, sigma_next, guidance_scale)
-            noise = (x_presented - denoised) / sigma_next
-            x = x + (sigma_next - sigma) * noise
-            trajectory.append(_keep(x))
+            x = x + (sigma_next - sigma) * noise.slope(x_presented, denoised, sigma_next)
+            trajectory.append(x.cpu())
             evaluator.report(i, denoised, x, schedule.steps)
-        return trajectory
+        return torch.stack(trajectory[::-1])
 
-    with torch.no_grad():
-        trajectory = engine.run_loop(model, positive, negative, latent, schedule.sigmas, loop, callback=callback)
-    stacked = torch.stack(trajectory[::-1])
-    check_finite(stacked, "The inversion's trajectory", IN_FLOAT32)
+    z_0 = engine.model_latent(model, latent)
+    trajectory = engine.run_loop(model, positive, negative, z_0, schedule.sigmas, loop, callback=callback)
+    check_finite(trajectory, "The inversion's trajectory", IN_FLOAT32)
     return Inversion(
-        trajectory=stacked,
+        trajectory=trajectory,
         sigmas=schedule.sigmas,
         timesteps=schedule.timesteps,
         method=DDIM,
         guidance_scale=float(guidance_scale),
         model=engine.model_tag(model),
     )
-
-
-def ddim_sampling(
-    model: Any,
-    start: torch.Tensor,
-    schedule: Schedule,
-    positive: Conditioning,
-    negative: Conditioning | None = None,
-    guidance_scale: float = 1.0,
-    embeddings: StepEmbeddings | None = None,
-    callback: engine.Callback | None = None,
-) -> torch.Tensor:
-    """Deterministic DDIM (Song et al. 2021, eq. 12, eta 0) from a noisy latent to a picture's.
-
-    The stock KSampler gives the same with sampler "euler" and these sigmas; this function exists for the techniques
-    that sample as part of their work.
-
-    Args:
-        model: MODEL.
-        start: [B, C, H, W] at schedule.sigmas[0], in the scale of LATENT sockets (`Inversion.start_latent`).
-        schedule: the noise levels.
-        positive, negative: CONDITIONING; negative is needed for a guidance scale other than 1.
-        guidance_scale: classifier-free guidance scale.
-        embeddings: step table for the negative side, or None.
-        callback: progress with preview.
-
-    Returns:
-        z_0 [B, C, H, W] in the scale of LATENT sockets.
-    """
-    if embeddings is not None:
-        model = apply_step_embeddings(model, embeddings, "negative")
-
-    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> torch.Tensor:
-        sigmas = schedule.sigmas.to(evaluator.device)
-        for i in range(schedule.steps):
-            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-            x = euler_step(x, denoised, sigmas[i], sigmas[i + 1])
-            evaluator.report(i, denoised, x, schedule.steps)
-        return _keep(x / signal_scale(sigmas[-1]))
-
-    with torch.no_grad():
-        z_0 = engine.run_loop(model, positive, negative, start, schedule.sigmas, loop, callback=callback)
-    return engine.to_socket_scale(model, z_0)
 
 
 def sample_inversion(
@@ -337,7 +278,8 @@ def sample_inversion(
     Args:
         model: MODEL, the one that made the inversion.
         inversion: the picture's.
-        positive, negative: CONDITIONING; negative is needed for a guidance scale other than 1.
+        positive, negative: CONDITIONING; negative is needed for a guidance scale other than 1, where the inversion has
+            no step table.
         guidance_scale: classifier-free guidance scale.
         skip: leave out so many of the first steps and start from trajectory[skip], 0 to N - 1.
         callback: progress with preview.
@@ -349,43 +291,63 @@ def sample_inversion(
         IdentityEditError: when an input cannot be used.
     """
     check_inversion(inversion, model)
-    start = inversion.start_latent(model, skip)
-    if guidance_scale != 1.0 and negative is None:
-        raise IdentityEditError(
-            f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, or set it to 1."
-        )
+    check_skip(skip, inversion.steps)
+    negative = negative_side(inversion, positive, negative, guidance_scale)
     if inversion.embeddings is not None:
         model = apply_step_embeddings(model, inversion.embeddings, "negative")
-
-    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> torch.Tensor:
-        sigmas = inversion.sigmas.to(evaluator.device)
-        # Noise maps belong to this latent to the last bit, and the way through the scale of LATENT sockets rounds x.
-        x = inversion.trajectory[skip].to(x)
-        for i in range(skip, inversion.steps):
-            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-            x = sampling_step(inversion, i, x, denoised)
-            evaluator.report(i - skip, denoised, x, inversion.steps - skip)
-        return _keep(x / signal_scale(sigmas[-1]))
-
-    with torch.no_grad():
-        z_0 = engine.run_loop(model, positive, negative, start, inversion.sigmas[skip:], loop, callback=callback)
-    return engine.to_socket_scale(model, z_0)
+    return follow_back(model, inversion, positive, negative, guidance_scale, skip, callback)[0]
 
 
-def reconstruct(
+def follow_back(
     model: Any,
     inversion: Inversion,
     positive: Conditioning,
-    negative: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    negative: Conditioning | None,
+    guidance_scale: float,
+    first: int = 0,
     callback: engine.Callback | None = None,
-) -> torch.Tensor:
-    """Sample an inversion back, with its step table where it has one; [B, C, H, W] in the scale of LATENT sockets.
+) -> tuple[torch.Tensor, int]:
+    """The loop of `sample_inversion` alone, with the model and the negative side as they are and nothing checked.
 
-    Compare its picture with the original (`reconstruction.psnr`) to see whether the inversion can be used. An
-    edit-friendly DDPM inversion comes back exactly with the prompts and the guidance scale it was made with.
+    Returns:
+        z_0 [B, C, H, W] in the scale of LATENT sockets, and the number of network evaluations.
     """
-    return sample_inversion(model, inversion, positive, negative, guidance_scale, callback=callback)
+    steps = inversion.steps
+
+    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        sigmas = inversion.sigmas.to(evaluator.device)
+        for i in range(first, steps):
+            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
+            x = sampling_step(inversion, i, x, denoised)
+            evaluator.report(i - first, denoised, x, steps - first)
+        return engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1])).cpu()), evaluator.evaluations
+
+    start, sigmas = inversion.trajectory[first], inversion.sigmas[first:]
+    return engine.run_loop(model, positive, negative, start, sigmas, loop, callback=callback)
+
+
+def check_negative(
+    negative: Conditioning | None, guidance_scale: float, remedy: str = "connect one, or set it to 1"
+) -> None:
+    """Raise `IdentityEditError`, ending in `remedy`, where guidance lacks a negative side."""
+    if guidance_scale != 1.0 and negative is None:
+        raise IdentityEditError(f"A guidance scale of {guidance_scale:g} needs a negative conditioning; {remedy}.")
+
+
+def negative_side(
+    inversion: Inversion, positive: Conditioning, negative: Conditioning | None, guidance_scale: float
+) -> Conditioning | None:
+    """The negative side of sampling from an inversion: the given one, or else one like `positive` with its step table.
+
+    Raises:
+        IdentityEditError: where guidance needs one and there is neither.
+    """
+    table = inversion.embeddings
+    if negative is None and guidance_scale != 1.0 and table is not None:
+        return with_embedding(positive[:1], table.embeddings[0], table.pooled_row(0))
+    remedy = "connect one, use an inversion from Null-Text Optimization, or set the scale to 1"
+    check_negative(negative, guidance_scale, remedy)
+    return negative
 
 
 def save_inversion(inversion: Inversion, path: str) -> None:
@@ -454,7 +416,3 @@ def load_inversion(path: str) -> Inversion:
     if maps is not None:
         check_finite(maps, f"The file {path}", _SAVE_AGAIN)
     return inversion
-
-
-def _keep(latent: torch.Tensor) -> torch.Tensor:
-    return latent.detach().to(device="cpu", dtype=torch.float32, copy=True)

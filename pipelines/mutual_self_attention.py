@@ -59,6 +59,7 @@ def mutual_self_attention(
     Raises:
         IdentityEditError: when an input cannot be used; at sampling, for another size, batch or noise level.
     """
+    width = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
     check_inversion(inversion, model)
     if not 0.0 <= start_step <= 1.0:
         raise IdentityEditError(f"start_step is {start_step:g}; choose a share of the steps from 0 to 1.")
@@ -70,10 +71,10 @@ def mutual_self_attention(
         check_batch_matches(
             embedding.shape[0], inversion.batch, "The negative prompt" if side == "negative" else "The source prompt"
         )
-        if embedding.shape[-1] != engine.context_channels(model):
+        if embedding.shape[-1] != width:
             raise IdentityEditError(
-                f"A prompt has {embedding.shape[-1]} channels but the model takes {engine.context_channels(model)}; "
-                f"encode it with this checkpoint's CLIP."
+                f"A prompt has {embedding.shape[-1]} channels but the model takes {width}; encode it with this "
+                f"checkpoint's CLIP."
             )
     if (source_mask is None) != (target_mask is None):
         raise IdentityEditError(
@@ -129,7 +130,7 @@ def mutual_self_attention(
         patches["attn1_patch"] = features.injecting_patch(guiding)
         return executor(x, timestep, with_patches(model_options, **patches), seed)
 
-    return engine.with_predict_noise_wrapper(model, _KEY, look_into_the_source)
+    return engine.with_wrappers(model, _KEY, look_into_the_source)
 
 
 def _source_conditionings(

@@ -7,7 +7,7 @@ empty prompt so that guided sampling stays on it. Defaults are those of the auth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from .conditioning import Conditioning, single_embedding
 from .errors import IdentityEditError, check_batch_matches
 from .gradients import gradients_by_sample
 from .inversion import DDIM, Inversion, check_inversion, check_method
-from .schedule import euler_step, signal_scale
 from .step_embeddings import StepEmbeddings, constant_embedding
 
 GUIDANCE_SCALE = 7.5
@@ -117,15 +116,14 @@ def null_text_optimization(
     check_batch_matches(null_embedding.shape[0], batch, "The negative conditioning")
     progress_total = steps * (inner_steps + 1)
 
-    def loop(evaluator: engine.NetworkEvaluator, _: torch.Tensor) -> NullText:
+    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> NullText:
         pivot = inversion.trajectory.clone().to(evaluator.device)
         sigmas = inversion.sigmas.clone().to(evaluator.device)
         phi = list(null_embedding.clone().to(evaluator.device).expand(batch, -1, -1).split(1))
         lengths = torch.ones(batch)  # of the adaptive method's updates, relative to the paper's
         record = _Record(batch)
 
-        # Algorithm 1. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and pivot[i] is its z*_t.
-        x = pivot[0]  # z_bar_T = z*_T
+        # Algorithm 1. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, pivot[i] is its z*_t, and z_bar_T = z*_T.
         for i in range(steps):
             threshold = early_stop + i * EARLY_STOP_PER_STEP
             record.begin_step(threshold)
@@ -134,7 +132,7 @@ def null_text_optimization(
             with torch.no_grad():  # once a step: it does not depend on phi
                 conditional = evaluator.denoised(x, sigmas[i], "positive")
             step = _Step(
-                evaluator, x, sigmas[i], sigmas[i + 1], pivot[i + 1], conditional, guidance_scale,
+                evaluator, inversion.noise, x, sigmas[i], sigmas[i + 1], pivot[i + 1], conditional, guidance_scale,
                 progress=i * (inner_steps + 1), progress_total=progress_total,
             )  # fmt: skip
 
@@ -147,23 +145,20 @@ def null_text_optimization(
             x = taken.x_next.detach()  # z_bar_{t-1} = z_{t-1}(z_bar_t, phi_t, C)
             record.end_step(taken.loss, phi)
             step.report(inner_steps, taken)
-        return record.result(x / signal_scale(sigmas[-1]), inversion.sigmas, pooled, evaluator.evaluations)
+        table = record.table(inversion.sigmas, pooled, guidance_scale)
+        z_0 = engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1])).cpu())
+        return record.result(table, z_0, evaluator.evaluations)
 
-    found = engine.run_loop(
+    return engine.run_loop(
         model,
         positive,
         negative,
-        inversion.end_latent(model),
+        inversion.trajectory[0],
         inversion.sigmas,
         loop,
         gradients=True,
         checkpointing=checkpointing,
         callback=callback,
-    )
-    return replace(
-        found,
-        embeddings=replace(found.embeddings, guidance_scale=float(guidance_scale)),
-        reconstruction=engine.to_socket_scale(model, found.reconstruction),
     )
 
 
@@ -215,6 +210,7 @@ class _Step:
     """A guided DDIM step, all but the embeddings: from x at sigma towards the pivot at sigma_next."""
 
     evaluator: engine.NetworkEvaluator
+    noise: engine.NoisePath
     x: torch.Tensor
     sigma: torch.Tensor
     sigma_next: torch.Tensor
@@ -232,8 +228,8 @@ class _Step:
         """One network evaluation, with the embeddings of the B latents."""
         unconditional = self.evaluator.denoised(self.x, self.sigma, "negative", torch.cat(phi))
         denoised = self.evaluator.combine(self.conditional, unconditional, self.x, self.sigma, self.guidance_scale)
-        x_next = euler_step(self.x, denoised, self.sigma, self.sigma_next)
-        residual = (x_next - self.pivot_next) / signal_scale(self.sigma_next)
+        x_next = self.noise.step(self.x, denoised, self.sigma, self.sigma_next)
+        residual = (x_next - self.pivot_next) / self.noise.scale(self.sigma_next)
         return _Evaluation(unconditional, denoised, x_next, residual.flatten(1))
 
 
@@ -351,22 +347,24 @@ class _Record:
         self._final_losses.append(loss)
         self._phi.append(torch.cat(phi).detach().to(device="cpu", copy=True))
 
-    def result(
-        self, z_0: torch.Tensor, sigmas: torch.Tensor, pooled: torch.Tensor | None, evaluations: int
-    ) -> NullText:
+    def table(self, sigmas: torch.Tensor, pooled: torch.Tensor | None, guidance_scale: float) -> StepEmbeddings:
+        return StepEmbeddings(
+            sigmas=sigmas.clone(),
+            embeddings=torch.stack(self._phi),
+            pooled=None if pooled is None else pooled.expand(self._batch, -1).unsqueeze(0),
+            guidance_scale=float(guidance_scale),
+        )
+
+    def result(self, table: StepEmbeddings, z_0: torch.Tensor, evaluations: int) -> NullText:
         losses = [torch.stack(rows) if rows else torch.empty(0, self._batch) for rows in self._losses]
         converged, final_losses = torch.stack(self._converged), torch.stack(self._final_losses)
         return NullText(
-            embeddings=StepEmbeddings(
-                sigmas=sigmas.clone(),
-                embeddings=torch.stack(self._phi),
-                pooled=None if pooled is None else pooled.expand(self._batch, -1).unsqueeze(0),
-            ),
+            embeddings=table,
             losses=losses,
             inner_steps=torch.stack([(~rows.isnan()).sum(dim=0) for rows in losses]),
             final_losses=final_losses,
             converged=converged,
-            reconstruction=z_0.detach().cpu(),
+            reconstruction=z_0,
             evaluations=evaluations,
             warning=_convergence_warning(converged, final_losses),
         )

@@ -37,7 +37,7 @@ from .prompt_tokens import (
     prompt_tokens,
     token_mapper,
 )
-from .schedule import signal_scale
+from .schedule import step_at
 from .step_embeddings import apply_step_embeddings
 
 REPLACE, REFINE = "replace", "refine"
@@ -52,7 +52,6 @@ BLEND_START = 0.2
 FACTORS = (AUTOMATIC, "1", "2", "4", "8")
 
 _KEY = "identity_edit_prompt_to_prompt"
-_RELATIVE_TOLERANCE = 1e-4
 _WORD_AND_FACTOR = re.compile(r"(?P<word>\S.*?)\s*:\s*(?P<factor>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)(?=\s|$)", re.I)
 
 
@@ -181,10 +180,6 @@ class _Run:
     blend: LocalBlend | None
     mask: torch.Tensor | None = None
 
-    def step(self, sigma: float) -> int:
-        """The step i with sigmas[i + 1] < sigma <= sigmas[i]; a sampler may evaluate the network between the two."""
-        return int((self.sigmas[1:-1] * (1.0 + _RELATIVE_TOLERANCE) >= sigma).sum())
-
 
 def with_attention_control(
     model: Any,
@@ -215,12 +210,12 @@ def with_attention_control(
     Raises:
         IdentityEditError: as `prompt_to_prompt`.
     """
-    engine.require_noise_prediction_model(model)
+    width = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
     embedding, pooled = single_embedding(source, "The source prompt")
-    if embedding.shape[-1] != engine.context_channels(model) or embedding.shape[1] != tokens.mapper.shape[0]:
+    if embedding.shape[-1] != width or embedding.shape[1] != tokens.mapper.shape[0]:
         raise IdentityEditError(
-            f"The source prompt has an embedding {tuple(embedding.shape)} but the model takes "
-            f"{engine.context_channels(model)} channels; connect the CLIP of the same checkpoint."
+            f"The source prompt has an embedding {tuple(embedding.shape)} but the model takes {width} channels; "
+            f"connect the CLIP of the same checkpoint."
         )
     if inversion is not None:
         check_inversion(inversion, model)
@@ -249,7 +244,7 @@ def with_attention_control(
                     "Prompt-to-Prompt samples the source beside the target, which this sampler does not do; connect "
                     "the inversion to Prompt-to-Prompt, or use a stock sampler."
                 )
-            step, steps = run.step(sigma), run.sigmas.shape[0] - 1
+            step, steps = step_at(run.sigmas, sigma), run.sigmas.shape[0] - 1
             x_source, x_target = x.chunk(2)
         else:
             check_sampled_latent(inversion, x)
@@ -287,14 +282,14 @@ def with_attention_control(
             if run.blend is not None and step >= round(settings.blend_start * steps):
                 run.mask = run.blend.mask(height, width)
                 if inversion is not None:
-                    source_denoised = (inversion.trajectory[-1] / signal_scale(inversion.sigmas[-1])).to(x)
+                    source_denoised = inversion.picture.to(x)
                 target_denoised = torch.where(run.mask, target_denoised, source_denoised)
         finally:
             guider.conds = own
         return target_denoised if inversion is not None else torch.cat([source_denoised, target_denoised])
 
     clone = sampling_pairs(model, _KEY, begin, in_pairs=inversion is None)
-    return engine.with_predict_noise_wrapper(clone, _KEY, evaluate_both)
+    return engine.with_wrappers(clone, _KEY, evaluate_both)
 
 
 def _chosen_layers(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_fi
 from .gradients import gradients_by_sample
 from .inversion import DDIM, Inversion, check_inversion, check_method
 from .masks import masks_for
-from .schedule import euler_step, signal_scale
 
 GUIDANCE_SCALE = 7.5
 START_PERCENT = 0.2
@@ -114,7 +113,7 @@ def reference_guided_sampling(
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
-    check_latent(start, "The latent", engine.latent_channels(model))
+    x_t = engine.model_latent(model, start)
     _check_settings(guidance_scale, inner_steps, learning_rate, early_stop)
     batch, steps = start.shape[0], inversion.steps
     check_batch_matches(inversion.batch, batch, "The inversion")
@@ -129,8 +128,8 @@ def reference_guided_sampling(
     guided = guided_steps(steps, start_percent, end_percent)
     total = progress_total(steps, guided, inner_steps)
 
-    def loop(evaluator: engine.NetworkEvaluator, x_start: torch.Tensor) -> tuple[torch.Tensor, _Record, int]:
-        device = evaluator.device
+    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> ReferenceGuidance:
+        device, noise = evaluator.device, inversion.noise
         sigmas = inversion.sigmas.clone().to(device)
         x_star = inversion.trajectory.clone().to(device)
         inside = m_r.clone().to(device).unsqueeze(1) > 0.5  # [B, 1, H, W]
@@ -139,7 +138,7 @@ def reference_guided_sampling(
         done = 0
 
         # Algorithm 2. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and x_star[i] is its x*_t.
-        x, phi_h = x_start, phi
+        phi_h = phi
         for i in range(steps):
             if guided and i == guided.start:  # t == t_s
                 phi_h = phi
@@ -147,14 +146,14 @@ def reference_guided_sampling(
             if i not in guided or inner_steps == 0:
                 with torch.no_grad():
                     denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-                    x = euler_step(x, denoised, sigmas[i], sigmas[i + 1])  # x_{t-1} = F(x_t, [c, c_s^t], phi)
+                    x = noise.step(x, denoised, sigmas[i], sigmas[i + 1])  # x_{t-1} = F(x_t, [c, c_s^t], phi)
                 evaluator.report(done, denoised, x, total)
                 done += 1
                 continue
             with torch.no_grad():  # once a step: it depends on neither phi nor phi_h
                 conditional = evaluator.denoised(x, sigmas[i], "positive")
             step = _Step(
-                evaluator, x, sigmas[i], sigmas[i + 1], x_star[i + 1], inside, conditional, guidance_scale,
+                evaluator, noise, x, sigmas[i], sigmas[i + 1], x_star[i + 1], inside, conditional, guidance_scale,
                 progress=done, progress_total=total,
             )  # fmt: skip
             with torch.no_grad():
@@ -168,34 +167,34 @@ def reference_guided_sampling(
             record.end_step(i, taken.loss, outside.loss, phi_h)
             step.report(inner_steps, torch.where(inside, taken.denoised, outside.denoised))
             done += inner_steps + 1
-        z_0 = (x / signal_scale(sigmas[-1])).detach().to(device="cpu", dtype=torch.float32, copy=True)
-        return z_0, record, evaluator.evaluations
-
-    with torch.no_grad():
-        z_0, record, evaluations = engine.run_loop(
-            model,
-            positive,
-            negative,
-            start,
-            inversion.sigmas,
-            loop,
-            gradients=bool(guided) and inner_steps > 0,
-            checkpointing=checkpointing,
-            callback=callback,
-        )
-    check_finite(z_0, "The sampled latent", f"{IN_FLOAT32}, or lower learning_rate")
-    return record.result(
-        ReferenceGuidance(
+        z_0 = (x / noise.scale(sigmas[-1])).detach().cpu()
+        check_finite(z_0, "The sampled latent", f"{IN_FLOAT32}, or lower learning_rate")
+        losses = [_stacked(rows, batch) for rows in record.losses]
+        final_losses, unguided_losses = _stacked(record.final_losses, batch), _stacked(record.unguided_losses, batch)
+        of_inputs = _warning_of_inputs(inversion, guided)
+        of_losses = _warning_of_losses(losses, final_losses, unguided_losses) if losses else None
+        return ReferenceGuidance(
             latent=engine.to_socket_scale(model, z_0),
             mask=m_r,
             steps=guided,
-            embeddings=torch.empty(0, batch, *null_embedding.shape[1:]),
-            losses=[],
-            final_losses=torch.empty(0, batch),
-            unguided_losses=torch.empty(0, batch),
-            evaluations=evaluations,
-            warning=_warning_of_inputs(inversion, guided),
+            embeddings=_stacked(record.embeddings, batch, *null_embedding.shape[1:]),
+            losses=losses,
+            final_losses=final_losses,
+            unguided_losses=unguided_losses,
+            evaluations=evaluator.evaluations,
+            warning=" ".join(filter(None, (of_inputs, of_losses))) or None,
         )
+
+    return engine.run_loop(
+        model,
+        positive,
+        negative,
+        x_t,
+        inversion.sigmas,
+        loop,
+        gradients=bool(guided) and inner_steps > 0,
+        checkpointing=checkpointing,
+        callback=callback,
     )
 
 
@@ -225,7 +224,7 @@ def first_pass_latent(
     Raises:
         IdentityEditError: when the model or the latent cannot be used.
     """
-    sampling = engine.require_noise_prediction_model(model)
+    sampling = engine.require(model).sampling
     check_latent(latent, "The latent", engine.latent_channels(model))
     latent = latent.detach().to(device="cpu", dtype=torch.float32)
     noise = stock_noise(latent, seed, batch_index)
@@ -302,6 +301,7 @@ class _Step:
     """F of eq. 1 at one step, all but the embeddings: from x at sigma, x*_{t-1} at sigma_next beside it."""
 
     evaluator: engine.NetworkEvaluator
+    noise: engine.NoisePath
     x: torch.Tensor
     sigma: torch.Tensor
     sigma_next: torch.Tensor
@@ -321,8 +321,8 @@ class _Step:
         embedding = None if phi is None else torch.cat(phi)
         unconditional = self.evaluator.denoised(self.x, self.sigma, "negative", embedding)
         denoised = self.evaluator.combine(self.conditional, unconditional, self.x, self.sigma, self.guidance_scale)
-        x_next = euler_step(self.x, denoised, self.sigma, self.sigma_next)
-        residual = self.inside * (x_next - self.x_star_next) / signal_scale(self.sigma_next)
+        x_next = self.noise.step(self.x, denoised, self.sigma, self.sigma_next)
+        residual = self.inside * (x_next - self.x_star_next) / self.noise.scale(self.sigma_next)
         elements = self.inside.sum(dim=(1, 2, 3)) * self.x.shape[1]
         return _Evaluation(unconditional, denoised, x_next, residual.square().sum(dim=(1, 2, 3)) / elements)
 
@@ -388,22 +388,9 @@ class _Record:
         self.unguided_losses.append(unguided.cpu())
         self.embeddings.append(torch.cat(phi_h).detach().to(device="cpu", copy=True))
 
-    def result(self, of_inputs: ReferenceGuidance) -> ReferenceGuidance:
-        """`of_inputs` with what was recorded."""
-        if not self.final_losses:
-            return of_inputs
-        batch = of_inputs.mask.shape[0]
-        losses = [torch.stack(rows) if rows else torch.empty(0, batch) for rows in self.losses]
-        final_losses, unguided_losses = torch.stack(self.final_losses), torch.stack(self.unguided_losses)
-        warnings = [of_inputs.warning, _warning_of_losses(losses, final_losses, unguided_losses)]
-        return replace(
-            of_inputs,
-            embeddings=torch.stack(self.embeddings),
-            losses=losses,
-            final_losses=final_losses,
-            unguided_losses=unguided_losses,
-            warning=" ".join(filter(None, warnings)) or None,
-        )
+
+def _stacked(rows: list[torch.Tensor], *shape: int) -> torch.Tensor:
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def _check_settings(guidance_scale: float, inner_steps: int, learning_rate: float, early_stop: float) -> None:

@@ -83,7 +83,7 @@ def ddim_schedule(
     """Timesteps and sigmas of a DDIM run on a model's own noise schedule.
 
     Args:
-        model_sampling: the model's sampling object (`engine.require_noise_prediction_model` gives it).
+        model_sampling: the model's sampling object (`Family.sampling`).
         steps: number of steps, from 1 to the number of training timesteps. A distilled model's run has as many as the
             model has noise levels, where that is less (`fewer_steps`).
         end_at_zero: False ends at the sigma of timestep 0 (0.029 for Stable Diffusion), as the reference
@@ -130,24 +130,12 @@ def rows_of(model_sampling: DiscreteSampling, timesteps: Sequence[int]) -> torch
     return (noise_levels(model_sampling).log() - levels.log()[:, None]).abs().argmin(dim=1)
 
 
-def alpha_bar(sigma: torch.Tensor) -> torch.Tensor:
-    """alpha_bar = 1 / (1 + sigma^2), the papers' cumulative product of alphas."""
-    return 1.0 / (1.0 + sigma * sigma)
+SAME_LEVEL = 1e-4
+"""Two sigmas closer than this (relative) are the same noise level: adjacent ones of 1000 timesteps differ by 4e-3 or
+more, and sigmas of the same timestep by less than 2e-5 however they were computed."""
 
 
-def signal_scale(sigma: torch.Tensor) -> torch.Tensor:
-    """sqrt(1 + sigma^2): ComfyUI's x is the papers' z_t times this."""
-    return torch.sqrt(1.0 + sigma * sigma)
-
-
-def euler_step(x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-    """One deterministic DDIM step (Song et al. 2021, eq. 12, eta 0) from `sigma` to `sigma_next`.
-
-    Args:
-        x: latent at `sigma` [B, C, H, W].
-        denoised: the model's estimate of z_0 at x [B, C, H, W].
-        sigma: current noise level, > 0, a scalar tensor.
-        sigma_next: next noise level, >= 0, a scalar tensor.
-    """
-    noise = (x - denoised) / sigma
-    return x + (sigma_next - sigma) * noise
+def step_at(sigmas: torch.Tensor, sigma: float) -> int:
+    """The step of a run at a noise level: i with sigmas[i + 1] < sigma <= sigmas[i] (descending, [N + 1]); 0 above the
+    first and N - 1 below the last."""
+    return int((sigmas[1:-1] * (1.0 + SAME_LEVEL) >= sigma).sum())

@@ -13,10 +13,7 @@ import torch
 
 from . import engine
 from .errors import IdentityEditError, check_batch_matches, check_finite
-
-_RELATIVE_TOLERANCE = 1e-4
-"""Two sigmas closer than this are the same noise level: adjacent ones of 1000 timesteps differ by 4e-3 or more, and
-sigmas of the same timestep by less than 2e-5 however they were computed."""
+from .schedule import step_at
 
 
 @dataclass(frozen=True)
@@ -69,15 +66,23 @@ class StepEmbeddings:
         return int(self.embeddings.shape[1])
 
     def row(self, sigma: float) -> int:
-        """The row for a noise level: i with sigmas[i + 1] < sigma <= sigmas[i], within 1e-4 relative, clamped."""
-        inner_boundaries = self.sigmas[1:-1]
-        return int((inner_boundaries * (1.0 + _RELATIVE_TOLERANCE) >= sigma).sum())
+        """The row for a noise level, see `schedule.step_at`."""
+        return step_at(self.sigmas, sigma)
 
     def pooled_row(self, row: int) -> torch.Tensor | None:
         """The pooled output [B, P] of a row, or None."""
         if self.pooled is None:
             return None
         return self.pooled[min(row, self.pooled.shape[0] - 1)]
+
+    def guidance_warning(self, guidance_scale: float) -> str | None:
+        """One sentence where they were optimised for another guidance scale than that of sampling, else None."""
+        if self.guidance_scale is None or abs(self.guidance_scale - guidance_scale) <= 1e-6:
+            return None
+        return (
+            f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
+            f"{self.guidance_scale:g}; use the same for both, or the picture drifts away from the inversion."
+        )
 
 
 def constant_embedding(
@@ -113,7 +118,6 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
         IdentityEditError: when the model has no such noise levels or another width of embedding; at sampling, when
             the batch sizes differ.
     """
-    engine.require_noise_prediction_model(model)
     channels = engine.context_channels(model)
     if table.embeddings.shape[-1] != channels:
         raise IdentityEditError(
@@ -138,7 +142,7 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
         finally:
             guider.conds = own
 
-    return engine.with_predict_noise_wrapper(model, f"identity_edit_step_embeddings_{which}", exchange_embedding)
+    return engine.with_wrappers(model, f"identity_edit_step_embeddings_{which}", exchange_embedding)
 
 
 def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

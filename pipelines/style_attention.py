@@ -179,7 +179,8 @@ class StyleAttention:
                     copy = remake()
                     copy.load_state_dict({name: weight.cpu() for name, weight in layers.state_dict().items()})
                     layers = copy.to(dtype)
-                self._patchers[key] = engine.managed_beside(model, layers, remake)
+                devices = {"load_device": model.load_device, "offload_device": model.offload_device}
+                self._patchers[key] = engine.managed(layers, remake=remake, **devices)
         return self._patchers[key]
 
 
@@ -229,7 +230,7 @@ def check_model(style: StyleAttention, model: Any) -> str | None:
     Raises:
         IdentityEditError: when a layer is missing or has another size.
     """
-    engine.require_noise_prediction_model(model)
+    engine.require(model, engine.Capability.CROSS_ATTENTION)
     sizes = layer_sizes(text_layers(model.get_model_object("diffusion_model")))
     if sizes != style.network.attention.sizes:
         trained_with = f" ({style.model.architecture})" if style.model is not None else ""
@@ -360,8 +361,7 @@ def apply_style_attention(
         clone.set_model_patch(patch, name)
     # One key for one style attention: several people who share it load it once.
     clone.set_additional_models(f"{_KEY}_{id(patcher.model)}", [patcher])
-    engine.add_wrappers(clone, _KEY, predict_noise=predict_noise, outer_sample=outer_sample)
-    return clone
+    return engine.with_wrappers(clone, _KEY, predict_noise, outer_sample, replace=False)
 
 
 def described(style: StyleAttention) -> str:

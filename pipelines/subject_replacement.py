@@ -15,11 +15,10 @@ from ..attention.prompt_to_prompt import TokenMap
 from . import engine
 from .conditioning import Conditioning, single_embedding, with_embedding
 from .errors import IdentityEditError, check_batch_matches
-from .inversion import DDIM, Inversion, check_inversion, check_method
+from .inversion import DDIM, Inversion, check_method, follow_back
 from .parsing import split_words
 from .prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
 from .prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
-from .schedule import euler_step, signal_scale
 
 SUBJECT_TOKENS = 5
 """n, the learned tokens in the last positions (Wang et al. 2023, section 4)."""
@@ -93,7 +92,6 @@ def subject_replacement(
     Raises:
         IdentityEditError: when an input cannot be used.
     """
-    check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion and Null-Text Optimization")
     table = inversion.embeddings
     if table is None:
@@ -116,29 +114,10 @@ def subject_replacement(
     )
     negative = with_embedding(target, table.embeddings[0], table.pooled_row(0))  # phi_t takes its place at every step
 
-    def loop(evaluator: engine.NetworkEvaluator, _: torch.Tensor) -> tuple[torch.Tensor, int]:
-        sigmas = inversion.sigmas.to(evaluator.device)
-        x = inversion.trajectory[0].to(evaluator.device)  # x_T^g = x_T^r*
-        for i in range(inversion.steps):  # for t = T, ..., 1
-            # x_{t-1}^g = F~_[c_s^t, w_g](x_t^g, [c^g, c_s^t], phi_t*, a_t^r*)
-            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-            x = euler_step(x, denoised, sigmas[i], sigmas[i + 1])
-            evaluator.report(i, denoised, x, inversion.steps)
-        return (x / signal_scale(sigmas[-1])).cpu(), evaluator.evaluations
-
-    start = inversion.start_latent(model)
-    with torch.no_grad():
-        x_0, evaluations = engine.run_loop(
-            controlled, target, negative, start, inversion.sigmas, loop, callback=callback
-        )
+    # x_T^g = x_T^r*; for t = T, ..., 1: x_{t-1}^g = F~_[c_s^t, w_g](x_t^g, [c^g, c_s^t], phi_t*, a_t^r*)
+    latent, evaluations = follow_back(controlled, inversion, target, negative, guidance_scale, callback=callback)
     free = tuple(torch.nonzero(~tokens.mapped).flatten().tolist())
-    warning = None
-    if table.guidance_scale is not None and abs(table.guidance_scale - guidance_scale) > 1e-6:
-        warning = (
-            f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
-            f"{table.guidance_scale:g}; use the same for both, or the picture drifts away from the inversion."
-        )
-    return SubjectReplacement(engine.to_socket_scale(model, x_0), free, evaluations, warning)
+    return SubjectReplacement(latent, free, evaluations, table.guidance_warning(guidance_scale))
 
 
 def _check_target(target: Conditioning, prompt: PromptTokens, learned: int, batch: int) -> None:

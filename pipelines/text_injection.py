@@ -24,10 +24,8 @@ import torch
 from . import engine
 from .conditioning import Conditioning, single_embedding, with_embedding
 from .errors import IdentityEditError, check_conditioning
-from .inversion import DDIM, Inversion, check_inversion, check_method
-from .schedule import euler_step, signal_scale
+from .inversion import DDIM, Inversion, check_inversion, check_method, negative_side
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
-from .text_optimization import interpolated_conditioning
 
 RATIO = 0.2
 """Share of the steps with the source prompt: Jung et al. 2024 finds 10 to 40 % (section 5.4, appendix E.1)."""
@@ -83,7 +81,7 @@ def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta:
     Args:
         target: the target prompt's CONDITIONING.
         optimized: what text optimisation made of it, or None to use the target prompt as it is.
-        eta: 0 is the optimised embedding (the picture), 1 the target prompt's (the edit).
+        eta: 0 is the optimised embedding (the picture), 1 the target prompt's (the edit); values beyond extrapolate.
 
     Raises:
         IdentityEditError: when the two do not belong together.
@@ -91,7 +89,14 @@ def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta:
     check_conditioning(target, "The target prompt")
     if optimized is None:
         return target
-    return interpolated_conditioning(target, single_embedding(optimized, "The optimized embedding")[0], eta)
+    e_opt, _ = single_embedding(optimized, "The optimized embedding")
+    e_tgt, _ = single_embedding(target, "The target prompt")
+    if e_tgt.shape[1:] != e_opt.shape[1:]:
+        raise IdentityEditError(
+            f"The target embedding {tuple(e_tgt.shape)} and the optimised one {tuple(e_opt.shape)} differ in tokens or "
+            f"channels; optimise this target prompt with this model."
+        )
+    return with_embedding(target, eta * e_tgt + (1.0 - eta) * e_opt)
 
 
 def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> float:
@@ -111,7 +116,7 @@ def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> fl
     Raises:
         IdentityEditError: when the model's noise schedule has no level between the two steps.
     """
-    sampling = engine.require_noise_prediction_model(model)
+    sampling = engine.require(model).sampling
     above, below = float(sigmas[first_edit_step - 1]), float(sigmas[first_edit_step])
     # Percents reach the levels of the model's own schedule only; a run may begin above them or end below.
     highest, lowest = min(above, float(sampling.sigmas[-1])), max(below, float(sampling.sigmas[0]))
@@ -233,52 +238,34 @@ def timestep_aware_sampling(
         raise IdentityEditError(f"The sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
     schedule, table = inversion.schedule, inversion.embeddings
     positive = injected_conditioning(model, schedule.sigmas, source, edit, ratio)
-    if guidance_scale != 1.0 and negative is None:
-        if table is None:
-            raise IdentityEditError(
-                f"A guidance scale of {guidance_scale:g} needs a negative conditioning; connect one, use an inversion "
-                f"from Null-Text Optimization, or set the scale to 1."
-            )
-        negative = with_embedding(edit[:1], table.embeddings[0], table.pooled_row(0))
+    negative = negative_side(inversion, edit, negative, guidance_scale)
     if table is not None:
         model = apply_step_embeddings(model, table, "negative")
 
-    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        sigmas = schedule.sigmas.to(evaluator.device)
+    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> TimestepAwareEdit:
+        sigmas, noise = schedule.sigmas.to(evaluator.device), inversion.noise
         for i in range(schedule.steps):
             # Eq. 5: the positive side is C_src in the first steps, then e; its ranges see to that.
             denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-            x_next = euler_step(x, denoised, sigmas[i], sigmas[i + 1])
+            x_next = noise.step(x, denoised, sigmas[i], sigmas[i + 1])
             if sampler == "heun" and sigmas[i + 1] > 0:
-                # The mean of the noise predicted at both ends of the step.
+                # The mean of the slopes at both ends of the step.
                 denoised_next = evaluator.guided(x_next, sigmas[i + 1], guidance_scale)
-                noise = (x - denoised) / sigmas[i]
-                noise_next = (x_next - denoised_next) / sigmas[i + 1]
-                x_next = x + (sigmas[i + 1] - sigmas[i]) * (noise + noise_next) / 2
+                slope = noise.slope(x, denoised, sigmas[i])
+                slope_next = noise.slope(x_next, denoised_next, sigmas[i + 1])
+                x_next = x + (sigmas[i + 1] - sigmas[i]) * (slope + slope_next) / 2
             x = x_next
             evaluator.report(i, denoised, x, schedule.steps)
-        return (x / signal_scale(sigmas[-1])).cpu(), evaluator.evaluations
-
-    with torch.no_grad():
-        z_0, evaluations = engine.run_loop(
-            model, positive, negative, inversion.start_latent(model), schedule.sigmas, loop, callback=callback
+        return TimestepAwareEdit(
+            latent=engine.to_socket_scale(model, (x / noise.scale(sigmas[-1])).cpu()),
+            source_steps=source_steps(schedule.steps, ratio),
+            evaluations=evaluator.evaluations,
+            warning=None if table is None else table.guidance_warning(guidance_scale),
         )
-    return TimestepAwareEdit(
-        latent=engine.to_socket_scale(model, z_0),
-        source_steps=source_steps(schedule.steps, ratio),
-        evaluations=evaluations,
-        warning=None if table is None else _guidance_warning(table, guidance_scale),
-    )
 
-
-def _guidance_warning(table: StepEmbeddings, guidance_scale: float) -> str | None:
-    optimised_for = table.guidance_scale
-    if optimised_for is None or abs(optimised_for - guidance_scale) < 1e-6:
-        return None
-    return (
-        f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
-        f"{optimised_for:g}; use the same for both, or the picture drifts away from the inversion."
-    )
+    # x_T with the rounding of a LATENT socket, as the stock samplers start from it.
+    x_start = engine.to_model_scale(model, inversion.start_latent(model))
+    return engine.run_loop(model, positive, negative, x_start, schedule.sigmas, loop, callback=callback)
 
 
 def _count_steps(sigmas: torch.Tensor) -> int:

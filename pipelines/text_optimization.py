@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning, single_embedding, with_embedding
-from .errors import IdentityEditError, check_batch_matches, check_latent
+from .conditioning import Conditioning, single_embedding
+from .errors import IdentityEditError, check_batch_matches
 from .gradients import gradients_by_sample
-from .schedule import ddim_schedule
 
 STEPS = 200
 LEARNING_RATE = 1e-3
@@ -65,8 +64,8 @@ def optimize_text_embedding(
     Raises:
         IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
     """
-    sampling = engine.require_noise_prediction_model(model)
-    check_latent(latent, "The latent", engine.latent_channels(model))
+    family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
+    z_picture = engine.model_latent(model, latent)
     if steps < 1 or learning_rate <= 0.0:
         raise IdentityEditError(
             f"steps is {steps} and learning_rate {learning_rate:g}; choose 1 or more and a value above 0."
@@ -76,7 +75,7 @@ def optimize_text_embedding(
     check_batch_matches(target_embedding.shape[0], batch, "The target prompt")
 
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> TextOptimization:
-        sigmas = sampling.sigmas.detach().float().clone().to(evaluator.device)
+        sigmas = family.sampling.sigmas.detach().float().clone().to(evaluator.device)
         generator = torch.Generator(device="cpu").manual_seed(seed)
         start = target_embedding.clone().to(evaluator.device).expand(batch, -1, -1)
         e = [row.clone().requires_grad_(True) for row in start.split(1)]  # begins as e_tgt
@@ -85,11 +84,11 @@ def optimize_text_embedding(
         for step in range(steps):
             # Eq. 2: e_opt = argmin_e E_{t, eps} | eps - eps_theta(z_t, t, e) |^2
             t = int(torch.randint(sigmas.shape[0], (1,), generator=generator))
-            noise = torch.randn(z_0[:1].shape, generator=generator).to(evaluator.device)
-            x = z_0 + sigmas[t] * noise
+            eps = torch.randn(z_0[:1].shape, generator=generator).to(evaluator.device)
+            x = family.noise.noised(z_0, eps, sigmas[t])
             denoised = evaluator.denoised(x, sigmas[t], "positive", torch.cat(e))
-            predicted_noise = (x - denoised) / sigmas[t]
-            loss = (predicted_noise - noise).square().flatten(1).mean(dim=1)
+            predicted_noise = family.noise.predicted_noise(x, denoised, sigmas[t])
+            loss = (predicted_noise - eps).square().flatten(1).mean(dim=1)
             for variable, gradient in zip(e, gradients_by_sample(loss.sum(), denoised, e), strict=True):
                 variable.grad = gradient
             optimizer.step()
@@ -103,36 +102,11 @@ def optimize_text_embedding(
         model,
         target,
         None,
-        latent,
-        ddim_schedule(sampling, 50).sigmas,
+        z_picture,
+        family.schedule(50).sigmas,
         loop,
         gradients=True,
         checkpointing=checkpointing,
         callback=callback,
         seed=seed,
     )
-
-
-def interpolate_embeddings(target: torch.Tensor, optimized: torch.Tensor, eta: float) -> torch.Tensor:
-    """e = eta * e_tgt + (1 - eta) * e_opt (Jung et al. 2024, eq. 3).
-
-    Args:
-        target: e_tgt [B or 1, T, C].
-        optimized: e_opt [B or 1, T, C].
-        eta: 0 is the picture, 1 the edit; values beyond extrapolate.
-
-    Raises:
-        IdentityEditError: when the embeddings differ in tokens or channels.
-    """
-    if target.shape[1:] != optimized.shape[1:]:
-        raise IdentityEditError(
-            f"The target embedding {tuple(target.shape)} and the optimised one {tuple(optimized.shape)} differ in "
-            f"tokens or channels; optimise this target prompt with this model."
-        )
-    return eta * target + (1.0 - eta) * optimized
-
-
-def interpolated_conditioning(target: Conditioning, optimized: torch.Tensor, eta: float) -> Conditioning:
-    """CONDITIONING of `interpolate_embeddings`, with everything else (pooled output, sizes) from `target`."""
-    embedding, _ = single_embedding(target, "The target prompt")
-    return with_embedding(target, interpolate_embeddings(embedding, optimized, eta))

@@ -115,7 +115,7 @@ def train_subject_embedding(
     Raises:
         IdentityEditError: when an input cannot be used, or as in `training.train`.
     """
-    sampling = engine.require_noise_prediction_model(model)
+    sampling = engine.require(model, engine.Capability.TRAINING).sampling
     tag = engine.model_tag(model)
     check_training_captions(clip, pictures.captions, settings)
     check_masks(pictures.masks, settings.masked)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from .engine.families.noise import V, training_error
 from .engine.trainable import Text, TrainableNetworks
 from .errors import IdentityEditError
 from .masks import masks_for, of_size
 from .pictures import encoded
-from .schedule import ddim_schedule, euler_step
 from .training import TrainingSettings, generator_of
 
 
@@ -198,16 +198,15 @@ def denoising_losses(
     eps = batch.noise
     sigma = networks.sampling.sigmas.detach().to(device=eps.device, dtype=torch.float32)[batch.t]
     level = sigma.reshape(-1, 1, 1, 1)
-    x = batch.latents + level * eps
+    noise, prediction = networks.family.noise, networks.family.prediction
+    x = noise.noised(batch.latents, eps, level)
     denoised = networks.denoised(x, sigma, text, source).float()
-    error = (x - denoised) / level - eps  # eps_theta - eps
-    if networks.predicts_velocity:
-        error = error * torch.sqrt(1.0 + level**2)  # v_theta - v: v = (eps - sigma z_0) / sqrt(1 + sigma^2)
+    error = training_error(prediction, batch.latents, eps, level, denoised)
     channels = error.shape[1]
     loss = (batch.masks * error.square()).sum(dim=(1, 2, 3)) / (channels * batch.masks.sum(dim=(1, 2, 3)))
     if min_snr_gamma > 0.0:
         snr = 1.0 / sigma**2
-        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1.0 if networks.predicts_velocity else snr)
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1.0 if prediction == V else snr)
     return loss
 
 
@@ -228,12 +227,12 @@ def preview(
     Returns:
         [1, C, h, w] in the scale of LATENT sockets.
     """
-    schedule = ddim_schedule(networks.sampling, settings.sample_steps, end_at_zero=True)
+    schedule = networks.family.schedule(settings.sample_steps, end_at_zero=True)
     sigmas = schedule.sigmas.to(networks.device)
     noise = torch.randn((1, *latent_shape), generator=generator_of(settings.seed, 0, "sample"))
     x = sigmas[0] * noise.to(networks.device)
     for t, sigma, sigma_next in zip(schedule.timesteps.tolist(), sigmas[:-1], sigmas[1:], strict=True):
-        x = euler_step(x, estimate(x, sigma, t), sigma, sigma_next)
+        x = networks.family.noise.step(x, estimate(x, sigma, t), sigma, sigma_next)
     return networks.to_socket_scale(x)
 
 

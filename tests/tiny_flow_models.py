@@ -17,7 +17,7 @@ from tiny_models import CONTEXT, POOLED, _draw_weights
 CHANNELS = 16
 
 
-def flux(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+def flux(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
     network = {
         "image_model": "flux", "in_channels": CHANNELS, "out_channels": CHANNELS, "vec_in_dim": POOLED,
         "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2,
@@ -26,10 +26,10 @@ def flux(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
     }  # fmt: skip
     if any(field.name == "txt_ids_dims" for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)):
         network["txt_ids_dims"] = []  # newer than 0.3.75
-    return _patcher(comfy.supported_models.Flux, comfy.model_base.Flux, network, seed)
+    return _patcher(comfy.supported_models.Flux, comfy.model_base.Flux, network, seed, output_gain)
 
 
-def sd3(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
+def sd3(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
     network = {
         "input_size": None, "patch_size": 2, "in_channels": CHANNELS, "depth": 2, "num_patches": 256,
         "pos_embed_max_size": 16, "adm_in_channels": POOLED, "qk_norm": "rms", "x_block_self_attn_layers": [0],
@@ -38,7 +38,7 @@ def sd3(seed: int = 0) -> comfy.model_patcher.ModelPatcher:
             "params": {"in_features": CONTEXT, "out_features": 128},
         },
     }  # fmt: skip
-    return _patcher(comfy.supported_models.SD3, comfy.model_base.SD3, network, seed)
+    return _patcher(comfy.supported_models.SD3, comfy.model_base.SD3, network, seed, output_gain)
 
 
 FAMILIES: dict[str, Any] = {"flux": flux, "sd3": sd3}
@@ -49,7 +49,9 @@ def latent(seed: int, batch: int = 1, height: int = 8, width: int = 8) -> torch.
     return torch.randn(batch, CHANNELS, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def _patcher(supported: Any, base: Any, network: dict[str, Any], seed: int) -> comfy.model_patcher.ModelPatcher:
+def _patcher(
+    supported: Any, base: Any, network: dict[str, Any], seed: int, output_gain: float
+) -> comfy.model_patcher.ModelPatcher:
     config = supported(network)
     config.set_inference_dtype(torch.float32, None)
     model = base(config, device=torch.device("cpu"))
@@ -61,5 +63,7 @@ def _patcher(supported: Any, base: Any, network: dict[str, Any], seed: int) -> c
         for name, buffer in model.diffusion_model.named_buffers():
             if name == "pos_embed":
                 buffer.normal_(generator=torch.Generator().manual_seed(seed))
+        for parameter in model.diffusion_model.final_layer.linear.parameters():
+            parameter.mul_(output_gain)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)

@@ -8,10 +8,13 @@ time of a loop is put back.
 Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model_patcher.py, execution.py.
 """
 
-from .beside_model import add_wrappers, managed_beside
+from .families.base import Capability, Family
+from .families.noise import NoisePath
+from .families.registry import family_of, require
 from .gradient_context import gradient_context, gradient_memory
 from .guidance import CombiningGuider
 from .loop import Callback, NetworkEvaluator, run_loop
+from .managed_network import managed
 from .model import (
     KEEPS_EMBEDDING,
     ModelTag,
@@ -20,32 +23,36 @@ from .model import (
     conditionings_with_embedding,
     context_channels,
     latent_channels,
+    model_latent,
     model_tag,
-    require_noise_prediction_model,
     to_model_scale,
     to_socket_scale,
-    with_predict_noise_wrapper,
+    with_wrappers,
 )
 
 __all__ = [
     "KEEPS_EMBEDDING",
     "Callback",
+    "Capability",
     "CombiningGuider",
+    "Family",
     "ModelTag",
     "NetworkEvaluator",
-    "add_wrappers",
+    "NoisePath",
     "check_prompt",
     "conditionings_of_the_prompt",
     "conditionings_with_embedding",
     "context_channels",
+    "family_of",
     "gradient_context",
     "gradient_memory",
     "latent_channels",
-    "managed_beside",
+    "managed",
+    "model_latent",
     "model_tag",
-    "require_noise_prediction_model",
+    "require",
     "run_loop",
     "to_model_scale",
     "to_socket_scale",
-    "with_predict_noise_wrapper",
+    "with_wrappers",
 ]

@@ -17,8 +17,10 @@ import comfy.supported_models
 import torch
 
 from ..errors import IdentityEditError
+from .families.base import Capability
+from .families.registry import require
 from .managed_network import managed
-from .model import latent_channels, require_noise_prediction_model
+from .model import latent_channels
 from .weights import checkpoint_weights, stored_weights
 
 UNET_PREFIX = "model.diffusion_model."
@@ -64,7 +66,7 @@ def require_edit_model(model: Any) -> None:
     Raises:
         IdentityEditError: when it does not, with its number of input channels.
     """
-    require_noise_prediction_model(model)
+    require(model, Capability.TRAINING)
     if not is_edit_model(model):
         raise IdentityEditError(
             f"The model {type(model.model).__name__} takes {input_channels(model)} input channels and cannot see a "
@@ -87,7 +89,7 @@ def as_edit_model(model: Any) -> Any:
     Raises:
         IdentityEditError: for a model of another kind.
     """
-    require_noise_prediction_model(model)
+    require(model, Capability.TRAINING)
     channels, of_latent = input_channels(model), latent_channels(model)
     if channels != of_latent and not is_edit_model(model):
         raise IdentityEditError(
@@ -155,7 +157,7 @@ def checkpoint_tensors(
         CPU tensors by name.
     """
     tensors = checkpoint_weights(model, clip, vae)
-    sampling = require_noise_prediction_model(model)
+    sampling = require(model, Capability.TRAINING).sampling
     if "v_pred" in tensors and getattr(sampling, "zsnr", False):
         tensors["ztsnr"] = torch.tensor([])
     for key, weight in weights.items():

@@ -14,8 +14,10 @@ import comfy.samplers
 import torch
 
 from ..conditioning import Conditioning, copy_outside_inference_mode, coverage_warning
-from ..errors import check_areas, check_latent
+from ..errors import check_areas
 from ..gradients import patches_on_copies
+from .families.base import Capability
+from .families.registry import require
 from .gradient_context import (
     gradient_context,
     gradient_memory,
@@ -28,8 +30,7 @@ from .model import (
     check_prompt,
     conditionings_with_embedding,
     drop_step_caches,
-    latent_channels,
-    require_noise_prediction_model,
+    to_socket_scale,
 )
 
 _KEY = "identity_edit"
@@ -133,11 +134,14 @@ def run_loop(
 ) -> Result:
     """Run `loop(evaluator, latent)` where a sampler would run, and return what it returns.
 
+    The loop makes the finished result: the latents that it leaves with on the CPU, in the scale of LATENT sockets where
+    a node gives them to others (`to_socket_scale`), and the evaluator's count.
+
     Args:
         model: MODEL; a clone is used.
         positive, negative: CONDITIONING of both sides; negative may be None where the loop does not need it.
-        latent: [B, C, H, W] in the scale of LATENT sockets; the loop receives it in the model's scale, float32, on the
-            model's device.
+        latent: [B, C, H, W] float32 in the model's scale (`model_latent`, or of an inversion's trajectory); the loop
+            receives it on the model's device.
         sigmas: [N + 1] descending noise levels of the run, for patches that look at `sample_sigmas`.
         loop: the algorithm.
         gradients: True runs the loop in `gradient_context`: what the network returns can be differentiated with
@@ -147,10 +151,9 @@ def run_loop(
         seed: passed on to conditionings that draw noise of their own.
 
     Raises:
-        IdentityEditError: when the model, a conditioning or the latent cannot be used.
+        IdentityEditError: when the model or a conditioning cannot be used.
     """
-    require_noise_prediction_model(model)
-    check_latent(latent, "The latent", latent_channels(model))
+    require(model, *([Capability.GRADIENTS] if gradients else []))
     for name, side in (("The positive conditioning", positive), ("The negative conditioning", negative)):
         if side is not None:
             check_prompt(model, side, name)
@@ -161,7 +164,7 @@ def run_loop(
     guider = _LoopGuider(model.clone())
     patcher = guider.model_patcher
     drop_step_caches(patcher)
-    sampler = _LoopSampler(loop, callback, gradients, checkpointing)
+    sampler = _LoopSampler(loop, latent, callback, gradients, checkpointing)
     kinds = comfy.patcher_extension.WrappersMP
     patcher.add_wrapper_with_key(kinds.APPLY_MODEL, _KEY, sampler.count_evaluations)
     with contextlib.ExitStack() as stack:
@@ -184,8 +187,9 @@ def run_loop(
             # ends in an error of its own where there is one alone.
             conditionings["negative"] = positive
         guider.inner_set_conds(conditionings)
-        latent = latent.to(torch.float32)
-        guider.sample(torch.zeros_like(latent), latent, sampler, sigmas, disable_pbar=True, seed=seed)
+        # What is encoded beside the prompt (inpainting channels) may look at the latent as LATENT sockets carry it.
+        picture = to_socket_scale(model, latent)
+        guider.sample(torch.zeros_like(latent), picture, sampler, sigmas, disable_pbar=True, seed=seed)
     return sampler.result
 
 
@@ -264,11 +268,13 @@ class _LoopSampler(comfy.samplers.Sampler):
     def __init__(
         self,
         loop: Callable[[NetworkEvaluator, torch.Tensor], Any],
+        latent: torch.Tensor,
         callback: Callback | None,
         gradients: bool,
         checkpointing: bool,
     ) -> None:
         self._loop = loop
+        self._latent = latent
         self._callback = callback
         self._gradients = gradients
         self._checkpointing = checkpointing
@@ -287,18 +293,20 @@ class _LoopSampler(comfy.samplers.Sampler):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        """Called by ComfyUI between loading and cleaning up; `latent_image` [B, C, H, W] is in the model's scale."""
+        """Called by ComfyUI between loading and cleaning up."""
         if self._gradients:
             extra_args = {**extra_args, "model_options": patches_on_copies(extra_args["model_options"])}
         self._evaluator = NetworkEvaluator(model_wrap, extra_args, self._callback)
+        # A copy, which outside of inference mode can take part in a gradient.
+        latent = self._latent.detach().to(self._evaluator.device, torch.float32, copy=True)
         try:
             if self._gradients:
                 patcher = model_wrap.model_patcher
                 patchers = [patcher, *model_wrap.loaded_models, *patcher.model_patches_models()]
                 with gradient_context(patchers, load=False, checkpointing=self._checkpointing):
-                    self.result = self._loop(self._evaluator, latent_image)
+                    self.result = self._loop(self._evaluator, latent)
             else:
-                self.result = self._loop(self._evaluator, latent_image)
+                self.result = self._loop(self._evaluator, latent)
         finally:
             # The evaluator holds the guider, its model's wrappers hold this sampler: a cycle would keep the model.
             self._evaluator = None

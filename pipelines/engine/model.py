@@ -1,4 +1,4 @@
-"""Which models the techniques work on, what identifies one, and conditionings inside a guider."""
+"""Latents and prompts of a model, what identifies one, wrappers on it, and conditionings inside a guider."""
 
 from __future__ import annotations
 
@@ -9,51 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
-import comfy.model_base
-import comfy.model_sampling
 import comfy.patcher_extension
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ..errors import IdentityEditError, check_conditioning, for_console
+from ..errors import IdentityEditError, check_conditioning, check_latent, for_console
+from .families.noise import DIFFUSION, FLOW, VELOCITY, NoisePath
+from .families.registry import require
 from .weights import samples_of_weights
 
-_BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base.SDXLRefiner, 5 * 256))
-"""What ComfyUI puts behind the pooled output: sizes of the picture and the refiner's score, each as 256 numbers."""
 _QUANTIZED_ROUNDING = 0.2
 """Largest relative error of weights in four bits, with a margin; eight bits are within 0.02."""
 _BESIDE_THE_PROMPT = ("control", "gligen", "mask")
 """What a conditioning may carry beside its prompt that speaks of one picture."""
-
-
-def require_noise_prediction_model(model: Any) -> Any:
-    """Check that `model` is a UNet that predicts noise (eps) or velocity (v) at discrete timesteps.
-
-    That is Stable Diffusion 1.x, 2.x and XL with everything trained from them, zero-terminal-SNR models included.
-
-    Args:
-        model: MODEL (a ModelPatcher).
-
-    Returns:
-        the model's sampling object, with `sigmas` [T] ascending and `timestep(sigma)`.
-
-    Raises:
-        IdentityEditError: for any other model, with its name.
-    """
-    if model is None:
-        raise IdentityEditError("There is no model; connect a Load Checkpoint node.")
-    sampling = model.get_model_object("model_sampling")
-    network = model.get_model_object("diffusion_model")
-    kinds = comfy.model_sampling
-    predicts_noise = isinstance(sampling, kinds.EPS) and not isinstance(sampling, kinds.X0)  # v-prediction is an EPS
-    discrete = isinstance(sampling, kinds.ModelSamplingDiscrete)
-    if predicts_noise and discrete and isinstance(network, UNetModel):
-        return sampling
-    raise IdentityEditError(
-        f"The model {type(model.model).__name__} is not a noise-predicting UNet with discrete timesteps; load a "
-        f"Stable Diffusion 1.x, 2.x or XL checkpoint (flow and EDM models cannot be inverted by this node)."
-    )
 
 
 def latent_channels(model: Any) -> int:
@@ -62,11 +29,8 @@ def latent_channels(model: Any) -> int:
 
 
 def context_channels(model: Any) -> int:
-    """Width of the cross-attention embeddings that the model takes (768 for SD1.x, 1024 for SD2.x, 2048 for SDXL)."""
-    for module in model.get_model_object("diffusion_model").modules():
-        if isinstance(module, SpatialTransformer):
-            return int(module.transformer_blocks[0].attn2.to_k.in_features)
-    raise IdentityEditError("The model has no cross-attention; load a text-to-image checkpoint.")
+    """Width of the text embeddings that the model takes, see `Family.text_width`."""
+    return require(model).text_width
 
 
 def check_prompt(model: Any, conditioning: Any, name: str) -> None:
@@ -87,26 +51,34 @@ def check_text_width(model: Any, embedding: torch.Tensor, pooled: torch.Tensor |
     Raises:
         IdentityEditError: when they are another model's.
     """
-    width = context_channels(model)
+    family = require(model)
+    width, pooled_width = family.text_width, family.pooled_width
     if embedding.shape[2] != width:
         raise IdentityEditError(
             f"{name} has {embedding.shape[2]} channels but the model takes {width}; encode the prompt with this "
             f"checkpoint's CLIP."
         )
-    behind = next((count for kind, count in _BEHIND_THE_POOLED_OUTPUT if isinstance(model.model, kind)), None)
-    if behind is None:
-        return
-    width = int(model.model.adm_channels) - behind
-    if pooled is None or pooled.shape[1] != width:
+    if pooled_width is not None and (pooled is None or pooled.shape[1] != pooled_width):
         has = "no pooled output" if pooled is None else f"a pooled output of {pooled.shape[1]} channels"
         raise IdentityEditError(
-            f"{name} has {has} but the model takes one of {width}; encode the prompt with this checkpoint's CLIP."
+            f"{name} has {has} but the model takes one of {pooled_width}; encode the prompt with this checkpoint's "
+            f"CLIP."
         )
 
 
 def to_socket_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
     """Bring a latent from the model's scale to that of LATENT sockets (ComfyUI's `process_out`)."""
     return model.get_model_object("latent_format").process_out(latent)
+
+
+def model_latent(model: Any, latent: torch.Tensor, name: str = "The latent") -> torch.Tensor:
+    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32; `name` as the user sees it.
+
+    Raises:
+        IdentityEditError: when they are no latents of this model.
+    """
+    check_latent(latent, name, latent_channels(model))
+    return to_model_scale(model, latent.to(torch.float32))
 
 
 def to_model_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
@@ -120,7 +92,7 @@ class ModelTag:
 
     Attributes:
         architecture: class, channels and width of text embeddings.
-        prediction: "eps" or "v".
+        prediction: "eps", "v" or "flow", see `families.noise`.
         latent_format: name of the latent's scaling.
         sigma_max: highest noise level of the model's schedule.
         dtype: in which the weights were loaded.
@@ -136,6 +108,11 @@ class ModelTag:
     dtype: str
     weights: tuple[float, ...]
     quantized: bool = False
+
+    @property
+    def noise(self) -> NoisePath:
+        """The model's path from a picture to noise."""
+        return FLOW if self.prediction == VELOCITY else DIFFUSION
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> ModelTag:
@@ -178,20 +155,18 @@ class ModelTag:
 
 def model_tag(model: Any) -> ModelTag:
     """The tag of a model; see `ModelTag`."""
-    sampling = require_noise_prediction_model(model)
-    network = model.get_model_object("diffusion_model")
+    family = require(model)
     samples: list[float] = []
     any_quantized = False
-    for prefix in ("diffusion_model.time_embed.", "diffusion_model.input_blocks.0.", "diffusion_model.out."):
+    for prefix in family.tag_weights:
         numbers, quantized = samples_of_weights(model, prefix)
         samples += numbers
         any_quantized |= quantized
-    in_channels = network.input_blocks[0][0].in_channels
     return ModelTag(
-        architecture=f"{type(model.model).__name__}-{network.model_channels}-{in_channels}-{context_channels(model)}",
-        prediction="v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps",
+        architecture=family.architecture,
+        prediction=family.prediction,
         latent_format=type(model.get_model_object("latent_format")).__name__,
-        sigma_max=float(sampling.sigmas[-1]),
+        sigma_max=float(family.sampling.sigmas[-1]),
         dtype=str(model.model_dtype()).removeprefix("torch."),
         weights=tuple(samples),
         quantized=any_quantized,
@@ -228,16 +203,30 @@ def _is_cache(key: Any) -> bool:
     return isinstance(key, str) and "cache" in key.lower()
 
 
-def with_predict_noise_wrapper(model: Any, key: str, wrapper: Callable[..., Any]) -> Any:
-    """A clone of `model` with a PREDICT_NOISE wrapper under `key`, replacing one of the same key.
+def with_wrappers(
+    model: Any,
+    key: str,
+    predict_noise: Callable[..., Any],
+    outer_sample: Callable[..., Any] | None = None,
+    *,
+    replace: bool = True,
+) -> Any:
+    """A clone of `model` with wrappers around its evaluations and around whole runs.
 
-    `wrapper(executor, x, timestep, model_options, seed)` surrounds every evaluation by a guider, which it finds as
-    `executor.class_obj`.
+    Args:
+        model: MODEL; it is not changed.
+        key: names the wrappers; those of the same key are replaced, or kept beside the new ones without `replace`.
+        predict_noise: `(executor, x, timestep, model_options, seed)` around every evaluation by a guider, which is
+            `executor.class_obj`.
+        outer_sample: around every run.
     """
     clone = model.clone()
-    kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
-    clone.remove_wrappers_with_key(kind, key)
-    clone.add_wrapper_with_key(kind, key, wrapper)
+    kinds = comfy.patcher_extension.WrappersMP
+    for kind, wrapper in ((kinds.PREDICT_NOISE, predict_noise), (kinds.OUTER_SAMPLE, outer_sample)):
+        if wrapper is not None:
+            if replace:
+                clone.remove_wrappers_with_key(kind, key)
+            clone.add_wrapper_with_key(kind, key, wrapper)
     return clone
 
 
@@ -263,7 +252,9 @@ def conditionings_with_embedding(
     result = []
     for conditioning in conditionings:
         model_conds = dict(conditioning["model_conds"])
-        model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(embedding)
+        # Of the kind that ComfyUI has made for this model: cross-attention repeats a shorter text, others must not.
+        kind = type(model_conds.get("c_crossattn", comfy.conds.CONDCrossAttn(embedding)))
+        model_conds["c_crossattn"] = kind(embedding)
         if pooled is not None and "y" in model_conds:
             vector = model_conds["y"].cond
             count = max(vector.shape[0], pooled.shape[0])

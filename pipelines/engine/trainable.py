@@ -19,12 +19,13 @@ import torch
 from ..errors import IdentityEditError
 from ..gradients import patches_on_copies
 from .edit_model import input_channels, is_edit_model
+from .families.base import Capability
+from .families.registry import require
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
 from .model import (
     check_text_width,
     drop_step_caches,
     latent_channels,
-    require_noise_prediction_model,
     to_model_scale,
     to_socket_scale,
 )
@@ -54,8 +55,8 @@ class TrainableNetworks:
         model_variables: the trained weights of the MODEL by their keys, float32 leaves that require a gradient.
         clip_variables: likewise of the CLIP's text encoders.
         device: where latents have to be.
-        sampling: the MODEL's sampling object.
-        predicts_velocity: whether the MODEL predicts velocity (v) and not noise.
+        family: the MODEL's.
+        sampling: its noise levels.
     """
 
     def __init__(self, patcher: Any, clip: Any, of_model: Variables, of_clip: Variables) -> None:
@@ -63,8 +64,8 @@ class TrainableNetworks:
         self.clip_variables = {key: variable for key, (variable, _) in of_clip.items()}
         self._trained = of_model, of_clip
         self.device: torch.device = patcher.load_device
-        self.sampling: Any = patcher.get_model_object("model_sampling")
-        self.predicts_velocity = isinstance(self.sampling, comfy.model_sampling.V_PREDICTION)
+        self.family = require(patcher, Capability.TRAINING)
+        self.sampling = self.family.sampling
         self._patcher = patcher
         self._clip = clip
         self._frozen_texts: dict[str, Text] = {}
@@ -187,7 +188,7 @@ def trainable_networks(
     Raises:
         IdentityEditError: for a model of another kind and for weights that cannot be trained.
     """
-    require_noise_prediction_model(model)
+    require(model, Capability.TRAINING)
     if input_channels(model) != latent_channels(model) and not is_edit_model(model):
         raise IdentityEditError(
             f"The model takes {input_channels(model)} input channels and cannot be trained with pictures alone; load a "

@@ -41,11 +41,10 @@ def evaluate(
     negative: list[Any] = NEGATIVE,
 ) -> torch.Tensor:
     """The guided estimate at one noise level, through ComfyUI's guider."""
-    with torch.no_grad():
-        return engine.run_loop(
-            model, positive, negative, x, pivot.sigmas,
-            lambda evaluator, _: evaluator.guided(x, pivot.sigmas[row], guidance_scale),
-        )  # fmt: skip
+    return engine.run_loop(
+        model, positive, negative, x, pivot.sigmas,
+        lambda evaluator, x: evaluator.guided(x, pivot.sigmas[row], guidance_scale),
+    )  # fmt: skip
 
 
 def target_latent(pivot: inversion.Inversion, row: int, batch: int = 1, seed: int = 9) -> torch.Tensor:
@@ -170,11 +169,11 @@ def test_the_source_itself_is_sampled_as_without_it(family: str) -> None:
     pivot = edit_friendly.edit_friendly_ddpm_inversion(model, latent, SOURCE, NEGATIVE, steps=6)
     patched = mutual_self_attention(model, pivot, SOURCE, start_step=0.0, start_layer=0)
     plain, with_it = (
-        edit_friendly.edit_friendly_sampling(m, pivot, SOURCE, NEGATIVE, 3.5, skip=0) for m in (model, patched)
+        inversion.sample_inversion(m, pivot, SOURCE, NEGATIVE, 3.5, skip=0) for m in (model, patched)
     )
     assert torch.equal(plain, with_it)
-    other = edit_friendly.edit_friendly_sampling(patched, pivot, TARGET, NEGATIVE, 3.5, skip=0)
-    without = edit_friendly.edit_friendly_sampling(model, pivot, TARGET, NEGATIVE, 3.5, skip=0)
+    other = inversion.sample_inversion(patched, pivot, TARGET, NEGATIVE, 3.5, skip=0)
+    without = inversion.sample_inversion(model, pivot, TARGET, NEGATIVE, 3.5, skip=0)
     assert relative_error(other, without) > 1e-2
 
 

@@ -10,6 +10,7 @@ from comfy_extras import nodes_custom_sampler as stock
 from identity_edit_pack.nodes import attention_control, inversion
 from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
 from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.inversion import sample_inversion
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.tests import tiny_models
 
@@ -47,7 +48,7 @@ def test_the_stock_sampler_node_gives_what_the_function_gives(skip: float, skipp
     sampler, sigmas, start = inversion.EditFriendlyDDPMSampler.execute(model, made, skip).args
     assert list(start) == ["samples"] and sigmas.shape == (7 - skipped,)
     edited = sample(model, sampler, sigmas, start, TARGET, 6.0)
-    expected = edit_friendly.edit_friendly_sampling(model, made, TARGET, NEGATIVE, 6.0, skipped)
+    expected = sample_inversion(model, made, TARGET, NEGATIVE, 6.0, skipped)
     assert float((edited - expected).norm() / expected.norm()) < 1e-6
     again = sample(model, sampler, sigmas, start, SOURCE, 3.5)
     assert float((again - LATENT["samples"]).norm() / LATENT["samples"].norm()) < 1e-4

@@ -11,8 +11,8 @@ import pytest
 import torch
 from identity_edit_pack.nodes import inversion, segmentation, subject_embedding
 from identity_edit_pack.pipelines import schedule
-from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_sampling
 from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.inversion import sample_inversion
 from identity_edit_pack.pipelines.subject_embedding import step_boundaries
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
@@ -83,7 +83,7 @@ def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pyte
             assert made.steps in (49, 50)
             assert f"LCM's sampling does, so that {made.steps} steps are taken instead of 100" in caplog.text
         if node is inversion.EditFriendlyDDPMInversion:  # and they still carry the picture
-            back = edit_friendly_sampling(model, made, SOURCE, None, 1.0)
+            back = sample_inversion(model, made, SOURCE, None, 1.0)
             torch.testing.assert_close(back, latent["samples"], rtol=0, atol=1e-3)
 
 

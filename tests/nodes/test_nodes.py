@@ -10,6 +10,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from from_noise import sample_from
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes import demo, inversion, measure, text
@@ -70,8 +71,7 @@ def test_null_text_optimization_hands_on_its_table(method: str, name: str) -> No
     assert negative is NEGATIVE
     assert f"{expected.evaluations} network evaluations" in report and "did not converge" in report
     # The model output alone samples the same latent.
-    start, schedule = result.start_latent(model), result.schedule
-    sampled = inversions.ddim_sampling(patched, start, schedule, SOURCE, negative, 3.0)
+    sampled = sample_from(patched, result, result.start_latent(model), SOURCE, negative, 3.0)
     # Relative to the whole latent: guidance on a random network makes large values of which single ones cancel.
     difference = (sampled - reconstruction["samples"]).norm()
     assert difference <= 1e-4 * reconstruction["samples"].norm()
@@ -84,11 +84,10 @@ def test_negative_prompt_inversion_stays_on_ddim_at_any_guidance() -> None:
     patched, negative, _, reconstruction, _ = inversion.NullTextOptimization.execute(
         model, result, SOURCE, NEGATIVE, method, **NULL_TEXT_SETTINGS, checkpointing=False
     ).args
-    unguided = inversions.reconstruct(model, result, SOURCE)
+    unguided = inversions.sample_inversion(model, result, SOURCE)
     assert torch.equal(reconstruction["samples"], unguided)
-    start, schedule = result.start_latent(model), result.schedule
     for sampling_model in (model, patched):  # both outputs say the same
-        guided = inversions.ddim_sampling(sampling_model, start, schedule, SOURCE, negative, 9.0)
+        guided = sample_from(sampling_model, result, result.start_latent(model), SOURCE, negative, 9.0)
         assert tiny_models.relative_error(guided, unguided) < 1e-4
 
 
@@ -153,9 +152,7 @@ def test_text_nodes_agree_with_each_other() -> None:
         model, sigmas, SOURCE, TARGET, 0.3, 0.6, optimized
     ).args
     for sampling_model, conditioning in ((model, positive), (patched, carrier)):
-        sampled = inversions.ddim_sampling(
-            sampling_model, start["samples"], result.schedule, conditioning, NEGATIVE, 4.0
-        )
+        sampled = sample_from(sampling_model, result, start["samples"], conditioning, NEGATIVE, 4.0)
         assert torch.allclose(sampled, edited["samples"], rtol=1e-4, atol=1e-4)
 
 

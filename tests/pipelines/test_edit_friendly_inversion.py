@@ -15,8 +15,9 @@ import tiny_models
 import torch
 from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
 from identity_edit_pack.pipelines import engine, files, inversion
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.schedule import ddim_timesteps, signal_scale
+from identity_edit_pack.pipelines.schedule import ddim_timesteps
 
 POSITIVE, NEGATIVE, TARGET = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
 
@@ -84,7 +85,7 @@ def test_latents_and_noise_maps_agree_with_the_formulas(family: str, steps: int,
     expected_latents, expected_maps = literal_inversion(patcher, family, z_0, steps, 3.5, eta, seed=7)
     assert ours.noise_maps is not None
     for i in range(steps + 1):
-        z = ours.trajectory[i] / signal_scale(ours.sigmas[i])
+        z = ours.trajectory[i] / DIFFUSION.scale(ours.sigmas[i])
         assert relative_error(z, expected_latents[i]) < 1e-3, i
     for i in range(steps):
         assert relative_error(ours.noise_maps[i], expected_maps[i]) < 1e-3, i
@@ -95,12 +96,12 @@ def test_latents_and_noise_maps_agree_with_the_formulas(family: str, steps: int,
 def test_the_picture_comes_back(family: str, steps: int):
     patcher, latent = tiny_models.FAMILIES[family](), tiny_models.latent(2, batch=2, width=12)
     made = edit_friendly.edit_friendly_ddpm_inversion(patcher, latent, POSITIVE, NEGATIVE, steps=steps)
-    assert relative_error(inversion.reconstruct(patcher, made, POSITIVE, NEGATIVE, 3.5), latent) < 1e-4
+    assert relative_error(inversion.sample_inversion(patcher, made, POSITIVE, NEGATIVE, 3.5), latent) < 1e-4
     assert relative_error(made.end_latent(patcher), latent) < 1e-4
     for skip in (0, steps // 2, steps - 1):
-        again = edit_friendly.edit_friendly_sampling(patcher, made, POSITIVE, NEGATIVE, 3.5, skip)
+        again = inversion.sample_inversion(patcher, made, POSITIVE, NEGATIVE, 3.5, skip)
         assert relative_error(again, latent) < 1e-4, skip
-    assert relative_error(inversion.reconstruct(patcher, made, TARGET, NEGATIVE, 3.5), latent) > 1e-2
+    assert relative_error(inversion.sample_inversion(patcher, made, TARGET, NEGATIVE, 3.5), latent) > 1e-2
 
 
 def test_a_zeroed_last_noise_map_is_the_only_difference():
@@ -113,7 +114,7 @@ def test_a_zeroed_last_noise_map_is_the_only_difference():
     )
     assert torch.equal(exact.noise_maps[:-1], zeroed.noise_maps[:-1]) and not zeroed.noise_maps[-1].any()
     assert torch.equal(exact.trajectory, zeroed.trajectory)
-    error = relative_error(inversion.reconstruct(patcher, zeroed, POSITIVE, NEGATIVE, 3.5), latent)
+    error = relative_error(inversion.sample_inversion(patcher, zeroed, POSITIVE, NEGATIVE, 3.5), latent)
     assert 1e-3 < error < 0.5
 
 
@@ -133,10 +134,10 @@ def test_every_step_is_diffusers_ddpm_step(steps: int):
     for i, t in enumerate(scheduler.timesteps):
         sigma, sigma_next = made.sigmas[i], made.sigmas[i + 1]
         z, eps = torch.randn(2, 1, 4, 8, 8, generator=generator)
-        x = z * signal_scale(sigma)
+        x = z * DIFFUSION.scale(sigma)
         ours = inversion.sampling_step(made, i, x, x - sigma * eps)
         theirs = scheduler.step(eps, t, z, eta=1.0, variance_noise=made.noise_maps[i]).prev_sample
-        assert relative_error(ours / signal_scale(sigma_next), theirs) < 2e-5, i
+        assert relative_error(ours / DIFFUSION.scale(sigma_next), theirs) < 2e-5, i
 
 
 def test_a_deterministic_inversion_steps_with_euler():
@@ -176,11 +177,11 @@ def test_the_stock_sampler_with_the_noise_maps_gives_the_same(skip: int, guidanc
     seen: list[int] = []
     stock = comfy.sample.sample_custom(
         patcher, torch.zeros_like(start), guidance_scale,
-        comfy.samplers.KSAMPLER(edit_friendly.edit_friendly_sampler(made)),
-        edit_friendly.sampler_sigmas(made, skip), TARGET, NEGATIVE, start, disable_pbar=True, seed=0,
+        comfy.samplers.KSAMPLER(edit_friendly.edit_friendly_sampler(patcher, made)),
+        made.sigmas[skip:], TARGET, NEGATIVE, start, disable_pbar=True, seed=0,
         callback=lambda step, denoised, x, total: seen.append(total),
     )  # fmt: skip
-    ours = edit_friendly.edit_friendly_sampling(patcher, made, TARGET, NEGATIVE, guidance_scale, skip)
+    ours = inversion.sample_inversion(patcher, made, TARGET, NEGATIVE, guidance_scale, skip)
     assert relative_error(stock, ours) < 1e-6
     assert seen == [8 - skip] * (8 - skip)
 
@@ -188,7 +189,7 @@ def test_the_stock_sampler_with_the_noise_maps_gives_the_same(skip: int, guidanc
 def test_split_sigmas_continue_where_they_were_cut():
     patcher = tiny_models.sd1()
     made = edit_friendly.edit_friendly_ddpm_inversion(patcher, tiny_models.latent(2), POSITIVE, NEGATIVE, steps=8)
-    sampler = comfy.samplers.KSAMPLER(edit_friendly.edit_friendly_sampler(made))
+    sampler = comfy.samplers.KSAMPLER(edit_friendly.edit_friendly_sampler(patcher, made))
     x = made.start_latent(patcher)
     for sigmas in (made.sigmas[:4], made.sigmas[3:]):
         x = comfy.sample.sample_custom(
@@ -202,7 +203,7 @@ def test_other_sigmas_latents_and_inversions_are_refused():
     made = edit_friendly.edit_friendly_ddpm_inversion(
         patcher, tiny_models.latent(2, batch=2), POSITIVE, NEGATIVE, steps=8
     )
-    sampler = comfy.samplers.KSAMPLER(edit_friendly.edit_friendly_sampler(made))
+    sampler = comfy.samplers.KSAMPLER(edit_friendly.edit_friendly_sampler(patcher, made))
 
     def sample(sigmas: torch.Tensor, latent: torch.Tensor) -> None:
         comfy.sample.sample_custom(
@@ -219,9 +220,9 @@ def test_other_sigmas_latents_and_inversions_are_refused():
         sample(made.sigmas, tiny_models.latent(2, batch=2, width=16))
     plain = inversion.ddim_inversion(patcher, tiny_models.latent(2), POSITIVE, steps=4)
     with pytest.raises(IdentityEditError, match="connect one from Edit-Friendly DDPM Inversion"):
-        edit_friendly.edit_friendly_sampler(plain)
+        edit_friendly.edit_friendly_sampler(patcher, plain)
     with pytest.raises(IdentityEditError, match="skip is 8 of 8"):
-        edit_friendly.edit_friendly_sampling(patcher, made, TARGET, NEGATIVE, skip=8)
+        inversion.sample_inversion(patcher, made, TARGET, NEGATIVE, 15.0, skip=8)
 
 
 def test_skip_is_a_share_of_the_steps():
@@ -284,5 +285,5 @@ def test_evaluations_are_two_a_step():
     made = edit_friendly.edit_friendly_ddpm_inversion(patcher, tiny_models.latent(2), POSITIVE, NEGATIVE, steps=5)
     assert sum(counts) == 10
     counts.clear()
-    edit_friendly.edit_friendly_sampling(patcher, made, TARGET, NEGATIVE, skip=2)
+    inversion.sample_inversion(patcher, made, TARGET, NEGATIVE, 15.0, skip=2)
     assert sum(counts) == 6

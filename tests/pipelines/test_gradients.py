@@ -30,7 +30,7 @@ def gradient_of_embedding(patcher: Any, checkpointing: bool = False, embedding: 
         return gradient, denoised.detach()
 
     return engine.run_loop(
-        patcher, positive, negative, tiny_models.latent(3), torch.tensor([2.0, 0.0]), loop, gradients=True,
+        patcher, positive, negative, 0.18215 * tiny_models.latent(3), torch.tensor([2.0, 0.0]), loop, gradients=True,
         checkpointing=checkpointing,
     )  # fmt: skip
 
@@ -163,7 +163,7 @@ def test_attention_patches_see_which_side_is_evaluated():
         return positive
 
     sides = tiny_models.conditioning(1), tiny_models.conditioning(2)
-    positive = engine.run_loop(patcher, *sides, tiny_models.latent(3), torch.tensor([2.0, 0.0]), loop)
+    positive = engine.run_loop(patcher, *sides, 0.18215 * tiny_models.latent(3), torch.tensor([2.0, 0.0]), loop)
     assert seen[:positive] == [[0]] * positive and seen[positive:] == [[1]] * positive
 
 

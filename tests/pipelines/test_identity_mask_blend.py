@@ -11,12 +11,12 @@ import torch
 from identity_edit_pack.attention.identity_mask import identity_mask
 from identity_edit_pack.attention.masks import feathered
 from identity_edit_pack.pipelines import engine, identity_mask_blend, null_text
-from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion, edit_friendly_sampling
+from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.identity_mask_blend import REPLACE, UNITE, MaskSettings
 from identity_edit_pack.pipelines.identity_prompt import IdentityPrompt, capture_identity
 from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion, sampling_step
-from identity_edit_pack.pipelines.schedule import signal_scale
 
 SOURCE, TARGET, NEGATIVE, IDENTITY_WORDS = (tiny_models.conditioning(seed) for seed in (1, 2, 3, 4))
 IDENTITY = IdentityPrompt(IDENTITY_WORDS[0][0], (1, 2))
@@ -69,7 +69,7 @@ def test_a_full_mask_gives_plain_edit_friendly_sampling() -> None:
     inversion = invert(model, "ddpm")
     for skip, first in ((0.0, 0), (0.36, 2)):
         result = blend(model, inversion, **full_masks(inversion, 1.0), skip=skip)
-        assert torch.equal(result.latent, edit_friendly_sampling(model, inversion, TARGET, NEGATIVE, 3.0, first))
+        assert torch.equal(result.latent, sample_inversion(model, inversion, TARGET, NEGATIVE, 3.0, first))
         assert result.evaluations == 2 * (STEPS - first)
 
 
@@ -85,11 +85,9 @@ def test_the_blend_is_algorithm_1(method: str) -> None:
 
     def run(conditioning: Any, negative: Any, body: Any) -> Any:
         recording, attention = capture_identity(model, IDENTITY, "1, 2")
-        with torch.no_grad():
-            return engine.run_loop(
-                recording, conditioning, negative, inversion.end_latent(model), sigmas,
-                lambda evaluator, _: body(evaluator, attention),
-            )  # fmt: skip
+        return engine.run_loop(
+            recording, conditioning, negative, trajectory[0], sigmas, lambda evaluator, _: body(evaluator, attention)
+        )
 
     def reconstruction(evaluator: Any, attention: Any) -> torch.Tensor:
         for x, sigma in zip(trajectory[:-1], sigmas[:-1], strict=True):
@@ -112,7 +110,7 @@ def test_the_blend_is_algorithm_1(method: str) -> None:
         return x, [*masks, m_target]
 
     x, masks = run(TARGET, NEGATIVE, denoise)
-    assert torch.equal(result.latent, engine.to_socket_scale(model, x / signal_scale(sigmas[-1])))
+    assert torch.equal(result.latent, engine.to_socket_scale(model, x / DIFFUSION.scale(sigmas[-1])))
     assert torch.equal(result.step_masks, torch.stack(masks[:-1]))
     assert torch.equal(result.target_mask, masks[-1])
     assert result.evaluations == 3 * STEPS and result.warning is None

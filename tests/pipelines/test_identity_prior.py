@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -16,6 +17,7 @@ import tiny_text_encoders
 import torch
 from identity_edit_pack.pipelines import engine, training_pictures
 from identity_edit_pack.pipelines import identity_prior as priors
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.trainable import trainable_networks
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
@@ -194,7 +196,7 @@ class Known:
 
     def __init__(self, prediction: str, latents: torch.Tensor, noise: torch.Tensor, error: torch.Tensor) -> None:
         self.prediction, self.latents, self.noise, self.error = prediction, latents, noise, error
-        self.predicts_velocity = prediction == "v"
+        self.family = SimpleNamespace(noise=DIFFUSION, prediction=prediction)
 
     def denoised(self, x: torch.Tensor, sigma: torch.Tensor, text: str, source: None) -> torch.Tensor:
         assert text == "text"

@@ -16,8 +16,9 @@ import tiny_models
 import torch
 from comfy_extras import nodes_sag
 from identity_edit_pack.pipelines import engine, inversion
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.schedule import Schedule, ddim_timesteps, signal_scale
+from identity_edit_pack.pipelines.schedule import ddim_timesteps
 from identity_edit_pack.pipelines.step_embeddings import constant_embedding
 
 SD_SCALE = 0.18215
@@ -57,7 +58,7 @@ def test_inversion_agrees_with_the_reference(steps: int):
     predict_noise, scale = diffusers_loop(patcher, steps)
     expected = reference_null_text.invert(predict_noise, scale, latent * SD_SCALE, positive[0][0])
     for i in range(steps + 1):
-        z = ours.trajectory[steps - i] / signal_scale(ours.sigmas[steps - i])
+        z = ours.trajectory[steps - i] / DIFFUSION.scale(ours.sigmas[steps - i])
         assert relative_error(z, expected[i]) < 1e-4, i
 
 
@@ -67,7 +68,7 @@ def test_sampling_agrees_with_diffusers_ddim():
     patcher, steps = tiny_models.sd1(), 20
     positive, negative = tiny_models.conditioning(1), tiny_models.conditioning(2)
     pivot = inversion.ddim_inversion(patcher, tiny_models.latent(2), positive, steps=steps)
-    ours = inversion.reconstruct(patcher, pivot, positive, negative, guidance_scale=3.0)
+    ours = inversion.sample_inversion(patcher, pivot, positive, negative, guidance_scale=3.0)
 
     twin = tiny_models.diffusers_twin(patcher)
     scheduler = DDIMScheduler(
@@ -75,7 +76,7 @@ def test_sampling_agrees_with_diffusers_ddim():
         steps_offset=1,
     )  # fmt: skip
     scheduler.set_timesteps(steps)
-    z = pivot.trajectory[0] / signal_scale(pivot.sigmas[0])
+    z = pivot.trajectory[0] / DIFFUSION.scale(pivot.sigmas[0])
     with torch.no_grad():
         for t in scheduler.timesteps:
             cond, uncond = (twin(z, t, side[0][0]).sample for side in (positive, negative))
@@ -94,7 +95,7 @@ def test_guided_inversion_agrees_with_the_reference():
         return uncond + scale_of_guidance * (cond - uncond)
 
     expected = reference_null_text.invert(guided, scale, tiny_models.latent(2) * SD_SCALE, positive[0][0])
-    assert relative_error(ours.trajectory[0] / signal_scale(ours.sigmas[0]), expected[-1]) < 1e-4
+    assert relative_error(ours.trajectory[0] / DIFFUSION.scale(ours.sigmas[0]), expected[-1]) < 1e-4
 
 
 def network_loop(patcher, family: str, positive, steps: int):
@@ -130,16 +131,20 @@ def test_every_family_agrees_with_the_papers_formulas(family: str):
     z_0 = engine.to_model_scale(patcher, latent)
     expected = reference_null_text.invert(predict_noise, scale, z_0, positive[0][0])
     for i in range(steps + 1):
-        assert relative_error(ours.trajectory[i] / signal_scale(ours.sigmas[i]), expected[steps - i]) < 1e-4, i
+        assert relative_error(ours.trajectory[i] / DIFFUSION.scale(ours.sigmas[i]), expected[steps - i]) < 1e-4, i
 
 
 def test_zero_terminal_snr_starts_from_the_last_timestep():
     patcher = tiny_models.sd2_v(zero_snr=True)
-    sigmas = engine.require_noise_prediction_model(patcher).sigmas
+    sigmas = engine.require(patcher).sampling.sigmas
     assert float(sigmas[-1]) > 4000
     timesteps = torch.tensor([999, 600, 200, 1])
-    run = Schedule(timesteps=timesteps, sigmas=torch.cat([sigmas[timesteps], torch.zeros(1)]))
-    z_0 = inversion.ddim_sampling(patcher, sigmas[-1] * tiny_models.latent(2), run, tiny_models.conditioning(1))
+    start = engine.to_model_scale(patcher, sigmas[-1] * tiny_models.latent(2))
+    run = inversion.Inversion(
+        trajectory=start.expand(5, *start.shape), sigmas=torch.cat([sigmas[timesteps], torch.zeros(1)]),
+        timesteps=timesteps, method=inversion.DDIM, guidance_scale=1.0, model=engine.model_tag(patcher),
+    )  # fmt: skip
+    z_0 = inversion.sample_inversion(patcher, run, tiny_models.conditioning(1))
     assert bool(torch.isfinite(z_0).all()) and float(z_0.std()) < 100
 
 
@@ -162,7 +167,7 @@ def test_the_stock_sampler_follows_the_same_path():
         patcher, torch.zeros_like(start), 4.0, comfy.samplers.sampler_object("euler"), pivot.sigmas, positive, negative,
         start, disable_pbar=True, seed=0,
     )  # fmt: skip
-    ours = inversion.reconstruct(patcher, pivot, positive, negative, 4.0)
+    ours = inversion.sample_inversion(patcher, pivot, positive, negative, 4.0)
     assert relative_error(ours, stock) < 1e-5
 
 
@@ -172,13 +177,13 @@ def test_a_patch_that_wants_both_sides_gets_them_without_a_negative_prompt():
     positive = tiny_models.conditioning(1)
     pivot = inversion.ddim_inversion(tiny_models.sd1(), tiny_models.latent(2), positive, steps=4, end_at_zero=True)
     start = pivot.start_latent(patcher)
-    ours = inversion.reconstruct(patcher, pivot, positive)
+    ours = inversion.sample_inversion(patcher, pivot, positive)
     stock = comfy.sample.sample_custom(
         patcher, torch.zeros_like(start), 1.0, comfy.samplers.sampler_object("euler"), pivot.sigmas, positive, positive,
         start, disable_pbar=True, seed=0,
     )  # fmt: skip
     assert relative_error(ours, stock) < 1e-5
-    assert relative_error(ours, inversion.reconstruct(tiny_models.sd1(), pivot, positive)) > 1e-3
+    assert relative_error(ours, inversion.sample_inversion(tiny_models.sd1(), pivot, positive)) > 1e-3
 
 
 def test_evaluations_progress_and_preview_are_reported():
@@ -341,7 +346,7 @@ def test_bad_conditionings_and_models_are_refused():
 
     flow.add_object_patch("model_sampling", FlowSampling())
     with pytest.raises(IdentityEditError, match="BaseModel is not a noise-predicting"):
-        engine.require_noise_prediction_model(flow)
+        engine.require(flow, engine.Capability.DISCRETE_TIMESTEPS)
 
 
 def test_nothing_keeps_the_model_after_a_run():

@@ -11,8 +11,9 @@ import reference_null_text
 import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine, inversion, null_text
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.schedule import ddim_timesteps, signal_scale
+from identity_edit_pack.pipelines.schedule import ddim_timesteps
 
 SD_SCALE = 0.18215
 POSITIVE = tiny_models.conditioning(1)
@@ -47,7 +48,7 @@ def test_it_reproduces_the_reference(steps: int, output_gain: float):
     expected, trajectory = reference(tiny_models.sd1(output_gain=output_gain), latent, steps)
 
     for i in range(steps + 1):
-        z = pivot.trajectory[i] / signal_scale(pivot.sigmas[i])
+        z = pivot.trajectory[i] / DIFFUSION.scale(pivot.sigmas[i])
         assert relative_error(z, trajectory[steps - i]) < 1e-4
     counts = ours.inner_steps[:, 0].tolist()
     assert counts == expected.inner_steps
@@ -85,7 +86,7 @@ def test_it_brings_every_family_back_to_the_picture(family: str):
     assert bool((after.final_losses[-1] < 0.7 * before.final_losses[-1]).all())
     assert (before.evaluations, after.evaluations) == (10, 5 * 12)
     # The step table gives the same picture through ComfyUI's own guidance.
-    again = inversion.reconstruct(patcher, pivot.with_embeddings(after.embeddings), POSITIVE, NEGATIVE, 7.5)
+    again = inversion.sample_inversion(patcher, pivot.with_embeddings(after.embeddings), POSITIVE, NEGATIVE, 7.5)
     assert relative_error(again, after.reconstruction) < 1e-4
 
 
@@ -99,7 +100,7 @@ def test_the_adaptive_method_comes_nearer_with_no_more_evaluations():
     )
     assert adaptive.evaluations <= paper.evaluations
     assert bool((adaptive.final_losses[-1] < paper.final_losses[-1]).all())
-    again = inversion.reconstruct(patcher, pivot.with_embeddings(adaptive.embeddings), POSITIVE, NEGATIVE, 7.5)
+    again = inversion.sample_inversion(patcher, pivot.with_embeddings(adaptive.embeddings), POSITIVE, NEGATIVE, 7.5)
     assert relative_error(again, adaptive.reconstruction) < 1e-4
 
 
@@ -157,8 +158,8 @@ def test_negative_prompt_inversion_is_independent_of_the_guidance_scale():
     patcher = tiny_models.sd1()
     pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=6)
     table = null_text.negative_prompt_inversion(pivot, POSITIVE)
-    plain = inversion.reconstruct(patcher, pivot, POSITIVE)
-    guided = inversion.reconstruct(patcher, pivot.with_embeddings(table), POSITIVE, NEGATIVE, guidance_scale=7.5)
+    plain = inversion.sample_inversion(patcher, pivot, POSITIVE)
+    guided = inversion.sample_inversion(patcher, pivot.with_embeddings(table), POSITIVE, NEGATIVE, guidance_scale=7.5)
     assert relative_error(guided, plain) < 1e-4
 
 

@@ -260,11 +260,11 @@ def test_an_exact_inversion_with_the_same_prompt_gives_the_picture_back(clip: An
     settings = p2p.ControlSettings(1.0, 1.0)
     same, target = p2p.prompt_to_prompt(model, clip, CAT, CAT, settings=settings, blend_words="cat", inversion=pivot)
     plain, controlled = (
-        edit_friendly.edit_friendly_sampling(m, pivot, target, negative, 3.5, skip=0) for m in (model, same)
+        inversion.sample_inversion(m, pivot, target, negative, 3.5, skip=0) for m in (model, same)
     )
     assert relative_error(controlled, plain) < 1e-4 and relative_error(controlled, latent) < 1e-4
     other, target = p2p.prompt_to_prompt(model, clip, CAT, DOG, settings=settings, inversion=pivot)
-    edited = edit_friendly.edit_friendly_sampling(other, pivot, target, negative, 3.5, skip=0)
+    edited = inversion.sample_inversion(other, pivot, target, negative, 3.5, skip=0)
     assert relative_error(edited, latent) > 1e-2
 
 

@@ -13,7 +13,9 @@ import comfy.samplers
 import pytest
 import tiny_models
 import torch
+from from_noise import sample_from
 from identity_edit_pack.pipelines import inversion, reference_guidance
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.inversion import Inversion
 from identity_edit_pack.pipelines.reference_guidance import (
@@ -22,7 +24,7 @@ from identity_edit_pack.pipelines.reference_guidance import (
     latent_mask,
     reference_guided_sampling,
 )
-from identity_edit_pack.pipelines.schedule import ddim_schedule, ddim_timesteps, signal_scale
+from identity_edit_pack.pipelines.schedule import ddim_schedule, ddim_timesteps
 from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
 from reference_null_text import DdimScale, invert
 
@@ -49,7 +51,7 @@ def noise_start(model: Any, of: Inversion, batch: int = 1, seed: int = 7) -> tor
 
 
 def sampled(model: Any, of: Inversion, start: torch.Tensor, positive: Any = POSITIVE) -> torch.Tensor:
-    return inversion.ddim_sampling(model, start, of.schedule, positive, NEGATIVE, 7.5)
+    return sample_from(model, of, start, positive, NEGATIVE, 7.5)
 
 
 def algorithm_2(
@@ -214,7 +216,7 @@ def test_the_first_pass_is_the_stock_samplers(family: str, sampler: str) -> None
                 model, noise, 7.5, comfy.samplers.sampler_object(sampler), pivot.sigmas, POSITIVE, NEGATIVE, empty,
                 disable_pbar=True, seed=seed,
             )  # fmt: skip
-            stock = stock / signal_scale(pivot.sigmas[-1])  # the papers' z at timestep 0
+            stock = stock / DIFFUSION.scale(pivot.sigmas[-1])  # the papers' z at timestep 0
         assert relative_error(ours.latent, stock) < 1e-5
 
 

@@ -23,7 +23,7 @@ def table_of(sigmas: torch.Tensor, seed: int, batch: int = 1, tokens: int = tiny
 
 
 def run_of(patcher: Any, steps: int) -> torch.Tensor:
-    return schedule.ddim_schedule(engine.require_noise_prediction_model(patcher), steps).sigmas
+    return schedule.ddim_schedule(engine.require(patcher).sampling, steps).sigmas
 
 
 def sample(patcher: Any, sampler: str, sigmas: torch.Tensor, positive=POSITIVE, negative=NEGATIVE, cfg=3.0, batch=1):
@@ -47,7 +47,7 @@ def sample_by_hand(patcher: Any, sigmas: torch.Tensor, evaluate, heun: bool, bat
             x = ahead
         return x
 
-    start = 0.18215**-1 * sigmas[0] * torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    start = sigmas[0] * torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     return engine.to_socket_scale(patcher, engine.run_loop(patcher, POSITIVE, NEGATIVE, start, sigmas, loop))
 
 
@@ -145,7 +145,7 @@ def test_the_guiders_conditionings_are_put_back_even_after_an_error():
     def fail(_):
         raise RuntimeError("another node fails")
 
-    patcher = engine.with_predict_noise_wrapper(patcher, "outermost", outermost)
+    patcher = engine.with_wrappers(patcher, "outermost", outermost)
     sigmas = run_of(patcher, 2)
     patcher = apply_step_embeddings(patcher, table_of(sigmas, 20))
     sample(patcher, "heun", sigmas)

@@ -224,7 +224,7 @@ def test_gradients_pass_through_it(kind: str) -> None:
     with torch.inference_mode():
         model = tiny_models.sd1()
         styled = apply_style_attention(model, tiny_styles.style_attention(model, kind), W_PLUS, strength=1.0)
-        latent = tiny_models.latent(3)
+        latent = 0.18215 * tiny_models.latent(3)
 
         def loop(evaluator: Any, x: torch.Tensor) -> torch.Tensor:
             embedding = POSITIVE[0][0].detach().clone().requires_grad_(True)

@@ -200,7 +200,7 @@ def sample(model: Any, conditioning: Any, negative: Any, how: str, steps: int) -
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(conditioning, negative)
         guider.set_cfg(2.0)
-        sigmas = schedule.ddim_schedule(engine.require_noise_prediction_model(model), steps, end_at_zero=True).sigmas
+        sigmas = schedule.ddim_schedule(engine.require(model).sampling, steps, end_at_zero=True).sigmas
         guider.sample(noise, latent, comfy.samplers.sampler_object(how), sigmas, disable_pbar=True, seed=0)
 
 
@@ -214,7 +214,7 @@ def test_all_fifty_embeddings_reach_the_network_at_their_own_steps(kind: str, ho
     patched, conditioning, warning = apply_subject(watched, clip, learned, PROMPT)
     assert warning is None
     sample(patched, conditioning, negative, how, 50)
-    sigmas = engine.require_noise_prediction_model(model).sigmas
+    sigmas = engine.require(model).sampling.sigmas
     assert len(seen) == 50
     for index, (sigma, context) in enumerate(seen):
         assert sigma == pytest.approx(float(sigmas[learned.timesteps[index]]), rel=1e-4)
@@ -229,7 +229,7 @@ def test_all_fifty_embeddings_reach_the_network_at_their_own_steps(kind: str, ho
 def test_evaluations_between_the_steps_take_the_nearest(how: str):
     model, clip = make("sd1")
     learned = subject(OUTPUT, steps=50)
-    sampling = engine.require_noise_prediction_model(model)
+    sampling = engine.require(model).sampling
     watched, seen = recorded(model)
     patched, conditioning, _ = apply_subject(watched, clip, learned, PROMPT)
     sample(patched, conditioning, clip.encode_from_tokens_scheduled(clip.tokenize("")), how, 13)
@@ -247,7 +247,7 @@ def test_every_trained_timestep_has_its_own_row(steps: int):
     model, clip = make("sd2_v")
     learned = subject(OUTPUT, steps=steps)
     table = subject_table(model, clip, learned, PROMPT)
-    sigmas = engine.require_noise_prediction_model(model).sigmas
+    sigmas = engine.require(model).sampling.sigmas
     assert [table.row(float(sigmas[t])) for t in learned.timesteps] == list(range(steps))
     assert table.embeddings.shape == (steps, 1, 77, 32)
 

@@ -101,8 +101,7 @@ def literal_algorithm_3(
         return x / torch.sqrt(1 + pivot.sigmas[-1] ** 2)
 
     try:
-        with torch.no_grad():
-            z_0 = engine.run_loop(model, source, empty, pivot.start_latent(model), pivot.sigmas, loop)
+        z_0 = engine.run_loop(model, source, empty, pivot.trajectory[0], pivot.sigmas, loop)
     finally:
         attention.close()
     return engine.to_socket_scale(model, z_0)

@@ -11,10 +11,12 @@ import comfy.sample
 import comfy.samplers
 import pytest
 import torch
+from from_noise import sample_from
 from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import text_injection
+from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.schedule import ddim_schedule, signal_scale
+from identity_edit_pack.pipelines.schedule import ddim_schedule
 from identity_edit_pack.pipelines.step_embeddings import apply_step_embeddings, constant_embedding
 from identity_edit_pack.tests import tiny_models
 
@@ -233,7 +235,7 @@ def test_all_routes_give_the_loop_of_the_paper(sampler: str, steps: int) -> None
     ranges = text_injection.injected_conditioning(model, inversion.sigmas, SOURCE, TARGET, ratio)
     by_ranges = stock_sample(model, ranges, NEGATIVE, guidance_scale, sampler, inversion.sigmas, start)
     # Stock samplers return x at the last sigma, which is not 0.
-    assert relative_error(by_ranges / signal_scale(inversion.sigmas[-1]), z_0) < 1e-4
+    assert relative_error(by_ranges / DIFFUSION.scale(inversion.sigmas[-1]), z_0) < 1e-4
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -247,13 +249,13 @@ def test_routes_agree_on_a_network(family: str, sampler: str, end_at_zero: bool)
     )
     start, sigmas = inversion.start_latent(model), inversion.sigmas
     ranges = text_injection.injected_conditioning(model, sigmas, SOURCE, TARGET, 0.3)
-    by_ranges = stock_sample(model, ranges, NEGATIVE, 5.0, sampler, sigmas, start) / signal_scale(sigmas[-1])
+    by_ranges = stock_sample(model, ranges, NEGATIVE, 5.0, sampler, sigmas, start) / DIFFUSION.scale(sigmas[-1])
     table = text_injection.injection_table(sigmas, SOURCE, TARGET, 0.3)
     patched = apply_step_embeddings(model, table, "positive")
-    by_table = stock_sample(patched, TARGET, NEGATIVE, 5.0, sampler, sigmas, start) / signal_scale(sigmas[-1])
+    by_table = stock_sample(patched, TARGET, NEGATIVE, 5.0, sampler, sigmas, start) / DIFFUSION.scale(sigmas[-1])
     assert relative_error(by_ranges, result.latent) < 1e-5
     assert relative_error(by_table, result.latent) < 1e-5
-    target_only = stock_sample(model, TARGET, NEGATIVE, 5.0, sampler, sigmas, start) / signal_scale(sigmas[-1])
+    target_only = stock_sample(model, TARGET, NEGATIVE, 5.0, sampler, sigmas, start) / DIFFUSION.scale(sigmas[-1])
     assert relative_error(target_only, result.latent) > 1e-2, "the injection has no effect"
     evaluations = 2 * 10 if sampler == "ddim" else 4 * 10 - 2 * end_at_zero
     assert result.evaluations == evaluations
@@ -296,9 +298,9 @@ def test_ratio_one_is_the_reconstruction_and_the_table_is_used() -> None:
     with_table = inversion.with_embeddings(table)
     # The same loop from the same LATENT: the same numbers to the bit. A reconstruction starts from the inversion's own
     # trajectory, which the way through the scale of LATENT sockets rounds.
-    start, schedule = inversion.start_latent(model), inversion.schedule
-    expected = inversions.ddim_sampling(model, start, schedule, SOURCE, NEGATIVE, 3.0, table)
-    reconstruction = inversions.reconstruct(model, with_table, SOURCE, NEGATIVE, 3.0)
+    patched = apply_step_embeddings(model, table, "negative")
+    expected = sample_from(patched, inversion, inversion.start_latent(model), SOURCE, NEGATIVE, 3.0)
+    reconstruction = inversions.sample_inversion(model, with_table, SOURCE, NEGATIVE, 3.0)
     given = text_injection.timestep_aware_sampling(model, with_table, SOURCE, TARGET, NEGATIVE, 1.0, 3.0)
     carried = text_injection.timestep_aware_sampling(model, with_table, SOURCE, TARGET, None, 1.0, 3.0)
     without = text_injection.timestep_aware_sampling(model, inversion, SOURCE, TARGET, NEGATIVE, 1.0, 3.0)

@@ -7,6 +7,7 @@ import tiny_models
 import torch
 from identity_edit_pack.pipelines import text_optimization
 from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.text_injection import edit_conditioning
 from tiny_models import relative_error
 
 TARGET = tiny_models.conditioning(1)
@@ -73,17 +74,15 @@ def test_checkpointing_changes_nothing():
 
 
 def test_interpolation():
-    target, optimized = torch.randn(2, 1, 8, 32)
+    target, optimized = TARGET[0][0], torch.randn(1, 8, 32)
     for eta in (0.0, 0.3, 1.0, 1.4):
         expected = eta * target.double() + (1 - eta) * optimized.double()
-        ours = text_optimization.interpolate_embeddings(target, optimized, eta)
-        torch.testing.assert_close(ours, expected.float(), rtol=1e-5, atol=1e-5)
-    assert torch.equal(text_optimization.interpolate_embeddings(target, optimized, 1.0), target)
-    mixed = text_optimization.interpolated_conditioning(TARGET, optimized, 0.25)
-    assert torch.equal(mixed[0][1]["pooled_output"], TARGET[0][1]["pooled_output"])
-    torch.testing.assert_close(mixed[0][0], 0.25 * TARGET[0][0] + 0.75 * optimized)
+        mixed = edit_conditioning(TARGET, [[optimized, {}]], eta)
+        torch.testing.assert_close(mixed[0][0], expected.float(), rtol=1e-5, atol=1e-5)
+        assert torch.equal(mixed[0][1]["pooled_output"], TARGET[0][1]["pooled_output"])
+    assert torch.equal(edit_conditioning(TARGET, [[optimized, {}]], 1.0)[0][0], target)
     with pytest.raises(IdentityEditError, match="tokens or channels"):
-        text_optimization.interpolate_embeddings(target, torch.randn(1, 9, 32), 0.5)
+        edit_conditioning(TARGET, [[torch.randn(1, 9, 32), {}]], 0.5)
 
 
 @pytest.mark.parametrize(("change", "words"), [(dict(steps=0), "steps is 0"), (dict(learning_rate=0.0), "above 0")])

@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_the_stock_model_with_the_conditions_of_inference(na
     assert len({*batch.dropped.tolist()}) > 1 and 0 < int(batch.reconstructs.sum()) < 6  # the batch tests something
 
     losses = []
-    sampling = engine.require_noise_prediction_model(edit)
+    sampling = engine.require(edit).sampling
     for row, number in enumerate(batch.chosen):
         pair = pairs[number]
         bits = int(batch.dropped[row])

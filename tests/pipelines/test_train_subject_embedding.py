@@ -61,7 +61,7 @@ class Reference:
     def __init__(self, model: Any, clip: Any) -> None:
         self.unet = tiny_models.diffusers_twin(model).double()
         self.text_encoder = tiny_text_encoders.transformers_twin(clip).double()
-        self.sigmas = engine.require_noise_prediction_model(model).sigmas.double()
+        self.sigmas = engine.require(model).sampling.sigmas.double()
         self.clip, self.model = clip, model
 
     def tokens(self, text: str) -> list[int]:
@@ -182,7 +182,7 @@ def test_velocity_models_learn_through_their_denoised_output():
     (number,) = training_pictures.batch_indices(PICTURES, 1, 0, SETTINGS.seed, "shared vectors")
     generator = generator_of(SETTINGS.seed, 0, "shared vectors")
     t, noise = torch.randint(1000, (1,), generator=generator), torch.randn(1, 4, 8, 8, generator=generator)
-    sigma = engine.require_noise_prediction_model(model).sigmas[t].reshape(-1, 1, 1, 1)
+    sigma = engine.require(model).sampling.sigmas[t].reshape(-1, 1, 1, 1)
     z_0 = engine.to_model_scale(model, PICTURES.latents[number])[None]
     text = clip.encode_from_tokens(clip.tokenize(PICTURES.captions[number].replace("sks ", "")))
     text[:, -5:] = clip.encode_from_tokens(clip.tokenize(""))[:, -5:]

@@ -1,0 +1,98 @@
+"""The path from a picture to noise in ComfyUI's scale, and steps along it.
+
+A latent at noise level s is x = alpha(s) z_0 + s eps. Models that predict noise or v have alpha = 1; the papers' z_t is
+x / sqrt(1 + s^2), with alpha_bar = 1 / (1 + s^2). Flow models have alpha = 1 - s; their s is the papers' t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+EPS, V, VELOCITY = "eps", "v", "flow"
+"""What a network predicts: the noise; v = (eps - s z_0) / sqrt(1 + s^2); the velocity eps - z_0 of a flow model."""
+
+
+@dataclass(frozen=True)
+class NoisePath:
+    """The arithmetic of a path. Latents are [B, C, H, W]; noise levels are tensors that broadcast to them, or floats.
+
+    Attributes:
+        alpha: the share of the picture at a noise level.
+    """
+
+    alpha: Callable[[Any], Any]
+
+    def scale(self, sigma: torch.Tensor) -> torch.Tensor:
+        """sqrt(alpha^2 + s^2), the size of x at a noise level; x divided by it is the papers' z."""
+        alpha = self.alpha(sigma)
+        return torch.sqrt(alpha * alpha + sigma * sigma)
+
+    def noised(self, z_0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """x = alpha z_0 + s eps."""
+        return self.alpha(sigma) * z_0 + sigma * eps
+
+    def slope(self, x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """dx/ds of the path through x that the estimate `denoised` of z_0 points to: the predicted noise where alpha is
+        1, the predicted velocity where it is 1 - s."""
+        return (x - denoised) / sigma
+
+    def step(
+        self, x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
+    ) -> torch.Tensor:
+        """One deterministic DDIM step (Song et al. 2021, eq. 12, eta 0) from `sigma` > 0 to `sigma_next` >= 0, which is
+        Euler's: x is linear in s where the estimate stays."""
+        return x + (sigma_next - sigma) * self.slope(x, denoised, sigma)
+
+    def distribution(
+        self, x: torch.Tensor, denoised: torch.Tensor, sigma: float, sigma_next: float, eta: float
+    ) -> tuple[torch.Tensor, float]:
+        """Mean [B, C, H, W] and deviation of one stochastic step; eta 0 is `step`, 1 is DDPM.
+
+        Song et al. 2021, eq. 12 and 16, in the papers' scale, with p the timestep that follows t:
+
+            var = (1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p)
+            mu  = sqrt(abar_p) x0_hat + sqrt(1 - abar_p - eta var) eps_hat,    z_p = mu + eta sqrt(var) noise
+
+        Divided by sqrt(abar_p), with abar = alpha^2 / (alpha^2 + s^2) and r = (s_p / alpha_p) / (s_t / alpha_t):
+
+            var = s_p^2 (1 - r^2)
+            mu  = alpha_p x0_hat + sqrt(s_p^2 - eta var) eps_hat,              x_p = mu + eta sqrt(var) noise
+
+        mu has eta and not eta^2, as in Huberman-Spiegelglas et al. 2024: the same for eta 1 and 0.
+        """
+        alpha, alpha_next = self.alpha(sigma), self.alpha(sigma_next)
+        ratio = sigma_next * alpha / (alpha_next * sigma)
+        # s_p^2 - eta var, written so that nothing cancels where s_p is far below s_t.
+        direction = sigma_next * math.sqrt(1.0 - eta + eta * ratio * ratio)
+        deviation = eta * sigma_next * math.sqrt(1.0 - ratio * ratio)
+        return alpha_next * denoised + direction * self.predicted_noise(x, denoised, sigma), deviation
+
+    def predicted_noise(self, x: torch.Tensor, denoised: torch.Tensor, sigma: Any) -> torch.Tensor:
+        """eps_hat = (x - alpha x0_hat) / s."""
+        return (x - self.alpha(sigma) * denoised) / sigma
+
+
+DIFFUSION = NoisePath(lambda sigma: 1.0)
+FLOW = NoisePath(lambda sigma: 1.0 - sigma)
+
+
+def training_error(
+    prediction: str, z_0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor
+) -> torch.Tensor:
+    """Output of a network minus its training target [B, C, H, W].
+
+    Args:
+        prediction: EPS, V or VELOCITY.
+        z_0, eps: picture and noise [B, C, H, W]; the network saw them at `sigma`, see `NoisePath.noised`.
+        sigma: noise levels that broadcast to them.
+        denoised: its estimate of z_0.
+    """
+    if prediction == VELOCITY:
+        return FLOW.slope(FLOW.noised(z_0, eps, sigma), denoised, sigma) - (eps - z_0)
+    error = DIFFUSION.slope(DIFFUSION.noised(z_0, eps, sigma), denoised, sigma) - eps
+    return error * torch.sqrt(1.0 + sigma**2) if prediction == V else error

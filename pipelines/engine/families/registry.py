@@ -1,0 +1,37 @@
+"""Which family a model belongs to, by what ComfyUI made of its checkpoint and never by the checkpoint's name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...errors import IdentityEditError
+from .base import Capability, Family
+from .flow import Flow
+from .unet import UNet
+
+FAMILIES: tuple[type[Family], ...] = (UNet, Flow)
+
+
+def family_of(model: Any) -> Family | None:
+    """The MODEL as a member of its family, or None where no family has it."""
+    sampling, network = model.get_model_object("model_sampling"), model.get_model_object("diffusion_model")
+    for family in FAMILIES:
+        if family.includes(sampling, network):
+            return family(model, sampling, network)
+    return None
+
+
+def require(model: Any, *capabilities: Capability) -> Family:
+    """The MODEL as a member of its family, which can be sampled and has the capabilities.
+
+    Raises:
+        IdentityEditError: where there is no model, no family has it, or its family lacks one of the capabilities.
+    """
+    if model is None:
+        raise IdentityEditError("There is no model; connect a Load Checkpoint node.")
+    family = family_of(model)
+    missing = [each for each in capabilities if family is None or each not in family.capabilities]
+    if family is None or missing:
+        needed = missing[0] if missing else Capability.DISCRETE_TIMESTEPS
+        raise IdentityEditError(f"The model {type(model.model).__name__} {needed.value}.")
+    return family

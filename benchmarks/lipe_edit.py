@@ -49,7 +49,7 @@ from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.edit_friendly_inversion import (
     edit_friendly_ddpm_inversion,
 )
-from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
+from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import Inversion, sample_inversion
@@ -212,7 +212,8 @@ class Editor:
         return identity_mask_blend(
             self.checkpoint.model, self.inversion, self.source, self.target,
             encode_identity_prompt(self.checkpoint.clip, identity_prompt), self.negative,
-            guidance_scale=self.arguments.guidance_scale, skip=self.arguments.skip, blend_until=blend_until,
+            guidance_scale=self.arguments.guidance_scale,
+            settings=BlendSettings(skip=self.arguments.skip, blend_until=blend_until),
         )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
 from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.conditioning import Conditioning
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
-from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
+from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
 from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt
@@ -149,8 +149,8 @@ def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int) -> tor
     mask = edit_mask(parts.model, target, source, latent, settings, seed=seed).mask
     inversion = ddim_inversion(parts.model, latent, empty, steps=INVERSION_STEPS)
     result = identity_mask_blend(
-        parts.model, inversion, target, target, None, empty, guidance_scale=GUIDANCE_SCALE, skip=0.3, source_mask=mask,
-        target_mask=mask,
+        parts.model, inversion, target, target, None, empty, guidance_scale=GUIDANCE_SCALE,
+        settings=BlendSettings(skip=0.3), source_mask=mask, target_mask=mask,
     )  # fmt: skip
     return composite(pictures, parts.vae.decode(result.latent), mask)
 

@@ -12,7 +12,7 @@ from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.conditioning import Conditioning
 from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
-from identity_edit_pack.pipelines.identity_mask_blend import identity_mask_blend
+from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion
@@ -156,7 +156,8 @@ def by_diffedit(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings
     inversion = ddim_inversion(checkpoint.model, begin.latent, begin.empty, steps=settings.steps)
     made = identity_mask_blend(
         checkpoint.model, inversion, begin.target, begin.target, None, begin.empty,
-        guidance_scale=settings.guidance_scale, skip=1.0 - settings.encoding_ratio, source_mask=mask, target_mask=mask,
+        guidance_scale=settings.guidance_scale, settings=BlendSettings(skip=1.0 - settings.encoding_ratio),
+        source_mask=mask, target_mask=mask,
     )  # fmt: skip
     return decoded(checkpoint, made.latent)
 
@@ -184,7 +185,7 @@ def _by_masks(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings, 
     )  # fmt: skip
     made = identity_mask_blend(
         checkpoint.model, inversion, begin.source, begin.target, encode_identity_prompt(checkpoint.clip, name),
-        begin.empty, guidance_scale=settings.guidance_scale, skip=settings.skip,
+        begin.empty, guidance_scale=settings.guidance_scale, settings=BlendSettings(skip=settings.skip),
     )  # fmt: skip
     return decoded(checkpoint, made.latent)
 

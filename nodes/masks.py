@@ -273,12 +273,17 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             encode_identity_prompt(clip, identity_prompt, identity_words),
             negative,
             guidance_scale=guidance_scale or None,
-            settings=identity_mask_blend.MaskSettings(threshold, self_attention_power, layers, feathering),
-            skip=skip,
-            blend_until=blend_until,
+            settings=identity_mask_blend.BlendSettings(
+                threshold,
+                self_attention_power,
+                layers,
+                feathering,
+                skip,
+                blend_until,
+                choice_of(_GIVEN_MASKS, given_masks, "given_masks"),
+            ),
             source_mask=source_mask,
             target_mask=target_mask,
-            given_masks=choice_of(_GIVEN_MASKS, given_masks, "given_masks"),
             callback=progress(model, 2 * inversion.steps),
         )
         shares = [

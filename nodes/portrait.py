@@ -13,7 +13,7 @@ from ..pipelines import mcdm as mcdms
 from ..pipelines import mcdm_guidance
 from ..pipelines.conditioning import Conditioning
 from ..pipelines.errors import for_console
-from ..pipelines.identity_mask_blend import identity_mask_blend
+from ..pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
 from ..pipelines.inversion import Inversion as InversionData
 from ..pipelines.pictures import as_colour
 from .idle import first_said, is_empty, joined, noise_mask_left_out, same_prompt
@@ -417,7 +417,7 @@ class DiffEdit(io.ComfyNode):
             None,
             negative,
             guidance_scale=guidance_scale,
-            skip=1.0 - encoding_ratio,
+            settings=BlendSettings(skip=1.0 - encoding_ratio),
             source_mask=mask,
             target_mask=mask,
             callback=progress(model, inversion.steps),

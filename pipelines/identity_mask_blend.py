@@ -58,20 +58,28 @@ class IdentityMaskBlend:
 
 
 @dataclass(frozen=True)
-class MaskSettings:
-    """How masks are made of attention.
+class BlendSettings:
+    """How masks are made of attention, and where latents are blended.
 
     Attributes:
         threshold: of the normalised map, 0 to 1.
         power: lambda of eq. 2; 0 uses the cross-attention alone.
         layers: a choice of `attention.sites.choose_layers`.
         feathering: deviation in latent cells of the Gaussian that softens the border of M_t; 0 is the paper's.
+        skip: share of the first steps that are left out, 0 to below 1. The paper starts at T.
+        blend_until: share of the remaining steps, from the first, in which latents are blended. 1 is the paper's; less
+            lets the last steps smooth the border, and change the background.
+        given_masks: REPLACE takes given masks instead of the ones found (and saves the reconstruction pass), UNITE with
+            them.
     """
 
     threshold: float = THRESHOLD
     power: int = SELF_ATTENTION_POWER
     layers: str = AUTOMATIC
     feathering: float = 0.0
+    skip: float = 0.0
+    blend_until: float = 1.0
+    given_masks: str = REPLACE
 
 
 def identity_mask_blend(
@@ -83,12 +91,9 @@ def identity_mask_blend(
     negative: Conditioning | None = None,
     *,
     guidance_scale: float | None = None,
-    settings: MaskSettings | None = None,
-    skip: float = 0.0,
-    blend_until: float = 1.0,
+    settings: BlendSettings | None = None,
     source_mask: torch.Tensor | None = None,
     target_mask: torch.Tensor | None = None,
-    given_masks: str = REPLACE,
     keep_step_masks: bool = False,
     callback: engine.Callback | None = None,
 ) -> IdentityMaskBlend:
@@ -103,13 +108,8 @@ def identity_mask_blend(
             for both that is the masked decoding of DiffEdit (Couairon et al. 2023, section 3.2, step 3).
         negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with a step table.
         guidance_scale: of the target prompt; None is the step table's own, or else that of `GUIDANCE_SCALES`.
-        settings: how masks are made.
-        skip: share of the first steps that are left out, 0 to below 1. The paper starts at T.
-        blend_until: share of the remaining steps, from the first, in which latents are blended. 1 is the paper's; less
-            lets the last steps smooth the border, and change the background.
+        settings: how masks are made, and where latents are blended.
         source_mask, target_mask: masks [1 or B, h, w] of one's own, 0 to 1, of any size.
-        given_masks: "replace" takes them instead of the ones found (and saves the reconstruction pass), "unite" with
-            them.
         keep_step_masks: return the mask of every step.
         callback: progress with preview.
 
@@ -119,104 +119,112 @@ def identity_mask_blend(
     Raises:
         IdentityEditError: when an input cannot be used.
     """
-    settings = settings or MaskSettings()
+    settings = settings or BlendSettings()
     check_inversion(inversion, model)
-    _check_settings(settings, skip, blend_until, given_masks)
+    _check_settings(settings)
     table = inversion.embeddings
     if guidance_scale is None:
         own = None if table is None else table.guidance_scale
         guidance_scale = own or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
     negative = negative_side(inversion, target, negative, guidance_scale)
-    target_model = model if table is None else apply_step_embeddings(model, table, "negative")
-
-    steps, sigmas = inversion.steps, inversion.sigmas
-    first = min(round(skip * steps), steps - 1)
-    count = steps - first
-    blended = round(blend_until * count)
-    batch, height, width = inversion.batch, inversion.trajectory.shape[-2], inversion.trajectory.shape[-1]
     names = ("The source mask", "The target mask") if identity else ("The mask", "The mask")  # as DiffEdit has it
-    given_source, given_target = (
-        None if mask is None else masks_for(mask, name, height, width, batch)
-        for mask, name in ((source_mask, names[0]), (target_mask, names[1]))
-    )
-    finds_source = given_source is None or given_masks == UNITE
-    finds_target = given_target is None or given_masks == UNITE
+    source_mask = _on_grid(inversion, source_mask, names[0])
+    target_mask = _on_grid(inversion, target_mask, names[1])
+    finds_source = source_mask is None or settings.given_masks == UNITE
+    finds_target = target_mask is None or settings.given_masks == UNITE
     if identity is None and (finds_source or finds_target):
         raise IdentityEditError("Without an identity prompt both masks must be given; connect them, or write a prompt.")
-    reports = (count if finds_source else 0) + count
 
-    def mask_of(attention: IdentityAttention | None, given: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """The mask found so far, the given one, or their union."""
-        mask = torch.zeros(batch, height, width, device=like.device) if given is None else given.to(like.device)
-        if attention is not None and attention.cross:
-            mask = union(mask, identity_mask(attention, height, width, settings.threshold, settings.power))
-        return mask
+    steps, sigmas = inversion.steps, inversion.sigmas
+    first = min(round(settings.skip * steps), steps - 1)
+    blended_until = first + round(settings.blend_until * (steps - first))
+    x_first, levels = inversion.trajectory[first], sigmas[first:]
+    passes = 1 + finds_source
 
     # M^s, I^s' = Sampling(x_T, G*, P^s, P^e). The inversion holds every x_t of an exact reconstruction, so nothing is
     # sampled: one evaluation of the source prompt at each x_t gives its attention.
     source_attention: IdentityAttention | None = None
     evaluations = 0
     if finds_source and identity is not None:
-        with_self = settings.power > 0
-        source_model, source_attention = capture_identity(model, identity, settings.layers, self_attention=with_self)
+        source_model, source_attention = _capture(model, identity, settings)
 
-        def reconstruct(evaluator: engine.NetworkEvaluator, _: torch.Tensor) -> int:
+        def reconstruct(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> int:
             for i in range(first, steps):
-                x = inversion.trajectory[i].to(evaluator.device)
-                denoised = evaluator.denoised(x, sigmas[i].to(evaluator.device), "positive")
-                evaluator.report(i - first, denoised, x, reports)
+                x = inversion.trajectory[i].to(x)
+                denoised = evaluator.denoised(x, sigmas[i].to(x), "positive")
+                evaluator.report(i - first, denoised, x, passes * (steps - first))
             return evaluator.evaluations
 
-        start, levels = inversion.trajectory[first], sigmas[first:]
-        evaluations = engine.run_loop(source_model, source, None, start, levels, reconstruct, callback=callback)
+        evaluations = engine.run_loop(source_model, source, None, x_first, levels, reconstruct, callback=callback)
     # The mask accumulated at the last step; from here on it is fixed.
-    fixed_source_mask = mask_of(source_attention, given_source, inversion.sigmas)
+    fixed_source_mask = _mask(inversion, settings, source_attention, source_mask)
 
+    target_model = model if table is None else apply_step_embeddings(model, table, "negative")
     target_attention: IdentityAttention | None = None
     if finds_target and identity is not None:
-        target_model, target_attention = capture_identity(
-            target_model, identity, settings.layers, self_attention=settings.power > 0
-        )
+        target_model, target_attention = _capture(target_model, identity, settings)
 
     def denoise(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> IdentityMaskBlend:
-        device = evaluator.device
         step_masks = []
-        m_source = fixed_source_mask.to(device)
+        m_source = fixed_source_mask.to(x)
         m_target = torch.zeros_like(m_source)
-        for i in range(first, steps):
+        for i in range(first, steps):  # from x^_T = x_T
             # x^_{t-1}, M^e_t = Denoise(x^_t, G*, P^g, P^e)
-            denoised = evaluator.guided(x, sigmas[i].to(device), guidance_scale)
+            denoised = evaluator.guided(x, sigmas[i].to(x), guidance_scale)
             x_next = sampling_step(inversion, i, x, denoised)
-            if i - first < blended or i == steps - 1:
-                m_target = mask_of(target_attention, given_target, x)
-            if i - first < blended:
+            if i < blended_until or i == steps - 1:
+                m_target = _mask(inversion, settings, target_attention, target_mask, x.device)
+            if i < blended_until:
                 m = feathered(union(m_source, m_target), settings.feathering)  # M_t, eq. 3
                 # Eq. 4, with x_{t-1} of the inversion as algorithm 1 has it: what the step arrives at.
-                outside = inversion.trajectory[i + 1].to(device)
+                outside = inversion.trajectory[i + 1].to(x)
                 x_next = m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside
                 if keep_step_masks:
                     step_masks.append(m.cpu())
             x = x_next
-            evaluator.report(reports - count + i - first, denoised, x, reports)
-        m_target = m_target.cpu()
-        masks = {"source mask": fixed_source_mask, "target mask": m_target} if identity else {}
+            evaluator.report((passes - 1) * (steps - first) + i - first, denoised, x, passes * (steps - first))
+        masks = {"source mask": fixed_source_mask, "target mask": m_target.cpu()}
         return IdentityMaskBlend(
-            latent=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1].to(device))).cpu()),
-            source_mask=fixed_source_mask,
-            target_mask=m_target,
+            latent=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1].to(x))).cpu()),
+            source_mask=masks["source mask"],
+            target_mask=masks["target mask"],
             step_masks=torch.stack(step_masks) if step_masks else None,
             source_attention=source_attention,
             target_attention=target_attention,
             evaluations=evaluations + evaluator.evaluations,
-            warning=_warning(inversion, guidance_scale, masks),
+            warning=_warning(inversion, guidance_scale, masks if identity else {}),
         )
 
-    # x^_T = x_T
-    start, levels = inversion.trajectory[first], sigmas[first:]
-    return engine.run_loop(target_model, target, negative, start, levels, denoise, callback=callback)
+    return engine.run_loop(target_model, target, negative, x_first, levels, denoise, callback=callback)
 
 
-def _check_settings(settings: MaskSettings, skip: float, blend_until: float, given_masks: str) -> None:
+def _on_grid(inversion: Inversion, mask: torch.Tensor | None, name: str) -> torch.Tensor | None:
+    """A given mask on the latent's grid [B, H, W]."""
+    height, width = inversion.trajectory.shape[-2:]
+    return None if mask is None else masks_for(mask, name, height, width, inversion.batch)
+
+
+def _capture(model: Any, identity: IdentityPrompt, settings: BlendSettings) -> tuple[Any, IdentityAttention]:
+    return capture_identity(model, identity, settings.layers, self_attention=settings.power > 0)
+
+
+def _mask(
+    inversion: Inversion,
+    settings: BlendSettings,
+    attention: IdentityAttention | None,
+    given: torch.Tensor | None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The mask found so far, the given one, or their union [B, H, W]."""
+    height, width = inversion.trajectory.shape[-2:]
+    mask = torch.zeros(inversion.batch, height, width, device=device) if given is None else given.to(device)
+    if attention is not None and attention.cross:
+        mask = union(mask, identity_mask(attention, height, width, settings.threshold, settings.power))
+    return mask
+
+
+def _check_settings(settings: BlendSettings) -> None:
+    skip, blend_until, given_masks = settings.skip, settings.blend_until, settings.given_masks
     if not 0.0 <= settings.threshold <= 1.0:
         raise IdentityEditError(f"threshold is {settings.threshold:g}; choose a value from 0 to 1 (0.4).")
     if settings.power < 0 or settings.feathering < 0:

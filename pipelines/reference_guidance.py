@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from . import engine
 from .conditioning import Conditioning, single_embedding
 from .engine.host import stock_noise
 from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
-from .gradients import gradients_by_sample
 from .inversion import DDIM, Inversion, check_inversion, check_method
 from .masks import masks_for
+from .unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
 
 GUIDANCE_SCALE = 7.5
 START_PERCENT = 0.2
@@ -133,8 +133,10 @@ def reference_guided_sampling(
         sigmas = inversion.sigmas.clone().to(device)
         x_star = inversion.trajectory.clone().to(device)
         inside = m_r.clone().to(device).unsqueeze(1) > 0.5  # [B, 1, H, W]
-        phi = list(null_embedding.clone().to(device).expand(batch, -1, -1).split(1))
-        record = _Record()
+        elements = inside.sum(dim=(1, 2, 3)) * x.shape[1]
+        phi = null_embedding.clone().to(device).expand(batch, -1, -1)
+        found: list[OptimizedStep] = []
+        unguided: list[torch.Tensor] = []
         done = 0
 
         # Algorithm 2. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and x_star[i] is its x*_t.
@@ -150,39 +152,43 @@ def reference_guided_sampling(
                 evaluator.report(done, denoised, x, total)
                 done += 1
                 continue
-            with torch.no_grad():  # once a step: it depends on neither phi nor phi_h
-                conditional = evaluator.denoised(x, sigmas[i], "positive")
-            step = _Step(
-                evaluator, noise, x, sigmas[i], sigmas[i + 1], x_star[i + 1], inside, conditional, guidance_scale,
-                progress=done, progress_total=total,
-            )  # fmt: skip
             with torch.no_grad():
+                conditional = evaluator.denoised(x, sigmas[i], "positive")  # serves all evaluations of the step
+                step = GuidedStep(
+                    evaluator, noise, x, sigmas[i], sigmas[i + 1], x_star[i + 1], conditional, guidance_scale,
+                    loss=lambda residual: (inside * residual).square().sum(dim=(1, 2, 3)) / elements,
+                    progress=done, progress_total=total,
+                )  # fmt: skip
                 # F(x_t, [c, c_s^t], phi), with the negative side as the model has it: at t_s it is not the first
                 # evaluation of phi_h where another node has put a step table on that side.
                 outside = step.evaluate(None)
             # Eq. 10: minimise | x*_{t-1}[M] - F(x_t, [c, c_s^t], phi_h)[M] |^2
-            phi_h, taken = _optimise(step, phi_h, inner_steps, learning_rate, early_stop, record)
+            taken, optimized = optimize(step, phi_h, inner_steps, learning_rate, stop_below=early_stop)
+            check_range(optimized.final_loss, i, "Reference guidance")
             # x_{t-1}[M] = F(x_t, [c, c_s^t], phi_h)[M]
-            x = torch.where(inside, taken.x_next, outside.x_next).detach()
-            record.end_step(i, taken.loss, outside.loss, phi_h)
+            x = torch.where(inside, taken.x_next, outside.x_next)
+            phi_h = optimized.phi.to(device)
+            found.append(optimized)
+            unguided.append(outside.loss.cpu())
             step.report(inner_steps, torch.where(inside, taken.denoised, outside.denoised))
             done += inner_steps + 1
-        z_0 = (x / noise.scale(sigmas[-1])).detach().cpu()
+
+        z_0 = (x / noise.scale(sigmas[-1])).cpu()
         check_finite(z_0, "The sampled latent", f"{IN_FLOAT32}, or lower learning_rate")
-        losses = [_stacked(rows, batch) for rows in record.losses]
-        final_losses, unguided_losses = _stacked(record.final_losses, batch), _stacked(record.unguided_losses, batch)
-        of_inputs = _warning_of_inputs(inversion, guided)
-        of_losses = _warning_of_losses(losses, final_losses, unguided_losses) if losses else None
+        losses = [each.losses for each in found]
+        final_losses = torch.stack([each.final_loss for each in found]) if found else torch.empty(0, batch)
+        unguided_losses = torch.stack(unguided) if found else torch.empty(0, batch)
+        warnings = _warning_of_inputs(inversion, guided), _warning_of_losses(losses, final_losses, unguided_losses)
         return ReferenceGuidance(
             latent=engine.to_socket_scale(model, z_0),
             mask=m_r,
             steps=guided,
-            embeddings=_stacked(record.embeddings, batch, *null_embedding.shape[1:]),
+            embeddings=torch.stack([each.phi for each in found]) if found else phi.cpu()[None][:0],
             losses=losses,
             final_losses=final_losses,
             unguided_losses=unguided_losses,
             evaluations=evaluator.evaluations,
-            warning=" ".join(filter(None, (of_inputs, of_losses))) or None,
+            warning=" ".join(filter(None, warnings)) or None,
         )
 
     return engine.run_loop(
@@ -279,120 +285,6 @@ def latent_mask(mask: torch.Tensor, batch: int, height: int, width: int) -> torc
     return cells
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """A guided DDIM step with some embeddings.
-
-    Attributes:
-        unconditional: the network's estimate of z_0 with them [B, C, H, W].
-        denoised: the guided estimate of z_0 [B, C, H, W].
-        x_next: the latent after the step [B, C, H, W].
-        loss: [B], eq. 10 for each latent, as a mean over the mask.
-    """
-
-    unconditional: torch.Tensor
-    denoised: torch.Tensor
-    x_next: torch.Tensor
-    loss: torch.Tensor
-
-
-@dataclass(frozen=True)
-class _Step:
-    """F of eq. 1 at one step, all but the embeddings: from x at sigma, x*_{t-1} at sigma_next beside it."""
-
-    evaluator: engine.NetworkEvaluator
-    noise: engine.NoisePath
-    x: torch.Tensor
-    sigma: torch.Tensor
-    sigma_next: torch.Tensor
-    x_star_next: torch.Tensor
-    inside: torch.Tensor
-    conditional: torch.Tensor
-    guidance_scale: float
-    progress: int
-    progress_total: int
-
-    def report(self, j: int, denoised: torch.Tensor) -> None:
-        """Show that inner step j is done."""
-        self.evaluator.report(self.progress + j, denoised, self.x, self.progress_total)
-
-    def evaluate(self, phi: list[torch.Tensor] | None) -> _Evaluation:
-        """One network evaluation, with the embeddings of the B latents or the negative side's own."""
-        embedding = None if phi is None else torch.cat(phi)
-        unconditional = self.evaluator.denoised(self.x, self.sigma, "negative", embedding)
-        denoised = self.evaluator.combine(self.conditional, unconditional, self.x, self.sigma, self.guidance_scale)
-        x_next = self.noise.step(self.x, denoised, self.sigma, self.sigma_next)
-        residual = self.inside * (x_next - self.x_star_next) / self.noise.scale(self.sigma_next)
-        elements = self.inside.sum(dim=(1, 2, 3)) * self.x.shape[1]
-        return _Evaluation(unconditional, denoised, x_next, residual.square().sum(dim=(1, 2, 3)) / elements)
-
-
-def _optimise(
-    step: _Step,
-    phi_h: list[torch.Tensor],
-    inner_steps: int,
-    learning_rate: float,
-    early_stop: float,
-    record: _Record,
-) -> tuple[list[torch.Tensor], _Evaluation]:
-    """The inner loop of algorithm 2: J updates of phi_h, and the step with the phi_h that was found.
-
-    A latent stops, before another update, when its loss is below `early_stop`. Where all have stopped, the evaluation
-    that showed this is also the step that is taken.
-    """
-    phi_h = [phi.detach().clone().requires_grad_(True) for phi in phi_h]
-    optimizer = torch.optim.Adam(phi_h, lr=learning_rate)
-    running = torch.ones(len(phi_h), dtype=torch.bool)
-    record.begin_step()
-    for j in range(inner_steps):
-        evaluation = step.evaluate(phi_h)
-        running &= evaluation.loss.detach().cpu() >= early_stop
-        if not bool(running.any()):
-            return phi_h, evaluation
-        # phi_h = phi_h - eta * gradient of eq. 10, by Adam; an optimiser skips what has no gradient.
-        loss = (evaluation.loss * running.to(evaluation.loss)).sum()
-        gradients = gradients_by_sample(loss, evaluation.unconditional, phi_h)
-        for phi, gradient, runs in zip(phi_h, gradients, running.tolist(), strict=True):
-            phi.grad = gradient if runs else None
-        optimizer.step()
-        record.update(evaluation.loss, running)
-        step.report(j, evaluation.denoised)
-    with torch.no_grad():
-        return phi_h, step.evaluate(phi_h)
-
-
-@dataclass
-class _Record:
-    """Keeps what `ReferenceGuidance` reports while the algorithm runs."""
-
-    losses: list[list[torch.Tensor]] = field(default_factory=list)
-    final_losses: list[torch.Tensor] = field(default_factory=list)
-    unguided_losses: list[torch.Tensor] = field(default_factory=list)
-    embeddings: list[torch.Tensor] = field(default_factory=list)
-
-    def begin_step(self) -> None:
-        self.losses.append([])
-
-    def update(self, loss: torch.Tensor, running: torch.Tensor) -> None:
-        """The latents that run have been updated; `loss` [B] was that before it."""
-        self.losses[-1].append(torch.where(running, loss.detach().cpu(), torch.nan))
-
-    def end_step(self, i: int, loss: torch.Tensor, unguided: torch.Tensor, phi_h: list[torch.Tensor]) -> None:
-        loss = loss.detach().cpu()
-        if not bool(torch.isfinite(loss).all()):
-            raise IdentityEditError(
-                f"Reference guidance left the range of numbers at step {i + 1}; lower the guidance scale or the "
-                f"learning rate, or start ComfyUI with --bf16-unet or --fp32-unet."
-            )
-        self.final_losses.append(loss)
-        self.unguided_losses.append(unguided.cpu())
-        self.embeddings.append(torch.cat(phi_h).detach().to(device="cpu", copy=True))
-
-
-def _stacked(rows: list[torch.Tensor], *shape: int) -> torch.Tensor:
-    return torch.stack(rows) if rows else torch.empty(0, *shape)
-
-
 def _check_settings(guidance_scale: float, inner_steps: int, learning_rate: float, early_stop: float) -> None:
     if guidance_scale <= 1.0:
         raise IdentityEditError(
@@ -421,6 +313,8 @@ def _warning_of_losses(
     losses: list[torch.Tensor], final_losses: torch.Tensor, unguided_losses: torch.Tensor
 ) -> str | None:
     """A sentence where phi_h is no nearer to the reference than phi in more than half of a latent's guided steps."""
+    if not losses:
+        return None
     updated = torch.stack([(~rows.isnan()).sum(dim=0) for rows in losses]).cumsum(dim=0) > 0
     worse = int((updated & ~(final_losses < unguided_losses)).sum(dim=0).max())
     if worse * 2 <= len(losses):

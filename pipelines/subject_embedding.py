@@ -182,7 +182,7 @@ def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
     Raises:
         IdentityEditError: when the model has fewer timesteps.
     """
-    sampling = engine.require(model, engine.Capability.TRAINING).sampling
+    sampling = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS).sampling
     if timesteps[0] >= sampling.num_timesteps:
         raise IdentityEditError(
             f"The subject has embeddings up to timestep {timesteps[0]} and the model {sampling.num_timesteps} "

@@ -110,7 +110,7 @@ def test_identity_aware_mask_blend_gives_edit_masks_and_attention() -> None:
         identity_prompt.encode_identity_prompt(CLIP, "sks cat", "cat"),
         NEGATIVE,
         guidance_scale=3.0,
-        settings=identity_mask_blend.MaskSettings(0.4, 2),
+        settings=identity_mask_blend.BlendSettings(0.4, 2),
     )
     assert torch.equal(edited["samples"], expected.latent) and list(edited) == ["samples"]
     for mask, latent_mask in ((source_mask, expected.source_mask), (target_mask, expected.target_mask)):

@@ -14,7 +14,7 @@ from identity_edit_pack.pipelines import engine, identity_mask_blend, null_text
 from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.identity_mask_blend import REPLACE, UNITE, MaskSettings
+from identity_edit_pack.pipelines.identity_mask_blend import REPLACE, UNITE, BlendSettings
 from identity_edit_pack.pipelines.identity_prompt import IdentityPrompt, capture_identity
 from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion, sampling_step
 
@@ -31,7 +31,9 @@ def invert(model: Any, method: str = "ddim", batch: int = 1, height: int = 8, wi
 
 
 def blend(model: Any, inversion: Inversion, **options: Any) -> identity_mask_blend.IdentityMaskBlend:
-    options = {"guidance_scale": 3.0, **options}
+    of_settings = {name: options.pop(name) for name in ("skip", "blend_until", "given_masks") if name in options}
+    settings = replace(options.pop("settings", BlendSettings()), **of_settings)
+    options = {"guidance_scale": 3.0, "settings": settings, **options}
     return identity_mask_blend.identity_mask_blend(model, inversion, SOURCE, TARGET, IDENTITY, NEGATIVE, **options)
 
 
@@ -78,7 +80,7 @@ def test_the_blend_is_algorithm_1(method: str) -> None:
     """Every step written out with two runs of the capture, one step longer each time."""
     model = tiny_models.sd1()
     inversion = invert(model, method, batch=2)
-    settings = MaskSettings(threshold=0.45, power=2, layers="1, 2", feathering=0.7)
+    settings = BlendSettings(threshold=0.45, power=2, layers="1, 2", feathering=0.7)
     result = blend(model, inversion, settings=settings, keep_step_masks=True, blend_until=0.8)
     height, width = inversion.trajectory.shape[-2:]
     trajectory, sigmas = inversion.trajectory, inversion.sigmas
@@ -203,9 +205,9 @@ def test_a_prompt_that_begins_later_blends_with_the_source_mask_until_then() -> 
         ({"given_masks": "both"}, "given_masks is 'both'"),
         ({"skip": 1.0}, "skip is 1"),
         ({"blend_until": 1.5}, "blend_until 1.5"),
-        ({"settings": MaskSettings(threshold=2.0)}, "threshold is 2"),
-        ({"settings": MaskSettings(power=-1)}, "self_attention_power is -1"),
-        ({"settings": MaskSettings(layers="8")}, "layers is '8'"),
+        ({"settings": BlendSettings(threshold=2.0)}, "threshold is 2"),
+        ({"settings": BlendSettings(power=-1)}, "self_attention_power is -1"),
+        ({"settings": BlendSettings(layers="8")}, "layers is '8'"),
     ],
 )
 def test_what_cannot_be_used_is_named(options: dict[str, Any], message: str) -> None:

@@ -14,6 +14,7 @@ from identity_edit_pack.pipelines import engine, inversion, null_text
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.unconditional_embedding import change_of_length
 
 SD_SCALE = 0.18215
 POSITIVE = tiny_models.conditioning(1)
@@ -117,27 +118,16 @@ def test_the_adaptive_method_does_nothing_where_nothing_is_to_be_done():
 
 def test_the_length_of_adaptive_updates_is_that_of_a_line_search():
     """With a linear network the length must be the one that reaches the minimum along the update."""
-
     matrix = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-
-    class Linear:
-        def report(self, j: int, evaluation: object) -> None:
-            pass
-
-        def evaluate(self, phi: list[torch.Tensor]) -> null_text._Evaluation:
-            out = (phi[0].reshape(1, 6) @ matrix).reshape(1, 6, 1, 1)
-            return null_text._Evaluation(out, out, out, out.flatten(1) - 1.0)
-
     start = torch.zeros(1, 6)
-    gradient = 2 / 6 * matrix @ (start @ matrix - 1.0).T  # of the mean square, at the start
-    along = (gradient.T @ matrix).flatten()
+    residual = lambda phi: (phi @ matrix - 1.0).reshape(1, 6, 1, 1)  # noqa: E731
+    gradient = (2 / 6 * matrix @ (start @ matrix - 1.0).T).T  # of the mean square, at the start
+    along = (gradient @ matrix).flatten()
     best = float(((start @ matrix - 1.0).flatten() @ along) / (along @ along))
     for own, expected in ((best / 2, 2.0), (best * 2, 0.5), (best / 100, 4.0)):  # the last one is beyond the limit
-        phi, lengths, record = [start.clone().requires_grad_(True)], torch.ones(1), null_text._Record(1)
-        record.begin_step(0.0)
-        optimizer = torch.optim.SGD([{"params": phi}], lr=own)
-        null_text._optimise_adaptively(Linear(), phi, optimizer, lengths, record, 1)  # type: ignore[arg-type]
-        assert math.isclose(float(lengths), expected, rel_tol=1e-3)
+        found = change_of_length(residual(start), residual(start - own * gradient))
+        assert math.isclose(float(found), expected, rel_tol=1e-3)
+    assert float(change_of_length(residual(start), residual(start))) == 1.0
 
 
 def test_half_precision_reaches_the_same_embeddings():

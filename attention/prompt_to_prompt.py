@@ -30,7 +30,6 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from comfy.patcher_extension import WrappersMP
 from einops import rearrange
 from torch.nn.functional import max_pool2d
 
@@ -318,43 +317,6 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Ten
     """softmax(Q K^T / sqrt(d)) of one picture [heads, N, T] float32, from q [N, heads * d] and k [T, heads * d]."""
     queries, keys = heads_apart(q, heads).float(), heads_apart(k, heads).float()
     return (queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)).softmax(dim=-1)
-
-
-def sampling_pairs(model: Any, key: str, begin: Callable[[int, torch.Tensor], None], in_pairs: bool) -> Any:
-    """A clone of `model` that tells the beginning of each sampling run, and may sample every latent twice.
-
-    Args:
-        model: MODEL; it is not changed.
-        key: of the wrapper; another one under the same key is replaced.
-        begin: called with the number of latents (before they are doubled) and the sigmas of the run.
-        in_pairs: sample the latents and, with the same noise, once more, as one batch: what the sampler returns are
-            first the sources, then the targets.
-    """
-
-    def outer_sample(
-        executor: Any,
-        noise: torch.Tensor,
-        latent_image: torch.Tensor,
-        sampler: Any,
-        sigmas: torch.Tensor,
-        denoise_mask: torch.Tensor | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        begin(noise.shape[0], sigmas)
-        if in_pairs:
-            # Newer versions than 0.3.75 hand it over as it will be used, one mask for each latent.
-            if denoise_mask is not None and denoise_mask.shape[0] == noise.shape[0]:
-                denoise_mask = torch.cat([denoise_mask, denoise_mask])
-            noise, latent_image = torch.cat([noise, noise]), torch.cat([latent_image, latent_image])
-            if kwargs.get("latent_shapes") is not None:
-                kwargs["latent_shapes"] = [latent_image.shape]
-        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
-
-    clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.OUTER_SAMPLE, key)
-    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, outer_sample)
-    return clone
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:

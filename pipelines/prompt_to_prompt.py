@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor, sampling_pairs
+from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor
 from ..attention.sites import AUTOMATIC, LayerKey
 from ..attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from . import engine
@@ -224,10 +224,27 @@ def with_attention_control(
     layers = attention_layers(model.get_model_object("diffusion_model"))
     run: _Run | None = None
 
-    def begin(batch: int, sigmas: torch.Tensor) -> None:
+    def begin(
+        executor: Any,
+        noise: torch.Tensor,
+        latent_image: torch.Tensor,
+        sampler: Any,
+        sigmas: torch.Tensor,
+        denoise_mask: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         nonlocal run
         words = None if blend is None else LocalBlend(*blend, settings.blend_threshold)
-        run = _Run(batch, sigmas.detach().to(device="cpu", dtype=torch.float32), words)
+        run = _Run(noise.shape[0], sigmas.detach().to(device="cpu", dtype=torch.float32), words)
+        if inversion is None:  # the latents twice with the same noise, first the sources, then the targets
+            # Newer versions than 0.3.75 hand it over as it will be used, one mask for each latent.
+            if denoise_mask is not None and denoise_mask.shape[0] == noise.shape[0]:
+                denoise_mask = torch.cat([denoise_mask, denoise_mask])
+            noise, latent_image = torch.cat([noise, noise]), torch.cat([latent_image, latent_image])
+            if kwargs.get("latent_shapes") is not None:
+                kwargs["latent_shapes"] = [latent_image.shape]
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
     def evaluate_both(
         executor: Any,
@@ -288,8 +305,7 @@ def with_attention_control(
             guider.conds = own
         return target_denoised if inversion is not None else torch.cat([source_denoised, target_denoised])
 
-    clone = sampling_pairs(model, _KEY, begin, in_pairs=inversion is None)
-    return engine.with_wrappers(clone, _KEY, evaluate_both)
+    return engine.with_wrappers(model, _KEY, evaluate_both, outer_sample=begin)
 
 
 def _chosen_layers(

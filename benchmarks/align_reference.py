@@ -39,7 +39,7 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from .edits import embed, mean_psnr
-from .harness import RESULTS, ROOT, command_line, source_commit, write_results
+from .harness import RESULTS, ROOT, made_by, write_results
 
 SIZE = 512
 SCALE, ROTATION, SHIFT = 0.3, 40.0, 40.0
@@ -183,12 +183,11 @@ def main(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     generator = np.random.default_rng(0)
     cases = [draw_case(generator) for _ in range(arguments.cases)]
-    command = command_line()
-    figures: dict[str, Any] = {"command": command, "commit": source_commit(), "cases": arguments.cases}
+    figures: dict[str, Any] = {"cases": arguments.cases}
     lines = [
         "# Align Reference",
         "",
-        f"`{command}` at commit {source_commit()}: {arguments.cases} random masks of "
+        f"{made_by()}: {arguments.cases} random masks of "
         f"{SIZE}x{SIZE} and known transforms (scale "
         f"+-{SCALE:.0%}, rotation +-{ROTATION:g} degrees, translation); recovered means within {MOST_SCALE:.0%}, "
         f"{MOST_ROTATION:g} degree and {MOST_TRANSLATION:g} pixel. Processor time of one CPU core.",

@@ -28,7 +28,7 @@ from identity_edit_pack.attention.sites import AUTOMATIC, LAYER_CHOICES
 from tqdm import tqdm
 
 from . import memory
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 
 TOKENS, IDENTITY_TOKENS = 77, (1, 2)
 PLAIN, CROSS, BOTH = "plain sampling", "cross-attention recorded", "cross- and self-attention recorded"
@@ -168,7 +168,6 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
                 seconds[variant] += evaluations(model, width, variant, arguments)
     medians = {variant: statistics.median(values) for variant, values in seconds.items()}
     size, kind = picture_size(width, arguments), device_type()
-    command = command_line()
     where = (
         f"{torch.cuda.get_device_name()}, float16" if kind == "cuda" else f"CPU, {arguments.threads} threads, float32"
     )
@@ -176,7 +175,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     lines = [
         f"# Recording attention: time and memory, {width} at {size}x{size}",
         "",
-        f"`{command}` at commit {source_commit()}: medians of {len(seconds[PLAIN])} guided "
+        f"{made_by()}: medians of {len(seconds[PLAIN])} guided "
         f"evaluations of one picture{each}, {where}, layers {arguments.layers}, random weights.",
         "",
         "| | seconds an evaluation | relative | peak memory (MiB) | more than plain (MiB) |",
@@ -195,8 +194,6 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         f"{'reached' if more <= MEMORY_GOAL else 'not reached'} (memory).",
     ]
     figures = {
-        "command": command,
-        "commit": source_commit(),
         "width": width,
         "size": size,
         "device": where,

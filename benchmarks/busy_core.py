@@ -23,7 +23,7 @@ from api_client import Client
 from api_workflows import read_workflow
 from tqdm import tqdm
 
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SETTINGS: dict[str, dict[str, str]] = {
@@ -86,13 +86,12 @@ def main(arguments: argparse.Namespace) -> None:
         middle = statistics.median(values)
         return f"over {arguments.limit:.0f}" if middle >= arguments.limit else f"{middle:.1f}"
 
-    commit = source_commit()
     own = {machine: statistics.median(values) for machine, values in found["as the scripts choose"].items()}
     rows = [f"| {name} | {shown(by['idle'])} | {shown(by['busy'])} |" for name, by in found.items()]
     lines = [
         "# What a busy core costs",
         "",
-        f"`python -m benchmarks busy_core` at commit {commit}: `{arguments.workflow}` on a server, medians of "
+        f"{made_by()}: `{arguments.workflow}` on a server, medians of "
         f"{arguments.runs} runs in seconds, on {CORES} CPU cores, with and without a program that keeps one of them "
         f"busy. {arguments.note}".strip(),
         "",
@@ -102,5 +101,5 @@ def main(arguments: argparse.Namespace) -> None:
         "",
         f"The goal is that a busy core costs at most a factor of {GOAL:.0f}: it costs {own['busy'] / own['idle']:.2f}.",
     ]
-    figures = {"command": command_line(), "commit": commit, "cores": CORES}
+    figures = {"cores": CORES}
     write_results("busy_core", {**figures, "settings": SETTINGS, "seconds": found}, lines)

@@ -33,7 +33,7 @@ from identity_edit_pack.demo_world.train_clip import attribute_choices
 from identity_edit_pack.pipelines.clip_scores import direction_similarity
 from tqdm import tqdm
 
-from .harness import DEMO_CHECKPOINT, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, made_by, write_results
 
 Sample = tuple[Attributes, int]
 
@@ -85,11 +85,10 @@ def main(arguments: argparse.Namespace) -> None:
     own = direction_similarity(edited, images["renders"], wrong, texts)
     shifted = direction_similarity(edited, images["renders"], wrong.roll(1, 0), texts.roll(1, 0))
 
-    commit, command = source_commit(), command_line()
     lines = [
         "# The demo world's CLIP",
         "",
-        f"`{command}` at commit {commit}: {len(samples)} pictures of held-out identities (seed {arguments.seed}). "
+        f"{made_by()}: {len(samples)} pictures of held-out identities (seed {arguments.seed}). "
         f"Share of pictures whose right caption is nearer than all that differ from it in one attribute:",
         "",
         "| attribute | renders | reconstructions | by chance |",
@@ -107,8 +106,6 @@ def main(arguments: argparse.Namespace) -> None:
         f"CLIP-D of a true edit {own.mean():.3f} with its own captions, {shifted.mean():.3f} with another edit's.",
     ]
     figures = {
-        "command": command,
-        "commit": commit,
         "seed": arguments.seed,
         "pictures": len(samples),
         "attributes": {name: {key: share for key, (share, _) in found.items()} for name, found in choices.items()},

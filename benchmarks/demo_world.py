@@ -25,7 +25,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 from tqdm import tqdm
 
-from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
 
 GUIDANCE_SCALES = (2.0, 3.5, 5.0, 7.5)
 # What the demo world's use needs, as shares of right answers.
@@ -131,11 +131,10 @@ def main(arguments: argparse.Namespace) -> None:
         name: shares(classifier, pictures, pairs)
         for name, pictures in (("renders", renders), ("reconstructions", decoded), ("samples", samples))
     }
-    commit, command = source_commit(), command_line()
     lines = [
         "# The demo world, scored by its attribute classifier",
         "",
-        f"`{command}` at commit {commit}: {arguments.captions} captions drawn at random (seed {arguments.seed}), DDIM "
+        f"{made_by()}: {arguments.captions} captions drawn at random (seed {arguments.seed}), DDIM "
         f"{arguments.steps} steps, guidance scale {best} (the best of "
         f"{', '.join(str(scale) for scale in GUIDANCE_SCALES)} on {arguments.tuning} other captions).",
         "",
@@ -150,8 +149,6 @@ def main(arguments: argparse.Namespace) -> None:
         cells = " | ".join(f"{column[name]:.3f}" for column in columns.values())
         lines.append(f"| {name.replace('_', ' ')} | {cells} | {'' if goal is None else f'{goal:.2f}'} | {reached} |")
     figures = {
-        "command": command,
-        "commit": commit,
         "seed": arguments.seed,
         "captions": arguments.captions,
         "steps": arguments.steps,

@@ -21,7 +21,7 @@ import torch
 from engine import find_engine, version_of
 from identity_edit_pack.tests.dynamic_vram import test_dynamic_vram as tests
 
-from .harness import source_commit, write_results
+from .harness import made_by, write_results
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -37,12 +37,12 @@ def main(arguments: argparse.Namespace) -> None:
             rows.append({"case": case, "setting": setting, **found})
             print(rows[-1], flush=True)
         worker.stop()
-    commit, version = source_commit(), version_of(find_engine())
+    version = version_of(find_engine())
     right = [row for row in rows if row.get("error", 1.0) <= tests.THRESHOLDS.get(row["case"], tests.TOLERANCE)]
     lines = [
         "# Dynamic VRAM: every node beside plain models",
         "",
-        f"`python -m benchmarks dynamic_vram` at commit {commit}: ComfyUI {version}, torch {torch.__version__}, on a "
+        f"{made_by()}: ComfyUI {version}, torch {torch.__version__}, on a "
         "device in host memory, tiny models; all seeds fixed in the code.",
         "",
         "| case or node | setting | largest relative error | tensors compared | weights taken back | without room |",
@@ -58,4 +58,4 @@ def main(arguments: argparse.Namespace) -> None:
         f"{len(right)} of {len(rows)} are right: an error of at most {tests.TOLERANCE:g}; of SegmentSubject, which "
         f"decides by a threshold, {tests.THRESHOLDS['SegmentSubject']:g}.",
     ]
-    write_results("dynamic_vram", {"commit": commit, "comfyui": version, "rows": rows}, lines)
+    write_results("dynamic_vram", {"comfyui": version, "rows": rows}, lines)

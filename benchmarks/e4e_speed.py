@@ -23,7 +23,7 @@ from identity_edit_pack.pipelines import e4e
 from identity_edit_pack.pipelines.engine.managed_network import managed
 from identity_edit_pack.pipelines.w_plus_encoder import WPlusEncoder, encode_w_plus
 
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 
 GOAL = 2.0
 
@@ -88,11 +88,10 @@ def main(arguments: argparse.Namespace) -> None:
         "median": median,
         "tensors": len(state),
     }
-    commit, command = source_commit(), command_line()
     lines = [
         "# e4e",
         "",
-        f"`{command}` at commit {commit}: {len(state)} tensors, {weights:.1f} million weights, float32, random.",
+        f"{made_by()}: {len(state)} tensors, {weights:.1f} million weights, float32, random.",
         "",
         "| device | threads | seconds a face, median | fastest | slowest | processor seconds, median | goal |",
         "|---|---|---|---|---|---|---|",
@@ -118,4 +117,4 @@ def main(arguments: argparse.Namespace) -> None:
             f"{'are the same' if same else 'DIFFER'}; rows of a face differ by at most {difference:.1e}, values go "
             f"up to {size:.2g}.",
         ]
-    write_results("e4e_speed", {"command": command, "commit": commit, **figures}, lines)
+    write_results("e4e_speed", {**figures}, lines)

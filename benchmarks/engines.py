@@ -25,7 +25,7 @@ from typing import Any
 import engine
 from environment import ScriptError, make_environment
 
-from .harness import RESULTS, ROOT, command_of, source_commit, write_results
+from .harness import ROOT, command_of, read_results, source_commit, write_results
 
 WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_generate")
 """Together they use what a ComfyUI may have changed: gradients, recorded and exchanged attention, added layers."""
@@ -181,8 +181,7 @@ def main(arguments: argparse.Namespace) -> None:
                 for name in arguments.workflows
             }
             one["commit"] = source_commit()
-    before = RESULTS / "engines.json"
-    kept = {one["version"]: one for one in json.loads(before.read_text())["engines"]} if before.is_file() else {}
+    kept = {one["version"]: one for one in read_results("engines").get("engines", [])}
     kept.update({one["version"]: one for one in found})
     found = sorted(kept.values(), key=lambda one: [int(part) for part in one["version"].split(".")])
     result = {"command": COMMAND, "reference": engine.ENGINE_VERSION, "engines": found}

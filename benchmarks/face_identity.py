@@ -29,7 +29,7 @@ from identity_edit_pack.pipelines import identity_similarity as identity
 from identity_edit_pack.pipelines.face_alignment import PROFILE, align_ffhq, turned_aside
 from PIL import Image
 
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 
 SIDES = (256, 192, 128, 96, 80, 64, 56, 48, 40, 32, 24)
 
@@ -132,11 +132,10 @@ def main(arguments: argparse.Namespace) -> None:
     if network.is_file():
         share = background.subject_masks(str(network), torch.stack(aligned)).mean(dim=(1, 2)).tolist()
 
-    commit, command = source_commit(), command_line()
     lines = [
         "# Faces in real photos",
         "",
-        f"`{command}` at commit {commit}: {len(found)} faces in {len(photos)} photos; detector {arguments.detector}, "
+        f"{made_by()}: {len(found)} faces in {len(photos)} photos; detector {arguments.detector}, "
         f"recognizer {arguments.recognizer}, on the CPU.",
         "",
         "| photo | faces | side of the crop, pixels | turned aside | seconds to find |",
@@ -188,4 +187,4 @@ def main(arguments: argparse.Namespace) -> None:
         "share_of_the_person": share,
         "by_size": sizes,
     }
-    write_results("face_identity", {"command": command, "commit": commit, **figures}, lines)
+    write_results("face_identity", {**figures}, lines)

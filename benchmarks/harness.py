@@ -23,8 +23,17 @@ FOLDERS = ("benchmarks", "evaluation", "tests/endurance")
 ON_THE_PROCESSOR = ("align_reference", "dynamic_vram", "face_identity", "quantized_weights")
 """Benchmarks that take no accelerator where there is one."""
 WITHOUT_COMFYUI = (  # fmt: skip
-    "busy_core", "engines", "gpu", "interrupts", "launch_options", "page_load", "processors", "random_graphs",
-    "real_sizes", "soak", "startup",
+    "busy_core",
+    "engines",
+    "gpu",
+    "interrupts",
+    "launch_options",
+    "page_load",
+    "processors",
+    "random_graphs",
+    "real_sizes",
+    "soak",
+    "startup",
 )
 """Benchmarks that start servers or other processes, or that choose ComfyUI's options themselves."""
 DEMO_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo.safetensors"
@@ -97,8 +106,20 @@ def source_commit() -> str:
     return load_pack.source_commit()
 
 
+def made_by() -> str:
+    """The beginning of a table's first paragraph: the command and the commit."""
+    return f"`{command_line()}` at commit {source_commit()}"
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """The figures of an earlier run in results/NAME.json, for benchmarks that go on or keep rows; {} without one."""
+    path = RESULTS / f"{name}.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
 def write_results(name: str, figures: dict[str, Any], lines: list[str]) -> None:
-    """Write results/NAME.json and results/NAME.md, each whole or not at all, and print the lines."""
+    """Write results/NAME.json, with command and commit, and results/NAME.md, whole or not at all; print the lines."""
+    figures = {"command": command_line(), "commit": source_commit(), **figures}
     RESULTS.mkdir(exist_ok=True)
     for suffix, text in ((".json", json.dumps(figures, indent=2)), (".md", "\n".join(lines))):
         temporary = RESULTS / f"{name}{suffix}.tmp"

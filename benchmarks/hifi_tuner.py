@@ -69,7 +69,7 @@ from identity_edit_pack.pipelines.training_pictures import TrainingPictures, enc
 from tqdm import tqdm
 
 from .edits import embed, save_sheet
-from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
 from .hifi_subjects import (
     PROMPTS,
     Source,
@@ -308,11 +308,10 @@ def write_report(
     """The tables and the pictures of the subjects so far."""
     order = (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer")
     report = {row: means(scores[row]) for row in order}
-    commit, command = source_commit(), command_line()
     head = [
         "# HiFi Tuner on unseen subjects of the demo world",
         "",
-        f"`{command}` at commit {commit}: {len(sheet['sources'])} subjects, {arguments.prompts} prompts, "
+        f"{made_by()}: {len(sheet['sources'])} subjects, {arguments.prompts} prompts, "
         f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from one picture in each pose; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
@@ -330,8 +329,6 @@ def write_report(
     }
     lines = [*head, *table(report, columns), *published_steps(report)]
     everything = {
-        "command": command,
-        "commit": commit,
         "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
         "minutes": minutes,
         "rows": report,

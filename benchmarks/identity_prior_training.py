@@ -30,7 +30,7 @@ from identity_edit_pack.pipelines.training import generator_of
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures
 
 from . import memory
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 from .training_runs import (
     WARM_UP,
     Networks,
@@ -153,7 +153,6 @@ def main(arguments: argparse.Namespace) -> None:
     speeds = Speeds.of(seconds, PLAIN)
     rates, ratios, relative = speeds.rates, speeds.ratios[PACK], speeds.relative[PACK]
     memories = {name: peak_memory("identity_prior_training", name, arguments) for name in names}
-    commit, command = source_commit(), command_line()
     trained = sum(
         state[key].numel()
         for state, part in zip(
@@ -166,7 +165,7 @@ def main(arguments: argparse.Namespace) -> None:
     lines = [
         "# Training an identity prior: speed and memory",
         "",
-        f"`{command}` at commit {commit}: medians of {arguments.runs} pairs of runs of {arguments.steps} steps, "
+        f"{made_by()}: medians of {arguments.runs} pairs of runs of {arguments.steps} steps, "
         f"{trained / 1e6:.2f} million weights, one picture of each set a step, {arguments.threads} threads, float32. "
         f"The losses of both loops agree to {difference:.1e}. The ratio of a pair is from {min(ratios):.2f} to "
         f"{max(ratios):.2f}.",
@@ -180,8 +179,6 @@ def main(arguments: argparse.Namespace) -> None:
         + ("reached." if relative >= GOAL else "not reached."),
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "threads": arguments.threads,
         "trained_weights": trained,
         "largest_relative_difference_of_losses": difference,

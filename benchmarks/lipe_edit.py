@@ -59,7 +59,7 @@ from identity_edit_pack.pipelines.training_pictures import TrainingPictures, enc
 from tqdm import tqdm
 
 from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each
-from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
 
 EDITED = ("pose", "expression", "facing")
 SPECIES = ("cat", "dog", "bear", "rabbit")
@@ -366,11 +366,10 @@ def main(arguments: argparse.Namespace) -> None:
         report[name] = mean_score(score_each(classifier, made, pairs), pairs)
         report[name]["feature_similarity"] = float(np.mean(similarity(classifier, made, before)))
     mean_overlaps = {key: float(np.mean(values)) for key, values in overlaps.items()}
-    commit, command = source_commit(), command_line()
     head = [
         "# Personalised identity prior and identity-aware masks on unseen subjects of the demo world",
         "",
-        f"`{command}` at commit {commit}: {arguments.subjects} subjects, {len(pairs)} edits, edit-friendly DDPM "
+        f"{made_by()}: {arguments.subjects} subjects, {len(pairs)} edits, edit-friendly DDPM "
         f"inversion with {arguments.steps} steps (source guidance {arguments.source_guidance_scale:g}, target guidance "
         f"{arguments.guidance_scale:g}, skip {arguments.skip:g}), priors of {arguments.training_steps} steps from "
         f"{REFERENCES} pictures at learning rate {arguments.learning_rate:g}, seed {arguments.seed}; {minutes:.0f} "
@@ -378,8 +377,6 @@ def main(arguments: argparse.Namespace) -> None:
         "",
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "seed": arguments.seed,
         "edits": len(pairs),
         "minutes": minutes,

@@ -31,7 +31,7 @@ from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guid
 from tqdm import tqdm
 
 from . import memory
-from .harness import DEMO_CHECKPOINT, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, made_by, write_results
 
 STEPS = 20
 BASELINE = "InstructPix2Pix, 3 terms (DualCFGGuider)"
@@ -123,11 +123,10 @@ def main(arguments: argparse.Namespace) -> None:
                     seconds[name].append(time.perf_counter() - begin)
                 counts[name] = counter.evaluations, counter.calls
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    commit, command = source_commit(), command_line()
     lines = [
         "# Cost of an edit by an MCDM",
         "",
-        f"`{command}` at commit {commit}: the demo checkpoint with eight input channels, 128x128, {STEPS} steps of "
+        f"{made_by()}: the demo checkpoint with eight input channels, 128x128, {STEPS} steps of "
         f"UniPC, {arguments.threads} threads, medians of {arguments.runs} runs.",
         "",
         "| guidance | network evaluations | calls | seconds | relative |",
@@ -144,8 +143,6 @@ def main(arguments: argparse.Namespace) -> None:
         "evaluation more a step, since the prompts differ in the last term only.",
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "threads": arguments.threads,
         "evaluations": {name: count[0] for name, count in counts.items()},
         "calls": {name: count[1] for name, count in counts.items()},

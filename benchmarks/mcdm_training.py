@@ -37,7 +37,7 @@ from identity_edit_pack.pipelines.training import generator_of
 from PIL import Image
 
 from . import memory
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 from .training_runs import (
     WARM_UP,
     Speeds,
@@ -173,12 +173,11 @@ def main(arguments: argparse.Namespace) -> None:
     rates = {name: size * rate for name, rate in speeds.rates.items()}
     ratios, relative = speeds.ratios[PACK], speeds.relative[PACK]
     memories = {name: peak_memory("mcdm_training", name, arguments) for name in names}
-    commit, command = source_commit(), command_line()
     trained = sum(parameter.numel() for parameter in model.model.diffusion_model.parameters())
     lines = [
         "# Training an MCDM: speed and memory",
         "",
-        f"`{command}` at commit {commit}: medians of {arguments.runs} pairs of runs of {arguments.steps} steps, "
+        f"{made_by()}: medians of {arguments.runs} pairs of runs of {arguments.steps} steps, "
         f"{trained / 1e6:.1f} million weights, {size} pairs a step, {arguments.threads} threads, float32. The losses "
         f"of both loops agree to {difference:.1e}. The ratio of a pair is from {min(ratios):.2f} to {max(ratios):.2f}.",
         "",
@@ -191,8 +190,6 @@ def main(arguments: argparse.Namespace) -> None:
         + ("reached." if relative >= GOAL else "not reached."),
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "threads": arguments.threads,
         "trained_weights": trained,
         "largest_relative_difference_of_losses": difference,

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from ..tests import reference_null_text
 from . import memory
-from .harness import DEMO_CHECKPOINT, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, made_by, write_results
 
 REFERENCE = "reference"
 GOAL = 0.5
@@ -156,11 +156,10 @@ def main(arguments: argparse.Namespace) -> None:
         | {"peak_memory_mib": peak_memory(name, arguments)}
         for name, row in rows.items()
     }
-    commit, command = source_commit(), command_line()
     lines = [
         "# Null-text optimisation: time, evaluations and memory",
         "",
-        f"`{command}` at commit {commit}: medians of {arguments.runs} pictures, {arguments.steps} steps, guidance "
+        f"{made_by()}: medians of {arguments.runs} pictures, {arguments.steps} steps, guidance "
         f"scale {arguments.guidance_scale:g}, {arguments.threads} threads, float32. The autoencoder alone: "
         f"{statistics.median(ceiling):.2f} dB.",
         "",
@@ -187,8 +186,6 @@ def main(arguments: argparse.Namespace) -> None:
         + (f"reached by: {', '.join(reached)}." if reached else "not reached."),
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "steps": arguments.steps,
         "threads": arguments.threads,
         "guidance_scale": arguments.guidance_scale,

@@ -21,7 +21,7 @@ from typing import Any
 import engine
 import psutil
 
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 
 GOAL_SECONDS = 0.1
 FOLDERS = 400
@@ -91,12 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(options: argparse.Namespace) -> None:
     layouts = [(0, 0), (options.files, 0), (options.files, FOLDERS)]
     rows = [measured(count, folders, options.requests) for count, folders in layouts]
-    commit, version = source_commit(), engine_version()
-    command = command_line()
+    version = engine_version()
     lines = [
         f"# What the pack adds to /object_info, ComfyUI {version}",
         "",
-        f"`{command}` at commit {commit}, on {os.cpu_count()} CPU cores (load {os.getloadavg()[0]:.1f}): seconds of "
+        f"{made_by()}, on {os.cpu_count()} CPU cores (load {os.getloadavg()[0]:.1f}): seconds of "
         f"the first answer, the median of {options.requests} later ones with each server asked in turn, and the "
         f"processor's time of a later one.",
         "",
@@ -113,7 +112,7 @@ def main(options: argparse.Namespace) -> None:
         ]
         lines.append(f"| {' | '.join([where, *numbers])} |")
     lines += ["", f"The goal is less than {GOAL_SECONDS} s added."]
-    result = {"command": command, "commit": commit, "comfyui": version, "goal_seconds": GOAL_SECONDS, "rows": rows}
+    result = {"comfyui": version, "goal_seconds": GOAL_SECONDS, "rows": rows}
     write_results(f"page_load_{version}", result, lines)
 
 

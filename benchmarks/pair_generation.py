@@ -64,7 +64,7 @@ from identity_edit_pack.pipelines.training_pictures import encode_pictures
 from tqdm import tqdm
 
 from .edits import save_sheet
-from .harness import RESULTS, ROOT, command_line, source_commit, write_results
+from .harness import RESULTS, ROOT, made_by, write_results
 
 SHARED_PROMPT = f"a portrait of the same {datasets.SUBJECT} on the left and right"
 Condition = tuple[datasets.PairSettings, datasets.Identities | None, datasets.Poses | None, bool]
@@ -257,8 +257,7 @@ def main(arguments: argparse.Namespace) -> None:
             True,
         ),
     }
-    command = command_line()
-    figures: dict[str, Any] = {"command": command, "commit": source_commit(), "identity_words": trained}
+    figures: dict[str, Any] = {"identity_words": trained}
     rows = []
     for name, (settings, who, pose, composed) in conditions.items():
         start = time.perf_counter()
@@ -293,7 +292,7 @@ def main(arguments: argparse.Namespace) -> None:
     lines = [
         "# Generated pairs of the demo checkpoint",
         "",
-        f"`{command}` at commit {source_commit()}: {arguments.pairs} pairs a row, seed {arguments.seed}, "
+        f"{made_by()}: {arguments.pairs} pairs a row, seed {arguments.seed}, "
         f"{STEPS} steps of {SAMPLER}, guidance scale {GUIDANCE_SCALE:g}. Identity words: {trained}.",
         "",
         "| | " + " | ".join(titles.values()) + " | seconds a pair |",

@@ -54,7 +54,7 @@ from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 from .edits import Pair, composite, embed, mean_psnr, render_pair, save_sheet
-from .harness import RESULTS, ROOT, command_line, source_commit, write_results
+from .harness import RESULTS, ROOT, made_by, write_results
 
 EDITS = {
     "smiling": ("expression", "a portrait of a smiling person"),
@@ -368,11 +368,10 @@ def main(arguments: argparse.Namespace) -> None:
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
 
     report = {name: score(pictures, pairs) for name, pictures in columns.items()}
-    commit, command = source_commit(), command_line()
     lines = [
         "# Portrait edits of held-out identities of the demo world",
         "",
-        f"`{command}` at commit {commit}: {len(pairs)} portraits, six edits, seed {arguments.seed}; MCDM with scales "
+        f"{made_by()}: {len(pairs)} portraits, six edits, seed {arguments.seed}; MCDM with scales "
         f"{arguments.image_scale:g}, {arguments.spatial_scale:g}, {arguments.text_scale:g}, {STEPS} steps of UniPC, "
         f"mask thresholds {arguments.threshold:g} and {arguments.costume_threshold:g} (costumes), kernel "
         f"{arguments.kernel}" + (f"; {minutes:.0f} minutes." if arguments.keep is None else "."),
@@ -387,7 +386,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"{row['identity_kept']:.2f} | {row['both']:.2f} | {row['ssim']:.3f} | {row['feature_distance']:.3f} | "
             f"{row['psnr_outside_db']:.1f} dB | {row['frechet_distance']:.1f} |"
         )
-    everything = {"command": command, "commit": commit, "portraits": len(pairs), "minutes": minutes, "methods": report}
+    everything = {"portraits": len(pairs), "minutes": minutes, "methods": report}
     if arguments.only:
         print("\n".join(lines))
         return

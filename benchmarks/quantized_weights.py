@@ -16,7 +16,7 @@ import torch
 from ..tests import quantized_models
 from ..tests.nodes.good_inputs import CLASSES
 from ..tests.nodes.test_quantized_weights import NODES, answer
-from .harness import source_commit, write_results
+from .harness import made_by, write_results
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -28,13 +28,13 @@ def main(arguments: argparse.Namespace) -> None:
         for kind in kinds:
             with tempfile.TemporaryDirectory(prefix="identity-edit-") as folder:
                 of_node[kind] = answer(node, kind, Path(folder))
-    version, commit = comfyui_version.__version__, source_commit()
+    version = comfyui_version.__version__
     names = [quantized_models.NAMES.get(kind, kind) for kind in kinds]
     sentences = sorted({said for of_node in answers.values() for said in of_node.values()} - {"works"})
     lines = [
         "# Nodes on quantized weights",
         "",
-        f"`python -m benchmarks quantized_weights` at commit {commit} on ComfyUI {version}: every node that has a",
+        f"{made_by()} on ComfyUI {version}: every node that has a",
         "MODEL, on the tests' tiny models with all linear layers quantized. GGUF-like layers are the tests' own, made",
         "after what GGUF packs do. A number stands for the sentence below it with which the node refuses.",
         "",
@@ -45,4 +45,4 @@ def main(arguments: argparse.Namespace) -> None:
         cells = [said if said == "works" else f"({sentences.index(said) + 1})" for said in of_node.values()]
         lines.append(f"| {node} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {said}" for number, said in enumerate(sentences, start=1))]
-    write_results("quantized_weights", {"commit": commit, "comfyui": version, "answers": answers}, lines)
+    write_results("quantized_weights", {"comfyui": version, "answers": answers}, lines)

@@ -31,7 +31,7 @@ from typing import Any
 import load_pack
 import psutil
 
-from .harness import RESULTS, ROOT, command_of, source_commit, write_results
+from .harness import ROOT, command_of, read_results, source_commit, write_results
 
 NAME = "real_sizes"
 FAMILIES = {"sd15": "SD 1.5", "sd21": "SD 2.1 (v-prediction)", "sdxl": "SDXL"}
@@ -226,12 +226,6 @@ def write_here(name: str, arguments: argparse.Namespace) -> None:
         checkpoints.write_checkpoint(name, models / "checkpoints" / f"{name}.safetensors")
 
 
-def read_results() -> dict[str, Any]:
-    """What earlier calls have found: rows, and the pack's nodes that take a model."""
-    path = RESULTS / f"{NAME}.json"
-    return {"rows": [], "nodes_with_models": [], **(json.loads(path.read_text("utf-8")) if path.is_file() else {})}
-
-
 def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
     lines = [
         "# Nodes on models of full width",
@@ -311,7 +305,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> None:
-    rows = read_results()["rows"]
+    rows = read_results(NAME).get("rows", [])
     write_checkpoint("vision", arguments)
     for family in arguments.family:
         write_checkpoint(family, arguments)
@@ -323,11 +317,11 @@ def measure(arguments: argparse.Namespace) -> None:
                 names, group = [], names
                 for number, found in enumerate(in_a_process(group, family, arguments)):
                     key = {"family": family, "row": group[number], "size": size_of(group[number], arguments)}
-                    nodes = found.pop("nodes_with_models", read_results()["nodes_with_models"])
+                    nodes = found.pop("nodes_with_models", read_results(NAME).get("nodes_with_models", []))
                     record = {**key, "dtype": arguments.dtype, **found}
                     record |= {"threads": arguments.threads, "commit": source_commit()}
                     others = [
-                        row for row in read_results()["rows"] if place(row) != place(record)
+                        row for row in read_results(NAME).get("rows", []) if place(row) != place(record)
                     ]  # another call may have added some
                     rows = sorted([*others, record], key=place)
                     write_rows(rows, nodes)

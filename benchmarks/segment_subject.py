@@ -27,7 +27,7 @@ from identity_edit_pack.pipelines import heatmap
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 
 from .edits import embed, save_sheet
-from .harness import RESULTS, ROOT, command_line, source_commit, write_results
+from .harness import RESULTS, ROOT, made_by, write_results
 
 TIMESTEPS = (1, 101, 201, 301, 401, 501, 601, 701, 801)
 SETS = [
@@ -102,17 +102,14 @@ def main(arguments: argparse.Namespace) -> None:
     latents = vae.encode(pictures)
     half = arguments.pictures // 2
 
-    command = command_line()
     figures: dict[str, Any] = {
-        "command": command,
-        "commit": source_commit(),
         "pictures": arguments.pictures,
         "reported": arguments.pictures - half,
     }
     lines = [
         "# Segment Subject by attention",
         "",
-        f"`{command}` at commit {source_commit()}: {arguments.pictures} pictures of held-out "
+        f"{made_by()}: {arguments.pictures} pictures of held-out "
         f"identities; timesteps, threshold "
         f"and lambda chosen on {half}, reported on the other {arguments.pictures - half}. Intersection over union with "
         "the renderer's masks.",

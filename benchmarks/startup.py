@@ -18,7 +18,7 @@ from pathlib import Path
 import engine
 from tqdm import trange
 
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 
 GOAL_SECONDS = 0.5
 
@@ -54,10 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
         with_pack.append(seconds)
         imports.append(import_seconds)
 
-    commit = source_commit()
     result = {
-        "command": command_line(),
-        "commit": commit,
         "starts": starts,
         "import_seconds": imports,
         "start_seconds_with_pack": [round(value, 3) for value in with_pack],
@@ -69,7 +66,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     table = f"""# What the pack adds to ComfyUI's start
 
-`python -m benchmarks startup` at commit {commit}: medians of {starts} starts each, in turn, on {os.cpu_count()} CPU
+{made_by()}: medians of {starts} starts each, in turn, on {os.cpu_count()} CPU
 cores.
 
 | | seconds |

@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 from . import memory
 from .attention_capture import WIDTHS, conditioning, device_type, load, picture_size
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 
 PLAIN, ONE, PARALLEL_ONE, TWO = (
     "plain sampling",
@@ -142,7 +142,6 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     ratios = {variant: [a / b for a, b in zip(of_runs[variant], of_runs[PLAIN], strict=True)] for variant in VARIANTS}
     relative = {variant: statistics.median(ratios[variant]) for variant in VARIANTS}
     size, kind = picture_size(width, arguments), device_type()
-    command = command_line()
     where = f"CPU, {arguments.threads} threads, float32"
     if kind == "cuda":
         where = f"{torch.cuda.get_device_name()}, float16"
@@ -150,7 +149,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     lines = [
         f"# Style cross-attention: time and memory, {width} at {size}x{size}",
         "",
-        f"`{command}` at commit {source_commit()}: medians of {arguments.runs} rounds of {arguments.steps} "
+        f"{made_by()}: medians of {arguments.runs} rounds of {arguments.steps} "
         f"guided evaluations of one picture, {where}, random weights; {weights / 1e6:.1f} million weights in one "
         f"style cross-attention.",
         "",
@@ -166,8 +165,6 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         f"{'reached' if relative[ONE] <= GOALS.get(kind, 1.05) else 'not reached'}.",
     ]
     figures = {
-        "command": command,
-        "commit": source_commit(),
         "width": width,
         "size": size,
         "device": where,

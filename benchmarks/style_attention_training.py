@@ -37,7 +37,7 @@ from identity_edit_pack.pipelines.training_pictures import TrainingPictures
 from identity_edit_pack.pipelines.w_plus import WPlus
 
 from . import memory
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 from .training_runs import (
     WARM_UP,
     Networks,
@@ -208,12 +208,10 @@ def main(arguments: argparse.Namespace) -> None:
     speeds = Speeds.of(seconds, PLAIN)
     rates, ratios, relative = speeds.rates, speeds.ratios, speeds.relative
     memories = {name: peak_memory("style_attention_training", name, arguments) for name in names}
-    commit = source_commit()
-    command = command_line()
     lines = [
         "# Training a style attention: speed and memory",
         "",
-        f"`{command}` at commit {commit}: medians of {arguments.runs} rounds of runs of {arguments.steps} steps, "
+        f"{made_by()}: medians of {arguments.runs} rounds of runs of {arguments.steps} steps, "
         f"{SETTINGS.batch_size} of {PICTURES} pictures a step, {arguments.threads} threads, float32. The losses of "
         f"both loops agree to {difference:.1e}; each evaluates the network {evaluations[PLAIN]} times in "
         f"{training.steps} steps.",
@@ -230,8 +228,6 @@ def main(arguments: argparse.Namespace) -> None:
         + ("reached." if relative[PACK] >= GOAL else "not reached."),
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "threads": arguments.threads,
         "largest_relative_difference_of_losses": difference,
         "network_evaluations": evaluations,

@@ -72,7 +72,7 @@ from identity_edit_pack.pipelines.w_plus_encoder import (
 from tqdm import tqdm
 
 from .edits import embed, save_sheet
-from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
 from .hifi_subjects import features, seen
 
 PROMPTS: tuple[dict[str, str], ...] = (
@@ -354,11 +354,10 @@ def write_report(
     sheet: dict[str, list[torch.Tensor]],
     minutes: float,
 ) -> None:
-    commit, command = source_commit(), command_line()
     lines = [
         "# Style cross-attention on unseen people of the demo world",
         "",
-        f"`{command}` at commit {commit}: {people} people, {arguments.prompts} prompts, seed {arguments.seed}; "
+        f"{made_by()}: {people} people, {arguments.prompts} prompts, seed {arguments.seed}; "
         f"attentions {arguments.training_steps} steps of batch 4 at learning rate {arguments.learning_rate:g}, lambda "
         f"{arguments.strength:g}; textual inversion {arguments.word_steps} "
         f"steps at {arguments.word_learning_rate:g}, identity prior {arguments.prior_steps} at "
@@ -369,8 +368,6 @@ def write_report(
         *table(rows, "photos", "Number of photos"),
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "minutes": minutes,
         "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
     }

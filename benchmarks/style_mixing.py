@@ -20,7 +20,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
 
 # Prepares ComfyUI and the pack, before anything of them is imported.
 from .style_identity import (  # isort: skip
@@ -138,12 +138,11 @@ def main(arguments: argparse.Namespace) -> None:
         for name, right in found.items():
             mixing.setdefault(name, []).extend(right)
 
-    commit, command = source_commit(), command_line()
     minutes = (time.perf_counter() - begin) / 60
     lines = [
         "# People that nobody trained on, by their W+ styles",
         "",
-        f"`{command}` at commit {commit}: {len(people)} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style "
+        f"{made_by()}: {len(people)} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style "
         f"attention of {style.training['steps']} steps and {style.training['pictures']} portraits; {arguments.steps} "
         f"steps of DDIM, guidance {arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; {minutes:.0f} "
         f"minutes.",
@@ -151,8 +150,6 @@ def main(arguments: argparse.Namespace) -> None:
         *mixing_table(mixing),
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "minutes": minutes,
         "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
         "mixing": {name: float(np.mean(right)) for name, right in mixing.items()},

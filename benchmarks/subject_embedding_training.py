@@ -40,7 +40,7 @@ from identity_edit_pack.pipelines.training import generator_of
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures
 
 from . import memory
-from .harness import command_line, source_commit, write_results
+from .harness import made_by, write_results
 from .training_runs import (
     WARM_UP,
     Networks,
@@ -225,12 +225,10 @@ def main(arguments: argparse.Namespace) -> None:
     speeds = Speeds.of(seconds, DIFFUSERS)
     rates, ratios, relative = speeds.rates, speeds.ratios, speeds.relative
     memories = {name: peak_memory("subject_embedding_training", name, arguments) for name in names}
-    commit = source_commit()
-    command = command_line()
     lines = [
         "# Training a subject's embeddings: speed and memory",
         "",
-        f"`{command}` at commit {commit}: medians of {arguments.runs} rounds of runs of {arguments.steps} steps, "
+        f"{made_by()}: medians of {arguments.runs} rounds of runs of {arguments.steps} steps, "
         f"{TOKENS} vectors, one picture a step, {arguments.threads} threads, float32. The losses of the three loops of "
         f"textual inversion agree to {difference:.1e}; each evaluates the network {evaluations[DIFFUSERS]} times in "
         f"{training.steps} steps.",
@@ -250,8 +248,6 @@ def main(arguments: argparse.Namespace) -> None:
         + ".",
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "threads": arguments.threads,
         "largest_relative_difference_of_losses": difference,
         "network_evaluations": evaluations,

@@ -28,7 +28,7 @@ from identity_edit_pack.pipelines.subject_replacement import subject_replacement
 from tqdm import tqdm
 
 from .edits import Pair, embed, save_sheet
-from .harness import RESULTS, command_line, source_commit, write_results
+from .harness import RESULTS, made_by, write_results
 from .hifi_subjects import draw_replacements, score_replacement
 from .hifi_tuner import add_training_arguments, begin, learned, means, table, training_pictures
 from .lipe_edit import Checkpoint, caption_with, draw_subjects
@@ -116,7 +116,6 @@ def main(arguments: argparse.Namespace) -> None:
     minutes = (time.perf_counter() - begun) / 60
 
     report = {name: means(rows) for name, rows in scores.items()}
-    commit, command = source_commit(), command_line()
     columns = {
         "subject_replaced": "subject replaced",
         "species_replaced": "species",
@@ -127,7 +126,7 @@ def main(arguments: argparse.Namespace) -> None:
     lines = [
         "# Subject replacement on unseen subjects of the demo world",
         "",
-        f"`{command}` at commit {commit}: {arguments.subjects} subjects, {len(scores['renderer'])} pictures; "
+        f"{made_by()}: {arguments.subjects} subjects, {len(scores['renderer'])} pictures; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} and {arguments.updates_per_step} for each of {arguments.steps} DDIM "
         f"steps; guidance {arguments.guidance_scale:g}; {minutes:.0f} minutes.",
@@ -137,8 +136,6 @@ def main(arguments: argparse.Namespace) -> None:
         "Rows of the picture: the subject, the picture, and the rows of the table in their order.",
     ]
     everything = {
-        "command": command,
-        "commit": commit,
         "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
         "minutes": minutes,
         "rows": report,

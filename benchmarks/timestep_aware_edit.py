@@ -37,7 +37,7 @@ from matplotlib import pyplot
 from tqdm import tqdm
 
 from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each
-from .harness import DEMO_CHECKPOINT, RESULTS, command_line, source_commit, write_results
+from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
 
 RATIOS = (0.1, 0.2, 0.4)
 EDITED = ("pose", "expression", "costume")
@@ -159,17 +159,16 @@ def main(arguments: argparse.Namespace) -> None:
 
     classifier = load_classifier()
     report = {name: mean_score(score_each(classifier, pictures, pairs), pairs) for name, pictures in columns.items()}
-    commit, command = source_commit(), command_line()
     head = [
         "# Timestep-aware text injection on unseen subjects of the demo world",
         "",
-        f"`{command}` at commit {commit}: {len(pairs)} pairs, DDIM {arguments.steps} steps, guidance scale "
+        f"{made_by()}: {len(pairs)} pairs, DDIM {arguments.steps} steps, guidance scale "
         f"{arguments.guidance_scale}, eta {arguments.eta}, 200 steps of text optimisation, null-text optimisation by "
         f"the {arguments.null_text} method, seed {arguments.seed}; {minutes:.0f} minutes. DDIM + target is sampled "
         f"with guidance scale 1, as in the paper.",
         "",
     ]
-    everything = {"command": command, "commit": commit, "pairs": len(pairs), "minutes": minutes, "methods": report}
+    everything = {"pairs": len(pairs), "minutes": minutes, "methods": report}
     write_results("timestep_aware_edit", everything, head + table(report) + effect_of_injection(report))
     plot_trade_off(report, len(pairs))
     save_sheet(RESULTS / "timestep_aware_edit.jpg", [torch.stack([pair.before for pair in pairs]), *columns.values()])

@@ -211,28 +211,26 @@ MUTATIONS = [
         "sigmas unchecked",
         '"SIGMAS": lambda value, item, model: check_sigmas(value, item.id),',
         "",
-        ("test_bad_inputs.py",),
+        ("test_sockets.py",),
     ),
     Mutation(
         "numbers without limits",
         "if (least is not None and value < least) or (most is not None and value > most):",
         "if False:",
-        ("test_bad_inputs.py", "test_sockets.py"),
+        ("test_sockets.py",),
     ),
-    Mutation(
-        "pictures of NaN", "bad = not_finite(pictures, name)", "bad = None", ("test_bad_inputs.py", "test_sockets.py")
-    ),
+    Mutation("pictures of NaN", "bad = not_finite(pictures, name)", "bad = None", ("test_sockets.py",)),
     Mutation(
         "CLIP vision unchecked",
         '"CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),',
         "",
-        ("test_bad_inputs.py",),
+        ("test_sockets.py",),
     ),
     Mutation(
         "a node without its checks",
         "    @checked\n    def execute(cls, detector: str, score: float)",
         "    def execute(cls, detector: str, score: float)",
-        ("test_bad_inputs.py", "test_nodes.py", "test_sockets.py"),
+        ("test_sockets.py",),
     ),
     Mutation(
         "the output folder is left",

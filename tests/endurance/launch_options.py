@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import json
 import shutil
 import tempfile
 import time
@@ -29,7 +28,7 @@ from api_client import Client, PromptError
 from api_workflows import read_workflow, workflow_names
 from engine import ENGINE_VERSION, Server, find_engine, has_accelerator, version_of
 
-from ...benchmarks.harness import RESULTS, source_commit, write_results
+from ...benchmarks.harness import read_results, source_commit, write_results
 
 PLAIN, COMPILED = "plain", "TorchCompileModel"
 LOADERS = ("CheckpointLoaderSimple", "UNETLoader")
@@ -201,8 +200,7 @@ def results_name() -> str:
 
 
 def read_rows() -> list[dict[str, Any]]:
-    kept = RESULTS / f"{results_name()}.json"
-    return json.loads(kept.read_text("utf-8"))["rows"] if kept.is_file() else []
+    return list(read_results(results_name()).get("rows", []))
 
 
 def is_there(rows: list[dict[str, Any]], option: str, workflow: str, arguments: argparse.Namespace) -> bool:

@@ -8,14 +8,13 @@ replaced, the others stay, and processors.md is made of all.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
 import sys
 from typing import Any
 
-from ...benchmarks.harness import RESULTS, ROOT, source_commit, write_results
+from ...benchmarks.harness import ROOT, read_results, source_commit, write_results
 
 INSTRUCTIONS = {"default": "SSE41", "avx2": "AVX2", "avx512": "AVX512_CORE"}
 SETTINGS = [f"{capability}-{threads}" for capability in INSTRUCTIONS for threads in (1, 2)]
@@ -66,8 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    kept = RESULTS / "processors.json"
-    rows = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    rows = {name: row for name, row in read_results("processors").items() if name in SETTINGS}
     for setting in arguments.settings:
         command = [sys.executable, "-m", "pytest", *arguments.folders, "-q", "-rfE", "-p", "no:cacheprovider"]
         variables = {**os.environ, **variables_of(setting)}

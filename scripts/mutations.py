@@ -101,8 +101,8 @@ MUTATIONS = [
     ),
     Mutation(
         "one noise for all steps",
-        "z_0 + sigmas[i] * noise[i].to(z_0)",
-        "z_0 + sigmas[i] * noise[0].to(z_0)",
+        "noise.noised(z_0, eps[i].to(z_0), sigmas[i])",
+        "noise.noised(z_0, eps[0].to(z_0), sigmas[i])",
         ("test_edit_friendly_inversion.py",),
     ),
     Mutation(
@@ -113,8 +113,8 @@ MUTATIONS = [
     ),
     Mutation(
         "eta the wrong way",
-        "return eta * target + (1.0 - eta) * optimized",
-        "return (1.0 - eta) * target + eta * optimized",
+        "eta * e_tgt + (1.0 - eta) * e_opt)",
+        "(1.0 - eta) * e_tgt + eta * e_opt)",
         ("test_text_optimization.py", "test_text_injection.py"),
     ),
     Mutation(
@@ -125,8 +125,8 @@ MUTATIONS = [
     ),
     Mutation(
         "tolerance of step tables",
-        "(inner_boundaries * (1.0 + _RELATIVE_TOLERANCE) >= sigma)",
-        "(inner_boundaries > sigma)",
+        "(sigmas[1:-1] * (1.0 + SAME_LEVEL) >= sigma)",
+        "(sigmas[1:-1] > sigma)",
         ("test_step_embeddings.py",),
     ),
     Mutation(
@@ -239,7 +239,7 @@ MUTATIONS = [
         ("test_saved_files.py", "test_bad_inputs.py"),
     ),
     Mutation(
-        "seeds beyond the largest", "(seed + number) % (_SEED_MAXIMUM + 1)", "seed + number", ("nodes/test_subject.py",)
+        "seeds beyond the largest", "(seed + number) % (SEED_MAXIMUM + 1)", "seed + number", ("nodes/test_subject.py",)
     ),
     # demo_world/
     Mutation(

@@ -10,12 +10,12 @@ import torch
 from torch.nn.functional import interpolate
 
 from .errors import IdentityEditError
+from .image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN
 from .optional import onnx_session
 
 FOLDER = "rembg"
 ENDINGS = (".onnx",)
 NEEDED = "u2net.onnx, u2netp.onnx or u2net_human_seg.onnx"
-_MEAN, _DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def subject_masks(path: str, pictures: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,7 @@ def subject_masks(path: str, pictures: torch.Tensor) -> torch.Tensor:
     if len(shape) != 4 or shape[1] != 3 or not all(isinstance(side, int) for side in shape[2:]):
         raise IdentityEditError(f"{path} is no salient-object network; choose {NEEDED}.")
     height, width = pictures.shape[1:3]
-    mean, deviation = torch.tensor(_MEAN)[:, None, None], torch.tensor(_DEVIATION)[:, None, None]
+    mean, deviation = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_DEVIATION)[:, None, None]
     masks = []
     for picture in pictures:
         shown = interpolate(picture.movedim(-1, 0)[None], size=tuple(shape[2:]), mode="bicubic", antialias=True)[0]

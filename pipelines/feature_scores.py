@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from .errors import IdentityEditError
-from .image_encoders import encoder_of_folder
+from .image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN, encoder_of_folder
 from .model_folders import check_preprocessor, from_transformers, loaded, read_config
 from .pictures import to_pillow
 
@@ -22,8 +22,6 @@ _KINDS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 STRUCTURE_SIDE = 224
 LONGEST_STRUCTURE_SIDE = 480
 """Pixels along the shorter and at most along the longer side of pictures whose structure is compared (PIE-Bench)."""
-COLOUR_MEAN, COLOUR_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's, which DINO was trained with."""
 
 
 class PictureEncoder(Protocol):
@@ -109,7 +107,7 @@ class Structure:
             image, size=structure_size(*image.shape[2:]), mode="bilinear", antialias=not as_pie_bench
         ) * (255.0 if as_pie_bench else 1.0)
         mean, deviation = (
-            torch.tensor(values).view(1, 3, 1, 1).to(image) for values in (COLOUR_MEAN, COLOUR_DEVIATION)
+            torch.tensor(values).view(1, 3, 1, 1).to(image) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION)
         )
         keys: list[torch.Tensor] = []
         handle = _last_keys(self._network).register_forward_hook(lambda module, given, output: keys.append(output[0]))

@@ -17,6 +17,8 @@ NEEDED = (
     "config.json, model.safetensors and preprocessor_config.json of an image encoder, such as DINO ViT-S/16, DINOv2 or "
     "CLIP, in the form of transformers, or config.json and model.safetensors in that of timm"
 )
+IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of colors, by which most networks expect pictures to be normalized."""
 _CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "deit", "ijepa")
 _PROJECTED = {"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"}
 _POOLED = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
@@ -115,8 +117,8 @@ def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
         with loaded(path, load) as (network, prepared, device):
             size = tuple(prepared.get("input_size", (3, 224, 224)))[1:]
             # timm's own default where a folder names none: ImageNet's
-            mean = torch.tensor(prepared.get("mean", (0.485, 0.456, 0.406))).view(1, 3, 1, 1)
-            deviation = torch.tensor(prepared.get("std", (0.229, 0.224, 0.225))).view(1, 3, 1, 1)
+            mean = torch.tensor(prepared.get("mean", IMAGENET_MEAN)).view(1, 3, 1, 1)
+            deviation = torch.tensor(prepared.get("std", IMAGENET_DEVIATION)).view(1, 3, 1, 1)
             for picture in pictures:
                 image = picture[..., :3].float().cpu().permute(2, 0, 1)[None]
                 image = interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)

@@ -146,7 +146,7 @@ def identity_mask_blend(
     source_attention: IdentityAttention | None = None
     evaluations = 0
     if finds_source and identity is not None:
-        source_model, source_attention = _capture(model, identity, settings)
+        source_model, source_attention = capture_identity(model, identity, settings.layers, settings.power > 0)
 
         def reconstruct(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> int:
             for i in range(first, steps):
@@ -162,7 +162,7 @@ def identity_mask_blend(
     target_model = model if table is None else apply_step_embeddings(model, table, "negative")
     target_attention: IdentityAttention | None = None
     if finds_target and identity is not None:
-        target_model, target_attention = _capture(target_model, identity, settings)
+        target_model, target_attention = capture_identity(target_model, identity, settings.layers, settings.power > 0)
 
     def denoise(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> IdentityMaskBlend:
         step_masks = []
@@ -202,10 +202,6 @@ def _on_grid(inversion: Inversion, mask: torch.Tensor | None, name: str) -> torc
     """A given mask on the latent's grid [B, H, W]."""
     height, width = inversion.trajectory.shape[-2:]
     return None if mask is None else masks_for(mask, name, height, width, inversion.batch)
-
-
-def _capture(model: Any, identity: IdentityPrompt, settings: BlendSettings) -> tuple[Any, IdentityAttention]:
-    return capture_identity(model, identity, settings.layers, self_attention=settings.power > 0)
 
 
 def _mask(

@@ -15,7 +15,7 @@ import torch
 from . import engine, files
 from .conditioning import Conditioning, with_embedding
 from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
-from .schedule import SAME_LEVEL, Schedule
+from .schedule import SAME_LEVEL
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 
 DDIM = "ddim"
@@ -69,10 +69,6 @@ class Inversion:
     def noise(self) -> engine.NoisePath:
         """The path from the picture to noise that its model has."""
         return self.model.noise
-
-    @property
-    def schedule(self) -> Schedule:
-        return Schedule(timesteps=self.timesteps, sigmas=self.sigmas)
 
     @property
     def picture(self) -> torch.Tensor:

@@ -236,15 +236,15 @@ def timestep_aware_sampling(
     check_method(inversion, DDIM, "connect one from DDIM Inversion or Null-Text Optimization")
     if sampler not in SAMPLERS:
         raise IdentityEditError(f"The sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
-    schedule, table = inversion.schedule, inversion.embeddings
-    positive = injected_conditioning(model, schedule.sigmas, source, edit, ratio)
+    table, steps = inversion.embeddings, inversion.steps
+    positive = injected_conditioning(model, inversion.sigmas, source, edit, ratio)
     negative = negative_side(inversion, edit, negative, guidance_scale)
     if table is not None:
         model = apply_step_embeddings(model, table, "negative")
 
     def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> TimestepAwareEdit:
-        sigmas, noise = schedule.sigmas.to(evaluator.device), inversion.noise
-        for i in range(schedule.steps):
+        sigmas, noise = inversion.sigmas.to(evaluator.device), inversion.noise
+        for i in range(steps):
             # Eq. 5: the positive side is C_src in the first steps, then e; its ranges see to that.
             denoised = evaluator.guided(x, sigmas[i], guidance_scale)
             x_next = noise.step(x, denoised, sigmas[i], sigmas[i + 1])
@@ -255,17 +255,17 @@ def timestep_aware_sampling(
                 slope_next = noise.slope(x_next, denoised_next, sigmas[i + 1])
                 x_next = x + (sigmas[i + 1] - sigmas[i]) * (slope + slope_next) / 2
             x = x_next
-            evaluator.report(i, denoised, x, schedule.steps)
+            evaluator.report(i, denoised, x, steps)
         return TimestepAwareEdit(
             latent=engine.to_socket_scale(model, (x / noise.scale(sigmas[-1])).cpu()),
-            source_steps=source_steps(schedule.steps, ratio),
+            source_steps=source_steps(steps, ratio),
             evaluations=evaluator.evaluations,
             warning=None if table is None else table.guidance_warning(guidance_scale),
         )
 
     # x_T with the rounding of a LATENT socket, as the stock samplers start from it.
     x_start = engine.to_model_scale(model, inversion.start_latent(model))
-    return engine.run_loop(model, positive, negative, x_start, schedule.sigmas, loop, callback=callback)
+    return engine.run_loop(model, positive, negative, x_start, inversion.sigmas, loop, callback=callback)
 
 
 def _count_steps(sigmas: torch.Tensor) -> int:

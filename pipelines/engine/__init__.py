@@ -10,8 +10,7 @@ Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model
 
 from .families.base import Capability, Family
 from .families.noise import NoisePath
-from .families.registry import family_of, require
-from .gradient_context import gradient_context, gradient_memory
+from .families.registry import require
 from .guidance import CombiningGuider
 from .loop import Callback, NetworkEvaluator, run_loop
 from .managed_network import managed
@@ -43,9 +42,6 @@ __all__ = [
     "conditionings_of_the_prompt",
     "conditionings_with_embedding",
     "context_channels",
-    "family_of",
-    "gradient_context",
-    "gradient_memory",
     "latent_channels",
     "managed",
     "model_latent",

@@ -25,7 +25,7 @@ from .nodes.style_attention import FILE_FOLDER as STYLE_FOLDER
 from .nodes.subject_embedding import FILE_FOLDER
 from .nodes.w_plus import ENCODER_FOLDER
 from .pipelines.engine.edit_model import register_families
-from .pipelines.errors import for_console
+from .pipelines.shared.errors import for_console
 
 
 class IdentityEditExtension(ComfyExtension):

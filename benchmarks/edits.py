@@ -12,7 +12,7 @@ from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
 from identity_edit_pack.demo_world.pictures import HEADS
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines.conditioning import Conditioning
+from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from PIL import Image
 from skimage.metrics import structural_similarity
 

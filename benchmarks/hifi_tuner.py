@@ -43,7 +43,6 @@ from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.pipelines.alignment import align_reference
 from identity_edit_pack.pipelines.attention_segmentation import attention_masks
-from identity_edit_pack.pipelines.conditioning import Conditioning
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import ddim_inversion
@@ -53,6 +52,7 @@ from identity_edit_pack.pipelines.reference_guidance import (
 )
 from identity_edit_pack.pipelines.reference_selection import histogram_features, select_reference
 from identity_edit_pack.pipelines.schedule import Schedule, ddim_schedule
+from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.pipelines.subject_embedding import (
     OUTPUT,

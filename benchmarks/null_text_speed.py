@@ -27,9 +27,9 @@ from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, caption
 from identity_edit_pack.demo_world.pictures import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import engine, inversion, null_text
-from identity_edit_pack.pipelines.conditioning import Conditioning
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.reconstruction import psnr
+from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from tqdm import tqdm
 
 from ..tests import reference_null_text

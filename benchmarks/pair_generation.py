@@ -54,7 +54,7 @@ from identity_edit_pack.pipelines.identity_words import (
     save_identity_words,
 )
 from identity_edit_pack.pipelines.pair_folder import SOURCE, TARGET, PairFolder, read_pair
-from identity_edit_pack.pipelines.pictures import read_picture
+from identity_edit_pack.pipelines.shared.pictures import read_picture
 from identity_edit_pack.pipelines.train_identity_words import (
     IdentitySettings,
     features_of,

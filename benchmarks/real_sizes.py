@@ -117,7 +117,7 @@ def run_row(name: str, models: Any) -> dict[str, Any]:
     """One row: what came of it, and seconds by what ran."""
     import traceback
 
-    from identity_edit_pack.pipelines.errors import IdentityEditError
+    from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
     from . import real_sizes_nodes
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 from .cases import EditCase, save_picture
 

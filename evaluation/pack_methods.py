@@ -9,7 +9,6 @@ import comfy.sample
 import comfy.samplers
 import torch
 from identity_edit_pack.pipelines import mcdm
-from identity_edit_pack.pipelines.conditioning import Conditioning
 from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
@@ -27,6 +26,7 @@ from identity_edit_pack.pipelines.null_text import (
 )
 from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.regularisation_prompts import shipped_prompts
+from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior

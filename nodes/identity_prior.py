@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..pipelines import identity_prior as priors
-from ..pipelines.errors import IdentityEditError
+from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.train_identity_prior import PriorSettings, train_identity_prior

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..pipelines.conditioning import Conditioning
+from ..pipelines.shared.conditioning import Conditioning
 
 
 def first_said(*cases: tuple[bool, str]) -> str | None:

@@ -11,12 +11,12 @@ from ..attention import identity_mask as masks
 from ..attention.capture import IdentityAttention
 from ..attention.sites import AUTOMATIC, LAYER_CHOICES
 from ..pipelines import heatmap, identity_mask_blend
-from ..pipelines.conditioning import Conditioning
-from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.inversion import Inversion as InversionData
-from ..pipelines.masks import masks_for
-from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour
+from ..pipelines.shared.conditioning import Conditioning
+from ..pipelines.shared.errors import IdentityEditError
+from ..pipelines.shared.masks import masks_for
+from ..pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour
 from .idle import first_said, joined, same_prompt, takes_no_part
 from .sockets import Inversion, at_picture_size, checked, choice_of, mask_input, progress, schema, show_text
 

@@ -11,7 +11,6 @@ from ..pipelines import clip_scores, edit_scores, feature_scores, score_files, s
 from ..pipelines import reconstruction as reconstructions
 from ..pipelines.aesthetic_score import NEEDED as AESTHETIC_NEEDED
 from ..pipelines.aesthetic_score import PURPOSE as AESTHETIC_PURPOSE
-from ..pipelines.errors import IdentityEditError
 from ..pipelines.faces import list_detectors, missing_file
 from ..pipelines.frechet_distance import FEATURES, FEWEST
 from ..pipelines.frechet_distance import NEEDED as INCEPTION_NEEDED
@@ -20,7 +19,8 @@ from ..pipelines.identity_similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.identity_similarity import load_recognizer
 from ..pipelines.lpips_score import BACKBONES
 from ..pipelines.model_folders import list_models, missing_model, model_path
-from ..pipelines.pictures import comparable
+from ..pipelines.shared.errors import IdentityEditError
+from ..pipelines.shared.pictures import comparable
 from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)

@@ -12,11 +12,11 @@ from comfy_api.latest import io, ui
 
 from ..pipelines import pair_dataset as datasets
 from ..pipelines import pair_guidance as guidance
-from ..pipelines.conditioning import Conditioning
-from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.pair_folder import PairFolder
-from ..pipelines.pictures import as_colour, comparable, to_pillow
+from ..pipelines.shared.conditioning import Conditioning
+from ..pipelines.shared.errors import IdentityEditError
+from ..pipelines.shared.pictures import as_colour, comparable, to_pillow
 from ..pipelines.train_identity_words import features_of
 from .idle import first_said, same_prompt
 from .saved_files import check_name

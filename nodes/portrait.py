@@ -11,11 +11,11 @@ from comfy_api.latest import io
 from ..pipelines import edit_mask as edit_masks
 from ..pipelines import mcdm as mcdms
 from ..pipelines import mcdm_guidance
-from ..pipelines.conditioning import Conditioning
-from ..pipelines.errors import for_console
 from ..pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
 from ..pipelines.inversion import Inversion as InversionData
-from ..pipelines.pictures import as_colour
+from ..pipelines.shared.conditioning import Conditioning
+from ..pipelines.shared.errors import for_console
+from ..pipelines.shared.pictures import as_colour
 from .idle import first_said, is_empty, joined, noise_mask_left_out, same_prompt
 from .saved_files import model_files, model_path
 from .sockets import (

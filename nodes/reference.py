@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import alignment, image_encoders, reference_selection
-from ..pipelines.errors import IdentityEditError
-from ..pipelines.masks import masks_for
 from ..pipelines.model_folders import list_models, missing_model, model_path
-from ..pipelines.pictures import as_colour
+from ..pipelines.shared.errors import IdentityEditError
+from ..pipelines.shared.masks import masks_for
+from ..pipelines.shared.pictures import as_colour
 from ..pipelines.subject_pictures import SubjectPictures as SubjectPicturesData
 from .sockets import SubjectPictures, checked, mask_input, schema, show_text
 

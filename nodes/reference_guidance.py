@@ -8,10 +8,10 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import reference_guidance as guidance
-from ..pipelines.conditioning import Conditioning
-from ..pipelines.errors import IdentityEditError
 from ..pipelines.inversion import Inversion as DDIMInversion
 from ..pipelines.inversion import check_step_count
+from ..pipelines.shared.conditioning import Conditioning
+from ..pipelines.shared.errors import IdentityEditError
 from .idle import first_said, joined
 from .sockets import Inversion, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import folder_paths
 from comfy_api.latest import io
 
-from ..pipelines.errors import IdentityEditError, for_console
-from ..pipelines.files import CLAIMED
+from ..pipelines.shared.errors import IdentityEditError, for_console
+from ..pipelines.shared.files import CLAIMED
 
 FILE_ENDING = ".safetensors"
 IN_OUTPUT_FOLDER = " [output]"

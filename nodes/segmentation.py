@@ -13,11 +13,11 @@ from ..pipelines import alignment, attention_segmentation, heatmap
 from ..pipelines import grounding_dino as dino
 from ..pipelines import segment_anything as pipeline
 from ..pipelines.engine.host import stop_if_interrupted
-from ..pipelines.errors import IdentityEditError
 from ..pipelines.identity_prompt import encode_identity_prompt
 from ..pipelines.model_folders import list_models, missing_model, model_path
-from ..pipelines.parsing import whole_numbers
-from ..pipelines.pictures import PIXELS_OF_A_CELL, as_colour, encoded
+from ..pipelines.shared.errors import IdentityEditError
+from ..pipelines.shared.parsing import whole_numbers
+from ..pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour, encoded
 from .sockets import checked, progress, schema, seed_input, show_text
 
 ATTENTION = "attention (no further model)"

@@ -14,11 +14,18 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
-from ..pipelines.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
-from ..pipelines.input_checks import BRIGHTEST, check_mask, check_number, check_pictures, check_sigmas, check_text
-from ..pipelines.masks import CUT_OUT, as_masks, is_no_mask, is_transparency
-from ..pipelines.pictures import PIXELS_OF_A_CELL
 from ..pipelines.prompt_tokens import check_clip
+from ..pipelines.shared.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
+from ..pipelines.shared.input_checks import (
+    BRIGHTEST,
+    check_mask,
+    check_number,
+    check_pictures,
+    check_sigmas,
+    check_text,
+)
+from ..pipelines.shared.masks import CUT_OUT, as_masks, is_no_mask, is_transparency
+from ..pipelines.shared.pictures import PIXELS_OF_A_CELL
 
 CATEGORY = "identity edit"
 _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())

@@ -12,7 +12,7 @@ from ..attention.style_cross_attention import KINDS, SEQUENTIAL
 from ..pipelines import style_attention as styles
 from ..pipelines import style_attention_files as files
 from ..pipelines import train_style_attention as learning
-from ..pipelines.errors import IdentityEditError
+from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.style_attention import StyleAttention as Style
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.train_style_attention import TEMPLATES, StyleSettings

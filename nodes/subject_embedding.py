@@ -11,8 +11,8 @@ from comfy_api.latest import io, ui
 
 from ..pipelines import subject_files
 from ..pipelines import train_subject_embedding as learning
-from ..pipelines.errors import IdentityEditError
 from ..pipelines.schedule import fewer_steps
+from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions

@@ -14,7 +14,7 @@ from comfy_api.latest import io, ui
 from ..pipelines import mcdm as mcdms
 from ..pipelines import train_mcdm
 from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
-from ..pipelines.errors import IdentityEditError
+from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.train_mcdm import MCDMSettings
 from ..pipelines.training import TrainingRun
 from .saved_files import check_name, model_files, model_path, new_path, next_path

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import IdentityEditError
 from .model_folders import read_checkpoint
 from .score_files import files, missing_file
+from .shared.errors import IdentityEditError
 
 NEEDED = "LAION's aesthetic predictor for CLIP ViT-L/14"
 PURPOSE = "The aesthetic score"

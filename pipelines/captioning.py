@@ -12,8 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from .errors import IdentityEditError, check_finite
 from .language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
+from .shared.errors import IdentityEditError, check_finite
 from .subject_pictures import SubjectPictures
 from .subject_words import has_word, with_token
 

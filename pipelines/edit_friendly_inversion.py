@@ -13,8 +13,6 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning
-from .errors import IN_FLOAT32, IdentityEditError, check_finite
 from .inversion import (
     EDIT_FRIENDLY_DDPM,
     Inversion,
@@ -23,6 +21,8 @@ from .inversion import (
     check_negative,
     sampling_step,
 )
+from .shared.conditioning import Conditioning
+from .shared.errors import IN_FLOAT32, IdentityEditError, check_finite
 
 STEPS = 100
 SOURCE_GUIDANCE_SCALE = 3.5

@@ -14,8 +14,8 @@ import torch
 
 from ..attention.masks import blurred, normalised
 from . import engine
-from .conditioning import Conditioning
-from .errors import IdentityEditError, check_steps
+from .shared.conditioning import Conditioning
+from .shared.errors import IdentityEditError, check_steps
 
 STEPS, NOISE_STEPS, SEEDS, KERNEL = 20, 10, 10, 5
 THRESHOLD = 0.35

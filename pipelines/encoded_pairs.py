@@ -21,11 +21,11 @@ import torch
 
 from .engine.host import stop_if_interrupted
 from .engine.vision import VisionTag, vision_tag, vision_tokens
-from .errors import IdentityEditError
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
-from .pictures import encoded, from_pillow, middle, open_picture
 from .processes import OneProcess, Processes
+from .shared.errors import IdentityEditError
+from .shared.pictures import encoded, from_pillow, middle, open_picture
 from .training import run_hash
 
 _AT_ONCE = 8

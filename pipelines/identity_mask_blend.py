@@ -18,11 +18,11 @@ from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, identity_
 from ..attention.masks import feathered, union
 from ..attention.sites import AUTOMATIC
 from . import engine
-from .conditioning import Conditioning
-from .errors import IdentityEditError
 from .identity_prompt import IdentityPrompt, capture_identity
 from .inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
-from .masks import masks_for
+from .shared.conditioning import Conditioning
+from .shared.errors import IdentityEditError
+from .shared.masks import masks_for
 from .step_embeddings import apply_step_embeddings
 
 GUIDANCE_SCALES = {EDIT_FRIENDLY_DDPM: 15.0, DDIM: 7.5}

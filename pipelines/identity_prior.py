@@ -18,8 +18,8 @@ import torch
 
 from . import engine
 from .engine.weights import weight_shapes
-from .errors import IdentityEditError
-from .files import check_facts, read_tensors, understanding, write_tensors
+from .shared.errors import IdentityEditError
+from .shared.files import check_facts, read_tensors, understanding, write_tensors
 
 KIND = "identity prior"
 CLIP_KEYS = re.compile(r"clip_\w\..+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)")

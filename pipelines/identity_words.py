@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from . import engine
-from .conditioning import Conditioning
-from .errors import IdentityEditError, check_finite
-from .files import check_facts, read_tensors, understanding, write_tensors
+from .shared.conditioning import Conditioning
+from .shared.errors import IdentityEditError, check_finite
+from .shared.files import check_facts, read_tensors, understanding, write_tensors
 from .subject_embedding import check_word_widths, mark_subject, with_word_vectors
 from .subject_words import has_word, with_token
 

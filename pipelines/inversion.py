@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 
-from . import engine, files
-from .conditioning import Conditioning, with_embedding
-from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
+from . import engine
 from .schedule import SAME_LEVEL
+from .shared import files
+from .shared.conditioning import Conditioning, with_embedding
+from .shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 
 DDIM = "ddim"

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from .engine.host import stop_if_interrupted, supports_bfloat16
-from .errors import IdentityEditError, first_line
 from .model_folders import CONFIG, check_preprocessor, loaded, read_config
-from .pictures import to_pillow
+from .shared.errors import IdentityEditError, first_line
+from .shared.pictures import to_pillow
 
 IMAGE_AND_TEXT = "image-text-to-text"
 TEXT = "text-generation"

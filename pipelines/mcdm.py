@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from . import engine
-from .conditioning import Conditioning
 from .engine.edit_model import checkpoint_tensors, require_edit_model
 from .engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
-from .errors import IdentityEditError, check_conditioning
-from .files import FILE_DTYPES, check_facts, read_tensors, understanding, write_tensors
-from .pictures import encoded
+from .shared.conditioning import Conditioning
+from .shared.errors import IdentityEditError, check_conditioning
+from .shared.files import FILE_DTYPES, check_facts, read_tensors, understanding, write_tensors
+from .shared.pictures import encoded
 
 KIND = "MCDM"
 IMAGE_TOKENS = 77

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning
 from .engine.edit_model import require_edit_model
-from .errors import IdentityEditError, check_batch_matches
-from .masks import as_masks, of_size
 from .mcdm import without_pictures
+from .shared.conditioning import Conditioning
+from .shared.errors import IdentityEditError, check_batch_matches
+from .shared.masks import as_masks, of_size
 
 POSITIVE, NEGATIVE, IMAGE, UNCONDITIONAL, SOURCE = "positive", "negative", "image", "unconditional", "source"
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .engine.host import device_with_room, give_memory_back
-from .errors import IdentityEditError, first_line, for_console
+from .shared.errors import IdentityEditError, first_line, for_console
 
 CONFIG = "config.json"
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning, single_embedding
-from .errors import IdentityEditError, check_batch_matches
 from .inversion import DDIM, Inversion, check_inversion, check_method
+from .shared.conditioning import Conditioning, single_embedding
+from .shared.errors import IdentityEditError, check_batch_matches
 from .step_embeddings import StepEmbeddings, constant_embedding
 from .unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
 

@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning
 from .engine.host import stock_noise
-from .errors import IdentityEditError
 from .identity_words import IdentityWords, identity_conditioning, identity_vectors
 from .image_encoders import encoder_of_clip_vision
 from .pair_folder import PairFolder
@@ -33,8 +31,10 @@ from .pair_guidance import (
     halves,
     pair_guider,
 )
-from .parsing import as_range
-from .pictures import PIXELS_OF_A_CELL, comparable
+from .shared.conditioning import Conditioning
+from .shared.errors import IdentityEditError
+from .shared.parsing import as_range
+from .shared.pictures import PIXELS_OF_A_CELL, comparable
 
 SUBJECT = "{subject}"
 NAME_MARK = "|"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning
-from .errors import IdentityEditError, check_conditioning
+from .shared.conditioning import Conditioning
+from .shared.errors import IdentityEditError, check_conditioning
 
 SHARED_WEIGHT = 0.1
 SOURCE_WEIGHT = TARGET_WEIGHT = 0.9

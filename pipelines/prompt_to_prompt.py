@@ -24,10 +24,7 @@ from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap,
 from ..attention.sites import AUTOMATIC, LayerKey
 from ..attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from . import engine
-from .conditioning import Conditioning, single_embedding
-from .errors import IdentityEditError
 from .inversion import Inversion, check_inversion, check_sampled_latent
-from .parsing import split_parts, split_words
 from .prompt_tokens import (
     Pair,
     aligned_tokens,
@@ -38,6 +35,9 @@ from .prompt_tokens import (
     token_mapper,
 )
 from .schedule import step_at
+from .shared.conditioning import Conditioning, single_embedding
+from .shared.errors import IdentityEditError
+from .shared.parsing import split_parts, split_words
 from .step_embeddings import apply_step_embeddings
 
 REPLACE, REFINE = "replace", "refine"

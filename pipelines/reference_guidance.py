@@ -22,11 +22,11 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning, single_embedding
 from .engine.host import stock_noise
-from .errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
 from .inversion import DDIM, Inversion, check_inversion, check_method
-from .masks import masks_for
+from .shared.conditioning import Conditioning, single_embedding
+from .shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
+from .shared.masks import masks_for
 from .unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
 
 GUIDANCE_SCALE = 7.5

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, normalize, one_hot, pad
 
-from .errors import IdentityEditError, check_finite
 from .image_encoders import Encoder
-from .masks import masks_for
+from .shared.errors import IdentityEditError, check_finite
+from .shared.masks import masks_for
 
 BACKGROUND = 0.5
 """Grey that takes the place of everything around the subject where only the subject counts."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import IdentityEditError
-from .masks import masks_for
-from .pictures import as_colour, comparable
 from .score_definitions import INSIDE
+from .shared.errors import IdentityEditError
+from .shared.masks import masks_for
+from .shared.pictures import as_colour, comparable
 
 
 @dataclass(frozen=True)

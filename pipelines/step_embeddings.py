@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from . import engine
-from .errors import IdentityEditError, check_batch_matches, check_finite
 from .schedule import step_at
+from .shared.errors import IdentityEditError, check_batch_matches, check_finite
 
 
 @dataclass(frozen=True)

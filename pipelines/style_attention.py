@@ -29,9 +29,9 @@ from ..attention.style_cross_attention import (
     text_layers,
 )
 from . import engine
-from .errors import IdentityEditError, check_batch_matches
-from .masks import as_masks, cut_to
-from .parsing import as_range, numbers, split_parts
+from .shared.errors import IdentityEditError, check_batch_matches
+from .shared.masks import as_masks, cut_to
+from .shared.parsing import as_range, numbers, split_parts
 from .w_plus import WPlus
 
 ROW_GROUPS = "1-5, 6-9, 10-13, 14-18"

@@ -19,8 +19,8 @@ import os
 import torch
 
 from . import engine
-from .errors import IdentityEditError
-from .files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
+from .shared.errors import IdentityEditError
+from .shared.files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .style_attention import StyleAttention, StyleNetwork
 
 KIND = "style attention"

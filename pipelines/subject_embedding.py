@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning, single_embedding
-from .errors import IdentityEditError, shortened
 from .schedule import noise_levels
+from .shared.conditioning import Conditioning, single_embedding
+from .shared.errors import IdentityEditError, shortened
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 from .subject_words import has_word, word_pattern
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from . import engine
-from .conditioning import Conditioning, single_embedding, with_embedding
-from .errors import IdentityEditError, check_conditioning
 from .inversion import DDIM, Inversion, check_inversion, check_method, negative_side
+from .shared.conditioning import Conditioning, single_embedding, with_embedding
+from .shared.errors import IdentityEditError, check_conditioning
 from .step_embeddings import StepEmbeddings, apply_step_embeddings
 
 RATIO = 0.2

@@ -14,8 +14,8 @@ import torch
 from . import engine
 from .engine.trainable import trainable_networks
 from .engine.weights import first_numbers
-from .files import FILE_DTYPES
 from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
+from .shared.files import FILE_DTYPES
 from .training import (
     BFLOAT16,
     Progress,

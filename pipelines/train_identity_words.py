@@ -12,8 +12,8 @@ import torch
 
 from . import engine
 from .engine.trainable import trainable_networks
-from .errors import IdentityEditError
 from .identity_words import MOST_WORDS, WORDS, IdentityEncoder, IdentityWords, image_features, mark_identity
+from .shared.errors import IdentityEditError
 from .subject_embedding import with_word_vectors, word_table, word_vectors
 from .subject_words import has_word
 from .training import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts

@@ -16,10 +16,10 @@ from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
 from .engine.edit_model import as_edit_model, set_weights, unet_keys
 from .engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
 from .engine.weights import first_numbers
-from .errors import IdentityEditError
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
 from .processes import OneProcess, Processes
+from .shared.errors import IdentityEditError
 from .training import (
     BFLOAT16,
     Progress,

@@ -13,7 +13,7 @@ import torch
 from ..attention.style_cross_attention import KINDS, SEQUENTIAL, layer_sizes, style_patches, text_layers
 from . import engine
 from .engine.trainable import float32_weight, trainable_networks
-from .errors import IdentityEditError
+from .shared.errors import IdentityEditError
 from .style_attention import ROW_GROUPS, STRENGTH, RowGroups, StyleAttention, StyleNetwork, parse_row_groups
 from .style_attention_files import in_file_precision
 from .training import (

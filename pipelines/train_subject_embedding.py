@@ -12,8 +12,8 @@ import torch
 
 from . import engine
 from .engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
-from .errors import IdentityEditError
 from .schedule import ddim_schedule, rows_of
+from .shared.errors import IdentityEditError
 from .subject_embedding import (
     KINDS,
     OUTPUT,

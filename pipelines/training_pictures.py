@@ -11,9 +11,9 @@ import torch
 
 from .engine.families.noise import V, training_error
 from .engine.trainable import Text, TrainableNetworks
-from .errors import IdentityEditError
-from .masks import masks_for, of_size
-from .pictures import encoded
+from .shared.errors import IdentityEditError
+from .shared.masks import masks_for, of_size
+from .shared.pictures import encoded
 from .training import TrainingSettings, generator_of
 
 

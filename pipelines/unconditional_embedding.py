@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from . import engine
-from .errors import IdentityEditError
-from .gradients import gradients_by_sample
+from .shared.errors import IdentityEditError
+from .shared.gradients import gradients_by_sample
 
 _LARGEST_CHANGE_OF_LENGTH = 4.0
 

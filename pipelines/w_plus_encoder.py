@@ -24,8 +24,8 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from .e4e import E4E, from_published, with_weights
 from .engine.managed_network import load_whole, managed
-from .errors import IdentityEditError
-from .files import DESCRIPTION, check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
+from .shared.errors import IdentityEditError
+from .shared.files import DESCRIPTION, check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .w_plus import WPlus, check_finite_styles
 
 KIND = "encoder of W+"

@@ -235,8 +235,8 @@ def main() -> None:
     change_inputs(prompt, arguments.set)
     count = node_of(prompt)["count"]
     name_pack()  # for its dataset's form alone
-    from identity_edit_pack.pipelines.errors import IdentityEditError
     from identity_edit_pack.pipelines.pair_folder import PairFolder
+    from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
     try:
         folder = PairFolder(arguments.output)

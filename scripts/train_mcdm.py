@@ -86,8 +86,8 @@ def main() -> int:
     from identity_edit_pack.pipelines import mcdm, train_mcdm
     from identity_edit_pack.pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
     from identity_edit_pack.pipelines.engine.edit_model import register_families
-    from identity_edit_pack.pipelines.errors import IdentityEditError
     from identity_edit_pack.pipelines.processes import launched_processes
+    from identity_edit_pack.pipelines.shared.errors import IdentityEditError
     from tqdm import tqdm
 
     family.register()

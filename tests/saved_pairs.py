@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from identity_edit_pack.pipelines.pair_folder import SOURCE, TARGET, read_pair
-from identity_edit_pack.pipelines.pictures import read_picture
+from identity_edit_pack.pipelines.shared.pictures import read_picture
 
 
 def load_pair(folder: Path) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:

@@ -12,7 +12,7 @@ from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.evaluation import demo_dataset as demo
 from identity_edit_pack.evaluation.cases import EditCase, load_square, save_picture
 from identity_edit_pack.evaluation.datasets import READERS, decode_mask, encode_mask, inside, read_dataset
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from PIL import Image
 
 SIDE = 512

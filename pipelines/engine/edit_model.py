@@ -16,7 +16,7 @@ import comfy.model_base
 import comfy.supported_models
 import torch
 
-from ..errors import IdentityEditError
+from ..shared.errors import IdentityEditError
 from .families.base import Capability
 from .families.registry import require
 from .managed_network import managed

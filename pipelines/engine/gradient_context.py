@@ -15,8 +15,8 @@ import torch
 from comfy.ldm.modules.attention import SpatialTransformer, get_attention_function
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
-from ..errors import IdentityEditError
-from ..gradients import checkpointed_blocks, differentiable_attention, modules_in, plain_frozen_tensors
+from ..shared.errors import IdentityEditError
+from ..shared.gradients import checkpointed_blocks, differentiable_attention, modules_in, plain_frozen_tensors
 
 
 @contextlib.contextmanager

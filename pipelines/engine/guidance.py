@@ -8,8 +8,8 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from ..conditioning import Conditioning
-from ..errors import check_areas
+from ..shared.conditioning import Conditioning
+from ..shared.errors import check_areas
 
 Combine = Callable[["CombiningGuider", "dict[str, torch.Tensor]", torch.Tensor], torch.Tensor]
 """(guider, estimates of z_0 by name, x) -> the estimate of z_0 that the sampler gets, all [B, C, H, W] float32."""

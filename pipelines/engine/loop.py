@@ -13,9 +13,9 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
-from ..conditioning import Conditioning, copy_outside_inference_mode, coverage_warning
-from ..errors import check_areas
-from ..gradients import patches_on_copies
+from ..shared.conditioning import Conditioning, copy_outside_inference_mode, coverage_warning
+from ..shared.errors import check_areas
+from ..shared.gradients import patches_on_copies
 from .families.base import Capability
 from .families.registry import require
 from .gradient_context import (

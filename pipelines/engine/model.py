@@ -12,7 +12,7 @@ import comfy.conds
 import comfy.patcher_extension
 import torch
 
-from ..errors import IdentityEditError, check_conditioning, check_latent, for_console
+from ..shared.errors import IdentityEditError, check_conditioning, check_latent, for_console
 from .families.noise import DIFFUSION, FLOW, VELOCITY, NoisePath
 from .families.registry import require
 from .weights import samples_of_weights

@@ -16,8 +16,8 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
-from ..errors import IdentityEditError
-from ..gradients import patches_on_copies
+from ..shared.errors import IdentityEditError
+from ..shared.gradients import patches_on_copies
 from .edit_model import input_channels, is_edit_model
 from .families.base import Capability
 from .families.registry import require

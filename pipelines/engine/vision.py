@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..errors import IdentityEditError, check_finite
+from ..shared.errors import IdentityEditError, check_finite
 
 _POSITIONS = "vision_model.embeddings.position_embedding.weight"
 _NORM = "vision_model.post_layernorm."

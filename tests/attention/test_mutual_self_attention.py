@@ -17,8 +17,8 @@ from identity_edit_pack.attention import mutual_self_attention as mutual
 from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
 from identity_edit_pack.pipelines import engine, inversion
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.tiny_models import relative_error
 
@@ -168,9 +168,7 @@ def test_the_source_itself_is_sampled_as_without_it(family: str) -> None:
     latent = tiny_models.latent(4, 2, HEIGHT, WIDTH)
     pivot = edit_friendly.edit_friendly_ddpm_inversion(model, latent, SOURCE, NEGATIVE, steps=6)
     patched = mutual_self_attention(model, pivot, SOURCE, start_step=0.0, start_layer=0)
-    plain, with_it = (
-        inversion.sample_inversion(m, pivot, SOURCE, NEGATIVE, 3.5, skip=0) for m in (model, patched)
-    )
+    plain, with_it = (inversion.sample_inversion(m, pivot, SOURCE, NEGATIVE, 3.5, skip=0) for m in (model, patched))
     assert torch.equal(plain, with_it)
     other = inversion.sample_inversion(patched, pivot, TARGET, NEGATIVE, 3.5, skip=0)
     without = inversion.sample_inversion(model, pivot, TARGET, NEGATIVE, 3.5, skip=0)

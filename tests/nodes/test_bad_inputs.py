@@ -18,7 +18,7 @@ import comfy.samplers
 import pytest
 import torch
 from identity_edit_pack.nodes import sockets
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.bad_values import variants
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, GOOD, World, good, world_in
 

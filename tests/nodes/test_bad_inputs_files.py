@@ -12,7 +12,7 @@ import folder_paths
 import pytest
 import safetensors.torch
 import torch
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import complaint_about_message
 

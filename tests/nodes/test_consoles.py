@@ -16,7 +16,7 @@ import pytest
 from comfy_api.latest import io as comfy
 from identity_edit_pack.nodes import NODE_CLASSES
 from identity_edit_pack.nodes.sockets import checked, show_text
-from identity_edit_pack.pipelines.errors import IdentityEditError, for_console
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError, for_console
 
 SAID = "a \N{CAT FACE} caf\xe9, \u732b, \udcff"
 """An emoji, a letter of cp1252, one of gbk, and half a character as names of files on Linux may hold it."""

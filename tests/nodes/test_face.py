@@ -13,8 +13,8 @@ import torch
 from identity_edit_pack.nodes import face as nodes
 from identity_edit_pack.pipelines import faces as pipeline
 from identity_edit_pack.pipelines import identity_similarity
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.face_alignment import align_ffhq
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.real_faces import real_file, real_photo
 
 POINTS = np.array([[60.0, 80.0], [100.0, 80.0], [80.0, 102.0], [65.0, 124.0], [95.0, 124.0]])

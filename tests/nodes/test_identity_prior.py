@@ -13,7 +13,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import identity_prior as nodes
 from identity_edit_pack.nodes.saved_files import loadable_files
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_pictures import SubjectPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import measure as nodes
 from identity_edit_pack.pipelines import edit_scores, picture_scores, score_files
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_scorers, tiny_text_encoders, tiny_vision
 
 SOURCE = torch.rand(2, 64, 48, 3, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes import demo, inversion, measure, text
 from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import null_text
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))

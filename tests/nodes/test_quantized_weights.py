@@ -14,7 +14,7 @@ import quantized_models
 import tiny_models
 import torch
 from identity_edit_pack.pipelines.engine import model_tag
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run
 

@@ -14,7 +14,7 @@ from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes import segmentation as nodes
 from identity_edit_pack.pipelines import alignment
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "demo_world" / "weights" / "identity-edit-demo.safetensors"
 SETTINGS: dict[str, Any] = {

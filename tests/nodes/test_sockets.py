@@ -10,7 +10,7 @@ import pytest
 import torch
 from comfy_api.latest import io
 from identity_edit_pack.nodes import NODE_CLASSES, sockets
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision
 from identity_edit_pack.tests.nodes.bad_values import variants
 from identity_edit_pack.tests.nodes.test_bad_inputs import complaint_about_message

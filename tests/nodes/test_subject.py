@@ -13,7 +13,7 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from identity_edit_pack.nodes import subject as nodes
 from identity_edit_pack.pipelines import captioning
 from identity_edit_pack.pipelines import regularisation_prompts as prompts
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_pictures import CAPTION_FILES, NO_CAPTIONS_YET, SubjectPictures
 from identity_edit_pack.tests import tiny_language_models as tiny
 from PIL import Image

@@ -10,7 +10,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import w_plus as nodes
 from identity_edit_pack.pipelines import w_plus_encoder as encoders
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.w_plus_encoder import SmallWPlusEncoder
 
 

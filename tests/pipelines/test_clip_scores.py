@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from identity_edit_pack.pipelines import clip_scores
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_scorers, tiny_text_encoders, tiny_vision
 
 PICTURES = [torch.rand(40, size, 3, generator=torch.Generator().manual_seed(size)) for size in (40, 56)]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from identity_edit_pack.pipelines import e4e, w_plus_encoder
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from safetensors.torch import save_file
 
 PUBLISHED = "0e43f86813078aa5aa49a7da57320488d1829293663110410a2b6d153f467e62"

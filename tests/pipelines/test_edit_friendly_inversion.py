@@ -14,10 +14,11 @@ import pytest
 import tiny_models
 import torch
 from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
-from identity_edit_pack.pipelines import engine, files, inversion
+from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.shared import files
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 POSITIVE, NEGATIVE, TARGET = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
 

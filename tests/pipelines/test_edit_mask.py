@@ -10,7 +10,7 @@ import torch
 from identity_edit_pack.pipelines import edit_mask as edit_masks
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 
 def unipc_masks(

@@ -14,8 +14,8 @@ import pytest
 import torch
 from identity_edit_pack.pipelines import edit_scores, faces, lpips_score, picture_scores
 from identity_edit_pack.pipelines.aesthetic_score import AestheticPredictor
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.score_report import score_table, scores_as_json
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_scorers
 
 GENERATOR = torch.Generator().manual_seed(0)

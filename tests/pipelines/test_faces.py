@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from identity_edit_pack.pipelines import faces
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.faces import Face
-from identity_edit_pack.pipelines.pictures import as_colour
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.pictures import as_colour
 from identity_edit_pack.tests.real_faces import real_file, real_photo
 
 POINTS = np.array([[60.0, 80.0], [100.0, 80.0], [80.0, 102.0], [65.0, 124.0], [95.0, 124.0]])

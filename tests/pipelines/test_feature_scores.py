@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from identity_edit_pack.pipelines import feature_scores
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32)
 SOURCE = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))

@@ -10,9 +10,10 @@ import pytest
 import tiny_models
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
-from identity_edit_pack.pipelines import engine, gradients
-from identity_edit_pack.pipelines.conditioning import coverage_warning
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.shared import gradients
+from identity_edit_pack.pipelines.shared.conditioning import coverage_warning
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 BACKENDS = ["attention_pytorch", "attention_split", "attention_sub_quad", "attention_basic"]
 

@@ -13,10 +13,10 @@ from identity_edit_pack.attention.masks import feathered
 from identity_edit_pack.pipelines import engine, identity_mask_blend, null_text
 from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.identity_mask_blend import REPLACE, UNITE, BlendSettings
 from identity_edit_pack.pipelines.identity_prompt import IdentityPrompt, capture_identity
 from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion, sampling_step
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 SOURCE, TARGET, NEGATIVE, IDENTITY_WORDS = (tiny_models.conditioning(seed) for seed in (1, 2, 3, 4))
 IDENTITY = IdentityPrompt(IDENTITY_WORDS[0][0], (1, 2))

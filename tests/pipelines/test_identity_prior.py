@@ -19,7 +19,7 @@ from identity_edit_pack.pipelines import engine, training_pictures
 from identity_edit_pack.pipelines import identity_prior as priors
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.trainable import trainable_networks
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training import generator_of
 from identity_edit_pack.pipelines.training_pictures import Batch, TrainingPictures

@@ -12,8 +12,8 @@ import pytest
 import torch
 from identity_edit_pack.pipelines import background, faces
 from identity_edit_pack.pipelines import identity_similarity as identity
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.face_alignment import align_arcface, align_ffhq
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.real_faces import real_file, real_photo
 
 PEOPLE = {"obama.jpg": "first", "obama2.jpg": "first", "obama3.jpg": "first", "biden.jpg": "second"}

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from identity_edit_pack.pipelines import identity_words as words_of
-from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.files import write_tensors
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.files import write_tensors
 from identity_edit_pack.pipelines.subject_embedding import word_table
 from identity_edit_pack.pipelines.train_identity_words import IdentitySettings, features_of, train_identity_words
 from identity_edit_pack.pipelines.training import FLOAT32

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from identity_edit_pack.pipelines import lpips_score
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_scorers
 
 SOURCE = torch.rand(2, 70, 64, 3, generator=torch.Generator().manual_seed(1))

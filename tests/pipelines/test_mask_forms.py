@@ -6,9 +6,9 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from identity_edit_pack.pipelines import masks
-from identity_edit_pack.pipelines.errors import IdentityEditError
-from identity_edit_pack.pipelines.pictures import comparable, middle
+from identity_edit_pack.pipelines.shared import masks
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.pictures import comparable, middle
 
 
 def test_a_mask_grows_and_halves_as_comfyui_does_it() -> None:

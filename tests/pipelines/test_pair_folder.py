@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.pair_folder import PairFolder
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from PIL import Image
 from saved_pairs import load_pair
 

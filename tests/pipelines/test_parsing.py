@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from identity_edit_pack.pipelines import parsing
+from identity_edit_pack.pipelines.shared import parsing
 
 SEPARATED = ["cat snow", "cat, snow", "cat,snow", " cat ,\n snow,", "cat; snow", "cat\uff0csnow", "cat\u3001 snow"]
 

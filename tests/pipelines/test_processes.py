@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from identity_edit_pack.pipelines import processes
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,8 @@ from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendl
 from identity_edit_pack.pipelines import inversion
 from identity_edit_pack.pipelines import prompt_to_prompt as p2p
 from identity_edit_pack.pipelines import prompt_tokens as words
-from identity_edit_pack.pipelines.errors import IdentityEditError
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.step_embeddings import apply_step_embeddings, constant_embedding
 from identity_edit_pack.tests import tiny_models
 from safetensors.torch import save_file
@@ -259,9 +259,7 @@ def test_an_exact_inversion_with_the_same_prompt_gives_the_picture_back(clip: An
     pivot = edit_friendly.edit_friendly_ddpm_inversion(model, latent, positive, negative, steps=6)
     settings = p2p.ControlSettings(1.0, 1.0)
     same, target = p2p.prompt_to_prompt(model, clip, CAT, CAT, settings=settings, blend_words="cat", inversion=pivot)
-    plain, controlled = (
-        inversion.sample_inversion(m, pivot, target, negative, 3.5, skip=0) for m in (model, same)
-    )
+    plain, controlled = (inversion.sample_inversion(m, pivot, target, negative, 3.5, skip=0) for m in (model, same))
     assert relative_error(controlled, plain) < 1e-4 and relative_error(controlled, latent) < 1e-4
     other, target = p2p.prompt_to_prompt(model, clip, CAT, DOG, settings=settings, inversion=pivot)
     edited = inversion.sample_inversion(other, pivot, target, negative, 3.5, skip=0)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from identity_edit_pack.pipelines import reconstruction
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 
 def test_psnr_of_a_known_difference():

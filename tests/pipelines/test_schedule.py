@@ -8,7 +8,7 @@ import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine, schedule
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 
 def _diffusers_scheduler(steps: int):

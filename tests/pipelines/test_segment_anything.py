@@ -16,7 +16,7 @@ from identity_edit_pack.attention import identity_mask
 from identity_edit_pack.pipelines import attention_segmentation as by_attention
 from identity_edit_pack.pipelines import grounding_dino, identity_prompt
 from identity_edit_pack.pipelines import segment_anything as sam
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 PICTURE = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(1))
 

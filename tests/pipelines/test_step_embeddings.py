@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine, schedule, step_embeddings
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 POSITIVE, NEGATIVE = tiny_models.conditioning(1), tiny_models.conditioning(2)

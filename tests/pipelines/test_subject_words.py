@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_words import check_caption, check_words, with_article, with_token
 
 

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 import torch
 from identity_edit_pack.pipelines import text_optimization
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text_injection import edit_conditioning
 from tiny_models import relative_error
 

@@ -25,7 +25,7 @@ import tiny_vision
 import torch
 from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm
 from identity_edit_pack.pipelines.encoded_pairs import PairFiles
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
 from identity_edit_pack.pipelines.training import TrainingSettings
 from PIL import Image

@@ -17,7 +17,7 @@ from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENT
 from identity_edit_pack.pipelines import engine, training_pictures
 from identity_edit_pack.pipelines import style_attention as styles
 from identity_edit_pack.pipelines import train_style_attention as trained
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
 from identity_edit_pack.pipelines.training import BFLOAT16, FLOAT32, generator_of
 from identity_edit_pack.pipelines.training_pictures import TrainingPictures

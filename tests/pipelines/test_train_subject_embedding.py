@@ -15,7 +15,7 @@ import torch
 from identity_edit_pack.pipelines import engine, identity_prior, schedule, train_identity_prior, training_pictures
 from identity_edit_pack.pipelines import train_subject_embedding as trained
 from identity_edit_pack.pipelines import training as training_loop
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, apply_subject
 from identity_edit_pack.pipelines.train_subject_embedding import SubjectSettings, train_subject_embedding
 from identity_edit_pack.pipelines.training import generator_of
@@ -370,10 +370,7 @@ def test_pictures_and_captions_of_several_lengths_in_one_batch():
     long = "a cat " + "on the grass " * 30
     shown = pictures(["a cat", long, "a cat sitting"])
     _, run = train(model, clip, without_steps(batch_size=3), shown=shown)
-    singles = [
-        train(model, clip, without_steps(steps=1), shown=pictures([caption]))[1]
-        for caption in ("a cat", long)
-    ]
+    singles = [train(model, clip, without_steps(steps=1), shown=pictures([caption]))[1] for caption in ("a cat", long)]
     assert len(run.losses) == 5 and all(len(one.losses) == 1 for one in singles)
 
 

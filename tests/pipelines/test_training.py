@@ -17,7 +17,7 @@ import comfy.model_management
 import pytest
 import torch
 from identity_edit_pack.pipelines import training
-from identity_edit_pack.pipelines.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.training import TrainingRun, TrainingSettings, generator_of
 
 SETTINGS = TrainingSettings(

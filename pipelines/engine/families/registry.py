@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import IdentityEditError
+from ...shared.errors import IdentityEditError
 from .base import Capability, Family
 from .flow import Flow
 from .unet import UNet

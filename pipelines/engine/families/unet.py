@@ -10,8 +10,8 @@ import comfy.model_sampling as kinds
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ...errors import IdentityEditError
 from ...schedule import Schedule, ddim_schedule
+from ...shared.errors import IdentityEditError
 from .base import Capability, Family
 from .noise import DIFFUSION, EPS, V
 

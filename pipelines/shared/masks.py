@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from ..attention.masks import resized
+from ...attention.masks import resized
 from .errors import IdentityEditError
 from .input_checks import check_mask
 from .pictures import PIXELS_OF_A_CELL, middle

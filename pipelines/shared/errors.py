@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from ..attention.errors import IdentityEditError as IdentityEditError
-from ..attention.errors import for_console as for_console
-from ..attention.errors import loggable as loggable
+from ...attention.errors import IdentityEditError as IdentityEditError
+from ...attention.errors import for_console as for_console
+from ...attention.errors import loggable as loggable
 
 MAXIMUM_BATCH = 64
 """Largest number of latents processed at once; a batch beyond it is almost always a mistake (a video, a folder)."""

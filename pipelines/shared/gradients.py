@@ -141,7 +141,7 @@ def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
     return list(found.values())
 
 
-_PACK = __name__.rsplit(".", 2)[0]
+_PACK = __name__.rsplit(".", 3)[0]
 
 
 def patches_on_copies(model_options: dict[str, Any]) -> dict[str, Any]:

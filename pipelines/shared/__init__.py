@@ -1,0 +1,1 @@
+"""What every technique uses: errors, input checks, files, images, masks, conditionings."""

@@ -53,7 +53,6 @@ from identity_edit_pack.pipelines.reference_guidance import (
 from identity_edit_pack.pipelines.reference_selection import histogram_features, select_reference
 from identity_edit_pack.pipelines.schedule import Schedule, ddim_schedule
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
-from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.pipelines.subject_embedding import (
     OUTPUT,
     WORD,
@@ -61,6 +60,7 @@ from identity_edit_pack.pipelines.subject_embedding import (
     subject_conditioning,
     subject_table,
 )
+from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.pipelines.train_subject_embedding import (
     SubjectSettings,
     train_subject_embedding,

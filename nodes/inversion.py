@@ -10,7 +10,7 @@ from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
 from ..pipelines.schedule import fewer_steps
 from ..pipelines.shared.conditioning import Conditioning, with_embedding
-from ..pipelines.step_embeddings import apply_step_embeddings
+from ..pipelines.text.step_embeddings import apply_step_embeddings
 from .idle import noise_mask_left_out
 from .saved_files import changed_at, check_file, file_input, new_path, saved_path
 from .sockets import (

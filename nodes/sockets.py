@@ -14,7 +14,6 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
-from ..pipelines.prompt_tokens import check_clip
 from ..pipelines.shared.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
 from ..pipelines.shared.input_checks import (
     BRIGHTEST,
@@ -26,6 +25,7 @@ from ..pipelines.shared.input_checks import (
 )
 from ..pipelines.shared.masks import CUT_OUT, as_masks, is_no_mask, is_transparency
 from ..pipelines.shared.pictures import PIXELS_OF_A_CELL
+from ..pipelines.text.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
 _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())

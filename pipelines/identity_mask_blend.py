@@ -23,7 +23,7 @@ from .inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, neg
 from .shared.conditioning import Conditioning
 from .shared.errors import IdentityEditError
 from .shared.masks import masks_for
-from .step_embeddings import apply_step_embeddings
+from .text.step_embeddings import apply_step_embeddings
 
 GUIDANCE_SCALES = {EDIT_FRIENDLY_DDPM: 15.0, DDIM: 7.5}
 """Of the target prompt: that of edit-friendly DDPM inversion's reference implementation, and that of null-text

@@ -10,9 +10,9 @@ import torch
 from ..attention.capture import IdentityAttention, capture_attention
 from ..attention.sites import AUTOMATIC
 from . import engine
-from .prompt_tokens import positions_of, prompt_tokens
 from .shared.errors import IdentityEditError
 from .shared.parsing import split_words
+from .text.prompt_tokens import positions_of, prompt_tokens
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from . import engine
 from .inversion import DDIM, Inversion, check_inversion, check_method
 from .shared.conditioning import Conditioning, single_embedding
 from .shared.errors import IdentityEditError, check_batch_matches
-from .step_embeddings import StepEmbeddings, constant_embedding
+from .text.step_embeddings import StepEmbeddings, constant_embedding
 from .unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
 
 GUIDANCE_SCALE = 7.5

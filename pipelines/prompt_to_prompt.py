@@ -25,7 +25,11 @@ from ..attention.sites import AUTOMATIC, LayerKey
 from ..attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from . import engine
 from .inversion import Inversion, check_inversion, check_sampled_latent
-from .prompt_tokens import (
+from .schedule import step_at
+from .shared.conditioning import Conditioning, single_embedding
+from .shared.errors import IdentityEditError
+from .shared.parsing import split_parts, split_words
+from .text.prompt_tokens import (
     Pair,
     aligned_tokens,
     paired_words,
@@ -34,11 +38,7 @@ from .prompt_tokens import (
     prompt_tokens,
     token_mapper,
 )
-from .schedule import step_at
-from .shared.conditioning import Conditioning, single_embedding
-from .shared.errors import IdentityEditError
-from .shared.parsing import split_parts, split_words
-from .step_embeddings import apply_step_embeddings
+from .text.step_embeddings import apply_step_embeddings
 
 REPLACE, REFINE = "replace", "refine"
 EDITS = (REPLACE, REFINE)

@@ -15,10 +15,10 @@ from ..attention.prompt_to_prompt import TokenMap
 from . import engine
 from .inversion import DDIM, Inversion, check_method, follow_back
 from .prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
-from .prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
 from .shared.conditioning import Conditioning, single_embedding, with_embedding
 from .shared.errors import IdentityEditError, check_batch_matches
 from .shared.parsing import split_words
+from .text.prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
 
 SUBJECT_TOKENS = 5
 """n, the learned tokens in the last positions (Wang et al. 2023, section 4)."""

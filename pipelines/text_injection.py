@@ -25,7 +25,7 @@ from . import engine
 from .inversion import DDIM, Inversion, check_inversion, check_method, negative_side
 from .shared.conditioning import Conditioning, single_embedding, with_embedding
 from .shared.errors import IdentityEditError, check_conditioning
-from .step_embeddings import StepEmbeddings, apply_step_embeddings
+from .text.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 RATIO = 0.2
 """Share of the steps with the source prompt: Jung et al. 2024 finds 10 to 40 % (section 5.4, appendix E.1)."""

@@ -19,7 +19,7 @@ from identity_edit_pack.pipelines.identity_prompt import IdentityPrompt, capture
 from identity_edit_pack.pipelines.inversion import Inversion
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
+from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from tiny_models import relative_error
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))

@@ -19,7 +19,7 @@ from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.schedule import ddim_timesteps
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.step_embeddings import constant_embedding
+from identity_edit_pack.pipelines.text.step_embeddings import constant_embedding
 
 SD_SCALE = 0.18215
 

@@ -25,7 +25,7 @@ from identity_edit_pack.pipelines.reference_guidance import (
 )
 from identity_edit_pack.pipelines.schedule import ddim_schedule, ddim_timesteps
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.step_embeddings import StepEmbeddings, apply_step_embeddings
+from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from reference_null_text import DdimScale, invert
 
 SD_SCALE = 0.18215

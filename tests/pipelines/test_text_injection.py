@@ -17,7 +17,7 @@ from identity_edit_pack.pipelines import text_injection
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.schedule import ddim_schedule
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.step_embeddings import apply_step_embeddings, constant_embedding
+from identity_edit_pack.pipelines.text.step_embeddings import apply_step_embeddings, constant_embedding
 from identity_edit_pack.tests import tiny_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .schedule import step_at
-from .shared.errors import IdentityEditError, check_batch_matches, check_finite
+from .. import engine
+from ..schedule import step_at
+from ..shared.errors import IdentityEditError, check_batch_matches, check_finite
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .shared.errors import IdentityEditError
+from ..shared.errors import IdentityEditError
 
 _END_OF_WORD = "</w>"
 """How CLIP's byte-pair encoding marks the last token of a word."""

@@ -65,7 +65,7 @@ from identity_edit_pack.pipelines.train_subject_embedding import (
     SubjectSettings,
     train_subject_embedding,
 )
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 from tqdm import tqdm
 
 from .edits import embed, save_sheet

@@ -24,10 +24,11 @@ import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes, caption, random_attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import engine, identity_prior, training_pictures
+from identity_edit_pack.pipelines import engine, identity_prior
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
-from identity_edit_pack.pipelines.training import generator_of
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures
+from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training.loop import generator_of
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 from . import memory
 from .harness import made_by, write_results

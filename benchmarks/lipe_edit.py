@@ -55,7 +55,7 @@ from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import Inversion, sample_inversion
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 from tqdm import tqdm
 
 from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each

@@ -33,7 +33,7 @@ from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm
 from identity_edit_pack.pipelines.encoded_pairs import PairFiles
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
 from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
-from identity_edit_pack.pipelines.training import generator_of
+from identity_edit_pack.pipelines.training.loop import generator_of
 from PIL import Image
 
 from . import memory

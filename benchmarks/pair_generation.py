@@ -60,7 +60,7 @@ from identity_edit_pack.pipelines.train_identity_words import (
     features_of,
     train_identity_words,
 )
-from identity_edit_pack.pipelines.training_pictures import encode_pictures
+from identity_edit_pack.pipelines.training.pictures import encode_pictures
 from tqdm import tqdm
 
 from .edits import save_sheet

@@ -60,8 +60,8 @@ from identity_edit_pack.pipelines.train_subject_embedding import (
     SubjectSettings,
     train_subject_embedding,
 )
-from identity_edit_pack.pipelines.training import FLOAT32, PRECISIONS
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.training.loop import FLOAT32, PRECISIONS
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 from identity_edit_pack.pipelines.w_plus import WPlus, average_styles
 from identity_edit_pack.pipelines.w_plus_encoder import (
     WPlusEncoder,

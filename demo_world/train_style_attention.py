@@ -15,8 +15,8 @@ import torch
 
 from ..pipelines.style_attention_files import save_style_attention
 from ..pipelines.train_style_attention import StyleSettings, train_style_attention
-from ..pipelines.training import BFLOAT16
-from ..pipelines.training_pictures import encode_pictures
+from ..pipelines.training.loop import BFLOAT16
+from ..pipelines.training.pictures import encode_pictures
 from ..pipelines.w_plus_encoder import encode_w_plus, load_w_plus_encoder
 from . import family
 from .attributes import CAPTION_TEMPLATES, Attributes, caption, description, random_attributes

@@ -30,7 +30,7 @@ from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 
 from ..benchmarks.edits import composite, embed
 from .cases import EditCase

@@ -12,8 +12,8 @@ from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.train_identity_prior import PriorSettings, train_identity_prior
-from ..pipelines.training import TrainingRun
-from ..pipelines.training_pictures import TrainingPictures, check_masks, encode_pictures
+from ..pipelines.training.loop import TrainingRun
+from ..pipelines.training.pictures import TrainingPictures, check_masks, encode_pictures
 from .idle import first_said, joined
 from .saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
 from .sockets import SubjectPictures, checked, schema, seed_input, show_text, steps_input

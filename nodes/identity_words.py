@@ -12,8 +12,8 @@ from ..pipelines import train_identity_words as learning
 from ..pipelines.identity_words import IdentityWords as Words
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.train_identity_words import IdentitySettings
-from ..pipelines.training import BFLOAT16, FLOAT32
-from ..pipelines.training_pictures import encode_pictures
+from ..pipelines.training.loop import BFLOAT16, FLOAT32
+from ..pipelines.training.pictures import encode_pictures
 from .saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
 from .sockets import IdentityWords, SubjectPictures, checked, schema, seed_input, show_text, steps_input
 from .training import (

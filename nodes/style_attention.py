@@ -16,8 +16,8 @@ from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.style_attention import StyleAttention as Style
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.train_style_attention import TEMPLATES, StyleSettings
-from ..pipelines.training import TrainingRun
-from ..pipelines.training_pictures import encode_pictures
+from ..pipelines.training.loop import TrainingRun
+from ..pipelines.training.pictures import encode_pictures
 from ..pipelines.w_plus import WPlus as WPlusStyles
 from .idle import first_said, is_empty, joined
 from .saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of

@@ -17,8 +17,8 @@ from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_
 from ..pipelines.subject_pictures import SubjectPictures as Pictures
 from ..pipelines.subject_pictures import check_captions
 from ..pipelines.train_subject_embedding import MOST_TOKENS, SubjectSettings
-from ..pipelines.training import TrainingRun
-from ..pipelines.training_pictures import check_masks, encode_pictures
+from ..pipelines.training.loop import TrainingRun
+from ..pipelines.training.pictures import check_masks, encode_pictures
 from .saved_files import (
     FILE_ENDING,
     changed_at,

@@ -16,7 +16,7 @@ from ..pipelines import train_mcdm
 from ..pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.train_mcdm import MCDMSettings
-from ..pipelines.training import TrainingRun
+from ..pipelines.training.loop import TrainingRun
 from .saved_files import check_name, model_files, model_path, new_path, next_path
 from .sockets import checked, choice_of, schema, seed_input, show_text, steps_input
 from .training import (

@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
-from ..pipelines.training import BFLOAT16, FLOAT32, Progress, TrainingRun
+from ..pipelines.training.loop import BFLOAT16, FLOAT32, Progress, TrainingRun
 from .saved_files import FILE_ENDING
 
 LossMap = io.Custom("LOSS_MAP")
@@ -173,7 +173,7 @@ def first_and_last(losses: list[float]) -> str:
 
 
 def how_trained(facts: dict[str, Any]) -> str:
-    """What follows a file's description in reports, from `pipelines.training.training_facts`; "" where it has none."""
+    """What follows a file's description in reports, from `pipelines.training.loop.training_facts`; "" where it has none."""
     if not facts.keys() >= {"steps", "learning_rate", "pictures"}:
         return ""
     return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} pictures"

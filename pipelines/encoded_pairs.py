@@ -23,10 +23,10 @@ from .engine.host import stop_if_interrupted
 from .engine.vision import VisionTag, vision_tag, vision_tokens
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
-from .processes import OneProcess, Processes
 from .shared.errors import IdentityEditError
 from .shared.pictures import encoded, from_pillow, middle, open_picture
-from .training import run_hash
+from .training.loop import run_hash
+from .training.processes import OneProcess, Processes
 
 _AT_ONCE = 8
 """Pictures that are encoded in one call."""

@@ -16,7 +16,7 @@ from .engine.trainable import trainable_networks
 from .engine.weights import first_numbers
 from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
 from .shared.files import FILE_DTYPES
-from .training import (
+from .training.loop import (
     BFLOAT16,
     Progress,
     TrainingRun,
@@ -26,7 +26,7 @@ from .training import (
     train,
     training_facts,
 )
-from .training_pictures import Batch, TrainingPictures, denoising_losses, draw_batch, guided_preview
+from .training.pictures import Batch, TrainingPictures, denoising_losses, draw_batch, guided_preview
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from .identity_words import MOST_WORDS, WORDS, IdentityEncoder, IdentityWords, i
 from .shared.errors import IdentityEditError
 from .subject_embedding import with_word_vectors, word_table, word_vectors
 from .subject_words import has_word
-from .training import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
-from .training_pictures import TrainingPictures, check_masks, denoising_losses, draw_batch
+from .training.loop import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
+from .training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch
 
 _WHAT = "identity words"
 

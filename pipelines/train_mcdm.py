@@ -18,9 +18,8 @@ from .engine.trainable import Text, TrainableNetworks, joined_texts, trainable_n
 from .engine.weights import first_numbers
 from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
-from .processes import OneProcess, Processes
 from .shared.errors import IdentityEditError
-from .training import (
+from .training.loop import (
     BFLOAT16,
     Progress,
     TrainingRun,
@@ -30,7 +29,8 @@ from .training import (
     train,
     training_facts,
 )
-from .training_pictures import Batch, denoising_losses, preview
+from .training.pictures import Batch, denoising_losses, preview
+from .training.processes import OneProcess, Processes
 
 SPATIAL_BIT, IMAGE_BIT, TEXT_BIT = 1, 2, 4
 _COMBINATIONS = SPATIAL_BIT + IMAGE_BIT + TEXT_BIT

@@ -16,16 +16,8 @@ from .engine.trainable import float32_weight, trainable_networks
 from .shared.errors import IdentityEditError
 from .style_attention import ROW_GROUPS, STRENGTH, RowGroups, StyleAttention, StyleNetwork, parse_row_groups
 from .style_attention_files import in_file_precision
-from .training import (
-    Progress,
-    TrainingRun,
-    TrainingSettings,
-    generator_of,
-    run_description,
-    train,
-    training_facts,
-)
-from .training_pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
+from .training.loop import Progress, TrainingRun, TrainingSettings, generator_of, run_description, train, training_facts
+from .training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 from .w_plus import WPlus
 
 PLACE = "{}"

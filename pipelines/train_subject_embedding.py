@@ -27,8 +27,8 @@ from .subject_embedding import (
     word_vectors,
 )
 from .subject_words import has_word
-from .training import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
-from .training_pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
+from .training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
+from .training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 
 MOST_TOKENS = 64
 

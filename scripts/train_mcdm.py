@@ -8,7 +8,7 @@ To be run by the Python that ComfyUI runs in. The ComfyUI is the one in whose cu
 that COMFYUI_PATH names.
 
 P processes with an accumulation of A do what one does with P A, each with its own accelerator: accelerate starts them
-and averages their gradients (see pipelines/processes.py). A run that was stopped or killed goes on when the same
+and averages their gradients (see pipelines/training/processes.py). A run that was stopped or killed goes on when the same
 command is given again, also with another number of processes as long as P A stays the same.
 """
 
@@ -86,8 +86,8 @@ def main() -> int:
     from identity_edit_pack.pipelines import mcdm, train_mcdm
     from identity_edit_pack.pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
     from identity_edit_pack.pipelines.engine.edit_model import register_families
-    from identity_edit_pack.pipelines.processes import launched_processes
     from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+    from identity_edit_pack.pipelines.training.processes import launched_processes
     from tqdm import tqdm
 
     family.register()

@@ -13,8 +13,8 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.shared.files import write_tensors
 from identity_edit_pack.pipelines.subject_embedding import word_table
 from identity_edit_pack.pipelines.train_identity_words import IdentitySettings, features_of, train_identity_words
-from identity_edit_pack.pipelines.training import FLOAT32
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures
+from identity_edit_pack.pipelines.training.loop import FLOAT32
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
 CAPTIONS = ["a person on the grass", "a smiling person", "an angry person in the snow", "a person"]
@@ -133,8 +133,8 @@ def test_the_loss_is_the_denoising_loss_of_the_captions_with_the_words() -> None
     """The first step against the definition: eps-MSE with the embedding of 'a person person person', and ELITE's
     regularisation."""
     from identity_edit_pack.pipelines.engine import to_model_scale
-    from identity_edit_pack.pipelines.training import generator_of
-    from identity_edit_pack.pipelines.training_pictures import batch_indices
+    from identity_edit_pack.pipelines.training.loop import generator_of
+    from identity_edit_pack.pipelines.training.pictures import batch_indices
 
     model, clip = tiny_models.sd1(output_gain=0.1), tiny_text_encoders.clip("sd1")
     shown = pictures()

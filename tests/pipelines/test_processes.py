@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity_edit_pack.pipelines import processes
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.training import processes
 
 pytestmark = pytest.mark.slow
 

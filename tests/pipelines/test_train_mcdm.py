@@ -27,7 +27,7 @@ from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm
 from identity_edit_pack.pipelines.encoded_pairs import PairFiles
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
-from identity_edit_pack.pipelines.training import TrainingSettings
+from identity_edit_pack.pipelines.training.loop import TrainingSettings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]

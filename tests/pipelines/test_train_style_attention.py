@@ -14,13 +14,14 @@ import tiny_styles
 import tiny_text_encoders
 import torch
 from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL
-from identity_edit_pack.pipelines import engine, training_pictures
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines import style_attention as styles
 from identity_edit_pack.pipelines import train_style_attention as trained
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
-from identity_edit_pack.pipelines.training import BFLOAT16, FLOAT32, generator_of
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures
+from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training.loop import BFLOAT16, FLOAT32, generator_of
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 SETTINGS = StyleSettings(
     pseudo_word="sks", row_groups=tiny_styles.GROUPS, steps=6, learning_rate=1e-3, batch_size=2, precision=FLOAT32,

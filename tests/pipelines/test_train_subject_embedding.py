@@ -12,14 +12,15 @@ import pytest
 import tiny_models
 import tiny_text_encoders
 import torch
-from identity_edit_pack.pipelines import engine, identity_prior, schedule, train_identity_prior, training_pictures
+from identity_edit_pack.pipelines import engine, identity_prior, schedule, train_identity_prior
 from identity_edit_pack.pipelines import train_subject_embedding as trained
-from identity_edit_pack.pipelines import training as training_loop
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, apply_subject
 from identity_edit_pack.pipelines.train_subject_embedding import SubjectSettings, train_subject_embedding
-from identity_edit_pack.pipelines.training import generator_of
-from identity_edit_pack.pipelines.training_pictures import TrainingPictures
+from identity_edit_pack.pipelines.training import loop as training_loop
+from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training.loop import generator_of
+from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 CAPTIONS = ["a sks cat sitting on the grass", "a smiling sks cat in the snow"]
 SETTINGS = SubjectSettings(

@@ -16,9 +16,9 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
-from identity_edit_pack.pipelines import training
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.training import TrainingRun, TrainingSettings, generator_of
+from identity_edit_pack.pipelines.training import loop as training
+from identity_edit_pack.pipelines.training.loop import TrainingRun, TrainingSettings, generator_of
 
 SETTINGS = TrainingSettings(
     steps=12, learning_rate=0.01, weight_decay=0.1, accumulation=2, seed=3, checkpoint_every=4, sample_every=3

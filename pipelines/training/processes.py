@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .shared.errors import IdentityEditError
+from ..shared.errors import IdentityEditError
 
 
 class Processes(Protocol):

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from .engine.families.noise import V, training_error
-from .engine.trainable import Text, TrainableNetworks
-from .shared.errors import IdentityEditError
-from .shared.masks import masks_for, of_size
-from .shared.pictures import encoded
-from .training import TrainingSettings, generator_of
+from ..engine.families.noise import V, training_error
+from ..engine.trainable import Text, TrainableNetworks
+from ..shared.errors import IdentityEditError
+from ..shared.masks import masks_for, of_size
+from ..shared.pictures import encoded
+from .loop import TrainingSettings, generator_of
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
+from ..shared.errors import IdentityEditError
+from ..shared.files import read_tensors, write_tensors
 from .processes import OneProcess, Processes
-from .shared.errors import IdentityEditError
-from .shared.files import read_tensors, write_tensors
 
 OPTIMIZERS = ("AdamW", "Adam", "SGD")
 FLOAT32, BFLOAT16 = "float32", "bfloat16"

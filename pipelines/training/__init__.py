@@ -1,0 +1,1 @@
+"""The training loop with its checkpoints, the batches, and training on several processes."""

@@ -18,7 +18,7 @@ from ..pipelines.background import FOLDER as BACKGROUND_FOLDER
 from ..pipelines.background import NEEDED as BACKGROUND_NEEDED
 from ..pipelines.background import subject_masks, without_background
 from ..pipelines.engine.host import stop_if_interrupted
-from ..pipelines.model_folders import list_models, missing_model, model_path
+from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.masks import masks_for
 from ..pipelines.shared.pictures import as_colour

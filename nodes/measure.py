@@ -18,7 +18,7 @@ from ..pipelines.frechet_distance import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.identity_similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.identity_similarity import load_recognizer
 from ..pipelines.lpips_score import BACKBONES
-from ..pipelines.model_folders import list_models, missing_model, model_path
+from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.pictures import comparable
 from .sockets import FaceDetector, checked, mask_input, schema, show_text

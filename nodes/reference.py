@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines import alignment, image_encoders, reference_selection
-from ..pipelines.model_folders import list_models, missing_model, model_path
+from ..pipelines import alignment, reference_selection
+from ..pipelines.networks import image_encoders
+from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.masks import masks_for
 from ..pipelines.shared.pictures import as_colour

@@ -10,11 +10,11 @@ from torch.nn.functional import interpolate
 
 from ..attention.sites import AUTOMATIC, LAYER_CHOICES
 from ..pipelines import alignment, attention_segmentation, heatmap
-from ..pipelines import grounding_dino as dino
-from ..pipelines import segment_anything as pipeline
 from ..pipelines.engine.host import stop_if_interrupted
 from ..pipelines.identity_prompt import encode_identity_prompt
-from ..pipelines.model_folders import list_models, missing_model, model_path
+from ..pipelines.networks import grounding_dino as dino
+from ..pipelines.networks import segment_anything as pipeline
+from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.parsing import whole_numbers
 from ..pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour, encoded

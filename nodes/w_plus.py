@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..pipelines import w_plus as styles_of
 from ..pipelines import w_plus_encoder as encoders
-from ..pipelines.model_folders import list_models, missing_model, model_path
+from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.pictures import as_colour
 from ..pipelines.w_plus import WPlus as Styles
 from ..pipelines.w_plus_encoder import WPlusEncoder as Encoder

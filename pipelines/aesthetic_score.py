@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .model_folders import read_checkpoint
+from .networks.model_folders import read_checkpoint
 from .score_files import files, missing_file
 from .shared.errors import IdentityEditError
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate
 
-from .image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN
-from .optional import onnx_session
+from .networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN
+from .networks.optional import onnx_session
 from .shared.errors import IdentityEditError
 
 FOLDER = "rembg"

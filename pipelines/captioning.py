@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
+from .networks.language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
 from .shared.errors import IdentityEditError, check_finite
 from .subject_pictures import SubjectPictures
 from .subject_words import has_word, with_token

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import normalize
 
-from .model_folders import check_preprocessor, from_transformers, loaded, read_config
+from .networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
 from .shared.errors import IdentityEditError
 from .shared.pictures import to_pillow
 

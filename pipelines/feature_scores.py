@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import interpolate, normalize
 
-from .image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN, encoder_of_folder
-from .model_folders import check_preprocessor, from_transformers, loaded, read_config
+from .networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN, encoder_of_folder
+from .networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
 from .shared.errors import IdentityEditError
 from .shared.pictures import to_pillow
 

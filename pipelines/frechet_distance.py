@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from .model_folders import loaded, read_checkpoint
+from .networks.model_folders import loaded, read_checkpoint
 from .score_files import files, missing_file, torchvision_network, with_weights
 from .shared.errors import IdentityEditError
 

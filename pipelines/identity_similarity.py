@@ -15,7 +15,7 @@ import torch
 
 from .face_alignment import ARCFACE_SIZE, align_arcface
 from .faces import Face, insightface_model, list_detectors, missing_file
-from .optional import import_optional, onnx_session
+from .networks.optional import import_optional, onnx_session
 from .shared.errors import IdentityEditError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, conv2d
 
-from .model_folders import loaded, read_checkpoint
+from .networks.model_folders import loaded, read_checkpoint
 from .score_files import backbone_of_torchvision, find_file
 from .shared.errors import IdentityEditError
 

@@ -20,7 +20,7 @@ import torch
 from . import engine
 from .engine.host import stock_noise
 from .identity_words import IdentityWords, identity_conditioning, identity_vectors
-from .image_encoders import encoder_of_clip_vision
+from .networks.image_encoders import encoder_of_clip_vision
 from .pair_folder import PairFolder
 from .pair_guidance import (
     GUIDANCE_SCALE,

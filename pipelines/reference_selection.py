@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, normalize, one_hot, pad
 
-from .image_encoders import Encoder
+from .networks.image_encoders import Encoder
 from .shared.errors import IdentityEditError, check_finite
 from .shared.masks import masks_for
 

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .engine.host import stop_if_interrupted
-from .language_models import TEXT, load_language_model
+from .networks.language_models import TEXT, load_language_model
 from .shared.errors import IdentityEditError
 from .subject_words import has_word, with_article
 

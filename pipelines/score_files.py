@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .model_folders import model_roots, read_checkpoint
+from .networks.model_folders import model_roots, read_checkpoint
 from .shared.errors import IdentityEditError, first_line, for_console, shortened
 
 FOLDER = "image_scores"

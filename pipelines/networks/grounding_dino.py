@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ..shared.errors import IdentityEditError
+from ..shared.pictures import to_pillow
 from .model_folders import check_preprocessor, from_transformers, loaded, read_config
-from .shared.errors import IdentityEditError
-from .shared.pictures import to_pillow
 
 FOLDER = "grounding-dino"
 NEEDED = (

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from .engine.host import stop_if_interrupted, supports_bfloat16
+from ..engine.host import stop_if_interrupted, supports_bfloat16
+from ..shared.errors import IdentityEditError, first_line
+from ..shared.pictures import to_pillow
 from .model_folders import CONFIG, check_preprocessor, loaded, read_config
-from .shared.errors import IdentityEditError, first_line
-from .shared.pictures import to_pillow
 
 IMAGE_AND_TEXT = "image-text-to-text"
 TEXT = "text-generation"

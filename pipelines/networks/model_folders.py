@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from .engine.host import device_with_room, give_memory_back
-from .shared.errors import IdentityEditError, first_line, for_console
+from ..engine.host import device_with_room, give_memory_back
+from ..shared.errors import IdentityEditError, first_line, for_console
 
 CONFIG = "config.json"
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
+from ..shared.errors import IdentityEditError, first_line
+from ..shared.pictures import to_pillow
 from .model_folders import check_preprocessor, from_transformers, loaded, read_config
-from .shared.errors import IdentityEditError, first_line
-from .shared.pictures import to_pillow
 
 NEEDED = (
     "config.json, model.safetensors and preprocessor_config.json of an image encoder, such as DINO ViT-S/16, DINOv2 or "

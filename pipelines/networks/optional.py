@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .shared.errors import IdentityEditError, first_line
+from ..shared.errors import IdentityEditError, first_line
 
 
 def import_optional(module: str, package: str, what: str) -> Any:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ..shared.errors import IdentityEditError, first_line
+from ..shared.parsing import lines_of_numbers, numbers
+from ..shared.pictures import as_bytes, to_pillow
 from .model_folders import check_preprocessor, from_transformers, loaded, read_checkpoint, read_config
-from .shared.errors import IdentityEditError, first_line
-from .shared.parsing import lines_of_numbers, numbers
-from .shared.pictures import as_bytes, to_pillow
 
 SAM_FOLDER = "sams"
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")

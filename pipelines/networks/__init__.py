@@ -1,0 +1,1 @@
+"""Networks of other libraries, read from the user's folders: encoders, language models, segmentation."""

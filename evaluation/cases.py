@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_words import with_token
+from identity_edit_pack.pipelines.subjects.words import with_token
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 

@@ -32,7 +32,7 @@ from identity_edit_pack.demo_world.attributes import (
 )
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines.subject_words import with_token
+from identity_edit_pack.pipelines.subjects.words import with_token
 
 from .cases import EditCase, save_picture
 from .datasets import PIE_BENCH_SIDE, TOKEN, encode_mask, pictures_in, read_json, read_pie_bench, text_of

@@ -25,8 +25,8 @@ from identity_edit_pack.pipelines.null_text import (
     null_text_optimization,
 )
 from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt
-from identity_edit_pack.pipelines.regularisation_prompts import shipped_prompts
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
+from identity_edit_pack.pipelines.subjects.regularisation_prompts import shipped_prompts
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior

@@ -9,8 +9,8 @@ from comfy_api.latest import io, ui
 
 from ..pipelines import identity_prior as priors
 from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.subject_pictures import SubjectPictures as Pictures
-from ..pipelines.subject_pictures import check_captions
+from ..pipelines.subjects.pictures import SubjectPictures as Pictures
+from ..pipelines.subjects.pictures import check_captions
 from ..pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from ..pipelines.training.loop import TrainingRun
 from ..pipelines.training.pictures import TrainingPictures, check_masks, encode_pictures

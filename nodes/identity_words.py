@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..pipelines import identity_words as words_of
 from ..pipelines import train_identity_words as learning
 from ..pipelines.identity_words import IdentityWords as Words
-from ..pipelines.subject_pictures import SubjectPictures as Pictures
+from ..pipelines.subjects.pictures import SubjectPictures as Pictures
 from ..pipelines.train_identity_words import IdentitySettings
 from ..pipelines.training.loop import BFLOAT16, FLOAT32
 from ..pipelines.training.pictures import encode_pictures

@@ -13,7 +13,7 @@ from ..pipelines.networks.model_folders import list_models, missing_model, model
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.masks import masks_for
 from ..pipelines.shared.pictures import as_colour
-from ..pipelines.subject_pictures import SubjectPictures as SubjectPicturesData
+from ..pipelines.subjects.pictures import SubjectPictures as SubjectPicturesData
 from .sockets import SubjectPictures, checked, mask_input, schema, show_text
 
 MODEL_FOLDER = "image_encoders"

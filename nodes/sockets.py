@@ -33,7 +33,7 @@ _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inpu
 Inversion = io.Custom("INVERSION")
 """`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
 SubjectPictures = io.Custom("SUBJECT_PICTURES")
-"""`pipelines.subject_pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
+"""`pipelines.subjects.pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
 Subject = io.Custom("SUBJECT")
 """`pipelines.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
 

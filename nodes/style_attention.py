@@ -14,7 +14,7 @@ from ..pipelines import style_attention_files as files
 from ..pipelines import train_style_attention as learning
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.style_attention import StyleAttention as Style
-from ..pipelines.subject_pictures import SubjectPictures as Pictures
+from ..pipelines.subjects.pictures import SubjectPictures as Pictures
 from ..pipelines.train_style_attention import TEMPLATES, StyleSettings
 from ..pipelines.training.loop import TrainingRun
 from ..pipelines.training.pictures import encode_pictures

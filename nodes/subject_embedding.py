@@ -14,8 +14,8 @@ from ..pipelines import train_subject_embedding as learning
 from ..pipelines.schedule import fewer_steps
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
-from ..pipelines.subject_pictures import SubjectPictures as Pictures
-from ..pipelines.subject_pictures import check_captions
+from ..pipelines.subjects.pictures import SubjectPictures as Pictures
+from ..pipelines.subjects.pictures import check_captions
 from ..pipelines.train_subject_embedding import MOST_TOKENS, SubjectSettings
 from ..pipelines.training.loop import TrainingRun
 from ..pipelines.training.pictures import check_masks, encode_pictures

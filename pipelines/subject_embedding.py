@@ -24,7 +24,7 @@ from . import engine
 from .schedule import noise_levels
 from .shared.conditioning import Conditioning, single_embedding
 from .shared.errors import IdentityEditError, shortened
-from .subject_words import has_word, word_pattern
+from .subjects.words import has_word, word_pattern
 from .text.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 OUTPUT, WORD = "output", "word"

@@ -26,7 +26,7 @@ from .subject_embedding import (
     word_table,
     word_vectors,
 )
-from .subject_words import has_word
+from .subjects.words import has_word
 from .training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
 from .training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 

@@ -29,7 +29,6 @@ from identity_edit_pack.pipelines import (
     style_attention,
     style_attention_files,
     subject_files,
-    subject_pictures,
     w_plus,
     w_plus_encoder,
 )
@@ -38,6 +37,7 @@ from identity_edit_pack.pipelines.engine.model import ModelTag
 from identity_edit_pack.pipelines.pair_dataset import save_pairs
 from identity_edit_pack.pipelines.pair_folder import INDEX, PairFolder
 from identity_edit_pack.pipelines.subject_embedding import WORD, SubjectEmbedding
+from identity_edit_pack.pipelines.subjects import pictures as subject_pictures
 from identity_edit_pack.pipelines.training import loop as training
 from safetensors.torch import load_file
 

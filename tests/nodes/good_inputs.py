@@ -35,7 +35,7 @@ from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import w_plus as w_plus_rows
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.pair_folder import PairFolder
-from identity_edit_pack.pipelines.subject_pictures import SubjectPictures
+from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.pipelines.text import step_embeddings
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision
 from identity_edit_pack.tests.attention.sampling import sample

@@ -14,7 +14,7 @@ import torch
 from identity_edit_pack.nodes import identity_prior as nodes
 from identity_edit_pack.nodes.saved_files import loadable_files
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_pictures import SubjectPictures
+from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
 SETTINGS: dict[str, Any] = {

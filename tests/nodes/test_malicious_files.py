@@ -28,7 +28,7 @@ from identity_edit_pack.pipelines.encoded_pairs import encode_pairs, pairs_in_fo
 from identity_edit_pack.pipelines.networks import model_folders
 from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_pictures import NO_CAPTIONS_YET, load_subject_folder
+from identity_edit_pack.pipelines.subjects.pictures import NO_CAPTIONS_YET, load_subject_folder
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, SIDE, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import complaint_about_message
 from PIL import Image

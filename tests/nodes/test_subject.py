@@ -11,10 +11,10 @@ import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from identity_edit_pack.nodes import subject as nodes
-from identity_edit_pack.pipelines import captioning
-from identity_edit_pack.pipelines import regularisation_prompts as prompts
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_pictures import CAPTION_FILES, NO_CAPTIONS_YET, SubjectPictures
+from identity_edit_pack.pipelines.subjects import captioning
+from identity_edit_pack.pipelines.subjects import regularisation_prompts as prompts
+from identity_edit_pack.pipelines.subjects.pictures import CAPTION_FILES, NO_CAPTIONS_YET, SubjectPictures
 from identity_edit_pack.tests import tiny_language_models as tiny
 from PIL import Image
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import subject_embedding as nodes
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_pictures import SubjectPictures
+from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 from safetensors.torch import save_file
 

@@ -9,10 +9,10 @@ import comfy.model_management
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import captioning
 from identity_edit_pack.pipelines.networks.language_models import IMAGE_AND_TEXT, TEXT, load_language_model
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_pictures import SubjectPictures, from_batch
+from identity_edit_pack.pipelines.subjects import captioning
+from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures, from_batch
 from identity_edit_pack.tests import tiny_language_models as tiny
 from PIL import Image
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import subject_pictures as subjects
 from identity_edit_pack.pipelines.shared import pictures as picture_forms
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.subjects import pictures as subjects
 from PIL import Image
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_words import check_caption, check_words, with_article, with_token
+from identity_edit_pack.pipelines.subjects.words import check_caption, check_words, with_article, with_token
 
 
 def test_a_token_is_put_before_whole_words_and_once() -> None:

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .engine.host import cut_and_scaled
-from .shared.errors import IdentityEditError
-from .shared.files import written_whole
-from .shared.masks import as_masks, is_no_mask, masks_for
-from .shared.pictures import from_pillow, on_white, open_picture, picture_formats, read_picture, to_pillow
-from .subject_words import CLASS_WORD_FILE, check_caption, check_words, identity_prompt, one_line, with_article
+from ..engine.host import cut_and_scaled
+from ..shared.errors import IdentityEditError
+from ..shared.files import written_whole
+from ..shared.masks import as_masks, is_no_mask, masks_for
+from ..shared.pictures import from_pillow, on_white, open_picture, picture_formats, read_picture, to_pillow
+from .words import CLASS_WORD_FILE, check_caption, check_words, identity_prompt, one_line, with_article
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,10 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from .networks.language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
-from .shared.errors import IdentityEditError, check_finite
-from .subject_pictures import SubjectPictures
-from .subject_words import has_word, with_token
+from ..networks.language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
+from ..shared.errors import IdentityEditError, check_finite
+from .pictures import SubjectPictures
+from .words import has_word, with_token
 
 INSTRUCTION = (
     "Enhance your image captioning skills by providing detailed captions. Structure your response to include: "

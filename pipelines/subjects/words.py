@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .shared.errors import IdentityEditError, shortened
+from ..shared.errors import IdentityEditError, shortened
 
 CLASS_WORD_FILE = "class_word.txt"
 """Beside a subject's pictures."""

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from .engine.host import stop_if_interrupted
-from .networks.language_models import TEXT, load_language_model
-from .shared.errors import IdentityEditError
-from .subject_words import has_word, with_article
+from ..engine.host import stop_if_interrupted
+from ..networks.language_models import TEXT, load_language_model
+from ..shared.errors import IdentityEditError
+from .words import has_word, with_article
 
 KEYWORD = "{keyword}"
 """Stands for the class word in an instruction."""

@@ -1,0 +1,1 @@
+"""The images of a subject, their captions, and prompts about its class."""

@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from identity_edit_pack.pipelines import background, faces
-from identity_edit_pack.pipelines import identity_similarity as identity
-from identity_edit_pack.pipelines.face_alignment import PROFILE, align_ffhq, turned_aside
+from identity_edit_pack.pipelines.faces import background
+from identity_edit_pack.pipelines.faces import detection as faces
+from identity_edit_pack.pipelines.faces import similarity as identity
+from identity_edit_pack.pipelines.faces.alignment import PROFILE, align_ffhq, turned_aside
 from PIL import Image
 
 from .harness import made_by, write_results

@@ -11,13 +11,14 @@ import torch
 from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
-from ..pipelines import face_alignment, identity_similarity
-from ..pipelines import faces as pipeline
-from ..pipelines.background import ENDINGS as BACKGROUND_ENDINGS
-from ..pipelines.background import FOLDER as BACKGROUND_FOLDER
-from ..pipelines.background import NEEDED as BACKGROUND_NEEDED
-from ..pipelines.background import subject_masks, without_background
 from ..pipelines.engine.host import stop_if_interrupted
+from ..pipelines.faces import alignment as face_alignment
+from ..pipelines.faces import detection as pipeline
+from ..pipelines.faces import similarity as identity_similarity
+from ..pipelines.faces.background import ENDINGS as BACKGROUND_ENDINGS
+from ..pipelines.faces.background import FOLDER as BACKGROUND_FOLDER
+from ..pipelines.faces.background import NEEDED as BACKGROUND_NEEDED
+from ..pipelines.faces.background import subject_masks, without_background
 from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.masks import masks_for

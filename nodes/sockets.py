@@ -44,7 +44,7 @@ WPlus = io.Custom("W_PLUS")
 WPlusEncoder = io.Custom("W_PLUS_ENCODER")
 """`pipelines.w_plus_encoder.WPlusEncoder`: the network that gives such rows."""
 FaceDetector = io.Custom("FACE_DETECTOR")
-"""`pipelines.faces.FaceDetector`: what finds faces and five points in each."""
+"""`pipelines.faces.detection.FaceDetector`: what finds faces and five points in each."""
 
 StyleAttention = io.Custom("STYLE_ATTENTION")
 """`pipelines.style_attention.StyleAttention`: what shows such rows to a model: mapping network and cross-attention."""

@@ -16,8 +16,8 @@ import torch
 
 from . import aesthetic_score, clip_scores, feature_scores, frechet_distance, lpips_score, picture_scores
 from .engine.host import stop_if_interrupted
-from .faces import FaceDetector, detect_faces
-from .identity_similarity import FaceRecognizer, embed_faces, similarities
+from .faces.detection import FaceDetector, detect_faces
+from .faces.similarity import FaceRecognizer, embed_faces, similarities
 from .score_definitions import DEFINITIONS, INSIDE, OUTSIDE, definition_of
 from .score_inputs import ScoredPictures, prompt_for_each
 from .shared.errors import IdentityEditError

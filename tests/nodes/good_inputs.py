@@ -19,9 +19,7 @@ from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.nodes import NODE_CLASSES, face, segmentation, train_mcdm
 from identity_edit_pack.pipelines import (
     edit_friendly_inversion,
-    faces,
     identity_prompt,
-    identity_similarity,
     identity_words,
     mcdm,
     null_text,
@@ -34,6 +32,8 @@ from identity_edit_pack.pipelines import (
 from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import w_plus as w_plus_rows
 from identity_edit_pack.pipelines.engine import edit_model
+from identity_edit_pack.pipelines.faces import detection as faces
+from identity_edit_pack.pipelines.faces import similarity as identity_similarity
 from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.pipelines.text import step_embeddings

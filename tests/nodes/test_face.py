@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from identity_edit_pack.nodes import face as nodes
-from identity_edit_pack.pipelines import faces as pipeline
-from identity_edit_pack.pipelines import identity_similarity
-from identity_edit_pack.pipelines.face_alignment import align_ffhq
+from identity_edit_pack.pipelines.faces import detection as pipeline
+from identity_edit_pack.pipelines.faces import similarity as identity_similarity
+from identity_edit_pack.pipelines.faces.alignment import align_ffhq
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.real_faces import real_file, real_photo
 

@@ -23,8 +23,8 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import faces
 from identity_edit_pack.pipelines.encoded_pairs import encode_pairs, pairs_in_folder, read_picture
+from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.networks import model_folders
 from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

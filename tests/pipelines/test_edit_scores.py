@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import edit_scores, faces, lpips_score, picture_scores
+from identity_edit_pack.pipelines import edit_scores, lpips_score, picture_scores
 from identity_edit_pack.pipelines.aesthetic_score import AestheticPredictor
+from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.score_report import score_table, scores_as_json
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_scorers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import face_alignment as alignment
+from identity_edit_pack.pipelines.faces import alignment
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 FACE = np.array([[60.0, 80.0], [100.0, 78.0], [81.0, 102.0], [65.0, 124.0], [97.0, 122.0]])

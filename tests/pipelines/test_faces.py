@@ -12,8 +12,8 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import faces
-from identity_edit_pack.pipelines.faces import Face
+from identity_edit_pack.pipelines.faces import detection as faces
+from identity_edit_pack.pipelines.faces.detection import Face
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.shared.pictures import as_colour
 from identity_edit_pack.tests.real_faces import real_file, real_photo

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import background, faces
-from identity_edit_pack.pipelines import identity_similarity as identity
-from identity_edit_pack.pipelines.face_alignment import align_arcface, align_ffhq
+from identity_edit_pack.pipelines.faces import background
+from identity_edit_pack.pipelines.faces import detection as faces
+from identity_edit_pack.pipelines.faces import similarity as identity
+from identity_edit_pack.pipelines.faces.alignment import align_arcface, align_ffhq
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.real_faces import real_file, real_photo
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .shared.errors import IdentityEditError
+from ..shared.errors import IdentityEditError
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .face_alignment import ARCFACE_SIZE, align_arcface
-from .faces import Face, insightface_model, list_detectors, missing_file
-from .networks.optional import import_optional, onnx_session
-from .shared.errors import IdentityEditError
+from ..networks.optional import import_optional, onnx_session
+from ..shared.errors import IdentityEditError
+from .alignment import ARCFACE_SIZE, align_arcface
+from .detection import Face, insightface_model, list_detectors, missing_file
 
 if TYPE_CHECKING:
     import numpy as np

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate
 
-from .networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN
-from .networks.optional import onnx_session
-from .shared.errors import IdentityEditError
+from ..networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN
+from ..networks.optional import onnx_session
+from ..shared.errors import IdentityEditError
 
 FOLDER = "rembg"
 ENDINGS = (".onnx",)

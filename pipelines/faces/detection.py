@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from .face_alignment import PROFILE, check_points, ffhq_quad, quad_side, turned_aside
-from .networks.model_folders import model_roots
-from .networks.optional import import_optional
-from .shared.errors import IdentityEditError, first_line, for_console
-from .shared.parsing import lines_of_numbers
-from .shared.pictures import as_bytes, from_pillow, to_pillow
+from ..networks.model_folders import model_roots
+from ..networks.optional import import_optional
+from ..shared.errors import IdentityEditError, first_line, for_console
+from ..shared.parsing import lines_of_numbers
+from ..shared.pictures import as_bytes, from_pillow, to_pillow
+from .alignment import PROFILE, check_points, ffhq_quad, quad_side, turned_aside
 
 if TYPE_CHECKING:
     import numpy as np

@@ -44,6 +44,7 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.pipelines.alignment import align_reference
 from identity_edit_pack.pipelines.attention_segmentation import attention_masks
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
+from identity_edit_pack.pipelines.engine.families.schedule import Schedule, ddim_schedule
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import ddim_inversion
 from identity_edit_pack.pipelines.reference_guidance import (
@@ -51,7 +52,6 @@ from identity_edit_pack.pipelines.reference_guidance import (
     reference_guided_sampling,
 )
 from identity_edit_pack.pipelines.reference_selection import histogram_features, select_reference
-from identity_edit_pack.pipelines.schedule import Schedule, ddim_schedule
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.subject_embedding import (
     OUTPUT,

@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ..pipelines import edit_friendly_inversion, null_text
 from ..pipelines import inversion as ddim
-from ..pipelines.schedule import fewer_steps
+from ..pipelines.engine.families.schedule import fewer_steps
 from ..pipelines.shared.conditioning import Conditioning, with_embedding
 from ..pipelines.text.step_embeddings import apply_step_embeddings
 from .idle import noise_mask_left_out

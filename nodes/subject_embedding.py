@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..pipelines import subject_files
 from ..pipelines import train_subject_embedding as learning
-from ..pipelines.schedule import fewer_steps
+from ..pipelines.engine.families.schedule import fewer_steps
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ..pipelines.subjects.pictures import SubjectPictures as Pictures

@@ -12,8 +12,8 @@ from ..attention.capture import IdentityAttention
 from ..attention.identity_mask import identity_map
 from ..attention.sites import AUTOMATIC
 from . import engine
+from .engine.families.schedule import noise_levels, rows_of
 from .identity_prompt import IdentityPrompt, capture_identity
-from .schedule import noise_levels, rows_of
 from .shared.conditioning import Conditioning
 from .shared.errors import IdentityEditError
 

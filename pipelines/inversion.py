@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import engine
-from .schedule import SAME_LEVEL
+from .engine.families.schedule import SAME_LEVEL
 from .shared import files
 from .shared.conditioning import Conditioning, with_embedding
 from .shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite

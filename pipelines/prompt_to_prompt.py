@@ -24,8 +24,8 @@ from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap,
 from ..attention.sites import AUTOMATIC, LayerKey
 from ..attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from . import engine
+from .engine.families.schedule import step_at
 from .inversion import Inversion, check_inversion, check_sampled_latent
-from .schedule import step_at
 from .shared.conditioning import Conditioning, single_embedding
 from .shared.errors import IdentityEditError
 from .shared.parsing import split_parts, split_words

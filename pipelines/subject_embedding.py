@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from . import engine
-from .schedule import noise_levels
+from .engine.families.schedule import noise_levels
 from .shared.conditioning import Conditioning, single_embedding
 from .shared.errors import IdentityEditError, shortened
 from .subjects.words import has_word, word_pattern

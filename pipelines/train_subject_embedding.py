@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from . import engine
+from .engine.families.schedule import ddim_schedule, rows_of
 from .engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
-from .schedule import ddim_schedule, rows_of
 from .shared.errors import IdentityEditError
 from .subject_embedding import (
     KINDS,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .. import engine
-from ..schedule import step_at
+from ..engine.families.schedule import step_at
 from ..shared.errors import IdentityEditError, check_batch_matches, check_finite
 
 

@@ -10,7 +10,7 @@ import comfy_extras.nodes_model_advanced
 import pytest
 import torch
 from identity_edit_pack.nodes import inversion, segmentation, subject_embedding
-from identity_edit_pack.pipelines import schedule
+from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.inversion import sample_inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_embedding import step_boundaries

@@ -16,7 +16,7 @@ import torch
 from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
 from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.engine.families.schedule import ddim_timesteps
 from identity_edit_pack.pipelines.shared import files
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 

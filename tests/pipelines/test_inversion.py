@@ -17,7 +17,7 @@ import torch
 from comfy_extras import nodes_sag
 from identity_edit_pack.pipelines import engine, inversion
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.engine.families.schedule import ddim_timesteps
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import constant_embedding
 

@@ -12,7 +12,7 @@ import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine, inversion, null_text
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.engine.families.schedule import ddim_timesteps
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.unconditional_embedding import change_of_length
 

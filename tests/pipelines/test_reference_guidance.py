@@ -16,6 +16,7 @@ import torch
 from from_noise import sample_from
 from identity_edit_pack.pipelines import inversion, reference_guidance
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
+from identity_edit_pack.pipelines.engine.families.schedule import ddim_schedule, ddim_timesteps
 from identity_edit_pack.pipelines.inversion import Inversion
 from identity_edit_pack.pipelines.reference_guidance import (
     first_pass_latent,
@@ -23,7 +24,6 @@ from identity_edit_pack.pipelines.reference_guidance import (
     latent_mask,
     reference_guided_sampling,
 )
-from identity_edit_pack.pipelines.schedule import ddim_schedule, ddim_timesteps
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from reference_null_text import DdimScale, invert

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tiny_models
 import torch
-from identity_edit_pack.pipelines import engine, schedule
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 

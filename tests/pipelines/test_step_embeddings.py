@@ -10,7 +10,8 @@ import comfy_extras.nodes_custom_sampler
 import pytest
 import tiny_models
 import torch
-from identity_edit_pack.pipelines import engine, schedule
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text import step_embeddings
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings

@@ -13,7 +13,8 @@ import pytest
 import tiny_models
 import tiny_text_encoders
 import torch
-from identity_edit_pack.pipelines import engine, schedule, subject_embedding, subject_files
+from identity_edit_pack.pipelines import engine, subject_embedding, subject_files
+from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_embedding import (
     OUTPUT,

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Any, ClassVar
 
-from ...schedule import Schedule
 from .noise import NoisePath
+from .schedule import Schedule
 
 
 class Capability(Enum):

@@ -13,10 +13,10 @@ from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.model_sampling import CONST
 
-from ...schedule import Schedule, noise_levels
 from ...shared.errors import check_steps
 from .base import Capability, Family
 from .noise import FLOW, VELOCITY
+from .schedule import Schedule, noise_levels
 
 
 class Flow(Family):

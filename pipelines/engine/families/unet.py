@@ -10,10 +10,10 @@ import comfy.model_sampling as kinds
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-from ...schedule import Schedule, ddim_schedule
 from ...shared.errors import IdentityEditError
 from .base import Capability, Family
 from .noise import DIFFUSION, EPS, V
+from .schedule import Schedule, ddim_schedule
 
 _BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base.SDXLRefiner, 5 * 256))
 """What ComfyUI puts behind the pooled output: sizes of the picture and the refiner's score, each as 256 numbers."""

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import torch
 
-from .shared.errors import check_steps
+from ...shared.errors import check_steps
 
 
 class DiscreteSampling(Protocol):

@@ -46,7 +46,7 @@ from identity_edit_pack.pipelines.attention_segmentation import attention_masks
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import Schedule, ddim_schedule
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
-from identity_edit_pack.pipelines.inversion import ddim_inversion
+from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
 from identity_edit_pack.pipelines.reference_guidance import (
     first_pass_latent,
     reference_guided_sampling,

@@ -26,9 +26,10 @@ from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, caption
 from identity_edit_pack.demo_world.pictures import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import engine, inversion, null_text
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.reconstruction import psnr
+from identity_edit_pack.pipelines.inversion import inversion, null_text
+from identity_edit_pack.pipelines.inversion.reconstruction import psnr
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from tqdm import tqdm
 

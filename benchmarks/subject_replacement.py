@@ -21,8 +21,8 @@ import comfy.sd
 import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.classifier import load_classifier
-from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion
-from identity_edit_pack.pipelines.null_text import ADAPTIVE, null_text_optimization
+from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.null_text import ADAPTIVE, null_text_optimization
 from identity_edit_pack.pipelines.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject
 from identity_edit_pack.pipelines.subject_replacement import subject_replacement
 from tqdm import tqdm

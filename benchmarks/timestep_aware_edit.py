@@ -27,9 +27,9 @@ from identity_edit_pack.demo_world.attributes import (
 )
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
-from identity_edit_pack.pipelines.inversion import ddim_inversion, sample_inversion
-from identity_edit_pack.pipelines.null_text import METHODS as NULL_TEXT_METHODS
-from identity_edit_pack.pipelines.null_text import null_text_optimization
+from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.null_text import METHODS as NULL_TEXT_METHODS
+from identity_edit_pack.pipelines.inversion.null_text import null_text_optimization
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding

@@ -9,21 +9,21 @@ import comfy.sample
 import comfy.samplers
 import torch
 from identity_edit_pack.pipelines import mcdm
-from identity_edit_pack.pipelines.edit_friendly_inversion import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
-from identity_edit_pack.pipelines.inversion import Inversion, ddim_inversion, sample_inversion
-from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
-from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
-from identity_edit_pack.pipelines.null_text import (
+from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
+from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.null_text import (
     ADAPTIVE,
     GUIDANCE_SCALE,
     PAPER,
     negative_prompt_inversion,
     null_text_optimization,
 )
+from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
+from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.subjects.regularisation_prompts import shipped_prompts

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..attention.mutual_self_attention import AUTOMATIC
 from ..pipelines import mutual_self_attention
-from ..pipelines.inversion import Inversion as InversionData
+from ..pipelines.inversion.inversion import Inversion as InversionData
 from ..pipelines.shared.conditioning import Conditioning
 from .idle import takes_all
 from .sockets import Inversion, checked, mask_input, schema, show_warnings

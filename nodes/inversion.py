@@ -6,9 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..pipelines import edit_friendly_inversion, null_text
-from ..pipelines import inversion as ddim
 from ..pipelines.engine.families.schedule import fewer_steps
+from ..pipelines.inversion import edit_friendly as edit_friendly_inversion
+from ..pipelines.inversion import inversion as ddim
+from ..pipelines.inversion import null_text
 from ..pipelines.shared.conditioning import Conditioning, with_embedding
 from ..pipelines.text.step_embeddings import apply_step_embeddings
 from .idle import noise_mask_left_out

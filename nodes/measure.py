@@ -8,7 +8,6 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..pipelines import clip_scores, edit_scores, feature_scores, score_files, score_report
-from ..pipelines import reconstruction as reconstructions
 from ..pipelines.aesthetic_score import NEEDED as AESTHETIC_NEEDED
 from ..pipelines.aesthetic_score import PURPOSE as AESTHETIC_PURPOSE
 from ..pipelines.faces.detection import list_detectors, missing_file
@@ -17,6 +16,7 @@ from ..pipelines.faces.similarity import load_recognizer
 from ..pipelines.frechet_distance import FEATURES, FEWEST
 from ..pipelines.frechet_distance import NEEDED as INCEPTION_NEEDED
 from ..pipelines.frechet_distance import PURPOSE as INCEPTION_PURPOSE
+from ..pipelines.inversion import reconstruction as reconstructions
 from ..pipelines.lpips_score import BACKBONES
 from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.errors import IdentityEditError

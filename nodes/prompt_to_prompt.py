@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..pipelines import prompt_to_prompt as control
 from ..pipelines import subject_replacement as replacement
-from ..pipelines.inversion import Inversion as InversionData
+from ..pipelines.inversion.inversion import Inversion as InversionData
 from ..pipelines.shared.conditioning import Conditioning
 from .idle import first_said, joined, takes_all, takes_no_part
 from .sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text, show_warnings

@@ -8,8 +8,8 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import reference_guidance as guidance
-from ..pipelines.inversion import Inversion as DDIMInversion
-from ..pipelines.inversion import check_step_count
+from ..pipelines.inversion.inversion import Inversion as DDIMInversion
+from ..pipelines.inversion.inversion import check_step_count
 from ..pipelines.shared.conditioning import Conditioning
 from ..pipelines.shared.errors import IdentityEditError
 from .idle import first_said, joined

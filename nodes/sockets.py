@@ -31,7 +31,7 @@ CATEGORY = "identity edit"
 _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())
 
 Inversion = io.Custom("INVERSION")
-"""`pipelines.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
+"""`pipelines.inversion.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
 SubjectPictures = io.Custom("SUBJECT_PICTURES")
 """`pipelines.subjects.pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
 Subject = io.Custom("SUBJECT")

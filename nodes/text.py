@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..pipelines import text_injection
 from ..pipelines import text_optimization as optimization
-from ..pipelines.inversion import Inversion as DDIMInversion
+from ..pipelines.inversion.inversion import Inversion as DDIMInversion
 from ..pipelines.shared.conditioning import Conditioning, with_embedding
 from ..pipelines.text.step_embeddings import apply_step_embeddings
 from .idle import first_said, joined, noise_mask_left_out, same_prompt

@@ -19,7 +19,7 @@ from ..attention.masks import feathered, union
 from ..attention.sites import AUTOMATIC
 from . import engine
 from .identity_prompt import IdentityPrompt, capture_identity
-from .inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
+from .inversion.inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
 from .shared.conditioning import Conditioning
 from .shared.errors import IdentityEditError
 from .shared.masks import masks_for

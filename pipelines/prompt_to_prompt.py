@@ -25,7 +25,7 @@ from ..attention.sites import AUTOMATIC, LayerKey
 from ..attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from . import engine
 from .engine.families.schedule import step_at
-from .inversion import Inversion, check_inversion, check_sampled_latent
+from .inversion.inversion import Inversion, check_inversion, check_sampled_latent
 from .shared.conditioning import Conditioning, single_embedding
 from .shared.errors import IdentityEditError
 from .shared.parsing import split_parts, split_words

@@ -23,11 +23,11 @@ import torch
 
 from . import engine
 from .engine.host import stock_noise
-from .inversion import DDIM, Inversion, check_inversion, check_method
+from .inversion.inversion import DDIM, Inversion, check_inversion, check_method
+from .inversion.unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
 from .shared.conditioning import Conditioning, single_embedding
 from .shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
 from .shared.masks import masks_for
-from .unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
 
 GUIDANCE_SCALE = 7.5
 START_PERCENT = 0.2

@@ -13,7 +13,7 @@ import torch
 
 from ..attention.prompt_to_prompt import TokenMap
 from . import engine
-from .inversion import DDIM, Inversion, check_method, follow_back
+from .inversion.inversion import DDIM, Inversion, check_method, follow_back
 from .prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
 from .shared.conditioning import Conditioning, single_embedding, with_embedding
 from .shared.errors import IdentityEditError, check_batch_matches

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from . import engine
-from .inversion import DDIM, Inversion, check_inversion, check_method, negative_side
+from .inversion.inversion import DDIM, Inversion, check_inversion, check_method, negative_side
 from .shared.conditioning import Conditioning, single_embedding, with_embedding
 from .shared.errors import IdentityEditError, check_conditioning
 from .text.step_embeddings import StepEmbeddings, apply_step_embeddings

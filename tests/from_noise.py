@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.inversion import Inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.inversion import Inversion, sample_inversion
 
 
 def sample_from(

@@ -24,7 +24,6 @@ from identity_edit_pack.pipelines import (
     encoded_pairs,
     identity_prior,
     identity_words,
-    inversion,
     mcdm,
     style_attention,
     style_attention_files,
@@ -34,6 +33,7 @@ from identity_edit_pack.pipelines import (
 )
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.engine.model import ModelTag
+from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.pair_dataset import save_pairs
 from identity_edit_pack.pipelines.pair_folder import INDEX, PairFolder
 from identity_edit_pack.pipelines.subject_embedding import WORD, SubjectEmbedding

@@ -15,8 +15,8 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from identity_edit_pack.attention import mutual_self_attention as mutual
 from identity_edit_pack.attention.unet import attention_layers
-from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
-from identity_edit_pack.pipelines import engine, inversion
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.inversion import edit_friendly, inversion
 from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models

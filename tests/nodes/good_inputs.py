@@ -18,22 +18,22 @@ import torch
 from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.nodes import NODE_CLASSES, face, segmentation, train_mcdm
 from identity_edit_pack.pipelines import (
-    edit_friendly_inversion,
     identity_prompt,
     identity_words,
     mcdm,
-    null_text,
     pair_dataset,
     style_attention_files,
     subject_embedding,
     subject_files,
     w_plus_encoder,
 )
-from identity_edit_pack.pipelines import inversion as inversions
 from identity_edit_pack.pipelines import w_plus as w_plus_rows
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.faces import similarity as identity_similarity
+from identity_edit_pack.pipelines.inversion import edit_friendly as edit_friendly_inversion
+from identity_edit_pack.pipelines.inversion import inversion as inversions
+from identity_edit_pack.pipelines.inversion import null_text
 from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.pipelines.text import step_embeddings

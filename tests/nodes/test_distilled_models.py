@@ -11,7 +11,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import inversion, segmentation, subject_embedding
 from identity_edit_pack.pipelines.engine.families import schedule
-from identity_edit_pack.pipelines.inversion import sample_inversion
+from identity_edit_pack.pipelines.inversion.inversion import sample_inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_embedding import step_boundaries
 from identity_edit_pack.tests import tiny_models

@@ -13,10 +13,10 @@ import comfy.samplers
 import pytest
 import tiny_models
 import torch
-from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
-from identity_edit_pack.pipelines import engine, inversion
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.inversion import edit_friendly, inversion
 from identity_edit_pack.pipelines.shared import files
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 

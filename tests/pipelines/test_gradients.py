@@ -304,7 +304,7 @@ def test_a_device_without_memory_is_said_with_what_helps(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("node", ["EasyCacheNode", "LazyCacheNode"])
 def test_caches_of_steps_are_left_out_and_the_log_says_so(node: str, caplog: pytest.LogCaptureFixture):
     from comfy_extras import nodes_easycache
-    from identity_edit_pack.pipelines.inversion import ddim_inversion
+    from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
 
     plain = tiny_models.sd1(output_gain=0.05)
     cached = getattr(nodes_easycache, node).execute(plain, 0.5, 0.0, 1.0, False).args[0]

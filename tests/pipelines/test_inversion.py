@@ -15,9 +15,10 @@ import reference_null_text
 import tiny_models
 import torch
 from comfy_extras import nodes_sag
-from identity_edit_pack.pipelines import engine, inversion
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import constant_embedding
 

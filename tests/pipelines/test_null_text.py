@@ -10,11 +10,12 @@ import pytest
 import reference_null_text
 import tiny_models
 import torch
-from identity_edit_pack.pipelines import engine, inversion, null_text
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import ddim_timesteps
+from identity_edit_pack.pipelines.inversion import inversion, null_text
+from identity_edit_pack.pipelines.inversion.unconditional_embedding import change_of_length
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.unconditional_embedding import change_of_length
 
 SD_SCALE = 0.18215
 POSITIVE = tiny_models.conditioning(1)

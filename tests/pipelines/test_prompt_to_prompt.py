@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import tiny_text_encoders
 import torch
-from identity_edit_pack.pipelines import edit_friendly_inversion as edit_friendly
-from identity_edit_pack.pipelines import inversion
 from identity_edit_pack.pipelines import prompt_to_prompt as p2p
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.inversion import edit_friendly, inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text import prompt_tokens as words
 from identity_edit_pack.pipelines.text.step_embeddings import apply_step_embeddings, constant_embedding

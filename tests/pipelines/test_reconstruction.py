@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from identity_edit_pack.pipelines import reconstruction
+from identity_edit_pack.pipelines.inversion import reconstruction
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 

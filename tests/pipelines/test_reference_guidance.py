@@ -14,10 +14,11 @@ import pytest
 import tiny_models
 import torch
 from from_noise import sample_from
-from identity_edit_pack.pipelines import inversion, reference_guidance
+from identity_edit_pack.pipelines import reference_guidance
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import ddim_schedule, ddim_timesteps
-from identity_edit_pack.pipelines.inversion import Inversion
+from identity_edit_pack.pipelines.inversion import inversion
+from identity_edit_pack.pipelines.inversion.inversion import Inversion
 from identity_edit_pack.pipelines.reference_guidance import (
     first_pass_latent,
     guided_steps,

@@ -8,7 +8,8 @@ import pytest
 import tiny_text_encoders
 import torch
 from identity_edit_pack.attention.unet import attention_layers
-from identity_edit_pack.pipelines import engine, inversion, null_text
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.inversion import inversion, null_text
 from identity_edit_pack.pipelines.prompt_to_prompt import encode
 from identity_edit_pack.pipelines.shared.conditioning import with_embedding
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from . import engine
-from .shared.errors import IdentityEditError
-from .shared.gradients import gradients_by_sample
+from .. import engine
+from ..shared.errors import IdentityEditError
+from ..shared.gradients import gradients_by_sample
 
 _LARGEST_CHANGE_OF_LENGTH = 4.0
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from . import engine
+from .. import engine
+from ..shared.conditioning import Conditioning, single_embedding
+from ..shared.errors import IdentityEditError, check_batch_matches
+from ..text.step_embeddings import StepEmbeddings, constant_embedding
 from .inversion import DDIM, Inversion, check_inversion, check_method
-from .shared.conditioning import Conditioning, single_embedding
-from .shared.errors import IdentityEditError, check_batch_matches
-from .text.step_embeddings import StepEmbeddings, constant_embedding
 from .unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
 
 GUIDANCE_SCALE = 7.5

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .shared.pictures import comparable
+from ..shared.pictures import comparable
 
 LOWEST_PSNR = 20.0
 """dB below which a reconstruction is taken to have failed. A choice between what the demo world gave at 20 steps: 26 dB

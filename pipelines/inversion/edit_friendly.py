@@ -12,17 +12,10 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .inversion import (
-    EDIT_FRIENDLY_DDPM,
-    Inversion,
-    check_inversion,
-    check_method,
-    check_negative,
-    sampling_step,
-)
-from .shared.conditioning import Conditioning
-from .shared.errors import IN_FLOAT32, IdentityEditError, check_finite
+from .. import engine
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IN_FLOAT32, IdentityEditError, check_finite
+from .inversion import EDIT_FRIENDLY_DDPM, Inversion, check_inversion, check_method, check_negative, sampling_step
 
 STEPS = 100
 SOURCE_GUIDANCE_SCALE = 3.5

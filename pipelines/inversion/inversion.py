@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.families.schedule import SAME_LEVEL
-from .shared import files
-from .shared.conditioning import Conditioning, with_embedding
-from .shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
-from .text.step_embeddings import StepEmbeddings, apply_step_embeddings
+from .. import engine
+from ..engine.families.schedule import SAME_LEVEL
+from ..shared import files
+from ..shared.conditioning import Conditioning, with_embedding
+from ..shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
+from ..text.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 DDIM = "ddim"
 EDIT_FRIENDLY_DDPM = "edit-friendly ddpm"

@@ -24,7 +24,7 @@ import diffusers
 import torch
 from identity_edit_pack.attention.mutual_self_attention import mutual_layers
 from identity_edit_pack.attention.unet import attention_layers
-from identity_edit_pack.pipelines.mutual_self_attention import START_STEP
+from identity_edit_pack.pipelines.attention_control.mutual_self_attention import START_STEP
 
 from . import diffusers_models
 from .cases import EditCase

@@ -9,6 +9,8 @@ import comfy.sample
 import comfy.samplers
 import torch
 from identity_edit_pack.pipelines import mcdm
+from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
+from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
@@ -23,8 +25,6 @@ from identity_edit_pack.pipelines.inversion.null_text import (
     null_text_optimization,
 )
 from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
-from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
-from identity_edit_pack.pipelines.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.subjects.regularisation_prompts import shipped_prompts
 from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..attention.mutual_self_attention import AUTOMATIC
-from ..pipelines import mutual_self_attention
+from ..pipelines.attention_control import mutual_self_attention
 from ..pipelines.inversion.inversion import Inversion as InversionData
 from ..pipelines.shared.conditioning import Conditioning
 from .idle import takes_all

@@ -13,8 +13,8 @@ import torch
 
 from ..attention.prompt_to_prompt import TokenMap
 from . import engine
+from .attention_control.prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
 from .inversion.inversion import DDIM, Inversion, check_method, follow_back
-from .prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
 from .shared.conditioning import Conditioning, single_embedding, with_embedding
 from .shared.errors import IdentityEditError, check_batch_matches
 from .shared.parsing import split_words

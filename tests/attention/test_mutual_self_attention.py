@@ -16,8 +16,8 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from identity_edit_pack.attention import mutual_self_attention as mutual
 from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.inversion import edit_friendly, inversion
-from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.tiny_models import relative_error

@@ -10,7 +10,7 @@ import pytest
 import torch
 from identity_edit_pack.attention import prompt_to_prompt as control
 from identity_edit_pack.attention.unet import attention_layers
-from identity_edit_pack.pipelines.prompt_to_prompt import ControlSettings, with_attention_control
+from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import ControlSettings, with_attention_control
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.tiny_models import relative_error

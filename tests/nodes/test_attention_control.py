@@ -8,9 +8,9 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as stock
 from identity_edit_pack.nodes import attention_control, inversion
+from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.inversion import edit_friendly
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion
-from identity_edit_pack.pipelines.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 

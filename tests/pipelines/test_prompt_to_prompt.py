@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_text_encoders
 import torch
-from identity_edit_pack.pipelines import prompt_to_prompt as p2p
+from identity_edit_pack.pipelines.attention_control import prompt_to_prompt as p2p
 from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import edit_friendly, inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

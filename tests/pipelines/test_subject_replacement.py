@@ -9,8 +9,8 @@ import tiny_text_encoders
 import torch
 from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import encode
 from identity_edit_pack.pipelines.inversion import inversion, null_text
-from identity_edit_pack.pipelines.prompt_to_prompt import encode
 from identity_edit_pack.pipelines.shared.conditioning import with_embedding
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subject_replacement import subject_replacement

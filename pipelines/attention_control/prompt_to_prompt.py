@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 
-from ..attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor
-from ..attention.sites import AUTOMATIC, LayerKey
-from ..attention.unet import AttentionLayer, attention_layers, without_guidance_functions
-from . import engine
-from .engine.families.schedule import step_at
-from .inversion.inversion import Inversion, check_inversion, check_sampled_latent
-from .shared.conditioning import Conditioning, single_embedding
-from .shared.errors import IdentityEditError
-from .shared.parsing import split_parts, split_words
-from .text.prompt_tokens import (
+from ...attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor
+from ...attention.sites import AUTOMATIC, LayerKey
+from ...attention.unet import AttentionLayer, attention_layers, without_guidance_functions
+from .. import engine
+from ..engine.families.schedule import step_at
+from ..inversion.inversion import Inversion, check_inversion, check_sampled_latent
+from ..shared.conditioning import Conditioning, single_embedding
+from ..shared.errors import IdentityEditError
+from ..shared.parsing import split_parts, split_words
+from ..text.prompt_tokens import (
     Pair,
     aligned_tokens,
     paired_words,
@@ -38,7 +38,7 @@ from .text.prompt_tokens import (
     prompt_tokens,
     token_mapper,
 )
-from .text.step_embeddings import apply_step_embeddings
+from ..text.step_embeddings import apply_step_embeddings
 
 REPLACE, REFINE = "replace", "refine"
 EDITS = (REPLACE, REFINE)

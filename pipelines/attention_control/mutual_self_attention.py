@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ..attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeatures, mutual_layers
-from ..attention.unet import with_patches, without_guidance_functions
-from . import engine
-from .inversion.inversion import Inversion, check_inversion, check_sampled_latent
-from .shared.conditioning import Conditioning, single_embedding
-from .shared.errors import IdentityEditError, check_batch_matches
-from .shared.masks import as_masks, cut_to
+from ...attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeatures, mutual_layers
+from ...attention.unet import with_patches, without_guidance_functions
+from .. import engine
+from ..inversion.inversion import Inversion, check_inversion, check_sampled_latent
+from ..shared.conditioning import Conditioning, single_embedding
+from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.masks import as_masks, cut_to
 
 START_STEP = 0.08
 """The reference implementation's 4 of 50 steps, as a share of the steps."""

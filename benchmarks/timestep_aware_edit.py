@@ -31,8 +31,8 @@ from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sam
 from identity_edit_pack.pipelines.inversion.null_text import METHODS as NULL_TEXT_METHODS
 from identity_edit_pack.pipelines.inversion.null_text import null_text_optimization
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
-from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
-from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
+from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning, timestep_aware_sampling
+from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
 from matplotlib import pyplot
 from tqdm import tqdm
 

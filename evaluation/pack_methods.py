@@ -27,8 +27,8 @@ from identity_edit_pack.pipelines.inversion.null_text import (
 from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.subjects.regularisation_prompts import shipped_prompts
-from identity_edit_pack.pipelines.text_injection import edit_conditioning, timestep_aware_sampling
-from identity_edit_pack.pipelines.text_optimization import optimize_text_embedding
+from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning, timestep_aware_sampling
+from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
 from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 

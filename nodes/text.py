@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines import text_injection
-from ..pipelines import text_optimization as optimization
 from ..pipelines.inversion.inversion import Inversion as DDIMInversion
 from ..pipelines.shared.conditioning import Conditioning, with_embedding
 from ..pipelines.text.step_embeddings import apply_step_embeddings
+from ..pipelines.timestep_aware import text_injection
+from ..pipelines.timestep_aware import text_optimization as optimization
 from .idle import first_said, joined, noise_mask_left_out, same_prompt
 from .sockets import Inversion, checked, latent_samples, progress, schema, seed_input, show_text, show_warnings
 

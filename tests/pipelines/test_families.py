@@ -13,7 +13,7 @@ import tiny_models
 import torch
 from identity_edit_pack.nodes.inversion import DDIMInversion
 from identity_edit_pack.nodes.sockets import check_inputs
-from identity_edit_pack.pipelines import engine, text_injection
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.engine.families import noise
 from identity_edit_pack.pipelines.identity_prompt import IdentityPrompt, capture_identity
@@ -22,6 +22,7 @@ from identity_edit_pack.pipelines.inversion import inversion, null_text
 from identity_edit_pack.pipelines.inversion.inversion import Inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
+from identity_edit_pack.pipelines.timestep_aware import text_injection
 from tiny_models import relative_error
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))

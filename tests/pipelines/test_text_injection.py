@@ -12,12 +12,12 @@ import comfy.samplers
 import pytest
 import torch
 from from_noise import sample_from
-from identity_edit_pack.pipelines import text_injection
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import ddim_schedule
 from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import apply_step_embeddings, constant_embedding
+from identity_edit_pack.pipelines.timestep_aware import text_injection
 from identity_edit_pack.tests import tiny_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
-from identity_edit_pack.pipelines import text_optimization
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.text_injection import edit_conditioning
+from identity_edit_pack.pipelines.timestep_aware import text_optimization
+from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning
 from tiny_models import relative_error
 
 TARGET = tiny_models.conditioning(1)

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .inversion.inversion import DDIM, Inversion, check_inversion, check_method, negative_side
-from .shared.conditioning import Conditioning, single_embedding, with_embedding
-from .shared.errors import IdentityEditError, check_conditioning
-from .text.step_embeddings import StepEmbeddings, apply_step_embeddings
+from .. import engine
+from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, negative_side
+from ..shared.conditioning import Conditioning, single_embedding, with_embedding
+from ..shared.errors import IdentityEditError, check_conditioning
+from ..text.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 RATIO = 0.2
 """Share of the steps with the source prompt: Jung et al. 2024 finds 10 to 40 % (section 5.4, appendix E.1)."""

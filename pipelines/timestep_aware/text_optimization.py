@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .shared.conditioning import Conditioning, single_embedding
-from .shared.errors import IdentityEditError, check_batch_matches
-from .shared.gradients import gradients_by_sample
+from .. import engine
+from ..shared.conditioning import Conditioning, single_embedding
+from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.gradients import gradients_by_sample
 
 STEPS = 200
 LEARNING_RATE = 1e-3

@@ -1,0 +1,1 @@
+"""Timestep-aware text injection (Jung et al. 2024)."""

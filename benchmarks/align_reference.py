@@ -32,8 +32,9 @@ from identity_edit_pack.demo_world.attributes import (
 )
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import alignment, heatmap
+from identity_edit_pack.pipelines import alignment
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.lipe import heatmap
 from PIL import Image
 from scipy.spatial import cKDTree
 from tqdm import tqdm

@@ -42,11 +42,11 @@ from identity_edit_pack.demo_world.attributes import Attributes, caption
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.pipelines.alignment import align_reference
-from identity_edit_pack.pipelines.attention_segmentation import attention_masks
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import Schedule, ddim_schedule
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
+from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_masks
+from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.reference_guidance import (
     first_pass_latent,
     reference_guided_sampling,

@@ -24,8 +24,9 @@ import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes, caption, random_attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import engine, identity_prior
-from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.lipe import identity_prior
+from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training import pictures as training_pictures
 from identity_edit_pack.pipelines.training.loop import generator_of
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures

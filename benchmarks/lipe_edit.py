@@ -47,12 +47,12 @@ from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_c
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
-from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
-from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.inversion.inversion import Inversion, sample_inversion
-from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
+from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prior
+from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 from tqdm import tqdm
 

@@ -21,7 +21,7 @@ from identity_edit_pack.nodes import NODE_CLASSES
 from identity_edit_pack.pipelines import engine, mcdm
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
 from identity_edit_pack.pipelines.engine.vision import vision_tag
-from identity_edit_pack.pipelines.identity_prior import attention_keys
+from identity_edit_pack.pipelines.lipe.identity_prior import attention_keys
 from identity_edit_pack.pipelines.w_plus import WPlus
 
 import nodes as stock

@@ -22,9 +22,9 @@ from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import caption
 from identity_edit_pack.demo_world.pictures import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import attention_segmentation as by_attention
-from identity_edit_pack.pipelines import heatmap
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.lipe import attention_segmentation as by_attention
+from identity_edit_pack.pipelines.lipe import heatmap
+from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 
 from .edits import embed, save_sheet
 from .harness import RESULTS, ROOT, made_by, write_results

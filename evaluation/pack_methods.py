@@ -12,9 +12,6 @@ from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
-from identity_edit_pack.pipelines.identity_mask_blend import BlendSettings, identity_mask_blend
-from identity_edit_pack.pipelines.identity_prior import apply_identity_prior
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import (
@@ -24,12 +21,15 @@ from identity_edit_pack.pipelines.inversion.null_text import (
     negative_prompt_inversion,
     null_text_optimization,
 )
+from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
+from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prior
+from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.subjects.regularisation_prompts import shipped_prompts
 from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
-from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 
 from ..benchmarks.edits import composite, embed

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines import identity_prior as priors
+from ..pipelines.lipe import identity_prior as priors
+from ..pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.subjects.pictures import SubjectPictures as Pictures
 from ..pipelines.subjects.pictures import check_captions
-from ..pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from ..pipelines.training.loop import TrainingRun
 from ..pipelines.training.pictures import TrainingPictures, check_masks, encode_pictures
 from .idle import first_said, joined

@@ -10,9 +10,9 @@ from comfy_api.latest import io
 from ..attention import identity_mask as masks
 from ..attention.capture import IdentityAttention
 from ..attention.sites import AUTOMATIC, LAYER_CHOICES
-from ..pipelines import heatmap, identity_mask_blend
-from ..pipelines.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.inversion.inversion import Inversion as InversionData
+from ..pipelines.lipe import heatmap, identity_mask_blend
+from ..pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt
 from ..pipelines.shared.conditioning import Conditioning
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.masks import masks_for

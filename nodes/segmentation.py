@@ -9,9 +9,10 @@ from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
 from ..attention.sites import AUTOMATIC, LAYER_CHOICES
-from ..pipelines import alignment, attention_segmentation, heatmap
+from ..pipelines import alignment
 from ..pipelines.engine.host import stop_if_interrupted
-from ..pipelines.identity_prompt import encode_identity_prompt
+from ..pipelines.lipe import attention_segmentation, heatmap
+from ..pipelines.lipe.identity_prompt import encode_identity_prompt
 from ..pipelines.networks import grounding_dino as dino
 from ..pipelines.networks import segment_anything as pipeline
 from ..pipelines.networks.model_folders import list_models, missing_model, model_path

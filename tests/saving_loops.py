@@ -22,7 +22,6 @@ from identity_edit_pack.attention.style_cross_attention import SEQUENTIAL
 from identity_edit_pack.demo_world.training import save_whole
 from identity_edit_pack.pipelines import (
     encoded_pairs,
-    identity_prior,
     identity_words,
     mcdm,
     style_attention,
@@ -34,6 +33,7 @@ from identity_edit_pack.pipelines import (
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.engine.model import ModelTag
 from identity_edit_pack.pipelines.inversion import inversion
+from identity_edit_pack.pipelines.lipe import identity_prior
 from identity_edit_pack.pipelines.pair_dataset import save_pairs
 from identity_edit_pack.pipelines.pair_folder import INDEX, PairFolder
 from identity_edit_pack.pipelines.subject_embedding import WORD, SubjectEmbedding

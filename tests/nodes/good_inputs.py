@@ -18,7 +18,6 @@ import torch
 from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.nodes import NODE_CLASSES, face, segmentation, train_mcdm
 from identity_edit_pack.pipelines import (
-    identity_prompt,
     identity_words,
     mcdm,
     pair_dataset,
@@ -34,6 +33,7 @@ from identity_edit_pack.pipelines.faces import similarity as identity_similarity
 from identity_edit_pack.pipelines.inversion import edit_friendly as edit_friendly_inversion
 from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.inversion import null_text
+from identity_edit_pack.pipelines.lipe import identity_prompt
 from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.pipelines.text import step_embeddings

@@ -81,7 +81,7 @@ def test_a_checkpoint_is_recognized_in_its_quantized_form_and_no_other_is(kind: 
 
 @pytest.mark.parametrize("kind", quantized_models.formats())
 def test_an_identity_prior_moves_a_quantized_model_as_it_moves_the_plain_one(kind: str) -> None:
-    from identity_edit_pack.pipelines import identity_prior
+    from identity_edit_pack.pipelines.lipe import identity_prior
     from identity_edit_pack.tests.attention.sampling import sample
     from tiny_text_encoders import clip
 

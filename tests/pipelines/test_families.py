@@ -16,10 +16,10 @@ from identity_edit_pack.nodes.sockets import check_inputs
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.engine.families import noise
-from identity_edit_pack.pipelines.identity_prompt import IdentityPrompt, capture_identity
 from identity_edit_pack.pipelines.inversion import edit_friendly as edit_friendly_inversion
 from identity_edit_pack.pipelines.inversion import inversion, null_text
 from identity_edit_pack.pipelines.inversion.inversion import Inversion
+from identity_edit_pack.pipelines.lipe.identity_prompt import IdentityPrompt, capture_identity
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.pipelines.timestep_aware import text_injection

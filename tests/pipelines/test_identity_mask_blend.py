@@ -10,13 +10,14 @@ import tiny_models
 import torch
 from identity_edit_pack.attention.identity_mask import identity_mask
 from identity_edit_pack.attention.masks import feathered
-from identity_edit_pack.pipelines import engine, identity_mask_blend
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.identity_mask_blend import REPLACE, UNITE, BlendSettings
-from identity_edit_pack.pipelines.identity_prompt import IdentityPrompt, capture_identity
 from identity_edit_pack.pipelines.inversion import null_text
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion, sampling_step
+from identity_edit_pack.pipelines.lipe import identity_mask_blend
+from identity_edit_pack.pipelines.lipe.identity_mask_blend import REPLACE, UNITE, BlendSettings
+from identity_edit_pack.pipelines.lipe.identity_prompt import IdentityPrompt, capture_identity
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 SOURCE, TARGET, NEGATIVE, IDENTITY_WORDS = (tiny_models.conditioning(seed) for seed in (1, 2, 3, 4))

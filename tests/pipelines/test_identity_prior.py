@@ -16,11 +16,11 @@ import tiny_models
 import tiny_text_encoders
 import torch
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines import identity_prior as priors
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.trainable import trainable_networks
+from identity_edit_pack.pipelines.lipe import identity_prior as priors
+from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training import pictures as training_pictures
 from identity_edit_pack.pipelines.training.loop import generator_of
 from identity_edit_pack.pipelines.training.pictures import Batch, TrainingPictures

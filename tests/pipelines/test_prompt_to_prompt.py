@@ -12,8 +12,8 @@ import pytest
 import tiny_text_encoders
 import torch
 from identity_edit_pack.pipelines.attention_control import prompt_to_prompt as p2p
-from identity_edit_pack.pipelines.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.inversion import edit_friendly, inversion
+from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text import prompt_tokens as words
 from identity_edit_pack.pipelines.text.step_embeddings import apply_step_embeddings, constant_embedding

@@ -13,8 +13,8 @@ import tiny_models
 import tiny_segmentation_models as tiny
 import torch
 from identity_edit_pack.attention import identity_mask
-from identity_edit_pack.pipelines import attention_segmentation as by_attention
-from identity_edit_pack.pipelines import identity_prompt
+from identity_edit_pack.pipelines.lipe import attention_segmentation as by_attention
+from identity_edit_pack.pipelines.lipe import identity_prompt
 from identity_edit_pack.pipelines.networks import grounding_dino
 from identity_edit_pack.pipelines.networks import segment_anything as sam
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.weights import weight_shapes
-from .shared.errors import IdentityEditError
-from .shared.files import check_facts, read_tensors, understanding, write_tensors
+from .. import engine
+from ..engine.weights import weight_shapes
+from ..shared.errors import IdentityEditError
+from ..shared.files import check_facts, read_tensors, understanding, write_tensors
 
 KIND = "identity prior"
 CLIP_KEYS = re.compile(r"clip_\w\..+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)")

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from ..attention.capture import IdentityAttention, capture_attention
-from ..attention.sites import AUTOMATIC
-from . import engine
-from .shared.errors import IdentityEditError
-from .shared.parsing import split_words
-from .text.prompt_tokens import positions_of, prompt_tokens
+from ...attention.capture import IdentityAttention, capture_attention
+from ...attention.sites import AUTOMATIC
+from .. import engine
+from ..shared.errors import IdentityEditError
+from ..shared.parsing import split_words
+from ..text.prompt_tokens import positions_of, prompt_tokens
 
 
 @dataclass(frozen=True)

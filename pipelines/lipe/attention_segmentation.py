@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from ..attention.capture import IdentityAttention
-from ..attention.identity_mask import identity_map
-from ..attention.sites import AUTOMATIC
-from . import engine
-from .engine.families.schedule import noise_levels, rows_of
+from ...attention.capture import IdentityAttention
+from ...attention.identity_mask import identity_map
+from ...attention.sites import AUTOMATIC
+from .. import engine
+from ..engine.families.schedule import noise_levels, rows_of
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError
 from .identity_prompt import IdentityPrompt, capture_identity
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError
 
 TIMESTEPS = (1, 101, 201)
 """Noise levels, of 1000, at which the model looks at the picture, one network evaluation each."""

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.trainable import trainable_networks
-from .engine.weights import first_numbers
-from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
-from .shared.files import FILE_DTYPES
-from .training.loop import (
+from .. import engine
+from ..engine.trainable import trainable_networks
+from ..engine.weights import first_numbers
+from ..shared.files import FILE_DTYPES
+from ..training.loop import (
     BFLOAT16,
     Progress,
     TrainingRun,
@@ -26,7 +25,8 @@ from .training.loop import (
     train,
     training_facts,
 )
-from .training.pictures import Batch, TrainingPictures, denoising_losses, draw_batch, guided_preview
+from ..training.pictures import Batch, TrainingPictures, denoising_losses, draw_batch, guided_preview
+from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +169,6 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 
 def _pack_version() -> str:
-    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
     return found.group(1) if found else "unknown"

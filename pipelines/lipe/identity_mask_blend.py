@@ -13,17 +13,17 @@ from typing import Any
 
 import torch
 
-from ..attention.capture import IdentityAttention
-from ..attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, identity_mask
-from ..attention.masks import feathered, union
-from ..attention.sites import AUTOMATIC
-from . import engine
+from ...attention.capture import IdentityAttention
+from ...attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, identity_mask
+from ...attention.masks import feathered, union
+from ...attention.sites import AUTOMATIC
+from .. import engine
+from ..inversion.inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError
+from ..shared.masks import masks_for
+from ..text.step_embeddings import apply_step_embeddings
 from .identity_prompt import IdentityPrompt, capture_identity
-from .inversion.inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError
-from .shared.masks import masks_for
-from .text.step_embeddings import apply_step_embeddings
 
 GUIDANCE_SCALES = {EDIT_FRIENDLY_DDPM: 15.0, DDIM: 7.5}
 """Of the target prompt: that of edit-friendly DDPM inversion's reference implementation, and that of null-text

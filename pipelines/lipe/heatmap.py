@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import interpolate, max_pool2d
 
-from .shared.errors import IdentityEditError
+from ..shared.errors import IdentityEditError
 
 # Black, purple, red, yellow, white: bright means much, also in greyscale and for the colour-blind. A few colours
 # between which one blends need no plotting library, which ComfyUI does not bring.

@@ -32,7 +32,7 @@ from identity_edit_pack.demo_world.attributes import (
 )
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import alignment
+from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.lipe import heatmap
 from PIL import Image

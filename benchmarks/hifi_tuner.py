@@ -41,30 +41,24 @@ from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes, caption
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
-from identity_edit_pack.pipelines.alignment import align_reference
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import Schedule, ddim_schedule
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
-from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_masks
-from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
-from identity_edit_pack.pipelines.reference_guidance import (
-    first_pass_latent,
-    reference_guided_sampling,
-)
-from identity_edit_pack.pipelines.reference_selection import histogram_features, select_reference
-from identity_edit_pack.pipelines.shared.conditioning import Conditioning
-from identity_edit_pack.pipelines.subject_embedding import (
+from identity_edit_pack.pipelines.hifi_tuner.reference_alignment import align_reference
+from identity_edit_pack.pipelines.hifi_tuner.reference_guidance import first_pass_latent, reference_guided_sampling
+from identity_edit_pack.pipelines.hifi_tuner.reference_selection import histogram_features, select_reference
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import (
     OUTPUT,
     WORD,
     SubjectEmbedding,
     subject_conditioning,
     subject_table,
 )
+from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
+from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
+from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_masks
+from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
-from identity_edit_pack.pipelines.train_subject_embedding import (
-    SubjectSettings,
-    train_subject_embedding,
-)
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 from tqdm import tqdm
 

@@ -50,16 +50,13 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import caption_calling
 from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import WORD, subject_conditioning
+from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
 from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention
-from identity_edit_pack.pipelines.subject_embedding import WORD, subject_conditioning
 from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
-from identity_edit_pack.pipelines.train_subject_embedding import (
-    SubjectSettings,
-    train_subject_embedding,
-)
 from identity_edit_pack.pipelines.training.loop import FLOAT32, PRECISIONS
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 from identity_edit_pack.pipelines.w_plus import WPlus, average_styles

@@ -21,10 +21,10 @@ import comfy.sd
 import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.classifier import load_classifier
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject
+from identity_edit_pack.pipelines.hifi_tuner.subject_replacement import subject_replacement
 from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import ADAPTIVE, null_text_optimization
-from identity_edit_pack.pipelines.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject
-from identity_edit_pack.pipelines.subject_replacement import subject_replacement
 from tqdm import tqdm
 
 from .edits import Pair, embed, save_sheet

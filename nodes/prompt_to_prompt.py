@@ -11,8 +11,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..pipelines import subject_replacement as replacement
 from ..pipelines.attention_control import prompt_to_prompt as control
+from ..pipelines.hifi_tuner import subject_replacement as replacement
 from ..pipelines.inversion.inversion import Inversion as InversionData
 from ..pipelines.shared.conditioning import Conditioning
 from .idle import first_said, joined, takes_all, takes_no_part

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines import alignment, reference_selection
+from ..pipelines.hifi_tuner import reference_alignment as alignment
+from ..pipelines.hifi_tuner import reference_selection
 from ..pipelines.networks import image_encoders
 from ..pipelines.networks.model_folders import list_models, missing_model, model_path
 from ..pipelines.shared.errors import IdentityEditError

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines import reference_guidance as guidance
+from ..pipelines.hifi_tuner import reference_guidance as guidance
 from ..pipelines.inversion.inversion import Inversion as DDIMInversion
 from ..pipelines.inversion.inversion import check_step_count
 from ..pipelines.shared.conditioning import Conditioning

@@ -9,8 +9,8 @@ from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
 from ..attention.sites import AUTOMATIC, LAYER_CHOICES
-from ..pipelines import alignment
 from ..pipelines.engine.host import stop_if_interrupted
+from ..pipelines.hifi_tuner import reference_alignment as alignment
 from ..pipelines.lipe import attention_segmentation, heatmap
 from ..pipelines.lipe.identity_prompt import encode_identity_prompt
 from ..pipelines.networks import grounding_dino as dino

@@ -35,7 +35,7 @@ Inversion = io.Custom("INVERSION")
 SubjectPictures = io.Custom("SUBJECT_PICTURES")
 """`pipelines.subjects.pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
 Subject = io.Custom("SUBJECT")
-"""`pipelines.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
+"""`pipelines.hifi_tuner.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
 
 IdentityWords = io.Custom("IDENTITY_WORDS")
 """`pipelines.identity_words.IdentityWords`: a network that says in words of the text encoder who is in a picture."""

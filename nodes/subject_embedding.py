@@ -9,14 +9,14 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines import subject_files
-from ..pipelines import train_subject_embedding as learning
 from ..pipelines.engine.families.schedule import fewer_steps
+from ..pipelines.hifi_tuner import subject_files
+from ..pipelines.hifi_tuner import train_subject_embedding as learning
+from ..pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
+from ..pipelines.hifi_tuner.train_subject_embedding import MOST_TOKENS, SubjectSettings
 from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ..pipelines.subjects.pictures import SubjectPictures as Pictures
 from ..pipelines.subjects.pictures import check_captions
-from ..pipelines.train_subject_embedding import MOST_TOKENS, SubjectSettings
 from ..pipelines.training.loop import TrainingRun
 from ..pipelines.training.pictures import check_masks, encode_pictures
 from .saved_files import (

@@ -26,17 +26,17 @@ from identity_edit_pack.pipelines import (
     mcdm,
     style_attention,
     style_attention_files,
-    subject_files,
     w_plus,
     w_plus_encoder,
 )
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.engine.model import ModelTag
+from identity_edit_pack.pipelines.hifi_tuner import subject_files
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import WORD, SubjectEmbedding
 from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.lipe import identity_prior
 from identity_edit_pack.pipelines.pair_dataset import save_pairs
 from identity_edit_pack.pipelines.pair_folder import INDEX, PairFolder
-from identity_edit_pack.pipelines.subject_embedding import WORD, SubjectEmbedding
 from identity_edit_pack.pipelines.subjects import pictures as subject_pictures
 from identity_edit_pack.pipelines.training import loop as training
 from safetensors.torch import load_file

@@ -13,8 +13,8 @@ import comfy.supported_models
 import tiny_styles
 import torch
 from identity_edit_pack.attention.capture import IdentityAttention
-from identity_edit_pack.pipelines import subject_embedding
 from identity_edit_pack.pipelines.faces import detection as faces
+from identity_edit_pack.pipelines.hifi_tuner import subject_embedding
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision
 
 NOT_A_NUMBER, INFINITE, HUGE = math.nan, math.inf, 1e30

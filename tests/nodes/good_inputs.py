@@ -17,19 +17,12 @@ import tiny_styles
 import torch
 from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.nodes import NODE_CLASSES, face, segmentation, train_mcdm
-from identity_edit_pack.pipelines import (
-    identity_words,
-    mcdm,
-    pair_dataset,
-    style_attention_files,
-    subject_embedding,
-    subject_files,
-    w_plus_encoder,
-)
+from identity_edit_pack.pipelines import identity_words, mcdm, pair_dataset, style_attention_files, w_plus_encoder
 from identity_edit_pack.pipelines import w_plus as w_plus_rows
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.faces import similarity as identity_similarity
+from identity_edit_pack.pipelines.hifi_tuner import subject_embedding, subject_files
 from identity_edit_pack.pipelines.inversion import edit_friendly as edit_friendly_inversion
 from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.inversion import null_text

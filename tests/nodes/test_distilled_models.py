@@ -11,9 +11,9 @@ import pytest
 import torch
 from identity_edit_pack.nodes import inversion, segmentation, subject_embedding
 from identity_edit_pack.pipelines.engine.families import schedule
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import step_boundaries
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_embedding import step_boundaries
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in

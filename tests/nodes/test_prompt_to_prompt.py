@@ -9,8 +9,8 @@ import torch
 from comfy_extras import nodes_custom_sampler as stock
 from identity_edit_pack.nodes import inversion as inversion_nodes
 from identity_edit_pack.nodes import prompt_to_prompt as nodes
-from identity_edit_pack.pipelines import subject_replacement as replacement
 from identity_edit_pack.pipelines.attention_control import prompt_to_prompt as p2p
+from identity_edit_pack.pipelines.hifi_tuner import subject_replacement as replacement
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 

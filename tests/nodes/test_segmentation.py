@@ -13,7 +13,7 @@ import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes import segmentation as nodes
-from identity_edit_pack.pipelines import alignment
+from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "demo_world" / "weights" / "identity-edit-demo.safetensors"

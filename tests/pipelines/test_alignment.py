@@ -7,7 +7,7 @@ import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import alignment
+from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from scipy.spatial import cKDTree
 

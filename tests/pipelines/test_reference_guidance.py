@@ -14,17 +14,17 @@ import pytest
 import tiny_models
 import torch
 from from_noise import sample_from
-from identity_edit_pack.pipelines import reference_guidance
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import ddim_schedule, ddim_timesteps
-from identity_edit_pack.pipelines.inversion import inversion
-from identity_edit_pack.pipelines.inversion.inversion import Inversion
-from identity_edit_pack.pipelines.reference_guidance import (
+from identity_edit_pack.pipelines.hifi_tuner import reference_guidance
+from identity_edit_pack.pipelines.hifi_tuner.reference_guidance import (
     first_pass_latent,
     guided_steps,
     latent_mask,
     reference_guided_sampling,
 )
+from identity_edit_pack.pipelines.inversion import inversion
+from identity_edit_pack.pipelines.inversion.inversion import Inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from reference_null_text import DdimScale, invert

@@ -12,7 +12,7 @@ import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import reference_selection as selection
+from identity_edit_pack.pipelines.hifi_tuner import reference_selection as selection
 from identity_edit_pack.pipelines.networks import image_encoders
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 

@@ -13,10 +13,10 @@ import pytest
 import tiny_models
 import tiny_text_encoders
 import torch
-from identity_edit_pack.pipelines import engine, subject_embedding, subject_files
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families import schedule
-from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_embedding import (
+from identity_edit_pack.pipelines.hifi_tuner import subject_embedding, subject_files
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import (
     OUTPUT,
     WORD,
     SubjectEmbedding,
@@ -24,6 +24,7 @@ from identity_edit_pack.pipelines.subject_embedding import (
     subject_conditioning,
     subject_table,
 )
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from safetensors.torch import load_file, save_file
 
 WIDTHS = {"sd1": {"clip_l": 32}, "sd2_v": {"clip_l": 32}, "sdxl": {"clip_l": 16, "clip_g": 16}}

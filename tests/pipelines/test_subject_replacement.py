@@ -10,10 +10,10 @@ import torch
 from identity_edit_pack.attention.unet import attention_layers
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import encode
+from identity_edit_pack.pipelines.hifi_tuner.subject_replacement import subject_replacement
 from identity_edit_pack.pipelines.inversion import inversion, null_text
 from identity_edit_pack.pipelines.shared.conditioning import with_embedding
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_replacement import subject_replacement
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.tiny_models import relative_error

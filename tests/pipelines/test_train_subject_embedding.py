@@ -13,12 +13,12 @@ import tiny_models
 import tiny_text_encoders
 import torch
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines import train_subject_embedding as trained
 from identity_edit_pack.pipelines.engine.families import schedule
+from identity_edit_pack.pipelines.hifi_tuner import train_subject_embedding as trained
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD, apply_subject
+from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
 from identity_edit_pack.pipelines.lipe import identity_prior, train_identity_prior
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subject_embedding import OUTPUT, WORD, apply_subject
-from identity_edit_pack.pipelines.train_subject_embedding import SubjectSettings, train_subject_embedding
 from identity_edit_pack.pipelines.training import loop as training_loop
 from identity_edit_pack.pipelines.training import pictures as training_pictures
 from identity_edit_pack.pipelines.training.loop import generator_of

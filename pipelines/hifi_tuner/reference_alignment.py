@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
-from .shared.errors import IdentityEditError, check_finite
-from .shared.masks import masks_for
+from ..shared.errors import IdentityEditError, check_finite
+from ..shared.masks import masks_for
 
 if TYPE_CHECKING:
     import numpy as np

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.families.schedule import noise_levels
-from .shared.conditioning import Conditioning, single_embedding
-from .shared.errors import IdentityEditError, shortened
-from .subjects.words import has_word, word_pattern
-from .text.step_embeddings import StepEmbeddings, apply_step_embeddings
+from .. import engine
+from ..engine.families.schedule import noise_levels
+from ..shared.conditioning import Conditioning, single_embedding
+from ..shared.errors import IdentityEditError, shortened
+from ..subjects.words import has_word, word_pattern
+from ..text.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 OUTPUT, WORD = "output", "word"
 KINDS = (OUTPUT, WORD)

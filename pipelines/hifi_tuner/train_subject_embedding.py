@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.families.schedule import ddim_schedule, rows_of
-from .engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
-from .shared.errors import IdentityEditError
+from .. import engine
+from ..engine.families.schedule import ddim_schedule, rows_of
+from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
+from ..shared.errors import IdentityEditError
+from ..subjects.words import has_word
+from ..training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
+from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 from .subject_embedding import (
     KINDS,
     OUTPUT,
@@ -26,9 +29,6 @@ from .subject_embedding import (
     word_table,
     word_vectors,
 )
-from .subjects.words import has_word
-from .training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
-from .training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 
 MOST_TOKENS = 64
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import avg_pool2d, conv2d, interpolate, normalize, one_hot, pad
 
-from .networks.image_encoders import Encoder
-from .shared.errors import IdentityEditError, check_finite
-from .shared.masks import masks_for
+from ..networks.image_encoders import Encoder
+from ..shared.errors import IdentityEditError, check_finite
+from ..shared.masks import masks_for
 
 BACKGROUND = 0.5
 """Grey that takes the place of everything around the subject where only the subject counts."""

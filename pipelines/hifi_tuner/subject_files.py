@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .shared.errors import IdentityEditError
-from .shared.files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
+from .. import engine
+from ..shared.errors import IdentityEditError
+from ..shared.files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .subject_embedding import OUTPUT, WORD, SubjectEmbedding
 
 KIND = "embedding of a subject"

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.host import stock_noise
-from .inversion.inversion import DDIM, Inversion, check_inversion, check_method
-from .inversion.unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
-from .shared.conditioning import Conditioning, single_embedding
-from .shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
-from .shared.masks import masks_for
+from .. import engine
+from ..engine.host import stock_noise
+from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method
+from ..inversion.unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
+from ..shared.conditioning import Conditioning, single_embedding
+from ..shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
+from ..shared.masks import masks_for
 
 GUIDANCE_SCALE = 7.5
 START_PERCENT = 0.2

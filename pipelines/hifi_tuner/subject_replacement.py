@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from ..attention.prompt_to_prompt import TokenMap
-from . import engine
-from .attention_control.prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
-from .inversion.inversion import DDIM, Inversion, check_method, follow_back
-from .shared.conditioning import Conditioning, single_embedding, with_embedding
-from .shared.errors import IdentityEditError, check_batch_matches
-from .shared.parsing import split_words
-from .text.prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
+from ...attention.prompt_to_prompt import TokenMap
+from .. import engine
+from ..attention_control.prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
+from ..inversion.inversion import DDIM, Inversion, check_method, follow_back
+from ..shared.conditioning import Conditioning, single_embedding, with_embedding
+from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.parsing import split_words
+from ..text.prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
 
 SUBJECT_TOKENS = 5
 """n, the learned tokens in the last positions (Wang et al. 2023, section 4)."""

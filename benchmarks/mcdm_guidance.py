@@ -23,11 +23,12 @@ import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
-from identity_edit_pack.pipelines import engine, mcdm
-from identity_edit_pack.pipelines.edit_mask import edit_mask
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
 from identity_edit_pack.pipelines.engine.vision import vision_tag
-from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
+from identity_edit_pack.pipelines.mcdm import model as mcdm
+from identity_edit_pack.pipelines.mcdm.edit_mask import edit_mask
+from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, mcdm_guider
 from tqdm import tqdm
 
 from . import memory

@@ -29,10 +29,13 @@ from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import caption, random_attributes
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm
-from identity_edit_pack.pipelines.encoded_pairs import PairFiles
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
-from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
+from identity_edit_pack.pipelines.mcdm import encoded_pairs
+from identity_edit_pack.pipelines.mcdm import model as mcdm
+from identity_edit_pack.pipelines.mcdm import train as train_mcdm
+from identity_edit_pack.pipelines.mcdm.encoded_pairs import PairFiles
+from identity_edit_pack.pipelines.mcdm.train import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
 from identity_edit_pack.pipelines.training.loop import generator_of
 from PIL import Image
 

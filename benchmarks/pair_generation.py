@@ -47,19 +47,11 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
 from identity_edit_pack.demo_world.pose import draw_pose
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_control import CONTROL_PATH
-from identity_edit_pack.pipelines import pair_dataset as datasets
-from identity_edit_pack.pipelines.identity_words import (
-    IdentityWords,
-    load_identity_words,
-    save_identity_words,
-)
-from identity_edit_pack.pipelines.pair_folder import SOURCE, TARGET, PairFolder, read_pair
+from identity_edit_pack.pipelines.mcdm import pair_dataset as datasets
+from identity_edit_pack.pipelines.mcdm.identity_words import IdentityWords, load_identity_words, save_identity_words
+from identity_edit_pack.pipelines.mcdm.pair_folder import SOURCE, TARGET, PairFolder, read_pair
+from identity_edit_pack.pipelines.mcdm.train_identity_words import IdentitySettings, features_of, train_identity_words
 from identity_edit_pack.pipelines.shared.pictures import read_picture
-from identity_edit_pack.pipelines.train_identity_words import (
-    IdentitySettings,
-    features_of,
-    train_identity_words,
-)
 from identity_edit_pack.pipelines.training.pictures import encode_pictures
 from tqdm import tqdm
 

@@ -42,12 +42,12 @@ from identity_edit_pack.demo_world.attributes import IDENTITY_OF, caption, rando
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
 from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
-from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
-from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
-from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
+from identity_edit_pack.pipelines.mcdm import model as mcdm
+from identity_edit_pack.pipelines.mcdm.edit_mask import EditMaskSettings, edit_mask
+from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, mcdm_guider
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from safetensors.numpy import load_file, save_file
 from skimage.metrics import structural_similarity

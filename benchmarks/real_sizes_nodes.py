@@ -18,10 +18,11 @@ import torch
 from comfy_extras import nodes_custom_sampler as samplers
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from identity_edit_pack.nodes import NODE_CLASSES
-from identity_edit_pack.pipelines import engine, mcdm
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
 from identity_edit_pack.pipelines.engine.vision import vision_tag
 from identity_edit_pack.pipelines.lipe.identity_prior import attention_keys
+from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.w_plus import WPlus
 
 import nodes as stock

@@ -8,10 +8,8 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import torch
-from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
-from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
 from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import (
@@ -25,7 +23,9 @@ from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings,
 from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
-from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, mcdm_guider
+from identity_edit_pack.pipelines.mcdm import model as mcdm
+from identity_edit_pack.pipelines.mcdm.edit_mask import EditMaskSettings, edit_mask
+from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, mcdm_guider
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.subjects.regularisation_prompts import shipped_prompts
 from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning, timestep_aware_sampling

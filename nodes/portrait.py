@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines import edit_mask as edit_masks
-from ..pipelines import mcdm as mcdms
-from ..pipelines import mcdm_guidance
 from ..pipelines.inversion.inversion import Inversion as InversionData
 from ..pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
+from ..pipelines.mcdm import edit_mask as edit_masks
+from ..pipelines.mcdm import guidance as mcdm_guidance
+from ..pipelines.mcdm import model as mcdms
 from ..pipelines.shared.conditioning import Conditioning
 from ..pipelines.shared.errors import for_console
 from ..pipelines.shared.pictures import as_colour

@@ -38,7 +38,7 @@ Subject = io.Custom("SUBJECT")
 """`pipelines.hifi_tuner.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
 
 IdentityWords = io.Custom("IDENTITY_WORDS")
-"""`pipelines.identity_words.IdentityWords`: a network that says in words of the text encoder who is in a picture."""
+"""`pipelines.mcdm.identity_words.IdentityWords`: a network that says in words of the text encoder who is in a picture."""
 WPlus = io.Custom("W_PLUS")
 """`pipelines.w_plus.WPlus`: style rows that say from coarse to fine who is in a picture."""
 WPlusEncoder = io.Custom("W_PLUS_ENCODER")

@@ -235,7 +235,7 @@ def main() -> None:
     change_inputs(prompt, arguments.set)
     count = node_of(prompt)["count"]
     name_pack()  # for its dataset's form alone
-    from identity_edit_pack.pipelines.pair_folder import PairFolder
+    from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
     from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
     try:

@@ -83,9 +83,10 @@ def main() -> int:
 
     import comfy.sd
     from identity_edit_pack.demo_world import family
-    from identity_edit_pack.pipelines import mcdm, train_mcdm
-    from identity_edit_pack.pipelines.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
     from identity_edit_pack.pipelines.engine.edit_model import register_families
+    from identity_edit_pack.pipelines.mcdm import model as mcdm
+    from identity_edit_pack.pipelines.mcdm import train as train_mcdm
+    from identity_edit_pack.pipelines.mcdm.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
     from identity_edit_pack.pipelines.shared.errors import IdentityEditError
     from identity_edit_pack.pipelines.training.processes import launched_processes
     from tqdm import tqdm

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from identity_edit_pack.pipelines.pair_folder import SOURCE, TARGET, read_pair
+from identity_edit_pack.pipelines.mcdm.pair_folder import SOURCE, TARGET, read_pair
 from identity_edit_pack.pipelines.shared.pictures import read_picture
 
 

@@ -21,7 +21,7 @@ import saving_loops
 import torch
 from environment import ROOT
 from identity_edit_pack.nodes import saved_files
-from identity_edit_pack.pipelines.pair_folder import PairFolder
+from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared import files
 
 pytestmark = [pytest.mark.endurance, pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")]

@@ -16,7 +16,7 @@ import generate_pairs
 import pytest
 from api_workflows import read_workflow
 from engine import find_engine, make_base
-from identity_edit_pack.pipelines.pair_folder import PairFolder
+from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from user_comfyui import ScriptError
 
 COUNT = 6

@@ -14,7 +14,7 @@ STEPS = 2
 
 @pytest.fixture(scope="session", autouse=True)
 def short_previews() -> Iterator[None]:
-    from identity_edit_pack.pipelines import train_mcdm
+    from identity_edit_pack.pipelines.mcdm import train as train_mcdm
     from identity_edit_pack.pipelines.training import pictures as training_pictures
 
     preview = training_pictures.preview

@@ -23,10 +23,10 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines.encoded_pairs import encode_pairs, pairs_in_folder, read_picture
 from identity_edit_pack.pipelines.faces import detection as faces
+from identity_edit_pack.pipelines.mcdm.encoded_pairs import encode_pairs, pairs_in_folder, read_picture
+from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.networks import model_folders
-from identity_edit_pack.pipelines.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.pictures import NO_CAPTIONS_YET, load_subject_folder
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, SIDE, World, good, world_in

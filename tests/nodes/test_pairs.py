@@ -9,7 +9,7 @@ import torch
 from comfy_execution.graph import ExecutionBlocker
 from identity_edit_pack.nodes import identity_words, pairs
 from identity_edit_pack.pipelines.engine import CombiningGuider
-from identity_edit_pack.pipelines.pair_folder import PairFolder
+from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.pictures import from_batch
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders

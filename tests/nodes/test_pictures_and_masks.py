@@ -9,7 +9,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import face, measure
 from identity_edit_pack.pipelines.faces import detection as face_networks
-from identity_edit_pack.pipelines.pair_folder import PairFolder
+from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_vision
 from identity_edit_pack.tests.nodes import good_inputs

@@ -14,9 +14,9 @@ import pytest
 import torch
 from identity_edit_pack.nodes import portrait as nodes
 from identity_edit_pack.nodes import train_mcdm
-from identity_edit_pack.pipelines import mcdm
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
+from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision
 from PIL import Image

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
-from identity_edit_pack.pipelines import edit_mask as edit_masks
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.edit_mask import EditMaskSettings, edit_mask
+from identity_edit_pack.pipelines.mcdm import edit_mask as edit_masks
+from identity_edit_pack.pipelines.mcdm.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 

@@ -20,10 +20,12 @@ import tiny_models
 import tiny_vision
 import torch
 from identity_edit_pack.demo_world import export, family
-from identity_edit_pack.pipelines import engine, mcdm, mcdm_guidance
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.engine.vision import vision_projection, vision_tag, vision_tokens
-from identity_edit_pack.pipelines.mcdm_guidance import GuidanceScales, guided_estimate
+from identity_edit_pack.pipelines.mcdm import guidance as mcdm_guidance
+from identity_edit_pack.pipelines.mcdm import model as mcdm
+from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, guided_estimate
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 SIGMAS = torch.tensor([8.0, 3.0, 1.0, 0.0])

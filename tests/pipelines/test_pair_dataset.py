@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import comfy.samplers
 import pytest
 import torch
-from identity_edit_pack.pipelines import pair_dataset as datasets
-from identity_edit_pack.pipelines.pair_folder import PairFolder
+from identity_edit_pack.pipelines.mcdm import pair_dataset as datasets
+from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 from saved_pairs import load_pair

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity_edit_pack.pipelines.pair_folder import PairFolder
+from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from PIL import Image
 from saved_pairs import load_pair

@@ -7,8 +7,8 @@ import comfy.samplers
 import pytest
 import torch
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.pair_dataset import Poses, with_pose
-from identity_edit_pack.pipelines.pair_guidance import doubled, halves, pair_estimate, pair_guider
+from identity_edit_pack.pipelines.mcdm.pair_dataset import Poses, with_pose
+from identity_edit_pack.pipelines.mcdm.pair_guidance import doubled, halves, pair_estimate, pair_guider
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 

@@ -23,10 +23,13 @@ import tiny_models
 import tiny_text_encoders
 import tiny_vision
 import torch
-from identity_edit_pack.pipelines import encoded_pairs, engine, mcdm, train_mcdm
-from identity_edit_pack.pipelines.encoded_pairs import PairFiles
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.mcdm import encoded_pairs
+from identity_edit_pack.pipelines.mcdm import model as mcdm
+from identity_edit_pack.pipelines.mcdm import train as train_mcdm
+from identity_edit_pack.pipelines.mcdm.encoded_pairs import PairFiles
+from identity_edit_pack.pipelines.mcdm.train import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.train_mcdm import IMAGE_BIT, SPATIAL_BIT, TEXT_BIT, MCDMSettings
 from identity_edit_pack.pipelines.training.loop import TrainingSettings
 from PIL import Image
 

@@ -17,24 +17,16 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.host import stock_noise
+from .. import engine
+from ..engine.host import stock_noise
+from ..networks.image_encoders import encoder_of_clip_vision
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError
+from ..shared.parsing import as_range
+from ..shared.pictures import PIXELS_OF_A_CELL, comparable
 from .identity_words import IdentityWords, identity_conditioning, identity_vectors
-from .networks.image_encoders import encoder_of_clip_vision
 from .pair_folder import PairFolder
-from .pair_guidance import (
-    GUIDANCE_SCALE,
-    SHARED_WEIGHT,
-    SOURCE_WEIGHT,
-    TARGET_WEIGHT,
-    doubled,
-    halves,
-    pair_guider,
-)
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError
-from .shared.parsing import as_range
-from .shared.pictures import PIXELS_OF_A_CELL, comparable
+from .pair_guidance import GUIDANCE_SCALE, SHARED_WEIGHT, SOURCE_WEIGHT, TARGET_WEIGHT, doubled, halves, pair_guider
 
 SUBJECT = "{subject}"
 NAME_MARK = "|"

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from ..attention.masks import blurred, normalised
-from . import engine
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError, check_steps
+from ...attention.masks import blurred, normalised
+from .. import engine
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError, check_steps
 
 STEPS, NOISE_STEPS, SEEDS, KERNEL = 20, 10, 10, 5
 THRESHOLD = 0.35

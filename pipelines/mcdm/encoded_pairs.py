@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .engine.host import stop_if_interrupted
-from .engine.vision import VisionTag, vision_tag, vision_tokens
+from ..engine.host import stop_if_interrupted
+from ..engine.vision import VisionTag, vision_tag, vision_tokens
+from ..shared.errors import IdentityEditError
+from ..shared.pictures import encoded, from_pillow, middle, open_picture
+from ..training.loop import run_hash
+from ..training.processes import OneProcess, Processes
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
-from .shared.errors import IdentityEditError
-from .shared.pictures import encoded, from_pillow, middle, open_picture
-from .training.loop import run_hash
-from .training.processes import OneProcess, Processes
 
 _AT_ONCE = 8
 """Pictures that are encoded in one call."""

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.trainable import trainable_networks
-from .hifi_tuner.subject_embedding import with_word_vectors, word_table, word_vectors
+from .. import engine
+from ..engine.trainable import trainable_networks
+from ..hifi_tuner.subject_embedding import with_word_vectors, word_table, word_vectors
+from ..shared.errors import IdentityEditError
+from ..subjects.words import has_word
+from ..training.loop import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
+from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch
 from .identity_words import MOST_WORDS, WORDS, IdentityEncoder, IdentityWords, image_features, mark_identity
-from .shared.errors import IdentityEditError
-from .subjects.words import has_word
-from .training.loop import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
-from .training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch
 
 _WHAT = "identity words"
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import engine
-from .engine.edit_model import checkpoint_tensors, require_edit_model
-from .engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError, check_conditioning
-from .shared.files import FILE_DTYPES, check_facts, read_tensors, understanding, write_tensors
-from .shared.pictures import encoded
+from .. import engine
+from ..engine.edit_model import checkpoint_tensors, require_edit_model
+from ..engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError, check_conditioning
+from ..shared.files import FILE_DTYPES, check_facts, read_tensors, understanding, write_tensors
+from ..shared.pictures import encoded
 
 KIND = "MCDM"
 IMAGE_TOKENS = 77

@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
-from .engine.edit_model import as_edit_model, set_weights, unet_keys
-from .engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
-from .engine.weights import first_numbers
-from .mcdm import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
-from .mcdm_guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
-from .shared.errors import IdentityEditError
-from .training.loop import (
+from .. import engine
+from ..engine.edit_model import as_edit_model, set_weights, unet_keys
+from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
+from ..engine.weights import first_numbers
+from ..shared.errors import IdentityEditError
+from ..training.loop import (
     BFLOAT16,
     Progress,
     TrainingRun,
@@ -29,8 +26,11 @@ from .training.loop import (
     train,
     training_facts,
 )
-from .training.pictures import Batch, denoising_losses, preview
-from .training.processes import OneProcess, Processes
+from ..training.pictures import Batch, denoising_losses, preview
+from ..training.processes import OneProcess, Processes
+from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
+from .guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
+from .model import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 
 SPATIAL_BIT, IMAGE_BIT, TEXT_BIT = 1, 2, 4
 _COMBINATIONS = SPATIAL_BIT + IMAGE_BIT + TEXT_BIT

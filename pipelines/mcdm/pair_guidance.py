@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError, check_conditioning
+from .. import engine
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError, check_conditioning
 
 SHARED_WEIGHT = 0.1
 SOURCE_WEIGHT = TARGET_WEIGHT = 0.9

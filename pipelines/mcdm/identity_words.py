@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import engine
-from .hifi_tuner.subject_embedding import check_word_widths, mark_subject, with_word_vectors
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError, check_finite
-from .shared.files import check_facts, read_tensors, understanding, write_tensors
-from .subjects.words import has_word, with_token
+from .. import engine
+from ..hifi_tuner.subject_embedding import check_word_widths, mark_subject, with_word_vectors
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError, check_finite
+from ..shared.files import check_facts, read_tensors, understanding, write_tensors
+from ..subjects.words import has_word, with_token
 
 WORDS = 2
 """Chen et al. 2024: c_id is 2 x 768, two words."""

@@ -32,9 +32,9 @@ from typing import Any
 
 import torch
 
-from .shared.errors import IdentityEditError
-from .shared.files import ABANDONED_AFTER, written_whole
-from .shared.pictures import from_pillow, open_picture, to_pillow
+from ..shared.errors import IdentityEditError
+from ..shared.files import ABANDONED_AFTER, written_whole
+from ..shared.pictures import from_pillow, open_picture, to_pillow
 
 SOURCE, TARGET, DESCRIPTION = "source.png", "target.png", "pair.json"
 DATASET, INDEX, SHEET = "dataset.json", "index.jsonl", "contact_sheet.jpg"

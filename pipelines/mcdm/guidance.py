@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from . import engine
-from .engine.edit_model import require_edit_model
-from .mcdm import without_pictures
-from .shared.conditioning import Conditioning
-from .shared.errors import IdentityEditError, check_batch_matches
-from .shared.masks import as_masks, of_size
+from .. import engine
+from ..engine.edit_model import require_edit_model
+from ..shared.conditioning import Conditioning
+from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.masks import as_masks, of_size
+from .model import without_pictures
 
 POSITIVE, NEGATIVE, IMAGE, UNCONDITIONAL, SOURCE = "positive", "negative", "image", "unconditional", "source"
 

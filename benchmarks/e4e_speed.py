@@ -19,9 +19,9 @@ from typing import Any
 
 import comfy.model_management
 import torch
-from identity_edit_pack.pipelines import e4e
 from identity_edit_pack.pipelines.engine.managed_network import managed
-from identity_edit_pack.pipelines.w_plus_encoder import WPlusEncoder, encode_w_plus
+from identity_edit_pack.pipelines.pidiff import e4e
+from identity_edit_pack.pipelines.pidiff.w_plus_encoder import WPlusEncoder, encode_w_plus
 
 from .harness import made_by, write_results
 

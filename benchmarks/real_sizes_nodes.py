@@ -23,7 +23,7 @@ from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
 from identity_edit_pack.pipelines.engine.vision import vision_tag
 from identity_edit_pack.pipelines.lipe.identity_prior import attention_keys
 from identity_edit_pack.pipelines.mcdm import model as mcdm
-from identity_edit_pack.pipelines.w_plus import WPlus
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 
 import nodes as stock
 

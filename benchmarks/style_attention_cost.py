@@ -26,14 +26,14 @@ from identity_edit_pack.attention.style_cross_attention import (
     text_layers,
 )
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.style_attention import (
+from identity_edit_pack.pipelines.pidiff.style_attention import (
     ROW_GROUPS,
     StyleAttention,
     StyleNetwork,
     apply_style_attention,
     parse_row_groups,
 )
-from identity_edit_pack.pipelines.w_plus import WPlus
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from tqdm import tqdm
 
 from . import memory

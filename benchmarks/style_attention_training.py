@@ -30,12 +30,12 @@ from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import random_attributes
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, StyleNetwork, parse_row_groups
-from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
+from identity_edit_pack.pipelines.pidiff.style_attention import ROW_GROUPS, StyleNetwork, parse_row_groups
+from identity_edit_pack.pipelines.pidiff.train import StyleSettings, train_style_attention
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from identity_edit_pack.pipelines.training import pictures as training_pictures
 from identity_edit_pack.pipelines.training.loop import generator_of
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures
-from identity_edit_pack.pipelines.w_plus import WPlus
 
 from . import memory
 from .harness import made_by, write_results

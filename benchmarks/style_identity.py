@@ -54,18 +54,13 @@ from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import WORD, subj
 from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
 from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines.pidiff.style_attention import StyleAttention, apply_style_attention
+from identity_edit_pack.pipelines.pidiff.train import StyleSettings, train_style_attention
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus, average_styles
+from identity_edit_pack.pipelines.pidiff.w_plus_encoder import WPlusEncoder, encode_w_plus, fitted, load_w_plus_encoder
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
-from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention
-from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
 from identity_edit_pack.pipelines.training.loop import FLOAT32, PRECISIONS
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
-from identity_edit_pack.pipelines.w_plus import WPlus, average_styles
-from identity_edit_pack.pipelines.w_plus_encoder import (
-    WPlusEncoder,
-    encode_w_plus,
-    fitted,
-    load_w_plus_encoder,
-)
 from tqdm import tqdm
 
 from .edits import embed, save_sheet

@@ -46,10 +46,10 @@ from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling
 from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH
-from identity_edit_pack.pipelines.style_attention import ROW_GROUPS, StyleAttention
-from identity_edit_pack.pipelines.style_attention_files import load_style_attention
-from identity_edit_pack.pipelines.w_plus import average_styles, mix_styles, parse_rows
-from identity_edit_pack.pipelines.w_plus_encoder import encode_w_plus, fitted, load_w_plus_encoder
+from identity_edit_pack.pipelines.pidiff.style_attention import ROW_GROUPS, StyleAttention
+from identity_edit_pack.pipelines.pidiff.style_attention_files import load_style_attention
+from identity_edit_pack.pipelines.pidiff.w_plus import average_styles, mix_styles, parse_rows
+from identity_edit_pack.pipelines.pidiff.w_plus_encoder import encode_w_plus, fitted, load_w_plus_encoder
 from tqdm import tqdm
 
 from .edits import save_sheet

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from ..pipelines.style_attention_files import save_style_attention
-from ..pipelines.train_style_attention import StyleSettings, train_style_attention
+from ..pipelines.pidiff.style_attention_files import save_style_attention
+from ..pipelines.pidiff.train import StyleSettings, train_style_attention
+from ..pipelines.pidiff.w_plus_encoder import encode_w_plus, load_w_plus_encoder
 from ..pipelines.training.loop import BFLOAT16
 from ..pipelines.training.pictures import encode_pictures
-from ..pipelines.w_plus_encoder import encode_w_plus, load_w_plus_encoder
 from . import family
 from .attributes import CAPTION_TEMPLATES, Attributes, caption, description, random_attributes
 from .pictures import EVALUATION_SEED, to_tensor

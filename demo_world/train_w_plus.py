@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
-from ..pipelines.w_plus_encoder import SmallWPlusEncoder, load_w_plus_encoder, save_w_plus_encoder
+from ..pipelines.pidiff.w_plus_encoder import SmallWPlusEncoder, load_w_plus_encoder, save_w_plus_encoder
 from .attributes import PORTRAIT_ATTRIBUTES, Attributes, random_attributes
 from .pictures import EVALUATION_SEED, evaluation_set, to_tensor
 from .renderer import layout_of, render

@@ -40,14 +40,14 @@ Subject = io.Custom("SUBJECT")
 IdentityWords = io.Custom("IDENTITY_WORDS")
 """`pipelines.mcdm.identity_words.IdentityWords`: a network that says in words of the text encoder who is in a picture."""
 WPlus = io.Custom("W_PLUS")
-"""`pipelines.w_plus.WPlus`: style rows that say from coarse to fine who is in a picture."""
+"""`pipelines.pidiff.w_plus.WPlus`: style rows that say from coarse to fine who is in a picture."""
 WPlusEncoder = io.Custom("W_PLUS_ENCODER")
-"""`pipelines.w_plus_encoder.WPlusEncoder`: the network that gives such rows."""
+"""`pipelines.pidiff.w_plus_encoder.WPlusEncoder`: the network that gives such rows."""
 FaceDetector = io.Custom("FACE_DETECTOR")
 """`pipelines.faces.detection.FaceDetector`: what finds faces and five points in each."""
 
 StyleAttention = io.Custom("STYLE_ATTENTION")
-"""`pipelines.style_attention.StyleAttention`: what shows such rows to a model: mapping network and cross-attention."""
+"""`pipelines.pidiff.style_attention.StyleAttention`: what shows such rows to a model: mapping network and cross-attention."""
 
 
 def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:

@@ -9,16 +9,16 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..attention.style_cross_attention import KINDS, SEQUENTIAL
-from ..pipelines import style_attention as styles
-from ..pipelines import style_attention_files as files
-from ..pipelines import train_style_attention as learning
+from ..pipelines.pidiff import style_attention as styles
+from ..pipelines.pidiff import style_attention_files as files
+from ..pipelines.pidiff import train as learning
+from ..pipelines.pidiff.style_attention import StyleAttention as Style
+from ..pipelines.pidiff.train import TEMPLATES, StyleSettings
+from ..pipelines.pidiff.w_plus import WPlus as WPlusStyles
 from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.style_attention import StyleAttention as Style
 from ..pipelines.subjects.pictures import SubjectPictures as Pictures
-from ..pipelines.train_style_attention import TEMPLATES, StyleSettings
 from ..pipelines.training.loop import TrainingRun
 from ..pipelines.training.pictures import encode_pictures
-from ..pipelines.w_plus import WPlus as WPlusStyles
 from .idle import first_said, is_empty, joined
 from .saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
 from .sockets import (

@@ -20,7 +20,6 @@ import tiny_vision
 import torch
 from identity_edit_pack.attention.style_cross_attention import SEQUENTIAL
 from identity_edit_pack.demo_world.training import save_whole
-from identity_edit_pack.pipelines import style_attention, style_attention_files, w_plus, w_plus_encoder
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.engine.model import ModelTag
 from identity_edit_pack.pipelines.hifi_tuner import subject_files
@@ -31,6 +30,7 @@ from identity_edit_pack.pipelines.mcdm import encoded_pairs, identity_words
 from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.mcdm.pair_dataset import save_pairs
 from identity_edit_pack.pipelines.mcdm.pair_folder import INDEX, PairFolder
+from identity_edit_pack.pipelines.pidiff import style_attention, style_attention_files, w_plus, w_plus_encoder
 from identity_edit_pack.pipelines.subjects import pictures as subject_pictures
 from identity_edit_pack.pipelines.training import loop as training
 from safetensors.torch import load_file

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from identity_edit_pack.attention.style_cross_attention import SEQUENTIAL, layer_sizes, text_layers
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.style_attention import StyleAttention, StyleNetwork, parse_row_groups
-from identity_edit_pack.pipelines.w_plus import WPlus
+from identity_edit_pack.pipelines.pidiff.style_attention import StyleAttention, StyleNetwork, parse_row_groups
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 
 ROWS, WIDTH = 7, 6
 GROUPS = "1-2, 3, 4-5, 6-7"

@@ -12,7 +12,7 @@ import tiny_styles
 import torch
 from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL
 from identity_edit_pack.attention.unet import attention_layers, layer_key
-from identity_edit_pack.pipelines.style_attention import StyleAttention, apply_style_attention, style_tokens
+from identity_edit_pack.pipelines.pidiff.style_attention import StyleAttention, apply_style_attention, style_tokens
 from identity_edit_pack.tests.attention.sampling import NEGATIVE, POSITIVE, SIGMAS, sample
 
 KINDS = [SEQUENTIAL, PARALLEL]

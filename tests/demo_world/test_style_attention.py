@@ -13,9 +13,9 @@ from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, to_ten
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import CHECKPOINT_PATH, STYLE_PATH, caption_calling
 from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH
-from identity_edit_pack.pipelines.style_attention import apply_style_attention, check_model, check_styles
-from identity_edit_pack.pipelines.style_attention_files import load_style_attention
-from identity_edit_pack.pipelines.w_plus_encoder import encode_w_plus, load_w_plus_encoder
+from identity_edit_pack.pipelines.pidiff.style_attention import apply_style_attention, check_model, check_styles
+from identity_edit_pack.pipelines.pidiff.style_attention_files import load_style_attention
+from identity_edit_pack.pipelines.pidiff.w_plus_encoder import encode_w_plus, load_w_plus_encoder
 
 pytestmark = pytest.mark.slow
 

@@ -17,8 +17,6 @@ import tiny_styles
 import torch
 from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.nodes import NODE_CLASSES, face, segmentation, train_mcdm
-from identity_edit_pack.pipelines import style_attention_files, w_plus_encoder
-from identity_edit_pack.pipelines import w_plus as w_plus_rows
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.faces import similarity as identity_similarity
@@ -30,6 +28,8 @@ from identity_edit_pack.pipelines.lipe import identity_prompt
 from identity_edit_pack.pipelines.mcdm import identity_words, pair_dataset
 from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
+from identity_edit_pack.pipelines.pidiff import style_attention_files, w_plus_encoder
+from identity_edit_pack.pipelines.pidiff import w_plus as w_plus_rows
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.pipelines.text import step_embeddings
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision

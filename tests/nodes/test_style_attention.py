@@ -12,9 +12,9 @@ import pytest
 import tiny_styles
 import torch
 from identity_edit_pack.nodes import style_attention as nodes
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
-from identity_edit_pack.pipelines.w_plus import WPlus
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 from identity_edit_pack.tests.attention.sampling import sample
 

@@ -9,9 +9,9 @@ import folder_paths
 import pytest
 import torch
 from identity_edit_pack.nodes import w_plus as nodes
-from identity_edit_pack.pipelines import w_plus_encoder as encoders
+from identity_edit_pack.pipelines.pidiff import w_plus_encoder as encoders
+from identity_edit_pack.pipelines.pidiff.w_plus_encoder import SmallWPlusEncoder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.w_plus_encoder import SmallWPlusEncoder
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from identity_edit_pack.pipelines import e4e, w_plus_encoder
+from identity_edit_pack.pipelines.pidiff import e4e, w_plus_encoder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from safetensors.torch import save_file
 

@@ -7,7 +7,7 @@ import tiny_models
 import tiny_styles
 import torch
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model, set_weights
-from identity_edit_pack.pipelines.style_attention import apply_style_attention
+from identity_edit_pack.pipelines.pidiff.style_attention import apply_style_attention
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

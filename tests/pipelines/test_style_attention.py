@@ -18,13 +18,13 @@ import tiny_models
 import tiny_styles
 import torch
 from identity_edit_pack.attention.style_cross_attention import PARALLEL
-from identity_edit_pack.pipelines import style_attention as styles
-from identity_edit_pack.pipelines import style_attention_files as files
 from identity_edit_pack.pipelines.engine import run_loop
+from identity_edit_pack.pipelines.pidiff import style_attention as styles
+from identity_edit_pack.pipelines.pidiff import style_attention_files as files
+from identity_edit_pack.pipelines.pidiff.style_attention import apply_style_attention
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.shared.files import write_tensors
-from identity_edit_pack.pipelines.style_attention import apply_style_attention
-from identity_edit_pack.pipelines.w_plus import WPlus
 from identity_edit_pack.tests.attention.sampling import NEGATIVE, POSITIVE, SIGMAS, sample
 from safetensors.torch import save_file
 

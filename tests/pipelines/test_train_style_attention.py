@@ -15,10 +15,10 @@ import tiny_text_encoders
 import torch
 from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines import style_attention as styles
-from identity_edit_pack.pipelines import train_style_attention as trained
+from identity_edit_pack.pipelines.pidiff import style_attention as styles
+from identity_edit_pack.pipelines.pidiff import train as trained
+from identity_edit_pack.pipelines.pidiff.train import StyleSettings, train_style_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.train_style_attention import StyleSettings, train_style_attention
 from identity_edit_pack.pipelines.training import pictures as training_pictures
 from identity_edit_pack.pipelines.training.loop import BFLOAT16, FLOAT32, generator_of
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity_edit_pack.pipelines import w_plus
+from identity_edit_pack.pipelines.pidiff import w_plus
+from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.w_plus import WPlus
 from safetensors.torch import save_file
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 import torch
-from identity_edit_pack.pipelines import w_plus_encoder as encoders
+from identity_edit_pack.pipelines.pidiff import w_plus_encoder as encoders
+from identity_edit_pack.pipelines.pidiff.w_plus_encoder import SmallWPlusEncoder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.shared.files import write_tensors
-from identity_edit_pack.pipelines.w_plus_encoder import SmallWPlusEncoder
 
 CONFIG = dict(size=32, groups=((2, 3), (3, 1)), width=6, channels=(8, 16, 16), hidden=12, grid=2)
 

@@ -18,9 +18,9 @@ import os
 
 import torch
 
-from . import engine
-from .shared.errors import IdentityEditError
-from .shared.files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
+from .. import engine
+from ..shared.errors import IdentityEditError
+from ..shared.files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .style_attention import StyleAttention, StyleNetwork
 
 KIND = "style attention"

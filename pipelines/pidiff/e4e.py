@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.functional import interpolate, linear
 
-from .shared.errors import IdentityEditError
+from ..shared.errors import IdentityEditError
 
 SIZE = 256
 """Pixels along a side of the picture: any other size would silently give another number of rows."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..attention.style_cross_attention import (
+from ...attention.style_cross_attention import (
     KINDS,
     Evaluation,
     LayerSize,
@@ -28,10 +28,10 @@ from ..attention.style_cross_attention import (
     style_patches,
     text_layers,
 )
-from . import engine
-from .shared.errors import IdentityEditError, check_batch_matches
-from .shared.masks import as_masks, cut_to
-from .shared.parsing import as_range, numbers, split_parts
+from .. import engine
+from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.masks import as_masks, cut_to
+from ..shared.parsing import as_range, numbers, split_parts
 from .w_plus import WPlus
 
 ROW_GROUPS = "1-5, 6-9, 10-13, 14-18"

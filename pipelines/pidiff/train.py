@@ -10,14 +10,22 @@ from typing import Any
 
 import torch
 
-from ..attention.style_cross_attention import KINDS, SEQUENTIAL, layer_sizes, style_patches, text_layers
-from . import engine
-from .engine.trainable import float32_weight, trainable_networks
-from .shared.errors import IdentityEditError
+from ...attention.style_cross_attention import KINDS, SEQUENTIAL, layer_sizes, style_patches, text_layers
+from .. import engine
+from ..engine.trainable import float32_weight, trainable_networks
+from ..shared.errors import IdentityEditError
+from ..training.loop import (
+    Progress,
+    TrainingRun,
+    TrainingSettings,
+    generator_of,
+    run_description,
+    train,
+    training_facts,
+)
+from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 from .style_attention import ROW_GROUPS, STRENGTH, RowGroups, StyleAttention, StyleNetwork, parse_row_groups
 from .style_attention_files import in_file_precision
-from .training.loop import Progress, TrainingRun, TrainingSettings, generator_of, run_description, train, training_facts
-from .training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 from .w_plus import WPlus
 
 PLACE = "{}"

@@ -1,6 +1,6 @@
 """Networks that give the style rows of a picture, and their files.
 
-Two architectures: e4e (`pipelines.e4e`), and a small one for styles of one's own. Both tell what to add to the mean
+Two architectures: e4e (`pipelines.pidiff.e4e`), and a small one for styles of one's own. Both tell what to add to the mean
 style.
 
 The pack's file is one safetensors file: the network's tensors with "encoder." before their names, `latent_avg` [N, C],
@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
+from ..engine.managed_network import load_whole, managed
+from ..shared.errors import IdentityEditError
+from ..shared.files import DESCRIPTION, check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .e4e import E4E, from_published, with_weights
-from .engine.managed_network import load_whole, managed
-from .shared.errors import IdentityEditError
-from .shared.files import DESCRIPTION, check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
 from .w_plus import WPlus, check_finite_styles
 
 KIND = "encoder of W+"

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .shared.errors import IdentityEditError, check_batch_matches
-from .shared.files import read_tensors, understanding, write_tensors
-from .shared.parsing import as_range, split_parts
+from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.files import read_tensors, understanding, write_tensors
+from ..shared.parsing import as_range, split_parts
 
 KIND = "entry of W+ styles"
 FINE_ROWS = "10-18"

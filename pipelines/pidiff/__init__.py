@@ -1,0 +1,1 @@
+"""PIDiff (Gu et al. 2025): W+ codes and style cross-attention."""

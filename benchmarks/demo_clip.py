@@ -30,7 +30,7 @@ from identity_edit_pack.demo_world.clip import image_embeddings, load_clip, text
 from identity_edit_pack.demo_world.pictures import evaluation_set, to_tensor
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_clip import attribute_choices
-from identity_edit_pack.pipelines.clip_scores import direction_similarity
+from identity_edit_pack.pipelines.scores.clip import direction_similarity
 from tqdm import tqdm
 
 from .harness import DEMO_CHECKPOINT, made_by, write_results

@@ -50,10 +50,10 @@ import folder_paths
 import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.clip import CLIP_FOLDER
-from identity_edit_pack.pipelines.edit_scores import PIE_BENCH, PLAIN, RULES, open_networks
 from identity_edit_pack.pipelines.faces.detection import load_detector
 from identity_edit_pack.pipelines.faces.similarity import load_recognizer
-from identity_edit_pack.pipelines.score_definitions import PIE_BENCH_PARTS, PLAIN_PARTS
+from identity_edit_pack.pipelines.scores.definitions import PIE_BENCH_PARTS, PLAIN_PARTS
+from identity_edit_pack.pipelines.scores.edit_scores import PIE_BENCH, PLAIN, RULES, open_networks
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from tqdm import tqdm
 

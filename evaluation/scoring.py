@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from identity_edit_pack.pipelines import picture_scores
-from identity_edit_pack.pipelines.edit_scores import Networks, Score, score_edit
-from identity_edit_pack.pipelines.frechet_distance import FEWEST, frechet_distance, kernel_distance
-from identity_edit_pack.pipelines.score_definitions import INSIDE, OUTSIDE
+from identity_edit_pack.pipelines.scores import pixels as picture_scores
+from identity_edit_pack.pipelines.scores.definitions import INSIDE, OUTSIDE
+from identity_edit_pack.pipelines.scores.edit_scores import Networks, Score, score_edit
+from identity_edit_pack.pipelines.scores.frechet import FEWEST, frechet_distance, kernel_distance
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from PIL import Image
 

@@ -7,18 +7,32 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines import clip_scores, edit_scores, feature_scores, score_files, score_report
-from ..pipelines.aesthetic_score import NEEDED as AESTHETIC_NEEDED
-from ..pipelines.aesthetic_score import PURPOSE as AESTHETIC_PURPOSE
 from ..pipelines.faces.detection import list_detectors, missing_file
 from ..pipelines.faces.similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.faces.similarity import load_recognizer
-from ..pipelines.frechet_distance import FEATURES, FEWEST
-from ..pipelines.frechet_distance import NEEDED as INCEPTION_NEEDED
-from ..pipelines.frechet_distance import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.inversion import reconstruction as reconstructions
-from ..pipelines.lpips_score import BACKBONES
 from ..pipelines.networks.model_folders import list_models, missing_model, model_path
+from ..pipelines.scores import (
+    clip as clip_scores,
+)
+from ..pipelines.scores import (
+    edit_scores,
+)
+from ..pipelines.scores import (
+    features as feature_scores,
+)
+from ..pipelines.scores import (
+    files as score_files,
+)
+from ..pipelines.scores import (
+    report as score_report,
+)
+from ..pipelines.scores.aesthetic import NEEDED as AESTHETIC_NEEDED
+from ..pipelines.scores.aesthetic import PURPOSE as AESTHETIC_PURPOSE
+from ..pipelines.scores.frechet import FEATURES, FEWEST
+from ..pipelines.scores.frechet import NEEDED as INCEPTION_NEEDED
+from ..pipelines.scores.frechet import PURPOSE as INCEPTION_PURPOSE
+from ..pipelines.scores.lpips import BACKBONES
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.pictures import comparable
 from .sockets import FaceDetector, checked, mask_input, schema, show_text

@@ -21,8 +21,8 @@ from identity_edit_pack.evaluation.scoring import (
     sheet,
     table,
 )
-from identity_edit_pack.pipelines.edit_scores import PLAIN, Networks, Score
-from identity_edit_pack.pipelines.frechet_distance import FEWEST
+from identity_edit_pack.pipelines.scores.edit_scores import PLAIN, Networks, Score
+from identity_edit_pack.pipelines.scores.frechet import FEWEST
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from skimage.metrics import peak_signal_noise_ratio
 

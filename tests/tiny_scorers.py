@@ -9,7 +9,8 @@ from typing import Any
 import comfy.sd1_clip
 import lpips
 import torch
-from identity_edit_pack.pipelines import lpips_score, score_files
+from identity_edit_pack.pipelines.scores import files as score_files
+from identity_edit_pack.pipelines.scores import lpips as lpips_score
 
 LPIPS_NAMES = {"AlexNet": "alex", "VGG-16": "vgg", "SqueezeNet": "squeeze"}
 

@@ -10,7 +10,9 @@ import folder_paths
 import pytest
 import torch
 from identity_edit_pack.nodes import measure as nodes
-from identity_edit_pack.pipelines import edit_scores, picture_scores, score_files
+from identity_edit_pack.pipelines.scores import edit_scores
+from identity_edit_pack.pipelines.scores import files as score_files
+from identity_edit_pack.pipelines.scores import pixels as picture_scores
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_scorers, tiny_text_encoders, tiny_vision
 

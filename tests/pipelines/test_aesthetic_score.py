@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity_edit_pack.pipelines import aesthetic_score
+from identity_edit_pack.pipelines.scores import aesthetic as aesthetic_score
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_scorers
 from safetensors.torch import save_file

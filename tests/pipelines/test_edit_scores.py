@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import edit_scores, lpips_score, picture_scores
-from identity_edit_pack.pipelines.aesthetic_score import AestheticPredictor
 from identity_edit_pack.pipelines.faces import detection as faces
-from identity_edit_pack.pipelines.score_report import score_table, scores_as_json
+from identity_edit_pack.pipelines.scores import edit_scores
+from identity_edit_pack.pipelines.scores import lpips as lpips_score
+from identity_edit_pack.pipelines.scores import pixels as picture_scores
+from identity_edit_pack.pipelines.scores.aesthetic import AestheticPredictor
+from identity_edit_pack.pipelines.scores.report import score_table, scores_as_json
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_scorers
 

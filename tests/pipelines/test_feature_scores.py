@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import feature_scores
+from identity_edit_pack.pipelines.scores import features as feature_scores
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=32)

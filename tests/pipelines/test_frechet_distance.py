@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import frechet_distance
+from identity_edit_pack.pipelines.scores import frechet as frechet_distance
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_scorers
 from torch.nn.functional import avg_pool2d, max_pool2d

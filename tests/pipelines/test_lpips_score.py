@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from identity_edit_pack.pipelines import lpips_score
+from identity_edit_pack.pipelines.scores import lpips as lpips_score
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_scorers
 

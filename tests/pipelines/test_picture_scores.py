@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines import picture_scores
 from identity_edit_pack.pipelines.inversion.reconstruction import psnr
+from identity_edit_pack.pipelines.scores import pixels as picture_scores
 
 GENERATOR = torch.Generator().manual_seed(4)
 SOURCE = torch.nn.functional.interpolate(torch.rand(2, 3, 9, 7, generator=GENERATOR), size=(48, 40)).movedim(1, -1)

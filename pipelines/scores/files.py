@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .networks.model_folders import model_roots, read_checkpoint
-from .shared.errors import IdentityEditError, first_line, for_console, shortened
+from ..networks.model_folders import model_roots, read_checkpoint
+from ..shared.errors import IdentityEditError, first_line, for_console, shortened
 
 FOLDER = "image_scores"
 ENDINGS = (".safetensors", ".pth", ".pt")

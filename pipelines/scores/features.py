@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import interpolate, normalize
 
-from .networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN, encoder_of_folder
-from .networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
-from .shared.errors import IdentityEditError
-from .shared.pictures import to_pillow
+from ..networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN, encoder_of_folder
+from ..networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
+from ..shared.errors import IdentityEditError
+from ..shared.pictures import to_pillow
 
 NEEDED_DINO = "config.json, model.safetensors and preprocessor_config.json of DINO (ViT-S/16), transformers or timm"
 NEEDED_DINOV2 = "config.json, model.safetensors and preprocessor_config.json of DINOv2, transformers or timm"

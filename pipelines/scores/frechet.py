@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d
 
-from .networks.model_folders import loaded, read_checkpoint
-from .score_files import files, missing_file, torchvision_network, with_weights
-from .shared.errors import IdentityEditError
+from ..networks.model_folders import loaded, read_checkpoint
+from ..shared.errors import IdentityEditError
+from .files import files, missing_file, torchvision_network, with_weights
 
 SIDE = 299
 """Pixels along a side of what Inception v3 takes."""

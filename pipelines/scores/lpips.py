@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.nn.functional import adaptive_avg_pool2d, conv2d
 
-from .networks.model_folders import loaded, read_checkpoint
-from .score_files import backbone_of_torchvision, find_file
-from .shared.errors import IdentityEditError
+from ..networks.model_folders import loaded, read_checkpoint
+from ..shared.errors import IdentityEditError
+from .files import backbone_of_torchvision, find_file
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import normalize
 
-from .networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
-from .shared.errors import IdentityEditError
-from .shared.pictures import to_pillow
+from ..networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
+from ..shared.errors import IdentityEditError
+from ..shared.pictures import to_pillow
 
 NEEDED = (
     "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files of a CLIP with its text "

@@ -6,8 +6,8 @@ import json
 import math
 from collections.abc import Sequence
 
+from .definitions import INSIDE, OUTSIDE, PIE_BENCH_PARTS, PLAIN_PARTS
 from .edit_scores import PIE_BENCH, Score
-from .score_definitions import INSIDE, OUTSIDE, PIE_BENCH_PARTS, PLAIN_PARTS
 
 _DIRECTIONS = {True: "higher", False: "lower", None: "-"}
 _DIGITS = {"PSNR": 2, "FID": 2, "aesthetic score": 2}

@@ -14,13 +14,30 @@ from typing import Any
 
 import torch
 
-from . import aesthetic_score, clip_scores, feature_scores, frechet_distance, lpips_score, picture_scores
-from .engine.host import stop_if_interrupted
-from .faces.detection import FaceDetector, detect_faces
-from .faces.similarity import FaceRecognizer, embed_faces, similarities
-from .score_definitions import DEFINITIONS, INSIDE, OUTSIDE, definition_of
-from .score_inputs import ScoredPictures, prompt_for_each
-from .shared.errors import IdentityEditError
+from ..engine.host import stop_if_interrupted
+from ..faces.detection import FaceDetector, detect_faces
+from ..faces.similarity import FaceRecognizer, embed_faces, similarities
+from ..shared.errors import IdentityEditError
+from . import (
+    aesthetic as aesthetic_score,
+)
+from . import (
+    clip as clip_scores,
+)
+from . import (
+    features as feature_scores,
+)
+from . import (
+    frechet as frechet_distance,
+)
+from . import (
+    lpips as lpips_score,
+)
+from . import (
+    pixels as picture_scores,
+)
+from .definitions import DEFINITIONS, INSIDE, OUTSIDE, definition_of
+from .inputs import ScoredPictures, prompt_for_each
 
 PLAIN, PIE_BENCH = "mean over the part", "PIE-Bench"
 RULES = (PLAIN, PIE_BENCH)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .score_definitions import INSIDE
-from .shared.errors import IdentityEditError
-from .shared.masks import masks_for
-from .shared.pictures import as_colour, comparable
+from ..shared.errors import IdentityEditError
+from ..shared.masks import masks_for
+from ..shared.pictures import as_colour, comparable
+from .definitions import INSIDE
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .networks.model_folders import read_checkpoint
-from .score_files import files, missing_file
-from .shared.errors import IdentityEditError
+from ..networks.model_folders import read_checkpoint
+from ..shared.errors import IdentityEditError
+from .files import files, missing_file
 
 NEEDED = "LAION's aesthetic predictor for CLIP ViT-L/14"
 PURPOSE = "The aesthetic score"

@@ -12,21 +12,11 @@ from ..pipelines.faces.similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.faces.similarity import load_recognizer
 from ..pipelines.inversion import reconstruction as reconstructions
 from ..pipelines.networks.model_folders import list_models, missing_model, model_path
-from ..pipelines.scores import (
-    clip as clip_scores,
-)
-from ..pipelines.scores import (
-    edit_scores,
-)
-from ..pipelines.scores import (
-    features as feature_scores,
-)
-from ..pipelines.scores import (
-    files as score_files,
-)
-from ..pipelines.scores import (
-    report as score_report,
-)
+from ..pipelines.scores import clip as clip_scores
+from ..pipelines.scores import edit_scores
+from ..pipelines.scores import features as feature_scores
+from ..pipelines.scores import files as score_files
+from ..pipelines.scores import report as score_report
 from ..pipelines.scores.aesthetic import NEEDED as AESTHETIC_NEEDED
 from ..pipelines.scores.aesthetic import PURPOSE as AESTHETIC_PURPOSE
 from ..pipelines.scores.frechet import FEATURES, FEWEST

@@ -5,7 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import (
-    attention_control,
     demo,
     face,
     identity_prior,
@@ -15,7 +14,6 @@ from . import (
     measure,
     pairs,
     portrait,
-    prompt_to_prompt,
     reference,
     reference_guidance,
     segmentation,
@@ -26,6 +24,8 @@ from . import (
     train_mcdm,
     w_plus,
 )
+from .attention_control import mutual_self_attention as attention_control
+from .attention_control import prompt_to_prompt
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..attention.mutual_self_attention import AUTOMATIC
-from ..pipelines.attention_control import mutual_self_attention
-from ..pipelines.inversion.inversion import Inversion as InversionData
-from ..pipelines.shared.conditioning import Conditioning
-from .idle import takes_all
-from .sockets import Inversion, checked, mask_input, schema, show_warnings
+from ...attention.mutual_self_attention import AUTOMATIC
+from ...pipelines.attention_control import mutual_self_attention
+from ...pipelines.inversion.inversion import Inversion as InversionData
+from ...pipelines.shared.conditioning import Conditioning
+from ..idle import takes_all
+from ..sockets import Inversion, checked, mask_input, schema, show_warnings
 
 
 class MutualSelfAttention(io.ComfyNode):

@@ -11,12 +11,12 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..pipelines.attention_control import prompt_to_prompt as control
-from ..pipelines.hifi_tuner import subject_replacement as replacement
-from ..pipelines.inversion.inversion import Inversion as InversionData
-from ..pipelines.shared.conditioning import Conditioning
-from .idle import first_said, joined, takes_all, takes_no_part
-from .sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text, show_warnings
+from ...pipelines.attention_control import prompt_to_prompt as control
+from ...pipelines.hifi_tuner import subject_replacement as replacement
+from ...pipelines.inversion.inversion import Inversion as InversionData
+from ...pipelines.shared.conditioning import Conditioning
+from ..idle import first_said, joined, takes_all, takes_no_part
+from ..sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text, show_warnings
 
 _ANY = 1000
 """Steps of a run that is not known yet."""

@@ -14,18 +14,15 @@ from . import (
     measure,
     pairs,
     portrait,
-    reference,
-    reference_guidance,
-    segmentation,
     style_attention,
     subject,
-    subject_embedding,
     text,
     train_mcdm,
     w_plus,
 )
 from .attention_control import mutual_self_attention as attention_control
 from .attention_control import prompt_to_prompt
+from .hifi_tuner import reference, reference_guidance, segmentation, subject_embedding
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.nodes import reference as nodes
+from identity_edit_pack.nodes.hifi_tuner import reference as nodes
 from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects import pictures as subject_pictures

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from identity_edit_pack.nodes.reference_guidance import ReferenceGuidedNullTextOptimizer
+from identity_edit_pack.nodes.hifi_tuner.reference_guidance import ReferenceGuidedNullTextOptimizer
 from identity_edit_pack.pipelines.hifi_tuner.reference_guidance import first_pass_latent, reference_guided_sampling
 from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

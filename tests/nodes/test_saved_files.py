@@ -18,9 +18,9 @@ from identity_edit_pack.nodes import (
     saved_files,
     style_attention,
     subject,
-    subject_embedding,
     w_plus,
 )
+from identity_edit_pack.nodes.hifi_tuner import subject_embedding
 from identity_edit_pack.tests import tiny_models
 
 NODES_WITH_FILES = [

@@ -12,7 +12,7 @@ import tiny_segmentation_models as tiny
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.nodes import segmentation as nodes
+from identity_edit_pack.nodes.hifi_tuner import segmentation as nodes
 from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 

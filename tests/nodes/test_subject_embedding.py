@@ -13,7 +13,7 @@ import comfy.sd1_clip
 import folder_paths
 import pytest
 import torch
-from identity_edit_pack.nodes import subject_embedding as nodes
+from identity_edit_pack.nodes.hifi_tuner import subject_embedding as nodes
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines.hifi_tuner import reference_alignment as alignment
-from ..pipelines.hifi_tuner import reference_selection
-from ..pipelines.networks import image_encoders
-from ..pipelines.networks.model_folders import list_models, missing_model, model_path
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.shared.masks import masks_for
-from ..pipelines.shared.pictures import as_colour
-from ..pipelines.subjects.pictures import SubjectPictures as SubjectPicturesData
-from .sockets import SubjectPictures, checked, mask_input, schema, show_text
+from ...pipelines.hifi_tuner import reference_alignment as alignment
+from ...pipelines.hifi_tuner import reference_selection
+from ...pipelines.networks import image_encoders
+from ...pipelines.networks.model_folders import list_models, missing_model, model_path
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.masks import masks_for
+from ...pipelines.shared.pictures import as_colour
+from ...pipelines.subjects.pictures import SubjectPictures as SubjectPicturesData
+from ..sockets import SubjectPictures, checked, mask_input, schema, show_text
 
 MODEL_FOLDER = "image_encoders"
 BUILT_IN, CLIP_VISION = "colours and edges (no model)", "CLIP_VISION input"

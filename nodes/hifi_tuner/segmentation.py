@@ -8,18 +8,18 @@ import torch
 from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
-from ..attention.sites import AUTOMATIC, LAYER_CHOICES
-from ..pipelines.engine.host import stop_if_interrupted
-from ..pipelines.hifi_tuner import reference_alignment as alignment
-from ..pipelines.lipe import attention_segmentation, heatmap
-from ..pipelines.lipe.identity_prompt import encode_identity_prompt
-from ..pipelines.networks import grounding_dino as dino
-from ..pipelines.networks import segment_anything as pipeline
-from ..pipelines.networks.model_folders import list_models, missing_model, model_path
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.shared.parsing import whole_numbers
-from ..pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour, encoded
-from .sockets import checked, progress, schema, seed_input, show_text
+from ...attention.sites import AUTOMATIC, LAYER_CHOICES
+from ...pipelines.engine.host import stop_if_interrupted
+from ...pipelines.hifi_tuner import reference_alignment as alignment
+from ...pipelines.lipe import attention_segmentation, heatmap
+from ...pipelines.lipe.identity_prompt import encode_identity_prompt
+from ...pipelines.networks import grounding_dino as dino
+from ...pipelines.networks import segment_anything as pipeline
+from ...pipelines.networks.model_folders import list_models, missing_model, model_path
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.parsing import whole_numbers
+from ...pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour, encoded
+from ..sockets import checked, progress, schema, seed_input, show_text
 
 ATTENTION = "attention (no further model)"
 SEGMENT_ANYTHING = "Segment Anything"

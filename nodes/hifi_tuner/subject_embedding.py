@@ -9,17 +9,17 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines.engine.families.schedule import fewer_steps
-from ..pipelines.hifi_tuner import subject_files
-from ..pipelines.hifi_tuner import train_subject_embedding as learning
-from ..pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
-from ..pipelines.hifi_tuner.train_subject_embedding import MOST_TOKENS, SubjectSettings
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.subjects.pictures import SubjectPictures as Pictures
-from ..pipelines.subjects.pictures import check_captions
-from ..pipelines.training.loop import TrainingRun
-from ..pipelines.training.pictures import check_masks, encode_pictures
-from .saved_files import (
+from ...pipelines.engine.families.schedule import fewer_steps
+from ...pipelines.hifi_tuner import subject_files
+from ...pipelines.hifi_tuner import train_subject_embedding as learning
+from ...pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
+from ...pipelines.hifi_tuner.train_subject_embedding import MOST_TOKENS, SubjectSettings
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.subjects.pictures import SubjectPictures as Pictures
+from ...pipelines.subjects.pictures import check_captions
+from ...pipelines.training.loop import TrainingRun
+from ...pipelines.training.pictures import check_masks, encode_pictures
+from ..saved_files import (
     FILE_ENDING,
     changed_at,
     check_file,
@@ -30,8 +30,8 @@ from .saved_files import (
     next_path,
     path_of,
 )
-from .sockets import Subject, SubjectPictures, checked, schema, seed_input, show_text, steps_input
-from .training import (
+from ..sockets import Subject, SubjectPictures, checked, schema, seed_input, show_text, steps_input
+from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
     Checkpoints,

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines.hifi_tuner import reference_guidance as guidance
-from ..pipelines.inversion.inversion import Inversion as DDIMInversion
-from ..pipelines.inversion.inversion import check_step_count
-from ..pipelines.shared.conditioning import Conditioning
-from ..pipelines.shared.errors import IdentityEditError
-from .idle import first_said, joined
-from .sockets import Inversion, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
+from ...pipelines.hifi_tuner import reference_guidance as guidance
+from ...pipelines.inversion.inversion import Inversion as DDIMInversion
+from ...pipelines.inversion.inversion import check_step_count
+from ...pipelines.shared.conditioning import Conditioning
+from ...pipelines.shared.errors import IdentityEditError
+from ..idle import first_said, joined
+from ..sockets import Inversion, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
 
 
 class ReferenceGuidedNullTextOptimizer(io.ComfyNode):

@@ -9,7 +9,6 @@ from . import (
     face,
     identity_prior,
     identity_words,
-    inversion,
     masks,
     measure,
     pairs,
@@ -23,6 +22,7 @@ from . import (
 from .attention_control import mutual_self_attention as attention_control
 from .attention_control import prompt_to_prompt
 from .hifi_tuner import reference, reference_guidance, segmentation, subject_embedding
+from .inversion import inversion
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as stock
-from identity_edit_pack.nodes import inversion
 from identity_edit_pack.nodes.attention_control import mutual_self_attention as attention_control
+from identity_edit_pack.nodes.inversion import inversion
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.inversion import edit_friendly
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion

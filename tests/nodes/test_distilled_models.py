@@ -9,8 +9,8 @@ from typing import Any
 import comfy_extras.nodes_model_advanced
 import pytest
 import torch
-from identity_edit_pack.nodes import inversion
 from identity_edit_pack.nodes.hifi_tuner import segmentation, subject_embedding
+from identity_edit_pack.nodes.inversion import inversion
 from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import step_boundaries
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion

@@ -13,7 +13,8 @@ import torch
 from from_noise import sample_from
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.nodes import demo, inversion, measure, text
+from identity_edit_pack.nodes import demo, measure, text
+from identity_edit_pack.nodes.inversion import inversion
 from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.inversion import null_text
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as stock
-from identity_edit_pack.nodes import inversion as inversion_nodes
 from identity_edit_pack.nodes.attention_control import prompt_to_prompt as nodes
+from identity_edit_pack.nodes.inversion import inversion as inversion_nodes
 from identity_edit_pack.pipelines.attention_control import prompt_to_prompt as p2p
 from identity_edit_pack.pipelines.hifi_tuner import subject_replacement as replacement
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

@@ -14,13 +14,13 @@ from identity_edit_pack.nodes import (
     NODE_CLASSES,
     identity_prior,
     identity_words,
-    inversion,
     saved_files,
     style_attention,
     subject,
     w_plus,
 )
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding
+from identity_edit_pack.nodes.inversion import inversion
 from identity_edit_pack.tests import tiny_models
 
 NODES_WITH_FILES = [

@@ -14,7 +14,7 @@ import comfy.text_encoders.qwen_image
 import comfy.text_encoders.sd3_clip
 import pytest
 import torch
-from identity_edit_pack.nodes import inversion
+from identity_edit_pack.nodes.inversion import inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in

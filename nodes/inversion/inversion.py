@@ -6,15 +6,15 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..pipelines.engine.families.schedule import fewer_steps
-from ..pipelines.inversion import edit_friendly as edit_friendly_inversion
-from ..pipelines.inversion import inversion as ddim
-from ..pipelines.inversion import null_text
-from ..pipelines.shared.conditioning import Conditioning, with_embedding
-from ..pipelines.text.step_embeddings import apply_step_embeddings
-from .idle import noise_mask_left_out
-from .saved_files import changed_at, check_file, file_input, new_path, saved_path
-from .sockets import (
+from ...pipelines.engine.families.schedule import fewer_steps
+from ...pipelines.inversion import edit_friendly as edit_friendly_inversion
+from ...pipelines.inversion import inversion as ddim
+from ...pipelines.inversion import null_text
+from ...pipelines.shared.conditioning import Conditioning, with_embedding
+from ...pipelines.text.step_embeddings import apply_step_embeddings
+from ..idle import noise_mask_left_out
+from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
+from ..sockets import (
     Inversion,
     checked,
     choice_of,

@@ -11,7 +11,7 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-from identity_edit_pack.nodes import identity_prior as nodes
+from identity_edit_pack.nodes.lipe import identity_prior as nodes
 from identity_edit_pack.nodes.saved_files import loadable_files
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures

@@ -12,7 +12,7 @@ import torch
 from identity_edit_pack.attention import identity_mask
 from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.attention.maps import MeanMap
-from identity_edit_pack.nodes import masks
+from identity_edit_pack.nodes.lipe import masks
 from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.lipe import identity_mask_blend, identity_prompt
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines.lipe import identity_prior as priors
-from ..pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.subjects.pictures import SubjectPictures as Pictures
-from ..pipelines.subjects.pictures import check_captions
-from ..pipelines.training.loop import TrainingRun
-from ..pipelines.training.pictures import TrainingPictures, check_masks, encode_pictures
-from .idle import first_said, joined
-from .saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from .sockets import SubjectPictures, checked, schema, seed_input, show_text, steps_input
-from .training import (
+from ...pipelines.lipe import identity_prior as priors
+from ...pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.subjects.pictures import SubjectPictures as Pictures
+from ...pipelines.subjects.pictures import check_captions
+from ...pipelines.training.loop import TrainingRun
+from ...pipelines.training.pictures import TrainingPictures, check_masks, encode_pictures
+from ..idle import first_said, joined
+from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
+from ..sockets import SubjectPictures, checked, schema, seed_input, show_text, steps_input
+from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
     Checkpoints,

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..attention import identity_mask as masks
-from ..attention.capture import IdentityAttention
-from ..attention.sites import AUTOMATIC, LAYER_CHOICES
-from ..pipelines.inversion.inversion import Inversion as InversionData
-from ..pipelines.lipe import heatmap, identity_mask_blend
-from ..pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt
-from ..pipelines.shared.conditioning import Conditioning
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.shared.masks import masks_for
-from ..pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour
-from .idle import first_said, joined, same_prompt, takes_no_part
-from .sockets import Inversion, at_picture_size, checked, choice_of, mask_input, progress, schema, show_text
+from ...attention import identity_mask as masks
+from ...attention.capture import IdentityAttention
+from ...attention.sites import AUTOMATIC, LAYER_CHOICES
+from ...pipelines.inversion.inversion import Inversion as InversionData
+from ...pipelines.lipe import heatmap, identity_mask_blend
+from ...pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt
+from ...pipelines.shared.conditioning import Conditioning
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.masks import masks_for
+from ...pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour
+from ..idle import first_said, joined, same_prompt, takes_no_part
+from ..sockets import Inversion, at_picture_size, checked, choice_of, mask_input, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
 """`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import demo, face, identity_words, measure, pairs, portrait, style_attention, subject, text, train_mcdm, w_plus
+from . import demo, face, measure, style_attention, subject, text, w_plus
 from .attention_control import mutual_self_attention as attention_control
 from .attention_control import prompt_to_prompt
 from .hifi_tuner import reference, reference_guidance, segmentation, subject_embedding
 from .inversion import inversion
 from .lipe import identity_prior, masks
+from .mcdm import identity_words, pairs, portrait, train_mcdm
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,

@@ -15,7 +15,7 @@ import comfy.ops
 import imitation
 import tiny_vision
 import torch
-from identity_edit_pack.nodes import train_mcdm
+from identity_edit_pack.nodes.mcdm import train_mcdm
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import World, good

@@ -7,7 +7,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_execution.graph import ExecutionBlocker
-from identity_edit_pack.nodes import identity_words, pairs
+from identity_edit_pack.nodes.mcdm import identity_words, pairs
 from identity_edit_pack.pipelines.engine import CombiningGuider
 from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

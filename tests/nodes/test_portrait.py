@@ -12,8 +12,8 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.nodes import portrait as nodes
-from identity_edit_pack.nodes import train_mcdm
+from identity_edit_pack.nodes.mcdm import portrait as nodes
+from identity_edit_pack.nodes.mcdm import train_mcdm
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
 from identity_edit_pack.pipelines.mcdm import model as mcdm

@@ -11,15 +11,15 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines.mcdm import model as mcdms
-from ..pipelines.mcdm import train as train_mcdm
-from ..pipelines.mcdm.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
-from ..pipelines.mcdm.train import MCDMSettings
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.training.loop import TrainingRun
-from .saved_files import check_name, model_files, model_path, new_path, next_path
-from .sockets import checked, choice_of, schema, seed_input, show_text, steps_input
-from .training import (
+from ...pipelines.mcdm import model as mcdms
+from ...pipelines.mcdm import train as train_mcdm
+from ...pipelines.mcdm.encoded_pairs import pairs_in_folder, remove_encoded, with_mirrored
+from ...pipelines.mcdm.train import MCDMSettings
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.training.loop import TrainingRun
+from ..saved_files import check_name, model_files, model_path, new_path, next_path
+from ..sockets import checked, choice_of, schema, seed_input, show_text, steps_input
+from ..training import (
     batch_size_input,
     checkpoint_every_input,
     checkpointing_input,

@@ -10,17 +10,17 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines.mcdm import pair_dataset as datasets
-from ..pipelines.mcdm import pair_guidance as guidance
-from ..pipelines.mcdm.identity_words import IdentityWords as Words
-from ..pipelines.mcdm.pair_folder import PairFolder
-from ..pipelines.mcdm.train_identity_words import features_of
-from ..pipelines.shared.conditioning import Conditioning
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.shared.pictures import as_colour, comparable, to_pillow
-from .idle import first_said, same_prompt
-from .saved_files import check_name
-from .sockets import IdentityWords, checked, schema, seed_input, show_text, show_warnings
+from ...pipelines.mcdm import pair_dataset as datasets
+from ...pipelines.mcdm import pair_guidance as guidance
+from ...pipelines.mcdm.identity_words import IdentityWords as Words
+from ...pipelines.mcdm.pair_folder import PairFolder
+from ...pipelines.mcdm.train_identity_words import features_of
+from ...pipelines.shared.conditioning import Conditioning
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.pictures import as_colour, comparable, to_pillow
+from ..idle import first_said, same_prompt
+from ..saved_files import check_name
+from ..sockets import IdentityWords, checked, schema, seed_input, show_text, show_warnings
 
 FOLDER = "pairs"
 

@@ -7,16 +7,16 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..pipelines.mcdm import identity_words as words_of
-from ..pipelines.mcdm import train_identity_words as learning
-from ..pipelines.mcdm.identity_words import IdentityWords as Words
-from ..pipelines.mcdm.train_identity_words import IdentitySettings
-from ..pipelines.subjects.pictures import SubjectPictures as Pictures
-from ..pipelines.training.loop import BFLOAT16, FLOAT32
-from ..pipelines.training.pictures import encode_pictures
-from .saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from .sockets import IdentityWords, SubjectPictures, checked, schema, seed_input, show_text, steps_input
-from .training import (
+from ...pipelines.mcdm import identity_words as words_of
+from ...pipelines.mcdm import train_identity_words as learning
+from ...pipelines.mcdm.identity_words import IdentityWords as Words
+from ...pipelines.mcdm.train_identity_words import IdentitySettings
+from ...pipelines.subjects.pictures import SubjectPictures as Pictures
+from ...pipelines.training.loop import BFLOAT16, FLOAT32
+from ...pipelines.training.pictures import encode_pictures
+from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
+from ..sockets import IdentityWords, SubjectPictures, checked, schema, seed_input, show_text, steps_input
+from ..training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
     batch_size_input,

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines.inversion.inversion import Inversion as InversionData
-from ..pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
-from ..pipelines.mcdm import edit_mask as edit_masks
-from ..pipelines.mcdm import guidance as mcdm_guidance
-from ..pipelines.mcdm import model as mcdms
-from ..pipelines.shared.conditioning import Conditioning
-from ..pipelines.shared.errors import for_console
-from ..pipelines.shared.pictures import as_colour
-from .idle import first_said, is_empty, joined, noise_mask_left_out, same_prompt
-from .saved_files import model_files, model_path
-from .sockets import (
+from ...pipelines.inversion.inversion import Inversion as InversionData
+from ...pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
+from ...pipelines.mcdm import edit_mask as edit_masks
+from ...pipelines.mcdm import guidance as mcdm_guidance
+from ...pipelines.mcdm import model as mcdms
+from ...pipelines.shared.conditioning import Conditioning
+from ...pipelines.shared.errors import for_console
+from ...pipelines.shared.pictures import as_colour
+from ..idle import first_said, is_empty, joined, noise_mask_left_out, same_prompt
+from ..saved_files import model_files, model_path
+from ..sockets import (
     Inversion,
     at_picture_size,
     checked,

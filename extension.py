@@ -18,12 +18,12 @@ from comfyui_version import __version__ as comfyui_version
 
 from .demo_world import family
 from .nodes import NODE_CLASSES
-from .nodes.face import MODEL_FOLDERS
 from .nodes.hifi_tuner.subject_embedding import FILE_FOLDER
+from .nodes.pidiff.face import MODEL_FOLDERS
+from .nodes.pidiff.style_attention import FILE_FOLDER as STYLE_FOLDER
+from .nodes.pidiff.w_plus import ENCODER_FOLDER
 from .nodes.scores import ENCODER_FOLDER as ENCODERS
 from .nodes.scores import MODEL_FOLDERS as SCORE_FOLDERS
-from .nodes.style_attention import FILE_FOLDER as STYLE_FOLDER
-from .nodes.w_plus import ENCODER_FOLDER
 from .pipelines.engine.edit_model import register_families
 from .pipelines.shared.errors import for_console
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import demo, face, measure, style_attention, subject, text, w_plus
+from . import demo, measure, subject, text
 from .attention_control import mutual_self_attention as attention_control
 from .attention_control import prompt_to_prompt
 from .hifi_tuner import reference, reference_guidance, segmentation, subject_embedding
 from .inversion import inversion
 from .lipe import identity_prior, masks
 from .mcdm import identity_words, pairs, portrait, train_mcdm
+from .pidiff import face, style_attention, w_plus
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,

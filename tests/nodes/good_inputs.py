@@ -16,9 +16,10 @@ import numpy as np
 import tiny_styles
 import torch
 from identity_edit_pack.attention.capture import IdentityAttention
-from identity_edit_pack.nodes import NODE_CLASSES, face
+from identity_edit_pack.nodes import NODE_CLASSES
 from identity_edit_pack.nodes.hifi_tuner import segmentation
 from identity_edit_pack.nodes.mcdm import train_mcdm
+from identity_edit_pack.nodes.pidiff import face
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.faces import similarity as identity_similarity

@@ -10,7 +10,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.nodes import face as nodes
+from identity_edit_pack.nodes.pidiff import face as nodes
 from identity_edit_pack.pipelines.faces import detection as pipeline
 from identity_edit_pack.pipelines.faces import similarity as identity_similarity
 from identity_edit_pack.pipelines.faces.alignment import align_ffhq

@@ -11,7 +11,7 @@ import folder_paths
 import pytest
 import tiny_styles
 import torch
-from identity_edit_pack.nodes import style_attention as nodes
+from identity_edit_pack.nodes.pidiff import style_attention as nodes
 from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures

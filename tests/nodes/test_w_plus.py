@@ -8,7 +8,7 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from identity_edit_pack.nodes import w_plus as nodes
+from identity_edit_pack.nodes.pidiff import w_plus as nodes
 from identity_edit_pack.pipelines.pidiff import w_plus_encoder as encoders
 from identity_edit_pack.pipelines.pidiff.w_plus_encoder import SmallWPlusEncoder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError

@@ -11,19 +11,19 @@ import torch
 from comfy_api.latest import io, ui
 from torch.nn.functional import interpolate
 
-from ..pipelines.engine.host import stop_if_interrupted
-from ..pipelines.faces import alignment as face_alignment
-from ..pipelines.faces import detection as pipeline
-from ..pipelines.faces import similarity as identity_similarity
-from ..pipelines.faces.background import ENDINGS as BACKGROUND_ENDINGS
-from ..pipelines.faces.background import FOLDER as BACKGROUND_FOLDER
-from ..pipelines.faces.background import NEEDED as BACKGROUND_NEEDED
-from ..pipelines.faces.background import subject_masks, without_background
-from ..pipelines.networks.model_folders import list_models, missing_model, model_path
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.shared.masks import masks_for
-from ..pipelines.shared.pictures import as_colour
-from .sockets import FaceDetector, checked, mask_input, schema, show_text
+from ...pipelines.engine.host import stop_if_interrupted
+from ...pipelines.faces import alignment as face_alignment
+from ...pipelines.faces import detection as pipeline
+from ...pipelines.faces import similarity as identity_similarity
+from ...pipelines.faces.background import ENDINGS as BACKGROUND_ENDINGS
+from ...pipelines.faces.background import FOLDER as BACKGROUND_FOLDER
+from ...pipelines.faces.background import NEEDED as BACKGROUND_NEEDED
+from ...pipelines.faces.background import subject_masks, without_background
+from ...pipelines.networks.model_folders import list_models, missing_model, model_path
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.masks import masks_for
+from ...pipelines.shared.pictures import as_colour
+from ..sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"

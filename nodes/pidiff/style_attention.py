@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..attention.style_cross_attention import KINDS, SEQUENTIAL
-from ..pipelines.pidiff import style_attention as styles
-from ..pipelines.pidiff import style_attention_files as files
-from ..pipelines.pidiff import train as learning
-from ..pipelines.pidiff.style_attention import StyleAttention as Style
-from ..pipelines.pidiff.train import TEMPLATES, StyleSettings
-from ..pipelines.pidiff.w_plus import WPlus as WPlusStyles
-from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.subjects.pictures import SubjectPictures as Pictures
-from ..pipelines.training.loop import TrainingRun
-from ..pipelines.training.pictures import encode_pictures
-from .idle import first_said, is_empty, joined
-from .saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
-from .sockets import (
+from ...attention.style_cross_attention import KINDS, SEQUENTIAL
+from ...pipelines.pidiff import style_attention as styles
+from ...pipelines.pidiff import style_attention_files as files
+from ...pipelines.pidiff import train as learning
+from ...pipelines.pidiff.style_attention import StyleAttention as Style
+from ...pipelines.pidiff.train import TEMPLATES, StyleSettings
+from ...pipelines.pidiff.w_plus import WPlus as WPlusStyles
+from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.subjects.pictures import SubjectPictures as Pictures
+from ...pipelines.training.loop import TrainingRun
+from ...pipelines.training.pictures import encode_pictures
+from ..idle import first_said, is_empty, joined
+from ..saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
+from ..sockets import (
     StyleAttention,
     SubjectPictures,
     WPlus,
@@ -32,7 +32,7 @@ from .sockets import (
     show_text,
     steps_input,
 )
-from .training import (
+from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
     Checkpoints,

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines.networks.model_folders import list_models, missing_model, model_path
-from ..pipelines.pidiff import w_plus as styles_of
-from ..pipelines.pidiff import w_plus_encoder as encoders
-from ..pipelines.pidiff.w_plus import WPlus as Styles
-from ..pipelines.pidiff.w_plus_encoder import WPlusEncoder as Encoder
-from ..pipelines.shared.pictures import as_colour
-from .idle import first_said
-from .saved_files import changed_at, check_file, file_input, new_path, saved_path
-from .sockets import WPlus, WPlusEncoder, checked, schema, show_text
+from ...pipelines.networks.model_folders import list_models, missing_model, model_path
+from ...pipelines.pidiff import w_plus as styles_of
+from ...pipelines.pidiff import w_plus_encoder as encoders
+from ...pipelines.pidiff.w_plus import WPlus as Styles
+from ...pipelines.pidiff.w_plus_encoder import WPlusEncoder as Encoder
+from ...pipelines.shared.pictures import as_colour
+from ..idle import first_said
+from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
+from ..sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
 FILE_FOLDER = "w_plus"
 ENCODER_FOLDER = encoders.FOLDER

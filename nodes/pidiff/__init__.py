@@ -1,0 +1,1 @@
+"""Nodes of `pipelines.pidiff` and `pipelines.faces`."""

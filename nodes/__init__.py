@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import demo, measure, subject, text
+from . import demo, measure, text
 from .attention_control import mutual_self_attention as attention_control
 from .attention_control import prompt_to_prompt
 from .hifi_tuner import reference, reference_guidance, segmentation, subject_embedding
@@ -12,6 +12,7 @@ from .inversion import inversion
 from .lipe import identity_prior, masks
 from .mcdm import identity_words, pairs, portrait, train_mcdm
 from .pidiff import face, style_attention, w_plus
+from .subjects import subject
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,

@@ -10,12 +10,13 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from identity_edit_pack.nodes import NODE_CLASSES, saved_files, subject
+from identity_edit_pack.nodes import NODE_CLASSES, saved_files
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding
 from identity_edit_pack.nodes.inversion import inversion
 from identity_edit_pack.nodes.lipe import identity_prior
 from identity_edit_pack.nodes.mcdm import identity_words
 from identity_edit_pack.nodes.pidiff import style_attention, w_plus
+from identity_edit_pack.nodes.subjects import subject
 from identity_edit_pack.tests import tiny_models
 
 NODES_WITH_FILES = [

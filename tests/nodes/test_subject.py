@@ -10,7 +10,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
-from identity_edit_pack.nodes import subject as nodes
+from identity_edit_pack.nodes.subjects import subject as nodes
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects import captioning
 from identity_edit_pack.pipelines.subjects import regularisation_prompts as prompts

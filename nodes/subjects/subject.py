@@ -11,13 +11,13 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines.networks.model_folders import list_models, missing_model, model_path
-from ..pipelines.shared.errors import IdentityEditError, for_console
-from ..pipelines.subjects import captioning
-from ..pipelines.subjects import pictures as subjects
-from ..pipelines.subjects import regularisation_prompts as prompts
-from .saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
-from .sockets import SEED_MAXIMUM, SubjectPictures, checked, mask_input, schema, seed_input, show_text
+from ...pipelines.networks.model_folders import list_models, missing_model, model_path
+from ...pipelines.shared.errors import IdentityEditError, for_console
+from ...pipelines.subjects import captioning
+from ...pipelines.subjects import pictures as subjects
+from ...pipelines.subjects import regularisation_prompts as prompts
+from ..saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
+from ..sockets import SEED_MAXIMUM, SubjectPictures, checked, mask_input, schema, seed_input, show_text
 
 REGULARISATION_FOLDER = "regularisation"
 """Below the output folder: where the shipped workflow saves a regularisation set with its prompts."""

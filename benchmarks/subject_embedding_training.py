@@ -31,8 +31,9 @@ import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD, mark_subject
+from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD
 from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
+from identity_edit_pack.pipelines.subjects.word_vectors import mark_subject
 from identity_edit_pack.pipelines.training import pictures as training_pictures
 from identity_edit_pack.pipelines.training.loop import generator_of
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures

@@ -31,14 +31,14 @@ CATEGORY = "identity edit"
 _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())
 
 Inversion = io.Custom("INVERSION")
-"""`pipelines.inversion.inversion.Inversion`: a picture's way to noise, its schedule, and perhaps a table of embeddings."""
+"""`pipelines.inversion.inversion.Inversion`: a picture's path to noise, its schedule, perhaps per-step embeddings."""
 SubjectPictures = io.Custom("SUBJECT_PICTURES")
 """`pipelines.subjects.pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
 Subject = io.Custom("SUBJECT")
 """`pipelines.hifi_tuner.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
 
 IdentityWords = io.Custom("IDENTITY_WORDS")
-"""`pipelines.mcdm.identity_words.IdentityWords`: a network that says in words of the text encoder who is in a picture."""
+"""`pipelines.mcdm.identity_words.IdentityWords`: a network that encodes who is in a picture as word vectors."""
 WPlus = io.Custom("W_PLUS")
 """`pipelines.pidiff.w_plus.WPlus`: style rows that say from coarse to fine who is in a picture."""
 WPlusEncoder = io.Custom("W_PLUS_ENCODER")
@@ -47,7 +47,7 @@ FaceDetector = io.Custom("FACE_DETECTOR")
 """`pipelines.faces.detection.FaceDetector`: what finds faces and five points in each."""
 
 StyleAttention = io.Custom("STYLE_ATTENTION")
-"""`pipelines.pidiff.style_attention.StyleAttention`: what shows such rows to a model: mapping network and cross-attention."""
+"""`pipelines.pidiff.style_attention.StyleAttention`: a mapping network and cross-attention layers for W+ codes."""
 
 
 def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:

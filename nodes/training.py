@@ -173,7 +173,7 @@ def first_and_last(losses: list[float]) -> str:
 
 
 def how_trained(facts: dict[str, Any]) -> str:
-    """What follows a file's description in reports, from `pipelines.training.loop.training_facts`; "" where it has none."""
+    """How a file was trained, for reports, from `training_facts` of the training loop; "" where it does not say."""
     if not facts.keys() >= {"steps", "learning_rate", "pictures"}:
         return ""
     return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} pictures"

@@ -8,8 +8,8 @@ To be run by the Python that ComfyUI runs in. The ComfyUI is the one in whose cu
 that COMFYUI_PATH names.
 
 P processes with an accumulation of A do what one does with P A, each with its own accelerator: accelerate starts them
-and averages their gradients (see pipelines/training/processes.py). A run that was stopped or killed goes on when the same
-command is given again, also with another number of processes as long as P A stays the same.
+and averages their gradients (see pipelines/training/processes.py). A run that was stopped or killed goes on when the
+same command is given again, also with another number of processes as long as P A stays the same.
 """
 
 from __future__ import annotations

@@ -1,1 +1,5 @@
 """Nodes of `pipelines.inversion`."""
+
+from . import inversion
+
+NODES = [*inversion.NODES]

@@ -1,1 +1,5 @@
 """Nodes of `pipelines.lipe`."""
+
+from . import identity_prior, masks
+
+NODES = [*identity_prior.NODES, *masks.NODES]

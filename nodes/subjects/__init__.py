@@ -1,1 +1,5 @@
 """Nodes of `pipelines.subjects`."""
+
+from . import subject
+
+NODES = [*subject.NODES]

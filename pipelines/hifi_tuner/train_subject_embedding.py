@@ -14,6 +14,7 @@ from .. import engine
 from ..engine.families.schedule import ddim_schedule, rows_of
 from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
 from ..shared.errors import IdentityEditError
+from ..subjects.word_vectors import mark_subject, with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
 from ..training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
 from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
@@ -21,13 +22,9 @@ from .subject_embedding import (
     KINDS,
     OUTPUT,
     SubjectEmbedding,
-    mark_subject,
     reach_warning,
     with_last_rows,
-    with_word_vectors,
     without_token,
-    word_table,
-    word_vectors,
 )
 
 MOST_TOKENS = 64

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from .. import engine
-from ..hifi_tuner.subject_embedding import check_word_widths, mark_subject, with_word_vectors
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_finite
 from ..shared.files import check_facts, read_tensors, understanding, write_tensors
+from ..subjects.word_vectors import check_word_widths, mark_subject, with_word_vectors
 from ..subjects.words import has_word, with_token
 
 WORDS = 2

@@ -12,8 +12,8 @@ import torch
 
 from .. import engine
 from ..engine.trainable import trainable_networks
-from ..hifi_tuner.subject_embedding import with_word_vectors, word_table, word_vectors
 from ..shared.errors import IdentityEditError
+from ..subjects.word_vectors import with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
 from ..training.loop import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
 from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch

@@ -1,6 +1,6 @@
 """Networks that give the style rows of a picture, and their files.
 
-Two architectures: e4e (`pipelines.pidiff.e4e`), and a small one for styles of one's own. Both tell what to add to the mean
+Two architectures: e4e (`e4e.py`), and a small one for styles of one's own. Both tell what to add to the mean
 style.
 
 The pack's file is one safetensors file: the network's tensors with "encoder." before their names, `latent_avg` [N, C],

@@ -14,7 +14,7 @@ import torch
 from api_client import ExecutionError, ValidationError
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.nodes import measure
+from identity_edit_pack.nodes import scores as measure
 from identity_edit_pack.pipelines.scores import edit_scores
 from identity_edit_pack.tests import tiny_scorers
 

@@ -9,7 +9,7 @@ from typing import Any
 import folder_paths
 import pytest
 import torch
-from identity_edit_pack.nodes import measure as nodes
+from identity_edit_pack.nodes import scores as nodes
 from identity_edit_pack.pipelines.scores import edit_scores
 from identity_edit_pack.pipelines.scores import files as score_files
 from identity_edit_pack.pipelines.scores import pixels as picture_scores

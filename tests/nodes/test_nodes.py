@@ -13,7 +13,7 @@ import torch
 from from_noise import sample_from
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.nodes import demo, measure, text
+from identity_edit_pack.nodes import demo, scores, timestep_aware
 from identity_edit_pack.nodes.inversion import inversion
 from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.inversion import null_text
@@ -141,15 +141,16 @@ def test_text_nodes_agree_with_each_other() -> None:
     model = tiny_models.sd1()
     result, start, sigmas = invert(model, steps=6)
     latent = {"samples": tiny_models.latent(4)}
-    optimized, report = text.OptimizeTextEmbedding.execute(model, latent, TARGET, 4, 0.01, 7, False).args
+    optimized, report = timestep_aware.OptimizeTextEmbedding.execute(model, latent, TARGET, 4, 0.01, 7, False).args
     assert "4 steps, 4 network evaluations" in report
     assert not torch.equal(optimized[0][0], TARGET[0][0])
     assert torch.equal(optimized[0][1]["pooled_output"], TARGET[0][1]["pooled_output"])
-    edited, _ = text.TimestepAwareTextInjectionSampler.execute(
+    edited, _ = timestep_aware.TimestepAwareTextInjectionSampler.execute(
         model, result, SOURCE, TARGET, 0.3, 0.6, 4.0, "ddim", optimized, NEGATIVE
     ).args
-    (positive,) = text.TimestepAwareTextInjection.execute(model, sigmas, SOURCE, TARGET, 0.3, 0.6, optimized).args
-    patched, carrier = text.TimestepAwareTextInjectionModel.execute(
+    inputs = (model, sigmas, SOURCE, TARGET, 0.3, 0.6, optimized)
+    (positive,) = timestep_aware.TimestepAwareTextInjection.execute(*inputs).args
+    patched, carrier = timestep_aware.TimestepAwareTextInjectionModel.execute(
         model, sigmas, SOURCE, TARGET, 0.3, 0.6, optimized
     ).args
     for sampling_model, conditioning in ((model, positive), (patched, carrier)):
@@ -160,7 +161,7 @@ def test_text_nodes_agree_with_each_other() -> None:
 def test_the_sampler_counts_its_evaluations() -> None:
     model = tiny_models.sd1()
     result = invert(model, steps=5)[0]
-    _, report = text.TimestepAwareTextInjectionSampler.execute(
+    _, report = timestep_aware.TimestepAwareTextInjectionSampler.execute(
         model, result, SOURCE, TARGET, 0.5, 0.7, 1.0, "ddim"
     ).args
     assert report == "3 of 5 steps with the source prompt, 5 network evaluations."
@@ -173,13 +174,13 @@ def test_reconstruction_check_measures_and_warns(caplog: pytest.LogCaptureFixtur
         picture + np.array([0.01, 0.2])[:, None, None, None] * generator.standard_normal(picture.shape), 0, 1
     )
     expected = [10 * math.log10(1 / np.mean((a - b) ** 2)) for a, b in zip(picture, other, strict=True)]
-    output = measure.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(other), 20.0)
+    output = scores.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(other), 20.0)
     assert output.args[0] == pytest.approx(min(expected))
     assert f"{expected[0]:.1f} dB, {expected[1]:.1f} dB" in output.args[1]
     assert "Warning: The inversion does not reconstruct picture 2" in output.args[1]
     assert "does not reconstruct picture 2" in caplog.text
     assert output.ui.as_dict() == {"text": (output.args[1],)}
-    good = measure.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(picture), 20.0)
+    good = scores.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(picture), 20.0)
     assert good.args[0] == math.inf and "Warning" not in good.args[1]
 
 

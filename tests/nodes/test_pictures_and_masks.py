@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from identity_edit_pack.nodes import measure
+from identity_edit_pack.nodes import scores as measure
 from identity_edit_pack.nodes.pidiff import face
 from identity_edit_pack.pipelines.faces import detection as face_networks
 from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder

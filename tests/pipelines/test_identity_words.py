@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import word_table
 from identity_edit_pack.pipelines.mcdm import identity_words as words_of
 from identity_edit_pack.pipelines.mcdm.train_identity_words import IdentitySettings, features_of, train_identity_words
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.shared.files import write_tensors
+from identity_edit_pack.pipelines.subjects.word_vectors import word_table
 from identity_edit_pack.pipelines.training.loop import FLOAT32
 from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders

@@ -100,6 +100,24 @@ MUTATIONS = [
         ("test_schedule.py",),
     ),
     Mutation(
+        "a flow's path",
+        "FLOW = NoisePath(lambda sigma: 1.0 - sigma)",
+        "FLOW = NoisePath(lambda sigma: 1.0)",
+        ("test_families.py",),
+    ),
+    Mutation(
+        "the noise that a stochastic step keeps",
+        "math.sqrt(1.0 - eta + eta * ratio * ratio)",
+        "math.sqrt(1.0 - eta * ratio * ratio)",
+        ("test_families.py",),
+    ),
+    Mutation(
+        "text twice in joint attention",
+        'model_conds["c_crossattn"] = kind(embedding)',
+        'model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(embedding)',
+        ("test_families.py",),
+    ),
+    Mutation(
         "one noise for all steps",
         "noise.noised(z_0, eps[i].to(z_0), sigmas[i])",
         "noise.noised(z_0, eps[0].to(z_0), sigmas[i])",

@@ -72,18 +72,18 @@ def main(arguments: argparse.Namespace) -> None:
     renders = torch.stack([to_tensor(render(*sample)[0]) for sample in tqdm(samples, unit="picture")])
     chunks = (renders / 2 + 0.5).movedim(1, -1).split(20)
     decoded = torch.cat([vae.decode(vae.encode(chunk)).cpu() for chunk in tqdm(chunks, unit="batch")])
-    images = {"renders": embeddings(renders), "reconstructions": embeddings(decoded.movedim(-1, 1) * 2 - 1)}
+    embedded = {"renders": embeddings(renders), "reconstructions": embeddings(decoded.movedim(-1, 1) * 2 - 1)}
     edited = embeddings(torch.stack([to_tensor(render(*sample)[0]) for sample in edits]))
     texts, wrong = (
         text_embeddings(model, tokenizer, [text_of(sample) for sample in part]) for part in (samples, edits)
     )
 
-    choices = {name: attribute_choices(found, samples, (model, tokenizer)) for name, found in images.items()}
+    choices = {name: attribute_choices(found, samples, (model, tokenizer)) for name, found in embedded.items()}
     every = torch.arange(len(samples))
-    ranks = {name: float(((found @ texts.T).argmax(1) == every).float().mean()) for name, found in images.items()}
-    right, other = ((images["renders"] * part).sum(1) for part in (texts, wrong))
-    own = direction_similarity(edited, images["renders"], wrong, texts)
-    shifted = direction_similarity(edited, images["renders"], wrong.roll(1, 0), texts.roll(1, 0))
+    ranks = {name: float(((found @ texts.T).argmax(1) == every).float().mean()) for name, found in embedded.items()}
+    right, other = ((embedded["renders"] * part).sum(1) for part in (texts, wrong))
+    own = direction_similarity(edited, embedded["renders"], wrong, texts)
+    shifted = direction_similarity(edited, embedded["renders"], wrong.roll(1, 0), texts.roll(1, 0))
 
     lines = [
         "# The demo world's CLIP",

@@ -43,11 +43,11 @@ RENDER_GOAL = 0.97
 PSNR_GOAL = 26.0
 
 
-Picture = tuple[Attributes, int]
+Sample = tuple[Attributes, int]
 """What a picture shows, and the seed of its rendering or its noise."""
 
 
-def shares(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Picture]) -> dict[str, float]:
+def shares(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Sample]) -> dict[str, float]:
     """Share of right answers for every attribute, over the pictures that show it."""
     answers = classify(classifier, pictures)
     labels = torch.tensor([labels_of(attributes) for attributes, _ in pairs])
@@ -60,7 +60,7 @@ def shares(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[
 
 @torch.no_grad()
 def sample(
-    checkpoint: tuple[Any, Any, Any], pairs: list[Picture], guidance_scale: float, steps: int, batch: int
+    checkpoint: tuple[Any, Any, Any], pairs: list[Sample], guidance_scale: float, steps: int, batch: int
 ) -> torch.Tensor:
     """One picture [128, 128, 3] in [0, 1] for the caption of each pair; its noise is drawn from its own seed."""
     model, clip, vae = checkpoint

@@ -106,7 +106,7 @@ class Models:
         """Two pictures, through the pack's own node, which takes lists."""
         caption = f"a photo of a sks {CLASS_WORD}"
         return self.run(
-            "SubjectPicturesFromImages",
+            "SubjectFromImages",
             images=[self.pictures(2, size)],
             captions=[f"{caption}\n{caption} on a sofa"],
             class_word=[CLASS_WORD],

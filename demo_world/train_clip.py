@@ -187,11 +187,11 @@ def train_clip(folder: Path, steps: int, pairs_per_batch: int, learning_rate: fl
         pictures, captions, wrong = next(batches)
         shuffled = torch.randperm(len(pictures))
         shown = degrade(pictures[shuffled])[shuffled.argsort()]
-        images = image_embeddings(model, shown)
+        embedded = image_embeddings(model, shown)
         texts = text_embeddings(model, tokenizer, [*captions, *wrong])
         with torch.autocast("cpu", enabled=False):
             # The published bound on the scale (section 2.5).
-            return contrastive_loss(images, texts, captions, wrong, model.logit_scale.exp().clamp(max=100))
+            return contrastive_loss(embedded, texts, captions, wrong, model.logit_scale.exp().clamp(max=100))
 
     held_out = evaluation_set(60, seed=12, held_out=True)
     shown_pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])

@@ -128,8 +128,8 @@ class Client:
         """The pictures that an output node of the run saved or previewed."""
         return [self._view(image) for image in run.outputs.get(node_id, {}).get("images", [])]
 
-    def _view(self, image: dict[str, str]) -> Image.Image:
-        picture = Image.open(io.BytesIO(self.get("/view", **image).content))
+    def _view(self, entry: dict[str, str]) -> Image.Image:
+        picture = Image.open(io.BytesIO(self.get("/view", **entry).content))
         picture.load()
         return picture
 

@@ -118,15 +118,15 @@ class SelectReference(io.ComfyNode):
         clip_vision: Any = None,
     ) -> io.NodeOutput:
         images = None if images is None else as_colour(images, "images")
-        pictures, picture_masks, captions, names = _sources(subject, images, masks)
+        candidates, candidate_masks, captions, names = _sources(subject, images, masks)
         drawn = list(as_colour(generated, "generated"))
         drawn_masks = _masks_of(drawn, generated_mask, "generated_mask")
         choice = reference_selection.select_reference(
             drawn,
-            pictures,
+            candidates,
             _encoder(encoder, clip_vision),
             generated_masks=drawn_masks if subject_only else None,
-            source_masks=picture_masks if subject_only else None,
+            source_masks=candidate_masks if subject_only else None,
         )
         chosen = choice.index
         lines = [
@@ -134,14 +134,14 @@ class SelectReference(io.ComfyNode):
             for i, (name, similarity) in enumerate(zip(names, choice.similarities.tolist(), strict=True))
         ]
         warning = None
-        if subject_only and (generated_mask is None) != all(mask is None for mask in picture_masks):
+        if subject_only and (generated_mask is None) != all(mask is None for mask in candidate_masks):
             warning = (
                 "Only one side has masks, so that a subject on grey is compared with whole pictures; connect masks of "
                 "both, or of none."
             )
         return io.NodeOutput(
-            pictures[chosen][..., :3].unsqueeze(0),
-            _mask_output(picture_masks[chosen], names[chosen]),
+            candidates[chosen][..., :3].unsqueeze(0),
+            _mask_output(candidate_masks[chosen], names[chosen]),
             captions[chosen],
             chosen,
             show_text(cls, "\n".join(lines), warning),
@@ -337,9 +337,9 @@ def _sources(
             raise IdentityEditError("masks belongs to images, but subject is connected, which has its own; remove one.")
         return list(subject.pictures), list(subject.masks), list(subject.captions), list(subject.names)
     assert images is not None
-    pictures = list(images)
-    count = len(pictures)
-    return pictures, _masks_of(pictures, masks, "masks"), [""] * count, [f"picture {i + 1}" for i in range(count)]
+    candidates = list(images)
+    count = len(candidates)
+    return candidates, _masks_of(candidates, masks, "masks"), [""] * count, [f"picture {i + 1}" for i in range(count)]
 
 
 def _masks_of(pictures: list[torch.Tensor], masks: torch.Tensor | None, name: str) -> list[torch.Tensor | None]:

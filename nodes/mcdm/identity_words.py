@@ -56,7 +56,7 @@ class TrainIdentityWords(io.ComfyNode):
                 SubjectPictures.Input(
                     "pictures",
                     tooltip="Portraits of many people, with captions that hold the class word: Load Subject Pictures "
-                    "or Subject Pictures from Images, with an empty token. FFHQ in Chen et al. 2024.",
+                    "or Subject from Images, with an empty token. FFHQ in Chen et al. 2024.",
                 ),
                 io.Int.Input(
                     "words",

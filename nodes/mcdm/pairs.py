@@ -189,9 +189,9 @@ class SplitPair(io.ComfyNode):
 
         if images is None and latent is None:
             raise IdentityEditError("Split Pair has nothing to split; connect images or a latent.")
-        pictures = missing("images") if images is None else guidance.halves(images, 2, "The images")
+        halves = missing("images") if images is None else guidance.halves(images, 2, "The images")
         latents = missing("latent") if latent is None else _latent_halves(latent)
-        return io.NodeOutput(*pictures, *latents)
+        return io.NodeOutput(*halves, *latents)
 
 
 def _latent_halves(latent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

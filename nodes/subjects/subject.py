@@ -164,12 +164,12 @@ class LoadSubjectPictures(io.ComfyNode):
         )
 
 
-class SubjectPicturesFromImages(io.ComfyNode):
+class SubjectFromImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="IdentityEditSubjectPicturesFromImages",
-            display_name="Subject Pictures from Images",
+            node_id="IdentityEditSubjectFromImages",
+            display_name="Subject from Images",
             category="subject",
             search_aliases=["dataset", "dreambooth", "reference images", "training images", "image batch"],
             description=(
@@ -541,7 +541,7 @@ def _progress_bar() -> Callable[[int, int], None]:
 
 NODES: list[type[io.ComfyNode]] = [
     LoadSubjectPictures,
-    SubjectPicturesFromImages,
+    SubjectFromImages,
     CaptionPictures,
     RegularisationPrompts,
 ]

@@ -189,15 +189,15 @@ def drawn_faces(pictures: torch.Tensor, found: Sequence[Sequence[Face]]) -> torc
 
     drawn = []
     for picture, faces in zip(pictures, found, strict=True):
-        image = to_pillow(picture)
-        pen = ImageDraw.Draw(image)
-        width = max(1, max(image.size) // 400)
+        canvas = to_pillow(picture)
+        pen = ImageDraw.Draw(canvas)
+        width = max(1, max(canvas.size) // 400)
         for face in faces:
             corners = [tuple(corner) for corner in ffhq_quad(face.points).tolist()]
             pen.line([*corners, corners[0]], fill=(0, 220, 90), width=width)
             for x, y in face.points.tolist():
                 pen.ellipse((x - 2 * width, y - 2 * width, x + 2 * width, y + 2 * width), fill=(255, 60, 60))
-        drawn.append(from_pillow(image))
+        drawn.append(from_pillow(canvas))
     return torch.stack(drawn)
 
 

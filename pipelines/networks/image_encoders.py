@@ -120,10 +120,10 @@ def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
             mean = torch.tensor(prepared.get("mean", IMAGENET_MEAN)).view(1, 3, 1, 1)
             deviation = torch.tensor(prepared.get("std", IMAGENET_DEVIATION)).view(1, 3, 1, 1)
             for picture in pictures:
-                image = picture[..., :3].float().cpu().permute(2, 0, 1)[None]
-                image = interpolate(image, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
+                scaled = picture[..., :3].float().cpu().permute(2, 0, 1)[None]
+                scaled = interpolate(scaled, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
                 try:
-                    features = network(((image - mean) / deviation).to(device))
+                    features = network(((scaled - mean) / deviation).to(device))
                 except RuntimeError as error:
                     raise IdentityEditError(
                         f"The model in {path} cannot read a picture ({first_line(error)}); choose another."

@@ -92,9 +92,9 @@ class LanguageModel:
                 question = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
             inputs = self.processor(question, return_tensors="pt", add_special_tokens=not has_template)
             return inputs.to(self.device)
-        image = to_pillow(picture)
+        pillow = to_pillow(picture)
         if has_template:
-            content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+            content = [{"type": "image", "image": pillow}, {"type": "text", "text": question}]
             inputs = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 add_generation_prompt=True,
@@ -106,7 +106,7 @@ class LanguageModel:
             token = getattr(self.processor, "image_token", None)
             if isinstance(token, str):  # the prompt of LLaVA 1.5, whose older folders have no template
                 question = f"USER: {token}\n{question} ASSISTANT:"
-            inputs = self.processor(images=image, text=question or None, return_tensors="pt")
+            inputs = self.processor(images=pillow, text=question or None, return_tensors="pt")
         return inputs.to(self.device, dtype=self.network.dtype)  # only what is floating point changes its dtype
 
 

@@ -102,17 +102,17 @@ class Structure:
 
     def _self_similarity(self, picture: torch.Tensor, as_pie_bench: bool) -> torch.Tensor:
         """Cosines [t, t] of the last layer's keys, all heads side by side, of the class token and every patch."""
-        image = picture.float().permute(2, 0, 1)[None].to(self._device)
-        image = interpolate(
-            image, size=structure_size(*image.shape[2:]), mode="bilinear", antialias=not as_pie_bench
+        scaled = picture.float().permute(2, 0, 1)[None].to(self._device)
+        scaled = interpolate(
+            scaled, size=structure_size(*scaled.shape[2:]), mode="bilinear", antialias=not as_pie_bench
         ) * (255.0 if as_pie_bench else 1.0)
         mean, deviation = (
-            torch.tensor(values).view(1, 3, 1, 1).to(image) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION)
+            torch.tensor(values).view(1, 3, 1, 1).to(scaled) for values in (IMAGENET_MEAN, IMAGENET_DEVIATION)
         )
         keys: list[torch.Tensor] = []
         handle = _last_keys(self._network).register_forward_hook(lambda module, given, output: keys.append(output[0]))
         try:
-            self._network((image - mean) / deviation, interpolate_pos_encoding=True)
+            self._network((scaled - mean) / deviation, interpolate_pos_encoding=True)
         finally:
             handle.remove()
         unit = normalize(keys[0].float(), dim=1)

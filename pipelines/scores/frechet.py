@@ -94,9 +94,9 @@ class Inception:
         bilinear and without smoothing, and to -1 to 1."""
         found = []
         for picture in pictures:
-            image = picture.float().permute(2, 0, 1)[None].to(self.device)
-            image = interpolate(image, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
-            found.append(self.network(2.0 * image - 1.0).cpu())
+            scaled = picture.float().permute(2, 0, 1)[None].to(self.device)
+            scaled = interpolate(scaled, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+            found.append(self.network(2.0 * scaled - 1.0).cpu())
         return torch.cat(found)
 
 

@@ -180,39 +180,39 @@ def from_batch(
         IdentityEditError: when an image, caption or mask cannot be used, or their numbers differ.
     """
     class_word, token = check_words(class_word, token)
-    pictures: list[torch.Tensor] = []
+    singles: list[torch.Tensor] = []
     found: list[torch.Tensor | None] = []
     for batch in _as_list(images):
         flat, opaque = on_white(batch[None] if getattr(batch, "ndim", 0) == 3 else batch, "images")
-        pictures += flat
+        singles += flat
         found += opaque
-    names = [f"picture {number}" for number in range(1, len(pictures) + 1)]
-    if len(captions) not in (0, 1, len(pictures)):
+    names = [f"picture {number}" for number in range(1, len(singles) + 1)]
+    if len(captions) not in (0, 1, len(singles)):
         raise IdentityEditError(
-            f"There are {len(captions)} captions for {len(pictures)} pictures; write one caption a line for each "
+            f"There are {len(captions)} captions for {len(singles)} pictures; write one caption a line for each "
             f"picture, one for all, or none."
         )
-    texts = [""] * len(pictures)
+    texts = [""] * len(singles)
     if captions:
-        every = captions * len(pictures) if len(captions) == 1 else captions
+        every = captions * len(singles) if len(captions) == 1 else captions
         texts = [
             check_caption(one_line(text), f"The caption of {name}", class_word, token, add_token)
             for text, name in zip(every, names, strict=True)
         ]
     if masks is not None:
         given = [mask for batch in _as_list(masks) for mask in as_masks(batch, "masks")]
-        if len(given) not in (1, len(pictures)):
+        if len(given) not in (1, len(singles)):
             raise IdentityEditError(
-                f"There are {len(given)} masks for {len(pictures)} pictures; give one for each picture, one for all, "
+                f"There are {len(given)} masks for {len(singles)} pictures; give one for each picture, one for all, "
                 f"or no masks."
             )
-        given = given * len(pictures) if len(given) == 1 else given
+        given = given * len(singles) if len(given) == 1 else given
         found = [
             own if is_no_mask(mask[None]) else _mask_of(picture, mask, f"The mask of {name}")
-            for picture, mask, own, name in zip(pictures, given, found, names, strict=True)
+            for picture, mask, own, name in zip(singles, given, found, names, strict=True)
         ]
-    notes = tuple(_count_notes(len(pictures), token))
-    return SubjectPictures(pictures, texts, found, names, class_word, token, notes=notes)
+    notes = tuple(_count_notes(len(singles), token))
+    return SubjectPictures(singles, texts, found, names, class_word, token, notes=notes)
 
 
 def check_captions(subject: SubjectPictures) -> None:

@@ -66,9 +66,9 @@ def test_held_out_pictures_are_nearer_to_their_caption_than_to_a_wrong_one(loade
     samples = evaluation_set(60, seed=77, held_out=True)
     pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in samples])
     wrong = [train_clip.with_one_change(attributes, generator) for attributes, _ in samples]
-    images = clip.image_embeddings(model, pictures)
+    embedded = clip.image_embeddings(model, pictures)
     right, other = (
-        (images * clip.text_embeddings(model, tokenizer, [caption(attributes) for attributes in part])).sum(1)
+        (embedded * clip.text_embeddings(model, tokenizer, [caption(attributes) for attributes in part])).sum(1)
         for part in ([attributes for attributes, _ in samples], wrong)
     )
     assert float((right > other).float().mean()) >= 0.85
@@ -81,9 +81,9 @@ def unit(count, seed):
 def test_the_loss_without_wrong_captions_is_that_of_clip() -> None:
     from transformers.models.clip.modeling_clip import clip_loss
 
-    images, texts, scale = unit(5, 0), unit(5, 1), torch.tensor(9.0)
-    found = train_clip.contrastive_loss(images, texts, list("abcde"), [], scale)
-    torch.testing.assert_close(found, clip_loss(scale * texts @ images.T))
+    embedded, texts, scale = unit(5, 0), unit(5, 1), torch.tensor(9.0)
+    found = train_clip.contrastive_loss(embedded, texts, list("abcde"), [], scale)
+    torch.testing.assert_close(found, clip_loss(scale * texts @ embedded.T))
 
 
 def test_the_loss_by_its_formula_in_float64() -> None:

@@ -116,7 +116,7 @@ def pictures_of(client: Client, prompt: dict[str, Any]) -> Pictures:
     """Run a prompt and return what it shows."""
     run = client.run(prompt, timeout=1800)
     found = {key: client.images(run, key) for key in run.outputs}
-    return {key: [np.asarray(image.convert("RGB")) for image in images] for key, images in found.items() if images}
+    return {key: [np.asarray(image.convert("RGB")) for image in shown] for key, shown in found.items() if shown}
 
 
 def lowest_psnr(pictures: Pictures, plain: Pictures) -> float:
@@ -125,13 +125,13 @@ def lowest_psnr(pictures: Pictures, plain: Pictures) -> float:
     Raises:
         ValueError: when there are others, or of other sizes.
     """
-    shapes, wanted = ({key: [image.shape for image in images] for key, images in p.items()} for p in (pictures, plain))
+    shapes, wanted = ({key: [image.shape for image in shown] for key, shown in p.items()} for p in (pictures, plain))
     if shapes != wanted or not shapes:
         raise ValueError(f"the pictures are {shapes} and not {wanted}")
     errors = [
         float(np.mean((image.astype(np.float64) - other) ** 2))
-        for key, images in pictures.items()
-        for image, other in zip(images, plain[key], strict=True)
+        for key, shown in pictures.items()
+        for image, other in zip(shown, plain[key], strict=True)
     ]
     worst = max(errors)
     return 99.0 if worst == 0.0 else min(99.0, float(10.0 * np.log10(255.0**2 / worst)))
@@ -144,12 +144,12 @@ def run_workflow(client: Client, option: str, workflow: str, arguments: argparse
     try:
         pictures = pictures_of(client, compiled(prompt) if option == COMPILED else prompt)
         result: dict[str, Any] = {"result": OK, "seconds": round(time.perf_counter() - begin, 1)}
-        if not pictures or min(image.std() for images in pictures.values() for image in images) < 1.0:
+        if not pictures or min(image.std() for shown in pictures.values() for image in shown) < 1.0:
             return {"result": FAILED, "message": "a picture is flat"}
         kept = arguments.base / f"plain_{workflow}.npz"
         if option == PLAIN:
             arrays: dict[str, Any] = {
-                f"{key} {i}": image for key, images in pictures.items() for i, image in enumerate(images)
+                f"{key} {i}": image for key, shown in pictures.items() for i, image in enumerate(shown)
             }
             np.savez(kept, **arrays)
         else:

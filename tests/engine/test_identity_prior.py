@@ -26,7 +26,7 @@ def training(steps: int, checkpoint_every: int = 1, captions: str = CAPTIONS) ->
         "two": node("IdentityEditDrawDemoPicture", **{**PICTURE, "pose": "lying"}),
         "both": node("ImageBatch", image1=["one", 0], image2=["two", 0]),
         "subject": node(
-            "IdentityEditSubjectPicturesFromImages",
+            "IdentityEditSubjectFromImages",
             images=["both", 0],
             captions=captions,
             class_word="cat",

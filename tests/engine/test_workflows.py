@@ -21,8 +21,8 @@ def test_workflow_gives_pictures(name: str, server: RunningServer) -> None:
     run = server.run(cheap(read(name)), timeout=900)
     pictures = {key: server.images(run, key) for key in run.outputs}
     assert any(pictures.values()), "no output node gave a picture"
-    for key, images in pictures.items():
-        for image in images:
+    for key, shown in pictures.items():
+        for image in shown:
             values = np.asarray(image.convert("RGB"), dtype=np.float64)
             assert values.std() > 5.0, f"node {key} gave a flat picture"
             assert values.mean() > 5.0, f"node {key} gave a black picture"

@@ -347,7 +347,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "clip": w.clip, "vae": w.vae, "sam": segmentation.NO_MODEL, "grounding_dino": segmentation.NO_MODEL,
     },
     "LoadSubjectPictures": lambda w: {"folder": w.picture_folder(), "class_word": "cat", "size": 32},
-    "SubjectPicturesFromImages": lambda w: {
+    "SubjectFromImages": lambda w: {
         "images": [w.pictures], "captions": ["a sks cat"], "class_word": ["cat"], "token": ["sks"],
         "add_token": [False], "masks": [w.mask],
     },

@@ -108,7 +108,7 @@ def test_a_changed_file_is_read_again(file: str, own_folders: Path) -> None:
 def test_images_and_lines_become_a_subject() -> None:
     images = [torch.rand(2, 8, 8, 3), torch.rand(1, 4, 6, 3)]
     masks = [torch.ones(2, 8, 8), torch.ones(1, 4, 6)]
-    execute = nodes.SubjectPicturesFromImages.execute
+    execute = nodes.SubjectFromImages.execute
     subject, report = execute(images, ["sks cat\n\n a cat asleep\n", "sks cat"], ["cat"], ["sks"], [True], masks).args
     assert subject.captions == ["sks cat", "a sks cat asleep", "sks cat"]
     assert [tuple(picture.shape[:2]) for picture in subject.pictures] == [(8, 8), (8, 8), (4, 6)]
@@ -148,7 +148,7 @@ def test_captions_are_not_lost_when_they_cannot_be_saved(own_folders: Path, monk
 
 
 def test_pictures_without_a_folder_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = nodes.SubjectPicturesFromImages.execute([torch.rand(1, 8, 8, 3)], [""], ["dog"], ["sks"], [False]).args[0]
+    subject = nodes.SubjectFromImages.execute([torch.rand(1, 8, 8, 3)], [""], ["dog"], ["sks"], [False]).args[0]
     monkeypatch.setattr(nodes.captioning, "caption_pictures", lambda *_, **__: pytest.fail("must not be asked"))
     with pytest.raises(IdentityEditError, match="come from no folder"):
         caption(subject, save=nodes.SAVE_NEW)

@@ -79,9 +79,9 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
     network = BlipForConditionalGeneration.from_pretrained(tmp_path).eval()
     processor = BlipProcessor.from_pretrained(tmp_path)
     picture = pictures()[0]
-    image = Image.fromarray((picture * 255).round().byte().numpy())
+    pillow = Image.fromarray((picture * 255).round().byte().numpy())
     with torch.no_grad():
-        ids = network.generate(**processor(image, return_tensors="pt"), max_new_tokens=TOKENS, do_sample=False)
+        ids = network.generate(**processor(pillow, return_tensors="pt"), max_new_tokens=TOKENS, do_sample=False)
     with load_language_model(str(tmp_path), IMAGE_AND_TEXT) as model:
         said = model.ask("", picture, max_new_tokens=TOKENS, temperature=0.0, seed=0)
     assert said and said == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()

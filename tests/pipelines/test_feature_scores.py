@@ -63,15 +63,15 @@ def test_other_encoders_go_the_way_of_select_reference(tmp_path: Path) -> None:
 
 def self_similarity(network: Any, picture: torch.Tensor, *, scale: float, antialias: bool) -> np.ndarray:
     """Tumanyan et al. 2022, in numpy, from the hidden states before the last block."""
-    image = scale * torch.nn.functional.interpolate(
+    scaled = scale * torch.nn.functional.interpolate(
         picture.movedim(-1, 0)[None], size=(224, 224), mode="bilinear", antialias=antialias
     )
-    image = (image - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) / torch.tensor((0.229, 0.224, 0.225)).view(
+    scaled = (scaled - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) / torch.tensor((0.229, 0.224, 0.225)).view(
         3, 1, 1
     )
     block = network.encoder.layer[-1]
     with torch.no_grad():
-        states = network(image, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
+        states = network(scaled, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states
         normed = block.layernorm_before(states[-2])[0].double().numpy()
     projection = block.attention.attention.key
     keys = normed @ projection.weight.detach().double().numpy().T + projection.bias.detach().double().numpy()

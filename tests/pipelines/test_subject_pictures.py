@@ -329,7 +329,7 @@ def test_tensors_become_a_subject() -> None:
     batch, masks = torch.rand(2, 6, 5, 3), torch.ones(2, 6, 5)
     subject = subjects.from_batch(batch, ["a cat", "my cat"], "cat", "sks", masks=masks, add_token=True)
     assert subject.captions == ["a sks cat", "my sks cat"] and subject.folder is None
-    assert all(torch.equal(picture, image) for picture, image in zip(subject.pictures, batch, strict=True))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(subject.pictures, batch, strict=True))
     assert all(torch.equal(mask, masks[0]) for mask in subject.masks)
     one_for_all = subjects.from_batch([batch, torch.rand(1, 4, 4, 3)], ["sks cat"], "cat")
     assert one_for_all.captions == ["sks cat"] * 3 and one_for_all.masks == [None] * 3

@@ -1,7 +1,7 @@
 """What the pack registers with ComfyUI, which calls `comfy_entrypoint`.
 
-It registers the nodes, the folders of the demo checkpoint, of its MCDM, of its control network, of its encoder of W+
-and of its style attention, the model families of the demo checkpoint, SD2.x with a source picture, the models folders
+It registers the nodes, the folders of the demo checkpoint, of its MCDM, of its ControlNet, of its encoder of W+
+and of its style attention, the model families of the demo checkpoint, SD2.x with a source image, the models folders
 of learned subjects, of style attentions, of encoders of W+, of face networks, of background networks, of image encoders
 and of weights for scores, and the help pages; nothing else.
 """

@@ -31,7 +31,7 @@ from .unet import AttentionLayer, Patched, attention_layers, layer_key
 _KEY = "identity_edit_attention"
 MAXIMUM_SELF_ATTENTION_CELLS = 32 * 32
 """Self-attention is read at the finest chosen grid of at most so many cells: a map of 32x32 cells takes 4 MiB for each
-picture, one of 64x64 sixteen times that, in memory and in time."""
+image, one of 64x64 sixteen times that, in memory and in time."""
 
 Grid = tuple[int, int]
 
@@ -43,7 +43,7 @@ class IdentityAttention:
     weighs the predictions of several conditionings: by their strength, inside their areas and masks.
 
     Attributes:
-        evaluations: network evaluations whose attention the means hold.
+        evaluations: model calls whose attention the means hold.
         cross: for each grid (rows, columns), the mean of the identity tokens' cross-attention over its layers and the
             evaluations so far, as sums that still carry their weights (see `identity_mask.rough_mask`).
         self_grid: the grid of the self-attention maps, or None where none were read.
@@ -160,7 +160,7 @@ def capture_attention(
 ) -> tuple[Any, IdentityAttention]:
     """A clone of `model` that records, while it samples, where it sees the identity prompt's tokens.
 
-    Any sampler and guider may run it. Only the positive side is read, once for each network evaluation by the guider
+    Any sampler and guider may run it. Only the positive side is read, once for each model call by the guider
     (what a guidance node evaluates besides, such as a perturbed attention, is not). Nothing is recorded in layers
     whose cells another patch has merged or cut into tiles before (token merging, HyperTile): a warning names them.
 
@@ -299,7 +299,7 @@ class _Recorder:
                     continue
                 query, key = layer.block.attn1.to_q(rows), layer.block.attn1.to_k(rows)
                 query, key = (heads_apart(each, extra["n_heads"]) for each in (query, key))
-                maps = Attended(query, key, region.shape).to_picture()
+                maps = Attended(query, key, region.shape).to_image()
                 self._attention.add_self_attention(maps, region, weight, run.batch)
                 run.fired.add(("self", layer.key))
         return n, context, value

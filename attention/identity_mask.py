@@ -6,12 +6,12 @@ import torch
 
 from .capture import IdentityAttention
 from .errors import IdentityEditError
-from .masks import normalised, resized
+from .masks import normalized, resized
 
 SELF_ATTENTION_POWER = 1
 """lambda of eq. 2. The paper names no value; measured, see `THRESHOLD`."""
 THRESHOLD = 0.4
-"""Of the normalised map. The paper names none; these two overlapped well with the true masks of the demo world, see
+"""Of the normalized map. The paper names none; these two overlapped well with the true masks of the demo world, see
 benchmarks/results/lipe_edit.md."""
 
 
@@ -60,11 +60,11 @@ def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int =
 
 
 def identity_map(attention: IdentityAttention, height: int, width: int, power: int) -> torch.Tensor:
-    """The normalised map [B, height, width] in [0, 1] that a mask is cut out of: M^1 for power 0, else M^2."""
+    """The normalized map [B, height, width] in [0, 1] that a mask is cut out of: M^1 for power 0, else M^2."""
     mask = rough_mask(attention)
     if power > 0:
         mask = refined_mask(mask, attention.self_attention(), power)
-    return resized(normalised(mask), (height, width))
+    return resized(normalized(mask), (height, width))
 
 
 def identity_mask(
@@ -81,7 +81,7 @@ def identity_mask(
     Args:
         attention: what a run has recorded so far.
         height, width: the latent's.
-        threshold: share of the normalised map's range above which a cell belongs to the subject.
+        threshold: share of the normalized map's range above which a cell belongs to the subject.
         power: lambda of eq. 2.
 
     Returns:

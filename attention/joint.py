@@ -1,5 +1,5 @@
-"""Attention sites of transformers with joint attention, where text and picture are one sequence (Flux, Stable
-Diffusion 3): text tokens first, then the picture's 2x2 patches row by row, then reference pictures where there are any.
+"""Attention sites of transformers with joint attention, where text and image are one sequence (Flux, Stable
+Diffusion 3): text tokens first, then the image's 2x2 patches row by row, then reference images where there are any.
 
 The hook is `optimized_attention_override` of the transformer options: every block hands it queries and keys as they
 meet (after norms and rotary embeddings) and values, and takes its output in front of the projection. There is one slot,
@@ -64,7 +64,7 @@ def with_tap(model: Any, key: str, tap: Tap) -> Any:
     Args:
         model: MODEL; it is not changed.
         key: of the wrapper.
-        tap: see there. Attention of the picture or the text alone, as some blocks of Stable Diffusion 3.5 have beside
+        tap: see there. Attention of the image or the text alone, as some blocks of Stable Diffusion 3.5 have beside
             the joint one, is left alone.
 
     Raises:
@@ -111,12 +111,12 @@ class _NetworkCall:
         own = function if self._previous is None else partial(self._previous, function)
         are_apart = kwargs.get("skip_reshape", False)
         grid = self._sites[0].grid(*self._size)
-        picture = slice(self._text, self._text + grid[0] * grid[1])
-        if q.shape[-2] < picture.stop:
+        image = slice(self._text, self._text + grid[0] * grid[1])
+        if q.shape[-2] < image.stop:
             return own(q, k, v, heads, *args, **kwargs)
         if (args[0] if args else kwargs.get("mask")) is not None:
             raise IdentityEditError(
-                "The attention of text and picture is masked, so that it cannot be read; remove the node that masks it."
+                "The attention of text and image is masked, so that it cannot be read; remove the node that masks it."
             )
         options = kwargs.get("transformer_options") or {}
 
@@ -127,7 +127,7 @@ class _NetworkCall:
 
         if not are_apart:  # Stable Diffusion 3 hands over values [B, N, heads, d] beside queries [B, N, heads * d]
             q, k, v = (heads_apart(each.flatten(2), heads) for each in (q, k, v))
-        attended = Attended(q, k, grid, text=slice(0, self._text), picture=picture)
+        attended = Attended(q, k, grid, text=slice(0, self._text), image=image)
         return self._tap(self._site(options), attended, v, attend, options)
 
     def _site(self, options: Mapping[str, Any]) -> Site:

@@ -16,7 +16,7 @@ _ELEMENTS_ELSEWHERE = 16 * 2**20
 
 @dataclass
 class MeanMap:
-    """A running mean over heads, layers and network evaluations, cell by cell.
+    """A running mean over heads, layers and model calls, cell by cell.
 
     Attributes:
         total: cross-attention [B, h, w], or self-attention [B, h * w, h * w]; weighted sum of the maps so far.
@@ -39,7 +39,7 @@ def cross_attention_columns(
 ) -> torch.Tensor:
     """How much each query attends to some of the keys: softmax(Q K^T / sqrt(d)), mean over heads, sum over `columns`.
 
-    Only the chosen columns are made into probabilities; of all others only the softmax's normaliser is needed.
+    Only the chosen columns are made into probabilities; of all others only the softmax's normalizer is needed.
 
     Args:
         query: [B, heads, N, d] in any precision.
@@ -55,8 +55,8 @@ def cross_attention_columns(
     result = torch.empty(batch, count, device=query.device)
     for rows in _pieces(count, batch * heads * k.shape[-1], query.device):
         logits = (q[:, :, rows] * dimension**-0.5) @ k
-        normaliser = logits.logsumexp(dim=-1, keepdim=True)
-        result[:, rows] = (logits.index_select(-1, chosen) - normaliser).exp_().sum(dim=-1).mean(dim=1)
+        normalizer = logits.logsumexp(dim=-1, keepdim=True)
+        result[:, rows] = (logits.index_select(-1, chosen) - normalizer).exp_().sum(dim=-1).mean(dim=1)
     return result
 
 

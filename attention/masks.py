@@ -8,14 +8,14 @@ import torch
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, interpolate, pad
 
 
-def normalised(mask: torch.Tensor) -> torch.Tensor:
-    """Each picture's map [B, h, w] from 0 at its smallest value to 1 at its largest; 0 where all are equal."""
+def normalized(mask: torch.Tensor) -> torch.Tensor:
+    """Each image's map [B, h, w] from 0 at its smallest value to 1 at its largest; 0 where all are equal."""
     low, high = mask.amin(dim=(1, 2), keepdim=True), mask.amax(dim=(1, 2), keepdim=True)
     return torch.where(high > low, (mask - low) / (high - low).clamp(min=1e-30), torch.zeros_like(mask))
 
 
 def union(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """M_t, eq. 3: the union of two masks, so that the subject of neither picture is cut."""
+    """M_t, eq. 3: the union of two masks, so that the subject of neither image is cut."""
     return torch.maximum(first, second)
 
 

@@ -1,6 +1,6 @@
-"""Mutual self-attention of MasaCtrl (Cao et al. 2023): queries of one picture, keys and values of another.
+"""Mutual self-attention of MasaCtrl (Cao et al. 2023): queries of one image, keys and values of another.
 
-The source picture's activations are recorded where the self-attention would project them to keys and values, and the
+The source image's activations are recorded where the self-attention would project them to keys and values, and the
 target's self-attention gets them in the place of its own: its layout is its own, what fills it the source's. Both are
 patches on the list `attn1_patch`, which other packs share; the `replace` slot of a block stays free. They are put last
 on the list, so that what is recorded is what the projections would see.
@@ -57,7 +57,7 @@ def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, 
 
 @dataclass
 class SourceFeatures:
-    """What the source offers to keys and values in one network evaluation.
+    """What the source offers to keys and values in one model call.
 
     Attributes:
         layers: the layers that are recorded and injected.
@@ -86,7 +86,7 @@ class SourceFeatures:
         """An attn1_patch for the target's evaluation: keys and values from the source, conditioning by conditioning.
 
         A conditioning that the source was not evaluated with (one that another node adds) keeps its own. A source of
-        one picture serves every picture of the target's batch.
+        one image serves every image of the target's batch.
         """
 
         def inject(

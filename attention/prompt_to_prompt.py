@@ -1,6 +1,6 @@
 """Prompt-to-prompt attention control (Hertz et al. 2023): a target attends where its source does.
 
-Cross-attention decides which words form which part of a picture. The target's weights are taken from the source's,
+Cross-attention decides which words form which part of an image. The target's weights are taken from the source's,
 token by token, with its own values: M' = mapped M_source where a token has a counterpart, M_target where it has none,
 times a factor for each token (the paper's word swap, refinement and re-weighting). Early self-attention fixes the
 layout, and is taken from the source as a whole.
@@ -145,7 +145,7 @@ class LocalBlend:
 
 @dataclass
 class AttentionControl:
-    """Prompt-to-prompt in one network evaluation of the source and one of the target.
+    """Prompt-to-prompt in one model call of the source and one of the target.
 
     Attributes:
         tokens: how the target's tokens take the source's cross-attention.
@@ -261,7 +261,7 @@ class AttentionControl:
         v: torch.Tensor,
         heads: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """M' V in float32 [B, N, C], and the blend's words in M' [B, N]; picture by picture, to save memory."""
+        """M' V in float32 [B, N, C], and the blend's words in M' [B, N]; image by image, to save memory."""
         source_tokens = _check_tokens(source[1], self.tokens.mapper.shape[0], _SOURCE)
         target_tokens = self._target_tokens(k)
         columns = [] if self.blend is None else list(self.blend.columns[_TARGET])
@@ -314,7 +314,7 @@ class AttentionControl:
 
 
 def attention_weights(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(d)) of one picture [heads, N, T] float32, from q [N, heads * d] and k [T, heads * d]."""
+    """softmax(Q K^T / sqrt(d)) of one image [heads, N, T] float32, from q [N, heads * d] and k [T, heads * d]."""
     queries, keys = heads_apart(q, heads).float(), heads_apart(k, heads).float()
     return (queries * queries.shape[-1] ** -0.5 @ keys.transpose(-1, -2)).softmax(dim=-1)
 

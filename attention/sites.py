@@ -1,11 +1,11 @@
-"""Attention sites: the layers of a network that read text or the picture itself, whatever family it is of.
+"""Attention sites: the layers of a network that read text or the image itself, whatever family it is of.
 
-A UNet reads the text in cross-attention layers of their own and the picture in self-attention layers (`unet`). A
-transformer with joint attention (Flux, Stable Diffusion 3) has one sequence of text and picture in every block
+A UNet reads the text in cross-attention layers of their own and the image in self-attention layers (`unet`). A
+transformer with joint attention (Flux, Stable Diffusion 3) has one sequence of text and image in every block
 (`joint`). Both give a site's key and grid here, and what it attends to as `Attended`.
 
 What families differ in, and no technique above needs to know: where the text stands among the keys (a UNet's
-cross-attention has nothing else; in a joint sequence it stands in front of the picture), the grid (a UNet's goes down
+cross-attention has nothing else; in a joint sequence it stands in front of the image), the grid (a UNet's goes down
 to an eighth of the latent, that of joint attention is the latent in patches of 2x2), and the hook (lists of patches, or
 `optimized_attention_override`).
 """
@@ -54,31 +54,31 @@ AnySite = TypeVar("AnySite", bound=Site)
 
 @dataclass(frozen=True)
 class Attended:
-    """Queries and keys of one layer in one network evaluation, as they meet: after norms and position embeddings.
+    """Queries and keys of one layer in one model call, as they meet: after norms and position embeddings.
 
     Attributes:
         query, key: [B, heads, N, d] and [B or 1, heads, M, d].
-        grid: rows and columns of the picture's cells.
+        grid: rows and columns of the image's cells.
         text: where the text's tokens stand among the keys.
-        picture: where the picture's cells stand among the queries, and among the keys where they are there, row by row.
+        image: where the image's cells stand among the queries, and among the keys where they are there, row by row.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     grid: tuple[int, int]
     text: slice = field(default_factory=lambda: slice(0, None))
-    picture: slice = field(default_factory=lambda: slice(0, None))
+    image: slice = field(default_factory=lambda: slice(0, None))
 
     def to_text(self, tokens: Sequence[int]) -> torch.Tensor:
         """[B, rows, columns] float32, 0 to 1: how much each cell attends to some tokens of the text; mean over heads,
         sum over the tokens, after a softmax over all keys."""
         columns = [self.text.start + token for token in tokens]
-        return cross_attention_columns(self.query[:, :, self.picture], self.key, columns).unflatten(1, self.grid)
+        return cross_attention_columns(self.query[:, :, self.image], self.key, columns).unflatten(1, self.grid)
 
-    def to_picture(self) -> torch.Tensor:
+    def to_image(self) -> torch.Tensor:
         """[B, n, n] float32: how much each cell attends to each cell, mean over heads. A row sums to 1, or to what the
         text leaves of it in a joint sequence."""
-        return self_attention_map(self.query[:, :, self.picture], self.key)[..., self.picture]
+        return self_attention_map(self.query[:, :, self.image], self.key)[..., self.image]
 
 
 def automatic_factors(sites: Sequence[Site], height: int, width: int) -> tuple[int, ...]:

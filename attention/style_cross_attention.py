@@ -229,10 +229,10 @@ class Evaluation:
 
 @dataclass
 class SubjectStyles:
-    """One person's `styles` (of `style_patches`) while a picture is sampled.
+    """One person's `styles` (of `style_patches`) while an image is sampled.
 
     Attributes:
-        tokens: v [P, n, C] of the person, P one or the number of pictures.
+        tokens: v [P, n, C] of the person, P one or the number of images.
         null: v [1, n, C] of nobody, for the side without a prompt.
         strength: lambda outside of a guider.
         mask: [1 or B, H, W], 0 to 1, where the person is; None is everywhere. It is averaged onto each layer's grid.
@@ -276,7 +276,7 @@ class SubjectStyles:
         each = rows.shape[0] // len(null)
         if self.tokens.shape[0] not in (1, each):
             raise IdentityEditError(
-                f"There are W+ styles of {self.tokens.shape[0]} pictures for a batch of {each}; give one for all, or "
+                f"There are W+ styles of {self.tokens.shape[0]} images for a batch of {each}; give one for all, or "
                 f"one for each."
             )
         key = tuple(null), each, rows.dtype, rows.device

@@ -30,7 +30,7 @@ from identity_edit_pack.demo_world.attributes import (
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
@@ -66,14 +66,14 @@ def draw_case(generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tenso
             outline += a * np.cos(wave * angle) + b * np.sin(wave * angle)
         return torch.from_numpy(radius < 0.16 * SIZE * outline.clip(0.35, 2.0))
 
-    centre_r, centre_g = generator.uniform(-SHIFT, SHIFT, (2, 2))
+    center_r, center_g = generator.uniform(-SHIFT, SHIFT, (2, 2))
     scale, rotation = generator.uniform(1 - SCALE, 1 + SCALE), generator.uniform(-ROTATION, ROTATION)
     turn = np.deg2rad(rotation)
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    translation = matrix.T @ centre_g / scale - centre_r
+    translation = matrix.T @ center_g / scale - center_r
     grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), axis=-1) - (SIZE - 1) / 2
     true = alignment.Similarity(float(scale), float(rotation), float(translation[0]), float(translation[1]))
-    return inside(grid - centre_r), inside(grid @ matrix / scale - translation - centre_r), true
+    return inside(grid - center_r), inside(grid @ matrix / scale - translation - center_r), true
 
 
 def measure(cases: list[Any], options: dict[str, Any]) -> dict[str, float]:
@@ -119,18 +119,17 @@ def lookup_times(case: Any, repetitions: int = 20) -> dict[str, float]:
 def draw_pairs(
     count: int,
 ) -> list[tuple[Attributes, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]]:
-    """Of held-out identities: the reference's attributes, (picture, mask) of it, and those of another pose."""
+    """Of held-out identities: the reference's attributes, (image, mask) of it, and those of another pose."""
     generator = random.Random("aligned references")
     pairs: list[tuple[Attributes, tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = []
     while len(pairs) < count:
         reference = random_attributes(generator, "figure", held_out=True)
         generated = reference.replace(pose=generator.choice([pose for pose in POSES if pose != reference.pose]))
         drawn = [render(a, EVALUATION_SEED + generator.randrange(1 << 30)) for a in (reference, generated)]
-        pictures = [
-            (torch.from_numpy(picture.copy()).float() / 255, torch.from_numpy(mask != 0).float())
-            for picture, mask in drawn
+        images = [
+            (torch.from_numpy(image.copy()).float() / 255, torch.from_numpy(mask != 0).float()) for image, mask in drawn
         ]
-        pairs.append((reference, pictures[0], pictures[1]))
+        pairs.append((reference, images[0], images[1]))
     return pairs
 
 
@@ -146,25 +145,25 @@ def inverted_psnr(pairs: list[Any], steps: int) -> dict[str, float]:
             alignment.align_reference(reference[0], reference[1], generated[1], generated[0], surroundings=surroundings)
             for _, reference, generated in pairs
         ]
-        pictures = torch.stack([each.picture for each in aligned])
+        images = torch.stack([each.image for each in aligned])
         with torch.no_grad():
-            inverted = ddim_inversion(model, vae.encode(pictures), texts, steps=steps)
+            inverted = ddim_inversion(model, vae.encode(images), texts, steps=steps)
         with torch.no_grad():
             sampled = vae.decode(sample_inversion(model, inverted, texts))
         result[surroundings] = statistics.mean(
-            mean_psnr(found[each.mask > 0], each.picture[each.mask > 0])
+            mean_psnr(found[each.mask > 0], each.image[each.mask > 0])
             for found, each in zip(sampled.cpu(), aligned, strict=True)
         )
     return result
 
 
-def save_picture(path: Path, pairs: list[Any]) -> None:
+def save_image(path: Path, pairs: list[Any]) -> None:
     """For each pair a row: reference, generated, aligned reference (mirrored), the generated mask on it."""
     rows = []
     for _, reference, generated in pairs:
         aligned = alignment.align_reference(reference[0], reference[1], generated[1])
-        shown = heatmap.outlined(aligned.picture[None], generated[1][None])[0]
-        rows.append(torch.cat([reference[0], generated[0], aligned.picture, shown], dim=1))
+        shown = heatmap.outlined(aligned.image[None], generated[1][None])[0]
+        rows.append(torch.cat([reference[0], generated[0], aligned.image, shown], dim=1))
     sheet = torch.cat(rows)
     Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).resize(
         (sheet.shape[1] * 2, sheet.shape[0] * 2)
@@ -217,7 +216,7 @@ def main(arguments: argparse.Namespace) -> None:
         "![reference, generated, aligned reference, outline of the generated mask on it](align_reference.png)",
     ]
     pairs = draw_pairs(max(4, arguments.pairs))
-    save_picture(RESULTS / "align_reference.png", pairs[:4])
+    save_image(RESULTS / "align_reference.png", pairs[:4])
     write_results("align_reference", figures, lines)
     if arguments.pairs == 0:
         return

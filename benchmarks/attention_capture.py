@@ -1,6 +1,6 @@
 """What reading attention costs: `python -m benchmarks attention_capture`.
 
-Guided network evaluations (both sides, one picture) of a Stable Diffusion UNet of full width with random weights, as a
+Guided model calls (both sides, one image) of a Stable Diffusion UNet of full width with random weights, as a
 stock sampler makes them: plain, with the identity prompt's cross-attention recorded, and with self-attention recorded
 too, in turn in one process. Given are medians of the seconds of an evaluation, their ratio to plain sampling's, and the
 highest memory use of a process that does one of them alone (`--runs 0` takes its seconds too). On a GPU in float16, on
@@ -71,7 +71,7 @@ SDXL = {
     "num_classes": "sequential",
 }
 WIDTHS: dict[str, tuple[dict[str, Any], int]] = {"sd15": (SD15, 512), "sdxl": (SDXL, 1024)}
-"""UNet and the size of its pictures."""
+"""UNet and the size of its images."""
 
 
 def device_type() -> str:
@@ -131,7 +131,7 @@ def evaluations(model: Any, width: str, variant: str, arguments: argparse.Namesp
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning(width, 1), conditioning(width, 2))
     guider.set_cfg(7.5)
-    side = picture_size(width, arguments) // 8
+    side = image_size(width, arguments) // 8
     latent = torch.zeros(1, 4, side, side)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     sigmas = torch.linspace(14.0, 1.0, arguments.steps + 1)
@@ -140,13 +140,13 @@ def evaluations(model: Any, width: str, variant: str, arguments: argparse.Namesp
     return seconds
 
 
-def picture_size(width: str, arguments: argparse.Namespace) -> int:
+def image_size(width: str, arguments: argparse.Namespace) -> int:
     return arguments.size or WIDTHS[width][1]
 
 
 def alone(width: str, variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One sampling run in a process of its own: its highest memory in MiB, and the seconds of each evaluation."""
-    options = ["--width", width, "--size", str(picture_size(width, arguments)), "--layers", arguments.layers]
+    options = ["--width", width, "--size", str(image_size(width, arguments)), "--layers", arguments.layers]
     options += ["--steps", str(arguments.steps + (arguments.runs == 0))]  # one more, which warms up
     return memory.in_a_process("attention_capture", variant, arguments, *options)
 
@@ -163,11 +163,11 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         for variant in VARIANTS:
             evaluations(model, width, variant, argparse.Namespace(**{**vars(arguments), "steps": 1}))  # warm-up
         for run in tqdm(range(arguments.runs), desc=width, unit="run"):
-            # Each in another order, so that a machine that slows down or speeds up favours none.
+            # Each in another order, so that a machine that slows down or speeds up favors none.
             for variant in VARIANTS if run % 2 == 0 else VARIANTS[::-1]:
                 seconds[variant] += evaluations(model, width, variant, arguments)
     medians = {variant: statistics.median(values) for variant, values in seconds.items()}
-    size, kind = picture_size(width, arguments), device_type()
+    size, kind = image_size(width, arguments), device_type()
     where = (
         f"{torch.cuda.get_device_name()}, float16" if kind == "cuda" else f"CPU, {arguments.threads} threads, float32"
     )
@@ -176,7 +176,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         f"# Recording attention: time and memory, {width} at {size}x{size}",
         "",
         f"{made_by()}: medians of {len(seconds[PLAIN])} guided "
-        f"evaluations of one picture{each}, {where}, layers {arguments.layers}, random weights.",
+        f"evaluations of one image{each}, {where}, layers {arguments.layers}, random weights.",
         "",
         "| | seconds an evaluation | relative | peak memory (MiB) | more than plain (MiB) |",
         "|---|---|---|---|---|",
@@ -216,7 +216,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default 3)",
     )
     parser.add_argument("--steps", type=int, default=2, help="guided evaluations a run (default 2)")
-    parser.add_argument("--size", type=int, help="pictures' width and height (default: the model's own)")
+    parser.add_argument("--size", type=int, help="images' width and height (default: the model's own)")
     parser.add_argument("--layers", choices=LAYER_CHOICES, default=AUTOMATIC)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=VARIANTS, help="sample in one way and print the memory use")

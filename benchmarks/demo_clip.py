@@ -1,10 +1,10 @@
 """What the demo world's CLIP knows: `python -m benchmarks demo_clip`.
 
-For pictures of held-out identities, as the renderer draws them and as the demo checkpoint's autoencoder gives them
+For images of held-out identities, as the renderer draws them and as the demo checkpoint's autoencoder gives them
 back:
 
 - for each attribute, how often the right caption is the nearest among its variants with another value of it;
-- how often the right caption is the nearest among as many captions of other pictures;
+- how often the right caption is the nearest among as many captions of other images;
 - CLIP-T of the right caption, and of one with one attribute wrong;
 - CLIP-D of true edits with their own pair of captions, and with the pair of another edit.
 
@@ -27,7 +27,7 @@ from identity_edit_pack.demo_world.attributes import (
     caption,
 )
 from identity_edit_pack.demo_world.clip import image_embeddings, load_clip, text_embeddings
-from identity_edit_pack.demo_world.pictures import evaluation_set, to_tensor
+from identity_edit_pack.demo_world.images import evaluation_set, to_tensor
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_clip import attribute_choices
 from identity_edit_pack.pipelines.scores.clip import direction_similarity
@@ -39,7 +39,7 @@ Sample = tuple[Attributes, int]
 
 
 def with_one_change(sample: Sample, generator: random.Random) -> Sample:
-    """The same picture with another value of one visible attribute."""
+    """The same image with another value of one visible attribute."""
     attributes, seed = sample
     name = generator.choice(sorted(attributes.visible))
     others = [value for value in ATTRIBUTES_OF[attributes.framing][name] if value != getattr(attributes, name)]
@@ -52,7 +52,7 @@ def text_of(sample: Sample) -> str:
 
 @torch.no_grad()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=300, help="pictures of held-out identities (300)")
+    parser.add_argument("--images", type=int, default=300, help="images of held-out identities (300)")
     parser.add_argument("--seed", type=int, default=0, help="draws them (0)")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
 
@@ -62,14 +62,14 @@ def main(arguments: argparse.Namespace) -> None:
     model, tokenizer = load_clip()
     family.register()
     _, _, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), output_clip=False)
-    samples = evaluation_set(arguments.pictures, seed=arguments.seed + 50, held_out=True)
+    samples = evaluation_set(arguments.images, seed=arguments.seed + 50, held_out=True)
     generator = random.Random(arguments.seed)
     edits = [with_one_change(sample, generator) for sample in samples]
 
-    def embeddings(pictures: torch.Tensor) -> torch.Tensor:
-        return torch.cat([image_embeddings(model, chunk) for chunk in pictures.split(50)])
+    def embeddings(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([image_embeddings(model, chunk) for chunk in images.split(50)])
 
-    renders = torch.stack([to_tensor(render(*sample)[0]) for sample in tqdm(samples, unit="picture")])
+    renders = torch.stack([to_tensor(render(*sample)[0]) for sample in tqdm(samples, unit="image")])
     chunks = (renders / 2 + 0.5).movedim(1, -1).split(20)
     decoded = torch.cat([vae.decode(vae.encode(chunk)).cpu() for chunk in tqdm(chunks, unit="batch")])
     embedded = {"renders": embeddings(renders), "reconstructions": embeddings(decoded.movedim(-1, 1) * 2 - 1)}
@@ -88,8 +88,8 @@ def main(arguments: argparse.Namespace) -> None:
     lines = [
         "# The demo world's CLIP",
         "",
-        f"{made_by()}: {len(samples)} pictures of held-out identities (seed {arguments.seed}). "
-        f"Share of pictures whose right caption is nearer than all that differ from it in one attribute:",
+        f"{made_by()}: {len(samples)} images of held-out identities (seed {arguments.seed}). "
+        f"Share of images whose right caption is nearer than all that differ from it in one attribute:",
         "",
         "| attribute | renders | reconstructions | by chance |",
         "|---|---|---|---|",
@@ -102,12 +102,12 @@ def main(arguments: argparse.Namespace) -> None:
         f"{1 / len(samples):.3f} |",
         "",
         f"CLIP-T of the right caption {right.mean():.3f}, of one with one attribute wrong {other.mean():.3f}; the "
-        f"right one is higher for {(right > other).float().mean():.3f} of the pictures.",
+        f"right one is higher for {(right > other).float().mean():.3f} of the images.",
         f"CLIP-D of a true edit {own.mean():.3f} with its own captions, {shifted.mean():.3f} with another edit's.",
     ]
     figures = {
         "seed": arguments.seed,
-        "pictures": len(samples),
+        "images": len(samples),
         "attributes": {name: {key: share for key, (share, _) in found.items()} for name, found in choices.items()},
         "by_chance": {name: chance for name, (_, chance) in choices["renders"].items()},
         "caption_among_all": ranks,

@@ -1,9 +1,9 @@
 """How good the demo world is: `python -m benchmarks demo_world`.
 
 Scores, by the committed attribute classifier, clean renders (how far it can be trusted), the autoencoder's
-reconstructions of them (the ceiling of everything the demo checkpoint makes) and pictures sampled for captions drawn at
+reconstructions of them (the ceiling of everything the demo checkpoint makes) and images sampled for captions drawn at
 random, with DDIM and the best of a few guidance scales. The checkpoint is loaded and sampled by ComfyUI's own code.
-Writes benchmarks/results/demo_world.json, demo_world.md and two sheets of pictures.
+Writes benchmarks/results/demo_world.json, demo_world.md and two sheets of images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, Attributes, caption
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
-from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, labels_of
+from identity_edit_pack.demo_world.images import HEADS, evaluation_set, labels_of
 from identity_edit_pack.demo_world.renderer import render
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
@@ -44,12 +44,12 @@ PSNR_GOAL = 26.0
 
 
 Sample = tuple[Attributes, int]
-"""What a picture shows, and the seed of its rendering or its noise."""
+"""What an image shows, and the seed of its rendering or its noise."""
 
 
-def shares(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Sample]) -> dict[str, float]:
-    """Share of right answers for every attribute, over the pictures that show it."""
-    answers = classify(classifier, pictures)
+def shares(classifier: AttributeClassifier, images: torch.Tensor, pairs: list[Sample]) -> dict[str, float]:
+    """Share of right answers for every attribute, over the images that show it."""
+    answers = classify(classifier, images)
     labels = torch.tensor([labels_of(attributes) for attributes, _ in pairs])
     result = {}
     for index, name in enumerate(HEADS):
@@ -62,7 +62,7 @@ def shares(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[
 def sample(
     checkpoint: tuple[Any, Any, Any], pairs: list[Sample], guidance_scale: float, steps: int, batch: int
 ) -> torch.Tensor:
-    """One picture [128, 128, 3] in [0, 1] for the caption of each pair; its noise is drawn from its own seed."""
+    """One image [128, 128, 3] in [0, 1] for the caption of each pair; its noise is drawn from its own seed."""
     model, clip, vae = checkpoint
 
     def embed(texts: list[str]) -> list[list[Any]]:
@@ -90,7 +90,7 @@ def sample(
 
 
 def save_sheet(name: str, rows: list[torch.Tensor]) -> None:
-    """The first pictures of the run, as they came."""
+    """The first images of the run, as they came."""
     sheet = torch.cat([torch.cat(list(row), dim=1) for row in rows])
     Image.fromarray((sheet * 255).round().to(torch.uint8).numpy()).save(RESULTS / name, quality=90)
 
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--captions", type=int, default=500, help="captions to sample (default 500)")
     parser.add_argument("--tuning", type=int, default=100, help="captions on which the guidance scale is chosen")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--batch", type=int, default=20, help="pictures sampled at once (default 20)")
+    parser.add_argument("--batch", type=int, default=20, help="images sampled at once (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="draws the captions and the noise (default 0)")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
 
@@ -128,8 +128,8 @@ def main(arguments: argparse.Namespace) -> None:
     samples = sample(checkpoint, pairs, best, arguments.steps, arguments.batch)
 
     columns = {
-        name: shares(classifier, pictures, pairs)
-        for name, pictures in (("renders", renders), ("reconstructions", decoded), ("samples", samples))
+        name: shares(classifier, images, pairs)
+        for name, images in (("renders", renders), ("reconstructions", decoded), ("samples", samples))
     }
     lines = [
         "# The demo world, scored by its attribute classifier",

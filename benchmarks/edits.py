@@ -1,4 +1,4 @@
-"""What the editing benchmarks share: pairs of a picture and its true edit, and how an edit is scored."""
+"""What the editing benchmarks share: pairs of an image and its true edit, and how an edit is scored."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
-from identity_edit_pack.demo_world.pictures import HEADS
+from identity_edit_pack.demo_world.images import HEADS
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from PIL import Image
@@ -19,12 +19,12 @@ from skimage.metrics import structural_similarity
 
 @dataclass(frozen=True)
 class Pair:
-    """A picture and its true edit.
+    """An image and its true edit.
 
     Attributes:
-        source, target: what the two pictures show; they differ in `edited` alone.
+        source, target: what the two images show; they differ in `edited` alone.
         edited: the attribute that changes.
-        before, after: the two pictures [128, 128, 3] in [0, 1].
+        before, after: the two images [128, 128, 3] in [0, 1].
         mask_before, mask_after: [128, 128] bool, the subject in them.
     """
 
@@ -65,18 +65,18 @@ def mean_psnr(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(-10 * torch.log10(((a - b) ** 2).mean().clamp(min=1e-10)))
 
 
-def composite(pictures: torch.Tensor, edited: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def composite(images: torch.Tensor, edited: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The source's own pixels outside of the mask, as the stock ImageCompositeMasked does it."""
-    m = torch.nn.functional.interpolate(mask[:, None], size=pictures.shape[1:3], mode="bilinear")[:, 0, ..., None]
-    return edited * m + pictures * (1.0 - m)
+    m = torch.nn.functional.interpolate(mask[:, None], size=images.shape[1:3], mode="bilinear")[:, 0, ..., None]
+    return edited * m + images * (1.0 - m)
 
 
-def score_each(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+def score_each(classifier: AttributeClassifier, images: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
     """For each pair: whether the classifier sees the edit done and the identity kept, PSNR of the background and of the
-    whole picture against the source picture, and SSIM against the true edit."""
-    answers = classify(classifier, pictures)
+    whole image against the source image, and SSIM against the true edit."""
+    answers = classify(classifier, images)
     rows = []
-    for index, (picture, pair) in enumerate(zip(pictures, pairs, strict=True)):
+    for index, (image, pair) in enumerate(zip(images, pairs, strict=True)):
         sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
         done = sees[pair.edited] == getattr(pair.target, pair.edited)
         kept = all(sees[head] == getattr(pair.target, head) for head in IDENTITY_OF["figure"])
@@ -85,10 +85,10 @@ def score_each(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: l
                 "edit_done": done,
                 "identity_kept": kept,
                 "edit_done_and_identity_kept": done and kept,
-                "background_psnr_db": mean_psnr(picture[pair.background], pair.before[pair.background]),
-                "psnr_to_source_db": mean_psnr(picture, pair.before),
+                "background_psnr_db": mean_psnr(image[pair.background], pair.before[pair.background]),
+                "psnr_to_source_db": mean_psnr(image, pair.before),
                 "ssim_to_true_edit": structural_similarity(
-                    picture.numpy(), pair.after.numpy(), channel_axis=2, data_range=1
+                    image.numpy(), pair.after.numpy(), channel_axis=2, data_range=1
                 ),
             }
         )

@@ -5,7 +5,7 @@ is written into it. What its requirements.txt asks for is installed into an envi
 .venv/engines, on top of the packages of .venv and with their torch; an environment that is there already is used again.
 
 On each version a real server is started with the pack. Asked is whether it says that the pack is loaded, whether every
-node is registered, whether shipped workflows run (with few steps), and how much their pictures differ from those of the
+node is registered, whether shipped workflows run (with few steps), and how much their images differ from those of the
 version that the pack is developed on, `engine.ENGINE_VERSION`. `--tests` names tests to run there as well.
 Writes benchmarks/results/engines.json and engines.md.
 """
@@ -32,7 +32,7 @@ WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_gen
 
 COMMAND = "python -m benchmarks engines FOLDER [FOLDER ...] --tests tests/engine/test_server.py"
 MOST_STEPS = 6
-"""Sampling, inversion and optimisation steps are cut down to this number."""
+"""Sampling, inversion and optimization steps are cut down to this number."""
 
 
 def cheaper(prompt: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def cheaper(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def probe(destination: Path, workflows: list[str]) -> dict[str, Any]:
-    """What the ComfyUI named by COMFYUI_PATH does with the pack; its pictures are saved below `destination`."""
+    """What the ComfyUI named by COMFYUI_PATH does with the pack; its images are saved below `destination`."""
     from api_client import Client, PromptError
 
     expected = {path.stem for path in (ROOT / "web" / "docs").glob("IdentityEdit*.md")}
@@ -74,8 +74,8 @@ def probe(destination: Path, workflows: list[str]) -> dict[str, Any]:
                     found["workflows"][name] = str(error)
                     continue
                 for node in run.outputs:
-                    for number, picture in enumerate(client.images(run, node)):
-                        picture.convert("RGB").save(destination / f"{name}_{node}_{number}.png")
+                    for number, image in enumerate(client.images(run, node)):
+                        image.convert("RGB").save(destination / f"{name}_{node}_{number}.png")
                 found["workflows"][name] = ""
         finally:
             server.stop()
@@ -83,7 +83,7 @@ def probe(destination: Path, workflows: list[str]) -> dict[str, Any]:
 
 
 def largest_difference(folder: Path, reference: Path, workflow: str) -> int | None:
-    """The largest difference of any pixel of a workflow's pictures from the reference's, of 255; None without such."""
+    """The largest difference of any pixel of a workflow's images from the reference's, of 255; None without such."""
     import numpy as np
     from PIL import Image
 
@@ -100,13 +100,13 @@ def largest_difference(folder: Path, reference: Path, workflow: str) -> int | No
     return max(differences)
 
 
-def examine(folder: Path, pictures: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def examine(folder: Path, images: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything about one version of ComfyUI."""
     version = engine.version_of(folder)
     print(f"ComfyUI {version} ...", flush=True)
     python = make_environment(folder, version)
     variables = {**os.environ, "COMFYUI_PATH": str(folder), "HF_HUB_OFFLINE": "1"}
-    destination = pictures / version
+    destination = images / version
     destination.mkdir()
     command = [*command_of("engines", str(python)), "--probe", str(destination), "--workflows", *arguments.workflows]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT)
@@ -130,7 +130,7 @@ def table(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[st
         "# The pack on other versions of ComfyUI",
         "",
         f"`{COMMAND}`. Workflows with at most {MOST_STEPS} steps; beside each run, the largest difference of any",
-        f"pixel (of 255) from the picture of ComfyUI {engine.ENGINE_VERSION}. A version that is not run keeps its row.",
+        f"pixel (of 255) from the image of ComfyUI {engine.ENGINE_VERSION}. A version that is not run keeps its row.",
         "",
         f"| ComfyUI | starts | nodes | {' | '.join(arguments.workflows)} | tests | commit |",
         "|---|---|---|" + "---|" * len(arguments.workflows) + "---|---|",
@@ -173,11 +173,11 @@ def main(arguments: argparse.Namespace) -> None:
         return
     folders = [folder.resolve() for folder in arguments.folders] or [engine.find_engine()]
     with tempfile.TemporaryDirectory(prefix="identity-edit-") as temporary:
-        pictures = Path(temporary)
-        found = [examine(folder, pictures, arguments) for folder in folders]
+        images = Path(temporary)
+        found = [examine(folder, images, arguments) for folder in folders]
         for one in found:
             one["differences"] = {
-                name: largest_difference(pictures / one["version"], pictures / engine.ENGINE_VERSION, name)
+                name: largest_difference(images / one["version"], images / engine.ENGINE_VERSION, name)
                 for name in arguments.workflows
             }
             one["commit"] = source_commit()

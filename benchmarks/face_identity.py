@@ -1,4 +1,4 @@
-"""Are faces in real photos found, aligned and recognised? `python -m benchmarks face_identity --models FOLDER
+"""Are faces in real photos found, aligned and recognized? `python -m benchmarks face_identity --models FOLDER
 --photos FOLDER`.
 
 Nothing is fetched and no photo is kept. --models holds a face detector (--detector, a YuNet or one of insightface), an
@@ -60,7 +60,7 @@ def find(detector: Any, photos: dict[str, torch.Tensor]) -> list[dict[str, Any]]
                     "photo": name,
                     "person": person if len(those) == 1 else f"{name} {number}",
                     "face": face,
-                    "picture": photo,
+                    "image": photo,
                     "side": face.side,
                     "turned": turned_aside(face.points),
                     "seconds": seconds,
@@ -90,12 +90,12 @@ def by_size(detector: Any, recognizer: Any, single: list[dict[str, Any]]) -> dic
     for side in SIDES:
         rows[side] = []
         for entry in single:
-            small = scaled(entry["picture"], side / entry["side"])
+            small = scaled(entry["image"], side / entry["side"])
             those = faces.detect_faces(detector, small)
             if not those:
                 rows[side].append(None)
                 continue
-            both = identity.embed_faces(recognizer, [(entry["picture"], entry["face"]), (small, those[0])])
+            both = identity.embed_faces(recognizer, [(entry["image"], entry["face"]), (small, those[0])])
             rows[side].append(float(both[0] @ both[1]))
     return rows
 
@@ -115,17 +115,17 @@ def main(arguments: argparse.Namespace) -> None:
     paths = sorted(path for path in arguments.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     photos = {path.name: read(path) for path in paths}
     found = find(detector, photos)
-    embedded = identity.embed_faces(recognizer, [(entry["picture"], entry["face"]) for entry in found])
+    embedded = identity.embed_faces(recognizer, [(entry["image"], entry["face"]) for entry in found])
     kinds = pairs(found, identity.similarities(embedded, embedded))
     single = [entry for entry in found if sum(other["photo"] == entry["photo"] for other in found) == 1]
 
     start = time.perf_counter()
-    aligned = [align_ffhq(entry["picture"], entry["face"].points, 256).picture for entry in single]
+    aligned = [align_ffhq(entry["image"], entry["face"].points, 256).image for entry in single]
     seconds = (time.perf_counter() - start) / len(single)
     kept = []
-    for entry, picture in zip(single, aligned, strict=True):
-        (again,) = faces.detect_faces(detector, picture)[:1]
-        both = identity.embed_faces(recognizer, [(entry["picture"], entry["face"]), (picture, again)])
+    for entry, image in zip(single, aligned, strict=True):
+        (again,) = faces.detect_faces(detector, image)[:1]
+        both = identity.embed_faces(recognizer, [(entry["image"], entry["face"]), (image, again)])
         kept.append(float(both[0] @ both[1]))
     sizes = by_size(detector, recognizer, single)
     network = arguments.models / arguments.background
@@ -181,7 +181,7 @@ def main(arguments: argparse.Namespace) -> None:
     figures = {
         "detector": arguments.detector,
         "recognizer": arguments.recognizer,
-        "faces": [{key: value for key, value in entry.items() if key not in ("face", "picture")} for entry in found],
+        "faces": [{key: value for key, value in entry.items() if key not in ("face", "image")} for entry in found],
         "pairs": kinds,
         "aligned_to_itself": kept,
         "seconds_to_align": seconds,

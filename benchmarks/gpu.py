@@ -256,7 +256,7 @@ def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
         peaks[name] = round(peak.mib)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(ROUNDS):
-        # In another order each time, so that a machine that slows down favours none.
+        # In another order each time, so that a machine that slows down favors none.
         for name in list(ways) if number % 2 == 0 else list(ways)[::-1]:
             seconds[name] += ways[name]()
     medians = {name: statistics.median(values) for name, values in seconds.items()}
@@ -276,7 +276,7 @@ def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
 
 
 def null_text_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The same picture by the pack's methods and by the reference's loop."""
+    """The same image by the pack's methods and by the reference's loop."""
     prepare(arguments, dynamic=False)
     import torch
 
@@ -302,7 +302,7 @@ def null_text_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
         seconds[name] = time.perf_counter() - begin
         distances[name] = float((z_0.cpu() - latent).square().mean())
         relative = seconds[name] / seconds[speed.REFERENCE]
-        row: dict[str, Any] = {"row": name, "result": OK, "seconds": {"optimisation": seconds[name]}}
+        row: dict[str, Any] = {"row": name, "result": OK, "seconds": {"optimization": seconds[name]}}
         row |= {"relative": relative, "peak_memory_mib": round(peak.mib)}
         row |= {"message": f"{evaluations} evaluations, {updates} updates, squared error {distances[name]:.3g}"}
         if name != speed.REFERENCE:
@@ -484,7 +484,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"that it may take (default {MINUTES:g})")
     parser.add_argument("--only", nargs="+", choices=(GRADIENTS, ATTENTION, NULL_TEXT, PRECISION, COMPILED))
-    parser.add_argument("--size", type=int, default=0, help="pictures' width and height (default 512, 64 if tiny)")
+    parser.add_argument("--size", type=int, default=0, help="images' width and height (default 512, 64 if tiny)")
     parser.add_argument("--tiny", action="store_true", help="the demo world's small models, whatever the machine has")
     parser.add_argument("--base", type=Path, help="folder for the checkpoints, which stay there (default: temporary)")
     parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)

@@ -1,4 +1,4 @@
-"""The subjects of `hifi_tuner`: source pictures, what the prompts ask, pictures of others, how each is scored."""
+"""The subjects of `hifi_tuner`: source images, what the prompts ask, images of others, how each is scored."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, random_attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
+from identity_edit_pack.demo_world.images import EVALUATION_SEED, HEADS
 from identity_edit_pack.demo_world.renderer import render
 
 from .edits import Pair, mean_psnr, render_pair
@@ -49,16 +49,16 @@ ASKED = ("place", "pose", "costume", "expression", "facing")
 
 @dataclass(frozen=True)
 class Source:
-    """A picture of a subject [128, 128, 3] in [0, 1] with its true mask [128, 128]."""
+    """An image of a subject [128, 128, 3] in [0, 1] with its true mask [128, 128]."""
 
     shown: Attributes
-    picture: torch.Tensor
+    image: torch.Tensor
     mask: torch.Tensor
 
 
 def render_source(shown: Attributes, seed: int) -> Source:
-    picture, mask = render(shown, seed)
-    return Source(shown, torch.from_numpy(picture.copy()).float() / 255, torch.from_numpy(mask != 0).float())
+    image, mask = render(shown, seed)
+    return Source(shown, torch.from_numpy(image.copy()).float() / 255, torch.from_numpy(mask != 0).float())
 
 
 def draw_sources(subject: Attributes, seed: int) -> list[Source]:
@@ -87,7 +87,7 @@ def asked_of(sources: list[Source], count: int, seeds: int) -> list[Attributes]:
 
 
 def draw_replacements(subject: Attributes, count: int, seed: int) -> list[Pair]:
-    """Pictures of other animals, and the same with this subject."""
+    """Images of other animals, and the same with this subject."""
     generator = random.Random(f"hifi replacements {seed} {subject.identity}")
     pairs: list[Pair] = []
     while len(pairs) < count:
@@ -99,25 +99,25 @@ def draw_replacements(subject: Attributes, count: int, seed: int) -> list[Pair]:
 
 
 @torch.no_grad()
-def features(classifier: AttributeClassifier, pictures: torch.Tensor) -> torch.Tensor:
+def features(classifier: AttributeClassifier, images: torch.Tensor) -> torch.Tensor:
     """[B, 256] of length 1, what the classifier's heads read."""
-    found = classifier.squeeze(classifier.features(pictures.permute(0, 3, 1, 2) * 2 - 1))
+    found = classifier.squeeze(classifier.features(images.permute(0, 3, 1, 2) * 2 - 1))
     return torch.nn.functional.normalize(found, dim=1)
 
 
-def seen(classifier: AttributeClassifier, pictures: torch.Tensor) -> list[dict[str, str]]:
-    """For each picture the attributes that the classifier sees."""
-    answers = classify(classifier, pictures)
-    return [{head: HEADS[head][int(answers[head][index])] for head in HEADS} for index in range(len(pictures))]
+def seen(classifier: AttributeClassifier, images: torch.Tensor) -> list[dict[str, str]]:
+    """For each image the attributes that the classifier sees."""
+    answers = classify(classifier, images)
+    return [{head: HEADS[head][int(answers[head][index])] for head in HEADS} for index in range(len(images))]
 
 
 def score(
-    classifier: AttributeClassifier, pictures: torch.Tensor, asked: list[Attributes], sources: torch.Tensor
+    classifier: AttributeClassifier, images: torch.Tensor, asked: list[Attributes], sources: torch.Tensor
 ) -> list[dict[str, float]]:
-    """Subject and text similarity of each picture of one subject."""
-    alike = (features(classifier, pictures) @ features(classifier, sources).T).mean(dim=1).tolist()
+    """Subject and text similarity of each image of one subject."""
+    alike = (features(classifier, images) @ features(classifier, sources).T).mean(dim=1).tolist()
     rows = []
-    for what, attributes, cosine in zip(seen(classifier, pictures), asked, alike, strict=True):
+    for what, attributes, cosine in zip(seen(classifier, images), asked, alike, strict=True):
         identity = [what[head] == getattr(attributes, head) for head in IDENTITY_OF["figure"]]
         text = [what[head] == getattr(attributes, head) for head in ASKED]
         rows.append(
@@ -133,10 +133,10 @@ def score(
 
 
 def score_replacement(
-    classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]
+    classifier: AttributeClassifier, images: torch.Tensor, pairs: list[Pair]
 ) -> list[dict[str, float]]:
     rows = []
-    for what, picture, pair in zip(seen(classifier, pictures), pictures, pairs, strict=True):
+    for what, image, pair in zip(seen(classifier, images), images, pairs, strict=True):
         identity = [what[head] == getattr(pair.target, head) for head in IDENTITY_OF["figure"]]
         rows.append(
             {
@@ -144,7 +144,7 @@ def score_replacement(
                 "species_replaced": float(what["species"] == pair.target.species),
                 "identity_attributes": float(np.mean(identity)),
                 "pose_kept": float(what["pose"] == pair.source.pose),
-                "background_psnr_db": mean_psnr(picture[pair.background], pair.before[pair.background]),
+                "background_psnr_db": mean_psnr(image[pair.background], pair.before[pair.background]),
             }
         )
     return rows

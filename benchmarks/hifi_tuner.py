@@ -4,20 +4,20 @@ Table 2 of Wang et al. 2023 in small, row by row, on subjects that the demo chec
 
 - Textual Inversion: five word vectors in the place of the subject's name;
 - + mask: the loss inside the subject's mask alone (eq. 5);
-- + regularisation: five rows of the text embedding, from and tied to those of the empty prompt (eq. 6);
+- + regularization: five rows of the text embedding, from and tied to those of the empty prompt (eq. 6);
 - + step-wise: rows of their own for every DDIM step (eq. 7, algorithm 1);
-- + reference guidance: a second pass led by a reference picture (algorithm 2);
+- + reference guidance: a second pass led by a reference image (algorithm 2);
 - DreamBooth: all attention weights, with prior preservation; and the same with reference guidance.
 
-Each learns from four pictures, one in each pose, with their true masks and the caption "a sks cat" (no word about pose
+Each learns from four images, one in each pose, with their true masks and the caption "a sks cat" (no word about pose
 and place, as in the paper's "a photo of A"), and draws `PROMPTS`, which are to the demo world what the 25 templates of
 the DreamBooth set are to photographs: places, costumes, poses and expressions. All rows start from the same noise. For
-the second pass the subject in the first picture is found by the model's own attention, the source picture with the most
+the second pass the subject in the first image is found by the model's own attention, the source image with the most
 similar features is laid over it, and its DDIM inversion is the reference.
 
 Subject similarity: whether the attribute classifier sees the subject's species, color and pattern (all three), and the
-cosine similarity of the classifier's features to those of the source pictures, as the paper's DINO score is to the
-source pictures. Text similarity: the share of what the prompt asks (place, pose, costume, expression, view) that the
+cosine similarity of the classifier's features to those of the source images, as the paper's DINO score is to the
+source images. Text similarity: the share of what the prompt asks (place, pose, costume, expression, view) that the
 classifier sees.
 
 Writes benchmarks/results/hifi_tuner.json, .md and .jpg (two prompts of each subject).
@@ -40,7 +40,7 @@ import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes, caption
 from identity_edit_pack.demo_world.classifier import load_classifier
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.engine.families.schedule import Schedule, ddim_schedule
 from identity_edit_pack.pipelines.hifi_tuner.reference_alignment import align_reference
@@ -59,7 +59,7 @@ from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_m
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
 from .edits import embed, save_sheet
@@ -76,14 +76,14 @@ from .lipe_edit import (
     Checkpoint,
     caption_with,
     draw_subjects,
-    regularisation_set,
+    regularization_set,
     with_prior,
 )
 
-TEXTUAL_INVERSION, MASK, REGULARISATION = "Textual Inversion", "+ mask", "+ regularisation"
+TEXTUAL_INVERSION, MASK, REGULARIZATION = "Textual Inversion", "+ mask", "+ regularization"
 STEP_WISE, GUIDED = "+ step-wise", "+ reference guidance"
 DREAMBOOTH, DREAMBOOTH_GUIDED = "DreamBooth", "DreamBooth + reference guidance"
-LADDER = (TEXTUAL_INVERSION, MASK, REGULARISATION, STEP_WISE, GUIDED)
+LADDER = (TEXTUAL_INVERSION, MASK, REGULARIZATION, STEP_WISE, GUIDED)
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Way:
     """A model with the prompts of a batch: how one row of the table draws.
 
     Attributes:
-        model: perhaps with a step table on its positive side.
+        model: perhaps with per-step embeddings on its positive side.
         inverting: the model without it, with which a reference's caption can be evaluated.
         clip: that of both.
-        positive: a prompt for each picture.
+        positive: a prompt for each image.
     """
 
     model: Any
@@ -142,14 +142,14 @@ def begin(base: Checkpoint, subject: Attributes, arguments: Any) -> Run:
     )
 
 
-def training_pictures(run: Run) -> TrainingPictures:
-    pictures = [source.picture for source in run.sources]
+def training_images(run: Run) -> TrainingImages:
+    images = [source.image for source in run.sources]
     masks = [source.mask for source in run.sources]
     with torch.no_grad():
-        return encode_pictures(run.base.vae, pictures, [f"a {run.name}"] * len(pictures), masks)
+        return encode_images(run.base.vae, images, [f"a {run.name}"] * len(images), masks)
 
 
-def learned(run: Run, pictures: TrainingPictures, **settings: Any) -> SubjectEmbedding:
+def learned(run: Run, images: TrainingImages, **settings: Any) -> SubjectEmbedding:
     arguments = run.arguments
     is_word = settings.get("kind") == WORD
     chosen = SubjectSettings(
@@ -164,7 +164,7 @@ def learned(run: Run, pictures: TrainingPictures, **settings: Any) -> SubjectEmb
         sample_steps=1,
         **settings,
     )
-    return train_subject_embedding(run.base.model, run.base.clip, pictures, chosen)[0]
+    return train_subject_embedding(run.base.model, run.base.clip, images, chosen)[0]
 
 
 @torch.no_grad()
@@ -180,10 +180,10 @@ def way_of_subject(run: Run, subject: SubjectEmbedding) -> Way:
     return Way(model, run.base.model, clip, [[positive, {}]])
 
 
-def way_of_prior(run: Run, pictures: TrainingPictures) -> Way:
+def way_of_prior(run: Run, images: TrainingImages) -> Way:
     arguments = argparse.Namespace(**{**vars(run.arguments), "training_steps": run.arguments.prior_steps})
-    regularisation = regularisation_set(run.base, run.species, arguments.seed)
-    tuned = with_prior(run.base, pictures, regularisation, run.species, arguments)
+    regularization = regularization_set(run.base, run.species, arguments.seed)
+    tuned = with_prior(run.base, images, regularization, run.species, arguments)
     positive = embed(tuned.clip, [caption_with(asked, run.name) for asked in run.asked])
     return Way(tuned.model, tuned.model, tuned.clip, positive)
 
@@ -214,17 +214,17 @@ def second_pass(run: Run, way: Way, latents: torch.Tensor, words: str) -> tuple[
     """
     arguments = run.arguments
     with torch.no_grad():
-        pictures = run.base.vae.decode(latents).cpu()
+        images = run.base.vae.decode(latents).cpu()
     references, masks, captions = [], [], []
     sources = run.sources
-    for picture, mask in zip(pictures, found_masks(run, latents), strict=True):
+    for image, mask in zip(images, found_masks(run, latents), strict=True):
         choice = select_reference(
-            [picture], [source.picture for source in sources], histogram_features,
+            [image], [source.image for source in sources], histogram_features,
             generated_masks=[mask], source_masks=[source.mask for source in sources],
         )  # fmt: skip
         reference = sources[choice.index]
-        aligned = align_reference(reference.picture, reference.mask, mask, picture)
-        references.append(aligned.picture)
+        aligned = align_reference(reference.image, reference.mask, mask, image)
+        references.append(aligned.image)
         masks.append(aligned.mask)
         captions.append(caption_with(reference.shown, words) if words else caption(reference.shown))
     stacked = torch.stack(references).clamp(0, 1)
@@ -242,18 +242,18 @@ def second_pass(run: Run, way: Way, latents: torch.Tensor, words: str) -> tuple[
 def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Latents of every row, and the aligned references of the guided ones."""
     arguments = run.arguments
-    pictures = training_pictures(run)
-    unmasked = learned(run, pictures, kind=WORD, masked=False, regularisation_weight=0.0, updates_per_step=0)
-    masked = learned(run, pictures, kind=WORD, masked=True, regularisation_weight=0.0, updates_per_step=0)
+    images = training_images(run)
+    unmasked = learned(run, images, kind=WORD, masked=False, regularization_weight=0.0, updates_per_step=0)
+    masked = learned(run, images, kind=WORD, masked=True, regularization_weight=0.0, updates_per_step=0)
     step_wise = learned(
-        run, pictures, kind=OUTPUT, masked=True, regularisation_weight=arguments.regularisation_weight,
+        run, images, kind=OUTPUT, masked=True, regularization_weight=arguments.regularization_weight,
         updates_per_step=arguments.updates_per_step,
     )  # fmt: skip
     # The shared rows of the step-wise subject are those of a training without its second phase.
     shared = dataclasses.replace(step_wise, step_vectors=None, timesteps=())
-    rows = {TEXTUAL_INVERSION: unmasked, MASK: masked, REGULARISATION: shared, STEP_WISE: step_wise}
+    rows = {TEXTUAL_INVERSION: unmasked, MASK: masked, REGULARIZATION: shared, STEP_WISE: step_wise}
     ways = {row: way_of_subject(run, subject) for row, subject in rows.items()}
-    ways[DREAMBOOTH] = way_of_prior(run, pictures)
+    ways[DREAMBOOTH] = way_of_prior(run, images)
     latents = {row: first_pass(run, way) for row, way in ways.items()}
     references = {}
     for row, of, words in ((GUIDED, STEP_WISE, ""), (DREAMBOOTH_GUIDED, DREAMBOOTH, run.name)):
@@ -299,14 +299,14 @@ def write_report(
     sheet: dict[str, list[torch.Tensor]],
     minutes: float,
 ) -> None:
-    """The tables and the pictures of the subjects so far."""
+    """The tables and the images of the subjects so far."""
     order = (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer")
     report = {row: means(scores[row]) for row in order}
     head = [
         "# HiFi Tuner on unseen subjects of the demo world",
         "",
         f"{made_by()}: {len(sheet['sources'])} subjects, {arguments.prompts} prompts, "
-        f"{arguments.seeds} seeds ({len(scores[GUIDED])} pictures a row), learned from one picture in each pose; "
+        f"{arguments.seeds} seeds ({len(scores[GUIDED])} images a row), learned from one image in each pose; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
         f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} "
@@ -332,25 +332,25 @@ def write_report(
 
 
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subjects, how their embeddings are learned and how pictures are drawn."""
+    """The subjects, how their embeddings are learned and how images are drawn."""
     parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
     parser.add_argument("--steps", type=int, default=15, help="DDIM steps (default 15; the paper's are 50)")
     parser.add_argument("--guidance-scale", type=float, default=2.0, help="of all sampling (default 2)")
     parser.add_argument("--training-steps", type=int, default=150, help="of shared embeddings (the paper's: 1000)")
     parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
     parser.add_argument("--batch-size", type=int, default=2, help="of the embeddings' training (default 2)")
-    parser.add_argument("--regularisation-weight", type=float, default=1e-4, help="w_s of eq. 6")
+    parser.add_argument("--regularization-weight", type=float, default=1e-4, help="w_s of eq. 6")
     parser.add_argument(
         "--embedding-learning-rate", type=float, default=2e-2, help="of rows of the text embedding (the paper's: 5e-3)"
     )
     parser.add_argument("--token", default="sks", help="the rare token")
-    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures and noise")
+    parser.add_argument("--seed", type=int, default=0, help="draws subjects, images and noise")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
-    parser.add_argument("--seeds", type=int, default=2, help="pictures for each prompt (default 2)")
+    parser.add_argument("--seeds", type=int, default=2, help="images for each prompt (default 2)")
     parser.add_argument("--inner-steps", type=int, default=4, help="J of algorithm 2 (default 4; the paper's are 10)")
     parser.add_argument("--guidance-learning-rate", type=float, default=1e-2, help="of algorithm 2 (default 1e-2)")
     parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of word vectors")
@@ -371,16 +371,16 @@ def main(arguments: argparse.Namespace) -> None:
         run = begin(base, subject, arguments)
         latents, references = ladder(run)
         with torch.no_grad():
-            pictures = {row: base.vae.decode(made).cpu() for row, made in latents.items()}
-        true = [render_source(asked, EVALUATION_SEED + index).picture for index, asked in enumerate(run.asked)]
-        pictures["renderer"] = torch.stack(true)
-        sources = torch.stack([source.picture for source in run.sources])
-        for row, made in pictures.items():
+            images = {row: base.vae.decode(made).cpu() for row, made in latents.items()}
+        true = [render_source(asked, EVALUATION_SEED + index).image for index, asked in enumerate(run.asked)]
+        images["renderer"] = torch.stack(true)
+        sources = torch.stack([source.image for source in run.sources])
+        for row, made in images.items():
             scores.setdefault(row, []).extend(score(classifier, made, run.asked, sources))
         shown = [0, arguments.prompts // 2]
         sheet.setdefault("sources", []).append(sources[:2])
         for row in (*LADDER[:-1], "reference", GUIDED, DREAMBOOTH, "reference of DreamBooth", DREAMBOOTH_GUIDED):
             made = {"reference": references[GUIDED], "reference of DreamBooth": references[DREAMBOOTH_GUIDED]}.get(row)
-            sheet.setdefault(row, []).append((pictures[row] if made is None else made)[shown])
+            sheet.setdefault(row, []).append((images[row] if made is None else made)[shown])
         # Written anew after each subject, so that a run that is stopped leaves the figures of those before.
         write_report(arguments, scores, sheet, (time.perf_counter() - begun) / 60)

@@ -27,9 +27,9 @@ from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.lipe import identity_prior
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
-from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training import images as training_images
+from identity_edit_pack.pipelines.training.images import TrainingImages
 from identity_edit_pack.pipelines.training.loop import generator_of
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 from . import memory
 from .harness import made_by, write_results
@@ -49,20 +49,20 @@ GOAL = 1.0
 """Steps a second of the pack relative to the plain loop's."""
 SETTINGS = PriorSettings(token="sks", class_word="cat", learning_rate=1e-4, precision="float32", file_dtype="float32")
 
-Sets = tuple[TrainingPictures, TrainingPictures]
+Sets = tuple[TrainingImages, TrainingImages]
 Outcome = tuple[list[float], list[float]]
 """Seconds and loss of every step."""
 
 
 def draw_sets(vae: Any, seed: int) -> Sets:
-    """Four pictures of one held-out cat, sixteen of other cats."""
+    """Four images of one held-out cat, sixteen of other cats."""
     generator = random.Random(seed)
     of_subject, called = draw_subject(generator, SETTINGS.class_word, SETTINGS.token)
     others = [random_attributes(generator, "figure").replace(species=SETTINGS.class_word) for _ in range(16)]
 
-    def encode(pictures: list[Attributes], captions: list[str]) -> TrainingPictures:
-        drawn = [torch.from_numpy(np.array(render(one, seed + i)[0])) for i, one in enumerate(pictures)]
-        return training_pictures.encode_pictures(vae, [picture.float() / 255 for picture in drawn], captions)
+    def encode(images: list[Attributes], captions: list[str]) -> TrainingImages:
+        drawn = [torch.from_numpy(np.array(render(one, seed + i)[0])) for i, one in enumerate(images)]
+        return training_images.encode_images(vae, [image.float() / 255 for image in drawn], captions)
 
     return encode(of_subject, called), encode(others, [caption(one) for one in others])
 
@@ -94,10 +94,10 @@ def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: PriorSettings) ->
     losses, ends = [], []
     for step in range(settings.steps):
         latents, captions, timesteps, noises = [], [], [], []
-        for what, pictures in zip(("identity", "regularisation"), sets, strict=True):
-            chosen = training_pictures.batch_indices(pictures, SETTINGS.batch_size, step, settings.seed, what)
-            latents += [engine.to_model_scale(model, pictures.latents[number]) for number in chosen]
-            captions += [pictures.captions[number] for number in chosen]
+        for what, images in zip(("identity", "regularization"), sets, strict=True):
+            chosen = training_images.batch_indices(images, SETTINGS.batch_size, step, settings.seed, what)
+            latents += [engine.to_model_scale(model, images.latents[number]) for number in chosen]
+            captions += [images.captions[number] for number in chosen]
             generator = generator_of(settings.seed, step, f"noise of {what}")
             timesteps.append(torch.randint(networks.alphas_cumprod.shape[0], (len(chosen),), generator=generator))
             noises.append(torch.randn((len(chosen), *latents[-1].shape), generator=generator))
@@ -109,7 +109,7 @@ def by_plain_loop(model: Any, clip: Any, sets: Sets, settings: PriorSettings) ->
         of_identity, of_class = predicted.chunk(2)
         noise_of_identity, noise_of_class = noise.chunk(2)
         mse = torch.nn.functional.mse_loss
-        loss = mse(of_identity, noise_of_identity) + SETTINGS.regularisation_weight * mse(of_class, noise_of_class)
+        loss = mse(of_identity, noise_of_identity) + SETTINGS.regularization_weight * mse(of_class, noise_of_class)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, settings.gradient_clip)
         optimizer.step()
@@ -168,7 +168,7 @@ def main(arguments: argparse.Namespace) -> None:
         "# Training an identity prior: speed and memory",
         "",
         f"{made_by()}: medians of {arguments.runs} pairs of runs of {arguments.steps} steps, "
-        f"{trained / 1e6:.2f} million weights, one picture of each set a step, {arguments.threads} threads, float32. "
+        f"{trained / 1e6:.2f} million weights, one image of each set a step, {arguments.threads} threads, float32. "
         f"The losses of both loops agree to {difference:.1e}. The ratio of a pair is from {min(ratios):.2f} to "
         f"{max(ratios):.2f}.",
         "",

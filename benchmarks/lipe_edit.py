@@ -1,8 +1,8 @@
 """Does a personalised identity prior with identity-aware masks edit better? `python -m benchmarks lipe_edit`.
 
 Tables 1 and 2 and figure 7 of Liu et al. 2024 in small. For each of a few subjects that the demo checkpoint has never
-seen, identity priors are learned from four pictures, with editing-oriented captions and with plain ones; then new
-pictures of the subject are edited (pose, expression, view) by
+seen, identity priors are learned from four images, with editing-oriented captions and with plain ones; then new
+images of the subject are edited (pose, expression, view) by
 
 - MasaCtrl: mutual self-attention on the checkpoint as it is;
 - DreamCtrl: the prior of plain captions, and mutual self-attention;
@@ -12,9 +12,9 @@ pictures of the subject are edited (pose, expression, view) by
 
 All start from the same edit-friendly DDPM inversion (same noise), as in the paper. Prompts name the subject by its
 class word alone, with the rare token where a prior has learned it; MasaCtrl is shown once more with the subject
-described in words, which this world's captions can do completely. The regularisation set is sampled by the checkpoint
+described in words, which this world's captions can do completely. The regularization set is sampled by the checkpoint
 itself. Scores as in `timestep_aware_edit.py`, and the cosine similarity of the attribute classifier's features to the
-test picture's (in the place of DINO's and CLIP's, whose weights no package carries). The masks that LIPE found are
+test image's (in the place of DINO's and CLIP's, whose weights no package carries). The masks that LIPE found are
 compared with the renderer's for every lambda of equation 2 and a few thresholds.
 Writes benchmarks/results/lipe_edit.json, .md, and .jpg (the first pairs, as they came).
 """
@@ -44,7 +44,7 @@ from identity_edit_pack.demo_world.attributes import (
     random_attributes,
 )
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_classifier
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
@@ -53,7 +53,7 @@ from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings,
 from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
 from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each
@@ -68,7 +68,7 @@ BLEND_UNTIL = 0.8
 """Of the shipped workflows: the last steps smooth the border that the blend leaves."""
 REFERENCES = 4
 DREAMCTRL = "DreamCtrl (prior + MasaCtrl)"
-REGULARISATION = 16
+REGULARIZATION = 16
 
 
 Overlaps = dict[tuple[str, float, int], list[float]]
@@ -127,11 +127,11 @@ def draw_pairs(subject: Attributes, count: int, seed: int) -> list[Pair]:
 
 
 @torch.no_grad()
-def regularisation_set(base: Checkpoint, species: str, seed: int) -> TrainingPictures:
-    """Pictures of the class that the checkpoint draws for detailed prompts (Liu et al. 2024, figure 2 b)."""
-    generator = random.Random(f"lipe regularisation {seed} {species}")
+def regularization_set(base: Checkpoint, species: str, seed: int) -> TrainingImages:
+    """Images of the class that the checkpoint draws for detailed prompts (Liu et al. 2024, figure 2 b)."""
+    generator = random.Random(f"lipe regularization {seed} {species}")
     shown: list[Attributes] = []
-    while len(shown) < REGULARISATION:
+    while len(shown) < REGULARIZATION:
         attributes = random_attributes(generator, "figure").replace(species=species)
         if not attributes.held_out:
             shown.append(attributes)
@@ -142,41 +142,41 @@ def regularisation_set(base: Checkpoint, species: str, seed: int) -> TrainingPic
         base.model, noise, 30, 3.0, "ddim", "ddim_uniform", positive, negative, torch.zeros_like(noise),
         disable_pbar=True, seed=0,
     )  # fmt: skip
-    return encode_pictures(base.vae, list(base.vae.decode(latents).cpu()), prompts)
+    return encode_images(base.vae, list(base.vae.decode(latents).cpu()), prompts)
 
 
 def references(subject: Attributes, name: str, detailed: bool, seed: int) -> list[tuple[torch.Tensor, str]]:
-    """Pictures [128, 128, 3] of a subject with editing-oriented captions, or with "a sks cat" alone (DreamBooth, Ruiz
+    """Images [128, 128, 3] of a subject with editing-oriented captions, or with "a sks cat" alone (DreamBooth, Ruiz
     et al. 2023)."""
     generator = random.Random(f"lipe references {seed} {subject.identity}")
     found = []
     for index in range(REFERENCES):
         attributes = as_subject(subject, generator)
-        picture, _ = render(attributes, EVALUATION_SEED + generator.randrange(1 << 32))
+        image, _ = render(attributes, EVALUATION_SEED + generator.randrange(1 << 32))
         text = caption_with(attributes, name, index % CAPTION_TEMPLATES) if detailed else f"a {name}"
-        found.append((torch.from_numpy(picture.copy()).float() / 255, text))
+        found.append((torch.from_numpy(image.copy()).float() / 255, text))
     return found
 
 
-def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: bool, seed: int) -> TrainingPictures:
-    pictures, captions = zip(*references(subject, name, detailed, seed), strict=True)
+def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: bool, seed: int) -> TrainingImages:
+    images, captions = zip(*references(subject, name, detailed, seed), strict=True)
     with torch.no_grad():
-        return encode_pictures(base.vae, pictures, captions)
+        return encode_images(base.vae, images, captions)
 
 
 def with_prior(
-    base: Checkpoint, identity: TrainingPictures, regularisation: TrainingPictures, species: str, arguments: Any
+    base: Checkpoint, identity: TrainingImages, regularization: TrainingImages, species: str, arguments: Any
 ) -> Checkpoint:
     settings = PriorSettings(
         token=arguments.token, class_word=species, precision="float32", weight_decay=0.0,
         steps=arguments.training_steps, learning_rate=arguments.learning_rate, seed=arguments.seed,
     )  # fmt: skip
-    prior, _ = train_identity_prior(base.model, base.clip, identity, regularisation, settings)
+    prior, _ = train_identity_prior(base.model, base.clip, identity, regularization, settings)
     return Checkpoint(*apply_identity_prior(base.model, base.clip, prior), base.vae)
 
 
 class Editor:
-    """Edits a batch of pictures of one subject from their inversion by one checkpoint, with one way of naming it."""
+    """Edits a batch of images of one subject from their inversion by one checkpoint, with one way of naming it."""
 
     def __init__(
         self, checkpoint: Checkpoint, pairs: list[Pair], name: Callable[[Attributes, int], str], arguments: Any
@@ -227,12 +227,12 @@ def mask_overlap(found: torch.Tensor, truth: torch.Tensor) -> list[float]:
 def edit_subject(
     base: Checkpoint, subject: Attributes, pairs: list[Pair], arguments: Any
 ) -> tuple[dict[str, torch.Tensor], Overlaps]:
-    """Pictures of every method, and the overlap of LIPE's masks with the true ones."""
+    """Images of every method, and the overlap of LIPE's masks with the true ones."""
     species = subject.species
     identity_name = f"{arguments.token} {species}"
-    regularisation = regularisation_set(base, species, arguments.seed)
+    regularization = regularization_set(base, species, arguments.seed)
     detailed, plain = (
-        with_prior(base, identity_set(base, subject, identity_name, kind, arguments.seed), regularisation, species,
+        with_prior(base, identity_set(base, subject, identity_name, kind, arguments.seed), regularization, species,
                    arguments)
         for kind in (True, False)
     )  # fmt: skip
@@ -260,7 +260,7 @@ def edit_subject(
         ).latent,
     }
     with torch.no_grad():
-        pictures = {name: base.vae.decode(latent).cpu() for name, latent in latents.items()}
+        images = {name: base.vae.decode(latent).cpu() for name, latent in latents.items()}
     overlaps: Overlaps = {}
     for side, attention, truth in (
         ("source", lipe.source_attention, [pair.mask_before for pair in pairs]),
@@ -269,14 +269,14 @@ def edit_subject(
         for power, threshold in itertools.product(POWERS, THRESHOLDS):
             mask = identity_mask(attention, 16, 16, threshold, power)
             overlaps[side, threshold, power] = mask_overlap(mask, torch.stack(truth))
-    return pictures, overlaps
+    return images, overlaps
 
 
 @torch.no_grad()
-def similarity(classifier: AttributeClassifier, pictures: torch.Tensor, others: torch.Tensor) -> list[float]:
+def similarity(classifier: AttributeClassifier, images: torch.Tensor, others: torch.Tensor) -> list[float]:
     """Cosine similarity of the classifier's features."""
     first, second = (
-        classifier.squeeze(classifier.features(batch.permute(0, 3, 1, 2) * 2 - 1)) for batch in (pictures, others)
+        classifier.squeeze(classifier.features(batch.permute(0, 3, 1, 2) * 2 - 1)) for batch in (images, others)
     )
     return torch.nn.functional.cosine_similarity(first, second).tolist()
 
@@ -333,7 +333,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training-steps", type=int, default=150, help="of each prior (default 150)")
     parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the priors (1e-4; the paper's is 5e-4)")
     parser.add_argument("--token", default="sks", help="the rare token")
-    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures, edits and noise")
+    parser.add_argument("--seed", type=int, default=0, help="draws subjects, images, edits and noise")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
 
 
@@ -348,9 +348,9 @@ def main(arguments: argparse.Namespace) -> None:
     begin = time.perf_counter()
     for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
         of_subject = draw_pairs(subject, arguments.edits, arguments.seed)
-        pictures, found = edit_subject(base, subject, of_subject, arguments)
+        images, found = edit_subject(base, subject, of_subject, arguments)
         pairs += of_subject
-        for name, made in pictures.items():
+        for name, made in images.items():
             parts.setdefault(name, []).append(made)
         for key, values in found.items():
             overlaps.setdefault(key, []).extend(values)
@@ -370,7 +370,7 @@ def main(arguments: argparse.Namespace) -> None:
         f"{made_by()}: {arguments.subjects} subjects, {len(pairs)} edits, edit-friendly DDPM "
         f"inversion with {arguments.steps} steps (source guidance {arguments.source_guidance_scale:g}, target guidance "
         f"{arguments.guidance_scale:g}, skip {arguments.skip:g}), priors of {arguments.training_steps} steps from "
-        f"{REFERENCES} pictures at learning rate {arguments.learning_rate:g}, seed {arguments.seed}; {minutes:.0f} "
+        f"{REFERENCES} images at learning rate {arguments.learning_rate:g}, seed {arguments.seed}; {minutes:.0f} "
         f"minutes.",
         "",
     ]

@@ -3,7 +3,7 @@
 One 20-step edit with UniPC for each way of guidance, on the demo checkpoint inflated to eight input channels (its
 weights change no cost): InstructPix2Pix's three terms by ComfyUI's own DualCFGGuider, and MCDM Guider's with the
 paper's scales and with scales of which none cancels, each without and with a mask; and MCDM Edit Mask. Counted are
-network evaluations and calls; the seconds are medians over runs that alternate. Writes
+model calls and calls; the seconds are medians over runs that alternate. Writes
 benchmarks/results/mcdm_guidance.json and .md.
 """
 
@@ -71,14 +71,14 @@ def main(arguments: argparse.Namespace) -> None:
     counter = Counter()
     counted = model.clone()
     counted.set_model_unet_function_wrapper(counter)
-    picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        seen = mcdm.see_pictures(made, model, vision, vae, picture)
+        seen = mcdm.see_images(made, model, vision, vae, image)
         texts = [
             clip.encode_from_tokens_scheduled(clip.tokenize(text))
             for text in ("a portrait of a smiling person", "", "a portrait of a person")
         ]
-    positive, negative, source = (mcdm.with_pictures(text, seen) for text in texts)
+    positive, negative, source = (mcdm.with_images(text, seen) for text in texts)
     mask = torch.zeros(1, 128, 128)
     mask[:, 32:96, 32:96] = 1.0
     zeros = torch.zeros(1, *latent_shape)
@@ -90,12 +90,10 @@ def main(arguments: argparse.Namespace) -> None:
         guider.sample(comfy.sample.prepare_noise(zeros, 0), zeros, sampler, sigmas, disable_pbar=True, seed=0)
 
     def instruct_pix2pix() -> None:
-        # As ComfyUI's own workflow has it: text and picture, picture alone, nothing; no image tokens.
+        # As ComfyUI's own workflow has it: text and image, image alone, nothing; no image tokens.
         guider = Guider_DualCFG(counted)
-        pictured = [
-            [[entry[0][0], {**entry[0][1], mcdm.SPATIAL_OPTION: seen.latent}]] for entry in (texts[0], texts[1])
-        ]
-        guider.set_conds(pictured[0], pictured[1], texts[1])
+        imaged = [[[entry[0][0], {**entry[0][1], mcdm.SPATIAL_OPTION: seen.latent}]] for entry in (texts[0], texts[1])]
+        guider.set_conds(imaged[0], imaged[1], texts[1])
         guider.set_cfg(5.0, 3.0)
         sample(guider)
 
@@ -130,7 +128,7 @@ def main(arguments: argparse.Namespace) -> None:
         f"{made_by()}: the demo checkpoint with eight input channels, 128x128, {STEPS} steps of "
         f"UniPC, {arguments.threads} threads, medians of {arguments.runs} runs.",
         "",
-        "| guidance | network evaluations | calls | seconds | relative |",
+        "| guidance | model calls | calls | seconds | relative |",
         "|---|---|---|---|---|",
     ]
     lines += [

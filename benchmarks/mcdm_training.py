@@ -2,7 +2,7 @@
 
 Both train all weights of the demo checkpoint's UNet, inflated to eight input channels, and the image embedding on the
 same pairs with the same draws: the pack's `train_mcdm`, and a loop as diffusers' train_instruct_pix2pix.py has it,
-which calls the same modules directly, with torch's AdamW and diffusers' EMAModel. Both begin from pictures that are
+which calls the same modules directly, with torch's AdamW and diffusers' EMAModel. Both begin from images that are
 encoded already; the loop encodes the prompts in every step, as that script does. That both do the same work is checked:
 their losses must agree. The runs alternate, each two of them a pair; given are medians over the pairs. Writes
 benchmarks/results/mcdm_training.json and .md.

@@ -1,9 +1,9 @@
-"""Null-text optimisation against the reference's loop: `python -m benchmarks null_text_speed`.
+"""Null-text optimization against the reference's loop: `python -m benchmarks null_text_speed`.
 
-Both optimise the same pictures with the same network, in float32 and with the same number of threads: the pack's
+Both optimize the same images with the same network, in float32 and with the same number of threads: the pack's
 `null_text_optimization`, by each of its methods, and `reference_null_text.py`, which does it the way the reference
 implementation does (weights that require gradients, guided evaluations of two at the end of each step). Given are
-medians over the runs of time, network evaluations and PSNR of the reconstructed picture, and the highest memory use
+medians over the runs of time, model calls and PSNR of the reconstructed image, and the highest memory use
 above that of the loaded model in a process that does one of them alone.
 Writes benchmarks/results/null_text_speed.json and null_text_speed.md.
 """
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, caption
-from identity_edit_pack.demo_world.pictures import evaluation_set
+from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
@@ -42,7 +42,7 @@ GOAL = 0.5
 """Time of the pack's fastest method relative to the reference's."""
 
 Outcome = tuple[torch.Tensor, int, int]
-"""z_0 in the scale of LATENT sockets, network evaluations, updates of the embedding."""
+"""z_0 in the scale of LATENT sockets, model calls, updates of the embedding."""
 
 
 def load(checkpoint: Path) -> tuple[Any, Any, Any]:
@@ -97,18 +97,18 @@ METHODS = {REFERENCE: by_reference, **{name: by_pack(name) for name in null_text
 
 
 def peak_memory(name: str, arguments: argparse.Namespace) -> int:
-    """Memory that one picture by one method needs on top of the loaded model, in MiB, in a process of its own."""
+    """Memory that one image by one method needs on top of the loaded model, in MiB, in a process of its own."""
     return int(memory.in_a_process("null_text_speed", name, arguments)["peak_memory_mib"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--runs", type=int, default=5, help="pictures, each optimised once by each method (default 5)")
+    parser.add_argument("--runs", type=int, default=5, help="images, each optimized once by each method (default 5)")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=null_text.GUIDANCE_SCALE)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the pictures (default 0)")
-    parser.add_argument("--only", choices=METHODS, help="do one picture by one method and print its memory use")
+    parser.add_argument("--seed", type=int, default=0, help="draws the images (default 0)")
+    parser.add_argument("--only", choices=METHODS, help="do one image by one method and print its memory use")
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -122,14 +122,14 @@ def main(arguments: argparse.Namespace) -> None:
     }
     ceiling, memory_used = [], 0.0
     pairs = evaluation_set(1 if arguments.only else arguments.runs, seed=arguments.seed)
-    for attributes, seed in tqdm(pairs, unit="picture", disable=bool(arguments.only)):
-        picture = torch.from_numpy(np.array(render(attributes, seed)[0])).float().unsqueeze(0) / 255
+    for attributes, seed in tqdm(pairs, unit="image", disable=bool(arguments.only)):
+        image = torch.from_numpy(np.array(render(attributes, seed)[0])).float().unsqueeze(0) / 255
         with torch.no_grad():
-            latent = vae.encode(picture)
+            latent = vae.encode(image)
             decoded = vae.decode(latent).cpu()
             positive = [[clip.encode_from_tokens(clip.tokenize(caption(attributes, seed % CAPTION_TEMPLATES))), {}]]
             negative = [[clip.encode_from_tokens(clip.tokenize("")), {}]]
-        ceiling.append(float(psnr(picture, decoded)))
+        ceiling.append(float(psnr(image, decoded)))
         pivot = inversion.ddim_inversion(model, latent, positive, steps=arguments.steps)
         for name in names:
             memory.synchronize()
@@ -146,7 +146,7 @@ def main(arguments: argparse.Namespace) -> None:
             row["updates"].append(updates)
             with torch.no_grad():
                 made = vae.decode(z_0).cpu()
-            row["psnr_db"].append(float(psnr(picture, made)))
+            row["psnr_db"].append(float(psnr(image, made)))
             row["psnr_to_autoencoder_db"].append(float(psnr(decoded, made)))
     if arguments.only:
         print(json.dumps({"peak_memory_mib": round(memory_used)}))
@@ -158,13 +158,13 @@ def main(arguments: argparse.Namespace) -> None:
         for name, row in rows.items()
     }
     lines = [
-        "# Null-text optimisation: time, evaluations and memory",
+        "# Null-text optimization: time, evaluations and memory",
         "",
-        f"{made_by()}: medians of {arguments.runs} pictures, {arguments.steps} steps, guidance "
+        f"{made_by()}: medians of {arguments.runs} images, {arguments.steps} steps, guidance "
         f"scale {arguments.guidance_scale:g}, {arguments.threads} threads, float32. The autoencoder alone: "
         f"{statistics.median(ceiling):.2f} dB.",
         "",
-        "| method | time (s) | relative | network evaluations | updates | PSNR to the picture (dB) | PSNR to the "
+        "| method | time (s) | relative | model calls | updates | PSNR to the image (dB) | PSNR to the "
         "autoencoder's (dB) | memory above the loaded model (MiB) |",
         "|---|---|---|---|---|---|---|---|",
     ]

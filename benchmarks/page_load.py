@@ -1,7 +1,7 @@
 """What the pack adds to the page's load with many files: `python -m benchmarks page_load`.
 
 Two real servers, one with the pack, share an input folder and are asked for /object_info in turn: with no file, with
-40,000 pictures in the input folder itself, and with as many in 400 folders below it. Given are the first answer after
+40,000 images in the input folder itself, and with as many in 400 folders below it. Given are the first answer after
 the files have appeared, when no list is known yet, the median of the later ones, and the processor's time of a later
 one, which other programs on the machine do not change.
 Writes benchmarks/results/page_load_VERSION.json and .md, VERSION being ComfyUI's (COMFYUI_PATH names another one).
@@ -28,7 +28,7 @@ FOLDERS = 400
 
 
 def make_files(folder: Path, count: int, folders: int) -> None:
-    """Empty pictures, spread over folders below `folder`, or in it for 0 folders."""
+    """Empty images, spread over folders below `folder`, or in it for 0 folders."""
     for number in range(count):
         place = folder / f"set {number % folders}" if folders else folder
         place.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def figures(both: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", type=int, default=40_000, help="pictures below the input folder (default 40000)")
+    parser.add_argument("--files", type=int, default=40_000, help="images below the input folder (default 40000)")
     parser.add_argument("--requests", type=int, default=15, help="later answers, whose median is given (default 15)")
 
 

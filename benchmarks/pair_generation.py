@@ -1,14 +1,14 @@
 """Do generated pairs show one person in the right two states? `python -m benchmarks pair_generation`.
 
-Figure 3 of Chen et al. 2024 as numbers, on the demo checkpoint, which was trained on single pictures of 128x128 and
+Figure 3 of Chen et al. 2024 as numbers, on the demo checkpoint, which was trained on single images of 128x128 and
 never saw one of 256x128. Six edits (three expressions, three costumes) of portraits of training identities:
 
-- person: the prompts say "person", so that nothing but being in one picture makes both halves one person;
+- person: the prompts say "person", so that nothing but being in one image makes both halves one person;
 - identity words: "person" with the identity words of a drawn portrait, trained by the pack on drawn portraits;
 - described: the prompts describe the person (hair, eyes, skin, face), so that words tell who it is;
 
 each without and with a pose that both halves share, by composable guidance on a latent of double width; and the
-described ones also as two pictures of their own, from the same noise. Scores by the attribute classifier: both halves
+described ones also as two images of their own, from the same noise. Scores by the attribute classifier: both halves
 show a portrait of the same hair, eyes, skin and face (eyes that are closed do not count); it is the one of the portrait
 or the description; the source and the target show their states; the same person in the right two states.
 
@@ -43,7 +43,7 @@ from identity_edit_pack.demo_world.attributes import (
 )
 from identity_edit_pack.demo_world.classifier import classify, load_classifier
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
+from identity_edit_pack.demo_world.images import EVALUATION_SEED, HEADS
 from identity_edit_pack.demo_world.pose import draw_pose
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_control import CONTROL_PATH
@@ -51,8 +51,8 @@ from identity_edit_pack.pipelines.mcdm import pair_dataset as datasets
 from identity_edit_pack.pipelines.mcdm.identity_words import IdentityWords, load_identity_words, save_identity_words
 from identity_edit_pack.pipelines.mcdm.pair_folder import SOURCE, TARGET, PairFolder, read_pair
 from identity_edit_pack.pipelines.mcdm.train_identity_words import IdentitySettings, features_of, train_identity_words
-from identity_edit_pack.pipelines.shared.pictures import read_picture
-from identity_edit_pack.pipelines.training.pictures import encode_pictures
+from identity_edit_pack.pipelines.shared.images import read_image
+from identity_edit_pack.pipelines.training.images import encode_images
 from tqdm import tqdm
 
 from .edits import save_sheet
@@ -94,19 +94,19 @@ def described(a: Attributes) -> str:
 
 
 def drawn(people: list[Attributes], seed: int) -> list[torch.Tensor]:
-    pictures = [render(a, EVALUATION_SEED + 7_000_000 * (seed + 1) + i)[0] for i, a in enumerate(people)]
-    return [torch.from_numpy(np.array(picture)).float() / 255 for picture in pictures]
+    images = [render(a, EVALUATION_SEED + 7_000_000 * (seed + 1) + i)[0] for i, a in enumerate(people)]
+    return [torch.from_numpy(np.array(image)).float() / 255 for image in images]
 
 
 def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, steps: int) -> tuple[IdentityWords, str]:
     """Train on drawn portraits of training identities in all states, or read what was trained."""
     if path.exists():
         learned = load_identity_words(str(path))
-        return learned, "{steps} steps on {pictures} portraits".format(**learned.training)
+        return learned, "{steps} steps on {images} portraits".format(**learned.training)
     model, clip, vae = checkpoint
     generator = random.Random("identity words")
     people = [random_attributes(generator, "portrait") for _ in range(count)]
-    pictures = drawn(people, 1)
+    images = drawn(people, 1)
     # The captions say everything but who it is.
     captions = []
     for person in people:
@@ -115,8 +115,8 @@ def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, st
     learned, run = train_identity_words(
         model,
         clip,
-        encode_pictures(vae, pictures, captions),
-        features_of(clip_vision, pictures),
+        encode_images(vae, images, captions),
+        features_of(clip_vision, images),
         IdentitySettings(
             class_word="person", words=WORDS, batch_size=8, steps=steps, learning_rate=1e-3, checkpoint_every=100
         ),
@@ -131,26 +131,24 @@ def identity_words(checkpoint: Any, clip_vision: Any, path: Path, count: int, st
 
 
 def apart(checkpoint: Any, sampler: Any, sigmas: torch.Tensor, settings: datasets.PairSettings, number: int) -> Any:
-    """The pair as two pictures of their own, from the same noise."""
+    """The pair as two images of their own, from the same noise."""
     model, clip, vae = checkpoint
     plan = datasets.plan(settings, number)
-    pictures = []
+    images = []
     for prompt in (plan.drawn_source_prompt, plan.drawn_target_prompt):
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds(*(clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in (prompt, "")))
         guider.set_cfg(settings.guidance_scale)
         latent = torch.zeros(1, 4, settings.height // 8, settings.width // 8)
         noise = comfy.sample.prepare_noise(latent, datasets.noise_seed(settings, number, 0))
-        pictures.append(vae.decode(guider.sample(noise, latent, sampler, sigmas, disable_pbar=True))[0])
-    return pictures[0], pictures[1], plan.edit
+        images.append(vae.decode(guider.sample(noise, latent, sampler, sigmas, disable_pbar=True))[0])
+    return images[0], images[1], plan.edit
 
 
 def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]], asked_for: list[Attributes]) -> dict[str, float]:
     """Shares of the pairs; `asked_for` is who each should show."""
     classifier = load_classifier()
-    answers = [
-        classify(classifier, torch.stack(pictures)) for pictures in ([p[0] for p in pairs], [p[1] for p in pairs])
-    ]
+    answers = [classify(classifier, torch.stack(images)) for images in ([p[0] for p in pairs], [p[1] for p in pairs])]
     rows = []
     for index, ((_, _, edit), person) in enumerate(zip(pairs, asked_for, strict=True)):
         before, after = ({head: choices[int(part[head][index])] for head, choices in HEADS.items()} for part in answers)
@@ -176,11 +174,11 @@ def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]], asked_for: list[A
 
 
 def drawn_poses(count: int, seed: int) -> torch.Tensor:
-    """Pose pictures [count, 128, 128, 3] of other portraits."""
+    """Pose images [count, 128, 128, 3] of other portraits."""
     generator = random.Random(f"poses {seed}")
     people = [random_attributes(generator, "portrait") for _ in range(count)]
-    pictures = [draw_pose(a, EVALUATION_SEED + 11_000_000 * (seed + 1) + i) for i, a in enumerate(people)]
-    return torch.from_numpy(np.stack(pictures)).float() / 255
+    images = [draw_pose(a, EVALUATION_SEED + 11_000_000 * (seed + 1) + i) for i, a in enumerate(people)]
+    return torch.from_numpy(np.stack(images)).float() / 255
 
 
 def shown_people(
@@ -189,10 +187,10 @@ def shown_people(
     pose: datasets.Poses | None,
     people: list[Attributes],
 ) -> list[Attributes]:
-    """Who each pair should show: that of its identity picture, or of its words."""
+    """Who each pair should show: that of its identity image, or of its words."""
     found = []
     for number in range(settings.count):
-        plan = datasets.plan(settings, number, len(who.features) if who else 0, len(pose.pictures) if pose else 0)
+        plan = datasets.plan(settings, number, len(who.features) if who else 0, len(pose.images) if pose else 0)
         index = plan.identity if plan.identity is not None else settings.subjects.index(plan.subject)
         found.append(people[index])
     return found
@@ -201,7 +199,7 @@ def shown_people(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training-pictures", type=int, default=1500, help="of the identity words")
+    parser.add_argument("--training-images", type=int, default=1500, help="of the identity words")
     parser.add_argument("--training-steps", type=int, default=2000, help="of the identity words")
     parser.add_argument("--identity-words", type=Path, default=ROOT / "demo_output" / "identity_words.safetensors")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -215,7 +213,7 @@ def main(arguments: argparse.Namespace) -> None:
     model, clip, vae = checkpoint = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
     clip_vision = load_clip_vision()
     words, trained = identity_words(
-        checkpoint, clip_vision, arguments.identity_words, arguments.training_pictures, arguments.training_steps
+        checkpoint, clip_vision, arguments.identity_words, arguments.training_images, arguments.training_steps
     )
     people = portraits(arguments.pairs, arguments.seed)
     features = features_of(clip_vision, drawn(people, 2))
@@ -235,7 +233,7 @@ def main(arguments: argparse.Namespace) -> None:
     sampler = comfy.samplers.sampler_object(SAMPLER)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
     conditions: dict[str, Condition] = {
-        "described, two pictures": (base, None, None, False),
+        "described, two images": (base, None, None, False),
         "person": (plain, None, None, True),
         "person, pose": (plain, None, poses, True),
         "identity words": (plain, identities, None, True),
@@ -263,7 +261,7 @@ def main(arguments: argparse.Namespace) -> None:
                 )
                 folders = [folder.path / "pairs" / f"{number:06}" for number in numbers]
                 pairs = [
-                    (*(read_picture(at / name, name)[0] for name in (SOURCE, TARGET)), read_pair(at)["edit"])
+                    (*(read_image(at / name, name)[0] for name in (SOURCE, TARGET)), read_pair(at)["edit"])
                     for at in folders
                 ]
         else:

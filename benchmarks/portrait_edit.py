@@ -5,11 +5,11 @@ demo MCDM has learned from generated pairs (three expressions, three costumes); 
 
 - SDEdit (Meng et al. 2022) at two strengths, prompt-to-prompt after DDIM inversion, and DiffEdit with the
   ordinary demo checkpoint: told the same as MCDM, the edit's words alone; DiffEdit once more told everything, the whole
-  caption of the picture and of its edit.
+  caption of the image and of its edit.
 - MCDM without a condition means with its null value at inference, by the same weights; the paper trained without it.
   The full method is that of the workflow `mcdm_edit`: the mask's guidance, and the source's own pixels outside of it.
 
-Scores: share of edits that the attribute classifier sees; share of pictures of which it sees the same hair, eyes, skin
+Scores: share of edits that the attribute classifier sees; share of images of which it sees the same hair, eyes, skin
 and face (not the color of closed eyes); SSIM against the true edit; distance of the classifier's feature maps in the
 manner of LPIPS (unit length in each cell, mean square over four depths; LPIPS itself needs weights that no package
 carries); PSNR against the source where the true edit changes nothing; Frechet distance of the classifier's features to
@@ -41,7 +41,7 @@ from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF, caption, random_attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED, HEADS
+from identity_edit_pack.demo_world.images import EVALUATION_SEED, HEADS
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
@@ -108,12 +108,12 @@ def edit_words(pair: Pair) -> tuple[str, str]:
 
 
 def whole_captions(pair: Pair) -> tuple[str, str]:
-    """All that can be said of the picture and of its edit."""
+    """All that can be said of the image and of its edit."""
     return caption(pair.source), caption(pair.target)
 
 
 def prompts(parts: Parts, pairs: list[Pair], words: Words) -> tuple[Conditioning, Conditioning, Conditioning]:
-    """Of the pictures, of their edits, and the empty one."""
+    """Of the images, of their edits, and the empty one."""
     sources, targets = zip(*map(words, pairs), strict=True)
     source, target, empty = (embed(parts.clip, list(texts)) for texts in (sources, targets, [""] * len(pairs)))
     return source, target, empty
@@ -143,8 +143,8 @@ def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], words: Words) -> torch.
 
 def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int) -> torch.Tensor:
     source, target, empty = prompts(parts, pairs, words)
-    pictures = torch.stack([pair.before for pair in pairs])
-    latent = parts.vae.encode(pictures)
+    images = torch.stack([pair.before for pair in pairs])
+    latent = parts.vae.encode(images)
     settings = EditMaskSettings(outliers=3.0)
     mask = edit_mask(parts.model, target, source, latent, settings, seed=seed).mask
     inversion = ddim_inversion(parts.model, latent, empty, steps=INVERSION_STEPS)
@@ -152,14 +152,14 @@ def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int) -> tor
         parts.model, inversion, target, target, None, empty, guidance_scale=GUIDANCE_SCALE,
         settings=BlendSettings(skip=0.3), source_mask=mask, target_mask=mask,
     )  # fmt: skip
-    return composite(pictures, parts.vae.decode(result.latent), mask)
+    return composite(images, parts.vae.decode(result.latent), mask)
 
 
 def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """All four; the mask and what is seen of the pictures are made once."""
-    model, pictures = parts.edit_model, torch.stack([pair.before for pair in pairs])
-    seen = mcdm.see_pictures(parts.mcdm, model, parts.vision, parts.vae, pictures)
-    source, target, empty = (mcdm.with_pictures(each, seen) for each in prompts(parts, pairs, edit_words))
+    """All four; the mask and what is seen of the images are made once."""
+    model, images = parts.edit_model, torch.stack([pair.before for pair in pairs])
+    seen = mcdm.see_images(parts.mcdm, model, parts.vision, parts.vae, images)
+    source, target, empty = (mcdm.with_images(each, seen) for each in prompts(parts, pairs, edit_words))
     settings = EditMaskSettings(kernel=arguments.kernel)
     contrast = edit_mask(model, target, source, seen.latent, settings, seed=seed).contrast
     limits = [arguments.threshold if pair.edited == "expression" else arguments.costume_threshold for pair in pairs]
@@ -169,7 +169,7 @@ def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Name
 
     def without(spatial: bool, image: bool) -> Any:
         positive, negative = (
-            mcdm.without_pictures(c, spatial=spatial, image=image, name="prompt") for c in (target, empty)
+            mcdm.without_images(c, spatial=spatial, image=image, name="prompt") for c in (target, empty)
         )
         return mcdm_guider(model, positive, negative, scales)
 
@@ -186,14 +186,14 @@ def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Name
         sampler = comfy.samplers.sampler_object("uni_pc")
         noise = comfy.sample.prepare_noise(zeros, seed)
         made[name] = parts.vae.decode(guider.sample(noise, zeros, sampler, sigmas, disable_pbar=True, seed=seed))
-    made[FULL] = composite(pictures, made[FULL], mask)
+    made[FULL] = composite(images, made[FULL], mask)
     made["mask"] = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None].expand(-1, -1, -1, 3)
     return made
 
 
-def features(classifier: torch.nn.Module, pictures: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+def features(classifier: torch.nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The classifier's feature maps at four depths [B, C, h, w], and the features that its answers are made of."""
-    x = pictures.permute(0, 3, 1, 2) * 2 - 1
+    x = images.permute(0, 3, 1, 2) * 2 - 1
     maps = []
     for layer in classifier.features:  # type: ignore[union-attr]
         x = layer(x)
@@ -219,12 +219,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(of_a + of_b - 2 * np.real(root)))
 
 
-def score_each(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+def score_each(classifier: AttributeClassifier, images: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
     """For each pair: whether the classifier sees the edit done and the identity kept, SSIM against the true edit, and
     PSNR against the source where the true edit changes nothing."""
-    answers = classify(classifier, pictures)
+    answers = classify(classifier, images)
     rows = []
-    for index, (picture, pair) in enumerate(zip(pictures, pairs, strict=True)):
+    for index, (image, pair) in enumerate(zip(images, pairs, strict=True)):
         sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
         compared = [n for n in IDENTITY_OF["portrait"] if not (n == "eye_color" and edit_of(pair) == "crying")]
         done = sees["framing"] == "portrait" and sees[pair.edited] == edit_of(pair)
@@ -236,24 +236,24 @@ def score_each(classifier: AttributeClassifier, pictures: torch.Tensor, pairs: l
                 f"{pair.edited}_done": done,
                 "identity_kept": kept,
                 "both": done and kept,
-                "ssim": structural_similarity(picture.numpy(), pair.after.numpy(), channel_axis=2, data_range=1),
-                "psnr_outside_db": mean_psnr(picture[same], pair.before[same]),
+                "ssim": structural_similarity(image.numpy(), pair.after.numpy(), channel_axis=2, data_range=1),
+                "psnr_outside_db": mean_psnr(image[same], pair.before[same]),
             }
         )
     return rows
 
 
-def score(pictures: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
+def score(images: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
     classifier = load_classifier()
     truths = torch.stack([pair.after for pair in pairs])
     distances, ours, theirs = [], [], []
     with torch.no_grad():
-        for some, true in zip(pictures.split(32), truths.split(32), strict=True):
+        for some, true in zip(images.split(32), truths.split(32), strict=True):
             (maps, own), (true_maps, their) = features(classifier, some), features(classifier, true)
             distances.append(feature_distances(maps, true_maps))
             ours.append(own)
             theirs.append(their)
-    rows = score_each(classifier, pictures, pairs)
+    rows = score_each(classifier, images, pairs)
     names = [*rows[0], *(name for name in rows[1] if name not in rows[0])]
     means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     frechet = frechet_distance(*(torch.cat(each).double().numpy() for each in (ours, theirs)))
@@ -290,7 +290,7 @@ def load(arguments: argparse.Namespace) -> None:
 
 
 def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
-    """The pictures [B, 128, 128, 3] of every method for some portraits and a seed."""
+    """The images [B, 128, 128, 3] of every method for some portraits and a seed."""
     assert _worker is not None
     (parts, arguments), (pairs, seed) = _worker, task
     ways: dict[str, Callable[[], dict[str, torch.Tensor]]] = {}
@@ -315,11 +315,11 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
             made |= load_file(path)
             continue
         with torch.no_grad():
-            pictures = {key: value.detach().cpu().contiguous().numpy() for key, value in way().items()}
+            images = {key: value.detach().cpu().contiguous().numpy() for key, value in way().items()}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(pictures, path)
-        made |= pictures
+            save_file(images, path)
+        made |= images
     return made
 
 
@@ -339,7 +339,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-scale", type=float, default=4.0, help="5 in the paper")
     parser.add_argument("--only", choices=("MCDM", "others"), help="a part of the methods")
     parser.add_argument(
-        "--keep", type=Path, help="a folder in which pictures are kept, so that a run that was stopped goes on"
+        "--keep", type=Path, help="a folder in which images are kept, so that a run that was stopped goes on"
     )
     world = ROOT / "demo_world"
     parser.add_argument("--checkpoint", type=Path, default=world / "weights/identity-edit-demo.safetensors")
@@ -360,14 +360,14 @@ def main(arguments: argparse.Namespace) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, spawn, initializer=load, initargs=(arguments,)) as pool:
         for result in tqdm(pool.map(edit_batch, tasks), total=len(tasks), unit="batch"):
-            for name, pictures in result.items():
-                made.setdefault(name, []).append(torch.from_numpy(pictures))
+            for name, images in result.items():
+                made.setdefault(name, []).append(torch.from_numpy(images))
     minutes = (time.perf_counter() - begin) / 60
-    columns = {name: torch.cat(pictures).clamp(0, 1) for name, pictures in made.items()}
+    columns = {name: torch.cat(images).clamp(0, 1) for name, images in made.items()}
     masks = [columns.pop("mask")] if "mask" in columns else []
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
 
-    report = {name: score(pictures, pairs) for name, pictures in columns.items()}
+    report = {name: score(images, pairs) for name, images in columns.items()}
     lines = [
         "# Portrait edits of held-out identities of the demo world",
         "",

@@ -2,7 +2,7 @@
 
 SD 1.5, SD 2.1 (v-prediction) and SDXL with random weights, read by the stock Load Checkpoint from a file that is
 written once and removed at the end. Rows run in inference mode as ComfyUI runs a prompt, with the fewest steps their
-nodes take: so they say whether dtypes, shapes and memory fit, and nothing about pictures. A few rows share a process
+nodes take: so they say whether dtypes, shapes and memory fit, and nothing about images. A few rows share a process
 and its checkpoint; between them freed memory is given back and the kernel's highest mark is reset. The UNet is kept and
 computes in bfloat16 (`--bf16-unet` and the stock ModelComputeDtype), much as in float16 on a GPU, with PyTorch's
 attention. Rows wait until there is memory for them, and are stopped when they exceed --most-gib.
@@ -80,7 +80,7 @@ TRAININGS = {
 }
 ROWS_OF_A_PROCESS = 9
 SMALLER_FOR_TRAINING = 2
-"""Trainings make a sample picture of 20 steps by themselves; theirs are this much smaller."""
+"""Trainings make a sample image of 20 steps by themselves; theirs are this much smaller."""
 
 
 def run_rows(names: list[str], arguments: argparse.Namespace) -> None:
@@ -246,9 +246,9 @@ def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
             "",
             f"## {title}",
             "",
-            f"Recognised by ComfyUI as {model}.",
+            f"Recognized by ComfyUI as {model}.",
             "",
-            "| row | nodes (seconds) | picture | UNet computes in | result | peak MiB |",
+            "| row | nodes (seconds) | image | UNet computes in | result | peak MiB |",
             "|---|---|---|---|---|---|",
         ]
         ran = {name for row in of_family if row["result"] == OK for name in row["seconds"]}
@@ -277,7 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--family", choices=FAMILIES, nargs="+", default=list(FAMILIES))
     parser.add_argument("--only", choices=ROWS, nargs="+", metavar="ROW", help="rows to run (default all)")
     parser.add_argument("--missing", action="store_true", help="leave out rows that the results have as ok")
-    parser.add_argument("--size", type=int, default=512, help="pictures' width and height (default 512)")
+    parser.add_argument("--size", type=int, default=512, help="images' width and height (default 512)")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="in which UNets compute")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--most-gib", type=float, default=20.0, help="memory at which a row is stopped (default 20)")

@@ -1,4 +1,4 @@
-"""Checkpoints of full width with random weights, which the stock Load Checkpoint recognises: SD 1.5, SD 2.1 and SDXL.
+"""Checkpoints of full width with random weights, which the stock Load Checkpoint recognizes: SD 1.5, SD 2.1 and SDXL.
 
 UNet, text encoders and VAE are ComfyUI's own classes, made on PyTorch's meta device for the names and shapes of their
 weights; the weights are drawn, of a size that keeps signals up, and stored in float16 as published checkpoints are.
@@ -150,5 +150,5 @@ def _drawn(name: str, like: torch.Tensor, pool: torch.Tensor, generator: torch.G
         numbers = pool if count <= POOL // 2 else pool.repeat(-(-count // POOL) + 1)
         begin = int(torch.randint(numbers.numel() - count, (), generator=generator))
         return (numbers[begin : begin + count] * like[0].numel() ** -0.5).view(like.shape)
-    is_gain = name.endswith("weight")  # of a normalisation
+    is_gain = name.endswith("weight")  # of a normalization
     return torch.full(like.shape, 1.0 if is_gain else 0.0)

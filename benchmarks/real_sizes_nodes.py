@@ -54,7 +54,7 @@ class Models:
         dtype: in which the UNet computes and trainings are done; CHOSEN_BY_COMFYUI leaves it to ComfyUI, which takes
             float32 on a CPU, and trainings to their default.
         memory_gib: what trained weights may take at most.
-        size: pixels of a picture's side.
+        size: pixels of an image's side.
         seconds: by what ran.
     """
 
@@ -85,12 +85,12 @@ class Models:
         return stock.CLIPTextEncode().encode(self.clip, text)[0]
 
     def latent(self, width: int = 1, batch: int = 1) -> dict[str, Any]:
-        """A picture's latent; `width` pictures side by side."""
+        """An image's latent; `width` images side by side."""
         cells = self.size // 8
         generator = torch.Generator().manual_seed(1)
         return {"samples": torch.randn(batch, 4, cells, cells * width, generator=generator)}
 
-    def pictures(self, count: int, size: int | None = None) -> torch.Tensor:
+    def images(self, count: int, size: int | None = None) -> torch.Tensor:
         generator = torch.Generator().manual_seed(2)
         side = size or self.size
         coarse = torch.rand(count, 3, 8, 8, generator=generator)
@@ -103,11 +103,11 @@ class Models:
         return mask
 
     def subject(self, size: int) -> Any:
-        """Two pictures, through the pack's own node, which takes lists."""
+        """Two images, through the pack's own node, which takes lists."""
         caption = f"a photo of a sks {CLASS_WORD}"
         return self.run(
             "SubjectFromImages",
-            images=[self.pictures(2, size)],
+            images=[self.images(2, size)],
             captions=[f"{caption}\n{caption} on a sofa"],
             class_word=[CLASS_WORD],
             token=["sks"],
@@ -312,7 +312,7 @@ def text_injection_model(models: Models) -> None:
 def identity_attention(models: Models) -> None:
     model, found = models.run("IdentityAttention", model=models.model, clip=models.clip, identity_prompt=CLASS_WORD)
     models.sample(model)
-    models.run("AttentionHeatmap", picture=models.pictures(1), identity_attention=found)
+    models.run("AttentionHeatmap", image=models.images(1), identity_attention=found)
 
 
 def mask_blend(models: Models) -> None:
@@ -334,7 +334,7 @@ def segment_subject(models: Models) -> None:
         model=models.model,
         clip=models.clip,
         vae=models.vae,
-        pictures=models.pictures(1),
+        images=models.images(1),
         subject=CLASS_WORD,
         timesteps="101",
         longest_side=models.size,
@@ -362,7 +362,7 @@ def identity_prior(models: Models) -> None:
 
 def subject_embedding(models: Models) -> None:
     subject = models.subject(models.size)
-    settings = {"updates_per_step": 1, "sampling_steps": 1, "pictures": subject}
+    settings = {"updates_per_step": 1, "sampling_steps": 1, "images": subject}
     path = models.run("TrainSubjectEmbedding", **training(models), **settings)[3]
     learned, name, _ = models.run("StepWiseEmbeddingLoader", file=in_output_folder(path))
     model, positive, _ = models.run(
@@ -373,7 +373,7 @@ def subject_embedding(models: Models) -> None:
 
 def subject_word(models: Models) -> None:
     subject = models.subject(models.size)
-    settings = {"kind": "word", "updates_per_step": 0, "pictures": subject}
+    settings = {"kind": "word", "updates_per_step": 0, "images": subject}
     learned = models.run("TrainSubjectEmbedding", **training(models), **settings)[0]
     models.run("SaveSubjectAsEmbedding", subject=learned, name=f"random_{models.family}", overwrite=True)
     model, positive, _ = models.run(
@@ -389,8 +389,8 @@ def subject_word(models: Models) -> None:
 def select_reference(models: Models) -> None:
     models.run(
         "SelectReference",
-        generated=models.pictures(1),
-        images=models.pictures(2),
+        generated=models.images(1),
+        images=models.images(2),
         masks=models.mask().expand(2, -1, -1),
         generated_mask=models.mask(),
         encoder="CLIP_VISION input",
@@ -489,10 +489,10 @@ def generate_pairs(models: Models) -> None:
 
 def identity_words(models: Models) -> None:
     subject, vision = models.subject(models.size), models.clip_vision()
-    settings = {"pictures": subject, "clip_vision": vision, "batch_size": 1}
+    settings = {"images": subject, "clip_vision": vision, "batch_size": 1}
     path = models.run("TrainIdentityWords", **training(models), **settings)[2]
     words = models.run("LoadIdentityWords", file=in_output_folder(path))[0]
-    seen = stock.CLIPVisionEncode().encode(vision, models.pictures(1), "none")[0]
+    seen = stock.CLIPVisionEncode().encode(vision, models.images(1), "none")[0]
     positive = models.run(
         "ApplyIdentityWords",
         clip=models.clip,
@@ -536,7 +536,7 @@ def mcdm_editing(models: Models) -> None:
         clip=models.clip,
         clip_vision=vision,
         vae=models.vae,
-        picture=models.pictures(1),
+        image=models.images(1),
         file=file,
         target_prompt=TARGET_PROMPT,
         source_prompt=SOURCE_PROMPT,
@@ -562,7 +562,7 @@ def style_attention(models: Models) -> None:
     generator = torch.Generator().manual_seed(4)
     rows = torch.randn(2, 18, 512, generator=generator)
     person = WPlus(rows, torch.zeros(18, 512), "random")
-    settings = {"pictures": models.subject(models.size), "w_plus": person, "batch_size": 1}
+    settings = {"images": models.subject(models.size), "w_plus": person, "batch_size": 1}
     path = models.run("TrainStyleAttention", **training(models), **settings)[3]
     loaded = models.run("LoadStyleAttention", file=in_output_folder(path))[0]
     one = WPlus(rows[:1], torch.zeros(18, 512), "random")

@@ -1,11 +1,11 @@
 """How well does a model's own attention segment a subject? `python -m benchmarks segment_subject`.
 
 The masks of `attention_segmentation.attention_masks` against those of the renderer (intersection over union), on
-pictures of held-out identities of the demo world that no training has seen. The network looks at each picture once at
+images of held-out identities of the demo world that no training has seen. The network looks at each image once at
 every timestep of a grid; every set of timesteps, threshold and lambda of equation 2 (Liu et al. 2024) is then cut out
-of the same recordings. Half of the pictures choose, the other half is what is reported. The network is evaluated with
+of the same recordings. Half of the images choose, the other half is what is reported. The network is evaluated with
 the class word alone ("a cat") and with the caption.
-Writes benchmarks/results/segment_subject.json, .md and .jpg (the first pictures of the reported half, as they came).
+Writes benchmarks/results/segment_subject.json, .md and .jpg (the first images of the reported half, as they came).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from identity_edit_pack.attention import identity_mask as masks
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import caption
-from identity_edit_pack.demo_world.pictures import evaluation_set
+from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.lipe import attention_segmentation as by_attention
 from identity_edit_pack.pipelines.lipe import heatmap
@@ -75,11 +75,11 @@ def _in_order(parts: list[tuple[list[int], torch.Tensor]], count: int) -> torch.
 
 
 def cut(recorded: dict[int, Any], chosen: tuple[int, ...], power: int) -> torch.Tensor:
-    """The normalised map [B, 128, 128] of a set of timesteps, as `identity_map` makes it."""
+    """The normalized map [B, 128, 128] of a set of timesteps, as `identity_map` makes it."""
     rough = torch.stack([recorded[timestep][0] for timestep in chosen]).mean(0)
     if power > 0:
         rough = masks.refined_mask(rough, torch.stack([recorded[timestep][1] for timestep in chosen]).mean(0), power)
-    return masks.resized(masks.normalised(rough), (128, 128))
+    return masks.resized(masks.normalized(rough), (128, 128))
 
 
 def first(row: tuple[Any, ...]) -> float:
@@ -87,37 +87,37 @@ def first(row: tuple[Any, ...]) -> float:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pictures", type=int, default=40, help="half of them choose, half are reported")
+    parser.add_argument("--images", type=int, default=40, help="half of them choose, half are reported")
 
 
 def main(arguments: argparse.Namespace) -> None:
     family.register()
     checkpoint = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
     model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
-    shown = evaluation_set(arguments.pictures, seed=SEED, held_out=True)
+    shown = evaluation_set(arguments.images, seed=SEED, held_out=True)
     drawn = [render(attributes, seed) for attributes, seed in shown]
-    pictures = torch.stack([torch.from_numpy(picture.copy()).float() / 255 for picture, _ in drawn])
+    images = torch.stack([torch.from_numpy(image.copy()).float() / 255 for image, _ in drawn])
     true = torch.stack([torch.from_numpy(mask != 0) for _, mask in drawn])
     names = ["person" if a.framing == "portrait" else a.species for a, _ in shown]
-    latents = vae.encode(pictures)
-    half = arguments.pictures // 2
+    latents = vae.encode(images)
+    half = arguments.images // 2
 
     figures: dict[str, Any] = {
-        "pictures": arguments.pictures,
-        "reported": arguments.pictures - half,
+        "images": arguments.images,
+        "reported": arguments.images - half,
     }
     lines = [
         "# Segment Subject by attention",
         "",
-        f"{made_by()}: {arguments.pictures} pictures of held-out "
+        f"{made_by()}: {arguments.images} images of held-out "
         f"identities; timesteps, threshold "
-        f"and lambda chosen on {half}, reported on the other {arguments.pictures - half}. Intersection over union with "
+        f"and lambda chosen on {half}, reported on the other {arguments.images - half}. Intersection over union with "
         "the renderer's masks.",
         "",
         "| evaluated with | timesteps | threshold | lambda | IoU, choosing half | reported half | worst tenth below |",
         "|---|---|---|---|---|---|---|",
     ]
-    sheets = [pictures[half:]]
+    sheets = [images[half:]]
     for label, texts in (
         ("class word", [f"a {name}" for name in names]),
         ("caption", [caption(attributes) for attributes, _ in shown]),
@@ -149,18 +149,18 @@ def main(arguments: argparse.Namespace) -> None:
                 "iou_reported_half": float(reported.mean()),
                 "iou_reported_lowest_tenth": worst,
             }
-        sheets.append(heatmap.outlined(pictures, (cut(recorded, own[1], own[3]) > own[2]).float())[half:])
+        sheets.append(heatmap.outlined(images, (cut(recorded, own[1], own[3]) > own[2]).float())[half:])
     start = time.perf_counter()
     by_attention.attention_masks(
         model, latents[:1], encode_identity_prompt(clip, names[0]), embed(clip, [f"a {names[0]}"]), (128, 128)
     )
-    figures["seconds_a_picture"] = time.perf_counter() - start
+    figures["seconds_a_image"] = time.perf_counter() - start
     lines += [
         "",
-        f"One picture with the defaults: {figures['seconds_a_picture']:.2f} s on this machine's "
-        f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(by_attention.TIMESTEPS)} network evaluations.",
+        f"One image with the defaults: {figures['seconds_a_image']:.2f} s on this machine's "
+        f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(by_attention.TIMESTEPS)} model calls.",
         "",
-        "![pictures; masks with the class word; masks with the caption](segment_subject.jpg)",
+        "![images; masks with the class word; masks with the caption](segment_subject.jpg)",
     ]
     save_sheet(RESULTS / "segment_subject.jpg", sheets)
     write_results("segment_subject", figures, lines)

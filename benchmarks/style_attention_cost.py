@@ -1,6 +1,6 @@
 """What style cross-attention costs while sampling: `python -m benchmarks style_attention_cost`.
 
-Guided network evaluations (both sides, one picture) of a Stable Diffusion UNet of full width with random weights, as a
+Guided model calls (both sides, one image) of a Stable Diffusion UNet of full width with random weights, as a
 stock sampler makes them: plain, with one person's style attention, with the parallel kind, and with two people who
 have style attentions and masks of their own, in turn in one process. Given are medians of the seconds of an
 evaluation, their ratio to plain sampling's in the same round, and the highest memory use of a process that does one of
@@ -37,7 +37,7 @@ from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from tqdm import tqdm
 
 from . import memory
-from .attention_capture import WIDTHS, conditioning, device_type, load, picture_size
+from .attention_capture import WIDTHS, conditioning, device_type, image_size, load
 from .harness import made_by, write_results
 
 PLAIN, ONE, PARALLEL_ONE, TWO = (
@@ -111,7 +111,7 @@ def evaluations(model: Any, width: str, arguments: argparse.Namespace, steps: in
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning(width, 1), conditioning(width, 2))
     guider.set_cfg(7.5)
-    side = picture_size(width, arguments) // 8
+    side = image_size(width, arguments) // 8
     latent = torch.zeros(1, 4, side, side)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     sigmas = torch.linspace(14.0, 1.0, steps + 1)
@@ -121,7 +121,7 @@ def evaluations(model: Any, width: str, arguments: argparse.Namespace, steps: in
 
 
 def measure(width: str, arguments: argparse.Namespace) -> None:
-    options = ["--width", width, "--size", str(picture_size(width, arguments))]
+    options = ["--width", width, "--size", str(image_size(width, arguments))]
     peaks = {  # first, while this process needs little memory itself
         variant: int(memory.in_a_process("style_attention_cost", variant, arguments, *options)["peak_memory_mib"])
         for variant in tqdm(VARIANTS, desc=f"{width} alone", disable=arguments.no_memory)
@@ -134,14 +134,14 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
     for variant in VARIANTS:
         evaluations(models[variant], width, arguments, 1)  # warm-up
     for run in tqdm(range(arguments.runs), desc=width, unit="round"):
-        first = run % len(VARIANTS)  # another one first in each round: a machine that slows down favours none
+        first = run % len(VARIANTS)  # another one first in each round: a machine that slows down favors none
         for variant in (*VARIANTS[first:], *VARIANTS[:first]):
             seconds[variant].append(evaluations(models[variant], width, arguments, arguments.steps))
     medians = {variant: statistics.median(s for run in runs for s in run) for variant, runs in seconds.items()}
     of_runs = {variant: [statistics.median(run) for run in runs] for variant, runs in seconds.items()}
     ratios = {variant: [a / b for a, b in zip(of_runs[variant], of_runs[PLAIN], strict=True)] for variant in VARIANTS}
     relative = {variant: statistics.median(ratios[variant]) for variant in VARIANTS}
-    size, kind = picture_size(width, arguments), device_type()
+    size, kind = image_size(width, arguments), device_type()
     where = f"CPU, {arguments.threads} threads, float32"
     if kind == "cuda":
         where = f"{torch.cuda.get_device_name()}, float16"
@@ -150,7 +150,7 @@ def measure(width: str, arguments: argparse.Namespace) -> None:
         f"# Style cross-attention: time and memory, {width} at {size}x{size}",
         "",
         f"{made_by()}: medians of {arguments.runs} rounds of {arguments.steps} "
-        f"guided evaluations of one picture, {where}, random weights; {weights / 1e6:.1f} million weights in one "
+        f"guided evaluations of one image, {where}, random weights; {weights / 1e6:.1f} million weights in one "
         f"style cross-attention.",
         "",
         "| | seconds an evaluation | relative | from | to | peak memory (MiB) |",
@@ -181,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", choices=WIDTHS, nargs="+", default=["sd15"], help="UNets to measure (default sd15)")
     parser.add_argument("--runs", type=int, default=5, help="sampling runs of each kind, in turn (default 5)")
     parser.add_argument("--steps", type=int, default=2, help="guided evaluations a run (default 2)")
-    parser.add_argument("--size", type=int, help="pictures' width and height (default: the model's own)")
+    parser.add_argument("--size", type=int, help="images' width and height (default: the model's own)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure memory")
     parser.add_argument("--only", choices=VARIANTS, help="sample in one way and print the memory use")

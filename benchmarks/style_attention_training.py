@@ -1,6 +1,6 @@
 """Training a style attention against a plain loop: `python -m benchmarks style_attention_training`.
 
-Both train the mapping network and the style cross-attention of the demo checkpoint on the same pictures with the same
+Both train the mapping network and the style cross-attention of the demo checkpoint on the same images with the same
 draws: the pack's `train_style_attention`, and a plain loop as the training scripts of IP-Adapter and the w-plus-adapter
 have it, which calls the same UNet and text encoder modules directly, with the style cross-attention as equations 3 and
 4 of Gu et al. 2025 write it (torch's scaled dot product attention, then the text's own output projection) in a forward
@@ -33,9 +33,9 @@ from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.pidiff.style_attention import ROW_GROUPS, StyleNetwork, parse_row_groups
 from identity_edit_pack.pipelines.pidiff.train import StyleSettings, train_style_attention
 from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
-from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training import images as training_images
+from identity_edit_pack.pipelines.training.images import TrainingImages
 from identity_edit_pack.pipelines.training.loop import generator_of
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 from . import memory
 from .harness import made_by, write_results
@@ -52,25 +52,23 @@ from .training_runs import (
 PACK, PLAIN = "Train Style Attention", "plain loop"
 GOAL = 1.0
 """Steps a second of the pack relative to the plain loop."""
-PICTURES, ROWS, WIDTH = 6, 18, 512
-"""As many pictures as in Gu et al. 2025, and the form of e4e's styles; what is in them does not change the cost."""
+IMAGES, ROWS, WIDTH = 6, 18, 512
+"""As many images as in Gu et al. 2025, and the form of e4e's styles; what is in them does not change the cost."""
 SETTINGS = StyleSettings(pseudo_word="sks", precision="float32", sample_steps=1)
 DRAWS = "style attention"
 """The name under which the pack draws its batches."""
 
 Outcome = tuple[list[float], list[float], int]
-"""Seconds and loss of every step, and network evaluations."""
+"""Seconds and loss of every step, and model calls."""
 
 
-def draw_pictures(vae: Any, seed: int) -> tuple[TrainingPictures, WPlus]:
+def draw_images(vae: Any, seed: int) -> tuple[TrainingImages, WPlus]:
     """Six portraits of one person, and random styles for them."""
     generator = random.Random(seed)
     person = random_attributes(generator, "portrait")
-    pictures = [
-        torch.from_numpy(np.array(render(person, seed + number)[0])).float() / 255 for number in range(PICTURES)
-    ]
-    styles = torch.randn(PICTURES, ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
-    encoded = training_pictures.encode_pictures(vae, pictures, [""] * PICTURES)
+    images = [torch.from_numpy(np.array(render(person, seed + number)[0])).float() / 255 for number in range(IMAGES)]
+    styles = torch.randn(IMAGES, ROWS, WIDTH, generator=torch.Generator().manual_seed(seed))
+    encoded = training_images.encode_images(vae, images, [""] * IMAGES)
     return encoded, WPlus(styles, torch.zeros(ROWS, WIDTH), "random")
 
 
@@ -92,7 +90,7 @@ class Evaluations:
         self._handle.remove()
 
 
-def by_pack(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, training: StyleSettings) -> Outcome:
+def by_pack(model: Any, clip: Any, images: TrainingImages, w_plus: WPlus, training: StyleSettings) -> Outcome:
     ends: list[float] = []
     evaluations: list[int] = []
 
@@ -102,12 +100,12 @@ def by_pack(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, tr
         evaluations.append(counted.number)
 
     with torch.inference_mode(), Evaluations(model) as counted:  # as in ComfyUI
-        _, run = train_style_attention(model, clip, pictures, w_plus, training, progress=progress)
+        _, run = train_style_attention(model, clip, images, w_plus, training, progress=progress)
     # The sample at the end is made before the last step is reported, and is no part of the training.
     return np.diff(ends).tolist()[:-1], run.losses, evaluations[-2] + 1
 
 
-def by_plain_loop(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPlus, training: StyleSettings) -> Outcome:
+def by_plain_loop(model: Any, clip: Any, images: TrainingImages, w_plus: WPlus, training: StyleSettings) -> Outcome:
     networks = Networks.of(model, clip)
     device = networks.device
     layers = text_layers(networks.unet)
@@ -139,9 +137,9 @@ def by_plain_loop(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPl
     losses, ends = [], []
     with Evaluations(model) as counted:
         for step in range(training.steps):
-            chosen = training_pictures.batch_indices(pictures, SETTINGS.batch_size, step, training.seed, DRAWS)
+            chosen = training_images.batch_indices(images, SETTINGS.batch_size, step, training.seed, DRAWS)
             generator = generator_of(training.seed, step, DRAWS)
-            z_0 = torch.stack([engine.to_model_scale(model, pictures.latents[number]) for number in chosen]).to(device)
+            z_0 = torch.stack([engine.to_model_scale(model, images.latents[number]) for number in chosen]).to(device)
             t = torch.randint(networks.alphas_cumprod.shape[0], (len(chosen),), generator=generator).to(device)
             noise = torch.randn(z_0.shape, generator=generator).to(device)
             drawn = torch.randint(len(SETTINGS.templates), (len(chosen),), generator=generator).tolist()
@@ -171,7 +169,7 @@ def by_plain_loop(model: Any, clip: Any, pictures: TrainingPictures, w_plus: WPl
     return np.diff(ends).tolist()[:-1], losses, counted.number
 
 
-METHODS: dict[str, Callable[[Any, Any, TrainingPictures, WPlus, StyleSettings], Outcome]] = {
+METHODS: dict[str, Callable[[Any, Any, TrainingImages, WPlus, StyleSettings], Outcome]] = {
     PLAIN: by_plain_loop,
     PACK: by_pack,
 }
@@ -190,14 +188,14 @@ def main(arguments: argparse.Namespace) -> None:
         str(arguments.checkpoint), model_options=options, te_model_options=options
     )
     with torch.no_grad():
-        pictures, w_plus = draw_pictures(vae, arguments.seed)
+        images, w_plus = draw_images(vae, arguments.seed)
     names = [arguments.only] if arguments.only else list(METHODS)
     training = dataclasses.replace(SETTINGS, steps=arguments.steps + WARM_UP + 2, seed=arguments.seed)
     seconds: dict[str, list[list[float]]] = {name: [] for name in names}
     losses: dict[str, list[float]] = {}
     evaluations: dict[str, int] = {}
     for name in in_turn(names, arguments):
-        times, losses[name], evaluations[name] = METHODS[name](model, clip, pictures, w_plus, training)
+        times, losses[name], evaluations[name] = METHODS[name](model, clip, images, w_plus, training)
         seconds[name].append(times[WARM_UP:])
     if arguments.only:
         print(json.dumps({"peak_memory_mib": memory.highest_of_this_process()}))
@@ -213,7 +211,7 @@ def main(arguments: argparse.Namespace) -> None:
         "# Training a style attention: speed and memory",
         "",
         f"{made_by()}: medians of {arguments.runs} rounds of runs of {arguments.steps} steps, "
-        f"{SETTINGS.batch_size} of {PICTURES} pictures a step, {arguments.threads} threads, float32. The losses of "
+        f"{SETTINGS.batch_size} of {IMAGES} images a step, {arguments.threads} threads, float32. The losses of "
         f"both loops agree to {difference:.1e}; each evaluates the network {evaluations[PLAIN]} times in "
         f"{training.steps} steps.",
         "",

@@ -5,7 +5,7 @@ W+ has ever seen. Each is known from six photos, in several places, moods and di
 person "sks person" and say the rest. Four ways learn the person from the same photos:
 
 - textual inversion: one word vector;
-- identity prior: the attention's low-rank change of LIPE, with regularisation pictures;
+- identity prior: the attention's low-rank change of LIPE, with regularization images;
 - parallel attention (PCA) and style cross-attention (SCA): this paper's, with the photos' W+ styles.
 
 All draw `PROMPTS` from the same noise. Both attentions get the photos' mean styles, which leave mood and direction to
@@ -46,7 +46,7 @@ from identity_edit_pack.demo_world.attributes import (
     random_attributes,
 )
 from identity_edit_pack.demo_world.classifier import load_classifier
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import caption_calling
 from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH
@@ -59,8 +59,8 @@ from identity_edit_pack.pipelines.pidiff.train import StyleSettings, train_style
 from identity_edit_pack.pipelines.pidiff.w_plus import WPlus, average_styles
 from identity_edit_pack.pipelines.pidiff.w_plus_encoder import WPlusEncoder, encode_w_plus, fitted, load_w_plus_encoder
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
+from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from identity_edit_pack.pipelines.training.loop import FLOAT32, PRECISIONS
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
 from tqdm import tqdm
 
 from .edits import embed, save_sheet
@@ -90,7 +90,7 @@ TEXTUAL_INVERSION, PRIOR, PCA, SCA = "textual inversion", "identity prior", "par
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 PHOTOS = [4, 6, 8, 10]
 PARTS = ("methods", "strength", "photos")
-REGULARISATION = 16
+REGULARIZATION = 16
 
 Rows = dict[str, list[dict[str, float]]]
 
@@ -111,8 +111,8 @@ class Person:
     """A person with photos [n, 128, 128, 3], what they show, their latents and their styles."""
 
     identity: Attributes
-    pictures: torch.Tensor
-    encoded: TrainingPictures
+    images: torch.Tensor
+    encoded: TrainingImages
     styles: WPlus
 
 
@@ -129,18 +129,18 @@ def draw_people(count: int, seed: int) -> list[Attributes]:
 def photograph(parts: Parts, identity: Attributes, count: int) -> Person:
     """Photos of a person: in turn every place, both directions, neutral, smiling and angry; no costume."""
     generator = random.Random(f"style photos {parts.arguments.seed} {identity.identity}")
-    shown, pictures = [], []
+    shown, images = [], []
     for index in range(count):
         facing = PORTRAIT_ATTRIBUTES["facing"][index % 2]
         expression = ("neutral", "smiling", "angry")[index % 3]
         place = PLACES[index % len(PLACES)]
         shown.append(identity.replace(place=place, facing=facing, expression=expression, costume="none"))
-        picture, _ = render(shown[-1], EVALUATION_SEED + generator.randrange(1 << 32))
-        pictures.append(torch.from_numpy(picture.copy()).float() / 255)
-    stacked = torch.stack(pictures)
+        image, _ = render(shown[-1], EVALUATION_SEED + generator.randrange(1 << 32))
+        images.append(torch.from_numpy(image.copy()).float() / 255)
+    stacked = torch.stack(images)
     styles = encode_w_plus(parts.encoder, fitted(stacked, parts.encoder.size))
     with torch.no_grad():
-        encoded = encode_pictures(parts.vae, pictures, [caption_calling(each, NAME) for each in shown])
+        encoded = encode_images(parts.vae, images, [caption_calling(each, NAME) for each in shown])
     return Person(identity, stacked, encoded, styles)
 
 
@@ -149,13 +149,13 @@ def asked_of(identity: Attributes, count: int) -> list[Attributes]:
     return [plain.replace(**what) for what in PROMPTS[:count]]
 
 
-def noise_of(parts: Parts, pictures: int) -> torch.Tensor:
-    return torch.randn(pictures, 4, 16, 16, generator=torch.Generator().manual_seed(parts.arguments.seed))
+def noise_of(parts: Parts, images: int) -> torch.Tensor:
+    return torch.randn(images, 4, 16, 16, generator=torch.Generator().manual_seed(parts.arguments.seed))
 
 
 @torch.no_grad()
 def drawn(parts: Parts, model: Any, clip: Any, positive: Conditioning) -> torch.Tensor:
-    """Pictures [B, 128, 128, 3] of a prompt for each."""
+    """Images [B, 128, 128, 3] of a prompt for each."""
     arguments = parts.arguments
     noise = noise_of(parts, len(positive[0][0]))
     latents = comfy.sample.sample(
@@ -182,7 +182,7 @@ def learned_style(parts: Parts, person: Person, kind: str) -> StyleAttention:
 def by_word(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
     arguments = parts.arguments
     settings = SubjectSettings(
-        class_word="person", token=TOKEN, kind=WORD, masked=False, regularisation_weight=0.0, updates_per_step=0,
+        class_word="person", token=TOKEN, kind=WORD, masked=False, regularization_weight=0.0, updates_per_step=0,
         batch_size=4, precision=arguments.precision, sample_steps=1, steps=arguments.word_steps,
         learning_rate=arguments.word_learning_rate, seed=arguments.seed,
     )  # fmt: skip
@@ -194,25 +194,25 @@ def by_word(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
 
 def by_prior(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
     arguments = parts.arguments
-    generator = random.Random(f"style regularisation {arguments.seed}")
-    others = [caption(random_attributes(generator, "portrait")) for _ in range(REGULARISATION)]
+    generator = random.Random(f"style regularization {arguments.seed}")
+    others = [caption(random_attributes(generator, "portrait")) for _ in range(REGULARIZATION)]
     with torch.no_grad():
-        pictures = drawn(parts, parts.model, parts.clip, embed(parts.clip, others))
-        regularisation = encode_pictures(parts.vae, list(pictures), others)
+        images = drawn(parts, parts.model, parts.clip, embed(parts.clip, others))
+        regularization = encode_images(parts.vae, list(images), others)
     settings = PriorSettings(
         token=TOKEN, class_word="person", precision=arguments.precision, weight_decay=0.0, steps=arguments.prior_steps,
         learning_rate=arguments.prior_learning_rate, seed=arguments.seed,
     )  # fmt: skip
-    prior, _ = train_identity_prior(parts.model, parts.clip, person.encoded, regularisation, settings)
+    prior, _ = train_identity_prior(parts.model, parts.clip, person.encoded, regularization, settings)
     model, clip = apply_identity_prior(parts.model, parts.clip, prior)
     return drawn(parts, model, clip, embed(clip, prompts))
 
 
-def score(pictures: torch.Tensor, asked: list[Attributes], photos: torch.Tensor) -> list[dict[str, float]]:
+def score(images: torch.Tensor, asked: list[Attributes], photos: torch.Tensor) -> list[dict[str, float]]:
     classifier = load_classifier()
-    alike = (features(classifier, pictures) @ features(classifier, photos).T).mean(dim=1).tolist()
+    alike = (features(classifier, images) @ features(classifier, photos).T).mean(dim=1).tolist()
     rows = []
-    for what, attributes, cosine in zip(seen(classifier, pictures), asked, alike, strict=True):
+    for what, attributes, cosine in zip(seen(classifier, images), asked, alike, strict=True):
         identity = [what[name] == getattr(attributes, name) for name in IDENTITY_OF["portrait"]]
         text = [what[name] == getattr(attributes, name) for name in ASKED]
         rows.append(
@@ -240,7 +240,7 @@ def load(arguments: argparse.Namespace) -> None:
 
 
 def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
-    """Scores by row of the tables, and two pictures of each row of table 1."""
+    """Scores by row of the tables, and two images of each row of table 1."""
     assert _worker is not None
     parts = _worker
     arguments = parts.arguments
@@ -248,38 +248,36 @@ def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
     asked = asked_of(identity, arguments.prompts)
     prompts = [caption_calling(each, NAME) for each in asked]
     rows: Rows = {}
-    pictures: dict[str, torch.Tensor] = {}
+    images: dict[str, torch.Tensor] = {}
     mean = average_styles([person.styles])
     style = None
     if {"methods", "strength"} & set(arguments.parts):
         style = learned_style(parts, person, SEQUENTIAL)
     if "methods" in arguments.parts:
         assert style is not None
-        pictures[TEXTUAL_INVERSION] = by_word(parts, person, prompts)
-        pictures[PRIOR] = by_prior(parts, person, prompts)
+        images[TEXTUAL_INVERSION] = by_word(parts, person, prompts)
+        images[PRIOR] = by_prior(parts, person, prompts)
         parallel = learned_style(parts, person, PARALLEL)
-        pictures[PCA] = by_style(parts, parallel, mean, prompts, arguments.strength)
-        pictures[SCA] = by_style(parts, style, mean, prompts, arguments.strength)
+        images[PCA] = by_style(parts, parallel, mean, prompts, arguments.strength)
+        images[SCA] = by_style(parts, style, mean, prompts, arguments.strength)
         truth = [render(each, EVALUATION_SEED + index)[0] for index, each in enumerate(asked)]
-        pictures["renderer"] = torch.stack([torch.from_numpy(each.copy()).float() / 255 for each in truth])
-        rows |= {f"methods: {name}": score(made, asked, person.pictures) for name, made in pictures.items()}
+        images["renderer"] = torch.stack([torch.from_numpy(each.copy()).float() / 255 for each in truth])
+        rows |= {f"methods: {name}": score(made, asked, person.images) for name, made in images.items()}
     if "strength" in arguments.parts:
         assert style is not None
         for strength in STRENGTHS:
             made = by_style(parts, style, mean, prompts, strength)
-            rows[f"strength: {strength:g}"] = score(made, asked, person.pictures)
+            rows[f"strength: {strength:g}"] = score(made, asked, person.images)
     if "photos" in arguments.parts:
         for count in arguments.photos:
-            if style is not None and count == len(person.pictures):
+            if style is not None and count == len(person.images):
                 album, own = person, style
             else:
                 album = photograph(parts, identity, count)
                 own = learned_style(parts, album, SEQUENTIAL)
             made = by_style(parts, own, average_styles([album.styles]), prompts, arguments.strength)
-            rows[f"photos: {count}"] = score(made, asked, person.pictures)
-    shown = {"photos": person.pictures[:2]} | {
-        name: made[:: len(made) // 2 or 1][:2] for name, made in pictures.items()
-    }
+            rows[f"photos: {count}"] = score(made, asked, person.images)
+    shown = {"photos": person.images[:2]} | {name: made[:: len(made) // 2 or 1][:2] for name, made in images.items()}
     return rows, {name: made.numpy() for name, made in shown.items()}
 
 
@@ -330,10 +328,10 @@ def main(arguments: argparse.Namespace) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.processes, spawn, initializer=load, initargs=(arguments,)) as pool:
         measured = tqdm(pool.map(measure_person, people), total=len(people), unit="person")
-        for number, (scores, pictures) in enumerate(measured, start=1):
+        for number, (scores, images) in enumerate(measured, start=1):
             for name, each in scores.items():
                 rows.setdefault(name, []).extend(each)
-            for name, made in pictures.items():
+            for name, made in images.items():
                 sheet.setdefault(name, []).append(torch.from_numpy(made))
             # Written anew after each person, so that a run that is stopped leaves the figures of those before.
             write_report(arguments, number, rows, sheet, (time.perf_counter() - begin) / 60)

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.classifier import load_classifier
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling
 from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH
@@ -71,21 +71,21 @@ def score_mixing(
     shown, photos, styles = [], [], []
     for person, expression, facing in ((first, "smiling", "left"), (second, "angry", "right")):
         shown.append(person.identity.replace(expression=expression, facing=facing, costume="none", place="grass"))
-        picture, _ = render(shown[-1], EVALUATION_SEED + parts.arguments.seed)
-        photos.append(torch.from_numpy(picture.copy()).float() / 255)
+        image, _ = render(shown[-1], EVALUATION_SEED + parts.arguments.seed)
+        photos.append(torch.from_numpy(image.copy()).float() / 255)
         styles.append(encode_w_plus(parts.encoder, fitted(photos[-1][None], parts.encoder.size)))
     of_first, of_second = styles
     rows = torch.cat([mix_styles(of_first, of_second, parse_rows(text, of_first.count)).rows for text in ROWS_OF])
     mixed = dataclasses.replace(of_first, rows=rows)
-    pictures = by_style(parts, style, mixed, [MIXING_PROMPT] * len(ROWS_OF), parts.arguments.strength)
+    images = by_style(parts, style, mixed, [MIXING_PROMPT] * len(ROWS_OF), parts.arguments.strength)
     found: Mixing = {}
-    for what, (text, groups) in zip(seen(load_classifier(), pictures), ROWS_OF.items(), strict=True):
+    for what, (text, groups) in zip(seen(load_classifier(), images), ROWS_OF.items(), strict=True):
         for number, (_, names) in enumerate(GROUPS):
             parent = shown[1] if number in groups else shown[0]
             for name in names:
                 if getattr(shown[0], name) != getattr(shown[1], name):
                     found.setdefault(f"{text}: {name}", []).append(float(what[name] == getattr(parent, name)))
-    return found, [*photos, *pictures]
+    return found, [*photos, *images]
 
 
 def mixing_table(mixing: Mixing) -> list[str]:
@@ -132,9 +132,9 @@ def main(arguments: argparse.Namespace) -> None:
         mean, prompts = average_styles([person.styles]), [caption_calling(each) for each in asked]
         for strength in STRENGTHS:
             made = by_style(parts, style, mean, prompts, strength)
-            rows.setdefault(f"strength: {strength:g}", []).extend(score(made, asked, person.pictures))
-        found, pictures = score_mixing(parts, style, person, people[(number + 1) % len(people)])
-        sheet.append(torch.stack(pictures))
+            rows.setdefault(f"strength: {strength:g}", []).extend(score(made, asked, person.images))
+        found, images = score_mixing(parts, style, person, people[(number + 1) % len(people)])
+        sheet.append(torch.stack(images))
         for name, right in found.items():
             mixing.setdefault(name, []).extend(right)
 
@@ -143,7 +143,7 @@ def main(arguments: argparse.Namespace) -> None:
         "# People that nobody trained on, by their W+ styles",
         "",
         f"{made_by()}: {len(people)} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style "
-        f"attention of {style.training['steps']} steps and {style.training['pictures']} portraits; {arguments.steps} "
+        f"attention of {style.training['steps']} steps and {style.training['images']} portraits; {arguments.steps} "
         f"steps of DDIM, guidance {arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; {minutes:.0f} "
         f"minutes.",
         *table(rows, "strength", "Lambda"),

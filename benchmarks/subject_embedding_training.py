@@ -1,9 +1,9 @@
 """Training a subject against textual inversion: `python -m benchmarks subject_embedding_training`.
 
-All train on the same pictures of the demo checkpoint with the same draws:
+All train on the same images of the demo checkpoint with the same draws:
 
 - "diffusers' loop" is that of diffusers' textual_inversion.py: the whole table of word vectors requires a gradient, and
-  after each step of the optimiser all rows but the new ones are put back;
+  after each step of the optimizer all rows but the new ones are put back;
 - "plain loop" trains the new vectors alone, calling the same UNet and text encoder modules directly;
 - the pack's Train Subject Embedding, kind "word", which is the same work as both;
 - the same with kind "output", which needs no gradient through the text encoder.
@@ -34,9 +34,9 @@ from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD
 from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
 from identity_edit_pack.pipelines.subjects.word_vectors import mark_subject
-from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training import images as training_images
+from identity_edit_pack.pipelines.training.images import TrainingImages
 from identity_edit_pack.pipelines.training.loop import generator_of
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 from . import memory
 from .harness import made_by, write_results
@@ -61,18 +61,18 @@ DRAWS = "shared vectors"
 """The name under which the pack draws the batches of its first phase."""
 
 Outcome = tuple[list[float], list[float], int]
-"""Seconds and loss of every step, and network evaluations."""
+"""Seconds and loss of every step, and model calls."""
 
 
-def draw_pictures(vae: Any, seed: int) -> TrainingPictures:
-    """Four pictures of one held-out cat with their masks."""
+def draw_images(vae: Any, seed: int) -> TrainingImages:
+    """Four images of one held-out cat with their masks."""
     shown, captions = draw_subject(random.Random(seed), CLASS_WORD, TOKEN)
-    pictures, masks = [], []
+    images, masks = [], []
     for number, one in enumerate(shown):
-        picture, mask = render(one, seed + number)
-        pictures.append(torch.from_numpy(np.array(picture)).float() / 255)
+        image, mask = render(one, seed + number)
+        images.append(torch.from_numpy(np.array(image)).float() / 255)
         masks.append(torch.from_numpy(np.array(mask)).float())
-    return training_pictures.encode_pictures(vae, pictures, captions, masks)
+    return training_images.encode_images(vae, images, captions, masks)
 
 
 class Evaluations:
@@ -93,7 +93,7 @@ class Evaluations:
         self._handle.remove()
 
 
-def by_pack(kind: str, model: Any, clip: Any, pictures: TrainingPictures, training: SubjectSettings) -> Outcome:
+def by_pack(kind: str, model: Any, clip: Any, images: TrainingImages, training: SubjectSettings) -> Outcome:
     ends: list[float] = []
     evaluations: list[int] = []
 
@@ -104,12 +104,12 @@ def by_pack(kind: str, model: Any, clip: Any, pictures: TrainingPictures, traini
 
     settings = dataclasses.replace(training, kind=kind)
     with torch.inference_mode(), Evaluations(model) as counted:  # as in ComfyUI
-        _, run = train_subject_embedding(model, clip, pictures, settings, progress=progress)
+        _, run = train_subject_embedding(model, clip, images, settings, progress=progress)
     # The sample at the end is made before the last step is reported, and is no part of the training.
     return np.diff(ends).tolist()[:-1], run.losses, evaluations[-2] + 1
 
 
-def by_loop(whole_table: bool, model: Any, clip: Any, pictures: TrainingPictures, training: SubjectSettings) -> Outcome:
+def by_loop(whole_table: bool, model: Any, clip: Any, images: TrainingImages, training: SubjectSettings) -> Outcome:
     """The loop of diffusers' textual_inversion.py with the networks called directly."""
     networks = Networks.of(model, clip)
     device = networks.device
@@ -123,7 +123,7 @@ def by_loop(whole_table: bool, model: Any, clip: Any, pictures: TrainingPictures
     with torch.no_grad():
         table[new] = before[word]
     ids = {}
-    for text in pictures.captions:
+    for text in images.captions:
         places = iter(new)
         marked = mark_subject(clip, TOKEN, CLASS_WORD, TOKENS, text)["l"][0]
         ids[text] = torch.tensor([[next(places) if token is None else token for token, _ in marked]], device=device)
@@ -142,15 +142,15 @@ def by_loop(whole_table: bool, model: Any, clip: Any, pictures: TrainingPictures
     losses, ends = [], []
     with Evaluations(model) as counted:
         for step in range(training.steps):
-            (chosen,) = training_pictures.batch_indices(pictures, 1, step, training.seed, DRAWS)
+            (chosen,) = training_images.batch_indices(images, 1, step, training.seed, DRAWS)
             generator = generator_of(training.seed, step, DRAWS)
-            z_0 = engine.to_model_scale(model, pictures.latents[chosen])[None].to(device)
+            z_0 = engine.to_model_scale(model, images.latents[chosen])[None].to(device)
             t = torch.randint(networks.alphas_cumprod.shape[0], (1,), generator=generator).to(device)
             noise = torch.randn(z_0.shape, generator=generator).to(device)
             z = networks.noised(z_0, noise, t)
-            context = networks.text_encoder(ids[pictures.captions[chosen]])[0]
+            context = networks.text_encoder(ids[images.captions[chosen]])[0]
             predicted = networks.unet(z, t.float(), context=context, transformer_options={})
-            mask = pictures.masks[chosen]
+            mask = images.masks[chosen]
             weights = torch.ones_like(z_0[:, :1]) if mask is None else mask[None, None].to(device)
             loss = (weights * (predicted - noise) ** 2).sum() / (z_0.shape[1] * weights.sum())
             loss.backward()
@@ -175,7 +175,7 @@ def _places(tokens: torch.Tensor, new: list[int]) -> tuple[torch.Tensor, torch.T
     return torch.zeros(len(new), dtype=torch.long, device=tokens.device), torch.tensor(columns, device=tokens.device)
 
 
-METHODS: dict[str, Callable[[Any, Any, TrainingPictures, SubjectSettings], Outcome]] = {
+METHODS: dict[str, Callable[[Any, Any, TrainingImages, SubjectSettings], Outcome]] = {
     DIFFUSERS: partial(by_loop, True),
     PLAIN: partial(by_loop, False),
     PACK_WORD: partial(by_pack, WORD),
@@ -196,13 +196,13 @@ def main(arguments: argparse.Namespace) -> None:
         str(arguments.checkpoint), model_options=options, te_model_options=options
     )
     with torch.no_grad():
-        pictures = draw_pictures(vae, arguments.seed)
+        images = draw_images(vae, arguments.seed)
     names = [arguments.only] if arguments.only else list(METHODS)
     training = SubjectSettings(
         class_word=CLASS_WORD,
         token=TOKEN,
         steps=arguments.steps + WARM_UP + 2,
-        regularisation_weight=0.0,
+        regularization_weight=0.0,
         updates_per_step=0,
         precision="float32",
         seed=arguments.seed,
@@ -212,7 +212,7 @@ def main(arguments: argparse.Namespace) -> None:
     losses: dict[str, list[float]] = {}
     evaluations: dict[str, int] = {}
     for name in in_turn(names, arguments):
-        times, losses[name], evaluations[name] = METHODS[name](model, clip, pictures, training)
+        times, losses[name], evaluations[name] = METHODS[name](model, clip, images, training)
         seconds[name].append(times[WARM_UP:])
     if arguments.only:
         print(json.dumps({"peak_memory_mib": memory.highest_of_this_process()}))
@@ -228,7 +228,7 @@ def main(arguments: argparse.Namespace) -> None:
         "# Training a subject's embeddings: speed and memory",
         "",
         f"{made_by()}: medians of {arguments.runs} rounds of runs of {arguments.steps} steps, "
-        f"{TOKENS} vectors, one picture a step, {arguments.threads} threads, float32. The losses of the three loops of "
+        f"{TOKENS} vectors, one image a step, {arguments.threads} threads, float32. The losses of the three loops of "
         f"textual inversion agree to {difference:.1e}; each evaluates the network {evaluations[DIFFUSERS]} times in "
         f"{training.steps} steps.",
         "",

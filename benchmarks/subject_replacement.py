@@ -1,13 +1,13 @@
-"""Does another subject take the place of a picture's? `python -m benchmarks subject_replacement`.
+"""Does another subject take the place of an image's? `python -m benchmarks subject_replacement`.
 
-Algorithm 3 of Wang et al. 2023 on pictures of other animals of the demo world, whose caption names the animal alone,
+Algorithm 3 of Wang et al. 2023 on images of other animals of the demo world, whose caption names the animal alone,
 with subjects that the demo checkpoint has never seen, learned as in hifi_tuner.py ("+ step-wise").
 
 The attribute classifier must see the new subject (its species, color and pattern) in the pose of the old one, and the
-background (outside of the true masks of both) must be the picture's. Beside the algorithm as the paper has it, with the
-picture's attention at every step: the same for the first part of the steps, and the same noise and null-text
+background (outside of the true masks of both) must be the image's. Beside the algorithm as the paper has it, with the
+image's attention at every step: the same for the first part of the steps, and the same noise and null-text
 embeddings without any attention control.
-Writes benchmarks/results/subject_replacement.json, .md and .jpg (two pictures of each subject).
+Writes benchmarks/results/subject_replacement.json, .md and .jpg (two images of each subject).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tqdm import tqdm
 from .edits import Pair, embed, save_sheet
 from .harness import RESULTS, made_by, write_results
 from .hifi_subjects import draw_replacements, score_replacement
-from .hifi_tuner import add_training_arguments, begin, learned, means, table, training_pictures
+from .hifi_tuner import add_training_arguments, begin, learned, means, table, training_images
 from .lipe_edit import Checkpoint, caption_with, draw_subjects
 
 WITHOUT_CONTROL, ALGORITHM_3 = "without attention control", "algorithm 3"
@@ -55,7 +55,7 @@ def replace_subjects(
     inversion = plain.with_embeddings(null_text.embeddings)
     made: dict[str, list[torch.Tensor]] = {}
     for index, (pair, source_prompt) in enumerate(zip(pairs, source_prompts, strict=True)):
-        own = one_picture(inversion, index)
+        own = one_image(inversion, index)
         prompt = caption_with(pair.target, species)
         with torch.no_grad():
             model, target, _ = apply_subject(base.model, base.clip, subject, prompt)
@@ -70,8 +70,8 @@ def replace_subjects(
     return {name: torch.cat(latents) for name, latents in made.items()}
 
 
-def one_picture(inversion: Inversion, index: int) -> Inversion:
-    """The inversion of one picture of a batch."""
+def one_image(inversion: Inversion, index: int) -> Inversion:
+    """The inversion of one image of a batch."""
     table = inversion.embeddings
     assert table is not None
     own = dataclasses.replace(table, embeddings=table.embeddings[:, index : index + 1])
@@ -79,7 +79,7 @@ def one_picture(inversion: Inversion, index: int) -> Inversion:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--replacements", type=int, default=6, help="pictures of others a subject (default 6)")
+    parser.add_argument("--replacements", type=int, default=6, help="images of others a subject (default 6)")
     parser.add_argument(
         "--cross-replace-steps", type=float, nargs="+", default=[1.0, 0.4], help="shares of the steps (default 1 0.4)"
     )
@@ -99,18 +99,18 @@ def main(arguments: argparse.Namespace) -> None:
     for of in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
         run = begin(base, of, arguments)
         subject = learned(
-            run, training_pictures(run), kind=OUTPUT, masked=True, updates_per_step=arguments.updates_per_step,
-            regularisation_weight=arguments.regularisation_weight,
+            run, training_images(run), kind=OUTPUT, masked=True, updates_per_step=arguments.updates_per_step,
+            regularization_weight=arguments.regularization_weight,
         )  # fmt: skip
         pairs = draw_replacements(of, arguments.replacements, arguments.seed)
         latents = replace_subjects(base, of.species, subject, pairs, arguments)
         with torch.no_grad():
-            pictures = {name: base.vae.decode(made).cpu() for name, made in latents.items()}
-        pictures["renderer"] = torch.stack([pair.after for pair in pairs])
+            images = {name: base.vae.decode(made).cpu() for name, made in latents.items()}
+        images["renderer"] = torch.stack([pair.after for pair in pairs])
         before = torch.stack([pair.before for pair in pairs])
-        sheet.setdefault("subject", []).append(run.sources[0].picture.expand(2, -1, -1, -1))
+        sheet.setdefault("subject", []).append(run.sources[0].image.expand(2, -1, -1, -1))
         sheet.setdefault("before", []).append(before[:2])
-        for name, made in pictures.items():
+        for name, made in images.items():
             scores.setdefault(name, []).extend(score_replacement(classifier, made, pairs))
             sheet.setdefault(name, []).append(made[:2])
     minutes = (time.perf_counter() - begun) / 60
@@ -126,14 +126,14 @@ def main(arguments: argparse.Namespace) -> None:
     lines = [
         "# Subject replacement on unseen subjects of the demo world",
         "",
-        f"{made_by()}: {arguments.subjects} subjects, {len(scores['renderer'])} pictures; "
+        f"{made_by()}: {arguments.subjects} subjects, {len(scores['renderer'])} images; "
         f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} and {arguments.updates_per_step} for each of {arguments.steps} DDIM "
         f"steps; guidance {arguments.guidance_scale:g}; {minutes:.0f} minutes.",
         "",
         *table(report, columns),
         "",
-        "Rows of the picture: the subject, the picture, and the rows of the table in their order.",
+        "Rows of the image: the subject, the image, and the rows of the table in their order.",
     ]
     everything = {
         "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},

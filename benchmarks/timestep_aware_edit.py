@@ -1,11 +1,11 @@
 """Does timestep-aware injection keep more and still edit? `python -m benchmarks timestep_aware_edit`.
 
-Non-rigid edits (pose, expression, costume) of pictures of subjects that the demo checkpoint has never seen, by every
+Non-rigid edits (pose, expression, costume) of images of subjects that the demo checkpoint has never seen, by every
 stage of Jung et al. 2024: DDIM inversion with the target prompt, null-text inversion with the target prompt, text
-optimisation added, and timestep-aware injection at 10, 20 and 40 % added. The renderer knows the true edit, so that the
-background is what lies outside the subject in both pictures. Scores: share of edits that the attribute classifier sees,
-share of pictures whose species, color and pattern it all sees kept, PSNR of the background and of the whole picture
-against the source picture, SSIM against the true edit. (LPIPS needs weights that no package carries.)
+optimization added, and timestep-aware injection at 10, 20 and 40 % added. The renderer knows the true edit, so that the
+background is what lies outside the subject in both images. Scores: share of edits that the attribute classifier sees,
+share of images whose species, color and pattern it all sees kept, PSNR of the background and of the whole image
+against the source image, SSIM against the true edit. (LPIPS needs weights that no package carries.)
 Writes benchmarks/results/timestep_aware_edit.json, .md, .png (the trade-off) and .jpg (the first pairs, as they came).
 """
 
@@ -26,7 +26,7 @@ from identity_edit_pack.demo_world.attributes import (
     random_attributes,
 )
 from identity_edit_pack.demo_world.classifier import load_classifier
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import METHODS as NULL_TEXT_METHODS
 from identity_edit_pack.pipelines.inversion.null_text import null_text_optimization
@@ -59,7 +59,7 @@ def draw_pair(seed: int, index: int) -> Pair:
 def edit_batch(
     model: Any, clip: Any, vae: Any, pairs: list[Pair], arguments: argparse.Namespace
 ) -> dict[str, torch.Tensor]:
-    """The pictures [B, 128, 128, 3] of every method, in the order of the paper's stages."""
+    """The images [B, 128, 128, 3] of every method, in the order of the paper's stages."""
     with torch.no_grad():
         latent = vae.encode(torch.stack([pair.before for pair in pairs]))
     source = embed(clip, [caption(pair.source) for pair in pairs])
@@ -74,11 +74,11 @@ def edit_batch(
     optimized: Conditioning = [[optimize_text_embedding(model, latent, target).embedding, {}]]
     edit = edit_conditioning(target, optimized, arguments.eta)
     latents = {
-        "source picture, autoencoder only": latent,
+        "source image, autoencoder only": latent,
         "null-text reconstruction": null_text.reconstruction,
         "DDIM + target": sample_inversion(model, inversion, target),
         "null-text + target": timestep_aware_sampling(model, pivot, source, target, None, 0.0, scale).latent,
-        "+ text optimisation": timestep_aware_sampling(model, pivot, source, edit, None, 0.0, scale).latent,
+        "+ text optimization": timestep_aware_sampling(model, pivot, source, edit, None, 0.0, scale).latent,
     }
     for ratio in RATIOS:
         name = f"+ injection {ratio * 100:.0f} %"
@@ -105,7 +105,7 @@ def table(report: dict[str, Any]) -> list[str]:
 
 def effect_of_injection(report: dict[str, Any]) -> list[str]:
     """What injection changes, against the same edit without it: the paper claims more preserved, no edit lost."""
-    without = report["+ text optimisation"]
+    without = report["+ text optimization"]
     lines = ["", "Against the same edit without injection:", ""]
     for ratio in RATIOS:
         row = report[f"+ injection {ratio * 100:.0f} %"]
@@ -122,7 +122,7 @@ def plot_trade_off(report: dict[str, Any], count: int) -> None:
     for name, row in report.items():
         if "+" in name:
             axes.scatter(row["background_psnr_db"], row["edit_done"], label=name)
-    axes.set_xlabel("background PSNR against the source picture [dB]")
+    axes.set_xlabel("background PSNR against the source image [dB]")
     axes.set_ylabel("share of edits done")
     axes.set_title(f"{count} edits of unseen subjects")
     axes.margins(0.2)
@@ -132,12 +132,12 @@ def plot_trade_off(report: dict[str, Any], count: int) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=102, help="(picture, edit) pairs, a third of each kind")
+    parser.add_argument("--pairs", type=int, default=102, help="(image, edit) pairs, a third of each kind")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="default 4; 7.5 in the paper")
     parser.add_argument("--null-text", choices=NULL_TEXT_METHODS, default="adaptive", help="method of optimization")
-    parser.add_argument("--eta", type=float, default=0.7, help="interpolation towards the target prompt (default 0.7)")
-    parser.add_argument("--batch", type=int, default=17, help="pictures at once")
+    parser.add_argument("--eta", type=float, default=0.7, help="interpolation toward the target prompt (default 0.7)")
+    parser.add_argument("--batch", type=int, default=17, help="images at once")
     parser.add_argument("--seed", type=int, default=0, help="draws the pairs")
     parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
 
@@ -151,19 +151,19 @@ def main(arguments: argparse.Namespace) -> None:
     begin = time.perf_counter()
     for start in tqdm(range(0, len(pairs), arguments.batch), unit="batch"):
         made = edit_batch(model, clip, vae, pairs[start : start + arguments.batch], arguments)
-        for name, pictures in made.items():
-            parts.setdefault(name, []).append(pictures)
+        for name, images in made.items():
+            parts.setdefault(name, []).append(images)
     minutes = (time.perf_counter() - begin) / 60
-    columns = {name: torch.cat(pictures) for name, pictures in parts.items()}
+    columns = {name: torch.cat(images) for name, images in parts.items()}
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
 
     classifier = load_classifier()
-    report = {name: mean_score(score_each(classifier, pictures, pairs), pairs) for name, pictures in columns.items()}
+    report = {name: mean_score(score_each(classifier, images, pairs), pairs) for name, images in columns.items()}
     head = [
         "# Timestep-aware text injection on unseen subjects of the demo world",
         "",
         f"{made_by()}: {len(pairs)} pairs, DDIM {arguments.steps} steps, guidance scale "
-        f"{arguments.guidance_scale}, eta {arguments.eta}, 200 steps of text optimisation, null-text optimisation by "
+        f"{arguments.guidance_scale}, eta {arguments.eta}, 200 steps of text optimization, null-text optimization by "
         f"the {arguments.null_text} method, seed {arguments.seed}; {minutes:.0f} minutes. DDIM + target is sampled "
         f"with guidance scale 1, as in the paper.",
         "",

@@ -1,4 +1,4 @@
-"""What the benchmarks of trainings share: pictures, runs in turn, the plain loops' networks, tables of times."""
+"""What the benchmarks of trainings share: images, runs in turn, the plain loops' networks, tables of times."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def add_training_arguments(parser: argparse.ArgumentParser, methods: Collection[
     parser.add_argument("--runs", type=int, default=9, help="runs of each loop, alternating (default 9)")
     parser.add_argument("--steps", type=int, default=steps, help=f"training steps of a run (default {steps})")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the pictures and all batches (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the images and all batches (default 0)")
     parser.add_argument("--only", choices=methods, help="do one run by one loop and print its memory use")
 
 
 def draw_subject(generator: random.Random, class_word: str, token: str) -> tuple[list[Attributes], list[str]]:
-    """Four pictures of one held-out subject of a class, and their captions with its token."""
+    """Four images of one held-out subject of a class, and their captions with its token."""
     subject = random_attributes(generator, "figure", held_out=True)
     while subject.species != class_word:
         subject = random_attributes(generator, "figure", held_out=True)
@@ -84,7 +84,7 @@ class Networks:
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noise
 
     def copying_before_norms(self) -> list[Any]:
-        """Hooks without which the text encoder has no backward pass: ComfyUI's adds in place to what its normalisations
+        """Hooks without which the text encoder has no backward pass: ComfyUI's adds in place to what its normalizations
         keep for it."""
         norms = [module for module in self.text_encoder.modules() if isinstance(module, torch.nn.LayerNorm)]
         return [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),)) for norm in norms]

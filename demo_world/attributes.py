@@ -1,6 +1,6 @@
-"""The vocabulary of the demo world: what a picture of it can show, how that is said, and which subjects are held out.
+"""The vocabulary of the demo world: what an image of it can show, how that is said, and which subjects are held out.
 
-A picture is fully described by its :class:`Attributes` and one integer seed. The seed moves things about (position,
+An image is fully described by its :class:`Attributes` and one integer seed. The seed moves things about (position,
 scale, horizon, clouds, where a stripe begins) and never changes what an attribute says.
 """
 
@@ -51,7 +51,7 @@ PORTRAIT_SHARE = 0.3
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What one picture shows. Figures ignore the portrait's own attributes, and the other way round."""
+    """What one image shows. Figures ignore the portrait's own attributes, and the other way round."""
 
     framing: str = "figure"
     species: str = "cat"
@@ -78,7 +78,7 @@ class Attributes:
 
     @property
     def visible(self) -> dict[str, str]:
-        """The attributes that the picture shows, by name: those of its framing, without the color of closed eyes."""
+        """The attributes that the image shows, by name: those of its framing, without the color of closed eyes."""
         shown = {name: getattr(self, name) for name in ATTRIBUTES_OF[self.framing]}
         if self.expression == "crying":
             shown.pop("eye_color", None)
@@ -96,7 +96,7 @@ class Attributes:
         return digest[0] % HELD_OUT_ONE_IN == 0
 
     def replace(self, **changes: str) -> Attributes:
-        """The same picture with some attributes changed: the true answer of an edit."""
+        """The same image with some attributes changed: the true answer of an edit."""
         return dataclasses.replace(self, **changes)
 
 
@@ -137,7 +137,7 @@ CAPTION_TEMPLATES = 5
 
 
 def caption(attributes: Attributes, template: int = 0) -> str:
-    """Say what the picture shows.
+    """Say what the image shows.
 
     Args:
         attributes: what it shows.

@@ -1,4 +1,4 @@
-"""The attribute classifier that scores the demo world: which attributes does a picture show? Used for nothing else."""
+"""The attribute classifier that scores the demo world: which attributes does an image show? Used for nothing else."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .pictures import HEADS
+from .images import HEADS
 
 # Not in the weights folder: ComfyUI lists what is there as checkpoints.
 CLASSIFIER_PATH = Path(__file__).parent / "scoring" / "attribute-classifier.safetensors"
 
 
 class AttributeClassifier(nn.Module):
-    """A small residual network over 128x128 pictures in [-1, 1] with one linear head per attribute of ``HEADS``."""
+    """A small residual network over 128x128 images in [-1, 1] with one linear head per attribute of ``HEADS``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,9 +29,9 @@ class AttributeClassifier(nn.Module):
         self.squeeze = nn.Sequential(nn.Conv2d(192, 24, 1), nn.Flatten(), nn.Linear(24 * 8 * 8, 256), nn.ReLU())
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(choices)) for name, choices in HEADS.items()})
 
-    def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Pictures [B, 3, 128, 128] -> logits [B, classes] of every head."""
-        squeezed = self.squeeze(self.features(pictures))
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Images [B, 3, 128, 128] -> logits [B, classes] of every head."""
+        squeezed = self.squeeze(self.features(images))
         return {name: head(squeezed) for name, head in self.heads.items()}
 
 
@@ -64,7 +64,7 @@ def load_classifier(path: Path = CLASSIFIER_PATH) -> AttributeClassifier:
 
 
 @torch.no_grad()
-def classify(classifier: AttributeClassifier, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-    """ComfyUI pictures [B, 128, 128, 3] in [0, 1] -> the most likely class index [B] of every head."""
-    logits = [classifier(chunk.permute(0, 3, 1, 2).float() * 2 - 1) for chunk in pictures.split(32)]
+def classify(classifier: AttributeClassifier, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """ComfyUI images [B, 128, 128, 3] in [0, 1] -> the most likely class index [B] of every head."""
+    logits = [classifier(chunk.permute(0, 3, 1, 2).float() * 2 - 1) for chunk in images.split(32)]
     return {name: torch.cat([part[name] for part in logits]).argmax(1) for name in HEADS}

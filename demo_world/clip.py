@@ -1,4 +1,4 @@
-"""The demo world's CLIP: an image and a text encoder in the folder form of transformers, to score pictures with.
+"""The demo world's CLIP: an image and a text encoder in the folder form of transformers, to score images with.
 
 The folder holds what ``CLIPModel.from_pretrained``, ``AutoTokenizer.from_pretrained`` and
 ``CLIPImageProcessor.from_pretrained`` read, so that the code which scores with it is the code that scores with a
@@ -22,7 +22,7 @@ from .clip_vision import CLIP_VISION_CONFIG
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
-# Beside the attribute classifier: the folder of what scores pictures, none of which any method may use.
+# Beside the attribute classifier: the folder of what scores images, none of which any method may use.
 CLIP_FOLDER = Path(__file__).parent / "scoring" / "identity-edit-demo-clip"
 TEXT_LENGTH = 77
 TEXT_WIDTH = 128
@@ -124,10 +124,10 @@ def load_clip(folder: Path = CLIP_FOLDER) -> tuple[CLIPModel, PreTrainedTokenize
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-def image_embeddings(model: CLIPModel, pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures [B, 3, 128, 128] in [-1, 1] -> image embeddings [B, 128] of length 1."""
+def image_embeddings(model: CLIPModel, images: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, 128, 128] in [-1, 1] -> image embeddings [B, 128] of length 1."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    embeddings = model.get_image_features(pixel_values=((pictures + 1) / 2 - mean) / std)
+    embeddings = model.get_image_features(pixel_values=((images + 1) / 2 - mean) / std)
     return torch.nn.functional.normalize(embeddings.float(), dim=-1)
 
 

@@ -1,4 +1,4 @@
-"""The demo world's CLIP vision: ComfyUI's own CLIP image encoder at a small size, trained on the demo world's pictures.
+"""The demo world's CLIP vision: ComfyUI's own CLIP image encoder at a small size, trained on the demo world's images.
 
 The stock "Load CLIP Vision" node knows published models by their number of layers and reads nothing smaller, so the
 demo world has a loader of its own; what it returns is the stock object that the CLIP_VISION socket carries.
@@ -38,8 +38,8 @@ CLIP_VISION_CONFIG: dict = {
 def load_clip_vision(path: Path = CLIP_VISION_PATH) -> ClipVisionModel:
     """The demo world's image encoder as ComfyUI's stock CLIP vision object.
 
-    ``encode_image`` of pictures [B, H, W, 3] in [0, 1] gives ``image_embeds`` [B, 128], ``last_hidden_state`` and
-    ``penultimate_hidden_states`` [B, 65, 192] (the class token and 8x8 patches of the 128x128 picture).
+    ``encode_image`` of images [B, H, W, 3] in [0, 1] gives ``image_embeds`` [B, 128], ``last_hidden_state`` and
+    ``penultimate_hidden_states`` [B, 65, 192] (the class token and 8x8 patches of the 128x128 image).
     """
     import comfy.clip_vision
 

@@ -24,7 +24,7 @@ def write_weights(
     metadata: dict[str, str] | None = None,
     exact: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write weights in fp16, and those of ``exact`` as they are, with their title and licence in the header, whole or
+    """Write weights in fp16, and those of ``exact`` as they are, with their title and license in the header, whole or
     not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -98,7 +98,7 @@ class DemoWorld(comfy.supported_models.SD15):
 
 
 class DemoWorldInstructPix2Pix(DemoWorld):
-    """The same with the latent of a source picture beside the noisy one, as ComfyUI's SD15_instructpix2pix."""
+    """The same with the latent of a source image beside the noisy one, as ComfyUI's SD15_instructpix2pix."""
 
     unet_config = {**DemoWorld.unet_config, "in_channels": 8}
 

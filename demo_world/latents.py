@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from .attributes import CAPTION_TEMPLATES, caption, random_attributes
-from .pictures import EVALUATION_SEED, to_tensor
+from .images import EVALUATION_SEED, to_tensor
 from .renderer import render
 
 MAX_TOKENS = 77
 
 
-class CaptionedPictures(IterableDataset):
-    """``count`` training pictures [3, 128, 128] with every wording of their caption."""
+class CaptionedImages(IterableDataset):
+    """``count`` training images [3, 128, 128] with every wording of their caption."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -31,8 +31,8 @@ class CaptionedPictures(IterableDataset):
         for index in range(first, self.count, stride):
             generator = random.Random(f"caption {self.seed} {index}")
             attributes = random_attributes(generator)
-            picture, _ = render(attributes, generator.randrange(EVALUATION_SEED))
-            yield to_tensor(picture), [caption(attributes, template) for template in range(CAPTION_TEMPLATES)]
+            image, _ = render(attributes, generator.randrange(EVALUATION_SEED))
+            yield to_tensor(image), [caption(attributes, template) for template in range(CAPTION_TEMPLATES)]
 
 
 class WordTokenizer:
@@ -61,10 +61,10 @@ def encode_training_set(autoencoder: nn.Module, path: Path, count: int, seed: in
     tokenizer = WordTokenizer()
     latents, tokens = [], []
     autoencoder.to(memory_format=torch.channels_last).eval()
-    loader = DataLoader(CaptionedPictures(count, seed), batch_size=32, num_workers=1)
-    for pictures, captions in tqdm(loader, total=-(-count // 32), mininterval=5, unit="batch"):
+    loader = DataLoader(CaptionedImages(count, seed), batch_size=32, num_workers=1)
+    for images, captions in tqdm(loader, total=-(-count // 32), mininterval=5, unit="batch"):
         with torch.autocast("cpu", torch.bfloat16):
-            encoded = autoencoder.taesd_encoder(pictures.to(memory_format=torch.channels_last) * 0.5 + 0.5)
+            encoded = autoencoder.taesd_encoder(images.to(memory_format=torch.channels_last) * 0.5 + 0.5)
         latents.append(encoded.to(torch.float16).contiguous())
         # The loader turns a batch of lists into one tuple of captions for each template.
         rows = [[tokenizer(text) for text in texts] for texts in captions]

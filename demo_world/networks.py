@@ -49,8 +49,8 @@ TEXT_CONFIG: dict = {
 }
 
 
-def initialise(module: nn.Module) -> nn.Module:
-    """Give ComfyUI's uninitialised layers PyTorch's standard initialisation and make every parameter trainable."""
+def initialize(module: nn.Module) -> nn.Module:
+    """Give ComfyUI's uninitialized layers PyTorch's standard initialization and make every parameter trainable."""
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_uniform_(layer.weight, a=5**0.5)
@@ -63,10 +63,10 @@ def initialise(module: nn.Module) -> nn.Module:
 
 
 def make_autoencoder() -> nn.Module:
-    """TAESD's layout with SD 1.x's latent scale: ``encode`` of pictures in [-1, 1], ``decode`` back."""
+    """TAESD's layout with SD 1.x's latent scale: ``encode`` of images in [-1, 1], ``decode`` back."""
     from comfy.taesd.taesd import TAESD
 
-    autoencoder = initialise(TAESD(latent_channels=LATENT_CHANNELS))
+    autoencoder = initialize(TAESD(latent_channels=LATENT_CHANNELS))
     # A residual block's last convolution starts at zero, so that the untrained network passes its input on.
     for name, parameter in autoencoder.named_parameters():
         if ".conv.4." in name:
@@ -78,12 +78,12 @@ def make_autoencoder() -> nn.Module:
 
 
 def make_unet(in_channels: int = LATENT_CHANNELS) -> nn.Module:
-    """SD 1.x's UNet at the demo world's size, with the zero initialisations of the original."""
+    """SD 1.x's UNet at the demo world's size, with the zero initializations of the original."""
     import comfy.ops
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     config = dict(UNET_CONFIG, in_channels=in_channels)
-    unet = initialise(UNetModel(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init))
+    unet = initialize(UNetModel(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init))
     for name, parameter in unet.named_parameters():
         if ".out_layers.3." in name or ".proj_out." in name or name.startswith("out.2."):
             nn.init.zeros_(parameter)
@@ -105,7 +105,7 @@ class TextEncoder(nn.Module):
         operations = comfy.ops.disable_weight_init
         self.clip = comfy.clip_model.CLIPTextModel(dict(TEXT_CONFIG), torch.float32, "cpu", operations)
         self.clip.set_input_embeddings(operations.Embedding(len(token_ids), CONTEXT_DIM))
-        initialise(self.clip)
+        initialize(self.clip)
         nn.init.normal_(self.clip.text_model.embeddings.token_embedding.weight, std=0.3)
         nn.init.normal_(self.clip.text_model.embeddings.position_embedding.weight, std=0.1)
 

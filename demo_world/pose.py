@@ -1,7 +1,7 @@
-"""Pose pictures of the demo world's portraits, in OpenPose's manner: joints as coloured discs and limbs on black.
+"""Pose images of the demo world's portraits, in OpenPose's manner: joints as colored discs and limbs on black.
 
 A pose says where the shoulders, the neck, the eyes, the nose and the mouth are, and so which way a head looks; nothing
-of who it is, of its face or of its expression. The demo world's control network was trained on them.
+of who it is, of its face or of its expression. The demo world's ControlNet was trained on them.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ def draw_pose(attributes: Attributes, seed: int) -> np.ndarray:
         ValueError: when it is no portrait.
     """
     if attributes.framing != "portrait":
-        raise ValueError("only portraits have a pose picture")
+        raise ValueError("only portraits have a pose image")
     x, y, scale, forward = portrait_origin(attributes, layout_of(seed))
     placed = {
         name: ((x + forward * scale * dx) * SUPERSAMPLING, (y + scale * dy) * SUPERSAMPLING)
         for name, (dx, dy) in JOINTS.items()
     }
-    picture = Image.new("RGB", (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (SIZE * SUPERSAMPLING, SIZE * SUPERSAMPLING))
+    draw = ImageDraw.Draw(image)
     for (start, end), color in LIMBS.items():
         draw.line([placed[start], placed[end]], fill=color, width=3 * SUPERSAMPLING)
     radius = 3 * SUPERSAMPLING
     for (_, joint), color in LIMBS.items():
         cx, cy = placed[joint]
         draw.ellipse((cx - radius, cy - radius, cx + radius, cy + radius), fill=color)
-    return np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BOX))

@@ -1,6 +1,6 @@
-"""Draws the demo world: antialiased 128x128 pictures with a subject mask, from attributes and a seed.
+"""Draws the demo world: antialiased 128x128 images with a subject mask, from attributes and a seed.
 
-Every random choice of a picture is drawn from its seed in one fixed order before anything is painted, so two pictures
+Every random choice of an image is drawn from its seed in one fixed order before anything is painted, so two images
 with the same seed and different attributes agree wherever the attributes do: the second is the true answer of editing
 the first. Drawn with Pillow at three times the size and averaged down.
 """
@@ -51,7 +51,7 @@ EYES: dict[str, Color] = {"brown": (110, 60, 24), "blue": (48, 120, 230), "green
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Everything about a picture that the seed decides."""
+    """Everything about an image that the seed decides."""
 
     horizon: float
     ornament_side: int
@@ -63,7 +63,7 @@ class Layout:
 
 
 def layout_of(seed: int) -> Layout:
-    """Draw the layout of one picture; the order of the draws is part of the world and never changes."""
+    """Draw the layout of one image; the order of the draws is part of the world and never changes."""
     generator = random.Random(seed)
     return Layout(
         horizon=generator.uniform(76, 86),
@@ -105,14 +105,14 @@ def arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float) ->
 
 
 class Canvas:
-    """A picture being painted, with its subject mask and the mask of what carries the pattern."""
+    """An image being painted, with its subject mask and the mask of what carries the pattern."""
 
     def __init__(self) -> None:
         width = SIZE * SUPERSAMPLING
-        self.picture = Image.new("RGB", (width, width))
+        self.image = Image.new("RGB", (width, width))
         self.subject = Image.new("L", (width, width), 0)
         self.furry = Image.new("L", (width, width), 0)
-        self.draw = ImageDraw.Draw(self.picture)
+        self.draw = ImageDraw.Draw(self.image)
         self.draw_subject = ImageDraw.Draw(self.subject)
         self.draw_furry = ImageDraw.Draw(self.furry)
 
@@ -123,9 +123,9 @@ class Canvas:
         self.background(((x0, y0), (x1, y0), (x1, y1), (x0, y1)), color)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray]:
-        picture = self.picture.resize((SIZE, SIZE), Image.Resampling.BOX)
+        image = self.image.resize((SIZE, SIZE), Image.Resampling.BOX)
         subject = self.subject.resize((SIZE, SIZE), Image.Resampling.BOX)
-        return np.asarray(picture), np.asarray(subject)
+        return np.asarray(image), np.asarray(subject)
 
 
 class Pen:
@@ -293,7 +293,7 @@ def paint_pattern(canvas: Canvas, pen: Pen, pattern: str, color: Color, phase: f
                 cx = x + phase + (7 if row % 2 else 0)
                 draw.polygon(pen.place(ellipse(cx, y, 4.2, 4.2)), fill=255)
     on_fur = np.minimum(np.asarray(canvas.furry), np.asarray(marks))
-    canvas.picture.paste(color, (0, 0), Image.fromarray(on_fur))
+    canvas.image.paste(color, (0, 0), Image.fromarray(on_fur))
 
 
 def paint_figure(canvas: Canvas, a: Attributes, layout: Layout) -> None:
@@ -304,7 +304,7 @@ def paint_figure(canvas: Canvas, a: Attributes, layout: Layout) -> None:
     ground = 117 + layout.shift_y
     x = SIZE / 2 + layout.shift_x
     shadow = ellipse(x, ground + 1, 24 if lift else 32, 4.5)
-    under = canvas.picture.getpixel((int(x * SUPERSAMPLING), int((ground + 1) * SUPERSAMPLING)))
+    under = canvas.image.getpixel((int(x * SUPERSAMPLING), int((ground + 1) * SUPERSAMPLING)))
     canvas.background(shadow, shade(under, 0.76))  # type: ignore[arg-type]
     pen = Pen(canvas, x, ground - lift, layout.scale, forward)
     head = pen.at(*(paint_person_body(pen, a) if a.species == "person" else paint_animal_body(pen, a)))
@@ -313,7 +313,7 @@ def paint_figure(canvas: Canvas, a: Attributes, layout: Layout) -> None:
     else:
         paint_animal_head(head, a)
     paint_pattern(canvas, pen, a.pattern, PATTERN_INK[a.color], layout.pattern_phase)
-    canvas.draw = ImageDraw.Draw(canvas.picture)
+    canvas.draw = ImageDraw.Draw(canvas.image)
     muzzle = a.species != "person"
     nose: Color = (232, 104, 130) if a.species == "rabbit" else ((60, 36, 40) if muzzle else (200, 130, 96))
     paint_face(head, a.expression, INK, 1.0, muzzle, nose)
@@ -476,14 +476,14 @@ def paint_portrait(canvas: Canvas, a: Attributes, layout: Layout) -> None:
 
 
 def render(attributes: Attributes, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Paint one picture.
+    """Paint one image.
 
     Args:
         attributes: what it shows.
         seed: where things are; the same seed keeps everything that the attributes do not change.
 
     Returns:
-        The picture, uint8 [128, 128, 3], and the subject's mask, uint8 [128, 128] with 255 on the subject (its costume
+        The image, uint8 [128, 128, 3], and the subject's mask, uint8 [128, 128] with 255 on the subject (its costume
         included, its shadow not).
     """
     layout = layout_of(seed)

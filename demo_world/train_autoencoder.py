@@ -8,37 +8,37 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .images import TrainingImages, evaluation_set, to_tensor
 from .networks import LATENT_SCALE, make_autoencoder
-from .pictures import TrainingPictures, evaluation_set, to_tensor
 from .renderer import render
 from .training import train
 
-# Noise on the latent while training: neighbouring latents decode alike, which a diffusion model's small errors need.
+# Noise on the latent while training: neighboring latents decode alike, which a diffusion model's small errors need.
 LATENT_NOISE = 0.06
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio [B] in dB of pictures [B, 3, H, W] in [-1, 1]."""
+    """Peak signal-to-noise ratio [B] in dB of images [B, 3, H, W] in [-1, 1]."""
     return -10 * torch.log10(((a - b) ** 2).mean((1, 2, 3)) / 4)
 
 
-def reconstruction_loss(decoded: torch.Tensor, pictures: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+def reconstruction_loss(decoded: torch.Tensor, images: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """L1 + L2 + L1 of the gradients, the subject counting twice (its face is a few latent cells)."""
     weight = 1 + masks
-    error = decoded - pictures
+    error = decoded - images
     loss = (weight * (error.abs() + error**2)).mean()
     for axis in (2, 3):
         loss = loss + 0.5 * (weight.narrow(axis, 1, weight.shape[axis] - 1) * error.diff(dim=axis).abs()).mean()
     return loss
 
 
-def evaluation_pictures(count: int) -> torch.Tensor:
+def evaluation_images(count: int) -> torch.Tensor:
     return torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in evaluation_set(count)])
 
 
 @torch.no_grad()
-def reconstruct(autoencoder: nn.Module, pictures: torch.Tensor) -> torch.Tensor:
-    return torch.cat([autoencoder.decode(autoencoder.encode(p)) for p in pictures.split(16)]).clamp(-1, 1)
+def reconstruct(autoencoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([autoencoder.decode(autoencoder.encode(p)) for p in images.split(16)]).clamp(-1, 1)
 
 
 def train_autoencoder(folder: Path, steps: int, batch_size: int, learning_rate: float, decoder_only: bool) -> None:
@@ -46,7 +46,7 @@ def train_autoencoder(folder: Path, steps: int, batch_size: int, learning_rate: 
 
     Args:
         folder: of the checkpoints.
-        steps: optimiser steps in all.
+        steps: optimizer steps in all.
         decoder_only: keep the encoder of ``folder/autoencoder.pt`` as it is, so that latents made with it stay valid.
     """
     torch.manual_seed(0)
@@ -55,16 +55,16 @@ def train_autoencoder(folder: Path, steps: int, batch_size: int, learning_rate: 
         autoencoder.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
         autoencoder.taesd_encoder.requires_grad_(False)
     autoencoder.to(memory_format=torch.channels_last)
-    batches = iter(DataLoader(TrainingPictures(seed=2 if decoder_only else 1), batch_size=batch_size, num_workers=1))
-    held_out = evaluation_pictures(48)
+    batches = iter(DataLoader(TrainingImages(seed=2 if decoder_only else 1), batch_size=batch_size, num_workers=1))
+    held_out = evaluation_images(48)
 
     def loss_of(step: int) -> torch.Tensor:
-        pictures, masks, _ = next(batches)
-        pictures = pictures.to(memory_format=torch.channels_last)
-        latents = autoencoder.taesd_encoder(pictures * 0.5 + 0.5).float()
+        images, masks, _ = next(batches)
+        images = images.to(memory_format=torch.channels_last)
+        latents = autoencoder.taesd_encoder(images * 0.5 + 0.5).float()
         decoded = autoencoder.taesd_decoder(latents + LATENT_NOISE * torch.randn_like(latents)) * 2 - 1
         spread = latents.mean((0, 2, 3)) ** 2 + (latents.std((0, 2, 3)) - 1) ** 2
-        return reconstruction_loss(decoded.float(), pictures, masks) + 0.01 * spread.sum()
+        return reconstruction_loss(decoded.float(), images, masks) + 0.01 * spread.sum()
 
     def evaluate() -> str:
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Trains the attribute classifier on renders, half of them degraded the way generated pictures are."""
+"""Trains the attribute classifier on renders, half of them degraded the way generated images are."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from .classifier import AttributeClassifier, save_classifier
-from .pictures import HEADS, TrainingPictures, evaluation_set, labels_of, to_tensor
+from .images import HEADS, TrainingImages, evaluation_set, labels_of, to_tensor
 from .renderer import render
 from .training import train
 
 
-def degrade(pictures: torch.Tensor) -> torch.Tensor:
+def degrade(images: torch.Tensor) -> torch.Tensor:
     """A quarter of the batch coarse, a quarter blurred and noisy, the rest as it is.
 
     Nothing of the autoencoder goes in, so that what the classifier says of its reconstructions is no home match.
     """
-    quarter = len(pictures) // 4
-    size = pictures.shape[-2:]
-    coarse = functional.interpolate(pictures[:quarter], scale_factor=0.4, mode="bilinear", antialias=True)
+    quarter = len(images) // 4
+    size = images.shape[-2:]
+    coarse = functional.interpolate(images[:quarter], scale_factor=0.4, mode="bilinear", antialias=True)
     coarse = functional.interpolate(coarse, size=size, mode="bilinear")
-    blurred = functional.avg_pool2d(functional.pad(pictures[quarter : 2 * quarter], (1, 1, 1, 1), "replicate"), 3, 1)
+    blurred = functional.avg_pool2d(functional.pad(images[quarter : 2 * quarter], (1, 1, 1, 1), "replicate"), 3, 1)
     blurred = blurred + 0.15 * torch.rand(()) * torch.randn_like(blurred)
-    return torch.cat([coarse, blurred, pictures[2 * quarter :]])
+    return torch.cat([coarse, blurred, images[2 * quarter :]])
 
 
 def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
     """Train, or go on training, on every identity (held-out ones too: it scores them) and save the weights."""
     torch.manual_seed(2)
     classifier = AttributeClassifier().to(memory_format=torch.channels_last)
-    stream = TrainingPictures(seed=3, held_out=None)
+    stream = TrainingImages(seed=3, held_out=None)
     batches = iter(DataLoader(stream, batch_size=batch_size, num_workers=1))
     pairs = evaluation_set(400, seed=9)
-    pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in pairs])
+    images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in pairs])
     truth = torch.tensor([labels_of(attributes) for attributes, _ in pairs])
 
     def loss_of(step: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: f
     @torch.no_grad()
     def accuracy() -> str:
         classifier.eval()
-        logits = [classifier(chunk) for chunk in pictures.split(50)]
+        logits = [classifier(chunk) for chunk in images.split(50)]
         shares = []
         for index, name in enumerate(HEADS):
             shown = truth[:, index] >= 0

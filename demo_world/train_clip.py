@@ -1,9 +1,9 @@
 """Trains the demo world's CLIP on renders of training identities and their captions, half of them degraded as for the
 classifier.
 
-CLIP's own loss (Radford et al. 2021, section 2.3) on batches that make it learn what an edit changes: every picture is
-there twice, before and after the change of one attribute, and every caption also with one attribute wrong. A picture
-must find its caption among all of these, and a caption its picture. Half of the captions leave something out, as
+CLIP's own loss (Radford et al. 2021, section 2.3) on batches that make it learn what an edit changes: every image is
+there twice, before and after the change of one attribute, and every caption also with one attribute wrong. An image
+must find its caption among all of these, and a caption its image. Half of the captions leave something out, as
 prompts do. The image encoder starts from the demo world's CLIP vision.
 """
 
@@ -34,8 +34,8 @@ from .attributes import (
 )
 from .clip import image_embeddings, make_clip, make_tokenizer, save_clip, text_embeddings
 from .clip_vision import CLIP_VISION_PATH
-from .networks import initialise
-from .pictures import EVALUATION_SEED, evaluation_set, to_tensor
+from .images import EVALUATION_SEED, evaluation_set, to_tensor
+from .networks import initialize
 from .renderer import render
 from .train_classifier import degrade
 from .training import train
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 PORTRAIT_SHARE = 0.3
 WRONG_CAPTIONS = 3
 HARD = {"species": 3, "pose": 2, "pattern": 2}
-"""How many times as often as others these change: a run with all alike learned them last (0.58 to 0.84 of 60 pictures
+"""How many times as often as others these change: a run with all alike learned them last (0.58 to 0.84 of 60 images
 after 200 steps, when most others were above 0.95)."""
 LEFT_OUT = ("facing", "costume", "place", "pose")
 """What a caption may leave out without saying something else."""
@@ -84,7 +84,7 @@ def with_one_change(attributes: Attributes, generator: random.Random) -> Attribu
 
 
 class CaptionedEdits(IterableDataset):
-    """An endless stream of (two pictures [2, 3, 128, 128] in [-1, 1] that differ in one attribute, for each of them its
+    """An endless stream of (two images [2, 3, 128, 128] in [-1, 1] that differ in one attribute, for each of them its
     caption and ``WRONG_CAPTIONS`` captions with one attribute wrong)."""
 
     def __init__(self, seed: int) -> None:
@@ -92,7 +92,7 @@ class CaptionedEdits(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, list[list[str]]]]:
         worker = get_worker_info()
-        # The process id: a run that goes on from a checkpoint sees other pictures.
+        # The process id: a run that goes on from a checkpoint sees other images.
         generator = random.Random(f"captioned edits {self.seed} {worker.id if worker else 0} {os.getpid()}")
         while True:
             framing = "portrait" if generator.random() < PORTRAIT_SHARE else "figure"
@@ -101,25 +101,25 @@ class CaptionedEdits(IterableDataset):
             left_out = tuple(name for name in LEFT_OUT if generator.random() < 0.25) if generator.random() < 0.5 else ()
             wording = Wording(generator.randrange(CAPTION_TEMPLATES), left_out)
             seed = generator.randrange(EVALUATION_SEED)
-            pictures, captions = [], []
+            images, captions = [], []
             for attributes in (before, after):
-                pictures.append(to_tensor(render(attributes, seed)[0]))
+                images.append(to_tensor(render(attributes, seed)[0]))
                 wrong = [wording.say(with_one_change(attributes, generator)) for _ in range(WRONG_CAPTIONS)]
                 captions.append([wording.say(attributes), *wrong])
-            yield torch.stack(pictures), captions
+            yield torch.stack(images), captions
 
 
 def collate(samples: list[tuple[torch.Tensor, list[list[str]]]]) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Pictures [2 * pairs, 3, 128, 128], their captions, and all of their wrong captions."""
+    """Images [2 * pairs, 3, 128, 128], their captions, and all of their wrong captions."""
     said = [captions for _, pair in samples for captions in pair]
-    pictures = torch.cat([pictures for pictures, _ in samples])
-    return pictures, [captions[0] for captions in said], [wrong for captions in said for wrong in captions[1:]]
+    images = torch.cat([images for images, _ in samples])
+    return images, [captions[0] for captions in said], [wrong for captions in said for wrong in captions[1:]]
 
 
 def contrastive_loss(
     images: torch.Tensor, texts: torch.Tensor, captions: list[str], wrong: list[str], scale: torch.Tensor
 ) -> torch.Tensor:
-    """CLIP's loss: the mean of the cross-entropies of captions by picture and of pictures by caption.
+    """CLIP's loss: the mean of the cross-entropies of captions by image and of images by caption.
 
     Args:
         images: [B, D], of length 1.
@@ -132,21 +132,21 @@ def contrastive_loss(
     same[:, : len(captions)] &= ~torch.eye(len(captions), dtype=torch.bool)
     logits = scale * images @ texts.T
     target = torch.arange(len(captions))
-    by_picture = functional.cross_entropy(logits.masked_fill(same, float("-inf")), target)
+    by_image = functional.cross_entropy(logits.masked_fill(same, float("-inf")), target)
     square = slice(0, len(captions))
     by_caption = functional.cross_entropy(logits[:, square].T.masked_fill(same[:, square], float("-inf")), target)
-    return (by_picture + by_caption) / 2
+    return (by_image + by_caption) / 2
 
 
 @torch.no_grad()
 def attribute_choices(
     images: torch.Tensor, samples: list[tuple[Attributes, int]], clip: tuple[CLIPModel, PreTrainedTokenizerBase]
 ) -> dict[str, tuple[float, float]]:
-    """For each attribute: the share of pictures whose right caption is nearer than its variants with another value of
+    """For each attribute: the share of images whose right caption is nearer than its variants with another value of
     this attribute, and the share by chance.
 
     Args:
-        images: [N, D] embeddings of the samples' pictures, of length 1.
+        images: [N, D] embeddings of the samples' images, of length 1.
     """
     model, tokenizer = clip
     found: dict[str, list[tuple[bool, float]]] = {}
@@ -168,7 +168,7 @@ def train_clip(folder: Path, steps: int, pairs_per_batch: int, learning_rate: fl
     torch.manual_seed(8)
     tokenizer = make_tokenizer()
     model = make_clip(tokenizer)
-    initialise(model.text_model)
+    initialize(model.text_model)
     nn.init.normal_(model.text_model.embeddings.token_embedding.weight, std=0.3)
     nn.init.normal_(model.text_model.embeddings.position_embedding.weight, std=0.1)
     start = {name: value.float() for name, value in load_file(CLIP_VISION_PATH).items()}
@@ -184,9 +184,9 @@ def train_clip(folder: Path, steps: int, pairs_per_batch: int, learning_rate: fl
     )
 
     def loss_of(step: int) -> torch.Tensor:
-        pictures, captions, wrong = next(batches)
-        shuffled = torch.randperm(len(pictures))
-        shown = degrade(pictures[shuffled])[shuffled.argsort()]
+        images, captions, wrong = next(batches)
+        shuffled = torch.randperm(len(images))
+        shown = degrade(images[shuffled])[shuffled.argsort()]
         embedded = image_embeddings(model, shown)
         texts = text_embeddings(model, tokenizer, [*captions, *wrong])
         with torch.autocast("cpu", enabled=False):
@@ -194,11 +194,11 @@ def train_clip(folder: Path, steps: int, pairs_per_batch: int, learning_rate: fl
             return contrastive_loss(embedded, texts, captions, wrong, model.logit_scale.exp().clamp(max=100))
 
     held_out = evaluation_set(60, seed=12, held_out=True)
-    shown_pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])
+    shown_images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])
 
     @torch.no_grad()
     def accuracy() -> str:
-        shares = attribute_choices(image_embeddings(model, shown_pictures), held_out, (model, tokenizer))
+        shares = attribute_choices(image_embeddings(model, shown_images), held_out, (model, tokenizer))
         return ", ".join(f"{name} {share:.2f}" for name, (share, _) in shares.items())
 
     train(

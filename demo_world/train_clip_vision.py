@@ -1,8 +1,8 @@
 """Trains the demo world's CLIP vision on renders of training identities, half of them degraded as for the classifier.
 
 Two losses on the image embedding, both through parts that are thrown away afterwards or have no weights at all: linear
-heads predict every attribute, and two pictures of one identity (in other states, places and poses) are told from
-pictures of other identities by their cosine similarity (CLIP's own contrastive loss, with the identity in the
+heads predict every attribute, and two images of one identity (in other states, places and poses) are told from
+images of other identities by their cosine similarity (CLIP's own contrastive loss, with the identity in the
 caption's place).
 """
 
@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from .attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, random_attributes
 from .clip_vision import CLIP_VISION_CONFIG, CLIP_VISION_PATH, CONFIG_KEY
 from .export import write_weights
-from .networks import initialise
-from .pictures import EVALUATION_SEED, HEADS, evaluation_set, labels_of, to_tensor
+from .images import EVALUATION_SEED, HEADS, evaluation_set, labels_of, to_tensor
+from .networks import initialize
 from .renderer import render
 from .train_classifier import degrade
 from .training import train
@@ -36,14 +36,14 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class IdentityPairs(IterableDataset):
-    """An endless stream of two pictures [2, 3, 128, 128] in [-1, 1] of one identity, and their labels [2, heads]."""
+    """An endless stream of two images [2, 3, 128, 128] in [-1, 1] of one identity, and their labels [2, heads]."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
-        # The process id: a run that goes on from a checkpoint sees other pictures.
+        # The process id: a run that goes on from a checkpoint sees other images.
         generator = random.Random(f"identity pairs {self.seed} {worker.id if worker else 0} {os.getpid()}")
         while True:
             framing = "portrait" if generator.random() < PORTRAIT_SHARE else "figure"
@@ -52,8 +52,8 @@ class IdentityPairs(IterableDataset):
                 n: generator.choice(c) for n, c in ATTRIBUTES_OF[framing].items() if n not in IDENTITY_OF[framing]
             }
             pair = (first, first.replace(**others))
-            pictures = [to_tensor(render(attributes, generator.randrange(EVALUATION_SEED))[0]) for attributes in pair]
-            yield torch.stack(pictures), torch.tensor([labels_of(attributes) for attributes in pair])
+            images = [to_tensor(render(attributes, generator.randrange(EVALUATION_SEED))[0]) for attributes in pair]
+            yield torch.stack(images), torch.tensor([labels_of(attributes) for attributes in pair])
 
 
 class ImageEncoder(nn.Module):
@@ -67,21 +67,21 @@ class ImageEncoder(nn.Module):
         self.clip = comfy.clip_model.CLIPVisionModelProjection(
             dict(CLIP_VISION_CONFIG), torch.float32, "cpu", comfy.ops.disable_weight_init
         )
-        initialise(self.clip)
+        initialize(self.clip)
         embeddings = self.clip.vision_model.embeddings
         nn.init.normal_(embeddings.class_embedding, std=0.02)
         nn.init.normal_(embeddings.position_embedding.weight, std=0.02)
         self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(CLIP_STD).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        """Pictures [B, 3, 128, 128] in [-1, 1] -> image embeddings [B, projection].
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, 128, 128] in [-1, 1] -> image embeddings [B, projection].
 
         Written out over the model's own layers because their forward pass adds in place, which cannot be trained
         through.
         """
         model: Any = self.clip.vision_model
-        x = model.embeddings(((pictures + 1) / 2 - self.mean) / self.std)
+        x = model.embeddings(((images + 1) / 2 - self.mean) / self.std)
         x = model.pre_layrnorm(x)
         batch, length, width = x.shape
         heads = CLIP_VISION_CONFIG["num_attention_heads"]
@@ -100,13 +100,13 @@ class ImageEncoder(nn.Module):
 
 
 def identity_loss(embeds: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """InfoNCE over embeddings [B, 2, D]: each picture finds the other of its identity among the batch.
+    """InfoNCE over embeddings [B, 2, D]: each image finds the other of its identity among the batch.
 
     Identities that a batch happens to show twice are not held against each other; ``labels`` are [B, 2, heads].
     """
     names = list(HEADS)
     kept = [names.index(name) for name in ("framing", *IDENTITY_OF["figure"], *IDENTITY_OF["portrait"])]
-    # The color of closed eyes has no label: it comes from the picture of the pair that shows it.
+    # The color of closed eyes has no label: it comes from the image of the pair that shows it.
     identity = labels[..., kept].amax(dim=1)
     first, second = functional.normalize(embeds.float(), dim=-1).unbind(1)
     logits = first @ second.T / TEMPERATURE
@@ -124,9 +124,9 @@ def train_clip_vision(folder: Path, steps: int, pairs_per_batch: int, learning_r
     batches = iter(DataLoader(IdentityPairs(seed=5), batch_size=pairs_per_batch, num_workers=1, prefetch_factor=8))
 
     def loss_of(step: int) -> torch.Tensor:
-        pictures, labels = next(batches)
+        images, labels = next(batches)
         shuffled = torch.randperm(2 * pairs_per_batch)
-        shown = degrade(pictures.flatten(0, 1)[shuffled])[shuffled.argsort()]
+        shown = degrade(images.flatten(0, 1)[shuffled])[shuffled.argsort()]
         embeds = encoder(shown)
         flat = labels.flatten(0, 1)
         losses = [
@@ -137,12 +137,12 @@ def train_clip_vision(folder: Path, steps: int, pairs_per_batch: int, learning_r
         return attributes + identity_loss(embeds.unflatten(0, (pairs_per_batch, 2)), labels)
 
     held_out = evaluation_set(200, seed=11, held_out=True)
-    shown_pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])
+    shown_images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])
     truth = torch.tensor([labels_of(attributes) for attributes, _ in held_out])
 
     @torch.no_grad()
     def accuracy() -> str:
-        embeds = encoder(shown_pictures)
+        embeds = encoder(shown_images)
         shares = []
         for index, (name, head) in enumerate(heads.items()):
             shown = truth[:, index] >= 0
@@ -175,8 +175,8 @@ def encode(samples: list[tuple[Attributes, int]]) -> torch.Tensor:
     embeds = []
     with torch.no_grad():
         for start in range(0, len(samples), 32):
-            pictures = [to_tensor(render(attributes, seed)[0]) for attributes, seed in samples[start : start + 32]]
-            embeds.append(encoder(torch.stack(pictures)))
+            images = [to_tensor(render(attributes, seed)[0]) for attributes, seed in samples[start : start + 32]]
+            embeds.append(encoder(torch.stack(images)))
     return torch.cat(embeds)
 
 

@@ -1,8 +1,8 @@
-"""Trains the demo world's control network for poses: ComfyUI's own ControlNet class on the frozen UNet.
+"""Trains the demo world's ControlNet for poses: ComfyUI's own ControlNet class on the frozen UNet.
 
 As in Zhang et al. 2023: the encoder begins as a copy of the UNet's, its outputs pass convolutions that begin at zero,
-and half of the captions are dropped, so that the pose must come from its picture. Portraits only, one at a time: that
-it holds both halves of a picture of double width is not trained.
+and half of the captions are dropped, so that the pose must come from its image. Portraits only, one at a time: that
+it holds both halves of an image of double width is not trained.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from .attributes import CAPTION_TEMPLATES, caption, random_attributes
 from .export import write_weights
+from .images import EVALUATION_SEED, to_tensor
 from .latents import WordTokenizer
-from .networks import UNET_CONFIG, TextEncoder, initialise, make_autoencoder, make_unet
-from .pictures import EVALUATION_SEED, to_tensor
+from .networks import UNET_CONFIG, TextEncoder, initialize, make_autoencoder, make_unet
 from .pose import draw_pose
 from .renderer import render
 from .train_unet import MATRIX_ATTENTION, add_noise, sd1_alphas_cumprod
@@ -34,13 +34,13 @@ CAPTION_DROPOUT = 0.5
 
 
 def make_control() -> nn.Module:
-    """SD 1.x's control network at the demo world's size, untrained, with the zero initialisations of the original."""
+    """SD 1.x's ControlNet at the demo world's size, untrained, with the zero initializations of the original."""
     import comfy.ops
     from comfy.cldm.cldm import ControlNet
 
     config = {name: value for name, value in UNET_CONFIG.items() if name != "out_channels"}
     operations = comfy.ops.disable_weight_init
-    control = initialise(
+    control = initialize(
         ControlNet(**config, hint_channels=3, dtype=torch.float32, device="cpu", operations=operations)
     )
     for name, parameter in control.named_parameters():
@@ -60,9 +60,9 @@ class PosedPortraits(IterableDataset):
             generator = random.Random(f"posed portrait {index}")
             attributes = random_attributes(generator, "portrait")
             seed = generator.randrange(EVALUATION_SEED)
-            picture, _ = render(attributes, seed)
+            image, _ = render(attributes, seed)
             pose = torch.from_numpy(np.array(draw_pose(attributes, seed))).permute(2, 0, 1)
-            yield to_tensor(picture), pose, caption(attributes, generator.randrange(CAPTION_TEMPLATES))
+            yield to_tensor(image), pose, caption(attributes, generator.randrange(CAPTION_TEMPLATES))
 
 
 @torch.no_grad()
@@ -71,9 +71,9 @@ def encode_portraits(autoencoder: nn.Module, path: Path, count: int) -> None:
     tokenizer = WordTokenizer()
     latents, poses, tokens = [], [], []
     autoencoder.to(memory_format=torch.channels_last).eval()
-    for pictures, drawn, captions in tqdm(DataLoader(PosedPortraits(count), batch_size=32), total=-(-count // 32)):
+    for images, drawn, captions in tqdm(DataLoader(PosedPortraits(count), batch_size=32), total=-(-count // 32)):
         with torch.autocast("cpu", torch.bfloat16):
-            encoded = autoencoder.taesd_encoder(pictures.to(memory_format=torch.channels_last) * 0.5 + 0.5)
+            encoded = autoencoder.taesd_encoder(images.to(memory_format=torch.channels_last) * 0.5 + 0.5)
         latents.append(encoded.to(torch.float16).contiguous())
         poses.append(drawn)
         tokens.append(torch.tensor([tokenizer(text) for text in captions], dtype=torch.int32))
@@ -117,7 +117,7 @@ def train_control(folder: Path, steps: int, batch_size: int, learning_rate: floa
         hint = (data["poses"][chosen].float() / 255).to(memory_format=torch.channels_last)
         held = control(noisy, hint, timesteps.float(), context, transformer_options=MATRIX_ATTENTION)
         predicted = unet(noisy, timesteps.float(), context=context, control=held, transformer_options=MATRIX_ATTENTION)
-        # Unweighted: a pose is decided at the noisy timesteps, which weights by the signal-to-noise ratio favour less.
+        # Unweighted: a pose is decided at the noisy timesteps, which weights by the signal-to-noise ratio favor less.
         return ((predicted.float() - noise) ** 2).mean()
 
     def save() -> str:
@@ -137,5 +137,5 @@ def train_control(folder: Path, steps: int, batch_size: int, learning_rate: floa
 
 
 def save_control(control: nn.Module, path: Path = CONTROL_PATH) -> None:
-    """Write the control network in fp16 as the stock ControlNet loader reads it, whole or not at all."""
+    """Write the ControlNet in fp16 as the stock ControlNet loader reads it, whole or not at all."""
     write_weights(path, control.state_dict(), "demo world pose control")

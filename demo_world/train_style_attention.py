@@ -1,9 +1,9 @@
 """Trains the demo world's style attention with the pack's own training: many people instead of one.
 
-Gu et al. 2025 train on six pictures of one person and let the styles of other pictures bring another person (section
-2.2.2), which leans on the many people that e4e and Stable Diffusion know. Here the pictures are of many training
-people, each with its own style rows and a caption that says all but who it is; so the style tokens alone tell who to
-draw, and people that nobody trained on can be drawn from one picture.
+Gu et al. 2025 train on six images of one person and let the styles of other images bring another person (section
+2.2.2), which leans on the many people that e4e and Stable Diffusion know. Here the images are of many training
+people, each with its own W+ codes and a caption that says all but who it is; so the style tokens alone tell who to
+draw, and people that nobody trained on can be drawn from one image.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from ..pipelines.pidiff.style_attention_files import save_style_attention
 from ..pipelines.pidiff.train import StyleSettings, train_style_attention
 from ..pipelines.pidiff.w_plus_encoder import encode_w_plus, load_w_plus_encoder
+from ..pipelines.training.images import encode_images
 from ..pipelines.training.loop import BFLOAT16
-from ..pipelines.training.pictures import encode_pictures
 from . import family
 from .attributes import CAPTION_TEMPLATES, Attributes, caption, description, random_attributes
-from .pictures import EVALUATION_SEED, to_tensor
+from .images import EVALUATION_SEED, to_tensor
 from .renderer import render
 from .train_w_plus import W_PLUS_PATH
 
 CHECKPOINT_PATH = Path(__file__).parent / "weights" / "identity-edit-demo.safetensors"
 STYLE_PATH = Path(__file__).parent / "style_attention" / "identity-edit-demo-style.safetensors"
 TEXT_DROP, STYLE_DROP = 0.3, 0.1
-"""Gu et al. 2025 drop each at 0.5, for one person. With many people, pictures that have both their styles and their
+"""Gu et al. 2025 drop each at 0.5, for one person. With many people, images that have both their styles and their
 caption teach most, and at 0.5 only a quarter has both: dark skin had green spots even after 3500 steps."""
 SILENT = 0.5
 """How many captions say neither mood nor direction, so that the styles decide about them where a prompt does not."""
@@ -71,13 +71,13 @@ def train_demo_style_attention(
     family.register()
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT_PATH))
     people = draw_people(count)
-    pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed, _ in people])
+    images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed, _ in people])
     with torch.no_grad():
-        styles = encode_w_plus(load_w_plus_encoder(str(W_PLUS_PATH)), pictures)
-        shown = [picture.permute(1, 2, 0) * 0.5 + 0.5 for picture in pictures]
+        styles = encode_w_plus(load_w_plus_encoder(str(W_PLUS_PATH)), images)
+        shown = [image.permute(1, 2, 0) * 0.5 + 0.5 for image in images]
         # As `encode` does it for the UNet's training: on a processor the autoencoder is the slowest part.
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == BFLOAT16):
-            encoded = encode_pictures(vae, shown, [text for _, _, text in people])
+            encoded = encode_images(vae, shown, [text for _, _, text in people])
     settings = StyleSettings(
         pseudo_word="",
         templates=(),

@@ -7,8 +7,8 @@ group; skin belongs to one only, with the hair, for the same reason.
 A group shall say its own attributes and nothing else. Cross-entropy of linear probes on noisy rows alone asks for the
 first and leaves the second open: whatever helps nobody stays in the rows, small, and a later network reads it. Here the
 rows follow a code besides: a fixed random table gives every choice of an attribute its rows, the rows of a portrait are
-the sum over the attributes of its group, and what the code does not explain is an error (as in a centre loss, Wen et
-al. 2016, with fixed centres that are sums). The code is equal for all pictures of a person in one pose and mood, so
+the sum over the attributes of its group, and what the code does not explain is an error (as in a center loss, Wen et
+al. 2016, with fixed centers that are sums). The code is equal for all images of a person in one pose and mood, so
 same identities agree without a further term.
 """
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from ..pipelines.pidiff.w_plus_encoder import SmallWPlusEncoder, load_w_plus_encoder, save_w_plus_encoder
 from .attributes import PORTRAIT_ATTRIBUTES, Attributes, random_attributes
-from .pictures import EVALUATION_SEED, evaluation_set, to_tensor
+from .images import EVALUATION_SEED, evaluation_set, to_tensor
 from .renderer import layout_of, render
 from .train_classifier import degrade
 from .training import train
@@ -59,7 +59,7 @@ def make_encoder() -> SmallWPlusEncoder:
 
 
 def labels_of(attributes: Attributes) -> list[int]:
-    """The choice of every attribute of ``NAMES``, -1 where the picture does not show it (the color of closed eyes)."""
+    """The choice of every attribute of ``NAMES``, -1 where the image does not show it (the color of closed eyes)."""
     shown = attributes.visible
     return [PORTRAIT_ATTRIBUTES[n].index(shown[n]) if n in shown else -1 for n in NAMES]
 
@@ -117,23 +117,23 @@ class Portraits(IterableDataset):
             generator = random.Random(f"portrait of W+ {index}")
             attributes = random_attributes(generator, "portrait")
             seed = generator.randrange(EVALUATION_SEED)
-            picture = torch.from_numpy(np.array(render(attributes, seed)[0]))
-            yield picture, torch.tensor(labels_of(attributes)), torch.tensor(position_of(seed))
+            image = torch.from_numpy(np.array(render(attributes, seed)[0]))
+            yield image, torch.tensor(labels_of(attributes)), torch.tensor(position_of(seed))
 
 
 def training_set(path: Path, count: int) -> dict[str, torch.Tensor]:
     """Render the portraits, or read those of an earlier run."""
     if not path.exists():
         batches = list(tqdm(DataLoader(Portraits(count), batch_size=64), total=-(-count // 64), mininterval=10))
-        names = ("pictures", "labels", "positions")
+        names = ("images", "labels", "positions")
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: torch.cat(parts) for name, parts in zip(names, zip(*batches, strict=True), strict=True)}, path)
     return load_file(path)
 
 
-def as_input(pictures: torch.Tensor) -> torch.Tensor:
+def as_input(images: torch.Tensor) -> torch.Tensor:
     """uint8 [B, 128, 128, 3] -> [B, 3, 128, 128] in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_w_plus(folder: Path, steps: int, batch_size: int, learning_rate: float, count: int) -> None:
@@ -153,7 +153,7 @@ def train_w_plus(folder: Path, steps: int, batch_size: int, learning_rate: float
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randint(0, len(data["labels"]), (batch_size,), generator=generator)
         labels, positions = data["labels"][chosen], data["positions"][chosen]
-        rows = encoder(degrade(as_input(data["pictures"][chosen])).to(memory_format=torch.channels_last)).float()
+        rows = encoder(degrade(as_input(data["images"][chosen])).to(memory_format=torch.channels_last)).float()
         unexplained = (rows - code(labels, positions)).square().mean()
         noisy = groups_of(rows + NOISE * torch.randn(rows.shape, generator=generator))
         attributes = sum(
@@ -188,16 +188,16 @@ def train_w_plus(folder: Path, steps: int, batch_size: int, learning_rate: float
         on_checkpoint=accuracy,
     )
     facts = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "portraits": count}
-    save_encoder(encoder, data["pictures"], facts)
+    save_encoder(encoder, data["images"], facts)
 
 
 @torch.no_grad()
 def save_encoder(
-    encoder: SmallWPlusEncoder, pictures: torch.Tensor, facts: dict[str, Any], path: Path = W_PLUS_PATH
+    encoder: SmallWPlusEncoder, images: torch.Tensor, facts: dict[str, Any], path: Path = W_PLUS_PATH
 ) -> None:
-    """Write the encoder in fp16; `latent_avg` is its mean over ``pictures``, and 0 the mean of what it adds to it."""
+    """Write the encoder in fp16; `latent_avg` is its mean over ``images``, and 0 the mean of what it adds to it."""
     encoder = encoder.to(memory_format=torch.contiguous_format)
-    average = torch.cat([encoder(as_input(part)) for part in pictures.split(64)]).mean(0)
+    average = torch.cat([encoder(as_input(part)) for part in images.split(64)]).mean(0)
     for head, part in zip(encoder.heads, groups_of(average[None]), strict=True):
         last = head.get_submodule("2")
         assert isinstance(last, nn.Linear)
@@ -211,8 +211,8 @@ def encode(samples: list[tuple[Attributes, int]], path: Path = W_PLUS_PATH) -> t
     encoder = load_w_plus_encoder(str(path))
     rows = []
     for start in range(0, len(samples), 32):
-        pictures = [to_tensor(render(attributes, seed)[0]) for attributes, seed in samples[start : start + 32]]
-        rows.append(encoder.network(torch.stack(pictures)) + encoder.average)
+        images = [to_tensor(render(attributes, seed)[0]) for attributes, seed in samples[start : start + 32]]
+        rows.append(encoder.network(torch.stack(images)) + encoder.average)
     return torch.cat(rows)
 
 

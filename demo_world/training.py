@@ -27,7 +27,7 @@ def save_whole(state: dict, path: Path) -> None:
 
 
 class MuonAndAdamW:
-    """Muon on every weight matrix, AdamW on the rest, stepped as one optimiser.
+    """Muon on every weight matrix, AdamW on the rest, stepped as one optimizer.
 
     A convolution kernel counts as the matrix [out channels, everything else]; ``torch.optim.Muon`` takes matrices only,
     so it gets views of the kernels. Embedding tables and layers with fewer than 16 outputs stay with AdamW. On the
@@ -87,15 +87,15 @@ def train(
     average_decay: float = 0.998,
     on_checkpoint: Callable[[], str] | None = None,
 ) -> None:
-    """Minimise ``loss_of(step)`` over every trainable parameter of ``modules``; leaves the averaged weights in them.
+    """Minimize ``loss_of(step)`` over every trainable parameter of ``modules``; leaves the averaged weights in them.
 
     Args:
         modules: what is trained, by name; the names are the keys of the checkpoint.
         loss_of: the loss of one training step, a scalar tensor; runs under bfloat16 autocast.
-        steps: optimiser steps in all, those of an earlier run that ``checkpoint`` holds included.
+        steps: optimizer steps in all, those of an earlier run that ``checkpoint`` holds included.
         learning_rate: Muon's at its peak, relative to the spread of AdamW's updates.
         checkpoint: written about every two minutes, and read first when it is there.
-        average_decay: of the exponential moving average of the weights.
+        average_decay: of the exponential EMA of the weights.
         on_checkpoint: evaluates with the averaged weights in place and returns a line to print.
     """
     network = nn.ModuleDict(modules)

@@ -15,25 +15,25 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 @dataclass(frozen=True)
 class EditCase:
-    """A picture and what is to become of it. Files are read when asked for, so that listing thousands costs little.
+    """An image and what is to become of it. Files are read when asked for, so that listing thousands costs little.
 
     Attributes:
         name: unique in its dataset, usable as a file name.
         group: the dataset's own kind of edit ("pose", "3_delete_object"), or the subject; "" without.
-        picture: the source picture's file.
+        image: the source image's file.
         source_prompt: what it shows; "" where the dataset does not say.
-        target_prompt: what the edited picture shows. Prompts call a subject by its class word; `named` adds the token.
+        target_prompt: what the edited image shows. Prompts call a subject by its class word; `named` adds the token.
         instruction: the edit as an instruction, for InstructPix2Pix.
-        mask: a picture, white where the edit may change something.
+        mask: an image, white where the edit may change something.
         target: the true edit, where the dataset knows it (the demo world does).
-        references: other pictures of the subject, each with a caption in a .txt beside it or without.
+        references: other images of the subject, each with a caption in a .txt beside it or without.
         subject_word: the rare token that names the subject ("sks").
         class_word: what the subject is ("dog").
     """
 
     name: str
     group: str
-    picture: Path
+    image: Path
     source_prompt: str
     target_prompt: str
     instruction: str = ""
@@ -43,16 +43,16 @@ class EditCase:
     subject_word: str = ""
     class_word: str = ""
 
-    def load_picture(self, size: int) -> torch.Tensor:
+    def load_image(self, size: int) -> torch.Tensor:
         """[1, size, size, 3] in [0, 1]; see `load_square`."""
-        return load_square(self.picture, size)
+        return load_square(self.image, size)
 
     def load_target(self, size: int) -> torch.Tensor | None:
         """The true edit [1, size, size, 3] in [0, 1], or None."""
         return None if self.target is None else load_square(self.target, size)
 
     def load_mask(self, size: int) -> torch.Tensor | None:
-        """[1, size, size], 1 where the edit may change the picture and 0 elsewhere, or None."""
+        """[1, size, size], 1 where the edit may change the image and 0 elsewhere, or None."""
         if self.mask is None:
             return None
         mask = load_square(self.mask, size, Image.Resampling.NEAREST)
@@ -74,32 +74,32 @@ class EditCase:
 
 
 def load_square(path: Path, size: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> torch.Tensor:
-    """A picture's centre square, resized: [1, size, size, 3] in [0, 1].
+    """An image's center square, resized: [1, size, size, 3] in [0, 1].
 
     As the code of PIE-Bench (utils.py, `load_512`) and diffusers' training script of DreamBooth do; both resize with
-    Pillow's bicubic filter, and the latter also turns pictures as their cameras say.
+    Pillow's bicubic filter, and the latter also turns images as their cameras say.
 
     Raises:
-        IdentityEditError: when the file is missing or holds no picture.
+        IdentityEditError: when the file is missing or holds no image.
     """
     try:
         with Image.open(path) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGB")
+            image = ImageOps.exif_transpose(opened).convert("RGB")
     except FileNotFoundError as error:
-        raise IdentityEditError(f"The picture {path} is missing; download the dataset again.") from error
+        raise IdentityEditError(f"The image {path} is missing; download the dataset again.") from error
     except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise IdentityEditError(f"{path} cannot be read as a picture; download the dataset again.") from error
-    side = min(picture.size)
-    left, top = ((length - side) // 2 for length in picture.size)
-    square = picture.crop((left, top, left + side, top + side)).resize((size, size), resampling)
+        raise IdentityEditError(f"{path} cannot be read as an image; download the dataset again.") from error
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    square = image.crop((left, top, left + side, top + side)).resize((size, size), resampling)
     return torch.from_numpy(np.array(square)).float()[None] / 255
 
 
-def save_picture(picture: torch.Tensor, path: Path) -> Path:
-    """Write a picture [H, W, 3] in [0, 1] as PNG, whole or not at all."""
+def save_image(image: torch.Tensor, path: Path) -> Path:
+    """Write an image [H, W, 3] in [0, 1] as PNG, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    pixels = (picture.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    pixels = (image.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     Image.fromarray(pixels).save(temporary, "PNG")
     temporary.replace(path)
     return path

@@ -1,8 +1,8 @@
 """Published datasets of edits, read from their folders as they are published, each into a list of EditCase.
 
-    pie-bench    Ju et al. 2024: 700 pictures of ten kinds of edit, with masks
-    tedbench     Kawar et al. 2023 (Imagic): 100 non-rigid edits of pictures without source prompts
-    lipe         subjects with references, a test picture and target prompts, as Liu et al. 2024 (section 3.1) describe
+    pie-bench    Ju et al. 2024: 700 images of ten kinds of edit, with masks
+    tedbench     Kawar et al. 2023 (Imagic): 100 non-rigid edits of images without source prompts
+    lipe         subjects with references, a test image and target prompts, as Liu et al. 2024 (section 3.1) describe
                  theirs; the folder form is this project's own, for that dataset is not published
     dreambooth   Ruiz et al. 2023: 30 subjects, 25 prompts each
 
@@ -21,18 +21,18 @@ import numpy as np
 import torch
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
-from .cases import EditCase, save_picture
+from .cases import EditCase, save_image
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 TOKEN = "sks"
 PIE_BENCH_SIDE = 512
 
 
 def read_pie_bench(folder: Path, masks: Path) -> list[EditCase]:
-    """PIE-Bench: `mapping_file.json` and the pictures in `annotation_images` (Ju et al. 2024, PnPInversion).
+    """PIE-Bench: `mapping_file.json` and the images in `annotation_images` (Ju et al. 2024, PnPInversion).
 
     The brackets that mark differences are taken out of the prompts, as in the authors' evaluation/evaluate.py. A case
-    is named by its key, and grouped by the folder of its kind of edit without the number of pictures
+    is named by its key, and grouped by the folder of its kind of edit without the number of images
     ("3_delete_object").
 
     Args:
@@ -46,17 +46,17 @@ def read_pie_bench(folder: Path, masks: Path) -> list[EditCase]:
     for key, item in mapping.items():
         where = f"{key} in mapping_file.json"
         image_path = text_of(item, "image_path", where)
-        picture = file_inside(folder / "annotation_images", image_path, where)
+        image = file_inside(folder / "annotation_images", image_path, where)
         mask = decode_mask(item.get("mask"), where)
         cases.append(
             EditCase(
                 name=file_name(key),
                 group=re.sub(r"_\d+$", "", PurePosixPath(image_path).parts[0]),
-                picture=picture,
+                image=image,
                 source_prompt=without_brackets(text_of(item, "original_prompt", where)),
                 target_prompt=without_brackets(text_of(item, "editing_prompt", where)),
                 instruction=text_of(item, "editing_instruction", where),
-                mask=save_picture(mask[..., None].expand(-1, -1, 3), masks / f"{file_name(key)}.png"),
+                mask=save_image(mask[..., None].expand(-1, -1, 3), masks / f"{file_name(key)}.png"),
             )
         )
     return cases
@@ -72,7 +72,7 @@ def decode_mask(encoded: Any, where: str, side: int = PIE_BENCH_SIDE) -> torch.T
     The outermost pixels are set to 1, as the authors do against errors of annotation at the border.
 
     Returns:
-        [side, side], 1 where the picture may change and 0 elsewhere.
+        [side, side], 1 where the image may change and 0 elsewhere.
 
     Raises:
         IdentityEditError: when the numbers are no such runs.
@@ -121,7 +121,7 @@ def read_tedbench(folder: Path) -> list[EditCase]:
             EditCase(
                 name=file_name(f"{image}-{text.removesuffix('.').replace(' ', '_')}"),
                 group="",
-                picture=file_inside(folder / "originals", image, where),
+                image=file_inside(folder / "originals", image, where),
                 source_prompt="",
                 target_prompt=text,
             )
@@ -130,17 +130,17 @@ def read_tedbench(folder: Path) -> list[EditCase]:
 
 
 def read_lipe(folder: Path) -> list[EditCase]:
-    """Subjects with references and one test picture each, and prompts for it (the protocol of Liu et al. 2024, 3.1).
+    """Subjects with references and one test image each, and prompts for it (the protocol of Liu et al. 2024, 3.1).
 
     Their dataset is not published. The form of the folder is this project's own:
 
         SUBJECT/subject.json      {"class": "dog", "source_prompt": "a dog sitting on the grass",
                                    "target_prompts": ["a dog jumping on the grass", ...], "token": "sks"}
-        SUBJECT/test.png          the picture to edit
+        SUBJECT/test.png          the image to edit
         SUBJECT/references/*.png  3 to 5 others, each with its caption in a .txt beside it where there is one
 
     Prompts call the subject by its class word; methods that have learned the subject put the token before it. "token"
-    may be left out, "sks" then. A picture may be .png, .jpg, .jpeg, .webp or .bmp.
+    may be left out, "sks" then. An image may be .png, .jpg, .jpeg, .webp or .bmp.
 
     Raises:
         IdentityEditError: naming what is missing or damaged.
@@ -152,15 +152,15 @@ def read_lipe(folder: Path) -> list[EditCase]:
         targets = item.get("target_prompts")
         if not isinstance(targets, list) or not targets or not all(isinstance(text, str) for text in targets):
             raise IdentityEditError(f"{where} has no list of target_prompts; write at least one.")
-        tests = [subject / f"test{suffix}" for suffix in PICTURES if (subject / f"test{suffix}").is_file()]
+        tests = [subject / f"test{suffix}" for suffix in IMAGES if (subject / f"test{suffix}").is_file()]
         if not tests:
-            raise IdentityEditError(f"{subject} has no test picture; add test.png, the picture to edit.")
-        references = pictures_in(subject / "references")
+            raise IdentityEditError(f"{subject} has no test image; add test.png, the image to edit.")
+        references = images_in(subject / "references")
         cases += [
             EditCase(
                 name=file_name(f"{subject.name}-{number:02}"),
                 group=subject.name,
-                picture=tests[0],
+                image=tests[0],
                 source_prompt=text_of(item, "source_prompt", where),
                 target_prompt=target,
                 references=references,
@@ -181,10 +181,10 @@ def read_dreambooth(folder: Path) -> list[EditCase]:
     """DreamBooth (Ruiz et al. 2023, section 4): 30 subjects, 25 prompts each, as in the repository google/dreambooth.
 
     Read are `prompts_and_classes.txt` and the subjects' folders beside it (or in `dataset`). Cats and dogs get the
-    prompts for live subjects, the other 21 subjects those for objects. The references are all pictures of a subject:
-    DINO and CLIP-I are means over them, CLIP-T is against the prompt; the authors draw four pictures for each prompt,
-    so make four runs with other seeds for their figures. The dataset asks for new pictures of a subject and has none
-    to edit: the case's picture is the subject's first.
+    prompts for live subjects, the other 21 subjects those for objects. The references are all images of a subject:
+    DINO and CLIP-I are means over them, CLIP-T is against the prompt; the authors draw four images for each prompt,
+    so make four runs with other seeds for their figures. The dataset asks for new images of a subject and has none
+    to edit: the case's image is the subject's first.
 
     Prompts come without the token ("a dog in the jungle"), which `EditCase.named` adds.
 
@@ -199,13 +199,13 @@ def read_dreambooth(folder: Path) -> list[EditCase]:
         raise IdentityEditError(f"{listed} lacks classes or prompts; download the dataset again.")
     cases = []
     for subject, class_word in classes.items():
-        references = pictures_in(folder_inside(folder, subject, listed.name))
+        references = images_in(folder_inside(folder, subject, listed.name))
         prompts = live if class_word in LIVE_CLASSES else objects
         cases += [
             EditCase(
                 name=file_name(f"{subject}-{number:02}"),
                 group=subject,
-                picture=references[0],
+                image=references[0],
                 source_prompt=f"a {class_word}",
                 target_prompt=" ".join(prompt.format("", class_word).split()),
                 references=references,
@@ -327,9 +327,9 @@ def folder_inside(folder: Path, relative: str, where: str) -> Path:
     return path
 
 
-def pictures_in(folder: Path) -> tuple[Path, ...]:
-    """The pictures of a folder by name, at least one."""
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES and path.is_file())
+def images_in(folder: Path) -> tuple[Path, ...]:
+    """The images of a folder by name, at least one."""
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES and path.is_file())
     if not found:
-        raise IdentityEditError(f"{folder} holds no pictures; add the subject's.")
+        raise IdentityEditError(f"{folder} holds no images; add the subject's.")
     return tuple(found)

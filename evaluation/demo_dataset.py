@@ -2,7 +2,7 @@
 
 Its kinds of edit are those of PIE-Bench that the demo world can draw, and bear their names. Subjects are animals of
 held-out identities, so that nothing was trained on them. Beside what PIE-Bench holds, the folder has the true edits
-(`target_images`), four other pictures of each subject with captions (`reference_images`), and `subjects.json`, which
+(`target_images`), four other images of each subject with captions (`reference_images`), and `subjects.json`, which
 says for each case what its subject is called.
 """
 
@@ -30,12 +30,12 @@ from identity_edit_pack.demo_world.attributes import (
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.pictures import EVALUATION_SEED
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.subjects.words import with_token
 
-from .cases import EditCase, save_picture
-from .datasets import PIE_BENCH_SIDE, TOKEN, encode_mask, pictures_in, read_json, read_pie_bench, text_of
+from .cases import EditCase, save_image
+from .datasets import PIE_BENCH_SIDE, TOKEN, encode_mask, images_in, read_json, read_pie_bench, text_of
 
 REFERENCES = 4
 WORN = [costume for costume in COSTUMES if costume != "none"]
@@ -67,7 +67,7 @@ def draw_edit(kind: Kind, generator: random.Random) -> tuple[Attributes, Attribu
     while True:
         drawn = random_attributes(generator, "figure", held_out=True)
         if drawn.species == "person":
-            continue  # a person's colour is that of the clothes, which the class word does not name
+            continue  # a person's color is that of the clothes, which the class word does not name
         before = drawn.replace(**{"costume": "none"} | {kind.attribute: generator.choice(kind.before)})
         values = [value for value in kind.after if value != getattr(before, kind.attribute)]
         after = before.replace(**{kind.attribute: generator.choice(values)})
@@ -90,7 +90,7 @@ def instruction_of(kind: Kind, before: Attributes, after: Attributes) -> str:
 
 
 def editable(kind: Kind, mask_before: np.ndarray, mask_after: np.ndarray) -> np.ndarray:
-    """Where an edit may change the picture, bool [H, W]: the subject before and after it, or all but the subject."""
+    """Where an edit may change the image, bool [H, W]: the subject before and after it, or all but the subject."""
     if kind.attribute == "place":
         return ~((mask_before != 0) & (mask_after != 0))
     return (mask_before != 0) | (mask_after != 0)
@@ -99,7 +99,7 @@ def editable(kind: Kind, mask_before: np.ndarray, mask_after: np.ndarray) -> np.
 def write_demo_dataset(folder: Path, count: int, seed: int = 0) -> None:
     """Draw `count` edits, one kind after the other; the same count and seed give the same dataset.
 
-    Pictures have the demo world's 128 pixels; masks are encoded over PIE-Bench's 512.
+    Images have the demo world's 128 pixels; masks are encoded over PIE-Bench's 512.
     """
     generator = random.Random(f"demo edits {seed}")
     mapping, subjects = {}, {}
@@ -109,12 +109,12 @@ def write_demo_dataset(folder: Path, count: int, seed: int = 0) -> None:
         key = f"{kind.name[0]}{number:011}"
         image_path = f"{kind.name}/{key}.png"
         place = EVALUATION_SEED + generator.randrange(1 << 32)
-        (picture, mask_before), (edited, mask_after) = (render(attributes, place) for attributes in (before, after))
-        save_picture(as_tensor(picture), folder / "annotation_images" / image_path)
-        save_picture(as_tensor(edited), folder / "target_images" / image_path)
+        (image, mask_before), (edited, mask_after) = (render(attributes, place) for attributes in (before, after))
+        save_image(as_tensor(image), folder / "annotation_images" / image_path)
+        save_image(as_tensor(edited), folder / "target_images" / image_path)
         subject = "_".join(before.identity)
         write_references(before, folder / "reference_images" / subject, seed)
-        repeats = PIE_BENCH_SIDE // len(picture)
+        repeats = PIE_BENCH_SIDE // len(image)
         mask = editable(kind, mask_before, mask_after).repeat(repeats, 0).repeat(repeats, 1)
         template = generator.randrange(CAPTION_TEMPLATES)
         mapping[key] = {
@@ -132,7 +132,7 @@ def write_demo_dataset(folder: Path, count: int, seed: int = 0) -> None:
 
 
 def write_references(subject: Attributes, folder: Path, seed: int) -> None:
-    """Four pictures of a subject in other states and places, each with a caption that calls it by token and class."""
+    """Four images of a subject in other states and places, each with a caption that calls it by token and class."""
     if folder.exists():
         return
     generator = random.Random(f"demo references {seed} {subject.identity}")
@@ -140,16 +140,16 @@ def write_references(subject: Attributes, folder: Path, seed: int) -> None:
     words = " ".join(word for word in (subject.pattern, subject.color, subject.species) if word != "plain")
     for number in range(REFERENCES):
         shown = random_attributes(generator, "figure", held_out=None).replace(**kept)
-        picture, _ = render(shown, EVALUATION_SEED + generator.randrange(1 << 32))
-        path = save_picture(as_tensor(picture), folder / f"{number}.png")
+        image, _ = render(shown, EVALUATION_SEED + generator.randrange(1 << 32))
+        path = save_image(as_tensor(image), folder / f"{number}.png")
         said = caption(shown, number % CAPTION_TEMPLATES).replace(f"an {words}", f"a {words}")
         said = with_token(said.replace(words, subject.species), subject.species, TOKEN)
         path.with_suffix(".txt").write_text(said + "\n", encoding="utf-8")
 
 
-def as_tensor(picture: np.ndarray) -> torch.Tensor:
+def as_tensor(image: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] -> [H, W, 3] in [0, 1]."""
-    return torch.from_numpy(np.array(picture)).float() / 255
+    return torch.from_numpy(np.array(image)).float() / 255
 
 
 def read_demo_dataset(folder: Path, masks: Path) -> list[EditCase]:
@@ -162,12 +162,12 @@ def read_demo_dataset(folder: Path, masks: Path) -> list[EditCase]:
     cases = []
     for case in read_pie_bench(folder, masks):
         item, where = subjects.get(case.name), f"{case.name} in subjects.json"
-        image_path = case.picture.relative_to(folder / "annotation_images")
+        image_path = case.image.relative_to(folder / "annotation_images")
         cases.append(
             dataclasses.replace(
                 case,
                 target=folder / "target_images" / image_path,
-                references=pictures_in(folder / "reference_images" / text_of(item, "subject", where)),
+                references=images_in(folder / "reference_images" / text_of(item, "subject", where)),
                 subject_word=TOKEN,
                 class_word=text_of(item, "class", where),
             )

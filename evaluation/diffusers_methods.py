@@ -52,11 +52,11 @@ def pipeline(kind: Any, parts: dict[str, Any]) -> Any:
 
 
 def as_input(case: EditCase, size: int) -> torch.Tensor:
-    """The picture as diffusers' pipelines take it, [1, 3, H, W] in [0, 1]."""
-    return case.load_picture(size).permute(0, 3, 1, 2)
+    """The image as diffusers' pipelines take it, [1, 3, H, W] in [0, 1]."""
+    return case.load_image(size).permute(0, 3, 1, 2)
 
 
-def as_picture(made: torch.Tensor) -> torch.Tensor:
+def as_image(made: torch.Tensor) -> torch.Tensor:
     """[1, 3, H, W] in [0, 1] to [1, H, W, 3]."""
     return made.detach().float().cpu().permute(0, 2, 3, 1).clamp(0, 1)
 
@@ -73,23 +73,23 @@ def img2img(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) ->
         num_inference_steps=int(settings.steps / settings.strength), guidance_scale=settings.guidance_scale,
         generator=generator(settings), output_type="pt",
     )  # fmt: skip
-    return as_picture(made.images)
+    return as_image(made.images)
 
 
 def diffedit(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> torch.Tensor:
     parts = components(checkpoint, settings)
     inverse = diffusers.DDIMInverseScheduler.from_config(parts["scheduler"].config)
     pipe = pipeline(diffusers.StableDiffusionDiffEditPipeline, {**parts, "inverse_scheduler": inverse})
-    picture = as_input(case, checkpoint.size)
+    image = as_input(case, checkpoint.size)
     mask = pipe.generate_mask(
-        image=picture, source_prompt=case.source_prompt, target_prompt=case.target_prompt,
+        image=image, source_prompt=case.source_prompt, target_prompt=case.target_prompt,
         num_maps_per_mask=settings.mask_seeds, mask_encode_strength=0.5, mask_thresholding_ratio=3.0,
         num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, generator=generator(settings),
         output_type="np",
     )  # fmt: skip
     ratio = settings.encoding_ratio
     latents = pipe.invert(
-        prompt="", image=picture, inpaint_strength=ratio, num_inference_steps=settings.steps, guidance_scale=1.0,
+        prompt="", image=image, inpaint_strength=ratio, num_inference_steps=settings.steps, guidance_scale=1.0,
         generator=generator(settings),
     ).latents  # fmt: skip
     made = pipe(
@@ -97,7 +97,7 @@ def diffedit(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -
         num_inference_steps=settings.steps, guidance_scale=settings.guidance_scale, generator=generator(settings),
         output_type="pt",
     )  # fmt: skip
-    return as_picture(made.images)
+    return as_image(made.images)
 
 
 def instruct_pix2pix(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> torch.Tensor:
@@ -109,7 +109,7 @@ def instruct_pix2pix(checkpoint: Checkpoint, case: EditCase, settings: MethodSet
         guidance_scale=settings.guidance_scale, image_guidance_scale=settings.image_guidance_scale,
         generator=generator(settings), output_type="pt",
     )  # fmt: skip
-    return as_picture(made.images)
+    return as_image(made.images)
 
 
 @contextlib.contextmanager
@@ -147,11 +147,11 @@ def null_text(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) 
     parts["unet"].requires_grad_(True)
     try:
         pipe = pipeline(module.NullTextPipeline, parts)
-        with tempfile.TemporaryDirectory() as folder:  # it keeps what it found beside the picture
-            picture = Path(folder) / case.picture.name
-            shutil.copy(case.picture, picture)
+        with tempfile.TemporaryDirectory() as folder:  # it keeps what it found beside the image
+            image = Path(folder) / case.image.name
+            shutil.copy(case.image, image)
             latent, embeddings = pipe.invert(
-                str(picture), case.source_prompt, num_inner_steps=10, early_stop_epsilon=1e-5,
+                str(image), case.source_prompt, num_inner_steps=10, early_stop_epsilon=1e-5,
                 num_inference_steps=settings.steps,
             )  # fmt: skip
         made = pipe(
@@ -162,11 +162,11 @@ def null_text(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) 
         parts["unet"].requires_grad_(False)
         for parameter in parts["unet"].parameters():
             parameter.grad = None
-    return as_picture(made.images)
+    return as_image(made.images)
 
 
 def imagic(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> torch.Tensor:
-    """Text optimisation, fine-tuning of the network (on a copy), and sampling from noise."""
+    """Text optimization, fine-tuning of the network (on a copy), and sampling from noise."""
     import accelerate
 
     assert settings.community is not None
@@ -219,9 +219,9 @@ def masactrl(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -
     own = [layer.key for layer in attention_layers(network) if layer.attends_to_itself]
     layers = [own.index(key) for key in mutual_layers(network)]
     with contextlib.redirect_stdout(None):
-        picture = as_input(case, size) * 2 - 1
+        image = as_input(case, size) * 2 - 1
         last, latents = pipe.invert(
-            picture, case.source_prompt, num_inference_steps=steps, guidance_scale=1.0, return_intermediates=True
+            image, case.source_prompt, num_inference_steps=steps, guidance_scale=1.0, return_intermediates=True
         )
         editor = control_class(round(START_STEP * steps), layer_idx=layers, total_steps=steps)
         register(pipe, editor)
@@ -229,7 +229,7 @@ def masactrl(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -
             [case.source_prompt, case.target_prompt], latents=last.expand(2, -1, -1, -1), height=size, width=size,
             num_inference_steps=steps, guidance_scale=settings.guidance_scale, ref_intermediate_latents=latents,
         )  # fmt: skip
-    return as_picture(made[-1:])
+    return as_image(made[-1:])
 
 
 METHODS = {

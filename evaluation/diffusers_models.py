@@ -48,16 +48,16 @@ class Autoencoder(ModelMixin, ConfigMixin):
         self.comfy: list[Any] = []  # in a list: a VAE is no module, and copies of this one share it
 
     @torch.no_grad()
-    def encode(self, pictures: torch.Tensor, return_dict: bool = True) -> Any:
+    def encode(self, images: torch.Tensor, return_dict: bool = True) -> Any:
         """[B, 3, H, W] in [-1, 1]."""
-        latent = self.comfy[0].encode((pictures / 2 + 0.5).permute(0, 2, 3, 1)).to(pictures)
+        latent = self.comfy[0].encode((images / 2 + 0.5).permute(0, 2, 3, 1)).to(images)
         return AutoencoderKLOutput(latent_dist=Encoded(mean=latent))
 
     @torch.no_grad()
     def decode(self, latent: torch.Tensor, return_dict: bool = True, generator: Any = None) -> Any:
         """[B, C, h, w] as `encode` gives them."""
-        pictures = (self.comfy[0].decode(latent) * 2 - 1).permute(0, 3, 1, 2).to(latent)
-        return DecoderOutput(sample=pictures) if return_dict else (pictures,)
+        images = (self.comfy[0].decode(latent) * 2 - 1).permute(0, 3, 1, 2).to(latent)
+        return DecoderOutput(sample=images) if return_dict else (images,)
 
 
 def unet(model: Any) -> UNet2DConditionModel:

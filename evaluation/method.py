@@ -25,7 +25,7 @@ class Checkpoint:
     Attributes:
         model, clip, vae: as ComfyUI's loader gives them.
         path: the file.
-        size: width and height of its pictures in pixels.
+        size: width and height of its images in pixels.
     """
 
     model: Any
@@ -37,7 +37,7 @@ class Checkpoint:
 
 @dataclass
 class Cost:
-    """Seconds, and evaluations of the network, each of one picture with one prompt, forward passes alone."""
+    """Seconds, and evaluations of the network, each of one image with one prompt, forward passes alone."""
 
     seconds: float = 0.0
     evaluations: int = 0
@@ -74,14 +74,14 @@ def _now() -> float:
 
 
 EDIT, SUBJECT, PREPARATION = "edit", "subject", "preparation"
-"""What shared work is for: an edit; a subject, for all edits of its pictures; or reading files, which is no one's."""
+"""What shared work is for: an edit; a subject, for all edits of its images; or reading files, which is no one's."""
 
 
 @dataclass
 class SharedWork:
     """Work that is done once, and counts for every method that uses it.
 
-    Whoever measures calls `begin` before a method and `edit_cost` after it, and `forget("case")` between pictures.
+    Whoever measures calls `begin` before a method and `edit_cost` after it, and `forget("case")` between images.
 
     Attributes:
         used: what was used since `begin`, by what it is for.
@@ -133,14 +133,14 @@ class MethodSettings:
         encoding_ratio: the same for DiffEdit; diffusers' 0.8.
         mask_seeds: noises over which DiffEdit averages.
         ratio: of the steps with the source prompt (timestep-aware injection).
-        eta: interpolation between the optimised embedding (0) and the target prompt's (1).
-        text_steps: of text optimisation, 200 in Jung et al. 2024.
+        eta: interpolation between the optimized embedding (0) and the target prompt's (1).
+        text_steps: of text optimization, 200 in Jung et al. 2024.
         skip: share of the first steps that edit-friendly sampling leaves out.
         source_guidance_scale: of edit-friendly inversion.
         training_steps, learning_rate: of an identity prior.
-        regularisation: makes the class's pictures for it; None samples the checkpoint with the class word.
+        regularization: makes the class's images for it; None samples the checkpoint with the class word.
         image_guidance_scale: of InstructPix2Pix.
-        mcdm: a checkpoint of Train MCDM (eight input channels), and what its pictures are called before the edit.
+        mcdm: a checkpoint of Train MCDM (eight input channels), and what its images are called before the edit.
         imagic_text_steps, imagic_model_steps: 500 and 1000 in Imagic for Stable Diffusion.
         community: folder with diffusers' community pipelines.
         masactrl: folder of MasaCtrl's reference implementation.
@@ -160,7 +160,7 @@ class MethodSettings:
     source_guidance_scale: float = 3.5
     training_steps: int = 150
     learning_rate: float = 1e-4
-    regularisation: Callable[[Checkpoint, EditCase], Any] | None = None
+    regularization: Callable[[Checkpoint, EditCase], Any] | None = None
     image_guidance_scale: float = 1.5
     mcdm: Path | None = None
     mcdm_source_prompt: str = "a portrait of a person"
@@ -183,7 +183,7 @@ class Method:
         source: paper or code.
         needs: what it cannot do without: "references", "class word" and "instruction" of a case, "mcdm", "community"
             and "masactrl" of the settings.
-        edit: gives the edited picture [1, size, size, 3] in [0, 1].
+        edit: gives the edited image [1, size, size, 3] in [0, 1].
     """
 
     implementation: str

@@ -1,6 +1,6 @@
 """Every way of editing that the benchmarks compare, by name: the pack's, ComfyUI's stock nodes', and other libraries'.
 
-`METHODS[name].edit(checkpoint, case, settings)` gives the edited picture. What several methods or cases need, such as
+`METHODS[name].edit(checkpoint, case, settings)` gives the edited image. What several methods or cases need, such as
 an inversion or a subject's prior, is made once (`settings.work`) and still counts for each that uses it, so that the
 time of a method is what it costs alone.
 """

@@ -27,17 +27,17 @@ from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.mcdm.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, mcdm_guider
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
-from identity_edit_pack.pipelines.subjects.regularisation_prompts import shipped_prompts
+from identity_edit_pack.pipelines.subjects.regularization_prompts import shipped_prompts
 from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures, encode_pictures
+from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 
 from ..benchmarks.edits import composite, embed
 from .cases import EditCase
 from .method import PREPARATION, SUBJECT, Checkpoint, Method, MethodSettings
 from .stock_methods import eight_channel_checkpoint
 
-REGULARISATION = 16
+REGULARIZATION = 16
 MCDM_STEPS = 20
 MCDM_SCALES = GuidanceScales(3.0, 3.0, 4.0)
 MCDM_MASK = EditMaskSettings(kernel=3, threshold=0.2)
@@ -56,7 +56,7 @@ class Start:
 
 @torch.no_grad()
 def start(checkpoint: Checkpoint, case: EditCase) -> Start:
-    latent = checkpoint.vae.encode(case.load_picture(checkpoint.size))
+    latent = checkpoint.vae.encode(case.load_image(checkpoint.size))
     source, target, empty = (embed(checkpoint.clip, [text]) for text in (case.source_prompt, case.target_prompt, ""))
     return Start(latent, source, target, empty)
 
@@ -73,7 +73,7 @@ def inverted(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -
         begin = start(checkpoint, case)
         return ddim_inversion(checkpoint.model, begin.latent, begin.source, steps=settings.steps)
 
-    return settings.work.once(("case", "inversion", case.picture, case.source_prompt, settings.steps), make)
+    return settings.work.once(("case", "inversion", case.image, case.source_prompt, settings.steps), make)
 
 
 def with_null_text(
@@ -81,7 +81,7 @@ def with_null_text(
 ) -> Inversion:
     """The inversion with its null-text embeddings; made once."""
     inversion = inverted(checkpoint, case, settings)
-    key = ("case", "null-text", case.picture, case.source_prompt, method, guidance_scale, settings.steps)
+    key = ("case", "null-text", case.image, case.source_prompt, method, guidance_scale, settings.steps)
 
     def make() -> Inversion:
         begin = start(checkpoint, case)
@@ -168,10 +168,10 @@ def by_masked_edit(checkpoint: Checkpoint, case: EditCase, settings: MethodSetti
 
 
 def by_lipe(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> torch.Tensor:
-    """The same with an identity prior of the subject, learned once for all of its pictures."""
+    """The same with an identity prior of the subject, learned once for all of its images."""
     case = case.named()
     key = ("subject", case.references)
-    seen = settings.work.once(("class", case.class_word), lambda: _class_pictures(checkpoint, case, settings), SUBJECT)
+    seen = settings.work.once(("class", case.class_word), lambda: _class_images(checkpoint, case, settings), SUBJECT)
     model, clip = settings.work.once(key, lambda: _with_prior(checkpoint, case, settings, seen), SUBJECT)
     own = dataclasses.replace(checkpoint, model=model, clip=clip)
     return _by_masks(own, case, settings, f"{case.subject_word} {case.class_word}")
@@ -204,12 +204,12 @@ def by_edit_friendly(checkpoint: Checkpoint, case: EditCase, settings: MethodSet
 
 
 @torch.no_grad()
-def _class_pictures(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> TrainingPictures:
-    """The regularisation set: pictures of the class that the checkpoint draws."""
-    if settings.regularisation is not None:
-        return settings.regularisation(checkpoint, case)
-    prompts = shipped_prompts(case.class_word, REGULARISATION, settings.seed)
-    pictures = []
+def _class_images(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> TrainingImages:
+    """The regularization set: images of the class that the checkpoint draws."""
+    if settings.regularization is not None:
+        return settings.regularization(checkpoint, case)
+    prompts = shipped_prompts(case.class_word, REGULARIZATION, settings.seed)
+    images = []
     for index, prompt in enumerate(prompts):
         latent = torch.zeros(1, 4, checkpoint.size // 8, checkpoint.size // 8)
         noise = comfy.sample.prepare_noise(latent, settings.seed + index)
@@ -217,12 +217,12 @@ def _class_pictures(checkpoint: Checkpoint, case: EditCase, settings: MethodSett
             checkpoint.model, noise, settings.steps, settings.guidance_scale, "ddim", "ddim_uniform",
             embed(checkpoint.clip, [prompt]), embed(checkpoint.clip, [""]), latent, disable_pbar=True,
         )  # fmt: skip
-        pictures.append(decoded(checkpoint, made)[0])
-    return encode_pictures(checkpoint.vae, pictures, prompts)
+        images.append(decoded(checkpoint, made)[0])
+    return encode_images(checkpoint.vae, images, prompts)
 
 
 def _with_prior(
-    checkpoint: Checkpoint, case: EditCase, settings: MethodSettings, regularisation: TrainingPictures
+    checkpoint: Checkpoint, case: EditCase, settings: MethodSettings, regularization: TrainingImages
 ) -> tuple[Any, Any]:
     """MODEL and CLIP with a prior learned from the case's references."""
     captions = []
@@ -234,12 +234,12 @@ def _with_prior(
             else f"a {case.subject_word} {case.class_word}"
         )
     with torch.no_grad():
-        identity = encode_pictures(checkpoint.vae, case.load_references(checkpoint.size), captions)
+        identity = encode_images(checkpoint.vae, case.load_references(checkpoint.size), captions)
     own = PriorSettings(
         token=case.subject_word, class_word=case.class_word, precision="float32", weight_decay=0.0,
         steps=settings.training_steps, learning_rate=settings.learning_rate, seed=settings.seed,
     )  # fmt: skip
-    prior, _ = train_identity_prior(checkpoint.model, checkpoint.clip, identity, regularisation, own)
+    prior, _ = train_identity_prior(checkpoint.model, checkpoint.clip, identity, regularization, own)
     return apply_identity_prior(checkpoint.model, checkpoint.clip, prior)
 
 
@@ -251,11 +251,10 @@ def by_mcdm(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) ->
     edit, path = eight_channel_checkpoint(settings, checkpoint), settings.mcdm
     file = settings.work.once(("mcdm", path), lambda: mcdm.load_mcdm(str(path)), PREPARATION)
     vision = settings.work.once(("vision",), load_clip_vision, PREPARATION)
-    picture = case.load_picture(edit.size)
-    seen = mcdm.see_pictures(file, edit.model, vision, edit.vae, picture)
+    image = case.load_image(edit.size)
+    seen = mcdm.see_images(file, edit.model, vision, edit.vae, image)
     source, target, empty = (
-        mcdm.with_pictures(embed(edit.clip, [text]), seen)
-        for text in (settings.mcdm_source_prompt, case.instruction, "")
+        mcdm.with_images(embed(edit.clip, [text]), seen) for text in (settings.mcdm_source_prompt, case.instruction, "")
     )
     mask = edit_mask(edit.model, target, source, seen.latent, MCDM_MASK, seed=settings.seed).mask
     guider = mcdm_guider(edit.model, target, empty, MCDM_SCALES, source, mask)
@@ -263,7 +262,7 @@ def by_mcdm(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) ->
     zeros = torch.zeros_like(seen.latent)
     noise, sampler = comfy.sample.prepare_noise(zeros, settings.seed), comfy.samplers.sampler_object("uni_pc")
     latent = guider.sample(noise, zeros, sampler, sigmas, disable_pbar=True, seed=settings.seed)
-    return composite(picture, decoded(edit, latent), mask)
+    return composite(image, decoded(edit, latent), mask)
 
 
 METHODS = {
@@ -272,17 +271,17 @@ METHODS = {
         "pack", "DDIM inversion, the source prompt as the negative side", "Miyake et al. 2023",
         by_negative_prompt_inversion,
     ),
-    "null-text": Method("pack", "null-text optimisation (adaptive) and the target prompt", "Mokady et al. 2023",
+    "null-text": Method("pack", "null-text optimization (adaptive) and the target prompt", "Mokady et al. 2023",
                         by_null_text),
     "null-text-7.5": Method(
         "pack", "the same by the paper's method, with its guidance scale of 7.5", "Mokady et al. 2023",
         by_null_text_of_the_paper,
     ),
     "prompt-to-prompt": Method(
-        "pack", "null-text optimisation (adaptive) and prompt-to-prompt", "Hertz et al. 2023", by_prompt_to_prompt
+        "pack", "null-text optimization (adaptive) and prompt-to-prompt", "Hertz et al. 2023", by_prompt_to_prompt
     ),
     "timestep-aware": Method(
-        "pack", "text optimisation, null-text optimisation and timestep-aware injection", "Jung et al. 2024",
+        "pack", "text optimization, null-text optimization and timestep-aware injection", "Jung et al. 2024",
         by_timestep_aware_injection,
     ),
     "edit-friendly": Method(

@@ -1,17 +1,17 @@
 """How does the pack compare with what else there is? `python -m benchmarks peers --community C --masactrl M`.
 
 The pack's methods, ComfyUI's stock nodes, diffusers' pipelines, those of its community and the authors' own code edit
-the same pictures with the same weights in float32, the same number of steps, guidance scale and seed.
+the same images with the same weights in float32, the same number of steps, guidance scale and seed.
 
 - Figures: non-rigid edits (pose, expression, view) of subjects that the demo checkpoint has never seen, as in
-  `lipe_edit.py`. Every method is told the whole caption, but for LIPE, which learns the subject from four pictures and
+  `lipe_edit.py`. Every method is told the whole caption, but for LIPE, which learns the subject from four images and
   is told its rare token and class word alone.
 - Portraits: the edits that the demo MCDM has learned, as in `portrait_edit.py`. MCDM and InstructPix2Pix, which run on
   the same eight-channel checkpoint, are told the edit's words, the others the whole caption.
 
-The renderer knows the true edit. Scores: share of edits that the attribute classifier sees done; share of pictures of
+The renderer knows the true edit. Scores: share of edits that the attribute classifier sees done; share of images of
 which it sees the identity kept; both; PSNR against the source outside of what the true edit changes (figures: outside
-of the subject); SSIM against the true edit. Time and network evaluations are those of a method alone, with all that it
+of the subject); SSIM against the true edit. Time and model calls are those of a method alone, with all that it
 needs; what is learned once for a subject is given apart. Two implementations of the same algorithm are compared with
 one another.
 `--community` is a folder with diffusers' examples/community, `--masactrl` a checkout of MasaCtrl's code; without one of
@@ -44,7 +44,7 @@ from tqdm import tqdm
 from ..benchmarks import edits, lipe_edit, portrait_edit
 from ..benchmarks.edits import Pair
 from ..benchmarks.harness import RESULTS, ROOT, source_commit, write_results
-from .cases import EditCase, save_picture
+from .cases import EditCase, save_image
 from .methods import (
     METHODS,
     SAME_ALGORITHM,
@@ -70,17 +70,17 @@ REASONS = {
     ),
     "diffedit": (
         "diffusers guides the two predictions whose difference makes the mask: twice the evaluations for the same "
-        "difference but for a factor, which normalising takes away. Its noise is drawn in another order, and each of "
+        "difference but for a factor, which normalizing takes away. Its noise is drawn in another order, and each of "
         "its steps is blended with the inverted latent of the step before, the pack's with that of the same noise "
         "level. It inverts only as far as the edit goes back, DDIM Inversion the whole way."
     ),
     "masactrl": (
-        "The same picture to rounding. The reference evaluates source and target as one batch; the pack one after the "
+        "The same image to rounding. The reference evaluates source and target as one batch; the pack one after the "
         "other, which needs less memory and serves any guider, and is slower on a processor. It leaves the source out "
         "of the first steps, where nothing looks at it."
     ),
     "null-text-7.5": (
-        "The same picture to rounding. The community's pipeline computes gradients of all weights, and evaluates both "
+        "The same image to rounding. The community's pipeline computes gradients of all weights, and evaluates both "
         "sides once more at the end of each step."
     ),
 }
@@ -89,7 +89,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A picture to edit, as every method but those that learn the subject is told, as these are, and the truth."""
+    """An image to edit, as every method but those that learn the subject is told, as these are, and the truth."""
 
     case: EditCase
     named: EditCase
@@ -107,10 +107,10 @@ def figure_tasks(count: int, folder: Path, seed: int) -> list[Task]:
             case = EditCase(
                 name=name,
                 group=pair.edited,
-                picture=save_picture(pair.before, folder / f"{name}.png"),
+                image=save_image(pair.before, folder / f"{name}.png"),
                 source_prompt=caption(pair.source),
                 target_prompt=caption(pair.target),
-                target=save_picture(pair.after, folder / f"{name} edited.png"),
+                target=save_image(pair.after, folder / f"{name} edited.png"),
                 references=references,
                 subject_word=TOKEN,
                 class_word=subject.species,
@@ -126,11 +126,11 @@ def figure_tasks(count: int, folder: Path, seed: int) -> list[Task]:
 
 
 def write_references(subject: Attributes, folder: Path, seed: int) -> tuple[Path, ...]:
-    """Four pictures of a subject, each with its editing-oriented caption beside it."""
+    """Four images of a subject, each with its editing-oriented caption beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for index, (picture, text) in enumerate(lipe_edit.references(subject, f"{TOKEN} {subject.species}", True, seed)):
-        paths.append(save_picture(picture, folder / f"{index}.png"))
+    for index, (image, text) in enumerate(lipe_edit.references(subject, f"{TOKEN} {subject.species}", True, seed)):
+        paths.append(save_image(image, folder / f"{index}.png"))
         paths[-1].with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
     return tuple(paths)
 
@@ -142,11 +142,11 @@ def portrait_tasks(count: int, folder: Path, seed: int) -> list[Task]:
         case = EditCase(
             name=name,
             group=pair.edited,
-            picture=save_picture(pair.before, folder / f"{name}.png"),
+            image=save_image(pair.before, folder / f"{name}.png"),
             source_prompt=caption(pair.source),
             target_prompt=caption(pair.target),
             instruction=portrait_edit.edit_words(pair)[1],
-            target=save_picture(pair.after, folder / f"{name} edited.png"),
+            target=save_image(pair.after, folder / f"{name} edited.png"),
             class_word="person",
         )
         tasks.append(Task(case, case, pair))
@@ -155,9 +155,9 @@ def portrait_tasks(count: int, folder: Path, seed: int) -> list[Task]:
 
 @dataclass(frozen=True)
 class Made:
-    """An edited picture [128, 128, 3] in [0, 1], what it cost, and what learning its subject did."""
+    """An edited image [128, 128, 3] in [0, 1], what it cost, and what learning its subject did."""
 
-    picture: torch.Tensor
+    image: torch.Tensor
     seconds: float
     evaluations: int
     subject_seconds: float
@@ -168,21 +168,21 @@ def make(name: str, task: Task, checkpoint: Checkpoint, settings: MethodSettings
     case = task.named if "references" in method.needs else task.case
     work.begin()
     with measured() as own:
-        picture = method.edit(checkpoint, case, settings)
+        image = method.edit(checkpoint, case, settings)
     cost = work.edit_cost(own)
-    return Made(picture[0].clamp(0, 1), cost.seconds, cost.evaluations, work.used[SUBJECT].seconds)
+    return Made(image[0].clamp(0, 1), cost.seconds, cost.evaluations, work.used[SUBJECT].seconds)
 
 
 def kept_or_made(path: Path, make_it: Callable[[], Made]) -> Made:
     if path.exists():
         with safe_open(path, framework="pt") as file:
             said = file.metadata()
-            picture = file.get_tensor("picture")
-        return Made(picture, float(said["seconds"]), int(said["evaluations"]), float(said["subject_seconds"]))
+            image = file.get_tensor("image")
+        return Made(image, float(said["seconds"]), int(said["evaluations"]), float(said["subject_seconds"]))
     made = make_it()
     said = {name: str(getattr(made, name)) for name in ("seconds", "evaluations", "subject_seconds")}
     temporary = path.with_suffix(".tmp")
-    save_file({"picture": made.picture.contiguous()}, temporary, metadata=said)
+    save_file({"image": made.image.contiguous()}, temporary, metadata=said)
     temporary.replace(path)
     return made
 
@@ -192,7 +192,7 @@ def edit_all(
     only_kept: bool,
 ) -> Iterator[tuple[str, int, Made]]:  # fmt: skip
     """(method, number of the task, what it made), one task after the other."""
-    for number, task in enumerate(tqdm(tasks, unit="picture")):
+    for number, task in enumerate(tqdm(tasks, unit="image")):
         for name in names:
             path = folder / f"{name} {task.case.name}.safetensors"
             if METHODS[name].lacks(task.named, settings) or (only_kept and not path.exists()):
@@ -215,7 +215,7 @@ def rows_of(results: Results, tasks: list[Task], score: Score) -> dict[str, dict
     report: dict[str, dict[str, Any]] = {}
     for name, made in results.items():
         pairs = [tasks[number].pair for number in made]
-        scored = score(torch.stack([one.picture for one in made.values()]), pairs)
+        scored = score(torch.stack([one.image for one in made.values()]), pairs)
         report[name] = {
             "implementation": METHODS[name].implementation if name in METHODS else "",
             "description": METHODS[name].description if name in METHODS else "",
@@ -228,14 +228,14 @@ def rows_of(results: Results, tasks: list[Task], score: Score) -> dict[str, dict
     return report
 
 
-def score_figures(pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
-    rows = edits.score_each(load_classifier(), pictures, pairs)
+def score_figures(images: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    rows = edits.score_each(load_classifier(), images, pairs)
     names = {"edit_done_and_identity_kept": "both", "background_psnr_db": "psnr_db", "ssim_to_true_edit": "ssim"}
     return [{names.get(key, key): value for key, value in row.items() if key != "psnr_to_source_db"} for row in rows]
 
 
-def score_portraits(pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
-    rows = portrait_edit.score_each(load_classifier(), pictures, pairs)
+def score_portraits(images: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    rows = portrait_edit.score_each(load_classifier(), images, pairs)
     kept = ("edit_done", "identity_kept", "both", "ssim")
     return [{**{key: row[key] for key in kept}, "psnr_db": row["psnr_outside_db"]} for row in rows]
 
@@ -243,7 +243,7 @@ def score_portraits(pictures: torch.Tensor, pairs: list[Pair]) -> list[dict[str,
 def table(report: dict[str, dict[str, Any]], shown: str) -> list[str]:
     lines = [
         f"| method | implementation | edit done | identity kept | both | {shown} PSNR | SSIM to true edit | "
-        "seconds | evaluations | pictures |",
+        "seconds | evaluations | images |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report.items():
@@ -259,18 +259,18 @@ def table(report: dict[str, dict[str, Any]], shown: str) -> list[str]:
 
 
 def same_algorithm(results: Results, report: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Two implementations of one algorithm: how alike their pictures are, and what they cost."""
+    """Two implementations of one algorithm: how alike their images are, and what they cost."""
     lines, figures = [], []
     for ours, theirs in SAME_ALGORITHM.items():
         both = sorted(set(results.get(ours, ())) & set(results.get(theirs, ())))
         if not both:
             continue
         pairs = [(results[ours][number], results[theirs][number]) for number in both]
-        alike = statistics.median(edits.mean_psnr(a.picture, b.picture) for a, b in pairs)
+        alike = statistics.median(edits.mean_psnr(a.image, b.image) for a, b in pairs)
         ratio = statistics.median(a.seconds / b.seconds for a, b in pairs)
         evaluations = [report[name]["evaluations"] for name in (ours, theirs)]
         figures.append(
-            {"method": ours, "other": theirs, "psnr_between_db": alike, "time_ratio": ratio, "pictures": len(both)}
+            {"method": ours, "other": theirs, "psnr_between_db": alike, "time_ratio": ratio, "images": len(both)}
         )
         lines.append(
             f"| {ours} | {theirs} | {alike:.1f} dB | {ratio:.2f} | {evaluations[0]:.0f} / {evaluations[1]:.0f} | "
@@ -280,19 +280,19 @@ def same_algorithm(results: Results, report: dict[str, dict[str, Any]]) -> tuple
 
 
 def sheet_rows(results: Results, tasks: list[Task]) -> list[torch.Tensor]:
-    """Sources, methods, true edits; grey where a method made no picture."""
-    grey = torch.full((SIZE, SIZE, 3), 0.5)
+    """Sources, methods, true edits; gray where a method made no image."""
+    gray = torch.full((SIZE, SIZE, 3), 0.5)
     rows = [torch.stack([task.pair.before for task in tasks])]
     for made in results.values():
-        rows.append(torch.stack([made[n].picture if n in made else grey for n in range(len(tasks))]))
+        rows.append(torch.stack([made[n].image if n in made else gray for n in range(len(tasks))]))
     return [*rows, torch.stack([task.pair.after for task in tasks])]
 
 
 def check_kept(folder: Path, settings: dict[str, Any]) -> None:
-    """Pictures of other settings are not mixed with those of this run."""
+    """Images of other settings are not mixed with those of this run."""
     path, text = folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True)
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise SystemExit(f"{folder} holds pictures of other settings; name another folder, or remove it.")
+        raise SystemExit(f"{folder} holds images of other settings; name another folder, or remove it.")
     path.write_text(text, encoding="utf-8")
 
 
@@ -304,7 +304,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=50, help="of sampling and of inversion (default 50)")
     parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the target prompt, as in the workflows")
     parser.add_argument("--image-guidance-scale", type=float, default=3.0, help="of InstructPix2Pix, as MCDM's")
-    parser.add_argument("--seed", type=int, default=0, help="draws subjects, pictures, edits and noise")
+    parser.add_argument("--seed", type=int, default=0, help="draws subjects, images, edits and noise")
     parser.add_argument("--community", type=Path, help="folder with diffusers' examples/community")
     parser.add_argument("--masactrl", type=Path, help="folder with MasaCtrl's code")
     parser.add_argument("--keep", type=Path, help="folder in which what was made is kept")
@@ -320,16 +320,16 @@ def main(arguments: argparse.Namespace) -> None:
     family.register()
     checkpoint = load_checkpoint(arguments.checkpoint, SIZE)
 
-    def class_pictures(_: Checkpoint, case: EditCase) -> Any:
+    def class_images(_: Checkpoint, case: EditCase) -> Any:
         base = lipe_edit.Checkpoint(checkpoint.model, checkpoint.clip, checkpoint.vae)
-        return lipe_edit.regularisation_set(base, case.class_word, arguments.seed)
+        return lipe_edit.regularization_set(base, case.class_word, arguments.seed)
 
     settings = MethodSettings(
         steps=arguments.steps,
         guidance_scale=arguments.guidance_scale,
         source_guidance_scale=2.0,
         image_guidance_scale=arguments.image_guidance_scale,
-        regularisation=class_pictures,
+        regularization=class_images,
         mcdm=arguments.mcdm,
         mcdm_source_prompt=portrait_edit.SOURCE_PROMPT,
         community=arguments.community,
@@ -384,9 +384,9 @@ def write_report(
             if torch.cuda.is_available()
             else "processor time, which other work on the machine lengthens."
         )
-        + " An evaluation is a forward pass of one picture with one prompt; backward passes are not counted. Rows of "
-        "fewer pictures are of the first of them."
-        + (" Pictures and times were kept from runs with the same settings." if arguments.keep else ""),
+        + " An evaluation is a forward pass of one image with one prompt; backward passes are not counted. Rows of "
+        "fewer images are of the first of them."
+        + (" Images and times were kept from runs with the same settings." if arguments.keep else ""),
         "",
         "## Figures: pose, expression and view of unseen subjects",
         "",
@@ -398,10 +398,10 @@ def write_report(
         "",
         "## The same algorithm twice",
         "",
-        "Time is the median of the first's relative to the second's for the same picture. A PSNR of 100 dB is the "
+        "Time is the median of the first's relative to the second's for the same image. A PSNR of 100 dB is the "
         "highest that is given: equal to rounding.",
         "",
-        "| method | other implementation | PSNR between the pictures | time | evaluations | what differs |",
+        "| method | other implementation | PSNR between the images | time | evaluations | what differs |",
         "|---|---|---|---|---|---|",
         *comparisons[0][0],
         *(line for line in comparisons[1][0] if line.split("|")[1] not in seen),
@@ -409,7 +409,7 @@ def write_report(
         "Learning a subject beside a plain loop and diffusers' loop: "
         "[identity prior](identity_prior_training.md), [subject embeddings](subject_embedding_training.md).",
         "",
-        "Rows of the pictures: the source, the methods in the table's order, the true edit. The methods:",
+        "Rows of the images: the source, the methods in the table's order, the true edit. The methods:",
         "",
         *(
             f"- {name}: {METHODS[name].description} ({METHODS[name].source})"

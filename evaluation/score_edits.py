@@ -9,16 +9,16 @@
 
 `--dataset` is one of pie-bench, tedbench, lipe, dreambooth (folders in their published form, see edit_datasets.py;
 nothing is downloaded) and demo, which the demo world draws: edits of subjects that nothing was trained on, with the
-true edits known. `--methods` are those of edit_methods.py; `--list` names them. `--edited` scores pictures that exist
-already, found by the names of the cases. Every table has the unchanged source picture as a row, and the true edit where
+true edits known. `--methods` are those of edit_methods.py; `--list` names them. `--edited` scores images that exist
+already, found by the names of the cases. Every table has the unchanged source image as a row, and the true edit where
 it is known. With `--keep` a run that was stopped goes on. Scores need the networks that are given, local folders in the
 form of transformers (`--clip`, `--dino`, `--dinov2`, `--structure`) or files of `--models` (a ComfyUI models folder):
 `--lpips`, `--fid` and `--aesthetic` of its image_scores, `--arcface` and `--face-detector` of its insightface. The demo
 dataset is scored by the demo world's own CLIP, whose figures say nothing beside those of a published CLIP.
 
-Parts of pictures are compared by PIE-Bench's rule for pie-bench, else by the mean over the part (`--rule`).
+Parts of images are compared by PIE-Bench's rule for pie-bench, else by the mean over the part (`--rule`).
 
-Published figures to compare with, each with the papers' own checkpoints, pictures and scorers; this command has not
+Published figures to compare with, each with the papers' own checkpoints, images and scorers; this command has not
 measured them:
 
 - LIPE (Liu et al. 2024, table 2, on their dataset with SDXL), DINOv2-I / CLIP-I / CLIP-T / CLIP-D: LIPE .8848 / .9247 /
@@ -67,9 +67,9 @@ from .scoring import (
     SOURCE,
     TARGET,
     EditedFolder,
-    KeptPictures,
+    Images,
+    KeptImages,
     MethodScores,
-    Pictures,
     figure,
     figures_of,
     means_by_group,
@@ -93,10 +93,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, help="how many cases (all; demo: 21)")
     parser.add_argument("--start", type=int, default=0, help="the first of them (0)")
     parser.add_argument("--checkpoint", type=Path, help="an SD 1.x, 2.x or XL checkpoint (the demo world's)")
-    parser.add_argument("--size", type=int, help="width and height of the pictures (512; demo: 128)")
+    parser.add_argument("--size", type=int, help="width and height of the images (512; demo: 128)")
     parser.add_argument("--methods", nargs="*", default=[], metavar="METHOD", help="see --list")
-    parser.add_argument("--edited", nargs="*", default=[], type=Path, help="folders of pictures that exist already")
-    parser.add_argument("--keep", type=Path, help="keep the made pictures here, and go on with what it holds")
+    parser.add_argument("--edited", nargs="*", default=[], type=Path, help="folders of images that exist already")
+    parser.add_argument("--keep", type=Path, help="keep the made images here, and go on with what it holds")
     parser.add_argument("--seed", type=int, default=0, help="of all noise (0)")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=NUMBER", help=f"any of {', '.join(sorted(NUMBERS))}"
@@ -146,8 +146,8 @@ def method_settings(arguments: argparse.Namespace) -> MethodSettings:
     return MethodSettings(**changes)
 
 
-def made_pictures(arguments: argparse.Namespace, cases: list[EditCase], size: int, keep: Path) -> dict[str, Pictures]:
-    """Edit all cases by all methods; what reads the pictures, by method."""
+def made_images(arguments: argparse.Namespace, cases: list[EditCase], size: int, keep: Path) -> dict[str, Images]:
+    """Edit all cases by all methods; what reads the images, by method."""
     unknown = sorted(set(arguments.methods) - set(METHODS))
     if unknown:
         raise IdentityEditError(f"There is no method {', '.join(unknown)}; --list names those that there are.")
@@ -155,7 +155,7 @@ def made_pictures(arguments: argparse.Namespace, cases: list[EditCase], size: in
     path = arguments.checkpoint or DEMO_CHECKPOINT
     if arguments.methods and not path.is_file():
         raise IdentityEditError(f"The checkpoint {path} is missing; give a file with --checkpoint.")
-    kept = KeptPictures(keep, settings_of_pictures(arguments, settings, path, size))
+    kept = KeptImages(keep, settings_of_images(arguments, settings, path, size))
 
     @functools.cache
     def checkpoint() -> Checkpoint:
@@ -185,10 +185,10 @@ def edit_case(
     return method.edit(checkpoint(), case, settings)
 
 
-def settings_of_pictures(
+def settings_of_images(
     arguments: argparse.Namespace, settings: MethodSettings, checkpoint: Path, size: int
 ) -> dict[str, Any]:
-    """What made pictures depend on."""
+    """What made images depend on."""
     files = {name: path.name for name in ("mcdm", "community", "masactrl") if (path := getattr(arguments, name))}
     numbers = {name: getattr(settings, name) for name in sorted(NUMBERS)}
     return {
@@ -201,13 +201,13 @@ def settings_of_pictures(
     }
 
 
-def existing_pictures(arguments: argparse.Namespace, cases: list[EditCase], size: int) -> dict[str, Pictures]:
-    """What reads the pictures of --edited, by the folder's name."""
-    found: dict[str, Pictures] = {}
+def existing_images(arguments: argparse.Namespace, cases: list[EditCase], size: int) -> dict[str, Images]:
+    """What reads the images of --edited, by the folder's name."""
+    found: dict[str, Images] = {}
     for folder in arguments.edited:
         edited = EditedFolder(folder)
         if not any(case.name in edited.paths for case in cases):
-            raise IdentityEditError(f"{folder} holds no picture named like a case, as {cases[0].name} is; rename them.")
+            raise IdentityEditError(f"{folder} holds no image named like a case, as {cases[0].name} is; rename them.")
         found[folder.name] = functools.partial(edited.load, size=size)
     return found
 
@@ -243,8 +243,8 @@ def command() -> str:
     return " ".join(["python -m benchmarks score_edits", *(relative(word) for word in sys.argv[1:])])
 
 
-def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: dict[str, Pictures], size: int) -> None:
-    """Score every row of pictures, and write the results."""
+def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: dict[str, Images], size: int) -> None:
+    """Score every row of images, and write the results."""
     rule = arguments.rule or (PIE_BENCH if arguments.dataset == "pie-bench" else PLAIN)
     methods = {name: MethodScores() for name in rows}
     others: list[torch.Tensor] = []
@@ -252,9 +252,9 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
         inception, networks = networks.inception, dataclasses.replace(networks, inception=None)
         for case in tqdm(cases, unit="case", desc="scoring"):
             if inception is not None:
-                others.append(inception.features([case.load_picture(size)[0]]))
-            for name, pictures in rows.items():
-                edited = pictures(case)
+                others.append(inception.features([case.load_image(size)[0]]))
+            for name, images in rows.items():
+                edited = images(case)
                 if edited is None:
                     continue
                 compare_source = arguments.dataset != "dreambooth"
@@ -301,11 +301,11 @@ def main(arguments: argparse.Namespace) -> None:
     size = arguments.size or (DEMO_SIZE if arguments.dataset == DEMO else USUAL_SIZE)
     with tempfile.TemporaryDirectory(prefix="score-edits-") as temporary:
         cases = read_cases(arguments, Path(temporary))
-        rows: dict[str, Pictures] = {SOURCE: functools.partial(EditCase.load_picture, size=size)}
+        rows: dict[str, Images] = {SOURCE: functools.partial(EditCase.load_image, size=size)}
         if cases[0].target is not None:
             rows[TARGET] = functools.partial(EditCase.load_target, size=size)
         with networks_of(arguments):
-            pass  # what is missing is said before any picture is made; the memory is free for making them
-        rows |= made_pictures(arguments, cases, size, arguments.keep or Path(temporary) / "kept")
-        rows |= existing_pictures(arguments, cases, size)
+            pass  # what is missing is said before any image is made; the memory is free for making them
+        rows |= made_images(arguments, cases, size, arguments.keep or Path(temporary) / "kept")
+        rows |= existing_images(arguments, cases, size)
         score_and_write(arguments, cases, rows, size)

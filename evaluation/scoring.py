@@ -1,4 +1,4 @@
-"""What `score_edits.py` does with cases and methods: makes pictures and keeps them, scores them, and writes a table."""
+"""What `score_edits.py` does with cases and methods: makes images and keeps them, scores them, and writes a table."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from typing import Any
 
 import numpy as np
 import torch
-from identity_edit_pack.pipelines.scores import pixels as picture_scores
+from identity_edit_pack.pipelines.scores import pixels as image_scores
 from identity_edit_pack.pipelines.scores.definitions import INSIDE, OUTSIDE
 from identity_edit_pack.pipelines.scores.edit_scores import Networks, Score, score_edit
 from identity_edit_pack.pipelines.scores.frechet import FEWEST, frechet_distance, kernel_distance
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from PIL import Image
 
-from .cases import EditCase, load_square, save_picture
-from .datasets import PICTURES, file_name
+from .cases import EditCase, load_square, save_image
+from .datasets import IMAGES, file_name
 
 SOURCE, TARGET = "source", "true edit"
-"""Rows that need no method: the picture unchanged, and the answer where the dataset knows it."""
+"""Rows that need no method: the image unchanged, and the answer where the dataset knows it."""
 TO_TRUE_EDIT = "to the true edit"
 
 Edit = Callable[[EditCase], torch.Tensor]
-"""Gives the edited picture [1, size, size, 3] of a case."""
-Pictures = Callable[[EditCase], "torch.Tensor | None"]
-"""Reads the picture of a case that is scored, [1, size, size, 3], or None where there is none."""
+"""Gives the edited image [1, size, size, 3] of a case."""
+Images = Callable[[EditCase], "torch.Tensor | None"]
+"""Reads the image of a case that is scored, [1, size, size, 3], or None where there is none."""
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
-class KeptPictures:
-    """Made pictures in a folder, one PNG for each method and case, so that a run that was stopped goes on."""
+class KeptImages:
+    """Made images in a folder, one PNG for each method and case, so that a run that was stopped goes on."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         """Open the folder, or make it.
 
         Args:
-            settings: what the pictures depend on but for method and case.
+            settings: what the images depend on but for method and case.
 
         Raises:
-            IdentityEditError: when the folder holds pictures of other settings.
+            IdentityEditError: when the folder holds images of other settings.
         """
         self.folder = folder
         said = folder / "settings.json"
         text = json.dumps(settings, indent=1, sort_keys=True)
         if said.exists() and said.read_text(encoding="utf-8") != text:
             raise IdentityEditError(
-                f"The folder {folder} keeps pictures of other settings (settings.json); choose another --keep, or the "
+                f"The folder {folder} keeps images of other settings (settings.json); choose another --keep, or the "
                 f"settings of before."
             )
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,15 +61,15 @@ class KeptPictures:
         return self.folder / file_name(method) / f"{case.name}.png"
 
     def make(self, method: str, case: EditCase, edit: Edit) -> None:
-        """Make the picture and keep it, unless it is there."""
+        """Make the image and keep it, unless it is there."""
         if self.path(method, case).exists():
             return
-        picture = edit(case)[0]
-        if not bool(torch.isfinite(picture).all()):
+        image = edit(case)[0]
+        if not bool(torch.isfinite(image).all()):
             raise IdentityEditError(
                 f"The method {method} gave NaN for {case.name}; leave it out, or run it with another precision."
             )
-        save_picture(picture, self.path(method, case))
+        save_image(image, self.path(method, case))
 
     def load(self, method: str, case: EditCase, size: int) -> torch.Tensor | None:
         """[1, size, size, 3] as the PNG holds it, or None where it was not made."""
@@ -78,21 +78,21 @@ class KeptPictures:
 
 
 class EditedFolder:
-    """Pictures that exist already, each found by the name of its case, however deep it lies in the folder.
+    """Images that exist already, each found by the name of its case, however deep it lies in the folder.
 
-    A picture that is several times as wide as high is a strip whose last picture is the edited one, as the code of
+    An image that is several times as wide as high is a strip whose last image is the edited one, as the code of
     PIE-Bench writes and reads them.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES and path.is_file())
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
         self.paths = {path.stem: path for path in reversed(found)}
         if not self.paths:
-            raise IdentityEditError(f"{folder} holds no pictures; choose the folder of edited pictures.")
+            raise IdentityEditError(f"{folder} holds no images; choose the folder of edited images.")
 
     def load(self, case: EditCase, size: int) -> torch.Tensor | None:
-        """[1, size, size, 3], or None where the folder has no picture of this case."""
+        """[1, size, size, 3], or None where the folder has no image of this case."""
         path = self.paths.get(case.name)
         if path is None:
             return None
@@ -130,14 +130,14 @@ class MethodScores:
 def score_case(
     edited: torch.Tensor, case: EditCase, networks: Networks, *, size: int, rule: str, compare_source: bool
 ) -> list[Score]:
-    """All scores of one edited picture [1, size, size, 3].
+    """All scores of one edited image [1, size, size, 3].
 
     Args:
-        compare_source: False where the dataset asks for new pictures of a subject (DreamBooth): references alone count.
+        compare_source: False where the dataset asks for new images of a subject (DreamBooth): references alone count.
     """
     scores = score_edit(
         edited,
-        case.load_picture(size) if compare_source else None,
+        case.load_image(size) if compare_source else None,
         mask=case.load_mask(size) if compare_source else None,
         source_prompt=case.source_prompt,
         target_prompt=case.target_prompt,
@@ -147,17 +147,17 @@ def score_case(
     )
     target = case.load_target(size)
     if target is not None:
-        error = picture_scores.mean_squared_error(edited, target)
-        known = {"PSNR": picture_scores.psnr_of_error(error), "SSIM": picture_scores.ssim(edited, target)}
+        error = image_scores.mean_squared_error(edited, target)
+        known = {"PSNR": image_scores.psnr_of_error(error), "SSIM": image_scores.ssim(edited, target)}
         for score in [score for score in scores if score.name in known]:
-            definition = f"{score.name} of the edited picture and the true edit, which the dataset knows."
+            definition = f"{score.name} of the edited image and the true edit, which the dataset knows."
             name = f"{score.name} {TO_TRUE_EDIT}"
             scores.append(Score(name, known[score.name], True, definition, score.source))
     return scores
 
 
 def set_scores(method: MethodScores, others: Sequence[torch.Tensor]) -> dict[str, float]:
-    """FID and KID of a method's pictures to others, by their Inception features; none of too few pictures."""
+    """FID and KID of a method's images to others, by their Inception features; none of too few images."""
     if min(len(method.features), len(others)) < FEWEST:
         return {}
     first, second = torch.cat(method.features), torch.cat(list(others))
@@ -193,7 +193,7 @@ def figure(name: str, value: float) -> str:
 
 
 def table(methods: dict[str, MethodScores], sets: dict[str, dict[str, float]]) -> list[str]:
-    """One row a method, one column a score, in Markdown, and below it what each score is; those of parts of a picture
+    """One row a method, one column a score, in Markdown, and below it what each score is; those of parts of an image
     are the same on the part."""
     definitions = {name: score for method in methods.values() for name, score in method.definitions.items()}
     names = column_names(methods)
@@ -243,14 +243,14 @@ def means_by_group(methods: dict[str, MethodScores], cases: Sequence[EditCase]) 
             yield group, len(part.values), method, {name: part.mean(name) for name in scores.definitions}
 
 
-def sheet(rows: dict[str, Pictures], cases: Sequence[EditCase], side: int) -> list[torch.Tensor]:
-    """The rows of a sheet: for each method its pictures [n, side, side, 3] of these cases, black where it has none."""
+def sheet(rows: dict[str, Images], cases: Sequence[EditCase], side: int) -> list[torch.Tensor]:
+    """The rows of a sheet: for each method its images [n, side, side, 3] of these cases, black where it has none."""
     made = []
-    for pictures in rows.values():
+    for images in rows.values():
         small = []
         for case in cases:
-            picture = pictures(case)
-            picture = torch.zeros(1, side, side, 3) if picture is None else picture
-            small.append(torch.nn.functional.interpolate(picture.movedim(-1, 1), (side, side), mode="area"))
+            image = images(case)
+            image = torch.zeros(1, side, side, 3) if image is None else image
+            small.append(torch.nn.functional.interpolate(image.movedim(-1, 1), (side, side), mode="area"))
         made.append(torch.cat(small).movedim(1, -1))
     return made

@@ -34,7 +34,7 @@ def sdedit(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> 
 def _by_ksampler(
     checkpoint: Checkpoint, case: EditCase, settings: MethodSettings, sampler: str, steps: int
 ) -> torch.Tensor:
-    latent = checkpoint.vae.encode(case.load_picture(checkpoint.size))
+    latent = checkpoint.vae.encode(case.load_image(checkpoint.size))
     positive, negative = embed(checkpoint.clip, [case.target_prompt]), embed(checkpoint.clip, [""])
     made = comfy.sample.sample(
         checkpoint.model, comfy.sample.prepare_noise(latent, settings.seed), steps, settings.guidance_scale, sampler,
@@ -44,7 +44,7 @@ def _by_ksampler(
 
 
 def eight_channel_checkpoint(settings: MethodSettings, checkpoint: Checkpoint) -> Checkpoint:
-    """A UNet that also sees the source picture's latent, with the checkpoint's text encoder and VAE."""
+    """A UNet that also sees the source image's latent, with the checkpoint's text encoder and VAE."""
     path = settings.mcdm
     assert path is not None
 
@@ -63,8 +63,8 @@ def instruct_pix2pix(checkpoint: Checkpoint, case: EditCase, settings: MethodSet
 
     edit = eight_channel_checkpoint(settings, checkpoint)
     text, empty = embed(edit.clip, [case.instruction]), embed(edit.clip, [""])
-    with_picture = InstructPixToPixConditioning.execute(text, empty, case.load_picture(edit.size), edit.vae)
-    positive, middle, latent = with_picture.result
+    with_image = InstructPixToPixConditioning.execute(text, empty, case.load_image(edit.size), edit.vae)
+    positive, middle, latent = with_image.result
     guider: Any = Guider_DualCFG(edit.model)
     guider.set_conds(positive, middle, empty)
     guider.set_cfg(settings.guidance_scale, settings.image_guidance_scale)

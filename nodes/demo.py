@@ -1,4 +1,4 @@
-"""Nodes that draw pictures of the demo world and load its image encoder, so that every workflow runs as it is."""
+"""Nodes that draw images of the demo world and load its image encoder, so that every workflow runs as it is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .sockets import checked, choice_of, schema, seed_input
 
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "framing": (world.FRAMINGS, "A whole figure, or a person's portrait (hair, eyes, skin and face shape)."),
-    "species": (world.SPECIES, "Who is in the picture; figures only."),
+    "species": (world.SPECIES, "Who is in the image; figures only."),
     "color": (world.COLORS, "Fur, or a person's clothes; figures only."),
     "pattern": (world.PATTERNS, "On the fur or the clothes; figures only."),
     "pose": (world.POSES, "What the figure does; figures only."),
@@ -28,18 +28,18 @@ _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
 }
 
 
-class DrawDemoPicture(io.ComfyNode):
+class DrawDemoImage(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         default = world.Attributes()
         return schema(
-            node_id="IdentityEditDrawDemoPicture",
-            display_name="Draw Demo Picture",
+            node_id="IdentityEditDrawDemoImage",
+            display_name="Draw Demo Image",
             category="demo",
-            search_aliases=["test picture", "example image", "demo world"],
+            search_aliases=["test image", "example image", "demo world"],
             description=(
-                "Draws a 128x128 picture of the demo world, on which the checkpoint identity-edit-demo was trained, "
-                "with its mask and caption. Use Load Image for a picture of your own."
+                "Draws a 128x128 image of the demo world, on which the checkpoint identity-edit-demo was trained, "
+                "with its mask and caption. Use Load Image for an image of your own."
             ),
             inputs=[
                 *(
@@ -59,10 +59,10 @@ class DrawDemoPicture(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("picture", display_name="picture", tooltip="The picture, 128x128."),
+                io.Image.Output("image", display_name="image", tooltip="The image, 128x128."),
                 io.Mask.Output("mask", display_name="mask", tooltip="1 on the subject, costume included."),
                 io.String.Output(
-                    "caption", display_name="caption", tooltip="What the picture shows, in the words of the training."
+                    "caption", display_name="caption", tooltip="What the image shows, in the words of the training."
                 ),
             ],
         )
@@ -75,9 +75,9 @@ class DrawDemoPicture(io.ComfyNode):
         for name, (options, _) in _CHOICES.items():
             choice_of(dict.fromkeys(options), choices.get(name, options[0]), name)
         attributes = world.Attributes(**choices)
-        picture, mask = render(attributes, seed)
+        image, mask = render(attributes, seed)
         return io.NodeOutput(
-            torch.from_numpy(picture.copy()).float().unsqueeze(0) / 255.0,
+            torch.from_numpy(image.copy()).float().unsqueeze(0) / 255.0,
             torch.from_numpy(mask.copy()).float().unsqueeze(0) / 255.0,
             world.caption(attributes, wording),
         )
@@ -90,7 +90,7 @@ class DrawDemoPortraits(io.ComfyNode):
             node_id="IdentityEditDrawDemoPortraits",
             display_name="Draw Demo Portraits",
             category="demo",
-            search_aliases=["test pictures", "many faces", "pose pictures", "demo world"],
+            search_aliases=["test images", "many faces", "pose images", "demo world"],
             description=(
                 "Draws portraits of many people of the demo world, each in a place drawn at random, with its pose. Use "
                 "portraits of your own and a pose estimator for another checkpoint."
@@ -112,7 +112,7 @@ class DrawDemoPortraits(io.ComfyNode):
                 io.Image.Output(
                     "poses",
                     display_name="poses",
-                    tooltip="The pose of each, for the control network identity-edit-demo-pose.",
+                    tooltip="The pose of each, for the ControlNet identity-edit-demo-pose.",
                 ),
                 io.String.Output(
                     "captions",
@@ -143,8 +143,8 @@ class DrawDemoPortraits(io.ComfyNode):
             poses.append(torch.from_numpy(draw_pose(person, place).copy()))
             captions.append(world.caption(person))
             subjects.append(f"{world.description(person)} {world.PLACE_PHRASES[person.place]} | person")
-        pictures = [torch.stack(each).float() / 255.0 for each in (portraits, poses)]
-        return io.NodeOutput(*pictures, "\n".join(captions), "\n".join(subjects))
+        images = [torch.stack(each).float() / 255.0 for each in (portraits, poses)]
+        return io.NodeOutput(*images, "\n".join(captions), "\n".join(subjects))
 
 
 class LoadDemoClipVision(io.ComfyNode):
@@ -177,4 +177,4 @@ class LoadDemoClipVision(io.ComfyNode):
         return io.NodeOutput(load_clip_vision())
 
 
-NODES: list[type[io.ComfyNode]] = [DrawDemoPicture, DrawDemoPortraits, LoadDemoClipVision]
+NODES: list[type[io.ComfyNode]] = [DrawDemoImage, DrawDemoPortraits, LoadDemoClipVision]

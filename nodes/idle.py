@@ -45,12 +45,12 @@ def takes_all(share: float, steps: int) -> bool:
 
 
 def noise_mask_left_out(latent: dict[str, Any]) -> str | None:
-    """What a node that uses a LATENT's whole picture says of a noise mask that leaves out a part of it."""
+    """What a node that uses a LATENT's whole image says of a noise mask that leaves out a part of it."""
     mask = latent.get("noise_mask")
     if mask is None or bool((mask == 1).all()):
         return None
     return (
-        "latent has a noise mask, which is not used here: it is about the whole picture; use the mask in the sampler "
+        "latent has a noise mask, which is not used here: it is about the whole image; use the mask in the sampler "
         "(Set Latent Noise Mask), or in a node that takes one."
     )
 

@@ -27,7 +27,7 @@ _CLOCK_STEP = 2_000_000_000
 
 
 def next_path(filename_prefix: str, example: str) -> str:
-    """The next free file of a prefix below the output folder, numbered as ComfyUI numbers pictures.
+    """The next free file of a prefix below the output folder, numbered as ComfyUI numbers images.
 
     Raises:
         IdentityEditError: when the prefix is empty, leads out of the output folder, or cannot be written to.
@@ -98,7 +98,7 @@ def check_name(name: str, what: str) -> None:
 
 def loadable_files(folder: str, without: str | None = None) -> list[str]:
     """Names for a combo: files in the input folder itself, and in the input and output folder's `folder` without its
-    `without`. Other folders below the input folder may hold any number of pictures and are not searched; a file in one
+    `without`. Other folders below the input folder may hold any number of images and are not searched; a file in one
     of them can be named all the same (`check_file`)."""
     inputs, outputs = folder_paths.get_input_directory(), folder_paths.get_output_directory()
     return [
@@ -206,7 +206,7 @@ class _Listing:
 
 
 _listings: dict[str, _Listing] = {}
-"""By folder, so that a folder of many thousand pictures is read once and not at each load of the page."""
+"""By folder, so that a folder of many thousand images is read once and not at each load of the page."""
 
 
 def _listing(folder: str) -> _Listing:

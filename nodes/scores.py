@@ -24,7 +24,7 @@ from ..pipelines.scores.frechet import NEEDED as INCEPTION_NEEDED
 from ..pipelines.scores.frechet import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.scores.lpips import BACKBONES
 from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.shared.pictures import comparable
+from ..pipelines.shared.images import comparable
 from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
@@ -40,12 +40,12 @@ class ReconstructionCheck(io.ComfyNode):
             display_name="Reconstruction Check",
             category="measure",
             search_aliases=["PSNR", "compare images", "image difference"],
-            description="Measures how well an inversion reconstructs its picture, and warns when no edit can be good.",
+            description="Measures how well an inversion reconstructs its image, and warns when no edit can be good.",
             is_output_node=True,
             inputs=[
-                io.Image.Input("picture", tooltip="The picture that was inverted."),
+                io.Image.Input("image", tooltip="The image that was inverted."),
                 io.Image.Input(
-                    "reconstruction", tooltip="The picture sampled back from its inversion with the source prompt."
+                    "reconstruction", tooltip="The image sampled back from its inversion with the source prompt."
                 ),
                 io.Float.Input(
                     "lowest_psnr",
@@ -61,19 +61,17 @@ class ReconstructionCheck(io.ComfyNode):
                 io.Float.Output(
                     "psnr",
                     display_name="psnr",
-                    tooltip="Peak signal-to-noise ratio in dB, of the worst picture of a batch; higher is closer.",
+                    tooltip="Peak signal-to-noise ratio in dB, of the worst image of a batch; higher is closer.",
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="The figures of all pictures, and a warning."
-                ),
+                io.String.Output("report", display_name="report", tooltip="The figures of all images, and a warning."),
             ],
         )
 
     @classmethod
     @checked
-    def execute(cls, picture: torch.Tensor, reconstruction: torch.Tensor, lowest_psnr: float) -> io.NodeOutput:
-        picture, reconstruction, cut = comparable(picture, reconstruction, ("picture", "reconstruction"))
-        values = reconstructions.psnr(picture, reconstruction)
+    def execute(cls, image: torch.Tensor, reconstruction: torch.Tensor, lowest_psnr: float) -> io.NodeOutput:
+        image, reconstruction, cut = comparable(image, reconstruction, ("image", "reconstruction"))
+        values = reconstructions.psnr(image, reconstruction)
         figures = ", ".join(f"{value:.1f} dB" for value in values.tolist())
         warning = reconstructions.reconstruction_warning(values, lowest_psnr)
         text = show_text(cls, "\n".join(filter(None, [f"Reconstruction PSNR: {figures}", cut])), warning)
@@ -108,22 +106,22 @@ class ScoreEdit(io.ComfyNode):
                 "compare images",
             ],
             description=(
-                "Scores edited pictures: what was kept of the source, whether the prompt was followed, and whether the "
+                "Scores edited images: what was kept of the source, whether the prompt was followed, and whether the "
                 "subject is still the same. PSNR and SSIM need no file; every other score is computed by networks of "
                 "yours."
             ),
             is_output_node=True,
             inputs=[
-                io.Image.Input("edited", tooltip="The edited pictures, one or more."),
+                io.Image.Input("edited", tooltip="The edited images, one or more."),
                 io.Image.Input(
                     "source",
-                    tooltip="The picture that was edited, one for all or one for each, of the same size.",
+                    tooltip="The image that was edited, one for all or one for each, of the same size.",
                 ),
                 io.String.Input(
                     "target_prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the edited picture should show, for CLIP-T and CLIP-D. Empty leaves them out.",
+                    tooltip="What the edited image should show, for CLIP-T and CLIP-D. Empty leaves them out.",
                 ),
                 io.String.Input(
                     "source_prompt",
@@ -136,7 +134,7 @@ class ScoreEdit(io.ComfyNode):
                     options=list(edit_scores.RULES),
                     default=edit_scores.PLAIN,
                     tooltip="How the parts inside and outside of the mask are compared. Mean over the part: only its "
-                    "pixels count. PIE-Bench: both pictures are multiplied by the mask and compared as a whole, and "
+                    "pixels count. PIE-Bench: both images are multiplied by the mask and compared as a whole, and "
                     "the structure distance is taken as in its code; only so can figures be set beside its tables.",
                 ),
                 io.Combo.Input(
@@ -195,19 +193,19 @@ class ScoreEdit(io.ComfyNode):
                     default=NONE,
                     tooltip="For FID and KID: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, with which "
                     "published FIDs are computed, or torchvision's inception_v3_google-0cc3c7bd.pth, in "
-                    f"models/{score_files.FOLDER}. They need {FEWEST} edited pictures and as many references (or "
+                    f"models/{score_files.FOLDER}. They need {FEWEST} edited images and as many references (or "
                     "sources).",
                 ),
                 mask_input(
                     "mask",
-                    "Mask of the edit: 1 where it may change the picture, of any size. With it scores are given "
+                    "Mask of the edit: 1 where it may change the image, of any size. With it scores are given "
                     "inside and outside of it as well.",
                     optional=True,
                 ),
                 io.Image.Input(
                     "references",
                     optional=True,
-                    tooltip="Other pictures of the subject: CLIP-I, DINO-I and DINOv2-I are the mean over them, "
+                    tooltip="Other images of the subject: CLIP-I, DINO-I and DINOv2-I are the mean over them, "
                     "ArcFace ID the highest. For FID and KID the set to compare with, in the place of the sources.",
                 ),
                 io.Clip.Input(
@@ -237,15 +235,15 @@ class ScoreEdit(io.ComfyNode):
                     "source.",
                 ),
                 io.Float.Output(
-                    "psnr", display_name="psnr", tooltip="Mean PSNR of the whole pictures in dB; higher is closer."
+                    "psnr", display_name="psnr", tooltip="Mean PSNR of the whole images in dB; higher is closer."
                 ),
                 io.Float.Output(
-                    "ssim", display_name="ssim", tooltip="Mean SSIM of the whole pictures, up to 1; higher is closer."
+                    "ssim", display_name="ssim", tooltip="Mean SSIM of the whole images, up to 1; higher is closer."
                 ),
                 io.Float.Output(
                     "lpips_distance",
                     display_name="lpips",
-                    tooltip="Mean LPIPS of the whole pictures; lower is closer. Without the network, what is connected "
+                    tooltip="Mean LPIPS of the whole images; lower is closer. Without the network, what is connected "
                     "here does not run.",
                 ),
                 io.Float.Output(
@@ -343,7 +341,7 @@ class ScoreEdit(io.ComfyNode):
                 progress=bar.update_absolute,
             )
         others = source if references is None else references
-        warning = _few_pictures(len(edited), len(others)) if inception != NONE else None
+        warning = _few_images(len(edited), len(others)) if inception != NONE else None
         table = score_report.score_table(scores, rule)
         text = show_text(cls, table if cut is None else f"{table}\n{cut}", warning)
         means = {score.name: score.mean for score in scores}
@@ -372,18 +370,18 @@ def _clip(name: str, clip: Any, clip_vision: Any) -> str | clip_scores.SocketCli
     return clip_scores.SocketClip(clip, clip_vision)
 
 
-def _few_pictures(edited: int, others: int) -> str | None:
-    """A warning about the number of pictures for FID."""
+def _few_images(edited: int, others: int) -> str | None:
+    """A warning about the number of images for FID."""
     fewest = min(edited, others)
     if fewest < FEWEST:
         return (
-            f"FID and KID are left out: they need {FEWEST} edited pictures and as many references or sources, and "
+            f"FID and KID are left out: they need {FEWEST} edited images and as many references or sources, and "
             f"there are {edited} and {others}."
         )
     if fewest < FEATURES:
         return (
-            f"FID of {edited} and {others} pictures is higher than that of many would be (its features have {FEATURES} "
-            f"numbers); compare it only with an FID of as many pictures, or look at KID."
+            f"FID of {edited} and {others} images is higher than that of many would be (its features have {FEATURES} "
+            f"numbers); compare it only with an FID of as many images, or look at KID."
         )
     return None
 

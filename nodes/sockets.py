@@ -15,32 +15,32 @@ from comfy_api.latest import io
 
 from ..pipelines import engine
 from ..pipelines.shared.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
+from ..pipelines.shared.images import PIXELS_OF_A_CELL
 from ..pipelines.shared.input_checks import (
     BRIGHTEST,
+    check_images,
     check_mask,
     check_number,
-    check_pictures,
     check_sigmas,
     check_text,
 )
 from ..pipelines.shared.masks import CUT_OUT, as_masks, is_no_mask, is_transparency
-from ..pipelines.shared.pictures import PIXELS_OF_A_CELL
 from ..pipelines.text.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
 _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())
 
 Inversion = io.Custom("INVERSION")
-"""`pipelines.inversion.inversion.Inversion`: a picture's path to noise, its schedule, perhaps per-step embeddings."""
-SubjectPictures = io.Custom("SUBJECT_PICTURES")
-"""`pipelines.subjects.pictures.SubjectPictures`: the pictures of one subject, with captions and perhaps masks."""
+"""`pipelines.inversion.inversion.Inversion`: an image's path to noise, its schedule, perhaps per-step embeddings."""
+SubjectImages = io.Custom("SUBJECT_IMAGES")
+"""`pipelines.subjects.images.SubjectImages`: the images of one subject, with captions and perhaps masks."""
 Subject = io.Custom("SUBJECT")
 """`pipelines.hifi_tuner.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
 
 IdentityWords = io.Custom("IDENTITY_WORDS")
-"""`pipelines.mcdm.identity_words.IdentityWords`: a network that encodes who is in a picture as word vectors."""
+"""`pipelines.mcdm.identity_words.IdentityWords`: a network that encodes who is in an image as word vectors."""
 WPlus = io.Custom("W_PLUS")
-"""`pipelines.pidiff.w_plus.WPlus`: style rows that say from coarse to fine who is in a picture."""
+"""`pipelines.pidiff.w_plus.WPlus`: W+ codes that say from coarse to fine who is in an image."""
 WPlusEncoder = io.Custom("W_PLUS_ENCODER")
 """`pipelines.pidiff.w_plus_encoder.WPlusEncoder`: the network that gives such rows."""
 FaceDetector = io.Custom("FACE_DETECTOR")
@@ -67,7 +67,7 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
     """A node's `execute` that first checks its inputs against its schema, and at last that its results are numbers.
 
     So no node can forget it, and a wrong input is named by the name that it has on the node. What only one technique
-    demands is checked in its pipeline. Pictures and masks are brought to one form; what is to be said of them comes
+    demands is checked in its pipeline. Images and masks are brought to one form; what is to be said of them comes
     with the node's own text.
     """
     parameters = inspect.signature(execute)
@@ -128,7 +128,7 @@ _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "CLIP": lambda value, item, model: check_clip(value, item.id),
     "CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),
     "VAE": lambda value, item, model: _check_vae(value, item.id, _channels(model)),
-    "IMAGE": lambda value, item, model: check_pictures(value, item.id),
+    "IMAGE": lambda value, item, model: check_images(value, item.id),
     "MASK": lambda value, item, model: check_mask(value, item.id),
     "LATENT": lambda value, item, model: check_latent(latent_samples(value, item.id), item.id, _channels(model)),
     "CONDITIONING": lambda value, item, model: _check_conditioning(value, item.id, model),
@@ -157,16 +157,16 @@ def _check_conditioning(conditioning: Any, name: str, model: Any) -> None:
 
 
 def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
-    """Bring checked pictures and masks among a node's inputs to the form that all nodes work with, in `given`.
+    """Bring checked images and masks among a node's inputs to the form that all nodes work with, in `given`.
 
-    A MASK becomes [B, H, W] float32 CPU; an optional one that is empty as Load Image's is becomes None. A picture
+    A MASK becomes [B, H, W] float32 CPU; an optional one that is empty as Load Image's is becomes None. An image
     brighter than 1 by more than an overshoot is cut at 1.
 
     Returns:
         a sentence for each input of which something is to be said.
     """
     notes = []
-    pictures: dict[str, list[torch.Tensor]] = {}
+    images: dict[str, list[torch.Tensor]] = {}
     masks: dict[str, list[torch.Tensor]] = {}
     for item in schema.inputs:
         kind, value = item.get_io_type(), given.get(item.id)
@@ -179,15 +179,15 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
             if brightest > BRIGHTEST:
                 entries = [each.clamp(max=1.0) if each.is_floating_point() else each for each in entries]
                 notes.append(
-                    f"{item.id} holds values up to {brightest:g}, as pictures of a high dynamic range do; all above 1 "
+                    f"{item.id} holds values up to {brightest:g}, as images of a high dynamic range do; all above 1 "
                     f"is cut to 1, as Save Image does."
                 )
-            pictures[item.id] = entries
+            images[item.id] = entries
         else:
             entries = [as_masks(each, item.id) for each in entries]
             if item.optional and entries and all(map(is_no_mask, entries)):
                 notes.append(
-                    f"{item.id} is empty, as Load Image gives it for a picture without transparency; it counts as not "
+                    f"{item.id} is empty, as Load Image gives it for an image without transparency; it counts as not "
                     f"connected."
                 )
                 given[item.id] = None
@@ -195,8 +195,8 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
             masks[item.id] = entries
         given[item.id] = entries if is_list else entries[0]
     for name, of_masks in masks.items():
-        for other, of_pictures in pictures.items():
-            if any(is_transparency(mask, shown) for mask in of_masks for shown in of_pictures):
+        for other, of_images in images.items():
+            if any(is_transparency(mask, shown) for mask in of_masks for shown in of_images):
                 notes.append(
                     f"{name} is 1 exactly where {other} is transparent; if its subject is meant, put Invert Mask "
                     f"between."
@@ -235,7 +235,7 @@ def _check_vae(vae: Any, name: str, channels: int | None) -> None:
 
 
 def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
-    """Raise `IdentityEditError` when a picture, mask, latent or conditioning that a node gives is not finite."""
+    """Raise `IdentityEditError` when an image, mask, latent or conditioning that a node gives is not finite."""
     for item, value in zip(schema.outputs, output.args, strict=False):
         kind, tensors = item.get_io_type(), []
         if kind in ("IMAGE", "MASK") and isinstance(value, torch.Tensor):
@@ -258,8 +258,8 @@ def progress(model: Any, total: int) -> engine.Callback:
     return latent_preview.prepare_callback(model, max(1, total))
 
 
-def at_picture_size(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of the latent [B, H, W] at the picture's size, cell by cell as it was used."""
+def at_image_size(mask: torch.Tensor) -> torch.Tensor:
+    """A mask of the latent [B, H, W] at the image's size, cell by cell as it was used."""
     return mask.repeat_interleave(PIXELS_OF_A_CELL, dim=1).repeat_interleave(PIXELS_OF_A_CELL, dim=2)
 
 

@@ -1,4 +1,4 @@
-"""Nodes for the text side of an edit: optimising the target prompt, injecting the source prompt into early steps."""
+"""Nodes for the text side of an edit: optimizing the target prompt, injecting the source prompt into early steps."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class OptimizeTextEmbedding(io.ComfyNode):
             category="text",
             search_aliases=["Imagic", "text optimization", "textual inversion"],
             description=(
-                "Moves the target prompt's embedding towards the picture (Imagic, Kawar et al. 2023), so that the way "
-                "back to the target prompt is a smooth edit of this picture."
+                "Moves the target prompt's embedding toward the image (Imagic, Kawar et al. 2023), so that the way "
+                "back to the target prompt is a smooth edit of this image."
             ),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
                 ),
-                io.Latent.Input("latent", tooltip="The picture to be edited, from VAE Encode."),
+                io.Latent.Input("latent", tooltip="The image to be edited, from VAE Encode."),
                 io.Conditioning.Input(
                     "target",
-                    tooltip="The prompt that describes the edited picture; one CLIP Text Encode, without combining.",
+                    tooltip="The prompt that describes the edited image; one CLIP Text Encode, without combining.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -43,7 +43,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
                     min=1,
                     max=10000,
                     tooltip="Adam steps. 200 in Jung et al. 2024 (appendix F), 500 in Imagic; more do not preserve the "
-                    "picture better (Jung et al. 2024, section 3).",
+                    "image better (Jung et al. 2024, section 3).",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -68,7 +68,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
                     display_name="optimized",
                     tooltip="The optimized embedding e_opt, for the nodes of Timestep-Aware Text Injection.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="Network evaluations and the loss."),
+                io.String.Output("report", display_name="report", tooltip="Model calls and the loss."),
             ],
         )
 
@@ -97,7 +97,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
         quarter = max(1, steps // 4)
         first, last = (float(part.mean()) for part in (found.losses[:quarter], found.losses[-quarter:]))
         text = (
-            f"Text optimization: {steps} steps, {found.evaluations} network evaluations, mean loss {first:.4f} in the "
+            f"Text optimization: {steps} steps, {found.evaluations} model calls, mean loss {first:.4f} in the "
             f"first quarter and {last:.4f} in the last."
         )
         text = show_text(cls, text, noise_mask_left_out(latent))
@@ -108,7 +108,7 @@ def _prompt_inputs() -> list[io.Input]:
     """The inputs of eq. 3 and 5, the same on all three nodes."""
     return [
         io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
-        io.Conditioning.Input("target", tooltip="The prompt that describes the edited picture."),
+        io.Conditioning.Input("target", tooltip="The prompt that describes the edited image."),
         io.Float.Input(
             "ratio",
             default=text_injection.RATIO,
@@ -124,7 +124,7 @@ def _prompt_inputs() -> list[io.Input]:
             min=0.0,
             max=2.0,
             step=0.01,
-            tooltip="Between the optimized embedding (0, the picture) and the target prompt (1, the edit): Jung et "
+            tooltip="Between the optimized embedding (0, the image) and the target prompt (1, the edit): Jung et "
             "al. 2024, eq. 3. 0.6 to 0.8 in Imagic. Without an optimized embedding it has no effect.",
         ),
     ]
@@ -154,7 +154,7 @@ def _idle(
             (
                 text_injection.source_steps(steps, ratio) == 0,
                 f"ratio is {ratio:g}, so that no step of {steps} uses the source prompt; choose a larger one to keep "
-                f"more of the picture.",
+                f"more of the image.",
             ),
         ),
         first_said(
@@ -184,7 +184,7 @@ class TimestepAwareTextInjection(io.ComfyNode):
             category="text",
             search_aliases=["non-rigid editing", "prompt scheduling", "prompt travel", "source prompt injection"],
             description=(
-                "The source prompt in the first steps, which fix the picture's layout, and the target prompt "
+                "The source prompt in the first steps, which fix the image's layout, and the target prompt "
                 "afterwards (Jung et al. 2024, eq. 5), as one positive conditioning for any sampler."
             ),
             inputs=[
@@ -231,7 +231,12 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
             node_id="IdentityEditTimestepAwareTextInjectionModel",
             display_name="Timestep-Aware Text Injection (Model)",
             category="text",
-            search_aliases=["non-rigid editing", "step table", "prompt scheduling", "source prompt injection"],
+            search_aliases=[
+                "non-rigid editing",
+                "per-step embeddings",
+                "prompt scheduling",
+                "source prompt injection",
+            ],
             description=(
                 "The same as Timestep-Aware Text Injection, carried by the model: for sigmas outside the model's own "
                 "range, and where the positive conditioning must stay one entry."
@@ -321,11 +326,9 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output(
-                    "edited", display_name="edited", tooltip="The edited picture; decode it with the VAE."
-                ),
+                io.Latent.Output("edited", display_name="edited", tooltip="The edited image; decode it with the VAE."),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Steps with the source prompt, and network evaluations."
+                    "report", display_name="report", tooltip="Steps with the source prompt, and model calls."
                 ),
             ],
         )

@@ -17,7 +17,7 @@ from .saved_files import FILE_ENDING
 LossMap = io.Custom("LOSS_MAP")
 """ComfyUI's socket of Train LoRA and Plot Loss Graph: {"loss": the loss of every step}."""
 CHECKPOINT_FOLDER = "checkpoints"
-SEED_TOOLTIP = "Of all draws: the order of the pictures, timesteps and noise."
+SEED_TOOLTIP = "Of all draws: the order of the images, timesteps and noise."
 
 
 def checkpoint_inputs() -> list[Any]:
@@ -79,9 +79,7 @@ def checkpointing_input() -> io.Boolean.Input:
     )
 
 
-def sample_every_input(
-    last: str, default: int = 100, most: int = 100_000, what: str = "sample pictures"
-) -> io.Int.Input:
+def sample_every_input(last: str, default: int = 100, most: int = 100_000, what: str = "sample images") -> io.Int.Input:
     return io.Int.Input(
         "sample_every",
         default=default,
@@ -98,12 +96,12 @@ def checkpoint_every_input(default: int = 100, most: int = 100_000, more: str = 
         default=default,
         min=0,
         max=most,
-        tooltip=f"Steps between checkpoints, from which a cancelled or killed run goes on when it is queued again with "
+        tooltip=f"Steps between checkpoints, from which a canceled or killed run goes on when it is queued again with "
         f"the same settings. {more}0 writes none.",
     )
 
 
-def training_outputs(what: str, samples: str | None = "The sample pictures in their order.") -> list[Any]:
+def training_outputs(what: str, samples: str | None = "The sample images in their order.") -> list[Any]:
     """Samples where there are any, losses, the file of `what` was trained, and the report."""
     shown = [] if samples is None else [io.Image.Output("samples", display_name="samples", tooltip=samples)]
     return [
@@ -174,6 +172,6 @@ def first_and_last(losses: list[float]) -> str:
 
 def how_trained(facts: dict[str, Any]) -> str:
     """How a file was trained, for reports, from `training_facts` of the training loop; "" where it does not say."""
-    if not facts.keys() >= {"steps", "learning_rate", "pictures"}:
+    if not facts.keys() >= {"steps", "learning_rate", "images"}:
         return ""
-    return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['pictures']} pictures"
+    return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['images']} images"

@@ -1,4 +1,4 @@
-"""A client of ComfyUI's API: queue a prompt, follow it over the websocket, read its outputs and pictures.
+"""A client of ComfyUI's API: queue a prompt, follow it over the websocket, read its outputs and images.
 
 Used by demo.py, the engine tests and the page tool; it knows nothing of the pack.
 """
@@ -125,13 +125,13 @@ class Client:
         return run
 
     def images(self, run: Run, node_id: str) -> list[Image.Image]:
-        """The pictures that an output node of the run saved or previewed."""
+        """The images that an output node of the run saved or previewed."""
         return [self._view(image) for image in run.outputs.get(node_id, {}).get("images", [])]
 
     def _view(self, entry: dict[str, str]) -> Image.Image:
-        picture = Image.open(io.BytesIO(self.get("/view", **entry).content))
-        picture.load()
-        return picture
+        image = Image.open(io.BytesIO(self.get("/view", **entry).content))
+        image.load()
+        return image
 
     @staticmethod
     def _follow(socket: websocket.WebSocket, run: Run, prompt: Prompt, listener: Listener | None) -> None:

@@ -37,7 +37,7 @@ def read_arguments() -> argparse.Namespace:
         metavar="NODE.INPUT=VALUE",
         help="change an input; NODE is the node's id or title (may be repeated)",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="the folder for the pictures")
+    parser.add_argument("--output", type=Path, default=ROOT / "demo_output", help="the folder for the images")
     parser.add_argument("--serve", action="store_true", help="start the page and leave it running")
     return parser.parse_args()
 
@@ -65,20 +65,20 @@ def run_with_progress(client: Client, prompt: Prompt) -> Run:
         return client.run(prompt, show)
 
 
-def save_pictures(client: Client, prompt: Prompt, run: Run, folder: Path) -> list[Path]:
-    """Save every output picture, and all nodes' first pictures side by side under their titles."""
+def save_images(client: Client, prompt: Prompt, run: Run, folder: Path) -> list[Path]:
+    """Save every output image, and all nodes' first images side by side under their titles."""
     folder.mkdir(parents=True, exist_ok=True)
     saved: list[Path] = []
     columns: list[tuple[str, Image.Image]] = []
     for node_id in sorted(run.outputs, key=lambda key: [int(part) for part in re.findall(r"\d+", key)]):
         title = node_title(prompt, node_id)
-        pictures = client.images(run, node_id)
-        if pictures:
-            columns.append((title, pictures[0]))
-        for number, picture in enumerate(pictures):
+        images = client.images(run, node_id)
+        if images:
+            columns.append((title, images[0]))
+        for number, image in enumerate(images):
             name = re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
             path = folder / (f"{node_id.replace(':', '_')}_{name}" + (f"_{number}" if number else "") + ".png")
-            picture.save(path)
+            image.save(path)
             saved.append(path)
     if columns:
         path = folder / "side_by_side.png"
@@ -88,22 +88,22 @@ def save_pictures(client: Client, prompt: Prompt, run: Run, folder: Path) -> lis
 
 
 def side_by_side(columns: list[tuple[str, Image.Image]], height: int = 384) -> Image.Image:
-    """The pictures in a row, scaled to one height, each under its title."""
+    """The images in a row, scaled to one height, each under its title."""
     from PIL import Image, ImageDraw, ImageFont
 
     margin, header = 12, 36
     font = ImageFont.load_default(size=18)
     resized = [
-        (title, picture.convert("RGB").resize((round(picture.width * height / picture.height), height)))
-        for title, picture in columns
+        (title, image.convert("RGB").resize((round(image.width * height / image.height), height)))
+        for title, image in columns
     ]
-    widths = [max(picture.width, round(font.getlength(title))) for title, picture in resized]
+    widths = [max(image.width, round(font.getlength(title))) for title, image in resized]
     sheet = Image.new("RGB", (sum(widths) + margin * (len(widths) + 1), height + header + margin), "white")
     draw = ImageDraw.Draw(sheet)
     left = margin
-    for (title, picture), width in zip(resized, widths, strict=True):
+    for (title, image), width in zip(resized, widths, strict=True):
         draw.text((left, 8), title, fill="black", font=font)
-        sheet.paste(picture, (left, header))
+        sheet.paste(image, (left, header))
         left += width + margin
     return sheet
 
@@ -145,7 +145,7 @@ def main() -> None:
             return
         client = Client(server.address)
         run = run_with_progress(client, prompt)
-        saved = save_pictures(client, prompt, run, arguments.output / Path(arguments.workflow).stem)
+        saved = save_images(client, prompt, run, arguments.output / Path(arguments.workflow).stem)
         print_run(prompt, run, saved)
         print("\nOther workflows: --list names them, --workflow NAME runs one; the README says what each is for.")
         print("ComfyUI's page: --serve.")

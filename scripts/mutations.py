@@ -142,7 +142,7 @@ MUTATIONS = [
         ("test_text_injection.py",),
     ),
     Mutation(
-        "tolerance of step tables",
+        "tolerance of per-step embeddings",
         "(sigmas[1:-1] * (1.0 + SAME_LEVEL) >= sigma)",
         "(sigmas[1:-1] > sigma)",
         ("test_step_embeddings.py",),
@@ -189,27 +189,27 @@ MUTATIONS = [
         ("pipelines/test_identity_prior.py",),
     ),
     Mutation(
-        "style rows with their mean",
+        "W+ codes with their mean",
         "difference = rows - average",
         "difference = rows",
         ("pipelines/test_style_attention.py", "demo_world/test_style_attention.py"),
     ),
     Mutation(
-        "centre of a face",
-        "centre = eyes + eye_to_mouth * 0.1",
-        "centre = eyes + eye_to_mouth * 0.3",
+        "center of a face",
+        "center = eyes + eye_to_mouth * 0.1",
+        "center = eyes + eye_to_mouth * 0.3",
         ("test_face_alignment.py",),
     ),
     Mutation(
         "squared error",
         "error = (edited.double() - source.double()).square().mean(dim=-1)",
         "error = (edited.double() - source.double()).abs().mean(dim=-1)",
-        ("test_picture_scores.py",),
+        ("test_image_scores.py",),
     ),
     Mutation(
         "directional similarity",
-        "pictures, texts = edited - source, target_texts - source_texts",
-        "pictures, texts = edited, target_texts",
+        "images, texts = edited - source, target_texts - source_texts",
+        "images, texts = edited, target_texts",
         ("test_clip_scores.py",),
     ),
     Mutation(
@@ -237,7 +237,7 @@ MUTATIONS = [
         "if False:",
         ("test_sockets.py",),
     ),
-    Mutation("pictures of NaN", "bad = not_finite(pictures, name)", "bad = None", ("test_sockets.py",)),
+    Mutation("images of NaN", "bad = not_finite(images, name)", "bad = None", ("test_sockets.py",)),
     Mutation(
         "CLIP vision unchecked",
         '"CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),',

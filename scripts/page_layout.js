@@ -25,7 +25,7 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
     node.properties.cnr_id = isOurs(node) ? pack.id : "comfy-core";
     node.properties.ver = isOurs(node) ? pack.version : engineVersion;
     for (const widget of node.widgets ?? []) {
-      // The same picture every time, until the user asks for another.
+      // The same image every time, until the user asks for another.
       if (widget.name === "control_after_generate") widget.value = "fixed";
     }
     const height = outputNodes.includes(node.type) ? Math.max(node.size[1], outputHeight) : node.size[1];
@@ -82,7 +82,7 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
         x = Math.max(x, left + note.size[0] + 2 * gap);
       }
       const box = new LiteGraph.LGraphGroup(group.title);
-      box.color = group.colour ?? "#3f789e";
+      box.color = group.color ?? "#3f789e";
       box.pos = [left, top];
       box.size = [x - left, bottom - top];
       graph.add(box);

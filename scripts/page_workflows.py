@@ -5,13 +5,13 @@ A workflow is written once:
 - `workflows/layout/NAME.yaml`, where they stand on the page:
 
       groups:                        # side by side, from left to right
-        - title: The picture
+        - title: The image
           columns: [["1", "2"], ["3"]]   # node ids: columns from left to right, each from top to bottom
           note: Markdown text, shown below the columns    # optional
-          colour: "#3f789e"          # optional
+          color: "#3f789e"          # optional
           row: 0                     # optional: a further row of groups below the first
       sizes: {"7": [400, 420]}       # optional: width and height of single nodes
-      thumbnail: ["4", "9"]          # the output nodes whose pictures make the thumbnail
+      thumbnail: ["4", "9"]          # the output nodes whose images make the thumbnail
 
 usage (after `python3 scripts/demo.py` or `test.py` has made .venv):
   page_workflows.py build [NAME ...]       write workflows/NAME.json; fill every default into workflows/api/NAME.json
@@ -125,25 +125,25 @@ def check(page: Any, name: str) -> list[str]:
 
 
 def thumbnail(client: Any, name: str) -> None:
-    """Run the workflow and put the pictures that its layout names into one square picture."""
+    """Run the workflow and put the images that its layout names into one square image."""
     from PIL import Image, ImageOps
 
     prompt = json.loads(api_path(name).read_text(encoding="utf-8"))
     run = client.run(prompt)
     nodes = read_layout(name, prompt)["thumbnail"]
-    pictures = [picture.convert("RGB") for node in nodes for picture in client.images(run, str(node))]
-    columns = math.ceil(math.sqrt(len(pictures)))
+    images = [image.convert("RGB") for node in nodes for image in client.images(run, str(node))]
+    columns = math.ceil(math.sqrt(len(images)))
     cell = THUMBNAIL_SIZE // columns
-    rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
     sheet = Image.new("RGB", (THUMBNAIL_SIZE, THUMBNAIL_SIZE), THUMBNAIL_BACKGROUND)
     top = (THUMBNAIL_SIZE - len(rows) * cell) // 2
     for number, row in enumerate(rows):
         left = (THUMBNAIL_SIZE - len(row) * cell) // 2
-        for place, picture in enumerate(row):
+        for place, image in enumerate(row):
             # Sheets are much wider than high, and cutting their ends off would lose what they show.
-            is_sheet = max(picture.size) > 1.4 * min(picture.size)
+            is_sheet = max(image.size) > 1.4 * min(image.size)
             shape = ImageOps.contain if is_sheet else ImageOps.fit
-            shaped = shape(picture, (cell, cell))
+            shaped = shape(image, (cell, cell))
             middle = (cell - shaped.width) // 2, (cell - shaped.height) // 2
             sheet.paste(shaped, (left + place * cell + middle[0], top + number * cell + middle[1]))
     path = WORKFLOWS / f"{name}.jpg"

@@ -30,7 +30,7 @@ import parallel  # noqa: E402
 from api_client import Client, Prompt, Run  # noqa: E402
 from engine import Server  # noqa: E402
 
-# Tests that compare pictures to the bit need a matrix product that does not depend on where its operands lie in
+# Tests that compare images to the bit need a matrix product that does not depend on where its operands lie in
 # memory; Intel's library gives that on request only. Servers started by tests inherit it.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Tiny models are faster with one thread, many times so beside a busy core; servers and other processes inherit it.
@@ -114,7 +114,7 @@ class RunningServer:
             assert self.process.is_running(), f"the server died:\n{self.process.log_tail()}"
 
     def images(self, run: Run, node_id: str) -> list[Image.Image]:
-        """The pictures that an output node of the run saved or previewed."""
+        """The images that an output node of the run saved or previewed."""
         return self.client.images(run, node_id)
 
 

@@ -69,7 +69,7 @@ def null_text(
     inner_steps: int = 10,
     epsilon: float = 1e-5,
 ) -> ReferenceNullText:
-    """Null-text optimisation of one picture; `cond` and `uncond` are [1, T, C]."""
+    """Null-text optimization of one image; `cond` and `uncond` are [1, T, C]."""
     result = ReferenceNullText()
     z = trajectory[-1]
     for i, timestep in enumerate(scale.timesteps):

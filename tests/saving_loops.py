@@ -31,7 +31,7 @@ from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.mcdm.pair_dataset import save_pairs
 from identity_edit_pack.pipelines.mcdm.pair_folder import INDEX, PairFolder
 from identity_edit_pack.pipelines.pidiff import style_attention, style_attention_files, w_plus, w_plus_encoder
-from identity_edit_pack.pipelines.subjects import pictures as subject_pictures
+from identity_edit_pack.pipelines.subjects import images as subject_images
 from identity_edit_pack.pipelines.training import loop as training
 from safetensors.torch import load_file
 
@@ -193,8 +193,8 @@ def read_training(folder: Path) -> int | None:
 
 def add_pair(folder: Path, version: int) -> None:
     pairs = PairFolder(folder)
-    picture = torch.full((1, 160, 160, 3), version % 200 / 255)
-    save_pairs(pairs, picture, picture, source_prompt=f"{version}", target_prompt="", edit="none")
+    image = torch.full((1, 160, 160, 3), version % 200 / 255)
+    save_pairs(pairs, image, image, source_prompt=f"{version}", target_prompt="", edit="none")
 
 
 def read_pairs(folder: Path) -> int | None:
@@ -204,23 +204,23 @@ def read_pairs(folder: Path) -> int | None:
     assert not (folder / "damaged").exists(), "a pair was half written"
     if (folder / INDEX).exists():
         listed, _ = encoded_pairs.pairs_in_folder(folder)
-        assert all(encoded_pairs.read_picture(pair.source).shape == (160, 160, 3) for pair in listed)
+        assert all(encoded_pairs.read_image(pair.source).shape == (160, 160, 3) for pair in listed)
     return count
 
 
-PAIRS_OF = "pictures"
+PAIRS_OF = "images"
 
 
 def pairs_to_encode(folder: Path) -> list[encoded_pairs.PairFiles]:
     """Twenty-four small pairs below the folder, made by whoever asks first."""
     from PIL import Image
 
-    pictures = folder / PAIRS_OF
+    images = folder / PAIRS_OF
     pairs = []
     for number in range(24):
-        path = pictures / f"{number}.png"
+        path = images / f"{number}.png"
         if not path.exists():
-            pictures.mkdir(exist_ok=True)
+            images.mkdir(exist_ok=True)
             Image.new("RGB", (64, 64), (number, 2 * number, 3 * number)).save(path)
         pairs.append(encoded_pairs.PairFiles(path, path, "a cat", "a smiling cat"))
     return pairs
@@ -247,8 +247,8 @@ def check_encoded(folder: Path) -> int:
 
 
 def save_captions(folder: Path, version: int) -> None:
-    subject = subject_pictures.SubjectPictures(
-        pictures=[torch.zeros(8, 8, 3)],
+    subject = subject_images.SubjectImages(
+        images=[torch.zeros(8, 8, 3)],
         captions=[f"a sks cat {version}, " + "lying on a sofa, " * 5_000],
         class_word="cat",
         token="sks",
@@ -256,7 +256,7 @@ def save_captions(folder: Path, version: int) -> None:
         names=["cat.png"],
         folder=str(folder),
     )
-    subject_pictures.save_captions(subject, overwrite=True)
+    subject_images.save_captions(subject, overwrite=True)
 
 
 def read_captions(folder: Path) -> int | None:

@@ -77,7 +77,7 @@ def test_every_node_is_in_the_documents_under_its_category(node_classes: dict[st
     assert {key: sorted(value) for key, value in table.items()} == {k: sorted(v) for k, v in expected.items()}
 
 
-def test_every_library_has_its_licence_listed() -> None:
+def test_every_library_has_its_license_listed() -> None:
     optional = re.findall(
         r'"([a-zA-Z0-9_.-]+)"', pyproject().split("[project.optional-dependencies]")[1].split("\n\n")[0]
     )
@@ -115,15 +115,15 @@ def test_workflows_say_which_version_they_were_made_with() -> None:
                 assert node["properties"]["ver"] == release["version"], path.name
 
 
-def test_the_registry_finds_the_repository_and_its_pictures() -> None:
+def test_the_registry_finds_the_repository_and_its_images() -> None:
     fields = dict(re.findall(r'^(Repository|Icon|Banner) = "(.+)"$', pyproject(), re.MULTILINE))
     assert set(fields) == {"Repository", "Icon", "Banner"}
     sizes = {}
     for name in ("Icon", "Banner"):
         address, path = fields[name].split("/raw/HEAD/")
         assert address == fields["Repository"]
-        with Image.open(ROOT / path) as picture:
-            sizes[name] = picture.size
+        with Image.open(ROOT / path) as image:
+            sizes[name] = image.size
     width, height = sizes["Icon"]
     assert width == height <= 400
     width, height = sizes["Banner"]

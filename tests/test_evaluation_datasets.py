@@ -10,7 +10,7 @@ import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.evaluation import demo_dataset as demo
-from identity_edit_pack.evaluation.cases import EditCase, load_square, save_picture
+from identity_edit_pack.evaluation.cases import EditCase, load_square, save_image
 from identity_edit_pack.evaluation.datasets import READERS, decode_mask, encode_mask, inside, read_dataset
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from PIL import Image
@@ -18,9 +18,9 @@ from PIL import Image
 SIDE = 512
 
 
-def write(path, size=(12, 8), colour=(255, 0, 0)):
+def write(path, size=(12, 8), color=(255, 0, 0)):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).save(path)
+    Image.new("RGB", size, color).save(path)
     return path
 
 
@@ -111,7 +111,7 @@ def test_lipe(tmp_path):
     first, second = read_dataset("lipe", lipe(tmp_path), tmp_path)
     assert [first.name, second.name] == ["rex-00", "rex-01"] and first.group == "rex"
     assert first.named().target_prompt == "a sks dog jumping" and first.named().source_prompt == "a sks dog sitting"
-    assert len(first.references) == 3 and first.picture.name == "test.png"
+    assert len(first.references) == 3 and first.image.name == "test.png"
     (own, _) = read_dataset("lipe", lipe(tmp_path, token="ohwx"), tmp_path)
     assert own.named().target_prompt == "a ohwx dog jumping"
 
@@ -128,12 +128,12 @@ def test_dreambooth(tmp_path):
     assert len(read_dataset("dreambooth", tmp_path / "dataset", tmp_path)) == 6
 
 
-def test_pictures_are_the_centre_square(tmp_path):
+def test_images_are_the_center_square(tmp_path):
     pixels = np.zeros((4, 8, 3), np.uint8)
     pixels[:, 2:6] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    picture = load_square(tmp_path / "wide.png", 16)
-    assert picture.shape == (1, 16, 16, 3) and bool((picture == 1).all())
+    image = load_square(tmp_path / "wide.png", 16)
+    assert image.shape == (1, 16, 16, 3) and bool((image == 1).all())
     turned = Image.fromarray(pixels)
     exif = turned.getexif()
     exif[0x0112] = 6  # the camera was held upright
@@ -200,16 +200,16 @@ def refused(name, folder, words):
     assert words in message and message.endswith(".") and "\n" not in message.replace("\0", "")
 
 
-def test_damaged_pictures_are_refused(tmp_path):
-    (tmp_path / "bad.png").write_bytes(b"\x89PNG no picture")
-    for name, words in (("bad.png", "cannot be read as a picture"), ("gone.png", "is missing")):
+def test_damaged_images_are_refused(tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG no image")
+    for name, words in (("bad.png", "cannot be read as an image"), ("gone.png", "is missing")):
         with pytest.raises(IdentityEditError, match=words):
-            EditCase("a", "", tmp_path / name, "", "").load_picture(8)
+            EditCase("a", "", tmp_path / name, "", "").load_image(8)
 
 
-def test_saved_pictures_are_read_back(tmp_path):
-    picture = (torch.rand(8, 8, 3) * 255).round() / 255
-    assert torch.equal(load_square(save_picture(picture, tmp_path / "new/a.png"), 8)[0], picture)
+def test_saved_images_are_read_back(tmp_path):
+    image = (torch.rand(8, 8, 3) * 255).round() / 255
+    assert torch.equal(load_square(save_image(image, tmp_path / "new/a.png"), 8)[0], image)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
 
 
@@ -218,7 +218,7 @@ def test_the_demo_dataset_is_what_the_renderer_knows(tmp_path):
     cases = demo.read_demo_dataset(tmp_path / "demo", tmp_path / "masks")
     assert [case.group for case in cases] == [kind.name for kind in demo.KINDS]
     for case in cases:
-        before, after = case.load_picture(128), case.load_target(128)
+        before, after = case.load_image(128), case.load_target(128)
         changed = (before - after).abs().sum(-1) > 0
         allowed = case.load_mask(128).bool()
         assert changed.any() and not allowed.all()

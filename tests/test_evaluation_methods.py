@@ -28,25 +28,25 @@ def test_the_autoencoder_for_diffusers_is_comfyuis():
     from identity_edit_pack.evaluation import diffusers_models
 
     class Halves:
-        """A VAE whose latent is the picture, eight times smaller and half as bright."""
+        """A VAE whose latent is the image, eight times smaller and half as bright."""
 
-        def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-            assert pictures.shape[-1] == 3 and 0.0 <= float(pictures.min()) <= float(pictures.max()) <= 1.0
-            return pictures.permute(0, 3, 1, 2)[..., ::8, ::8] / 2
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            assert images.shape[-1] == 3 and 0.0 <= float(images.min()) <= float(images.max()) <= 1.0
+            return images.permute(0, 3, 1, 2)[..., ::8, ::8] / 2
 
         def decode(self, latent: torch.Tensor) -> torch.Tensor:
             return (latent * 2).permute(0, 2, 3, 1)
 
     made = diffusers_models.autoencoder(Halves(), tiny_models.sd1(), 64)
-    picture = torch.rand(1, 3, 64, 64) * 2 - 1
-    latent = made.encode(picture).latent_dist
+    image = torch.rand(1, 3, 64, 64) * 2 - 1
+    latent = made.encode(image).latent_dist
     assert torch.equal(latent.mean, latent.sample()) and torch.equal(latent.mean, latent.mode())
-    assert torch.allclose(made.decode(latent.mean).sample, picture[..., ::8, ::8], atol=1e-6)
+    assert torch.allclose(made.decode(latent.mean).sample, image[..., ::8, ::8], atol=1e-6)
     assert made.config.scaling_factor == 0.18215 and 2 ** (len(made.config.block_out_channels) - 1) == 8
 
 
 @pytest.mark.usefixtures("pack")
-def test_evaluations_are_counted_one_for_each_picture_and_prompt():
+def test_evaluations_are_counted_one_for_each_image_and_prompt():
     from identity_edit_pack.evaluation import diffusers_models
     from identity_edit_pack.evaluation.method import measured
 

@@ -1,4 +1,4 @@
-"""Made pictures are kept and taken up again, existing ones are found, and the table says what was scored."""
+"""Made images are kept and taken up again, existing ones are found, and the table says what was scored."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.evaluation.cases import EditCase, save_picture
+from identity_edit_pack.evaluation.cases import EditCase, save_image
 from identity_edit_pack.evaluation.scoring import (
     EditedFolder,
-    KeptPictures,
+    KeptImages,
     MethodScores,
     as_json,
     figures_of,
@@ -29,7 +29,7 @@ from skimage.metrics import peak_signal_noise_ratio
 SIZE = 16
 
 
-def picture(seed):
+def image(seed):
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(SIZE, SIZE, 3, generator=generator) * 255).round() / 255
 
@@ -41,76 +41,76 @@ def case(tmp_path):
     return EditCase(
         name="case",
         group="pose",
-        picture=save_picture(picture(0), tmp_path / "source.png"),
+        image=save_image(image(0), tmp_path / "source.png"),
         source_prompt="a dog",
         target_prompt="a jumping dog",
-        mask=save_picture(mask, tmp_path / "mask.png"),
-        target=save_picture(picture(1), tmp_path / "target.png"),
-        references=(save_picture(picture(2), tmp_path / "reference.png"),),
+        mask=save_image(mask, tmp_path / "mask.png"),
+        target=save_image(image(1), tmp_path / "target.png"),
+        references=(save_image(image(2), tmp_path / "reference.png"),),
     )
 
 
-def test_a_kept_picture_is_not_made_again(tmp_path, case):
-    kept = KeptPictures(tmp_path / "kept", {"steps": 50})
+def test_a_kept_image_is_not_made_again(tmp_path, case):
+    kept = KeptImages(tmp_path / "kept", {"steps": 50})
     assert kept.load("ddim", case, SIZE) is None
-    kept.make("ddim", case, lambda _: picture(3)[None])
+    kept.make("ddim", case, lambda _: image(3)[None])
 
     def make(_):
         raise AssertionError("made twice")
 
-    again = KeptPictures(tmp_path / "kept", {"steps": 50})
+    again = KeptImages(tmp_path / "kept", {"steps": 50})
     again.make("ddim", case, make)
-    assert torch.equal(again.load("ddim", case, SIZE)[0], picture(3))
+    assert torch.equal(again.load("ddim", case, SIZE)[0], image(3))
     assert again.load("img2img", case, SIZE) is None
 
 
-def test_pictures_of_other_settings_are_refused(tmp_path):
-    KeptPictures(tmp_path, {"steps": 50})
+def test_images_of_other_settings_are_refused(tmp_path):
+    KeptImages(tmp_path, {"steps": 50})
     with pytest.raises(IdentityEditError, match="other settings"):
-        KeptPictures(tmp_path, {"steps": 20})
+        KeptImages(tmp_path, {"steps": 20})
 
 
 def test_nan_is_not_kept(tmp_path, case):
-    kept = KeptPictures(tmp_path / "kept", {})
+    kept = KeptImages(tmp_path / "kept", {})
     with pytest.raises(IdentityEditError, match="gave NaN for case"):
         kept.make("ddim", case, lambda _: torch.full((1, SIZE, SIZE, 3), math.nan))
     assert kept.load("ddim", case, SIZE) is None
 
 
-def test_existing_pictures_are_found_by_name_however_deep(tmp_path, case):
-    save_picture(picture(4), tmp_path / "0_random/1/case.png")
-    assert torch.equal(EditedFolder(tmp_path).load(case, SIZE)[0], picture(4))
+def test_existing_images_are_found_by_name_however_deep(tmp_path, case):
+    save_image(image(4), tmp_path / "0_random/1/case.png")
+    assert torch.equal(EditedFolder(tmp_path).load(case, SIZE)[0], image(4))
     (tmp_path / "0_random/1/case.png").rename(tmp_path / "another.png")
     assert EditedFolder(tmp_path).load(case, SIZE) is None
 
 
-def test_the_last_picture_of_a_strip_is_the_edited_one(tmp_path, case):
-    save_picture(torch.cat([picture(5), picture(6), picture(7), picture(8)], dim=1), tmp_path / "case.png")
-    assert torch.equal(EditedFolder(tmp_path).load(case, SIZE)[0], picture(8))
+def test_the_last_image_of_a_strip_is_the_edited_one(tmp_path, case):
+    save_image(torch.cat([image(5), image(6), image(7), image(8)], dim=1), tmp_path / "case.png")
+    assert torch.equal(EditedFolder(tmp_path).load(case, SIZE)[0], image(8))
 
 
-def test_a_folder_without_pictures_is_refused(tmp_path):
-    with pytest.raises(IdentityEditError, match="holds no pictures"):
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(IdentityEditError, match="holds no images"):
         EditedFolder(tmp_path)
 
 
 def test_a_case_is_scored_against_its_source_and_its_true_edit(case):
-    edited = picture(9)
+    edited = image(9)
     scores = {
         score.name: score
         for score in score_case(edited[None], case, Networks(), size=SIZE, rule=PLAIN, compare_source=True)
     }
     for name, other in (("PSNR", 0), ("PSNR to the true edit", 1)):
-        expected = peak_signal_noise_ratio(picture(other).double().numpy(), edited.double().numpy(), data_range=1)
+        expected = peak_signal_noise_ratio(image(other).double().numpy(), edited.double().numpy(), data_range=1)
         assert float(scores[name].values) == pytest.approx(expected, abs=1e-6)
-    right = peak_signal_noise_ratio(picture(0)[:, 8:].double().numpy(), edited[:, 8:].double().numpy(), data_range=1)
+    right = peak_signal_noise_ratio(image(0)[:, 8:].double().numpy(), edited[:, 8:].double().numpy(), data_range=1)
     assert float(scores["PSNR outside"].values) == pytest.approx(right, abs=1e-6)
 
 
-def test_new_pictures_of_a_subject_are_not_compared_with_a_source(case):
+def test_new_images_of_a_subject_are_not_compared_with_a_source(case):
     names = {
         score.name
-        for score in score_case(picture(9)[None], case, Networks(), size=SIZE, rule=PLAIN, compare_source=False)
+        for score in score_case(image(9)[None], case, Networks(), size=SIZE, rule=PLAIN, compare_source=False)
     }
     assert "PSNR" not in names
 
@@ -156,9 +156,9 @@ def test_figures_are_json_with_every_case():
 
 def test_kinds_of_edit_are_shown_apart_where_there_are_several():
     methods = {"ddim": method_scores(CLIP_T=[0.1, 0.2, 0.6])}
-    cases = [EditCase(name, group, None, "", "") for name, group in (("a", "pose"), ("b", "pose"), ("c", "colour"))]
+    cases = [EditCase(name, group, None, "", "") for name, group in (("a", "pose"), ("b", "pose"), ("c", "color"))]
     found = [(group, count, round(means["CLIP_T"], 6)) for group, count, _, means in means_by_group(methods, cases)]
-    assert found == [("pose", 2, 0.15), ("colour", 1, 0.6)]
+    assert found == [("pose", 2, 0.15), ("color", 1, 0.6)]
     assert list(means_by_group(methods, cases[:2])) == []
 
 
@@ -170,9 +170,9 @@ def test_sets_are_scored_only_when_large_enough():
     assert found["FID"] == pytest.approx(0, abs=1e-6) and set(found) == {"FID", "KID"}
 
 
-def test_a_sheet_is_black_where_a_method_has_no_picture(case):
+def test_a_sheet_is_black_where_a_method_has_no_image(case):
     (row,) = sheet({"ddim": lambda case: None}, [case, case], 8)
     assert row.shape == (2, 8, 8, 3) and not row.any()
-    (row,) = sheet({"source": lambda case: case.load_picture(SIZE)}, [case], 8)
-    quarters = np.asarray(picture(0)).reshape(8, 2, 8, 2, 3).mean((1, 3))
+    (row,) = sheet({"source": lambda case: case.load_image(SIZE)}, [case], 8)
+    quarters = np.asarray(image(0)).reshape(8, 2, 8, 2, 3).mean((1, 3))
     assert np.allclose(row[0].numpy(), quarters, atol=1e-6)

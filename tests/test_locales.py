@@ -50,7 +50,7 @@ def test_figures_are_those_of_the_english_text(language: str) -> None:
     for place, english, text in sentences(language):
         wanted, found = set(number.findall(english)), set(number.findall(text))
         assert wanted <= found, f"{place} lacks {wanted - found}: {text}"
-        # What is a word in English ("three to five pictures") may be a figure here.
+        # What is a word in English ("three to five images") may be a figure here.
         assert all(value.isdigit() and int(value) <= 10 for value in found - wanted), f"{place}: {found - wanted}"
 
 

@@ -1,6 +1,6 @@
 """Flow models with joint attention at a size that a test runs in milliseconds, with random weights: ComfyUI's own
 classes in float32 on the CPU, like Flux (double and single blocks, rotary embeddings) and like Stable Diffusion 3.5
-medium (joint blocks, the first with attention of the picture alone beside it)."""
+medium (joint blocks, the first with attention of the image alone beside it)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ FAMILIES: dict[str, Any] = {"flux": flux, "sd3": sd3}
 
 
 def latent(seed: int, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
-    """A picture's latent in the scale of LATENT sockets."""
+    """An image's latent in the scale of LATENT sockets."""
     return torch.randn(batch, CHANNELS, height, width, generator=torch.Generator().manual_seed(seed))
 
 

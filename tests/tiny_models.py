@@ -50,7 +50,7 @@ def _unet_config(**changes: Any) -> dict[str, Any]:
 
 def _patcher(model: Any, seed: int, output_gain: float) -> comfy.model_patcher.ModelPatcher:
     """A random network depends on its text far more than a trained one; `output_gain` scales its output, and with it
-    that effect, so that an inversion is as exact and null-text optimisation as quick as with a trained one."""
+    that effect, so that an inversion is as exact and null-text optimization as quick as with a trained one."""
     _draw_weights(model, seed)
     with torch.no_grad():
         for parameter in model.diffusion_model.out[2].parameters():
@@ -68,7 +68,7 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
             drawn = torch.randn(parameter.shape, generator=generator)
             if parameter.ndim > 1:
                 parameter.copy_(drawn / parameter[0].numel() ** 0.5)
-            elif name.endswith("weight"):  # of a normalisation
+            elif name.endswith("weight"):  # of a normalization
                 parameter.copy_(1.0 + 0.1 * drawn)
             else:
                 parameter.copy_(0.1 * drawn)
@@ -140,7 +140,7 @@ def near(conditioning_: list[Any], distance: float, seed: int) -> list[Any]:
 
 
 def latent(seed: int, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
-    """A picture's latent in the scale of LATENT sockets (Stable Diffusion's have a deviation of about 5)."""
+    """An image's latent in the scale of LATENT sockets (Stable Diffusion's have a deviation of about 5)."""
     return 5.0 * torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(seed))
 
 

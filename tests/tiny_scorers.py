@@ -81,7 +81,7 @@ def save_clip(folder: Path, seed: int = 0, projection: int = 8) -> Any:
     tokenizer = transformers.CLIPTokenizerFast.from_pretrained(
         os.path.join(os.path.dirname(comfy.sd1_clip.__file__), "sd1_tokenizer")
     )
-    pictures = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     network.save_pretrained(folder)
-    transformers.CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+    transformers.CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return network.eval()

@@ -15,10 +15,10 @@ GROUPS = "1-2, 3, 4-5, 6-7"
 ENCODER = "tiny encoder"
 
 
-def w_plus(seed: int = 0, pictures: int = 1, rows: int = ROWS, width: int = WIDTH) -> WPlus:
+def w_plus(seed: int = 0, images: int = 1, rows: int = ROWS, width: int = WIDTH) -> WPlus:
     generator = torch.Generator().manual_seed(seed)
     average = torch.randn(rows, width, generator=torch.Generator().manual_seed(99))
-    return WPlus(average + torch.randn(pictures, rows, width, generator=generator), average, ENCODER)
+    return WPlus(average + torch.randn(images, rows, width, generator=generator), average, ENCODER)
 
 
 def style_attention(model: Any, kind: str = SEQUENTIAL, seed: int = 0) -> StyleAttention:
@@ -40,5 +40,5 @@ def style_attention(model: Any, kind: str = SEQUENTIAL, seed: int = 0) -> StyleA
             encoder=ENCODER,
             pseudo_word="sks",
             model=engine.model_tag(model),
-            training={"steps": 1, "pictures": 1, "learning_rate": 1e-4},
+            training={"steps": 1, "images": 1, "learning_rate": 1e-4},
         )

@@ -15,7 +15,7 @@ WIDTH, TOKENS = 16, 17
 
 
 def clip_vision(seed: int = 3, width: int = WIDTH, projection: int = tiny_models.CONTEXT) -> Any:
-    """Four by four patches of a 32x32 picture and a class token, as CLIP has them."""
+    """Four by four patches of a 32x32 image and a class token, as CLIP has them."""
     config = {
         "model_type": "clip_vision_model",
         "image_size": 32,
@@ -39,15 +39,15 @@ def clip_vision(seed: int = 3, width: int = WIDTH, projection: int = tiny_models
 
 
 class VAE:
-    """Cuts a picture into 8x8 patches and projects each to four numbers; what it decodes is only like the picture."""
+    """Cuts an image into 8x8 patches and projects each to four numbers; what it decodes is only like the image."""
 
     latent_channels = 4
 
     def __init__(self, seed: int = 9) -> None:
         self.weight = torch.randn(4, 192, generator=torch.Generator().manual_seed(seed)) / 192**0.5
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        patches = torch.nn.functional.pixel_unshuffle(2.0 * pictures[..., :3].movedim(-1, 1) - 1.0, 8)
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        patches = torch.nn.functional.pixel_unshuffle(2.0 * images[..., :3].movedim(-1, 1) - 1.0, 8)
         return 8.0 * torch.einsum("oc,bchw->bohw", self.weight, patches)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

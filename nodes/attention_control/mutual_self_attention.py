@@ -24,8 +24,8 @@ class MutualSelfAttention(io.ComfyNode):
             category="attention control",
             search_aliases=["MasaCtrl", "non-rigid editing", "consistent editing", "reference attention"],
             description=(
-                "While an edit is sampled, its self-attention looks into the inverted picture (MasaCtrl, Cao et al. "
-                "2023): the layout follows the target prompt, what fills it comes from the picture. No training, "
+                "While an edit is sampled, its self-attention looks into the inverted image (MasaCtrl, Cao et al. "
+                "2023): the layout follows the target prompt, what fills it comes from the image. No training, "
                 "about twice the time."
             ),
             inputs=[
@@ -36,12 +36,12 @@ class MutualSelfAttention(io.ComfyNode):
                 ),
                 Inversion.Input(
                     "inversion",
-                    tooltip="The picture's. Sample at its size with its own sigmas, and with a sampler that takes no "
+                    tooltip="The image's. Sample at its size with its own sigmas, and with a sampler that takes no "
                     "steps between them (euler, ddim, Edit-Friendly DDPM Sampler).",
                 ),
                 io.Conditioning.Input(
                     "source",
-                    tooltip="The prompt that describes the picture as it is, the same as for the inversion (Liu et al. "
+                    tooltip="The prompt that describes the image as it is, the same as for the inversion (Liu et al. "
                     "2024, appendix E.2.1); empty in the reference implementation.",
                 ),
                 io.Float.Input(
@@ -58,18 +58,18 @@ class MutualSelfAttention(io.ComfyNode):
                     default=AUTOMATIC,
                     min=AUTOMATIC,
                     max=1000,
-                    tooltip="First self-attention layer that looks into the picture, counted from 0 in the order in "
+                    tooltip="First self-attention layer that looks into the image, counted from 0 in the order in "
                     "which they run. -1 is automatic: the decoder's layers above its coarsest grid, which are 10 of 16 "
                     "in SD1.x and 64 of 70 in SDXL, as in the reference implementation.",
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The negative prompt for the picture; without it the sampler's own counts for both.",
+                    tooltip="The negative prompt for the image; without it the sampler's own counts for both.",
                 ),
                 mask_input(
                     "source_mask",
-                    "Mask of the subject in the picture. With both masks the subject looks at the subject and the "
+                    "Mask of the subject in the image. With both masks the subject looks at the subject and the "
                     "background at the background (mask-guided MasaCtrl).",
                     optional=True,
                 ),
@@ -83,7 +83,7 @@ class MutualSelfAttention(io.ComfyNode):
                 io.Model.Output(
                     "model_with_attention",
                     display_name="model",
-                    tooltip="The model that looks into the picture, for any stock sampler and guider.",
+                    tooltip="The model that looks into the image, for any stock sampler and guider.",
                 ),
             ],
         )
@@ -104,7 +104,7 @@ class MutualSelfAttention(io.ComfyNode):
         if takes_all(start_step, inversion.steps):
             show_warnings(
                 cls,
-                f"start_step is {start_step:g}, so that none of the {inversion.steps} steps looks into the picture and "
+                f"start_step is {start_step:g}, so that none of the {inversion.steps} steps looks into the image and "
                 f"the model samples as it does without this node; choose a smaller one.",
             )
         return io.NodeOutput(

@@ -1,7 +1,7 @@
-"""Nodes that edit a picture by editing its prompt, with the attention of the picture it was.
+"""Nodes that edit an image by editing its prompt, with the attention of the image it was.
 
 Prompt-to-Prompt gives a MODEL and the target's CONDITIONING instead of sampling itself: so every stock sampler,
-scheduler, guider and preview is there, ControlNet and LoRA compose, and for a real picture it is the same graph with
+scheduler, guider and preview is there, ControlNet and LoRA compose, and for a real image it is the same graph with
 an inversion connected. Replace Subject is a whole algorithm of a paper, for one kind of sampling, in one node.
 """
 
@@ -38,8 +38,8 @@ class PromptToPrompt(io.ComfyNode):
                 "attention re-weighting",
             ],
             description=(
-                "Edits a picture by editing its prompt (Hertz et al. 2023): exchange, add or re-weight words while the "
-                "rest of the picture stays. For pictures from any stock sampler, or real ones by their inversion."
+                "Edits an image by editing its prompt (Hertz et al. 2023): exchange, add or re-weight words while the "
+                "rest of the image stays. For images from any stock sampler, or real ones by their inversion."
             ),
             inputs=[
                 io.Model.Input(
@@ -52,7 +52,7 @@ class PromptToPrompt(io.ComfyNode):
                     "source_prompt",
                     default="",
                     multiline=True,
-                    tooltip="The prompt of the picture as it is; for a real picture the one of its inversion.",
+                    tooltip="The prompt of the image as it is; for a real image the one of its inversion.",
                 ),
                 io.String.Input(
                     "target_prompt",
@@ -75,7 +75,7 @@ class PromptToPrompt(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Share of the steps, from the first, with the source's cross-attention: more keeps more of "
-                    "the picture. 0.8 in the notebook of Hertz et al. 2023.",
+                    "the image. 0.8 in the notebook of Hertz et al. 2023.",
                 ),
                 io.Float.Input(
                     "self_replace_steps",
@@ -92,7 +92,7 @@ class PromptToPrompt(io.ComfyNode):
                     default=control.FACTORS[0],
                     tooltip="How many times smaller than the latent a layer's grid is at least, for its self-attention "
                     "to be the source's. Automatic is 4 at 512x512 (grids of at most 16x16, as in the reference "
-                    "implementation) and above, and less for small pictures.",
+                    "implementation) and above, and less for small images.",
                 ),
                 io.String.Input(
                     "reweight",
@@ -103,7 +103,7 @@ class PromptToPrompt(io.ComfyNode):
                 io.String.Input(
                     "blend_words",
                     default="",
-                    tooltip="Local blend: words of either prompt, such as: cat, dog. The picture changes where the "
+                    tooltip="Local blend: words of either prompt, such as: cat, dog. The image changes where the "
                     "attention to these is, and nowhere else. Empty: everywhere.",
                 ),
                 io.Float.Input(
@@ -112,7 +112,7 @@ class PromptToPrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the words' largest attention above which the picture may change: lower changes a "
+                    tooltip="Share of the words' largest attention above which the image may change: lower changes a "
                     "larger part. 0.3 in the reference implementation.",
                 ),
                 io.Float.Input(
@@ -127,7 +127,7 @@ class PromptToPrompt(io.ComfyNode):
                 Inversion.Input(
                     "inversion",
                     optional=True,
-                    tooltip="Of a real picture, best from Null-Text Optimization, whose embeddings then are the "
+                    tooltip="Of a real image, best from Null-Text Optimization, whose embeddings then are the "
                     "negative side. Sample from its latent with its sigmas. Without it, each latent is sampled as "
                     "source and as target.",
                 ),
@@ -137,7 +137,7 @@ class PromptToPrompt(io.ComfyNode):
                     "controlled_model",
                     display_name="model",
                     tooltip="For a stock sampler without added noise, such as euler or dpmpp_2m. Without an inversion "
-                    "it gives the source pictures, then the target pictures.",
+                    "it gives the source images, then the target images.",
                 ),
                 io.Conditioning.Output(
                     "positive", display_name="positive", tooltip="The target prompt, for the sampler's positive input."
@@ -232,8 +232,8 @@ class ReplaceSubject(io.ComfyNode):
             category="attention control",
             search_aliases=["HiFi Tuner", "subject swap", "personalized subject replacement", "edit sampler"],
             description=(
-                "Puts another subject, learned or known by its word, in the place of a picture's, without a mask (Wang "
-                "et al. 2023, algorithm 3): the attention of all other words stays that of the picture."
+                "Puts another subject, learned or known by its word, in the place of an image's, without a mask (Wang "
+                "et al. 2023, algorithm 3): the attention of all other words stays that of the image."
             ),
             inputs=[
                 io.Model.Input(
@@ -242,12 +242,12 @@ class ReplaceSubject(io.ComfyNode):
                     "embeddings.",
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                Inversion.Input("inversion", tooltip="Of the picture, from DDIM Inversion and Null-Text Optimization."),
+                Inversion.Input("inversion", tooltip="Of the image, from DDIM Inversion and Null-Text Optimization."),
                 io.String.Input(
                     "source_prompt",
                     default="",
                     multiline=True,
-                    tooltip="The caption of the picture, the same as for the inversion.",
+                    tooltip="The caption of the image, the same as for the inversion.",
                 ),
                 io.String.Input(
                     "target_prompt",
@@ -270,7 +270,7 @@ class ReplaceSubject(io.ComfyNode):
                     "is their own too. 5 in Wang et al. 2023 (section 4). Without a target it has no effect.",
                 ),
                 guidance_scale_input(
-                    0.0, "Of the new picture. 0 is automatic: the one that the null-text embeddings were optimized for."
+                    0.0, "Of the new image. 0 is automatic: the one that the null-text embeddings were optimized for."
                 ),
                 io.Float.Input(
                     "cross_replace_steps",
@@ -278,7 +278,7 @@ class ReplaceSubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps, from the first, with the picture's cross-attention. 1 in Wang et al. "
+                    tooltip="Share of the steps, from the first, with the image's cross-attention. 1 in Wang et al. "
                     "2023 (algorithm 3); less gives the subject more freedom.",
                 ),
                 io.Float.Input(
@@ -287,13 +287,13 @@ class ReplaceSubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps, from the first, with the picture's self-attention. 0 in Wang et al. "
+                    tooltip="Share of the steps, from the first, with the image's self-attention. 0 in Wang et al. "
                     "2023 (algorithm 3); more keeps the old subject's shape.",
                 ),
                 io.Boolean.Input(
                     "local_blend",
                     default=False,
-                    tooltip="Keeps the picture outside of both subjects, as Prompt-to-Prompt's local blend does. Wang "
+                    tooltip="Keeps the image outside of both subjects, as Prompt-to-Prompt's local blend does. Wang "
                     "et al. 2023 do without.",
                 ),
                 io.Float.Input(
@@ -302,7 +302,7 @@ class ReplaceSubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="With local_blend: share of the subjects' largest attention above which the picture may "
+                    tooltip="With local_blend: share of the subjects' largest attention above which the image may "
                     "change. 0.3 in the reference implementation of prompt-to-prompt.",
                 ),
                 io.Conditioning.Input(
@@ -313,10 +313,8 @@ class ReplaceSubject(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="The new picture; decode it with the VAE."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Which tokens were free, and network evaluations."
-                ),
+                io.Latent.Output("edited", display_name="edited", tooltip="The new image; decode it with the VAE."),
+                io.String.Output("report", display_name="report", tooltip="Which tokens were free, and model calls."),
             ],
         )
 
@@ -355,7 +353,7 @@ class ReplaceSubject(io.ComfyNode):
             callback=progress(model, inversion.steps),
         )
         free = ", ".join(map(str, result.free_tokens))
-        text = f"Tokens with attention of their own: {free}. {result.evaluations} network evaluations."
+        text = f"Tokens with attention of their own: {free}. {result.evaluations} model calls."
         unused = first_said(
             (
                 source_prompt == target_prompt and target is None,
@@ -364,7 +362,7 @@ class ReplaceSubject(io.ComfyNode):
             ),
             (
                 takes_no_part(max(cross_replace_steps, self_replace_steps), inversion.steps) and not local_blend,
-                "cross_replace_steps and self_replace_steps are 0, so that nothing of the picture's attention is kept; "
+                "cross_replace_steps and self_replace_steps are 0, so that nothing of the image's attention is kept; "
                 "raise one of them.",
             ),
         )

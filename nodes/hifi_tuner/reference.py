@@ -1,4 +1,4 @@
-"""Nodes that choose the reference among a subject's pictures and lay it on the generated picture."""
+"""Nodes that choose the reference among a subject's images and lay it on the generated image."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ...pipelines.hifi_tuner import reference_selection
 from ...pipelines.networks import image_encoders
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
 from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
-from ...pipelines.shared.pictures import as_colour
-from ...pipelines.subjects.pictures import SubjectPictures as SubjectPicturesData
-from ..sockets import SubjectPictures, checked, mask_input, schema, show_text
+from ...pipelines.subjects.images import SubjectImages as SubjectImagesData
+from ..sockets import SubjectImages, checked, mask_input, schema, show_text
 
 MODEL_FOLDER = "image_encoders"
-BUILT_IN, CLIP_VISION = "colours and edges (no model)", "CLIP_VISION input"
+BUILT_IN, CLIP_VISION = "colors and edges (no model)", "CLIP_VISION input"
 
 
 class SelectReference(io.ComfyNode):
@@ -30,36 +30,36 @@ class SelectReference(io.ComfyNode):
             category="subject",
             search_aliases=["DINO similarity", "image similarity", "HiFi Tuner", "choose image", "nearest image"],
             description=(
-                "Chooses the picture of a subject that looks the most like a generated one, as the reference for "
+                "Chooses the image of a subject that looks the most like a generated one, as the reference for "
                 "Reference-Guided Null-Text Optimizer (Wang et al. 2023, section 3.3)."
             ),
             inputs=[
                 io.Image.Input(
                     "generated",
-                    tooltip="The picture of the first pass. Of several, the source is chosen that is the most like all "
+                    tooltip="The image of the first pass. Of several, the source is chosen that is the most like all "
                     "of them.",
                 ),
                 io.Combo.Input(
                     "encoder",
                     options=[BUILT_IN, CLIP_VISION, *list_models(MODEL_FOLDER)],
                     default=BUILT_IN,
-                    tooltip="What compares the pictures. Wang et al. 2023 use DINO ViT-S/16: put its folder "
-                    f"(transformers or timm, safetensors) into models/{MODEL_FOLDER}. Colours and edges need no file "
-                    "and are enough for drawn pictures.",
+                    tooltip="What compares the images. Wang et al. 2023 use DINO ViT-S/16: put its folder "
+                    f"(transformers or timm, safetensors) into models/{MODEL_FOLDER}. Colors and edges need no file "
+                    "and are enough for drawn images.",
                 ),
                 io.Boolean.Input(
                     "subject_only",
                     default=True,
-                    tooltip="On: where a picture has a mask, only the subject in it is compared. Off: whole pictures, "
+                    tooltip="On: where an image has a mask, only the subject in it is compared. Off: whole images, "
                     "as in Wang et al. 2023, whose backgrounds count too.",
                 ),
-                SubjectPictures.Input(
+                SubjectImages.Input(
                     "subject",
                     optional=True,
-                    tooltip="The subject's pictures with captions and masks, from Load Subject Pictures.",
+                    tooltip="The subject's images with captions and masks, from Load Subject Images.",
                 ),
                 io.Image.Input(
-                    "images", optional=True, tooltip="The subject's pictures as a batch, in the place of subject."
+                    "images", optional=True, tooltip="The subject's images as a batch, in the place of subject."
                 ),
                 mask_input(
                     "masks",
@@ -69,8 +69,7 @@ class SelectReference(io.ComfyNode):
                 ),
                 mask_input(
                     "generated_mask",
-                    "Mask of the subject in the generated picture, as of Segment Subject, for subject_only; of any "
-                    "size.",
+                    "Mask of the subject in the generated image, as of Segment Subject, for subject_only; of any size.",
                     optional=True,
                 ),
                 io.ClipVision.Input(
@@ -78,7 +77,7 @@ class SelectReference(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("reference", display_name="reference", tooltip="The chosen picture, in its own size."),
+                io.Image.Output("reference", display_name="reference", tooltip="The chosen image, in its own size."),
                 io.Mask.Output(
                     "reference_mask",
                     display_name="reference mask",
@@ -87,13 +86,13 @@ class SelectReference(io.ComfyNode):
                 io.String.Output(
                     "caption",
                     display_name="caption",
-                    tooltip="Its caption, for the inversion. Empty without one; Caption Pictures writes it.",
+                    tooltip="Its caption, for the inversion. Empty without one; Caption Images writes it.",
                 ),
-                io.Int.Output("index", display_name="index", tooltip="Which picture it is, counted from 0."),
+                io.Int.Output("index", display_name="index", tooltip="Which image it is, counted from 0."),
                 io.String.Output(
                     "scores",
                     display_name="scores",
-                    tooltip="A line for each picture with its cosine similarity, the chosen one marked.",
+                    tooltip="A line for each image with its cosine similarity, the chosen one marked.",
                 ),
             ],
         )
@@ -111,15 +110,15 @@ class SelectReference(io.ComfyNode):
         generated: torch.Tensor,
         encoder: str,
         subject_only: bool,
-        subject: SubjectPicturesData | None = None,
+        subject: SubjectImagesData | None = None,
         images: torch.Tensor | None = None,
         masks: torch.Tensor | None = None,
         generated_mask: torch.Tensor | None = None,
         clip_vision: Any = None,
     ) -> io.NodeOutput:
-        images = None if images is None else as_colour(images, "images")
+        images = None if images is None else as_color(images, "images")
         candidates, candidate_masks, captions, names = _sources(subject, images, masks)
-        drawn = list(as_colour(generated, "generated"))
+        drawn = list(as_color(generated, "generated"))
         drawn_masks = _masks_of(drawn, generated_mask, "generated_mask")
         choice = reference_selection.select_reference(
             drawn,
@@ -136,7 +135,7 @@ class SelectReference(io.ComfyNode):
         warning = None
         if subject_only and (generated_mask is None) != all(mask is None for mask in candidate_masks):
             warning = (
-                "Only one side has masks, so that a subject on grey is compared with whole pictures; connect masks of "
+                "Only one side has masks, so that a subject on gray is compared with whole images; connect masks of "
                 "both, or of none."
             )
         return io.NodeOutput(
@@ -157,18 +156,18 @@ class AlignReference(io.ComfyNode):
             category="subject",
             search_aliases=["similarity transform", "registration", "HiFi Tuner", "match position", "scale and rotate"],
             description=(
-                "Scales, turns and moves a reference picture until its subject lies on the generated one, for "
+                "Scales, turns and moves a reference image until its subject lies on the generated one, for "
                 "Reference-Guided Null-Text Optimizer (Wang et al. 2023, algorithm 4)."
             ),
             inputs=[
-                io.Image.Input("reference", tooltip="The reference picture, from Select Reference."),
+                io.Image.Input("reference", tooltip="The reference image, from Select Reference."),
                 mask_input(
                     "reference_mask",
                     "Mask of the subject in the reference, of any size.",
                 ),
                 mask_input(
                     "generated_mask",
-                    "Mask of the subject in the generated picture, as of Segment Subject. The result has the size of "
+                    "Mask of the subject in the generated image, as of Segment Subject. The result has the size of "
                     "generated, or else of this mask.",
                 ),
                 io.Combo.Input(
@@ -176,8 +175,8 @@ class AlignReference(io.ComfyNode):
                     options=list(alignment.SURROUNDINGS),
                     default=alignment.REFLECT,
                     tooltip="What stands where the transformed reference ends. The result is inverted by the model, so "
-                    "it should look like a picture: reflect mirrors the reference, edge drags its border into streaks, "
-                    "grey is flat. Generated picture puts the subject alone into the generated picture, whose "
+                    "it should look like an image: reflect mirrors the reference, edge drags its border into streaks, "
+                    "gray is flat. Generated image puts the subject alone into the generated image, whose "
                     "background the reference's caption does not describe.",
                 ),
                 io.Boolean.Input(
@@ -221,13 +220,13 @@ class AlignReference(io.ComfyNode):
                 io.Image.Input(
                     "generated",
                     optional=True,
-                    tooltip="The generated picture, for the surroundings 'generated picture'.",
+                    tooltip="The generated image, for the surroundings 'generated image'.",
                 ),
             ],
             outputs=[
                 io.Image.Output("aligned", display_name="aligned reference", tooltip="The transformed reference."),
                 io.Mask.Output(
-                    "aligned_mask", display_name="aligned mask", tooltip="The subject in it, within the picture."
+                    "aligned_mask", display_name="aligned mask", tooltip="The subject in it, within the image."
                 ),
                 io.Float.Output(
                     "scale", display_name="scale", tooltip="How many times larger the reference has become."
@@ -235,7 +234,7 @@ class AlignReference(io.ComfyNode):
                 io.Float.Output(
                     "rotation",
                     display_name="rotation",
-                    tooltip="Degrees by which it was turned about its centre, clockwise.",
+                    tooltip="Degrees by which it was turned about its center, clockwise.",
                 ),
                 io.Float.Output(
                     "translation_x",
@@ -252,7 +251,7 @@ class AlignReference(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="The four numbers of every picture, how well the masks overlap, and a warning.",
+                    tooltip="The four numbers of every image, how well the masks overlap, and a warning.",
                 ),
             ],
         )
@@ -272,8 +271,8 @@ class AlignReference(io.ComfyNode):
         parts: str,
         generated: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        reference = as_colour(reference, "reference")
-        generated = None if generated is None else as_colour(generated, "generated")
+        reference = as_color(reference, "reference")
+        generated = None if generated is None else as_color(generated, "generated")
         count = max(len(reference), len(generated_mask))
         given = {
             "reference": reference,
@@ -314,7 +313,7 @@ class AlignReference(io.ComfyNode):
         warnings = list(dict.fromkeys(result.warning for result in results if result.warning))
         first = results[0].similarity
         return io.NodeOutput(
-            torch.stack([result.picture for result in results]),
+            torch.stack([result.image for result in results]),
             torch.stack([result.mask for result in results]),
             first.scale,
             first.rotation,
@@ -325,28 +324,28 @@ class AlignReference(io.ComfyNode):
 
 
 def _sources(
-    subject: SubjectPicturesData | None, images: torch.Tensor | None, masks: torch.Tensor | None
+    subject: SubjectImagesData | None, images: torch.Tensor | None, masks: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[str], list[str]]:
-    """Pictures, masks, captions and names of what a reference is chosen from."""
+    """Images, masks, captions and names of what a reference is chosen from."""
     if (subject is None) == (images is None):
         raise IdentityEditError(
-            "There is nothing to choose from, or twice; connect the subject's pictures to either subject or images."
+            "There is nothing to choose from, or twice; connect the subject's images to either subject or images."
         )
     if subject is not None:
         if masks is not None:
             raise IdentityEditError("masks belongs to images, but subject is connected, which has its own; remove one.")
-        return list(subject.pictures), list(subject.masks), list(subject.captions), list(subject.names)
+        return list(subject.images), list(subject.masks), list(subject.captions), list(subject.names)
     assert images is not None
     candidates = list(images)
     count = len(candidates)
-    return candidates, _masks_of(candidates, masks, "masks"), [""] * count, [f"picture {i + 1}" for i in range(count)]
+    return candidates, _masks_of(candidates, masks, "masks"), [""] * count, [f"image {i + 1}" for i in range(count)]
 
 
-def _masks_of(pictures: list[torch.Tensor], masks: torch.Tensor | None, name: str) -> list[torch.Tensor | None]:
+def _masks_of(images: list[torch.Tensor], masks: torch.Tensor | None, name: str) -> list[torch.Tensor | None]:
     if masks is None:
-        return [None] * len(pictures)
-    height, width = pictures[0].shape[:2]  # of a batch: all have one size
-    return list(masks_for(masks, name, height, width, len(pictures)))
+        return [None] * len(images)
+    height, width = images[0].shape[:2]  # of a batch: all have one size
+    return list(masks_for(masks, name, height, width, len(images)))
 
 
 def _encoder(name: str, clip_vision: Any) -> image_encoders.Encoder:

@@ -1,4 +1,4 @@
-"""The node that holds a generated subject's details by a reference picture."""
+"""The node that holds a generated subject's details by a reference image."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             category="subject",
             search_aliases=["HiFi Tuner", "reference guidance", "subject details", "null-text", "second pass"],
             description=(
-                "Samples a picture again from the same noise, with the subject in it led along the inversion of a "
-                "reference picture (HiFi Tuner, Wang et al. 2023, algorithm 2): the same place and pose, the "
+                "Samples an image again from the same noise, with the subject in it led along the inversion of a "
+                "reference image (HiFi Tuner, Wang et al. 2023, algorithm 2): the same place and pose, the "
                 "reference's details."
             ),
             inputs=[
@@ -75,7 +75,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Share of the steps before guidance begins. 0.2 in Wang et al. 2023 (t_s = 40 of 50 steps "
-                    "remain); earlier changes the structure of the picture. 1 is no guidance.",
+                    "remain); earlier changes the structure of the image. 1 is no guidance.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -130,12 +130,12 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(
-                    "guided_latent", display_name="latent", tooltip="The guided picture; decode it with the VAE."
+                    "guided_latent", display_name="latent", tooltip="The guided image; decode it with the VAE."
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="The guided steps, network evaluations, losses inside the mask, and what looks wrong.",
+                    tooltip="The guided steps, model calls, losses inside the mask, and what looks wrong.",
                 ),
             ],
         )
@@ -164,7 +164,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
         empty = latent_samples(latent, "The latent")
         if latent.get("noise_mask") is not None:
             raise IdentityEditError(
-                "The latent has a noise mask, with which a first pass changes a part of a picture only; connect an "
+                "The latent has a noise mask, with which a first pass changes a part of an image only; connect an "
                 "Empty Latent Image."
             )
         guided = guidance.guided_steps(inversion.steps, start_percent, end_percent)
@@ -200,8 +200,8 @@ def _report(found: guidance.ReferenceGuidance, steps: int) -> str:
     share = float(found.mask.mean()) * 100
     updates = sum(int((~rows.isnan()).sum()) for rows in found.losses)
     lines = [
-        f"Reference guidance: {len(found.steps)} of {steps} steps guided in {share:.0f} % of the picture, {updates} "
-        f"updates, {found.evaluations} network evaluations."
+        f"Reference guidance: {len(found.steps)} of {steps} steps guided in {share:.0f} % of the image, {updates} "
+        f"updates, {found.evaluations} model calls."
     ]
     if found.losses:
         pairs = zip(found.unguided_losses.mean(dim=1).tolist(), found.final_losses.mean(dim=1).tolist(), strict=True)

@@ -17,8 +17,8 @@ from ...pipelines.networks import grounding_dino as dino
 from ...pipelines.networks import segment_anything as pipeline
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
 from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.images import PIXELS_OF_A_CELL, as_color, encoded
 from ...pipelines.shared.parsing import whole_numbers
-from ...pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour, encoded
 from ..sockets import checked, progress, schema, seed_input, show_text
 
 ATTENTION = "attention (no further model)"
@@ -37,11 +37,11 @@ class SegmentSubject(io.ComfyNode):
             category="masks",
             search_aliases=["SAM", "Segment Anything", "Grounding DINO", "Grounded SAM", "subject mask", "cut out"],
             description=(
-                "Finds the subject in pictures: by the loaded checkpoint's own attention to a word, which needs no "
+                "Finds the subject in images: by the loaded checkpoint's own attention to a word, which needs no "
                 "further model, or by Segment Anything with points, a box or the subject's name."
             ),
             inputs=[
-                io.Image.Input("pictures", tooltip="One or more pictures; each gets its mask."),
+                io.Image.Input("images", tooltip="One or more images; each gets its mask."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
@@ -60,13 +60,13 @@ class SegmentSubject(io.ComfyNode):
                 io.String.Input(
                     "caption",
                     default="",
-                    tooltip="Attention: what the picture shows, if you know it; empty uses the subject alone, which "
+                    tooltip="Attention: what the image shows, if you know it; empty uses the subject alone, which "
                     "did as well in the demo world (benchmarks/results/segment_subject.md).",
                 ),
                 io.String.Input(
                     "timesteps",
                     default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
-                    tooltip="Attention: how noisy the picture is when the model looks at it, 0 to 999; one network "
+                    tooltip="Attention: how noisy the image is when the model looks at it, 0 to 999; one network "
                     "evaluation each. Low ones overlapped the best with the true masks of the demo world "
                     "(benchmarks/results/segment_subject.md).",
                 ),
@@ -76,7 +76,7 @@ class SegmentSubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Attention: share of the normalised map above which a place belongs to the subject; lower "
+                    tooltip="Attention: share of the normalized map above which a place belongs to the subject; lower "
                     "makes the mask larger. Measured like the timesteps.",
                 ),
                 io.Int.Input(
@@ -100,8 +100,8 @@ class SegmentSubject(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Attention: larger pictures are shown to the model scaled down to this side in pixels; the "
-                    "mask has the picture's own size. Near the size that the checkpoint was trained for.",
+                    tooltip="Attention: larger images are shown to the model scaled down to this side in pixels; the "
+                    "mask has the image's own size. Near the size that the checkpoint was trained for.",
                 ),
                 seed_input("Attention: of the noise. The same seed gives the same mask."),
                 io.Combo.Input(
@@ -121,20 +121,20 @@ class SegmentSubject(io.ComfyNode):
                     default="",
                     multiline=True,
                     tooltip="Segment Anything: one point a line, 'x, y' on the subject, 'x, y, 0' beside it; pixels "
-                    "from the upper left corner. The same for every picture.",
+                    "from the upper left corner. The same for every image.",
                 ),
                 io.String.Input(
                     "box",
                     default="",
                     tooltip="Segment Anything: 'left, top, right, bottom' in pixels around the subject. Without points "
-                    "and box everything in the picture is segmented.",
+                    "and box everything in the image is segmented.",
                 ),
                 io.Combo.Input(
                     "choice",
                     options=list(pipeline.CHOICES),
                     default=pipeline.LARGEST,
                     tooltip="Segment Anything without points and box, and Grounding DINO: which of several parts or "
-                    "subjects is the mask. Parts that hold most of the picture's border are background and left out.",
+                    "subjects is the mask. Parts that hold most of the image's border are background and left out.",
                 ),
                 io.Float.Input(
                     "box_threshold",
@@ -156,12 +156,12 @@ class SegmentSubject(io.ComfyNode):
                 io.Vae.Input("vae", optional=True, tooltip="Attention: the VAE of the same checkpoint."),
             ],
             outputs=[
-                io.Mask.Output("mask", display_name="mask", tooltip="1 on the subject, of the pictures' size."),
+                io.Mask.Output("mask", display_name="mask", tooltip="1 on the subject, of the images' size."),
                 io.Image.Output(
-                    "overlay", display_name="overlay", tooltip="The pictures with the outline of the mask on them."
+                    "overlay", display_name="overlay", tooltip="The images with the outline of the mask on them."
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="How much of each picture the mask covers, and a warning."
+                    "report", display_name="report", tooltip="How much of each image the mask covers, and a warning."
                 ),
             ],
         )
@@ -183,7 +183,7 @@ class SegmentSubject(io.ComfyNode):
     @checked
     def execute(
         cls,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         method: str,
         subject: str,
         caption: str,
@@ -204,11 +204,11 @@ class SegmentSubject(io.ComfyNode):
         clip: Any = None,
         vae: Any = None,
     ) -> io.NodeOutput:
-        pictures = as_colour(pictures)
+        images = as_color(images)
         if method == ATTENTION:
             steps = _timesteps(timesteps)
             found = _by_attention(
-                pictures,
+                images,
                 subject,
                 caption,
                 longest_side,
@@ -224,27 +224,27 @@ class SegmentSubject(io.ComfyNode):
             )
         else:
             found = _by_segment_anything(
-                pictures, method, subject, sam, grounding_dino, points, box, choice, box_threshold
+                images, method, subject, sam, grounding_dino, points, box, choice, box_threshold
             )
         notes = []
         for i in range(len(found)):
             if bool(found[i].any()) and parts == alignment.LARGEST_PART:
-                inside, note = alignment.subject_part(found[i], f"The mask of picture {i + 1}", parts)
+                inside, note = alignment.subject_part(found[i], f"The mask of image {i + 1}", parts)
                 found[i] = inside.float()
                 notes += [note] if note else []
         shares = found.mean(dim=(1, 2)).tolist()
         nothing = [str(i + 1) for i, share in enumerate(shares) if share in (0.0, 1.0)]
         if nothing:
             notes.append(
-                f"The mask holds nothing or everything of picture {', '.join(nothing)}; check the subject, the "
+                f"The mask holds nothing or everything of image {', '.join(nothing)}; check the subject, the "
                 f"threshold or the prompt."
             )
-        text = f"The mask covers {', '.join(f'{share:.0%}' for share in shares)} of the picture."
-        return io.NodeOutput(found, heatmap.outlined(pictures, found), show_text(cls, text, " ".join(notes) or None))
+        text = f"The mask covers {', '.join(f'{share:.0%}' for share in shares)} of the image."
+        return io.NodeOutput(found, heatmap.outlined(images, found), show_text(cls, text, " ".join(notes) or None))
 
 
 def _by_attention(
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     subject: str,
     caption: str,
     longest_side: int,
@@ -253,27 +253,27 @@ def _by_attention(
     vae: Any,
     **options: Any,
 ) -> torch.Tensor:
-    """Masks [B, H, W] by the checkpoint's attention, of the pictures' own size."""
+    """Masks [B, H, W] by the checkpoint's attention, of the images' own size."""
     if model is None or clip is None or vae is None:
         raise IdentityEditError(
             f"The method '{ATTENTION}' needs model, clip and vae; connect a checkpoint's, or choose another method."
         )
     identity = encode_identity_prompt(clip, subject, name="subject")
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(caption.strip() or subject))
-    height, width = pictures.shape[1:3]
-    # The VAE takes whole cells; the picture is scaled to them, so that the mask fits to a fraction of a pixel.
+    height, width = images.shape[1:3]
+    # The VAE takes whole cells; the image is scaled to them, so that the mask fits to a fraction of a pixel.
     factor = min(1.0, longest_side / max(height, width))
     cells = (max(1, round(side * factor / PIXELS_OF_A_CELL)) for side in (height, width))
     whole = tuple(count * PIXELS_OF_A_CELL for count in cells)
-    shown = interpolate(pictures.movedim(-1, 1), size=whole, mode="bilinear", antialias=True).movedim(1, -1)
+    shown = interpolate(images.movedim(-1, 1), size=whole, mode="bilinear", antialias=True).movedim(1, -1)
     if whole == (height, width):
-        shown = pictures
-    latent = encoded(vae, shown, "A picture")
+        shown = images
+    latent = encoded(vae, shown, "An image")
     return attention_segmentation.attention_masks(model, latent, identity, conditioning, (height, width), **options)
 
 
 def _by_segment_anything(
-    pictures: torch.Tensor,
+    images: torch.Tensor,
     method: str,
     subject: str,
     sam: str,
@@ -289,18 +289,18 @@ def _by_segment_anything(
     boxes: list[Any] = []
     if method == BY_NAME:
         detector = model_path(dino.FOLDER, grounding_dino, dino.NEEDED)
-        boxes = dino.detect(detector, list(pictures), subject, box_threshold)
+        boxes = dino.detect(detector, list(images), subject, box_threshold)
     else:
-        for picture in pictures:
-            pipeline.check_prompt(prompt, picture)
+        for image in images:
+            pipeline.check_prompt(prompt, image)
     found = []
     with pipeline.load_segmenter(path) as segmenter:
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             stop_if_interrupted()
             if method == BY_NAME:
-                found.append(pipeline.segment_by_name(segmenter, picture, boxes[i], choice))
+                found.append(pipeline.segment_by_name(segmenter, image, boxes[i], choice))
             else:
-                found.append(pipeline.segment_anything(segmenter, picture, prompt, choice))
+                found.append(pipeline.segment_anything(segmenter, image, prompt, choice))
     return torch.stack(found)
 
 

@@ -15,10 +15,10 @@ from ...pipelines.hifi_tuner import train_subject_embedding as learning
 from ...pipelines.hifi_tuner.subject_embedding import OUTPUT, WORD, SubjectEmbedding, apply_subject
 from ...pipelines.hifi_tuner.train_subject_embedding import MOST_TOKENS, SubjectSettings
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.subjects.pictures import SubjectPictures as Pictures
-from ...pipelines.subjects.pictures import check_captions
+from ...pipelines.subjects.images import SubjectImages as Images
+from ...pipelines.subjects.images import check_captions
+from ...pipelines.training.images import check_masks, encode_images
 from ...pipelines.training.loop import TrainingRun
-from ...pipelines.training.pictures import check_masks, encode_pictures
 from ..saved_files import (
     FILE_ENDING,
     changed_at,
@@ -30,7 +30,7 @@ from ..saved_files import (
     next_path,
     path_of,
 )
-from ..sockets import Subject, SubjectPictures, checked, schema, seed_input, show_text, steps_input
+from ..sockets import Subject, SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
@@ -65,15 +65,15 @@ class TrainSubjectEmbedding(io.ComfyNode):
             category="subject",
             search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalization", "train subject"],
             description=(
-                "Learns a subject from three to five pictures as a few text embeddings, first ones for all steps and "
+                "Learns a subject from three to five images as a few text embeddings, first ones for all steps and "
                 "then ones for each sampling step; no weight of the model changes (Wang et al. 2023, section 3.2)."
             ),
             is_output_node=True,
             inputs=[
                 *checkpoint_inputs(),
-                SubjectPictures.Input(
-                    "pictures",
-                    tooltip="Three to five pictures of the subject with masks, and with captions that call it by its "
+                SubjectImages.Input(
+                    "images",
+                    tooltip="Three to five images of the subject with masks, and with captions that call it by its "
                     "token and class word and say what it does.",
                 ),
                 io.Combo.Input(
@@ -117,8 +117,8 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     SubjectSettings.learning_rate, "Adam's learning rate. 0.005 in Wang et al. 2023.", 1.0, 1e-4
                 ),
                 io.Float.Input(
-                    "regularisation_weight",
-                    default=SubjectSettings.regularisation_weight,
+                    "regularization_weight",
+                    default=SubjectSettings.regularization_weight,
                     min=0.0,
                     max=100.0,
                     step=0.0001,
@@ -131,7 +131,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     "masked_loss",
                     default=True,
                     tooltip="Count the loss inside the masks only, so that backgrounds are not learned, as in Wang et "
-                    "al. 2023. Pictures without a mask count as a whole.",
+                    "al. 2023. Images without a mask count as a whole.",
                 ),
                 io.Boolean.Input(
                     "keep_token",
@@ -139,7 +139,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     tooltip="Leave the rare token in captions and prompts. Switch it on for a model with an identity "
                     "prior, which knows the token. Off, the embeddings stand for it.",
                 ),
-                batch_size_input(1, 64, "Pictures in a batch. All of them have one size."),
+                batch_size_input(1, 64, "Images in a batch. All of them have one size."),
                 gradient_accumulation_input(),
                 precision_input("the embeddings"),
                 checkpointing_input(),
@@ -166,14 +166,14 @@ class TrainSubjectEmbedding(io.ComfyNode):
         model: Any,
         clip: Any,
         vae: Any,
-        pictures: Pictures,
+        images: Images,
         kind: str,
         tokens: int,
         steps: int,
         updates_per_step: int,
         sampling_steps: int,
         learning_rate: float,
-        regularisation_weight: float,
+        regularization_weight: float,
         masked_loss: bool,
         keep_token: bool,
         batch_size: int,
@@ -186,18 +186,18 @@ class TrainSubjectEmbedding(io.ComfyNode):
         checkpoint_every: int,
         filename_prefix: str,
     ) -> io.NodeOutput:
-        check_captions(pictures)
-        check_masks(pictures.masks, masked_loss)
+        check_captions(images)
+        check_masks(images.masks, masked_loss)
         settings = SubjectSettings(
-            class_word=pictures.class_word,
-            token="" if keep_token else pictures.token,
+            class_word=images.class_word,
+            token="" if keep_token else images.token,
             kind=kind,
             tokens=tokens,
             steps=steps,
             learning_rate=learning_rate,
             batch_size=batch_size,
             accumulation=gradient_accumulation,
-            regularisation_weight=regularisation_weight,
+            regularization_weight=regularization_weight,
             masked=masked_loss,
             sampling_steps=sampling_steps,
             updates_per_step=updates_per_step,
@@ -205,12 +205,12 @@ class TrainSubjectEmbedding(io.ComfyNode):
             checkpointing=checkpointing,
             seed=seed,
             sample_every=sample_every,
-            sample_prompt=sample_prompt.strip() or pictures.identity_prompt,
+            sample_prompt=sample_prompt.strip() or images.identity_prompt,
             checkpoint_every=checkpoint_every,
         )
-        learning.check_training_captions(clip, pictures.captions, settings)
+        learning.check_training_captions(clip, images.captions, settings)
         next_path(filename_prefix, f"{FILE_FOLDER}/subject")  # better before a long training than after it
-        encoded = encode_pictures(vae, pictures.pictures, pictures.captions, pictures.masks)
+        encoded = encode_images(vae, images.images, images.captions, images.masks)
         checkpoints = Checkpoints(FILE_FOLDER)
         subject, run = learning.train_subject_embedding(
             model,

@@ -1,4 +1,4 @@
-"""Nodes that turn a picture into the noise it can be sampled from, and keep it in a file."""
+"""Nodes that turn an image into the noise it can be sampled from, and keep it in a file."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class DDIMInversion(io.ComfyNode):
             category="inversion",
             search_aliases=["invert", "real image editing", "unsampler", "noise inversion"],
             description=(
-                "Follows a picture to the noise from which the model samples it again (Song et al. 2021). The first "
-                "step of every edit of a real picture."
+                "Follows an image to the noise from which the model samples it again (Song et al. 2021). The first "
+                "step of every edit of a real image."
             ),
             inputs=[
                 io.Model.Input(
@@ -57,10 +57,10 @@ class DDIMInversion(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "source",
-                    tooltip="The prompt that describes the picture as it is. An empty prompt often keeps the structure "
+                    tooltip="The prompt that describes the image as it is. An empty prompt often keeps the structure "
                     "better (Jung et al. 2024, section 5.4).",
                 ),
-                io.Latent.Input("latent", tooltip="The picture, from VAE Encode with the same checkpoint's VAE."),
+                io.Latent.Input("latent", tooltip="The image, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(
                     50,
                     1000,
@@ -125,7 +125,7 @@ class DDIMInversion(io.ComfyNode):
             callback=progress(model, steps),
         )
         show_warnings(cls, fewer_steps(steps, result.steps), noise_mask_left_out(latent))
-        # A noise mask of the picture stays behind: a sampler would blend with x_T as if it were the picture.
+        # A noise mask of the image stays behind: a sampler would blend with x_T as if it were the image.
         return io.NodeOutput(result, {"samples": result.start_latent(model)}, result.sigmas.clone())
 
 
@@ -138,15 +138,15 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
             category="inversion",
             search_aliases=["invert", "DDPM inversion", "real image editing", "LEDITS", "noise maps"],
             description=(
-                "Finds the noise of every sampling step from which the model samples a picture exactly "
+                "Finds the noise of every sampling step from which the model samples an image exactly "
                 "(Huberman-Spiegelglas et al. 2024). Sample an edit from it with Edit-Friendly DDPM Sampler."
             ),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
                 ),
-                io.Conditioning.Input("source", tooltip="The prompt that describes the picture as it is."),
-                io.Latent.Input("latent", tooltip="The picture, from VAE Encode with the same checkpoint's VAE."),
+                io.Conditioning.Input("source", tooltip="The prompt that describes the image as it is."),
+                io.Latent.Input("latent", tooltip="The image, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(
                     edit_friendly_inversion.STEPS,
                     999,
@@ -170,7 +170,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                 io.Boolean.Input(
                     "zero_last_noise_map",
                     default=False,
-                    tooltip="Off: sampling with the source prompt gives the picture back exactly. On: the last step "
+                    tooltip="Off: sampling with the source prompt gives the image back exactly. On: the last step "
                     "has no noise, as in the reference implementation, and ends on what the model itself estimates.",
                 ),
                 io.Conditioning.Input(
@@ -239,7 +239,7 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the first steps that are left out: larger keeps more of the picture, smaller "
+                    tooltip="Share of the first steps that are left out: larger keeps more of the image, smaller "
                     "changes more. 0.36, 36 of 100 steps, in the reference implementation.",
                 ),
             ],
@@ -268,7 +268,7 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
             show_warnings(
                 cls,
                 f"skip is {skip:g}, which leaves out all {inversion.steps} steps: only the last one is sampled, and "
-                f"the picture comes back nearly as it is; choose a smaller one.",
+                f"the image comes back nearly as it is; choose a smaller one.",
             )
         return io.NodeOutput(
             comfy.samplers.KSAMPLER(sampler),
@@ -300,9 +300,9 @@ class NullTextOptimization(io.ComfyNode):
                     "method",
                     options=list(_METHODS),
                     default=NULL_TEXT_OPTIMIZATION,
-                    tooltip="Null-text optimization follows the picture most closely (Jung et al. 2024, figure 7), "
+                    tooltip="Null-text optimization follows the image most closely (Jung et al. 2024, figure 7), "
                     "update by update as its reference implementation does. The adaptive form aims at the same "
-                    "reconstruction with fewer network evaluations. Negative-prompt inversion optimizes nothing and "
+                    "reconstruction with fewer model calls. Negative-prompt inversion optimizes nothing and "
                     "reconstructs as well as DDIM without guidance (Miyake et al. 2023).",
                 ),
                 guidance_scale_input(
@@ -366,13 +366,13 @@ class NullTextOptimization(io.ComfyNode):
                 io.Latent.Output(
                     "reconstruction",
                     display_name="reconstruction",
-                    tooltip="The picture sampled back with the source prompt. Decode it and look: what is lost here is "
+                    tooltip="The image sampled back with the source prompt. Decode it and look: what is lost here is "
                     "lost in every edit.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Network evaluations, losses, and where it did not converge.",
+                    tooltip="Model calls, losses, and where it did not converge.",
                 ),
             ],
         )
@@ -431,7 +431,7 @@ def _report(found: null_text.NullText) -> str:
     steps = int(found.converged.shape[0])
     lines = [
         f"Null-text optimization: {converged} of {steps} steps converged, {int(found.inner_steps.sum())} updates, "
-        f"{found.evaluations} network evaluations.",
+        f"{found.evaluations} model calls.",
         "Loss after each step: " + ", ".join(f"{value:.1e}" for value in found.final_losses.amax(dim=1).tolist()),
     ]
     return "\n".join(lines)

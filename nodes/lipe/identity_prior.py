@@ -1,4 +1,4 @@
-"""Nodes that learn a subject from a few pictures, and apply what was learned."""
+"""Nodes that learn a subject from a few images, and apply what was learned."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from comfy_api.latest import io, ui
 from ...pipelines.lipe import identity_prior as priors
 from ...pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.subjects.pictures import SubjectPictures as Pictures
-from ...pipelines.subjects.pictures import check_captions
+from ...pipelines.subjects.images import SubjectImages as Images
+from ...pipelines.subjects.images import check_captions
+from ...pipelines.training.images import TrainingImages, check_masks, encode_images
 from ...pipelines.training.loop import TrainingRun
-from ...pipelines.training.pictures import TrainingPictures, check_masks, encode_pictures
 from ..idle import first_said, joined
 from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from ..sockets import SubjectPictures, checked, schema, seed_input, show_text, steps_input
+from ..sockets import SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
@@ -49,21 +49,21 @@ class TrainIdentityPrior(io.ComfyNode):
             category="subject",
             search_aliases=["dreambooth", "LIPE", "fine-tune", "personalization", "train subject"],
             description=(
-                "Learns a subject from three to five pictures by fine-tuning the attention layers of the UNet and of "
-                "the text encoders, with pictures of its class beside them (Liu et al. 2024, section 2.1)."
+                "Learns a subject from three to five images by fine-tuning the attention layers of the UNet and of "
+                "the text encoders, with images of its class beside them (Liu et al. 2024, section 2.1)."
             ),
             is_output_node=True,
             inputs=[
                 *checkpoint_inputs(),
-                SubjectPictures.Input(
+                SubjectImages.Input(
                     "subject",
-                    tooltip="The identity set: three to five pictures whose captions call the subject by its token and "
+                    tooltip="The identity set: three to five images whose captions call the subject by its token and "
                     "class word and say what it does.",
                 ),
-                SubjectPictures.Input(
-                    "regularisation",
+                SubjectImages.Input(
+                    "regularization",
                     optional=True,
-                    tooltip="The regularisation set: pictures of the class in general with their captions, made by the "
+                    tooltip="The regularization set: images of the class in general with their captions, made by the "
                     "same model. They keep the model's knowledge of the class; without them it forgets other subjects. "
                     "The token is taken out of their captions where it stands in them.",
                 ),
@@ -71,21 +71,21 @@ class TrainIdentityPrior(io.ComfyNode):
                 learning_rate_input(
                     PriorSettings.learning_rate,
                     "AdamW's learning rate, for the UNet and the text encoders. 0.0005 in Liu et al. 2024 (appendix "
-                    "E.2.5). Lower it when samples show odd colours or the pictures themselves.",
+                    "E.2.5). Lower it when samples show odd colors or the images themselves.",
                 ),
                 batch_size_input(
                     1,
                     64,
-                    "Pictures of each of both sets in a batch. 1 in the examples of diffusers' DreamBooth script.",
+                    "Images of each of both sets in a batch. 1 in the examples of diffusers' DreamBooth script.",
                 ),
                 gradient_accumulation_input(),
                 io.Float.Input(
-                    "regularisation_weight",
-                    default=PriorSettings.regularisation_weight,
+                    "regularization_weight",
+                    default=PriorSettings.regularization_weight,
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="Weight of the regularisation set's loss beside the identity set's. 1 in Ruiz et al. 2023.",
+                    tooltip="Weight of the regularization set's loss beside the identity set's. 1 in Ruiz et al. 2023.",
                 ),
                 io.Boolean.Input(
                     "train_text_encoder",
@@ -98,8 +98,8 @@ class TrainIdentityPrior(io.ComfyNode):
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
-                    tooltip="Count the loss of the subject's pictures inside their masks only, so that backgrounds are "
-                    "not learned. Off in Liu et al. 2024. Pictures without a mask count as a whole.",
+                    tooltip="Count the loss of the subject's images inside their masks only, so that backgrounds are "
+                    "not learned. Off in Liu et al. 2024. Images without a mask count as a whole.",
                 ),
                 io.Float.Input(
                     "min_snr_gamma",
@@ -139,12 +139,12 @@ class TrainIdentityPrior(io.ComfyNode):
         model: Any,
         clip: Any,
         vae: Any,
-        subject: Pictures,
+        subject: Images,
         steps: int,
         learning_rate: float,
         batch_size: int,
         gradient_accumulation: int,
-        regularisation_weight: float,
+        regularization_weight: float,
         train_text_encoder: bool,
         precision: str,
         checkpointing: bool,
@@ -155,7 +155,7 @@ class TrainIdentityPrior(io.ComfyNode):
         sample_prompt: str,
         checkpoint_every: int,
         filename_prefix: str,
-        regularisation: Pictures | None = None,
+        regularization: Images | None = None,
     ) -> io.NodeOutput:
         check_captions(subject)
         check_masks(subject.masks, masked_loss)
@@ -164,8 +164,8 @@ class TrainIdentityPrior(io.ComfyNode):
         prior, run = train_identity_prior(
             model,
             clip,
-            encode_pictures(vae, subject.pictures, subject.captions, subject.masks),
-            None if regularisation is None else _encode_class(vae, regularisation, subject.token),
+            encode_images(vae, subject.images, subject.captions, subject.masks),
+            None if regularization is None else _encode_class(vae, regularization, subject.token),
             PriorSettings(
                 token=subject.token,
                 class_word=subject.class_word,
@@ -173,7 +173,7 @@ class TrainIdentityPrior(io.ComfyNode):
                 learning_rate=learning_rate,
                 batch_size=batch_size,
                 accumulation=gradient_accumulation,
-                regularisation_weight=regularisation_weight,
+                regularization_weight=regularization_weight,
                 text_encoder=train_text_encoder,
                 masked=masked_loss,
                 min_snr_gamma=min_snr_gamma,
@@ -193,8 +193,8 @@ class TrainIdentityPrior(io.ComfyNode):
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior)
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         warning = None
-        if regularisation is None:
-            warning = "There is no regularisation set; the model may forget other subjects of the class."
+        if regularization is None:
+            warning = "There is no regularization set; the model may forget other subjects of the class."
         text = show_text(cls, _report(prior, run, path), warning)
         losses = {"loss": run.losses}
         return io.NodeOutput(
@@ -209,16 +209,16 @@ class TrainIdentityPrior(io.ComfyNode):
         )
 
 
-def _encode_class(vae: Any, pictures: Pictures, token: str) -> TrainingPictures:
+def _encode_class(vae: Any, images: Images, token: str) -> TrainingImages:
     captions = []
-    for caption, name in zip(pictures.captions, pictures.names, strict=True):
+    for caption, name in zip(images.captions, images.names, strict=True):
         if not caption.strip():
             raise IdentityEditError(
-                f"{name} of the regularisation set has no caption; give each picture the prompt it was made with."
+                f"{name} of the regularization set has no caption; give each image the prompt it was made with."
             )
-        # A picture of the class is no picture of the subject.
+        # An image of the class is no image of the subject.
         captions.append(" ".join(word for word in caption.split() if word.strip(".,;:!?") != token))
-    return encode_pictures(vae, pictures.pictures, captions)
+    return encode_images(vae, images.images, captions)
 
 
 def _report(prior: priors.IdentityPrior, run: TrainingRun, path: str) -> str:
@@ -291,10 +291,10 @@ class LoadIdentityPrior(io.ComfyNode):
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior, strength_model, strength_clip)
         facts = prior.training
         text = f"Identity prior '{prior.identity_prompt}'."
-        if facts.keys() >= {"steps", "learning_rate", "identity_pictures", "regularisation_pictures"}:
+        if facts.keys() >= {"steps", "learning_rate", "identity_images", "regularization_images"}:
             text = (
                 f"{text[:-1]}: {facts['steps']} steps, learning rate {facts['learning_rate']:g}, "
-                f"{facts['identity_pictures']} pictures of the subject, {facts['regularisation_pictures']} of its "
+                f"{facts['identity_images']} images of the subject, {facts['regularization_images']} of its "
                 f"class."
             )
         unused = first_said(

@@ -1,4 +1,4 @@
-"""Nodes that find the subject in the model's own attention, and blend an edit with its picture by what they find."""
+"""Nodes that find the subject in the model's own attention, and blend an edit with its image by what they find."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ...pipelines.lipe import heatmap, identity_mask_blend
 from ...pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.images import PIXELS_OF_A_CELL, as_color
 from ...pipelines.shared.masks import masks_for
-from ...pipelines.shared.pictures import PIXELS_OF_A_CELL, as_colour
 from ..idle import first_said, joined, same_prompt, takes_no_part
-from ..sockets import Inversion, at_picture_size, checked, choice_of, mask_input, progress, schema, show_text
+from ..sockets import Inversion, at_image_size, checked, choice_of, mask_input, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
 """`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""
@@ -65,7 +65,7 @@ def _threshold_input() -> io.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="Share of the normalised attention above which a place belongs to the subject. Lower makes the "
+        tooltip="Share of the normalized attention above which a place belongs to the subject. Lower makes the "
         "masks larger. The paper gives none; 0.4 overlapped well with the true masks of the demo world "
         "(benchmarks/results/lipe_edit.md).",
     )
@@ -92,7 +92,7 @@ class IdentityAttentionNode(io.ComfyNode):
             category="masks",
             search_aliases=["attention map", "cross-attention", "DAAM", "attention capture"],
             description=(
-                "Records where a model sees the subject while any sampler runs it, without changing the picture by a "
+                "Records where a model sees the subject while any sampler runs it, without changing the image by a "
                 "bit (Liu et al. 2024, figure 4). Look at it with Attention Heatmap."
             ),
             inputs=[
@@ -132,7 +132,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             category="masks",
             search_aliases=["NIMA", "LIPE", "non-rigid editing", "edit sampler", "local blend"],
             description=(
-                "Samples the edit of an inverted picture and keeps everything outside of the subject, whose place it "
+                "Samples the edit of an inverted image and keeps everything outside of the subject, whose place it "
                 "finds in the model's own attention (Liu et al. 2024, algorithm 1)."
             ),
             inputs=[
@@ -146,7 +146,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     "Null-Text Optimization.",
                 ),
                 io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
-                io.Conditioning.Input("target", tooltip="The prompt that describes the edited picture."),
+                io.Conditioning.Input("target", tooltip="The prompt that describes the edited image."),
                 *_identity_inputs(),
                 io.Float.Input(
                     "guidance_scale",
@@ -168,7 +168,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     min=0.0,
                     max=0.99,
                     step=0.01,
-                    tooltip="Share of the first steps that are left out; more keeps more of the picture. 0 in Liu et "
+                    tooltip="Share of the first steps that are left out; more keeps more of the image. 0 in Liu et "
                     "al. 2024, algorithm 1; 0.36 in the reference implementation of edit-friendly DDPM inversion.",
                 ),
                 io.Float.Input(
@@ -203,28 +203,26 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 ),
                 mask_input(
                     "source_mask",
-                    "Mask of the subject in the picture, if you know it.",
+                    "Mask of the subject in the image, if you know it.",
                     optional=True,
                 ),
                 mask_input(
                     "target_mask",
-                    "Mask of where the subject may be in the edited picture.",
+                    "Mask of where the subject may be in the edited image.",
                     optional=True,
                 ),
             ],
             outputs=[
-                io.Latent.Output(
-                    "edited", display_name="edited", tooltip="The edited picture; decode it with the VAE."
-                ),
+                io.Latent.Output("edited", display_name="edited", tooltip="The edited image; decode it with the VAE."),
                 io.Mask.Output(
                     "found_source_mask",
                     display_name="source mask",
-                    tooltip="The subject in the picture, as it was used in all steps.",
+                    tooltip="The subject in the image, as it was used in all steps.",
                 ),
                 io.Mask.Output(
                     "found_target_mask",
                     display_name="target mask",
-                    tooltip="The subject in the edited picture, as it was after the last step.",
+                    tooltip="The subject in the edited image, as it was after the last step.",
                 ),
                 IdentityAttentionSocket.Output(
                     "source_attention",
@@ -237,7 +235,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     tooltip="What the target mask was made of, for Attention Heatmap.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Network evaluations, sizes of the masks, and a warning."
+                    "report", display_name="report", tooltip="Model calls, sizes of the masks, and a warning."
                 ),
             ],
         )
@@ -291,13 +289,13 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             for mask in (result.source_mask, result.target_mask)
         ]
         text = (
-            f"{result.evaluations} network evaluations; the source mask covers {shares[0]} of the picture, the target "
+            f"{result.evaluations} model calls; the source mask covers {shares[0]} of the image, the target "
             f"mask {shares[1]}."
         )
         return io.NodeOutput(
             {"samples": result.latent},
-            at_picture_size(result.source_mask),
-            at_picture_size(result.target_mask),
+            at_image_size(result.source_mask),
+            at_image_size(result.target_mask),
             result.source_attention or IdentityAttention(()),
             result.target_attention or IdentityAttention(()),
             show_text(cls, text, joined(_idle(source, target, skip, blend_until, inversion.steps), result.warning)),
@@ -329,13 +327,13 @@ class AttentionHeatmap(io.ComfyNode):
             category="masks",
             search_aliases=["attention map", "visualize attention", "mask preview", "mask overlay"],
             description=(
-                "Lays attention maps and masks over a picture, to see what the model takes for the subject and to "
+                "Lays attention maps and masks over an image, to see what the model takes for the subject and to "
                 "choose the threshold and the self-attention power."
             ),
             inputs=[
                 io.Image.Input(
-                    "picture",
-                    tooltip="The picture to draw on. For what a sampler recorded, the decoded result of that sampler: "
+                    "image",
+                    tooltip="The image to draw on. For what a sampler recorded, the decoded result of that sampler: "
                     "so the node runs after it.",
                 ),
                 io.Combo.Input(
@@ -353,7 +351,7 @@ class AttentionHeatmap(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much of the picture the map hides; 0.6 leaves shapes visible.",
+                    tooltip="How much of the image the map hides; 0.6 leaves shapes visible.",
                 ),
                 IdentityAttentionSocket.Input(
                     "identity_attention",
@@ -367,11 +365,9 @@ class AttentionHeatmap(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "overlay", display_name="picture", tooltip="The picture with the map or outline on it."
-                ),
+                io.Image.Output("overlay", display_name="image", tooltip="The image with the map or outline on it."),
                 io.Mask.Output(
-                    "map", display_name="map", tooltip="What is shown, as a MASK of the picture's size from 0 to 1."
+                    "map", display_name="map", tooltip="What is shown, as a MASK of the image's size from 0 to 1."
                 ),
             ],
         )
@@ -380,7 +376,7 @@ class AttentionHeatmap(io.ComfyNode):
     @checked
     def execute(
         cls,
-        picture: torch.Tensor,
+        image: torch.Tensor,
         show: str,
         threshold: float,
         self_attention_power: int,
@@ -393,15 +389,15 @@ class AttentionHeatmap(io.ComfyNode):
         if identity_attention is not None and not identity_attention.cross:
             raise IdentityEditError(
                 "No attention has been recorded in identity_attention; sample with the model of Identity Attention "
-                "first, and connect its result to picture."
+                "first, and connect its result to image."
             )
-        drawn = as_colour(picture, "picture")
+        drawn = as_color(image, "image")
         if mask is not None:
             mask = masks_for(mask, "mask", drawn.shape[1], drawn.shape[2], len(drawn))
         values = mask
         if identity_attention is not None:
             power = 0 if show == CROSS_ATTENTION else self_attention_power
-            height, width = (max(1, size // PIXELS_OF_A_CELL) for size in picture.shape[1:3])
+            height, width = (max(1, size // PIXELS_OF_A_CELL) for size in image.shape[1:3])
             if show == MASK:
                 values = masks.identity_mask(identity_attention, height, width, threshold, power)
                 drawn = heatmap.outlined(drawn, values)

@@ -1,4 +1,4 @@
-"""Nodes that learn to say in words who is in a picture, load what was learned, and put such words into prompts."""
+"""Nodes that learn to say in words who is in an image, load what was learned, and put such words into prompts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ...pipelines.mcdm import identity_words as words_of
 from ...pipelines.mcdm import train_identity_words as learning
 from ...pipelines.mcdm.identity_words import IdentityWords as Words
 from ...pipelines.mcdm.train_identity_words import IdentitySettings
-from ...pipelines.subjects.pictures import SubjectPictures as Pictures
+from ...pipelines.subjects.images import SubjectImages as Images
+from ...pipelines.training.images import encode_images
 from ...pipelines.training.loop import BFLOAT16, FLOAT32
-from ...pipelines.training.pictures import encode_pictures
 from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from ..sockets import IdentityWords, SubjectPictures, checked, schema, seed_input, show_text, steps_input
+from ..sockets import IdentityWords, SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -43,7 +43,7 @@ class TrainIdentityWords(io.ComfyNode):
             category="portrait",
             search_aliases=["identity encoder", "ELITE", "MCDM", "face words", "textual inversion encoder"],
             description=(
-                "Learns to say in two words of the text encoder who is in a picture, from portraits of many people "
+                "Learns to say in two words of the text encoder who is in an image, from portraits of many people "
                 "(Chen et al. 2024, supplement 1.1). No weight of the model, the text encoder or the image encoder "
                 "changes."
             ),
@@ -53,9 +53,9 @@ class TrainIdentityWords(io.ComfyNode):
                 io.ClipVision.Input(
                     "clip_vision", tooltip="The image encoder that is read. The same one is needed ever after."
                 ),
-                SubjectPictures.Input(
-                    "pictures",
-                    tooltip="Portraits of many people, with captions that hold the class word: Load Subject Pictures "
+                SubjectImages.Input(
+                    "images",
+                    tooltip="Portraits of many people, with captions that hold the class word: Load Subject Images "
                     "or Subject from Images, with an empty token. FFHQ in Chen et al. 2024.",
                 ),
                 io.Int.Input(
@@ -68,7 +68,7 @@ class TrainIdentityWords(io.ComfyNode):
                 steps_input(
                     IdentitySettings.steps,
                     10000000,
-                    "Training steps. Our choice for a few thousand pictures; Chen et al. 2024 name none, ELITE has "
+                    "Training steps. Our choice for a few thousand images; Chen et al. 2024 name none, ELITE has "
                     "300000.",
                 ),
                 learning_rate_input(
@@ -77,8 +77,8 @@ class TrainIdentityWords(io.ComfyNode):
                     "0.000001 for 300000 steps.",
                 ),
                 io.Float.Input(
-                    "regularisation_weight",
-                    default=IdentitySettings.regularisation_weight,
+                    "regularization_weight",
+                    default=IdentitySettings.regularization_weight,
                     min=0.0,
                     max=10.0,
                     step=0.001,
@@ -88,10 +88,10 @@ class TrainIdentityWords(io.ComfyNode):
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
-                    tooltip="Count the loss inside the pictures' masks only. Off, as Chen et al. 2024 name no mask.",
+                    tooltip="Count the loss inside the images' masks only. Off, as Chen et al. 2024 name no mask.",
                 ),
                 batch_size_input(
-                    IdentitySettings.batch_size, 256, "Pictures in a batch, all of one size. 4 a GPU in ELITE."
+                    IdentitySettings.batch_size, 256, "Images in a batch, all of one size. 4 a GPU in ELITE."
                 ),
                 io.Int.Input(
                     "gradient_accumulation",
@@ -108,7 +108,7 @@ class TrainIdentityWords(io.ComfyNode):
                     "bfloat16 instructions, where it is slower.",
                 ),
                 checkpointing_input(),
-                seed_input("Of the first weights and of all draws: the order of the pictures, timesteps and noise."),
+                seed_input("Of the first weights and of all draws: the order of the images, timesteps and noise."),
                 checkpoint_every_input(200),
                 filename_prefix_input(f"{FILE_FOLDER}/identity", "Load Identity Words", FILE_FOLDER),
             ],
@@ -130,11 +130,11 @@ class TrainIdentityWords(io.ComfyNode):
         clip: Any,
         vae: Any,
         clip_vision: Any,
-        pictures: Pictures,
+        images: Images,
         words: int,
         steps: int,
         learning_rate: float,
-        regularisation_weight: float,
+        regularization_weight: float,
         masked_loss: bool,
         batch_size: int,
         gradient_accumulation: int,
@@ -147,13 +147,13 @@ class TrainIdentityWords(io.ComfyNode):
         from comfy.utils import ProgressBar
 
         settings = IdentitySettings(
-            class_word=pictures.class_word,
+            class_word=images.class_word,
             words=words,
             steps=steps,
             learning_rate=learning_rate,
             batch_size=batch_size,
             accumulation=gradient_accumulation,
-            regularisation_weight=regularisation_weight,
+            regularization_weight=regularization_weight,
             masked=masked_loss,
             precision=precision,
             checkpointing=checkpointing,
@@ -161,9 +161,9 @@ class TrainIdentityWords(io.ComfyNode):
             checkpoint_every=checkpoint_every,
         )
         next_path(filename_prefix, f"{FILE_FOLDER}/identity")  # better before a long training than after it
-        captions = [caption or f"a {pictures.class_word}" for caption in pictures.captions]
-        encoded = encode_pictures(vae, pictures.pictures, captions, pictures.masks)
-        features = learning.features_of(clip_vision, pictures.pictures)
+        captions = [caption or f"a {images.class_word}" for caption in images.captions]
+        encoded = encode_images(vae, images.images, captions, images.masks)
+        features = learning.features_of(clip_vision, images.images)
         checkpoints = Checkpoints(FILE_FOLDER)
         bar = ProgressBar(steps)
         learned, run = learning.train_identity_words(
@@ -180,7 +180,7 @@ class TrainIdentityWords(io.ComfyNode):
         checkpoints.remove()
         text = show_text(
             cls,
-            f"{_describe(learned)}: {steps_of(run)} on {len(encoded)} pictures.\n"
+            f"{_describe(learned)}: {steps_of(run)} on {len(encoded)} images.\n"
             f"Loss: {first_and_last(run.losses)}.\n"
             f"Saved as {path}, {os.path.getsize(path) / 1e6:.1f} MB",
         )
@@ -238,14 +238,14 @@ class ApplyIdentityWords(io.ComfyNode):
             display_name="Apply Identity Words",
             category="portrait",
             search_aliases=["identity prompt", "MCDM", "face words"],
-            description="Encodes a prompt with words for who is in a picture, right before the word that says what the "
+            description="Encodes a prompt with words for who is in an image, right before the word that says what the "
             "person is (Chen et al. 2024, supplement 1.1).",
             inputs=[
                 io.Clip.Input("clip", tooltip="The text encoders of the checkpoint that the words were trained with."),
                 IdentityWords.Input("identity_words", tooltip="From Load Identity Words or Train Identity Words."),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
-                    tooltip="The person's picture, from CLIP Vision Encode with crop 'none' and the image encoder of "
+                    tooltip="The person's image, from CLIP Vision Encode with crop 'none' and the image encoder of "
                     "the training.",
                 ),
                 io.String.Input(
@@ -264,7 +264,7 @@ class ApplyIdentityWords(io.ComfyNode):
                 io.Conditioning.Output(
                     "conditioning",
                     display_name="conditioning",
-                    tooltip="The prompt with the words; with several pictures one for each picture of a batch.",
+                    tooltip="The prompt with the words; with several images one for each image of a batch.",
                 )
             ],
         )

@@ -1,4 +1,4 @@
-"""Nodes that generate pairs of pictures of one subject before and after an edit."""
+"""Nodes that generate pairs of images of one subject before and after an edit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...pipelines.mcdm.pair_folder import PairFolder
 from ...pipelines.mcdm.train_identity_words import features_of
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.pictures import as_colour, comparable, to_pillow
+from ...pipelines.shared.images import as_color, comparable, to_pillow
 from ..idle import first_said, same_prompt
 from ..saved_files import check_name
 from ..sockets import IdentityWords, checked, schema, seed_input, show_text, show_warnings
@@ -96,7 +96,7 @@ class PairGuider(io.ComfyNode):
                 io.Guider.Output(
                     "guider",
                     display_name="guider",
-                    tooltip="For SamplerCustomAdvanced, with an empty latent twice as wide as one picture.",
+                    tooltip="For SamplerCustomAdvanced, with an empty latent twice as wide as one image.",
                 )
             ],
         )
@@ -161,9 +161,9 @@ class SplitPair(io.ComfyNode):
             display_name="Split Pair",
             category="portrait",
             search_aliases=["halves", "left and right", "crop", "side by side"],
-            description="Cuts pictures or latents of double width into their left and right halves.",
+            description="Cuts images or latents of double width into their left and right halves.",
             inputs=[
-                io.Image.Input("images", optional=True, tooltip="Pictures with the source left and the target right."),
+                io.Image.Input("images", optional=True, tooltip="Images with the source left and the target right."),
                 io.Latent.Input("latent", optional=True, tooltip="Latents with the source left and the target right."),
             ],
             outputs=[
@@ -256,7 +256,7 @@ class GeneratePairs(io.ComfyNode):
                     default=datasets.SUBJECTS,
                     multiline=True,
                     tooltip="What stands for {subject}, one a line; one is drawn for each pair. As many lines as "
-                    "identity pictures: each picture has its own. Words, a vertical bar and a name: drawn by the words,"
+                    "identity images: each image has its own. Words, a vertical bar and a name: drawn by the words,"
                     " called by the name in the dataset. A man or a woman in Chen et al. 2024.",
                 ),
                 io.String.Input(
@@ -280,7 +280,7 @@ class GeneratePairs(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Pixels of one picture. 512 in Chen et al. 2024.",
+                    tooltip="Pixels of one image. 512 in Chen et al. 2024.",
                 ),
                 io.Int.Input(
                     "height",
@@ -288,10 +288,10 @@ class GeneratePairs(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Pixels of one picture. 512 in Chen et al. 2024.",
+                    tooltip="Pixels of one image. 512 in Chen et al. 2024.",
                 ),
                 *_guidance_inputs(),
-                _validation_input("the seed; nobody of the identity pictures is in both splits"),
+                _validation_input("the seed; nobody of the identity images is in both splits"),
                 _folder_input("edits", "What is there is kept: only missing pairs are made."),
                 io.String.Input(
                     "part",
@@ -305,7 +305,7 @@ class GeneratePairs(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Keeps only pairs whose two pictures are at least this alike: the cosine similarity of "
+                    tooltip="Keeps only pairs whose two images are at least this alike: the cosine similarity of "
                     "their CLIP image embeddings, which needs clip_vision. 0, as in Chen et al. 2024, keeps all.",
                 ),
                 io.Int.Input(
@@ -322,10 +322,10 @@ class GeneratePairs(io.ComfyNode):
                 IdentityWords.Input(
                     "identity_words",
                     optional=True,
-                    tooltip="From Load Identity Words: who is in the pair is taken from identity_pictures.",
+                    tooltip="From Load Identity Words: who is in the pair is taken from identity_images.",
                 ),
                 io.Image.Input(
-                    "identity_pictures",
+                    "identity_images",
                     optional=True,
                     tooltip="Portraits of many people, one of which is drawn for each pair. Faces of FFHQ in Chen et "
                     "al. 2024.",
@@ -342,7 +342,7 @@ class GeneratePairs(io.ComfyNode):
                 io.Image.Input(
                     "poses",
                     optional=True,
-                    tooltip="Pictures for the control network, of one picture's size, one of which is drawn for each "
+                    tooltip="Images for the ControlNet, of one image's size, one of which is drawn for each "
                     "pair. 1000 poses in Chen et al. 2024.",
                 ),
                 io.Float.Input(
@@ -352,7 +352,7 @@ class GeneratePairs(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Strength of the control network. 1 is ComfyUI's default; Chen et al. 2024 name none.",
+                    tooltip="Strength of the ControlNet. 1 is ComfyUI's default; Chen et al. 2024 name none.",
                 ),
             ],
             outputs=[
@@ -396,7 +396,7 @@ class GeneratePairs(io.ComfyNode):
         attempts: int,
         clip_vision: Any | None = None,
         identity_words: Words | None = None,
-        identity_pictures: torch.Tensor | None = None,
+        identity_images: torch.Tensor | None = None,
         class_word: str = "",
         control_net: Any | None = None,
         poses: torch.Tensor | None = None,
@@ -428,7 +428,7 @@ class GeneratePairs(io.ComfyNode):
             sigmas,
             made_of,
             settings,
-            identities=_identities(identity_words, identity_pictures, clip_vision, class_word),
+            identities=_identities(identity_words, identity_images, clip_vision, class_word),
             poses=_poses(control_net, poses, pose_strength),
             clip_vision=clip_vision,
             numbers=datasets.parse_part(part, count),
@@ -446,18 +446,18 @@ class GeneratePairs(io.ComfyNode):
 
 
 def _identities(
-    words: Words | None, pictures: torch.Tensor | None, clip_vision: Any | None, class_word: str
+    words: Words | None, images: torch.Tensor | None, clip_vision: Any | None, class_word: str
 ) -> datasets.Identities | None:
-    if words is None and pictures is None:
+    if words is None and images is None:
         return None
-    if words is None or pictures is None or clip_vision is None:
-        missing = "identity_words" if words is None else "identity_pictures" if pictures is None else "clip_vision"
+    if words is None or images is None or clip_vision is None:
+        missing = "identity_words" if words is None else "identity_images" if images is None else "clip_vision"
         raise IdentityEditError(
-            f"Identity words need identity_words, identity_pictures and clip_vision, and {missing} is missing; connect "
-            f"all three or neither words nor pictures."
+            f"Identity words need identity_words, identity_images and clip_vision, and {missing} is missing; connect "
+            f"all three or neither words nor images."
         )
     return datasets.Identities(
-        words, features_of(clip_vision, list(as_colour(pictures, "identity_pictures"))), class_word.strip()
+        words, features_of(clip_vision, list(as_color(images, "identity_images"))), class_word.strip()
     )
 
 
@@ -466,13 +466,11 @@ def _poses(control_net: Any | None, poses: torch.Tensor | None, strength: float)
         return None
     if control_net is None or poses is None:
         raise IdentityEditError("A pose needs both control_net and poses; connect both, or neither.")
-    return datasets.Poses(control_net, as_colour(poses, "poses"), strength) if strength else None
+    return datasets.Poses(control_net, as_color(poses, "poses"), strength) if strength else None
 
 
 def _report(done: datasets.PairsMade, folder: PairFolder, settings: datasets.PairSettings) -> str:
-    evaluations = (
-        f" with {done.evaluations} network evaluations ({done.evaluations // done.made} a pair)" if done.made else ""
-    )
+    evaluations = f" with {done.evaluations} model calls ({done.evaluations // done.made} a pair)" if done.made else ""
     lines = [f"{done.made} pairs made{evaluations}, {done.present} were there; the dataset is in {folder.path}."]
     if settings.smallest_similarity > 0.0:
         lines.append(f"{done.rejected} did not reach the similarity {settings.smallest_similarity:g}.")
@@ -485,10 +483,10 @@ def _progress() -> Any:
 
     bar = ProgressBar(1)
 
-    def report(done: int, total: int, picture: torch.Tensor | None) -> None:
+    def report(done: int, total: int, image: torch.Tensor | None) -> None:
         preview = None
-        if picture is not None:
-            preview = ("JPEG", to_pillow(picture), 512)
+        if image is not None:
+            preview = ("JPEG", to_pillow(image), 512)
         bar.update_absolute(done, total, preview)
 
     return report
@@ -518,8 +516,8 @@ class SavePair(io.ComfyNode):
             "Generate Pairs.",
             is_output_node=True,
             inputs=[
-                io.Image.Input("source", tooltip="The pictures before the edit."),
-                io.Image.Input("target", tooltip="The pictures after it, as many, of the same size."),
+                io.Image.Input("source", tooltip="The images before the edit."),
+                io.Image.Input("target", tooltip="The images after it, as many, of the same size."),
                 io.String.Input("source_prompt", default="", tooltip="What the source shows, p_a."),
                 io.String.Input("target_prompt", default="", tooltip="What the target shows, p_b."),
                 io.String.Input("edit", default="edit", tooltip="The edit's name."),

@@ -15,12 +15,12 @@ from ...pipelines.mcdm import guidance as mcdm_guidance
 from ...pipelines.mcdm import model as mcdms
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import for_console
-from ...pipelines.shared.pictures import as_colour
+from ...pipelines.shared.images import as_color
 from ..idle import first_said, is_empty, joined, noise_mask_left_out, same_prompt
 from ..saved_files import model_files, model_path
 from ..sockets import (
     Inversion,
-    at_picture_size,
+    at_image_size,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -44,11 +44,11 @@ class MCDMConditioner(io.ComfyNode):
                 "multi-conditioned diffusion model",
                 "InstructPix2Pix",
                 "image embedding",
-                "source picture",
+                "source image",
                 "edit prompt",
             ],
             description=(
-                "Shows an MCDM the source picture and the prompts: the picture's latent for the further input "
+                "Shows an MCDM the source image and the prompts: the image's latent for the further input "
                 "channels, the image embedding behind the words (Chen et al. 2024, section 3.3)."
             ),
             inputs=[
@@ -59,7 +59,7 @@ class MCDMConditioner(io.ComfyNode):
                     tooltip="The image encoder with which the model was trained; another one is refused.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Image.Input("picture", tooltip="The source picture, or a batch of them."),
+                io.Image.Input("image", tooltip="The source image, or a batch of them."),
                 io.Combo.Input(
                     "file",
                     options=model_files(),
@@ -70,29 +70,29 @@ class MCDMConditioner(io.ComfyNode):
                     "target_prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the edited picture shows, in the words of the pairs: in Chen et al. 2024 such as "
+                    tooltip="What the edited image shows, in the words of the pairs: in Chen et al. 2024 such as "
                     "'a woman, laughing'.",
                 ),
                 io.String.Input(
                     "source_prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the source picture shows, in the words of the pairs: in Chen et al. 2024 such as "
+                    tooltip="What the source image shows, in the words of the pairs: in Chen et al. 2024 such as "
                     "'a woman, neutral expression'. Masks need it.",
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="The target prompt with the source picture."
+                    "positive", display_name="positive", tooltip="The target prompt with the source image."
                 ),
                 io.Conditioning.Output(
-                    "negative", display_name="negative", tooltip="The empty prompt with the source picture."
+                    "negative", display_name="negative", tooltip="The empty prompt with the source image."
                 ),
                 io.Conditioning.Output(
-                    "source", display_name="source", tooltip="The source prompt with the source picture."
+                    "source", display_name="source", tooltip="The source prompt with the source image."
                 ),
                 io.Latent.Output(
-                    "latent", display_name="latent", tooltip="The source picture's latent, for MCDM Edit Mask."
+                    "latent", display_name="latent", tooltip="The source image's latent, for MCDM Edit Mask."
                 ),
                 io.String.Output(
                     "report", display_name="report", tooltip="How the model was trained, and whether it fits."
@@ -118,16 +118,16 @@ class MCDMConditioner(io.ComfyNode):
         clip: Any,
         clip_vision: Any,
         vae: Any,
-        picture: torch.Tensor,
+        image: torch.Tensor,
         file: str,
         target_prompt: str,
         source_prompt: str,
     ) -> io.NodeOutput:
         made = mcdms.load_mcdm(model_path(file))
         warning = mcdms.check_mcdm(made, model)
-        seen = mcdms.see_pictures(made, model, clip_vision, vae, as_colour(picture, "picture"))
+        seen = mcdms.see_images(made, model, clip_vision, vae, as_color(image, "image"))
         positive, negative, source = (
-            mcdms.with_pictures(clip.encode_from_tokens_scheduled(clip.tokenize(text)), seen)
+            mcdms.with_images(clip.encode_from_tokens_scheduled(clip.tokenize(text)), seen)
             for text in (target_prompt, "", source_prompt)
         )
         facts = made.training
@@ -154,7 +154,7 @@ class MCDMGuider(io.ComfyNode):
                 "mask-guided editing",
             ],
             description=(
-                "Guidance of an MCDM by its three conditions, and with a mask towards the target prompt inside of it "
+                "Guidance of an MCDM by its three conditions, and with a mask toward the target prompt inside of it "
                 "and the source prompt outside (Chen et al. 2024, eq. 1 and 3), for SamplerCustomAdvanced."
             ),
             inputs=[
@@ -171,7 +171,7 @@ class MCDMGuider(io.ComfyNode):
                 io.Float.Input(
                     "spatial_scale",
                     default=scales.spatial,
-                    tooltip="Scale s2, of the source picture's latent: more keeps more of the picture. 3 in Chen et "
+                    tooltip="Scale s2, of the source image's latent: more keeps more of the image. 3 in Chen et "
                     "al. 2024 (supplement 1.3).",
                     **scale,
                 ),
@@ -195,7 +195,7 @@ class MCDMGuider(io.ComfyNode):
             ],
             outputs=[
                 io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced."),
-                io.String.Output("report", display_name="report", tooltip="Network evaluations of a step."),
+                io.String.Output("report", display_name="report", tooltip="Model calls of a step."),
             ],
         )
 
@@ -218,7 +218,7 @@ class MCDMGuider(io.ComfyNode):
         unused = first_said(
             (
                 max(image_scale, spatial_scale, text_scale) == 0.0,
-                "All scales are 0, so that neither the picture nor a prompt has a part; raise them.",
+                "All scales are 0, so that neither the image nor a prompt has a part; raise them.",
             ),
             (text_scale == 0.0, "text_scale is 0, so that the target prompt has no part; raise it."),
             (
@@ -231,7 +231,7 @@ class MCDMGuider(io.ComfyNode):
                 "source and positive are the same prompt, so that nothing is edited; write another target prompt.",
             ),
         )
-        return io.NodeOutput(guider, show_text(cls, f"{count} network evaluations a step.", unused))
+        return io.NodeOutput(guider, show_text(cls, f"{count} model calls a step.", unused))
 
 
 class MCDMEditMask(io.ComfyNode):
@@ -251,12 +251,12 @@ class MCDMEditMask(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="A trained MCDM, or any Stable Diffusion 1.x, 2.x or XL model."),
                 io.Conditioning.Input(
-                    "target", tooltip="The edited picture: positive of MCDM Conditioner, or CLIP Text Encode."
+                    "target", tooltip="The edited image: positive of MCDM Conditioner, or CLIP Text Encode."
                 ),
                 io.Conditioning.Input(
-                    "source", tooltip="The picture as it is: source of MCDM Conditioner, or CLIP Text Encode."
+                    "source", tooltip="The image as it is: source of MCDM Conditioner, or CLIP Text Encode."
                 ),
-                io.Latent.Input("latent", tooltip="The picture, from MCDM Conditioner or VAE Encode."),
+                io.Latent.Input("latent", tooltip="The image, from MCDM Conditioner or VAE Encode."),
                 steps_input(
                     default.steps,
                     1000,
@@ -267,7 +267,7 @@ class MCDMEditMask(io.ComfyNode):
                     default=default.noise_steps,
                     min=1,
                     max=1000,
-                    tooltip="Steps of noise on the picture. 10 of 20 in Chen et al. 2024 (supplement 1.3), half the "
+                    tooltip="Steps of noise on the image. 10 of 20 in Chen et al. 2024 (supplement 1.3), half the "
                     "way as in DiffEdit.",
                 ),
                 io.Int.Input(
@@ -307,14 +307,14 @@ class MCDMEditMask(io.ComfyNode):
                 seed_input("Of the first draw of noise; the others are the following ones."),
             ],
             outputs=[
-                io.Mask.Output("mask", display_name="mask", tooltip="1 where the edit may be, of the picture's size."),
+                io.Mask.Output("mask", display_name="mask", tooltip="1 where the edit may be, of the image's size."),
                 io.Mask.Output(
                     "contrast",
                     display_name="contrast",
                     tooltip="What the threshold cuts, 0 to 1: look at it to choose a threshold.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Network evaluations, the mask's share, and a warning."
+                    "report", display_name="report", tooltip="Model calls, the mask's share, and a warning."
                 ),
             ],
         )
@@ -345,10 +345,10 @@ class MCDMEditMask(io.ComfyNode):
             callback=progress(model, seeds),
         )
         shares = ", ".join(f"{share:.0%}" for share in found.mask.mean(dim=(1, 2)).tolist())
-        text = f"{found.evaluations} network evaluations; the mask covers {shares} of the picture."
+        text = f"{found.evaluations} model calls; the mask covers {shares} of the image."
         return io.NodeOutput(
-            at_picture_size(found.mask),
-            at_picture_size(found.contrast),
+            at_image_size(found.mask),
+            at_image_size(found.contrast),
             show_text(cls, text, joined(found.warning, noise_mask_left_out(latent))),
         )
 
@@ -368,9 +368,9 @@ class DiffEdit(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that made the inversion."),
                 Inversion.Input(
-                    "inversion", tooltip="Of the picture, from DDIM Inversion: an empty prompt, guidance scale 1."
+                    "inversion", tooltip="Of the image, from DDIM Inversion: an empty prompt, guidance scale 1."
                 ),
-                io.Conditioning.Input("target", tooltip="The prompt that describes the edited picture."),
+                io.Conditioning.Input("target", tooltip="The prompt that describes the edited image."),
                 io.Conditioning.Input("negative", tooltip="The empty prompt, or what is not to be seen."),
                 mask_input(
                     "mask",
@@ -391,9 +391,9 @@ class DiffEdit(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(
-                    "edited_latent", display_name="latent", tooltip="The edited picture; decode it with the VAE."
+                    "edited_latent", display_name="latent", tooltip="The edited image; decode it with the VAE."
                 ),
-                io.String.Output("report", display_name="report", tooltip="Network evaluations, and a warning."),
+                io.String.Output("report", display_name="report", tooltip="Model calls, and a warning."),
             ],
         )
 
@@ -423,18 +423,18 @@ class DiffEdit(io.ComfyNode):
             callback=progress(model, inversion.steps),
         )
         share = float(result.source_mask.mean())
-        text = f"{result.evaluations} network evaluations; the mask covers {share:.0%} of the picture."
+        text = f"{result.evaluations} model calls; the mask covers {share:.0%} of the image."
         shares = result.source_mask.mean(dim=(1, 2))
         unused = first_said(
             (
                 bool((shares == 0).any()),
-                "The mask holds nothing of a picture, which comes back as it is; connect one that is white where the "
+                "The mask holds nothing of an image, which comes back as it is; connect one that is white where the "
                 "edit may be.",
             ),
             (
                 bool((shares == 1).all()),
-                "The mask covers everything, so that nothing of the picture is put back; connect one that is black "
-                "where the picture stays.",
+                "The mask covers everything, so that nothing of the image is put back; connect one that is black "
+                "where the image stays.",
             ),
         )
         return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))

@@ -47,7 +47,7 @@ class TrainMCDM(io.ComfyNode):
             category="portrait",
             search_aliases=["multi-conditioned diffusion model", "InstructPix2Pix", "train edit model", "pairs"],
             description=(
-                "Learns edits from generated pairs: all weights of the UNet, which then also sees the source picture, "
+                "Learns edits from generated pairs: all weights of the UNet, which then also sees the source image, "
                 "and the image embedding (Chen et al. 2024, section 3.3). Load Checkpoint reads the file."
             ),
             is_output_node=True,
@@ -134,7 +134,7 @@ class TrainMCDM(io.ComfyNode):
                     max=0.99999,
                     step=0.0001,
                     round=0.00001,
-                    tooltip="Decay of the weights' moving average, which is what is saved. 0.9999 as Stable Diffusion "
+                    tooltip="Decay of the weights' EMA, which is what is saved. 0.9999 as Stable Diffusion "
                     "was trained; 0.99 to 0.999 for short runs, 0 for none.",
                 ),
                 precision_input("the trained weights"),

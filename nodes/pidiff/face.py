@@ -1,4 +1,4 @@
-"""Nodes that find and align faces, and say whether two pictures show the same person."""
+"""Nodes that find and align faces, and say whether two images show the same person."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ...pipelines.faces.background import NEEDED as BACKGROUND_NEEDED
 from ...pipelines.faces.background import subject_masks, without_background
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
 from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
-from ...pipelines.shared.pictures import as_colour
 from ..sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"
-BY_DETECTOR, BY_POINTS, WHOLE = "detector", "points", "whole picture"
+BY_DETECTOR, BY_POINTS, WHOLE = "detector", "points", "whole image"
 METHODS = (BY_DETECTOR, BY_POINTS, WHOLE)
 KEEP, REMOVE = "keep", "remove"
 MOST_SIMILAR = "most similar"
@@ -88,25 +88,25 @@ class AlignFace(io.ComfyNode):
             category="identity",
             search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "remove background", "rembg"],
             description=(
-                "Cuts faces out of pictures as the pictures of FFHQ are cut, on which e4e was trained: upright, eyes "
+                "Cuts faces out of images as the images of FFHQ are cut, on which e4e was trained: upright, eyes "
                 "and mouth at fixed places; and removes their background (PIDiff, Gu et al. 2025, "
                 "section 2.2.2)."
             ),
             is_output_node=True,
             inputs=[
-                io.Image.Input("pictures", tooltip="One or more pictures; grey and RGBA ones too."),
+                io.Image.Input("images", tooltip="One or more images; gray and RGBA ones too."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default=BY_DETECTOR,
                     tooltip="How faces are found: by a face detector, by the five points that you give, or not at all: "
-                    "whole picture takes pictures that are aligned already, or drawn.",
+                    "whole image takes images that are aligned already, or drawn.",
                 ),
                 io.Combo.Input(
                     "choice",
                     options=list(pipeline.CHOICES),
                     default=pipeline.LARGEST,
-                    tooltip="Which of several faces in a picture: the largest, the one of an index, or all of them as "
+                    tooltip="Which of several faces in an image: the largest, the one of an index, or all of them as "
                     "a batch, from left to right.",
                 ),
                 io.Int.Input(
@@ -130,23 +130,23 @@ class AlignFace(io.ComfyNode):
                     min=8,
                     max=2048,
                     tooltip="Pixels along a side of a face's crop below which it cannot be used. 48: smaller faces "
-                    "were no longer recognised for sure (benchmarks/results/face_identity.md).",
+                    "were no longer recognized for sure (benchmarks/results/face_identity.md).",
                 ),
                 io.Combo.Input(
                     "background",
                     options=[KEEP, REMOVE],
                     default=REMOVE,
-                    tooltip="Remove paints an even grey where mask, or else background_model, sees no subject. Gu et "
+                    tooltip="Remove paints an even gray where mask, or else background_model, sees no subject. Gu et "
                     "al. 2025 remove it, so that backgrounds are not taken for the person.",
                 ),
                 io.Combo.Input(
                     "background_model",
                     options=[NO_MODEL, *list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)],
                     tooltip=f"A salient-object network in models/{BACKGROUND_FOLDER} ({BACKGROUND_NEEDED}), for "
-                    "pictures without a mask. Nothing is downloaded.",
+                    "images without a mask. Nothing is downloaded.",
                 ),
                 io.Float.Input(
-                    "grey",
+                    "gray",
                     default=0.5,
                     min=0.0,
                     max=1.0,
@@ -158,8 +158,8 @@ class AlignFace(io.ComfyNode):
                     "points",
                     default="",
                     multiline=True,
-                    tooltip="For the method 'points': five lines 'x, y' in pixels, as seen in the picture: left eye, "
-                    "right eye, tip of the nose, left and right corner of the mouth. Five for all pictures, or five "
+                    tooltip="For the method 'points': five lines 'x, y' in pixels, as seen in the image: left eye, "
+                    "right eye, tip of the nose, left and right corner of the mouth. Five for all images, or five "
                     "for each; or JSON, such as what this node gives as its points.",
                 ),
                 FaceDetector.Input(
@@ -167,8 +167,8 @@ class AlignFace(io.ComfyNode):
                 ),
                 mask_input(
                     "mask",
-                    "Mask of the person: 1 on the person, such as Segment Subject's, of any size; one for all pictures "
-                    "or one for each. It is aligned with the pictures.",
+                    "Mask of the person: 1 on the person, such as Segment Subject's, of any size; one for all images "
+                    "or one for each. It is aligned with the images.",
                     optional=True,
                 ),
                 io.Combo.Input(
@@ -176,7 +176,7 @@ class AlignFace(io.ComfyNode):
                     options=[LEAVE_OUT, STOP],
                     default=LEAVE_OUT,
                     optional=True,
-                    tooltip="What to do with a picture without a face that can be used, or with an empty mask. Leave "
+                    tooltip="What to do with an image without a face that can be used, or with an empty mask. Leave "
                     "out goes on with the others, and the report says which it was.",
                 ),
             ],
@@ -185,15 +185,15 @@ class AlignFace(io.ComfyNode):
                 io.Mask.Output(
                     "face_mask",
                     display_name="mask",
-                    tooltip="The person in the aligned faces; without a mask all that lies within the picture.",
+                    tooltip="The person in the aligned faces; without a mask all that lies within the image.",
                 ),
                 io.Image.Output(
-                    "preview", display_name="preview", tooltip="The pictures with the points and crops of the faces."
+                    "preview", display_name="preview", tooltip="The images with the points and crops of the faces."
                 ),
                 io.String.Output(
                     "face_points",
                     display_name="points",
-                    tooltip="JSON: the picture's number, points, box and score of each face.",
+                    tooltip="JSON: the image's number, points, box and score of each face.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="What was found, and warnings."),
             ],
@@ -210,7 +210,7 @@ class AlignFace(io.ComfyNode):
     @checked
     def execute(
         cls,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         method: str,
         choice: str,
         index: int,
@@ -218,52 +218,52 @@ class AlignFace(io.ComfyNode):
         smallest_face: int,
         background: str,
         background_model: str,
-        grey: float,
+        gray: float,
         points: str,
         face_detector: Any = None,
         mask: torch.Tensor | None = None,
         without_face: str = LEAVE_OUT,
     ) -> io.NodeOutput:
-        pictures = as_colour(pictures)
-        masks = None if mask is None else masks_for(mask, "mask", pictures.shape[1], pictures.shape[2], len(pictures))
+        images = as_color(images)
+        masks = None if mask is None else masks_for(mask, "mask", images.shape[1], images.shape[2], len(images))
         notes: list[str] = []
         faults = _Faults(without_face)
         usable = []
-        for number in range(len(pictures)):
-            with faults.of_a_picture():
+        for number in range(len(images)):
+            with faults.of_a_image():
                 _check_mask(masks, number)
                 usable.append(number)
-        found: list[list[pipeline.Face]] = [[] for _ in pictures]
+        found: list[list[pipeline.Face]] = [[] for _ in images]
         if method == WHOLE:
             faults.stop_if_nothing_is_left(usable)
-            faces, face_masks = _whole_pictures(pictures[usable], None if masks is None else masks[usable], size)
-            text = f"{len(faces)} whole picture{'s' if len(faces) > 1 else ''}"
+            faces, face_masks = _whole_images(images[usable], None if masks is None else masks[usable], size)
+            text = f"{len(faces)} whole image{'s' if len(faces) > 1 else ''}"
         else:
-            candidates, choice = _find(pictures, method, choice, points, face_detector)
+            candidates, choice = _find(images, method, choice, points, face_detector)
             aligned = []
             for number in usable:
                 chosen: list[pipeline.Face] = []
-                with faults.of_a_picture():
+                with faults.of_a_image():
                     chosen = pipeline.choose_faces(candidates[number], choice, index, _name(number))
                 for face in chosen:
-                    with faults.of_a_picture():
+                    with faults.of_a_image():
                         note = pipeline.check_face(face, _name(number), smallest_face)
                         own = None if masks is None else masks[number]
-                        aligned.append(face_alignment.align_ffhq(pictures[number], face.points, size, own))
+                        aligned.append(face_alignment.align_ffhq(images[number], face.points, size, own))
                         found[number].append(face)
                         notes += [note] if note else []
             faults.stop_if_nothing_is_left(aligned)
-            faces = torch.stack([each.picture for each in aligned])
+            faces = torch.stack([each.image for each in aligned])
             face_masks = torch.stack([each.mask for each in aligned])
-            text = f"{len(faces)} face{'s' if len(faces) > 1 else ''} of {len(pictures)} picture(s)"
+            text = f"{len(faces)} face{'s' if len(faces) > 1 else ''} of {len(images)} image(s)"
         notes += faults.note()
         if background == REMOVE:
             if masks is None:
                 face_masks = face_masks * subject_masks(_background_model(background_model), faces)
-            faces = without_background(faces, face_masks, grey)
+            faces = without_background(faces, face_masks, gray)
         entries = [
             {
-                "picture": number,
+                "image": number,
                 "points": [[round(value, 2) for value in point] for point in face.points.tolist()],
                 "box": [round(value, 2) for value in face.box],
                 "score": round(face.score, 3),
@@ -274,7 +274,7 @@ class AlignFace(io.ComfyNode):
         return io.NodeOutput(
             faces,
             face_masks,
-            pipeline.drawn_faces(pictures, found),
+            pipeline.drawn_faces(images, found),
             json.dumps(entries),
             show_text(cls, f"{text}, {size}x{size}.", " ".join(notes) or None),
             ui=ui.PreviewImage(faces, cls=cls),
@@ -290,15 +290,15 @@ class IdentitySimilarity(io.ComfyNode):
             category="identity",
             search_aliases=["ArcFace", "face similarity", "ID score", "same person", "insightface", "cosine"],
             description=(
-                "Says how much the people in two sets of pictures are alike: the cosine of ArcFace embeddings of "
+                "Says how much the people in two sets of images are alike: the cosine of ArcFace embeddings of "
                 "their faces (PIDiff, Gu et al. 2025, section 3.2, its measure ID)."
             ),
             is_output_node=True,
             inputs=[
-                io.Image.Input("pictures", tooltip="The pictures to score, such as generated ones; each gets its own."),
+                io.Image.Input("images", tooltip="The images to score, such as generated ones; each gets its own."),
                 io.Image.Input(
                     "reference",
-                    tooltip="Pictures of the person; the largest face of each. Every picture is compared with the one "
+                    tooltip="Images of the person; the largest face of each. Every image is compared with the one "
                     "that it is most like, as in Gu et al. 2025 (section 3.3.1).",
                 ),
                 FaceDetector.Input("face_detector", tooltip="From Load Face Detector."),
@@ -312,14 +312,14 @@ class IdentitySimilarity(io.ComfyNode):
                     "choice",
                     options=[pipeline.LARGEST, MOST_SIMILAR],
                     default=pipeline.LARGEST,
-                    tooltip="Which face counts where a picture has several: the largest, or the one most like the "
+                    tooltip="Which face counts where an image has several: the largest, or the one most like the "
                     "reference.",
                 ),
                 io.Combo.Input(
                     "without_face",
                     options=[STOP, ZERO, LEAVE_OUT],
                     default=STOP,
-                    tooltip="What to do with a picture in which no face is found. Counting it as 0 keeps a long "
+                    tooltip="What to do with an image in which no face is found. Counting it as 0 keeps a long "
                     "comparison from ending; leave out takes the mean without it, and the report says which it was.",
                 ),
                 io.Combo.Input(
@@ -335,11 +335,11 @@ class IdentitySimilarity(io.ComfyNode):
                 io.Float.Output(
                     "score",
                     display_name="score",
-                    tooltip="Mean over the pictures, -1 to 1. Above 0.5 it is the same person, below 0.35 another "
+                    tooltip="Mean over the images, -1 to 1. Above 0.5 it is the same person, below 0.35 another "
                     "(benchmarks/results/face_identity.md).",
                 ),
-                io.Float.Output("lowest", display_name="lowest", tooltip="The score of the least similar picture."),
-                io.String.Output("report", display_name="report", tooltip="The score of every picture, and warnings."),
+                io.Float.Output("lowest", display_name="lowest", tooltip="The score of the least similar image."),
+                io.String.Output("report", display_name="report", tooltip="The score of every image, and warnings."),
             ],
         )
 
@@ -353,7 +353,7 @@ class IdentitySimilarity(io.ComfyNode):
     @checked
     def execute(
         cls,
-        pictures: torch.Tensor,
+        images: torch.Tensor,
         reference: torch.Tensor,
         face_detector: Any,
         recognizer: str,
@@ -361,40 +361,40 @@ class IdentitySimilarity(io.ComfyNode):
         without_face: str,
         reference_without_face: str = LEAVE_OUT,
     ) -> io.NodeOutput:
-        pictures, reference = as_colour(pictures), as_colour(reference, "reference")
+        images, reference = as_color(images), as_color(reference, "reference")
         network = identity_similarity.load_recognizer(recognizer)
         notes: list[str] = []
         known = []
         faults = _Faults(reference_without_face)
-        for number, picture in enumerate(reference):
+        for number, image in enumerate(reference):
             name = f"reference {number + 1}"
-            faces = pipeline.detect_faces(face_detector, picture)
-            with faults.of_a_picture():
+            faces = pipeline.detect_faces(face_detector, image)
+            with faults.of_a_image():
                 face = pipeline.choose_faces(faces, pipeline.LARGEST, 1, name)[0]
                 notes += _warning(face, name)
-                known.append((picture, face))
+                known.append((image, face))
         faults.stop_if_nothing_is_left(known)
         notes += faults.note()
         embedded = identity_similarity.embed_faces(network, known)
 
         scores, lines = [], []
         faults = _Faults(without_face)
-        for number, picture in enumerate(pictures):
+        for number, image in enumerate(images):
             stop_if_interrupted()
-            found = pipeline.detect_faces(face_detector, picture)
+            found = pipeline.detect_faces(face_detector, image)
             if not found and without_face == ZERO:
                 scores.append(0.0)
                 lines.append(f"{_name(number)}: 0 (no face)")
                 continue
             candidates: list[pipeline.Face] = []
-            with faults.of_a_picture():
+            with faults.of_a_image():
                 candidates = pipeline.choose_faces(
                     found, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
                 )
             if not candidates:
                 lines.append(f"{_name(number)}: left out (no face)")
                 continue
-            own = identity_similarity.embed_faces(network, [(picture, face) for face in candidates])
+            own = identity_similarity.embed_faces(network, [(image, face) for face in candidates])
             best = identity_similarity.similarities(own, embedded).amax(dim=1)
             chosen = int(best.argmax())
             notes += _warning(candidates[chosen], _name(number))
@@ -409,7 +409,7 @@ class IdentitySimilarity(io.ComfyNode):
 
 
 class _Faults:
-    """Pictures that cannot be used: the first one stops the node, or they are left out.
+    """Images that cannot be used: the first one stops the node, or they are left out.
 
     Args:
         choice: STOP, or any other to go on without them.
@@ -420,8 +420,8 @@ class _Faults:
         self._found: list[IdentityEditError] = []
 
     @contextmanager
-    def of_a_picture(self) -> Iterator[None]:
-        """What may fail for a picture alone."""
+    def of_a_image(self) -> Iterator[None]:
+        """What may fail for an image alone."""
         try:
             yield
         except IdentityEditError as error:
@@ -448,15 +448,15 @@ def _check_mask(masks: torch.Tensor | None, number: int) -> None:
 
 
 def _find(
-    pictures: torch.Tensor, method: str, choice: str, points: str, detector: Any
+    images: torch.Tensor, method: str, choice: str, points: str, detector: Any
 ) -> tuple[list[list[pipeline.Face]], str]:
-    """The faces of every picture, the largest first, and the choice among them."""
+    """The faces of every image, the largest first, and the choice among them."""
     if method == BY_POINTS:
         if not points.strip():
             raise IdentityEditError(
-                "points is empty; write five lines 'x, y', or choose the method 'detector' or 'whole picture'."
+                "points is empty; write five lines 'x, y', or choose the method 'detector' or 'whole image'."
             )
-        given = pipeline.parse_points(points, len(pictures))
+        given = pipeline.parse_points(points, len(images))
         several = any(len(faces) > 1 for faces in given)
         ordered = [sorted(faces, key=lambda face: face.area, reverse=True) for faces in given]
         return ordered, choice if several else pipeline.LARGEST
@@ -465,19 +465,19 @@ def _find(
     if detector is None:
         raise IdentityEditError(
             "The method 'detector' needs a face detector; connect Load Face Detector, or choose 'points' or 'whole "
-            "picture'."
+            "image'."
         )
     found = []
-    for picture in pictures:
+    for image in images:
         stop_if_interrupted()
-        found.append(pipeline.detect_faces(detector, picture))
+        found.append(pipeline.detect_faces(detector, image))
     return found, choice
 
 
-def _whole_pictures(pictures: torch.Tensor, masks: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures and masks at a size, from the middle square of pictures that are not square."""
-    given = torch.ones(pictures.shape[:3]) if masks is None else masks
-    layers = torch.cat([pictures, given[..., None]], dim=-1).movedim(-1, 1)
+def _whole_images(images: torch.Tensor, masks: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and masks at a size, from the middle square of images that are not square."""
+    given = torch.ones(images.shape[:3]) if masks is None else masks
+    layers = torch.cat([images, given[..., None]], dim=-1).movedim(-1, 1)
     height, width = layers.shape[2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -502,7 +502,7 @@ def _warning(face: pipeline.Face, name: str) -> list[str]:
 
 
 def _name(number: int) -> str:
-    return f"picture {number + 1}"
+    return f"image {number + 1}"
 
 
 NODES: list[type[io.ComfyNode]] = [LoadFaceDetector, AlignFace, IdentitySimilarity]

@@ -1,4 +1,4 @@
-"""Nodes that learn to draw one person from style rows, load what was learned, and put the person into a model."""
+"""Nodes that learn to draw one person from W+ codes, load what was learned, and put the person into a model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ...pipelines.pidiff.style_attention import StyleAttention as Style
 from ...pipelines.pidiff.train import TEMPLATES, StyleSettings
 from ...pipelines.pidiff.w_plus import WPlus as WPlusStyles
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.subjects.pictures import SubjectPictures as Pictures
+from ...pipelines.subjects.images import SubjectImages as Images
+from ...pipelines.training.images import encode_images
 from ...pipelines.training.loop import TrainingRun
-from ...pipelines.training.pictures import encode_pictures
 from ..idle import first_said, is_empty, joined
 from ..saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
 from ..sockets import (
     StyleAttention,
-    SubjectPictures,
+    SubjectImages,
     WPlus,
     checked,
     mask_input,
@@ -64,19 +64,19 @@ class TrainStyleAttention(io.ComfyNode):
             category="identity",
             search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalization"],
             description=(
-                "Learns to draw one person from style rows (W+), with about six pictures: a mapping network and a "
+                "Learns to draw one person from W+ codes (W+), with about six images: a mapping network and a "
                 "style cross-attention behind every text cross-attention (PIDiff, Gu et al. 2025). No weight of the "
                 "model changes."
             ),
             is_output_node=True,
             inputs=[
                 *checkpoint_inputs(),
-                SubjectPictures.Input(
-                    "pictures",
-                    tooltip="Pictures of one person; 6 did best in Gu et al. 2025 (table 2). Their token is the "
+                SubjectImages.Input(
+                    "images",
+                    tooltip="Images of one person; 6 did best in Gu et al. 2025 (table 2). Their token is the "
                     "pseudo-word that stands for the person.",
                 ),
-                WPlus.Input("w_plus", tooltip="The style rows of the same pictures in the same order."),
+                WPlus.Input("w_plus", tooltip="The W+ codes of the same images in the same order."),
                 io.Combo.Input(
                     "kind",
                     options=list(KINDS),
@@ -88,20 +88,20 @@ class TrainStyleAttention(io.ComfyNode):
                 io.String.Input(
                     "row_groups",
                     default=styles.ROW_GROUPS,
-                    tooltip="Style rows from coarse to fine, one token for each group. The default is that of Gu et "
+                    tooltip="W+ codes from coarse to fine, one token for each group. The default is that of Gu et "
                     "al. 2025 for 18 rows; an encoder with other rows needs other groups.",
                 ),
                 io.String.Input(
                     "templates",
                     default="\n".join(TEMPLATES),
                     multiline=True,
-                    tooltip="Captions, one a line, of which one is drawn for each picture; {} is the pseudo-word. "
-                    "Write '{} person' to name the class too. Empty: the pictures' own captions. Gu et al. 2025 name "
+                    tooltip="Captions, one a line, of which one is drawn for each image; {} is the pseudo-word. "
+                    "Write '{} person' to name the class too. Empty: the images' own captions. Gu et al. 2025 name "
                     "the first two.",
                 ),
                 steps_input(StyleSettings.steps, 1000000, "Training steps. 600 in Gu et al. 2025."),
                 batch_size_input(
-                    StyleSettings.batch_size, 64, "Pictures in a batch, all of one size. 4 in Gu et al. 2025."
+                    StyleSettings.batch_size, 64, "Images in a batch, all of one size. 4 in Gu et al. 2025."
                 ),
                 learning_rate_input(
                     StyleSettings.learning_rate,
@@ -122,7 +122,7 @@ class TrainStyleAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How often a picture is learned without its caption. 0.5 in Gu et al. 2025.",
+                    tooltip="How often an image is learned without its caption. 0.5 in Gu et al. 2025.",
                 ),
                 io.Float.Input(
                     "style_drop",
@@ -130,7 +130,7 @@ class TrainStyleAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How often a picture is learned with the encoder's mean rows instead of its own. 0.5 in "
+                    tooltip="How often an image is learned with the encoder's mean rows instead of its own. 0.5 in "
                     "Gu et al. 2025.",
                 ),
                 io.Float.Input(
@@ -139,13 +139,13 @@ class TrainStyleAttention(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="Deviation of the noise that is added to the style rows, in their own unit. Our choice: "
+                    tooltip="Deviation of the noise that is added to the W+ codes, in their own unit. Our choice: "
                     "Gu et al. 2025 add noise and do not say how much.",
                 ),
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
-                    tooltip="Count the loss inside the pictures' masks only, so that backgrounds are not learned. Off, "
+                    tooltip="Count the loss inside the images' masks only, so that backgrounds are not learned. Off, "
                     "as Gu et al. 2025 name no mask.",
                 ),
                 gradient_accumulation_input(),
@@ -156,7 +156,7 @@ class TrainStyleAttention(io.ComfyNode):
                 io.String.Input(
                     "sample_prompt",
                     default="",
-                    tooltip="What the samples show, with the pseudo-word in it, in the first picture's style. Empty: "
+                    tooltip="What the samples show, with the pseudo-word in it, in the first image's style. Empty: "
                     "the first template.",
                 ),
                 checkpoint_every_input(),
@@ -177,7 +177,7 @@ class TrainStyleAttention(io.ComfyNode):
         model: Any,
         clip: Any,
         vae: Any,
-        pictures: Pictures,
+        images: Images,
         w_plus: WPlusStyles,
         kind: str,
         row_groups: str,
@@ -200,7 +200,7 @@ class TrainStyleAttention(io.ComfyNode):
         filename_prefix: str,
     ) -> io.NodeOutput:
         settings = StyleSettings(
-            pseudo_word=pictures.token,
+            pseudo_word=images.token,
             templates=tuple(line.strip() for line in templates.splitlines() if line.strip()),
             kind=kind,
             row_groups=row_groups,
@@ -220,9 +220,9 @@ class TrainStyleAttention(io.ComfyNode):
             sample_prompt=sample_prompt.strip(),
             checkpoint_every=checkpoint_every,
         )
-        learning.check_training_input(pictures.captions, pictures.masks, w_plus, settings)
+        learning.check_training_input(images.captions, images.masks, w_plus, settings)
         next_path(filename_prefix, f"{FILE_FOLDER}/person")  # better before a long training than after it
-        encoded = encode_pictures(vae, pictures.pictures, pictures.captions, pictures.masks)
+        encoded = encode_images(vae, images.images, images.captions, images.masks)
         checkpoints = Checkpoints(FILE_FOLDER)
         style, run = learning.train_style_attention(
             model,
@@ -241,9 +241,9 @@ class TrainStyleAttention(io.ComfyNode):
         return io.NodeOutput(style, samples, {"loss": run.losses}, path, text, ui=ui.PreviewImage(samples, cls=cls))
 
 
-def _report(style: Style, run: TrainingRun, pictures: int, path: str) -> str:
+def _report(style: Style, run: TrainingRun, images: int, path: str) -> str:
     return (
-        f"{styles.described(style)}: {steps_of(run)} on {pictures} pictures.\n"
+        f"{styles.described(style)}: {steps_of(run)} on {images} images.\n"
         f"Loss: {first_and_last(run.losses)}.\n"
         f"Saved as {path}, {os.path.getsize(path) / 1e6:.1f} MB"
     )
@@ -314,8 +314,8 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             category="identity",
             search_aliases=["PIDiff", "SCA", "face", "identity", "IPAdapter", "W+ adapter"],
             description=(
-                "Lets a model draw the person of style rows (W+), with any sampler and guider (PIDiff, Gu et al. "
-                "2025). One node for each person, with masks for several in one picture."
+                "Lets a model draw the person of W+ codes (W+), with any sampler and guider (PIDiff, Gu et al. "
+                "2025). One node for each person, with masks for several in one image."
             ),
             inputs=[
                 io.Model.Input(
@@ -325,7 +325,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                 StyleAttention.Input("style_attention", tooltip="From Load or Train Style Attention."),
                 WPlus.Input(
                     "w_plus",
-                    tooltip="Who is drawn: the style rows of one picture, or of one for each picture of the batch. "
+                    tooltip="Who is drawn: the W+ codes of one image, or of one for each image of the batch. "
                     "Mixed rows draw a mixed person.",
                 ),
                 io.Float.Input(
@@ -363,8 +363,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                 ),
                 mask_input(
                     "mask",
-                    "Mask of the person, 1 where it is; of any size, stretched over the picture. Without it: "
-                    "everywhere.",
+                    "Mask of the person, 1 where it is; of any size, stretched over the image. Without it: everywhere.",
                     optional=True,
                 ),
             ],

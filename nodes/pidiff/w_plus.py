@@ -1,4 +1,4 @@
-"""Nodes that turn faces into style rows, mix and average them, save and load them."""
+"""Nodes that turn faces into W+ codes, mix and average them, save and load them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...pipelines.pidiff import w_plus as styles_of
 from ...pipelines.pidiff import w_plus_encoder as encoders
 from ...pipelines.pidiff.w_plus import WPlus as Styles
 from ...pipelines.pidiff.w_plus_encoder import WPlusEncoder as Encoder
-from ...pipelines.shared.pictures import as_colour
+from ...pipelines.shared.images import as_color
 from ..idle import first_said
 from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
 from ..sockets import WPlus, WPlusEncoder, checked, schema, show_text
@@ -31,7 +31,7 @@ class LoadWPlusEncoder(io.ComfyNode):
             category="identity",
             search_aliases=["e4e", "StyleGAN", "pSp", "PIDiff", "style encoder", "w plus"],
             description=(
-                "Loads a network that says in style rows who is in a picture: e4e (Tov et al. 2021), or a smaller one "
+                "Loads a network that says in W+ codes who is in an image: e4e (Tov et al. 2021), or a smaller one "
                 "saved by this pack. No code in the file is executed."
             ),
             inputs=[
@@ -63,7 +63,7 @@ class LoadWPlusEncoder(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         encoder = encoders.load_w_plus_encoder(model_path(ENCODER_FOLDER, file, encoders.NEEDED, encoders.ENDINGS))
         rows, width = encoder.average.shape
-        text = f"Encoder {encoder.name}: {rows} rows of {width}, from pictures of {encoder.size}x{encoder.size}."
+        text = f"Encoder {encoder.name}: {rows} rows of {width}, from images of {encoder.size}x{encoder.size}."
         return io.NodeOutput(encoder, show_text(cls, text))
 
 
@@ -109,9 +109,9 @@ class EncodeWPlus(io.ComfyNode):
             node_id="IdentityEditEncodeWPlus",
             display_name="Encode W+",
             category="identity",
-            search_aliases=["e4e", "GAN inversion", "style rows", "PIDiff", "w plus"],
+            search_aliases=["e4e", "GAN inversion", "W+ codes", "PIDiff", "w plus"],
             description=(
-                "Gives the style rows of aligned faces, from coarse (pose, shape of the face) to fine (colours) "
+                "Gives the W+ codes of aligned faces, from coarse (pose, shape of the face) to fine (colors) "
                 "(PIDiff, Gu et al. 2025, section 2.2.2)."
             ),
             inputs=[
@@ -123,7 +123,7 @@ class EncodeWPlus(io.ComfyNode):
                 ),
             ],
             outputs=[
-                WPlus.Output("w_plus", display_name="w+", tooltip="The style rows of every face."),
+                WPlus.Output("w_plus", display_name="w+", tooltip="The W+ codes of every face."),
                 io.String.Output("report", display_name="report", tooltip="How many rows, and what was resized."),
             ],
         )
@@ -131,15 +131,13 @@ class EncodeWPlus(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, encoder: Encoder, faces: torch.Tensor) -> io.NodeOutput:
-        pictures = as_colour(faces, "faces")
-        size, given = encoder.size, pictures.shape[1]
-        styles = encoders.encode_w_plus(encoder, encoders.fitted(pictures, size))
+        images = as_color(faces, "faces")
+        size, given = encoder.size, images.shape[1]
+        styles = encoders.encode_w_plus(encoder, encoders.fitted(images, size))
         text = f"{_described(styles)}."
         if given != size:
             text += f" The faces were resized from {given}x{given} to {size}x{size}."
-        warning = (
-            f"The faces have {given} pixels instead of {size}; use larger pictures." if 2 * given <= size else None
-        )
+        warning = f"The faces have {given} pixels instead of {size}; use larger images." if 2 * given <= size else None
         return io.NodeOutput(styles, show_text(cls, text, warning))
 
 
@@ -152,8 +150,8 @@ class MixWPlus(io.ComfyNode):
             category="identity",
             search_aliases=["style mixing", "style editing", "interpolate faces", "PIDiff", "w plus"],
             description=(
-                "Takes some style rows from another face: coarse ones (1-9) bring its pose, age and skin, fine ones "
-                "(10-18) its eyes, mouth and colours (PIDiff, Gu et al. 2025, sections 2.2.2 and 3.4.1)."
+                "Takes some W+ codes from another face: coarse ones (1-9) bring its pose, age and skin, fine ones "
+                "(10-18) its eyes, mouth and colors (PIDiff, Gu et al. 2025, sections 2.2.2 and 3.4.1)."
             ),
             inputs=[
                 WPlus.Input("first", tooltip="The face that all other rows come from."),
@@ -175,7 +173,7 @@ class MixWPlus(io.ComfyNode):
                 ),
             ],
             outputs=[
-                WPlus.Output("w_plus", display_name="w+", tooltip="The mixed style rows."),
+                WPlus.Output("w_plus", display_name="w+", tooltip="The mixed W+ codes."),
                 io.String.Output("report", display_name="report", tooltip="Which rows come from where."),
             ],
         )
@@ -203,11 +201,11 @@ class AverageWPlus(io.ComfyNode):
             category="identity",
             search_aliases=["mean style", "several photos", "merge faces", "w plus"],
             description=(
-                "The mean style rows of several photos of a person, which keep the person and lose what the photos "
+                "The mean W+ codes of several photos of a person, which keep the person and lose what the photos "
                 "differ in."
             ),
             inputs=[
-                WPlus.Input("first", tooltip="Style rows of one or more faces; every face counts alike."),
+                WPlus.Input("first", tooltip="W+ codes of one or more faces; every face counts alike."),
                 *(
                     WPlus.Input(name, optional=True, tooltip="More faces, of the same encoder.")
                     for name in ("second", "third", "fourth")
@@ -244,10 +242,10 @@ class SaveWPlus(io.ComfyNode):
             display_name="Save W+",
             category="identity",
             search_aliases=["save style", "save identity", "w plus"],
-            description="Writes style rows as .safetensors, so that a person can be used without the photos.",
+            description="Writes W+ codes as .safetensors, so that a person can be used without the photos.",
             is_output_node=True,
             inputs=[
-                WPlus.Input("w_plus", tooltip="The style rows of one or more faces."),
+                WPlus.Input("w_plus", tooltip="The W+ codes of one or more faces."),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FILE_FOLDER}/person",
@@ -255,7 +253,7 @@ class SaveWPlus(io.ComfyNode):
                     f"'{FILE_FOLDER}'.",
                 ),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="Where the style rows were saved.")],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Where the W+ codes were saved.")],
         )
 
     @classmethod
@@ -275,19 +273,19 @@ class LoadWPlus(io.ComfyNode):
             display_name="Load W+",
             category="identity",
             search_aliases=["load style", "load identity", "w plus"],
-            description="Reads style rows that Save W+ has written.",
+            description="Reads W+ codes that Save W+ has written.",
             inputs=[
                 file_input("Save W+", FILE_FOLDER),
             ],
             outputs=[
-                WPlus.Output("w_plus", display_name="w+", tooltip="The style rows."),
+                WPlus.Output("w_plus", display_name="w+", tooltip="The W+ codes."),
                 io.String.Output("report", display_name="report", tooltip="How many faces, and which encoder's."),
             ],
         )
 
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
-        return check_file(file, "save the style rows again")
+        return check_file(file, "save the W+ codes again")
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> float:

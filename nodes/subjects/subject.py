@@ -1,4 +1,4 @@
-"""Nodes that gather what a subject is learned from: its pictures, their captions, and prompts for its class."""
+"""Nodes that gather what a subject is learned from: its images, their captions, and prompts for its class."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from comfy_api.latest import io, ui
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
 from ...pipelines.shared.errors import IdentityEditError, for_console
 from ...pipelines.subjects import captioning
-from ...pipelines.subjects import pictures as subjects
-from ...pipelines.subjects import regularisation_prompts as prompts
+from ...pipelines.subjects import images as subjects
+from ...pipelines.subjects import regularization_prompts as prompts
 from ..saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
-from ..sockets import SEED_MAXIMUM, SubjectPictures, checked, mask_input, schema, seed_input, show_text
+from ..sockets import SEED_MAXIMUM, SubjectImages, checked, mask_input, schema, seed_input, show_text
 
-REGULARISATION_FOLDER = "regularisation"
-"""Below the output folder: where the shipped workflow saves a regularisation set with its prompts."""
+REGULARIZATION_FOLDER = "regularization"
+"""Below the output folder: where the shipped workflow saves a regularization set with its prompts."""
 MODEL_FOLDER = "LLM"
 _MODEL_FILES = "config.json, the *.safetensors weights and the tokenizer's or processor's files"
 NO_MODEL = "no model"
@@ -39,8 +39,8 @@ def _token_input() -> io.String.Input:
         "token",
         default="sks",
         tooltip="The rare token that comes to stand for the subject's identity, V* in Liu et al. 2024; prompts then "
-        "say 'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularisation set, whose "
-        "pictures show the class and not the subject.",
+        "say 'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularization set, whose "
+        "images show the class and not the subject.",
     )
 
 
@@ -52,24 +52,24 @@ def _add_token_input() -> io.Boolean.Input:
     )
 
 
-class LoadSubjectPictures(io.ComfyNode):
+class LoadSubjectImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="IdentityEditLoadSubjectPictures",
-            display_name="Load Subject Pictures",
+            node_id="IdentityEditLoadSubjectImages",
+            display_name="Load Subject Images",
             category="subject",
             search_aliases=["dataset", "dreambooth", "reference images", "training images", "load images from folder"],
             description=(
-                "Reads a few pictures of one subject, with their captions and masks, from a folder below the input "
+                "Reads a few images of one subject, with their captions and masks, from a folder below the input "
                 "folder, and says what is wrong with them: what Train Identity Prior learns from."
             ),
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=_folders(),
-                    tooltip="A folder below ComfyUI's input folder with 3 to 5 pictures (Liu et al. 2024, section 2), "
-                    f"or one below the output folder's '{REGULARISATION_FOLDER}'. Press R to list new ones.",
+                    tooltip="A folder below ComfyUI's input folder with 3 to 5 images (Liu et al. 2024, section 2), "
+                    f"or one below the output folder's '{REGULARIZATION_FOLDER}'. Press R to list new ones.",
                 ),
                 _class_word_input(
                     "What the subject is, such as 'dog'; every caption must say it. Left empty, it is read from "
@@ -80,10 +80,10 @@ class LoadSubjectPictures(io.ComfyNode):
                     "captions",
                     options=list(subjects.CAPTION_SOURCES),
                     default=subjects.CAPTION_FILES,
-                    tooltip="Caption files: each picture needs one, 1.txt beside 1.jpg. Class word only: every caption "
+                    tooltip="Caption files: each image needs one, 1.txt beside 1.jpg. Class word only: every caption "
                     "is 'a photo of sks dog', as in DreamBooth (Ruiz et al. 2023); edits of pose and expression then "
-                    "work less well (Liu et al. 2024, figure 7). None yet: pictures may lack theirs until Caption "
-                    "Pictures.",
+                    "work less well (Liu et al. 2024, figure 7). None yet: images may lack theirs until Caption "
+                    "Images.",
                 ),
                 _add_token_input(),
                 io.Int.Input(
@@ -92,35 +92,35 @@ class LoadSubjectPictures(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Pictures are cut to a centred square and scaled to this side in pixels: 512 for SD 1.5, "
-                    "1024 for SDXL, 128 for the demo checkpoint. 0 keeps every picture as it is.",
+                    tooltip="Images are cut to a centerd square and scaled to this side in pixels: 512 for SD 1.5, "
+                    "1024 for SDXL, 128 for the demo checkpoint. 0 keeps every image as it is.",
                 ),
             ],
             outputs=[
-                SubjectPictures.Output(
-                    "subject", display_name="subject", tooltip="The pictures with captions and masks, for the training."
+                SubjectImages.Output(
+                    "subject", display_name="subject", tooltip="The images with captions and masks, for the training."
                 ),
                 io.Image.Output(
-                    "pictures",
-                    display_name="pictures",
-                    tooltip="The pictures as one batch, all of the first one's size.",
+                    "images",
+                    display_name="images",
+                    tooltip="The images as one batch, all of the first one's size.",
                 ),
                 io.String.Output(
                     "caption_list",
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="The captions, a list in the pictures' order.",
+                    tooltip="The captions, a list in the images' order.",
                 ),
                 io.Image.Output(
-                    "test_picture",
-                    display_name="test picture",
-                    tooltip="The picture to edit, from the folder's test folder. Without one, what is connected here "
+                    "test_image",
+                    display_name="test image",
+                    tooltip="The image to edit, from the folder's test folder. Without one, what is connected here "
                     "does not run.",
                 ),
                 io.String.Output(
                     "test_caption",
                     display_name="test caption",
-                    tooltip="The test picture's caption: the source prompt of an edit. Empty without a caption file.",
+                    tooltip="The test image's caption: the source prompt of an edit. Empty without a caption file.",
                 ),
                 io.String.Output(
                     "report", display_name="report", tooltip="What was read, and what was ignored in the folder."
@@ -132,7 +132,7 @@ class LoadSubjectPictures(io.ComfyNode):
     def validate_inputs(cls, folder: str) -> bool | str:
         if folder not in _folders():
             return for_console(
-                f"folder '{folder}' is not below ComfyUI's input folder; make it there, put 3 to 5 pictures with their "
+                f"folder '{folder}' is not below ComfyUI's input folder; make it there, put 3 to 5 images with their "
                 f"captions into it, and press R."
             )
         return True
@@ -156,9 +156,9 @@ class LoadSubjectPictures(io.ComfyNode):
         )
         return io.NodeOutput(
             subject,
-            subjects.picture_batch(subject),
+            subjects.image_batch(subject),
             list(subject.captions),
-            _test_picture(subject, folder),
+            _test_image(subject, folder),
             subject.test_caption,
             show_text(cls, _report(subject), " ".join(subject.notes) or None),
         )
@@ -173,34 +173,34 @@ class SubjectFromImages(io.ComfyNode):
             category="subject",
             search_aliases=["dataset", "dreambooth", "reference images", "training images", "image batch"],
             description=(
-                "Makes the pictures of one subject from images that are in the graph already: the same as Load Subject "
-                "Pictures, without a folder."
+                "Makes the images of one subject from images that are in the graph already: the same as Load Subject "
+                "Images, without a folder."
             ),
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="The pictures, as a batch or a list; 3 to 5 in Liu et al. 2024."),
+                io.Image.Input("images", tooltip="The images, as a batch or a list; 3 to 5 in Liu et al. 2024."),
                 io.String.Input(
                     "captions",
                     default="",
                     multiline=True,
-                    tooltip="One line for each picture, or one line for all, or a list of captions. Leave it empty "
-                    "when Caption Pictures follows.",
+                    tooltip="One line for each image, or one line for all, or a list of captions. Leave it empty "
+                    "when Caption Images follows.",
                 ),
                 _class_word_input("What the subject is, such as 'dog'; every caption must say it."),
                 _token_input(),
                 _add_token_input(),
                 mask_input(
                     "masks",
-                    "Masks of the subject, 1 on it: one for each picture or one for all, of any size. For a training "
-                    "with a masked loss. An RGBA picture without one has its opaque part as its mask.",
+                    "Masks of the subject, 1 on it: one for each image or one for all, of any size. For a training "
+                    "with a masked loss. An RGBA image without one has its opaque part as its mask.",
                     optional=True,
                 ),
             ],
             outputs=[
-                SubjectPictures.Output(
-                    "subject", display_name="subject", tooltip="The pictures with captions and masks, for the training."
+                SubjectImages.Output(
+                    "subject", display_name="subject", tooltip="The images with captions and masks, for the training."
                 ),
-                io.String.Output("report", display_name="report", tooltip="The pictures' sizes, captions and masks."),
+                io.String.Output("report", display_name="report", tooltip="The images' sizes, captions and masks."),
             ],
         )
 
@@ -222,22 +222,22 @@ class SubjectFromImages(io.ComfyNode):
         return io.NodeOutput(subject, show_text(cls, _report(subject), " ".join(subject.notes) or None))
 
 
-class CaptionPictures(io.ComfyNode):
+class CaptionImages(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="IdentityEditCaptionPictures",
-            display_name="Caption Pictures",
+            node_id="IdentityEditCaptionImages",
+            display_name="Caption Images",
             category="subject",
             search_aliases=["caption", "llava", "image to text", "vlm", "tagger", "describe image"],
             description=(
-                "Gives the pictures of a subject captions that describe action, view and attire (Liu et al. 2024, "
+                "Gives the images of a subject captions that describe action, view and attire (Liu et al. 2024, "
                 "section 2.1), written by an image-to-text model on this machine or by you."
             ),
             is_output_node=True,
             inputs=[
-                SubjectPictures.Input(
-                    "subject", tooltip="From Load Subject Pictures with captions set to none yet, or with captions."
+                SubjectImages.Input(
+                    "subject", tooltip="From Load Subject Images with captions set to none yet, or with captions."
                 ),
                 io.Combo.Input(
                     "model",
@@ -257,8 +257,8 @@ class CaptionPictures(io.ComfyNode):
                     "captions",
                     default="",
                     multiline=True,
-                    tooltip="Captions of your own, one line for each picture in order, the test picture's last; they "
-                    "come before the model's and the file's. An empty line leaves a picture as it is.",
+                    tooltip="Captions of your own, one line for each image in order, the test image's last; they "
+                    "come before the model's and the file's. An empty line leaves an image as it is.",
                 ),
                 io.Boolean.Input(
                     "keep_existing",
@@ -269,7 +269,7 @@ class CaptionPictures(io.ComfyNode):
                     "save",
                     options=list(SAVE_CHOICES),
                     default=DO_NOT_SAVE,
-                    tooltip="Write the captions into text files beside the pictures, where you can edit them. Existing "
+                    tooltip="Write the captions into text files beside the images, where you can edit them. Existing "
                     "files are replaced only with overwrite.",
                 ),
                 io.Int.Input(
@@ -290,21 +290,21 @@ class CaptionPictures(io.ComfyNode):
                 seed_input("For a temperature above 0."),
             ],
             outputs=[
-                SubjectPictures.Output(
+                SubjectImages.Output(
                     "captioned",
                     display_name="subject",
-                    tooltip="The pictures with their captions, for the training.",
+                    tooltip="The images with their captions, for the training.",
                 ),
                 io.String.Output(
                     "caption_list",
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="The captions, a list in the pictures' order.",
+                    tooltip="The captions, a list in the images' order.",
                 ),
                 io.String.Output(
                     "test_caption",
                     display_name="test caption",
-                    tooltip="The test picture's caption: the source prompt of an edit. Empty where there is none.",
+                    tooltip="The test image's caption: the source prompt of an edit. Empty where there is none.",
                 ),
                 io.String.Output(
                     "caption_text",
@@ -322,7 +322,7 @@ class CaptionPictures(io.ComfyNode):
     @checked
     def execute(
         cls,
-        subject: subjects.SubjectPictures,
+        subject: subjects.SubjectImages,
         model: str,
         instruction: str,
         captions: str,
@@ -334,7 +334,7 @@ class CaptionPictures(io.ComfyNode):
     ) -> io.NodeOutput:
         if save != DO_NOT_SAVE:
             subjects.check_can_save(subject)  # before the model works for minutes
-        captioned, notes = captioning.caption_pictures(
+        captioned, notes = captioning.caption_images(
             subject,
             model_path=None if model == NO_MODEL else model_path(MODEL_FOLDER, model, _MODEL_FILES),
             lines=captions.rstrip().splitlines(),
@@ -352,7 +352,7 @@ class CaptionPictures(io.ComfyNode):
                 notes.append(str(error))
             else:
                 notes.append(f"Saved: {', '.join(written)}." if written else "No caption file needed to be written.")
-        lines = [*captioned.captions, *([captioned.test_caption] if captioned.test_picture is not None else [])]
+        lines = [*captioned.captions, *([captioned.test_caption] if captioned.test_image is not None else [])]
         text = "\n".join(lines)
         shown = show_text(cls, "\n".join([text, *notes]))
         return io.NodeOutput(
@@ -360,17 +360,17 @@ class CaptionPictures(io.ComfyNode):
         )
 
 
-class RegularisationPrompts(io.ComfyNode):
+class RegularizationPrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return schema(
-            node_id="IdentityEditRegularisationPrompts",
-            display_name="Regularisation Prompts",
+            node_id="IdentityEditRegularizationPrompts",
+            display_name="Regularization Prompts",
             category="subject",
             search_aliases=["regularization", "class images", "prior preservation", "dreambooth", "prompt list"],
             description=(
                 "Detailed prompts about the subject's class (Liu et al. 2024, section 2.1): render each with stock "
-                "sampling nodes, and the pictures keep a training from forgetting the class."
+                "sampling nodes, and the images keep a training from forgetting the class."
             ),
             inputs=[
                 _class_word_input("What the subject is, such as 'dog'; every prompt holds it."),
@@ -388,7 +388,7 @@ class RegularisationPrompts(io.ComfyNode):
                     default=100,
                     min=1,
                     max=prompts.MOST_PROMPTS,
-                    tooltip="How many prompts, and so how many pictures to render.",
+                    tooltip="How many prompts, and so how many images to render.",
                 ),
                 io.Combo.Input(
                     "kind",
@@ -444,7 +444,7 @@ class RegularisationPrompts(io.ComfyNode):
                     "seed_list",
                     display_name="seeds",
                     is_output_list=True,
-                    tooltip="A noise seed for each prompt, for the sampler's seed; without it all pictures start from "
+                    tooltip="A noise seed for each prompt, for the sampler's seed; without it all images start from "
                     "the same noise.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="The prompts, and where they come from."),
@@ -490,10 +490,10 @@ class RegularisationPrompts(io.ComfyNode):
 
 
 def _folders() -> list[str]:
-    """The folders that may hold a subject or a regularisation set."""
-    rendered = os.path.join(folder_paths.get_output_directory(), REGULARISATION_FOLDER)
+    """The folders that may hold a subject or a regularization set."""
+    rendered = os.path.join(folder_paths.get_output_directory(), REGULARIZATION_FOLDER)
     listed = folders_below(folder_paths.get_input_directory())
-    listed += [f"{REGULARISATION_FOLDER}/{name}{IN_OUTPUT_FOLDER}" for name in _subfolders(rendered)]
+    listed += [f"{REGULARIZATION_FOLDER}/{name}{IN_OUTPUT_FOLDER}" for name in _subfolders(rendered)]
     return sorted(name for name in listed if name.split("/")[-1] != subjects.TEST_FOLDER)
 
 
@@ -511,23 +511,21 @@ def _check_model(name: str) -> bool | str:
     return name in list_models(MODEL_FOLDER) or missing_model(MODEL_FOLDER, name, _MODEL_FILES)
 
 
-def _test_picture(subject: subjects.SubjectPictures, folder: str) -> Any:
-    if subject.test_picture is not None:
-        return subject.test_picture.unsqueeze(0)
+def _test_image(subject: subjects.SubjectImages, folder: str) -> Any:
+    if subject.test_image is not None:
+        return subject.test_image.unsqueeze(0)
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    return ExecutionBlocker(f"The folder {folder} has no test picture; put the picture to edit into {folder}/test.")
+    return ExecutionBlocker(f"The folder {folder} has no test image; put the image to edit into {folder}/test.")
 
 
-def _report(subject: subjects.SubjectPictures) -> str:
-    """A line for each picture."""
-    lines = [f"{len(subject.pictures)} pictures of '{subject.identity_prompt}'."]
-    for name, picture, mask, caption in zip(
-        subject.names, subject.pictures, subject.masks, subject.captions, strict=True
-    ):
+def _report(subject: subjects.SubjectImages) -> str:
+    """A line for each image."""
+    lines = [f"{len(subject.images)} images of '{subject.identity_prompt}'."]
+    for name, image, mask, caption in zip(subject.names, subject.images, subject.masks, subject.captions, strict=True):
         masked = "" if mask is None else ", mask"
-        lines.append(f"{name} ({picture.shape[1]}x{picture.shape[0]}{masked}): {caption or 'no caption yet'}")
-    if subject.test_picture is not None:
+        lines.append(f"{name} ({image.shape[1]}x{image.shape[0]}{masked}): {caption or 'no caption yet'}")
+    if subject.test_image is not None:
         lines.append(f"{subject.test_name}: {subject.test_caption or 'no caption'}")
     return "\n".join(lines)
 
@@ -540,8 +538,8 @@ def _progress_bar() -> Callable[[int, int], None]:
 
 
 NODES: list[type[io.ComfyNode]] = [
-    LoadSubjectPictures,
+    LoadSubjectImages,
     SubjectFromImages,
-    CaptionPictures,
-    RegularisationPrompts,
+    CaptionImages,
+    RegularizationPrompts,
 ]

@@ -1,7 +1,7 @@
-"""MasaCtrl (Cao et al. 2023): sample an edit whose self-attention looks into the inverted picture. No training.
+"""MasaCtrl (Cao et al. 2023): sample an edit whose self-attention looks into the inverted image. No training.
 
 The source is evaluated beside the target at the same noise level, on the inversion's own latent of that level, so the
-target always looks at the true path of the picture. It is done inside ComfyUI's guider, for whatever sampler runs it.
+target always looks at the true path of the image. It is done inside ComfyUI's guider, for whatever sampler runs it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def mutual_self_attention(
     source_mask: torch.Tensor | None = None,
     target_mask: torch.Tensor | None = None,
 ) -> Any:
-    """A clone of `model` whose self-attention takes its keys and values from an inverted picture.
+    """A clone of `model` whose self-attention takes its keys and values from an inverted image.
 
     Works with any guider, and with any sampler that evaluates the network at the inversion's own noise levels. Every
     step from `start_step` on costs twice its evaluations. Of two on one model the later counts. Where other nodes
@@ -43,7 +43,7 @@ def mutual_self_attention(
 
     Args:
         model: MODEL; it is not changed.
-        inversion: the source picture's, one for all sampled latents or one for each. The latents that are sampled have
+        inversion: the source image's, one for all sampled latents or one for each. The latents that are sampled have
             its size, and its sigmas (or the later part of them) are those of the sampler.
         source: the source prompt's CONDITIONING, one entry; only its text embedding and pooled output are used.
         negative: CONDITIONING of the source's negative side, one entry; None takes the sampler's own.

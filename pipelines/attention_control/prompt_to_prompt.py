@@ -1,13 +1,13 @@
-"""Prompt-to-prompt (Hertz et al. 2023): edit a picture by editing its prompt, with the attention of the source.
+"""Prompt-to-prompt (Hertz et al. 2023): edit an image by editing its prompt, with the attention of the source.
 
 Source and target are evaluated beside one another at every noise level, by a wrapper around ComfyUI's guider, so that
 any stock sampler and guider runs it:
 
-- A generated picture: each latent is sampled twice from the same noise, with the source prompt and with the target
-  prompt. The source is the picture that the sampler gives without control, to the bit.
-- A real picture: the source follows its inversion's trajectory, and the inversion's step table of null-text embeddings
+- A generated image: each latent is sampled twice from the same noise, with the source prompt and with the target
+  prompt. The source is the image that the sampler gives without control, to the bit.
+- A real image: the source follows its inversion's trajectory, and the inversion's per-step null-text embeddings
   is the negative side (Mokady et al. 2023). Of the source only the positive side is needed, so a step under control
-  costs three network evaluations instead of two. A batch of another size is rounded differently: where prompts are the
+  costs three model calls instead of two. A batch of another size is rounded differently: where prompts are the
   same and the inversion exact, the target is the source to rounding.
 """
 
@@ -100,7 +100,7 @@ def prompt_to_prompt(
     Args:
         model: MODEL of Stable Diffusion 1.x, 2.x or XL; it is not changed.
         clip: CLIP of the same checkpoint.
-        source_prompt: what the picture is made of, or shows.
+        source_prompt: what the image is made of, or shows.
         target_prompt: the same with words exchanged, added or left out.
         edit: "replace" exchanges word for word: a new word takes the place of the one that it stands for. "refine"
             keeps the attention of the tokens that both prompts share and leaves new ones free.
@@ -108,7 +108,7 @@ def prompt_to_prompt(
         blend_words: words of either prompt, separated by spaces or commas: the latent changes where these are, and
             nowhere else. Empty for everywhere.
         settings: when and where attention is controlled.
-        inversion: of a real picture, made with the source prompt; None samples the source beside the target.
+        inversion: of a real image, made with the source prompt; None samples the source beside the target.
 
     Returns:
         the clone and the target prompt's CONDITIONING, for the positive side of any sampler. Without an inversion the
@@ -299,7 +299,7 @@ def with_attention_control(
             if run.blend is not None and step >= round(settings.blend_start * steps):
                 run.mask = run.blend.mask(height, width)
                 if inversion is not None:
-                    source_denoised = inversion.picture.to(x)
+                    source_denoised = inversion.image.to(x)
                 target_denoised = torch.where(run.mask, target_denoised, source_denoised)
         finally:
             guider.conds = own

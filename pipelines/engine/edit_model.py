@@ -1,6 +1,6 @@
-"""Models that see a source picture: ComfyUI's InstructPix2Pix family, whose UNets take eight input channels.
+"""Models that see a source image: ComfyUI's InstructPix2Pix family, whose UNets take eight input channels.
 
-The first four are the noisy latent, scaled as the schedule says; the others are the source picture's latent as the VAE
+The first four are the noisy latent, scaled as the schedule says; the others are the source image's latent as the VAE
 gives it, unscaled (`concat_latent_image` of a conditioning; zeros where a conditioning has none). ComfyUI knows the
 family by the eight channels of `input_blocks.0.0.weight` (comfy/supported_models.py, SD15_instructpix2pix and
 SDXL_instructpix2pix). It has none for SD2.x and would take such a checkpoint for an inpainting model of nine
@@ -29,7 +29,7 @@ _FIRST_WEIGHT = "input_blocks.0.0.weight"
 
 
 class SD20InstructPix2Pix(comfy.supported_models.SD20):
-    """SD2.x with the latent of a source picture beside the noisy one."""
+    """SD2.x with the latent of a source image beside the noisy one."""
 
     unet_config = {**comfy.supported_models.SD20.unet_config, "in_channels": 8}
 
@@ -51,17 +51,17 @@ def register_families() -> None:
 
 
 def input_channels(model: Any) -> int:
-    """Input channels of the model's UNet: 4, or 8 with a source picture, or 9 for inpainting."""
+    """Input channels of the model's UNet: 4, or 8 with a source image, or 9 for inpainting."""
     return int(model.get_model_object("diffusion_model").input_blocks[0][0].in_channels)
 
 
 def is_edit_model(model: Any) -> bool:
-    """Whether ComfyUI gives the model's UNet a source picture's latent."""
+    """Whether ComfyUI gives the model's UNet a source image's latent."""
     return isinstance(model.model, comfy.model_base.IP2P)
 
 
 def require_edit_model(model: Any) -> None:
-    """Check that a model sees a source picture.
+    """Check that a model sees a source image.
 
     Raises:
         IdentityEditError: when it does not, with its number of input channels.
@@ -70,14 +70,14 @@ def require_edit_model(model: Any) -> None:
     if not is_edit_model(model):
         raise IdentityEditError(
             f"The model {type(model.model).__name__} takes {input_channels(model)} input channels and cannot see a "
-            f"source picture; load a checkpoint of Train MCDM (8 channels)."
+            f"source image; load a checkpoint of Train MCDM (8 channels)."
         )
 
 
 def as_edit_model(model: Any) -> Any:
-    """A model of the InstructPix2Pix family with a text-to-image model's weights and, for the source picture, zeros.
+    """A model of the InstructPix2Pix family with a text-to-image model's weights and, for the source image, zeros.
 
-    As long as these stay zero its output is the given model's, whatever the source picture. LoRAs on the given model
+    As long as these stay zero its output is the given model's, whatever the source image. LoRAs on the given model
     become part of the weights. A model of the family is copied as it is.
 
     Args:

@@ -75,7 +75,7 @@ def memory_in_words() -> Iterator[None]:
             raise
         raise IdentityEditError(
             "The device has too little memory to compute gradients through this model; turn checkpointing on, use a "
-            "smaller picture, or a smaller batch."
+            "smaller image, or a smaller batch."
         ) from error
 
 

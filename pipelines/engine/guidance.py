@@ -22,7 +22,7 @@ class CombiningGuider(comfy.samplers.CFGGuider):
     and "negative" should be among them: ComfyUI's conditionings and other packs' wrappers look for these two.
 
     Attributes:
-        evaluations: network evaluations since the guider was made; one evaluation is one conditioning of the whole
+        evaluations: model calls since the guider was made; one evaluation is one conditioning of the whole
             batch at one noise level, however ComfyUI arranges them.
     """
 

@@ -1,5 +1,5 @@
 """What pipelines ask of ComfyUI beside its models: device and memory for networks that it does not manage, its Cancel
-button, its noise and its scaling of pictures."""
+button, its noise and its scaling of images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def stock_noise(latent: torch.Tensor, seed: int, batch_index: Iterable[int] | No
     return comfy.sample.prepare_noise(latent, seed, None if batch_index is None else list(batch_index))
 
 
-def cut_and_scaled(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """The middle of a picture [h, w, 3] at another size, as Upscale Image gives it with lanczos and crop "center"."""
-    upscaled = comfy.utils.common_upscale(picture[None].movedim(-1, 1), width, height, "lanczos", "center")
+def cut_and_scaled(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The middle of an image [h, w, 3] at another size, as Upscale Image gives it with lanczos and crop "center"."""
+    upscaled = comfy.utils.common_upscale(image[None].movedim(-1, 1), width, height, "lanczos", "center")
     return upscaled.movedim(1, -1)[0]

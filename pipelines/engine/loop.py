@@ -1,4 +1,4 @@
-"""Loops of one's own inside ComfyUI's sampling, so that loading, latent scaling, areas, hooks, control networks,
+"""Loops of one's own inside ComfyUI's sampling, so that loading, latent scaling, areas, hooks, ControlNets,
 inpainting channels, pooled outputs and cleaning up remain ComfyUI's."""
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class NetworkEvaluator:
     part, and stops with ComfyUI's InterruptProcessingException when the user has pressed cancel.
 
     Attributes:
-        evaluations: network evaluations so far; one evaluation is one conditioning of the whole batch, so a step with
+        evaluations: model calls so far; one evaluation is one conditioning of the whole batch, so a step with
             guidance costs two however ComfyUI arranges them.
         device: where the latents of the loop live.
     """
@@ -175,7 +175,7 @@ def run_loop(
             patcher.add_wrapper_with_key(kinds.PREPARE_SAMPLING, _KEY, sampler.load_completely)
             use_differentiable_attention(patcher)
             if any(options.get("control") is not None for side in (positive, negative or []) for _, options in side):
-                # ComfyUI adds a control network's output to the skip connections in place, and the next block's
+                # ComfyUI adds a ControlNet's output to the skip connections in place, and the next block's
                 # backward pass needs its input as it was.
                 patcher.set_model_patch(_copy_hidden_state, "input_block_patch_after_skip")
         stack.enter_context(torch.no_grad())  # the loop itself turns gradients on again, after loading and encoding
@@ -188,8 +188,8 @@ def run_loop(
             conditionings["negative"] = positive
         guider.inner_set_conds(conditionings)
         # What is encoded beside the prompt (inpainting channels) may look at the latent as LATENT sockets carry it.
-        picture = to_socket_scale(model, latent)
-        guider.sample(torch.zeros_like(latent), picture, sampler, sigmas, disable_pbar=True, seed=seed)
+        image = to_socket_scale(model, latent)
+        guider.sample(torch.zeros_like(latent), image, sampler, sigmas, disable_pbar=True, seed=seed)
     return sampler.result
 
 

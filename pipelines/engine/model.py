@@ -20,7 +20,7 @@ from .weights import samples_of_weights
 _QUANTIZED_ROUNDING = 0.2
 """Largest relative error of weights in four bits, with a margin; eight bits are within 0.02."""
 _BESIDE_THE_PROMPT = ("control", "gligen", "mask")
-"""What a conditioning may carry beside its prompt that speaks of one picture."""
+"""What a conditioning may carry beside its prompt that speaks of one image."""
 
 
 def latent_channels(model: Any) -> int:
@@ -111,7 +111,7 @@ class ModelTag:
 
     @property
     def noise(self) -> NoisePath:
-        """The model's path from a picture to noise."""
+        """The model's path from an image to noise."""
         return FLOW if self.prediction == VELOCITY else DIFFUSION
 
     @classmethod
@@ -231,7 +231,7 @@ def with_wrappers(
 
 
 KEEPS_EMBEDDING = "identity_edit_keeps_embedding"
-"""Marks a conditioning whose text embedding no step table takes the place of."""
+"""Marks a conditioning whose text embedding is never replaced by per-step embeddings."""
 
 
 def conditionings_with_embedding(
@@ -246,7 +246,7 @@ def conditionings_with_embedding(
         conditionings: a value of `guider.conds` while sampling.
         embedding: [B, T, C].
         pooled: [B, P] or None; SDXL keeps it in front of the size conditioning.
-        keep: mark them, so that a step table that another node has put on this side does not exchange the embedding
+        keep: mark them, so that per-step embeddings of another node do not replace them
             again: for the source that an edit is evaluated beside, whichever node was connected first.
     """
     result = []
@@ -267,8 +267,8 @@ def conditionings_with_embedding(
 
 
 def conditionings_of_the_prompt(conditionings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A guider's conditionings of one side without control networks, GLIGEN and masks, which say where things are in
-    the sampled picture and nothing about another one evaluated beside it; the given ones are not changed."""
+    """A guider's conditionings of one side without ControlNets, GLIGEN and masks, which say where things are in
+    the sampled image and nothing about another one evaluated beside it; the given ones are not changed."""
     return [
         {name: value for name, value in conditioning.items() if name not in _BESIDE_THE_PROMPT}
         for conditioning in conditionings

@@ -122,7 +122,7 @@ class TrainableNetworks:
             x: latents [B, C, H, W] float32 in the model's scale.
             sigma: [B] noise levels.
             text: of B captions, or of one for all.
-            source: of models that see a source picture, its latent [B, C, H, W] as the VAE gives it; None is zeros.
+            source: of models that see a source image, its latent [B, C, H, W] as the VAE gives it; None is zeros.
 
         Returns:
             [B, C, H, W] float32.
@@ -191,7 +191,7 @@ def trainable_networks(
     require(model, Capability.TRAINING)
     if input_channels(model) != latent_channels(model) and not is_edit_model(model):
         raise IdentityEditError(
-            f"The model takes {input_channels(model)} input channels and cannot be trained with pictures alone; load a "
+            f"The model takes {input_channels(model)} input channels and cannot be trained with images alone; load a "
             f"text-to-image checkpoint, no inpainting model."
         )
     patcher, text_encoder = model.clone(), clip.clone()
@@ -281,8 +281,8 @@ def _float32_variables(model: torch.nn.Module, keys: Iterable[str]) -> Iterator[
 def _inputs_survive_changes_in_place(model: torch.nn.Module) -> Iterator[None]:
     """Let a text encoder be differentiated that adds to its residual stream in place (`x += ...`).
 
-    A normalisation keeps its input for the backward pass, and autograd refuses it once that has been changed; each
-    normalisation therefore gets an input of its own.
+    A normalization keeps its input for the backward pass, and autograd refuses it once that has been changed; each
+    normalization therefore gets an input of its own.
     """
 
     def copy_input(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -290,8 +290,8 @@ def _inputs_survive_changes_in_place(model: torch.nn.Module) -> Iterator[None]:
             return None
         return (inputs[0].clone(), *inputs[1:])
 
-    normalisations = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
-    handles = [module.register_forward_pre_hook(copy_input) for module in normalisations]
+    normalizations = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    handles = [module.register_forward_pre_hook(copy_input) for module in normalizations]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a CLIP_VISION sees in a picture, token by token, and what identifies one."""
+"""What a CLIP_VISION sees in an image, token by token, and what identifies one."""
 
 from __future__ import annotations
 
@@ -64,20 +64,20 @@ def vision_tag(clip_vision: Any) -> VisionTag:
     return VisionTag(int(positions.shape[0]), int(positions.shape[1]), tuple(chosen.tolist()))
 
 
-def vision_tokens(clip_vision: Any, pictures: torch.Tensor) -> torch.Tensor:
-    """The image encoder's last hidden states, normalised as CLIP normalises its class token before projecting it.
+def vision_tokens(clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
+    """The image encoder's last hidden states, normalized as CLIP normalizes its class token before projecting it.
 
     Args:
         clip_vision: CLIP_VISION.
-        pictures: [B, H, W, 3] float32, 0 to 1; squeezed to the encoder's square, so that nothing is cut off.
+        images: [B, H, W, 3] float32, 0 to 1; squeezed to the encoder's square, so that nothing is cut off.
 
     Returns:
         [B, N, D] float32 CPU: the class token first, then the patches row by row.
     """
-    tokens = clip_vision.encode_image(pictures, crop=False)["last_hidden_state"].detach().float().cpu()
+    tokens = clip_vision.encode_image(images, crop=False)["last_hidden_state"].detach().float().cpu()
     scale, shift = (_weight(clip_vision, _NORM + part) for part in ("weight", "bias"))
-    normalises_itself = getattr(getattr(clip_vision.model, "vision_model", None), "output_layernorm", False)  # SigLIP
-    if scale is not None and not normalises_itself:
+    normalizes_itself = getattr(getattr(clip_vision.model, "vision_model", None), "output_layernorm", False)  # SigLIP
+    if scale is not None and not normalizes_itself:
         tokens = torch.nn.functional.layer_norm(tokens, scale.shape, scale, shift)
     check_finite(tokens, "What the CLIP vision sees")
     return tokens

@@ -1,8 +1,8 @@
-"""Cut faces out of pictures: as FFHQ has them for W+ encoders, and as ArcFace takes them for identity scores.
+"""Cut faces out of images: as FFHQ has them for W+ encoders, and as ArcFace takes them for identity scores.
 
 Both start from five points of a face in pixels, image left before image right: eyes, tip of the nose, corners of the
 mouth. FFHQ's rule (Karras et al. 2019, its script `download_ffhq.py`) needs the eyes and the corners of the mouth only.
-Everything is computed in floating point, so that pictures of 16 bits keep what they have; resampling is Pillow's, which
+Everything is computed in floating point, so that images of 16 bits keep what they have; resampling is Pillow's, which
 the script uses too.
 """
 
@@ -26,9 +26,9 @@ ARCFACE_POINTS = (
     (41.5493, 92.3655),
     (70.7299, 92.2041),
 )
-"""Where ArcFace's training has the five points in a picture of 112x112 (Deng et al. 2019, their code)."""
+"""Where ArcFace's training has the five points in an image of 112x112 (Deng et al. 2019, their code)."""
 OVERSAMPLING = 4
-"""FFHQ's script samples 4096 pixels for a picture of 1024 and scales down then."""
+"""FFHQ's script samples 4096 pixels for an image of 1024 and scales down then."""
 PROFILE = 0.5
 """Share of the eyes' distance by which the tip of the nose lies beside their middle in a profile: beyond an eye."""
 
@@ -38,13 +38,13 @@ class AlignedFace:
     """A face cut out.
 
     Attributes:
-        picture: [S, S, 3] float32, 0 to 1.
-        mask: [S, S] float32: the given mask where there was one, else 1; 0 outside of the picture.
-        quad: [4, 2] float64, the crop's corners in pixels of the picture: upper left, lower left, lower right, upper
+        image: [S, S, 3] float32, 0 to 1.
+        mask: [S, S] float32: the given mask where there was one, else 1; 0 outside of the image.
+        quad: [4, 2] float64, the crop's corners in pixels of the image: upper left, lower left, lower right, upper
             right.
     """
 
-    picture: torch.Tensor
+    image: torch.Tensor
     mask: torch.Tensor
     quad: np.ndarray
 
@@ -52,7 +52,7 @@ class AlignedFace:
 def ffhq_quad(points: Any) -> np.ndarray:
     """FFHQ's oriented crop square from five points of a face.
 
-    x = eye to eye - rot90(eye to mouth), scaled to the larger of 2 |eye to eye| and 1.8 |eye to mouth|; the centre lies
+    x = eye to eye - rot90(eye to mouth), scaled to the larger of 2 |eye to eye| and 1.8 |eye to mouth|; the center lies
     a tenth of the way from the eyes to the mouth.
 
     Args:
@@ -76,12 +76,12 @@ def ffhq_quad(points: Any) -> np.ndarray:
         raise IdentityEditError("The points of the face lie on one another; give eyes, nose and corners of the mouth.")
     x = x / length * max(np.hypot(*eye_to_eye) * 2.0, np.hypot(*eye_to_mouth) * 1.8)
     y = np.flipud(x) * [-1, 1]
-    centre = eyes + eye_to_mouth * 0.1
-    return np.stack([centre - x - y, centre - x + y, centre + x + y, centre + x - y])
+    center = eyes + eye_to_mouth * 0.1
+    return np.stack([center - x - y, center - x + y, center + x + y, center + x - y])
 
 
 def quad_side(quad: Any) -> float:
-    """Length of a quad's side in pixels: how many pixels of the picture the aligned face is made from."""
+    """Length of a quad's side in pixels: how many pixels of the image the aligned face is made from."""
     import numpy as np
 
     return float(np.hypot(*(quad[3] - quad[0])))
@@ -114,18 +114,18 @@ def check_points(points: Any) -> np.ndarray:
     if array.shape != (5, 2) or not np.isfinite(array).all():
         raise IdentityEditError(
             "A face needs five points of two numbers: left eye, right eye, tip of the nose, left and right corner of "
-            "the mouth, as seen in the picture."
+            "the mouth, as seen in the image."
         )
     return array
 
 
-def align_ffhq(picture: torch.Tensor, points: Any, size: int, mask: torch.Tensor | None = None) -> AlignedFace:
+def align_ffhq(image: torch.Tensor, points: Any, size: int, mask: torch.Tensor | None = None) -> AlignedFace:
     """A face as FFHQ has them, by the steps of its script: quad, shrink, crop, pad, transform.
 
-    What lies outside of the picture is its reflection, blurred and faded to the median colour towards the border.
+    What lies outside of the image is its reflection, blurred and faded to the median color toward the border.
 
     Args:
-        picture: [H, W, 3] float, 0 to 1.
+        image: [H, W, 3] float, 0 to 1.
         points: [5, 2] in its pixels.
         size: pixels along a side of the result; 256 for e4e.
         mask: [H, W] of the subject, or None.
@@ -136,10 +136,10 @@ def align_ffhq(picture: torch.Tensor, points: Any, size: int, mask: torch.Tensor
     quad = ffhq_quad(points)
     whole = quad.copy()
     side = quad_side(quad)
-    given = torch.ones(picture.shape[:2]) if mask is None else mask
-    layers = torch.cat([picture.float().cpu(), given.float().cpu()[..., None]], dim=2).numpy()
+    given = torch.ones(image.shape[:2]) if mask is None else mask
+    layers = torch.cat([image.float().cpu(), given.float().cpu()[..., None]], dim=2).numpy()
 
-    # Shrink, where the picture has far more pixels than the result.
+    # Shrink, where the image has far more pixels than the result.
     shrink = int(np.floor(side / size * 0.5))
     if shrink > 1:
         height, width = (max(1, int(np.rint(length / shrink))) for length in layers.shape[:2])
@@ -153,10 +153,10 @@ def align_ffhq(picture: torch.Tensor, points: Any, size: int, mask: torch.Tensor
     left, top = max(left - border, 0), max(top - border, 0)
     right, bottom = min(right + border, width), min(bottom + border, height)
     if left >= right or top >= bottom:
-        raise IdentityEditError("The points of the face lie outside of the picture; give them in its pixels.")
+        raise IdentityEditError("The points of the face lie outside of the image; give them in its pixels.")
     layers, quad = layers[top:bottom, left:right], quad - [left, top]
 
-    # Pad by reflection where the quad leaves the picture.
+    # Pad by reflection where the quad leaves the image.
     height, width = layers.shape[:2]
     left, top, right, bottom = _bounds(quad)
     pad = (
@@ -170,7 +170,7 @@ def align_ffhq(picture: torch.Tensor, points: Any, size: int, mask: torch.Tensor
         layers = _padded(layers, around, blur=side * 0.02)
         quad = quad + around[:2]
 
-    # Transform: Pillow counts pixels from their corners, points from their centres.
+    # Transform: Pillow counts pixels from their corners, points from their centers.
     dense = size * OVERSAMPLING
     corners = tuple((quad + 0.5).flatten())
     sampled = [
@@ -198,35 +198,35 @@ def arcface_transform(points: Any) -> np.ndarray:
 
     source, target = check_points(points), np.array(ARCFACE_POINTS)
     source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
-    centred, wanted = source - source_mean, target - target_mean
-    variance = (centred**2).sum() / 5
+    centerd, wanted = source - source_mean, target - target_mean
+    variance = (centerd**2).sum() / 5
     if variance < 1e-9:
         raise IdentityEditError("The points of the face lie on one another; give eyes, nose and corners of the mouth.")
-    left, values, right = np.linalg.svd(wanted.T @ centred / 5)
+    left, values, right = np.linalg.svd(wanted.T @ centerd / 5)
     signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right)) or 1.0])  # turn, but never mirror
     rotation = left @ np.diag(signs) @ right
     scale = (values * signs).sum() / variance
     return np.concatenate([scale * rotation, (target_mean - scale * rotation @ source_mean)[:, None]], axis=1)
 
 
-def align_arcface(picture: torch.Tensor, points: Any) -> torch.Tensor:
+def align_arcface(image: torch.Tensor, points: Any) -> torch.Tensor:
     """A face as ArcFace takes them.
 
     Args:
-        picture: [H, W, 3] float, 0 to 1.
+        image: [H, W, 3] float, 0 to 1.
         points: [5, 2] in its pixels.
 
     Returns:
-        [112, 112, 3] float32, 0 to 1; black outside of the picture, as in ArcFace's training.
+        [112, 112, 3] float32, 0 to 1; black outside of the image, as in ArcFace's training.
     """
     import numpy as np
     from PIL import Image
 
     transform = arcface_transform(points)
     inverse = np.linalg.inv(np.concatenate([transform, [[0.0, 0.0, 1.0]]]))[:2]
-    # From pixels of the result, counted from their corners, to pixels of the picture counted likewise.
+    # From pixels of the result, counted from their corners, to pixels of the image counted likewise.
     inverse[:, 2] += 0.5 - inverse[:, :2] @ [0.5, 0.5]
-    layers = picture.float().cpu().numpy()
+    layers = image.float().cpu().numpy()
     channels = [
         np.asarray(
             Image.fromarray(np.ascontiguousarray(layers[..., channel])).transform(
@@ -262,21 +262,21 @@ def _resized(layers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _padded(layers: np.ndarray, pad: list[int], blur: float) -> np.ndarray:
-    """FFHQ's padding of a picture with its mask as the fourth layer, which gets zeros instead."""
+    """FFHQ's padding of an image with its mask as the fourth layer, which gets zeros instead."""
     import numpy as np
     from scipy.ndimage import gaussian_filter
 
     left, top, right, bottom = pad
     sides = ((top, bottom), (left, right))
-    picture = np.pad(layers[..., :3], (*sides, (0, 0)), "reflect")
+    image = np.pad(layers[..., :3], (*sides, (0, 0)), "reflect")
     mask = np.pad(layers[..., 3], sides)
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     y, x, _ = np.ogrid[:height, :width, :1]
     outside = np.maximum(
         1.0 - np.minimum(np.float32(x) / left, np.float32(width - 1 - x) / right),
         1.0 - np.minimum(np.float32(y) / top, np.float32(height - 1 - y) / bottom),
     )
-    blurred = gaussian_filter(picture, [blur, blur, 0])
-    picture = picture + (blurred - picture) * np.clip(outside * 3.0 + 1.0, 0.0, 1.0)
-    picture = picture + (np.median(picture, axis=(0, 1)) - picture) * np.clip(outside, 0.0, 1.0)
-    return np.concatenate([picture, mask[..., None]], axis=2).astype(np.float32)
+    blurred = gaussian_filter(image, [blur, blur, 0])
+    image = image + (blurred - image) * np.clip(outside * 3.0 + 1.0, 0.0, 1.0)
+    image = image + (np.median(image, axis=(0, 1)) - image) * np.clip(outside, 0.0, 1.0)
+    return np.concatenate([image, mask[..., None]], axis=2).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What of a picture is its subject, by a salient-object network in ONNX (U2-Net: Qin et al. 2020, as rembg has them).
+"""What of an image is its subject, by a salient-object network in ONNX (U2-Net: Qin et al. 2020, as rembg has them).
 
 Files are the user's own, models/rembg/*.onnx: u2net.onnx, u2netp.onnx, u2net_human_seg.onnx. Nothing is downloaded. The
 package rembg is not used because it fetches its networks unasked; what it does with these is a few lines.
@@ -18,15 +18,15 @@ ENDINGS = (".onnx",)
 NEEDED = "u2net.onnx, u2netp.onnx or u2net_human_seg.onnx"
 
 
-def subject_masks(path: str, pictures: torch.Tensor) -> torch.Tensor:
+def subject_masks(path: str, images: torch.Tensor) -> torch.Tensor:
     """How much every pixel belongs to the subject.
 
     Args:
         path: an .onnx file; see the top of this file.
-        pictures: [B, H, W, 3] float32, 0 to 1.
+        images: [B, H, W, 3] float32, 0 to 1.
 
     Returns:
-        [B, H, W] float32, 0 to 1; the least and the most of each picture are brought to 0 and 1, as rembg does.
+        [B, H, W] float32, 0 to 1; the least and the most of each image are brought to 0 and 1, as rembg does.
 
     Raises:
         IdentityEditError: when onnxruntime is missing, or the file is another network.
@@ -35,11 +35,11 @@ def subject_masks(path: str, pictures: torch.Tensor) -> torch.Tensor:
     shape = session.get_inputs()[0].shape
     if len(shape) != 4 or shape[1] != 3 or not all(isinstance(side, int) for side in shape[2:]):
         raise IdentityEditError(f"{path} is no salient-object network; choose {NEEDED}.")
-    height, width = pictures.shape[1:3]
+    height, width = images.shape[1:3]
     mean, deviation = torch.tensor(IMAGENET_MEAN)[:, None, None], torch.tensor(IMAGENET_DEVIATION)[:, None, None]
     masks = []
-    for picture in pictures:
-        shown = interpolate(picture.movedim(-1, 0)[None], size=tuple(shape[2:]), mode="bicubic", antialias=True)[0]
+    for image in images:
+        shown = interpolate(image.movedim(-1, 0)[None], size=tuple(shape[2:]), mode="bicubic", antialias=True)[0]
         shown = shown.clamp(0.0, 1.0)
         shown = (shown / shown.max().clamp(min=1e-6) - mean) / deviation
         found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: shown[None].numpy()})[0])
@@ -50,7 +50,7 @@ def subject_masks(path: str, pictures: torch.Tensor) -> torch.Tensor:
     return torch.stack(masks).clamp(0.0, 1.0)
 
 
-def without_background(pictures: torch.Tensor, masks: torch.Tensor, level: float) -> torch.Tensor:
-    """Pictures [B, H, W, 3] on an even grey of `level` (0 black, 1 white) where the masks [B, H, W] are not 1."""
+def without_background(images: torch.Tensor, masks: torch.Tensor, level: float) -> torch.Tensor:
+    """Images [B, H, W, 3] on an even gray of `level` (0 black, 1 white) where the masks [B, H, W] are not 1."""
     share = masks[..., None]
-    return pictures * share + level * (1.0 - share)
+    return images * share + level * (1.0 - share)

@@ -8,7 +8,7 @@ Detectors are the user's own files below models/insightface; nothing is download
   and misread it, so files are told apart by the names of their outputs;
 - MTCNN (Zhang et al. 2016), with which PIDiff aligns before it scores, in the package facenet-pytorch.
 
-They compute on the CPU, where a picture takes a fraction of a second and the results are the same everywhere.
+They compute on the CPU, where an image takes a fraction of a second and the results are the same everywhere.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import torch
 from ..networks.model_folders import model_roots
 from ..networks.optional import import_optional
 from ..shared.errors import IdentityEditError, first_line, for_console
+from ..shared.images import as_bytes, from_pillow, to_pillow
 from ..shared.parsing import lines_of_numbers
-from ..shared.pictures import as_bytes, from_pillow, to_pillow
 from .alignment import PROFILE, check_points, ffhq_quad, quad_side, turned_aside
 
 if TYPE_CHECKING:
@@ -43,20 +43,20 @@ SCORE = 0.6
 LARGEST, INDEX, ALL = "largest", "index", "all"
 CHOICES = (LARGEST, INDEX, ALL)
 SMALLEST_SIDE = 48
-"""Pixels along a side of a face's FFHQ crop below which it is refused: smaller ones were no longer recognised as the
+"""Pixels along a side of a face's FFHQ crop below which it is refused: smaller ones were no longer recognized as the
 same person (benchmarks/results/face_identity.md)."""
 SMALL_SIDE = 96
 """And below which there is a warning: likenesses begin to fall."""
 LONGEST_SIDES = (1280, 640, 320)
-"""A picture is shown to the detector at these sizes until a face is found: small faces need the first, faces that fill
-a large picture the last."""
+"""An image is shown to the detector at these sizes until a face is found: small faces need the first, faces that fill
+a large image the last."""
 _MARGIN = 0.5
 _YUNET_OUTPUTS = (b"kps_8", b"obj_8")
 
 
 @dataclass(frozen=True)
 class Face:
-    """A face in a picture.
+    """A face in an image.
 
     Attributes:
         box: (left, top, right, bottom) in pixels.
@@ -84,28 +84,28 @@ class FaceDetector(Protocol):
 
     name: str
 
-    def detect(self, picture: np.ndarray) -> list[Face]:
-        """Faces in a picture [H, W, 3] uint8 RGB, in no particular order."""
+    def detect(self, image: np.ndarray) -> list[Face]:
+        """Faces in an image [H, W, 3] uint8 RGB, in no particular order."""
         ...
 
 
 # -- looking for faces -------------------------------------------------------------------------------------------------
 
 
-def detect_faces(detector: FaceDetector, picture: torch.Tensor) -> list[Face]:
-    """All faces of a picture, the largest first.
+def detect_faces(detector: FaceDetector, image: torch.Tensor) -> list[Face]:
+    """All faces of an image, the largest first.
 
-    The picture is shown at `LONGEST_SIDES` in turn until faces are found, and last of all with a margin around it, for
+    The image is shown at `LONGEST_SIDES` in turn until faces are found, and last of all with a margin around it, for
     crops that a face fills.
 
     Args:
         detector: any.
-        picture: [H, W, 3] float32, 0 to 1.
+        image: [H, W, 3] float32, 0 to 1.
     """
     import numpy as np
     from PIL import Image
 
-    pixels = as_bytes(picture)
+    pixels = as_bytes(image)
     height, width = pixels.shape[:2]
     margin_y, margin_x = round(height * _MARGIN), round(width * _MARGIN)
     framed = np.pad(pixels, ((margin_y, margin_y), (margin_x, margin_x), (0, 0)))
@@ -132,13 +132,13 @@ def detect_faces(detector: FaceDetector, picture: torch.Tensor) -> list[Face]:
 
 
 def choose_faces(faces: Sequence[Face], choice: str, index: int, name: str) -> list[Face]:
-    """Which of a picture's faces are meant.
+    """Which of an image's faces are meant.
 
     Args:
         faces: the largest first.
         choice: "largest", "index" or "all".
-        index: which one for "index", from 1, counted from the left of the picture to the right.
-        name: the picture's name or number, for messages.
+        index: which one for "index", from 1, counted from the left of the image to the right.
+        name: the image's name or number, for messages.
 
     Raises:
         IdentityEditError: when there is no face, or none of this index.
@@ -147,8 +147,8 @@ def choose_faces(faces: Sequence[Face], choice: str, index: int, name: str) -> l
         raise IdentityEditError(f"choice is {choice!r}; choose one of {', '.join(CHOICES)}.")
     if not faces:
         raise IdentityEditError(
-            f"No face was found in {name}; use a picture that shows one from the front, lower score in Load Face "
-            f"Detector, or leave the picture out."
+            f"No face was found in {name}; use an image that shows one from the front, lower score in Load Face "
+            f"Detector, or leave the image out."
         )
     if choice == LARGEST:
         return [faces[0]]
@@ -173,7 +173,7 @@ def check_face(face: Face, name: str, smallest: float = SMALLEST_SIDE) -> str | 
     if side < smallest:
         raise IdentityEditError(
             f"The face in {name} is too small: its crop has {side:.0f} pixels along a side, fewer than {smallest:g}; "
-            f"use a larger picture of it, or lower smallest_face."
+            f"use a larger image of it, or lower smallest_face."
         )
     notes = []
     if side < SMALL_SIDE:
@@ -183,13 +183,13 @@ def check_face(face: Face, name: str, smallest: float = SMALLEST_SIDE) -> str | 
     return f"The face in {name} is {' and '.join(notes)}." if notes else None
 
 
-def drawn_faces(pictures: torch.Tensor, found: Sequence[Sequence[Face]]) -> torch.Tensor:
-    """Pictures [B, H, W, 3] with the points and the FFHQ crops of their faces drawn on them."""
+def drawn_faces(images: torch.Tensor, found: Sequence[Sequence[Face]]) -> torch.Tensor:
+    """Images [B, H, W, 3] with the points and the FFHQ crops of their faces drawn on them."""
     from PIL import ImageDraw
 
     drawn = []
-    for picture, faces in zip(pictures, found, strict=True):
-        canvas = to_pillow(picture)
+    for image, faces in zip(images, found, strict=True):
+        canvas = to_pillow(image)
         pen = ImageDraw.Draw(canvas)
         width = max(1, max(canvas.size) // 400)
         for face in faces:
@@ -207,20 +207,20 @@ def drawn_faces(pictures: torch.Tensor, found: Sequence[Sequence[Face]]) -> torc
 _HOW = "write five lines 'x, y' (left eye, right eye, nose, left and right corner of the mouth) or the same as JSON"
 
 
-def parse_points(text: str, pictures: int) -> list[list[Face]]:
+def parse_points(text: str, images: int) -> list[list[Face]]:
     """Faces from five points that a user gives.
 
     Args:
-        text: JSON: [[x, y], ...] five times for one face in every picture, a list of these for one face in each
-            picture, or what Align Face gives as its points: [{"picture": 1, "points": [[x, y], ...]}, ...]. Or plain
-            lines 'x, y', five for a face in every picture or five for each picture. Pixels from the upper left corner.
-        pictures: how many pictures there are.
+        text: JSON: [[x, y], ...] five times for one face in every image, a list of these for one face in each
+            image, or what Align Face gives as its points: [{"image": 1, "points": [[x, y], ...]}, ...]. Or plain
+            lines 'x, y', five for a face in every image or five for each image. Pixels from the upper left corner.
+        images: how many images there are.
 
     Returns:
-        the faces of each picture.
+        the faces of each image.
 
     Raises:
-        IdentityEditError: when something is no number or incomplete, or does not match the number of pictures.
+        IdentityEditError: when something is no number or incomplete, or does not match the number of images.
     """
     try:
         content = json.loads(text)
@@ -229,13 +229,13 @@ def parse_points(text: str, pictures: int) -> list[list[Face]]:
     if content is None:
         content = _points_of_lines(text)
     elif isinstance(content, list) and content and all(isinstance(entry, dict) for entry in content):
-        return _faces_by_picture(content, pictures)
+        return _faces_by_image(content, images)
     elif isinstance(content, list) and len(content) == 5 and all(_is_pair(point) for point in content):
         content = [content]
-    if not isinstance(content, list) or len(content) not in (1, pictures):
-        raise IdentityEditError(f"points must be of one face, or of one for each of {pictures} pictures; {_HOW}.")
+    if not isinstance(content, list) or len(content) not in (1, images):
+        raise IdentityEditError(f"points must be of one face, or of one for each of {images} images; {_HOW}.")
     faces = [_given(points) for points in content]
-    return [[face] for face in (faces * pictures if len(faces) == 1 else faces)]
+    return [[face] for face in (faces * images if len(faces) == 1 else faces)]
 
 
 def _points_of_lines(text: str) -> list[list[list[float]]]:
@@ -250,17 +250,17 @@ def _points_of_lines(text: str) -> list[list[list[float]]]:
     return [points[i : i + 5] for i in range(0, len(points), 5)]
 
 
-def _faces_by_picture(entries: list[dict[str, Any]], pictures: int) -> list[list[Face]]:
+def _faces_by_image(entries: list[dict[str, Any]], images: int) -> list[list[Face]]:
     """Faces from what Align Face gives as its points."""
-    found: list[list[Face]] = [[] for _ in range(pictures)]
+    found: list[list[Face]] = [[] for _ in range(images)]
     for entry in entries:
-        number = entry.get("picture", 1)
-        if not isinstance(number, int) or not 1 <= number <= pictures:
-            raise IdentityEditError(f"points names the picture {number}, but there are {pictures}; correct it.")
+        number = entry.get("image", 1)
+        if not isinstance(number, int) or not 1 <= number <= images:
+            raise IdentityEditError(f"points names the image {number}, but there are {images}; correct it.")
         found[number - 1].append(_given(entry.get("points")))
     missing = [str(number) for number, faces in enumerate(found, start=1) if not faces]
     if missing:
-        raise IdentityEditError(f"points has none for picture {', '.join(missing)}; {_HOW}.")
+        raise IdentityEditError(f"points has none for image {', '.join(missing)}; {_HOW}.")
     return found
 
 
@@ -297,9 +297,9 @@ class _YuNet:
                 f"or update OpenCV."
             ) from error
 
-    def detect(self, picture: np.ndarray) -> list[Face]:
-        self._network.setInputSize((picture.shape[1], picture.shape[0]))
-        _, rows = self._network.detect(self._cv2.cvtColor(picture, self._cv2.COLOR_RGB2BGR))
+    def detect(self, image: np.ndarray) -> list[Face]:
+        self._network.setInputSize((image.shape[1], image.shape[0]))
+        _, rows = self._network.detect(self._cv2.cvtColor(image, self._cv2.COLOR_RGB2BGR))
         faces = []
         for row in [] if rows is None else rows.astype("float64"):
             left, top, width, height = row[:4].tolist()
@@ -314,8 +314,8 @@ class _InsightFace:
         self.name = name
         self._network = network
 
-    def detect(self, picture: np.ndarray) -> list[Face]:
-        boxes, points = self._network.detect(picture[..., ::-1].copy(), max_num=0)
+    def detect(self, image: np.ndarray) -> list[Face]:
+        boxes, points = self._network.detect(image[..., ::-1].copy(), max_num=0)
         if points is None:
             raise IdentityEditError(
                 f"The detector {self.name} gives boxes without points; choose one with points, such as det_10g.onnx."
@@ -335,9 +335,9 @@ class _MTCNN:
         self._score = score
         self._network = facenet.MTCNN(keep_all=True, device="cpu", post_process=False)
 
-    def detect(self, picture: np.ndarray) -> list[Face]:
+    def detect(self, image: np.ndarray) -> list[Face]:
         with torch.inference_mode(False):
-            boxes, scores, points = self._network.detect(picture, landmarks=True)
+            boxes, scores, points = self._network.detect(image, landmarks=True)
         if boxes is None:
             return []
         return [

@@ -1,7 +1,7 @@
 """Is it the same person? Cosine similarity of ArcFace embeddings (Deng et al. 2019).
 
 The measure "ID" of PIDiff (section 3.2): faces are found and aligned, and embedded by ArcFace; the score is the cosine
-of two embeddings: about 1 for the same picture, around 0 for different people. Networks are the user's own files below
+of two embeddings: about 1 for the same image, around 0 for different people. Networks are the user's own files below
 models/insightface: those of a model pack, or a single .onnx; nothing is downloaded.
 """
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAME_PERSON = 0.5
-"""Above it pictures showed the same person, below `OTHER_PERSON` others; see benchmarks/results/face_identity.md."""
+"""Above it images showed the same person, below `OTHER_PERSON` others; see benchmarks/results/face_identity.md."""
 OTHER_PERSON = 0.35
 NEEDED = (
     "a model pack with its .onnx files as models/PACK, such as models/buffalo_l/w600k_r50.onnx, or an ArcFace such as "
     "w600k_r50.onnx"
 )
 _OLD_EXPORT = (b"_minusscalar", b"_mulscalar")
-"""Names of layers in ArcFaces exported from MXNet, which bring pictures to their range themselves."""
+"""Names of layers in ArcFaces exported from MXNet, which bring images to their range themselves."""
 
 
 class FaceRecognizer:
@@ -84,8 +84,8 @@ def load_recognizer(name: str) -> FaceRecognizer:
 
 
 def embed_faces(recognizer: FaceRecognizer, faces: Sequence[tuple[torch.Tensor, Face]]) -> torch.Tensor:
-    """Embeddings [B, D] of faces, each given as its picture [H, W, 3] and where it is in it."""
-    return recognizer.embed(torch.stack([align_arcface(picture, face.points) for picture, face in faces]))
+    """Embeddings [B, D] of faces, each given as its image [H, W, 3] and where it is in it."""
+    return recognizer.embed(torch.stack([align_arcface(image, face.points) for image, face in faces]))
 
 
 def similarities(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,10 @@
-"""Laying a reference picture's subject on a generated one: Algorithm 4 of Wang et al. 2023 (appendix B, eq. 8 and 9).
+"""Laying a reference image's subject on a generated one: Algorithm 4 of Wang et al. 2023 (appendix B, eq. 8 and 9).
 
 The reference is scaled, turned and moved until its mask lies on the mask of the generated subject; nothing else of the
-two pictures is compared, because a generated subject looks too different for landmarks (Wang et al. 2023, section 3.3).
+two images is compared, because a generated subject looks too different for landmarks (Wang et al. 2023, section 3.3).
 
-Coordinates are pixels from a picture's own centre, x to the right and y downwards, so that pictures of different sizes
-share them and a picture is turned about its centre.
+Coordinates are pixels from an image's own center, x to the right and y downwards, so that images of different sizes
+share them and an image is turned about its center.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LEARNING_RATE = 0.1
 Residuals = Callable[["np.ndarray"], "tuple[np.ndarray, np.ndarray]"]
 """Of theta [4]: distances [n] and their derivatives [n, 4]."""
 
-REFLECT, EDGE, GENERATED, GREY = SURROUNDINGS = ("reflect", "edge", "generated picture", "grey")
+REFLECT, EDGE, GENERATED, GRAY = SURROUNDINGS = ("reflect", "edge", "generated image", "gray")
 
 LARGEST_PART, ALL_PARTS = PARTS = ("largest part", "all parts")
 _SPECK = 0.05
@@ -61,7 +61,7 @@ class Similarity:
         rotation: theta_2 in degrees; positive turns clockwise on the screen.
         translation_x, translation_y: theta_3 and theta_4 in pixels of the reference, right and down.
         distance: how far the masks are apart after it: the square root of the mean squared nearest distance, in pixels
-            of the generated picture.
+            of the generated image.
     """
 
     scale: float
@@ -86,14 +86,14 @@ class AlignedReference:
     """A transformed reference.
 
     Attributes:
-        picture: T(I_r) [height, width, 3] in [0, 1], of the generated picture's size.
+        image: T(I_r) [height, width, 3] in [0, 1], of the generated image's size.
         mask: T(M_r) [height, width] float32, 0 or 1.
         similarity: T.
         overlap: intersection over union of T(M_r) and M_g, 0 to 1.
         warning: one sentence where something is likely to be wrong, else None.
     """
 
-    picture: torch.Tensor
+    image: torch.Tensor
     mask: torch.Tensor
     similarity: Similarity
     overlap: float
@@ -101,10 +101,10 @@ class AlignedReference:
 
 
 def align_reference(
-    picture: torch.Tensor,
+    image: torch.Tensor,
     mask: torch.Tensor,
     generated_mask: torch.Tensor,
-    generated_picture: torch.Tensor | None = None,
+    generated_image: torch.Tensor | None = None,
     *,
     symmetric: bool = True,
     optimizer: str = LEAST_SQUARES,
@@ -113,19 +113,19 @@ def align_reference(
     parts: str = LARGEST_PART,
     surroundings: str = REFLECT,
 ) -> AlignedReference:
-    """Transform a reference picture and its mask so that the subject lies on the generated one.
+    """Transform a reference image and its mask so that the subject lies on the generated one.
 
     Args:
-        picture: I_r [h, w, 3], 0 to 1.
+        image: I_r [h, w, 3], 0 to 1.
         mask: M_r [h, w] of any size; above one half is subject.
-        generated_mask: M_g [H, W], of any size too where generated_picture is given. The two pictures may be of
+        generated_mask: M_g [H, W], of any size too where generated_image is given. The two images may be of
             different sizes.
-        generated_picture: I_g1 [H, W, 3], for the surroundings "generated picture".
+        generated_image: I_g1 [H, W, 3], for the surroundings "generated image".
         symmetric, optimizer, scale_limit, rotation_limit: as for `align_masks`.
         parts: what of a mask in several separate parts counts: LARGEST_PART or ALL_PARTS.
-        surroundings: what stands where the transformed reference has no picture. The result is inverted by the
-            model, so it should look like a picture. REFLECT (default) goes on with the reference mirrored; EDGE drags
-            its outermost pixels into streaks, GREY is flat. GENERATED takes the generated picture's own pixels
+        surroundings: what stands where the transformed reference has no image. The result is inverted by the
+            model, so it should look like an image. REFLECT (default) goes on with the reference mirrored; EDGE drags
+            its outermost pixels into streaks, GRAY is flat. GENERATED takes the generated image's own pixels
             everywhere outside of the mask: the subject stands in its future surroundings, but the reference's caption
             no longer says what they are. The subject survives inversion about as well in all of them, with GENERATED
             the least (benchmarks/results/align_reference.md).
@@ -135,16 +135,16 @@ def align_reference(
     """
     if surroundings not in SURROUNDINGS:
         raise IdentityEditError(f"surroundings is {surroundings!r}; choose one of {', '.join(SURROUNDINGS)}.")
-    if surroundings == GENERATED and generated_picture is None:
+    if surroundings == GENERATED and generated_image is None:
         raise IdentityEditError(
-            f"The surroundings '{GENERATED}' need generated_picture; connect the picture of generated_mask, or choose "
+            f"The surroundings '{GENERATED}' need generated_image; connect the image of generated_mask, or choose "
             f"'{REFLECT}'."
         )
-    _check_picture(picture, "The reference")
-    mask = masks_for(mask, "The reference's mask", picture.shape[0], picture.shape[1], 1)[0]
-    if generated_picture is not None:
-        _check_picture(generated_picture, "The generated picture")
-        height, width = generated_picture.shape[:2]
+    _check_image(image, "The reference")
+    mask = masks_for(mask, "The reference's mask", image.shape[0], image.shape[1], 1)[0]
+    if generated_image is not None:
+        _check_image(generated_image, "The generated image")
+        height, width = generated_image.shape[:2]
         generated_mask = masks_for(generated_mask, "The generated mask", height, width, 1)[0]
     m_r, note_r = subject_part(mask, "The reference's mask", parts)
     m_g, note_g = subject_part(generated_mask, "The generated mask", parts)
@@ -158,19 +158,19 @@ def align_reference(
     )
     size = (m_g.shape[0], m_g.shape[1])
     padding = {REFLECT: "reflection", EDGE: "border"}.get(surroundings, "zeros")
-    picture = picture[..., :3].detach().cpu().float()
-    transformed = resample(picture, similarity, size, padding)
-    covered = resample(torch.ones(*picture.shape[:2], 1), similarity, size, "zeros")
+    image = image[..., :3].detach().cpu().float()
+    transformed = resample(image, similarity, size, padding)
+    covered = resample(torch.ones(*image.shape[:2], 1), similarity, size, "zeros")
     transformed_mask = (resample(m_r.float().unsqueeze(-1), similarity, size, "zeros")[..., 0] > 0.5).float()
-    if surroundings == GREY:
+    if surroundings == GRAY:
         transformed = transformed + 0.5 * (1 - covered)
-    if surroundings == GENERATED and generated_picture is not None:
+    if surroundings == GENERATED and generated_image is not None:
         inside = transformed_mask.unsqueeze(-1)
-        transformed = transformed * inside + generated_picture[..., :3].detach().cpu().float() * (1 - inside)
+        transformed = transformed * inside + generated_image[..., :3].detach().cpu().float() * (1 - inside)
     both, either = ((transformed_mask > 0) & m_g).sum(), ((transformed_mask > 0) | m_g).sum()
     notes = [note for note in (note_r, note_g, _limit_note(similarity, m_r, m_g, scale_limit, rotation_limit)) if note]
     return AlignedReference(
-        picture=transformed.clamp(0.0, 1.0),
+        image=transformed.clamp(0.0, 1.0),
         mask=transformed_mask,
         similarity=similarity,
         overlap=float(both / either.clamp(min=1)),
@@ -252,14 +252,14 @@ class _Masks:
         import numpy as np
 
         self._m_r, self._m_g, self._symmetric = m_r, m_g, symmetric
-        self._centre_r, self._centre_g = _centroid(m_r), _centroid(m_g)
+        self._center_r, self._center_g = _centroid(m_r), _centroid(m_g)
         self._area_ratio = float(np.sqrt(m_g.sum() / m_r.sum()))
         self._unit = float(np.sqrt(m_g.sum() / np.pi))  # of lengths, so that all four numbers are of the order of 1
         self._nearest_g, self._nearest_r = _DistanceField(m_g), _DistanceField(m_r)
 
     def residuals_of(self, most: int) -> Residuals:
         """`residuals` of at most so many points of each mask."""
-        p_r, p_g = _points(self._m_r, most) - self._centre_r, _points(self._m_g, most) - self._centre_g
+        p_r, p_g = _points(self._m_r, most) - self._center_r, _points(self._m_g, most) - self._center_g
         return lambda theta: self.residuals(theta, p_r, p_g)
 
     def residuals(self, theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -272,7 +272,7 @@ class _Masks:
         rotation = np.array([[cos, -sin], [sin, cos]])
         # P_t = T_theta(P_r), and for each p_t the distance to its nearest p_g
         arm = scale * p_r @ rotation.T
-        distance, slope = self._nearest_g(arm + self._centre_g + shift)
+        distance, slope = self._nearest_g(arm + self._center_g + shift)
         turned = np.stack([-arm[:, 1], arm[:, 0]], axis=1)
         derivative = np.stack([(slope * arm).sum(1), (slope * turned).sum(1), *(slope * unit).T], axis=1)
         weight = 1 / (unit * np.sqrt(len(p_r)))
@@ -280,7 +280,7 @@ class _Masks:
             return distance * weight, derivative * weight
         # The other direction: p_g moved back by T_theta^-1, nearest p_r, distances scaled forward again
         back = (p_g - shift) @ rotation / scale
-        distance_r, slope_r = self._nearest_r(back + self._centre_r)
+        distance_r, slope_r = self._nearest_r(back + self._center_r)
         turned = np.stack([back[:, 1], -back[:, 0]], axis=1)
         moved = -(slope_r @ rotation.T) * unit  # scale * (-R^T shift / scale), differentiated
         derivative_r = np.stack(
@@ -298,7 +298,7 @@ class _Masks:
 
         scale, turn = self._area_ratio * float(np.exp(theta[0])), float(theta[1])
         back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / scale
-        x, y = (back @ (self._centre_g + theta[2:] * self._unit) - self._centre_r).tolist()
+        x, y = (back @ (self._center_g + theta[2:] * self._unit) - self._center_r).tolist()
         distance = self._unit * float(np.sqrt(s / (2 if self._symmetric else 1)))
         return Similarity(scale, float(np.rad2deg(turn)), x, y, distance)
 
@@ -332,22 +332,22 @@ def _gauss_newton(residuals: Residuals, theta: np.ndarray, limits: np.ndarray, s
     return full(result.x)
 
 
-def resample(picture: torch.Tensor, similarity: Similarity, size: tuple[int, int], padding: str) -> torch.Tensor:
-    """T_theta(I): a picture under a similarity transform, bilinear.
+def resample(image: torch.Tensor, similarity: Similarity, size: tuple[int, int], padding: str) -> torch.Tensor:
+    """T_theta(I): an image under a similarity transform, bilinear.
 
-    A picture that shrinks is first brought to its later size with antialiasing, which bilinear sampling alone lacks.
+    An image that shrinks is first brought to its later size with antialiasing, which bilinear sampling alone lacks.
 
     Args:
-        picture: [h, w, C].
+        image: [h, w, C].
         similarity: T_theta.
         size: height and width of the result.
-        padding: what lies beyond the picture, in the words of torch's grid_sample: "zeros", "border", "reflection".
+        padding: what lies beyond the image, in the words of torch's grid_sample: "zeros", "border", "reflection".
 
     Returns:
         [height, width, C] float32.
     """
-    height, width = picture.shape[:2]
-    values = picture.permute(2, 0, 1).unsqueeze(0).float()
+    height, width = image.shape[:2]
+    values = image.permute(2, 0, 1).unsqueeze(0).float()
     if similarity.scale < 1.0:
         smaller = [max(1, round(side * similarity.scale)) for side in (height, width)]
         values = interpolate(values, size=smaller, mode="bilinear", antialias=True)
@@ -356,7 +356,7 @@ def resample(picture: torch.Tensor, similarity: Similarity, size: tuple[int, int
     x = torch.arange(size[1]) - (size[1] - 1) / 2
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     points = torch.stack([grid_x, grid_y, torch.ones_like(grid_x)], dim=-1) @ back.T
-    # grid_sample measures from the centre in halves of the picture's sides, whatever its resolution.
+    # grid_sample measures from the center in halves of the image's sides, whatever its resolution.
     grid = points[..., :2] * torch.tensor([2 / width, 2 / height])
     return grid_sample(values, grid.unsqueeze(0), "bilinear", padding, align_corners=False)[0].permute(1, 2, 0)
 
@@ -416,19 +416,19 @@ class _DistanceField:
         import numpy as np
         from scipy.ndimage import distance_transform_edt
 
-        # Beyond the picture the field goes on for a quarter of its size, and linearly from there. It has four cells
-        # around any point, even of a picture of one pixel.
+        # Beyond the image the field goes on for a quarter of its size, and linearly from there. It has four cells
+        # around any point, even of an image of one pixel.
         self._border = max(1, max(mask.shape) // 4)
         padded = np.pad(mask, self._border)
         self._field = distance_transform_edt(~padded).astype(np.float32)
-        self._centre = np.array([(mask.shape[1] - 1) / 2, (mask.shape[0] - 1) / 2]) + self._border
+        self._center = np.array([(mask.shape[1] - 1) / 2, (mask.shape[0] - 1) / 2]) + self._border
         self._most = np.array([padded.shape[1] - 1, padded.shape[0] - 1], dtype=np.float64) - 1e-6
 
     def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of points [n, 2] (x, y from the picture's centre): distances [n], and their gradients [n, 2]."""
+        """Of points [n, 2] (x, y from the image's center): distances [n], and their gradients [n, 2]."""
         import numpy as np
 
-        wanted = points + self._centre
+        wanted = points + self._center
         inside = wanted.clip(0.0, self._most)
         beyond = wanted - inside
         column, row = inside.astype(np.intp).T
@@ -447,7 +447,7 @@ class _DistanceField:
 
 
 def _points(mask: np.ndarray, most: int) -> np.ndarray:
-    """P(M): the coordinates [n, 2] (x, y from the picture's centre) of the mask's pixels, at most about `most` of them
+    """P(M): the coordinates [n, 2] (x, y from the image's center) of the mask's pixels, at most about `most` of them
     on an even grid; a thin mask that the grid misses keeps all of its pixels' every n-th."""
     import numpy as np
 
@@ -488,10 +488,10 @@ def _limit_note(
     return None
 
 
-def _check_picture(picture: torch.Tensor, name: str) -> None:
-    if picture.ndim != 3 or picture.shape[-1] < 3 or 0 in picture.shape:
-        raise IdentityEditError(f"{name} has the shape {tuple(picture.shape)}; connect a picture with three channels.")
-    check_finite(picture, name)
+def _check_image(image: torch.Tensor, name: str) -> None:
+    if image.ndim != 3 or image.shape[-1] < 3 or 0 in image.shape:
+        raise IdentityEditError(f"{name} has the shape {tuple(image.shape)}; connect an image with three channels.")
+    check_finite(image, name)
 
 
 def _check_options(optimizer: str, scale_limit: float, rotation_limit: float, rotation_starts: int) -> None:

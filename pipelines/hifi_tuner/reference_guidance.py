@@ -1,15 +1,15 @@
 """Reference-guided generation of HiFi Tuner (Wang et al. 2023, section 3.3, algorithm 2).
 
-A first pass makes a picture from a noise x_T. A reference picture of the subject is aligned with the subject in it and
+A first pass makes an image from a noise x_T. A reference image of the subject is aligned with the subject in it and
 followed to noise by DDIM inversion. The second pass starts from the same x_T, and in its middle steps the subject's
-region of the latent is led along the reference's trajectory: replaced once, then held near it by optimising the
+region of the latent is led along the reference's trajectory: replaced once, then held near it by optimizing the
 unconditional embedding there, while everything around it is sampled as before and adapts.
 
 It is a loop of its own with a node of its own, and not a SAMPLER. ComfyUI loads (perhaps only a part of) the model and
 encodes the conditionings in inference mode before it calls a sampler, where gradients can no longer be had, and a
 sampler sees the guider's combined estimate alone, where this algorithm combines one conditional estimate with several
 unconditional ones. The stock samplers are needed for the first pass only: `first_pass_latent` is the latent that they
-start from with the same seed, so that without guidance both passes are the same picture.
+start from with the same seed, so that without guidance both passes are the same image.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ReferenceGuidance:
             had already stopped. Eq. 10 as a mean over the mask, in the papers' scale (z, not x).
         final_losses: [G, B] float32, the same with the embeddings that the step was taken with.
         unguided_losses: [G, B] float32, the same with phi.
-        evaluations: network evaluations without their backward passes.
+        evaluations: model calls without their backward passes.
         warning: sentences about what looks wrong, else None.
     """
 
@@ -83,14 +83,14 @@ def reference_guided_sampling(
 ) -> ReferenceGuidance:
     """Sample with the subject held by a reference (Wang et al. 2023, algorithm 2).
 
-    A guided step costs 3 + J network evaluations (the conditional one, which serves all others; phi; J of phi_h with a
+    A guided step costs 3 + J model calls (the conditional one, which serves all others; phi; J of phi_h with a
     backward pass; phi_h as it was found), any other step 2. Latents of a batch are independent.
 
     Args:
-        model: MODEL. A step table on its positive side is [c, c_s^t] of eq. 7.
+        model: MODEL. Per-step embeddings on its positive side is [c, c_s^t] of eq. 7.
         start: x_T [B, C, H, W] at inversion.sigmas[0] in the scale of LATENT sockets, see `first_pass_latent`.
         inversion: [x*_0, ..., x*_T] of the aligned reference from `inversion.ddim_inversion` with guidance scale 1; of
-            one picture, or of one for each latent. Its noise levels are those of the run.
+            one image, or of one for each latent. Its noise levels are those of the run.
         mask: M_r* [1 or B, h, w] in [0, 1] of the aligned reference's subject, of any size. A cell of
             the latent belongs to the subject where at least half of it does.
         positive: CONDITIONING of the prompt.
@@ -100,7 +100,7 @@ def reference_guided_sampling(
             `guided_steps`. 0.2 and 0.8 are the paper's t_s = 40 and t_e = 10.
         inner_steps: J, updates a guided step; more for a closer resemblance. 0 only replaces the latent at t_s.
         learning_rate: Adam's, the same at every step. 0.01 in the paper. Adam begins anew at each step, as it does in
-            null-text optimisation.
+            null-text optimization.
         early_stop: a latent's step is done when its loss is below this; 0, as in the paper, makes all J updates.
         checkpointing: spend time to save memory, see `engine.gradient_context`.
         callback: progress with preview.
@@ -109,7 +109,7 @@ def reference_guided_sampling(
         the latent and the record, see `ReferenceGuidance`.
 
     Raises:
-        IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
+        IdentityEditError: when an input cannot be used or the optimization leaves the range of numbers.
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
@@ -120,7 +120,7 @@ def reference_guided_sampling(
     if inversion.trajectory.shape[2:] != start.shape[1:]:
         raise IdentityEditError(
             f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the latent is "
-            f"{tuple(start.shape[1:])}; align the reference with the first pass's picture before you invert it."
+            f"{tuple(start.shape[1:])}; align the reference with the first pass's image before you invert it."
         )
     m_r = latent_mask(mask, batch, start.shape[-2], start.shape[-1])
     null_embedding, _ = single_embedding(negative, "The negative conditioning")
@@ -160,9 +160,9 @@ def reference_guided_sampling(
                     progress=done, progress_total=total,
                 )  # fmt: skip
                 # F(x_t, [c, c_s^t], phi), with the negative side as the model has it: at t_s it is not the first
-                # evaluation of phi_h where another node has put a step table on that side.
+                # evaluation of phi_h where another node has put per-step embeddings on that side.
                 outside = step.evaluate(None)
-            # Eq. 10: minimise | x*_{t-1}[M] - F(x_t, [c, c_s^t], phi_h)[M] |^2
+            # Eq. 10: minimize | x*_{t-1}[M] - F(x_t, [c, c_s^t], phi_h)[M] |^2
             taken, optimized = optimize(step, phi_h, inner_steps, learning_rate, stop_below=early_stop)
             check_range(optimized.final_loss, i, "Reference guidance")
             # x_{t-1}[M] = F(x_t, [c, c_s^t], phi_h)[M]
@@ -321,5 +321,5 @@ def _warning_of_losses(
         return None
     return (
         f"The loss inside the mask did not fall below that without guidance at {worse} of {len(losses)} guided steps; "
-        f"lower the learning rate, and check that the reference is aligned with the first pass's picture."
+        f"lower the learning rate, and check that the reference is aligned with the first pass's image."
     )

@@ -93,7 +93,7 @@ def load_subject(path: str) -> SubjectEmbedding:
                 scale = tensors[f"steps.{name}.scale"][..., None]
                 steps[name] = shared + tensors[f"steps.{name}.levels"].float() * scale
         tag, training = description["model"], description["training"]
-        check_facts(training, ("steps", "learning_rate", "pictures"))
+        check_facts(training, ("steps", "learning_rate", "images"))
         return SubjectEmbedding(
             kind=description["form"],
             vectors=vectors,

@@ -1,7 +1,7 @@
 """Personalised subject replacement (Wang et al. 2023, section 3.4, algorithm 3).
 
-The subject of a real picture is exchanged for a learned one by editing the caption alone: the cross-attention of every
-other word is that of the picture, so the scene stays, and the new subject finds its own place, pose and outline.
+The subject of a real image is exchanged for a learned one by editing the caption alone: the cross-attention of every
+other word is that of the image, so the scene stays, and the new subject finds its own place, pose and outline.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SubjectReplacement:
     Attributes:
         latent: x_0^g [B, C, H, W] in the scale of LATENT sockets.
         free_tokens: positions in c^g whose attention was its own.
-        evaluations: network evaluations.
+        evaluations: model calls.
         warning: one sentence where something is likely to go wrong, else None.
     """
 
@@ -61,7 +61,7 @@ def subject_replacement(
     blend_threshold: float = BLEND_THRESHOLD,
     callback: engine.Callback | None = None,
 ) -> SubjectReplacement:
-    """Put another subject in the place of a picture's (Wang et al. 2023, algorithm 3).
+    """Put another subject in the place of an image's (Wang et al. 2023, algorithm 3).
 
     Its first two loops, x_0^r* to x_T^r* and phi_T to phi_1, are `ddim_inversion` and `null_text_optimization`: the
     inversion carries both.
@@ -71,14 +71,14 @@ def subject_replacement(
             Subject), which is [c^g, c_s^t].
         clip: CLIP of the model.
         inversion: of x_0^r with c^r by DDIM, with its null-text embeddings.
-        source_prompt: c^r, the picture's caption.
+        source_prompt: c^r, the image's caption.
         target_prompt: c^g, the same with the subject's word exchanged for the new one's.
         target: [c^g, c_s], CONDITIONING with the learned subject in the last positions; None is c^g alone.
         subject_words: w_g, words of the target prompt whose attention is their own, separated by spaces. Empty: those
             that the source prompt lacks.
         subject_tokens: n, how many of the last positions `target` holds the learned subject in; 0 for a subject that
             the model knows by its word.
-        guidance_scale: of the new picture; None is what the null-text embeddings were optimised for (7.5 in the paper).
+        guidance_scale: of the new image; None is what the null-text embeddings were optimized for (7.5 in the paper).
         cross_replace_steps, self_replace_steps: shares of the steps, see `ControlSettings`.
         local_blend: also keep the latent outside of both subjects, where their words' attention says; the paper does
             not.
@@ -86,7 +86,7 @@ def subject_replacement(
         callback: progress with preview.
 
     Returns:
-        the picture, of 3 N network evaluations: at each step one of the source, for its attention, and two of the
+        the image, of 3 N model calls: at each step one of the source, for its attention, and two of the
         target.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Learning a subject's embeddings from a few pictures (Wang et al. 2023, section 3.2)."""
+"""Learning a subject's embeddings from a few images (Wang et al. 2023, section 3.2)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_
 from ..shared.errors import IdentityEditError
 from ..subjects.word_vectors import mark_subject, with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
+from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch, guided_preview
 from ..training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
-from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 from .subject_embedding import (
     KINDS,
     OUTPUT,
@@ -35,8 +35,8 @@ class SubjectSettings(TrainingSettings):
     """What is learned and how it is told; the defaults are those of Wang et al. 2023.
 
     The rows of the paper's table 2 are settings. "Baseline (Textual Inversion)": the kind WORD, `masked` off,
-    `regularisation_weight` 0, `updates_per_step` 0. "+ mask": `masked`. "+ regularization": the kind OUTPUT with a
-    `regularisation_weight`. "+ step-wise representations": `updates_per_step` 10. The paper does not say at which row
+    `regularization_weight` 0, `updates_per_step` 0. "+ mask": `masked`. "+ regularization": the kind OUTPUT with a
+    `regularization_weight`. "+ step-wise representations": `updates_per_step` 10. The paper does not say at which row
     it goes from words to the encoder's output; equation 2 replaces a word's embedding, and phi_s, to which equation 6
     ties c_s, is defined as rows of the output, so it is the third.
 
@@ -47,7 +47,7 @@ class SubjectSettings(TrainingSettings):
         kind: OUTPUT or WORD, see `subject_embedding`.
         tokens: n, rows or word vectors.
         steps: of the shared vectors; those of the step-wise ones come after them.
-        regularisation_weight: w_s of equation 6 on the mean squared distance to the start; 0 does not tie. The paper
+        regularization_weight: w_s of equation 6 on the mean squared distance to the start; 0 does not tie. The paper
             gives no value.
         masked: count the loss inside the masks only (equation 5).
         sampling_steps: T of Algorithm 1, the DDIM steps that get vectors of their own.
@@ -64,7 +64,7 @@ class SubjectSettings(TrainingSettings):
     optimizer: str = "Adam"
     gradient_clip: float = 0.0
     precision: str = BFLOAT16
-    regularisation_weight: float = 1e-4
+    regularization_weight: float = 1e-4
     masked: bool = True
     sampling_steps: int = 50
     updates_per_step: int = 10
@@ -77,8 +77,8 @@ class SubjectSettings(TrainingSettings):
                 raise IdentityEditError(f"{name} is {getattr(self, name)}; choose {least} or more.")
         if not 1 <= self.tokens <= MOST_TOKENS:
             raise IdentityEditError(f"tokens is {self.tokens}; choose a number from 1 to {MOST_TOKENS}.")
-        if not (self.regularisation_weight >= 0.0 and math.isfinite(self.regularisation_weight)):
-            raise IdentityEditError(f"regularisation_weight is {self.regularisation_weight}; choose 0 or more.")
+        if not (self.regularization_weight >= 0.0 and math.isfinite(self.regularization_weight)):
+            raise IdentityEditError(f"regularization_weight is {self.regularization_weight}; choose 0 or more.")
         if not self.class_word.strip():
             raise IdentityEditError("class_word is empty; write what the subject is, such as 'dog'.")
 
@@ -86,7 +86,7 @@ class SubjectSettings(TrainingSettings):
 def train_subject_embedding(
     model: Any,
     clip: Any,
-    pictures: TrainingPictures,
+    images: TrainingImages,
     settings: SubjectSettings,
     *,
     checkpoint: Callable[[str], str] | None = None,
@@ -101,7 +101,7 @@ def train_subject_embedding(
     Args:
         model: MODEL that predicts noise or velocity; LoRAs and identity priors on it count as part of it.
         clip: its CLIP.
-        pictures: pictures of the subject, with masks and with captions that name it.
+        images: images of the subject, with masks and with captions that name it.
         settings: see there.
         checkpoint, progress: see `training.train`, for both phases; samples are latents [1, C, h, w] in the scale of
             LATENT sockets.
@@ -114,8 +114,8 @@ def train_subject_embedding(
     """
     sampling = engine.require(model, engine.Capability.TRAINING).sampling
     tag = engine.model_tag(model)
-    check_training_captions(clip, pictures.captions, settings)
-    check_masks(pictures.masks, settings.masked)
+    check_training_captions(clip, images.captions, settings)
+    check_masks(images.masks, settings.masked)
     timesteps: list[int] = []
     if settings.updates_per_step:
         timesteps = ddim_schedule(sampling, settings.sampling_steps).timesteps.tolist()
@@ -124,11 +124,11 @@ def train_subject_embedding(
         model,
         clip,
         dtype=settings.dtype,
-        latent_shape=[settings.batch_size, *pictures.largest],
+        latent_shape=[settings.batch_size, *images.largest],
         checkpointing=settings.checkpointing,
     ) as networks:
-        subject = _Subject(networks, clip, pictures, settings)
-        first, second = _descriptions(model, clip, tag, pictures, settings)
+        subject = _Subject(networks, clip, images, settings)
+        first, second = _descriptions(model, clip, tag, images, settings)
         c_s = {name: phi.clone().requires_grad_(True) for name, phi in subject.phi_s.items()}
         # The last step is in a checkpoint too, so that an interrupted second phase repeats nothing of the first.
         every = math.gcd(settings.checkpoint_every, settings.steps) if settings.checkpoint_every else 0
@@ -155,7 +155,7 @@ def train_subject_embedding(
             )
             run = TrainingRun(
                 losses=run.losses + of_steps.losses,
-                samples=run.samples + [(settings.steps + step, picture) for step, picture in of_steps.samples],
+                samples=run.samples + [(settings.steps + step, image) for step, image in of_steps.samples],
                 resumed_at=run.resumed_at + of_steps.resumed_at,
                 name=of_steps.name,
             )
@@ -171,7 +171,7 @@ def train_subject_embedding(
         class_word=settings.class_word,
         token=settings.token,
         model=tag,
-        training=training_facts(settings, run, pictures=len(pictures), distance_from_start=distance),
+        training=training_facts(settings, run, images=len(images), distance_from_start=distance),
     )
     return learned, run
 
@@ -180,19 +180,19 @@ def check_training_captions(clip: Any, captions: list[str], settings: SubjectSet
     """Check that every caption names the subject and leaves the last positions to it.
 
     Raises:
-        IdentityEditError: naming the first picture whose caption cannot be used.
+        IdentityEditError: naming the first image whose caption cannot be used.
     """
     words = [word for word in (settings.token, settings.class_word) if word]
     for number, caption in enumerate(captions, start=1):
         if not any(has_word(caption, word) for word in words):
             raise IdentityEditError(
-                f"The caption of picture {number} names the subject neither by its token nor by its class word; write "
+                f"The caption of image {number} names the subject neither by its token nor by its class word; write "
                 f"'{' '.join(words)}' in it."
             )
         text = without_token(caption, settings.token, settings.class_word)
         reached = reach_warning(clip, text, settings.tokens) if settings.kind == OUTPUT else None
         if reached is not None:
-            raise IdentityEditError(f"The caption of picture {number} is too long: {reached[0].lower()}{reached[1:]}")
+            raise IdentityEditError(f"The caption of image {number} is too long: {reached[0].lower()}{reached[1:]}")
 
 
 class _Subject:
@@ -203,18 +203,18 @@ class _Subject:
     """
 
     def __init__(
-        self, networks: TrainableNetworks, clip: Any, pictures: TrainingPictures, settings: SubjectSettings
+        self, networks: TrainableNetworks, clip: Any, images: TrainingImages, settings: SubjectSettings
     ) -> None:
-        self.networks, self.pictures, self.settings = networks, pictures, settings
+        self.networks, self.images, self.settings = networks, images, settings
         self.prompt = settings.sample_prompt or f"{settings.token} {settings.class_word}".strip()
         self.null = networks.encode([""])
         encoder = _output_encoder if settings.kind == OUTPUT else _word_encoder
-        self.encode, self.phi_s = encoder(networks, clip, settings, [*pictures.captions, self.prompt])
+        self.encode, self.phi_s = encoder(networks, clip, settings, [*images.captions, self.prompt])
 
     def loss(self, c_s: dict[str, torch.Tensor], index: int, what: str, timestep: int | None = None) -> torch.Tensor:
         """L_s(c_s) on batch `index`, at one timestep or at any."""
-        networks, weight = self.networks, self.settings.regularisation_weight
-        batch = draw_batch(networks, self.pictures, self.settings, index, what, masked=self.settings.masked)
+        networks, weight = self.networks, self.settings.regularization_weight
+        batch = draw_batch(networks, self.images, self.settings, index, what, masked=self.settings.masked)
         if timestep is not None:
             t = rows_of(networks.sampling, [timestep]).expand(len(batch.chosen)).to(batch.t.device)
             batch = dataclasses.replace(batch, t=t)
@@ -225,12 +225,12 @@ class _Subject:
         return loss + weight * torch.cat([(c_s[name] - self.phi_s[name]).flatten() for name in c_s]).square().mean()
 
     def sample(self, vectors_at: Callable[[int], dict[str, torch.Tensor]]) -> torch.Tensor:
-        """A picture by the vectors of each timestep (equation 7)."""
+        """An image by the vectors of each timestep (equation 7)."""
 
         def text_at(t: int) -> Text:
             return joined_texts([self.encode(vectors_at(t), [self.prompt]), self.null])
 
-        return guided_preview(self.networks, self.pictures.latents[0].shape, self.settings, text_at)
+        return guided_preview(self.networks, self.images.latents[0].shape, self.settings, text_at)
 
 
 class _StepWise:
@@ -321,12 +321,12 @@ def _continued(progress: Progress | None, before: int, total: int) -> Progress |
 
 
 def _descriptions(
-    model: Any, clip: Any, tag: engine.ModelTag, pictures: TrainingPictures, settings: SubjectSettings
+    model: Any, clip: Any, tag: engine.ModelTag, images: TrainingImages, settings: SubjectSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the results of a step of the first and of the second phase depend on."""
     words = {name: table.detach().flatten()[:16].float().cpu().tolist() for name, table in word_table(clip).items()}
     second = run_description(
-        settings, tag, model, clip.patcher, text_encoder=[words, clip.layer_idx], pictures=pictures.fingerprint
+        settings, tag, model, clip.patcher, text_encoder=[words, clip.layer_idx], images=images.fingerprint
     )
     of_first = {k: v for k, v in second["settings"].items() if k not in ("sampling_steps", "updates_per_step")}
     first = {**second, "phase": "shared vectors", "shared_steps": None, "settings": of_first}

@@ -1,8 +1,8 @@
-"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024): noise maps that sample a picture exactly.
+"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024): noise maps that sample an image exactly.
 
 Each latent on the way to noise is drawn with noise of its own, independent of the others (section 3.2, eq. 6), and the
 noise map of a step is what sampling needs to get from one to the next (eq. 5). Sampling the maps with another prompt
-edits the picture. Leaving out the first steps ("skip") keeps more of it.
+edits the image. Leaving out the first steps ("skip") keeps more of it.
 """
 
 from __future__ import annotations
@@ -47,27 +47,27 @@ def edit_friendly_ddpm_inversion(
     zero_last_noise_map: bool = False,
     callback: engine.Callback | None = None,
 ) -> Inversion:
-    """Find the noise maps of a picture (Huberman-Spiegelglas et al. 2024, algorithm 1).
+    """Find the noise maps of an image (Huberman-Spiegelglas et al. 2024, algorithm 1).
 
     Args:
         model: MODEL that predicts noise or velocity.
-        latent: the picture [B, C, H, W] in the scale of LATENT sockets.
+        latent: the image [B, C, H, W] in the scale of LATENT sockets.
         source: the source prompt's CONDITIONING.
         negative: CONDITIONING of the negative side, the empty prompt in the paper; not needed for guidance scale 1.
         steps: N, 1 to one less than the model's training timesteps; fewer on a distilled model (`ddim_schedule`). 100
             in the reference implementation.
         guidance_scale: of the source prompt, 3.5 in the reference implementation.
         eta: share of each step's noise, above 0 up to 1. 1 (DDPM) in the paper; 0 has no noise maps.
-        seed: of the noise. A picture's noise depends on the seed and its place in the batch alone; the first picture of
+        seed: of the noise. An image's noise depends on the seed and its place in the batch alone; the first image of
             a batch is inverted as it is alone.
-        zero_last_noise_map: False is exact: sampling with the same prompts and guidance scale returns the picture to
+        zero_last_noise_map: False is exact: sampling with the same prompts and guidance scale returns the image to
             rounding. True sets the last step's noise map to zero, as the reference implementation does; sampling then
-            ends on the network's own estimate, near the picture.
+            ends on the network's own estimate, near the image.
         callback: progress with preview.
 
     Returns:
-        the inversion, of 2 N (guidance scale 1: N) network evaluations. Its trajectory holds the latents that were
-        drawn, and ends on the picture.
+        the inversion, of 2 N (guidance scale 1: N) model calls. Its trajectory holds the latents that were
+        drawn, and ends on the image.
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -75,7 +75,7 @@ def edit_friendly_ddpm_inversion(
     family = engine.require(model)
     schedule = family.schedule(steps, room_below=True)
     if float(schedule.sigmas[-1]) == 0.0:
-        # As many steps as timesteps end at sigma 0, where the last step has no noise that could carry the picture.
+        # As many steps as timesteps end at sigma 0, where the last step has no noise that could carry the image.
         raise IdentityEditError(
             f"steps is {steps}, as many as the model has timesteps; choose a number from 1 to {steps - 1}."
         )
@@ -90,7 +90,7 @@ def edit_friendly_ddpm_inversion(
         sigmas = schedule.sigmas.to(evaluator.device)
         noise = family.noise
         eps = _independent_noise(steps, z_0, seed)
-        # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t, each t with an eps of its own. The picture itself
+        # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t, each t with an eps of its own. The image itself
         # takes the place of the last one.
         latents = [noise.noised(z_0, eps[i].to(z_0), sigmas[i]) for i in range(steps)]
         latents.append(z_0 * noise.scale(sigmas[-1]))
@@ -179,7 +179,7 @@ def _without_rounding(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
 
 
 def _independent_noise(steps: int, z_0: torch.Tensor, seed: int) -> torch.Tensor:
-    """[steps, B, C, H, W] on the CPU, drawn picture by picture: a longer batch does not change its first ones."""
+    """[steps, B, C, H, W] on the CPU, drawn image by image: a longer batch does not change its first ones."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     rows = [torch.randn((steps, *z_0.shape[1:]), generator=generator) for _ in range(z_0.shape[0])]
     return torch.stack(rows, dim=1)

@@ -1,6 +1,6 @@
 """What an inversion is, DDIM inversion, sampling back, and files.
 
-An inversion is the path of a picture from its latent to noise. It is kept in ComfyUI's scale, x = z_0 + sigma * eps.
+An inversion is the path of an image from its latent to noise. It is kept in ComfyUI's scale, x = z_0 + sigma * eps.
 DDIM inversion is that of Song et al. 2021 (section 4.3), the pivot of Mokady et al. 2023 (section 3.2); edit-friendly
 DDPM inversion is in `edit_friendly_inversion`.
 """
@@ -30,17 +30,17 @@ _SAVE_AGAIN = "make and save the inversion again"
 
 @dataclass(frozen=True)
 class Inversion:
-    """A picture's way to noise, and what is needed to follow it back.
+    """An image's way to noise, and what is needed to follow it back.
 
     Attributes:
         trajectory: [N + 1, B, C, H, W] float32 CPU in the model's scale, in the order of sampling: trajectory[0] is the
-            noisiest latent, trajectory[N] the picture's.
+            noisiest latent, trajectory[N] the image's.
         sigmas: [N + 1] float32 CPU, descending: trajectory[i] is at noise level sigmas[i].
         timesteps: [N] int64, descending: the timestep at which the network was evaluated between i + 1 and i.
         method: how it was made, `DDIM` or `EDIT_FRIENDLY_DDPM`.
         guidance_scale: that of the inversion.
         model: the tag of the model that made it.
-        embeddings: step table that goes with it (from null-text optimisation), or None.
+        embeddings: per-step embeddings that belong to it (from null-text optimization), or None.
         noise_maps: [N, B, C, H, W] float32 CPU, of unit scale: noise_maps[i] is the z of the step from sigmas[i] to
             sigmas[i + 1] (Huberman-Spiegelglas et al. 2024, eq. 5). None for a deterministic inversion.
         eta: 0 for a deterministic inversion; above 0 up to 1 (DDPM) the share of each step's noise.
@@ -63,21 +63,21 @@ class Inversion:
 
     @property
     def batch(self) -> int:
-        """B, the number of pictures."""
+        """B, the number of images."""
         return int(self.trajectory.shape[1])
 
     @property
     def noise(self) -> engine.NoisePath:
-        """The path from the picture to noise that its model has."""
+        """The path from the image to noise that its model has."""
         return self.model.noise
 
     @property
-    def picture(self) -> torch.Tensor:
-        """z_0 [B, C, H, W] of the inverted picture, in the model's scale."""
+    def image(self) -> torch.Tensor:
+        """z_0 [B, C, H, W] of the inverted image, in the model's scale."""
         return self.trajectory[-1] / self.noise.scale(self.sigmas[-1])
 
     def with_embeddings(self, embeddings: StepEmbeddings | None) -> Inversion:
-        """The same inversion with another step table."""
+        """The same inversion with other per-step embeddings."""
         return replace(self, embeddings=embeddings)
 
     def row(self, sigma: float) -> int:
@@ -105,8 +105,8 @@ class Inversion:
         return engine.to_socket_scale(model, self.trajectory[skip].clone())
 
     def end_latent(self, model: Any) -> torch.Tensor:
-        """The inverted picture's latent z_0 [B, C, H, W] in the scale of LATENT sockets."""
-        return engine.to_socket_scale(model, self.picture)
+        """The inverted image's latent z_0 [B, C, H, W] in the scale of LATENT sockets."""
+        return engine.to_socket_scale(model, self.image)
 
 
 def check_inversion(
@@ -117,11 +117,11 @@ def check_inversion(
     Raises:
         IdentityEditError: naming what does not match.
     """
-    check_finite(inversion.trajectory, "The inversion", "invert the picture again")
+    check_finite(inversion.trajectory, "The inversion", "invert the image again")
     difference = inversion.model.difference(engine.model_tag(model))
     if difference is not None:
         raise IdentityEditError(
-            f"The inversion was made with another model ({difference}); load that checkpoint, or invert the picture "
+            f"The inversion was made with another model ({difference}); load that checkpoint, or invert the image "
             f"again with this one."
         )
     check_step_count(inversion, steps)
@@ -151,7 +151,7 @@ def check_sampled_latent(inversion: Inversion, x: torch.Tensor) -> None:
     if inversion.trajectory.shape[2:] != x.shape[1:]:
         raise IdentityEditError(
             f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the sampled one is "
-            f"{tuple(x.shape[1:])}; sample at the inverted picture's size."
+            f"{tuple(x.shape[1:])}; sample at the inverted image's size."
         )
 
 
@@ -174,7 +174,7 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
     do (eq. 3 and 4), with its own map as the noise; see `NoisePath.distribution`.
 
     Args:
-        inversion: of one picture, or of as many as `x` has latents.
+        inversion: of one image, or of as many as `x` has latents.
         index: 0 to N - 1.
         x: latent at sigmas[index] [B, C, H, W] in the model's scale.
         denoised: the guided estimate of z_0 at x [B, C, H, W].
@@ -209,23 +209,23 @@ def ddim_inversion(
     end_at_zero: bool = False,
     callback: engine.Callback | None = None,
 ) -> Inversion:
-    """Follow a picture's latent to noise with deterministic DDIM, run backwards.
+    """Follow an image's latent to noise with deterministic DDIM, run backwards.
 
     As in the reference implementation of null-text inversion, the network is asked at the higher noise level about the
     lower level's latent (in the papers' scale: eps(z_t, t + 1)).
 
     Args:
         model: MODEL.
-        latent: the picture [B, C, H, W] in the scale of LATENT sockets.
+        latent: the image [B, C, H, W] in the scale of LATENT sockets.
         positive: the source prompt's CONDITIONING.
         negative: needed for a guidance scale other than 1.
         steps: N, 1 to 1000; fewer on a distilled model (`schedule.ddim_schedule`). The papers use 50.
         guidance_scale: 1 as in the reference implementation; a larger one makes the inversion less exact.
-        end_at_zero: the picture is at sigma 0 instead of the sigma of timestep 0 (see `schedule.ddim_schedule`).
+        end_at_zero: the image is at sigma 0 instead of the sigma of timestep 0 (see `schedule.ddim_schedule`).
         callback: progress with preview.
 
     Returns:
-        the inversion, of N (guidance scale 1) or 2 N network evaluations.
+        the inversion, of N (guidance scale 1) or 2 N model calls.
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -270,13 +270,13 @@ def sample_inversion(
     skip: int = 0,
     callback: engine.Callback | None = None,
 ) -> torch.Tensor:
-    """Sample from an inversion by its own kind of step (`sampling_step`), with its step table where it has one.
+    """Sample from an inversion by its own kind of step (`sampling_step`), with its per-step embeddings, if any.
 
     Args:
         model: MODEL, the one that made the inversion.
-        inversion: the picture's.
+        inversion: the image's.
         positive, negative: CONDITIONING; negative is needed for a guidance scale other than 1, where the inversion has
-            no step table.
+            no per-step embeddings.
         guidance_scale: classifier-free guidance scale.
         skip: leave out so many of the first steps and start from trajectory[skip], 0 to N - 1.
         callback: progress with preview.
@@ -307,7 +307,7 @@ def follow_back(
     """The loop of `sample_inversion` alone, with the model and the negative side as they are and nothing checked.
 
     Returns:
-        z_0 [B, C, H, W] in the scale of LATENT sockets, and the number of network evaluations.
+        z_0 [B, C, H, W] in the scale of LATENT sockets, and the number of model calls.
     """
     steps = inversion.steps
 
@@ -334,7 +334,7 @@ def check_negative(
 def negative_side(
     inversion: Inversion, positive: Conditioning, negative: Conditioning | None, guidance_scale: float
 ) -> Conditioning | None:
-    """The negative side of sampling from an inversion: the given one, or else one like `positive` with its step table.
+    """The negative conditioning for sampling from an inversion: `negative`, or `positive` with per-step embeddings.
 
     Raises:
         IdentityEditError: where guidance needs one and there is neither.

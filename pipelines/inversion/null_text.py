@@ -1,7 +1,7 @@
 """Null-text inversion for editing real images (Mokady et al. 2023).
 
 DDIM inversion with guidance scale 1 is nearly exact, but sampling it back with the guidance that editing needs drifts
-away. Null-text inversion keeps the inversion's trajectory as pivot and optimises, step by step, the embedding of the
+away. Null-text inversion keeps the inversion's trajectory as pivot and optimizes, step by step, the embedding of the
 empty prompt so that guided sampling stays on it. Defaults are those of the authors' reference implementation.
 """
 
@@ -32,7 +32,7 @@ DEFAULT_INNER_STEPS = {PAPER: INNER_STEPS, ADAPTIVE: ADAPTIVE_INNER_STEPS}
 
 @dataclass(frozen=True)
 class NullText:
-    """What null-text optimisation found.
+    """What null-text optimization found.
 
     Attributes:
         embeddings: one unconditional embedding a step, phi_t.
@@ -42,7 +42,7 @@ class NullText:
         final_losses: [N, B] float32, distance of the sampled latent from the pivot after each step.
         converged: [N, B] bool, whether a loss fell below the step's threshold.
         reconstruction: [B, C, H, W] float32, z_0 of guided sampling with them, in the scale of LATENT sockets.
-        evaluations: network evaluations without their backward passes.
+        evaluations: model calls without their backward passes.
         warning: one sentence where some steps did not converge, else None.
     """
 
@@ -69,7 +69,7 @@ def null_text_optimization(
     checkpointing: bool = False,
     callback: engine.Callback | None = None,
 ) -> NullText:
-    """Optimise the unconditional embedding of every step (Mokady et al. 2023, algorithm 1).
+    """Optimize the unconditional embedding of every step (Mokady et al. 2023, algorithm 1).
 
     Latents of a batch are independent: each has its own embedding and stops by itself, as if it were alone.
 
@@ -94,7 +94,7 @@ def null_text_optimization(
         embeddings, losses and the reconstruction, see `NullText`.
 
     Raises:
-        IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
+        IdentityEditError: when an input cannot be used or the optimization leaves the range of numbers.
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
@@ -105,7 +105,7 @@ def null_text_optimization(
     if guidance_scale <= 1.0:
         raise IdentityEditError(
             f"The guidance scale is {guidance_scale:g}, with which the unconditional embedding has no effect; choose a "
-            f"value above 1 (7.5), or sample without null-text optimisation."
+            f"value above 1 (7.5), or sample without null-text optimization."
         )
     if inner_steps < 0 or learning_rate <= 0.0:
         raise IdentityEditError(
@@ -131,7 +131,7 @@ def null_text_optimization(
                 loss=lambda residual: residual.flatten(1).square().mean(dim=1),
                 progress=i * (inner_steps + 1), progress_total=steps * (inner_steps + 1),
             )  # fmt: skip
-            # Eq. 3: minimise | z*_{t-1} - z_{t-1}(z_bar_t, phi, C) |^2, where phi_t begins as phi_{t+1}.
+            # Eq. 3: minimize | z*_{t-1} - z_{t-1}(z_bar_t, phi, C) |^2, where phi_t begins as phi_{t+1}.
             taken, optimized = optimize(
                 step,
                 phi,
@@ -141,7 +141,7 @@ def null_text_optimization(
                 stop_after_update=method == PAPER,
                 lengths=lengths,
             )
-            check_range(optimized.final_loss, i, "Null-text optimisation")
+            check_range(optimized.final_loss, i, "Null-text optimization")
             x = taken.x_next  # z_bar_{t-1} = z_{t-1}(z_bar_t, phi_t, C)
             phi = optimized.phi.to(evaluator.device)
             found.append(optimized)
@@ -187,7 +187,7 @@ def learning_rate_at(i: int, first: float) -> float:
 def negative_prompt_inversion(inversion: Inversion, positive: Conditioning) -> StepEmbeddings:
     """Negative-prompt inversion (Miyake et al. 2023): the source prompt itself as the unconditional embedding.
 
-    No optimisation: with phi = C both sides of the guidance agree, so sampling with the source prompt stays on the
+    No optimization: with phi = C both sides of the guidance agree, so sampling with the source prompt stays on the
     inversion's trajectory as far as DDIM does, at any guidance scale.
 
     Args:
@@ -205,7 +205,7 @@ def _convergence_warning(converged: torch.Tensor, final_losses: torch.Tensor) ->
         return None
     worst = int(final_losses.amax(dim=1).argmax())
     return (
-        f"Null-text optimisation did not converge at {missed} of {converged.shape[0]} steps (largest loss "
+        f"Null-text optimization did not converge at {missed} of {converged.shape[0]} steps (largest loss "
         f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); look at the reconstruction, and raise "
-        f"inner_steps or lower the guidance scale where it differs from the picture."
+        f"inner_steps or lower the guidance scale where it differs from the image."
     )

@@ -1,42 +1,42 @@
-"""How well an inversion reconstructs its picture."""
+"""How well an inversion reconstructs its image."""
 
 from __future__ import annotations
 
 import torch
 
-from ..shared.pictures import comparable
+from ..shared.images import comparable
 
 LOWEST_PSNR = 20.0
 """dB below which a reconstruction is taken to have failed. A choice between what the demo world gave at 20 steps: 26 dB
 for the autoencoder alone, and 17 dB for a DDIM inversion that is sampled back under guidance 7.5."""
 
 
-def psnr(picture: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
+def psnr(image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     """Peak signal-to-noise ratio, 10 log10(1 / mean squared error).
 
     One line of arithmetic, so no metrics library is asked.
 
     Args:
-        picture, reconstruction: as `pictures.comparable` takes them.
+        image, reconstruction: as `images.comparable` takes them.
 
     Returns:
-        [B] float64 in dB, infinite for equal pictures.
+        [B] float64 in dB, infinite for equal images.
 
     Raises:
-        IdentityEditError: as `pictures.comparable`.
+        IdentityEditError: as `images.comparable`.
     """
-    picture, reconstruction, _ = comparable(picture, reconstruction, ("picture", "reconstruction"))
-    error = (picture.double() - reconstruction.double()).square().flatten(1).mean(dim=1)
+    image, reconstruction, _ = comparable(image, reconstruction, ("image", "reconstruction"))
+    error = (image.double() - reconstruction.double()).square().flatten(1).mean(dim=1)
     return -10.0 * torch.log10(error)
 
 
 def reconstruction_warning(values: torch.Tensor, lowest: float = LOWEST_PSNR) -> str | None:
-    """One sentence that names the pictures whose PSNR (`values` [B], dB) is below `lowest`, or None."""
+    """One sentence that names the images whose PSNR (`values` [B], dB) is below `lowest`, or None."""
     bad = [f"{index + 1} ({value:.1f} dB)" for index, value in enumerate(values.tolist()) if not value >= lowest]
     if not bad:
         return None
     return (
-        f"The inversion does not reconstruct picture {', '.join(bad)}, below {lowest:g} dB; sample with euler or ddim, "
+        f"The inversion does not reconstruct image {', '.join(bad)}, below {lowest:g} dB; sample with euler or ddim, "
         f"without added noise, at the inversion's guidance scale; if that is so already, use more steps, a source "
-        f"prompt that describes the picture, or Null-Text Optimization."
+        f"prompt that describes the image, or Null-Text Optimization."
     )

@@ -1,6 +1,6 @@
-"""The unconditional embedding of a guided sampling step, optimised so that the step arrives where it should.
+"""The unconditional embedding of a guided sampling step, optimized so that the step arrives where it should.
 
-Null-text optimisation (Mokady et al. 2023, algorithm 1) and reference guidance (Wang et al. 2023, algorithm 2) do this
+Null-text optimization (Mokady et al. 2023, algorithm 1) and reference guidance (Wang et al. 2023, algorithm 2) do this
 at each of their steps. They differ in the loss and in when a latent stops.
 """
 
@@ -39,7 +39,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class GuidedStep:
-    """A guided DDIM step from x at `sigma` towards `target` at `sigma_next`: all but the unconditional embedding.
+    """A guided DDIM step from x at `sigma` toward `target` at `sigma_next`: all but the unconditional embedding.
 
     Attributes:
         conditional: the estimate of z_0 with the prompt, which does not depend on that embedding.
@@ -60,7 +60,7 @@ class GuidedStep:
     progress_total: int
 
     def evaluate(self, phi: torch.Tensor | None) -> Evaluation:
-        """One network evaluation, with embeddings [B, T, C] or with the negative side's own."""
+        """One model call, with embeddings [B, T, C] or with the negative side's own."""
         unconditional = self.evaluator.denoised(self.x, self.sigma, "negative", phi)
         denoised = self.evaluator.combine(self.conditional, unconditional, self.x, self.sigma, self.guidance_scale)
         x_next = self.noise.step(self.x, denoised, self.sigma, self.sigma_next)

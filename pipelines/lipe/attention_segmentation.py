@@ -1,5 +1,5 @@
 """Masks of a subject by the diffusion model's own attention: the identity-aware attention of Liu et al. 2024 on noised
-pictures, where no further network is at hand."""
+images, where no further network is at hand."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..shared.errors import IdentityEditError
 from .identity_prompt import IdentityPrompt, capture_identity
 
 TIMESTEPS = (1, 101, 201)
-"""Noise levels, of 1000, at which the model looks at the picture, one network evaluation each."""
+"""Noise levels, of 1000, at which the model looks at the image, one model call each."""
 THRESHOLD = 0.45
 POWER = 2
 """These three overlapped the best with the true masks of the demo world among three timesteps; one alone (101) and
@@ -39,16 +39,16 @@ def attention_masks(
     seed: int = 0,
     callback: engine.Callback | None = None,
 ) -> torch.Tensor:
-    """Where a diffusion model sees the subject in pictures, without any further network.
+    """Where a diffusion model sees the subject in images, without any further network.
 
-    The pictures' latents are noised to a few timesteps, as in training; the network looks at each once, and the
+    The images' latents are noised to a few timesteps, as in training; the network looks at each once, and the
     identity prompt's cross-attention is recorded beside (Liu et al. 2024, eq. 1), its mean over the timesteps spread
-    along the self-attention (eq. 2), normalised and cut.
+    along the self-attention (eq. 2), normalized and cut.
 
     Args:
         model, latent, identity, conditioning, timesteps, layers, seed, callback: as for `record_attention`.
-        size: height and width of the masks: the pictures'.
-        threshold: share of the normalised map above which a place belongs to the subject.
+        size: height and width of the masks: the images'.
+        threshold: share of the normalized map above which a place belongs to the subject.
         power: lambda of eq. 2; 0 uses the cross-attention alone.
 
     Returns:
@@ -88,14 +88,14 @@ def record_attention(
     seed: int = 0,
     callback: engine.Callback | None = None,
 ) -> IdentityAttention:
-    """What a diffusion model attends to as the subject in noised pictures.
+    """What a diffusion model attends to as the subject in noised images.
 
     Args:
         model: MODEL.
-        latent: [B, C, h, w] of the pictures, in the scale of LATENT sockets.
+        latent: [B, C, h, w] of the images, in the scale of LATENT sockets.
         identity: what the subject is, such as "cat".
         conditioning: CONDITIONING that the network is evaluated with: a caption, or the identity prompt itself.
-        timesteps: of the model's training, from 0 to below their number; one network evaluation each, at the model's
+        timesteps: of the model's training, from 0 to below their number; one model call each, at the model's
             nearest noise level.
         self_attention: also record the self-attention, for eq. 2 of Liu et al. 2024.
         layers: a choice of `attention.sites.choose_layers`.
@@ -120,6 +120,6 @@ def record_attention(
             denoised = evaluator.denoised(x, sigma, "positive")
             evaluator.report(i, denoised, x, len(sigmas))
 
-    z_picture = engine.model_latent(model, latent)
-    engine.run_loop(capturing, conditioning, None, z_picture, sigmas, look, callback=callback)
+    z_image = engine.model_latent(model, latent)
+    engine.run_loop(capturing, conditioning, None, z_image, sigmas, look, callback=callback)
     return attention

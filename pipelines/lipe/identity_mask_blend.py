@@ -1,7 +1,7 @@
 """Non-rigid image editing via identity-aware mask blend, NIMA (Liu et al. 2024, section 2.2, algorithm 1).
 
 The target prompt is sampled from an inversion, and in each step everything outside of the subject is put back to what
-the inversion had there. Where the subject is, in the source picture and in the target picture that is not there yet,
+the inversion had there. Where the subject is, in the source image and in the target image that is not there yet,
 the model's own attention to an identity prompt says.
 """
 
@@ -38,12 +38,12 @@ class IdentityMaskBlend:
     """What NIMA made.
 
     Attributes:
-        latent: the edited picture, z_0 [B, C, H, W] in the scale of LATENT sockets.
-        source_mask: M^s [B, H, W], the subject of the source picture.
+        latent: the edited image, z_0 [B, C, H, W] in the scale of LATENT sockets.
+        source_mask: M^s [B, H, W], the subject of the source image.
         target_mask: M^e [B, H, W] as it was after the last step.
         step_masks: [n, B, H, W], M_t of each step that was blended, where they were asked for.
         source_attention, target_attention: what the masks were made of, or None where a given mask replaced it.
-        evaluations: network evaluations of both passes.
+        evaluations: model calls of both passes.
         warning: one sentence where something is likely to go wrong, else None.
     """
 
@@ -62,7 +62,7 @@ class BlendSettings:
     """How masks are made of attention, and where latents are blended.
 
     Attributes:
-        threshold: of the normalised map, 0 to 1.
+        threshold: of the normalized map, 0 to 1.
         power: lambda of eq. 2; 0 uses the cross-attention alone.
         layers: a choice of `attention.sites.choose_layers`.
         feathering: deviation in latent cells of the Gaussian that softens the border of M_t; 0 is the paper's.
@@ -97,24 +97,24 @@ def identity_mask_blend(
     keep_step_masks: bool = False,
     callback: engine.Callback | None = None,
 ) -> IdentityMaskBlend:
-    """Edit an inverted picture's subject and keep the rest (Liu et al. 2024, algorithm 1).
+    """Edit an inverted image's subject and keep the rest (Liu et al. 2024, algorithm 1).
 
     Args:
         model: MODEL, the one that made the inversion (G* of the paper, with its identity prior, or any other).
-        inversion: of the source picture, by DDIM (with or without null-text embeddings) or edit-friendly DDPM.
+        inversion: of the source image, by DDIM (with or without null-text embeddings) or edit-friendly DDPM.
         source: P^s, the source prompt's CONDITIONING.
         target: P^g, the target prompt's CONDITIONING.
         identity: P^e, the identity prompt; None where both masks are given and nothing is to be found: with one mask
             for both that is the masked decoding of DiffEdit (Couairon et al. 2023, section 3.2, step 3).
-        negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with a step table.
-        guidance_scale: of the target prompt; None is the step table's own, or else that of `GUIDANCE_SCALES`.
+        negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with per-step embeddings.
+        guidance_scale: of the target prompt; None is the per-step embeddings's own, or else that of `GUIDANCE_SCALES`.
         settings: how masks are made, and where latents are blended.
         source_mask, target_mask: masks [1 or B, h, w] of one's own, 0 to 1, of any size.
         keep_step_masks: return the mask of every step.
         callback: progress with preview.
 
     Returns:
-        the edit and its masks. N network evaluations of reconstruction, and 2 N of the target (guidance scale 1: N).
+        the edit and its masks. N model calls of reconstruction, and 2 N of the target (guidance scale 1: N).
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -244,7 +244,7 @@ def _warning(inversion: Inversion, guidance_scale: float, found: Mapping[str, to
         shares = mask.mean(dim=(1, 2))
         if bool(((shares == 0) | (shares == 1)).any()):
             return (
-                f"The {name} holds nothing or everything of a picture; check the identity prompt, the threshold "
+                f"The {name} holds nothing or everything of an image; check the identity prompt, the threshold "
                 f"and the layers, or connect a mask."
             )
     return None

@@ -1,7 +1,7 @@
 """The personalised identity prior of LIPE (Liu et al. 2024, section 2.1 and appendix E.2.5).
 
-The attention layers of the UNet and of the text encoders are fine-tuned on a few pictures of one subject, whose
-captions call it by a rare token V* and its class word ("sks dog") and say what it does, together with pictures of the
+The attention layers of the UNet and of the text encoders are fine-tuned on a few images of one subject, whose
+captions call it by a rare token V* and its class word ("sks dog") and say what it does, together with images of the
 class in general, which keep the rest of the model in place (prior preservation, Ruiz et al. 2023). The result is a
 change of these weights: a patch for stock MODEL and CLIP, and a file.
 """
@@ -147,7 +147,7 @@ def load_identity_prior(path: str) -> IdentityPrior:
             class_word=str(description["class_word"]),
             model=engine.ModelTag.from_description(description["model"]),
             training=check_facts(
-                description["training"], ("steps", "learning_rate", "identity_pictures", "regularisation_pictures")
+                description["training"], ("steps", "learning_rate", "identity_images", "regularization_images")
             ),
         )
 

@@ -15,6 +15,7 @@ from .. import engine
 from ..engine.trainable import trainable_networks
 from ..engine.weights import first_numbers
 from ..shared.files import FILE_DTYPES
+from ..training.images import Batch, TrainingImages, denoising_losses, draw_batch, guided_preview
 from ..training.loop import (
     BFLOAT16,
     Progress,
@@ -25,7 +26,6 @@ from ..training.loop import (
     train,
     training_facts,
 )
-from ..training.pictures import Batch, TrainingPictures, denoising_losses, draw_batch, guided_preview
 from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
 
 
@@ -36,11 +36,11 @@ class PriorSettings(TrainingSettings):
     Attributes:
         token: V*, the rare token.
         class_word: what the subject is.
-        batch_size: pictures of each of both sets in a batch.
+        batch_size: images of each of both sets in a batch.
         weight_decay: torch's and diffusers' default for AdamW; the paper gives none.
-        regularisation_weight: of the class pictures' loss; 1 in Ruiz et al. 2023.
+        regularization_weight: of the class images' loss; 1 in Ruiz et al. 2023.
         text_encoder: whether the text encoders are trained too.
-        masked: count the identity pictures' loss inside their masks only.
+        masked: count the identity images' loss inside their masks only.
         min_snr_gamma: see `denoising_losses`; 0 is off.
         sample_prompt: "" is the token and the class word.
         file_dtype: in which the change is kept, a key of FILE_DTYPES.
@@ -52,7 +52,7 @@ class PriorSettings(TrainingSettings):
     learning_rate: float = 5e-4
     weight_decay: float = 0.01
     precision: str = BFLOAT16
-    regularisation_weight: float = 1.0
+    regularization_weight: float = 1.0
     text_encoder: bool = True
     masked: bool = False
     min_snr_gamma: float = 0.0
@@ -66,8 +66,8 @@ class PriorSettings(TrainingSettings):
 def train_identity_prior(
     model: Any,
     clip: Any,
-    identity: TrainingPictures,
-    regularisation: TrainingPictures | None,
+    identity: TrainingImages,
+    regularization: TrainingImages | None,
     settings: PriorSettings,
     *,
     checkpoint: Callable[[str], str] | None = None,
@@ -75,14 +75,14 @@ def train_identity_prior(
 ) -> tuple[IdentityPrior, TrainingRun]:
     """Learn a subject.
 
-    Every step takes one batch of the identity set and one of the regularisation set:
-    loss = mean |eps_theta - eps|^2 over the former + regularisation_weight * the same over the latter.
+    Every step takes one batch of the identity set and one of the regularization set:
+    loss = mean |eps_theta - eps|^2 over the former + regularization_weight * the same over the latter.
 
     Args:
         model: MODEL that predicts noise or velocity; LoRAs on it count as part of it.
         clip: its CLIP.
-        identity: pictures of the subject.
-        regularisation: pictures of its class, or None.
+        identity: images of the subject.
+        regularization: images of its class, or None.
         settings: see there.
         checkpoint, progress: see `training.train`; samples are latents [1, C, h, w] in the scale of LATENT sockets.
 
@@ -95,8 +95,8 @@ def train_identity_prior(
     tag = engine.model_tag(model)
     model_keys, clip_keys = attention_keys(model, clip)
     sets = {"identity": (identity, 1.0)}
-    if regularisation is not None and settings.regularisation_weight > 0.0:
-        sets["regularisation"] = (regularisation, settings.regularisation_weight)
+    if regularization is not None and settings.regularization_weight > 0.0:
+        sets["regularization"] = (regularization, settings.regularization_weight)
     encoder = first_numbers(clip.patcher, "clip_", CLIP_KEYS.fullmatch)
     description = run_description(
         settings,
@@ -105,9 +105,9 @@ def train_identity_prior(
         clip.patcher,
         text_encoder=[list(encoder.values()), clip.layer_idx],
         identity=identity.fingerprint,
-        regularisation=None if regularisation is None else regularisation.fingerprint,
+        regularization=None if regularization is None else regularization.fingerprint,
     )
-    largest = max((pictures.largest for pictures, _ in sets.values()), key=math.prod)
+    largest = max((images.largest for images, _ in sets.values()), key=math.prod)
     with trainable_networks(
         model,
         clip,
@@ -120,12 +120,10 @@ def train_identity_prior(
 
         def losses(index: int) -> Iterator[torch.Tensor]:
             batches, weights = [], []
-            for what, (pictures, weight) in sets.items():
+            for what, (images, weight) in sets.items():
                 masked = settings.masked or what != "identity"
                 generator = generator_of(settings.seed, index, f"noise of {what}")
-                batches.append(
-                    draw_batch(networks, pictures, settings, index, what, masked=masked, generator=generator)
-                )
+                batches.append(draw_batch(networks, images, settings, index, what, masked=masked, generator=generator))
                 weights.append(torch.full((settings.batch_size,), weight / settings.batch_size))
             if len({batch.latents.shape for batch in batches}) == 1:  # of one size: one evaluation for both sets
                 batches, weights = [_joined(batches)], [torch.cat(weights)]
@@ -154,8 +152,8 @@ def train_identity_prior(
     facts = training_facts(
         settings,
         run,
-        identity_pictures=len(identity),
-        regularisation_pictures=0 if regularisation is None else len(regularisation),
+        identity_images=len(identity),
+        regularization_images=0 if regularization is None else len(regularization),
         pack_version=_pack_version(),
     )
     return IdentityPrior(model_change, clip_change, settings.token, settings.class_word, tag, facts), run

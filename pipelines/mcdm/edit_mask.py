@@ -1,6 +1,6 @@
 """Masks of what an edit changes (DiffEdit, Couairon et al. 2023, section 3.2; Chen et al. 2024, section 3.4).
 
-Where the network says the same for the prompt of the picture as it is and for that of the edit, nothing is to be
+Where the network says the same for the prompt of the image as it is and for that of the edit, nothing is to be
 edited. With an MCDM, which has learned to reconstruct for the former, the mask is the more exact; with an ordinary
 checkpoint it is DiffEdit's.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ...attention.masks import blurred, normalised
+from ...attention.masks import blurred, normalized
 from .. import engine
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_steps
@@ -29,7 +29,7 @@ class EditMask:
     Attributes:
         mask: M [B, h, w] of the latent's size, 0 or 1.
         contrast: N(|z_{t-1} - z'_{t-1}|) [B, h, w], 0 to 1, which the threshold cuts.
-        evaluations: network evaluations.
+        evaluations: model calls.
         warning: one sentence where a mask holds nothing or everything, else None.
     """
 
@@ -46,11 +46,11 @@ class EditMaskSettings:
     Attributes:
         steps, noise_steps: the noise level after `noise_steps` of `steps` steps.
         seeds: draws of noise over which the difference is averaged.
-        outliers: differences above this many times their mean are cut before they are normalised; 0 cuts none. 3 in
+        outliers: differences above this many times their mean are cut before they are normalized; 0 cuts none. 3 in
             diffusers' implementation of DiffEdit.
         kernel: size of the Gaussian's kernel in cells of the latent, odd; 1 does not blur. Its deviation is the one
             that OpenCV and torchvision derive from the size.
-        threshold: lambda, above which the normalised difference is the edit's.
+        threshold: lambda, above which the normalized difference is the edit's.
     """
 
     steps: int = STEPS
@@ -83,18 +83,18 @@ def edit_mask(
     seed: int = 0,
     callback: engine.Callback | None = None,
 ) -> EditMask:
-    """Find where an edit changes a picture.
+    """Find where an edit changes an image.
 
     The paper takes the difference of z_{t-1} after one step with p_b and with p_a. The first step of UniPC (as of DDIM)
     is linear in the predicted noise, and both have the same z_t, so that the difference is that of the predictions
-    times a number, which normalising takes away; guidance, whose other terms both share, is such a number too. Two
+    times a number, which normalizing takes away; guidance, whose other terms both share, is such a number too. Two
     evaluations for each draw of noise therefore suffice.
 
     Args:
         model: MODEL, an MCDM or any that predicts noise or velocity.
-        target: CONDITIONING of p_b, the edited picture (for an MCDM with the source picture in it).
-        source: that of p_a, the picture as it is; DiffEdit also takes the empty prompt.
-        latent: the picture [B, C, h, w] in the scale of LATENT sockets.
+        target: CONDITIONING of p_b, the edited image (for an MCDM with the source image in it).
+        source: that of p_a, the image as it is; DiffEdit also takes the empty prompt.
+        latent: the image [B, C, h, w] in the scale of LATENT sockets.
         settings: see there.
         seed: of the first draw of noise; the others are the following ones.
         callback: progress with preview.
@@ -120,20 +120,20 @@ def edit_mask(
         if settings.outliers > 0.0:
             mean = difference.mean(dim=(1, 2), keepdim=True)
             difference = torch.minimum(difference, settings.outliers * mean)
-        contrast = _blurred(normalised(difference), settings.kernel)
+        contrast = _blurred(normalized(difference), settings.kernel)
         mask = (contrast > settings.threshold).float()
         shares = mask.mean(dim=(1, 2))
         warning = None
         if bool(((shares == 0) | (shares == 1)).any()):
             warning = (
-                "The edit mask holds nothing or everything of a picture; check that both prompts differ in the edit, "
+                "The edit mask holds nothing or everything of an image; check that both prompts differ in the edit, "
                 "and the threshold."
             )
         return EditMask(mask, contrast, evaluator.evaluations, warning)
 
-    z_picture = engine.model_latent(model, latent)
+    z_image = engine.model_latent(model, latent)
     levels = torch.stack([sigma, torch.zeros(())])
-    return engine.run_loop(model, target, source, z_picture, levels, find, callback=callback)
+    return engine.run_loop(model, target, source, z_image, levels, find, callback=callback)
 
 
 def _blurred(contrast: torch.Tensor, kernel: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Pairs as a training sees them: what the VAE and CLIP see in every picture, computed once, in a file on the disk.
+"""Pairs as a training sees them: what the VAE and CLIP see in every image, computed once, in a file on the disk.
 
 70,000 pairs of 512x512 pixels are 46 GB so, which is why they are not kept in memory: the file is mapped, and what is
 used often is in memory by the operating system's doing. Encoding that is interrupted goes on with the next pair.
@@ -22,16 +22,16 @@ import torch
 from ..engine.host import stop_if_interrupted
 from ..engine.vision import VisionTag, vision_tag, vision_tokens
 from ..shared.errors import IdentityEditError
-from ..shared.pictures import encoded, from_pillow, middle, open_picture
+from ..shared.images import encoded, from_pillow, middle, open_image
 from ..training.loop import run_hash
 from ..training.processes import OneProcess, Processes
 from .pair_dataset import TRAIN
 from .pair_folder import INDEX
 
 _AT_ONCE = 8
-"""Pictures that are encoded in one call."""
+"""Images that are encoded in one call."""
 _LOCK_SECONDS = 0.5
-"""Between two looks at whether the waiting was cancelled."""
+"""Between two looks at whether the waiting was canceled."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PairFiles:
     Attributes:
         source, target: files of x_A and x_B.
         source_prompt, target_prompt: p_a and p_b.
-        mirrored: both pictures left and right exchanged.
+        mirrored: both images left and right exchanged.
     """
 
     source: Path
@@ -119,7 +119,7 @@ def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of a picture that an index names.
+    """The path of an image that an index names.
 
     Raises:
         ValueError: when it lies outside of the folder, by its name or by a link: an index may be anybody's.
@@ -144,7 +144,7 @@ def encode_pairs(
     progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
 ) -> EncodedPairs:
-    """Encode both pictures of every pair, or go on where an interrupted encoding was.
+    """Encode both images of every pair, or go on where an interrupted encoding was.
 
     Args:
         pairs: all of one size, at least one.
@@ -154,16 +154,16 @@ def encode_pairs(
         processes: that train together; the first encodes.
 
     Raises:
-        IdentityEditError: when a picture cannot be read or has another size, or the file cannot be written.
+        IdentityEditError: when an image cannot be read or has another size, or the file cannot be written.
     """
     if not pairs:
         raise IdentityEditError("There is no pair to train on; make pairs first, or choose another folder.")
     processes = processes or OneProcess()
     vision = vision_tag(clip_vision)
-    height, width = read_picture(pairs[0].source).shape[:2]
+    height, width = read_image(pairs[0].source).shape[:2]
     fingerprint = _fingerprint(pairs, (height, width), vae, vision)
     path = os.path.join(folder, f"pairs-{fingerprint}.bin")
-    latent = _encode(vae, read_picture(pairs[0].source)[None])
+    latent = _encode(vae, read_image(pairs[0].source)[None])
     layout = np.dtype(
         [
             ("source", "<f4", tuple(latent.shape[1:])),
@@ -224,14 +224,14 @@ def _alone(path: str) -> Iterator[None]:
         lock.release()
 
 
-def read_picture(path: Path) -> torch.Tensor:
-    """A picture file [H, W, 3] float32, 0 to 1, cut to the middle that VAE Encode keeps.
+def read_image(path: Path) -> torch.Tensor:
+    """An image file [H, W, 3] float32, 0 to 1, cut to the middle that VAE Encode keeps.
 
     Raises:
         IdentityEditError: when the file is missing or damaged.
     """
-    picture = open_picture(path, str(path), "make its pair again, or take it out of the index")
-    return middle(from_pillow(picture.convert("RGB"))[None])[0]
+    image = open_image(path, str(path), "make its pair again, or take it out of the index")
+    return middle(from_pillow(image.convert("RGB"))[None])[0]
 
 
 def _write(
@@ -270,18 +270,18 @@ def _write(
 
 
 def _read(path: Path, size: tuple[int, int], mirrored: bool) -> torch.Tensor:
-    picture = read_picture(path)
-    if tuple(picture.shape[:2]) != size:
+    image = read_image(path)
+    if tuple(image.shape[:2]) != size:
         raise IdentityEditError(
-            f"The picture {path} is {picture.shape[1]}x{picture.shape[0]} and others are {size[1]}x{size[0]}; train on "
+            f"The image {path} is {image.shape[1]}x{image.shape[0]} and others are {size[1]}x{size[0]}; train on "
             f"pairs of one size."
         )
-    return picture.flip(1) if mirrored else picture
+    return image.flip(1) if mirrored else image
 
 
-def _encode(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
+def _encode(vae: Any, images: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return encoded(vae, pictures, "The picture of a pair")
+        return encoded(vae, images, "The image of a pair")
 
 
 def _fingerprint(pairs: Sequence[PairFiles], size: tuple[int, int], vae: Any, vision: VisionTag) -> str:
@@ -292,7 +292,7 @@ def _fingerprint(pairs: Sequence[PairFiles], size: tuple[int, int], vae: Any, vi
                 status = path.stat()
             except OSError as error:
                 raise IdentityEditError(
-                    f"The picture {path} is missing; make its pair again, or take it out of the index."
+                    f"The image {path} is missing; make its pair again, or take it out of the index."
                 ) from error
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} ".encode())
         digest.update(f"{pair.source_prompt}\0{pair.target_prompt}\0{'mirrored' * pair.mirrored}".encode())

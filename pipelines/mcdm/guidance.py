@@ -12,7 +12,7 @@ from ..engine.edit_model import require_edit_model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_batch_matches
 from ..shared.masks import as_masks, of_size
-from .model import without_pictures
+from .model import without_images
 
 POSITIVE, NEGATIVE, IMAGE, UNCONDITIONAL, SOURCE = "positive", "negative", "image", "unconditional", "source"
 
@@ -26,7 +26,7 @@ class GuidanceScales:
     text: float = 5.0
 
     def coefficients(self) -> dict[str, float]:
-        """What each network evaluation counts in the guided estimate.
+        """What each model call counts in the guided estimate.
 
         Eq. 1 for three conditions, in the order c_im, c_s, c_p:
 
@@ -44,7 +44,7 @@ class GuidanceScales:
         }
 
     def evaluations(self, *, masked: bool) -> int:
-        """Network evaluations of a step."""
+        """Model calls of a step."""
         return sum(1 for coefficient in self.coefficients().values() if coefficient != 0.0) + int(
             masked and self.text != 0.0
         )
@@ -92,29 +92,29 @@ def mcdm_guider(
 
     Args:
         model: MODEL of the InstructPix2Pix family.
-        positive: p_b, c_s and c_im, from `mcdm.with_pictures`.
+        positive: p_b, c_s and c_im, from `mcdm.with_images`.
         negative: the null text with the same c_s and c_im; what has fewer conditions is made of it.
         scales: s_1, s_2, s_3.
         source: p_a with the same c_s and c_im; needed with a mask.
         mask: M [B or 1, h, w] of any size, 1 where the edit may be; None is eq. 1.
 
     Raises:
-        IdentityEditError: when the model sees no source picture, a conditioning holds none, or source and mask do not
+        IdentityEditError: when the model sees no source image, a conditioning holds none, or source and mask do not
             come together.
     """
     require_edit_model(model)
     for conditioning, name in ((positive, "positive"), (negative, "negative"), (source, "source")):
         if conditioning is not None:
-            without_pictures(conditioning, spatial=False, image=False, name=name)  # raises where there is none
+            without_images(conditioning, spatial=False, image=False, name=name)  # raises where there is none
     if mask is not None:
         if source is None:
-            raise IdentityEditError("A mask needs source, the prompt of the picture as it is; connect it as well.")
+            raise IdentityEditError("A mask needs source, the prompt of the image as it is; connect it as well.")
         mask = as_masks(mask, "mask")
     candidates: dict[str, Conditioning | None] = {
         POSITIVE: positive,
         NEGATIVE: negative,
-        IMAGE: without_pictures(negative, spatial=True, image=False, name="negative"),
-        UNCONDITIONAL: without_pictures(negative, spatial=True, image=True, name="negative"),
+        IMAGE: without_images(negative, spatial=True, image=False, name="negative"),
+        UNCONDITIONAL: without_images(negative, spatial=True, image=True, name="negative"),
         SOURCE: source if mask is not None and scales.text != 0.0 else None,
     }
     coefficients = scales.coefficients()

@@ -1,4 +1,4 @@
-"""Identity words: who is in a picture, as new words of the text encoder (Chen et al. 2024, supplement 1.1).
+"""Identity words: who is in an image, as new words of the text encoder (Chen et al. 2024, supplement 1.1).
 
 The identity encoder is, as in the paper, a variant of ELITE's global mapping (Wei et al. 2023): features of a CLIP
 image encoder, a Transformer decoder layer (Vaswani et al. 2017) and a multi-layer perceptron that gives two word
@@ -32,7 +32,7 @@ _PLACE = "<identity>"
 class IdentityEncoder(nn.Module):
     """Features of a CLIP image encoder -> word embeddings for each text encoder of a checkpoint.
 
-    Learned queries, one a word, attend to the picture's features in one decoder layer (torch's own); the perceptron
+    Learned queries, one a word, attend to the image's features in one decoder layer (torch's own); the perceptron
     brings each to the width of the word embeddings. It begins by giving the class word's own embedding.
     """
 
@@ -46,7 +46,7 @@ class IdentityEncoder(nn.Module):
         super().__init__()
         heads = next(h for h in (16, 12, 8, 6, 4, 3, 2, 1) if features % h == 0 and (features // h >= 32 or h == 1))
         self.queries = nn.Parameter(torch.randn(words, features) * features**-0.5)
-        self.normalise = nn.LayerNorm(features)
+        self.normalize = nn.LayerNorm(features)
         self.decoder = nn.TransformerDecoderLayer(
             features, heads, 4 * features, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
@@ -68,9 +68,9 @@ class IdentityEncoder(nn.Module):
                 bias.copy_(vectors[name])
 
     def forward(self, features: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Features [B, N, C] of B pictures -> word embeddings [B, words, width] by the text encoder's name."""
+        """Features [B, N, C] of B images -> word embeddings [B, words, width] by the text encoder's name."""
         queries = self.queries.expand(features.shape[0], -1, -1)
-        read = self.decoder(queries, self.normalise(features))
+        read = self.decoder(queries, self.normalize(features))
         return {name: perceptron(read) for name, perceptron in self.perceptrons.items()}
 
 
@@ -83,7 +83,7 @@ class IdentityWords:
         words: how many words it gives.
         widths: of the word embeddings by text encoder.
         features: (tokens, width) of the image features that it reads.
-        class_word: what the pictures of its training showed, "person".
+        class_word: what the images of its training showed, "person".
         model: tag of the model it was trained with.
         training: what is known about the training.
     """
@@ -110,7 +110,7 @@ def image_features(output: Any, name: str = "The CLIP vision output") -> torch.T
 
 
 def identity_vectors(words: IdentityWords, features: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Word embeddings [B, words, width] of B pictures by text encoder, float32 CPU.
+    """Word embeddings [B, words, width] of B images by text encoder, float32 CPU.
 
     Raises:
         IdentityEditError: when the features are another image encoder's.
@@ -125,7 +125,7 @@ def identity_vectors(words: IdentityWords, features: torch.Tensor) -> dict[str, 
 
 
 def mark_identity(clip: Any, class_word: str, count: int, prompt: str, **options: Any) -> dict[str, Any]:
-    """Tokenise a prompt with `count` empty places right before its first class word; see `mark_subject`.
+    """Tokenize a prompt with `count` empty places right before its first class word; see `mark_subject`.
 
     Raises:
         IdentityEditError: when the prompt does not hold the class word.
@@ -143,12 +143,12 @@ def identity_conditioning(clip: Any, vectors: dict[str, torch.Tensor], prompt: s
 
     Args:
         clip: CLIP of the model.
-        vectors: word embeddings [B, words, width] of B pictures, from `identity_vectors`.
+        vectors: word embeddings [B, words, width] of B images, from `identity_vectors`.
         prompt: holds the class word; the identity words go before its first occurrence.
         class_word: what the person is, "woman".
 
     Returns:
-        a CONDITIONING whose embeddings are [B, T, C]: one row for each picture.
+        a CONDITIONING whose embeddings are [B, T, C]: one row for each image.
 
     Raises:
         IdentityEditError: when the prompt lacks the class word, or the CLIP has another width.
@@ -156,11 +156,11 @@ def identity_conditioning(clip: Any, vectors: dict[str, torch.Tensor], prompt: s
     if clip is None:
         raise IdentityEditError("There is no CLIP; connect the one of the checkpoint.")
     check_word_widths(clip, vectors)
-    pictures, count = next(iter(vectors.values())).shape[:2]
+    images, count = next(iter(vectors.values())).shape[:2]
     marked = mark_identity(clip, class_word, count, prompt)
     rows = [
         clip.encode_from_tokens_scheduled(with_word_vectors(marked, {name: each[i] for name, each in vectors.items()}))
-        for i in range(pictures)
+        for i in range(images)
     ]
     result: Conditioning = []
     for entries in zip(*rows, strict=True):

@@ -1,6 +1,6 @@
 """The Multi-Conditioned Diffusion Model, MCDM (Chen et al. 2024, section 3.3): its conditions and its file.
 
-epsilon_theta(z_t, t, {c_s, c_im, c_p}) sees the source picture x_A in two ways beside the text prompt p:
+epsilon_theta(z_t, t, {c_s, c_im, c_p}) sees the source image x_A in two ways beside the text prompt p:
 - spatial embeddings c_s = E(x_A), the VAE's latent, as four further input channels of the UNet;
 - image embeddings c_im = MLP([E(x_A), CLIP(x_A)]), as further tokens behind those of the text.
 
@@ -22,7 +22,7 @@ from ..engine.vision import VisionTag, vision_projection, vision_tag, vision_tok
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_conditioning
 from ..shared.files import FILE_DTYPES, check_facts, read_tensors, understanding, write_tensors
-from ..shared.pictures import encoded
+from ..shared.images import encoded
 
 KIND = "MCDM"
 IMAGE_TOKENS = 77
@@ -47,7 +47,7 @@ _PREFIX = "identity_edit_mcdm."
 
 
 class ImageEmbedding(nn.Module):
-    """MLP(.) of section 3.3: c_im of what CLIP and the VAE see in a picture.
+    """MLP(.) of section 3.3: c_im of what CLIP and the VAE see in an image.
 
     CLIP's tokens are projected to the width of the text's tokens; each channel of the latent, max-pooled by two,
     becomes one more; a linear layer along the tokens mixes them all. It has no activation, as DreamPose's has none.
@@ -83,11 +83,11 @@ class ImageEmbedding(nn.Module):
         return int(self.mix.out_features)
 
     @torch.no_grad()
-    def initialise(self, tokens: int, projection: torch.Tensor | None, generator: torch.Generator) -> ImageEmbedding:
+    def initialize(self, tokens: int, projection: torch.Tensor | None, generator: torch.Generator) -> ImageEmbedding:
         """Begin as a pass-through of CLIP's tokens.
 
         `project` begins as CLIP's own projection where that leads to the text's width, else as the identity. `mix`
-        begins as the identity on CLIP's N tokens where M = N (DreamPose's begins so), else as the mean of neighbouring
+        begins as the identity on CLIP's N tokens where M = N (DreamPose's begins so), else as the mean of neighboring
         ones or their repetition, and with zeros for the latent's tokens. These differ from zero, or the zeros would
         never learn.
         """
@@ -132,7 +132,7 @@ class MCDM:
 
 
 @dataclass(frozen=True)
-class SourcePictures:
+class SourceImages:
     """x_A as the model sees it.
 
     Attributes:
@@ -150,21 +150,21 @@ def new_embedding(
     """An untrained MLP(.) for a MODEL's text width and a CLIP_VISION; arguments as in `ImageEmbedding`."""
     tag = vision_tag(clip_vision)
     made = ImageEmbedding(tag.tokens, tag.width, latent, engine.context_channels(model), image_tokens)
-    return made.initialise(tag.tokens, vision_projection(clip_vision), generator)
+    return made.initialize(tag.tokens, vision_projection(clip_vision), generator)
 
 
-def see_pictures(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, pictures: torch.Tensor) -> SourcePictures:
-    """Encode source pictures for an MCDM.
+def see_images(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, images: torch.Tensor) -> SourceImages:
+    """Encode source images for an MCDM.
 
     Args:
         mcdm: from the model's file.
         model: MODEL of the same file.
         clip_vision: CLIP_VISION that it was trained with.
         vae: VAE of the same file.
-        pictures: [B, H, W, 3] float32, 0 to 1.
+        images: [B, H, W, 3] float32, 0 to 1.
 
     Raises:
-        IdentityEditError: when the model sees no source picture or is of another family than the file's, the CLIP
+        IdentityEditError: when the model sees no source image or is of another family than the file's, the CLIP
             vision is another one, or a latent cannot be used.
     """
     check_mcdm(mcdm, model)
@@ -173,32 +173,32 @@ def see_pictures(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, pictures: t
         raise IdentityEditError(
             f"The CLIP vision is not the one that this MCDM was trained with ({other}); load that one."
         )
-    latent = encoded(vae, pictures, "The picture")
+    latent = encoded(vae, images, "The image")
     if latent.shape[1] != mcdm.latent[0]:
         raise IdentityEditError(
             f"The VAE gives latents {tuple(latent.shape)} but the MCDM takes {mcdm.latent[0]} channels; use the VAE of "
             f"its checkpoint."
         )
     with torch.no_grad():
-        tokens = vision_tokens(clip_vision, pictures)
+        tokens = vision_tokens(clip_vision, images)
         embeddings = mcdm.embedding(tokens, engine.to_model_scale(model, latent))
-    return SourcePictures(latent, embeddings)
+    return SourceImages(latent, embeddings)
 
 
-def with_pictures(conditioning: Conditioning, pictures: SourcePictures) -> Conditioning:
+def with_images(conditioning: Conditioning, images: SourceImages) -> Conditioning:
     """A CONDITIONING of a prompt, with c_im behind its tokens and c_s for the further input channels."""
     check_conditioning(conditioning, "The prompt's conditioning")
     result: Conditioning = []
     for text, options in conditioning:
-        image = pictures.image_embeddings.to(text)
+        image = images.image_embeddings.to(text)
         batch = max(text.shape[0], image.shape[0])
         both = torch.cat([text.expand(batch, -1, -1), image.expand(batch, -1, -1)], dim=1)
-        result.append([both, {**options, SPATIAL_OPTION: pictures.latent, TOKENS_OPTION: int(image.shape[1])}])
+        result.append([both, {**options, SPATIAL_OPTION: images.latent, TOKENS_OPTION: int(image.shape[1])}])
     return result
 
 
-def without_pictures(conditioning: Conditioning, *, spatial: bool, image: bool, name: str) -> Conditioning:
-    """A CONDITIONING of `with_pictures` with c_s and c_im replaced by their null values where `spatial` and `image`
+def without_images(conditioning: Conditioning, *, spatial: bool, image: bool, name: str) -> Conditioning:
+    """A CONDITIONING of `with_images` with c_s and c_im replaced by their null values where `spatial` and `image`
     say so.
 
     Raises:
@@ -208,7 +208,7 @@ def without_pictures(conditioning: Conditioning, *, spatial: bool, image: bool, 
     result: Conditioning = []
     for embedding, options in conditioning:
         if TOKENS_OPTION not in options:
-            raise IdentityEditError(f"{name} holds no source picture; connect MCDM Conditioner.")
+            raise IdentityEditError(f"{name} holds no source image; connect MCDM Conditioner.")
         left = {key: value for key, value in options.items() if not (spatial and key == SPATIAL_OPTION)}
         count = options[TOKENS_OPTION]
         if image:
@@ -224,7 +224,7 @@ def check_mcdm(mcdm: MCDM, model: Any) -> str | None:
         a warning when it has other weights than the file's, or None.
 
     Raises:
-        IdentityEditError: when it sees no source picture, or is of another family.
+        IdentityEditError: when it sees no source image, or is of another family.
     """
     require_edit_model(model)
     tag = engine.model_tag(model)

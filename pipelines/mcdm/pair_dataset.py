@@ -22,8 +22,8 @@ from ..engine.host import stock_noise
 from ..networks.image_encoders import encoder_of_clip_vision
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError
+from ..shared.images import PIXELS_OF_A_CELL, comparable
 from ..shared.parsing import as_range
-from ..shared.pictures import PIXELS_OF_A_CELL, comparable
 from .identity_words import IdentityWords, identity_conditioning, identity_vectors
 from .pair_folder import PairFolder
 from .pair_guidance import GUIDANCE_SCALE, SHARED_WEIGHT, SOURCE_WEIGHT, TARGET_WEIGHT, doubled, halves, pair_guider
@@ -60,16 +60,16 @@ class PairSettings:
     Attributes:
         count: N pairs.
         edits: each gets as many pairs as the others, within one.
-        subjects: [X]; one is drawn for each pair, or that of its identity picture where there are as many. "words |
+        subjects: [X]; one is drawn for each pair, or that of its identity image where there are as many. "words |
             name" is drawn by the words and called by the name in the dataset, so that the edits are not learned for
             people of that description alone.
         shared_prompt: p, with "{subject}" in it.
         negative_prompt: of the classifier-free guidance.
         seed: of all draws.
-        width, height: of one picture in pixels, multiples of 8.
-        validation_share: share of the pairs (of the identity pictures, where there are any) that are for validation.
+        width, height: of one image in pixels, multiples of 8.
+        validation_share: share of the pairs (of the identity images, where there are any) that are for validation.
         guidance_scale, shared_weight, source_weight, target_weight: see `pair_guidance.pair_guider`.
-        smallest_similarity: cosine similarity of the two pictures' CLIP image embeddings below which a pair is not
+        smallest_similarity: cosine similarity of the two images' CLIP image embeddings below which a pair is not
             kept; 0 keeps all.
         attempts: noises that are tried for a pair until one passes.
     """
@@ -116,7 +116,7 @@ class PairSettings:
 @dataclass(frozen=True)
 class PairPlan:
     """What one pair is to show: the prompts by which it is drawn, and those that the dataset gives it. `identity` and
-    `pose` are numbers of pictures, None where there are none."""
+    `pose` are numbers of images, None where there are none."""
 
     number: int
     edit: str
@@ -143,10 +143,10 @@ class Identities:
 
 @dataclass(frozen=True)
 class Poses:
-    """A control network and pose pictures [K, H, W, 3], one of which both halves of a pair get."""
+    """A ControlNet and pose images [K, H, W, 3], one of which both halves of a pair get."""
 
     control_net: Any
-    pictures: torch.Tensor
+    images: torch.Tensor
     strength: float = 1.0
     start_percent: float = 0.0
     end_percent: float = 1.0
@@ -154,7 +154,7 @@ class Poses:
 
 @dataclass
 class PairsMade:
-    """What a run did: new pairs, pairs that were there, pairs that did not pass, and network evaluations."""
+    """What a run did: new pairs, pairs that were there, pairs that did not pass, and model calls."""
 
     made: int = 0
     present: int = 0
@@ -198,7 +198,7 @@ def parse_part(text: str, count: int) -> range:
 
 
 def plan(settings: PairSettings, number: int, identities: int = 0, poses: int = 0) -> PairPlan:
-    """What pair `number` is to show, with so many identity pictures and poses to draw from."""
+    """What pair `number` is to show, with so many identity images and poses to draw from."""
     generator = random.Random(f"pair {settings.seed} {number}")
     edit = settings.edits[number % len(settings.edits)]
     identity = generator.randrange(identities) if identities else None
@@ -254,7 +254,7 @@ def generate_pairs(
     """Make the pairs that are missing.
 
     Args:
-        model, clip, vae: of a checkpoint that draws such pictures.
+        model, clip, vae: of a checkpoint that draws such images.
         sampler, sigmas: ComfyUI's SAMPLER and SIGMAS.
         folder: where they go.
         settings: what is made.
@@ -275,14 +275,14 @@ def generate_pairs(
     done.rejected = sum(number in rejected for number in wanted)
     counts = (
         0 if identities is None else len(identities.features),
-        0 if poses is None else len(poses.pictures),
+        0 if poses is None else len(poses.images),
     )
     encode = _encoder(clip, identities)
     draw = partial(_draw, model, vae, sampler, sigmas, settings)
     features = None if clip_vision is None else encoder_of_clip_vision(clip_vision)
     try:
         for place, number in enumerate(wanted):
-            picture = None
+            image = None
             if number not in finished and number not in rejected:
                 pair = plan(settings, number, *counts)
                 shown = pair.shared_prompt, pair.drawn_source_prompt, pair.drawn_target_prompt
@@ -304,9 +304,9 @@ def generate_pairs(
                 else:
                     folder.reject(number, facts)
                     done.rejected += 1
-                picture = torch.cat([source, target], dim=1)
+                image = torch.cat([source, target], dim=1)
             if progress is not None:
-                progress(place + 1, len(wanted), picture)
+                progress(place + 1, len(wanted), image)
     except BaseException:
         with contextlib.suppress(IdentityEditError):  # the index can be made again; what stopped the run is said
             folder.write_index()
@@ -384,7 +384,7 @@ def save_pairs(
 
     Args:
         folder: the dataset.
-        source, target: as `pictures.comparable` takes them.
+        source, target: as `images.comparable` takes them.
         source_prompt, target_prompt: p_a and p_b.
         edit: its name.
         validation_share: share of the pairs that is for validation, drawn from their numbers.
@@ -393,7 +393,7 @@ def save_pairs(
         the numbers.
 
     Raises:
-        IdentityEditError: when the pictures do not belong together, or cannot be written.
+        IdentityEditError: when the images do not belong together, or cannot be written.
     """
     source, target, _ = comparable(source, target, ("source", "target"))
     used = {*folder.finished(), *folder.rejected()}
@@ -418,9 +418,9 @@ def save_pairs(
 
 
 def with_pose(poses: Poses, number: int, vae: Any, conditionings: list[Conditioning]) -> list[Conditioning]:
-    """The conditionings with a pose on both halves, as ComfyUI's Apply ControlNet does it, by one control network for
+    """The conditionings with a pose on both halves, as ComfyUI's Apply ControlNet does it, by one ControlNet for
     all of them, so that they are still evaluated in one call."""
-    hint = doubled(poses.pictures[number : number + 1, ..., :3]).movedim(-1, 1)
+    hint = doubled(poses.images[number : number + 1, ..., :3]).movedim(-1, 1)
     control = poses.control_net.copy().set_cond_hint(
         hint, poses.strength, (poses.start_percent, poses.end_percent), vae=vae
     )
@@ -444,13 +444,13 @@ def _description(
     if identities is not None:
         found["identity_words"] = {
             "training": identities.words.training.get("run"),
-            "pictures": len(identities.features),
+            "images": len(identities.features),
             "class_word": identities.class_word,
         }
     found["poses"] = None
     if poses is not None:
         found["poses"] = {
-            "pictures": len(poses.pictures),
+            "images": len(poses.images),
             "strength": poses.strength,
             "start_percent": poses.start_percent,
             "end_percent": poses.end_percent,

@@ -34,7 +34,7 @@ import torch
 
 from ..shared.errors import IdentityEditError
 from ..shared.files import ABANDONED_AFTER, written_whole
-from ..shared.pictures import from_pillow, open_picture, to_pillow
+from ..shared.images import from_pillow, open_image, to_pillow
 
 SOURCE, TARGET, DESCRIPTION = "source.png", "target.png", "pair.json"
 DATASET, INDEX, SHEET = "dataset.json", "index.jsonl", "contact_sheet.jpg"
@@ -105,7 +105,7 @@ class PairFolder:
 
         Args:
             number: the pair's.
-            source, target: pictures [H, W, 3] in [0, 1].
+            source, target: images [H, W, 3] in [0, 1].
             facts: what JSON can hold; the description of the pair.
 
         Returns:
@@ -155,7 +155,7 @@ class PairFolder:
         return len(lines)
 
     def contact_sheet(self, most: int = 24, columns: int = 4, height: int = 128) -> torch.Tensor | None:
-        """Draw the first pairs with their edits into one picture [1, H, W, 3], write it, and return it.
+        """Draw the first pairs with their edits into one image [1, H, W, 3], write it, and return it.
 
         None where there is no pair yet.
         """
@@ -180,7 +180,7 @@ class PairFolder:
 
 
 def read_pair(folder: Path) -> dict[str, Any]:
-    """The description of the pair in a folder, with both pictures checked against it.
+    """The description of the pair in a folder, with both images checked against it.
 
     Raises:
         IdentityEditError: when a file is missing or is not what was written.
@@ -190,14 +190,14 @@ def read_pair(folder: Path) -> dict[str, Any]:
         files = facts.get("files")
         for name in (SOURCE, TARGET):
             if not isinstance(files, dict) or files.get(name) != _facts_of((folder / name).read_bytes()):
-                raise IdentityEditError(f"The picture {folder / name} is damaged; delete the pair to make it again.")
+                raise IdentityEditError(f"The image {folder / name} is damaged; delete the pair to make it again.")
     return facts
 
 
-def png(picture: torch.Tensor) -> bytes:
-    """A picture [H, W, 3] in [0, 1] as a PNG file."""
+def png(image: torch.Tensor) -> bytes:
+    """An image [H, W, 3] in [0, 1] as a PNG file."""
     buffer = io.BytesIO()
-    to_pillow(picture).save(buffer, "PNG", compress_level=4)
+    to_pillow(image).save(buffer, "PNG", compress_level=4)
     return buffer.getvalue()
 
 
@@ -207,7 +207,7 @@ def _sheet(pairs: Sequence[tuple[Path, dict[str, Any]]], columns: int, height: i
     line, gap = 14, 6
     tiles = []
     for folder, facts in pairs:
-        halves = [open_picture(folder / name, str(folder / name)).convert("RGB") for name in (SOURCE, TARGET)]
+        halves = [open_image(folder / name, str(folder / name)).convert("RGB") for name in (SOURCE, TARGET)]
         width = max(1, round(height * halves[0].width / halves[0].height))
         tile = Image.new("RGB", (2 * width, height + line), "white")
         for place, half in enumerate(halves):

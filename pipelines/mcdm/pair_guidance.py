@@ -1,4 +1,4 @@
-"""Two pictures of one subject in one latent: composable guidance for pairs (Chen et al. 2024, section 3.2).
+"""Two images of one subject in one latent: composable guidance for pairs (Chen et al. 2024, section 3.2).
 
 Source and target are the halves of a latent of double width, denoised at once, so that self-attention makes one subject
 of them. A shared prompt p speaks of both, the source prompt p_a of the left half and the target prompt p_b of the right
@@ -72,12 +72,12 @@ def pair_guider(
 ) -> engine.CombiningGuider:
     """A GUIDER for latents of double width, for any sampler.
 
-    A step costs four network evaluations (the negative prompt, p, p_a and p_b, in one call where memory allows), one
+    A step costs four model calls (the negative prompt, p, p_a and p_b, in one call where memory allows), one
     less for a guidance scale of 1 and for each weight that is 0.
 
     Args:
         model: MODEL that predicts noise or velocity.
-        shared, source, target: CONDITIONING of p, p_a and p_b, with control networks, hooks and so on.
+        shared, source, target: CONDITIONING of p, p_a and p_b, with ControlNets, hooks and so on.
         negative: CONDITIONING of the negative prompt.
         guidance_scale: of the classifier-free guidance of each of the three.
         shared_weight, source_weight, target_weight: s'_d, s'_a and s'_b of equation 2.
@@ -118,13 +118,13 @@ def pair_guider(
     return engine.CombiningGuider(model, used, combine)
 
 
-def doubled(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures [B, H, W, C] side by side with themselves [B, H, 2W, C]: the same pose on both halves."""
-    return torch.cat([pictures, pictures], dim=2)
+def doubled(images: torch.Tensor) -> torch.Tensor:
+    """Images [B, H, W, C] side by side with themselves [B, H, 2W, C]: the same pose on both halves."""
+    return torch.cat([images, images], dim=2)
 
 
 def halves(tensor: torch.Tensor, dimension: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The left and the right half of a tensor along `dimension` (2 for pictures, -1 for latents).
+    """The left and the right half of a tensor along `dimension` (2 for images, -1 for latents).
 
     Raises:
         IdentityEditError: when it cannot be halved.

@@ -16,6 +16,7 @@ from ..engine.edit_model import as_edit_model, set_weights, unet_keys
 from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
 from ..engine.weights import first_numbers
 from ..shared.errors import IdentityEditError
+from ..training.images import Batch, denoising_losses, preview
 from ..training.loop import (
     BFLOAT16,
     Progress,
@@ -26,7 +27,6 @@ from ..training.loop import (
     train,
     training_facts,
 )
-from ..training.pictures import Batch, denoising_losses, preview
 from ..training.processes import OneProcess, Processes
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
 from .guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
@@ -145,7 +145,7 @@ def train_mcdm(
 ) -> tuple[TrainedMCDM, TrainingRun]:
     """Learn edits from pairs.
 
-    All weights of the UNet are trained, from those of the given model and zeros for the source picture, together with
+    All weights of the UNet are trained, from those of the given model and zeros for the source image, together with
     MLP(.); the text encoder, the VAE and CLIP stay as they are. loss = mean |eps_theta(z_t, t, C) - eps|^2.
 
     Args:

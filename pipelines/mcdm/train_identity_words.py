@@ -1,4 +1,4 @@
-"""Training the identity encoder on pictures of many people (Chen et al. 2024, supplement 1.1; Wei et al. 2023)."""
+"""Training the identity encoder on images of many people (Chen et al. 2024, supplement 1.1; Wei et al. 2023)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..engine.trainable import trainable_networks
 from ..shared.errors import IdentityEditError
 from ..subjects.word_vectors import with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
+from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch
 from ..training.loop import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
-from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch
 from .identity_words import MOST_WORDS, WORDS, IdentityEncoder, IdentityWords, image_features, mark_identity
 
 _WHAT = "identity words"
@@ -30,9 +30,9 @@ class IdentitySettings(TrainingSettings):
     of thousands of steps; ours are a start that was tried on the demo world.
 
     Attributes:
-        class_word: what all pictures show, "person"; captions hold it, and the words go before it.
+        class_word: what all images show, "person"; captions hold it, and the words go before it.
         words: how many identity words.
-        regularisation_weight: of the mean absolute value of the words, beside the loss.
+        regularization_weight: of the mean absolute value of the words, beside the loss.
         masked: count the loss inside the masks only. Chen et al. 2024 name no mask.
     """
 
@@ -41,26 +41,26 @@ class IdentitySettings(TrainingSettings):
     steps: int = 2000
     learning_rate: float = 1e-4
     batch_size: int = 4
-    regularisation_weight: float = 0.01
+    regularization_weight: float = 0.01
     masked: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.class_word.strip():
-            raise IdentityEditError("class_word is empty; write what the pictures show, such as 'person'.")
+            raise IdentityEditError("class_word is empty; write what the images show, such as 'person'.")
         if not 1 <= self.words <= MOST_WORDS:
             raise IdentityEditError(f"words is {self.words}; choose a number from 1 to {MOST_WORDS}.")
-        if not (self.regularisation_weight >= 0.0 and math.isfinite(self.regularisation_weight)):
-            raise IdentityEditError(f"regularisation_weight is {self.regularisation_weight}; choose 0 or more.")
+        if not (self.regularization_weight >= 0.0 and math.isfinite(self.regularization_weight)):
+            raise IdentityEditError(f"regularization_weight is {self.regularization_weight}; choose 0 or more.")
 
 
-def features_of(clip_vision: Any, pictures: list[torch.Tensor]) -> torch.Tensor:
-    """The image encoder's features [P, N, C] of P pictures [H, W, 3] in [0, 1], float32 CPU."""
+def features_of(clip_vision: Any, images: list[torch.Tensor]) -> torch.Tensor:
+    """The image encoder's features [P, N, C] of P images [H, W, 3] in [0, 1], float32 CPU."""
     found = []
     with torch.no_grad():
-        for picture in pictures:
+        for image in images:
             # crop=False: a face may be anywhere.
-            seen = clip_vision.encode_image(picture[None, ..., :3], crop=False)
+            seen = clip_vision.encode_image(image[None, ..., :3], crop=False)
             found.append(image_features(seen, "The CLIP vision"))
     with torch.inference_mode(False), torch.no_grad():
         return torch.cat([each.clone() for each in found])
@@ -69,20 +69,20 @@ def features_of(clip_vision: Any, pictures: list[torch.Tensor]) -> torch.Tensor:
 def train_identity_words(
     model: Any,
     clip: Any,
-    pictures: TrainingPictures,
+    images: TrainingImages,
     features: torch.Tensor,
     settings: IdentitySettings,
     *,
     checkpoint: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[IdentityWords, TrainingRun]:
-    """Learn an identity encoder: each picture is denoised with its own words in its caption.
+    """Learn an identity encoder: each image is denoised with its own words in its caption.
 
     Args:
         model: MODEL that predicts noise or velocity, frozen.
         clip: its CLIP, frozen; the gradient passes through it.
-        pictures: many people, one of them in each picture, with captions that hold the class word.
-        features: of the same pictures [P, N, C], from `features_of`.
+        images: many people, one of them in each image, with captions that hold the class word.
+        features: of the same images [P, N, C], from `features_of`.
         settings: see there.
         checkpoint, progress: see `training.train`; there are no samples.
 
@@ -90,13 +90,13 @@ def train_identity_words(
         IdentityEditError: when an input cannot be used, or as in `training.train`.
     """
     tag = engine.model_tag(model)
-    _check(pictures, features, settings)
+    _check(images, features, settings)
     widths = {name: int(table.shape[-1]) for name, table in word_table(clip).items()}
     with trainable_networks(
         model,
         clip,
         dtype=settings.dtype,
-        latent_shape=[settings.batch_size, *pictures.largest],
+        latent_shape=[settings.batch_size, *images.largest],
         checkpointing=settings.checkpointing,
     ) as networks:
         with torch.random.fork_rng(devices=[]):
@@ -108,11 +108,11 @@ def train_identity_words(
         features = features.detach().clone()
         marked = {
             caption: mark_identity(clip, settings.class_word, settings.words, caption, disable_weights=True)
-            for caption in dict.fromkeys(pictures.captions)
+            for caption in dict.fromkeys(images.captions)
         }
 
         def losses(index: int) -> Iterator[torch.Tensor]:
-            batch = draw_batch(networks, pictures, settings, index, _WHAT, masked=settings.masked)
+            batch = draw_batch(networks, images, settings, index, _WHAT, masked=settings.masked)
             words = encoder(features[batch.chosen].to(networks.device))
             prompts = [
                 with_word_vectors(marked[caption], {name: vectors[row] for name, vectors in words.items()})
@@ -120,16 +120,16 @@ def train_identity_words(
             ]
             loss = denoising_losses(networks, batch, networks.encode_tokens(prompts)).mean()
             size = torch.stack([vectors.float().abs().mean() for vectors in words.values()]).mean()
-            yield loss + settings.regularisation_weight * size
+            yield loss + settings.regularization_weight * size
 
-        # Rounded, as encoding the same pictures on another device need not give the same bits.
+        # Rounded, as encoding the same images on another device need not give the same bits.
         seen = hashlib.sha256((features.mean(dim=(1, 2)) * 100).round().to(torch.int32).numpy().tobytes()).hexdigest()
         run = train(
             dict(encoder.named_parameters()),
             losses,
             settings,
             description=run_description(
-                settings, tag, what=_WHAT, pictures=pictures.fingerprint, features=[seen, *features.shape]
+                settings, tag, what=_WHAT, images=images.fingerprint, features=[seen, *features.shape]
             ),
             checkpoint=checkpoint,
             progress=progress,
@@ -142,20 +142,20 @@ def train_identity_words(
         features=(int(features.shape[1]), int(features.shape[2])),
         class_word=settings.class_word,
         model=tag,
-        training=training_facts(settings, run, pictures=len(pictures)),
+        training=training_facts(settings, run, images=len(images)),
     )
     return learned, run
 
 
-def _check(pictures: TrainingPictures, features: torch.Tensor, settings: IdentitySettings) -> None:
-    if features.ndim != 3 or len(features) != len(pictures):
+def _check(images: TrainingImages, features: torch.Tensor, settings: IdentitySettings) -> None:
+    if features.ndim != 3 or len(features) != len(images):
         raise IdentityEditError(
-            f"There are {len(pictures)} pictures and CLIP vision features for {len(features)}; encode the same ones."
+            f"There are {len(images)} images and CLIP vision features for {len(features)}; encode the same ones."
         )
-    for number, caption in enumerate(pictures.captions, start=1):
+    for number, caption in enumerate(images.captions, start=1):
         if not has_word(caption, settings.class_word):
             raise IdentityEditError(
-                f"The caption of picture {number}, '{caption}', does not hold the class word '{settings.class_word}'; "
+                f"The caption of image {number}, '{caption}', does not hold the class word '{settings.class_word}'; "
                 f"write it there, or choose another class word."
             )
-    check_masks(pictures.masks, settings.masked)
+    check_masks(images.masks, settings.masked)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..shared.errors import IdentityEditError
-from ..shared.pictures import to_pillow
+from ..shared.images import to_pillow
 from .model_folders import check_preprocessor, from_transformers, loaded, read_config
 
 FOLDER = "grounding-dino"
@@ -22,7 +22,7 @@ BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
 
 def detect(
     path: str,
-    pictures: Sequence[torch.Tensor],
+    images: Sequence[torch.Tensor],
     name: str,
     box_threshold: float = BOX_THRESHOLD,
     text_threshold: float = TEXT_THRESHOLD,
@@ -31,12 +31,12 @@ def detect(
 
     Args:
         path: a folder; see `NEEDED`.
-        pictures: [height, width, 3], 0 to 1.
+        images: [height, width, 3], 0 to 1.
         name: what to look for, such as "dog".
         box_threshold, text_threshold: how sure the network must be, 0 to 1.
 
     Returns:
-        for each picture (score, (left, top, right, bottom) in pixels), the most certain first.
+        for each image (score, (left, top, right, bottom) in pixels), the most certain first.
 
     Raises:
         IdentityEditError: when files are missing, the folder holds another network, or there is no name.
@@ -59,12 +59,12 @@ def detect(
 
     found = []
     with loaded(path, load) as (network, processor, device):
-        for picture in pictures:
+        for image in images:
             # Names are lower case and end with a full stop: so Grounding DINO has learned them.
-            inputs = processor(images=to_pillow(picture), text=f"{words}.", return_tensors="pt").to(device)
+            inputs = processor(images=to_pillow(image), text=f"{words}.", return_tensors="pt").to(device)
             # By position: the third argument has had two names.
             result = processor.post_process_grounded_object_detection(
-                network(**inputs), inputs["input_ids"], box_threshold, text_threshold, [tuple(picture.shape[:2])]
+                network(**inputs), inputs["input_ids"], box_threshold, text_threshold, [tuple(image.shape[:2])]
             )[0]
             boxes = zip(result["scores"].tolist(), (tuple(box) for box in result["boxes"].tolist()), strict=True)
             found.append(sorted(boxes, reverse=True))

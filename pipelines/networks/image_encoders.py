@@ -1,4 +1,4 @@
-"""Networks that say in one vector what a picture shows: of a folder in the form of transformers or timm, or ComfyUI's
+"""Networks that say in one vector what an image shows: of a folder in the form of transformers or timm, or ComfyUI's
 CLIP_VISION."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import interpolate
 
 from ..shared.errors import IdentityEditError, first_line
-from ..shared.pictures import to_pillow
+from ..shared.images import to_pillow
 from .model_folders import check_preprocessor, from_transformers, loaded, read_config
 
 NEEDED = (
@@ -18,23 +18,23 @@ NEEDED = (
     "CLIP, in the form of transformers, or config.json and model.safetensors in that of timm"
 )
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of colors, by which most networks expect pictures to be normalized."""
+"""Of colors, by which most networks expect images to be normalized."""
 _CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "deit", "ijepa")
 _PROJECTED = {"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"}
 _POOLED = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 
 Encoder = Callable[[Sequence[torch.Tensor]], torch.Tensor]
-"""Features [n, D] of n pictures [h, w, 3] in [0, 1] whose sizes may differ."""
+"""Features [n, D] of n images [h, w, 3] in [0, 1] whose sizes may differ."""
 
 
 def encoder_of_clip_vision(clip_vision: Any) -> Encoder:
     """Image embeddings of ComfyUI's CLIP_VISION (Load CLIP Vision); of DINOv2 there the class token."""
 
-    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    def encode(images: Sequence[torch.Tensor]) -> torch.Tensor:
         found = []
-        for picture in pictures:
+        for image in images:
             # crop=False: the subject may stand at the side.
-            output = clip_vision.encode_image(picture[None, ..., :3], crop=False)
+            output = clip_vision.encode_image(image[None, ..., :3], crop=False)
             features = output["image_embeds"]
             if features is None or features.ndim != 2:
                 features = output["last_hidden_state"][:, 0]
@@ -49,7 +49,7 @@ def encoder_of_folder(path: str) -> Encoder:
 
     DINO, DINOv2 and other vision transformers give their class token after the last layer, as in DreamBooth's DINO
     score (Ruiz et al. 2023); CLIP gives its projected image embedding; SigLIP its pooled one. The network is
-    loaded when pictures are encoded, and given back afterwards.
+    loaded when images are encoded, and given back afterwards.
 
     Args:
         path: a folder; see `NEEDED`.
@@ -74,11 +74,11 @@ def encoder_of_folder(path: str) -> Encoder:
         name = _PROJECTED.get(kind) or _POOLED.get(kind) or "AutoModel"
         return from_transformers(path, getattr(transformers, name), transformers.AutoImageProcessor)
 
-    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    def encode(images: Sequence[torch.Tensor]) -> torch.Tensor:
         found = []
         with loaded(path, load) as (network, processor, device):
-            for picture in pictures:
-                output = network(**processor(images=to_pillow(picture), return_tensors="pt").to(device))
+            for image in images:
+                output = network(**processor(images=to_pillow(image), return_tensors="pt").to(device))
                 if kind in _PROJECTED:
                     features = output.image_embeds
                 else:
@@ -112,21 +112,21 @@ def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
             )
         return network, config.get("pretrained_cfg") or {}
 
-    def encode(pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    def encode(images: Sequence[torch.Tensor]) -> torch.Tensor:
         found = []
         with loaded(path, load) as (network, prepared, device):
             size = tuple(prepared.get("input_size", (3, 224, 224)))[1:]
             # timm's own default where a folder names none: ImageNet's
             mean = torch.tensor(prepared.get("mean", IMAGENET_MEAN)).view(1, 3, 1, 1)
             deviation = torch.tensor(prepared.get("std", IMAGENET_DEVIATION)).view(1, 3, 1, 1)
-            for picture in pictures:
-                scaled = picture[..., :3].float().cpu().permute(2, 0, 1)[None]
+            for image in images:
+                scaled = image[..., :3].float().cpu().permute(2, 0, 1)[None]
                 scaled = interpolate(scaled, size=size, mode="bicubic", antialias=True).clamp(0.0, 1.0)
                 try:
                     features = network(((scaled - mean) / deviation).to(device))
                 except RuntimeError as error:
                     raise IdentityEditError(
-                        f"The model in {path} cannot read a picture ({first_line(error)}); choose another."
+                        f"The model in {path} cannot read an image ({first_line(error)}); choose another."
                     ) from error
                 found.append(features.flatten(1).float().cpu())
         return torch.cat(found)

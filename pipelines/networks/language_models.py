@@ -15,7 +15,7 @@ import torch
 
 from ..engine.host import stop_if_interrupted, supports_bfloat16
 from ..shared.errors import IdentityEditError, first_line
-from ..shared.pictures import to_pillow
+from ..shared.images import to_pillow
 from .model_folders import CONFIG, check_preprocessor, loaded, read_config
 
 IMAGE_AND_TEXT = "image-text-to-text"
@@ -41,13 +41,13 @@ class LanguageModel:
     device: torch.device
 
     def ask(
-        self, question: str, picture: torch.Tensor | None = None, *, max_new_tokens: int, temperature: float, seed: int
+        self, question: str, image: torch.Tensor | None = None, *, max_new_tokens: int, temperature: float, seed: int
     ) -> str:
         """The model's answer.
 
         Args:
             question: what to ask; it is put into the model's own chat template where it has one.
-            picture: [height, width, 3], 0 to 1, for models of the kind IMAGE_AND_TEXT.
+            image: [height, width, 3], 0 to 1, for models of the kind IMAGE_AND_TEXT.
             max_new_tokens: the answer's greatest length.
             temperature: 0 takes the likeliest token each time; above 0 tokens are drawn with the seed.
             seed: 0 to 2^64 - 1.
@@ -60,7 +60,7 @@ class LanguageModel:
         sampling = {"do_sample": True, "temperature": temperature} if temperature > 0.0 else {"do_sample": False}
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
-            inputs = self._inputs(question, picture)
+            inputs = self._inputs(question, image)
             with torch.random.fork_rng(devices=cuda):  # transformers draws from torch's global generator
                 torch.manual_seed(seed)
                 answer = self.network.generate(
@@ -83,16 +83,16 @@ class LanguageModel:
             answer = answer[:, prompt.shape[1] :]
         return str(self.processor.batch_decode(answer, skip_special_tokens=True)[0]).strip()
 
-    def _inputs(self, question: str, picture: torch.Tensor | None) -> Any:
+    def _inputs(self, question: str, image: torch.Tensor | None) -> Any:
         """The model's inputs, with batch size 1 and on its device."""
         has_template = getattr(self.processor, "chat_template", None) is not None
-        if picture is None:
+        if image is None:
             if has_template:
                 message = [{"role": "user", "content": question}]
                 question = self.processor.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
             inputs = self.processor(question, return_tensors="pt", add_special_tokens=not has_template)
             return inputs.to(self.device)
-        pillow = to_pillow(picture)
+        pillow = to_pillow(image)
         if has_template:
             content = [{"type": "image", "image": pillow}, {"type": "text", "text": question}]
             inputs = self.processor.apply_chat_template(
@@ -115,7 +115,7 @@ def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
     """Load a model from a folder, and give its memory back at the end.
 
     Args:
-        path: a folder with config.json, *.safetensors, and the files of the tokenizer and, for pictures, the processor.
+        path: a folder with config.json, *.safetensors, and the files of the tokenizer and, for images, the processor.
         kind: IMAGE_AND_TEXT or TEXT, in the words of transformers' pipelines.
 
     Raises:
@@ -135,7 +135,7 @@ def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
         processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if is_visual and not hasattr(processor, "image_processor"):
             # AutoProcessor gives the tokenizer alone where it finds nothing else.
-            raise OSError("it has no processor for pictures with text")
+            raise OSError("it has no processor for images with text")
         network = network_class.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, use_safetensors=True, torch_dtype="auto"
         )

@@ -93,8 +93,8 @@ def read_config(path: str, needed: str) -> dict[str, Any]:
 
 
 def check_preprocessor(path: str) -> None:
-    """Raise `IdentityEditError` where a folder does not say how pictures are prepared: transformers would take another
-    model's sizes and colours for granted."""
+    """Raise `IdentityEditError` where a folder does not say how images are prepared: transformers would take another
+    model's sizes and colors for granted."""
     if os.path.isfile(os.path.join(path, "preprocessor_config.json")):
         return
     try:  # newer folders say it in a common file
@@ -104,8 +104,8 @@ def check_preprocessor(path: str) -> None:
         is_described = False
     if not is_described:
         raise IdentityEditError(
-            f"The model folder {path} has no preprocessor_config.json, which says how pictures are prepared; put it "
-            f"there, or choose a model that reads pictures."
+            f"The model folder {path} has no preprocessor_config.json, which says how images are prepared; put it "
+            f"there, or choose a model that reads images."
         )
 
 

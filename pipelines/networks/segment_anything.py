@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 
 from ..shared.errors import IdentityEditError, first_line
+from ..shared.images import as_bytes, to_pillow
 from ..shared.parsing import lines_of_numbers, numbers
-from ..shared.pictures import as_bytes, to_pillow
 from .model_folders import check_preprocessor, from_transformers, loaded, read_checkpoint, read_config
 
 SAM_FOLDER = "sams"
@@ -25,7 +25,7 @@ LARGEST, UNION, MOST_CERTAIN = CHOICES = ("largest", "union", "most certain")
 POINTS_PER_SIDE = 32
 """Of the grid of points that everything is asked for by (Kirillov et al. 2023)."""
 _BACKGROUND_BORDER = 0.5
-"""[choice] A mask that holds more than this share of the picture's border is the background, not a subject."""
+"""[choice] A mask that holds more than this share of the image's border is the background, not a subject."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Prompt:
     """What Segment Anything is asked for: points, a box, both, or everything (neither).
 
     Attributes:
-        points: (x, y) in pixels from the picture's upper left corner.
+        points: (x, y) in pixels from the image's upper left corner.
         labels: for each point True on the subject, False beside it.
         box: (left, top, right, bottom) in pixels, or None.
     """
@@ -49,7 +49,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a picture.
+    """A part of an image.
 
     Attributes:
         mask: [height, width] bool.
@@ -63,60 +63,58 @@ class Segment:
 class Segmenter(Protocol):
     """A loaded Segment Anything."""
 
-    def by_prompt(self, picture: torch.Tensor, prompt: Prompt) -> Segment:
-        """The most certain mask [h, w] for points and box in a picture [h, w, 3]."""
+    def by_prompt(self, image: torch.Tensor, prompt: Prompt) -> Segment:
+        """The most certain mask [h, w] for points and box in an image [h, w, 3]."""
 
-    def everything(self, picture: torch.Tensor) -> list[Segment]:
+    def everything(self, image: torch.Tensor) -> list[Segment]:
         """All parts that are found without a prompt."""
 
 
 # --- Segment Anything ------------------------------------------------------------------------------------------------
 
 
-def segment_anything(
-    segmenter: Segmenter, picture: torch.Tensor, prompt: Prompt, choice: str = LARGEST
-) -> torch.Tensor:
+def segment_anything(segmenter: Segmenter, image: torch.Tensor, prompt: Prompt, choice: str = LARGEST) -> torch.Tensor:
     """The subject's mask by points and box, or chosen among everything that is found.
 
     Args:
         segmenter: from `load_segmenter`.
-        picture: [height, width, 3], 0 to 1.
+        image: [height, width, 3], 0 to 1.
         prompt: where the subject is. Without points and box everything is segmented and what holds most of the
-            picture's border left out as background.
+            image's border left out as background.
         choice: of the parts found without a prompt, or of several boxes: LARGEST, UNION or MOST_CERTAIN.
 
     Returns:
         [height, width] float32, 0 or 1; all 0 where nothing is found.
 
     Raises:
-        IdentityEditError: when a point or the box lies outside of the picture.
+        IdentityEditError: when a point or the box lies outside of the image.
     """
-    check_prompt(prompt, picture)
+    check_prompt(prompt, image)
     if not prompt.is_automatic:
-        return segmenter.by_prompt(picture, prompt).mask.float()
-    return _chosen([part for part in segmenter.everything(picture) if not _is_background(part.mask)], choice, picture)
+        return segmenter.by_prompt(image, prompt).mask.float()
+    return _chosen([part for part in segmenter.everything(image) if not _is_background(part.mask)], choice, image)
 
 
 def segment_by_name(
-    segmenter: Segmenter, picture: torch.Tensor, boxes: Sequence[tuple[float, tuple[float, ...]]], choice: str
+    segmenter: Segmenter, image: torch.Tensor, boxes: Sequence[tuple[float, tuple[float, ...]]], choice: str
 ) -> torch.Tensor:
     """The subject's mask from boxes that a detector gave (Grounded SAM): one mask for each box, then `choice`.
 
     Args:
         segmenter: from `load_segmenter`.
-        picture: [height, width, 3].
+        image: [height, width, 3].
         boxes: (score, (left, top, right, bottom)), from `detect`.
         choice: LARGEST, UNION or MOST_CERTAIN (the detector's score).
 
     Returns:
         [height, width] float32, 0 or 1; all 0 without boxes.
     """
-    height, width = picture.shape[:2]
+    height, width = image.shape[:2]
     parts = []
     for score, (left, top, right, bottom) in boxes:
         box = (max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom))
-        parts.append(Segment(segmenter.by_prompt(picture, Prompt(box=box)).mask, score))
-    return _chosen(parts, choice, picture)
+        parts.append(Segment(segmenter.by_prompt(image, Prompt(box=box)).mask, score))
+    return _chosen(parts, choice, image)
 
 
 @contextmanager
@@ -155,12 +153,12 @@ class _PackageSegmenter:
     def __init__(self, network: Any) -> None:
         self._network = network
 
-    def by_prompt(self, picture: torch.Tensor, prompt: Prompt) -> Segment:
+    def by_prompt(self, image: torch.Tensor, prompt: Prompt) -> Segment:
         import numpy as np
         from segment_anything import SamPredictor
 
         predictor = SamPredictor(self._network)
-        predictor.set_image(as_bytes(picture))
+        predictor.set_image(as_bytes(image))
         masks, scores, _ = predictor.predict(
             point_coords=np.array(prompt.points, dtype=np.float32) if prompt.points else None,
             point_labels=np.array(prompt.labels, dtype=np.int32) if prompt.points else None,
@@ -170,10 +168,10 @@ class _PackageSegmenter:
         best = int(np.argmax(scores))
         return Segment(torch.from_numpy(np.asarray(masks[best], dtype=bool)), float(scores[best]))
 
-    def everything(self, picture: torch.Tensor) -> list[Segment]:
+    def everything(self, image: torch.Tensor) -> list[Segment]:
         from segment_anything import SamAutomaticMaskGenerator
 
-        found = SamAutomaticMaskGenerator(self._network, points_per_side=POINTS_PER_SIDE).generate(as_bytes(picture))
+        found = SamAutomaticMaskGenerator(self._network, points_per_side=POINTS_PER_SIDE).generate(as_bytes(image))
         return [Segment(torch.from_numpy(part["segmentation"]), float(part["predicted_iou"])) for part in found]
 
 
@@ -183,14 +181,14 @@ class _TransformersSegmenter:
     def __init__(self, network: Any, processor: Any, device: torch.device, path: str) -> None:
         self._network, self._processor, self._device, self._path = network, processor, device, path
 
-    def by_prompt(self, picture: torch.Tensor, prompt: Prompt) -> Segment:
+    def by_prompt(self, image: torch.Tensor, prompt: Prompt) -> Segment:
         given: dict[str, Any] = {}
         if prompt.points:
             given["input_points"] = [[[list(point) for point in prompt.points]]]
             given["input_labels"] = [[[int(label) for label in prompt.labels]]]
         if prompt.box:
             given["input_boxes"] = [[list(prompt.box)]]
-        inputs = self._processor(to_pillow(picture), return_tensors="pt", **given)
+        inputs = self._processor(to_pillow(image), return_tensors="pt", **given)
         sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
         # Coordinates come as float64, which some devices lack.
         tensors = {
@@ -204,7 +202,7 @@ class _TransformersSegmenter:
         best = int(scores.argmax())
         return Segment(masks[best].bool(), float(scores[best]))
 
-    def everything(self, picture: torch.Tensor) -> list[Segment]:
+    def everything(self, image: torch.Tensor) -> list[Segment]:
         import numpy as np
         from transformers import pipeline
 
@@ -216,7 +214,7 @@ class _TransformersSegmenter:
         )
         try:
             # Two rows of points at a time: it finishes only where batches come out even.
-            found = generator(to_pillow(picture), points_per_batch=2 * POINTS_PER_SIDE, points_per_crop=POINTS_PER_SIDE)
+            found = generator(to_pillow(image), points_per_batch=2 * POINTS_PER_SIDE, points_per_crop=POINTS_PER_SIDE)
         except (RuntimeError, NotImplementedError, IndexError) as error:
             raise IdentityEditError(
                 f"The model in {self._path} cannot segment everything ({first_line(error)}); give points or a box."
@@ -290,19 +288,19 @@ def parse_prompt(points: str, box: str) -> Prompt:
     return Prompt(tuple(coordinates), tuple(labels), corners)
 
 
-def check_prompt(prompt: Prompt, picture: torch.Tensor) -> None:
-    """Raise `IdentityEditError` when a point or the whole box lies outside of the picture [height, width, 3]."""
-    height, width = picture.shape[:2]
+def check_prompt(prompt: Prompt, image: torch.Tensor) -> None:
+    """Raise `IdentityEditError` when a point or the whole box lies outside of the image [height, width, 3]."""
+    height, width = image.shape[:2]
     for x, y in prompt.points:
         if not (0 <= x <= width and 0 <= y <= height):
             raise IdentityEditError(
-                f"The point ({x:g}, {y:g}) lies outside of the picture of {width}x{height} pixels; choose one inside."
+                f"The point ({x:g}, {y:g}) lies outside of the image of {width}x{height} pixels; choose one inside."
             )
     if prompt.box is not None:
         left, top, right, bottom = prompt.box
         if left >= width or top >= height or right <= 0 or bottom <= 0:
             raise IdentityEditError(
-                f"The box ({left:g}, {top:g}, {right:g}, {bottom:g}) lies outside of the picture of {width}x{height} "
+                f"The box ({left:g}, {top:g}, {right:g}, {bottom:g}) lies outside of the image of {width}x{height} "
                 f"pixels; choose one inside."
             )
 
@@ -317,11 +315,11 @@ def _is_background(mask: torch.Tensor) -> bool:
     return float(border.float().mean()) > _BACKGROUND_BORDER
 
 
-def _chosen(parts: Sequence[Segment], choice: str, picture: torch.Tensor) -> torch.Tensor:
+def _chosen(parts: Sequence[Segment], choice: str, image: torch.Tensor) -> torch.Tensor:
     if choice not in CHOICES:
         raise IdentityEditError(f"choice is {choice!r}; choose one of {', '.join(CHOICES)}.")
     if not parts:
-        return torch.zeros(picture.shape[:2])
+        return torch.zeros(image.shape[:2])
     if choice == UNION:
         return torch.stack([part.mask for part in parts]).any(dim=0).float()
     if choice == LARGEST:

@@ -20,12 +20,12 @@ from torch.nn.functional import interpolate, linear
 from ..shared.errors import IdentityEditError
 
 SIZE = 256
-"""Pixels along a side of the picture: any other size would silently give another number of rows."""
+"""Pixels along a side of the image: any other size would silently give another number of rows."""
 WIDTH = 512
 ROWS = 18
-"""Style rows of a StyleGAN of 1024x1024 pixels, FFHQ's: 2 * log2(1024) - 2."""
+"""W+ codes of a StyleGAN of 1024x1024 pixels, FFHQ's: 2 * log2(1024) - 2."""
 UNITS = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
-"""(channels in, channels out, number of units) of the four stages; each stage halves the picture in its first unit."""
+"""(channels in, channels out, number of units) of the four stages; each stage halves the image in its first unit."""
 TAPS = (6, 20, 23)
 """Units after which features are read: 128 channels at 64x64, 256 at 32x32 and 512 at 16x16."""
 MIDDLE_ROW, FINE_ROW = 3, 7
@@ -34,7 +34,7 @@ _REDUCTION = 16
 
 
 class SqueezeAndExcitation(nn.Module):
-    """Weighs channels by what the whole picture shows (Hu et al. 2018)."""
+    """Weighs channels by what the whole image shows (Hu et al. 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class StyleHead(nn.Module):
 
 
 class E4E(nn.Module):
-    """The encoder: pictures [B, 3, 256, 256] in -1 to 1 -> what to add to the mean style [B, N, 512].
+    """The encoder: images [B, 3, 256, 256] in -1 to 1 -> what to add to the mean style [B, N, 512].
 
     Args:
         rows: N, 18 for StyleGANs of 1024x1024 pixels, 16 for 512x512, 14 for 256x256.
@@ -131,8 +131,8 @@ class E4E(nn.Module):
         """What it takes to build it again."""
         return {"rows": self.rows}
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        features = self.input_layer(pictures)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.input_layer(images)
         tapped = []
         for number, unit in enumerate(self.body):
             features = unit(features)

@@ -1,8 +1,8 @@
-"""Style attention: a person's W+ style rows shown to a diffusion model (PIDiff: Gu et al. 2025, sections 2.2.2, 2.2.3).
+"""Style attention: a person's W+ W+ codes shown to a diffusion model (PIDiff: Gu et al. 2025, sections 2.2.2, 2.2.3).
 
-A mapping network turns groups of style rows, from coarse to fine, into one token each; style cross-attention behind
-every text cross-attention (`attention.style_cross_attention`) brings the tokens into the picture. Both are trained on a
-few pictures of one person (`train_style_attention`); no weight of the diffusion model changes.
+A mapping network turns groups of W+ codes, from coarse to fine, into one token each; style cross-attention behind
+every text cross-attention (`attention.style_cross_attention`) brings the tokens into the image. Both are trained on a
+few images of one person (`train_style_attention`); no weight of the diffusion model changes.
 
 The paper has Stable Diffusion 1.5. SD2.x and SDXL are ours: tokens have the width of their text embeddings, and every
 transformer block has its style cross-attention.
@@ -48,11 +48,11 @@ RowGroups = tuple[tuple[int, int], ...]
 
 
 def parse_row_groups(text: str, count: int) -> RowGroups:
-    """Groups of style rows as a user writes them: "1-5, 6-9, 10-13, 14-18".
+    """Groups of W+ codes as a user writes them: "1-5, 6-9, 10-13, 14-18".
 
     Args:
         text: ranges or single rows, separated by commas, one after another from row 1 to the last.
-        count: N, the encoder's style rows.
+        count: N, the encoder's W+ codes.
 
     Raises:
         IdentityEditError: when a part is no range, or the groups do not hold every row once and in order.
@@ -88,10 +88,10 @@ def written_row_groups(groups: RowGroups) -> str:
 
 
 class MappingNetwork(nn.Module):
-    """F of Gu et al. 2025, section 2.2.2: each of its mapping layers turns one group of style rows into one token.
+    """F of Gu et al. 2025, section 2.2.2: each of its mapping layers turns one group of W+ codes into one token.
 
     The paper says neither what a layer is nor what the null style is. Here a layer is linear, and the tokens are
-    normalised as IP-Adapter's are, to the size of text embeddings, which the copied projections W'_k and W'_v know. It
+    normalized as IP-Adapter's are, to the size of text embeddings, which the copied projections W'_k and W'_v know. It
     sees rows as their difference from the encoder's mean style, which the layers' biases could as well learn: so the
     null style, that mean, differs from a person from the first step on.
     """
@@ -99,23 +99,23 @@ class MappingNetwork(nn.Module):
     def __init__(self, groups: RowGroups, style_width: int, text_width: int) -> None:
         """
         Args:
-            groups: of style rows.
+            groups: of W+ codes.
             style_width: C, numbers of a style row.
             text_width: of the model's text embeddings.
         """
         super().__init__()
         self.groups = groups
         self.layers = nn.ModuleList(nn.Linear((last - first + 1) * style_width, text_width) for first, last in groups)
-        self.normalise = nn.LayerNorm(text_width)
+        self.normalize = nn.LayerNorm(text_width)
 
     def forward(self, rows: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
-        """Style rows [B, N, C] and the mean style [N, C] -> tokens v [B, number of groups, text width]."""
+        """W+ codes [B, N, C] and the mean style [N, C] -> tokens v [B, number of groups, text width]."""
         difference = rows - average
         tokens = [
             layer(difference[:, first - 1 : last].flatten(1))
             for layer, (first, last) in zip(self.layers, self.groups, strict=True)
         ]
-        return self.normalise(torch.stack(tokens, dim=1))
+        return self.normalize(torch.stack(tokens, dim=1))
 
 
 class StyleNetwork(nn.Module):
@@ -211,7 +211,7 @@ def check_styles(style: StyleAttention, w_plus: WPlus) -> str | None:
     if (w_plus.count, w_plus.width) != (style.style_rows, style.style_width):
         raise IdentityEditError(
             f"The W+ styles are {w_plus.count} rows of {w_plus.width} and the style attention reads {style.style_rows} "
-            f"of {style.style_width}; encode the picture with the W+ encoder of its training ({style.encoder})."
+            f"of {style.style_width}; encode the image with the W+ encoder of its training ({style.encoder})."
         )
     if w_plus.encoder != style.encoder:
         return (
@@ -302,7 +302,7 @@ def apply_style_attention(
     Args:
         model: MODEL, Stable Diffusion 1.x, 2.x or XL.
         style: trained with its family.
-        w_plus: of one picture for the whole batch, or of one for each.
+        w_plus: of one image for the whole batch, or of one for each.
         strength: lambda. 0 gives the plain model.
         start_percent, end_percent, schedule: see `strength_at`.
         mask: [1 or B, H, W], 0 to 1, where the person is; of any size, stretched over the latent.

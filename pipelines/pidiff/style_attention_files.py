@@ -1,14 +1,14 @@
-"""Files of style attentions: the pack's own; others are recognised and refused by name.
+"""Files of style attentions: the pack's own; others are recognized and refused by name.
 
 The pack's file is one safetensors file of float16 (65 MB for SD1.5 and e4e): `mapping.layers.I.weight` and `.bias` of
-mapping layer I and `mapping.normalise.*`, and `attention.layers.BLOCK_NUMBER_INDEX.to_q.weight`, `to_k`, `to_v` of each
+mapping layer I and `mapping.normalize.*`, and `attention.layers.BLOCK_NUMBER_INDEX.to_q.weight`, `to_k`, `to_v` of each
 transformer block. The header's `identity_edit` is JSON: kind, attention ("sequential" or "parallel"), row_groups,
 style_rows, style_width, text_width, encoder, pseudo_word, model (the tag of the model it was trained with, or null) and
 training.
 
 The published w-plus-adapter (Li et al. 2024) is another network: its mapping layers read 4, 4, 4 and 6 rows without
 subtracting the mean style, its null style is zero, and its query is taken before the output projection, where no patch
-on a list can be. Its weights here would give other pictures, so its files are refused.
+on a list can be. Its weights here would give other images, so its files are refused.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def load_style_attention(path: str) -> StyleAttention:
     tensors, description = read_tensors(path, KIND)
     with understanding(path, "The style attention"):
         tag, training = description["model"], description["training"]
-        check_facts(training, ("steps", "learning_rate", "pictures"))
+        check_facts(training, ("steps", "learning_rate", "images"))
         attention = "attention.layers."
         sizes = {}
         for name in sorted({name[len(attention) :].split(".")[0] for name in tensors if name.startswith(attention)}):

@@ -1,4 +1,4 @@
-"""Training a style attention on a few pictures of one person (PIDiff, Gu et al. 2025: sections 2.2.1, 2.2.4, 3.1)."""
+"""Training a style attention on a few images of one person (PIDiff, Gu et al. 2025: sections 2.2.1, 2.2.4, 3.1)."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ...attention.style_cross_attention import KINDS, SEQUENTIAL, layer_sizes, s
 from .. import engine
 from ..engine.trainable import float32_weight, trainable_networks
 from ..shared.errors import IdentityEditError
+from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch, guided_preview
 from ..training.loop import (
     Progress,
     TrainingRun,
@@ -23,7 +24,6 @@ from ..training.loop import (
     train,
     training_facts,
 )
-from ..training.pictures import TrainingPictures, check_masks, denoising_losses, draw_batch, guided_preview
 from .style_attention import ROW_GROUPS, STRENGTH, RowGroups, StyleAttention, StyleNetwork, parse_row_groups
 from .style_attention_files import in_file_precision
 from .w_plus import WPlus
@@ -34,7 +34,7 @@ TEMPLATES = (
     "a cropped photo of {}",
     "a photo of {}",
     "a close-up photo of {}",
-    "a picture of {}",
+    "an image of {}",
     "a portrait of {}",
 )
 """The first two are named in Gu et al. 2025, section 2.2.1; the others are in their manner."""
@@ -48,12 +48,12 @@ class StyleSettings(TrainingSettings):
 
     Attributes:
         pseudo_word: stands for the person in captions.
-        templates: captions with PLACE for the pseudo-word, one drawn for each picture of a batch. None of them takes
-            the pictures' own captions.
+        templates: captions with PLACE for the pseudo-word, one drawn for each image of a batch. None of them takes
+            the images' own captions.
         kind: SEQUENTIAL, or PARALLEL for the paper's ablation (section 3.4.3).
-        row_groups: of style rows, one token each, see `parse_row_groups`.
+        row_groups: of W+ codes, one token each, see `parse_row_groups`.
         learning_rate: our choice: the extracted text of the paper, section 3.1, has lost the number.
-        text_drop, style_drop: how often a picture goes without its caption (an empty one) and without its styles (the
+        text_drop, style_drop: how often an image goes without its caption (an empty one) and without its styles (the
             encoder's mean style), each drawn on its own.
         style_noise: deviation of the noise that is added to the styles, in their own unit. Our choice: the paper adds
             "random noise" and does not say how much.
@@ -101,7 +101,7 @@ class StyleSettings(TrainingSettings):
 def train_style_attention(
     model: Any,
     clip: Any,
-    pictures: TrainingPictures,
+    images: TrainingImages,
     w_plus: WPlus,
     settings: StyleSettings,
     *,
@@ -116,17 +116,17 @@ def train_style_attention(
     Args:
         model: MODEL that predicts noise or velocity, frozen; LoRAs on it count as part of it.
         clip: its CLIP, frozen.
-        pictures: of one person, six in the paper; further ones of another person add their style (section 2.2.2).
-        w_plus: styles of the same pictures, in the same order.
+        images: of one person, six in the paper; further ones of another person add their style (section 2.2.2).
+        w_plus: styles of the same images, in the same order.
         settings: see there.
         checkpoint, progress: see `training.train`; samples are latents [1, C, h, w] in the scale of LATENT sockets, of
-            the first picture's styles.
+            the first image's styles.
 
     Raises:
         IdentityEditError: when an input cannot be used, or as in `training.train`.
     """
     tag = engine.model_tag(model)
-    groups = check_training_input(pictures.captions, pictures.masks, w_plus, settings)
+    groups = check_training_input(images.captions, images.masks, w_plus, settings)
     layers = text_layers(model.get_model_object("diffusion_model"))
     text_width = engine.context_channels(model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
@@ -147,11 +147,11 @@ def train_style_attention(
         patched,
         clip,
         dtype=settings.dtype,
-        latent_shape=[settings.batch_size, *pictures.largest],
+        latent_shape=[settings.batch_size, *images.largest],
         checkpointing=settings.checkpointing,
         modules=[network],
     ) as networks:
-        # W'_q, W'_k and W'_v are initialised from W_q, W_k and W_v (section 2.2.4).
+        # W'_q, W'_k and W'_v are initialized from W_q, W_k and W_v (section 2.2.4).
         with torch.no_grad():
             for key, layer in layers.items():
                 for part in ("to_q", "to_k", "to_v"):
@@ -163,7 +163,7 @@ def train_style_attention(
         def losses(index: int) -> Iterator[torch.Tensor]:
             nonlocal tokens, strength
             generator = generator_of(settings.seed, index, _WHAT)
-            batch = draw_batch(networks, pictures, settings, index, _WHAT, masked=settings.masked, generator=generator)
+            batch = draw_batch(networks, images, settings, index, _WHAT, masked=settings.masked, generator=generator)
             captions = _captions(batch.captions, settings, generator)
             styles = rows[batch.chosen]
             styles = styles + settings.style_noise * torch.randn(styles.shape, generator=generator).to(rows)
@@ -177,14 +177,14 @@ def train_style_attention(
             nonlocal tokens, strength
             prompt = settings.sample_prompt
             if not prompt:
-                prompt = settings.caption(settings.templates[0]) if settings.templates else pictures.captions[0]
+                prompt = settings.caption(settings.templates[0]) if settings.templates else images.captions[0]
             # The person's styles beside the prompt, the null style beside the empty one.
             tokens = network.mapping(torch.stack([rows[0], average]), average)
             strength = settings.sample_strength
             text = networks.encode([prompt, ""])
-            return guided_preview(networks, pictures.latents[0].shape, settings, lambda t: text)
+            return guided_preview(networks, images.latents[0].shape, settings, lambda t: text)
 
-        # Rounded, as encoding the same pictures on another device need not give the same bits.
+        # Rounded, as encoding the same images on another device need not give the same bits.
         styles = torch.cat([w_plus.rows.flatten(), w_plus.average.flatten()])
         digest = hashlib.sha256((styles * 100).round().to(torch.int32).numpy().tobytes()).hexdigest()
         run = train(
@@ -198,7 +198,7 @@ def train_style_attention(
                 clip.patcher,
                 what=_WHAT,
                 layer=clip.layer_idx,
-                pictures=pictures.fingerprint,
+                images=images.fingerprint,
                 styles=[digest, w_plus.encoder, *w_plus.rows.shape],
             ),
             checkpoint=checkpoint,
@@ -215,13 +215,13 @@ def train_style_attention(
         encoder=w_plus.encoder,
         pseudo_word=settings.pseudo_word,
         model=tag,
-        training=training_facts(settings, run, pictures=len(pictures)),
+        training=training_facts(settings, run, images=len(images)),
     )
     return style, run
 
 
 def _captions(own: Sequence[str], settings: StyleSettings, generator: torch.Generator) -> list[str]:
-    """A caption for each picture of a batch: a random template or the picture's own, or none."""
+    """A caption for each image of a batch: a random template or the image's own, or none."""
     captions = list(own)
     if settings.templates:
         drawn = torch.randint(len(settings.templates), (len(own),), generator=generator).tolist()
@@ -233,22 +233,22 @@ def _captions(own: Sequence[str], settings: StyleSettings, generator: torch.Gene
 def check_training_input(
     captions: Sequence[str], masks: Sequence[torch.Tensor | None], w_plus: WPlus, settings: StyleSettings
 ) -> RowGroups:
-    """The row groups, when pictures, styles and settings fit together.
+    """The row groups, when images, styles and settings fit together.
 
     Args:
-        captions, masks: of each picture.
+        captions, masks: of each image.
 
     Raises:
         IdentityEditError: when they do not.
     """
     if len(w_plus.rows) != len(captions):
         raise IdentityEditError(
-            f"There are {len(captions)} pictures and W+ styles of {len(w_plus.rows)}; encode the same pictures in the "
+            f"There are {len(captions)} images and W+ styles of {len(w_plus.rows)}; encode the same images in the "
             f"same order."
         )
     if not settings.templates:
         for number, caption in enumerate(captions, start=1):
             if not caption.strip():
-                raise IdentityEditError(f"Picture {number} has no caption and there are no templates; write either.")
+                raise IdentityEditError(f"Image {number} has no caption and there are no templates; write either.")
     check_masks(masks, settings.masked)
     return parse_row_groups(settings.row_groups, w_plus.count)

@@ -1,7 +1,7 @@
-"""Style rows of the space W+: who is in a picture, from coarse to fine.
+"""W+ codes of the space W+: who is in an image, from coarse to fine.
 
-An encoder of W+ (e4e: Tov et al. 2021) gives each picture N style rows, of which the first decide about pose and the
-shape of the face and the last about colours. PIDiff (section 2.2.2) shows them to a diffusion model, and
+An encoder of W+ (e4e: Tov et al. 2021) gives each image N W+ codes, of which the first decide about pose and the
+shape of the face and the last about colors. PIDiff (section 2.2.2) shows them to a diffusion model, and
 exchanges rows between people: rows 1-9 of one person with rows 10-18 of another. Rows are counted from 1, as there.
 
 The file of W+ styles is one safetensors file: `rows` [B, N, C] and `average` [N, C] in float32, and in the header's
@@ -25,7 +25,7 @@ FINE_ROWS = "10-18"
 
 @dataclass(frozen=True)
 class WPlus:
-    """The style rows of one or more pictures.
+    """The W+ codes of one or more images.
 
     Attributes:
         rows: [B, N, C] float32 CPU, absolute styles: `average` is already added. N is 18 and C 512 for e4e; other
@@ -41,7 +41,7 @@ class WPlus:
     def __post_init__(self) -> None:
         if self.rows.ndim != 3 or min(self.rows.shape) < 1:
             raise IdentityEditError(
-                f"W+ styles need rows [pictures, rows, channels], not {tuple(self.rows.shape)}; encode a picture."
+                f"W+ styles need rows [images, rows, channels], not {tuple(self.rows.shape)}; encode an image."
             )
         if tuple(self.average.shape) != tuple(self.rows.shape[1:]):
             raise IdentityEditError(
@@ -53,7 +53,7 @@ class WPlus:
 
     @property
     def count(self) -> int:
-        """N, style rows of a picture."""
+        """N, W+ codes of an image."""
         return int(self.rows.shape[1])
 
     @property
@@ -66,7 +66,7 @@ def check_finite_styles(styles: torch.Tensor, name: str) -> None:
     """Raise `IdentityEditError` when styles hold NaN or infinite values."""
     if not bool(torch.isfinite(styles).all()):
         raise IdentityEditError(
-            f"{name} contain NaN or infinite values; encode the picture again, and choose another encoder file if that "
+            f"{name} contain NaN or infinite values; encode the image again, and choose another encoder file if that "
             f"does not help."
         )
 
@@ -113,28 +113,28 @@ def parse_rows(text: str, count: int) -> tuple[int, ...]:
 
 
 def mix_styles(first: WPlus, second: WPlus, rows: Sequence[int], weight: float = 1.0) -> WPlus:
-    """Take rows of another picture (PIDiff, sections 2.2.2 and 3.4.1), or interpolate to them.
+    """Take rows of another image (PIDiff, sections 2.2.2 and 3.4.1), or interpolate to them.
 
     w_i = (1 - weight) * w1_i + weight * w2_i for the chosen rows i, and w1_i for all others.
 
     Args:
-        first: styles of B pictures, or of one for all.
+        first: styles of B images, or of one for all.
         second: styles of as many, or of one for all, from the same encoder.
         rows: positions from 0; see `parse_rows`.
         weight: 0 keeps `first`, 1 takes the rows from `second`; beyond these it extrapolates.
 
     Returns:
-        styles of max(B1, B2) pictures.
+        styles of max(B1, B2) images.
 
     Raises:
-        IdentityEditError: when they come from different encoders, or are of different numbers of pictures.
+        IdentityEditError: when they come from different encoders, or are of different numbers of images.
     """
     check_same_encoder(first, second, "The second W+ input")
-    pictures = max(first.rows.shape[0], second.rows.shape[0])
-    check_batch_matches(first.rows.shape[0], pictures, "first", "faces")
-    check_batch_matches(second.rows.shape[0], pictures, "second", "faces")
-    mixed = first.rows.expand(pictures, -1, -1).clone()
-    other = second.rows.expand(pictures, -1, -1)
+    images = max(first.rows.shape[0], second.rows.shape[0])
+    check_batch_matches(first.rows.shape[0], images, "first", "faces")
+    check_batch_matches(second.rows.shape[0], images, "second", "faces")
+    mixed = first.rows.expand(images, -1, -1).clone()
+    other = second.rows.expand(images, -1, -1)
     chosen = list(rows)
     # At 1 these are the other's rows bit for bit, and at 0 nothing changes.
     mixed[:, chosen] = other[:, chosen] if weight == 1.0 else torch.lerp(mixed[:, chosen], other[:, chosen], weight)
@@ -142,10 +142,10 @@ def mix_styles(first: WPlus, second: WPlus, rows: Sequence[int], weight: float =
 
 
 def average_styles(styles: Sequence[WPlus]) -> WPlus:
-    """The mean style of several pictures, which keeps what they have in common (the person) and loses what they do not.
+    """The mean style of several images, which keeps what they have in common (the person) and loses what they do not.
 
     Args:
-        styles: each of one or more pictures, all from one encoder; every picture counts alike.
+        styles: each of one or more images, all from one encoder; every image counts alike.
 
     Returns:
         styles [1, N, C].

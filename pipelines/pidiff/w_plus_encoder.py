@@ -1,4 +1,4 @@
-"""Networks that give the style rows of a picture, and their files.
+"""Networks that give the W+ codes of an image, and their files.
 
 Two architectures: e4e (`e4e.py`), and a small one for styles of one's own. Both tell what to add to the mean
 style.
@@ -32,21 +32,21 @@ KIND = "encoder of W+"
 FOLDER = "w_plus_encoders"
 ENDINGS = (".pt", ".pth", ".safetensors")
 NEEDED = "e4e_ffhq_encode.pt, or a .safetensors file of this pack"
-BYTES_A_PICTURE = 600_000_000
-"""Memory that e4e's features of one picture take at most; measured on the CPU, 0.5 GB at batch 1."""
+BYTES_A_IMAGE = 600_000_000
+"""Memory that e4e's features of one image take at most; measured on the CPU, 0.5 GB at batch 1."""
 _FINGERPRINT_VALUES = 64
 _MOST_PARTS = 32
 
 
 class SmallWPlusEncoder(nn.Module):
-    """A small convolutional encoder: pictures [B, 3, size, size] in -1 to 1 -> what to add to the mean style [B, N, C].
+    """A small convolutional encoder: images [B, 3, size, size] in -1 to 1 -> what to add to the mean style [B, N, C].
 
-    Stage i halves the picture. Rows come in groups; each reads the features of one stage, so that coarse rows can see
-    the whole picture and fine ones small parts, as in e4e. A group pools its features to a grid, which keeps where
+    Stage i halves the image. Rows come in groups; each reads the features of one stage, so that coarse rows can see
+    the whole image and fine ones small parts, as in e4e. A group pools its features to a grid, which keeps where
     something is, and two linear layers make its rows of it.
 
     Args:
-        size: pixels along a side of the picture, a multiple of 2 to the number of stages.
+        size: pixels along a side of the image, a multiple of 2 to the number of stages.
         groups: (number of rows, stage from 1) of each group, coarse rows first: ((3, 5), (4, 4), (11, 3)) is as in e4e.
         width: C, numbers of a style row.
         channels: of the stages' features, multiples of 8.
@@ -110,8 +110,8 @@ class SmallWPlusEncoder(nn.Module):
             "grid": self.grid,
         }
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        features, depths = pictures, []
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features, depths = images, []
         for stage in self.stages:
             features = stage(features)
             depths.append(features)
@@ -145,54 +145,54 @@ class WPlusEncoder:
 
     @property
     def size(self) -> int:
-        """Pixels along a side of the pictures that it takes."""
+        """Pixels along a side of the images that it takes."""
         return int(self.network.size)
 
 
-def encode_w_plus(encoder: WPlusEncoder, pictures: torch.Tensor) -> WPlus:
-    """The style rows of pictures: what the network says, added to the mean style.
+def encode_w_plus(encoder: WPlusEncoder, images: torch.Tensor) -> WPlus:
+    """The W+ codes of images: what the network says, added to the mean style.
 
     Args:
         encoder: which one.
-        pictures: [B, 3, S, S] in -1 to 1, S being the encoder's own size (256 for e4e); see `fitted`.
+        images: [B, 3, S, S] in -1 to 1, S being the encoder's own size (256 for e4e); see `fitted`.
 
     Raises:
-        IdentityEditError: for pictures of another size or range, or when the network gives no numbers.
+        IdentityEditError: for images of another size or range, or when the network gives no numbers.
     """
     size = encoder.size
-    if pictures.ndim != 4 or tuple(pictures.shape[1:]) != (3, size, size):
+    if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
         raise IdentityEditError(
-            f"The W+ encoder takes colour pictures of {size}x{size} pixels [B, 3, {size}, {size}], not "
-            f"{tuple(pictures.shape)}; resize them before."
+            f"The W+ encoder takes color images of {size}x{size} pixels [B, 3, {size}, {size}], not "
+            f"{tuple(images.shape)}; resize them before."
         )
-    if float(pictures.min()) < -1.001 or float(pictures.max()) > 1.001:
-        raise IdentityEditError("The W+ encoder takes pictures in -1 to 1; bring them to this range before.")
+    if float(images.min()) < -1.001 or float(images.max()) > 1.001:
+        raise IdentityEditError("The W+ encoder takes images in -1 to 1; bring them to this range before.")
     device = torch.device("cpu")
     if encoder.patcher is not None:
-        device = load_whole(encoder.patcher, memory=BYTES_A_PICTURE)
-    # A picture at a time: e4e's features of one take half a gigabyte, and more at once is no faster on a CPU.
+        device = load_whole(encoder.patcher, memory=BYTES_A_IMAGE)
+    # An image at a time: e4e's features of one take half a gigabyte, and more at once is no faster on a CPU.
     with torch.no_grad():
-        offsets = torch.cat([encoder.network(picture[None].to(device)).float().cpu() for picture in pictures])
+        offsets = torch.cat([encoder.network(image[None].to(device)).float().cpu() for image in images])
     check_finite_styles(offsets, "The W+ styles")
     with torch.inference_mode(False):  # so that something can be trained with them
         return WPlus(offsets.clone() + encoder.average, encoder.average.clone(), encoder.name)
 
 
-def fitted(pictures: torch.Tensor, size: int) -> torch.Tensor:
-    """Pictures [B, S, S, 3] of 0 to 1 as an encoder takes them: [B, 3, size, size] in -1 to 1.
+def fitted(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images [B, S, S, 3] of 0 to 1 as an encoder takes them: [B, 3, size, size] in -1 to 1.
 
     Other sizes are resized, bilinear with antialiasing, as e4e's own preparation does.
 
     Raises:
-        IdentityEditError: when the pictures are not square, which would distort the faces.
+        IdentityEditError: when the images are not square, which would distort the faces.
     """
-    height, width = pictures.shape[1:3]
+    height, width = images.shape[1:3]
     if height != width:
         raise IdentityEditError(
-            f"The pictures are {width}x{height}, and the encoder was trained on square pictures of aligned faces; use "
+            f"The images are {width}x{height}, and the encoder was trained on square images of aligned faces; use "
             f"Align Face before."
         )
-    moved = pictures.movedim(-1, 1).float()
+    moved = images.movedim(-1, 1).float()
     if height != size:
         moved = interpolate(moved, size=(size, size), mode="bilinear", antialias=True)
     return moved.clamp(0.0, 1.0) * 2.0 - 1.0

@@ -1,8 +1,8 @@
-"""How beautiful people would find a picture, from 1 to 10, as LAION's predictors say (Schuhmann et al. 2022).
+"""How beautiful people would find an image, from 1 to 10, as LAION's predictors say (Schuhmann et al. 2022).
 
 Two kinds are published, both on the image embedding of CLIP ViT-L/14 scaled to length 1: a linear layer
 (`sa_0_4_vit_l_14_linear.pth`) and five linear layers after one another (`sac+logos+ava1-l14-linearMSE.pth`), whose
-activations were left out by their author, so that a picture's score is a weighted sum of its embedding here as there.
+activations were left out by their author, so that an image's score is a weighted sum of its embedding here as there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AestheticPredictor:
         wanted = self.layers[0][0].shape[1]
         if embeddings.shape[1] != wanted:
             raise IdentityEditError(
-                f"{self.name} reads {wanted} numbers a picture and this CLIP gives {embeddings.shape[1]}; choose the "
+                f"{self.name} reads {wanted} numbers an image and this CLIP gives {embeddings.shape[1]}; choose the "
                 f"CLIP that it was trained with, ViT-L/14 of OpenAI."
             )
         values = embeddings.double()

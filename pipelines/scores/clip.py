@@ -1,4 +1,4 @@
-"""What CLIP says about an edit: CLIP-T, CLIP-I and CLIP-D, cosines of its embeddings of pictures and prompts.
+"""What CLIP says about an edit: CLIP-T, CLIP-I and CLIP-D, cosines of its embeddings of images and prompts.
 
 Two ways lead to an embedder: a folder of CLIP in the form of transformers, or ComfyUI's CLIP and CLIP_VISION sockets.
 """
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from ..networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
 from ..shared.errors import IdentityEditError
-from ..shared.pictures import to_pillow
+from ..shared.images import to_pillow
 
 NEEDED = (
     "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files of a CLIP with its text "
@@ -30,8 +30,8 @@ class ClipEmbedder(Protocol):
 
     name: str
 
-    def pictures(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[n, D] float64 of length 1, of pictures [h, w, 3], 0 to 1: each scaled to the encoder's size along its
+    def images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[n, D] float64 of length 1, of images [h, w, 3], 0 to 1: each scaled to the encoder's size along its
         shorter side, and its middle square taken, as CLIP's authors do."""
         ...
 
@@ -40,29 +40,29 @@ class ClipEmbedder(Protocol):
         ...
 
 
-def text_similarity(pictures: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """CLIP-T: cosine [n] of pictures' and prompts' embeddings [n, D] of length 1 (Ruiz et al. 2023, section 4.1).
+def text_similarity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+    """CLIP-T: cosine [n] of images' and prompts' embeddings [n, D] of length 1 (Ruiz et al. 2023, section 4.1).
 
     Multiplied by 100 it is the CLIP similarity of PIE-Bench, multiplied by 2.5 the CLIPScore of Hessel et al. 2021;
     both take 0 for what is below.
     """
-    return (pictures * texts).sum(dim=1)
+    return (images * texts).sum(dim=1)
 
 
 def direction_similarity(
     edited: torch.Tensor, source: torch.Tensor, target_texts: torch.Tensor, source_texts: torch.Tensor
 ) -> torch.Tensor:
-    """CLIP-D: cosine [n] of the change between pictures and the change between prompts (Gal et al. 2022; Brooks et al.
+    """CLIP-D: cosine [n] of the change between images and the change between prompts (Gal et al. 2022; Brooks et al.
     2023, section 3.1.2).
 
     Args:
         edited, source, target_texts, source_texts: embeddings [n, D] of length 1.
 
     Returns:
-        [n] float64, -1 to 1; NaN where the pictures or the prompts are the same, as nothing has no direction.
+        [n] float64, -1 to 1; NaN where the images or the prompts are the same, as nothing has no direction.
     """
-    pictures, texts = edited - source, target_texts - source_texts
-    return (pictures * texts).sum(dim=1) / (pictures.norm(dim=1) * texts.norm(dim=1))
+    images, texts = edited - source, target_texts - source_texts
+    return (images * texts).sum(dim=1) / (images.norm(dim=1) * texts.norm(dim=1))
 
 
 class FolderClip:
@@ -72,10 +72,10 @@ class FolderClip:
         self.name = name
         self._network, self._processor, self._device = network, processor, device
 
-    def pictures(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    def images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         found = []
-        for picture in pictures:
-            prepared = self._processor.image_processor(images=to_pillow(picture), return_tensors="pt")
+        for image in images:
+            prepared = self._processor.image_processor(images=to_pillow(image), return_tensors="pt")
             output = self._network.vision_model(pixel_values=prepared["pixel_values"].to(self._device))
             found.append(self._network.visual_projection(output.pooler_output))
         return normalize(torch.cat(found).cpu().double(), dim=1)
@@ -125,14 +125,14 @@ class SocketClip:
         if not getattr(encoder, "return_projected_pooled", False):
             raise IdentityEditError(
                 "The text encoder of clip has no text projection, without which prompts cannot be compared with "
-                "pictures; choose a CLIP folder in the place of the inputs, or connect the CLIP of an SDXL checkpoint."
+                "images; choose a CLIP folder in the place of the inputs, or connect the CLIP of an SDXL checkpoint."
             )
         self._clip, self._clip_vision = clip, clip_vision
 
-    def pictures(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    def images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         found = []
-        for picture in pictures:
-            embedding = self._clip_vision.encode_image(picture[None, ..., :3], crop=True)["image_embeds"]
+        for image in images:
+            embedding = self._clip_vision.encode_image(image[None, ..., :3], crop=True)["image_embeds"]
             if embedding is None or embedding.ndim != 2:
                 raise IdentityEditError(
                     "The model of clip_vision gives no image embedding; connect the CLIP image encoder that was "
@@ -155,10 +155,10 @@ def _pooling_encoder(model: Any) -> Any:
     return getattr(model, "clip_g", None) or getattr(model, str(getattr(model, "clip", "")), None)
 
 
-def check_sizes(pictures: torch.Tensor, texts: torch.Tensor, name: str) -> None:
-    """Raise `IdentityEditError` where embeddings of pictures and of prompts cannot be compared."""
-    if pictures.shape[1] != texts.shape[1]:
+def check_sizes(images: torch.Tensor, texts: torch.Tensor, name: str) -> None:
+    """Raise `IdentityEditError` where embeddings of images and of prompts cannot be compared."""
+    if images.shape[1] != texts.shape[1]:
         raise IdentityEditError(
-            f"{name}: the image encoder gives {pictures.shape[1]} numbers and the text encoder {texts.shape[1]}; use "
+            f"{name}: the image encoder gives {images.shape[1]} numbers and the text encoder {texts.shape[1]}; use "
             f"the two that were trained together (CLIP ViT-bigG for SDXL, ViT-H for SD 2.x)."
         )

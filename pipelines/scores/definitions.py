@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 INSIDE, OUTSIDE = "inside", "outside"
 PLAIN_PARTS = "the mean over its pixels alone"
-PIE_BENCH_PARTS = "both pictures multiplied by it and compared as a whole, as PIE-Bench does"
+PIE_BENCH_PARTS = "both images multiplied by it and compared as a whole, as PIE-Bench does"
 
 
 class Definition(NamedTuple):
@@ -14,7 +14,7 @@ class Definition(NamedTuple):
 
     Attributes:
         higher_is_better: the direction.
-        text: the definition, without its full stop; {other} stands for what the edited picture is compared with.
+        text: the definition, without its full stop; {other} stands for what the edited image is compared with.
         source: paper and section, or code.
         network: which of `edit_scores.Networks` computes it; "" for none.
         pie_bench: added to the definition under PIE-Bench's rule.
@@ -31,29 +31,29 @@ PIE_BENCH_CODE = "PIE-Bench, evaluation/matrics_calculator.py (Ju et al. 2024)"
 DEFINITIONS = {
     "MSE": Definition(
         False,
-        "Mean squared difference of edited picture and source over pixels and colours, 0 to 1",
+        "Mean squared difference of edited image and source over pixels and colors, 0 to 1",
         PIE_BENCH_CODE,
     ),
     "PSNR": Definition(
         True,
-        "Peak signal-to-noise ratio in dB, -10 log10 of the mean squared error of pictures from 0 to 1",
+        "Peak signal-to-noise ratio in dB, -10 log10 of the mean squared error of images from 0 to 1",
         PIE_BENCH_CODE,
     ),
     "SSIM": Definition(
         True,
-        "Mean structural similarity in Gaussian windows of 11 pixels and standard deviation 1.5, each colour by itself",
+        "Mean structural similarity in Gaussian windows of 11 pixels and standard deviation 1.5, each color by itself",
         "Wang et al. 2004, eq. 13",
     ),
     "LPIPS": Definition(
         False,
-        "Distance of the features of edited picture and source in a network, weighted by the linear heads of version "
+        "Distance of the features of edited image and source in a network, weighted by the linear heads of version "
         "0.1, over all layers",
         "Zhang et al. 2018, eq. 1",
         "lpips",
     ),
     "structure distance": Definition(
         False,
-        "Mean squared difference of the cosines among the keys of DINO's last layer in edited picture and source, at "
+        "Mean squared difference of the cosines among the keys of DINO's last layer in edited image and source, at "
         "224 pixels along the shorter side",
         f"Tumanyan et al. 2022, structure loss; {PIE_BENCH_CODE}",
         "structure",
@@ -61,52 +61,52 @@ DEFINITIONS = {
     ),
     "CLIP-T": Definition(
         True,
-        "Cosine of CLIP's embeddings of the edited picture and of the target prompt; PIE-Bench prints 100 times it",
+        "Cosine of CLIP's embeddings of the edited image and of the target prompt; PIE-Bench prints 100 times it",
         "Ruiz et al. 2023, section 4.1",
         "clip",
     ),
     "CLIP-I": Definition(
         True,
-        "Cosine of CLIP's embeddings of the edited picture and {other}",
+        "Cosine of CLIP's embeddings of the edited image and {other}",
         "Ruiz et al. 2023, section 4.1",
         "clip",
     ),
     "CLIP-D": Definition(
         True,
-        "Cosine, in CLIP's space, of the change from source to edited picture and the change from source to target "
+        "Cosine, in CLIP's space, of the change from source to edited image and the change from source to target "
         "prompt",
         "Gal et al. 2022, directional loss; Brooks et al. 2023, section 3.1.2",
         "clip",
     ),
     "DINO-I": Definition(
         True,
-        "Cosine of DINO's class tokens of the edited picture and {other}",
+        "Cosine of DINO's class tokens of the edited image and {other}",
         "Ruiz et al. 2023, section 4.1",
         "dino",
     ),
     "DINOv2-I": Definition(
         True,
-        "Cosine of DINOv2's class tokens of the edited picture and {other}",
+        "Cosine of DINOv2's class tokens of the edited image and {other}",
         "Ruiz et al. 2023, section 4.1, with the network of Oquab et al. 2024, as Liu et al. 2024 (LIPE) take it",
         "dinov2",
     ),
     "ArcFace ID": Definition(
         True,
-        "Cosine of the ArcFace embeddings of the largest faces of the edited picture and {other}, 0 where the edited "
-        "picture has no face",
+        "Cosine of the ArcFace embeddings of the largest faces of the edited image and {other}, 0 where the edited "
+        "image has no face",
         "Deng et al. 2019; Gu et al. 2025 (PIDiff), section 3.2",
         "face_recognizer",
     ),
     "aesthetic score": Definition(
         True,
-        "What LAION's predictor says of CLIP's embedding of the edited picture, about 1 to 10",
+        "What LAION's predictor says of CLIP's embedding of the edited image, about 1 to 10",
         "Schuhmann et al. 2022",
         "aesthetic",
     ),
     "FID": Definition(
         False,
-        "Fréchet distance of the Inception features of the edited pictures and of the references, or else of the "
-        "sources; it grows when there are few pictures, so compare equal numbers only",
+        "Fréchet distance of the Inception features of the edited images and of the references, or else of the "
+        "sources; it grows when there are few images, so compare equal numbers only",
         "Heusel et al. 2017, eq. 6",
         "inception",
     ),
@@ -138,7 +138,7 @@ def definition_of(name: str, part: str, network: str | None, *, is_pie_bench: bo
         text += f" ({network})"
     if part in (INSIDE, OUTSIDE):
         rule = PIE_BENCH_PARTS if is_pie_bench else PLAIN_PARTS
-        text += f", {part} the mask: {'the picture multiplied by it' if definition.network == 'clip' else rule}"
+        text += f", {part} the mask: {'the image multiplied by it' if definition.network == 'clip' else rule}"
     if is_pie_bench and definition.pie_bench:
         text += f"; {definition.pie_bench}"
     return f"{text}."

@@ -1,7 +1,7 @@
-"""All scores of an edit at once: how well the source is kept, the prompt followed and the subject recognised.
+"""All scores of an edit at once: how well the source is kept, the prompt followed and the subject recognized.
 
 `score_edit` gives those that the inputs and the networks at hand allow; what is missing is left out. Each score says
-its definition, its direction and its source. How they are computed stands in picture_scores, lpips_score, clip_scores,
+its definition, its direction and its source. How they are computed stands in image_scores, lpips_score, clip_scores,
 feature_scores, identity_similarity, aesthetic_score and frechet_distance.
 """
 
@@ -34,10 +34,10 @@ from . import (
     lpips as lpips_score,
 )
 from . import (
-    pixels as picture_scores,
+    pixels as image_scores,
 )
 from .definitions import DEFINITIONS, INSIDE, OUTSIDE, definition_of
-from .inputs import ScoredPictures, prompt_for_each
+from .inputs import ScoredImages, prompt_for_each
 
 PLAIN, PIE_BENCH = "mean over the part", "PIE-Bench"
 RULES = (PLAIN, PIE_BENCH)
@@ -49,8 +49,8 @@ class Score:
 
     Attributes:
         name: "LPIPS", "LPIPS outside", "CLIP-I (references)", ...
-        values: float64 [B], one for each edited picture, or [1] for a score of them all (FID, KID). NaN where a score
-            is not defined, as for a part of a picture that is empty.
+        values: float64 [B], one for each edited image, or [1] for a score of them all (FID, KID). NaN where a score
+            is not defined, as for a part of an image that is empty.
         higher_is_better: None where neither is, as inside of the mask, where an edit should change something.
         definition: one sentence.
         source: paper and section, or the code that it follows.
@@ -64,7 +64,7 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Over the pictures for which it is defined; NaN where it is for none."""
+        """Over the images for which it is defined; NaN where it is for none."""
         return float(self.values.nanmean())
 
 
@@ -73,8 +73,8 @@ class Networks:
     """Loaded networks, from `open_networks` or of one's own; None leaves out what needs it."""
 
     clip: clip_scores.ClipEmbedder | None = None
-    dino: feature_scores.PictureEncoder | None = None
-    dinov2: feature_scores.PictureEncoder | None = None
+    dino: feature_scores.ImageEncoder | None = None
+    dinov2: feature_scores.ImageEncoder | None = None
     structure: feature_scores.Structure | None = None
     lpips: lpips_score.LpipsScorer | None = None
     face_detector: FaceDetector | None = None
@@ -146,20 +146,20 @@ def score_edit(
     Args:
         edited: [B, H, W, 3], 0 to 1.
         source: what was edited, of the same size: one for all, or one for each.
-        mask: [B, H, W] or one for all, 1 where the edit may change the picture. With it there are scores inside and
+        mask: [B, H, W] or one for all, 1 where the edit may change the image. With it there are scores inside and
             outside of it as well.
         source_prompt, target_prompt: one for all, or one for each; empty ones leave out what needs them.
-        references: pictures [h, w, 3] of the subject, of any sizes; each edited picture is compared with all of them.
+        references: images [h, w, 3] of the subject, of any sizes; each edited image is compared with all of them.
         networks: what is loaded.
-        rule: how parts of pictures are compared, one of `RULES`; see `picture_scores`. "PIE-Bench" also takes the
+        rule: how parts of images are compared, one of `RULES`; see `image_scores`. "PIE-Bench" also takes the
             structure distance as its code does (see `feature_scores.Structure.distance`).
-        progress: called as progress(pictures done, of how many).
+        progress: called as progress(images done, of how many).
 
     Returns:
         scores in the order of `score_definitions.DEFINITIONS`.
 
     Raises:
-        IdentityEditError: for pictures, masks or prompts that do not fit to one another.
+        IdentityEditError: for images, masks or prompts that do not fit to one another.
     """
     networks = networks or Networks()
     if rule not in RULES:
@@ -168,10 +168,10 @@ def score_edit(
         raise IdentityEditError("The aesthetic predictor reads CLIP's embeddings; choose a clip too.")
     if (networks.face_detector is None) != (networks.face_recognizer is None):
         raise IdentityEditError(
-            "ArcFace ID needs a face detector and a recogniser; connect Load Face Detector and choose a recognizer, or "
+            "ArcFace ID needs a face detector and a recognizer; connect Load Face Detector and choose a recognizer, or "
             "leave both out."
         )
-    case = ScoredPictures.of(edited, source, mask, references)
+    case = ScoredImages.of(edited, source, mask, references)
     source_prompts = prompt_for_each(source_prompt, case, "source_prompt")
     target_prompts = prompt_for_each(target_prompt, case, "target_prompt")
     prompts = {*source_prompts, *target_prompts} - {""}
@@ -182,7 +182,7 @@ def score_edit(
         stop_if_interrupted()
         target, origin = texts.get(target_prompts[number]), texts.get(source_prompts[number])
         found = {
-            **_picture_scores(case, number, networks, rule),
+            **_image_scores(case, number, networks, rule),
             **_clip_scores(case, number, target, origin, of_references, networks),
             **_feature_scores(case, number, of_references, networks),
             **_identity_scores(case, number, of_references, networks),
@@ -196,30 +196,30 @@ def score_edit(
     return _in_order(values, networks, rule)
 
 
-# -- what is the same for all pictures ---------------------------------------------------------------------------------
+# -- what is the same for all images ---------------------------------------------------------------------------------
 
 
-def _of_references(case: ScoredPictures, networks: Networks) -> dict[str, torch.Tensor]:
+def _of_references(case: ScoredImages, networks: Networks) -> dict[str, torch.Tensor]:
     """What each network at hand says of the references, by its name in `Networks`."""
     if not case.references:
         return {}
     encoders = {
-        "clip": None if networks.clip is None else networks.clip.pictures,
+        "clip": None if networks.clip is None else networks.clip.images,
         "dino": networks.dino,
         "dinov2": networks.dinov2,
     }
     found = {name: encode(case.references) for name, encode in encoders.items() if encode is not None}
     if networks.face_recognizer is not None:
-        faces = [_face_embedding(picture, networks) for picture in case.references]
+        faces = [_face_embedding(image, networks) for image in case.references]
         if with_face := [embedding for embedding in faces if embedding is not None]:
             found["face_recognizer"] = torch.cat(with_face)
     return found
 
 
-# -- scores of one picture ---------------------------------------------------------------------------------------------
+# -- scores of one image ---------------------------------------------------------------------------------------------
 
 
-def _picture_scores(case: ScoredPictures, number: int, networks: Networks, rule: str) -> dict[str, float]:
+def _image_scores(case: ScoredImages, number: int, networks: Networks, rule: str) -> dict[str, float]:
     """MSE, PSNR, SSIM, LPIPS and structure distance of the whole and of both parts."""
     if case.source is None:
         return {}
@@ -229,13 +229,13 @@ def _picture_scores(case: ScoredPictures, number: int, networks: Networks, rule:
         weights = case.weights(part, number)
         is_empty = weights is not None and not bool(weights.any())
         if weights is not None and rule == PIE_BENCH:
-            edited, source = (picture_scores.multiplied(pictures, weights) for pictures in (edited, source))
+            edited, source = (image_scores.multiplied(images, weights) for images in (edited, source))
             weights = None
-        error = picture_scores.mean_squared_error(edited, source, weights)
+        error = image_scores.mean_squared_error(edited, source, weights)
         scores = {
             "MSE": error,
-            "PSNR": picture_scores.psnr_of_error(error),
-            "SSIM": picture_scores.ssim(edited, source, weights),
+            "PSNR": image_scores.psnr_of_error(error),
+            "SSIM": image_scores.ssim(edited, source, weights),
         }
         if networks.lpips is not None:
             scores["LPIPS"] = networks.lpips.distance(edited, source, weights)
@@ -246,7 +246,7 @@ def _picture_scores(case: ScoredPictures, number: int, networks: Networks, rule:
 
 
 def _clip_scores(
-    case: ScoredPictures,
+    case: ScoredImages,
     number: int,
     target: torch.Tensor | None,
     origin: torch.Tensor | None,
@@ -257,57 +257,57 @@ def _clip_scores(
     if networks.clip is None:
         return {}
     clip = networks.clip
-    picture = clip.pictures([case.edited[number]])
-    source = None if case.source is None else clip.pictures([case.source[number]])
+    image = clip.images([case.edited[number]])
+    source = None if case.source is None else clip.images([case.source[number]])
     found: dict[str, float] = {}
     if target is not None:
-        clip_scores.check_sizes(picture, target, clip.name)
-        found["CLIP-T"] = float(clip_scores.text_similarity(picture, target))
+        clip_scores.check_sizes(image, target, clip.name)
+        found["CLIP-T"] = float(clip_scores.text_similarity(image, target))
         if case.mask is not None:
             weights = case.weights(INSIDE, number)
             assert weights is not None
-            inside = clip.pictures([picture_scores.multiplied(case.edited[number : number + 1], weights)[0]])
+            inside = clip.images([image_scores.multiplied(case.edited[number : number + 1], weights)[0]])
             value = float(clip_scores.text_similarity(inside, target))
             found[_of_part("CLIP-T", INSIDE)] = value if bool(weights.any()) else torch.nan
-    found |= _similarity("CLIP-I", picture, source, of_references.get("clip"))
+    found |= _similarity("CLIP-I", image, source, of_references.get("clip"))
     if target is not None and origin is not None and source is not None:
-        found["CLIP-D"] = float(clip_scores.direction_similarity(picture, source, target, origin))
+        found["CLIP-D"] = float(clip_scores.direction_similarity(image, source, target, origin))
     if networks.aesthetic is not None:
-        found["aesthetic score"] = float(networks.aesthetic.predict(picture))
+        found["aesthetic score"] = float(networks.aesthetic.predict(image))
     return found
 
 
 def _feature_scores(
-    case: ScoredPictures, number: int, of_references: Mapping[str, torch.Tensor], networks: Networks
+    case: ScoredImages, number: int, of_references: Mapping[str, torch.Tensor], networks: Networks
 ) -> dict[str, float]:
     """DINO-I and DINOv2-I."""
     found: dict[str, float] = {}
     for name, network in (("DINO-I", "dino"), ("DINOv2-I", "dinov2")):
         encode = getattr(networks, network)
         if encode is not None:
-            picture = encode([case.edited[number]])
+            image = encode([case.edited[number]])
             source = None if case.source is None else encode([case.source[number]])
-            found |= _similarity(name, picture, source, of_references.get(network))
+            found |= _similarity(name, image, source, of_references.get(network))
     return found
 
 
 def _similarity(
-    name: str, picture: torch.Tensor, source: torch.Tensor | None, references: torch.Tensor | None
+    name: str, image: torch.Tensor, source: torch.Tensor | None, references: torch.Tensor | None
 ) -> dict[str, float]:
     """Cosine to the source, and the mean of those to all references."""
     pairs = {f"{name} (source)": source, f"{name} (references)": references}
     return {
-        key: float(feature_scores.cosines(picture, other).mean()) for key, other in pairs.items() if other is not None
+        key: float(feature_scores.cosines(image, other).mean()) for key, other in pairs.items() if other is not None
     }
 
 
 def _identity_scores(
-    case: ScoredPictures, number: int, of_references: Mapping[str, torch.Tensor], networks: Networks
+    case: ScoredImages, number: int, of_references: Mapping[str, torch.Tensor], networks: Networks
 ) -> dict[str, float]:
-    """ArcFace ID to the source and to the most similar reference; 0 where the edited picture has no face."""
+    """ArcFace ID to the source and to the most similar reference; 0 where the edited image has no face."""
     if networks.face_recognizer is None:
         return {}
-    picture = _face_embedding(case.edited[number], networks)
+    image = _face_embedding(case.edited[number], networks)
     others: dict[str, torch.Tensor | None] = {}
     if case.source is not None:
         others["ArcFace ID (source)"] = _face_embedding(case.source[number], networks)
@@ -318,22 +318,22 @@ def _identity_scores(
         if other is None:
             found[name] = torch.nan
         else:
-            found[name] = 0.0 if picture is None else float(similarities(picture, other).max())
+            found[name] = 0.0 if image is None else float(similarities(image, other).max())
     return found
 
 
-def _face_embedding(picture: torch.Tensor, networks: Networks) -> torch.Tensor | None:
+def _face_embedding(image: torch.Tensor, networks: Networks) -> torch.Tensor | None:
     """[1, D] of the largest face, or None without one."""
     assert networks.face_detector is not None and networks.face_recognizer is not None
-    faces = detect_faces(networks.face_detector, picture)
-    return embed_faces(networks.face_recognizer, [(picture, faces[0])]) if faces else None
+    faces = detect_faces(networks.face_detector, image)
+    return embed_faces(networks.face_recognizer, [(image, faces[0])]) if faces else None
 
 
-# -- scores of all pictures together -----------------------------------------------------------------------------------
+# -- scores of all images together -----------------------------------------------------------------------------------
 
 
-def _set_scores(case: ScoredPictures, inception: frechet_distance.Inception) -> dict[str, list[float]]:
-    """FID and KID to the references, or else to the sources; none where either set has too few pictures."""
+def _set_scores(case: ScoredImages, inception: frechet_distance.Inception) -> dict[str, list[float]]:
+    """FID and KID to the references, or else to the sources; none where either set has too few images."""
     others = case.references or ([] if case.source is None else list(case.source[: case.sources]))
     if min(len(case.edited), len(others)) < frechet_distance.FEWEST:
         return {}

@@ -1,4 +1,4 @@
-"""What vision transformers see of two pictures: DINO-I and DINOv2-I, and the distance of their structure."""
+"""What vision transformers see of two images: DINO-I and DINOv2-I, and the distance of their structure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate, normalize
 from ..networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN, encoder_of_folder
 from ..networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
 from ..shared.errors import IdentityEditError
-from ..shared.pictures import to_pillow
+from ..shared.images import to_pillow
 
 NEEDED_DINO = "config.json, model.safetensors and preprocessor_config.json of DINO (ViT-S/16), transformers or timm"
 NEEDED_DINOV2 = "config.json, model.safetensors and preprocessor_config.json of DINOv2, transformers or timm"
@@ -21,15 +21,15 @@ NEEDED_STRUCTURE = "config.json, model.safetensors and preprocessor_config.json 
 _KINDS = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 STRUCTURE_SIDE = 224
 LONGEST_STRUCTURE_SIDE = 480
-"""Pixels along the shorter and at most along the longer side of pictures whose structure is compared (PIE-Bench)."""
+"""Pixels along the shorter and at most along the longer side of images whose structure is compared (PIE-Bench)."""
 
 
-class PictureEncoder(Protocol):
-    """Features [n, D] of n pictures [h, w, 3], 0 to 1; `name` is what the report calls it."""
+class ImageEncoder(Protocol):
+    """Features [n, D] of n images [h, w, 3], 0 to 1; `name` is what the report calls it."""
 
     name: str
 
-    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor: ...
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor: ...
 
 
 def cosines(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -44,10 +44,10 @@ class ClassToken:
         self.name = name
         self._network, self._processor, self._device = network, processor, device
 
-    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
         found = []
-        for picture in pictures:
-            prepared = self._processor(images=to_pillow(picture), return_tensors="pt").to(self._device)
+        for image in images:
+            prepared = self._processor(images=to_pillow(image), return_tensors="pt").to(self._device)
             found.append(self._network(**prepared).last_hidden_state[:, 0].float().cpu())
         return torch.cat(found)
 
@@ -59,12 +59,12 @@ class FolderEncoder:
         self.name = _name(path)
         self._encode = encoder_of_folder(path)
 
-    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        return self._encode(pictures)
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self._encode(images)
 
 
 @contextmanager
-def open_encoder(path: str, needed: str = NEEDED_DINO) -> Iterator[PictureEncoder]:
+def open_encoder(path: str, needed: str = NEEDED_DINO) -> Iterator[ImageEncoder]:
     """An image encoder from a local folder for the time of a `with`, as DINO-I and DINOv2-I have it (Ruiz et al. 2023,
     section 4.1).
 
@@ -80,14 +80,14 @@ def open_encoder(path: str, needed: str = NEEDED_DINO) -> Iterator[PictureEncode
 
 
 class Structure:
-    """How the parts of a picture lie to one another, as a DINO's keys say it (Tumanyan et al. 2022, section 3)."""
+    """How the parts of an image lie to one another, as a DINO's keys say it (Tumanyan et al. 2022, section 3)."""
 
     def __init__(self, name: str, network: Any, device: torch.device) -> None:
         self.name = name
         self._network, self._device = network, device
 
     def distance(self, edited: torch.Tensor, source: torch.Tensor, *, as_pie_bench: bool = False) -> torch.Tensor:
-        """Mean squared difference [B] of the two pictures' self-similarities.
+        """Mean squared difference [B] of the two images' self-similarities.
 
         Args:
             edited, source: [B, H, W, 3], 0 to 1.
@@ -100,9 +100,9 @@ class Structure:
         ]
         return torch.stack(found).cpu().double()
 
-    def _self_similarity(self, picture: torch.Tensor, as_pie_bench: bool) -> torch.Tensor:
+    def _self_similarity(self, image: torch.Tensor, as_pie_bench: bool) -> torch.Tensor:
         """Cosines [t, t] of the last layer's keys, all heads side by side, of the class token and every patch."""
-        scaled = picture.float().permute(2, 0, 1)[None].to(self._device)
+        scaled = image.float().permute(2, 0, 1)[None].to(self._device)
         scaled = interpolate(
             scaled, size=structure_size(*scaled.shape[2:]), mode="bilinear", antialias=not as_pie_bench
         ) * (255.0 if as_pie_bench else 1.0)

@@ -1,6 +1,6 @@
-"""How far two sets of pictures are from each other: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
+"""How far two sets of images are from each other: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
 
-Both compare features of an Inception v3, 2048 numbers a picture. Two files of it are in use, and their values must not
+Both compare features of an Inception v3, 2048 numbers an image. Two files of it are in use, and their values must not
 be mixed: the one that published FIDs were computed with (`pt_inception-2015-12-05-6726825d.pth` of pytorch-fid, whose
 averages leave out the padding and whose last block takes a maximum), and torchvision's own
 (`inception_v3_google-0cc3c7bd.pth`).
@@ -27,7 +27,7 @@ CLASSES_OF_FID = 1008
 """Classes of the network of published FIDs; torchvision's has 1000."""
 FEATURES = 2048
 FEWEST = 50
-"""[choice] Pictures in each set below which no distance is given: it would say more of their number than of them."""
+"""[choice] Images in each set below which no distance is given: it would say more of their number than of them."""
 NEEDED = "Inception v3, of pytorch-fid or of torchvision"
 PURPOSE = "FID"
 
@@ -37,8 +37,8 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 
-    The last trace is the sum of the singular values of A1 A2^T, where C = A^T A and A holds the centred features over
-    sqrt(n - 1). This is exact also where there are fewer pictures than features, where roots of C1 C2 are known to
+    The last trace is the sum of the singular values of A1 A2^T, where C = A^T A and A holds the centerd features over
+    sqrt(n - 1). This is exact also where there are fewer images than features, where roots of C1 C2 are known to
     fail, and takes no root of a matrix.
 
     Args:
@@ -48,12 +48,12 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     if any(features.ndim != 2 or len(features) < 2 for features in sets) or first.shape[1] != second.shape[1]:
         raise IdentityEditError(
             f"The features {tuple(first.shape)} and {tuple(second.shape)} cannot be compared; give two or more "
-            f"pictures on each side, and the same network for both."
+            f"images on each side, and the same network for both."
         )
     means = [features.mean(dim=0) for features in sets]
     roots = [(features - mean) / (len(features) - 1) ** 0.5 for features, mean in zip(sets, means, strict=True)]
     variances = sum(float(root.square().sum()) for root in roots)
-    # With more pictures than features, a triangle [D, D] with the same A^T A makes the product small.
+    # With more images than features, a triangle [D, D] with the same A^T A makes the product small.
     small = [torch.linalg.qr(root, mode="r").R if len(root) > root.shape[1] else root for root in roots]
     shared = torch.linalg.svdvals(small[0] @ small[1].T).sum()
     distance = float((means[0] - means[1]).square().sum()) + variances - 2.0 * float(shared)
@@ -63,8 +63,8 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 def kernel_distance(first: torch.Tensor, second: torch.Tensor) -> float:
     """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, without bias (Bińkowski et al. 2018, sec. 4).
 
-    Over all pictures at once, where the authors take the mean over random subsets to save time. Unlike FID it does not
-    grow when there are few pictures; it may be a little below 0 for sets of the same kind.
+    Over all images at once, where the authors take the mean over random subsets to save time. Unlike FID it does not
+    grow when there are few images; it may be a little below 0 for sets of the same kind.
 
     Args:
         first, second: [n, D], n of 2 or more each.
@@ -89,12 +89,12 @@ class Inception:
     network: Any
     device: torch.device
 
-    def features(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[n, 2048] float32 of n pictures [h, w, 3], 0 to 1, of any sizes: scaled to 299 pixels as pytorch-fid does,
+    def features(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[n, 2048] float32 of n images [h, w, 3], 0 to 1, of any sizes: scaled to 299 pixels as pytorch-fid does,
         bilinear and without smoothing, and to -1 to 1."""
         found = []
-        for picture in pictures:
-            scaled = picture.float().permute(2, 0, 1)[None].to(self.device)
+        for image in images:
+            scaled = image.float().permute(2, 0, 1)[None].to(self.device)
             scaled = interpolate(scaled, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
             found.append(self.network(2.0 * scaled - 1.0).cpu())
         return torch.cat(found)

@@ -1,4 +1,4 @@
-"""The pictures, masks and prompts that are scored, checked and brought to one form."""
+"""The images, masks and prompts that are scored, checked and brought to one form."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 
 from ..shared.errors import IdentityEditError
+from ..shared.images import as_color, comparable
 from ..shared.masks import masks_for
-from ..shared.pictures import as_colour, comparable
 from .definitions import INSIDE
 
 
 @dataclass(frozen=True)
-class ScoredPictures:
-    """Checked inputs: pictures [B, H, W, 3] and masks [B, H, W] of one size and number."""
+class ScoredImages:
+    """Checked inputs: images [B, H, W, 3] and masks [B, H, W] of one size and number."""
 
     edited: torch.Tensor
     source: torch.Tensor | None
@@ -30,23 +30,23 @@ class ScoredPictures:
         source: torch.Tensor | None,
         mask: torch.Tensor | None,
         references: Sequence[torch.Tensor] | None,
-    ) -> ScoredPictures:
-        edited = as_colour(edited, "edited")
+    ) -> ScoredImages:
+        edited = as_color(edited, "edited")
         count, sources = len(edited), 0
         if source is not None:
             sources = len(source)
             edited, source, _ = comparable(edited, source, ("edited", "source"))
             if len(edited) > count:
                 raise IdentityEditError(
-                    f"source holds {sources} pictures for one edited picture; give one for all, or one for each."
+                    f"source holds {sources} images for one edited image; give one for all, or one for each."
                 )
         if mask is not None:
             mask = masks_for(mask, "mask", edited.shape[1], edited.shape[2], count)
-        known = [as_colour(picture[None], "references")[0] for picture in references or []]
+        known = [as_color(image[None], "references")[0] for image in references or []]
         return cls(edited, source, mask, known, sources)
 
     def weights(self, part: str, number: int) -> torch.Tensor | None:
-        """[1, H, W] of a part of one picture; None for the whole."""
+        """[1, H, W] of a part of one image; None for the whole."""
         if not part:
             return None
         assert self.mask is not None
@@ -54,14 +54,14 @@ class ScoredPictures:
         return inside if part == INSIDE else 1.0 - inside
 
 
-def prompt_for_each(prompt: str | list[str], case: ScoredPictures, name: str) -> list[str]:
+def prompt_for_each(prompt: str | list[str], case: ScoredImages, name: str) -> list[str]:
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     count = len(case.edited)
     if len(prompts) not in (1, count):
         raise IdentityEditError(
-            f"{name} holds {len(prompts)} prompts for {count} edited pictures; give one for all, or one for each."
+            f"{name} holds {len(prompts)} prompts for {count} edited images; give one for all, or one for each."
         )
     prompts = [text.strip() for text in prompts]
     if any(prompts) and not all(prompts):
-        raise IdentityEditError(f"{name} is empty for some of the pictures; write one for each, or none.")
+        raise IdentityEditError(f"{name} is empty for some of the images; write one for each, or none.")
     return prompts * count if len(prompts) == 1 else prompts

@@ -1,4 +1,4 @@
-"""LPIPS: how different two pictures look to a network (Zhang et al. 2018), version 0.1.
+"""LPIPS: how different two images look to a network (Zhang et al. 2018), version 0.1.
 
 Two files, both the user's own below models/image_scores: the backbone as torchvision publishes it, and the linear heads
 as the authors publish them (a few kilobytes). They are the same weights that the package `lpips` and torchmetrics use.
@@ -21,7 +21,7 @@ from .files import backbone_of_torchvision, find_file
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-"""Mean and deviation of colours in -1 to 1 that the heads were trained with."""
+"""Mean and deviation of colors in -1 to 1 that the heads were trained with."""
 TINY = 1e-10
 SMALLEST_SIDE = 32
 """Pixels along a side below which the backbones' last layers have nothing left."""
@@ -73,7 +73,7 @@ class Lpips(torch.nn.Module):
         self.heads = torch.nn.ParameterList([torch.nn.Parameter(head, requires_grad=False) for head in heads])
 
     def forward(self, edited: torch.Tensor, source: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """[B] float64 distances on the CPU, 0 for equal pictures.
+        """[B] float64 distances on the CPU, 0 for equal images.
 
         Args:
             edited, source: [B, H, W, 3], 0 to 1.
@@ -93,11 +93,11 @@ class Lpips(torch.nn.Module):
                 total += (difference * places).sum(dim=(1, 2)) / places.sum(dim=(1, 2))
         return total
 
-    def _layers(self, pictures: torch.Tensor) -> list[torch.Tensor]:
+    def _layers(self, images: torch.Tensor) -> list[torch.Tensor]:
         """Features [B, C, h, w] of each layer, of length 1 along the channels."""
-        shift, scale = (torch.tensor(values).view(1, 3, 1, 1).to(pictures) for values in (SHIFT, SCALE))
+        shift, scale = (torch.tensor(values).view(1, 3, 1, 1).to(images) for values in (SHIFT, SCALE))
         found = []
-        values = (2.0 * pictures.movedim(-1, 1) - 1.0 - shift) / scale
+        values = (2.0 * images.movedim(-1, 1) - 1.0 - shift) / scale
         for number, module in enumerate(self.features):
             values = module(values)
             if number in self.layers:
@@ -114,14 +114,14 @@ class LpipsScorer:
     device: torch.device
 
     def distance(self, edited: torch.Tensor, source: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-        """[B] float64 distances of pictures [B, H, W, 3], 0 to 1; see `Lpips.forward`.
+        """[B] float64 distances of images [B, H, W, 3], 0 to 1; see `Lpips.forward`.
 
         Raises:
-            IdentityEditError: when the pictures are too small.
+            IdentityEditError: when the images are too small.
         """
         if min(edited.shape[1:3]) < SMALLEST_SIDE:
             raise IdentityEditError(
-                f"LPIPS cannot compare pictures of {edited.shape[2]}x{edited.shape[1]} pixels; give sides of "
+                f"LPIPS cannot compare images of {edited.shape[2]}x{edited.shape[1]} pixels; give sides of "
                 f"{SMALLEST_SIDE} or more, or leave lpips out."
             )
         return self.network(edited.float().to(self.device), source.float().to(self.device), weights)

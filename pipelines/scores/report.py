@@ -45,7 +45,7 @@ def score_table(scores: Sequence[Score], rule: str) -> str:
 
 def scores_as_json(scores: Sequence[Score], rule: str) -> str:
     """All values by name, with what they are. null stands for a value that is not defined, and "infinite" for the PSNR
-    of equal pictures, as JSON has neither."""
+    of equal images, as JSON has neither."""
     content = {
         "rule": rule,
         "scores": {

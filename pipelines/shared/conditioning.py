@@ -1,7 +1,7 @@
 """Reading and rebuilding ComfyUI CONDITIONING lists.
 
 A CONDITIONING is a list of `[embedding, options]`: the cross-attention embedding [B, T, C] and a dictionary that holds
-`pooled_output`, ranges, areas, control networks and so on. Nothing here changes a list it was given.
+`pooled_output`, ranges, areas, ControlNets and so on. Nothing here changes a list it was given.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def single_embedding(conditioning: Conditioning, name: str) -> tuple[torch.Tenso
     check_conditioning(conditioning, name)
     if len(conditioning) != 1:
         raise IdentityEditError(
-            f"{name} has {len(conditioning)} entries, and an embedding can be optimised or replaced only in one; use a "
+            f"{name} has {len(conditioning)} entries, and an embedding can be optimized or replaced only in one; use a "
             f"single CLIP Text Encode without Conditioning (Combine)."
         )
     embedding, options = conditioning[0]
@@ -58,7 +58,7 @@ def with_embedding(
 
 
 def coverage_warning(conditioning: Conditioning, latent: torch.Tensor) -> str | None:
-    """Say when a CONDITIONING leaves a part of the picture or of the steps without a prompt.
+    """Say when a CONDITIONING leaves a part of the image or of the steps without a prompt.
 
     ComfyUI takes zeros for an estimate that no entry gives, so that what is inverted or optimized there is lost.
 
@@ -80,7 +80,7 @@ def coverage_warning(conditioning: Conditioning, latent: torch.Tensor) -> str | 
                 covered |= _covered(options, latent)
         if not bool(covered.all()):
             return (
-                "The positive conditioning covers only a part of the picture or of the steps, and the rest is lost "
+                "The positive conditioning covers only a part of the image or of the steps, and the rest is lost "
                 "here; combine it with a prompt for the rest (Conditioning Combine), or remove its area, mask or "
                 "timestep range."
             )

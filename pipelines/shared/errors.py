@@ -37,14 +37,14 @@ def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -
             f"{name} must be a batch of image latents [batch, channels, height, width]; connect a VAE Encode node."
         )
     if latent.shape[0] < 1 or latent.shape[2] < 1 or latent.shape[3] < 1:
-        raise IdentityEditError(f"{name} is empty {tuple(latent.shape)}; connect at least one picture.")
+        raise IdentityEditError(f"{name} is empty {tuple(latent.shape)}; connect at least one image.")
     if latent.shape[0] > MAXIMUM_BATCH:
         raise IdentityEditError(
             f"{name} holds {latent.shape[0]} latents, more than {MAXIMUM_BATCH}; split the batch (Latent From Batch)."
         )
     if channels is not None and latent.shape[1] != channels:
         raise IdentityEditError(
-            f"{name} has {latent.shape[1]} channels but the model takes {channels}; encode the picture with this "
+            f"{name} has {latent.shape[1]} channels but the model takes {channels}; encode the image with this "
             f"checkpoint's own VAE."
         )
     check_finite(latent, not_finite(latent, name) or name)
@@ -81,9 +81,9 @@ def not_finite(batch: torch.Tensor, name: str) -> str | None:
     return name if len(bad) == len(batch) else f"{name} (number {', '.join(bad)} of {len(batch)})"
 
 
-ENCODE_AGAIN = "encode the picture again, with the VAE in float32 (--fp32-vae)"
+ENCODE_AGAIN = "encode the image again, with the VAE in float32 (--fp32-vae)"
 IN_FLOAT32 = "load the model in float32 (--force-fp32)"
-"""Remedies for numbers that are none, in a picture's latent and in what a model has computed."""
+"""Remedies for numbers that are none, in an image's latent and in what a model has computed."""
 
 
 def check_finite(tensor: torch.Tensor, name: str, remedy: str = ENCODE_AGAIN) -> None:
@@ -160,6 +160,6 @@ def check_areas(options: Iterable[dict[str, Any]], latent: torch.Tensor, name: s
             y, x = round(y * height), round(x * width)
         if y >= height or x >= width:
             raise IdentityEditError(
-                f"{name} is for an area that begins outside of the picture ({x}, {y} in a latent of {width}x{height}); "
+                f"{name} is for an area that begins outside of the image ({x}, {y} in a latent of {width}x{height}); "
                 f"lower x and y of the node that sets the area."
             )

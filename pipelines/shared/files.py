@@ -32,6 +32,8 @@ FILE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": 
 DESCRIPTION = "identity_edit"
 """The header's entry in which this pack's files describe themselves."""
 _TEMPORARY = re.compile(r"\.(claimed|[0-9a-f]{8})\.tmp$")
+_FORMER_SPELLINGS = (("picture", "image"), ("regularisation", "regularization"))
+"""In the keys of descriptions."""
 _NOT_UNDERSTOOD = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError
 )  # fmt: skip
@@ -152,7 +154,21 @@ def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torc
         raise
     except (OSError, SafetensorError, *_NOT_UNDERSTOOD) as error:  # JSON nested too deeply, numbers of too many digits
         raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error
-    return tensors, description
+    return tensors, _with_current_names(description)
+
+
+def _with_current_names(value: Any) -> Any:
+    """A description whose keys are spelled as they are written today; a few files spell them otherwise."""
+    if isinstance(value, list):
+        return [_with_current_names(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    renamed = {}
+    for key, each in value.items():
+        for old, new in _FORMER_SPELLINGS:
+            key = key.replace(old, new)
+        renamed[key] = _with_current_names(each)
+    return renamed
 
 
 def header_of(path: str, remedy: str = "save it again") -> tuple[set[str], dict[str, str]]:

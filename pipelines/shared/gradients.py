@@ -54,7 +54,7 @@ def _can_be_saved_for_backward(tensor: torch.Tensor) -> bool:
 
 
 def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor.data) is not torch.Tensor:  # quantised and other subclasses know how to copy themselves
+    if type(tensor.data) is not torch.Tensor:  # quantized and other subclasses know how to copy themselves
         return tensor.detach().clone()
     plain = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return plain.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
@@ -196,7 +196,7 @@ def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: lis
     """
     if not output.requires_grad:
         raise IdentityEditError(
-            "The conditioning that is to be optimised takes no part at this noise level; remove its timestep range."
+            "The conditioning that is to be optimized takes no part at this noise level; remove its timestep range."
         )
     (at_output,) = torch.autograd.grad(loss, output)
     largest = at_output.flatten(1).abs().amax(dim=1)

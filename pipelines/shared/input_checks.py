@@ -14,44 +14,44 @@ import torch
 from .errors import IdentityEditError, not_finite, shortened
 
 BRIGHTEST = 2.0
-"""Above this a picture is not 0 to 1 with some overshoot but has a high dynamic range, and a mask other units."""
+"""Above this an image is not 0 to 1 with some overshoot but has a high dynamic range, and a mask other units."""
 BRIGHTEST_HDR = 16.0
-"""Above this a picture counts in other units, such as levels of 8 bits."""
+"""Above this an image counts in other units, such as levels of 8 bits."""
 
 
-def check_pictures(pictures: Any, name: str) -> None:
+def check_images(images: Any, name: str) -> None:
     """Check an IMAGE [B, H, W, C].
 
     Args:
-        pictures: floating point of 0 to 1, with up to `BRIGHTEST_HDR` of a high dynamic range, or whole numbers of 8
+        images: floating point of 0 to 1, with up to `BRIGHTEST_HDR` of a high dynamic range, or whole numbers of 8
             or 16 bits; 1 to 4 channels.
         name: the input's name as the user sees it.
 
     Raises:
         IdentityEditError: for another form, no pixels, NaN, or values that are no brightness.
     """
-    if not isinstance(pictures, torch.Tensor) or pictures.ndim != 4:
-        shape = f", not {tuple(pictures.shape)}" if isinstance(pictures, torch.Tensor) else ""
+    if not isinstance(images, torch.Tensor) or images.ndim != 4:
+        shape = f", not {tuple(images.shape)}" if isinstance(images, torch.Tensor) else ""
         raise IdentityEditError(
-            f"{name} must be pictures [batch, height, width, channels]{shape}; connect a Load Image node."
+            f"{name} must be images [batch, height, width, channels]{shape}; connect a Load Image node."
         )
-    if min(pictures.shape) < 1 or pictures.shape[-1] > 4:
+    if min(images.shape) < 1 or images.shape[-1] > 4:
         raise IdentityEditError(
-            f"{name} must be pictures [batch, height, width, channels] with 1 to 4 channels, not "
-            f"{tuple(pictures.shape)}; connect a Load Image node."
+            f"{name} must be images [batch, height, width, channels] with 1 to 4 channels, not "
+            f"{tuple(images.shape)}; connect a Load Image node."
         )
-    if pictures.is_floating_point():
-        bad = not_finite(pictures, name)
+    if images.is_floating_point():
+        bad = not_finite(images, name)
         if bad:
             raise IdentityEditError(f"{bad} contains NaN or infinite values; load or decode it again.")
-        brightest = float(pictures.detach().max())
+        brightest = float(images.detach().max())
         if brightest > BRIGHTEST_HDR:
             raise IdentityEditError(
-                f"{name} holds values up to {brightest:g}, and pictures go from 0 to 1; divide it by its largest "
+                f"{name} holds values up to {brightest:g}, and images go from 0 to 1; divide it by its largest "
                 f"possible value before (255, or 65535 for 16 bits)."
             )
-    elif pictures.dtype not in (torch.uint8, torch.uint16):
-        raise IdentityEditError(f"{name} holds numbers of the type {pictures.dtype}; give floating point from 0 to 1.")
+    elif images.dtype not in (torch.uint8, torch.uint16):
+        raise IdentityEditError(f"{name} holds numbers of the type {images.dtype}; give floating point from 0 to 1.")
 
 
 def check_mask(mask: Any, name: str) -> None:

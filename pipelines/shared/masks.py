@@ -9,11 +9,11 @@ import torch
 
 from ...attention.masks import resized
 from .errors import IdentityEditError
+from .images import PIXELS_OF_A_CELL, middle
 from .input_checks import check_mask
-from .pictures import PIXELS_OF_A_CELL, middle
 
 _NO_MASK = (64, 64)
-"""Load Image's MASK of a picture without transparency: zeros of this size, whatever the picture's."""
+"""Load Image's MASK of an image without transparency: zeros of this size, whatever the image's."""
 _A_LEVEL = 1.0 / 255.0
 
 CUT_OUT = "Load Image's MASK of a cut-out is 1 where it is transparent: put Invert Mask between."
@@ -36,7 +36,7 @@ def as_masks(mask: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def cut_to(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Masks [B, h, w] without what VAE Encode cuts off their picture, where that leaves this size of a picture, or of
+    """Masks [B, h, w] without what VAE Encode cuts off their image, where that leaves this size of an image, or of
     a latent; others as they are."""
     cut = middle(masks)
     is_of_it = any(tuple(cut.shape[1:]) == (height * cell, width * cell) for cell in (1, PIXELS_OF_A_CELL))
@@ -44,9 +44,9 @@ def cut_to(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def of_size(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Masks [B, h, w] at the size of a picture or of its latent.
+    """Masks [B, h, w] at the size of an image or of its latent.
 
-    What VAE Encode cuts off a picture is cut off its mask; any other size is stretched, as ComfyUI does it: bilinear
+    What VAE Encode cuts off an image is cut off its mask; any other size is stretched, as ComfyUI does it: bilinear
     where it grows, the mean where it shrinks.
     """
     return resized(cut_to(masks, height, width), (height, width))
@@ -61,21 +61,21 @@ def masks_for(mask: torch.Tensor, name: str, height: int, width: int, count: int
     masks = as_masks(mask, name)
     if len(masks) not in (1, count):
         raise IdentityEditError(
-            f"{name} holds {len(masks)} masks for {count} picture{'s' if count > 1 else ''}; give one for all, or one "
+            f"{name} holds {len(masks)} masks for {count} image{'s' if count > 1 else ''}; give one for all, or one "
             f"for each."
         )
     return of_size(masks, height, width).expand(count, -1, -1).clone()
 
 
 def is_no_mask(mask: torch.Tensor) -> bool:
-    """Whether masks [B, H, W] are what Load Image gives for pictures without transparency."""
+    """Whether masks [B, H, W] are what Load Image gives for images without transparency."""
     return tuple(mask.shape[1:]) == _NO_MASK and not bool(mask.any())
 
 
-def is_transparency(mask: torch.Tensor, pictures: torch.Tensor) -> bool:
-    """Whether masks [B, H, W] are exactly the transparent part of pictures [B, H, W, 4], which has one."""
-    if pictures.shape[-1] != 4 or mask.shape[1:] != pictures.shape[1:3] or len(mask) not in (1, len(pictures)):
+def is_transparency(mask: torch.Tensor, images: torch.Tensor) -> bool:
+    """Whether masks [B, H, W] are exactly the transparent part of images [B, H, W, 4], which has one."""
+    if images.shape[-1] != 4 or mask.shape[1:] != images.shape[1:3] or len(mask) not in (1, len(images)):
         return False
-    whole = 1.0 if pictures.is_floating_point() else torch.iinfo(pictures.dtype).max
-    clear = 1.0 - pictures[..., 3].detach().cpu().float() / whole
+    whole = 1.0 if images.is_floating_point() else torch.iinfo(images.dtype).max
+    clear = 1.0 - images[..., 3].detach().cpu().float() / whole
     return float(clear.max()) > _A_LEVEL and bool(((mask - clear).abs() <= _A_LEVEL).all())

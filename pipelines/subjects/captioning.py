@@ -1,8 +1,8 @@
 """Captions that describe what can be edited: the identity set's half of the editing-oriented data augmentation.
 
 Liu et al. 2024 (section 2.1) ask LLaVA for captions that name the subject's action, view and attire beside everything
-else in the picture, so that the prior learns what belongs to the subject and what to the moment. Any image-text-to-text
-model of transformers can be asked here; without one, captions come from files beside the pictures or from typed lines.
+else in the image, so that the prior learns what belongs to the subject and what to the moment. Any image-text-to-text
+model of transformers can be asked here; without one, captions come from files beside the images or from typed lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from ..networks.language_models import IMAGE_AND_TEXT, LanguageModel, load_language_model
 from ..shared.errors import IdentityEditError, check_finite
-from .pictures import SubjectPictures
+from .images import SubjectImages
 from .words import has_word, with_token
 
 INSTRUCTION = (
@@ -31,8 +31,8 @@ MAX_NEW_TOKENS = 160
 """[choice] Room for the 70 words that the instruction asks for."""
 
 
-def caption_pictures(
-    subject: SubjectPictures,
+def caption_images(
+    subject: SubjectImages,
     *,
     model_path: str | None = None,
     lines: list[str] | None = None,
@@ -42,17 +42,17 @@ def caption_pictures(
     temperature: float = 0.0,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[SubjectPictures, list[str]]:
-    """Give every picture of a subject a caption in which the subject is called by its token and class word.
+) -> tuple[SubjectImages, list[str]]:
+    """Give every image of a subject a caption in which the subject is called by its token and class word.
 
-    A typed line comes first, then a caption that the picture already has (with `keep_existing`), then the model's.
+    A typed line comes first, then a caption that the image already has (with `keep_existing`), then the model's.
     Where a caption lacks the token it is put before the class word; where it lacks the class word too, both are put at
     the caption's beginning.
 
     Args:
-        subject: the pictures, with or without captions; the test picture is captioned like the others.
+        subject: the images, with or without captions; the test image is captioned like the others.
         model_path: folder of an image-text-to-text model, or None.
-        lines: captions in the pictures' order, the test picture's last; "" leaves a picture to the other two.
+        lines: captions in the images' order, the test image's last; "" leaves an image to the other two.
         keep_existing: keep captions that are there; otherwise the model writes them anew.
         instruction: what the model is asked.
         max_new_tokens, temperature, seed: as for `LanguageModel.ask`.
@@ -62,20 +62,20 @@ def caption_pictures(
         the subject with its captions, and notes for the user.
 
     Raises:
-        IdentityEditError: when a picture is left without a caption, there are more lines than pictures, or the model
+        IdentityEditError: when an image is left without a caption, there are more lines than images, or the model
             cannot be used.
     """
-    names, captions, pictures = list(subject.names), list(subject.captions), list(subject.pictures)
-    if subject.test_picture is not None:
+    names, captions, images = list(subject.names), list(subject.captions), list(subject.images)
+    if subject.test_image is not None:
         names.append(subject.test_name)
         captions.append(subject.test_caption)
-        pictures.append(subject.test_picture)
-    for name, picture in zip(names, pictures, strict=True):
-        check_finite(picture, name)
+        images.append(subject.test_image)
+    for name, image in zip(names, images, strict=True):
+        check_finite(image, name)
     lines = lines or []
     if len(lines) > len(names):
         raise IdentityEditError(
-            f"captions holds {len(lines)} lines for {len(names)} pictures; write one line for each picture, in the "
+            f"captions holds {len(lines)} lines for {len(names)} images; write one line for each image, in the "
             f"order {', '.join(names)}."
         )
     lines = lines + [""] * (len(names) - len(lines))
@@ -91,7 +91,7 @@ def caption_pictures(
             with load_language_model(model_path, IMAGE_AND_TEXT) as model:
                 for done, number in enumerate(asked, start=1):
                     captions[number] = _ask(
-                        model, names[number], pictures[number], instruction, max_new_tokens, temperature, seed
+                        model, names[number], images[number], instruction, max_new_tokens, temperature, seed
                     )
                     if progress is not None:
                         progress(done, len(asked))
@@ -99,20 +99,20 @@ def caption_pictures(
     notes = []
     for number, (name, caption) in enumerate(zip(names, captions, strict=True)):
         if not caption:
-            if number < len(subject.pictures):
+            if number < len(subject.images):
                 raise IdentityEditError(
                     f"{name} has no caption; choose a model, write its line in captions, or put a caption file beside "
                     f"it."
                 )
-            continue  # the test picture needs one only for an edit
+            continue  # the test image needs one only for an edit
         captions[number] = identity_caption(caption, subject.class_word, subject.token)
         if not has_word(caption, subject.class_word):
             notes.append(
                 f"The caption of {name} did not say '{subject.class_word}': '{subject.identity_prompt}' was put at its "
                 f"beginning; see that it reads well."
             )
-    count = len(subject.pictures)
-    test_caption = captions[count] if subject.test_picture is not None else ""
+    count = len(subject.images)
+    test_caption = captions[count] if subject.test_image is not None else ""
     return replace(subject, captions=captions[:count], test_caption=test_caption), notes
 
 
@@ -127,14 +127,14 @@ def identity_caption(caption: str, class_word: str, token: str) -> str:
 def _ask(
     model: LanguageModel,
     name: str,
-    picture: torch.Tensor,
+    image: torch.Tensor,
     instruction: str,
     max_new_tokens: int,
     temperature: float,
     seed: int,
 ) -> str:
     """The model's caption as one line, without the quotation marks that models put around it."""
-    answer = model.ask(instruction, picture, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    answer = model.ask(instruction, image, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     caption = " ".join(answer.split())
     if len(caption) > 1 and caption[0] == caption[-1] and caption[0] in "\"'":
         caption = caption[1:-1].strip()

@@ -12,11 +12,11 @@ from ..shared.errors import IdentityEditError, shortened
 from .words import word_pattern
 
 _MARKERS = ("sks", "ufc", "nfl", "ibm", "bbc", "nba", "fifa", "gmo")
-"""Words of one token; one that a prompt lacks holds the place of the word vectors while it is tokenised."""
+"""Words of one token; one that a prompt lacks holds the place of the word vectors while it is tokenized."""
 
 
 def mark_subject(clip: Any, token: str, class_word: str, count: int, prompt: str, **options: Any) -> dict[str, Any]:
-    """Tokenise a prompt with `count` empty places for word vectors where it names the subject.
+    """Tokenize a prompt with `count` empty places for word vectors where it names the subject.
 
     The subject's name is the token with the class word behind it, or the token alone; the class word alone where the
     prompt has no token.

@@ -7,7 +7,7 @@ import re
 from ..shared.errors import IdentityEditError, shortened
 
 CLASS_WORD_FILE = "class_word.txt"
-"""Beside a subject's pictures."""
+"""Beside a subject's images."""
 
 
 def check_words(class_word: str, token: str) -> tuple[str, str]:
@@ -20,7 +20,7 @@ def check_words(class_word: str, token: str) -> tuple[str, str]:
     if not class_word:
         raise IdentityEditError(
             f"class_word is empty; write what the subject is, such as 'dog', or put it into {CLASS_WORD_FILE} beside "
-            f"the pictures."
+            f"the images."
         )
     if len(token.split()) > 1:
         raise IdentityEditError(f"token is '{token}'; write one rare word that stands for the subject, such as 'sks'.")
@@ -75,7 +75,7 @@ def check_caption(caption: str, what: str, class_word: str, token: str, add_toke
     """
     name = identity_prompt(class_word, token)
     if not caption.strip():
-        raise IdentityEditError(f"{what} is empty; write what the picture shows, with '{name}' in it.")
+        raise IdentityEditError(f"{what} is empty; write what the image shows, with '{name}' in it.")
     if not has_word(caption, class_word):
         raise IdentityEditError(
             f"{what} lacks the class word '{class_word}'; call the subject '{name}' in it (it says: "

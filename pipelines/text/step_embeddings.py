@@ -1,6 +1,6 @@
 """A table of text embeddings, one for each sampling step, and a model clone that uses it.
 
-Null-text optimisation, timestep-aware injection and step-wise learned subjects all end in such a table. The row is
+Null-text optimization, timestep-aware injection and step-wise learned subjects all end in such a table. The row is
 chosen by the noise level and never by counting calls, because a sampler may evaluate the network several times a step.
 """
 
@@ -26,7 +26,7 @@ class StepEmbeddings:
         embeddings: [N, B, T, C] float32, B either 1 (the same for all latents of a batch) or the batch size.
         pooled: [1 or N, B, P] float32, the pooled output that belongs to the embeddings (SDXL), or None to leave the
             conditioning's own.
-        guidance_scale: the one they were optimised for, or None where they fit any.
+        guidance_scale: the one they were optimized for, or None where they fit any.
     """
 
     sigmas: torch.Tensor
@@ -37,15 +37,15 @@ class StepEmbeddings:
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 4 or self.embeddings.shape[0] < 1:
             raise IdentityEditError(
-                f"A step table needs embeddings [steps, batch, tokens, channels], not {tuple(self.embeddings.shape)}."
+                f"Per-step embeddings must be [steps, batch, tokens, channels], not {tuple(self.embeddings.shape)}."
             )
         if self.sigmas.ndim != 1 or self.sigmas.shape[0] != self.embeddings.shape[0] + 1:
             raise IdentityEditError(
-                f"A step table of {self.embeddings.shape[0]} rows needs {self.embeddings.shape[0] + 1} sigmas, "
+                f"Per-step embeddings of {self.embeddings.shape[0]} rows need {self.embeddings.shape[0] + 1} sigmas, "
                 f"not {tuple(self.sigmas.shape)}."
             )
         if not bool((self.sigmas[:-1] > self.sigmas[1:]).all()):
-            raise IdentityEditError("The sigmas of a step table must descend; use a sampling schedule as it is.")
+            raise IdentityEditError("The sigmas of per-step embeddings must descend; use a sampling schedule as it is.")
         if self.pooled is not None and (
             self.pooled.ndim != 3 or self.pooled.shape[0] not in (1, self.steps) or self.pooled.shape[1] != self.batch
         ):
@@ -53,7 +53,7 @@ class StepEmbeddings:
                 f"The pooled outputs {tuple(self.pooled.shape)} do not belong to the embeddings "
                 f"{tuple(self.embeddings.shape)}; take both from the same prompt."
             )
-        check_finite(self.embeddings, "The step table", "optimize it again with a lower learning rate")
+        check_finite(self.embeddings, "The per-step embeddings", "optimize them again with a lower learning rate")
 
     @property
     def steps(self) -> int:
@@ -76,12 +76,12 @@ class StepEmbeddings:
         return self.pooled[min(row, self.pooled.shape[0] - 1)]
 
     def guidance_warning(self, guidance_scale: float) -> str | None:
-        """One sentence where they were optimised for another guidance scale than that of sampling, else None."""
+        """One sentence where they were optimized for another guidance scale than that of sampling, else None."""
         if self.guidance_scale is None or abs(self.guidance_scale - guidance_scale) <= 1e-6:
             return None
         return (
-            f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimised for "
-            f"{self.guidance_scale:g}; use the same for both, or the picture drifts away from the inversion."
+            f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimized for "
+            f"{self.guidance_scale:g}; use the same for both, or the image drifts away from the inversion."
         )
 
 
@@ -101,8 +101,8 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
     """A clone of `model` that, at every evaluation, takes one side's text embedding from `table`.
 
     Works under any stock sampler and guider: the guider's conditionings are exchanged for the time of one evaluation
-    through ComfyUI's PREDICT_NOISE wrapper and put back afterwards. Everything else on the conditioning (size, control
-    networks, areas) stays its own. Tables for different sides compose; a second one for the same side replaces the
+    through ComfyUI's PREDICT_NOISE wrapper and put back afterwards. Everything else on the conditioning (size,
+    ControlNets, areas) stays its own. Tables for different sides compose; a second one for the same side replaces the
     first. A guider without that side ("negative" under BasicGuider, or guidance scale 1) is left as it is, and so is a
     source that another node evaluates beside (`engine.KEEPS_EMBEDDING`).
 
@@ -121,8 +121,8 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
     channels = engine.context_channels(model)
     if table.embeddings.shape[-1] != channels:
         raise IdentityEditError(
-            f"The step table has embeddings of {table.embeddings.shape[-1]} channels but the model takes {channels}; "
-            f"use the model that it was made with."
+            f"The per-step embeddings have {table.embeddings.shape[-1]} channels but the model takes {channels}; "
+            "use the model that they were made with."
         )
 
     def exchange_embedding(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
         side = own.get(which)
         if not side or any(engine.KEEPS_EMBEDDING in conditioning for conditioning in side):
             return executor(x, timestep, *args, **kwargs)
-        check_batch_matches(table.batch, x.shape[0], "The step table")
+        check_batch_matches(table.batch, x.shape[0], "The per-step embeddings")
         row = table.row(float(timestep.max()))
         exchanged = engine.conditionings_with_embedding(
             side, table.embeddings[row].to(x.device), _on(table.pooled_row(row), x.device)

@@ -2,7 +2,7 @@
 
 Jung et al. 2024 is "Latent Inversion with Timestep-aware Sampling for Training-free Non-rigid Editing" (eq. 5).
 
-A diffusion model fixes the layout of a picture in its first steps and the details later. So the picture is sampled from
+A diffusion model fixes the layout of an image in its first steps and the details later. So the image is sampled from
 its inversion with the source prompt's embedding for the first steps, which keeps its structure, and with the edit's
 embedding e for the others:
 
@@ -47,8 +47,8 @@ class TimestepAwareEdit:
     Attributes:
         latent: [B, C, H, W] float32, the edited z_0 in the scale of LATENT sockets.
         source_steps: number of steps with the source prompt.
-        evaluations: network evaluations.
-        warning: one sentence where the guidance scale is not that of the inversion's step table, else None.
+        evaluations: model calls.
+        warning: one sentence where the guidance scale is not that of the inversion's per-step embeddings, else None.
     """
 
     latent: torch.Tensor
@@ -80,8 +80,8 @@ def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta:
 
     Args:
         target: the target prompt's CONDITIONING.
-        optimized: what text optimisation made of it, or None to use the target prompt as it is.
-        eta: 0 is the optimised embedding (the picture), 1 the target prompt's (the edit); values beyond extrapolate.
+        optimized: what text optimization made of it, or None to use the target prompt as it is.
+        eta: 0 is the optimized embedding (the image), 1 the target prompt's (the edit); values beyond extrapolate.
 
     Raises:
         IdentityEditError: when the two do not belong together.
@@ -93,8 +93,8 @@ def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta:
     e_tgt, _ = single_embedding(target, "The target prompt")
     if e_tgt.shape[1:] != e_opt.shape[1:]:
         raise IdentityEditError(
-            f"The target embedding {tuple(e_tgt.shape)} and the optimised one {tuple(e_opt.shape)} differ in tokens or "
-            f"channels; optimise this target prompt with this model."
+            f"The target embedding {tuple(e_tgt.shape)} and the optimized one {tuple(e_opt.shape)} differ in tokens or "
+            f"channels; optimize this target prompt with this model."
         )
     return with_embedding(target, eta * e_tgt + (1.0 - eta) * e_opt)
 
@@ -212,17 +212,17 @@ def timestep_aware_sampling(
     sampler: str = "ddim",
     callback: engine.Callback | None = None,
 ) -> TimestepAwareEdit:
-    """Sample an inverted picture with eq. 5 (Jung et al. 2024, section 4, stage C), in the inversion's own schedule.
+    """Sample an inverted image with eq. 5 (Jung et al. 2024, section 4, stage C), in the inversion's own schedule.
 
     Stock samplers give the same with the inversion's latent and sigmas and no added noise, but for the scale
     sqrt(1 + sigma^2) at the last sigma: 1.0004 where the schedule ends at timestep 0 (they return x, and this z_0).
 
     Args:
         model: MODEL, the one that made the inversion.
-        inversion: the picture's; its step table, where it has one, is the negative side.
+        inversion: the image's; its per-step embeddings, where it has one, is the negative side.
         source: the source prompt's CONDITIONING.
         edit: CONDITIONING of e, from `edit_conditioning`.
-        negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with a step table.
+        negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with per-step embeddings.
         ratio: share of the steps with the source prompt, 0.1 to 0.4 in the paper.
         guidance_scale: the paper uses 7.5 with null-text inversion and 1 with plain DDIM inversion.
         sampler: "ddim" (Song et al. 2021, eq. 12, eta 0) or "heun" (Karras et al. 2022, algorithm 1), which evaluates

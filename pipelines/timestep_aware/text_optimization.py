@@ -1,7 +1,7 @@
-"""Text optimisation of Imagic (Kawar et al. 2023, section 3.2), as Jung et al. 2024 uses it (section 4, eq. 2 and 3).
+"""Text optimization of Imagic (Kawar et al. 2023, section 3.2), as Jung et al. 2024 uses it (section 4, eq. 2 and 3).
 
-The embedding of the target prompt is moved towards the picture until the frozen network denoises the picture well with
-it. Between the two embeddings lies a path from "the picture" to "the edit".
+The embedding of the target prompt is moved toward the image until the frozen network denoises the image well with
+it. Between the two embeddings lies a path from "the image" to "the edit".
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class TextOptimization:
-    """What text optimisation found.
+    """What text optimization found.
 
     Attributes:
         embedding: e_opt [B, T, C] float32 CPU.
         losses: [steps, B] float32, eq. 2 before each update. Noisy, as every draw is another timestep.
-        evaluations: network evaluations without their backward passes.
+        evaluations: model calls without their backward passes.
     """
 
     embedding: torch.Tensor
@@ -45,15 +45,15 @@ def optimize_text_embedding(
     checkpointing: bool = False,
     callback: engine.Callback | None = None,
 ) -> TextOptimization:
-    """Optimise the target prompt's embedding to fit a picture (Jung et al. 2024, eq. 2; Kawar et al. 2023, eq. 2).
+    """Optimize the target prompt's embedding to fit an image (Jung et al. 2024, eq. 2; Kawar et al. 2023, eq. 2).
 
     Every step draws a timestep uniformly and a noise, and takes one Adam step on |eps - eps_theta(z_t, t, e)|^2 without
     guidance. The draws depend on the seed alone and are the same for all latents of a batch, so that each result is
-    that of the latent alone. For SDXL the embeddings of both text encoders are optimised, the pooled output is kept.
+    that of the latent alone. For SDXL the embeddings of both text encoders are optimized, the pooled output is kept.
 
     Args:
         model: MODEL that predicts noise or velocity.
-        latent: the picture [B, C, H, W] in the scale of LATENT sockets.
+        latent: the image [B, C, H, W] in the scale of LATENT sockets.
         target: CONDITIONING of the target prompt, one entry.
         steps: 200 in Jung et al. 2024, 500 in Imagic.
         learning_rate: Adam's. 0.001 in both.
@@ -62,10 +62,10 @@ def optimize_text_embedding(
         callback: progress with preview.
 
     Raises:
-        IdentityEditError: when an input cannot be used or the optimisation leaves the range of numbers.
+        IdentityEditError: when an input cannot be used or the optimization leaves the range of numbers.
     """
     family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
-    z_picture = engine.model_latent(model, latent)
+    z_image = engine.model_latent(model, latent)
     if steps < 1 or learning_rate <= 0.0:
         raise IdentityEditError(
             f"steps is {steps} and learning_rate {learning_rate:g}; choose 1 or more and a value above 0."
@@ -102,7 +102,7 @@ def optimize_text_embedding(
         model,
         target,
         None,
-        z_picture,
+        z_image,
         family.schedule(50).sigmas,
         loop,
         gradients=True,

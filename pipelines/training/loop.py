@@ -1,9 +1,9 @@
 """The training loop that every trained technique shares.
 
 A technique's `train_*.py` has its settings, derived from `TrainingSettings` with its paper's values, and hands to
-`train` its variables, `losses(index)`, `sample()` and a `run_description`; batches of pictures, the denoising loss and
-previews are in `training_pictures`. The loop has the optimiser (torch's), gradient accumulation, autocast, gradient
-clipping, the moving average of the variables (diffusers'), the record of losses, and checkpoints from which a run that
+`train` its variables, `losses(index)`, `sample()` and a `run_description`; batches of images, the denoising loss and
+previews are in `training_images`. The loop has the optimizer (torch's), gradient accumulation, autocast, gradient
+clipping, the EMA of the variables (diffusers'), the record of losses, and checkpoints from which a run that
 was interrupted or killed goes on. Draws depend on the seed and the step alone (`generator_of`), so that a resumed run
 is the uninterrupted one.
 
@@ -48,12 +48,12 @@ class TrainingSettings:
     Attributes:
         steps: updates of the variables.
         learning_rate: constant over the run.
-        batch_size: pictures (or pairs of them) in a batch.
+        batch_size: images (or pairs of them) in a batch.
         accumulation: batches whose gradients are averaged for one step.
         optimizer: one of OPTIMIZERS, torch's with their default betas.
-        weight_decay: AdamW's, towards the origin of the variables. 0 leaves a change of weights alone.
+        weight_decay: AdamW's, toward the origin of the variables. 0 leaves a change of weights alone.
         gradient_clip: largest norm of the gradient over all variables; 0 does not clip. 1 in diffusers' scripts.
-        ema_decay: of the variables' exponential moving average, which then is the result; 0 keeps none. The average
+        ema_decay: of the variables' exponential EMA, which then is the result; 0 keeps none. The average
             begins faster, as diffusers' EMAModel has it: by (1 + step) / (10 + step) where that is less.
         precision: a key of PRECISIONS, in which the networks compute. BFLOAT16 runs the batches under autocast. The
             variables are float32 in either case.
@@ -109,7 +109,7 @@ class TrainingSettings:
 
 @dataclass
 class TrainingRun:
-    """What a run did, and what a checkpoint keeps of it beside the variables and the optimiser.
+    """What a run did, and what a checkpoint keeps of it beside the variables and the optimizer.
 
     Attributes:
         losses: the loss of every step, averaged over its batches.
@@ -188,7 +188,7 @@ def train(
     processes: Processes | None = None,
     needed: Collection[str] | None = None,
 ) -> TrainingRun:
-    """Minimise the loss over variables, which are changed in place.
+    """Minimize the loss over variables, which are changed in place.
 
     Call it where gradients are wanted, in ComfyUI inside `engine.gradient_context` or `engine.trainable`. Several
     processes that call it with the same arguments share the batches of each step and average their gradients: what P
@@ -204,14 +204,14 @@ def train(
         checkpoint: gives, for the hash of the description, the file to which the state is written every
             `checkpoint_every` steps and when the run is stopped, and from which a run of the same description goes on.
             A checkpoint of another run, or of more steps than are wanted, is not read.
-        sample: makes a picture (or anything else) to look at, without gradients; called at the end in any case.
+        sample: makes an image (or anything else) to look at, without gradients; called at the end in any case.
         progress: called after every step, in the first process.
         processes: that train together; None is this one alone. Samples, progress and checkpoints are the first's.
         needed: names of the variables that the loss of every batch depends on; None are all. A run in whose first step
             one of them gets no gradient would end well and change nothing.
 
     Returns:
-        the record; the variables hold the result, which is their moving average where one is kept.
+        the record; the variables hold the result, which is their EMA where one is kept.
 
     Raises:
         IdentityEditError: when the loss or a gradient is not finite, when the loss does not depend on what is needed,
@@ -388,7 +388,7 @@ def _write_checkpoint(
         tensors |= {f"average.{name}": value for name, value in zip(variables, average.shadow_params, strict=True)}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": value for name, value in state.items() if value is not None}
-    tensors |= {f"sample.{step}": picture for step, picture in done.samples}
+    tensors |= {f"sample.{step}": image for step, image in done.samples}
     tensors["losses"] = torch.tensor(done.losses, dtype=torch.float64)
     write_tensors(path, tensors, {"kind": _CHECKPOINT, "run": done.name, "steps": len(done.losses)})
 

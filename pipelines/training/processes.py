@@ -2,7 +2,7 @@
 
 accelerate finds out which accelerators there are, starts a process for each (`accelerate launch`), on one machine or on
 several, and averages tensors over them with the backend that suits the hardware. Its `prepare` is not used: it wraps a
-network and its optimiser, and a network inside ComfyUI is called by ComfyUI.
+network and its optimizer, and a network inside ComfyUI is called by ComfyUI.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def test_means_equal_a_plain_softmax_in_float64(family: str, batch: int, height:
     reference = Reference(model, EMBEDDING, COLUMNS)
     expected = reference.run(latent)
     recording, attention = record(model)
-    assert torch.equal(sample(recording, latent), expected), "recording changed the picture"
+    assert torch.equal(sample(recording, latent), expected), "recording changed the image"
     assert attention.evaluations == 3
     assert set(attention.cross) == set(reference.cross)
     for grid, found in attention.cross.items():

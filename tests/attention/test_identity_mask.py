@@ -45,18 +45,18 @@ def test_refined_mask_is_the_matrix_power(power: int) -> None:
     found = identity_mask.refined_mask(torch.from_numpy(rough).float(), attention.self_attention(), power)
     assert np.allclose(found.numpy(), expected, atol=1e-6)
     low, high = expected.min(axis=(1, 2), keepdims=True), expected.max(axis=(1, 2), keepdims=True)
-    normalised = (expected - low) / (high - low)
+    normalized = (expected - low) / (high - low)
     mask = identity_mask.identity_mask(attention, 3, 2, threshold=0.3, power=power)
-    assert np.array_equal(mask.numpy(), (normalised > 0.3).astype(np.float32))
+    assert np.array_equal(mask.numpy(), (normalized > 0.3).astype(np.float32))
 
 
-def test_masks_are_normalised_for_each_picture_alone() -> None:
+def test_masks_are_normalized_for_each_image_alone() -> None:
     maps = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(1))
     maps *= torch.tensor([1.0, 50.0, 0.0]).view(3, 1, 1)
-    found = masks.normalised(maps)
+    found = masks.normalized(maps)
     assert found[:2].amin(dim=(1, 2)).tolist() == [0, 0] and found[:2].amax(dim=(1, 2)).tolist() == [1, 1]
     assert torch.equal(found[2], torch.zeros(4, 5)), "an even map outlines nothing"
-    assert torch.equal(found[:1], masks.normalised(maps[:1]))
+    assert torch.equal(found[:1], masks.normalized(maps[:1]))
 
 
 def test_the_contour_runs_between_coarse_cells() -> None:

@@ -80,17 +80,17 @@ def test_probabilities_equal_a_plain_softmax_in_float64(
 
     def read(site, attended, options):
         assert attended.grid == site.grid(height, width) == (-(-height // 2), -(-width // 2))
-        found.append((site.key, attended.to_text([2, 5]), attended.to_picture(), tuple(options["cond_or_uncond"])))
+        found.append((site.key, attended.to_text([2, 5]), attended.to_image(), tuple(options["cond_or_uncond"])))
 
-    assert torch.equal(sample(reading(model, read), latent), expected), "reading changed the picture"
+    assert torch.equal(sample(reading(model, read), latent), expected), "reading changed the image"
     cells = -(-height // 2) * -(-width // 2)
     of_blocks = [(q, k) for q, k in called if q.shape[2] == TEXT + cells]
     assert [key for key, *_ in found] == BLOCKS[family] * 2
     assert len(of_blocks) == len(found) and all(set(sides) == {0, 1} for *_, sides in found)
-    for (q, k), (_, to_text, to_picture, _) in zip(of_blocks, found, strict=True):
+    for (q, k), (_, to_text, to_image, _) in zip(of_blocks, found, strict=True):
         plain = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1).mean(1)[:, TEXT:]
         assert torch.allclose(to_text.flatten(1).double(), plain[..., [2, 5]].sum(-1), atol=1e-5, rtol=0)
-        assert torch.allclose(to_picture.double(), plain[..., TEXT:], atol=1e-5, rtol=0)
+        assert torch.allclose(to_image.double(), plain[..., TEXT:], atol=1e-5, rtol=0)
         assert float(plain.std()) > 1e-3, "all alike"
 
 
@@ -99,7 +99,7 @@ def test_text_stands_where_a_changed_token_changes_the_keys(
 ) -> None:
     model, latent = tiny_flow_models.FAMILIES[family](), tiny_flow_models.latent(3)
     spans = []
-    reader = reading(model, lambda site, attended, options: spans.append((attended.text, attended.picture)))
+    reader = reading(model, lambda site, attended, options: spans.append((attended.text, attended.image)))
     changed = [[POSITIVE[0][0].clone(), POSITIVE[0][1]]]
     changed[0][0][:, 3] += 1.0
     sample(reader, latent, cfg=1.0)
@@ -107,10 +107,10 @@ def test_text_stands_where_a_changed_token_changes_the_keys(
     called.clear()
     sample(reader, latent, changed, cfg=1.0)
     difference = (called[0][1] - first).abs().sum(dim=(0, 1, 3))
-    text, picture = spans[0]
+    text, image = spans[0]
     assert all(span == spans[0] for span in spans)
     assert difference.nonzero().flatten().tolist() == [text.start + 3]
-    assert (text.stop, picture) == (TEXT, slice(TEXT, TEXT + 16))
+    assert (text.stop, image) == (TEXT, slice(TEXT, TEXT + 16))
 
 
 def test_taps_share_a_model_with_another_owner_of_the_hook(family: str) -> None:

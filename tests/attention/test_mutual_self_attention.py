@@ -294,7 +294,7 @@ def test_guidance_functions_of_other_nodes_do_not_run_for_the_source() -> None:
 
 
 class CountedControl(comfy.controlnet.ControlBase):
-    """A control network that controls nothing, and counts the rows that it is asked about."""
+    """A ControlNet that controls nothing, and counts the rows that it is asked about."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -305,7 +305,7 @@ class CountedControl(comfy.controlnet.ControlBase):
 
 
 def test_what_steers_the_target_alone_does_not_reach_the_source() -> None:
-    """An area, a mask and a control network of the target: the source is evaluated on the same part, by its prompt."""
+    """An area, a mask and a ControlNet of the target: the source is evaluated on the same part, by its prompt."""
     model = tiny_models.sd1()
     pivot = inverted(model)
     area = [[TARGET[0][0], {**TARGET[0][1], "area": (8, 8, 0, 4), "strength": 1.0}]]
@@ -346,7 +346,7 @@ def test_masks_keep_subject_and_background_apart(backend: str) -> None:
     options["optimized_attention_override"] = use_attention(getattr(comfy_attention, f"attention_{backend}"))
     pivot = inverted(model, batch=2)
     source_mask, target_mask = half_masks()
-    both = torch.cat([source_mask, source_mask.flip(-1)])  # another one for the second picture
+    both = torch.cat([source_mask, source_mask.flip(-1)])  # another one for the second image
     start_layer, layer = last_layer(model)
     patched = mutual_self_attention(
         model, pivot, SOURCE, start_step=0.0, start_layer=start_layer, source_mask=both, target_mask=target_mask
@@ -445,7 +445,7 @@ def test_bad_inputs_are_refused() -> None:
     with pytest.raises(IdentityEditError, match="source_mask must be a mask"):
         mutual_self_attention(model, pivot, SOURCE, source_mask=torch.ones(1, 3, 8, 8), target_mask=mask)
     patched = mutual_self_attention(model, pivot, SOURCE)
-    with pytest.raises(IdentityEditError, match="inverted picture's size"):
+    with pytest.raises(IdentityEditError, match="inverted image's size"):
         sampled(patched, pivot, start=tiny_models.latent(1, 2, 8, 8))
     with pytest.raises(IdentityEditError, match="2 entries for a batch of 3"):
         sampled(patched, pivot, start=tiny_models.latent(1, 3, HEIGHT, WIDTH))

@@ -27,7 +27,7 @@ def literal_mapping(style: StyleAttention, rows: torch.Tensor, average: torch.Te
         x = (rows.double() - average.double())[:, first - 1 : last].reshape(len(rows), -1)
         y = x @ layer.weight.double().T + layer.bias.double()
         y = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5) ** 0.5
-        tokens.append(y * mapping.normalise.weight.double() + mapping.normalise.bias.double())
+        tokens.append(y * mapping.normalize.weight.double() + mapping.normalize.bias.double())
     return torch.stack(tokens, dim=1)
 
 
@@ -100,7 +100,7 @@ def expected(style: Any, recorder: Recorder, key: Any, call: dict[str, Any], tok
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_every_block_adds_equation_3_literally(family: str, kind: str) -> None:
     model = tiny_models.FAMILIES[family]()
-    style, w_plus = tiny_styles.style_attention(model, kind), tiny_styles.w_plus(pictures=2)
+    style, w_plus = tiny_styles.style_attention(model, kind), tiny_styles.w_plus(images=2)
     recorder = Recorder(apply_style_attention(model, style, w_plus, strength=0.7))
     recorder.run(tiny_models.latent(3, batch=2), cfg=3.0)
     tokens = literal_mapping(style, w_plus.rows, w_plus.average)
@@ -309,9 +309,9 @@ def test_areas_of_a_prompt_see_their_part_of_the_mask() -> None:
         assert float((calls[0]["result"] - calls[0]["text"]).abs().amax(-1).min()) > 0.0, "all of it is the person's"
 
 
-def test_one_style_for_each_picture_of_a_batch() -> None:
+def test_one_style_for_each_image_of_a_batch() -> None:
     model = tiny_models.sd1()
-    style, pair, latent = tiny_styles.style_attention(model), tiny_styles.w_plus(pictures=2), tiny_models.latent(3, 2)
+    style, pair, latent = tiny_styles.style_attention(model), tiny_styles.w_plus(images=2), tiny_models.latent(3, 2)
     both = sample(apply_style_attention(model, style, pair, strength=1.0), latent)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
     for index in range(2):

@@ -46,7 +46,7 @@ def test_random_attributes_keep_to_the_asked_identities(held_out):
 
 @pytest.mark.parametrize("framing", world.FRAMINGS)
 @pytest.mark.parametrize("template", range(world.CAPTION_TEMPLATES))
-def test_different_pictures_have_different_captions(framing, template):
+def test_different_images_have_different_captions(framing, template):
     """One attribute changed changes the caption, whatever the wording."""
     generator = random.Random(2)
     for _ in range(20):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from identity_edit_pack.demo_world import clip, train_clip
 from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, Attributes, caption, random_attributes
-from identity_edit_pack.demo_world.pictures import evaluation_set, to_tensor
+from identity_edit_pack.demo_world.images import evaluation_set, to_tensor
 from identity_edit_pack.demo_world.renderer import render
 from PIL import Image
 from torch.nn import functional
@@ -32,12 +32,12 @@ def test_transformers_computes_the_same(loaded) -> None:
     from transformers import CLIPModel, CLIPProcessor
 
     model, tokenizer = loaded
-    picture, _ = render(Attributes(), 7)
+    image, _ = render(Attributes(), 7)
     texts = ["an orange cat standing on the grass", "a blue dog lying down at night wearing a crown facing left"]
     processor = CLIPProcessor.from_pretrained(clip.CLIP_FOLDER)
-    inputs = processor(text=texts, images=Image.fromarray(np.array(picture)), return_tensors="pt", padding=True)
+    inputs = processor(text=texts, images=Image.fromarray(np.array(image)), return_tensors="pt", padding=True)
     output = CLIPModel.from_pretrained(clip.CLIP_FOLDER, dtype=torch.float32).eval()(**inputs)
-    ours = clip.image_embeddings(model, to_tensor(picture)[None]), clip.text_embeddings(model, tokenizer, texts)
+    ours = clip.image_embeddings(model, to_tensor(image)[None]), clip.text_embeddings(model, tokenizer, texts)
     for embeddings, expected in zip(ours, (output.image_embeds, output.text_embeds), strict=True):
         torch.testing.assert_close(embeddings, expected, atol=1e-5, rtol=0)
 
@@ -60,13 +60,13 @@ def test_unknown_words_are_spelled(loaded, text) -> None:
 
 
 @torch.no_grad()
-def test_held_out_pictures_are_nearer_to_their_caption_than_to_a_wrong_one(loaded) -> None:
+def test_held_out_images_are_nearer_to_their_caption_than_to_a_wrong_one(loaded) -> None:
     model, tokenizer = loaded
     generator = random.Random(0)
     samples = evaluation_set(60, seed=77, held_out=True)
-    pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in samples])
+    images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in samples])
     wrong = [train_clip.with_one_change(attributes, generator) for attributes, _ in samples]
-    embedded = clip.image_embeddings(model, pictures)
+    embedded = clip.image_embeddings(model, images)
     right, other = (
         (embedded * clip.text_embeddings(model, tokenizer, [caption(attributes) for attributes in part])).sum(1)
         for part in ([attributes for attributes, _ in samples], wrong)
@@ -87,15 +87,15 @@ def test_the_loss_without_wrong_captions_is_that_of_clip() -> None:
 
 
 def test_the_loss_by_its_formula_in_float64() -> None:
-    """Wrong captions compete for pictures; one that reads like the right caption does not, here the last."""
+    """Wrong captions compete for images; one that reads like the right caption does not, here the last."""
     images, texts, scale = unit(3, 2).double(), unit(5, 3).double(), torch.tensor(7.0, dtype=torch.float64)
     found = train_clip.contrastive_loss(images, texts, ["a", "b", "c"], ["d", "b"], scale)
     similarity = (scale * images @ texts.T).exp()
     competing = torch.ones(3, 5).double()
     competing[1, 4] = 0
-    by_picture = torch.stack([similarity[i, i] / (similarity[i] * competing[i]).sum() for i in range(3)])
+    by_image = torch.stack([similarity[i, i] / (similarity[i] * competing[i]).sum() for i in range(3)])
     by_caption = torch.stack([similarity[i, i] / similarity[:, i].sum() for i in range(3)])
-    torch.testing.assert_close(found, -(by_picture.log().mean() + by_caption.log().mean()) / 2)
+    torch.testing.assert_close(found, -(by_image.log().mean() + by_caption.log().mean()) / 2)
 
 
 def test_training_shows_no_held_out_identity() -> None:

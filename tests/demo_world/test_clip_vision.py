@@ -1,4 +1,4 @@
-"""The demo world's CLIP vision is ComfyUI's own object, and its embedding says who is in a picture."""
+"""The demo world's CLIP vision is ComfyUI's own object, and its embedding says who is in an image."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, IDENTITY_OF
 from identity_edit_pack.demo_world.clip_vision import CLIP_VISION_CONFIG, CLIP_VISION_PATH, load_clip_vision
-from identity_edit_pack.demo_world.pictures import evaluation_set
+from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
 
 pytestmark = pytest.mark.slow
 
 
-def pictures_of(samples):
+def images_of(samples):
     return torch.stack([torch.from_numpy(np.array(render(a, seed)[0])) for a, seed in samples]).float() / 255
 
 
@@ -38,7 +38,7 @@ def test_the_file_is_small() -> None:
 
 
 def test_embeddings_of_one_identity_are_nearer_than_those_of_others() -> None:
-    """Held-out identities, in other states and places: a picture's twin is the nearest of twenty at least half the
+    """Held-out identities, in other states and places: an image's twin is the nearest of twenty at least half the
     time (chance 0.05)."""
     encoder = load_clip_vision()
     for framing in ATTRIBUTES_OF:
@@ -51,7 +51,7 @@ def test_embeddings_of_one_identity_are_nearer_than_those_of_others() -> None:
             kept = {name: getattr(first, name) for name in IDENTITY_OF[framing]}
             seconds.append((other.replace(**kept), seed))
         one, two = (
-            torch.nn.functional.normalize(encoder.encode_image(pictures_of(part))["image_embeds"].float(), dim=-1)
+            torch.nn.functional.normalize(encoder.encode_image(images_of(part))["image_embeds"].float(), dim=-1)
             for part in (chosen, seconds)
         )
         found = (one @ two.T).argmax(1) == torch.arange(len(chosen))

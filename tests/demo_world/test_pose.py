@@ -1,4 +1,4 @@
-"""Pose pictures, and the control network that was trained on them, through the stock loader and sampler."""
+"""Pose images, and the ControlNet that was trained on them, through the stock loader and sampler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.classifier import classify, load_classifier
 from identity_edit_pack.demo_world.export import CHECKPOINT_NAME, WEIGHTS_FOLDER
-from identity_edit_pack.demo_world.pictures import HEADS
+from identity_edit_pack.demo_world.images import HEADS
 from identity_edit_pack.demo_world.pose import LIMBS, draw_pose
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_control import CONTROL_PATH
@@ -27,8 +27,8 @@ def demo_checkpoint(pack):
     return comfy.sd.load_checkpoint_guess_config(str(WEIGHTS_FOLDER / CHECKPOINT_NAME))[:3]
 
 
-def middle_of(picture, color):
-    rows, columns = np.nonzero((picture == color).all(-1))
+def middle_of(image, color):
+    rows, columns = np.nonzero((image == color).all(-1))
     return columns.mean(), rows.mean()
 
 
@@ -41,14 +41,14 @@ def test_a_pose_says_nothing_of_the_person():
 @pytest.mark.parametrize("facing", ["left", "right"])
 def test_eyes_and_mouth_are_where_the_renderer_paints_them(facing):
     person = PERSON.replace(facing=facing, eye_color="blue", expression="smiling")
-    pose, picture = draw_pose(person, 3), render(person, 3)[0].astype(int)
+    pose, image = draw_pose(person, 3), render(person, 3)[0].astype(int)
     for limb in (("nose", "back eye"), ("nose", "front eye")):
         x, y = (round(v) for v in middle_of(pose, LIMBS[limb]))
-        around = picture[y - 4 : y + 5, x - 6 : x + 7].reshape(-1, 3)
+        around = image[y - 4 : y + 5, x - 6 : x + 7].reshape(-1, 3)
         assert (np.abs(around - (255, 255, 255)).sum(1) < 30).any()  # the white of an eye
         assert (np.abs(around - (48, 120, 230)).sum(1) < 60).any()  # its iris
     x, y = (round(v) for v in middle_of(pose, LIMBS["nose", "mouth"]))
-    around = picture[y - 3 : y + 8, x - 5 : x + 6].reshape(-1, 3)
+    around = image[y - 3 : y + 8, x - 5 : x + 6].reshape(-1, 3)
     assert (np.abs(around - (212, 50, 62)).sum(1) < 60).any()
 
 

@@ -9,7 +9,7 @@ import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF
 from identity_edit_pack.demo_world.classifier import classify, load_classifier
-from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, to_tensor
+from identity_edit_pack.demo_world.images import HEADS, evaluation_set, to_tensor
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import CHECKPOINT_PATH, STYLE_PATH, caption_calling
 from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH
@@ -32,8 +32,8 @@ def people():
     """Portraits of held-out identities with open eyes, and what they show."""
     samples = evaluation_set(4 * PEOPLE, seed=71, held_out=True, framing="portrait")
     chosen = [sample for sample in samples if sample[0].expression != "crying"][:PEOPLE]
-    pictures = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in chosen])
-    return [attributes for attributes, _ in chosen], encode_w_plus(load_w_plus_encoder(str(W_PLUS_PATH)), pictures)
+    images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in chosen])
+    return [attributes for attributes, _ in chosen], encode_w_plus(load_w_plus_encoder(str(W_PLUS_PATH)), images)
 
 
 def test_the_files_are_small() -> None:

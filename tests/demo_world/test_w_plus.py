@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from identity_edit_pack.demo_world.attributes import PORTRAIT_ATTRIBUTES
-from identity_edit_pack.demo_world.pictures import evaluation_set
+from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH, LinearProbe, encode
 from identity_edit_pack.pipelines.pidiff.style_attention import ROW_GROUPS, parse_row_groups
 from identity_edit_pack.pipelines.pidiff.w_plus_encoder import SmallWPlusEncoder, load_w_plus_encoder

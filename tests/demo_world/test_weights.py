@@ -7,7 +7,7 @@ import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.classifier import classify, load_classifier
 from identity_edit_pack.demo_world.export import CHECKPOINT_NAME, WEIGHTS_FOLDER
-from identity_edit_pack.demo_world.pictures import HEADS, evaluation_set, labels_of
+from identity_edit_pack.demo_world.images import HEADS, evaluation_set, labels_of
 from identity_edit_pack.demo_world.renderer import render
 from safetensors import safe_open
 from skimage.metrics import peak_signal_noise_ratio

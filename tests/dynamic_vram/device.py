@@ -43,7 +43,7 @@ def library() -> Path:
     # Beside the place and renamed: two test runs may compile it at the same time.
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         made = Path(folder) / path.name
-        # Not optimised: it hands everything on, and compiles in half the time.
+        # Not optimized: it hands everything on, and compiles in half the time.
         command = ["g++", "-std=c++20", "-O0", "-fPIC", "-shared", str(SOURCE), "-o", str(made)]
         command += [f"-isystem{include}" for include in include_paths()]
         command += [f"-L{folder}" for folder in library_paths()]

@@ -34,10 +34,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 HARDEST = "room for 1 MB in two streams, used, LoRA"
 WITH_GRADIENTS = [
-    "null-text", "null-text, recomputed", "null-text, adaptive", "null-text, control network",
-    "null-text, recomputed, control network", "null-text, control network on the source alone", "null-text, GLIGEN",
+    "null-text", "null-text, recomputed", "null-text, adaptive", "null-text, ControlNet",
+    "null-text, recomputed, ControlNet", "null-text, ControlNet on the source alone", "null-text, GLIGEN",
     "null-text, style attention", "negative-prompt inversion", "reference-guided null-text", "text embedding",
-    "text embedding, control network", "text embedding, GLIGEN", "identity prior", "identity prior, recomputed",
+    "text embedding, ControlNet", "text embedding, GLIGEN", "identity prior", "identity prior, recomputed",
     "subject, row for each step", "subject, word", "identity words", "style attention", "MCDM, UNet alone",
     "MCDM, whole checkpoint",
 ]  # fmt: skip
@@ -123,6 +123,6 @@ def test_what_does_not_fit_is_said_in_words_and_leaves_no_trace(worker: Worker) 
     found = worker.run("null-text", **USED, leave=2**20)
     kind, _, message = found["failed"].partition(": ")
     assert kind == "IdentityEditError", found["trace"][-3000:]
-    for remedy in ("checkpointing", "picture", "batch"):
+    for remedy in ("checkpointing", "image", "batch"):
         assert remedy in message
     assert worker.run("null-text", **USED)["error"] <= TOLERANCE

@@ -120,7 +120,7 @@ class WideWorld(World):
 
     def with_control(self, positive: list[Any], negative: list[Any]) -> tuple[list[Any], list[Any]]:
         apply = stock.ControlNetApplyAdvanced().apply_controlnet
-        return apply(positive, negative, self.control_net, self.pictures, 0.8, 0.0, 1.0)
+        return apply(positive, negative, self.control_net, self.images, 0.8, 0.0, 1.0)
 
     def with_gligen(self, conditioning: list[Any]) -> list[Any]:
         box = (torch.randn(1, tiny_models.CONTEXT, generator=torch.Generator().manual_seed(8)), 4, 4, 2, 2)
@@ -171,21 +171,21 @@ CASES: dict[str, tuple[str, Callable[[WideWorld], dict[str, Any]]]] = {
     "negative-prompt inversion": (
         "NullTextOptimization", lambda w: {"method": "negative-prompt inversion (fast)"},
     ),
-    "null-text, control network": (
+    "null-text, ControlNet": (
         "NullTextOptimization",
         lambda w: {
             **MUCH, "inner_steps": 2,
             **dict(zip(("source", "negative"), w.with_control(w.conditioning(1), w.conditioning(3)), strict=True)),
         },
     ),
-    "null-text, recomputed, control network": (
+    "null-text, recomputed, ControlNet": (
         "NullTextOptimization",
         lambda w: {
             **MUCH, "inner_steps": 2, "checkpointing": True,
             **dict(zip(("source", "negative"), w.with_control(w.conditioning(1), w.conditioning(3)), strict=True)),
         },
     ),
-    "null-text, control network on the source alone": (
+    "null-text, ControlNet on the source alone": (
         "NullTextOptimization",
         lambda w: {
             **MUCH, "inner_steps": 2, "source": w.with_control(w.conditioning(1), w.conditioning(3))[0],
@@ -199,7 +199,7 @@ CASES: dict[str, tuple[str, Callable[[WideWorld], dict[str, Any]]]] = {
     ),
     "reference-guided null-text": ("ReferenceGuidedNullTextOptimizer", lambda w: {**MUCH, "inner_steps": 2}),
     "text embedding": ("OptimizeTextEmbedding", lambda w: {**MUCH, "steps": 2}),
-    "text embedding, control network": (
+    "text embedding, ControlNet": (
         "OptimizeTextEmbedding",
         lambda w: {**MUCH, "steps": 2, "target": w.with_control(w.conditioning(2), w.conditioning(3))[0]},
     ),
@@ -241,7 +241,7 @@ def results_of(
     for path in sorted(set(root.rglob("*.safetensors")) - there):
         weights = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(WITHOUT_GRADIENT)}
         yield path.name, torch.cat([weights[name].float().flatten() for name in sorted(weights)])
-    yield "picture of the model afterwards", sampled(world)
+    yield "image of the model afterwards", sampled(world)
 
 
 def sampled(world: WideWorld) -> torch.Tensor:

@@ -33,7 +33,7 @@ MOST = {
 """The largest value of an input, by the input's name. An `inner_steps` of 0 means many and becomes 1."""
 
 SEEDS = ("seed", "noise_seed")
-REFERENCE_PICTURE = "picture"
+REFERENCE_IMAGE = "image"
 
 
 def read(name: str) -> Prompt:
@@ -62,7 +62,7 @@ def with_seed(prompt: Prompt, seed: int) -> Prompt:
 
 
 def reference() -> Prompt:
-    """A plain picture by stock nodes alone, four steps of the demo checkpoint: equal bit for bit on a sound server."""
+    """A plain image by stock nodes alone, four steps of the demo checkpoint: equal bit for bit on a sound server."""
 
     def node(class_type: str, **inputs: Any) -> dict[str, Any]:
         return {"class_type": class_type, "inputs": inputs}
@@ -86,7 +86,7 @@ def reference() -> Prompt:
             denoise=1.0,
         ),
         "decoded": node("VAEDecode", samples=["sampled", 0], vae=["model", 2]),
-        REFERENCE_PICTURE: node("PreviewImage", images=["decoded", 0]),
+        REFERENCE_IMAGE: node("PreviewImage", images=["decoded", 0]),
     }
 
 
@@ -97,9 +97,9 @@ def anew(prompt: Prompt) -> Prompt:
 
 
 def reference_digest(client: Client, timeout: float = 600.0) -> str:
-    """The SHA-256 of the reference picture's pixels, computed anew.
+    """The SHA-256 of the reference image's pixels, computed anew.
 
-    From the cache, a server that now draws wrong pictures would show the right one of before.
+    From the cache, a server that now draws wrong images would show the right one of before.
     """
     run = client.run(anew(reference()), timeout=timeout)
-    return hashlib.sha256(client.images(run, REFERENCE_PICTURE)[0].convert("RGB").tobytes()).hexdigest()
+    return hashlib.sha256(client.images(run, REFERENCE_IMAGE)[0].convert("RGB").tobytes()).hexdigest()

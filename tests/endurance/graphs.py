@@ -6,7 +6,7 @@ is joined only to nodes that are complete, so that no circle can come about. Wid
 below the limits that keep a prompt cheap.
 
 Every decision is one call of `choose(options)`, whose first option is the plain one. Hypothesis gives such a function
-and shrinks towards the first options; `first_of` gives the plainest graph.
+and shrinks toward the first options; `first_of` gives the plainest graph.
 """
 
 from __future__ import annotations
@@ -176,10 +176,10 @@ OVERRIDES: dict[tuple[str, str], list[Any]] = {
     ("IdentityEditTrainIdentityWords", "masked_loss"): [False, False, False, True],
     ("IdentityEditTrainIdentityPrior", "masked_loss"): [False, False, False, True],
     ("IdentityEditTrainStyleAttention", "masked_loss"): [False, False, False, True],
-    ("IdentityEditAlignFace", "method"): ["whole picture"] * 6 + ["detector", "points"],
+    ("IdentityEditAlignFace", "method"): ["whole image"] * 6 + ["detector", "points"],
     ("IdentityEditAlignFace", "background"): ["keep", "keep", "remove"],
     ("IdentityEditSaveSubjectAsEmbedding", "overwrite"): [True, True, True, False],
-    ("IdentityEditLoadSubjectPictures", "folder"): ["cat"] * 9 + ["3d"],
+    ("IdentityEditLoadSubjectImages", "folder"): ["cat"] * 9 + ["3d"],
     ("IdentityEditLoadWPlusEncoder", "file"): ["identity-edit-demo-w-plus.safetensors"] * 3 + ["no model"],
     ("IdentityEditMCDMConditioner", "file"): [MCDM_FILE, MCDM_FILE, DEMO],
 }
@@ -212,7 +212,7 @@ def first_of(options: Sequence[Any]) -> Any:
 
 
 @dataclass
-class Catalogue:
+class Catalog:
     """What can take part: the nodes of /object_info that are the pack's or in STOCK, and can be complete.
 
     Attributes:
@@ -228,23 +228,23 @@ class Catalogue:
     left_out: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, object_info: dict[str, Any]) -> Catalogue:
+    def of(cls, object_info: dict[str, Any]) -> Catalog:
         known = {key: info for key, info in object_info.items() if key.startswith(PREFIX) or key in STOCK}
         left_out = {key: f"{name} offers nothing" for key, info in known.items() for name in _empty_combos(info)}
         costs = _costs({key: info for key, info in known.items() if key not in left_out})
         for key in known:
             if key not in costs:
                 left_out.setdefault(key, "nothing gives one of its inputs")
-        catalogue = cls({key: known[key] for key in sorted(costs)})
-        catalogue.left_out = {key: reason for key, reason in left_out.items() if key.startswith(PREFIX)}
+        catalog = cls({key: known[key] for key in sorted(costs)})
+        catalog.left_out = {key: reason for key, reason in left_out.items() if key.startswith(PREFIX)}
         for key in sorted(costs, key=lambda key: (costs[key], key)):
             for index, kind in enumerate(known[key]["output"]):
-                catalogue.producers.setdefault(kind, []).append((key, index))
+                catalog.producers.setdefault(kind, []).append((key, index))
             for name, specification in inputs_of(known[key]).items():
                 if is_socket(specification):
                     for kind in specification[0].split(","):
-                        catalogue.consumers.setdefault(kind, []).append((key, name))
-        return catalogue
+                        catalog.consumers.setdefault(kind, []).append((key, name))
+        return catalog
 
     def of_the_pack(self) -> list[str]:
         return [key for key in self.nodes if key.startswith(PREFIX)]
@@ -296,8 +296,8 @@ def _costs(known: dict[str, dict[str, Any]]) -> dict[str, int]:
 class Builder:
     """Builds one graph; see the module."""
 
-    def __init__(self, catalogue: Catalogue, choose: Choose) -> None:
-        self.catalogue = catalogue
+    def __init__(self, catalog: Catalog, choose: Choose) -> None:
+        self.catalog = catalog
         self.choose = choose
         self.prompt: Prompt = {}
         self.outputs: dict[str, list[Link]] = {}
@@ -310,7 +310,7 @@ class Builder:
         given: links or values for some of its inputs.
         """
         self.begun.add(key)
-        info = self.catalogue.nodes[key]
+        info = self.catalog.nodes[key]
         required = info["input"].get("required", {})
         values: dict[str, Any] = dict(given or {})
         for name, specification in inputs_of(info).items():
@@ -323,7 +323,7 @@ class Builder:
                 fitting = FITTING.get((key, name))
                 if fitting and depth < MOST_DEPTH and self.choose([True, True, True, False]):
                     values[name] = [self.add(fitting[0], depth + 1, dict(fitting[2])), fitting[1]]
-                elif kind in self.catalogue.producers or kind == "*":
+                elif kind in self.catalog.producers or kind == "*":
                     values[name] = self.source(kind, depth + 1)
         number = str(len(self.prompt) + 1)
         self.prompt[number] = {"class_type": key, "inputs": values}
@@ -344,7 +344,7 @@ class Builder:
         if kind == "*":
             kind = self.choose(sorted(self.outputs) or ["IMAGE"])
         there = self.outputs.get(kind, [])
-        ways = self.catalogue.producers[kind]
+        ways = self.catalog.producers[kind]
         if there and (len(self.prompt) >= MOST_NODES or self.choose([True, True, True, False])):
             return self.choose(there)
         few = len(self.prompt) >= MOST_NODES or depth >= MOST_DEPTH
@@ -355,11 +355,11 @@ class Builder:
 
     def follow(self, number: str) -> str | None:
         """Put a node behind one that gives something; None where nothing takes what it gives."""
-        info = self.catalogue.nodes[self.prompt[number]["class_type"]]
+        info = self.catalog.nodes[self.prompt[number]["class_type"]]
         ways = [
             (index, key, name)
             for index, kind in enumerate(info["output"])
-            for key, name in self.catalogue.consumers.get(kind, [])
+            for key, name in self.catalog.consumers.get(kind, [])
         ]
         if not ways:
             return None
@@ -370,7 +370,7 @@ class Builder:
         """Show an output of every node that nothing follows, else the server would leave it out."""
         followed = {number for number, _ in self.used}
         for number in list(self.prompt):
-            info = self.catalogue.nodes[self.prompt[number]["class_type"]]
+            info = self.catalog.nodes[self.prompt[number]["class_type"]]
             if number in followed or info["output_node"]:
                 continue
             index = self.choose(range(len(info["output"])))
@@ -414,9 +414,9 @@ class Builder:
         return self.choose([float(value) for value in values])
 
 
-def build(catalogue: Catalogue, target: str, choose: Choose) -> Prompt:
+def build(catalog: Catalog, target: str, choose: Choose) -> Prompt:
     """A valid graph in the API format in which `target` occurs, with up to three nodes behind it."""
-    builder = Builder(catalogue, choose)
+    builder = Builder(catalog, choose)
     last: str | None = builder.add(target)
     for _ in range(choose([0, 1, 2, 3])):
         if last is None or len(builder.prompt) >= MOST_NODES:

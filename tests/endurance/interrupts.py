@@ -2,7 +2,7 @@
 
 At a random moment of a random shipped workflow, made cheap, the running prompt is interrupted. Measured is the time
 from the request to the prompt's end, beside that of one step of a stock sampler on the same server; the number of steps
-reported after the request; and whether the next prompt, the reference one computed anew, gives the same picture bit for
+reported after the request; and whether the next prompt, the reference one computed anew, gives the same image bit for
 bit.
 
 Writes benchmarks/results/interrupts.md and .json after every ten interrupts.
@@ -99,7 +99,7 @@ def interrupt_once(client: Client, base: Path, name: str, seconds: float, seed: 
 def interrupts(
     client: Client, base: Path, count: int, seed: int, latest: float = LATEST_SECONDS
 ) -> Iterator[dict[str, Any]]:
-    """Interrupt `count` prompts and, after each, draw the reference picture; facts of each.
+    """Interrupt `count` prompts and, after each, draw the reference image; facts of each.
 
     base: the server's folder.
     """
@@ -155,7 +155,7 @@ def report(arguments: argparse.Namespace, commit: str, step: float, found: list[
         "| | |",
         "|---|---|",
         *(f"| prompts that {end if end.startswith('f') else 'were ' + end} | {count} |" for end, count in ends.items()),
-        f"| wrong reference pictures afterwards | {figures['wrong_references']} of {len(found)} |",
+        f"| wrong reference images afterwards | {figures['wrong_references']} of {len(found)} |",
         f"| seconds from the request to the end: median | {figures['median_seconds']:.3f} |",
         f"| ... 95 % | {figures['seconds_95']:.3f} |",
         f"| ... most | {figures['most_seconds']:.3f} |",

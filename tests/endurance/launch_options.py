@@ -1,8 +1,8 @@
 """The shipped workflows under ComfyUI's launch options: `python -m benchmarks launch_options`.
 
 Each option starts a real server of its own, on which shipped workflows run with all numbers of steps cut to --steps.
-Their pictures are compared with those of a server without the option: given is the lowest PSNR of a workflow's
-pictures, and what does not run is given with its message. "TorchCompileModel" is no launch option: the stock node of
+Their images are compared with those of a server without the option: given is the lowest PSNR of a workflow's
+images, and what does not run is given with its message. "TorchCompileModel" is no launch option: the stock node of
 this name is put behind every Load Checkpoint, so that the pack's patches meet a compiled UNet; it needs a C++ compiler
 on a CPU. In ComfyUI's command line --lowvram and --highvram exclude --cpu: they run on a machine with a GPU only.
 
@@ -52,14 +52,14 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 """Names in the results, and the command line of ComfyUI."""
 NEEDS_ACCELERATOR = ("--lowvram", "--highvram")
 CLOSE_DB = 20.0
-"""PSNR from which two pictures look like the same one."""
+"""PSNR from which two images look like the same one."""
 LOADED_IN_PART = (
     "With models that are loaded in part or not at all, as by --lowvram and --novram on a GPU, every node gives what "
     "it gives with whole ones: tests/nodes/test_low_memory.py, which makes ComfyUI load them so on a processor."
 )
 OK, FAILED, SKIPPED = "ok", "failed", "not run"
-Pictures = dict[str, list[np.ndarray]]
-"""By output node, its pictures [H, W, 3] from 0 to 255."""
+Images = dict[str, list[np.ndarray]]
+"""By output node, its images [H, W, 3] from 0 to 255."""
 
 
 def cheaper(prompt: dict[str, Any], most_steps: int) -> dict[str, Any]:
@@ -112,25 +112,25 @@ def server_with(option: str, base: Path, threads: int) -> Iterator[Client]:
         yield Client(server.address)
 
 
-def pictures_of(client: Client, prompt: dict[str, Any]) -> Pictures:
+def images_of(client: Client, prompt: dict[str, Any]) -> Images:
     """Run a prompt and return what it shows."""
     run = client.run(prompt, timeout=1800)
     found = {key: client.images(run, key) for key in run.outputs}
     return {key: [np.asarray(image.convert("RGB")) for image in shown] for key, shown in found.items() if shown}
 
 
-def lowest_psnr(pictures: Pictures, plain: Pictures) -> float:
-    """The lowest PSNR in dB among pictures and those of the same nodes without the option; 99 for the same pictures.
+def lowest_psnr(images: Images, plain: Images) -> float:
+    """The lowest PSNR in dB among images and those of the same nodes without the option; 99 for the same images.
 
     Raises:
         ValueError: when there are others, or of other sizes.
     """
-    shapes, wanted = ({key: [image.shape for image in shown] for key, shown in p.items()} for p in (pictures, plain))
+    shapes, wanted = ({key: [image.shape for image in shown] for key, shown in p.items()} for p in (images, plain))
     if shapes != wanted or not shapes:
-        raise ValueError(f"the pictures are {shapes} and not {wanted}")
+        raise ValueError(f"the images are {shapes} and not {wanted}")
     errors = [
         float(np.mean((image.astype(np.float64) - other) ** 2))
-        for key, shown in pictures.items()
+        for key, shown in images.items()
         for image, other in zip(shown, plain[key], strict=True)
     ]
     worst = max(errors)
@@ -138,39 +138,39 @@ def lowest_psnr(pictures: Pictures, plain: Pictures) -> float:
 
 
 def run_workflow(client: Client, option: str, workflow: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run one, keep its pictures when the option is PLAIN, else compare with those."""
+    """Run one, keep its images when the option is PLAIN, else compare with those."""
     prompt = cheaper(read_workflow(workflow), arguments.steps)
     begin = time.perf_counter()
     try:
-        pictures = pictures_of(client, compiled(prompt) if option == COMPILED else prompt)
+        images = images_of(client, compiled(prompt) if option == COMPILED else prompt)
         result: dict[str, Any] = {"result": OK, "seconds": round(time.perf_counter() - begin, 1)}
-        if not pictures or min(image.std() for shown in pictures.values() for image in shown) < 1.0:
-            return {"result": FAILED, "message": "a picture is flat"}
+        if not images or min(image.std() for shown in images.values() for image in shown) < 1.0:
+            return {"result": FAILED, "message": "an image is flat"}
         kept = arguments.base / f"plain_{workflow}.npz"
         if option == PLAIN:
             arrays: dict[str, Any] = {
-                f"{key} {i}": image for key, shown in pictures.items() for i, image in enumerate(shown)
+                f"{key} {i}": image for key, shown in images.items() for i, image in enumerate(shown)
             }
             np.savez(kept, **arrays)
         else:
-            result["psnr_db"] = round(lowest_psnr(pictures, read_pictures(kept)), 2)
+            result["psnr_db"] = round(lowest_psnr(images, read_images(kept)), 2)
     except (PromptError, TimeoutError, ValueError) as error:
         return {"result": FAILED, "message": " ".join(str(error).split())[:400]}
     return result
 
 
-def read_pictures(path: Path) -> Pictures:
+def read_images(path: Path) -> Images:
     """What a plain run kept."""
-    pictures: Pictures = {}
+    images: Images = {}
     with np.load(path) as kept:
         for name in kept.files:
-            pictures.setdefault(name.split()[0], []).append(kept[name])
-    return pictures
+            images.setdefault(name.split()[0], []).append(kept[name])
+    return images
 
 
 def measure(arguments: argparse.Namespace) -> None:
     rows = read_rows()
-    # What is compared with comes first, and again where its pictures are gone.
+    # What is compared with comes first, and again where its images are gone.
     options = [PLAIN, *(option for option in arguments.option or OPTIONS if option != PLAIN)]
     for option in options:
         names = [name for name in arguments.workflow if not is_there(rows, option, name, arguments)]
@@ -220,8 +220,8 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
         "",
         f"`python -m benchmarks launch_options` on ComfyUI {version_of(find_engine())}, demo checkpoint, every number "
         f"of steps cut to {', '.join(map(str, steps))}; commits stand in the JSON file. A number is the lowest PSNR in "
-        f"dB of a workflow's pictures against the same server without the option, 99 for the same pictures; "
-        f"{CLOSE_DB:g} dB and more look like the same picture. In `plain` it is the seconds.",
+        f"dB of a workflow's images against the same server without the option, 99 for the same images; "
+        f"{CLOSE_DB:g} dB and more look like the same image. In `plain` it is the seconds.",
         "",
         f"| workflow | {' | '.join(options)} |",
         f"|---|{'---|' * len(options)}",
@@ -244,7 +244,7 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
     lines += ["", *(f"{number}. {note}." for number, note in enumerate(notes, 1))]
     compared = [row for row in rows if "psnr_db" in row]
     close = sum(row["psnr_db"] >= CLOSE_DB for row in compared)
-    lines += ["", f"{len(compared)} runs with an option gave pictures, {close} of them close to the plain ones."]
+    lines += ["", f"{len(compared)} runs with an option gave images, {close} of them close to the plain ones."]
     lines += ["", LOADED_IN_PART]
     with contextlib.redirect_stdout(None):
         write_results(results_name(), {"rows": rows}, lines)
@@ -256,7 +256,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4, help="most steps of anything (default 4)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--missing", action="store_true", help="leave out what the results have")
-    parser.add_argument("--base", type=Path, help="folder for plain pictures, to go on later (default: temporary)")
+    parser.add_argument("--base", type=Path, help="folder for plain images, to go on later (default: temporary)")
 
 
 def main(arguments: argparse.Namespace) -> None:

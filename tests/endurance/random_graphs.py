@@ -2,7 +2,7 @@
 `python -m benchmarks random_graphs`.
 
 A graph may end with an error of the pack's class, or of a stock node by its own hand; anything else is a fault, and so
-is a server that dies or that afterwards draws another reference picture. `test_random_graphs.py` runs a few and fails
+is a server that dies or that afterwards draws another reference image. `test_random_graphs.py` runs a few and fails
 at a fault; the command counts what becomes of many. Writes benchmarks/results/random_graphs.json and .md.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 GRAPHS_FOR_A_NODE = 2
 """Hypothesis begins with the plainest graph of a node; from the second on they are random."""
 EVERY = 10
-"""Graphs between two reference pictures."""
+"""Graphs between two reference images."""
 SHRINKS = 30
 """Graphs that are run to make a failing one smaller."""
 ENDS = {
@@ -44,7 +44,7 @@ ENDS = {
     "fault": "anything else: a fault",
 }
 SUBJECT = ("cat", "test/cat")
-"""Pictures of a subject in the input folder's `cat`."""
+"""Images of a subject in the input folder's `cat`."""
 ERROR = "IdentityEditError"
 BLOCKED = "ExecutionBlocked"
 
@@ -63,7 +63,7 @@ class Graphs:
 
     def __init__(self, server: RunningServer) -> None:
         self.server = server
-        self.catalogue = random_graphs.Catalogue.of(server.client.object_info())
+        self.catalog = random_graphs.Catalog.of(server.client.object_info())
         self.reference = cheap_workflows.reference_digest(server.client)
         self.occurred: collections.Counter[str] = collections.Counter()
         self.computed: collections.Counter[str] = collections.Counter()
@@ -71,7 +71,7 @@ class Graphs:
         self.known: dict[str, Ended] = {}
 
     def write_captions(self) -> None:
-        """The captions of the subject's pictures, as they were before a graph wrote others."""
+        """The captions of the subject's images, as they were before a graph wrote others."""
         for name in SUBJECT:
             path = self.server.process.base / "input" / "cat" / f"{name}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ class Graphs:
 
     def check_reference(self) -> None:
         digest = cheap_workflows.reference_digest(self.server.client)
-        assert digest == self.reference, f"the reference picture changed within the last {EVERY} graphs"
+        assert digest == self.reference, f"the reference image changed within the last {EVERY} graphs"
 
     def _run(self, prompt: Prompt) -> Ended:
         classes = {key: node["class_type"] for key, node in prompt.items()}
@@ -151,13 +151,13 @@ def prepare(graphs: Graphs) -> None:
     for name in SUBJECT:
         graphs.server.images(drawn, "2")[0].save(folder / f"{name}.png")
     for _ in range(2):  # what loads a file and saves it in another form joins in the second pass
-        before = set(graphs.catalogue.nodes)
-        for key in graphs.catalogue.of_the_pack():
-            if graphs.catalogue.nodes[key]["output_node"] and graphs.occurred[key] == 0:
-                graphs.run(random_graphs.build(graphs.catalogue, key, random_graphs.first_of))
+        before = set(graphs.catalog.nodes)
+        for key in graphs.catalog.of_the_pack():
+            if graphs.catalog.nodes[key]["output_node"] and graphs.occurred[key] == 0:
+                graphs.run(random_graphs.build(graphs.catalog, key, random_graphs.first_of))
                 graphs.occurred[key] += 1
-        graphs.catalogue = random_graphs.Catalogue.of(graphs.server.client.object_info())
-        if set(graphs.catalogue.nodes) == before:
+        graphs.catalog = random_graphs.Catalog.of(graphs.server.client.object_info())
+        if set(graphs.catalog.nodes) == before:
             break
 
 
@@ -181,7 +181,7 @@ def look_for_a_fault(graphs: Graphs, target: str, count: int, seed: int) -> None
     @hypothesis.given(strategies.data())
     def ends_well(data: Any) -> None:
         prompt = random_graphs.build(
-            graphs.catalogue, target, lambda options: data.draw(strategies.sampled_from(options))
+            graphs.catalog, target, lambda options: data.draw(strategies.sampled_from(options))
         )
         key = hashlib.sha256(json.dumps(prompt, sort_keys=True).encode()).hexdigest()
         if left and key not in graphs.known:
@@ -198,7 +198,7 @@ def look_for_a_fault(graphs: Graphs, target: str, count: int, seed: int) -> None
 
 def run_graphs(graphs: Graphs, wanted: int, seed: int) -> list[str]:
     """Run random graphs around every node in turn until there are `wanted`; the faults, with their graphs."""
-    ours = graphs.catalogue.of_the_pack()
+    ours = graphs.catalog.of_the_pack()
     order = sorted(ours, key=lambda key: hashlib.sha256(f"{seed} {key}".encode()).hexdigest())
     faults: list[str] = []
     number = 0
@@ -240,7 +240,7 @@ def main(arguments: argparse.Namespace) -> None:
         "graphs": len(graphs.ends),
         "ends": dict(collections.Counter(end["how"] for end in graphs.ends)),
         "occurred_and_computed": {
-            key: [graphs.occurred[key], graphs.computed[key]] for key in graphs.catalogue.of_the_pack()
+            key: [graphs.occurred[key], graphs.computed[key]] for key in graphs.catalog.of_the_pack()
         },
         "runs": graphs.ends,
     }
@@ -250,7 +250,7 @@ def main(arguments: argparse.Namespace) -> None:
         "",
         f"{made_by()} (seed {arguments.seed}): nodes of the pack and stock nodes joined by their socket types, "
         f"{min(nodes)} to {max(nodes)} of them in a graph (median {sorted(nodes)[len(nodes) // 2]}). A reference "
-        f"picture, drawn anew after every ten graphs, stayed the same to the bit.",
+        f"image, drawn anew after every ten graphs, stayed the same to the bit.",
         "",
         "| a graph | times |",
         "|---|---|",

@@ -3,7 +3,7 @@
 All shipped workflows, made cheap, in rounds of random order on one server, with other seeds each time, so that nothing
 comes from the cache; those that train, half of the time, take part in every fourth round. After every prompt: memory
 (resident and, without what is shared, unique), threads and open files of the server process. After every round the
-reference prompt is computed anew, its picture compared bit for bit with the one before the first round, and the process
+reference prompt is computed anew, its image compared bit for bit with the one before the first round, and the process
 asked what is alive in it (see `soak_probe.py`).
 
 Writes benchmarks/results/soak.md, .json and .png after every round: a run that is stopped leaves what it has measured.
@@ -64,7 +64,7 @@ def unfinished_files(base: Path) -> int:
 
 
 def clear(base: Path) -> None:
-    """Empty the folders that fill by their nature: saved pictures, trained files and previews."""
+    """Empty the folders that fill by their nature: saved images, trained files and previews."""
     for name in ("output", "temp"):
         for path in (base / name).iterdir():
             if path.is_dir():
@@ -117,7 +117,7 @@ def draw(samples: list[dict[str, Any]], probes: list[dict[str, Any]]) -> None:
         color="tab:orange",
         markersize=3,
     )
-    above.axvline(last_of.get(WARM_UP_ROUNDS - 1, 0) + 0.5, color="grey", linewidth=0.8, linestyle=":")
+    above.axvline(last_of.get(WARM_UP_ROUNDS - 1, 0) + 0.5, color="gray", linewidth=0.8, linestyle=":")
     above.set_ylabel("memory of the server, MiB")
     above.set_ylim(bottom=0)
     above.legend(loc="center right")
@@ -146,7 +146,7 @@ def report(arguments: argparse.Namespace, commit: str, digests: list[str], sampl
         "warm_up_rounds": WARM_UP_ROUNDS,
         "slopes_per_100_prompts": slopes,
         "uss_growth_by_workflow_mib": growth,
-        "different_reference_pictures": len(set(digests)),
+        "different_reference_images": len(set(digests)),
         "heap_in_use_mib_by_round": [round(probe["heap_in_use_bytes"] / MIB, 1) for probe in probes],
         "probes": probes,
         "samples": samples,
@@ -159,7 +159,7 @@ def report(arguments: argparse.Namespace, commit: str, digests: list[str], sampl
         f"random order (seed {arguments.seed}), those that train in every {TRAININGS_EVERY}th round; every prompt with "
         f"other seeds; one CPU thread.",
         "",
-        f"Prompts that failed: {len(failures)}. The reference picture, computed anew before the first and after every "
+        f"Prompts that failed: {len(failures)}. The reference image, computed anew before the first and after every "
         f"round ({len(digests)} times), was {'always the same' if len(set(digests)) == 1 else 'NOT always the same'}, "
         f"bit for bit.",
         "",

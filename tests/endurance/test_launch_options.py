@@ -20,19 +20,19 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module")
-def plain(server: RunningServer) -> launch_options.Pictures:
+def plain(server: RunningServer) -> launch_options.Images:
     """What the server without an option shows."""
-    return launch_options.pictures_of(server.client, launch_options.cheaper(read_workflow(WORKFLOW), STEPS))
+    return launch_options.images_of(server.client, launch_options.cheaper(read_workflow(WORKFLOW), STEPS))
 
 
 @pytest.mark.parametrize("option", ["--bf16-unet", "--fp8_e4m3fn-unet"])
 def test_a_masked_edit_is_nearly_the_same(
-    option: str, plain: launch_options.Pictures, start_server: Any, tmp_path: Path
+    option: str, plain: launch_options.Images, start_server: Any, tmp_path: Path
 ) -> None:
     with start_server(tmp_path, option) as server:
         prompt = launch_options.cheaper(read_workflow(WORKFLOW), STEPS)
-        pictures = launch_options.pictures_of(server.client, prompt)
-    distance = launch_options.lowest_psnr(pictures, plain)
+        images = launch_options.images_of(server.client, prompt)
+    distance = launch_options.lowest_psnr(images, plain)
     assert distance >= launch_options.CLOSE_DB
     assert distance < 99.0, "the option had no effect"
 
@@ -48,11 +48,11 @@ def test_the_stock_compile_node_is_put_behind_every_loader() -> None:
     assert f"compiled_{loader}" not in prompt, "the given prompt is not changed"
 
 
-def test_psnr_is_that_of_the_worst_picture() -> None:
-    grey = np.full((4, 6, 3), 100, dtype=np.uint8)
-    plain = {"1": [grey], "2": [grey, grey]}
+def test_psnr_is_that_of_the_worst_image() -> None:
+    gray = np.full((4, 6, 3), 100, dtype=np.uint8)
+    plain = {"1": [gray], "2": [gray, gray]}
     assert launch_options.lowest_psnr(plain, plain) == 99.0
-    worst = {"1": [grey + 1], "2": [grey, grey + 10]}
+    worst = {"1": [gray + 1], "2": [gray, gray + 10]}
     assert launch_options.lowest_psnr(worst, plain) == pytest.approx(20.0 * np.log10(255.0 / 10.0))
     with pytest.raises(ValueError, match="and not"):
-        launch_options.lowest_psnr({"1": [grey]}, plain)
+        launch_options.lowest_psnr({"1": [gray]}, plain)

@@ -28,10 +28,10 @@ def test_every_graph_ends_well_or_with_one_sentence(graphs: Graphs) -> None:
     wanted = int(os.environ.get("IDENTITY_EDIT_GRAPHS", GRAPHS))
     faults = run_graphs(graphs, wanted, int(os.environ.get("IDENTITY_EDIT_GRAPHS_SEED", "0")))
     assert not faults, f"{len(faults)} faults\n" + "\n\n".join(faults)
-    ours = graphs.catalogue.of_the_pack()
+    ours = graphs.catalog.of_the_pack()
     if wanted >= 2 * len(ours):
         assert set(ours) <= set(graphs.occurred), set(ours) - set(graphs.occurred)
 
 
 def test_every_node_can_take_part(graphs: Graphs) -> None:
-    assert graphs.catalogue.left_out == {}
+    assert graphs.catalog.left_out == {}

@@ -49,7 +49,7 @@ def both(servers: tuple[RunningServer, RunningServer], work: Callable[[RunningSe
 
 
 def small(name: str) -> dict[str, Any]:
-    """The workflow without what only shows pictures, with one step."""
+    """The workflow without what only shows images, with one step."""
     prompt = cheap_workflows.cheap(cheap_workflows.read(name), {**cheap_workflows.MOST, "steps": 1})
     shows = ("PreviewImage", "SaveImage", "LossGraphNode", "MaskPreview")
     return {key: node for key, node in prompt.items() if node["class_type"] not in shows}

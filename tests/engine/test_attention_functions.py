@@ -14,8 +14,8 @@ from .test_timestep_aware_edit import (
     node,
     shown,
     text_optimization,
+    with_image,
     with_null_text,
-    with_picture,
     with_sampler_node,
 )
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from identity_edit_pack.tests.conftest import RunningServer
 
 
-def optimising_prompt(checkpointing: bool) -> Prompt:
-    """Both optimisations on a model that a stock node (FreeU) has patched."""
+def optimizing_prompt(checkpointing: bool) -> Prompt:
+    """Both optimizations on a model that a stock node (FreeU) has patched."""
     prompt = with_null_text(inversion_prompt(), inner_steps=2)
     prompt["freeu"] = node("FreeU_V2", model=["model", 0], b1=1.1, b2=1.2, s1=0.9, s2=0.4)
     prompt["optimized"] = text_optimization(
@@ -34,16 +34,16 @@ def optimising_prompt(checkpointing: bool) -> Prompt:
     prompt["inversion"]["inputs"]["model"] = ["freeu", 0]
     with_sampler_node(prompt, ["null_text", 2])
     prompt["edited"]["inputs"] |= {"model": ["freeu", 0], "optimized": ["optimized", 0], "eta": 0.3}
-    return with_picture(prompt, "null_text", output=3)
+    return with_image(prompt, "null_text", output=3)
 
 
-def test_optimisation_by_every_attention_function(server: RunningServer, server_by_attention: RunningServer) -> None:
-    usual = optimising_prompt(checkpointing=False)
+def test_optimization_by_every_attention_function(server: RunningServer, server_by_attention: RunningServer) -> None:
+    usual = optimizing_prompt(checkpointing=False)
     edited, reconstruction = shown(server, usual, "edited"), shown(server, usual, "null_text")
     for checkpointing in (False, True):
-        prompt = optimising_prompt(checkpointing)
+        prompt = optimizing_prompt(checkpointing)
         assert np.abs(shown(server_by_attention, prompt, "edited") - edited).max() <= 3
         assert np.abs(shown(server_by_attention, prompt, "null_text") - reconstruction).max() <= 3
     without = copy.deepcopy(usual)
     without["null_text"]["inputs"]["method"] = "negative-prompt inversion (fast)"
-    assert np.abs(shown(server, without, "edited") - edited).max() > 3, "the optimisation has no effect"
+    assert np.abs(shown(server, without, "edited") - edited).max() > 3, "the optimization has no effect"

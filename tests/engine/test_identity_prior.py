@@ -1,4 +1,4 @@
-"""The identity prior in a real ComfyUI: a training that is cancelled or killed goes on, a loaded prior is the trained
+"""The identity prior in a real ComfyUI: a training that is canceled or killed goes on, a loaded prior is the trained
 one, a bad dataset is refused."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 from api_client import ExecutionError, Interrupted
 from safetensors.torch import load_file
 
-from .test_timestep_aware_edit import CHECKPOINT, PICTURE, Prompt, node, with_picture
+from .test_timestep_aware_edit import CHECKPOINT, IMAGE, Prompt, node, with_image
 
 TYPE_OF_SERVER = Any  # conftest's RunningServer
 CAPTIONS = "a sks cat standing on the grass facing right\na sks cat lying down on the grass facing right"
@@ -22,8 +22,8 @@ CAPTIONS = "a sks cat standing on the grass facing right\na sks cat lying down o
 def training(steps: int, checkpoint_every: int = 1, captions: str = CAPTIONS) -> Prompt:
     return {
         "model": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT),
-        "one": node("IdentityEditDrawDemoPicture", **PICTURE),
-        "two": node("IdentityEditDrawDemoPicture", **{**PICTURE, "pose": "lying"}),
+        "one": node("IdentityEditDrawDemoImage", **IMAGE),
+        "two": node("IdentityEditDrawDemoImage", **{**IMAGE, "pose": "lying"}),
         "both": node("ImageBatch", image1=["one", 0], image2=["two", 0]),
         "subject": node(
             "IdentityEditSubjectFromImages",
@@ -43,7 +43,7 @@ def training(steps: int, checkpoint_every: int = 1, captions: str = CAPTIONS) ->
             learning_rate=1e-4,
             batch_size=1,
             gradient_accumulation=1,
-            regularisation_weight=1.0,
+            regularization_weight=1.0,
             train_text_encoder=True,
             precision="float32",
             checkpointing=True,
@@ -91,7 +91,7 @@ def assert_same_prior(one: Path, other: Path) -> None:
         assert np.allclose(value.float().numpy(), second[name].float().numpy(), atol=1e-5), name
 
 
-def test_a_cancelled_and_a_killed_training_go_on(server: TYPE_OF_SERVER, start_server: Any, tmp_path: Path) -> None:
+def test_a_canceled_and_a_killed_training_go_on(server: TYPE_OF_SERVER, start_server: Any, tmp_path: Path) -> None:
     report, uninterrupted = trained(server, training(6, checkpoint_every=0))
     assert read_steps(report) == 0
 
@@ -124,7 +124,7 @@ def test_a_loaded_prior_samples_what_the_trained_model_samples(server: TYPE_OF_S
                 steps=4, cfg=1.0, sampler_name="euler", scheduler="normal", denoise=1.0,
             ),
         }  # fmt: skip
-        run = server.run(with_picture(graph, "sampled"))
+        run = server.run(with_image(graph, "sampled"))
         return np.asarray(server.images(run, "sampled_shown")[0].convert("RGB"), dtype=np.int16)
 
     by_training = sampled(["train", 0], ["train", 1], prompt)

@@ -15,7 +15,7 @@ import pytest
 from api_client import Client
 from engine import PACK_FOLDER, Server, find_engine
 
-from .test_timestep_aware_edit import inversion_prompt, node, with_picture
+from .test_timestep_aware_edit import inversion_prompt, node, with_image
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIABLES = {"HF_HUB_OFFLINE": "1"}
@@ -28,10 +28,10 @@ def link_pack(base: Path, name: str) -> None:
 
 
 def small_prompt() -> dict[str, Any]:
-    """Inverts a picture in two steps and shows the inversion's end."""
+    """Inverts an image in two steps and shows the inversion's end."""
     prompt = inversion_prompt()
     prompt["inversion"]["inputs"]["steps"] = 2
-    return with_picture(prompt, "inversion", output=1)
+    return with_image(prompt, "inversion", output=1)
 
 
 def our_modules(client: Client, node_classes: dict[str, Any]) -> set[str]:
@@ -88,11 +88,11 @@ def test_a_comfyui_of_the_users_own_stays_as_it_is(tmp_path: Path) -> None:
     before = tree(own)
     workflow = tmp_path / "small.json"
     prompt = small_prompt()
-    prompt["inversion_shown"] = node("SaveImage", images=["inversion_picture", 0], filename_prefix="own")
+    prompt["inversion_shown"] = node("SaveImage", images=["inversion_image", 0], filename_prefix="own")
     workflow.write_text(json.dumps(prompt))
     # demo.py, but for making .venv: the tests run in the one that there is.
     code = "import environment; environment.enter = lambda: None; import demo; demo.main()"
-    arguments = ["--workflow", str(workflow), "--output", str(tmp_path / "pictures")]
+    arguments = ["--workflow", str(workflow), "--output", str(tmp_path / "images")]
     variables = {**os.environ, **VARIABLES, "COMFYUI_PATH": str(own)}
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -103,5 +103,5 @@ def test_a_comfyui_of_the_users_own_stays_as_it_is(tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "pictures" / "small" / "side_by_side.png").is_file()
+    assert (tmp_path / "images" / "small" / "side_by_side.png").is_file()
     assert tree(own) == before

@@ -26,10 +26,10 @@ SEED = 5
 
 
 def prompt_with(**inputs: Any) -> dict[str, Any]:
-    """Two drawn pictures, their scores, and a node behind every output."""
+    """Two drawn images, their scores, and a node behind every output."""
     drawn = {
         pose: {
-            "class_type": "IdentityEditDrawDemoPicture",
+            "class_type": "IdentityEditDrawDemoImage",
             "inputs": {**Attributes().replace(pose=pose).__dict__, "wording": 0, "seed": SEED},
         }
         for pose in POSES
@@ -49,10 +49,10 @@ def prompt_with(**inputs: Any) -> dict[str, Any]:
 
 
 def expected(**options: Any) -> dict[str, list[float]]:
-    """The same pictures scored here."""
-    pictures = [render(Attributes().replace(pose=pose), SEED) for pose in POSES]
-    source, edited = (torch.from_numpy(np.array(picture)).float()[None] / 255 for picture, _ in pictures)
-    mask = torch.from_numpy(np.array(pictures[1][1])).float()[None] / 255
+    """The same images scored here."""
+    images = [render(Attributes().replace(pose=pose), SEED) for pose in POSES]
+    source, edited = (torch.from_numpy(np.array(image)).float()[None] / 255 for image, _ in images)
+    mask = torch.from_numpy(np.array(images[1][1])).float()[None] / 255
     scores = edit_scores.score_edit(edited, source, mask=mask, **options)
     return {score.name: pytest.approx(score.values.tolist(), rel=1e-4) for score in scores}
 

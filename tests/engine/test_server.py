@@ -69,8 +69,8 @@ def test_the_template_browser_lists_the_workflows_with_thumbnails(server: Runnin
     shipped = sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
     assert sorted(server.client.get("/workflow_templates").json().get(PACK_FOLDER, [])) == shipped
     for name in shipped:
-        picture = server.client.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.jpg")
-        assert picture.content.startswith(b"\xff\xd8"), name
+        image = server.client.get(f"/api/workflow_templates/{PACK_FOLDER}/{name}.jpg")
+        assert image.content.startswith(b"\xff\xd8"), name
 
 
 def test_a_refused_prompt_names_node_and_input(server: RunningServer) -> None:
@@ -104,10 +104,10 @@ def test_a_failed_node_is_named_and_the_next_prompt_served(server: RunningServer
     assert set(run.node_seconds) == {"1", "2"}
 
 
-def test_pictures_come_back_as_they_were_made(server: RunningServer) -> None:
+def test_images_come_back_as_they_were_made(server: RunningServer) -> None:
     prompt = {
         "1": {"class_type": "EmptyImage", "inputs": {"width": 48, "height": 32, "batch_size": 2, "color": 0x3264C8}},
-        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "colour"}},
+        "2": {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "color"}},
     }
-    pictures = server.images(server.run(prompt), "2")
-    assert [(picture.size, picture.getpixel((5, 5))) for picture in pictures] == [((48, 32), (0x32, 0x64, 0xC8))] * 2
+    images = server.images(server.run(prompt), "2")
+    assert [(image.size, image.getpixel((5, 5))) for image in images] == [((48, 32), (0x32, 0x64, 0xC8))] * 2

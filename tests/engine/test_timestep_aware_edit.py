@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 CHECKPOINT = "identity-edit-demo.safetensors"
 WEIGHTS = Path(__file__).resolve().parents[2] / "demo_world" / "weights" / CHECKPOINT
 STEPS = 4
-PICTURE = {
+IMAGE = {
     "framing": "figure",
     "species": "cat",
     "color": "orange",
@@ -47,12 +47,12 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 
 def inversion_prompt() -> Prompt:
-    """Checkpoint, picture, both prompts and DDIM inversion; nothing is shown yet."""
+    """Checkpoint, image, both prompts and DDIM inversion; nothing is shown yet."""
     return {
         "model": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT),
-        "picture": node("IdentityEditDrawDemoPicture", **PICTURE),
-        "latent": node("VAEEncode", pixels=["picture", 0], vae=["model", 2]),
-        "source": node("CLIPTextEncode", text=["picture", 2], clip=["model", 1]),
+        "image": node("IdentityEditDrawDemoImage", **IMAGE),
+        "latent": node("VAEEncode", pixels=["image", 0], vae=["model", 2]),
+        "source": node("CLIPTextEncode", text=["image", 2], clip=["model", 1]),
         "target": node("CLIPTextEncode", text="a smiling orange cat standing on the grass", clip=["model", 1]),
         "empty": node("CLIPTextEncode", text="", clip=["model", 1]),
         "inversion": node(
@@ -104,13 +104,13 @@ def with_sampler_node(prompt: Prompt, inversion: list[Any], sampler: str = "ddim
         sampler=sampler,
         negative=["empty", 0],
     )
-    return with_picture(prompt, "edited")
+    return with_image(prompt, "edited")
 
 
 def with_stock_sampler(prompt: Prompt, route: str, sampler: str = "ddim") -> Prompt:
     """SamplerCustomAdvanced with the injection as a conditioning or on the model."""
     suffix = "" if route == "conditioning" else "Model"
-    # The two MODEL patches stack: negative side from null-text optimisation, positive side from the injection.
+    # The two MODEL patches stack: negative side from null-text optimization, positive side from the injection.
     prompt["injection"] = node(
         f"IdentityEditTimestepAwareTextInjection{suffix}",
         model=["null_text", 0],
@@ -132,12 +132,12 @@ def with_stock_sampler(prompt: Prompt, route: str, sampler: str = "ddim") -> Pro
         sigmas=["inversion", 2],
         latent_image=["inversion", 1],
     )
-    return with_picture(prompt, "stock")
+    return with_image(prompt, "stock")
 
 
-def with_picture(prompt: Prompt, name: str, output: int = 0) -> Prompt:
-    prompt[f"{name}_picture"] = node("VAEDecode", samples=[name, output], vae=["model", 2])
-    prompt[f"{name}_shown"] = node("PreviewImage", images=[f"{name}_picture", 0])
+def with_image(prompt: Prompt, name: str, output: int = 0) -> Prompt:
+    prompt[f"{name}_image"] = node("VAEDecode", samples=[name, output], vae=["model", 2])
+    prompt[f"{name}_shown"] = node("PreviewImage", images=[f"{name}_image", 0])
     return prompt
 
 
@@ -147,7 +147,7 @@ def shown(server: RunningServer, prompt: Prompt, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "heun"])
-def test_the_stock_routes_and_the_node_give_the_same_picture(server: RunningServer, sampler: str) -> None:
+def test_the_stock_routes_and_the_node_give_the_same_image(server: RunningServer, sampler: str) -> None:
     base = with_null_text(inversion_prompt())
     by_node = shown(server, with_sampler_node(copy.deepcopy(base), ["null_text", 2], sampler), "edited")
     for route in ("conditioning", "model"):
@@ -168,8 +168,8 @@ def test_negative_prompt_inversion_reconstructs_as_ddim_does(server: RunningServ
         sigmas=["inversion", 2],
         latent_image=["inversion", 1],
     )
-    with_picture(prompt, "stock")
-    with_picture(prompt, "null_text", 3)
+    with_image(prompt, "stock")
+    with_image(prompt, "null_text", 3)
     run = server.run(prompt)
     ours, stock = (np.asarray(server.images(run, f"{key}_shown")[0], dtype=np.int16) for key in ("null_text", "stock"))
     assert np.abs(ours - stock).max() <= 2
@@ -187,7 +187,7 @@ def test_text_optimization_runs_where_comfyui_forbids_gradients(server: RunningS
     again = copy.deepcopy(prompt)
     again["optimized"]["inputs"]["seed"] = 1
     assert np.abs(shown(server, again, "edited") - fitted).max() > 0
-    assert np.array_equal(shown(server, prompt, "edited"), fitted), "the same seed gave another picture"
+    assert np.array_equal(shown(server, prompt, "edited"), fitted), "the same seed gave another image"
 
 
 def test_prompts_longer_than_one_block_of_tokens(server: RunningServer) -> None:
@@ -218,7 +218,7 @@ def load_inversion(file: str, **changes: Any) -> dict[str, Any]:
     return node("IdentityEditLoadInversion", **{"model": ["model", 0], "file": file, "steps": 0, **changes})
 
 
-def test_a_saved_inversion_gives_the_same_picture(server: RunningServer) -> None:
+def test_a_saved_inversion_gives_the_same_image(server: RunningServer) -> None:
     file = save_inversion(server, "round_trip", null_text=True)
     direct = with_sampler_node(with_null_text(inversion_prompt(), inner_steps=1), ["null_text", 2])
     loaded = inversion_prompt()
@@ -279,7 +279,7 @@ def upload_latent(server: RunningServer, name: str, samples: torch.Tensor) -> di
 def test_bad_latents_are_refused(server: RunningServer, name: str, samples: torch.Tensor, message: str) -> None:
     prompt = inversion_prompt()
     prompt["latent"] = upload_latent(server, name, samples)
-    inverting = with_picture(copy.deepcopy(prompt), "inversion", 1)
+    inverting = with_image(copy.deepcopy(prompt), "inversion", 1)
     refused(server, inverting, "inversion", message)
     optimizing = prompt
     optimizing["optimized"] = text_optimization()
@@ -299,7 +299,7 @@ def test_other_families_of_models_are_refused(server: RunningServer, at: str) ->
 
 @pytest.mark.parametrize("steps", [0, -3, 1001])
 def test_step_counts_out_of_range_are_refused(server: RunningServer, steps: int) -> None:
-    prompt = with_picture(inversion_prompt(), "inversion", 1)
+    prompt = with_image(inversion_prompt(), "inversion", 1)
     prompt["inversion"]["inputs"]["steps"] = steps
     with pytest.raises(ValidationError, match="steps") as caught:
         server.run(prompt)
@@ -326,7 +326,7 @@ def test_an_inversion_of_another_model_is_refused(server: RunningServer) -> None
     prompt = inversion_prompt()
     prompt["other"] = node("CheckpointLoaderSimple", ckpt_name=other_checkpoint(server))
     prompt["loaded"] = load_inversion(file, model=["other", 0])
-    refused(server, with_picture(prompt, "loaded", 1), "loaded", "made with another model .*different weights")
+    refused(server, with_image(prompt, "loaded", 1), "loaded", "made with another model .*different weights")
     prompt = inversion_prompt()
     prompt["other"] = node("CheckpointLoaderSimple", ckpt_name=other_checkpoint(server))
     with_sampler_node(prompt, ["inversion", 0])
@@ -339,7 +339,7 @@ def test_an_inversion_of_another_size_or_step_count_is_refused(server: RunningSe
     prompt = inversion_prompt()
     prompt["small"] = node("EmptyLatentImage", width=64, height=128, batch_size=1)
     prompt["loaded"] = load_inversion(file, latent=["small", 0])
-    refused(server, with_picture(prompt, "loaded", 1), "loaded", r"the latent is \(1, 4, 16, 8\)")
+    refused(server, with_image(prompt, "loaded", 1), "loaded", r"the latent is \(1, 4, 16, 8\)")
     prompt["loaded"] = load_inversion(file, steps=STEPS + 1)
     refused(server, prompt, "loaded", f"has {STEPS} steps but steps is {STEPS + 1}")
 
@@ -350,7 +350,7 @@ def test_damaged_and_missing_files_are_refused(server: RunningServer) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     prompt = inversion_prompt()
     prompt["loaded"] = load_inversion(file)
-    with_picture(prompt, "loaded", 1)
+    with_image(prompt, "loaded", 1)
     refused(server, prompt, "loaded", "cannot be read")
     path.unlink()
     refused(server, prompt, "loaded", "not there any more", ValidationError)
@@ -387,13 +387,13 @@ def test_guidance_without_a_negative_is_refused(server: RunningServer) -> None:
     refused(server, prompt, "edited", "needs a negative conditioning")
 
 
-def test_pictures_of_different_sizes_are_refused(server: RunningServer) -> None:
+def test_images_of_different_sizes_are_refused(server: RunningServer) -> None:
     prompt = inversion_prompt()
     prompt["small"] = node(
-        "ImageScale", image=["picture", 0], upscale_method="area", width=64, height=64, crop="disabled"
+        "ImageScale", image=["image", 0], upscale_method="area", width=64, height=64, crop="disabled"
     )
     prompt["check"] = node(
-        "IdentityEditReconstructionCheck", picture=["picture", 0], reconstruction=["small", 0], lowest_psnr=20.0
+        "IdentityEditReconstructionCheck", image=["image", 0], reconstruction=["small", 0], lowest_psnr=20.0
     )
     refused(server, prompt, "check", "128x128 pixels and reconstruction 64x64")
 
@@ -420,4 +420,4 @@ def test_an_interrupt_stops_a_long_optimization(server: RunningServer, at: str) 
     assert caught.value.node_id == at
     assert max(values) < 200, "it went on for long"
     time.sleep(0.1)
-    assert server.run(with_picture(inversion_prompt(), "inversion", 1)).outputs
+    assert server.run(with_image(inversion_prompt(), "inversion", 1)).outputs

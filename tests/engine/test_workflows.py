@@ -1,4 +1,4 @@
-"""Every shipped workflow runs on a real ComfyUI, unchanged but for its cost, and gives pictures."""
+"""Every shipped workflow runs on a real ComfyUI, unchanged but for its cost, and gives images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def test_workflows_are_shipped() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_workflow_gives_pictures(name: str, server: RunningServer) -> None:
+def test_workflow_gives_images(name: str, server: RunningServer) -> None:
     run = server.run(cheap(read(name)), timeout=900)
-    pictures = {key: server.images(run, key) for key in run.outputs}
-    assert any(pictures.values()), "no output node gave a picture"
-    for key, shown in pictures.items():
+    images = {key: server.images(run, key) for key in run.outputs}
+    assert any(images.values()), "no output node gave an image"
+    for key, shown in images.items():
         for image in shown:
             values = np.asarray(image.convert("RGB"), dtype=np.float64)
-            assert values.std() > 5.0, f"node {key} gave a flat picture"
-            assert values.mean() > 5.0, f"node {key} gave a black picture"
+            assert values.std() > 5.0, f"node {key} gave a flat image"
+            assert values.mean() > 5.0, f"node {key} gave a black image"

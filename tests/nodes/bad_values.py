@@ -70,7 +70,7 @@ def image(good: torch.Tensor) -> Variants:
         "with alpha": torch.cat([good, good[..., :1]], dim=-1),
         "five channels": torch.cat([good, good[..., :2]], dim=-1),
         "without a batch": good[0],
-        "no picture": good[:0],
+        "no image": good[:0],
         "no pixels": good[:, :0],
         "no channels": good[..., :0],
         "channels first": good.movedim(-1, 1),
@@ -111,7 +111,7 @@ def latent(good: dict[str, Any]) -> Variants:
         "sixteen channels": samples.repeat(1, 4, 1, 1),
         "a batch of three": samples.repeat(3, 1, 1, 1),
         "a hundred": samples.repeat(100, 1, 1, 1),
-        "no picture": samples[:0],
+        "no image": samples[:0],
         "no cells": samples[..., :0],
         "one cell": samples[..., :1, :1],
         "odd sides": samples[..., :7, :5],
@@ -193,7 +193,7 @@ def string(good: str) -> Variants:
         "a format": "{} {subject} {0} %s %d {",
         "a regular expression": r"(.*)+\1[",
         "an embedding": "embedding:../../secret a sks cat",
-        "JSON": '[{"picture": 1e400, "points": [[1, 2]]}]',
+        "JSON": '[{"image": 1e400, "points": [[1, 2]]}]',
         "a number": "-1",
         "numbers": "1e999, nan, -5, 99999999999999999999",
         "a path upwards": "../../x",
@@ -268,8 +268,8 @@ class SixteenChannelVAE(tiny_vision.VAE):
 
     latent_channels = 16
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        return super().encode(pictures).repeat(1, 4, 1, 1)
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return super().encode(images).repeat(1, 4, 1, 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return super().decode(latents[:, :4])
@@ -278,8 +278,8 @@ class SixteenChannelVAE(tiny_vision.VAE):
 class BrokenVAE(tiny_vision.VAE):
     """Overflows, as SDXL's does in float16."""
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        return super().encode(pictures) * NOT_A_NUMBER
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return super().encode(images) * NOT_A_NUMBER
 
 
 @functools.cache
@@ -306,7 +306,7 @@ def inversion(good: Any) -> Variants:
         "of another model": dataclasses.replace(good, model=other),
         "of another family": dataclasses.replace(good, model=dataclasses.replace(tag, architecture="SDXL-320-4-2048")),
         "without embeddings": dataclasses.replace(good, embeddings=None),
-        "of three pictures": dataclasses.replace(
+        "of three images": dataclasses.replace(
             good,
             trajectory=good.trajectory.repeat(1, 3, 1, 1, 1),
             noise_maps=None if good.noise_maps is None else good.noise_maps.repeat(1, 3, 1, 1, 1),
@@ -327,13 +327,13 @@ def inversion(good: Any) -> Variants:
     return found
 
 
-def subject_pictures(good: Any) -> Variants:
-    def replaced(picture: torch.Tensor) -> Any:
-        return dataclasses.replace(good, pictures=[picture, *good.pictures[1:]])
+def subject_images(good: Any) -> Variants:
+    def replaced(image: torch.Tensor) -> Any:
+        return dataclasses.replace(good, images=[image, *good.images[1:]])
 
-    first = good.pictures[0]
+    first = good.images[0]
     return {
-        "no pictures": dataclasses.replace(good, pictures=[], captions=[], masks=[], names=[]),
+        "no images": dataclasses.replace(good, images=[], captions=[], masks=[], names=[]),
         "no captions": dataclasses.replace(good, captions=["", ""]),
         "other captions": dataclasses.replace(good, captions=["a dog", "a bird"]),
         "long captions": dataclasses.replace(good, captions=[LONG, LONG]),
@@ -346,9 +346,9 @@ def subject_pictures(good: Any) -> Variants:
         "nan": replaced(_with_value(first, NOT_A_NUMBER)),
         "huge": replaced(_with_value(first, HUGE)),
         "two sizes": replaced(first.repeat(2, 1, 1)),
-        "a small picture": dataclasses.replace(replaced(first[:4, :4]), masks=[None, None]),
-        "one picture": dataclasses.replace(
-            good, pictures=[first], captions=good.captions[:1], masks=good.masks[:1], names=good.names[:1]
+        "a small image": dataclasses.replace(replaced(first[:4, :4]), masks=[None, None]),
+        "one image": dataclasses.replace(
+            good, images=[first], captions=good.captions[:1], masks=good.masks[:1], names=good.names[:1]
         ),
         "None": None,
     }
@@ -377,12 +377,12 @@ def identity_words(good: Any) -> Variants:
 
 
 def w_plus(good: Any) -> Variants:
-    pictures = good.rows.shape[0]
+    images = good.rows.shape[0]
     return {
         "of another encoder": dataclasses.replace(good, encoder="another"),
-        "of e4e": tiny_styles.w_plus(pictures=pictures, rows=18, width=512),
-        "fewer rows": tiny_styles.w_plus(pictures=pictures, rows=3),
-        "of five pictures": tiny_styles.w_plus(pictures=5),
+        "of e4e": tiny_styles.w_plus(images=images, rows=18, width=512),
+        "fewer rows": tiny_styles.w_plus(images=images, rows=3),
+        "of five images": tiny_styles.w_plus(images=5),
         "None": None,
     }
 
@@ -398,19 +398,19 @@ def style_attention(good: Any) -> Variants:
 class NoFaces:
     name = "none"
 
-    def detect(self, picture: Any) -> list[faces.Face]:
+    def detect(self, image: Any) -> list[faces.Face]:
         return []
 
 
 class FacesOutside:
-    """Of points that lie on one another, beyond the picture, or are no numbers."""
+    """Of points that lie on one another, beyond the image, or are no numbers."""
 
     name = "outside"
 
     def __init__(self, value: float) -> None:
         self.value = value
 
-    def detect(self, picture: Any) -> list[faces.Face]:
+    def detect(self, image: Any) -> list[faces.Face]:
         import numpy as np
 
         return [faces.Face((self.value,) * 4, np.full((5, 2), self.value))]
@@ -444,7 +444,7 @@ def clip_vision_output(good: Any) -> Variants:
     return {
         "of another make": WithoutPatches(),
         "of another width": clip_visions()["of another width"].encode_image(torch.rand(1, 32, 32, 3)),
-        "of three pictures": tiny_vision.clip_vision().encode_image(torch.rand(3, 32, 32, 3)),
+        "of three images": tiny_vision.clip_vision().encode_image(torch.rand(3, 32, 32, 3)),
         "None": None,
     }
 
@@ -464,7 +464,7 @@ BY_SOCKET: dict[str, Callable[[Any], Variants]] = {
     "SAMPLER": none_alone,
     "CONTROL_NET": none_alone,
     "INVERSION": inversion,
-    "SUBJECT_PICTURES": subject_pictures,
+    "SUBJECT_IMAGES": subject_images,
     "SUBJECT": subject,
     "IDENTITY_WORDS": identity_words,
     "W_PLUS": w_plus,

@@ -15,14 +15,14 @@ STEPS = 2
 @pytest.fixture(scope="session", autouse=True)
 def short_previews() -> Iterator[None]:
     from identity_edit_pack.pipelines.mcdm import train as train_mcdm
-    from identity_edit_pack.pipelines.training import pictures as training_pictures
+    from identity_edit_pack.pipelines.training import images as training_images
 
-    preview = training_pictures.preview
+    preview = training_images.preview
 
     def short(networks: Any, latent_shape: Any, settings: Any, estimate: Any) -> Any:
         return preview(networks, latent_shape, dataclasses.replace(settings, sample_steps=STEPS), estimate)
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in (training_pictures, train_mcdm):
+        for module in (training_images, train_mcdm):
             patch.setattr(module, "preview", short)
         yield

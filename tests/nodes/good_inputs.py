@@ -33,13 +33,13 @@ from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.pidiff import style_attention_files, w_plus_encoder
 from identity_edit_pack.pipelines.pidiff import w_plus as w_plus_rows
-from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
+from identity_edit_pack.pipelines.subjects.images import SubjectImages
 from identity_edit_pack.pipelines.text import step_embeddings
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision
 from identity_edit_pack.tests.attention.sampling import sample
 
 SIDE = 64
-"""Pixels along a side of the pictures; latents have 8 cells."""
+"""Pixels along a side of the images; latents have 8 cells."""
 POINTS = np.array([[20.0, 24.0], [40.0, 24.0], [30.0, 34.0], [22.0, 44.0], [38.0, 44.0]])
 CLASSES = {node.define_schema().node_id.removeprefix("IdentityEdit"): node for node in NODE_CLASSES}
 
@@ -49,25 +49,25 @@ class Detector:
 
     name = "given"
 
-    def detect(self, picture: np.ndarray) -> list[faces.Face]:
+    def detect(self, image: np.ndarray) -> list[faces.Face]:
         return [faces.Face((16.0, 16.0, 44.0, 52.0), POINTS, 0.9)]
 
 
 class Recognizer:
-    """Embeds a face by the colour of its middle."""
+    """Embeds a face by the color of its middle."""
 
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(pictures[:, 40:80, 40:80].mean(dim=(1, 2)), dim=1)
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(images[:, 40:80, 40:80].mean(dim=(1, 2)), dim=1)
 
 
 class VAE(tiny_vision.VAE):
-    """As strict as ComfyUI's own: a picture without its three channels is an error deep inside of a network."""
+    """As strict as ComfyUI's own: an image without its three channels is an error deep inside of a network."""
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        assert pictures.ndim == 4 and pictures.shape[-1] == 3, tuple(pictures.shape)
-        height, width = (side // 8 * 8 for side in pictures.shape[1:3])
-        top, left = (pictures.shape[1] - height) // 2, (pictures.shape[2] - width) // 2
-        return super().encode(pictures[:, top : top + height, left : left + width].float())
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.ndim == 4 and images.shape[-1] == 3, tuple(images.shape)
+        height, width = (side // 8 * 8 for side in images.shape[1:3])
+        top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
+        return super().encode(images[:, top : top + height, left : left + width].float())
 
 
 class World:
@@ -96,7 +96,7 @@ class World:
     vae = VAE()
 
     @functools.cached_property
-    def pictures(self) -> torch.Tensor:
+    def images(self) -> torch.Tensor:
         return torch.rand(1, SIDE, SIDE, 3, generator=torch.Generator().manual_seed(2))
 
     @functools.cached_property
@@ -113,12 +113,12 @@ class World:
     def conditioning(seed: int, tokens: int = tiny_models.TOKENS) -> list[Any]:
         return tiny_models.conditioning(seed, tokens=tokens)
 
-    def conditioning_with_picture(self, seed: int) -> list[Any]:
-        """As MCDM Conditioner gives it: three tokens of the picture behind those of the text."""
-        seen = mcdm.SourcePictures(
+    def conditioning_with_image(self, seed: int) -> list[Any]:
+        """As MCDM Conditioner gives it: three tokens of the image behind those of the text."""
+        seen = mcdm.SourceImages(
             self.latent["samples"], torch.randn(1, 3, tiny_models.CONTEXT, generator=torch.Generator().manual_seed(6))
         )
-        return mcdm.with_pictures(self.conditioning(seed), seen)
+        return mcdm.with_images(self.conditioning(seed), seen)
 
     @functools.cached_property
     def inversion(self) -> inversions.Inversion:
@@ -153,10 +153,10 @@ class World:
         return self.inversion.sigmas.clone()
 
     @functools.cached_property
-    def subject(self) -> SubjectPictures:
+    def subject(self) -> SubjectImages:
         generator = torch.Generator().manual_seed(0)
-        return SubjectPictures(
-            pictures=[torch.rand(SIDE, SIDE, 3, generator=generator) for _ in range(2)],
+        return SubjectImages(
+            images=[torch.rand(SIDE, SIDE, 3, generator=generator) for _ in range(2)],
             captions=["a sks cat sitting", "a smiling sks cat"],
             masks=[self.mask[0].clone() for _ in range(2)],
             names=["1.png", "2.png"],
@@ -184,7 +184,7 @@ class World:
 
     @functools.cached_property
     def clip_vision_output(self) -> Any:
-        return self.clip_vision.encode_image(self.pictures)
+        return self.clip_vision.encode_image(self.images)
 
     @functools.cached_property
     def w_plus(self) -> w_plus_rows.WPlus:
@@ -211,7 +211,7 @@ class World:
 
     def example(self, kind: str) -> Any:
         """A value for a socket that a node's good inputs leave free."""
-        return {"IMAGE": self.pictures, "W_PLUS": self.w_plus, "SUBJECT_PICTURES": self.subject}.get(kind)
+        return {"IMAGE": self.images, "W_PLUS": self.w_plus, "SUBJECT_IMAGES": self.subject}.get(kind)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -260,14 +260,14 @@ class World:
             )  # fmt: skip
         return "pairs/mine"
 
-    def picture_folder(self) -> str:
+    def image_folder(self) -> str:
         from PIL import Image
 
         folder = Path(folder_paths.get_input_directory(), "cat")
         if not folder.exists():
             folder.mkdir()
-            for name, picture in zip(("1", "2"), self.subject.pictures, strict=True):
-                Image.fromarray((picture * 255).byte().numpy()).save(folder / f"{name}.png")
+            for name, image in zip(("1", "2"), self.subject.images, strict=True):
+                Image.fromarray((image * 255).byte().numpy()).save(folder / f"{name}.png")
                 (folder / f"{name}.txt").write_text("a sks cat")
         return "cat"
 
@@ -340,24 +340,24 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "source_mask": w.mask, "target_mask": w.mask, "given_masks": "united with the found ones",
     },
     "AttentionHeatmap": lambda w: {
-        "picture": w.pictures, "identity_attention": w.identity_attention, "mask": w.mask,
+        "image": w.images, "identity_attention": w.identity_attention, "mask": w.mask,
     },
     "SegmentSubject": lambda w: {
-        "pictures": w.pictures, "subject": "cat", "timesteps": "101", "layers": "all", "model": w.model,
+        "images": w.images, "subject": "cat", "timesteps": "101", "layers": "all", "model": w.model,
         "clip": w.clip, "vae": w.vae, "sam": segmentation.NO_MODEL, "grounding_dino": segmentation.NO_MODEL,
     },
-    "LoadSubjectPictures": lambda w: {"folder": w.picture_folder(), "class_word": "cat", "size": 32},
+    "LoadSubjectImages": lambda w: {"folder": w.image_folder(), "class_word": "cat", "size": 32},
     "SubjectFromImages": lambda w: {
-        "images": [w.pictures], "captions": ["a sks cat"], "class_word": ["cat"], "token": ["sks"],
+        "images": [w.images], "captions": ["a sks cat"], "class_word": ["cat"], "token": ["sks"],
         "add_token": [False], "masks": [w.mask],
     },
-    "CaptionPictures": lambda w: {"subject": w.subject, "captions": "a cat\na second cat"},
-    "RegularisationPrompts": lambda w: {"class_word": "cat", "count": 2},
-    "TrainIdentityPrior": lambda w: {**_training(w), "subject": w.subject, "regularisation": w.subject},
+    "CaptionImages": lambda w: {"subject": w.subject, "captions": "a cat\na second cat"},
+    "RegularizationPrompts": lambda w: {"class_word": "cat", "count": 2},
+    "TrainIdentityPrior": lambda w: {**_training(w), "subject": w.subject, "regularization": w.subject},
     "LoadIdentityPrior": lambda w: {"model": w.model, "clip": w.clip, "file": w.saved_prior()},
     "SaveIdentityPriorAsLoRA": lambda w: {"file": w.saved_prior(), "rank": 2},
     "TrainSubjectEmbedding": lambda w: {
-        **_training(w), "pictures": w.subject, "updates_per_step": 1, "sampling_steps": 1,
+        **_training(w), "images": w.subject, "updates_per_step": 1, "sampling_steps": 1,
     },
     "StepWiseEmbeddingLoader": lambda w: {
         "file": w.saved(
@@ -369,11 +369,11 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     },
     "SaveSubjectAsEmbedding": lambda w: {"subject": w.subject_embedding, "overwrite": True},
     "SelectReference": lambda w: {
-        "generated": w.pictures, "images": w.pictures, "masks": w.mask, "generated_mask": w.mask,
+        "generated": w.images, "images": w.images, "masks": w.mask, "generated_mask": w.mask,
         "clip_vision": w.clip_vision,
     },
     "AlignReference": lambda w: {
-        "reference": w.pictures, "reference_mask": w.mask, "generated_mask": w.mask, "generated": w.pictures,
+        "reference": w.images, "reference_mask": w.mask, "generated_mask": w.mask, "generated": w.images,
     },
     "ReferenceGuidedNullTextOptimizer": lambda w: {
         "model": w.model, "positive": w.conditioning(1), "negative": w.conditioning(3), "inversion": w.inversion,
@@ -394,15 +394,15 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "PairGuider": lambda w: {
         **_edit(w), "shared": w.conditioning(4), "negative": w.conditioning(3),
     },
-    "SplitPair": lambda w: {"images": w.pictures, "latent": w.latent},
+    "SplitPair": lambda w: {"images": w.images, "latent": w.latent},
     "GeneratePairs": lambda w: {
         "model": w.model, "clip": w.clip, "vae": w.vae, "sampler": w.sampler, "sigmas": w.sigmas, "count": 1,
         "width": SIDE, "height": SIDE, "folder": "pairs/made", "attempts": 1, "clip_vision": w.clip_vision,
-        "identity_words": w.identity_words, "identity_pictures": w.pictures,
+        "identity_words": w.identity_words, "identity_images": w.images,
     },
-    "SavePair": lambda w: {"source": w.pictures, "target": w.pictures, "folder": "pairs/saved"},
+    "SavePair": lambda w: {"source": w.images, "target": w.images, "folder": "pairs/saved"},
     "TrainIdentityWords": lambda w: {
-        "model": w.model, "clip": w.clip, "vae": w.vae, "clip_vision": w.clip_vision, "pictures": w.subject,
+        "model": w.model, "clip": w.clip, "vae": w.vae, "clip_vision": w.clip_vision, "images": w.subject,
         "steps": 1, "batch_size": 1, "precision": "float32", "checkpointing": False,
     },
     "LoadIdentityWords": lambda w: {
@@ -419,12 +419,12 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "file_contents": train_mcdm.UNET_ALONE, "ema_decay": 0.5,
     },
     "MCDMConditioner": lambda w: {
-        "model": w.edit_model, "clip": w.clip, "clip_vision": w.clip_vision, "vae": w.vae, "picture": w.pictures,
+        "model": w.edit_model, "clip": w.clip, "clip_vision": w.clip_vision, "vae": w.vae, "image": w.images,
         "file": w.saved_mcdm(), **PROMPTS,
     },
     "MCDMGuider": lambda w: {
-        "model": w.edit_model, "positive": w.conditioning_with_picture(2), "mask": w.mask,
-        "negative": w.conditioning_with_picture(3), "source": w.conditioning_with_picture(1),
+        "model": w.edit_model, "positive": w.conditioning_with_image(2), "mask": w.mask,
+        "negative": w.conditioning_with_image(3), "source": w.conditioning_with_image(1),
     },
     "MCDMEditMask": lambda w: {**_edit(w), "latent": w.latent, "steps": 2, "noise_steps": 1, "seeds": 1},
     "DiffEdit": lambda w: {
@@ -433,15 +433,15 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     },
     "LoadFaceDetector": lambda w: {"detector": "given.onnx"},
     "AlignFace": lambda w: {
-        "pictures": w.pictures, "face_detector": Detector(), "mask": w.mask, "size": 64, "smallest_face": 8,
+        "images": w.images, "face_detector": Detector(), "mask": w.mask, "size": 64, "smallest_face": 8,
         "background_model": face.NO_MODEL, "points": "\n".join(f"{x}, {y}" for x, y in POINTS),
     },
     "IdentitySimilarity": lambda w: {
-        "pictures": w.pictures, "reference": w.pictures, "face_detector": Detector(), "recognizer": "given.onnx",
+        "images": w.images, "reference": w.images, "face_detector": Detector(), "recognizer": "given.onnx",
     },
     "LoadWPlusEncoder": lambda w: {"file": Path(w.model_file("w_plus_encoders", "tiny.safetensors")).name},
     "SaveWPlusEncoder": lambda w: {"encoder": w.w_plus_encoder},
-    "EncodeWPlus": lambda w: {"encoder": w.w_plus_encoder, "faces": w.pictures[:, :32, :32]},
+    "EncodeWPlus": lambda w: {"encoder": w.w_plus_encoder, "faces": w.images[:, :32, :32]},
     "MixWPlus": lambda w: {"first": w.w_plus, "second": tiny_styles.w_plus(1), "rows": "2-3"},
     "AverageWPlus": lambda w: {"first": w.w_plus, "second": tiny_styles.w_plus(1)},
     "SaveWPlus": lambda w: {"w_plus": w.w_plus},
@@ -449,7 +449,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "file": w.saved("w_plus/cat.safetensors", lambda path: w_plus_rows.save_w_plus(w.w_plus, path)),
     },
     "TrainStyleAttention": lambda w: {
-        **_training(w), "pictures": w.subject, "w_plus": tiny_styles.w_plus(pictures=2), "batch_size": 1,
+        **_training(w), "images": w.subject, "w_plus": tiny_styles.w_plus(images=2), "batch_size": 1,
         "row_groups": tiny_styles.GROUPS,
     },
     "LoadStyleAttention": lambda w: {
@@ -461,12 +461,12 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "ApplyStyleCrossAttention": lambda w: {
         "model": w.model, "style_attention": w.style_attention, "w_plus": w.w_plus, "mask": w.mask,
     },
-    "ReconstructionCheck": lambda w: {"picture": w.pictures, "reconstruction": 0.5 * w.pictures},
+    "ReconstructionCheck": lambda w: {"image": w.images, "reconstruction": 0.5 * w.images},
     "ScoreEdit": lambda w: {
-        "edited": 0.5 * w.pictures, "source": w.pictures, "mask": w.mask, "target_prompt": "a cat",
-        "references": w.pictures, "clip": w.clip, "clip_vision": w.clip_vision, "face_detector": Detector(),
+        "edited": 0.5 * w.images, "source": w.images, "mask": w.mask, "target_prompt": "a cat",
+        "references": w.images, "clip": w.clip, "clip_vision": w.clip_vision, "face_detector": Detector(),
     },
-    "DrawDemoPicture": lambda w: {"seed": 1},
+    "DrawDemoImage": lambda w: {"seed": 1},
     "DrawDemoPortraits": lambda w: {"count": 1},
     "LoadDemoClipVision": lambda w: {},
 }  # fmt: skip

@@ -83,7 +83,7 @@ def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pyte
         else:
             assert made.steps in (49, 50)
             assert f"LCM's sampling does, so that {made.steps} steps are taken instead of 100" in caplog.text
-        if node is inversion.EditFriendlyDDPMInversion:  # and they still carry the picture
+        if node is inversion.EditFriendlyDDPMInversion:  # and they still carry the image
             back = sample_inversion(model, made, SOURCE, None, 1.0)
             torch.testing.assert_close(back, latent["samples"], rtol=0, atol=1e-3)
 

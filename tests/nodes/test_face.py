@@ -1,4 +1,4 @@
-"""The face nodes as the graph calls them, with a detector and a recogniser whose answers are known."""
+"""The face nodes as the graph calls them, with a detector and a recognizer whose answers are known."""
 
 from __future__ import annotations
 
@@ -22,62 +22,62 @@ LINES = "\n".join(f"{x}, {y}" for x, y in POINTS)
 SETTINGS: dict[str, Any] = {
     item.id: item.default if getattr(item, "default", None) is not None else nodes.NO_MODEL
     for item in nodes.AlignFace.define_schema().inputs
-    if item.id not in ("pictures", "face_detector", "mask")
+    if item.id not in ("images", "face_detector", "mask")
 }
-PICTURES = torch.rand(2, 200, 180, 3, generator=torch.Generator().manual_seed(0))
+IMAGES = torch.rand(2, 200, 180, 3, generator=torch.Generator().manual_seed(0))
 
 
 class Detector:
-    """Finds given faces in pictures that are not black."""
+    """Finds given faces in images that are not black."""
 
     name = "given"
 
     def __init__(self, *shifts: float) -> None:
         self.shifts = shifts
 
-    def detect(self, picture: np.ndarray) -> list[pipeline.Face]:
-        if picture.max() == 0:
+    def detect(self, image: np.ndarray) -> list[pipeline.Face]:
+        if image.max() == 0:
             return []
         return [pipeline.Face((50 + shift, 70, 110 + shift, 130), POINTS + [shift, 0], 0.9) for shift in self.shifts]
 
 
-def align(pictures: torch.Tensor = PICTURES, **inputs: Any) -> tuple[Any, ...]:
-    return nodes.AlignFace.execute(pictures, **{**SETTINGS, "background": nodes.KEEP, **inputs}).args
+def align(images: torch.Tensor = IMAGES, **inputs: Any) -> tuple[Any, ...]:
+    return nodes.AlignFace.execute(images, **{**SETTINGS, "background": nodes.KEEP, **inputs}).args
 
 
 def test_the_detectors_faces_are_aligned() -> None:
     faces, mask, preview, points, report = align(face_detector=Detector(0.0, 40.0), choice=pipeline.ALL, size=128)
-    assert faces.shape == (4, 128, 128, 3) and mask.shape == (4, 128, 128) and preview.shape == PICTURES.shape
-    wanted = align_ffhq(PICTURES[1], POINTS + [40, 0], 128)
-    assert torch.equal(faces[3], wanted.picture) and torch.equal(mask[3], wanted.mask)
-    assert [entry["picture"] for entry in json.loads(points)] == [1, 1, 2, 2]
-    assert "4 faces of 2 picture(s), 128x128." in report and not torch.equal(preview, PICTURES)
+    assert faces.shape == (4, 128, 128, 3) and mask.shape == (4, 128, 128) and preview.shape == IMAGES.shape
+    wanted = align_ffhq(IMAGES[1], POINTS + [40, 0], 128)
+    assert torch.equal(faces[3], wanted.image) and torch.equal(mask[3], wanted.mask)
+    assert [entry["image"] for entry in json.loads(points)] == [1, 1, 2, 2]
+    assert "4 faces of 2 image(s), 128x128." in report and not torch.equal(preview, IMAGES)
     right = align(face_detector=Detector(0.0, 40.0), choice=pipeline.INDEX, index=2, size=128)[0]
     assert torch.equal(right, faces[1::2])
     again = align(method=nodes.BY_POINTS, points=points, choice=pipeline.ALL, size=128)[0]
     assert torch.equal(again, faces), "the points that it gives are not those that it takes"
 
 
-def test_points_and_whole_pictures_need_no_detector() -> None:
+def test_points_and_whole_images_need_no_detector() -> None:
     faces = align(method=nodes.BY_POINTS, points=LINES)[0]
-    assert torch.equal(faces[0], align_ffhq(PICTURES[0], POINTS, 256).picture)
-    square = PICTURES[:, :128, :128]
+    assert torch.equal(faces[0], align_ffhq(IMAGES[0], POINTS, 256).image)
+    square = IMAGES[:, :128, :128]
     whole, mask, _, points, report = align(square, method=nodes.WHOLE, size=128)
-    assert torch.equal(whole, square) and bool((mask == 1).all()) and points == "[]" and "2 whole pictures" in report
+    assert torch.equal(whole, square) and bool((mask == 1).all()) and points == "[]" and "2 whole images" in report
     assert align(method=nodes.WHOLE, size=64)[0].shape == (2, 64, 64, 3)
 
 
-def test_grey_and_rgba_pictures_give_the_same_faces() -> None:
-    grey = PICTURES[..., :1]
-    wanted = align(grey.expand(-1, -1, -1, 3), method=nodes.BY_POINTS, points=LINES)[0]
-    for pictures in (grey, torch.cat([grey.expand(-1, -1, -1, 3), 0 * grey], dim=-1)):
-        assert torch.equal(align(pictures, method=nodes.BY_POINTS, points=LINES)[0], wanted)
+def test_gray_and_rgba_images_give_the_same_faces() -> None:
+    gray = IMAGES[..., :1]
+    wanted = align(gray.expand(-1, -1, -1, 3), method=nodes.BY_POINTS, points=LINES)[0]
+    for images in (gray, torch.cat([gray.expand(-1, -1, -1, 3), 0 * gray], dim=-1)):
+        assert torch.equal(align(images, method=nodes.BY_POINTS, points=LINES)[0], wanted)
 
 
 def test_the_background_is_removed_by_a_mask() -> None:
     mask = torch.zeros(1, 200, 180)
     mask[:, 60:140, 50:120] = 1.0
-    inputs = dict(method=nodes.BY_POINTS, points=LINES, mask=mask, grey=0.25)
+    inputs = dict(method=nodes.BY_POINTS, points=LINES, mask=mask, gray=0.25)
     faces, found, *_ = align(background=nodes.REMOVE, **inputs)
     kept = align(**inputs)[0]
     assert bool((faces[found == 0] == 0.25).all()) and torch.equal(faces[found == 1], kept[found == 1])
@@ -92,19 +92,19 @@ def test_the_background_is_removed_by_a_network(monkeypatch: pytest.MonkeyPatch)
     lines = "\n".join(f"{x - 40}, {y - 40}" for x, y in POINTS)
     inputs = dict(method=nodes.BY_POINTS, points=lines)
     faces, mask, *_ = align(background=nodes.REMOVE, background_model="u2net.onnx", **inputs)
-    assert torch.equal(mask, align(**inputs)[1]), "what lies outside of the picture belongs to the person"
+    assert torch.equal(mask, align(**inputs)[1]), "what lies outside of the image belongs to the person"
     assert bool((mask == 0).any()) and bool((faces[mask == 0] == 0.5).all())
 
 
 def test_what_cannot_be_aligned_is_named() -> None:
-    black = torch.cat([PICTURES[:1], torch.zeros_like(PICTURES[:1])])
-    with pytest.raises(IdentityEditError, match="No face was found in picture 2"):
+    black = torch.cat([IMAGES[:1], torch.zeros_like(IMAGES[:1])])
+    with pytest.raises(IdentityEditError, match="No face was found in image 2"):
         align(black, face_detector=Detector(0.0), without_face=nodes.STOP)
-    with pytest.raises(IdentityEditError, match="No face was found in picture 1"):
+    with pytest.raises(IdentityEditError, match="No face was found in image 1"):
         align(torch.zeros_like(black), face_detector=Detector(0.0))
-    with pytest.raises(IdentityEditError, match="index is 3, but picture 1 has 2 faces"):
+    with pytest.raises(IdentityEditError, match="index is 3, but image 1 has 2 faces"):
         align(face_detector=Detector(0.0, 40.0), choice=pipeline.INDEX, index=3)
-    with pytest.raises(IdentityEditError, match="face in picture 1 is too small"):
+    with pytest.raises(IdentityEditError, match="face in image 1 is too small"):
         align(face_detector=Detector(0.0), smallest_face=400)
     with pytest.raises(IdentityEditError, match="connect Load Face Detector"):
         align()
@@ -112,9 +112,9 @@ def test_what_cannot_be_aligned_is_named() -> None:
         align(method=nodes.BY_POINTS)
     with pytest.raises(IdentityEditError, match="needs a mask or a background_model"):
         align(method=nodes.WHOLE, background=nodes.REMOVE)
-    with pytest.raises(IdentityEditError, match="mask of picture 1 is empty"):
+    with pytest.raises(IdentityEditError, match="mask of image 1 is empty"):
         align(method=nodes.WHOLE, mask=torch.zeros(1, 200, 180))
-    with pytest.raises(IdentityEditError, match="mask holds 3 masks for 2 pictures"):
+    with pytest.raises(IdentityEditError, match="mask holds 3 masks for 2 images"):
         align(method=nodes.WHOLE, mask=torch.ones(3, 200, 180))
 
 
@@ -123,7 +123,7 @@ def test_profiles_and_small_faces_are_warned_of() -> None:
     turned[2] = [58.0, 100.0]
     lines = "\n".join(f"{x}, {y}" for x, y in turned / 2)
     report = align(method=nodes.BY_POINTS, points=lines)[4]
-    assert "Warning" in report and "small (80 pixels" in report and "picture 2" in report and "from the side" in report
+    assert "Warning" in report and "small (80 pixels" in report and "image 2" in report and "from the side" in report
 
 
 def test_missing_files_are_named_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,46 +145,46 @@ def test_the_packs_folders_are_registered(pack: Any, node_classes: dict[str, Any
 
 
 class Recognizer:
-    """Embeds a face by the colour of its middle."""
+    """Embeds a face by the color of its middle."""
 
     def embed(self, faces: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(faces[:, 40:80, 40:80].mean(dim=(1, 2)), dim=1)
 
 
-def uniform(*colours: tuple[float, float, float]) -> torch.Tensor:
-    return torch.tensor(colours, dtype=torch.float32)[:, None, None].expand(-1, 200, 180, -1)
+def uniform(*colors: tuple[float, float, float]) -> torch.Tensor:
+    return torch.tensor(colors, dtype=torch.float32)[:, None, None].expand(-1, 200, 180, -1)
 
 
-def score(monkeypatch: pytest.MonkeyPatch, pictures: torch.Tensor, reference: torch.Tensor, **inputs: Any) -> Any:
+def score(monkeypatch: pytest.MonkeyPatch, images: torch.Tensor, reference: torch.Tensor, **inputs: Any) -> Any:
     monkeypatch.setattr(identity_similarity, "load_recognizer", lambda name: Recognizer())
     settings = dict(face_detector=Detector(0.0), recognizer="x", choice=pipeline.LARGEST, without_face=nodes.STOP)
-    return nodes.IdentitySimilarity.execute(pictures, reference, **{**settings, **inputs}).args
+    return nodes.IdentitySimilarity.execute(images, reference, **{**settings, **inputs}).args
 
 
-def test_every_picture_is_compared_with_the_reference_most_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = uniform((1, 0, 0), (0, 1, 0), (1, 1, 0))
-    mean, lowest, report = score(monkeypatch, pictures, uniform((1, 0, 0), (0, 1, 0)))
+def test_every_image_is_compared_with_the_reference_most_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = uniform((1, 0, 0), (0, 1, 0), (1, 1, 0))
+    mean, lowest, report = score(monkeypatch, images, uniform((1, 0, 0), (0, 1, 0)))
     assert lowest == pytest.approx(0.5**0.5, abs=1e-5) and mean == pytest.approx((2 + 0.5**0.5) / 3, abs=1e-5)
-    assert "picture 1: 1.000 (the same person)" in report
+    assert "image 1: 1.000 (the same person)" in report
     assert "not the same person" in score(monkeypatch, uniform((0, 0, 1)), uniform((1, 0, 0)))[2]
 
 
-def test_pictures_without_a_face(monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = uniform((1, 0, 0), (0, 0, 0))
-    with pytest.raises(IdentityEditError, match="No face was found in picture 2"):
-        score(monkeypatch, pictures, uniform((1, 0, 0)))
-    mean, lowest, report = score(monkeypatch, pictures, uniform((1, 0, 0)), without_face=nodes.ZERO)
-    assert (round(mean, 4), lowest) == (0.5, 0.0) and "picture 2: 0 (no face)" in report
+def test_images_without_a_face(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = uniform((1, 0, 0), (0, 0, 0))
+    with pytest.raises(IdentityEditError, match="No face was found in image 2"):
+        score(monkeypatch, images, uniform((1, 0, 0)))
+    mean, lowest, report = score(monkeypatch, images, uniform((1, 0, 0)), without_face=nodes.ZERO)
+    assert (round(mean, 4), lowest) == (0.5, 0.0) and "image 2: 0 (no face)" in report
     with pytest.raises(IdentityEditError, match="No face was found in reference 1"):
-        score(monkeypatch, pictures, uniform((0, 0, 0)), without_face=nodes.ZERO)
+        score(monkeypatch, images, uniform((0, 0, 0)), without_face=nodes.ZERO)
 
 
 def test_the_face_most_like_the_reference_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = uniform((0, 0, 1)).clone()
-    picture[:, :, 100:] = torch.tensor((1.0, 0.0, 0.0))
+    image = uniform((0, 0, 1)).clone()
+    image[:, :, 100:] = torch.tensor((1.0, 0.0, 0.0))
     two = Detector(-45.0, 60.0)
-    largest = score(monkeypatch, picture, uniform((1, 0, 0)), face_detector=two)[0]
-    best = score(monkeypatch, picture, uniform((1, 0, 0)), face_detector=two, choice=nodes.MOST_SIMILAR)[0]
+    largest = score(monkeypatch, image, uniform((1, 0, 0)), face_detector=two)[0]
+    best = score(monkeypatch, image, uniform((1, 0, 0)), face_detector=two, choice=nodes.MOST_SIMILAR)[0]
     assert largest < 0.2 and best > 0.9
 
 

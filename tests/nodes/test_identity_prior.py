@@ -14,7 +14,7 @@ import torch
 from identity_edit_pack.nodes.lipe import identity_prior as nodes
 from identity_edit_pack.nodes.saved_files import loadable_files
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
+from identity_edit_pack.pipelines.subjects.images import SubjectImages
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
 SETTINGS: dict[str, Any] = {
@@ -22,7 +22,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 1e-3,
     "batch_size": 1,
     "gradient_accumulation": 1,
-    "regularisation_weight": 1.0,
+    "regularization_weight": 1.0,
     "train_text_encoder": True,
     "precision": "float32",
     "checkpointing": False,
@@ -37,24 +37,24 @@ SETTINGS: dict[str, Any] = {
 
 
 class Autoencoder:
-    """Pictures of eight times the latent's size, both ways; counts what it encodes."""
+    """Images of eight times the latent's size, both ways; counts what it encodes."""
 
     def __init__(self) -> None:
         self.encoded = 0
 
-    def encode(self, picture: torch.Tensor) -> torch.Tensor:
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
         self.encoded += 1
-        small = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
+        small = torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 8)
         return 5.0 * torch.cat([small, small[:, :1]], dim=1)
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(latent[:, :3], scale_factor=8).movedim(1, -1).sigmoid()
 
 
-def pictures(captions: list[str], masks: list[torch.Tensor | None] | None = None, seed: int = 0) -> SubjectPictures:
+def images(captions: list[str], masks: list[torch.Tensor | None] | None = None, seed: int = 0) -> SubjectImages:
     generator = torch.Generator().manual_seed(seed)
-    return SubjectPictures(
-        pictures=[torch.rand(64, 64, 3, generator=generator) for _ in captions],
+    return SubjectImages(
+        images=[torch.rand(64, 64, 3, generator=generator) for _ in captions],
         captions=captions,
         masks=masks or [None] * len(captions),
         names=[f"{number}.png" for number in range(1, len(captions) + 1)],
@@ -63,8 +63,8 @@ def pictures(captions: list[str], masks: list[torch.Tensor | None] | None = None
     )
 
 
-SUBJECT = pictures(["a sks cat sitting", "a smiling sks cat, lying down"])
-CLASS = pictures(["a cat", "a black cat in the snow"], seed=1)
+SUBJECT = images(["a sks cat sitting", "a smiling sks cat, lying down"])
+CLASS = images(["a cat", "a black cat in the snow"], seed=1)
 
 
 @pytest.fixture(autouse=True)
@@ -81,10 +81,10 @@ def models() -> tuple[Any, Any]:
         return tiny_models.sd1(), tiny_text_encoders.clip("sd1")
 
 
-def train(models: tuple[Any, Any], subject: Any = SUBJECT, regularisation: Any = CLASS, **changes: Any) -> Any:
+def train(models: tuple[Any, Any], subject: Any = SUBJECT, regularization: Any = CLASS, **changes: Any) -> Any:
     with torch.inference_mode():
         return nodes.TrainIdentityPrior.execute(
-            *models, Autoencoder(), subject, **{**SETTINGS, **changes}, regularisation=regularisation
+            *models, Autoencoder(), subject, **{**SETTINGS, **changes}, regularization=regularization
         )
 
 
@@ -104,7 +104,7 @@ def test_training_gives_a_model_that_the_saved_file_gives_too(models: Any, own_f
     assert nodes.LoadIdentityPrior.fingerprint_inputs(listed[0]) > 0
     loaded_model, loaded_clip, loaded_prompt, text = nodes.LoadIdentityPrior.execute(*models, listed[0], 1.0, 1.0).args
     assert loaded_prompt == prompt
-    assert "3 steps" in text and "2 pictures of the subject, 2 of its class" in text and "Warning" not in text
+    assert "3 steps" in text and "2 images of the subject, 2 of its class" in text and "Warning" not in text
     for trained, loaded in ((model, loaded_model), (clip.patcher, loaded_clip.patcher)):
         assert trained.patches.keys() == loaded.patches.keys() and trained.patches
         for key, (patch,) in trained.patches.items():
@@ -158,21 +158,21 @@ def test_masks_are_used_where_asked_for(models: Any) -> None:
     losses = [train(models, masked, masked_loss=on).args[4]["loss"] for on in (False, True)]
     assert losses[0] != losses[1]
     assert losses[0] == train(models).args[4]["loss"], "masks without masked_loss change nothing"
-    with pytest.raises(IdentityEditError, match="masked_loss is on but no picture"):
+    with pytest.raises(IdentityEditError, match="masked_loss is on but no image"):
         train(models, masked_loss=True)
 
 
 def test_the_class_is_not_called_by_the_token(models: Any) -> None:
-    called = pictures(["a sks cat", "a black sks, cat in the snow"], seed=1)
+    called = images(["a sks cat", "a black sks, cat in the snow"], seed=1)
     vae = Autoencoder()
     assert nodes._encode_class(vae, called, "sks").captions == ["a cat", "a black cat in the snow"]
     assert vae.encoded == 2
-    with pytest.raises(IdentityEditError, match="1.png of the regularisation set has no caption"):
-        train(models, regularisation=pictures(["", "a cat"]))
+    with pytest.raises(IdentityEditError, match="1.png of the regularization set has no caption"):
+        train(models, regularization=images(["", "a cat"]))
 
 
-def test_without_a_regularisation_set_there_is_a_warning(models: Any) -> None:
-    assert "Warning: There is no regularisation set" in train(models, regularisation=None).args[6]
+def test_without_a_regularization_set_there_is_a_warning(models: Any) -> None:
+    assert "Warning: There is no regularization set" in train(models, regularization=None).args[6]
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_without_a_regularisation_set_there_is_a_warning(models: Any) -> None:
 )
 def test_captions_are_checked_before_anything_is_done(models: Any, captions: list[str], message: str) -> None:
     with pytest.raises(IdentityEditError, match=message):
-        train(models, pictures(captions))
+        train(models, images(captions))
 
 
 @pytest.mark.parametrize("prefix", ["", "../outside", "blocked/prior"])

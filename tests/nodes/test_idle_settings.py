@@ -122,7 +122,7 @@ def test_prompts_are_the_same_only_with_all_that_they_carry() -> None:
         assert not same_prompt(first, changed) and same_prompt(changed, [[first[0][0], {**first[0][1], **options}]])
 
 
-def test_a_noise_mask_of_the_whole_picture_leaves_nothing_out() -> None:
+def test_a_noise_mask_of_the_whole_image_leaves_nothing_out() -> None:
     assert noise_mask_left_out({"samples": 0}) is None
     assert noise_mask_left_out({"noise_mask": torch.ones(1, 1, 8, 8)}) is None
     assert "noise mask" in str(noise_mask_left_out({"noise_mask": torch.ones(1, 8, 8).tril()}))

@@ -24,11 +24,11 @@ import numpy as np
 import pytest
 import torch
 from identity_edit_pack.pipelines.faces import detection as faces
-from identity_edit_pack.pipelines.mcdm.encoded_pairs import encode_pairs, pairs_in_folder, read_picture
+from identity_edit_pack.pipelines.mcdm.encoded_pairs import encode_pairs, pairs_in_folder, read_image
 from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.networks import model_folders
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects.pictures import NO_CAPTIONS_YET, load_subject_folder
+from identity_edit_pack.pipelines.subjects.images import NO_CAPTIONS_YET, load_subject_folder
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, SIDE, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import complaint_about_message
 from PIL import Image
@@ -278,7 +278,7 @@ def content_of(tensors: dict[str, torch.Tensor], description: str, path: Path) -
     return path.read_bytes()
 
 
-READ = {"steps", "learning_rate", "pictures", "identity_pictures", "regularisation_pictures", "prompts", "pairs"}
+READ = {"steps", "learning_rate", "images", "identity_images", "regularization_images", "prompts", "pairs"}
 """What reports read of a training; the rest of it is only kept."""
 
 
@@ -355,16 +355,16 @@ def test_an_encoder_cannot_claim_a_billion_rows(world: World, bounded: None) -> 
         assert load(world, "LoadWPlusEncoder", content, ".pt") is None
 
 
-# -- pictures and captions ---------------------------------------------------------------------------------------------
+# -- images and captions ---------------------------------------------------------------------------------------------
 
 
-def png(width: int, height: int, data: bytes = b"", bits: int = 8, colour: int = 2) -> bytes:
-    """A PNG that claims any size; colour 2 is red, green and blue, and 0 is grey."""
+def png(width: int, height: int, data: bytes = b"", bits: int = 8, color: int = 2) -> bytes:
+    """A PNG that claims any size; color 2 is red, green and blue, and 0 is gray."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -374,19 +374,19 @@ def saved(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def a_picture(width: int = SIDE, height: int = SIDE) -> Image.Image:
+def a_image(width: int = SIDE, height: int = SIDE) -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
-REFUSED_PICTURES = {
+REFUSED_IMAGES = {
     "empty": b"",
-    "text": b"this is no picture",
+    "text": b"this is no image",
     "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-    "truncated": saved(a_picture(), "PNG")[:-2000],
-    "half a JPEG": saved(a_picture(), "JPEG")[:700],
+    "truncated": saved(a_image(), "PNG")[:-2000],
+    "half a JPEG": saved(a_image(), "JPEG")[:700],
     "a bomb": png(60_000, 60_000),
-    "a smaller bomb": png(13_000, 13_000, b"\0" * (13_000 * (1 + 13_000 // 8)), bits=1, colour=0),
+    "a smaller bomb": png(13_000, 13_000, b"\0" * (13_000 * (1 + 13_000 // 8)), bits=1, color=0),
     "the largest": png(2**31 - 1, 2**31 - 1),
     "no pixels": png(0, 0),
     "no data": png(64, 64),
@@ -394,7 +394,7 @@ REFUSED_PICTURES = {
 }
 TEXT_BOMB = zlib.compress(b"\0" * 2**27)
 _chunk = b"zTXtx\0\0" + TEXT_BOMB
-REFUSED_PICTURES["a text that unpacks to a gigabyte"] = (
+REFUSED_IMAGES["a text that unpacks to a gigabyte"] = (
     png(8, 8)[:33]
     + struct.pack(">I", len(_chunk) - 4)
     + _chunk
@@ -410,56 +410,56 @@ def folder_of(path: Path, content: bytes, name: str = "1.png") -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", REFUSED_PICTURES)
-def test_pictures_that_are_none(kind: str, tmp_path: Path, bounded: None) -> None:
-    folder = folder_of(tmp_path / "cat", REFUSED_PICTURES[kind])
+@pytest.mark.parametrize("kind", REFUSED_IMAGES)
+def test_images_that_are_none(kind: str, tmp_path: Path, bounded: None) -> None:
+    folder = folder_of(tmp_path / "cat", REFUSED_IMAGES[kind])
     with pytest.raises(IdentityEditError, match=r"1\.png") as error:
         load_subject_folder(str(folder), "cat")
     assert complaint_about_message(str(error.value)) is None
     with pytest.raises(IdentityEditError, match=r"1\.png"):
-        read_picture(folder / "1.png")
+        read_image(folder / "1.png")
 
 
-def test_pictures_of_every_kind_are_read(tmp_path: Path) -> None:
-    """Each is the picture it was, within what its format loses."""
-    picture = a_picture(48, 32)
-    shown = np.asarray(picture, dtype=np.float64) / 255.0
-    turned = picture.getexif()
+def test_images_of_every_kind_are_read(tmp_path: Path) -> None:
+    """Each is the image it was, within what its format loses."""
+    image = a_image(48, 32)
+    shown = np.asarray(image, dtype=np.float64) / 255.0
+    turned = image.getexif()
     turned[0x0112] = 6  # to be turned to the right
     smooth = Image.fromarray(np.tile(np.linspace(0, 255, 48).astype(np.uint8)[None, :, None], (32, 1, 3)))
-    grey = np.asarray(smooth, dtype=np.float64)[..., 0]
+    gray = np.asarray(smooth, dtype=np.float64)[..., 0]
     two_tones = smooth.convert("1")
     cases: dict[str, tuple[bytes, np.ndarray, float]] = {
         "animated GIF": (
-            saved(smooth.convert("L"), "GIF", save_all=True, append_images=[picture.convert("L")]),
+            saved(smooth.convert("L"), "GIF", save_all=True, append_images=[image.convert("L")]),
             np.asarray(smooth) / 255.0, 0.01,
         ),
         "CMYK JPEG": (saved(smooth.convert("CMYK"), "JPEG", quality=100), np.asarray(smooth) / 255.0, 0.03),
-        "turned": (saved(picture, "PNG", exif=turned), np.rot90(shown, -1), 0.0),
-        "16 bits": (saved(Image.fromarray((grey * 257).astype(np.uint16)), "PNG"), np.asarray(smooth) / 255.0, 0.01),
-        "WebP named PNG": (saved(picture, "WEBP", lossless=True), shown, 0.0),
+        "turned": (saved(image, "PNG", exif=turned), np.rot90(shown, -1), 0.0),
+        "16 bits": (saved(Image.fromarray((gray * 257).astype(np.uint16)), "PNG"), np.asarray(smooth) / 255.0, 0.01),
+        "WebP named PNG": (saved(image, "WEBP", lossless=True), shown, 0.0),
         "black and white": (saved(two_tones, "PNG"), np.asarray(two_tones.convert("RGB")) / 255.0, 0.0),
     }  # fmt: skip
     for number, (kind, (content, wanted, most)) in enumerate(cases.items()):
-        found = load_subject_folder(str(folder_of(tmp_path / str(number), content)), "cat").pictures[0]
+        found = load_subject_folder(str(folder_of(tmp_path / str(number), content)), "cat").images[0]
         assert found.shape == wanted.shape, kind
         assert float(np.abs(found.numpy() - wanted).max()) <= most + 1e-6, kind
 
 
 def test_a_palette_with_transparency_is_a_mask(tmp_path: Path) -> None:
-    picture = a_picture().quantize(8)
-    opaque = np.asarray(picture) != 3
-    content = saved(picture, "PNG", transparency=3)
+    image = a_image().quantize(8)
+    opaque = np.asarray(image) != 3
+    content = saved(image, "PNG", transparency=3)
     subject = load_subject_folder(str(folder_of(tmp_path / "cat", content)), "cat")
     assert subject.masks[0] is not None and np.array_equal(subject.masks[0].numpy(), opaque)
-    assert bool((subject.pictures[0].numpy()[~opaque] == 1.0).all()), "it is not laid on white"
+    assert bool((subject.images[0].numpy()[~opaque] == 1.0).all()), "it is not laid on white"
 
 
 @pytest.mark.parametrize(
     "caption", [b"\xff\xfe\x00a\x00", bytes(range(256)) * 10, b"a sks\0 cat", b"a sks cat " * 10**6, b"\x80\x04K\x01."]
 )
 def test_captions_that_are_no_text(caption: bytes, tmp_path: Path) -> None:
-    folder = folder_of(tmp_path / "cat", saved(a_picture(), "PNG"))
+    folder = folder_of(tmp_path / "cat", saved(a_image(), "PNG"))
     for name in ("1.txt", "class_word.txt"):
         (folder / "1.txt").write_text("a sks cat")
         (folder / name).write_bytes(caption)
@@ -471,8 +471,8 @@ def test_captions_that_are_no_text(caption: bytes, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["1.png", "1.txt", "1.mask.png", "class_word.txt"])
 def test_links_out_of_a_folder_are_not_followed(name: str, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_bytes(b"sks cat" if name.endswith(".txt") else saved(a_picture(), "PNG"))
-    folder = folder_of(tmp_path / "cat", saved(a_picture(), "PNG"))
+    (tmp_path / "secret").write_bytes(b"sks cat" if name.endswith(".txt") else saved(a_image(), "PNG"))
+    folder = folder_of(tmp_path / "cat", saved(a_image(), "PNG"))
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(tmp_path / "secret")
     with pytest.raises(IdentityEditError, match="is a link to a file outside of its folder"):
@@ -480,18 +480,18 @@ def test_links_out_of_a_folder_are_not_followed(name: str, tmp_path: Path) -> No
     (tmp_path / "linked").symlink_to(folder, target_is_directory=True)
     (folder / name).unlink()
     if name == "1.mask.png":  # a folder may be a link itself
-        assert len(load_subject_folder(str(tmp_path / "linked"), "cat").pictures) == 1
+        assert len(load_subject_folder(str(tmp_path / "linked"), "cat").images) == 1
 
 
 def test_files_in_the_place_of_folders_and_folders_in_that_of_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(IdentityEditError, match="does not exist"):
         load_subject_folder(str(tmp_path / "file"), "cat")
-    folder = folder_of(tmp_path / "cat", saved(a_picture(), "PNG"))
+    folder = folder_of(tmp_path / "cat", saved(a_image(), "PNG"))
     (folder / "2.png").mkdir()
     (folder / "1.txt").unlink()
     (folder / "1.txt").mkdir()
-    assert len(load_subject_folder(str(folder), "cat", captions=NO_CAPTIONS_YET).pictures) == 1
+    assert len(load_subject_folder(str(folder), "cat", captions=NO_CAPTIONS_YET).images) == 1
 
 
 # -- folders of pairs --------------------------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def index_line(**changes: Any) -> str:
 def test_an_index_leads_nowhere_else(line: str, tmp_path: Path) -> None:
     folder = tmp_path / "pairs"
     folder.mkdir()
-    (tmp_path / "secret.png").write_bytes(saved(a_picture(), "PNG"))
+    (tmp_path / "secret.png").write_bytes(saved(a_image(), "PNG"))
     (folder / "link").symlink_to(tmp_path, target_is_directory=True)
     (folder / "index.jsonl").write_text(line)
     with pytest.raises(IdentityEditError, match="Line 1 of .* describes no pair") as error:

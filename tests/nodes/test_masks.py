@@ -120,21 +120,21 @@ def test_identity_aware_mask_blend_gives_edit_masks_and_attention() -> None:
         assert torch.equal(mask.view(2, 8, 8, 8, 8).amin(dim=(2, 4)), latent_mask)
     assert torch.equal(identity_mask.identity_mask(source_attention, 8, 8, 0.4, 2), expected.source_mask)
     assert torch.equal(identity_mask.identity_mask(target_attention, 8, 8, 0.4, 2), expected.target_mask)
-    assert report.startswith("9 network evaluations; the source mask covers ")
+    assert report.startswith("9 model calls; the source mask covers ")
 
 
 def test_the_nodes_run_in_inference_mode_as_comfyui_runs_them() -> None:
     model = tiny_models.sd1()
-    latent, picture = tiny_models.latent(4), torch.zeros(1, 64, 64, 3)
+    latent, image = tiny_models.latent(4), torch.zeros(1, 64, 64, 3)
     with torch.inference_mode():
         recording, attention = masks.IdentityAttentionNode.execute(model, CLIP, "cat", "", "automatic").args
         sample(recording, latent)
-        inside = masks.AttentionHeatmap.execute(picture, masks.REFINED, 0.3, 4, 0.6, attention).args[1]
+        inside = masks.AttentionHeatmap.execute(image, masks.REFINED, 0.3, 4, 0.6, attention).args[1]
         blended = masks.IdentityAwareMaskBlend.execute(
             model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE
         ).args[0]["samples"]
     sample(recording, latent)
-    assert torch.equal(inside, masks.AttentionHeatmap.execute(picture, masks.REFINED, 0.3, 4, 0.6, attention).args[1])
+    assert torch.equal(inside, masks.AttentionHeatmap.execute(image, masks.REFINED, 0.3, 4, 0.6, attention).args[1])
     expected = masks.IdentityAwareMaskBlend.execute(
         model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE
     ).args[0]["samples"]
@@ -151,7 +151,7 @@ def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixtur
     ).args  # fmt: skip
     assert torch.equal(edited["samples"], inverted.end_latent(model))
     assert float(source_mask.max()) == 0
-    assert "6 network evaluations" in report and "Warning: The source mask holds nothing" in report
+    assert "6 model calls" in report and "Warning: The source mask holds nothing" in report
     assert "The source mask holds nothing" in caplog.text
     with pytest.raises(ValueError, match="No attention has been recorded"):
         masks.AttentionHeatmap.execute(torch.zeros(1, 64, 64, 3), masks.REFINED, 0.3, 4, 0.6, source_attention)
@@ -188,40 +188,40 @@ def test_heatmap_of_what_nobody_sampled_is_refused() -> None:
         )
 
 
-def test_heatmap_lays_the_map_over_the_picture() -> None:
-    picture = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
+def test_heatmap_lays_the_map_over_the_image() -> None:
+    image = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
     show = masks.AttentionHeatmap.execute
-    untouched, values = show(picture, masks.CROSS_ATTENTION, 0.3, 4, 0.0, recorded()).args
-    assert torch.equal(untouched, picture)
+    untouched, values = show(image, masks.CROSS_ATTENTION, 0.3, 4, 0.0, recorded()).args
+    assert torch.equal(untouched, image)
     assert values.shape == (2, 32, 32)
     assert torch.equal(values[:, :, :8], torch.ones(2, 32, 8)) and float(values[:, :, 24:].abs().max()) == 0
-    opaque, _ = show(picture, masks.CROSS_ATTENTION, 0.3, 4, 1.0, recorded()).args
-    assert torch.equal(opaque[0], opaque[1]), "the picture still shows"
+    opaque, _ = show(image, masks.CROSS_ATTENTION, 0.3, 4, 1.0, recorded()).args
+    assert torch.equal(opaque[0], opaque[1]), "the image still shows"
     brightness = opaque.mean(dim=-1)
     assert float(brightness[:, :, :8].min()) > float(brightness[:, :, 24:].max())
     # Self-attention that sees everything alike leaves nothing to tell apart.
-    _, even = show(picture, masks.REFINED, 0.3, 4, 0.5, recorded()).args
+    _, even = show(image, masks.REFINED, 0.3, 4, 0.5, recorded()).args
     assert float(even.max()) == 0
 
 
 def test_heatmap_outlines_masks() -> None:
-    picture = torch.full((1, 64, 64, 3), 0.5)
+    image = torch.full((1, 64, 64, 3), 0.5)
     show = masks.AttentionHeatmap.execute
     given = torch.zeros(1, 64, 64)
     given[:, 16:48, 16:48] = 1
-    drawn, values = show(picture, masks.MASK, 0.3, 0, 0.6, None, given).args
-    changed = (drawn != picture).any(dim=-1)[0].numpy()
+    drawn, values = show(image, masks.MASK, 0.3, 0, 0.6, None, given).args
+    changed = (drawn != image).any(dim=-1)[0].numpy()
     expected = np.zeros((64, 64), bool)
     expected[15:49, 15:49] = True
     expected[16:48, 16:48] = False
     assert np.array_equal(changed, expected) and torch.equal(values, given)
-    drawn, values = show(picture, masks.MASK, 0.3, 0, 0.6, recorded()).args
+    drawn, values = show(image, masks.MASK, 0.3, 0, 0.6, recorded()).args
     assert set(values.unique().tolist()) <= {0.0, 1.0} or float(values.max()) == 1.0
-    assert (drawn != picture).any(), "no outline"
+    assert (drawn != image).any(), "no outline"
     with pytest.raises(IdentityEditError, match="nothing to draw"):
-        show(picture, masks.MASK, 0.3, 0, 0.6)
-    with pytest.raises(IdentityEditError, match="mask holds 3 masks for 1 picture"):
-        show(picture, masks.MASK, 0.3, 0, 0.6, None, given.expand(3, -1, -1))
+        show(image, masks.MASK, 0.3, 0, 0.6)
+    with pytest.raises(IdentityEditError, match="mask holds 3 masks for 1 image"):
+        show(image, masks.MASK, 0.3, 0, 0.6, None, given.expand(3, -1, -1))
 
 
 def test_every_node_is_listed() -> None:

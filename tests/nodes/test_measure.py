@@ -12,7 +12,7 @@ import torch
 from identity_edit_pack.nodes import scores as nodes
 from identity_edit_pack.pipelines.scores import edit_scores
 from identity_edit_pack.pipelines.scores import files as score_files
-from identity_edit_pack.pipelines.scores import pixels as picture_scores
+from identity_edit_pack.pipelines.scores import pixels as image_scores
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_scorers, tiny_text_encoders, tiny_vision
 
@@ -43,7 +43,7 @@ def test_it_works_without_any_file() -> None:
     output = score()
     report, content, psnr, ssim, *others = output.args
     assert report.startswith("score") and "PSNR: Peak signal-to-noise ratio" in report and "Warning" not in report
-    wanted = picture_scores.ssim(EDITED, SOURCE)
+    wanted = image_scores.ssim(EDITED, SOURCE)
     assert ssim == pytest.approx(float(wanted.mean())) and psnr > 15
     assert json.loads(content)["scores"]["SSIM"]["values"] == pytest.approx(wanted.tolist())
     assert output.ui.as_dict() == {"text": (report,)}
@@ -96,18 +96,18 @@ def test_comfyuis_own_clips_are_used() -> None:
         score(clip_model=nodes.INPUTS, clip=clip, clip_vision=other, target_prompt="a dog")
 
 
-def test_references_are_other_pictures_of_any_size(models: Path) -> None:
+def test_references_are_other_images_of_any_size(models: Path) -> None:
     tiny_scorers.save_clip(models / nodes.ENCODER_FOLDER / "dino")
     content = score(dino="dino", references=torch.rand(3, 20, 30, 3)).args[1]
     assert {"DINO-I (source)", "DINO-I (references)"} <= set(json.loads(content)["scores"])
 
 
-def test_too_few_pictures_for_a_set_are_warned_of(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_images_for_a_set_are_warned_of(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Inception:
         name = "inception"
 
-        def features(self, pictures: list[torch.Tensor]) -> torch.Tensor:
-            return torch.stack([picture.mean(dim=(0, 1)) for picture in pictures])
+        def features(self, images: list[torch.Tensor]) -> torch.Tensor:
+            return torch.stack([image.mean(dim=(0, 1)) for image in images])
 
     import contextlib
 
@@ -115,10 +115,10 @@ def test_too_few_pictures_for_a_set_are_warned_of(models: Path, monkeypatch: pyt
         edit_scores.frechet_distance, "open_inception", lambda name: contextlib.nullcontext(Inception())
     )
     report = score(inception="any.pth").args[0]
-    assert "FID and KID are left out: they need 50 edited pictures" in report and "there are 2 and 2" in report
+    assert "FID and KID are left out: they need 50 edited images" in report and "there are 2 and 2" in report
     many = torch.rand(50, 12, 12, 3)
     report, content, *_ = score(many, many.flip(2) * 0.9, inception="any.pth").args
-    assert "FID of 50 and 50 pictures is higher than that of many" in report
+    assert "FID of 50 and 50 images is higher than that of many" in report
     assert {"FID", "KID"} <= set(json.loads(content)["scores"])
 
 

@@ -70,7 +70,7 @@ def test_null_text_optimization_hands_on_its_table(method: str, name: str) -> No
     assert torch.equal(carrying.embeddings.embeddings, expected.embeddings.embeddings)
     assert torch.equal(reconstruction["samples"], expected.reconstruction)
     assert negative is NEGATIVE
-    assert f"{expected.evaluations} network evaluations" in report and "did not converge" in report
+    assert f"{expected.evaluations} model calls" in report and "did not converge" in report
     # The model output alone samples the same latent.
     sampled = sample_from(patched, result, result.start_latent(model), SOURCE, negative, 3.0)
     # Relative to the whole latent: guidance on a random network makes large values of which single ones cancel.
@@ -137,12 +137,12 @@ def test_no_file_is_written_where_none_may_be(prefix: str, own_folders: Path) ->
 
 
 def test_text_nodes_agree_with_each_other() -> None:
-    """Optimised, interpolated and injected: the sampler node and its two stock routes."""
+    """Optimized, interpolated and injected: the sampler node and its two stock routes."""
     model = tiny_models.sd1()
     result, start, sigmas = invert(model, steps=6)
     latent = {"samples": tiny_models.latent(4)}
     optimized, report = timestep_aware.OptimizeTextEmbedding.execute(model, latent, TARGET, 4, 0.01, 7, False).args
-    assert "4 steps, 4 network evaluations" in report
+    assert "4 steps, 4 model calls" in report
     assert not torch.equal(optimized[0][0], TARGET[0][0])
     assert torch.equal(optimized[0][1]["pooled_output"], TARGET[0][1]["pooled_output"])
     edited, _ = timestep_aware.TimestepAwareTextInjectionSampler.execute(
@@ -164,39 +164,37 @@ def test_the_sampler_counts_its_evaluations() -> None:
     _, report = timestep_aware.TimestepAwareTextInjectionSampler.execute(
         model, result, SOURCE, TARGET, 0.5, 0.7, 1.0, "ddim"
     ).args
-    assert report == "3 of 5 steps with the source prompt, 5 network evaluations."
+    assert report == "3 of 5 steps with the source prompt, 5 model calls."
 
 
 def test_reconstruction_check_measures_and_warns(caplog: pytest.LogCaptureFixture) -> None:
     generator = np.random.default_rng(0)
-    picture = generator.random((2, 16, 16, 3))
-    other = np.clip(
-        picture + np.array([0.01, 0.2])[:, None, None, None] * generator.standard_normal(picture.shape), 0, 1
-    )
-    expected = [10 * math.log10(1 / np.mean((a - b) ** 2)) for a, b in zip(picture, other, strict=True)]
-    output = scores.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(other), 20.0)
+    image = generator.random((2, 16, 16, 3))
+    other = np.clip(image + np.array([0.01, 0.2])[:, None, None, None] * generator.standard_normal(image.shape), 0, 1)
+    expected = [10 * math.log10(1 / np.mean((a - b) ** 2)) for a, b in zip(image, other, strict=True)]
+    output = scores.ReconstructionCheck.execute(torch.tensor(image), torch.tensor(other), 20.0)
     assert output.args[0] == pytest.approx(min(expected))
     assert f"{expected[0]:.1f} dB, {expected[1]:.1f} dB" in output.args[1]
-    assert "Warning: The inversion does not reconstruct picture 2" in output.args[1]
-    assert "does not reconstruct picture 2" in caplog.text
+    assert "Warning: The inversion does not reconstruct image 2" in output.args[1]
+    assert "does not reconstruct image 2" in caplog.text
     assert output.ui.as_dict() == {"text": (output.args[1],)}
-    good = scores.ReconstructionCheck.execute(torch.tensor(picture), torch.tensor(picture), 20.0)
+    good = scores.ReconstructionCheck.execute(torch.tensor(image), torch.tensor(image), 20.0)
     assert good.args[0] == math.inf and "Warning" not in good.args[1]
 
 
-def test_draw_demo_picture_draws_what_is_asked() -> None:
+def test_draw_demo_image_draws_what_is_asked() -> None:
     default = Attributes()
-    names = [item.id for item in demo.DrawDemoPicture.define_schema().inputs]
+    names = [item.id for item in demo.DrawDemoImage.define_schema().inputs]
     choices = {name: getattr(default, name) for name in names if name not in ("wording", "seed")}
     assert {"species", "pose", "hair_color"} <= set(choices)
-    picture, mask, caption = demo.DrawDemoPicture.execute(wording=0, seed=5, **{**choices, "pose": "jumping"}).args
+    image, mask, caption = demo.DrawDemoImage.execute(wording=0, seed=5, **{**choices, "pose": "jumping"}).args
     expected, expected_mask = render(default.replace(pose="jumping"), 5)
-    assert picture.shape == (1, 128, 128, 3) and mask.shape == (1, 128, 128)
-    assert np.array_equal((picture[0] * 255).round().byte().numpy(), expected)
+    assert image.shape == (1, 128, 128, 3) and mask.shape == (1, 128, 128)
+    assert np.array_equal((image[0] * 255).round().byte().numpy(), expected)
     assert np.array_equal((mask[0] * 255).round().byte().numpy(), expected_mask)
     assert caption == "an orange cat jumping on the grass facing right"
     # Only the subject changes when only its pose does.
-    standing, standing_mask, _ = demo.DrawDemoPicture.execute(wording=0, seed=5, **choices).args
+    standing, standing_mask, _ = demo.DrawDemoImage.execute(wording=0, seed=5, **choices).args
     outside = (mask + standing_mask)[0] == 0
-    changed = (picture - standing)[0].abs().amax(dim=2)
+    changed = (image - standing)[0].abs().amax(dim=2)
     assert float(changed[outside].mean()) < 0.02 < float(changed[~outside].mean())

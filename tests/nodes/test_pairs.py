@@ -11,13 +11,13 @@ from identity_edit_pack.nodes.mcdm import identity_words, pairs
 from identity_edit_pack.pipelines.engine import CombiningGuider
 from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects.pictures import from_batch
+from identity_edit_pack.pipelines.subjects.images import from_batch
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
 
 class Autoencoder:
-    def encode(self, picture):
-        small = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
+    def encode(self, image):
+        small = torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 8)
         return 5.0 * torch.cat([small, small[:, :1]], dim=1)
 
     def decode(self, latent):
@@ -72,7 +72,7 @@ def test_split_pair_gives_halves_of_what_is_connected() -> None:
 def test_generate_pairs_makes_the_dataset_once(output) -> None:
     sheet, path, report = generate().result
     assert path == str(output / "pairs" / "edits") and sheet.shape[0] == 1
-    assert report.startswith("2 pairs made with 16 network evaluations (8 a pair)")
+    assert report.startswith("2 pairs made with 16 model calls (8 a pair)")
     assert sorted(PairFolder(path).finished()) == [0, 1]
     assert generate().result[2].startswith("0 pairs made, 2 were there")
     assert generate(count=3, part="2").result[2].startswith("1 pairs made")
@@ -88,7 +88,7 @@ def test_generate_pairs_makes_the_dataset_once(output) -> None:
         ({"part": "7"}, "from 0 to 1"),
         ({"smallest_similarity": 0.5}, "clip_vision"),
         ({"poses": torch.rand(1, 64, 64, 3)}, "control_net"),
-        ({"identity_pictures": torch.rand(1, 64, 64, 3)}, "identity_words is missing"),
+        ({"identity_images": torch.rand(1, 64, 64, 3)}, "identity_words is missing"),
         ({"width": 100}, "multiple of 8"),
     ],
 )
@@ -98,8 +98,8 @@ def test_wrong_inputs_of_generate_pairs_are_named(changes, message) -> None:
 
 
 def test_save_pair_adds_to_a_dataset(output) -> None:
-    pictures = torch.rand(2, 16, 24, 3)
-    given = defaults(pairs.SavePair, source=pictures, target=pictures.flip(0), folder="pairs/mine")
+    images = torch.rand(2, 16, 24, 3)
+    given = defaults(pairs.SavePair, source=images, target=images.flip(0), folder="pairs/mine")
     assert "pair 0, 1 in" in pairs.SavePair.execute(**given).result[1]
     assert "pair 2, 3 in" in pairs.SavePair.execute(**given).result[1]
     assert sorted(PairFolder(output / "pairs" / "mine").finished()) == [0, 1, 2, 3]
@@ -112,11 +112,11 @@ def test_identity_words_are_trained_saved_loaded_and_applied(output) -> None:
     shown = from_batch(torch.rand(3, 64, 64, 3), ["a person", "a smiling person", "an angry person"], "person", "")
     given = defaults(
         identity_words.TrainIdentityWords, model=tiny_models.sd1(), clip=clip, vae=Autoencoder(),
-        clip_vision=clip_vision, pictures=shown, steps=2, precision="float32", checkpoint_every=1,
+        clip_vision=clip_vision, images=shown, steps=2, precision="float32", checkpoint_every=1,
     )  # fmt: skip
     with torch.inference_mode():
         words, loss, path, report = identity_words.TrainIdentityWords.execute(**given).result
-        assert len(loss["loss"]) == 2 and "2 before 'person': 2 steps on 3 pictures" in report
+        assert len(loss["loss"]) == 2 and "2 before 'person': 2 steps on 3 images" in report
         assert not list((output / "identity_words" / "checkpoints").iterdir())
         name = "identity_words/identity_00001_.safetensors [output]"
         assert identity_words.LoadIdentityWords.validate_inputs(name) is True

@@ -86,17 +86,17 @@ def train(parts: tuple[Any, Any, Any, Any], **changes: Any) -> Any:
     return train_mcdm.TrainMCDM.execute(*parts, **{**SETTINGS, **changes}).args
 
 
-def picture() -> torch.Tensor:
+def image() -> torch.Tensor:
     return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
 
 
 def condition(model: Any, parts: tuple[Any, Any, Any, Any], file: str) -> Any:
     _, clip, vae, vision = parts
     arguments = {"target_prompt": "a cat, laughing", "source_prompt": "a cat, calm"}
-    return nodes.MCDMConditioner.execute(model, clip, vision, vae, picture(), file, **arguments).args
+    return nodes.MCDMConditioner.execute(model, clip, vision, vae, image(), file, **arguments).args
 
 
-def test_a_model_is_trained_saved_listed_and_edits_a_picture(parts: Any, own_folders: Path) -> None:
+def test_a_model_is_trained_saved_listed_and_edits_a_image(parts: Any, own_folders: Path) -> None:
     model, samples, loss, file, report = train(parts)
     assert samples.shape == (2, 64, 64, 3) and len(loss["loss"]) == 3
     assert "3 steps on 3 pairs" in report and file in report
@@ -111,9 +111,9 @@ def test_a_model_is_trained_saved_listed_and_edits_a_picture(parts: Any, own_fol
     mask, contrast, mask_report = nodes.MCDMEditMask.execute(
         model, positive, source, latent, 20, 10, 2, 0.0, 3, 0.35, 0
     ).args
-    assert mask.shape == contrast.shape == (1, 64, 64) and "4 network evaluations" in mask_report
+    assert mask.shape == contrast.shape == (1, 64, 64) and "4 model calls" in mask_report
     guider, evaluations = nodes.MCDMGuider.execute(model, positive, negative, 3.0, 3.0, 5.0, source, mask).args
-    assert evaluations == "4 network evaluations a step."
+    assert evaluations == "4 model calls a step."
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sigmas = torch.tensor([8.0, 2.0, 0.0])
     sampler = comfy.samplers.sampler_object("uni_pc")
@@ -121,7 +121,7 @@ def test_a_model_is_trained_saved_listed_and_edits_a_picture(parts: Any, own_fol
     assert bool(torch.isfinite(edited).all()) and guider.evaluations > 0
 
 
-def test_a_cancelled_training_goes_on_with_the_same_losses(
+def test_a_canceled_training_goes_on_with_the_same_losses(
     parts: Any, own_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(parts)[2]
@@ -147,7 +147,7 @@ def test_a_cancelled_training_goes_on_with_the_same_losses(
 def test_what_cannot_be_used_is_said(parts: Any, own_folders: Path) -> None:
     model, _, _, file, _ = train(parts)
     name = Path(file).name + " [diffusion_models]"
-    with pytest.raises(IdentityEditError, match="takes 4 input channels and cannot see a source picture"):
+    with pytest.raises(IdentityEditError, match="takes 4 input channels and cannot see a source image"):
         condition(parts[0], parts, name)
     with pytest.raises(IdentityEditError, match="The CLIP vision is not the one"):
         condition(model, (*parts[:3], tiny_vision.clip_vision(seed=8)), name)
@@ -179,7 +179,7 @@ def test_diffedit_keeps_what_is_outside_of_the_mask() -> None:
     mask[:, :, :32] = 1.0
     result, report = nodes.DiffEdit.execute(model, inversion, tiny_models.conditioning(1), empty, mask, 0.5, 4.0).args
     edited = result["samples"]
-    assert "10 network evaluations; the mask covers 50%" in report
+    assert "10 model calls; the mask covers 50%" in report
     kept = (edited - latent)[..., 4:]
     assert float(kept.abs().max()) < 0.05 * float(latent.abs().max())  # DDIM ends just above sigma 0
     assert float((edited - latent)[..., :4].abs().mean()) > 5 * float(kept.abs().mean())

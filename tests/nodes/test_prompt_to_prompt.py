@@ -39,7 +39,7 @@ def sample(
         return stock.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, latent).args[0]["samples"]
 
 
-def test_a_generated_picture_by_a_stock_sampler(clip: Any) -> None:
+def test_a_generated_image_by_a_stock_sampler(clip: Any) -> None:
     model, negative = tiny_models.sd1(), p2p.encode(clip, "")
     sigmas = stock.BasicScheduler.execute(model, "normal", 5, 1.0).args[0]
     empty = {"samples": torch.zeros(1, 4, 8, 12)}
@@ -84,7 +84,7 @@ def with_null_text(model: Any, clip: Any) -> Any:
     return next(output for output in found if hasattr(output, "trajectory"))
 
 
-def test_a_real_picture_and_its_subject(clip: Any) -> None:
+def test_a_real_image_and_its_subject(clip: Any) -> None:
     model = tiny_models.sd1(output_gain=0.3)
     pivot = with_null_text(model, clip)
     given = defaults(
@@ -101,7 +101,7 @@ def test_a_real_picture_and_its_subject(clip: Any) -> None:
     latent, report = node.execute(**given).args
     expected = replacement.subject_replacement(model, clip, pivot, CAT, DOG)
     assert torch.equal(latent["samples"], expected.latent)
-    assert report == "Tokens with attention of their own: 5. 9 network evaluations."
+    assert report == "Tokens with attention of their own: 5. 9 model calls."
     target = p2p.encode(clip, DOG)
     changed = dict(target=target, subject_tokens=3, self_replace_steps=0.4, cross_replace_steps=0.7, local_blend=True)
     latent, report = node.execute(**{**given, **changed, "guidance_scale": 2.0, "blend_threshold": 0.6}).args

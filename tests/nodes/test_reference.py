@@ -12,7 +12,7 @@ from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes.hifi_tuner import reference as nodes
 from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects import pictures as subject_pictures
+from identity_edit_pack.pipelines.subjects import images as subject_images
 
 CAT = Attributes(color="orange", pattern="striped")
 SETTINGS: dict[str, Any] = {
@@ -39,22 +39,22 @@ def select(**inputs: Any) -> tuple[Any, ...]:
     return nodes.SelectReference.execute(**settings).args
 
 
-def test_the_picture_of_the_same_pose_is_chosen_from_a_batch() -> None:
-    picture, mask, caption, index, scores = select(images=IMAGES, masks=MASKS, generated_mask=GENERATED_MASK)
+def test_the_image_of_the_same_pose_is_chosen_from_a_batch() -> None:
+    image, mask, caption, index, scores = select(images=IMAGES, masks=MASKS, generated_mask=GENERATED_MASK)
     assert index == 1 and caption == ""
-    assert torch.equal(picture, IMAGES[1:2]) and torch.equal(mask, MASKS[1:2])
+    assert torch.equal(image, IMAGES[1:2]) and torch.equal(mask, MASKS[1:2])
     lines = scores.splitlines()
-    assert [line[0] for line in lines] == [" ", ">", " "] and lines[1].endswith("1  picture 2")
+    assert [line[0] for line in lines] == [" ", ">", " "] and lines[1].endswith("1  image 2")
 
 
 def test_a_subject_brings_captions_masks_and_sizes_of_its_own() -> None:
-    pictures = [
+    images = [
         IMAGES[0],
         torch.nn.functional.interpolate(IMAGES[1:2].movedim(-1, 1), scale_factor=2).movedim(1, -1)[0],
     ]
-    subject = subject_pictures.SubjectPictures(pictures, ["one", "two"], [None, None], ["a.png", "b.png"], "cat", "")
-    picture, mask, caption, index, scores = select(subject=subject)
-    assert index == 1 and caption == "two" and picture.shape == (1, 256, 256, 3) and "b.png" in scores
+    subject = subject_images.SubjectImages(images, ["one", "two"], [None, None], ["a.png", "b.png"], "cat", "")
+    image, mask, caption, index, scores = select(subject=subject)
+    assert index == 1 and caption == "two" and image.shape == (1, 256, 256, 3) and "b.png" in scores
     from comfy_execution.graph_utils import ExecutionBlocker
 
     assert isinstance(mask, ExecutionBlocker) and "b.png, has no mask" in str(mask.message)
@@ -70,9 +70,9 @@ def test_masks_of_one_side_alone_are_warned_of() -> None:
 def test_select_reference_names_bad_input() -> None:
     with pytest.raises(IdentityEditError, match="to either subject or images"):
         select()
-    with pytest.raises(IdentityEditError, match="masks holds 2 masks for 3 pictures"):
+    with pytest.raises(IdentityEditError, match="masks holds 2 masks for 3 images"):
         select(images=IMAGES, masks=MASKS[:2])
-    with pytest.raises(IdentityEditError, match="generated_mask holds 3 masks for 1 picture;"):
+    with pytest.raises(IdentityEditError, match="generated_mask holds 3 masks for 1 image;"):
         select(images=IMAGES, generated_mask=MASKS)
     with pytest.raises(IdentityEditError, match="connect Load CLIP Vision"):
         select(images=IMAGES, encoder=nodes.CLIP_VISION)
@@ -84,21 +84,21 @@ def test_select_reference_names_bad_input() -> None:
 
 def test_a_reference_is_laid_on_the_generated_subject() -> None:
     given = (IMAGES[:1], MASKS[:1], GENERATED_MASK)
-    picture, mask, scale, rotation, x, y, report = nodes.AlignReference.execute(*given, **SETTINGS).args
+    image, mask, scale, rotation, x, y, report = nodes.AlignReference.execute(*given, **SETTINGS).args
     expected = alignment.align_reference(IMAGES[0], MASKS[0], GENERATED_MASK[0])
-    assert torch.equal(picture[0], expected.picture) and torch.equal(mask[0], expected.mask)
+    assert torch.equal(image[0], expected.image) and torch.equal(mask[0], expected.mask)
     found = expected.similarity
     assert (scale, rotation, x, y) == (found.scale, found.rotation, found.translation_x, found.translation_y)
     assert report.startswith(f"scale {scale:.3f}, rotation {rotation:.1f} degrees") and "overlap by" in report
 
 
 def test_batches_are_aligned_one_by_one() -> None:
-    picture, mask, *_, report = nodes.AlignReference.execute(
+    image, mask, *_, report = nodes.AlignReference.execute(
         IMAGES[:2], MASKS[:2], GENERATED_MASK, **{**SETTINGS, "surroundings": alignment.GENERATED}, generated=GENERATED
     ).args
-    assert picture.shape == (2, 128, 128, 3) and len(report.splitlines()) == 2
+    assert image.shape == (2, 128, 128, 3) and len(report.splitlines()) == 2
     outside = mask == 0
-    assert torch.equal(picture[outside], GENERATED.expand(2, -1, -1, -1)[outside])
+    assert torch.equal(image[outside], GENERATED.expand(2, -1, -1, -1)[outside])
     with pytest.raises(IdentityEditError, match="reference_mask holds 3 entries for 2 alignments"):
         nodes.AlignReference.execute(IMAGES[:2], MASKS, GENERATED_MASK, **SETTINGS)
 

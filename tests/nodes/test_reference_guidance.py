@@ -69,7 +69,7 @@ def test_it_guides_and_reports() -> None:
         model, start, given["inversion"], MASK, POSITIVE, NEGATIVE, guidance_scale=5.0, inner_steps=2
     )
     assert torch.equal(latent["samples"], expected.latent)
-    assert "4 of 5 steps guided in 25 % of the picture, 8 updates, 22 network evaluations" in report
+    assert "4 of 5 steps guided in 25 % of the image, 8 updates, 22 model calls" in report
     assert f"{float(expected.unguided_losses[0]):.1e} / {float(expected.final_losses[0]):.1e}" in report
 
 

@@ -100,15 +100,15 @@ def test_what_is_no_such_file_is_refused(node: Any, file: str, inputs: Path) -> 
 
 def test_the_page_is_given_its_lists_without_reading_folders_again(inputs: Path, opened: list[str]) -> None:
     for number in range(30):
-        (inputs / f"pictures {number}").mkdir()
-        (inputs / f"pictures {number}" / "1.png").touch()
+        (inputs / f"images {number}").mkdir()
+        (inputs / f"images {number}" / "1.png").touch()
     age(inputs)
     opened.clear()
     for node in NODE_CLASSES:
         node.define_schema()
-    of_files = [node for node in NODE_CLASSES if node is not subject.LoadSubjectPictures]
+    of_files = [node for node in NODE_CLASSES if node is not subject.LoadSubjectImages]
     below = [path for path in opened if path.startswith(str(inputs))]
-    assert sorted(below) == sorted(str(path) for path in [inputs, *inputs.glob("pictures *")])  # once each
+    assert sorted(below) == sorted(str(path) for path in [inputs, *inputs.glob("images *")])  # once each
     saved_files._listings.clear()
     opened.clear()
     for node in of_files:
@@ -129,7 +129,7 @@ def test_new_files_and_folders_are_listed_at_once(inputs: Path) -> None:
     assert len(saved_files.loadable_files("inversions")) == 4
 
 
-def test_links_to_folders_are_no_folders_of_pictures_as_in_comfyui(inputs: Path, tmp_path: Path) -> None:
+def test_links_to_folders_are_no_folders_of_images_as_in_comfyui(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "drive" / "deep").mkdir(parents=True)
     (inputs / "linked").symlink_to(tmp_path / "drive", target_is_directory=True)
     (inputs / "own" / "test").mkdir(parents=True)

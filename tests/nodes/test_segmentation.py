@@ -20,15 +20,15 @@ CHECKPOINT = Path(__file__).resolve().parents[2] / "demo_world" / "weights" / "i
 SETTINGS: dict[str, Any] = {
     item.id: item.default if getattr(item, "default", None) is not None else nodes.NO_MODEL
     for item in nodes.SegmentSubject.define_schema().inputs
-    if item.id not in ("pictures", "model", "clip", "vae")
+    if item.id not in ("images", "model", "clip", "vae")
 }
 CATS = [Attributes(species="cat", color="blue", pose=pose) for pose in ("standing", "sitting")]
 DRAWN = [tuple(torch.from_numpy(np.array(part)).float() / 255 for part in render(cat, 5)) for cat in CATS]
-PICTURES, MASKS = (torch.stack(part) for part in zip(*DRAWN, strict=True))
+IMAGES, MASKS = (torch.stack(part) for part in zip(*DRAWN, strict=True))
 
 
-def segment(pictures: torch.Tensor = PICTURES, **inputs: Any) -> tuple[Any, ...]:
-    return nodes.SegmentSubject.execute(pictures, **{**SETTINGS, **inputs}).args
+def segment(images: torch.Tensor = IMAGES, **inputs: Any) -> tuple[Any, ...]:
+    return nodes.SegmentSubject.execute(images, **{**SETTINGS, **inputs}).args
 
 
 @pytest.fixture(scope="module")
@@ -55,14 +55,14 @@ def overlap(found: torch.Tensor, true: torch.Tensor) -> float:
 
 def test_attention_finds_the_subject_of_the_demo_world(checkpoint: dict[str, Any]) -> None:
     mask, overlay, report = segment(subject="cat", **checkpoint)
-    assert mask.shape == (2, 128, 128) and overlay.shape == PICTURES.shape
+    assert mask.shape == (2, 128, 128) and overlay.shape == IMAGES.shape
     assert min(overlap(found, true) for found, true in zip(mask, MASKS, strict=True)) > 0.7
     assert report.startswith("The mask covers ") and "Warning" not in report
     assert torch.equal(segment(subject="cat", **checkpoint)[0], mask), "the same seed gives another mask"
 
 
-def test_attention_takes_pictures_of_any_size(checkpoint: dict[str, Any]) -> None:
-    large = torch.nn.functional.interpolate(PICTURES[:1].movedim(-1, 1), size=(301, 299)).movedim(1, -1)
+def test_attention_takes_images_of_any_size(checkpoint: dict[str, Any]) -> None:
+    large = torch.nn.functional.interpolate(IMAGES[:1].movedim(-1, 1), size=(301, 299)).movedim(1, -1)
     with torch.inference_mode():  # as ComfyUI runs nodes
         mask = segment(large, subject="cat", longest_side=128, **checkpoint)[0]
     true = torch.nn.functional.interpolate(MASKS[:1, None], size=(301, 299))[0]
@@ -76,8 +76,8 @@ def test_attention_needs_a_checkpoint_and_a_subject(checkpoint: dict[str, Any]) 
         segment(**checkpoint)
     with pytest.raises(IdentityEditError, match="timesteps is 'early'"):
         segment(subject="cat", timesteps="early", **checkpoint)
-    report = segment(PICTURES[:1], subject="cat", threshold=1.0, **checkpoint)[2]
-    assert "holds nothing or everything of picture 1" in report
+    report = segment(IMAGES[:1], subject="cat", threshold=1.0, **checkpoint)[2]
+    assert "holds nothing or everything of image 1" in report
 
 
 def test_segment_anything_from_a_folder(models: Path) -> None:
@@ -85,7 +85,7 @@ def test_segment_anything_from_a_folder(models: Path) -> None:
     mask, _, _ = segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="64, 64")
     assert mask.shape == (2, 128, 128) and set(mask.unique().tolist()) <= {0.0, 1.0}
     assert "tiny" in nodes.SegmentSubject.define_schema().inputs[10].options
-    with pytest.raises(IdentityEditError, match="lies outside of the picture"):
+    with pytest.raises(IdentityEditError, match="lies outside of the image"):
         segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="640, 64")
 
 
@@ -96,7 +96,7 @@ def test_grounding_dino_and_segment_anything_by_name(models: Path) -> None:
     mask = segment(**chosen, box_threshold=0.0)[0]
     assert mask.shape == (2, 128, 128)
     report = segment(**chosen, box_threshold=1.0)[2]
-    assert "holds nothing or everything of picture 1, 2" in report
+    assert "holds nothing or everything of image 1, 2" in report
 
 
 def test_missing_models_are_named_with_their_folder(models: Path) -> None:
@@ -119,7 +119,7 @@ def test_only_the_largest_part_is_kept_where_asked(models: Path, monkeypatch: py
     chosen = dict(method=nodes.SEGMENT_ANYTHING, sam="any")
     assert torch.equal(segment(**chosen)[0], two)
     mask, _, report = segment(**chosen, parts=alignment.LARGEST_PART)
-    assert float(mask.sum()) == 2 * 50 * 50 and "The mask of picture 2 has 2 separate parts" in report
+    assert float(mask.sum()) == 2 * 50 * 50 and "The mask of image 2 has 2 separate parts" in report
 
 
 def test_every_node_is_listed() -> None:

@@ -15,17 +15,17 @@ from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_visio
 from identity_edit_pack.tests.nodes.bad_values import variants
 from identity_edit_pack.tests.nodes.test_bad_inputs import complaint_about_message
 
-PICTURES = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
+IMAGES = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(1, 64, 64).tril()
 NOT_FINITE = {"nan", "infinite", "one huge number"}
 REFUSED: dict[str, set[str]] = {
     "IMAGE": {
-        *NOT_FINITE, "all huge", "levels of 8 bits as floats", "int64", "bool", "no picture", "no pixels",
+        *NOT_FINITE, "all huge", "levels of 8 bits as floats", "int64", "bool", "no image", "no pixels",
         "no channels", "five channels", "channels first", "without a batch", "a video", "None",
     },
     "MASK": {*NOT_FINITE, "all huge", "uint8", "no mask", "no pixels", "with a last channel", "None"},
     "LATENT": {
-        *NOT_FINITE, "all huge", "without a batch", "two dimensions", "a video", "a hundred", "no picture", "no cells",
+        *NOT_FINITE, "all huge", "without a batch", "two dimensions", "a video", "a hundred", "no image", "no cells",
         "without samples", "a list of samples", "None",
     },
     "SIGMAS": {
@@ -56,7 +56,7 @@ REFUSED_BESIDE_A_MODEL: dict[str, set[str]] = {
 def inputs() -> dict[str, tuple[Any, Any]]:
     """By type, an input of that type and a good value for it."""
     return {
-        "IMAGE": (io.Image.Input("value"), PICTURES),
+        "IMAGE": (io.Image.Input("value"), IMAGES),
         "MASK": (io.Mask.Input("value"), MASK),
         "LATENT": (io.Latent.Input("value"), {"samples": tiny_models.latent(4)}),
         "SIGMAS": (io.Sigmas.Input("value"), torch.tensor([14.6, 3.0, 0.0])),

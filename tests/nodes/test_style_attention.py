@@ -14,7 +14,7 @@ import torch
 from identity_edit_pack.nodes.pidiff import style_attention as nodes
 from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
+from identity_edit_pack.pipelines.subjects.images import SubjectImages
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 from identity_edit_pack.tests.attention.sampling import sample
 
@@ -40,25 +40,25 @@ SETTINGS: dict[str, Any] = {
     "filename_prefix": "style_attention/person",
 }
 SAVED = "style_attention/person_00001_.safetensors [output]"
-W_PLUS = tiny_styles.w_plus(pictures=3)
+W_PLUS = tiny_styles.w_plus(images=3)
 APPLIED: dict[str, Any] = {"strength": 0.4, "start_percent": 0.0, "end_percent": 1.0, "schedule": ""}
 
 
 class Autoencoder:
-    """Pictures of eight times the latent's size, both ways."""
+    """Images of eight times the latent's size, both ways."""
 
-    def encode(self, picture: torch.Tensor) -> torch.Tensor:
-        small = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 8)
         return 5.0 * torch.cat([small, small[:, :1]], dim=1)
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(latent[:, :3], scale_factor=8).movedim(1, -1).sigmoid()
 
 
-def pictures(token: str = "sks", masked: bool = False, count: int = 3) -> SubjectPictures:
+def images(token: str = "sks", masked: bool = False, count: int = 3) -> SubjectImages:
     generator = torch.Generator().manual_seed(0)
-    return SubjectPictures(
-        pictures=[torch.rand(64, 64, 3, generator=generator) for _ in range(count)],
+    return SubjectImages(
+        images=[torch.rand(64, 64, 3, generator=generator) for _ in range(count)],
         captions=[""] * count,
         masks=[torch.ones(64, 64) if masked else None] * count,
         names=[f"{number}.png" for number in range(1, count + 1)],
@@ -89,13 +89,13 @@ def models() -> tuple[Any, Any]:
 def train(models: tuple[Any, Any], shown: Any = None, w_plus: Any = W_PLUS, **changes: Any) -> tuple[Any, ...]:
     settings = {**SETTINGS, **changes}
     with torch.inference_mode():
-        return nodes.TrainStyleAttention.execute(*models, Autoencoder(), shown or pictures(), w_plus, **settings).args
+        return nodes.TrainStyleAttention.execute(*models, Autoencoder(), shown or images(), w_plus, **settings).args
 
 
 def test_training_saves_the_style_attention_that_it_gives(models: Any, own_folders: Path) -> None:
     style, samples, loss, path, report = train(models)
     assert samples.shape == (2, 64, 64, 3) and len(loss["loss"]) == 3
-    assert path in report and "3 steps on 3 pictures" in report and "rows 1-2, 3, 4-5, 6-7" in report
+    assert path in report and "3 steps on 3 images" in report and "rows 1-2, 3, 4-5, 6-7" in report
     saved = sorted(file.name for file in (own_folders / "output").rglob("*") if file.is_file())
     assert saved == ["person_00001_.safetensors"], "a finished run leaves no checkpoint"
     assert nodes.LoadStyleAttention.define_schema().inputs[0].options == [SAVED]
@@ -104,7 +104,7 @@ def test_training_saves_the_style_attention_that_it_gives(models: Any, own_folde
     assert nodes.LoadStyleAttention.fingerprint_inputs(SAVED) == Path(path).stat().st_mtime
     with torch.inference_mode():
         loaded, word, text = nodes.LoadStyleAttention.execute(SAVED).args
-    assert word == "sks" and "3 training steps, learning rate 0.001, 3 pictures" in text
+    assert word == "sks" and "3 training steps, learning rate 0.001, 3 images" in text
     assert all(torch.equal(v, style.network.state_dict()[name]) for name, v in loaded.network.state_dict().items())
     one = WPlus(W_PLUS.rows[:1], W_PLUS.average, W_PLUS.encoder)
     latent = tiny_models.latent(3)
@@ -177,14 +177,14 @@ def test_files_of_the_models_folder_are_listed_and_foreign_ones_refused(own_fold
 @pytest.mark.parametrize(
     "shown, w_plus, changes, message",
     [
-        (pictures(token=""), W_PLUS, {}, "pseudo-word is empty"),
-        (pictures(), tiny_styles.w_plus(), {}, "3 pictures and W\\+ styles of 1"),
-        (pictures(), W_PLUS, {"row_groups": "1-5, 6-9, 10-13, 14-18"}, "have 7 rows"),
-        (pictures(), W_PLUS, {"templates": " \n"}, "Picture 1 has no caption"),
-        (pictures(), W_PLUS, {"templates": "a photo"}, "no place for the pseudo-word"),
-        (pictures(), W_PLUS, {"masked_loss": True}, "no picture has a mask"),
-        (pictures(), W_PLUS, {"filename_prefix": "../x"}, "leads out of the output folder"),
-        (dataclasses.replace(pictures(), pictures=[]), W_PLUS, {}, "no picture to train on"),
+        (images(token=""), W_PLUS, {}, "pseudo-word is empty"),
+        (images(), tiny_styles.w_plus(), {}, "3 images and W\\+ styles of 1"),
+        (images(), W_PLUS, {"row_groups": "1-5, 6-9, 10-13, 14-18"}, "have 7 rows"),
+        (images(), W_PLUS, {"templates": " \n"}, "Image 1 has no caption"),
+        (images(), W_PLUS, {"templates": "a photo"}, "no place for the pseudo-word"),
+        (images(), W_PLUS, {"masked_loss": True}, "no image has a mask"),
+        (images(), W_PLUS, {"filename_prefix": "../x"}, "leads out of the output folder"),
+        (dataclasses.replace(images(), images=[]), W_PLUS, {}, "no image to train on"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_the_training(

@@ -13,8 +13,8 @@ from comfy_execution.graph_utils import ExecutionBlocker
 from identity_edit_pack.nodes.subjects import subject as nodes
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects import captioning
-from identity_edit_pack.pipelines.subjects import regularisation_prompts as prompts
-from identity_edit_pack.pipelines.subjects.pictures import CAPTION_FILES, NO_CAPTIONS_YET, SubjectPictures
+from identity_edit_pack.pipelines.subjects import regularization_prompts as prompts
+from identity_edit_pack.pipelines.subjects.images import CAPTION_FILES, NO_CAPTIONS_YET, SubjectImages
 from identity_edit_pack.tests import tiny_language_models as tiny
 from PIL import Image
 
@@ -50,10 +50,10 @@ def options(node: Any, name: str) -> list[str]:
 
 
 def load(folder: str = "rex", captions: str = CAPTION_FILES, size: int = 16) -> tuple[Any, ...]:
-    return nodes.LoadSubjectPictures.execute(folder, "dog", "sks", captions, False, size).args
+    return nodes.LoadSubjectImages.execute(folder, "dog", "sks", captions, False, size).args
 
 
-def caption(subject: SubjectPictures, **changes: Any) -> tuple[Any, ...]:
+def caption(subject: SubjectImages, **changes: Any) -> tuple[Any, ...]:
     settings = {
         "model": nodes.NO_MODEL,
         "instruction": QUESTION,
@@ -64,45 +64,45 @@ def caption(subject: SubjectPictures, **changes: Any) -> tuple[Any, ...]:
         "temperature": 0.0,
         "seed": 0,
     }
-    return nodes.CaptionPictures.execute(subject, **{**settings, **changes}).args
+    return nodes.CaptionImages.execute(subject, **{**settings, **changes}).args
 
 
 def test_a_subject_is_loaded_into_stock_sockets() -> None:
-    subject, pictures, captions, test_picture, test_caption, report = load()
-    assert pictures.shape == (3, 16, 16, 3) and torch.equal(pictures, torch.stack(subject.pictures))
+    subject, images, captions, test_image, test_caption, report = load()
+    assert images.shape == (3, 16, 16, 3) and torch.equal(images, torch.stack(subject.images))
     assert captions == ["sks dog 0", "sks dog 1", "sks dog 2"] and test_caption == ""
-    assert torch.equal(test_picture, torch.ones(1, 16, 16, 3))
-    assert "3 pictures of 'sks dog'" in report and "1.png (16x16): sks dog 1" in report
-    subject, pictures, *_ = load(size=0)
-    assert [tuple(picture.shape) for picture in subject.pictures] == [(24, 32, 3), (24, 40, 3), (24, 48, 3)]
-    assert pictures.shape == (3, 24, 32, 3)
+    assert torch.equal(test_image, torch.ones(1, 16, 16, 3))
+    assert "3 images of 'sks dog'" in report and "1.png (16x16): sks dog 1" in report
+    subject, images, *_ = load(size=0)
+    assert [tuple(image.shape) for image in subject.images] == [(24, 32, 3), (24, 40, 3), (24, 48, 3)]
+    assert images.shape == (3, 24, 32, 3)
 
 
-def test_without_a_test_picture_only_its_branch_stops(own_folders: Path) -> None:
+def test_without_a_test_image_only_its_branch_stops(own_folders: Path) -> None:
     save_subject(own_folders / "input" / "tom", test=False)
     blocked = load("tom")[3]
-    assert isinstance(blocked, ExecutionBlocker) and "put the picture to edit into tom/test" in blocked.message
+    assert isinstance(blocked, ExecutionBlocker) and "put the image to edit into tom/test" in blocked.message
 
 
 def test_only_known_folders_are_read(own_folders: Path) -> None:
-    save_subject(own_folders / "output" / "regularisation" / "dogs")
+    save_subject(own_folders / "output" / "regularization" / "dogs")
     save_subject(own_folders / "output" / "private")
-    listed = options(nodes.LoadSubjectPictures, "folder")
-    assert listed == ["regularisation/dogs [output]", "rex"]
+    listed = options(nodes.LoadSubjectImages, "folder")
+    assert listed == ["regularization/dogs [output]", "rex"]
     for folder in listed:
-        assert nodes.LoadSubjectPictures.validate_inputs(folder) is True
-        assert len(load(folder)[0].pictures) == 3
+        assert nodes.LoadSubjectImages.validate_inputs(folder) is True
+        assert len(load(folder)[0].images) == 3
     for folder in ("../output/private", str(own_folders / "output" / "private"), "gone", "", "../private [output]"):
-        assert "make it there" in str(nodes.LoadSubjectPictures.validate_inputs(folder))
+        assert "make it there" in str(nodes.LoadSubjectImages.validate_inputs(folder))
 
 
 @pytest.mark.parametrize("file", ["0.png", "0.txt", "test/t.png"])
 def test_a_changed_file_is_read_again(file: str, own_folders: Path) -> None:
-    before = nodes.LoadSubjectPictures.fingerprint_inputs("rex")
-    assert nodes.LoadSubjectPictures.fingerprint_inputs("rex", size=8) == before
+    before = nodes.LoadSubjectImages.fingerprint_inputs("rex")
+    assert nodes.LoadSubjectImages.fingerprint_inputs("rex", size=8) == before
     path = own_folders / "input" / "rex" / file
     os.utime(path, ns=(1, 1))
-    assert nodes.LoadSubjectPictures.fingerprint_inputs("rex") != before
+    assert nodes.LoadSubjectImages.fingerprint_inputs("rex") != before
 
 
 def test_images_and_lines_become_a_subject() -> None:
@@ -111,11 +111,11 @@ def test_images_and_lines_become_a_subject() -> None:
     execute = nodes.SubjectFromImages.execute
     subject, report = execute(images, ["sks cat\n\n a cat asleep\n", "sks cat"], ["cat"], ["sks"], [True], masks).args
     assert subject.captions == ["sks cat", "a sks cat asleep", "sks cat"]
-    assert [tuple(picture.shape[:2]) for picture in subject.pictures] == [(8, 8), (8, 8), (4, 6)]
-    assert "picture 3 (6x4, mask): sks cat" in report
+    assert [tuple(image.shape[:2]) for image in subject.images] == [(8, 8), (8, 8), (4, 6)]
+    assert "image 3 (6x4, mask): sks cat" in report
     subject, report = execute(images, [""], ["cat"], ["sks"], [False]).args
     assert subject.captions == [""] * 3 and "no caption yet" in report
-    with pytest.raises(IdentityEditError, match="The caption of picture 1 lacks the identity token"):
+    with pytest.raises(IdentityEditError, match="The caption of image 1 lacks the identity token"):
         execute(images, ["a cat"], ["cat"], ["sks"], [False])
 
 
@@ -142,35 +142,35 @@ def test_captions_are_not_lost_when_they_cannot_be_saved(own_folders: Path, monk
         raise IdentityEditError("The caption 0.txt cannot be written (No space left on device).")
 
     monkeypatch.setattr(nodes.subjects, "save_captions", full)
-    result = nodes.CaptionPictures.execute(load()[0], nodes.NO_MODEL, "", "", True, nodes.OVERWRITE, 1, 0.0, 0)
+    result = nodes.CaptionImages.execute(load()[0], nodes.NO_MODEL, "", "", True, nodes.OVERWRITE, 1, 0.0, 0)
     assert result.args[1] == ["sks dog 0", "sks dog 1", "sks dog 2"]
     assert "No space left" in str(result.ui.as_dict())
 
 
-def test_pictures_without_a_folder_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_without_a_folder_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = nodes.SubjectFromImages.execute([torch.rand(1, 8, 8, 3)], [""], ["dog"], ["sks"], [False]).args[0]
-    monkeypatch.setattr(nodes.captioning, "caption_pictures", lambda *_, **__: pytest.fail("must not be asked"))
+    monkeypatch.setattr(nodes.captioning, "caption_images", lambda *_, **__: pytest.fail("must not be asked"))
     with pytest.raises(IdentityEditError, match="come from no folder"):
         caption(subject, save=nodes.SAVE_NEW)
 
 
 def test_models_are_found_in_their_folder(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert options(nodes.CaptionPictures, "model") == [nodes.NO_MODEL], "there need not be a folder"
+    assert options(nodes.CaptionImages, "model") == [nodes.NO_MODEL], "there need not be a folder"
     root = own_folders / "models" / "LLM"
     tiny.save_llava(root / "maker" / "llava")
     tiny.save_gpt2(root / "writer", words=("dog", "runs"))
     (root / "empty").mkdir()
-    assert options(nodes.CaptionPictures, "model") == [nodes.NO_MODEL, "maker/llava", "writer"]
-    assert options(nodes.RegularisationPrompts, "source")[3:] == ["maker/llava", "writer"]
-    assert nodes.CaptionPictures.validate_inputs("maker/llava") is True
-    assert nodes.CaptionPictures.validate_inputs(nodes.NO_MODEL) is True
+    assert options(nodes.CaptionImages, "model") == [nodes.NO_MODEL, "maker/llava", "writer"]
+    assert options(nodes.RegularizationPrompts, "source")[3:] == ["maker/llava", "writer"]
+    assert nodes.CaptionImages.validate_inputs("maker/llava") is True
+    assert nodes.CaptionImages.validate_inputs(nodes.NO_MODEL) is True
     for model in ("empty", "../../input/rex", "gone"):
-        message = nodes.CaptionPictures.validate_inputs(model)
+        message = nodes.CaptionImages.validate_inputs(model)
         assert f"'{model}' is not in {root}; put it there (config.json" in message
         with pytest.raises(IdentityEditError, match=r"put it there \(config.json"):
             caption(load()[0], model=model)
     by_model = caption(load()[0], model="maker/llava", keep_existing=False)[1]
-    expected, _ = captioning.caption_pictures(
+    expected, _ = captioning.caption_images(
         load()[0],
         model_path=str(root / "maker" / "llava"),
         instruction=QUESTION,
@@ -181,11 +181,11 @@ def test_models_are_found_in_their_folder(own_folders: Path, monkeypatch: pytest
     elsewhere = own_folders / "elsewhere"
     tiny.save_gpt2(elsewhere / "other")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "LLM", ([str(elsewhere)], set()))
-    assert options(nodes.CaptionPictures, "model") == [nodes.NO_MODEL, "other"]
+    assert options(nodes.CaptionImages, "model") == [nodes.NO_MODEL, "other"]
 
 
 def write(source: str, count: int, seed: int = 0) -> tuple[Any, ...]:
-    return nodes.RegularisationPrompts.execute("dog", source, count, "animal", "a {keyword}", "", 20, 1.0, seed).args
+    return nodes.RegularizationPrompts.execute("dog", source, count, "animal", "a {keyword}", "", 20, 1.0, seed).args
 
 
 def test_prompts_come_with_seeds(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_prompts_come_with_seeds(own_folders: Path, monkeypatch: pytest.MonkeyPa
     assert found == prompts.shipped_prompts("dog", 5, 2**64 - 2)
     assert seeds == [2**64 - 2, 2**64 - 1, 0, 1, 2]
     assert all(prompt in report for prompt in found)
-    outputs = {item.id: item for item in nodes.RegularisationPrompts.define_schema().outputs}
+    outputs = {item.id: item for item in nodes.RegularizationPrompts.define_schema().outputs}
     assert outputs["prompt_list"].is_output_list and outputs["seed_list"].is_output_list
     tiny.save_gpt2(own_folders / "models" / "LLM" / "writer", words=("dog", "runs"))
     found, seeds, _ = write("writer", 2)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding as nodes
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures
+from identity_edit_pack.pipelines.subjects.images import SubjectImages
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 from safetensors.torch import save_file
 
@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "updates_per_step": 1,
     "sampling_steps": 2,
     "learning_rate": 1e-2,
-    "regularisation_weight": 1e-4,
+    "regularization_weight": 1e-4,
     "masked_loss": True,
     "keep_token": False,
     "batch_size": 1,
@@ -43,22 +43,22 @@ SAVED = "subject_embeddings/subject_00001_.safetensors [output]"
 
 
 class Autoencoder:
-    """Pictures of eight times the latent's size, both ways."""
+    """Images of eight times the latent's size, both ways."""
 
-    def encode(self, picture: torch.Tensor) -> torch.Tensor:
-        small = torch.nn.functional.avg_pool2d(picture.movedim(-1, 1), 8)
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        small = torch.nn.functional.avg_pool2d(image.movedim(-1, 1), 8)
         return 5.0 * torch.cat([small, small[:, :1]], dim=1)
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.interpolate(latent[:, :3], scale_factor=8).movedim(1, -1).sigmoid()
 
 
-def pictures(captions: list[str], masked: bool = True, mask: float = 1.0) -> SubjectPictures:
+def images(captions: list[str], masked: bool = True, mask: float = 1.0) -> SubjectImages:
     generator = torch.Generator().manual_seed(0)
     half = torch.zeros(64, 64)
     half[:32] = mask
-    return SubjectPictures(
-        pictures=[torch.rand(64, 64, 3, generator=generator) for _ in captions],
+    return SubjectImages(
+        images=[torch.rand(64, 64, 3, generator=generator) for _ in captions],
         captions=captions,
         masks=[half if masked else None for _ in captions],
         names=[f"{number}.png" for number in range(1, len(captions) + 1)],
@@ -67,7 +67,7 @@ def pictures(captions: list[str], masked: bool = True, mask: float = 1.0) -> Sub
     )
 
 
-SHOWN = pictures(["a sks cat sitting", "a smiling sks cat, lying down"])
+SHOWN = images(["a sks cat sitting", "a smiling sks cat, lying down"])
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +108,7 @@ def test_training_saves_the_subject_that_it_gives(models: Any, own_folders: Path
     options = nodes.StepWiseEmbeddingLoader.define_schema().inputs[0].options
     assert options == [SAVED] and nodes.StepWiseEmbeddingLoader.validate_inputs(SAVED) is True
     loaded, name, text = nodes.StepWiseEmbeddingLoader.execute(SAVED).args
-    assert name == "sks cat" and "3 training steps, learning rate 0.01, 2 pictures" in text
+    assert name == "sks cat" and "3 training steps, learning rate 0.01, 2 images" in text
     for part in subject.vectors:
         assert torch.equal(loaded.vectors[part], subject.vectors[part])
         assert torch.equal(loaded.step_vectors[part], subject.step_vectors[part])
@@ -173,12 +173,12 @@ def test_masks_and_the_token_are_used_as_asked(models: Any) -> None:
 @pytest.mark.parametrize(
     ("shown", "changes", "message"),
     [
-        (pictures(["a sks cat"], masked=False), {}, "masked_loss is on but no picture"),
-        (pictures(["a sks cat"], mask=0.0), {}, "mask of picture 1 is empty"),
-        (pictures(["a sks cat", ""]), {}, "2.png has no caption"),
-        (pictures(["a sks cat", "a cat"]), {}, "lacks the identity token 'sks'"),
-        (pictures(["a sks cat", "a sks dog"]), {}, "lacks the class word 'cat'"),
-        (pictures(["a sks cat " + "on the grass " * 24]), {}, "caption of picture 1 is too long"),
+        (images(["a sks cat"], masked=False), {}, "masked_loss is on but no image"),
+        (images(["a sks cat"], mask=0.0), {}, "mask of image 1 is empty"),
+        (images(["a sks cat", ""]), {}, "2.png has no caption"),
+        (images(["a sks cat", "a cat"]), {}, "lacks the identity token 'sks'"),
+        (images(["a sks cat", "a sks dog"]), {}, "lacks the class word 'cat'"),
+        (images(["a sks cat " + "on the grass " * 24]), {}, "caption of image 1 is too long"),
         (SHOWN, {"steps": -1}, "steps is -1"),
         (SHOWN, {"updates_per_step": -1}, "updates_per_step is -1"),
         (SHOWN, {"learning_rate": 0.0}, "learning_rate is 0"),

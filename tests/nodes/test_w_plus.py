@@ -47,7 +47,7 @@ def faces(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 def test_encoders_are_listed_loaded_and_described() -> None:
     assert "tiny.safetensors" in nodes.LoadWPlusEncoder.define_schema().inputs[0].options
     encoder, report = run(nodes.LoadWPlusEncoder, "tiny.safetensors")
-    assert "6 rows of 6, from pictures of 32x32" in report and encoder.name.startswith("tiny (")
+    assert "6 rows of 6, from images of 32x32" in report and encoder.name.startswith("tiny (")
     assert nodes.LoadWPlusEncoder.validate_inputs("tiny.safetensors") is True
     message = str(nodes.LoadWPlusEncoder.validate_inputs("e4e_ffhq_encode.pt"))
     assert "e4e_ffhq_encode.pt" in message and nodes.ENCODER_FOLDER in message
@@ -70,8 +70,8 @@ def test_faces_are_encoded_and_resizing_is_said(encoder: Any) -> None:
     torch.testing.assert_close(styles.rows[1:2], one.rows)
     assert "resized from 64x64 to 32x32" in run(nodes.EncodeWPlus, encoder, faces(1, 64))[1]
     assert "Warning: The faces have 16 pixels" in run(nodes.EncodeWPlus, encoder, faces(1, 16))[1]
-    grey = faces(1)[..., :1]
-    both = [run(nodes.EncodeWPlus, encoder, each)[0].rows for each in (grey, grey.expand(-1, -1, -1, 3))]
+    gray = faces(1)[..., :1]
+    both = [run(nodes.EncodeWPlus, encoder, each)[0].rows for each in (gray, gray.expand(-1, -1, -1, 3))]
     assert torch.equal(*both)
     with pytest.raises(IdentityEditError, match="Align Face"):
         run(nodes.EncodeWPlus, encoder, torch.rand(1, 32, 40, 3))

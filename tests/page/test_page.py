@@ -100,7 +100,7 @@ def test_the_run_button_runs_a_workflow(page: Page, server: RunningServer, tmp_p
     run = wait_for_new_run(server, before)
     assert run["status"]["status_str"] == "success"
     assert differences(run["prompt"][2], expected) == []
-    # The page shows the pictures on the nodes that made them.
+    # The page shows the images on the nodes that made them.
     page.wait_for_function("app.graph.nodes.some(node => node.imgs?.length)", timeout=30_000)
     page.screenshot(path=tmp_path / "page.png")
     assert (tmp_path / "page.png").stat().st_size > 20_000

@@ -58,7 +58,7 @@ def test_other_files_and_other_clips_are_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(IdentityEditError, match="any.pth is no aesthetic predictor"):
         load("any.pth")
     torch.save(torch.nn.Linear(768, 1).state_dict(), folder / "any.pth")
-    with pytest.raises(IdentityEditError, match="reads 768 numbers a picture and this CLIP gives 512"):
+    with pytest.raises(IdentityEditError, match="reads 768 numbers an image and this CLIP gives 512"):
         load("any.pth").predict(EMBEDDINGS[:, :512])
     torch.save(torch.nn.Linear(768, 1), folder / "any.pth")
     with pytest.raises(IdentityEditError, match="cannot be read as plain weights"):

@@ -1,4 +1,4 @@
-"""Algorithm 4: known transforms are found again, and the transform moves pictures where its matrix says."""
+"""Algorithm 4: known transforms are found again, and the transform moves images where its matrix says."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def draw_case(generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tenso
         waves = (a * np.cos(k * angle) + b * np.sin(k * angle) for k, (a, b) in enumerate(amplitudes, start=1))
         return torch.from_numpy(radius < 0.16 * SIZE * (1 + sum(waves)).clip(0.35, 2.0))
 
-    centre_r, centre_g = generator.uniform(-40, 40, (2, 2))
+    center_r, center_g = generator.uniform(-40, 40, (2, 2))
     scale, rotation = generator.uniform(0.7, 1.3), generator.uniform(-40, 40)
     turn = np.deg2rad(rotation)
     matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
-    translation = matrix.T @ centre_g / scale - centre_r
+    translation = matrix.T @ center_g / scale - center_r
     grid = np.stack(np.meshgrid(np.arange(SIZE), np.arange(SIZE)), axis=-1) - (SIZE - 1) / 2
-    mask, moved = inside(grid - centre_r), inside(grid @ matrix / scale - translation - centre_r)
+    mask, moved = inside(grid - center_r), inside(grid @ matrix / scale - translation - center_r)
     return mask, moved, (float(scale), float(rotation), *map(float, translation))
 
 
@@ -72,7 +72,7 @@ def test_the_limits_hold() -> None:
 def test_nearest_distances_are_those_of_a_k_d_tree() -> None:
     mask = CASES[0][0].numpy()
     field = alignment._DistanceField(mask)
-    points = np.random.default_rng(0).integers(-400, 400, (500, 2)) + 0.5  # pixel centres: nothing is interpolated
+    points = np.random.default_rng(0).integers(-400, 400, (500, 2)) + 0.5  # pixel centers: nothing is interpolated
     distances, gradients = field(points)
     rows, columns = np.nonzero(mask)
     tree = cKDTree(np.stack([columns, rows], axis=1) - (SIZE - 1) / 2)
@@ -107,22 +107,22 @@ def test_the_matrix_moves_first_then_turns_then_scales() -> None:
     assert np.allclose(found.matrix() @ [1.0, 0.0, 1.0], [2 * -4.0, 2 * (1.0 + 3.0), 1.0])
 
 
-def test_pictures_move_as_the_matrix_says() -> None:
-    picture = torch.zeros(41, 61, 3)
-    picture[25, 34] = 1.0  # (x, y) = (4, 5) from the centre
+def test_images_move_as_the_matrix_says() -> None:
+    image = torch.zeros(41, 61, 3)
+    image[25, 34] = 1.0  # (x, y) = (4, 5) from the center
     similarity = alignment.Similarity(2.0, 90.0, 3.0, -1.0)
     x, y, _ = similarity.matrix() @ [4.0, 5.0, 1.0]
-    moved = alignment.resample(picture, similarity, (101, 91), "zeros")
+    moved = alignment.resample(image, similarity, (101, 91), "zeros")
     brightest = divmod(int(moved[..., 0].argmax()), 91)
     assert brightest == (round(y + 50), round(x + 45))
-    same = alignment.resample(picture, alignment.Similarity(1.0, 0.0, 0.0, 0.0), (41, 61), "zeros")
-    assert torch.allclose(same, picture, atol=1e-4)
+    same = alignment.resample(image, alignment.Similarity(1.0, 0.0, 0.0, 0.0), (41, 61), "zeros")
+    assert torch.allclose(same, image, atol=1e-4)
 
 
-def test_a_shrunken_picture_keeps_its_mean() -> None:
+def test_a_shrunken_image_keeps_its_mean() -> None:
     """Bilinear sampling alone would pick single pixels of a fine pattern."""
-    picture = ((torch.arange(128)[:, None] + torch.arange(128)) % 2).float().unsqueeze(-1).expand(-1, -1, 3)
-    small = alignment.resample(picture, alignment.Similarity(0.25, 0.0, 0.0, 0.0), (32, 32), "border")
+    image = ((torch.arange(128)[:, None] + torch.arange(128)) % 2).float().unsqueeze(-1).expand(-1, -1, 3)
+    small = alignment.resample(image, alignment.Similarity(0.25, 0.0, 0.0, 0.0), (32, 32), "border")
     assert (small - 0.5).abs().max() < 0.05
 
 
@@ -134,9 +134,9 @@ def test_a_reference_of_the_demo_world_lies_on_another_pose() -> None:
     before = ((reference[1] > 0.5) & (generated[1] > 0.5)).sum() / ((reference[1] > 0.5) | (generated[1] > 0.5)).sum()
     result = alignment.align_reference(*reference, generated[1])
     assert result.overlap > max(0.6, float(before))
-    assert result.picture.shape == reference[0].shape and result.warning is None
-    # Nothing of the picture is lost inside of the mask: its colours there are the reference's.
-    inside = result.picture[result.mask > 0].mean(0)
+    assert result.image.shape == reference[0].shape and result.warning is None
+    # Nothing of the image is lost inside of the mask: its colors there are the reference's.
+    inside = result.image[result.mask > 0].mean(0)
     assert torch.allclose(inside, reference[0][reference[1] > 0.5].mean(0), atol=0.03)
 
 
@@ -144,7 +144,7 @@ def test_references_of_other_sizes_take_the_generated_size() -> None:
     mask, moved, true = CASES[4]
     small = torch.nn.functional.avg_pool2d(moved[None].float(), 2)[0]
     result = alignment.align_reference(torch.rand(SIZE, SIZE, 3), mask.float(), small)
-    assert result.picture.shape == (256, 256, 3) and result.mask.shape == (256, 256)
+    assert result.image.shape == (256, 256, 3) and result.mask.shape == (256, 256)
     assert result.similarity.scale == pytest.approx(true[0] / 2, rel=0.03) and result.overlap > 0.95
 
 
@@ -153,22 +153,22 @@ def test_surroundings() -> None:
     mask[40:60, 44:60] = 1
     mask[40:46, 30:60] = 1
     target = torch.roll(mask, (-30, -25), (0, 1))
-    picture = torch.full((64, 64, 3), 0.2)
-    picture[:, :, 0] = torch.linspace(0, 1, 64)
+    image = torch.full((64, 64, 3), 0.2)
+    image[:, :, 0] = torch.linspace(0, 1, 64)
     generated = torch.full((64, 64, 3), 0.9)
     found = {
-        kind: alignment.align_reference(picture, mask, target, generated, surroundings=kind)
+        kind: alignment.align_reference(image, mask, target, generated, surroundings=kind)
         for kind in alignment.SURROUNDINGS
     }
     inside = found[alignment.EDGE].mask > 0
     assert torch.equal(inside, found[alignment.GENERATED].mask > 0)
     for result in found.values():
-        assert torch.allclose(result.picture[inside], found[alignment.EDGE].picture[inside], atol=1e-5)
-    corner = {kind: result.picture[-1, -1, 0].item() for kind, result in found.items()}
-    assert corner[alignment.GREY] == pytest.approx(0.5, abs=1e-3) and corner[alignment.EDGE] == pytest.approx(1.0)
+        assert torch.allclose(result.image[inside], found[alignment.EDGE].image[inside], atol=1e-5)
+    corner = {kind: result.image[-1, -1, 0].item() for kind, result in found.items()}
+    assert corner[alignment.GRAY] == pytest.approx(0.5, abs=1e-3) and corner[alignment.EDGE] == pytest.approx(1.0)
     assert corner[alignment.GENERATED] == pytest.approx(0.9) and corner[alignment.REFLECT] < 0.75
-    with pytest.raises(IdentityEditError, match="need generated_picture"):
-        alignment.align_reference(picture, mask, target, surroundings=alignment.GENERATED)
+    with pytest.raises(IdentityEditError, match="need generated_image"):
+        alignment.align_reference(image, mask, target, surroundings=alignment.GENERATED)
 
 
 def test_several_parts() -> None:
@@ -190,12 +190,12 @@ def test_several_parts() -> None:
 
 
 def test_bad_input_is_named() -> None:
-    mask, picture = torch.zeros(8, 8), torch.rand(8, 8, 3)
+    mask, image = torch.zeros(8, 8), torch.rand(8, 8, 3)
     full = torch.ones(8, 8)
     with pytest.raises(IdentityEditError, match="The reference's mask is empty"):
-        alignment.align_reference(picture, mask, full)
+        alignment.align_reference(image, mask, full)
     with pytest.raises(IdentityEditError, match="The generated mask is empty"):
-        alignment.align_reference(picture, full, mask)
+        alignment.align_reference(image, full, mask)
     with pytest.raises(IdentityEditError, match="scale_limit is 0.5"):
         alignment.align_masks(full, full, scale_limit=0.5)
     with pytest.raises(IdentityEditError, match="rotation_limit is 190"):
@@ -203,20 +203,20 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(IdentityEditError, match="optimizer is 'adam'"):
         alignment.align_masks(full, full, optimizer="adam")
     with pytest.raises(IdentityEditError, match="parts is 'two'"):
-        alignment.align_reference(picture, full, full, parts="two")
+        alignment.align_reference(image, full, full, parts="two")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (2, 2), (1, 40)])
-def test_pictures_of_a_few_pixels_are_aligned_too(size: tuple[int, int]) -> None:
-    picture, whole = torch.rand(*size, 3), torch.ones(size)
-    result = alignment.align_reference(picture, whole, whole, rotation_limit=0.0)
+def test_images_of_a_few_pixels_are_aligned_too(size: tuple[int, int]) -> None:
+    image, whole = torch.rand(*size, 3), torch.ones(size)
+    result = alignment.align_reference(image, whole, whole, rotation_limit=0.0)
     assert result.overlap == 1.0
-    torch.testing.assert_close(result.picture, picture, atol=1e-3, rtol=0)
+    torch.testing.assert_close(result.image, image, atol=1e-3, rtol=0)
 
 
 def test_a_single_pixel_and_a_full_mask_do_not_break_it() -> None:
     dot = torch.zeros(32, 32)
     dot[5, 9] = 1
     result = alignment.align_reference(torch.rand(32, 32, 3), torch.ones(32, 32), dot)
-    assert np.isfinite(result.similarity.matrix()).all() and bool(torch.isfinite(result.picture).all())
+    assert np.isfinite(result.similarity.matrix()).all() and bool(torch.isfinite(result.image).all())
     alignment.align_reference(torch.rand(32, 32, 3), dot, torch.ones(32, 32))

@@ -12,7 +12,7 @@ import torch
 from identity_edit_pack.pipelines.networks.language_models import IMAGE_AND_TEXT, TEXT, load_language_model
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects import captioning
-from identity_edit_pack.pipelines.subjects.pictures import SubjectPictures, from_batch
+from identity_edit_pack.pipelines.subjects.images import SubjectImages, from_batch
 from identity_edit_pack.tests import tiny_language_models as tiny
 from PIL import Image
 
@@ -27,24 +27,24 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pictures(count: int = 2) -> torch.Tensor:
+def images(count: int = 2) -> torch.Tensor:
     shape = (count, 20, 20, 3)
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, shape) / 255.0).float()
 
 
-def subject(captions: list[str] | None = None, count: int = 2) -> SubjectPictures:
-    made = from_batch(pictures(count), [], "dog", "sks")
+def subject(captions: list[str] | None = None, count: int = 2) -> SubjectImages:
+    made = from_batch(images(count), [], "dog", "sks")
     return made if captions is None else replace(made, captions=captions)
 
 
-def likeliest_words(folder: Path, picture: torch.Tensor) -> str:
+def likeliest_words(folder: Path, image: torch.Tensor) -> str:
     """The caption by a plain loop: the prompt written out by hand, one forward pass of the network for each word."""
     from transformers import AutoTokenizer, CLIPImageProcessor, LlavaForConditionalGeneration
 
     network = LlavaForConditionalGeneration.from_pretrained(folder).eval()
     words = AutoTokenizer.from_pretrained(folder)
     images = CLIPImageProcessor.from_pretrained(folder)
-    pixels = images(Image.fromarray((picture * 255).round().byte().numpy()), return_tensors="pt")["pixel_values"]
+    pixels = images(Image.fromarray((image * 255).round().byte().numpy()), return_tensors="pt")["pixel_values"]
     ids = words("USER: " + "<image>" * 4 + QUESTION + " ASSISTANT:", return_tensors="pt")["input_ids"]
     answer: list[int] = []
     for _ in range(TOKENS):
@@ -61,12 +61,12 @@ def likeliest_words(folder: Path, picture: torch.Tensor) -> str:
 def test_llava_says_what_a_plain_loop_says(template: str | None, tmp_path: Path) -> None:
     # Without a template the prompt is LLaVA 1.5's, which for this tokenizer is the same words.
     tiny.save_llava(tmp_path, template=template)
-    expected = [likeliest_words(tmp_path, picture) for picture in pictures()]
-    assert len(set(expected)) == 2, "the two pictures must lead to different captions"
+    expected = [likeliest_words(tmp_path, image) for image in images()]
+    assert len(set(expected)) == 2, "the two images must lead to different captions"
     with load_language_model(str(tmp_path), IMAGE_AND_TEXT) as model:
-        said = [model.ask(QUESTION, picture, max_new_tokens=TOKENS, temperature=0.0, seed=0) for picture in pictures()]
+        said = [model.ask(QUESTION, image, max_new_tokens=TOKENS, temperature=0.0, seed=0) for image in images()]
     assert said == expected
-    captioned, _ = captioning.caption_pictures(
+    captioned, _ = captioning.caption_images(
         subject(), model_path=str(tmp_path), instruction=QUESTION, max_new_tokens=TOKENS
     )
     assert captioned.captions == [captioning.identity_caption(text, "dog", "sks") for text in expected]
@@ -78,12 +78,12 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
     tiny.save_blip(tmp_path)
     network = BlipForConditionalGeneration.from_pretrained(tmp_path).eval()
     processor = BlipProcessor.from_pretrained(tmp_path)
-    picture = pictures()[0]
-    pillow = Image.fromarray((picture * 255).round().byte().numpy())
+    image = images()[0]
+    pillow = Image.fromarray((image * 255).round().byte().numpy())
     with torch.no_grad():
         ids = network.generate(**processor(pillow, return_tensors="pt"), max_new_tokens=TOKENS, do_sample=False)
     with load_language_model(str(tmp_path), IMAGE_AND_TEXT) as model:
-        said = model.ask("", picture, max_new_tokens=TOKENS, temperature=0.0, seed=0)
+        said = model.ask("", image, max_new_tokens=TOKENS, temperature=0.0, seed=0)
     assert said and said == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
@@ -92,28 +92,28 @@ def test_the_seed_draws_and_nothing_outside_notices(llava: Path) -> None:
     expected = torch.rand(1)
     torch.manual_seed(3)
     with load_language_model(str(llava), IMAGE_AND_TEXT) as model:
-        said = [model.ask(QUESTION, pictures()[0], max_new_tokens=20, temperature=2.0, seed=seed) for seed in (1, 2, 1)]
+        said = [model.ask(QUESTION, images()[0], max_new_tokens=20, temperature=2.0, seed=seed) for seed in (1, 2, 1)]
     assert said[0] == said[2] != said[1]
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_lines_come_before_files_and_files_before_the_model(llava: Path) -> None:
-    test_picture = pictures(3)[2]
+    test_image = images(3)[2]
     given = replace(
-        subject(["", "an old dog, the dog's bed"]), test_picture=test_picture, test_name="test/9.png", test_caption=""
+        subject(["", "an old dog, the dog's bed"]), test_image=test_image, test_name="test/9.png", test_caption=""
     )
     seen: list[tuple[int, int]] = []
     options = {"model_path": str(llava), "instruction": QUESTION, "max_new_tokens": TOKENS}
-    by_model, _ = captioning.caption_pictures(given, **options, progress=lambda *counts: seen.append(counts))
-    assert seen == [(1, 2), (2, 2)], "the picture with a caption is not asked about"
+    by_model, _ = captioning.caption_images(given, **options, progress=lambda *counts: seen.append(counts))
+    assert seen == [(1, 2), (2, 2)], "the image with a caption is not asked about"
     assert by_model.captions[1] == "an old sks dog, the dog's bed"
-    model_says = [captioning.identity_caption(likeliest_words(llava, p), "dog", "sks") for p in pictures(3)]
+    model_says = [captioning.identity_caption(likeliest_words(llava, p), "dog", "sks") for p in images(3)]
     assert [by_model.captions[0], by_model.test_caption] == [model_says[0], model_says[2]]
-    all_anew, _ = captioning.caption_pictures(given, **options, keep_existing=False)
+    all_anew, _ = captioning.caption_images(given, **options, keep_existing=False)
     assert all_anew.captions == model_says[:2]
-    typed, notes = captioning.caption_pictures(given, lines=["a kitten", "", "sks dog asleep"])
+    typed, notes = captioning.caption_images(given, lines=["a kitten", "", "sks dog asleep"])
     assert typed.captions == ["sks dog, a kitten", "an old sks dog, the dog's bed"]
-    assert typed.test_caption == "sks dog asleep" and "picture 1 did not say 'dog'" in notes[0] and len(notes) == 1
+    assert typed.test_caption == "sks dog asleep" and "image 1 did not say 'dog'" in notes[0] and len(notes) == 1
     assert given.captions == ["", "an old dog, the dog's bed"], "the input stays as it is"
 
 
@@ -132,16 +132,16 @@ def test_the_subject_gets_its_name(caption: str, expected: str) -> None:
 
 
 def test_missing_and_surplus_captions_are_named() -> None:
-    with pytest.raises(IdentityEditError, match="picture 2 has no caption; choose a model"):
-        captioning.caption_pictures(subject(["a dog", ""]))
-    with pytest.raises(IdentityEditError, match="3 lines for 2 pictures"):
-        captioning.caption_pictures(subject(), lines=["dog"] * 3)
+    with pytest.raises(IdentityEditError, match="image 2 has no caption; choose a model"):
+        captioning.caption_images(subject(["a dog", ""]))
+    with pytest.raises(IdentityEditError, match="3 lines for 2 images"):
+        captioning.caption_images(subject(), lines=["dog"] * 3)
 
 
 def test_a_silent_model_is_named(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captioning.LanguageModel, "ask", lambda *_, **__: ' "" ')
-    with pytest.raises(IdentityEditError, match="answered nothing for picture 1"):
-        captioning.caption_pictures(subject(), model_path=str(llava))
+    with pytest.raises(IdentityEditError, match="answered nothing for image 1"):
+        captioning.caption_images(subject(), model_path=str(llava))
 
 
 def without_weights(folder: Path) -> None:
@@ -194,8 +194,8 @@ def test_a_bad_model_folder_is_named(name: str, tmp_path: Path) -> None:
 
 def test_a_model_of_another_kind_is_named(tmp_path: Path) -> None:
     tiny.save_gpt2(tmp_path)
-    with pytest.raises(IdentityEditError, match="choose a model that reads pictures"):
-        captioning.caption_pictures(subject(), model_path=str(tmp_path))
+    with pytest.raises(IdentityEditError, match="choose a model that reads images"):
+        captioning.caption_images(subject(), model_path=str(tmp_path))
     with load_language_model(str(tmp_path), TEXT) as model, pytest.raises(IdentityEditError, match="cannot answer"):
         model.ask("dog " * 600, max_new_tokens=1, temperature=0.0, seed=0)  # beyond its 512 positions
 
@@ -204,6 +204,6 @@ def test_an_interrupt_ends_the_answer(llava: Path) -> None:
     comfy.model_management.interrupt_current_processing(True)
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            captioning.caption_pictures(subject(), model_path=str(llava))
+            captioning.caption_images(subject(), model_path=str(llava))
     finally:
         comfy.model_management.interrupt_current_processing(False)

@@ -12,7 +12,7 @@ from identity_edit_pack.pipelines.scores import clip as clip_scores
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_scorers, tiny_text_encoders, tiny_vision
 
-PICTURES = [torch.rand(40, size, 3, generator=torch.Generator().manual_seed(size)) for size in (40, 56)]
+IMAGES = [torch.rand(40, size, 3, generator=torch.Generator().manual_seed(size)) for size in (40, 56)]
 PROMPTS = ["a sks dog (standing) on the grass", "a cat"]
 
 
@@ -23,7 +23,7 @@ def test_clip_t_is_transformers_own(tmp_path: Path) -> None:
     network = tiny_scorers.save_clip(folder)
     prepared = CLIPProcessor.from_pretrained(folder)(
         text=PROMPTS,
-        images=[(picture * 255).round().byte().numpy() for picture in PICTURES],
+        images=[(image * 255).round().byte().numpy() for image in IMAGES],
         return_tensors="pt",
         padding=True,
     )
@@ -31,10 +31,10 @@ def test_clip_t_is_transformers_own(tmp_path: Path) -> None:
         logits = network(**prepared).logits_per_image / network.logit_scale.exp()
     with clip_scores.open_clip_folder(str(folder)) as clip:
         assert clip.name == "clip 重"
-        pictures, texts = clip.pictures(PICTURES), clip.texts(PROMPTS)
-    assert pictures.dtype == texts.dtype == torch.float64
-    torch.testing.assert_close(pictures.norm(dim=1), torch.ones(2, dtype=torch.float64))
-    found = clip_scores.text_similarity(pictures, texts)
+        images, texts = clip.images(IMAGES), clip.texts(PROMPTS)
+    assert images.dtype == texts.dtype == torch.float64
+    torch.testing.assert_close(images.norm(dim=1), torch.ones(2, dtype=torch.float64))
+    found = clip_scores.text_similarity(images, texts)
     torch.testing.assert_close(found, logits.diagonal().double(), rtol=1e-4, atol=1e-5)
 
 
@@ -45,10 +45,10 @@ def test_a_hundred_times_clip_t_is_the_clip_similarity_of_pie_bench(tmp_path: Pa
     network = tiny_scorers.save_clip(tmp_path)
     metric = CLIPScore(model_name_or_path=lambda: (network, CLIPProcessor.from_pretrained(tmp_path)))
     with clip_scores.open_clip_folder(str(tmp_path)) as clip:
-        for picture in PICTURES:
+        for image in IMAGES:
             for prompt in PROMPTS:
-                wanted = metric((picture * 255).round().byte().movedim(-1, 0), prompt)
-                found = clip_scores.text_similarity(clip.pictures([picture]), clip.texts([prompt]))
+                wanted = metric((image * 255).round().byte().movedim(-1, 0), prompt)
+                found = clip_scores.text_similarity(clip.images([image]), clip.texts([prompt]))
                 assert max(0.0, 100 * float(found)) == pytest.approx(float(wanted), abs=1e-3)
 
 
@@ -64,8 +64,8 @@ def test_clip_d_is_the_cosine_of_the_two_changes() -> None:
     edited, source, target, origin = generator.standard_normal((4, 3, 8))
     found = clip_scores.direction_similarity(*map(torch.tensor, (edited, source, target, origin)))
     for number in range(3):
-        picture, text = edited[number] - source[number], target[number] - origin[number]
-        wanted = picture @ text / np.sqrt((picture @ picture) * (text @ text))
+        image, text = edited[number] - source[number], target[number] - origin[number]
+        wanted = image @ text / np.sqrt((image @ image) * (text @ text))
         assert float(found[number]) == pytest.approx(wanted)
     same = torch.tensor(source)
     assert bool(clip_scores.direction_similarity(same, same, torch.tensor(target), torch.tensor(origin)).isnan().all())
@@ -108,14 +108,14 @@ def test_sdxls_text_encoder_gives_the_projected_embedding() -> None:
     with torch.no_grad():
         wanted = [twin(**tokenizer([prompt], return_tensors="pt")).text_embeds for prompt in PROMPTS]
         found = clip.texts(PROMPTS)
-        pictures = clip.pictures(PICTURES)
+        images = clip.images(IMAGES)
     torch.testing.assert_close(
         found, torch.nn.functional.normalize(torch.cat(wanted).double(), dim=1), rtol=1e-3, atol=1e-4
     )
     with torch.no_grad():
-        image = vision.encode_image(PICTURES[1][None], crop=True)["image_embeds"].double()
-    torch.testing.assert_close(pictures[1:], torch.nn.functional.normalize(image, dim=1))
-    clip_scores.check_sizes(pictures, found, clip.name)
+        image = vision.encode_image(IMAGES[1][None], crop=True)["image_embeds"].double()
+    torch.testing.assert_close(images[1:], torch.nn.functional.normalize(image, dim=1))
+    clip_scores.check_sizes(images, found, clip.name)
 
 
 def test_encoders_that_do_not_belong_together_are_named() -> None:

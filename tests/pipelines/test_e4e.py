@@ -104,9 +104,9 @@ def literal(state: dict[str, torch.Tensor], x: torch.Tensor, rows: int) -> torch
 @pytest.mark.parametrize("rows", [18, 14])
 def test_the_output_is_the_published_computations(rows: int) -> None:
     network = random_network(rows)
-    pictures = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    found = network(pictures)
-    wanted = literal(network.state_dict(), pictures, rows)
+    images = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    found = network(images)
+    wanted = literal(network.state_dict(), images, rows)
     assert found.shape == (2, rows, WIDTH)
     assert float((found - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
 
@@ -129,15 +129,15 @@ def test_the_official_layout_is_read(tmp_path: Path) -> None:
     network = random_network()
     for options in ({"start_from_latent_avg": True}, argparse.Namespace(encoder_type="Encoder4Editing")):
         encoder = w_plus_encoder.load_w_plus_encoder(published_file(tmp_path / "e4e_ffhq.pt", network, opts=options))
-        pictures = torch.rand(1, 3, 256, 256) * 2 - 1
-        styles = w_plus_encoder.encode_w_plus(encoder, pictures)
+        images = torch.rand(1, 3, 256, 256) * 2 - 1
+        styles = w_plus_encoder.encode_w_plus(encoder, images)
         average = torch.arange(18 * WIDTH).reshape(18, WIDTH) / 100.0
-        torch.testing.assert_close(styles.rows, network(pictures) + average)
+        torch.testing.assert_close(styles.rows, network(images) + average)
         assert torch.equal(styles.average, average) and styles.encoder.startswith("e4e_ffhq (")
     flat = {name.removeprefix("encoder."): tensor for name, tensor in network.state_dict().items()}
     save_file({**flat, "latent_avg": average}, str(tmp_path / "flat.safetensors"))
     again = w_plus_encoder.load_w_plus_encoder(str(tmp_path / "flat.safetensors"))
-    assert torch.equal(w_plus_encoder.encode_w_plus(again, pictures).rows, styles.rows)
+    assert torch.equal(w_plus_encoder.encode_w_plus(again, images).rows, styles.rows)
     one_for_all = published_file(tmp_path / "one.pt", network, latent_avg=average[0])
     assert torch.equal(w_plus_encoder.load_w_plus_encoder(one_for_all).average, average[:1].expand(18, -1))
 

@@ -37,7 +37,7 @@ def literal_inversion(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The formulas as the reference implementation has them, in the papers' scale, everything in float64.
 
-    Returns z_t from the noisiest to the picture, and the noise map of each step.
+    Returns z_t from the noisiest to the image, and the noise map of each step.
     """
     network = copy.deepcopy(patcher.model.diffusion_model).double()
     network.dtype = torch.float64
@@ -94,7 +94,7 @@ def test_latents_and_noise_maps_agree_with_the_formulas(family: str, steps: int,
 
 @pytest.mark.parametrize("family", ["sd1", "sd2_v", "sdxl"])
 @pytest.mark.parametrize("steps", [10, 50])
-def test_the_picture_comes_back(family: str, steps: int):
+def test_the_image_comes_back(family: str, steps: int):
     patcher, latent = tiny_models.FAMILIES[family](), tiny_models.latent(2, batch=2, width=12)
     made = edit_friendly.edit_friendly_ddpm_inversion(patcher, latent, POSITIVE, NEGATIVE, steps=steps)
     assert relative_error(inversion.sample_inversion(patcher, made, POSITIVE, NEGATIVE, 3.5), latent) < 1e-4
@@ -150,7 +150,7 @@ def test_a_deterministic_inversion_steps_with_euler():
     assert relative_error(inversion.sampling_step(made, 1, x, denoised), expected) < 1e-6
 
 
-def test_noise_is_independent_between_steps_and_pictures():
+def test_noise_is_independent_between_steps_and_images():
     patcher = tiny_models.sd1()
     latent = tiny_models.latent(2, height=32, width=32).expand(2, -1, -1, -1)
     made = edit_friendly.edit_friendly_ddpm_inversion(patcher, latent, POSITIVE, steps=6, guidance_scale=1.0, seed=3)
@@ -160,7 +160,7 @@ def test_noise_is_independent_between_steps_and_pictures():
     assert torch.allclose(correlation, torch.eye(12), atol=0.08)  # 5 deviations of 4096 samples
 
 
-def test_the_first_picture_of_a_batch_is_inverted_as_it_is_alone():
+def test_the_first_image_of_a_batch_is_inverted_as_it_is_alone():
     patcher, latent = tiny_models.sd1(), tiny_models.latent(2, batch=2)
     both = edit_friendly.edit_friendly_ddpm_inversion(patcher, latent, POSITIVE, NEGATIVE, steps=5, seed=3)
     alone = edit_friendly.edit_friendly_ddpm_inversion(patcher, latent[:1], POSITIVE, NEGATIVE, steps=5, seed=3)
@@ -249,7 +249,7 @@ def test_save_and_load_keep_the_noise_maps(tmp_path: Path):
     made = edit_friendly.edit_friendly_ddpm_inversion(
         patcher, tiny_models.latent(2), POSITIVE, NEGATIVE, steps=4, eta=0.75
     )
-    path = str(tmp_path / "picture.safetensors")
+    path = str(tmp_path / "image.safetensors")
     inversion.save_inversion(made, path)
     loaded = inversion.load_inversion(path)
     assert loaded.method == inversion.EDIT_FRIENDLY_DDPM and loaded.eta == 0.75
@@ -263,7 +263,7 @@ def test_save_and_load_keep_the_noise_maps(tmp_path: Path):
 
 def test_files_without_noise_maps_and_eta_still_load(tmp_path: Path):
     made = inversion.ddim_inversion(tiny_models.sd1(), tiny_models.latent(2), POSITIVE, steps=3)
-    path = str(tmp_path / "picture.safetensors")
+    path = str(tmp_path / "image.safetensors")
     inversion.save_inversion(made, path)
     tensors, description = files.read_tensors(path, "inversion")
     del description["eta"]

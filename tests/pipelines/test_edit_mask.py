@@ -16,7 +16,7 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 def unipc_masks(
     model: Any, target: Any, source: Any, latent: torch.Tensor, settings: EditMaskSettings, seed: int
 ) -> torch.Tensor:
-    """Chen et al. 2024, supplement 1.3, in the papers' scale: noise the picture to step 10 of 20, one UniPC step with
+    """Chen et al. 2024, supplement 1.3, in the papers' scale: noise the image to step 10 of 20, one UniPC step with
     each prompt, N(|z_{t-1} - z'_{t-1}|) > lambda over ten seeds."""
     from diffusers import UniPCMultistepScheduler
     from torchvision.transforms.functional import gaussian_blur
@@ -100,7 +100,7 @@ def test_a_latent_smaller_than_the_kernel_is_refused():
 def test_the_cells_of_a_mask_are_those_that_diffusers_chooses():
     """StableDiffusionDiffEditPipeline.generate_mask on the same weights, noise and noise level.
 
-    It cuts the difference at three times its mean and takes what is above half of that, without normalising to the
+    It cuts the difference at three times its mean and takes what is above half of that, without normalizing to the
     smallest difference first; so the order of the cells must be the same, and the mask for the threshold that its
     choice amounts to.
     """

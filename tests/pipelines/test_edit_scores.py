@@ -15,7 +15,7 @@ import torch
 from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.scores import edit_scores
 from identity_edit_pack.pipelines.scores import lpips as lpips_score
-from identity_edit_pack.pipelines.scores import pixels as picture_scores
+from identity_edit_pack.pipelines.scores import pixels as image_scores
 from identity_edit_pack.pipelines.scores.aesthetic import AestheticPredictor
 from identity_edit_pack.pipelines.scores.report import score_table, scores_as_json
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -32,12 +32,12 @@ POINTS = np.array([[60.0, 80.0], [100.0, 80.0], [80.0, 102.0], [65.0, 124.0], [9
 
 
 class Clip:
-    """Embeds a picture by its mean colour, and a text by its letters."""
+    """Embeds an image by its mean color, and a text by its letters."""
 
     name = "a clip"
 
-    def pictures(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        found = torch.stack([picture.double().mean(dim=(0, 1)) - 0.3 for picture in pictures]) @ PROJECTION
+    def images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        found = torch.stack([image.double().mean(dim=(0, 1)) - 0.3 for image in images]) @ PROJECTION
         return torch.nn.functional.normalize(found, dim=1)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
@@ -48,31 +48,31 @@ class Clip:
 class Dino:
     name = "a dino"
 
-    def __call__(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([picture.float().std(dim=(0, 1)) for picture in pictures])
+    def __call__(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([image.float().std(dim=(0, 1)) for image in images])
 
 
 class Detector:
-    """A face in every picture that is not black."""
+    """A face in every image that is not black."""
 
     name = "given"
 
-    def detect(self, picture: np.ndarray) -> list[faces.Face]:
-        return [] if picture.max() == 0 else [faces.Face((50, 70, 110, 130), POINTS)]
+    def detect(self, image: np.ndarray) -> list[faces.Face]:
+        return [] if image.max() == 0 else [faces.Face((50, 70, 110, 130), POINTS)]
 
 
 class Recognizer:
     name = "an arcface"
 
-    def embed(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.normalize(pictures.mean(dim=(1, 2)) - 0.4, dim=1)
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(images.mean(dim=(1, 2)) - 0.4, dim=1)
 
 
 class Inception:
     name = "an inception"
 
-    def features(self, pictures: Sequence[torch.Tensor]) -> torch.Tensor:
-        return torch.stack([picture.mean(dim=(0, 1)) for picture in pictures])
+    def features(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([image.mean(dim=(0, 1)) for image in images])
 
 
 def by_name(*inputs: Any, **options: Any) -> dict[str, edit_scores.Score]:
@@ -84,7 +84,7 @@ def by_name(*inputs: Any, **options: Any) -> dict[str, edit_scores.Score]:
 def test_without_any_file_there_are_errors_psnr_and_ssim() -> None:
     scores = by_name(EDITED, SOURCE)
     assert list(scores) == ["MSE", "PSNR", "SSIM"]
-    torch.testing.assert_close(scores["SSIM"].values, picture_scores.ssim(EDITED, SOURCE))
+    torch.testing.assert_close(scores["SSIM"].values, image_scores.ssim(EDITED, SOURCE))
     assert [score.higher_is_better for score in scores.values()] == [False, True, True]
     assert scores["PSNR"].mean == pytest.approx(float(scores["PSNR"].values.mean()))
     assert by_name(EDITED, None) == {}
@@ -96,14 +96,14 @@ def test_a_mask_adds_both_parts_by_the_rule_that_is_chosen() -> None:
         f"{name}{part}" for name in ("MSE", "PSNR", "SSIM") for part in ("", " inside", " outside")
     ]  # fmt: skip
     outside = 1.0 - MASK
-    torch.testing.assert_close(plain["SSIM outside"].values, picture_scores.ssim(EDITED, SOURCE, outside))
+    torch.testing.assert_close(plain["SSIM outside"].values, image_scores.ssim(EDITED, SOURCE, outside))
     assert plain["PSNR outside"].higher_is_better is True and plain["PSNR inside"].higher_is_better is None
     assert "the mean over its pixels alone" in plain["PSNR inside"].definition
 
     theirs = by_name(EDITED, SOURCE, mask=MASK, rule=edit_scores.PIE_BENCH)
-    pair = [pictures * outside[..., None] for pictures in (EDITED, SOURCE)]
+    pair = [images * outside[..., None] for images in (EDITED, SOURCE)]
     torch.testing.assert_close(theirs["MSE outside"].values, (pair[0] - pair[1]).double().square().mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(theirs["SSIM outside"].values, picture_scores.ssim(*pair))
+    torch.testing.assert_close(theirs["SSIM outside"].values, image_scores.ssim(*pair))
     assert "multiplied by it" in theirs["MSE outside"].definition
     assert torch.equal(theirs["PSNR"].values, plain["PSNR"].values)
     with pytest.raises(IdentityEditError, match="rule is 'any'; choose one of"):
@@ -129,7 +129,7 @@ def test_the_parts_of_lpips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         theirs = by_name(EDITED, SOURCE, mask=MASK, networks=networks, rule=edit_scores.PIE_BENCH)
         assert networks.lpips is not None
         torch.testing.assert_close(plain["LPIPS inside"].values, networks.lpips.distance(EDITED, SOURCE, MASK))
-        pair = [pictures * MASK[..., None] for pictures in (EDITED, SOURCE)]
+        pair = [images * MASK[..., None] for images in (EDITED, SOURCE)]
         torch.testing.assert_close(theirs["LPIPS inside"].values, networks.lpips.distance(*pair))
     assert "(SqueezeNet)" in plain["LPIPS"].definition and plain["LPIPS outside"].higher_is_better is False
     with pytest.raises(IdentityEditError, match="needs alexnet"), edit_scores.open_networks(lpips="AlexNet"):
@@ -141,14 +141,14 @@ def test_clips_scores_are_those_of_its_embeddings() -> None:
     prompts = dict(source_prompt="a cat", target_prompt=["a dog", "a bird"])
     networks = edit_scores.Networks(clip=clip)
     scores = by_name(EDITED, SOURCE[:1], mask=MASK, references=REFERENCES, networks=networks, **prompts)
-    pictures, source, known = clip.pictures(list(EDITED)), clip.pictures([SOURCE[0]]), clip.pictures(REFERENCES)
+    images, source, known = clip.images(list(EDITED)), clip.images([SOURCE[0]]), clip.images(REFERENCES)
     texts, origin = clip.texts(["a dog", "a bird"]), clip.texts(["a cat"])
     wanted = {
-        "CLIP-T": (pictures * texts).sum(1),
-        "CLIP-T inside": (clip.pictures(list(EDITED * MASK[..., None])) * texts).sum(1),
-        "CLIP-I (source)": (pictures @ source.T)[:, 0],
-        "CLIP-I (references)": (pictures @ known.T).mean(1),
-        "CLIP-D": torch.cosine_similarity(pictures - source, texts - origin),
+        "CLIP-T": (images * texts).sum(1),
+        "CLIP-T inside": (clip.images(list(EDITED * MASK[..., None])) * texts).sum(1),
+        "CLIP-I (source)": (images @ source.T)[:, 0],
+        "CLIP-I (references)": (images @ known.T).mean(1),
+        "CLIP-D": torch.cosine_similarity(images - source, texts - origin),
     }
     assert [name for name in scores if name.startswith("CLIP")] == list(wanted)
     for name, values in wanted.items():
@@ -176,16 +176,16 @@ def test_a_lost_face_counts_as_0_and_an_unknown_one_not_at_all() -> None:
     edited[1], source[2] = 0.0, 0.0
     networks = edit_scores.Networks(face_detector=Detector(), face_recognizer=Recognizer())
     scores = by_name(edited, source, references=[source[0], source[1]], networks=networks)
-    colour = torch.nn.functional.normalize(torch.stack([edited[0, 0, 0], source[0, 0, 0], source[1, 0, 0]]) - 0.4)
+    color = torch.nn.functional.normalize(torch.stack([edited[0, 0, 0], source[0, 0, 0], source[1, 0, 0]]) - 0.4)
     values = scores["ArcFace ID (source)"].values
-    assert values.tolist()[:2] == pytest.approx([float(colour[0] @ colour[1]), 0.0], abs=1e-5)
+    assert values.tolist()[:2] == pytest.approx([float(color[0] @ color[1]), 0.0], abs=1e-5)
     assert math.isnan(values[2])
-    best = float((colour[:1] @ colour[1:].T).max())
+    best = float((color[:1] @ color[1:].T).max())
     assert float(scores["ArcFace ID (references)"].values[0]) == pytest.approx(best, abs=1e-5)
     assert "the highest of them" in scores["ArcFace ID (references)"].definition
     none = by_name(edited, None, references=[source[2]], networks=networks)
     assert bool(none["ArcFace ID (references)"].values.isnan().all())
-    with pytest.raises(IdentityEditError, match="needs a face detector and a recogniser"):
+    with pytest.raises(IdentityEditError, match="needs a face detector and a recognizer"):
         by_name(edited, source, networks=edit_scores.Networks(face_recognizer=Recognizer()))
 
 
@@ -193,13 +193,13 @@ def test_the_aesthetic_score_is_of_clips_embedding() -> None:
     layer = (torch.randn(1, 8, generator=GENERATOR), torch.tensor([5.0]))
     predictor = AestheticPredictor("linear.pth", (layer,))
     scores = by_name(EDITED, None, networks=edit_scores.Networks(clip=Clip(), aesthetic=predictor))
-    wanted = (Clip().pictures(list(EDITED)) @ layer[0].double().T + 5.0)[:, 0]
+    wanted = (Clip().images(list(EDITED)) @ layer[0].double().T + 5.0)[:, 0]
     torch.testing.assert_close(scores["aesthetic score"].values, wanted)
     with pytest.raises(IdentityEditError, match="reads CLIP's embeddings; choose a clip too"):
         by_name(EDITED, None, networks=edit_scores.Networks(aesthetic=predictor))
 
 
-def test_sets_need_enough_pictures() -> None:
+def test_sets_need_enough_images() -> None:
     networks = edit_scores.Networks(inception=Inception())
     many = torch.rand(50, 12, 12, 3, generator=GENERATOR)
     references = list(torch.rand(51, 9, 9, 3, generator=GENERATOR))
@@ -225,16 +225,16 @@ def test_every_network_brings_its_scores_and_progress_is_told() -> None:
 def test_bad_inputs_are_named() -> None:
     bad = [
         ((EDITED, SOURCE[:, :30]), {}, "edited has 48x40 pixels and source 48x30, which is more than VAE Encode"),
-        ((EDITED, torch.rand(3, 40, 48, 3)), {}, "edited holds 2 pictures and source 3"),
-        ((EDITED[:1], SOURCE), {}, "source holds 2 pictures for one edited"),
-        ((EDITED, SOURCE), {"mask": torch.ones(3, 40, 48)}, "mask holds 3 masks for 2 pictures"),
+        ((EDITED, torch.rand(3, 40, 48, 3)), {}, "edited holds 2 images and source 3"),
+        ((EDITED[:1], SOURCE), {}, "source holds 2 images for one edited"),
+        ((EDITED, SOURCE), {"mask": torch.ones(3, 40, 48)}, "mask holds 3 masks for 2 images"),
         ((EDITED, SOURCE), {"mask": torch.full_like(MASK, torch.nan)}, "mask contains NaN"),
         ((EDITED, SOURCE), {"target_prompt": ["a", "b", "c"]}, "target_prompt holds 3 prompts for 2 edited"),
         ((EDITED, SOURCE), {"source_prompt": ["a", ""]}, "source_prompt is empty for some"),
         ((EDITED * torch.nan, SOURCE), {}, "edited contains NaN"),
         ((EDITED, SOURCE * 255), {}, "source holds values up to 25"),
-        ((EDITED[:0], SOURCE), {}, "edited must be pictures"),
-        ((EDITED, SOURCE), {"references": [torch.zeros(3, 3)]}, "references must be pictures"),
+        ((EDITED[:0], SOURCE), {}, "edited must be images"),
+        ((EDITED, SOURCE), {"references": [torch.zeros(3, 3)]}, "references must be images"),
     ]
     for inputs, options, message in bad:
         with pytest.raises(IdentityEditError, match=message):

@@ -15,7 +15,7 @@ import torch
 from identity_edit_pack.pipelines.faces import detection as faces
 from identity_edit_pack.pipelines.faces.detection import Face
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.shared.pictures import as_colour
+from identity_edit_pack.pipelines.shared.images import as_color
 from identity_edit_pack.tests.real_faces import real_file, real_photo
 
 POINTS = np.array([[60.0, 80.0], [100.0, 80.0], [80.0, 102.0], [65.0, 124.0], [95.0, 124.0]])
@@ -28,16 +28,16 @@ def face(shift: float = 0.0, scale: float = 1.0, score: float = 0.9) -> Face:
 
 
 class Spots:
-    """A detector of bright spots: sees those of a size between 4 and 40 pixels, whatever the picture's size."""
+    """A detector of bright spots: sees those of a size between 4 and 40 pixels, whatever the image's size."""
 
     name = "spots"
 
     def __init__(self) -> None:
         self.shown: list[tuple[int, int]] = []
 
-    def detect(self, picture: np.ndarray) -> list[Face]:
-        self.shown.append(picture.shape[:2])
-        bright = picture[..., 0] > 128
+    def detect(self, image: np.ndarray) -> list[Face]:
+        self.shown.append(image.shape[:2])
+        bright = image[..., 0] > 128
         side = float(bright.sum()) ** 0.5
         if not 4 <= side <= 40:
             return []
@@ -50,12 +50,12 @@ class Spots:
 
 
 def spot(height: int, width: int, left: int, top: int, side: int) -> torch.Tensor:
-    picture = torch.zeros(height, width, 3)
-    picture[top : top + side, left : left + side] = 1.0
-    return picture
+    image = torch.zeros(height, width, 3)
+    image[top : top + side, left : left + side] = 1.0
+    return image
 
 
-def test_faces_keep_their_place_in_pictures_of_any_size() -> None:
+def test_faces_keep_their_place_in_images_of_any_size() -> None:
     for height, width, side in ((200, 300, 20), (2600, 2000, 50), (2600, 2000, 130)):
         detector = Spots()
         found = faces.detect_faces(detector, spot(height, width, 90, 70, side))
@@ -65,7 +65,7 @@ def test_faces_keep_their_place_in_pictures_of_any_size() -> None:
     assert detector.shown == [(1280, 985), (640, 492)]
 
 
-def test_faces_that_fill_the_picture_are_seen_with_a_margin() -> None:
+def test_faces_that_fill_the_image_are_seen_with_a_margin() -> None:
     detector = Spots()
     found = faces.detect_faces(detector, torch.ones(30, 30, 3))
     assert detector.shown == [(30, 30), (60, 60)] and found[0].box == (0, 0, 30, 30)
@@ -76,23 +76,23 @@ def test_faces_that_fill_the_picture_are_seen_with_a_margin() -> None:
 def test_which_face_is_meant() -> None:
     small_left, large, small_right = face(0, 0.5), face(200, 2.0), face(600, 0.4)
     found = [large, small_left, small_right]
-    assert faces.choose_faces(found, faces.LARGEST, 9, "picture 1") == [large]
-    assert faces.choose_faces(found, faces.ALL, 9, "picture 1") == [small_left, large, small_right]
-    assert faces.choose_faces(found, faces.INDEX, 3, "picture 1") == [small_right]
-    with pytest.raises(IdentityEditError, match="index is 4, but picture 7 has 3 faces"):
-        faces.choose_faces(found, faces.INDEX, 4, "picture 7")
-    with pytest.raises(IdentityEditError, match="No face was found in picture 3"):
-        faces.choose_faces([], faces.LARGEST, 1, "picture 3")
+    assert faces.choose_faces(found, faces.LARGEST, 9, "image 1") == [large]
+    assert faces.choose_faces(found, faces.ALL, 9, "image 1") == [small_left, large, small_right]
+    assert faces.choose_faces(found, faces.INDEX, 3, "image 1") == [small_right]
+    with pytest.raises(IdentityEditError, match="index is 4, but image 7 has 3 faces"):
+        faces.choose_faces(found, faces.INDEX, 4, "image 7")
+    with pytest.raises(IdentityEditError, match="No face was found in image 3"):
+        faces.choose_faces([], faces.LARGEST, 1, "image 3")
 
 
 def test_small_and_turned_faces_are_named() -> None:
-    assert faces.check_face(face(), "picture 1") is None
-    assert "small (80 pixels" in str(faces.check_face(face(scale=0.5), "picture 2"))
-    with pytest.raises(IdentityEditError, match="face in picture 3 is too small: its crop has 40 pixels"):
-        faces.check_face(face(scale=0.25), "picture 3")
+    assert faces.check_face(face(), "image 1") is None
+    assert "small (80 pixels" in str(faces.check_face(face(scale=0.5), "image 2"))
+    with pytest.raises(IdentityEditError, match="face in image 3 is too small: its crop has 40 pixels"):
+        faces.check_face(face(scale=0.25), "image 3")
     turned = face()
     turned.points[2] = [58.0, 100.0]
-    assert "from the side" in str(faces.check_face(turned, "picture 4"))
+    assert "from the side" in str(faces.check_face(turned, "image 4"))
 
 
 def test_points_in_every_form() -> None:
@@ -103,9 +103,7 @@ def test_points_in_every_form() -> None:
         assert len(found) == 2 and all(np.array_equal(each[0].points, POINTS) for each in found)
     for_each = faces.parse_points(lines + "\n" + lines.replace("60.0, 80.0", "61, 80"), 2)
     assert for_each[1][0].points[0, 0] == 61
-    named = json.dumps(
-        [{"picture": 2, "points": listed}, {"picture": 1, "points": listed}, {"picture": 2, "points": listed}]
-    )
+    named = json.dumps([{"image": 2, "points": listed}, {"image": 1, "points": listed}, {"image": 2, "points": listed}])
     assert [len(each) for each in faces.parse_points(named, 2)] == [1, 2]
 
 
@@ -117,8 +115,8 @@ def test_points_in_every_form() -> None:
         ("1, 2, 3", "1, 2, 3"),
         (json.dumps(POINTS[:4].tolist()), "points"),
         (json.dumps([POINTS.tolist()] * 3), "for each of 2"),
-        (json.dumps([{"picture": 3, "points": POINTS.tolist()}]), "picture 3"),
-        (json.dumps([{"picture": 1, "points": POINTS.tolist()}]), "none for picture 2"),
+        (json.dumps([{"image": 3, "points": POINTS.tolist()}]), "image 3"),
+        (json.dumps([{"image": 1, "points": POINTS.tolist()}]), "none for image 2"),
         (json.dumps([[1, 1]] * 5), "on one another"),
         ('{"points": 1}', "points must be"),
         ("7", "points"),
@@ -129,24 +127,24 @@ def test_points_that_are_none(text: str, message: str) -> None:
         faces.parse_points(text, 2)
 
 
-def test_pictures_of_every_kind() -> None:
-    colour = torch.rand(2, 8, 9, 3, generator=torch.Generator().manual_seed(0))
-    grey = colour[..., :1]
-    assert torch.equal(as_colour(grey), grey.expand(-1, -1, -1, 3))
-    assert torch.equal(as_colour(torch.cat([grey, 0 * grey], -1)), grey.expand(-1, -1, -1, 3))
-    assert torch.equal(as_colour(torch.cat([colour, 0 * grey], -1)), colour)
-    torch.testing.assert_close(as_colour(colour.double()), colour)
-    sixteen = (colour * 65535).round().to(torch.uint16)
-    torch.testing.assert_close(as_colour(sixteen), colour, atol=1e-5, rtol=0)
-    torch.testing.assert_close(as_colour((colour * 255).round().byte()), colour, atol=2.1e-3, rtol=0)
+def test_images_of_every_kind() -> None:
+    color = torch.rand(2, 8, 9, 3, generator=torch.Generator().manual_seed(0))
+    gray = color[..., :1]
+    assert torch.equal(as_color(gray), gray.expand(-1, -1, -1, 3))
+    assert torch.equal(as_color(torch.cat([gray, 0 * gray], -1)), gray.expand(-1, -1, -1, 3))
+    assert torch.equal(as_color(torch.cat([color, 0 * gray], -1)), color)
+    torch.testing.assert_close(as_color(color.double()), color)
+    sixteen = (color * 65535).round().to(torch.uint16)
+    torch.testing.assert_close(as_color(sixteen), color, atol=1e-5, rtol=0)
+    torch.testing.assert_close(as_color((color * 255).round().byte()), color, atol=2.1e-3, rtol=0)
     for wrong, message in (
-        (colour * 65535, "0 to 1"),
-        (colour * float("nan"), "NaN"),
-        (colour[0], "pictures"),
-        (colour.long(), "type"),
+        (color * 65535, "0 to 1"),
+        (color * float("nan"), "NaN"),
+        (color[0], "images"),
+        (color.long(), "type"),
     ):
         with pytest.raises(IdentityEditError, match=message):
-            as_colour(wrong)
+            as_color(wrong)
 
 
 # -- files and packages ------------------------------------------------------------------------------------------------
@@ -199,8 +197,8 @@ class Scrfd:
     def prepare(self, **options: Any) -> None:
         self.options = options
 
-    def detect(self, picture: np.ndarray, max_num: int) -> tuple[np.ndarray, np.ndarray]:
-        self.seen = picture
+    def detect(self, image: np.ndarray, max_num: int) -> tuple[np.ndarray, np.ndarray]:
+        self.seen = image
         boxes = np.array([[50, 70, 110, 130, 0.7]], np.float32)
         return boxes, POINTS[None].astype(np.float32)
 
@@ -224,7 +222,7 @@ def fake_insightface(monkeypatch: pytest.MonkeyPatch, pack: dict[str, Any], alon
     return asked
 
 
-def test_insightface_gets_packs_and_pictures_as_it_wants_them(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_insightface_gets_packs_and_images_as_it_wants_them(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Scrfd()
     asked = fake_insightface(monkeypatch, {"detection": network}, None)
     detector = faces.load_detector("models/buffalo_l", score=0.4)
@@ -253,14 +251,14 @@ def test_packs_that_cannot_detect_are_refused(models: Path, monkeypatch: pytest.
 
 def test_mtcnn_gives_its_faces_as_the_others_do(monkeypatch: pytest.MonkeyPatch) -> None:
     class MTCNN:
-        """What facenet-pytorch gives: nothing for a picture without a face, else all faces, sure or not."""
+        """What facenet-pytorch gives: nothing for an image without a face, else all faces, sure or not."""
 
         def __init__(self, **options: Any) -> None:
             assert options["keep_all"] and not options["post_process"]
 
-        def detect(self, picture: np.ndarray, landmarks: bool) -> tuple[Any, Any, Any]:
-            assert landmarks and picture.dtype == np.uint8
-            if picture.max() == 0:
+        def detect(self, image: np.ndarray, landmarks: bool) -> tuple[Any, Any, Any]:
+            assert landmarks and image.dtype == np.uint8
+            if image.max() == 0:
                 return None, [None], None
             boxes = np.array([[50, 70, 110, 130], [0, 0, 20, 20]], np.float32)
             return boxes, np.array([0.9, 0.3]), np.stack([POINTS, POINTS]).astype(np.float32)

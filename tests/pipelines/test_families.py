@@ -1,4 +1,4 @@
-"""The path from picture to noise against float64 and ComfyUI, and flow models in the functions of every family."""
+"""The path from image to noise against float64 and ComfyUI, and flow models in the functions of every family."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def draw(*seeds: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_steps_end_where_picture_and_noise_are_mixed_anew(name: str) -> None:
+def test_steps_end_where_image_and_noise_are_mixed_anew(name: str) -> None:
     """x' = alpha' z_0 + s' eps for the estimates of z_0 and eps, and with fresh noise the same variance."""
     path, levels = PATHS[name]
     alpha = (lambda s: 1.0) if name == "diffusion" else (lambda s: 1.0 - s)
@@ -135,7 +135,7 @@ def table_of(pivot: Inversion, tokens: int = tiny_models.TOKENS) -> StepEmbeddin
 
 
 @pytest.mark.parametrize("end_at_zero", [False, True])
-def test_a_flow_is_inverted_from_its_picture_to_noise(model: Any, end_at_zero: bool) -> None:
+def test_a_flow_is_inverted_from_its_image_to_noise(model: Any, end_at_zero: bool) -> None:
     latent = tiny_flow_models.latent(4, 2)
     ours = inversion.ddim_inversion(model, latent, SOURCE, steps=STEPS, end_at_zero=end_at_zero)
     assert float(ours.sigmas[0]) == 1.0 and (float(ours.sigmas[-1]) == 0.0) == end_at_zero
@@ -173,7 +173,7 @@ def test_stock_samplers_take_the_embedding_of_each_step(model: Any, pivot: Inver
     assert relative_error(stock, expected) < 1e-5
 
 
-def test_noise_maps_of_a_flow_sample_its_picture(model: Any) -> None:
+def test_noise_maps_of_a_flow_sample_its_image(model: Any) -> None:
     latent = tiny_flow_models.latent(4)
     made = edit_friendly_inversion.edit_friendly_ddpm_inversion(model, latent, SOURCE, NEGATIVE, steps=STEPS)
     back = inversion.sample_inversion(model, made, SOURCE, NEGATIVE, 3.5)

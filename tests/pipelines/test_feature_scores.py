@@ -38,7 +38,7 @@ def test_the_class_token_is_the_networks_own(kind: str, tmp_path: Path) -> None:
 
     folder = tmp_path / "dino 重"
     network = save(folder, kind)
-    pixels = [(picture * 255).round().byte().numpy() for picture in (EDITED[0], SOURCE[0, :40])]
+    pixels = [(image * 255).round().byte().numpy() for image in (EDITED[0], SOURCE[0, :40])]
     with torch.no_grad():
         prepared = AutoImageProcessor.from_pretrained(folder)(images=pixels, return_tensors="pt")
         wanted = network(**prepared).last_hidden_state[:, 0]
@@ -61,10 +61,10 @@ def test_other_encoders_go_the_way_of_select_reference(tmp_path: Path) -> None:
         pass
 
 
-def self_similarity(network: Any, picture: torch.Tensor, *, scale: float, antialias: bool) -> np.ndarray:
+def self_similarity(network: Any, image: torch.Tensor, *, scale: float, antialias: bool) -> np.ndarray:
     """Tumanyan et al. 2022, in numpy, from the hidden states before the last block."""
     scaled = scale * torch.nn.functional.interpolate(
-        picture.movedim(-1, 0)[None], size=(224, 224), mode="bilinear", antialias=antialias
+        image.movedim(-1, 0)[None], size=(224, 224), mode="bilinear", antialias=antialias
     )
     scaled = (scaled - torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)) / torch.tensor((0.229, 0.224, 0.225)).view(
         3, 1, 1

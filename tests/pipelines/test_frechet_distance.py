@@ -31,7 +31,7 @@ def by_scipy(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + traces)
 
 
-def test_fid_of_many_pictures_is_scipys_and_torchmetrics() -> None:
+def test_fid_of_many_images_is_scipys_and_torchmetrics() -> None:
     from torchmetrics.image.fid import _compute_fid
 
     first, second = features(60, 12, 1), features(45, 12, 2)
@@ -42,7 +42,7 @@ def test_fid_of_many_pictures_is_scipys_and_torchmetrics() -> None:
     assert found == pytest.approx(float(wanted), rel=1e-9)
 
 
-def test_fid_of_fewer_pictures_than_features() -> None:
+def test_fid_of_fewer_images_than_features() -> None:
     """Two sets in a plane of a larger space: the distance is that within the plane, which scipy can do."""
     plane = torch.linalg.qr(torch.randn(40, 5, generator=torch.Generator().manual_seed(3)).double()).Q
     first, second = features(9, 5, 1).double(), features(7, 5, 2).double()
@@ -64,7 +64,7 @@ def test_kid_is_that_of_torchmetrics() -> None:
 
 def test_sets_that_cannot_be_compared_are_named() -> None:
     for pair in ((features(1, 4, 1), features(5, 4, 1)), (features(5, 4, 1), features(5, 6, 1))):
-        with pytest.raises(IdentityEditError, match="cannot be compared; give two or more pictures"):
+        with pytest.raises(IdentityEditError, match="cannot be compared; give two or more images"):
             frechet_distance.frechet_distance(*pair)
 
 
@@ -79,21 +79,18 @@ def torchvisions() -> Any:
     return network.eval()
 
 
-def own_features(network: Any, pictures: torch.Tensor) -> torch.Tensor:
+def own_features(network: Any, images: torch.Tensor) -> torch.Tensor:
     found: list[torch.Tensor] = []
     handle = network.avgpool.register_forward_hook(lambda module, given, output: found.append(output.flatten(1)))
     with torch.no_grad():
-        network(pictures)
+        network(images)
     handle.remove()
     return found[0]
 
 
-PICTURES = [torch.rand(64, 48, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+IMAGES = [torch.rand(64, 48, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
 SCALED = torch.cat(
-    [
-        2 * torch.nn.functional.interpolate(p.movedim(-1, 0)[None], size=(299, 299), mode="bilinear") - 1
-        for p in PICTURES
-    ]
+    [2 * torch.nn.functional.interpolate(p.movedim(-1, 0)[None], size=(299, 299), mode="bilinear") - 1 for p in IMAGES]
 )
 
 
@@ -103,7 +100,7 @@ def test_torchvisions_file_gives_torchvisions_features(
     folder = tiny_scorers.score_folder(tmp_path / "重", monkeypatch)
     torch.save(torchvisions.state_dict(), folder / "inception_v3_google-0cc3c7bd.pth")
     with frechet_distance.open_inception("inception_v3_google-0cc3c7bd.pth") as inception:
-        found = inception.features(PICTURES)
+        found = inception.features(IMAGES)
     assert found.shape == (2, frechet_distance.FEATURES)
     torch.testing.assert_close(found, own_features(torchvisions, SCALED), rtol=1e-3, atol=1e-5)
 
@@ -133,7 +130,7 @@ def test_the_file_of_published_fids_gives_the_features_of_its_network(torchvisio
     for handle in handles:
         handle.remove()
     network = frechet_distance.inception_of(state, "pt_inception-2015-12-05-6726825d.pth")
-    found = frechet_distance.Inception("", network, torch.device("cpu")).features(PICTURES)
+    found = frechet_distance.Inception("", network, torch.device("cpu")).features(IMAGES)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
     assert not torch.allclose(found, own_features(torchvisions, SCALED), rtol=1e-2, atol=1e-3)
 

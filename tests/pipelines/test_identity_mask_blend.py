@@ -46,7 +46,7 @@ def full_masks(inversion: Inversion, value: float) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
 @pytest.mark.parametrize("method", ["ddim", "ddpm"])
-def test_an_empty_mask_gives_the_inverted_picture(family: str, method: str) -> None:
+def test_an_empty_mask_gives_the_inverted_image(family: str, method: str) -> None:
     model = tiny_models.FAMILIES[family]()
     inversion = invert(model, method, batch=2)
     result = blend(model, inversion, **full_masks(inversion, 0.0))
@@ -120,7 +120,7 @@ def test_the_blend_is_algorithm_1(method: str) -> None:
     assert result.evaluations == 3 * STEPS and result.warning is None
 
 
-def test_outside_of_the_masks_the_picture_is_kept_exactly() -> None:
+def test_outside_of_the_masks_the_image_is_kept_exactly() -> None:
     model = tiny_models.sd1()
     inversion = invert(model, batch=2)
     source_mask, target_mask = torch.zeros(2, 64, 96), torch.zeros(1, 8, 12)
@@ -162,7 +162,7 @@ def test_null_text_embeddings_bring_their_negative_side_and_scale() -> None:
     # Prompts of two kinds, CONDITIONING and table rows, need not go through the network in one batch.
     assert tiny_models.relative_error(result.latent, expected) < 1e-5
     other = blend(model, pivot, guidance_scale=5.0)
-    assert "optimised for 4" in other.warning
+    assert "optimized for 4" in other.warning
 
 
 def test_the_default_guidance_scale_is_the_methods_own() -> None:
@@ -201,7 +201,7 @@ def test_a_prompt_that_begins_later_blends_with_the_source_mask_until_then() -> 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"target_mask": torch.zeros(3, 64, 96)}, "The target mask holds 3 masks for 1 picture"),
+        ({"target_mask": torch.zeros(3, 64, 96)}, "The target mask holds 3 masks for 1 image"),
         ({"target_mask": torch.full((1, 64, 96), float("nan"))}, "The target mask contains NaN"),
         ({"source_mask": torch.zeros(1, 3, 64, 96)}, "The source mask must be a mask"),
         ({"given_masks": "both"}, "given_masks is 'both'"),
@@ -218,7 +218,7 @@ def test_what_cannot_be_used_is_named(options: dict[str, Any], message: str) -> 
         blend(model, invert(model), **options)
 
 
-def test_a_mask_of_a_picture_that_the_vae_crops_is_taken() -> None:
+def test_a_mask_of_a_image_that_the_vae_crops_is_taken() -> None:
     model = tiny_models.sd1()
     result = blend(model, invert(model), source_mask=torch.ones(1, 71, 96), target_mask=torch.ones(64, 103))
     assert torch.equal(result.source_mask, torch.ones(1, 8, 12))

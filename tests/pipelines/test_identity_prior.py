@@ -21,9 +21,9 @@ from identity_edit_pack.pipelines.engine.trainable import trainable_networks
 from identity_edit_pack.pipelines.lipe import identity_prior as priors
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training import images as training_images
+from identity_edit_pack.pipelines.training.images import Batch, TrainingImages
 from identity_edit_pack.pipelines.training.loop import generator_of
-from identity_edit_pack.pipelines.training.pictures import Batch, TrainingPictures
 
 SETTINGS = PriorSettings(
     token="sks", class_word="cat", steps=4, learning_rate=1e-3, precision="float32", seed=7, checkpoint_every=1,
@@ -32,15 +32,15 @@ SETTINGS = PriorSettings(
 CAPTIONS = ["a sks cat sitting on the grass", "a sks cat in the snow"]
 
 
-def pictures(seed: int, sizes: list[tuple[int, int]], captions: list[str], masked: bool = False) -> TrainingPictures:
+def images(seed: int, sizes: list[tuple[int, int]], captions: list[str], masked: bool = False) -> TrainingImages:
     generator = torch.Generator().manual_seed(seed)
     latents = [5.0 * torch.randn(4, *size, generator=generator) for size in sizes]
     masks = [(torch.rand(size, generator=generator) > 0.5).float() if masked else None for size in sizes]
-    return TrainingPictures(latents, captions, masks, f"pictures {seed}")
+    return TrainingImages(latents, captions, masks, f"images {seed}")
 
 
-IDENTITY = pictures(1, [(8, 8), (8, 8)], CAPTIONS, masked=True)
-CLASS = pictures(2, [(8, 8), (8, 8), (8, 8)], ["a cat", "a black cat jumping", "two cats"])
+IDENTITY = images(1, [(8, 8), (8, 8)], CAPTIONS, masked=True)
+CLASS = images(2, [(8, 8), (8, 8), (8, 8)], ["a cat", "a black cat jumping", "two cats"])
 
 
 def make(family: str) -> tuple[Any, Any]:
@@ -49,8 +49,8 @@ def make(family: str) -> tuple[Any, Any]:
 
 def train(model: Any, clip: Any, settings: Any = SETTINGS, **arguments: Any):
     identity = arguments.pop("identity", IDENTITY)
-    regularisation = arguments.pop("regularisation", CLASS)
-    return train_identity_prior(model, clip, identity, regularisation, settings, **arguments)
+    regularization = arguments.pop("regularization", CLASS)
+    return train_identity_prior(model, clip, identity, regularization, settings, **arguments)
 
 
 def all_tensors(model: Any, clip: Any) -> dict[str, torch.Tensor]:
@@ -69,7 +69,7 @@ def loaded_weights(patcher: Any) -> dict[str, torch.Tensor]:
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
-def both_pictures(model: Any, t: torch.Tensor) -> Batch:
+def both_images(model: Any, t: torch.Tensor) -> Batch:
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(4))
     latents = engine.to_model_scale(model, torch.stack(IDENTITY.latents))
     return Batch(latents, torch.stack(IDENTITY.masks)[:, None], t, noise)
@@ -112,12 +112,12 @@ def test_gradients_against_float64_differences_of_other_libraries(inference_mode
         model, clip = make("sd1")
         t = torch.tensor([100, 700])
         with torch.inference_mode(False):
-            batch = both_pictures(model, t)
+            batch = both_images(model, t)
         with trainable_networks(
             model, clip, TRAINED["model"], TRAINED["clip"], dtype=torch.float32,
             latent_shape=[2, 4, 8, 8], checkpointing=checkpointing,
         ) as networks:  # fmt: skip
-            loss = training_pictures.denoising_losses(networks, batch, networks.encode(CAPTIONS)).sum()
+            loss = training_images.denoising_losses(networks, batch, networks.encode(CAPTIONS)).sum()
             loss.backward()
             gradients = {
                 key: variable.grad.double()
@@ -156,10 +156,10 @@ def test_gradients_of_other_families_against_differences(family: str):
         with trainable_networks(
             model, clip, model_keys, clip_keys, dtype=torch.float32, latent_shape=[2, 4, 8, 8]
         ) as networks:
-            batch = both_pictures(model, torch.tensor([300, 800]))
+            batch = both_images(model, torch.tensor([300, 800]))
 
             def loss() -> torch.Tensor:
-                return training_pictures.denoising_losses(networks, batch, networks.encode(CAPTIONS)).sum()
+                return training_images.denoising_losses(networks, batch, networks.encode(CAPTIONS)).sum()
 
             loss().backward()
             for part in (networks.model_variables, networks.clip_variables):
@@ -219,7 +219,7 @@ def test_the_loss_is_the_formula(prediction: str, gamma: float, masked: bool):
     error = torch.randn(2, 4, 6, 5, generator=generator).double()
     masks = torch.rand(2, 1, 6, 5, generator=generator) if masked else torch.ones(2, 1, 6, 5)
     t = torch.tensor([60, 900])
-    found = training_pictures.denoising_losses(
+    found = training_images.denoising_losses(
         Known(prediction, latents, noise, error), Batch(latents, masks, t, noise), "text", min_snr_gamma=gamma
     )
     for row in range(2):
@@ -239,14 +239,14 @@ def test_the_loss_is_the_formula(prediction: str, gamma: float, masked: bool):
 def test_a_step_takes_one_batch_of_each_set(sizes: str, masked: bool):
     """Of equal sizes both are evaluated at once, of different ones after each other."""
     weight = 0.3
-    other = CLASS if sizes == "equal" else pictures(3, [(4, 6)], ["a cat"])
+    other = CLASS if sizes == "equal" else images(3, [(4, 6)], ["a cat"])
     model, clip = make("sd1")
-    settings = dataclasses.replace(SETTINGS, steps=1, regularisation_weight=weight, masked=masked, batch_size=2)
-    _, run = train(model, clip, settings, regularisation=other)
+    settings = dataclasses.replace(SETTINGS, steps=1, regularization_weight=weight, masked=masked, batch_size=2)
+    _, run = train(model, clip, settings, regularization=other)
     expected = 0.0
     with trainable_networks(model, clip, dtype=torch.float32, latent_shape=[2, 4, 8, 8]) as networks:
-        for what, of_set, factor in (("identity", IDENTITY, 1.0), ("regularisation", other, weight)):
-            chosen = training_pictures.batch_indices(of_set, 2, 0, 7, what)
+        for what, of_set, factor in (("identity", IDENTITY, 1.0), ("regularization", other, weight)):
+            chosen = training_images.batch_indices(of_set, 2, 0, 7, what)
             generator = generator_of(7, 0, f"noise of {what}")
             latents = engine.to_model_scale(model, torch.stack([of_set.latents[number] for number in chosen]))
             masks = torch.ones_like(latents[:, :1])
@@ -256,69 +256,69 @@ def test_a_step_takes_one_batch_of_each_set(sizes: str, masked: bool):
             batch = Batch(latents, masks, t, torch.randn(latents.shape, generator=generator))
             with torch.no_grad():
                 text = networks.encode([of_set.captions[number] for number in chosen])
-                each = training_pictures.denoising_losses(networks, batch, text)
+                each = training_images.denoising_losses(networks, batch, text)
             expected += factor * float(each.mean())
     assert run.losses == pytest.approx([expected], rel=1e-4)
 
 
-# -- batches and pictures ----------------------------------------------------------------------------------------------
+# -- batches and images ----------------------------------------------------------------------------------------------
 
 
-def test_every_picture_comes_once_a_round_in_batches_of_one_size():
+def test_every_image_comes_once_a_round_in_batches_of_one_size():
     sizes = [(8, 8)] * 4 + [(4, 8)] * 2 + [(8, 4)] * 3
-    many = pictures(1, sizes, [""] * 9)
+    many = images(1, sizes, [""] * 9)
     rounds = []
     for number in range(3):
-        batches = [training_pictures.batch_indices(many, 2, 5 * number + index, 0, "identity") for index in range(5)]
+        batches = [training_images.batch_indices(many, 2, 5 * number + index, 0, "identity") for index in range(5)]
         assert all(len(batch) == 2 and len({sizes[place] for place in batch}) == 1 for batch in batches)
         drawn = [place for batch in batches for place in batch]
         assert set(drawn) == set(range(9)) and len(drawn) == 10, "only the last batch of three is filled up"
         rounds.append(batches)
     assert rounds[0] != rounds[1], "another order every round"
-    assert training_pictures.batch_indices(many, 2, 7, 0, "identity") == rounds[1][2]
-    assert training_pictures.batch_indices(pictures(1, [(8, 8)], [""]), 3, 0, 0, "identity") == [0, 0, 0]
+    assert training_images.batch_indices(many, 2, 7, 0, "identity") == rounds[1][2]
+    assert training_images.batch_indices(images(1, [(8, 8)], [""]), 3, 0, 0, "identity") == [0, 0, 0]
 
 
 class Encoder:
-    """A VAE whose latent is the mean colour of eight by eight pixels, cutting as ComfyUI's VAE does."""
+    """A VAE whose latent is the mean color of eight by eight pixels, cutting as ComfyUI's VAE does."""
 
-    def encode(self, picture: torch.Tensor) -> torch.Tensor:
-        height, width = (side // 8 * 8 for side in picture.shape[1:3])
-        top, left = (picture.shape[1] - height) // 2, (picture.shape[2] - width) // 2
-        cut = picture[:, top : top + height, left : left + width].movedim(-1, 1)
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = (side // 8 * 8 for side in image.shape[1:3])
+        top, left = (image.shape[1] - height) // 2, (image.shape[2] - width) // 2
+        cut = image[:, top : top + height, left : left + width].movedim(-1, 1)
         return torch.nn.functional.avg_pool2d(cut, 8)
 
 
-def test_pictures_are_encoded_at_their_size_with_masks_where_the_subject_is():
+def test_images_are_encoded_at_their_size_with_masks_where_the_subject_is():
     shapes = [(64, 48), (67, 90)]
     images = [torch.rand(*shape, 3, generator=torch.Generator().manual_seed(1)) for shape in shapes]
     masks = [None, (images[1][..., 0] > 0.5).float()]
-    found = training_pictures.encode_pictures(Encoder(), images, ["one", "two"], masks)
+    found = training_images.encode_images(Encoder(), images, ["one", "two"], masks)
     assert [tuple(latent.shape) for latent in found.latents] == [(3, 8, 6), (3, 8, 11)]
     assert found.masks[0] is None
-    # A mask that is one of the picture's channels must come out as that channel of the latent.
-    as_picture = masks[1][..., None].expand(-1, -1, 3)
-    assert torch.allclose(found.masks[1], Encoder().encode(as_picture[None])[0, 0], atol=1e-6)
-    again = training_pictures.encode_pictures(Encoder(), images, ["one", "two"], masks)
+    # A mask that is one of the image's channels must come out as that channel of the latent.
+    as_image = masks[1][..., None].expand(-1, -1, 3)
+    assert torch.allclose(found.masks[1], Encoder().encode(as_image[None])[0, 0], atol=1e-6)
+    again = training_images.encode_images(Encoder(), images, ["one", "two"], masks)
     assert again.fingerprint == found.fingerprint
     for change in (([images[0], 1 - images[1]], ["one", "two"], masks), (images, ["one", "three"], masks),
                    (images, ["one", "two"], [None, None])):  # fmt: skip
-        assert training_pictures.encode_pictures(Encoder(), *change).fingerprint != found.fingerprint
+        assert training_images.encode_images(Encoder(), *change).fingerprint != found.fingerprint
 
 
 @pytest.mark.parametrize(
     ("images", "captions", "masks", "message"),
     [
-        ([], [], None, "no picture"),
-        ([torch.rand(16, 16, 3)], [], None, "1 pictures, 0 captions"),
-        ([torch.rand(16, 16, 3)], ["a"], [torch.zeros(16, 16)], "mask of picture 1 is empty"),
-        ([torch.full((16, 16, 3), math.nan)], ["a"], None, "latent of picture 1 contains NaN"),
-        ([torch.rand(4, 16, 3)], ["a"], None, "Picture 1 is 16x4"),
+        ([], [], None, "no image"),
+        ([torch.rand(16, 16, 3)], [], None, "1 images, 0 captions"),
+        ([torch.rand(16, 16, 3)], ["a"], [torch.zeros(16, 16)], "mask of image 1 is empty"),
+        ([torch.full((16, 16, 3), math.nan)], ["a"], None, "latent of image 1 contains NaN"),
+        ([torch.rand(4, 16, 3)], ["a"], None, "Image 1 is 16x4"),
     ],
 )
-def test_pictures_that_cannot_be_used_are_named(images: list, captions: list, masks: Any, message: str):
+def test_images_that_cannot_be_used_are_named(images: list, captions: list, masks: Any, message: str):
     with pytest.raises(IdentityEditError, match=message):
-        training_pictures.encode_pictures(Encoder(), images, captions, masks)
+        training_images.encode_images(Encoder(), images, captions, masks)
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -357,12 +357,12 @@ def test_the_text_encoder_can_be_left_alone():
     assert prior.model_change and not prior.clip_change
 
 
-def test_training_learns_the_pictures():
-    """On two pictures the loss with fixed draws must fall far; without a regularisation set."""
+def test_training_learns_the_images():
+    """On two images the loss with fixed draws must fall far; without a regularization set."""
     with torch.inference_mode():
         model, clip = make("sd1")
         settings = dataclasses.replace(SETTINGS, steps=60, learning_rate=3e-3, sample_every=0)
-        _, run = train(model, clip, settings, regularisation=None)
+        _, run = train(model, clip, settings, regularization=None)
     assert sum(run.losses[-10:]) < 0.8 * sum(run.losses[:10])
 
 

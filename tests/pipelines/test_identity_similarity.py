@@ -50,9 +50,9 @@ def test_onnxruntime_alone_shows_the_network_what_insightface_would(tmp_path: Pa
     path = tmp_path / "arcface.onnx"
     path.write_bytes(b"a network")
     recognizer = identity.FaceRecognizer(str(path))
-    pictures = torch.rand(2, 112, 112, 3)
-    found = recognizer.embed(pictures)
-    seen = ((pictures * 255).round() - 127.5).movedim(-1, 1).reshape(2, -1)[:, :512]  # red first
+    images = torch.rand(2, 112, 112, 3)
+    found = recognizer.embed(images)
+    seen = ((images * 255).round() - 127.5).movedim(-1, 1).reshape(2, -1)[:, :512]  # red first
     torch.testing.assert_close(found, seen / seen.norm(dim=1, keepdim=True))
     path.write_bytes(b"... _minusscalar0 ... _mulscalar0")
     with pytest.raises(IdentityEditError, match="pip install insightface"):
@@ -84,16 +84,16 @@ class SalientSession(Session):
 
 def test_masks_of_the_subject(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(InferenceSession=SalientSession))
-    pictures = torch.zeros(1, 64, 64, 3)
-    pictures[:, 16:48, 16:48] = 1.0
-    masks = background.subject_masks(str(tmp_path / "u2net.onnx"), pictures)
+    images = torch.zeros(1, 64, 64, 3)
+    images[:, 16:48, 16:48] = 1.0
+    masks = background.subject_masks(str(tmp_path / "u2net.onnx"), images)
     assert masks.shape == (1, 64, 64) and masks[0, 32, 32] > 0.95 and masks[0, 2, 2] < 0.05
     clean = background.without_background(torch.rand(1, 64, 64, 3), masks.round(), 0.5)
     assert bool((clean[0, :8] == 0.5).all())
     SalientSession.output = None
     monkeypatch.setattr(SalientSession, "__init__", Session.__init__)
     with pytest.raises(IdentityEditError, match="no salient-object network"):
-        background.subject_masks(str(tmp_path / "arcface.onnx"), pictures)
+        background.subject_masks(str(tmp_path / "arcface.onnx"), images)
 
 
 # -- real networks and photos ------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_aligned_faces_stay_the_same_person(real: Any) -> None:
     detector = faces.open_detector(str(real_file("face_detection_yunet_2023mar.onnx")))
     photo, face = found["obama.jpg"][0]
     for size in (256, 1024):
-        aligned = align_ffhq(photo, face.points, size).picture
+        aligned = align_ffhq(photo, face.points, size).image
         (again,) = faces.detect_faces(detector, aligned)
         before, after = identity.embed_faces(recognizer, [(photo, face), (aligned, again)])
         assert float(before @ after) > 0.9
@@ -158,6 +158,6 @@ def test_aligned_faces_stay_the_same_person(real: Any) -> None:
 
 def test_a_real_background_is_removed(real: Any) -> None:
     photo, face = real[0]["obama.jpg"][0]
-    aligned = align_ffhq(photo, face.points, 256).picture[None]
+    aligned = align_ffhq(photo, face.points, 256).image[None]
     (mask,) = background.subject_masks(str(real_file("u2netp.onnx")), aligned)
     assert mask[100:160, 100:160].min() > 0.9 and mask[:40, :40].max() < 0.1

@@ -13,8 +13,8 @@ from identity_edit_pack.pipelines.mcdm.train_identity_words import IdentitySetti
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.shared.files import write_tensors
 from identity_edit_pack.pipelines.subjects.word_vectors import word_table
+from identity_edit_pack.pipelines.training.images import TrainingImages
 from identity_edit_pack.pipelines.training.loop import FLOAT32
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 
 CAPTIONS = ["a person on the grass", "a smiling person", "an angry person in the snow", "a person"]
@@ -24,15 +24,15 @@ SETTINGS = IdentitySettings(
 FEATURES = torch.randn(4, 5, 48, generator=torch.Generator().manual_seed(2))
 
 
-def pictures() -> TrainingPictures:
+def images() -> TrainingImages:
     generator = torch.Generator().manual_seed(1)
     latents = [5.0 * torch.randn(4, 8, 8, generator=generator) for _ in CAPTIONS]
-    return TrainingPictures(latents, list(CAPTIONS), [None] * len(CAPTIONS), "pictures")
+    return TrainingImages(latents, list(CAPTIONS), [None] * len(CAPTIONS), "images")
 
 
 def train(family="sd1", settings=SETTINGS, features=FEATURES, **options):
     model, clip = tiny_models.FAMILIES[family](output_gain=0.1), tiny_text_encoders.clip(family)
-    return train_identity_words(model, clip, pictures(), features, settings, **options)
+    return train_identity_words(model, clip, images(), features, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_words_that_exist_give_the_prompt_that_has_them(family) -> None:
     )
 
 
-def test_several_pictures_make_a_batch() -> None:
+def test_several_images_make_a_batch() -> None:
     clip = tiny_text_encoders.clip("sd1")
     pair = torch.cat([vectors_of(clip, "old happy")["clip_l"], vectors_of(clip, "young angry")["clip_l"]])
     found = words_of.identity_conditioning(clip, {"clip_l": pair}, "a woman", "woman")
@@ -99,7 +99,7 @@ def test_the_encoder_begins_with_the_class_word() -> None:
         assert torch.allclose(each, person[name].expand_as(each), atol=1e-6)
 
 
-def test_pictures_of_different_features_get_different_words(trained) -> None:
+def test_images_of_different_features_get_different_words(trained) -> None:
     words, run = trained
     assert len(run.losses) == 6 and all(loss > 0 for loss in run.losses)
     vectors = words_of.identity_vectors(words, FEATURES)
@@ -118,7 +118,7 @@ def test_training_learns_and_leaves_the_networks_alone(family) -> None:
     model, clip = tiny_models.FAMILIES[family](output_gain=0.1), tiny_text_encoders.clip(family)
     before = [copy.deepcopy(part.state_dict()) for part in (model.model, clip.cond_stage_model)]
     words, _ = train_identity_words(
-        model, clip, pictures(), FEATURES, dataclasses.replace(SETTINGS, regularisation_weight=50.0, steps=40)
+        model, clip, images(), FEATURES, dataclasses.replace(SETTINGS, regularization_weight=50.0, steps=40)
     )
     for part, state in zip((model.model, clip.cond_stage_model), before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in part.state_dict().items())
@@ -131,14 +131,14 @@ def test_training_learns_and_leaves_the_networks_alone(family) -> None:
 
 def test_the_loss_is_the_denoising_loss_of_the_captions_with_the_words() -> None:
     """The first step against the definition: eps-MSE with the embedding of 'a person person person', and ELITE's
-    regularisation."""
+    regularization."""
     from identity_edit_pack.pipelines.engine import to_model_scale
+    from identity_edit_pack.pipelines.training.images import batch_indices
     from identity_edit_pack.pipelines.training.loop import generator_of
-    from identity_edit_pack.pipelines.training.pictures import batch_indices
 
     model, clip = tiny_models.sd1(output_gain=0.1), tiny_text_encoders.clip("sd1")
-    shown = pictures()
-    settings = dataclasses.replace(SETTINGS, regularisation_weight=0.5, steps=1)
+    shown = images()
+    settings = dataclasses.replace(SETTINGS, regularization_weight=0.5, steps=1)
     _, run = train_identity_words(model, clip, shown, FEATURES, settings)
     chosen = batch_indices(shown, 2, 0, settings.seed, "identity words")
     sampling = model.get_model_object("model_sampling")
@@ -205,12 +205,12 @@ def test_another_clip_vision_is_refused(trained) -> None:
         words_of.image_features(SimpleNamespace(penultimate_hidden_states=None))
 
 
-def test_wrong_pictures_are_refused() -> None:
-    with pytest.raises(IdentityEditError, match="caption of picture 1"):
+def test_wrong_images_are_refused() -> None:
+    with pytest.raises(IdentityEditError, match="caption of image 1"):
         train(settings=dataclasses.replace(SETTINGS, class_word="woman"))
-    with pytest.raises(IdentityEditError, match="4 pictures and CLIP vision features for 3"):
+    with pytest.raises(IdentityEditError, match="4 images and CLIP vision features for 3"):
         train(features=FEATURES[:3])
-    with pytest.raises(IdentityEditError, match="no picture has a mask"):
+    with pytest.raises(IdentityEditError, match="no image has a mask"):
         train(settings=dataclasses.replace(SETTINGS, masked=True))
 
 

@@ -233,7 +233,7 @@ def test_save_and_load_give_the_same_inversion(tmp_path: Path):
     made = inversion.ddim_inversion(patcher, tiny_models.latent(2, batch=2), positive, steps=4)
     table = constant_embedding(made.sigmas, positive[0][0], positive[0][1]["pooled_output"])
     made = made.with_embeddings(replace(table, guidance_scale=6.5))
-    path = tmp_path / "new folder" / "picture.safetensors"
+    path = tmp_path / "new folder" / "image.safetensors"
     inversion.save_inversion(made, str(path))
     loaded = inversion.load_inversion(str(path))
     for name in ("trajectory", "sigmas", "timesteps"):
@@ -244,7 +244,7 @@ def test_save_and_load_give_the_same_inversion(tmp_path: Path):
     assert loaded.embeddings.guidance_scale == 6.5
     assert (loaded.method, loaded.guidance_scale) == ("ddim", 1.0)
     inversion.check_inversion(loaded, patcher, steps=4, latent_shape=(2, 4, 8, 8))
-    assert [file.name for file in path.parent.iterdir()] == ["picture.safetensors"]
+    assert [file.name for file in path.parent.iterdir()] == ["image.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +368,7 @@ def test_nothing_keeps_the_model_after_a_run():
 
 
 @pytest.mark.parametrize("area", [(2, 2, 0, 12), (2, 2, 8, 0), ("percentage", 0.5, 0.5, 0.0, 1.0)])
-def test_an_area_outside_of_the_picture_is_refused(area: tuple):
+def test_an_area_outside_of_the_image_is_refused(area: tuple):
     """ComfyUI's own message for it is that of a failed slice."""
     latent, conditioning = tiny_models.latent(2, height=8, width=12), tiny_models.conditioning(1)
     outside = [[conditioning[0][0], {**conditioning[0][1], "area": area, "strength": 1.0}]]

@@ -49,7 +49,7 @@ def test_a_part_weighs_the_places_of_every_layer(tmp_path: Path, monkeypatch: py
         pair = [theirs.net(theirs.scaling_layer(2 * p.movedim(-1, 1) - 1)) for p in (EDITED, SOURCE)]
         for first, second, head in zip(*pair, theirs.lins, strict=True):
             layer = head((lpips.normalize_tensor(first) - lpips.normalize_tensor(second)) ** 2)[:, 0].double()
-            places = torch.stack(  # how much of each place's share of the picture is in the mask, row by row
+            places = torch.stack(  # how much of each place's share of the image is in the mask, row by row
                 [
                     mask[0, row * 70 // len(layer[0]) : -(-(row + 1) * 70 // len(layer[0]))].mean().double()
                     for row in range(len(layer[0]))

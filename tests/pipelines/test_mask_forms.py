@@ -1,4 +1,4 @@
-"""Masks brought to the size of a picture or latent, against what ComfyUI itself does."""
+"""Masks brought to the size of an image or latent, against what ComfyUI itself does."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from identity_edit_pack.pipelines.shared import masks
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.shared.pictures import comparable, middle
+from identity_edit_pack.pipelines.shared.images import comparable, middle
 
 
 def test_a_mask_grows_and_halves_as_comfyui_does_it() -> None:
@@ -19,7 +19,7 @@ def test_a_mask_grows_and_halves_as_comfyui_does_it() -> None:
 
 
 @pytest.mark.parametrize("size", [(97, 131), (103, 135), (96, 129), (101, 128)])
-def test_what_vae_encode_cuts_off_a_picture_is_cut_off_its_mask(size: tuple[int, int]) -> None:
+def test_what_vae_encode_cuts_off_a_image_is_cut_off_its_mask(size: tuple[int, int]) -> None:
     mask = torch.rand(1, *size)
     vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
     vae.downscale_ratio, vae.crop_input, vae.latent_dim, vae.output_channels = 8, True, 2, 1
@@ -28,13 +28,13 @@ def test_what_vae_encode_cuts_off_a_picture_is_cut_off_its_mask(size: tuple[int,
     assert torch.equal(masks.of_size(mask, 96, 128), kept)
     of_cells = torch.nn.functional.avg_pool2d(kept[:, None], 8)[:, 0]
     torch.testing.assert_close(masks.of_size(mask, 12, 16), of_cells)
-    pictures = mask[..., None].expand(-1, -1, -1, 3)
-    first, second, note = comparable(pictures, kept[..., None], ("photo", "edit"))
+    images = mask[..., None].expand(-1, -1, -1, 3)
+    first, second, note = comparable(images, kept[..., None], ("photo", "edit"))
     assert torch.equal(first, second) and note is not None and note.startswith("Of photo")
 
 
-def test_one_mask_is_for_all_pictures() -> None:
+def test_one_mask_is_for_all_images() -> None:
     mask = torch.rand(1, 8, 8)
     assert torch.equal(masks.masks_for(mask, "mask", 8, 8, 3), mask.expand(3, -1, -1))
-    with pytest.raises(IdentityEditError, match="mask holds 2 masks for 3 pictures; give one for all"):
+    with pytest.raises(IdentityEditError, match="mask holds 2 masks for 3 images; give one for all"):
         masks.masks_for(mask.expand(2, -1, -1), "mask", 8, 8, 3)

@@ -33,7 +33,7 @@ FAMILIES = list(tiny_models.FAMILIES)
 POSITIVE, NEGATIVE, IMAGE, UNCONDITIONAL, SOURCE = "positive", "negative", "image", "unconditional", "source"
 
 
-def picture(seed: int, batch: int = 1, size: int = 64) -> torch.Tensor:
+def image(seed: int, batch: int = 1, size: int = 64) -> torch.Tensor:
     return torch.rand(batch, size, size, 3, generator=torch.Generator().manual_seed(seed))
 
 
@@ -44,7 +44,7 @@ def untrained(model: Any, vision: Any, image_tokens: int = tiny_models.TOKENS) -
 
 
 def with_source_weights(model: Any, seed: int = 4) -> Any:
-    """The model as training leaves it: the source picture counts."""
+    """The model as training leaves it: the source image counts."""
     weight = model.model.diffusion_model.input_blocks[0][0].weight
     with torch.no_grad():
         weight[:, 4:] = 0.1 * torch.randn(weight[:, 4:].shape, generator=torch.Generator().manual_seed(seed))
@@ -64,12 +64,12 @@ def stock_guider(model: Any, positive: Any, negative: Any, cfg: float) -> Any:
 
 
 @pytest.fixture
-def seen() -> tuple[Any, Any, Any, mcdm.SourcePictures]:
-    """A model, its MCDM, its CLIP vision and a source picture as they see it."""
+def seen() -> tuple[Any, Any, Any, mcdm.SourceImages]:
+    """A model, its MCDM, its CLIP vision and a source image as they see it."""
     model = with_source_weights(edit_model.as_edit_model(tiny_models.sd1()))
     vision = tiny_vision.clip_vision()
     made = untrained(model, vision)
-    return model, made, vision, mcdm.see_pictures(made, model, vision, tiny_vision.VAE(), picture(1))
+    return model, made, vision, mcdm.see_images(made, model, vision, tiny_vision.VAE(), image(1))
 
 
 # -- nothing changes before training -----------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_with_zero_channels_and_no_image_tokens_the_output_is_the_base_models(na
     assert isinstance(model.model, comfy.model_base.IP2P)
     # A convolution over more channels adds in another order on some processors.
     assert tiny_models.relative_error(after, before) < 1e-5
-    assert tiny_models.relative_error(changed, before) > 1e-3  # it is the zeros: the picture is not left out
+    assert tiny_models.relative_error(changed, before) > 1e-3  # it is the zeros: the image is not left out
 
 
 def test_a_lora_on_the_model_becomes_part_of_it_and_the_model_itself_stays():
@@ -122,7 +122,7 @@ def test_a_model_of_the_family_is_copied_and_an_inpainting_model_refused():
 def test_the_image_embedding_begins_as_dreamposes_adapter():
     """Karras et al. 2023: Linear(54, 50) along the tokens begins as eye(50, 54), on CLIP's 50 and the latent's 4."""
     made = mcdm.ImageEmbedding(50, 768, (4, 64, 64), 768, image_tokens=0)
-    made.initialise(50, None, torch.Generator().manual_seed(0))
+    made.initialize(50, None, torch.Generator().manual_seed(0))
     assert torch.equal(made.mix.weight, torch.eye(50, 54))
     tokens, latent = torch.randn(2, 50, 768), torch.randn(2, 4, 64, 64)
     assert torch.allclose(made(tokens, latent), tokens, atol=1e-6)
@@ -137,22 +137,22 @@ def test_the_image_embedding_begins_as_dreamposes_adapter():
 @pytest.mark.parametrize(("tokens", "image_tokens"), [(257, 77), (17, 77), (50, 77)])
 def test_another_number_of_tokens_begins_with_all_of_clips_in_their_order(tokens: int, image_tokens: int):
     made = mcdm.ImageEmbedding(tokens, 8, (4, 8, 8), 8, image_tokens)
-    made.initialise(tokens, None, torch.Generator().manual_seed(0))
+    made.initialize(tokens, None, torch.Generator().manual_seed(0))
     of_clip = made.mix.weight[:, :tokens]
     assert torch.allclose(of_clip.sum(dim=1), torch.ones(image_tokens))
     assert bool((of_clip.sum(dim=0) > 0).all())  # none is left out
-    centre = (of_clip * torch.arange(tokens)).sum(dim=1)
-    assert bool((centre.diff() >= 0).all())
+    center = (of_clip * torch.arange(tokens)).sum(dim=1)
+    assert bool((center.diff() >= 0).all())
 
 
 def test_clips_own_projection_is_taken_where_it_leads_to_the_texts_width():
     vision = tiny_vision.clip_vision()
     model = edit_model.as_edit_model(tiny_models.sd1())
     made = mcdm.new_embedding(model, vision, (4, 8, 8), torch.Generator().manual_seed(0), 0)
-    tokens = vision_tokens(vision, picture(3))
+    tokens = vision_tokens(vision, image(3))
     c_im = made(tokens, torch.zeros(1, 4, 8, 8))
-    # The class token is then CLIP's own embedding of the picture, which it shares with texts.
-    assert torch.allclose(c_im[:, 0], vision.encode_image(picture(3), crop=False)["image_embeds"], atol=1e-5)
+    # The class token is then CLIP's own embedding of the image, which it shares with texts.
+    assert torch.allclose(c_im[:, 0], vision.encode_image(image(3), crop=False)["image_embeds"], atol=1e-5)
     assert vision_projection(vision).shape == (tiny_models.CONTEXT, tiny_vision.WIDTH)
 
 
@@ -160,7 +160,7 @@ def test_clips_own_projection_is_taken_where_it_leads_to_the_texts_width():
 
 
 def test_the_network_gets_each_condition_where_it_belongs(seen):
-    model, _, _, pictures = seen
+    model, _, _, images = seen
     prompt = tiny_models.conditioning(1)
     arrived: list[tuple[torch.Tensor, torch.Tensor]] = []
 
@@ -170,25 +170,25 @@ def test_the_network_gets_each_condition_where_it_belongs(seen):
 
     watched = model.clone()
     watched.set_model_unet_function_wrapper(record)
-    conditioning = mcdm.with_pictures(prompt, pictures)
+    conditioning = mcdm.with_images(prompt, images)
     sample(stock_guider(watched, conditioning, conditioning, 1.0), torch.zeros(1, 4, 8, 8), SIGMAS[-2:])
     spatial, context = arrived[0]
-    assert torch.equal(spatial, tiny_vision.VAE().encode(picture(1)))  # unscaled
-    assert torch.equal(context, torch.cat([prompt[0][0], pictures.image_embeddings], dim=1))
+    assert torch.equal(spatial, tiny_vision.VAE().encode(image(1)))  # unscaled
+    assert torch.equal(context, torch.cat([prompt[0][0], images.image_embeddings], dim=1))
     assert prompt[0][0].shape[1] == tiny_models.TOKENS and "concat_latent_image" not in prompt[0][1]
 
 
 def test_conditions_are_taken_away_one_by_one(seen):
-    _, _, _, pictures = seen
+    _, _, _, images = seen
     prompt = tiny_models.conditioning(1)
-    full = mcdm.with_pictures(prompt, pictures)
-    no_spatial = mcdm.without_pictures(full, spatial=True, image=False, name="x")
-    nothing = mcdm.without_pictures(full, spatial=True, image=True, name="x")
+    full = mcdm.with_images(prompt, images)
+    no_spatial = mcdm.without_images(full, spatial=True, image=False, name="x")
+    nothing = mcdm.without_images(full, spatial=True, image=True, name="x")
     assert "concat_latent_image" not in no_spatial[0][1] and torch.equal(no_spatial[0][0], full[0][0])
     assert torch.equal(nothing[0][0], prompt[0][0]) and "concat_latent_image" not in nothing[0][1]
     assert "concat_latent_image" in full[0][1]
     with pytest.raises(IdentityEditError, match="connect MCDM Conditioner"):
-        mcdm.without_pictures(prompt, spatial=True, image=True, name="positive")
+        mcdm.without_images(prompt, spatial=True, image=True, name="positive")
 
 
 # -- guidance ----------------------------------------------------------------------------------------------------------
@@ -231,10 +231,10 @@ def test_guidance_is_the_formula_on_random_predictions(scales: GuidanceScales, m
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_guider_samples_by_the_formula(seen, scales: GuidanceScales, masked: bool):
     """Against five stock guiders without guidance, combined outside of ComfyUI step by step."""
-    model, _, _, pictures = seen
+    model, _, _, images = seen
     p_b, p_a, null = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
-    full = mcdm.with_pictures(p_b, pictures)
-    source, negative = mcdm.with_pictures(p_a, pictures), mcdm.with_pictures(null, pictures)
+    full = mcdm.with_images(p_b, images)
+    source, negative = mcdm.with_images(p_a, images), mcdm.with_images(null, images)
     mask = (torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(5)) > 0.5).float() if masked else None
     calls: list[int] = []
 
@@ -287,8 +287,8 @@ def test_the_papers_scales_cost_three_evaluations_and_four_with_a_mask():
 
 
 def test_a_mask_of_ones_is_the_unmasked_guidance_and_of_zeros_the_sources(seen):
-    model, _, _, pictures = seen
-    full, source, negative = (mcdm.with_pictures(tiny_models.conditioning(seed), pictures) for seed in (1, 2, 3))
+    model, _, _, images = seen
+    full, source, negative = (mcdm.with_images(tiny_models.conditioning(seed), images) for seed in (1, 2, 3))
     zeros = torch.zeros(1, 4, 8, 8)
 
     def masked(value: float) -> torch.Tensor:
@@ -303,8 +303,8 @@ def test_a_mask_of_ones_is_the_unmasked_guidance_and_of_zeros_the_sources(seen):
 
 
 def test_functions_after_the_guidance_run_and_the_guider_leaves_the_model_as_it_was(seen):
-    model, _, _, pictures = seen
-    full, negative = (mcdm.with_pictures(tiny_models.conditioning(seed), pictures) for seed in (1, 3))
+    model, _, _, images = seen
+    full, negative = (mcdm.with_images(tiny_models.conditioning(seed), images) for seed in (1, 3))
     patched = model.clone()
     patched.set_model_sampler_post_cfg_function(lambda args: 0.0 * args["denoised"])
     options = copy.deepcopy(model.model_options)
@@ -313,13 +313,13 @@ def test_functions_after_the_guidance_run_and_the_guider_leaves_the_model_as_it_
     assert model.model_options == options and not model.wrappers
 
 
-def test_a_batch_of_pictures_is_edited_one_by_one(seen):
+def test_a_batch_of_images_is_edited_one_by_one(seen):
     model, made, vision, _ = seen
-    pictures = mcdm.see_pictures(made, model, vision, tiny_vision.VAE(), torch.cat([picture(1), picture(2)]))
-    full, negative = (mcdm.with_pictures(tiny_models.conditioning(seed), pictures) for seed in (1, 3))
+    images = mcdm.see_images(made, model, vision, tiny_vision.VAE(), torch.cat([image(1), image(2)]))
+    full, negative = (mcdm.with_images(tiny_models.conditioning(seed), images) for seed in (1, 3))
     both = sample(mcdm_guidance.mcdm_guider(model, full, negative, GuidanceScales()), torch.zeros(2, 4, 8, 8))
-    second = mcdm.SourcePictures(pictures.latent[1:], pictures.image_embeddings[1:])
-    full, negative = (mcdm.with_pictures(tiny_models.conditioning(seed), second) for seed in (1, 3))
+    second = mcdm.SourceImages(images.latent[1:], images.image_embeddings[1:])
+    full, negative = (mcdm.with_images(tiny_models.conditioning(seed), second) for seed in (1, 3))
     guider = mcdm_guidance.mcdm_guider(model, full, negative, GuidanceScales())
     noise = comfy.sample.prepare_noise(torch.zeros(2, 4, 8, 8), 1)[1:]
     alone = guider.sample(
@@ -332,19 +332,19 @@ def test_a_batch_of_pictures_is_edited_one_by_one(seen):
 
 
 def test_what_does_not_fit_is_refused_by_name(seen):
-    model, made, vision, pictures = seen
-    full = mcdm.with_pictures(tiny_models.conditioning(1), pictures)
+    model, made, vision, images = seen
+    full = mcdm.with_images(tiny_models.conditioning(1), images)
     vae = tiny_vision.VAE()
-    with pytest.raises(IdentityEditError, match="takes 4 input channels and cannot see a source picture"):
-        mcdm.see_pictures(made, tiny_models.sd1(), vision, vae, picture(1))
+    with pytest.raises(IdentityEditError, match="takes 4 input channels and cannot see a source image"):
+        mcdm.see_images(made, tiny_models.sd1(), vision, vae, image(1))
     with pytest.raises(IdentityEditError, match="takes 4 input channels"):
         mcdm_guidance.mcdm_guider(tiny_models.sd1(), full, full, GuidanceScales())
     with pytest.raises(IdentityEditError, match="not of the family of this MCDM's file"):
-        mcdm.see_pictures(made, edit_model.as_edit_model(tiny_models.sd2_v()), vision, vae, picture(1))
+        mcdm.see_images(made, edit_model.as_edit_model(tiny_models.sd2_v()), vision, vae, image(1))
     with pytest.raises(IdentityEditError, match="17 tokens of 32 numbers instead of 17 of 16"):
-        mcdm.see_pictures(made, model, tiny_vision.clip_vision(width=32), vae, picture(1))
+        mcdm.see_images(made, model, tiny_vision.clip_vision(width=32), vae, image(1))
     with pytest.raises(IdentityEditError, match="different weights"):
-        mcdm.see_pictures(made, model, tiny_vision.clip_vision(seed=8), vae, picture(1))
+        mcdm.see_images(made, model, tiny_vision.clip_vision(seed=8), vae, image(1))
     with pytest.raises(IdentityEditError, match="connect MCDM Conditioner"):
         mcdm_guidance.mcdm_guider(model, tiny_models.conditioning(1), full, GuidanceScales())
     with pytest.raises(IdentityEditError, match="needs source"):
@@ -400,9 +400,9 @@ def test_the_stock_loader_gives_the_same_latent_from_the_saved_file(demo, tmp_pa
 
     def edit(parts: tuple[Any, Any, Any], made: mcdm.MCDM) -> torch.Tensor:
         model, clip, vae = parts
-        pictures = mcdm.see_pictures(made, model, vision, vae, picture(1, size=128))
+        images = mcdm.see_images(made, model, vision, vae, image(1, size=128))
         prompts = (clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in ("a smiling cat", ""))
-        full, negative = (mcdm.with_pictures(prompt, pictures) for prompt in prompts)
+        full, negative = (mcdm.with_images(prompt, images) for prompt in prompts)
         guider = mcdm_guidance.mcdm_guider(model, full, negative, GuidanceScales())
         return sample(guider, torch.zeros(1, 4, 16, 16), SIGMAS[1:])
 
@@ -452,7 +452,7 @@ def test_a_file_of_other_conventions_or_damaged_is_refused(seen, tmp_path: Path,
     model, made, _, _ = seen
     path = tmp_path / "edit.safetensors"
     with monkeypatch.context() as patch:
-        patch.setitem(mcdm.CONVENTIONS, "null spatial", "the VAE's black picture")
+        patch.setitem(mcdm.CONVENTIONS, "null spatial", "the VAE's black image")
         mcdm.save_mcdm(made, str(path), model, None, None, {}, "float32")
     with pytest.raises(IdentityEditError, match="other conventions"):
         mcdm.load_mcdm(str(path))

@@ -1,4 +1,4 @@
-"""Null-text optimisation against a reference loop on diffusers' UNet with the same weights."""
+"""Null-text optimization against a reference loop on diffusers' UNet with the same weights."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_batch_is_its_latents_one_by_one():
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2_v", "sdxl"])
-def test_it_brings_every_family_back_to_the_picture(family: str):
+def test_it_brings_every_family_back_to_the_image(family: str):
     patcher = tiny_models.FAMILIES[family](output_gain=0.05)
     latent = tiny_models.latent(3, batch=2)
     pivot = inversion.ddim_inversion(patcher, latent, POSITIVE, steps=5)
@@ -87,7 +87,7 @@ def test_it_brings_every_family_back_to_the_picture(family: str):
     after = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=10)
     assert bool((after.final_losses[-1] < 0.7 * before.final_losses[-1]).all())
     assert (before.evaluations, after.evaluations) == (10, 5 * 12)
-    # The step table gives the same picture through ComfyUI's own guidance.
+    # The per-step embeddings give the same image through ComfyUI's own guidance.
     again = inversion.sample_inversion(patcher, pivot.with_embeddings(after.embeddings), POSITIVE, NEGATIVE, 7.5)
     assert relative_error(again, after.reconstruction) < 1e-4
 

@@ -28,10 +28,10 @@ class Autoencoder:
 
 
 class ClipVision:
-    """The mean colour as the embedding."""
+    """The mean color as the embedding."""
 
-    def encode_image(self, picture, crop=True):
-        return {"image_embeds": picture.mean(dim=(1, 2)) - 0.5}
+    def encode_image(self, image, crop=True):
+        return {"image_embeds": image.mean(dim=(1, 2)) - 0.5}
 
 
 def generate(path, settings=SETTINGS, model=None, clip=None, **options):
@@ -118,7 +118,7 @@ def test_a_stopped_run_goes_on_to_the_same_dataset(whole, tmp_path) -> None:
     class Stopped(Exception):
         pass
 
-    def stop(done, total, picture):
+    def stop(done, total, image):
         if done == 2:
             raise Stopped
 
@@ -175,7 +175,7 @@ def test_the_check_keeps_what_is_alike_and_notes_what_is_not(whole, tmp_path) ->
     assert all(facts["similarity"] < 0.5 and facts["attempt"] == 2 for facts in rejected.values())
     for number, facts in kept.items():
         source, target, _ = load_pair(folder.path / "pairs" / f"{number:06}")
-        means = [picture.mean(dim=(0, 1)) - 0.5 for picture in (source, target)]
+        means = [image.mean(dim=(0, 1)) - 0.5 for image in (source, target)]
         assert abs(float(torch.cosine_similarity(*means, dim=0)) - facts["similarity"]) < 0.02
         if facts["attempt"] == 0:
             assert facts["files"] == hashes(whole[1])[number]
@@ -210,16 +210,16 @@ def test_identity_words_are_in_all_three_prompts(tmp_path, monkeypatch) -> None:
 
 def test_saved_pairs_get_the_next_numbers(tmp_path) -> None:
     folder = PairFolder(tmp_path)
-    pictures = torch.rand(3, 16, 24, 3)
+    images = torch.rand(3, 16, 24, 3)
     facts = {"source_prompt": "a", "target_prompt": "b", "edit": "hat"}
-    assert datasets.save_pairs(folder, pictures[:2], pictures[1:], **facts) == [0, 1]
-    assert datasets.save_pairs(folder, pictures[:1], pictures[:1], **facts) == [2]
+    assert datasets.save_pairs(folder, images[:2], images[1:], **facts) == [0, 1]
+    assert datasets.save_pairs(folder, images[:1], images[:1], **facts) == [2]
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 3
-    assert datasets.save_pairs(folder, pictures[:1], pictures[1:], **facts) == [3, 4]  # one source for both
+    assert datasets.save_pairs(folder, images[:1], images[1:], **facts) == [3, 4]  # one source for both
     with pytest.raises(IdentityEditError, match="one of either"):
-        datasets.save_pairs(folder, pictures, pictures[:2], **facts)
+        datasets.save_pairs(folder, images, images[:2], **facts)
     with pytest.raises(IdentityEditError, match="one size"):
-        datasets.save_pairs(folder, pictures, pictures[:, :8], **facts)
+        datasets.save_pairs(folder, images, images[:, :8], **facts)
 
 
 def test_a_subject_is_drawn_by_its_words_and_called_by_its_name():

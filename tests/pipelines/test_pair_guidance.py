@@ -156,7 +156,7 @@ def test_guidance_patches_of_other_nodes_take_part() -> None:
 
 
 def tiny_control_net():
-    """A real control network of ComfyUI with random weights."""
+    """A real ControlNet of ComfyUI with random weights."""
     import comfy.cldm.cldm
     import comfy.controlnet
     import comfy.ops
@@ -180,7 +180,7 @@ def test_a_pose_by_stock_nodes_holds_on_both_halves() -> None:
     given = conditionings()
     control_net = tiny_control_net()
     apply = nodes.ControlNetApplyAdvanced().apply_controlnet
-    both = torch.cat([pose, pose], dim=2)  # what the stock ImageStitch makes of the same picture twice
+    both = torch.cat([pose, pose], dim=2)  # what the stock ImageStitch makes of the same image twice
     stock = dict(given)
     stock["shared"], stock["negative"] = apply(given["shared"], given["negative"], control_net, both, 0.8, 0.0, 1.0)
     stock["source"], stock["target"] = apply(given["source"], given["target"], control_net, both, 0.8, 0.0, 1.0)
@@ -188,7 +188,7 @@ def test_a_pose_by_stock_nodes_holds_on_both_halves() -> None:
     _, plain = evaluate(pair_guider(model, **given))
     calls.clear()
     _, posed = evaluate(pair_guider(model, **stock))
-    assert sorted(calls) == [2, 2], "two control network objects, two calls"
+    assert sorted(calls) == [2, 2], "two ControlNet objects, two calls"
     assert float((posed - plain).abs().max()) > 1e-3
     calls.clear()
     ours = with_pose(Poses(control_net, pose, 0.8), 0, None, list(given.values()))
@@ -213,9 +213,9 @@ def test_wrong_inputs_are_refused() -> None:
 
 
 def test_halves_put_together_are_the_whole() -> None:
-    pictures = torch.rand(2, 6, 10, 3)
-    assert torch.equal(torch.cat(halves(pictures, 2, "x"), dim=2), pictures)
-    assert torch.equal(halves(doubled(pictures), 2, "x")[1], pictures)
+    images = torch.rand(2, 6, 10, 3)
+    assert torch.equal(torch.cat(halves(images, 2, "x"), dim=2), images)
+    assert torch.equal(halves(doubled(images), 2, "x")[1], images)
     with pytest.raises(IdentityEditError, match="9 wide"):
         halves(torch.rand(1, 4, 9, 3), 2, "The pair")
 
@@ -225,7 +225,7 @@ def test_weights_that_sum_to_one_leave_x_out() -> None:
     assert torch.allclose(pair_estimate(estimate, estimate, estimate, x), estimate, atol=1e-6)
 
 
-def test_an_area_outside_of_the_picture_is_refused() -> None:
+def test_an_area_outside_of_the_image_is_refused() -> None:
     sides = conditionings()
     embedding, options = sides["target"][0]
     sides["target"] = [[embedding, {**options, "area": (2, 2, 6, 0), "strength": 1.0}]]

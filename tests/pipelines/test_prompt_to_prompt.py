@@ -162,10 +162,10 @@ def test_refine_aligns_as_the_reference_does(clip: Any, source: str, target: str
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_words_emphasis_and_long_prompts(family: str) -> None:
     clip = encoder(family)
-    plain, emphasised = (words.prompt_tokens(clip, text) for text in ("a cat, red", "a (cat:1.3), (red)"))
-    assert plain.words == emphasised.words == ((1,), (2,), (3,), (4,))
+    plain, emphasized = (words.prompt_tokens(clip, text) for text in ("a cat, red", "a (cat:1.3), (red)"))
+    assert plain.words == emphasized.words == ((1,), (2,), (3,), (4,))
     assert plain.parts == (words.Part(0, 5, tuple(range(6, 77))),)
-    assert words.positions_of(clip, emphasised, "cat", "The prompt") == (2,)
+    assert words.positions_of(clip, emphasized, "cat", "The prompt") == (2,)
     assert words.positions_of(clip, words.prompt_tokens(clip, "a cat and a cat"), "a cat", "The prompt") == (1, 2, 4, 5)
     long = words.prompt_tokens(clip, "a cat " + "and a dog " * 30)
     assert long.count == 154 and len(long.parts) == 2 and long.parts[1].begin == 77
@@ -187,7 +187,7 @@ def test_identical_prompts_give_the_source_bit_for_bit(family: str, edit: str) -
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc"])
-def test_the_source_of_an_edit_is_the_plain_picture(clip: Any, sampler: str) -> None:
+def test_the_source_of_an_edit_is_the_plain_image(clip: Any, sampler: str) -> None:
     model, negative = tiny_models.sd1(), p2p.encode(clip, "")
     plain = sample(model, p2p.encode(clip, CAT), negative, sampler)
     uncontrolled = sample(model, p2p.encode(clip, DOG), negative, sampler)
@@ -251,7 +251,7 @@ def test_a_source_that_was_inverted(clip: Any) -> None:
     assert sum(counts) == 5 * 3 + 2  # round(0.8 * 6) = 5 steps under control
 
 
-def test_an_exact_inversion_with_the_same_prompt_gives_the_picture_back(clip: Any) -> None:
+def test_an_exact_inversion_with_the_same_prompt_gives_the_image_back(clip: Any) -> None:
     """To rounding: the source is evaluated without its negative side, in a batch of another size."""
     model, positive, negative = tiny_models.sd1(), p2p.encode(clip, CAT), p2p.encode(clip, "")
     latent = tiny_models.latent(4, 1, HEIGHT, WIDTH)
@@ -292,8 +292,8 @@ def test_a_step_table_gives_the_same_before_and_after(clip: Any, side: str) -> N
     assert torch.equal(*(sampled(one, pivot, positive, empty) for one in (before, after)))
 
 
-def test_outside_of_the_blend_the_inverted_picture_remains(clip: Any) -> None:
-    """A threshold that nothing exceeds: the estimate is the picture's everywhere, whatever the prompt says."""
+def test_outside_of_the_blend_the_inverted_image_remains(clip: Any) -> None:
+    """A threshold that nothing exceeds: the estimate is the image's everywhere, whatever the prompt says."""
     model, negative = tiny_models.sd1(output_gain=0.1), p2p.encode(clip, "")
     pivot = inverted(model, clip)
     end = pivot.end_latent(model)

@@ -401,7 +401,7 @@ def test_bad_inputs_are_refused_in_one_sentence() -> None:
         (dict(mask=torch.zeros(1, 64, 64)), "mask is empty"),
         (dict(mask=torch.zeros(1, 64, 64).index_fill(1, torch.tensor([5]), 1.0)), "mask is empty"),
         (dict(mask=torch.ones(1, 3, 64, 64)), "must be a mask"),
-        (dict(mask=torch.ones(3, 64, 64)), "3 masks for 1 picture"),
+        (dict(mask=torch.ones(3, 64, 64)), "3 masks for 1 image"),
         (dict(mask=MASK * math.nan), "NaN"),
         (dict(inversion=two), "2 entries for a batch of 1"),
         (dict(start=torch.zeros(1, 4, 8, 6)), "align the reference"),

@@ -20,8 +20,8 @@ CAT = Attributes(color="orange", pattern="striped")
 
 
 def drawn(attributes: Attributes, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    picture, mask = render(attributes, seed)
-    return torch.from_numpy(picture.copy()).float() / 255, torch.from_numpy(mask.copy()).float() / 255
+    image, mask = render(attributes, seed)
+    return torch.from_numpy(image.copy()).float() / 255, torch.from_numpy(mask.copy()).float() / 255
 
 
 def save_vit(folder: Path, kind: str = "vit", seed: int = 0) -> Any:
@@ -51,7 +51,7 @@ def save_vit(folder: Path, kind: str = "vit", seed: int = 0) -> Any:
 
 
 def test_the_built_in_features_choose_the_same_pose_and_view() -> None:
-    """Five pictures of one subject in other poses and views; the generated one shares its pose with one of them."""
+    """Five images of one subject in other poses and views; the generated one shares its pose with one of them."""
     right = 0
     for pose in ("standing", "sitting", "jumping", "lying"):
         sources = [
@@ -63,7 +63,7 @@ def test_the_built_in_features_choose_the_same_pose_and_view() -> None:
         generated = drawn(CAT.replace(pose=pose, facing="left", place="snow"), 77)
         choice = selection.select_reference(
             [generated[0]],
-            [picture for picture, _ in sources],
+            [image for image, _ in sources],
             selection.histogram_features,
             generated_masks=[generated[1]],
             source_masks=[mask for _, mask in sources],
@@ -73,18 +73,18 @@ def test_the_built_in_features_choose_the_same_pose_and_view() -> None:
     assert right >= 3
 
 
-def test_the_same_picture_has_similarity_one_and_several_generated_ones_are_averaged() -> None:
-    pictures = [drawn(CAT.replace(place=place), 3)[0] for place in ("grass", "snow", "night")]
-    choice = selection.select_reference([pictures[1]], pictures, selection.histogram_features)
+def test_the_same_image_has_similarity_one_and_several_generated_ones_are_averaged() -> None:
+    images = [drawn(CAT.replace(place=place), 3)[0] for place in ("grass", "snow", "night")]
+    choice = selection.select_reference([images[1]], images, selection.histogram_features)
     assert choice.index == 1 and float(choice.similarities[1]) == pytest.approx(1.0, abs=1e-5)
-    both = selection.select_reference([pictures[1], pictures[2]], pictures, selection.histogram_features)
-    other = selection.select_reference([pictures[2]], pictures, selection.histogram_features)
+    both = selection.select_reference([images[1], images[2]], images, selection.histogram_features)
+    other = selection.select_reference([images[2]], images, selection.histogram_features)
     assert torch.allclose(both.similarities, (choice.similarities + other.similarities) / 2, atol=1e-6)
 
 
 def test_the_background_does_not_count_where_only_the_subject_does() -> None:
     first, second = (drawn(CAT.replace(place=place), 3) for place in ("grass", "night"))
-    a, b = (selection.subject_only(*picture) for picture in (first, second))
+    a, b = (selection.subject_only(*image) for image in (first, second))
     assert a.shape == b.shape and a.shape[0] == a.shape[1]
     whole = torch.nn.functional.cosine_similarity(*selection.histogram_features([first[0], second[0]]), dim=0)
     alone = torch.nn.functional.cosine_similarity(*selection.histogram_features([a, b]), dim=0)
@@ -92,11 +92,11 @@ def test_the_background_does_not_count_where_only_the_subject_does() -> None:
 
 
 def test_the_subject_is_cut_to_a_square_also_at_the_border() -> None:
-    picture, mask = torch.rand(20, 40, 3), torch.zeros(20, 40)
+    image, mask = torch.rand(20, 40, 3), torch.zeros(20, 40)
     mask[2:18, 36:40] = 1
-    cut = selection.subject_only(picture, mask, margin=0.0)
+    cut = selection.subject_only(image, mask, margin=0.0)
     assert cut.shape == (16, 16, 3)
-    assert torch.equal(cut[:, 6:10], picture[2:18, 36:40])
+    assert torch.equal(cut[:, 6:10], image[2:18, 36:40])
     cut[:, 6:10] = selection.BACKGROUND
     assert float((cut - selection.BACKGROUND).abs().max()) == 0
 
@@ -106,10 +106,10 @@ def test_a_folder_of_transformers_gives_the_network_s_own_features(kind: str, tm
     from transformers import AutoImageProcessor
 
     network = save_vit(tmp_path, kind)
-    pictures = [drawn(CAT, 1)[0], drawn(CAT, 2)[0]]
-    found = image_encoders.encoder_of_folder(str(tmp_path))(pictures)
+    images = [drawn(CAT, 1)[0], drawn(CAT, 2)[0]]
+    found = image_encoders.encoder_of_folder(str(tmp_path))(images)
     prepared = AutoImageProcessor.from_pretrained(tmp_path)(
-        images=[(picture * 255).round().byte().numpy() for picture in pictures], return_tensors="pt"
+        images=[(image * 255).round().byte().numpy() for image in images], return_tensors="pt"
     )
     with torch.no_grad():
         if kind == "clip":
@@ -144,11 +144,11 @@ def test_a_folder_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), fresh)
 
     monkeypatch.setitem(sys.modules, "timm", types.SimpleNamespace(create_model=create_model))
-    picture = torch.rand(16, 16, 3)
-    found = image_encoders.encoder_of_folder(path)([picture])
+    image = torch.rand(16, 16, 3)
+    found = image_encoders.encoder_of_folder(path)([image])
     assert asked == [("tiny", {"pretrained": False, "num_classes": 0})]
     with torch.no_grad():
-        assert torch.allclose(found, network((picture.permute(2, 0, 1)[None] - 0.5) / 0.5), atol=1e-5)
+        assert torch.allclose(found, network((image.permute(2, 0, 1)[None] - 0.5) / 0.5), atol=1e-5)
 
 
 def test_clip_vision_of_comfyui() -> None:
@@ -191,10 +191,10 @@ def test_incomplete_weights_are_refused(tmp_path: Path) -> None:
 
 
 def test_bad_input_is_named() -> None:
-    picture = torch.rand(8, 8, 3)
-    with pytest.raises(IdentityEditError, match="no picture to choose from"):
-        selection.select_reference([picture], [], selection.histogram_features)
-    with pytest.raises(IdentityEditError, match="2 masks for 1 pictures"):
-        selection.select_reference([picture], [picture], selection.histogram_features, source_masks=[None, None])
+    image = torch.rand(8, 8, 3)
+    with pytest.raises(IdentityEditError, match="no image to choose from"):
+        selection.select_reference([image], [], selection.histogram_features)
+    with pytest.raises(IdentityEditError, match="2 masks for 1 images"):
+        selection.select_reference([image], [image], selection.histogram_features, source_masks=[None, None])
     with pytest.raises(IdentityEditError, match="A mask is empty"):
-        selection.subject_only(picture, torch.zeros(8, 8))
+        selection.subject_only(image, torch.zeros(8, 8))

@@ -19,7 +19,7 @@ from identity_edit_pack.pipelines.networks import grounding_dino
 from identity_edit_pack.pipelines.networks import segment_anything as sam
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
-PICTURE = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(1))
+IMAGE = torch.rand(48, 64, 3, generator=torch.Generator().manual_seed(1))
 
 
 # --- Attention -------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_transformers_sam_gives_the_mask_of_its_own_call(prompt: sam.Prompt, tmp
 
     network = tiny.save_sam(tmp_path)
     with sam.load_segmenter(str(tmp_path)) as segmenter:
-        found = sam.segment_anything(segmenter, PICTURE, prompt)
+        found = sam.segment_anything(segmenter, IMAGE, prompt)
     processor = SamProcessor.from_pretrained(tmp_path)
     given: dict[str, Any] = {}
     if prompt.points:
@@ -95,7 +95,7 @@ def test_transformers_sam_gives_the_mask_of_its_own_call(prompt: sam.Prompt, tmp
         given["input_labels"] = [[[int(label) for label in prompt.labels]]]
     if prompt.box:
         given["input_boxes"] = [[list(prompt.box)]]
-    image = Image.fromarray((PICTURE * 255).round().byte().numpy())
+    image = Image.fromarray((IMAGE * 255).round().byte().numpy())
     inputs = processor(image, return_tensors="pt", **given)
     multimask = prompt.box is None and len(prompt.points) == 1
     with torch.no_grad():
@@ -108,7 +108,7 @@ def test_transformers_sam_gives_the_mask_of_its_own_call(prompt: sam.Prompt, tmp
     )[0][0]
     assert masks.shape[0] == (3 if multimask else 1)
     assert torch.equal(found, masks[int(output.iou_scores[0, 0].argmax())].float())
-    assert found.shape == PICTURE.shape[:2]
+    assert found.shape == IMAGE.shape[:2]
 
 
 class Parts:
@@ -123,10 +123,10 @@ class Parts:
         masks[2, 32:40, 44:50] = True
         self.parts = [sam.Segment(mask, score) for mask, score in zip(masks, (0.99, 0.8, 0.95), strict=True)]
 
-    def everything(self, picture: torch.Tensor) -> list[sam.Segment]:
+    def everything(self, image: torch.Tensor) -> list[sam.Segment]:
         return self.parts
 
-    def by_prompt(self, picture: torch.Tensor, prompt: sam.Prompt) -> sam.Segment:
+    def by_prompt(self, image: torch.Tensor, prompt: sam.Prompt) -> sam.Segment:
         self.boxes.append(prompt.box)
         return self.parts[len(self.boxes)]
 
@@ -139,21 +139,21 @@ def test_without_a_prompt_one_part_is_chosen_and_never_the_background() -> None:
         (sam.MOST_CERTAIN, small),
         (sam.UNION, large + small),
     ):
-        found = sam.segment_anything(segmenter, PICTURE, sam.Prompt(), choice)
+        found = sam.segment_anything(segmenter, IMAGE, sam.Prompt(), choice)
         assert torch.equal(found, expected), choice
     segmenter.parts = segmenter.parts[:1]
-    assert float(sam.segment_anything(segmenter, PICTURE, sam.Prompt()).max()) == 0
+    assert float(sam.segment_anything(segmenter, IMAGE, sam.Prompt()).max()) == 0
     with pytest.raises(IdentityEditError, match="choice is 'first'"):
-        sam.segment_anything(segmenter, PICTURE, sam.Prompt(), "first")
+        sam.segment_anything(segmenter, IMAGE, sam.Prompt(), "first")
 
 
-def test_boxes_are_cut_to_the_picture_and_chosen_by_the_detector_s_score() -> None:
+def test_boxes_are_cut_to_the_image_and_chosen_by_the_detector_s_score() -> None:
     segmenter = Parts()
     boxes = [(0.9, (-5.0, 2.0, 70.0, 30.0)), (0.4, (40.0, 30.0, 52.0, 90.0))]
-    found = sam.segment_by_name(segmenter, PICTURE, boxes, sam.MOST_CERTAIN)
+    found = sam.segment_by_name(segmenter, IMAGE, boxes, sam.MOST_CERTAIN)
     assert segmenter.boxes == [(0.0, 2.0, 64.0, 30.0), (40.0, 30.0, 52.0, 48.0)]
     assert torch.equal(found, segmenter.parts[1].mask.float())
-    assert float(sam.segment_by_name(segmenter, PICTURE, [], sam.UNION).max()) == 0
+    assert float(sam.segment_by_name(segmenter, IMAGE, [], sam.UNION).max()) == 0
 
 
 def test_transformers_sam_segments_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,14 +168,14 @@ def test_transformers_sam_segments_everything(tmp_path: Path, monkeypatch: pytes
     tiny.save_sam(tmp_path)
     with sam.load_segmenter(str(tmp_path)) as segmenter:
         # A random network is sure of nothing: no part passes the pipeline's filters.
-        assert float(sam.segment_anything(segmenter, PICTURE, sam.Prompt()).max()) == 0
+        assert float(sam.segment_anything(segmenter, IMAGE, sam.Prompt()).max()) == 0
         kept = module.SamImageProcessor.filter_masks
 
         def lenient(self: Any, masks: Any, scores: Any, size: Any, box: Any, *_: Any, **__: Any) -> Any:
             return kept(self, masks, scores, size, box, -10.0, -1.0, 0, 1)
 
         monkeypatch.setattr(module.SamImageProcessor, "filter_masks", lenient)
-        found = segmenter.everything(PICTURE)
+        found = segmenter.everything(IMAGE)
     assert found and all(part.mask.shape == (48, 64) and part.mask.dtype == torch.bool for part in found)
 
 
@@ -234,9 +234,9 @@ def test_the_package_gets_plain_weights_and_the_prompt(tmp_path: Path, monkeypat
     monkeypatch.setattr(FakePredictor, "calls", [])
     with sam.load_segmenter(path) as segmenter:
         point = sam.Prompt(((3.0, 5.0),), (True,))
-        found = sam.segment_anything(segmenter, PICTURE, point)
-        sam.segment_anything(segmenter, PICTURE, sam.Prompt(box=(1.0, 2.0, 30.0, 40.0)))
-        everything = sam.segment_anything(segmenter, PICTURE, sam.Prompt())
+        found = sam.segment_anything(segmenter, IMAGE, point)
+        sam.segment_anything(segmenter, IMAGE, sam.Prompt(box=(1.0, 2.0, 30.0, 40.0)))
+        everything = sam.segment_anything(segmenter, IMAGE, sam.Prompt())
     assert float(package.built[0].image_encoder.pos_embed.detach().min()) == 1.0
     assert float(found.sum()) == 5 * 64 and float(everything.sum()) == 16
     first, second = FakePredictor.calls
@@ -274,9 +274,9 @@ def test_grounding_dino_gives_the_boxes_of_its_own_call(tmp_path: Path) -> None:
     from transformers import AutoProcessor
 
     network = tiny.save_grounding_dino(tmp_path)
-    found = grounding_dino.detect(str(tmp_path), [PICTURE, PICTURE], " Dog.", box_threshold=0.0, text_threshold=0.0)
+    found = grounding_dino.detect(str(tmp_path), [IMAGE, IMAGE], " Dog.", box_threshold=0.0, text_threshold=0.0)
     processor = AutoProcessor.from_pretrained(tmp_path)
-    image = Image.fromarray((PICTURE * 255).round().byte().numpy())
+    image = Image.fromarray((IMAGE * 255).round().byte().numpy())
     inputs = processor(images=image, text="dog.", return_tensors="pt")
     with torch.no_grad():
         output = network(**inputs)
@@ -287,15 +287,15 @@ def test_grounding_dino_gives_the_boxes_of_its_own_call(tmp_path: Path) -> None:
     assert len(found) == 2 and len(found[0]) == len(scores) == 5
     assert torch.allclose(torch.tensor([score for score, _ in found[0]]), scores[order], atol=1e-5)
     assert torch.allclose(torch.tensor([box for _, box in found[0]]), boxes[order], atol=1e-2)
-    assert grounding_dino.detect(str(tmp_path), [PICTURE], "dog", box_threshold=1.0) == [[]]
+    assert grounding_dino.detect(str(tmp_path), [IMAGE], "dog", box_threshold=1.0) == [[]]
 
 
 def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
     tiny.save_sam(tmp_path)
     with pytest.raises(IdentityEditError, match="is 'sam', not 'grounding-dino'"):
-        grounding_dino.detect(str(tmp_path), [PICTURE], "dog")
+        grounding_dino.detect(str(tmp_path), [IMAGE], "dog")
     with pytest.raises(IdentityEditError, match="subject is empty"):
-        grounding_dino.detect(str(tmp_path), [PICTURE], " . ")
+        grounding_dino.detect(str(tmp_path), [IMAGE], " . ")
     (tmp_path / "config.json").write_text('{"model_type": "grounding-dino"}')
     with pytest.raises(IdentityEditError, match="not 'sam'"), sam.load_segmenter(str(tmp_path)):
         pass
@@ -324,8 +324,8 @@ def test_prompts_are_read_from_text() -> None:
             parse(points, box)
 
 
-def test_prompts_outside_of_the_picture_are_refused() -> None:
-    with pytest.raises(IdentityEditError, match=r"The point \(100, 5\) lies outside of the picture of 64x48"):
-        sam.segment_anything(Parts(), PICTURE, sam.Prompt(((100.0, 5.0),), (True,)))
+def test_prompts_outside_of_the_image_are_refused() -> None:
+    with pytest.raises(IdentityEditError, match=r"The point \(100, 5\) lies outside of the image of 64x48"):
+        sam.segment_anything(Parts(), IMAGE, sam.Prompt(((100.0, 5.0),), (True,)))
     with pytest.raises(IdentityEditError, match="The box"):
-        sam.segment_anything(Parts(), PICTURE, sam.Prompt(box=(70.0, 0.0, 80.0, 9.0)))
+        sam.segment_anything(Parts(), IMAGE, sam.Prompt(box=(70.0, 0.0, 80.0, 9.0)))

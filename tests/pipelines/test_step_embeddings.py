@@ -1,4 +1,4 @@
-"""The step table under ComfyUI's stock samplers, against sampling by hand with the embedding of each evaluation."""
+"""Per-step embeddings under ComfyUI's stock samplers, against sampling by hand with each evaluation's embedding."""
 
 from __future__ import annotations
 

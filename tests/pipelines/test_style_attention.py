@@ -220,7 +220,7 @@ def test_other_patches_of_the_same_blocks_keep_working() -> None:
 
 @pytest.mark.parametrize("kind", ["sequential", PARALLEL])
 def test_gradients_pass_through_it(kind: str) -> None:
-    """Null-text optimisation and the like on a model with a style, in ComfyUI's inference mode."""
+    """Null-text optimization and the like on a model with a style, in ComfyUI's inference mode."""
     with torch.inference_mode():
         model = tiny_models.sd1()
         styled = apply_style_attention(model, tiny_styles.style_attention(model, kind), W_PLUS, strength=1.0)
@@ -313,7 +313,7 @@ def test_wrong_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             files.load_style_attention(name)
     assert not (tmp_path / "executed").exists()
     with torch.no_grad():
-        style.network.mapping.normalise.weight[0] = float("nan")
+        style.network.mapping.normalize.weight[0] = float("nan")
     with pytest.raises(IdentityEditError, match="NaN or infinite values and was not saved"):
         files.save_style_attention(style, "nan.safetensors")
     assert not (tmp_path / "nan.safetensors").exists()

@@ -176,7 +176,7 @@ def test_subjects_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 
 
 def recorded(model: Any) -> tuple[Any, list[tuple[float, torch.Tensor]]]:
-    """A clone that records the noise level and the conditional side's text embedding of every network evaluation."""
+    """A clone that records the noise level and the conditional side's text embedding of every model call."""
     seen: list[tuple[float, torch.Tensor]] = []
 
     def wrapper(apply_model, arguments):

@@ -138,7 +138,7 @@ def test_without_control_it_is_sampling_of_the_target(clip: Any) -> None:
     ours = subject_replacement(model, clip, pivot, CAT, DOG, cross_replace_steps=0.0, guidance_scale=4.0)
     expected = inversion.sample_inversion(model, pivot, encode(clip, DOG), encode(clip, ""), 4.0)
     assert torch.equal(ours.latent, expected) and ours.evaluations == 2 * STEPS
-    assert "optimised for 3" in ours.warning
+    assert "optimized for 3" in ours.warning
 
 
 def test_a_subject_with_the_name_of_the_old_one(clip: Any) -> None:

@@ -8,7 +8,7 @@ from identity_edit_pack.pipelines.subjects.words import check_caption, check_wor
 
 
 def test_a_token_is_put_before_whole_words_and_once() -> None:
-    assert with_token("a catalogue and a cat and a cat", "cat", "sks") == "a catalogue and a sks cat and a cat"
+    assert with_token("a catalog and a cat and a cat", "cat", "sks") == "a catalog and a sks cat and a cat"
     assert with_token("A Cat", "cat", "<cat-toy>") == "A <cat-toy> Cat"
     assert with_token("a sks cat", "cat", "sks") == "a sks cat"
     assert with_token("a tree", "cat", "sks") == "a tree"

@@ -310,12 +310,12 @@ def test_ratio_one_is_the_reconstruction_and_the_table_is_used() -> None:
     assert relative_error(without.latent, expected) > 1e-3
 
 
-def test_another_guidance_scale_than_the_optimised_one_is_said() -> None:
+def test_another_guidance_scale_than_the_optimized_one_is_said() -> None:
     model = tiny_models.sd1()
     inversion = make_inversion(model, 3)
     table = constant_embedding(inversion.sigmas, NEGATIVE[0][0])
-    for optimised_for, warns in ((None, False), (4.0, False), (7.5, True)):
-        pivot = inversion.with_embeddings(replace(table, guidance_scale=optimised_for))
+    for optimized_for, warns in ((None, False), (4.0, False), (7.5, True)):
+        pivot = inversion.with_embeddings(replace(table, guidance_scale=optimized_for))
         result = text_injection.timestep_aware_sampling(model, pivot, SOURCE, TARGET, guidance_scale=4.0)
         assert (result.warning is not None) == warns
         assert not warns or ("4 " in str(result.warning) and "7.5" in str(result.warning))

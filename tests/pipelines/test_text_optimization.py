@@ -1,4 +1,4 @@
-"""Text optimisation against a plain torch loop on diffusers' UNet with the same weights."""
+"""Text optimization against a plain torch loop on diffusers' UNet with the same weights."""
 
 from __future__ import annotations
 

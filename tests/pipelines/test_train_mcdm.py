@@ -90,7 +90,7 @@ def test_draws_have_the_papers_shares_and_every_pair_has_its_turn(tmp_path: Path
 
 @pytest.mark.parametrize("name", ["sd1", "sd2_v", "sdxl"])
 def test_the_loss_is_that_of_the_stock_model_with_the_conditions_of_inference(name: str, tmp_path: Path):
-    """Each sample alone through ComfyUI's own sampling with `mcdm.with_pictures`, at the noise level drawn."""
+    """Each sample alone through ComfyUI's own sampling with `mcdm.with_images`, at the noise level drawn."""
     from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
 
     model, clip, vae, vision = networks(name)
@@ -112,17 +112,17 @@ def test_the_loss_is_that_of_the_stock_model_with_the_conditions_of_inference(na
     for row, number in enumerate(batch.chosen):
         pair = pairs[number]
         bits = int(batch.dropped[row])
-        source = encoded_pairs.read_picture(pair.source)[None]
-        pictures = mcdm.see_pictures(trained.mcdm, trained.model, vision, vae, source)
+        source = encoded_pairs.read_image(pair.source)[None]
+        images = mcdm.see_images(trained.mcdm, trained.model, vision, vae, source)
         prompt = pair.source_prompt if batch.reconstructs[row] else pair.target_prompt
         text = clip.encode_from_tokens_scheduled(clip.tokenize("" if bits & TEXT_BIT else prompt))
-        conditioning = mcdm.without_pictures(
-            mcdm.with_pictures(text, pictures),
+        conditioning = mcdm.without_images(
+            mcdm.with_images(text, images),
             spatial=bool(bits & SPATIAL_BIT),
             image=bool(bits & IMAGE_BIT),
             name="positive",
         )
-        target = source if batch.reconstructs[row] else encoded_pairs.read_picture(pair.target)[None]
+        target = source if batch.reconstructs[row] else encoded_pairs.read_image(pair.target)[None]
         z_0 = engine.to_model_scale(edit, vae.encode(target))
         sigma = sampling.sigmas[batch.t[row]].cpu()
         noise = batch.noise[row : row + 1]
@@ -254,7 +254,7 @@ def test_encoding_goes_on_where_it_was_stopped(tmp_path: Path):
     again = encoded_pairs.encode_pairs(pairs, vae, vision, str(folder), progress=lambda done, total: seen.append(done))
     assert seen == [20] and [str(path) for path in folder.glob("*") if path.suffix != ".lock"] == [again.path]
     assert np.array_equal(again.records, whole.records)
-    source = encoded_pairs.read_picture(pairs[3].source)[None]
+    source = encoded_pairs.read_image(pairs[3].source)[None]
     assert torch.equal(again.latents("source", [3]), vae.encode(source))
 
 
@@ -281,7 +281,7 @@ def test_two_that_encode_the_same_pairs_do_not_write_into_one_file(tmp_path: Pat
         assert np.array_equal(found.records, whole.records)
 
 
-def test_mirrored_pairs_follow_and_hold_the_mirrored_pictures(tmp_path: Path):
+def test_mirrored_pairs_follow_and_hold_the_mirrored_images(tmp_path: Path):
     pairs = make_pairs(tmp_path)
     vae, vision = tiny_vision.VAE(), tiny_vision.clip_vision()
     both = encoded_pairs.with_mirrored(pairs)
@@ -311,7 +311,7 @@ def test_a_training_goes_on_from_an_earlier_image_embedding(tmp_path: Path):
         train(pairs, tmp_path, still, parts=parts, start=another)
 
 
-def test_a_corrupt_missing_or_odd_picture_is_named(tmp_path: Path):
+def test_a_corrupt_missing_or_odd_image_is_named(tmp_path: Path):
     vae, vision = tiny_vision.VAE(), tiny_vision.clip_vision()
     pairs = make_pairs(tmp_path)
     whole = pairs[3].target.read_bytes()

@@ -19,9 +19,9 @@ from identity_edit_pack.pipelines.pidiff import style_attention as styles
 from identity_edit_pack.pipelines.pidiff import train as trained
 from identity_edit_pack.pipelines.pidiff.train import StyleSettings, train_style_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training import images as training_images
+from identity_edit_pack.pipelines.training.images import TrainingImages
 from identity_edit_pack.pipelines.training.loop import BFLOAT16, FLOAT32, generator_of
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 SETTINGS = StyleSettings(
     pseudo_word="sks", row_groups=tiny_styles.GROUPS, steps=6, learning_rate=1e-3, batch_size=2, precision=FLOAT32,
@@ -30,14 +30,14 @@ SETTINGS = StyleSettings(
 CERTAIN = {"templates": ("an image of {}",), "text_drop": 0.0, "style_drop": 0.0, "style_noise": 0.0}
 """Settings without any draw but those of the noise."""
 COUNT = 4
-W_PLUS = tiny_styles.w_plus(pictures=COUNT)
+W_PLUS = tiny_styles.w_plus(images=COUNT)
 
 
-def pictures(masked: bool = False, captions: str = "") -> TrainingPictures:
+def images(masked: bool = False, captions: str = "") -> TrainingImages:
     generator = torch.Generator().manual_seed(1)
     latents = [5.0 * torch.randn(4, 8, 8, generator=generator) for _ in range(COUNT)]
     masks = [(torch.rand(8, 8, generator=generator) > 0.5).float() if masked else None for _ in range(COUNT)]
-    return TrainingPictures(latents, [captions] * COUNT, masks, f"pictures {masked}")
+    return TrainingImages(latents, [captions] * COUNT, masks, f"images {masked}")
 
 
 def make(family: str = "sd1") -> tuple[Any, Any]:
@@ -49,7 +49,7 @@ def train(
     **options: Any,
 ):  # fmt: skip
     model, clip = models or make(family)
-    return train_style_attention(model, clip, shown or pictures(), w_plus, settings, **options)
+    return train_style_attention(model, clip, shown or images(), w_plus, settings, **options)
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +125,11 @@ def test_loss_and_gradient_are_those_of_equation_5(kind: str, masked: bool, monk
 
     monkeypatch.setattr(trained, "StyleNetwork", Network)
     monkeypatch.setattr(trained, "train", note_start)
-    shown = pictures(masked)
+    shown = images(masked)
     style, run = train(settings=settings, shown=shown, models=(model, clip))
 
     literal = Literal(model, start_mapping[0].requires_grad_(True), kind)
-    chosen = training_pictures.batch_indices(shown, 2, 0, settings.seed, trained._WHAT)
+    chosen = training_images.batch_indices(shown, 2, 0, settings.seed, trained._WHAT)
     z_0 = torch.stack([engine.to_model_scale(model, shown.latents[number]) for number in chosen])
     generator = generator_of(settings.seed, 0, trained._WHAT)
     t, eps = torch.randint(1000, (2,), generator=generator), torch.randn(z_0.shape, generator=generator)
@@ -183,7 +183,7 @@ def test_it_learns_and_leaves_everything_else_alone(family: str, kind: str) -> N
     assert len(run.losses) == 30 and len(run.samples) == 1 and run.samples[0][1].shape == (1, 4, 8, 8)
     assert (style.kind, style.style_rows, style.style_width) == (kind, tiny_styles.ROWS, tiny_styles.WIDTH)
     assert style.encoder == tiny_styles.ENCODER and style.model is not None and style.pseudo_word == "sks"
-    # The same draws once more: what was learned serves the pictures it was learned from.
+    # The same draws once more: what was learned serves the images it was learned from.
     model_again, clip_again = make(family)
     once = dataclasses.replace(settings, steps=1, learning_rate=1e-30)
     again, second = train(family, once, models=(model_again, clip_again))
@@ -252,7 +252,7 @@ def test_noise_on_the_styles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_captions_instead_of_templates(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = pictures(captions="a smiling sks person")
+    shown = images(captions="a smiling sks person")
     seen: list[str] = []
     own = engine.trainable.TrainableNetworks.encode
 
@@ -364,19 +364,19 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
         dataclasses.replace(SETTINGS, **changes)
 
 
-def test_pictures_and_styles_that_do_not_belong_together_are_refused() -> None:
-    with pytest.raises(IdentityEditError, match="4 pictures and W\\+ styles of 1"):
+def test_images_and_styles_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(IdentityEditError, match="4 images and W\\+ styles of 1"):
         train(w_plus=tiny_styles.w_plus())
     with pytest.raises(IdentityEditError, match="have 7 rows.*such as '1-2, 3-4, 5, 6-7'"):
         train(settings=dataclasses.replace(SETTINGS, row_groups=styles.ROW_GROUPS))
-    with pytest.raises(IdentityEditError, match="no picture has a mask"):
+    with pytest.raises(IdentityEditError, match="no image has a mask"):
         train(settings=dataclasses.replace(SETTINGS, masked=True))
-    with pytest.raises(IdentityEditError, match="Picture 1 has no caption and there are no templates"):
+    with pytest.raises(IdentityEditError, match="Image 1 has no caption and there are no templates"):
         train(settings=dataclasses.replace(SETTINGS, templates=()))
 
 
 def test_a_loss_that_is_no_number_stops_the_training() -> None:
-    shown = pictures()
+    shown = images()
     shown.latents[0][0, 0, 0] = float("nan")
     with pytest.raises(IdentityEditError, match="not finite"):
         train(shown=shown)

@@ -19,27 +19,27 @@ from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, WO
 from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
 from identity_edit_pack.pipelines.lipe import identity_prior, train_identity_prior
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.training import images as training_images
 from identity_edit_pack.pipelines.training import loop as training_loop
-from identity_edit_pack.pipelines.training import pictures as training_pictures
+from identity_edit_pack.pipelines.training.images import TrainingImages
 from identity_edit_pack.pipelines.training.loop import generator_of
-from identity_edit_pack.pipelines.training.pictures import TrainingPictures
 
 CAPTIONS = ["a sks cat sitting on the grass", "a smiling sks cat in the snow"]
 SETTINGS = SubjectSettings(
     class_word="cat", token="sks", steps=5, learning_rate=1e-2, sampling_steps=4, updates_per_step=2,
-    regularisation_weight=0.3, precision="float32", seed=7, checkpoint_every=1, sample_every=2,
+    regularization_weight=0.3, precision="float32", seed=7, checkpoint_every=1, sample_every=2,
     sample_guidance_scale=2.0, sample_steps=3,
 )  # fmt: skip
 
 
-def pictures(captions: list[str] = CAPTIONS, masked: bool = True, seed: int = 1) -> TrainingPictures:
+def images(captions: list[str] = CAPTIONS, masked: bool = True, seed: int = 1) -> TrainingImages:
     generator = torch.Generator().manual_seed(seed)
     latents = [5.0 * torch.randn(4, 8, 8, generator=generator) for _ in captions]
     masks = [(torch.rand(8, 8, generator=generator) > 0.5).float() if masked else None for _ in captions]
-    return TrainingPictures(latents, captions, masks, f"pictures {seed}")
+    return TrainingImages(latents, captions, masks, f"images {seed}")
 
 
-PICTURES = pictures()
+IMAGES = images()
 
 
 def make(family: str) -> tuple[Any, Any]:
@@ -47,7 +47,7 @@ def make(family: str) -> tuple[Any, Any]:
 
 
 def train(model: Any, clip: Any, settings: Any = SETTINGS, **arguments: Any):
-    shown = arguments.pop("shown", PICTURES)
+    shown = arguments.pop("shown", IMAGES)
     return train_subject_embedding(model, clip, shown, settings, **arguments)
 
 
@@ -102,18 +102,18 @@ class Reference:
 
     def loss(self, kind: str, c_s: torch.Tensor, index: int, what: str, weight: float, t: int | None) -> torch.Tensor:
         start, squares = self.start(kind), []
-        chosen = training_pictures.batch_indices(PICTURES, 2, index, SETTINGS.seed, what)
+        chosen = training_images.batch_indices(IMAGES, 2, index, SETTINGS.seed, what)
         generator = generator_of(SETTINGS.seed, index, what)
         times = torch.randint(1000, (2,), generator=generator)
         noises = torch.randn(2, 4, 8, 8, generator=generator).double()
         for place, number in enumerate(chosen):
             time = int(times[place]) if t is None else t
             alpha_bar = 1.0 / (1.0 + self.sigmas[time] ** 2)
-            z_0 = engine.to_model_scale(self.model, PICTURES.latents[number]).double()
+            z_0 = engine.to_model_scale(self.model, IMAGES.latents[number]).double()
             z = alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noises[place]
-            context = self.context(kind, PICTURES.captions[number], c_s)
+            context = self.context(kind, IMAGES.captions[number], c_s)
             eps = self.unet(z[None], torch.tensor([time]), encoder_hidden_states=context).sample[0]
-            mask = PICTURES.masks[number].double()
+            mask = IMAGES.masks[number].double()
             squares.append((mask * (eps - noises[place]) ** 2).sum() / (4 * mask.sum()))
         return torch.stack(squares).mean() + weight * (c_s - start).square().mean()
 
@@ -126,7 +126,7 @@ def test_loss_and_gradient_are_those_of_equation_6(kind: str, inference_mode: bo
     with torch.inference_mode(inference_mode):
         model, clip = make("sd1")
         settings = without_steps(
-            kind=kind, batch_size=2, regularisation_weight=weight, steps=2, optimizer="SGD", learning_rate=rate
+            kind=kind, batch_size=2, regularization_weight=weight, steps=2, optimizer="SGD", learning_rate=rate
         )
         subject, run = train(model, clip, settings)
     reference = Reference(model, clip)
@@ -181,19 +181,19 @@ def test_the_steps_of_algorithm_1(monkeypatch: pytest.MonkeyPatch):
 def test_velocity_models_learn_through_their_denoised_output():
     """The loss of a v-prediction model is that of its velocity (Salimans and Ho 2022)."""
     model, clip = make("sd2_v")
-    _, run = train(model, clip, without_steps(regularisation_weight=0.0, steps=1))
-    (number,) = training_pictures.batch_indices(PICTURES, 1, 0, SETTINGS.seed, "shared vectors")
+    _, run = train(model, clip, without_steps(regularization_weight=0.0, steps=1))
+    (number,) = training_images.batch_indices(IMAGES, 1, 0, SETTINGS.seed, "shared vectors")
     generator = generator_of(SETTINGS.seed, 0, "shared vectors")
     t, noise = torch.randint(1000, (1,), generator=generator), torch.randn(1, 4, 8, 8, generator=generator)
     sigma = engine.require(model).sampling.sigmas[t].reshape(-1, 1, 1, 1)
-    z_0 = engine.to_model_scale(model, PICTURES.latents[number])[None]
-    text = clip.encode_from_tokens(clip.tokenize(PICTURES.captions[number].replace("sks ", "")))
+    z_0 = engine.to_model_scale(model, IMAGES.latents[number])[None]
+    text = clip.encode_from_tokens(clip.tokenize(IMAGES.captions[number].replace("sks ", "")))
     text[:, -5:] = clip.encode_from_tokens(clip.tokenize(""))[:, -5:]
     with torch.no_grad():
         x = (z_0 + sigma * noise) / torch.sqrt(1 + sigma**2)
         v = model.model.diffusion_model(x, t.float(), context=text)
     target = (noise - sigma * z_0) / torch.sqrt(1 + sigma**2)
-    mask = PICTURES.masks[number]
+    mask = IMAGES.masks[number]
     expected = (mask * (v - target) ** 2).sum() / (4 * mask.sum())
     assert run.losses[0] == pytest.approx(float(expected), rel=1e-4)
 
@@ -313,7 +313,7 @@ def test_the_first_phase_can_be_made_longer_and_other_settings_begin_anew(tmp_pa
     train(model, clip, dataclasses.replace(SETTINGS, steps=4), checkpoint=where)
     assert train(model, clip, without_steps(), checkpoint=where)[1].resumed_at == 4, "shared vectors are the same"
     assert train(model, clip, dataclasses.replace(SETTINGS, steps=6), checkpoint=where)[1].resumed_at == 5
-    for changes in ({"regularisation_weight": 0.2}, {"tokens": 4}, {"masked": False}, {"kind": WORD}):
+    for changes in ({"regularization_weight": 0.2}, {"tokens": 4}, {"masked": False}, {"kind": WORD}):
         assert train(model, clip, without_steps(**changes), checkpoint=where)[1].resumed_at == 0
 
 
@@ -323,16 +323,16 @@ def test_the_first_phase_can_be_made_longer_and_other_settings_begin_anew(tmp_pa
 @pytest.mark.parametrize("kind", [OUTPUT, WORD])
 def test_the_rows_of_table_2_are_settings(kind: str):
     model, clip = make("sd1")
-    plain = without_steps(kind=kind, masked=False, regularisation_weight=0.0, steps=4, sample_every=0)
+    plain = without_steps(kind=kind, masked=False, regularization_weight=0.0, steps=4, sample_every=0)
     subjects = {}
-    for name, changes in (("baseline", {}), ("mask", {"masked": True}), ("tied", {"regularisation_weight": 100.0})):
+    for name, changes in (("baseline", {}), ("mask", {"masked": True}), ("tied", {"regularization_weight": 100.0})):
         subjects[name] = train(model, clip, dataclasses.replace(plain, **changes))[0]
     (name,) = subjects["baseline"].vectors
     assert not torch.equal(subjects["baseline"].vectors[name], subjects["mask"].vectors[name])
     distance = {row: one.training["distance_from_start"][name] for row, one in subjects.items()}
     assert distance["tied"] < distance["baseline"]
-    unmasked = pictures(masked=False)
-    again = train(model, clip, plain, shown=dataclasses.replace(unmasked, latents=PICTURES.latents))[0]
+    unmasked = images(masked=False)
+    again = train(model, clip, plain, shown=dataclasses.replace(unmasked, latents=IMAGES.latents))[0]
     assert torch.equal(again.vectors[name], subjects["baseline"].vectors[name])
 
 
@@ -355,7 +355,7 @@ def test_on_a_model_with_an_identity_prior():
     of_prior = train_identity_prior.PriorSettings(
         token="sks", class_word="cat", precision="float32", steps=2, learning_rate=1e-2, sample_steps=2
     )
-    prior, _ = train_identity_prior.train_identity_prior(model, clip, PICTURES, None, of_prior)
+    prior, _ = train_identity_prior.train_identity_prior(model, clip, IMAGES, None, of_prior)
     with_prior = identity_prior.apply_identity_prior(model, clip, prior)
     settings = dataclasses.replace(SETTINGS, token="")
     subject, run = train(*with_prior, settings)
@@ -368,12 +368,12 @@ def test_on_a_model_with_an_identity_prior():
     torch.testing.assert_close(conditioning[0][0][:, :-5], text[:, :-5])
 
 
-def test_pictures_and_captions_of_several_lengths_in_one_batch():
+def test_images_and_captions_of_several_lengths_in_one_batch():
     model, clip = make("sd1")
     long = "a cat " + "on the grass " * 30
-    shown = pictures(["a cat", long, "a cat sitting"])
+    shown = images(["a cat", long, "a cat sitting"])
     _, run = train(model, clip, without_steps(batch_size=3), shown=shown)
-    singles = [train(model, clip, without_steps(steps=1), shown=pictures([caption]))[1] for caption in ("a cat", long)]
+    singles = [train(model, clip, without_steps(steps=1), shown=images([caption]))[1] for caption in ("a cat", long)]
     assert len(run.losses) == 5 and all(len(one.losses) == 1 for one in singles)
 
 
@@ -383,15 +383,15 @@ def test_pictures_and_captions_of_several_lengths_in_one_batch():
 @pytest.mark.parametrize(
     ("settings", "captions", "message"),
     [
-        (SETTINGS, ["a sks cat", "a dog"], "caption of picture 2 names the subject neither"),
-        (SETTINGS, ["a sks cat", ""], "caption of picture 2 names the subject neither"),
-        (SETTINGS, ["a cat " + "on the grass " * 24, "a cat"], "caption of picture 1 is too long: the prompt has 74"),
+        (SETTINGS, ["a sks cat", "a dog"], "caption of image 2 names the subject neither"),
+        (SETTINGS, ["a sks cat", ""], "caption of image 2 names the subject neither"),
+        (SETTINGS, ["a cat " + "on the grass " * 24, "a cat"], "caption of image 1 is too long: the prompt has 74"),
         (dataclasses.replace(SETTINGS, kind=WORD, sample_prompt="a dog"), CAPTIONS, "'a dog' does not name"),
     ],
 )
 def test_captions_are_checked_before_the_training(settings: Any, captions: list[str], message: str):
     with pytest.raises(IdentityEditError, match=message):
-        train(*make("sd1"), settings, shown=pictures(captions))
+        train(*make("sd1"), settings, shown=images(captions))
 
 
 @pytest.mark.parametrize(
@@ -404,8 +404,8 @@ def test_captions_are_checked_before_the_training(settings: Any, captions: list[
         ({"batch_size": 0}, "batch_size is 0; choose 1 or more"),
         ({"sampling_steps": 0}, "sampling_steps is 0; choose 1 or more"),
         ({"updates_per_step": -1}, "updates_per_step is -1; choose 0 or more"),
-        ({"regularisation_weight": -1.0}, "regularisation_weight is -1"),
-        ({"regularisation_weight": float("nan")}, "regularisation_weight is nan"),
+        ({"regularization_weight": -1.0}, "regularization_weight is -1"),
+        ({"regularization_weight": float("nan")}, "regularization_weight is nan"),
         ({"class_word": " "}, "class_word is empty"),
     ],
 )
@@ -418,9 +418,9 @@ def test_other_bad_input():
     with pytest.raises(IdentityEditError, match="steps is -1; choose 1 or more"):
         dataclasses.replace(SETTINGS, steps=-1)
     model, clip = make("sd1")
-    with pytest.raises(IdentityEditError, match="masked_loss is on but no picture has a mask"):
-        train(model, clip, shown=pictures(masked=False))
-    broken = pictures()
+    with pytest.raises(IdentityEditError, match="masked_loss is on but no image has a mask"):
+        train(model, clip, shown=images(masked=False))
+    broken = images()
     broken.latents[0][0, 0, 0] = float("nan")
     broken.latents[1][0, 0, 0] = float("nan")
     with pytest.raises(IdentityEditError, match="not finite at step 1"):

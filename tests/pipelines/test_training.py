@@ -1,4 +1,4 @@
-"""The training loop: the optimiser's own steps, and nothing lost by an interrupt, a kill, a full disk."""
+"""The training loop: the optimizer's own steps, and nothing lost by an interrupt, a kill, a full disk."""
 
 from __future__ import annotations
 
@@ -303,10 +303,10 @@ def test_a_run_is_described_by_what_changes_its_steps():
     for change in ({"seed": 4}, {"learning_rate": 0.02}, {"batch_size": 2}, {"accumulation": 1}, {"ema_decay": 0.5},
                    {"precision": "bfloat16"}, {"optimizer": "SGD"}, {"gradient_clip": 2.0}):  # fmt: skip
         assert name(dataclasses.replace(SETTINGS, **change)) != name(), change
-    assert len({name(), name(weight=2.0), name(strength=0.5), name(pictures="others")}) == 4
+    assert len({name(), name(weight=2.0), name(strength=0.5), name(images="others")}) == 4
 
 
-# -- the moving average, and processes that train together -------------------------------------------------------------
+# -- the EMA, and processes that train together -------------------------------------------------------------
 
 
 def test_the_result_is_the_exponential_moving_average_that_diffusers_keeps():

@@ -1,4 +1,4 @@
-"""Mixing, averaging and files of style rows."""
+"""Mixing, averaging and files of W+ codes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from safetensors.torch import save_file
 
 
-def styles(pictures: int = 1, seed: int = 0, encoder: str = "e4e", rows: int = 18) -> WPlus:
+def styles(images: int = 1, seed: int = 0, encoder: str = "e4e", rows: int = 18) -> WPlus:
     draw = torch.Generator().manual_seed(seed)
     average = torch.randn(rows, 8, generator=torch.Generator().manual_seed(99))
-    return WPlus(torch.randn(pictures, rows, 8, generator=draw), average, encoder)
+    return WPlus(torch.randn(images, rows, 8, generator=draw), average, encoder)
 
 
 def test_rows_as_the_paper_counts_them() -> None:
@@ -63,7 +63,7 @@ def test_different_encoders_do_not_mix(other: WPlus) -> None:
         w_plus.average_styles([styles(), other])
 
 
-def test_the_average_counts_every_picture_alike() -> None:
+def test_the_average_counts_every_image_alike() -> None:
     parts = [styles(1, seed=1), styles(3, seed=2)]
     mean = w_plus.average_styles(parts)
     torch.testing.assert_close(mean.rows[0], torch.cat([part.rows for part in parts]).mean(dim=0))

@@ -28,13 +28,13 @@ def saved(folder: Path, seed: int = 0, name: str = "tiny") -> str:
 
 def test_rows_read_their_own_depth() -> None:
     network = small()
-    pictures = torch.rand(1, 3, 32, 32) * 2 - 1
-    before = network(pictures)
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    before = network(images)
     assert before.shape == (1, 5, 6)
     with torch.no_grad():
         for parameter in network.stages[2].parameters():
             parameter.add_(0.5)
-    after = network(pictures)
+    after = network(images)
     assert torch.equal(before[:, 2:], after[:, 2:]), "fine rows depend on deep features"
     assert not torch.allclose(before[:, :2], after[:, :2])
 
@@ -42,10 +42,10 @@ def test_rows_read_their_own_depth() -> None:
 def test_a_file_gives_the_encoder_back(tmp_path: Path) -> None:
     encoder = encoders.load_w_plus_encoder(saved(tmp_path))
     assert encoder.size == 32 and encoder.training == {"steps": 7} and encoder.name.startswith("tiny (")
-    pictures = torch.rand(3, 3, 32, 32) * 2 - 1
-    styles = encoders.encode_w_plus(encoder, pictures)
+    images = torch.rand(3, 3, 32, 32) * 2 - 1
+    styles = encoders.encode_w_plus(encoder, images)
     average = torch.linspace(-1, 1, 30).reshape(5, 6)
-    torch.testing.assert_close(styles.rows, small().eval()(pictures) + average)
+    torch.testing.assert_close(styles.rows, small().eval()(images) + average)
     assert torch.equal(styles.average, average) and styles.encoder == encoder.name
     again = encoders.load_w_plus_encoder(saved(tmp_path))
     other = encoders.load_w_plus_encoder(saved(tmp_path, seed=1))
@@ -83,7 +83,7 @@ def test_another_range_is_refused(tmp_path: Path) -> None:
         encoders.encode_w_plus(encoders.load_w_plus_encoder(saved(tmp_path)), torch.full((1, 3, 32, 32), 200.0))
 
 
-def test_pictures_are_brought_to_size_and_range() -> None:
+def test_images_are_brought_to_size_and_range() -> None:
     ramp = torch.linspace(0, 1, 64)[None, :, None, None].expand(1, -1, 64, 3)
     fitted = encoders.fitted(ramp, 32)
     assert fitted.shape == (1, 3, 32, 32) and float(fitted.min()) >= -1 and float(fitted.max()) <= 1

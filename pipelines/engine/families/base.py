@@ -30,7 +30,7 @@ class Family(ABC):
 
     Attributes:
         capabilities: what the family has.
-        noise: its path from a picture to noise.
+        noise: its path from an image to noise.
         tag_weights: beginnings of the keys of weights that tell models of the family apart.
         sampling: the model's own noise levels (ComfyUI's `model_sampling`).
         network: its diffusion model.

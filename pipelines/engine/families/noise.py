@@ -1,4 +1,4 @@
-"""The path from a picture to noise in ComfyUI's scale, and steps along it.
+"""The path from an image to noise in ComfyUI's scale, and steps along it.
 
 A latent at noise level s is x = alpha(s) z_0 + s eps. Models that predict noise or v have alpha = 1; the papers' z_t is
 x / sqrt(1 + s^2), with alpha_bar = 1 / (1 + s^2). Flow models have alpha = 1 - s; their s is the papers' t.
@@ -22,7 +22,7 @@ class NoisePath:
     """The arithmetic of a path. Latents are [B, C, H, W]; noise levels are tensors that broadcast to them, or floats.
 
     Attributes:
-        alpha: the share of the picture at a noise level.
+        alpha: the share of the image at a noise level.
     """
 
     alpha: Callable[[Any], Any]
@@ -88,7 +88,7 @@ def training_error(
 
     Args:
         prediction: EPS, V or VELOCITY.
-        z_0, eps: picture and noise [B, C, H, W]; the network saw them at `sigma`, see `NoisePath.noised`.
+        z_0, eps: image and noise [B, C, H, W]; the network saw them at `sigma`, see `NoisePath.noised`.
         sigma: noise levels that broadcast to them.
         denoised: its estimate of z_0.
     """

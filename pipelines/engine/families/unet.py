@@ -16,7 +16,7 @@ from .noise import DIFFUSION, EPS, V
 from .schedule import Schedule, ddim_schedule
 
 _BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base.SDXLRefiner, 5 * 256))
-"""What ComfyUI puts behind the pooled output: sizes of the picture and the refiner's score, each as 256 numbers."""
+"""What ComfyUI puts behind the pooled output: sizes of the image and the refiner's score, each as 256 numbers."""
 
 
 class UNet(Family):

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .attributes import ATTRIBUTES_OF, FRAMINGS, Attributes, random_attributes
 from .renderer import render
 
-# Evaluation pictures take their seeds from here upwards, training pictures from below.
+# Evaluation images take their seeds from here upwards, training images from below.
 EVALUATION_SEED = 1 << 40
 
 # One classification head per attribute; -1 marks an attribute that the framing does not show.
@@ -25,13 +25,13 @@ def labels_of(attributes: Attributes) -> list[int]:
     return [choices.index(shown[name]) if name in shown else -1 for name, choices in HEADS.items()]
 
 
-def to_tensor(picture: np.ndarray) -> torch.Tensor:
+def to_tensor(image: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 127.5 - 1
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-class TrainingPictures(IterableDataset):
-    """An endless stream of (picture [3, 128, 128] in [-1, 1], subject mask [1, 128, 128] in [0, 1], labels)."""
+class TrainingImages(IterableDataset):
+    """An endless stream of (image [3, 128, 128] in [-1, 1], subject mask [1, 128, 128] in [0, 1], labels)."""
 
     def __init__(self, seed: int, held_out: bool | None = False) -> None:
         self.seed, self.held_out = seed, held_out
@@ -41,9 +41,9 @@ class TrainingPictures(IterableDataset):
         generator = random.Random(self.seed * 64 + (worker.id if worker else 0))
         while True:
             attributes = random_attributes(generator, held_out=self.held_out)
-            picture, mask = render(attributes, generator.randrange(EVALUATION_SEED))
+            image, mask = render(attributes, generator.randrange(EVALUATION_SEED))
             yield (
-                to_tensor(picture),
+                to_tensor(image),
                 torch.from_numpy(np.array(mask))[None].float() / 255,
                 torch.tensor(labels_of(attributes)),
             )

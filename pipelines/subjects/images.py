@@ -1,14 +1,14 @@
-"""The pictures of a subject with their captions and masks: what the personalised identity prior is trained on.
+"""The images of a subject with their captions and masks: what the personalised identity prior is trained on.
 
-The identity dataset of Liu et al. 2024 (section 2.1): three to five pictures of one subject, each with a caption that
+The identity dataset of Liu et al. 2024 (section 2.1): three to five images of one subject, each with a caption that
 describes what can be edited (action, view, expression), in which the subject is called by a rare token and its class
 word, "sks dog". A folder holds it like this:
 
     dog/                     the subject
-        1.jpg  1.txt         a picture, in any format that Pillow reads, and its caption
+        1.jpg  1.txt         an image, in any format that Pillow reads, and its caption
         2.png  2.txt  2.mask.png     perhaps with a mask: white on the subject, of any size
         class_word.txt       perhaps: what the subject is, "dog"
-        test/9.jpg  9.txt    perhaps: the one picture to edit, and its caption
+        test/9.jpg  9.txt    perhaps: the one image to edit, and its caption
 
 Masks may also be called as other trainers call them: 2-masklabel.png, 2_mask.png, 2-mask.png, or mask/2.png and
 masks/2.png.
@@ -28,8 +28,8 @@ import torch
 from ..engine.host import cut_and_scaled
 from ..shared.errors import IdentityEditError
 from ..shared.files import written_whole
+from ..shared.images import from_pillow, image_formats, on_white, open_image, read_image, to_pillow
 from ..shared.masks import as_masks, is_no_mask, masks_for
-from ..shared.pictures import from_pillow, on_white, open_picture, picture_formats, read_picture, to_pillow
 from .words import CLASS_WORD_FILE, check_caption, check_words, identity_prompt, one_line, with_article
 
 if TYPE_CHECKING:
@@ -39,54 +39,54 @@ MASK_MARK = ".mask"
 _MASK_MARKS = (MASK_MARK, "-masklabel", "_mask", "-mask")
 """Ends of the names of masks, without the file's ending: this pack's, OneTrainer's, and what people write."""
 _ALWAYS_MASKS = (MASK_MARK, "-masklabel")
-"""The others may end a picture's own name, as in dog_with_mask.png: they mark a mask where its picture is there."""
+"""The others may end an image's own name, as in dog_with_mask.png: they mark a mask where its image is there."""
 _MASK_FOLDERS = ("mask", "masks")
-_NO_PICTURE_OF_THE_SUBJECT = "-condlabel"
-"""OneTrainer's further input of a picture."""
+_NO_IMAGE_OF_THE_SUBJECT = "-condlabel"
+"""OneTrainer's further input of an image."""
 TEST_FOLDER = "test"
 FEWEST, MOST = 3, 5
-"""The number of reference pictures in Liu et al. 2024 (section 2); any number from one on is accepted, with a note."""
+"""The number of reference images in Liu et al. 2024 (section 2); any number from one on is accepted, with a note."""
 
 _LONGEST_TEXT = 100_000
 """Characters of a caption file; captions have some hundred."""
 _PHOTO_ENDINGS = (".avif", ".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".exr", ".hdr")
-"""Pictures that Python's list of types does not know everywhere."""
+"""Images that Python's list of types does not know everywhere."""
 _ENCODING_OF_MARK = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 """Notepad's "Unicode" and PowerShell's redirection write UTF-16, and say so in the first two bytes."""
 
 CAPTION_FILES = "caption files"
 CLASS_WORD_ONLY = "class word only (DreamBooth)"
-NO_CAPTIONS_YET = "none yet (Caption Pictures)"
+NO_CAPTIONS_YET = "none yet (Caption Images)"
 CAPTION_SOURCES = (CAPTION_FILES, CLASS_WORD_ONLY, NO_CAPTIONS_YET)
 
 
 @dataclass(frozen=True)
-class SubjectPictures:
-    """The pictures of one subject; the lists have one entry for each picture, in the same order.
+class SubjectImages:
+    """The images of one subject; the lists have one entry for each image, in the same order.
 
     Attributes:
-        pictures: float32 tensors [height, width, 3] on the CPU, values 0 to 1; the sizes may differ.
-        captions: what each picture shows; "" where there is no caption yet.
-        masks: float32 tensors [height, width], 1 on the subject, of the picture's size; None where there is no mask.
-        names: each picture's file name or number, for messages.
+        images: float32 tensors [height, width, 3] on the CPU, values 0 to 1; the sizes may differ.
+        captions: what each image shows; "" where there is no caption yet.
+        masks: float32 tensors [height, width], 1 on the subject, of the image's size; None where there is no mask.
+        names: each image's file name or number, for messages.
         class_word: what the subject is, such as "dog".
-        token: the rare token that stands for its identity (V* in Liu et al. 2024), such as "sks"; "" for pictures of
-            the class in general, a regularisation set.
-        folder: where the pictures were read, or None.
-        test_picture: the picture to edit, [height, width, 3], or None.
+        token: the rare token that stands for its identity (V* in Liu et al. 2024), such as "sks"; "" for images of
+            the class in general, a regularization set.
+        folder: where the images were read, or None.
+        test_image: the image to edit, [height, width, 3], or None.
         test_name: its file name below `folder`.
         test_caption: what it shows: the source prompt of an edit; "" where there is none.
         notes: what the user should know about the folder, one sentence each.
     """
 
-    pictures: list[torch.Tensor]
+    images: list[torch.Tensor]
     captions: list[str]
     masks: list[torch.Tensor | None]
     names: list[str]
     class_word: str
     token: str
     folder: str | None = None
-    test_picture: torch.Tensor | None = None
+    test_image: torch.Tensor | None = None
     test_name: str = ""
     test_caption: str = ""
     notes: tuple[str, ...] = ()
@@ -105,54 +105,54 @@ def load_subject_folder(
     captions: str = CAPTION_FILES,
     add_token: bool = False,
     size: int | None = None,
-) -> SubjectPictures:
+) -> SubjectImages:
     """Read a subject's folder; its form is at the top of this file.
 
-    Pictures are turned as their EXIF orientation says. A transparent picture is laid on white, and where it has no
+    Images are turned as their EXIF orientation says. A transparent image is laid on white, and where it has no
     mask file its opaque part is the mask.
 
     Args:
         path: the folder.
         class_word: what the subject is; "" reads it from `class_word.txt`.
-        token: the rare token for the subject's identity, one word; "" for a regularisation set.
-        captions: CAPTION_FILES needs one file for each picture; CLASS_WORD_ONLY reads none and calls every picture
+        token: the rare token for the subject's identity, one word; "" for a regularization set.
+        captions: CAPTION_FILES needs one file for each image; CLASS_WORD_ONLY reads none and calls every image
             "a photo of <token> <class word>" (Ruiz et al. 2023); NO_CAPTIONS_YET reads those that are there.
         add_token: put the token before the class word of captions that lack it, instead of refusing them.
-        size: cut every picture to a centred square and scale it to this side in pixels; None keeps all sizes.
+        size: cut every image to a centerd square and scale it to this side in pixels; None keeps all sizes.
 
     Raises:
-        IdentityEditError: naming the file and the remedy, when a picture, caption or mask cannot be used.
+        IdentityEditError: naming the file and the remedy, when an image, caption or mask cannot be used.
     """
     if not os.path.isdir(path):
         raise IdentityEditError(
-            f"The folder {path} does not exist; put {FEWEST} to {MOST} pictures of the subject, each with a caption "
+            f"The folder {path} does not exist; put {FEWEST} to {MOST} images of the subject, each with a caption "
             f"file, into a folder below ComfyUI's input folder."
         )
     names = sorted(name for name in os.listdir(path) if not name.startswith("."))
-    pictures, masks = _pictures_and_masks(path, names)
-    if not pictures:
+    images, masks = _images_and_masks(path, names)
+    if not images:
         unreadable = _unreadable(names)
         of_them = f", but {', '.join(unreadable)}, which Pillow cannot read here" if unreadable else ""
         raise IdentityEditError(
-            f"The folder {path} holds no picture{of_them}; put {FEWEST} to {MOST} pictures of the subject into it, "
+            f"The folder {path} holds no image{of_them}; put {FEWEST} to {MOST} images of the subject into it, "
             f"such as .png or .jpg."
         )
     class_word, token = check_words(class_word.strip() or _read_class_word(path), token)
-    _check_stems(pictures, masks)
+    _check_stems(images, masks)
 
-    read = [_read_picture(path, name, masks.get(_stem(name)), size) for name in pictures]
-    texts = [_caption(path, name, captions, class_word, token, add_token, required=True) for name in pictures]
-    notes = _count_notes(len(pictures), token) + _ignored_notes(names, pictures, masks)
-    subject = SubjectPictures(
-        pictures=[picture for picture, _ in read],
+    read = [_read_image(path, name, masks.get(_stem(name)), size) for name in images]
+    texts = [_caption(path, name, captions, class_word, token, add_token, required=True) for name in images]
+    notes = _count_notes(len(images), token) + _ignored_notes(names, images, masks)
+    subject = SubjectImages(
+        images=[image for image, _ in read],
         captions=texts,
         masks=[mask for _, mask in read],
-        names=pictures,
+        names=images,
         class_word=class_word,
         token=token,
         folder=path,
     )
-    return _with_test_picture(subject, path, captions, add_token, size, notes)
+    return _with_test_image(subject, path, captions, add_token, size, notes)
 
 
 def from_batch(
@@ -163,16 +163,16 @@ def from_batch(
     *,
     masks: torch.Tensor | list[torch.Tensor] | None = None,
     add_token: bool = False,
-) -> SubjectPictures:
-    """Make a subject's pictures from tensors.
+) -> SubjectImages:
+    """Make a subject's images from tensors.
 
     Args:
         images: [batch, height, width, 1 to 4], or a list of such batches, values 0 to 1; gray ones become colors. A
-            second or fourth channel is opacity: such a picture is laid on white, and without a mask of its own its
+            second or fourth channel is opacity: such an image is laid on white, and without a mask of its own its
             opaque part is the mask.
-        captions: one for each picture, one for all, or none yet (an empty list).
+        captions: one for each image, one for all, or none yet (an empty list).
         class_word, token: as for `load_subject_folder`.
-        masks: [batch, height, width] or a list of such batches, 1 on the subject; one for each picture or one for
+        masks: [batch, height, width] or a list of such batches, 1 on the subject; one for each image or one for
             all, of any size. One that is empty as Load Image's is counts as none.
         add_token: put the token before the class word of captions that lack it, instead of refusing them.
 
@@ -186,11 +186,11 @@ def from_batch(
         flat, opaque = on_white(batch[None] if getattr(batch, "ndim", 0) == 3 else batch, "images")
         singles += flat
         found += opaque
-    names = [f"picture {number}" for number in range(1, len(singles) + 1)]
+    names = [f"image {number}" for number in range(1, len(singles) + 1)]
     if len(captions) not in (0, 1, len(singles)):
         raise IdentityEditError(
-            f"There are {len(captions)} captions for {len(singles)} pictures; write one caption a line for each "
-            f"picture, one for all, or none."
+            f"There are {len(captions)} captions for {len(singles)} images; write one caption a line for each "
+            f"image, one for all, or none."
         )
     texts = [""] * len(singles)
     if captions:
@@ -203,61 +203,59 @@ def from_batch(
         given = [mask for batch in _as_list(masks) for mask in as_masks(batch, "masks")]
         if len(given) not in (1, len(singles)):
             raise IdentityEditError(
-                f"There are {len(given)} masks for {len(singles)} pictures; give one for each picture, one for all, "
+                f"There are {len(given)} masks for {len(singles)} images; give one for each image, one for all, "
                 f"or no masks."
             )
         given = given * len(singles) if len(given) == 1 else given
         found = [
-            own if is_no_mask(mask[None]) else _mask_of(picture, mask, f"The mask of {name}")
-            for picture, mask, own, name in zip(singles, given, found, names, strict=True)
+            own if is_no_mask(mask[None]) else _mask_of(image, mask, f"The mask of {name}")
+            for image, mask, own, name in zip(singles, given, found, names, strict=True)
         ]
     notes = tuple(_count_notes(len(singles), token))
-    return SubjectPictures(singles, texts, found, names, class_word, token, notes=notes)
+    return SubjectImages(singles, texts, found, names, class_word, token, notes=notes)
 
 
-def check_captions(subject: SubjectPictures) -> None:
-    """Check before a training that every picture has a caption with the token and the class word.
+def check_captions(subject: SubjectImages) -> None:
+    """Check before a training that every image has a caption with the token and the class word.
 
     Raises:
-        IdentityEditError: when the pictures have no token, or naming the first picture whose caption is missing or
+        IdentityEditError: when the images have no token, or naming the first image whose caption is missing or
             lacks a word.
     """
     if not subject.token:
         raise IdentityEditError(
-            "The subject's pictures have no token; write one rare word, such as 'sks', as token where they are loaded."
+            "The subject's images have no token; write one rare word, such as 'sks', as token where they are loaded."
         )
     for caption, name in zip(subject.captions, subject.names, strict=True):
         if not caption.strip():
             raise IdentityEditError(
-                f"{name} has no caption; connect Caption Pictures before the training, or write the caption file."
+                f"{name} has no caption; connect Caption Images before the training, or write the caption file."
             )
         check_caption(caption, f"The caption of {name}", subject.class_word, subject.token)
 
 
-def picture_batch(subject: SubjectPictures) -> torch.Tensor:
-    """All pictures as one IMAGE batch [batch, height, width, 3], cut and scaled to the first one's size."""
-    size = subject.pictures[0].shape[:2]
-    return torch.stack(
-        [picture if picture.shape[:2] == size else cut_and_scaled(picture, *size) for picture in subject.pictures]
-    )
+def image_batch(subject: SubjectImages) -> torch.Tensor:
+    """All images as one IMAGE batch [batch, height, width, 3], cut and scaled to the first one's size."""
+    size = subject.images[0].shape[:2]
+    return torch.stack([image if image.shape[:2] == size else cut_and_scaled(image, *size) for image in subject.images])
 
 
-def check_can_save(subject: SubjectPictures) -> str:
-    """The folder beside whose pictures the captions go.
+def check_can_save(subject: SubjectImages) -> str:
+    """The folder beside whose images the captions go.
 
     Raises:
-        IdentityEditError: when the pictures come from no folder.
+        IdentityEditError: when the images come from no folder.
     """
     if subject.folder is None:
         raise IdentityEditError(
-            "The pictures come from no folder, so captions cannot be saved beside them; use Load Subject Pictures, or "
+            "The images come from no folder, so captions cannot be saved beside them; use Load Subject Images, or "
             "do not save."
         )
     return subject.folder
 
 
-def save_captions(subject: SubjectPictures, *, overwrite: bool = False) -> list[str]:
-    """Write each caption into its file beside its picture, the test picture's too; each file whole or not at all.
+def save_captions(subject: SubjectImages, *, overwrite: bool = False) -> list[str]:
+    """Write each caption into its file beside its image, the test image's too; each file whole or not at all.
 
     Args:
         subject: from `load_subject_folder`.
@@ -267,7 +265,7 @@ def save_captions(subject: SubjectPictures, *, overwrite: bool = False) -> list[
         the names of the files that were written, below the subject's folder.
 
     Raises:
-        IdentityEditError: when the pictures come from no folder, or a file cannot be written.
+        IdentityEditError: when the images come from no folder, or a file cannot be written.
     """
     folder = check_can_save(subject)
     names, captions = list(subject.names), list(subject.captions)
@@ -290,12 +288,12 @@ def save_captions(subject: SubjectPictures, *, overwrite: bool = False) -> list[
 # --- Reading a folder ------------------------------------------------------------------------------------------------
 
 
-def _pictures_and_masks(path: str, names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The names of a folder's pictures, and the masks, with their folder, by the stem of their picture."""
-    endings = picture_formats()
+def _images_and_masks(path: str, names: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The names of a folder's images, and the masks, with their folder, by the stem of their image."""
+    endings = image_formats()
     shown = [name for name in names if _ending(name) in endings and os.path.isfile(os.path.join(path, name))]
     stems = {_stem(name) for name in shown}
-    pictures: list[str] = []
+    images: list[str] = []
     masks: dict[str, str] = {}
     for name in shown:
         marks = [mark for mark in _MASK_MARKS if _stem(name).lower().endswith(mark)]
@@ -303,13 +301,13 @@ def _pictures_and_masks(path: str, names: list[str]) -> tuple[list[str], dict[st
         stem = next((stem for mark, stem in of if mark in _ALWAYS_MASKS or stem in stems), None)
         if stem is not None:
             masks.setdefault(stem, name)
-        elif not _stem(name).lower().endswith(_NO_PICTURE_OF_THE_SUBJECT):
-            pictures.append(name)
+        elif not _stem(name).lower().endswith(_NO_IMAGE_OF_THE_SUBJECT):
+            images.append(name)
     for folder in (name for name in names if name.lower() in _MASK_FOLDERS and os.path.isdir(os.path.join(path, name))):
         for name in sorted(os.listdir(os.path.join(path, folder))):
-            if _ending(name) in endings and _stem(name) in {_stem(picture) for picture in pictures}:
+            if _ending(name) in endings and _stem(name) in {_stem(image) for image in images}:
                 masks.setdefault(_stem(name), f"{folder}/{name}")
-    return pictures, masks
+    return images, masks
 
 
 def _ending(name: str) -> str:
@@ -317,8 +315,8 @@ def _ending(name: str) -> str:
 
 
 def _unreadable(names: list[str]) -> list[str]:
-    """Files that are pictures by their ending, which Pillow cannot read here."""
-    known = picture_formats()
+    """Files that are images by their ending, which Pillow cannot read here."""
+    known = image_formats()
     kinds = {name: mimetypes.guess_type(name)[0] or "" for name in names if _ending(name) not in known}
     return [name for name, kind in kinds.items() if kind.startswith("image/") or _ending(name) in _PHOTO_ENDINGS]
 
@@ -327,10 +325,10 @@ def _stem(name: str) -> str:
     return os.path.splitext(name)[0]
 
 
-def _check_stems(pictures: list[str], masks: dict[str, str]) -> None:
-    """Every picture has a name of its own, and every mask a picture."""
+def _check_stems(images: list[str], masks: dict[str, str]) -> None:
+    """Every image has a name of its own, and every mask an image."""
     by_stem: dict[str, str] = {}
-    for name in pictures:
+    for name in images:
         other = by_stem.setdefault(_stem(name), name)
         if other != name:
             raise IdentityEditError(
@@ -339,7 +337,7 @@ def _check_stems(pictures: list[str], masks: dict[str, str]) -> None:
     for stem, mask in masks.items():
         if stem not in by_stem:
             raise IdentityEditError(
-                f"The mask {mask} has no picture; name it as its picture, {MASK_MARK}.png at the end, or delete it."
+                f"The mask {mask} has no image; name it as its image, {MASK_MARK}.png at the end, or delete it."
             )
 
 
@@ -368,7 +366,7 @@ def _read_text(path: str, name: str) -> str:
 
 
 def _caption(path: str, name: str, source: str, class_word: str, token: str, add_token: bool, *, required: bool) -> str:
-    """The caption of one picture, from where `source` says."""
+    """The caption of one image, from where `source` says."""
     if source == CLASS_WORD_ONLY:
         return f"a photo of {identity_prompt(class_word, token) if token else with_article(class_word)}"
     if source not in CAPTION_SOURCES:
@@ -379,7 +377,7 @@ def _caption(path: str, name: str, source: str, class_word: str, token: str, add
         if required and source == CAPTION_FILES:
             raise IdentityEditError(
                 f"{name} has no caption file {file}; write it, or set captions to '{NO_CAPTIONS_YET}' and connect "
-                f"Caption Pictures."
+                f"Caption Images."
             )
         return ""
     text = _read_text(_inside(path, file), file)
@@ -388,13 +386,13 @@ def _caption(path: str, name: str, source: str, class_word: str, token: str, add
             f"The caption file {file} is empty; write what {name} shows into it, with "
             f"'{identity_prompt(class_word, token)}', or delete it."
         )
-    if source == NO_CAPTIONS_YET:  # Caption Pictures puts the token in
+    if source == NO_CAPTIONS_YET:  # Caption Images puts the token in
         return text
     return check_caption(text, f"The caption file {file}", class_word, token, add_token)
 
 
-def _ignored_notes(names: list[str], pictures: list[str], masks: dict[str, str]) -> list[str]:
-    known = {*pictures, *masks.values(), CLASS_WORD_FILE, TEST_FOLDER, *(f"{_stem(name)}.txt" for name in pictures)}
+def _ignored_notes(names: list[str], images: list[str], masks: dict[str, str]) -> list[str]:
+    known = {*images, *masks.values(), CLASS_WORD_FILE, TEST_FOLDER, *(f"{_stem(name)}.txt" for name in images)}
     known |= {os.path.dirname(mask) for mask in masks.values()}
     unknown = [name for name in names if name not in known]
     unreadable = _unreadable(unknown)
@@ -403,57 +401,57 @@ def _ignored_notes(names: list[str], pictures: list[str], masks: dict[str, str])
     if unreadable:
         notes.append(f"Left out, because Pillow cannot read them here: {', '.join(unreadable)}; save them as .png.")
     if others:
-        notes.append(f"Ignored, because they are neither picture, caption nor mask of one: {', '.join(others)}.")
+        notes.append(f"Ignored, because they are neither image, caption nor mask of one: {', '.join(others)}.")
     return notes
 
 
 def _count_notes(count: int, token: str) -> list[str]:
     if not token or FEWEST <= count <= MOST:
         return []
-    return [f"{count} picture{'s' if count > 1 else ''}; Liu et al. 2024 use {FEWEST} to {MOST}."]
+    return [f"{count} image{'s' if count > 1 else ''}; Liu et al. 2024 use {FEWEST} to {MOST}."]
 
 
-def _with_test_picture(
-    subject: SubjectPictures, path: str, captions: str, add_token: bool, size: int | None, notes: list[str]
-) -> SubjectPictures:
-    """The subject with the picture of its test folder, where there is one, and with its notes."""
+def _with_test_image(
+    subject: SubjectImages, path: str, captions: str, add_token: bool, size: int | None, notes: list[str]
+) -> SubjectImages:
+    """The subject with the image of its test folder, where there is one, and with its notes."""
     folder = os.path.join(path, TEST_FOLDER)
     if not os.path.isdir(folder):
         return replace(subject, notes=tuple(notes))
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
-    pictures, _ = _pictures_and_masks(folder, names)
-    if not pictures:
-        return replace(subject, notes=(*notes, f"The folder {TEST_FOLDER} holds no picture."))
-    if len(pictures) > 1:
+    images, _ = _images_and_masks(folder, names)
+    if not images:
+        return replace(subject, notes=(*notes, f"The folder {TEST_FOLDER} holds no image."))
+    if len(images) > 1:
         raise IdentityEditError(
-            f"The folder {TEST_FOLDER} holds {len(pictures)} pictures ({', '.join(pictures)}); keep the one to edit."
+            f"The folder {TEST_FOLDER} holds {len(images)} images ({', '.join(images)}); keep the one to edit."
         )
-    name = f"{TEST_FOLDER}/{pictures[0]}"
-    picture, _ = _read_picture(path, name, None, size)
+    name = f"{TEST_FOLDER}/{images[0]}"
+    image, _ = _read_image(path, name, None, size)
     caption = _caption(path, name, captions, subject.class_word, subject.token, add_token, required=False)
-    return replace(subject, test_picture=picture, test_name=name, test_caption=caption, notes=tuple(notes))
+    return replace(subject, test_image=image, test_name=name, test_caption=caption, notes=tuple(notes))
 
 
-def _read_picture(
+def _read_image(
     path: str, name: str, mask_name: str | None, size: int | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A picture [height, width, 3] and its mask [height, width] or None, both of the wanted size."""
-    flat, opaque = on_white(read_picture(_inside(path, name), name), name)
-    picture, mask, what = flat[0], opaque[0], f"The transparency of {name}"
+    """An image [height, width, 3] and its mask [height, width] or None, both of the wanted size."""
+    flat, opaque = on_white(read_image(_inside(path, name), name), name)
+    image, mask, what = flat[0], opaque[0], f"The transparency of {name}"
     if mask_name is not None:
-        mask = from_pillow(_on_black(open_picture(_inside(path, mask_name), mask_name)).convert("L"))
+        mask = from_pillow(_on_black(open_image(_inside(path, mask_name), mask_name)).convert("L"))
         what = f"The mask {mask_name}"
     if mask is not None:
-        mask = _mask_of(picture, mask, what)
+        mask = _mask_of(image, mask, what)
     if size is not None:
-        picture = _square(picture, size, smooth=True)
+        image = _square(image, size, smooth=True)
         if mask is not None:
             mask = _square(mask, size, smooth=False)
             if not bool(mask.any()):
                 raise IdentityEditError(
-                    f"{what} marks nothing within the centered square of {name}; crop the picture around the subject."
+                    f"{what} marks nothing within the centered square of {name}; crop the image around the subject."
                 )
-    return picture, mask
+    return image, mask
 
 
 def _inside(folder: str, name: str) -> str:
@@ -479,20 +477,20 @@ def _on_black(image: Image) -> Image:
 
 
 def _square(pixels: torch.Tensor, size: int, *, smooth: bool) -> torch.Tensor:
-    """The centered square of a picture [height, width, 3] or mask [height, width], scaled to a side of `size`."""
+    """The centered square of an image [height, width, 3] or mask [height, width], scaled to a side of `size`."""
     from PIL import Image, ImageOps
 
     how = Image.Resampling.LANCZOS if smooth else Image.Resampling.BILINEAR
     return from_pillow(ImageOps.fit(to_pillow(pixels), (size, size), how))
 
 
-def _mask_of(picture: torch.Tensor, mask: torch.Tensor, what: str) -> torch.Tensor:
-    """A mask [height, width] brought to the size of its picture.
+def _mask_of(image: torch.Tensor, mask: torch.Tensor, what: str) -> torch.Tensor:
+    """A mask [height, width] brought to the size of its image.
 
     Raises:
         IdentityEditError: when it marks nothing.
     """
-    fitted = masks_for(mask, what, picture.shape[0], picture.shape[1], 1)[0]
+    fitted = masks_for(mask, what, image.shape[0], image.shape[1], 1)[0]
     if not bool(fitted.any()):
         raise IdentityEditError(f"{what} marks nothing; make it white on the subject, or leave it out.")
     return fitted

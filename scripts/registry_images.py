@@ -1,4 +1,4 @@
-"""Draws the pictures that the registry shows of the pack: `.venv/bin/python scripts/registry_pictures.py`.
+"""Draws the images that the registry shows of the pack: `.venv/bin/python scripts/registry_images.py`.
 
 images/icon.png, 384x384, one portrait; images/banner.png, 1344x576 (21:9), a cat, a dog and a person, each of them the
 same in every column.
@@ -28,8 +28,8 @@ def drawn(size: int, **attributes: Any) -> Image.Image:
     from identity_edit_pack.demo_world.attributes import Attributes
     from identity_edit_pack.demo_world.renderer import render
 
-    picture, _ = render(Attributes(**attributes), seed=5)
-    return Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS)
+    image, _ = render(Attributes(**attributes), seed=5)
+    return Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS)
 
 
 def main() -> None:
@@ -39,8 +39,8 @@ def main() -> None:
     drawn(384, expression="smiling", **ICON).save(folder / "icon.png", optimize=True)
     rows = [[figure | edit for edit in EDITS] for figure in FIGURES] + [[ICON | change for change in EXPRESSIONS]]
     banner = Image.new("RGB", (CELL * len(EDITS), CELL * len(rows)))
-    for row, pictures in enumerate(rows):
-        for column, attributes in enumerate(pictures):
+    for row, images in enumerate(rows):
+        for column, attributes in enumerate(images):
             banner.paste(drawn(CELL, **attributes), (column * CELL, row * CELL))
     banner.save(folder / "banner.png", optimize=True)
 

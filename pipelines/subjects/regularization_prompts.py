@@ -1,6 +1,6 @@
-"""Prompts for the regularisation set: the class's half of the editing-oriented data augmentation.
+"""Prompts for the regularization set: the class's half of the editing-oriented data augmentation.
 
-A model that learns one subject forgets the subject's class. Ruiz et al. 2023 keep it by training on pictures of the
+A model that learns one subject forgets the subject's class. Ruiz et al. 2023 keep it by training on images of the
 class as well; Liu et al. 2024 (section 2.1) render these from detailed prompts that GPT-4 writes after two instructions
 (tables 4 and 5). Here a language model in a folder or behind an OpenAI-compatible endpoint can be asked the same, or
 the prompts are put together from a list that comes with the pack.

@@ -1,4 +1,4 @@
-"""Regularisation prompts: the shipped list, a tiny language model, and an endpoint on this machine."""
+"""Regularization prompts: the shipped list, a tiny language model, and an endpoint on this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects import regularisation_prompts as prompts
+from identity_edit_pack.pipelines.subjects import regularization_prompts as prompts
 from identity_edit_pack.tests import tiny_language_models as tiny
 
 SHIPPED = json.loads(Path(prompts.__file__).with_suffix(".json").read_text(encoding="utf-8"))

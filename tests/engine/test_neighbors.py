@@ -18,7 +18,7 @@ import pytest
 from api_client import Client
 from engine import PACK_FOLDER, Server
 
-from .test_timestep_aware_edit import Prompt, inversion_prompt, node, text_optimization, with_picture
+from .test_timestep_aware_edit import Prompt, inversion_prompt, node, text_optimization, with_image
 
 STEPS = 2
 
@@ -42,7 +42,7 @@ class Slot:
 
 
 class ImagePrompt:
-    CATEGORY, FUNCTION, RETURN_TYPES = "neighbours", "apply", ("MODEL",)
+    CATEGORY, FUNCTION, RETURN_TYPES = "neighbors", "apply", ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -71,7 +71,7 @@ class ImagePrompt:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"NeighbourImagePrompt": ImagePrompt}
+NODE_CLASS_MAPPINGS = {"NeighborImagePrompt": ImagePrompt}
 '''
 
 ATTENTION_LISTS = '''
@@ -79,7 +79,7 @@ ATTENTION_LISTS = '''
 
 
 class AttentionLists:
-    CATEGORY, FUNCTION, RETURN_TYPES = "neighbours", "apply", ("MODEL",)
+    CATEGORY, FUNCTION, RETURN_TYPES = "neighbors", "apply", ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -102,12 +102,12 @@ class AttentionLists:
         return (model,)
 
 
-NODE_CLASS_MAPPINGS = {"NeighbourAttentionLists": AttentionLists}
+NODE_CLASS_MAPPINGS = {"NeighborAttentionLists": AttentionLists}
 '''
 
 NODE = """
 class Nothing:
-    CATEGORY, FUNCTION, RETURN_TYPES = "neighbours", "apply", ("INT",)
+    CATEGORY, FUNCTION, RETURN_TYPES = "neighbors", "apply", ("INT",)
 
     @classmethod
     def INPUT_TYPES(cls):
@@ -120,10 +120,10 @@ class Nothing:
 """
 
 PACKS = {
-    "neighbour_image_prompt": {"__init__.py": IMAGE_PROMPT},
-    "neighbour_attention_lists": {"__init__.py": ATTENTION_LISTS},
+    "neighbor_image_prompt": {"__init__.py": IMAGE_PROMPT},
+    "neighbor_attention_lists": {"__init__.py": ATTENTION_LISTS},
     # Its own folder first on the path, and modules of our rooms' names left in sys.modules.
-    "a_neighbour_with_our_names": {
+    "a_neighbor_with_our_names": {
         "__init__.py": """
             import sys
             from pathlib import Path
@@ -133,7 +133,7 @@ PACKS = {
             import pipelines
             from attention.capture import Nothing
 
-            NODE_CLASS_MAPPINGS = {"NeighbourWithOurNames": Nothing}
+            NODE_CLASS_MAPPINGS = {"NeighborWithOurNames": Nothing}
         """,
         "attention/__init__.py": "",
         "attention/capture.py": NODE,
@@ -142,52 +142,52 @@ PACKS = {
         "demo_world.py": "raise RuntimeError('the demo world of another pack')",
         "extension.py": "raise RuntimeError('the extension of another pack')",
     },
-    "neighbour_with_nodes": {
+    "neighbor_with_nodes": {
         "__init__.py": "from .nodes import NODE_CLASS_MAPPINGS",
-        "nodes.py": NODE + "NODE_CLASS_MAPPINGS = {'NeighbourWithNodes': Nothing}",
+        "nodes.py": NODE + "NODE_CLASS_MAPPINGS = {'NeighborWithNodes': Nothing}",
     },
-    "neighbour_that_fails": {"__init__.py": "import a_library_that_nobody_has"},
+    "neighbor_that_fails": {"__init__.py": "import a_library_that_nobody_has"},
 }
-OURS_WITH_THEIRS = ("NeighbourImagePrompt", "NeighbourAttentionLists")
+OURS_WITH_THEIRS = ("NeighborImagePrompt", "NeighborAttentionLists")
 
 
-class Neighbourhood:
-    """A ComfyUI with this pack and its neighbours; pictures are kept, as many cases ask for the same."""
+class Neighborhood:
+    """A ComfyUI with this pack and its neighbors; images are kept, as many cases ask for the same."""
 
     def __init__(self, process: Server) -> None:
         self.process = process
         self.client = Client(process.address)
-        self._pictures: dict[str, np.ndarray] = {}
+        self._images: dict[str, np.ndarray] = {}
 
-    def picture(self, prompt: Prompt) -> np.ndarray:
+    def image(self, prompt: Prompt) -> np.ndarray:
         key = repr(prompt)
-        if key not in self._pictures:
+        if key not in self._images:
             run = self.client.run(prompt, timeout=600)
-            (picture,) = self.client.images(run, "result_shown")
-            self._pictures[key] = np.asarray(picture.convert("RGB"), dtype=np.int16)
-            assert self._pictures[key].std() > 5
-        return self._pictures[key]
+            (image,) = self.client.images(run, "result_shown")
+            self._images[key] = np.asarray(image.convert("RGB"), dtype=np.int16)
+            assert self._images[key].std() > 5
+        return self._images[key]
 
 
 @pytest.fixture(scope="module")
-def neighbourhood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbourhood]:
-    base = tmp_path_factory.mktemp("neighbours")
+def neighborhood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighborhood]:
+    base = tmp_path_factory.mktemp("neighbors")
     for pack, files in PACKS.items():
         for name, text in files.items():
             path = base / "custom_nodes" / pack / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(textwrap.dedent(text), encoding="utf-8")
     with Server(base, environment={"HF_HUB_OFFLINE": "1"}) as process:
-        yield Neighbourhood(process)
+        yield Neighborhood(process)
 
 
-def test_it_loads_beside_packs_with_bad_manners(neighbourhood: Neighbourhood, node_classes: dict[str, Any]) -> None:
-    assert neighbourhood.process.pack_failure() is None
-    known = neighbourhood.client.object_info()
+def test_it_loads_beside_packs_with_bad_manners(neighborhood: Neighborhood, node_classes: dict[str, Any]) -> None:
+    assert neighborhood.process.pack_failure() is None
+    known = neighborhood.client.object_info()
     assert set(node_classes) <= set(known)
     assert {known[key]["python_module"] for key in node_classes} == {f"custom_nodes.{PACK_FOLDER}"}
-    assert {"NeighbourWithOurNames", "NeighbourWithNodes", *OURS_WITH_THEIRS} <= set(known)
-    assert "a_library_that_nobody_has" in neighbourhood.process.log_text()
+    assert {"NeighborWithOurNames", "NeighborWithNodes", *OURS_WITH_THEIRS} <= set(known)
+    assert "a_library_that_nobody_has" in neighborhood.process.log_text()
 
 
 # One graph a node of ours. Each takes a MODEL and gives one, with a positive conditioning to sample it with.
@@ -199,19 +199,19 @@ class Case:
 
     add: puts it into the prompt, after the given model; returns its MODEL and the positive conditioning.
     without: changed inputs of the node "ours" with which it does nothing at all.
-    real: whether it edits the inverted picture, whose noise and sigmas are then sampled.
-    changes_picture: whether it is there to change the picture.
+    real: whether it edits the inverted image, whose noise and sigmas are then sampled.
+    changes_image: whether it is there to change the image.
     """
 
     add: Callable[[Prompt, list[Any]], tuple[list[Any], list[Any]]]
     without: dict[str, Any]
     real: bool = False
-    changes_picture: bool = True
+    changes_image: bool = True
 
 
 def style(prompt: Prompt, model: list[Any]) -> tuple[list[Any], list[Any]]:
     portrait = dict(framing="portrait", species="person", hair_color="red", hair_style="long", skin="tan")
-    prompt["face"] = copy.deepcopy(prompt["picture"])
+    prompt["face"] = copy.deepcopy(prompt["image"])
     prompt["face"]["inputs"] |= portrait
     prompt["encoder"] = node("IdentityEditLoadWPlusEncoder", file="identity-edit-demo-w-plus.safetensors")
     prompt["w_plus"] = node("IdentityEditEncodeWPlus", encoder=["encoder", 0], faces=["face", 0])
@@ -256,36 +256,36 @@ CASES = {
     "prompt-to-prompt": Case(prompt_to_prompt, {"cross_replace_steps": 0.0, "self_replace_steps": 0.0}),
     "mutual self-attention": Case(mutual_self_attention, {"start_step": 1.0}, real=True),
     "text injection": Case(text_injection, {"ratio": 0.0}, real=True),
-    "identity attention": Case(identity_attention, {}, changes_picture=False),
+    "identity attention": Case(identity_attention, {}, changes_image=False),
 }
 
 
 def graph(
     case: Case,
-    neighbour: str | None = None,
+    neighbor: str | None = None,
     *,
     place: str = "before",
     strength: float = 0.5,
     ours: bool = True,
     changes: dict[str, Any] | None = None,
 ) -> Prompt:
-    """A sampled picture with our node, and with the neighbour before or after it."""
+    """A sampled image with our node, and with the neighbor before or after it."""
     prompt = inversion_prompt()
     prompt["inversion"]["inputs"]["steps"] = STEPS
     model: list[Any] = ["model", 0]
     positive: list[Any] = ["target", 0]
-    if neighbour and place == "before":
-        prompt["neighbour"] = node(neighbour, model=model, strength=strength)
-        model = ["neighbour", 0]
+    if neighbor and place == "before":
+        prompt["neighbor"] = node(neighbor, model=model, strength=strength)
+        model = ["neighbor", 0]
     if ours:
         model, positive = case.add(prompt, model)
         prompt["ours"]["inputs"] |= changes or {}
     elif case.add is prompt_to_prompt:
         # Without control it samples its target prompt.
         prompt["target"]["inputs"]["text"] = "an orange cat on the beach"
-    if neighbour and place == "after":
-        prompt["neighbour"] = node(neighbour, model=model, strength=strength)
-        model = ["neighbour", 0]
+    if neighbor and place == "after":
+        prompt["neighbor"] = node(neighbor, model=model, strength=strength)
+        model = ["neighbor", 0]
     prompt["guider"] = node("CFGGuider", model=model, positive=positive, negative=["empty", 0], cfg=4.0)
     prompt["sampler"] = node("KSamplerSelect", sampler_name="ddim")
     latent, sigmas = ["inversion", 1], ["inversion", 2]
@@ -310,48 +310,46 @@ def graph(
     # single one, which some processors round otherwise: the target is decoded alone, as it is without the node.
     target = 1 if ours and case.add is prompt_to_prompt else 0
     prompt["result"] = node("LatentFromBatch", samples=["samples", 0], batch_index=target, length=1)
-    return with_picture(prompt, "result")
+    return with_image(prompt, "result")
 
 
 def difference(one: np.ndarray, two: np.ndarray) -> int:
     return int(np.abs(one - two).max())
 
 
-@pytest.mark.parametrize("neighbour", OURS_WITH_THEIRS)
+@pytest.mark.parametrize("neighbor", OURS_WITH_THEIRS)
 @pytest.mark.parametrize("name", CASES)
-def test_both_effects_are_there_in_either_order(name: str, neighbour: str, neighbourhood: Neighbourhood) -> None:
+def test_both_effects_are_there_in_either_order(name: str, neighbor: str, neighborhood: Neighborhood) -> None:
     case = CASES[name]
-    ours = neighbourhood.picture(graph(case))
-    theirs = neighbourhood.picture(graph(case, neighbour, ours=False))
-    before = neighbourhood.picture(graph(case, neighbour, place="before"))
-    after = neighbourhood.picture(graph(case, neighbour, place="after"))
-    assert difference(before, ours) > 10, "the neighbour has no effect"
-    if case.changes_picture:
+    ours = neighborhood.image(graph(case))
+    theirs = neighborhood.image(graph(case, neighbor, ours=False))
+    before = neighborhood.image(graph(case, neighbor, place="before"))
+    after = neighborhood.image(graph(case, neighbor, place="after"))
+    assert difference(before, ours) > 10, "the neighbor has no effect"
+    if case.changes_image:
         assert difference(before, theirs) > 10, "our node has no effect"
     else:
         assert difference(before, theirs) == 0
     assert difference(before, after) == 0, "the order of the two nodes matters"
 
 
-@pytest.mark.parametrize("neighbour", OURS_WITH_THEIRS)
+@pytest.mark.parametrize("neighbor", OURS_WITH_THEIRS)
 @pytest.mark.parametrize("name", CASES)
-def test_a_node_that_does_nothing_leaves_the_other_exact(
-    name: str, neighbour: str, neighbourhood: Neighbourhood
-) -> None:
+def test_a_node_that_does_nothing_leaves_the_other_exact(name: str, neighbor: str, neighborhood: Neighborhood) -> None:
     case = CASES[name]
-    theirs = neighbourhood.picture(graph(case, neighbour, ours=False))
-    ours = neighbourhood.picture(graph(case))
+    theirs = neighborhood.image(graph(case, neighbor, ours=False))
+    ours = neighborhood.image(graph(case))
     for place in ("before", "after"):
-        idle = neighbourhood.picture(graph(case, neighbour, place=place, changes=case.without))
-        assert difference(idle, theirs) == 0, f"our node changes what the neighbour does {place} it"
-        unpatched = neighbourhood.picture(graph(case, neighbour, place=place, strength=0.0))
+        idle = neighborhood.image(graph(case, neighbor, place=place, changes=case.without))
+        assert difference(idle, theirs) == 0, f"our node changes what the neighbor does {place} it"
+        unpatched = neighborhood.image(graph(case, neighbor, place=place, strength=0.0))
         # Prompt-to-prompt adds its change to what the owner of a slot returns: the same numbers, rounded otherwise.
         assert difference(unpatched, ours) <= (1 if name == "prompt-to-prompt" else 0)
 
 
-@pytest.mark.parametrize("neighbour", OURS_WITH_THEIRS)
+@pytest.mark.parametrize("neighbor", OURS_WITH_THEIRS)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_pass_through_a_neighbour(checkpointing: bool, neighbour: str, neighbourhood: Neighbourhood) -> None:
+def test_gradients_pass_through_a_neighbor(checkpointing: bool, neighbor: str, neighborhood: Neighborhood) -> None:
     """Its tensors were made while a prompt ran, in inference mode, and autograd must save them all the same."""
 
     def fitted(strength: float | None) -> np.ndarray:
@@ -359,8 +357,8 @@ def test_gradients_pass_through_a_neighbour(checkpointing: bool, neighbour: str,
         prompt["inversion"]["inputs"]["steps"] = STEPS
         model: list[Any] = ["model", 0]
         if strength is not None:
-            prompt["neighbour"] = node(neighbour, model=model, strength=strength)
-            model = ["neighbour", 0]
+            prompt["neighbor"] = node(neighbor, model=model, strength=strength)
+            model = ["neighbor", 0]
         prompt["optimized"] = text_optimization(model=model, steps=2, learning_rate=0.05, checkpointing=checkpointing)
         prompt["guider"] = node(
             "CFGGuider", model=["model", 0], positive=["optimized", 0], negative=["empty", 0], cfg=4.0
@@ -374,7 +372,7 @@ def test_gradients_pass_through_a_neighbour(checkpointing: bool, neighbour: str,
             sigmas=["inversion", 2],
             latent_image=["inversion", 1],
         )
-        return neighbourhood.picture(with_picture(prompt, "result"))
+        return neighborhood.image(with_image(prompt, "result"))
 
-    assert difference(fitted(0.5), fitted(None)) > 2, "the neighbour's attention was not used in the optimisation"
+    assert difference(fitted(0.5), fitted(None)) > 2, "the neighbor's attention was not used in the optimization"
     assert difference(fitted(0.0), fitted(None)) <= 2

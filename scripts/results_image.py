@@ -1,4 +1,4 @@
-"""Puts results of shipped workflows side by side for the README: `.venv/bin/python scripts/results_picture.py`.
+"""Puts results of shipped workflows side by side for the README: `.venv/bin/python scripts/results_image.py`.
 
 Its argument is the folder where `scripts/demo.py` saved these workflows (default: demo_output).
 Writes images/results.jpg.
@@ -20,12 +20,12 @@ ROWS: list[list[tuple[str, list[str]]]] = [
     [
         (
             "a learned cat, in a new scene",
-            ["hifi_generate/34_aligned_reference.png", "hifi_generate/35_second_pass_picture.png"],
+            ["hifi_generate/34_aligned_reference.png", "hifi_generate/35_second_pass_image.png"],
         ),
-        ("two people in one picture", ["pidiff_two_people/23_save_picture.png"]),
+        ("two people in one image", ["pidiff_two_people/23_save_image.png"]),
     ],
 ]
-"""By row, a caption and the pictures above it."""
+"""By row, a caption and the images above it."""
 SIDE, GAP, CAPTION = 224, 12, 34
 
 
@@ -39,9 +39,9 @@ def main() -> None:
         for caption, names in groups:
             draw.text((left, top + SIDE + 6), caption, fill="black", font=font)
             for name in names:
-                picture = Image.open(folder / name).convert("RGB")
-                width = SIDE * picture.width // picture.height
-                page.paste(picture.resize((width, SIDE), Image.Resampling.LANCZOS), (left, top))
+                image = Image.open(folder / name).convert("RGB")
+                width = SIDE * image.width // image.height
+                page.paste(image.resize((width, SIDE), Image.Resampling.LANCZOS), (left, top))
                 left += width + GAP
     page.save(ROOT / "images" / "results.jpg", quality=92)
 

@@ -1,4 +1,4 @@
-"""Pictures as a training sees them: batches of latents with captions and masks, the denoising loss, and previews."""
+"""Images as a training sees them: batches of latents with captions and masks, the denoising loss, and previews."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import torch
 from ..engine.families.noise import V, training_error
 from ..engine.trainable import Text, TrainableNetworks
 from ..shared.errors import IdentityEditError
+from ..shared.images import encoded
 from ..shared.masks import masks_for, of_size
-from ..shared.pictures import encoded
 from .loop import TrainingSettings, generator_of
 
 
 @dataclass(frozen=True)
-class TrainingPictures:
-    """Encoded pictures; the lists have one entry for each picture.
+class TrainingImages:
+    """Encoded images; the lists have one entry for each image.
 
     Attributes:
-        latents: z_0 of each picture [C, h, w] float32 CPU, in the scale of LATENT sockets; the sizes may differ.
-        captions: what each picture shows.
-        masks: for each picture [h, w] float32 CPU, 1 where its loss counts; None where all of it counts.
-        fingerprint: hexadecimal digits that name these pictures, captions and masks.
+        latents: z_0 of each image [C, h, w] float32 CPU, in the scale of LATENT sockets; the sizes may differ.
+        captions: what each image shows.
+        masks: for each image [h, w] float32 CPU, 1 where its loss counts; None where all of it counts.
+        fingerprint: hexadecimal digits that name these images, captions and masks.
     """
 
     latents: list[torch.Tensor]
@@ -44,15 +44,15 @@ class TrainingPictures:
 
 @dataclass(frozen=True)
 class Batch:
-    """B pictures of one size with the noise that is put on them.
+    """B images of one size with the noise that is put on them.
 
     Attributes:
         latents: z_0 [B, C, h, w] in the model's scale.
         masks: [B, 1, h, w], 1 where the loss counts.
         t: [B] rows of the model's noise levels (timesteps, where it is not distilled).
         noise: eps [B, C, h, w].
-        captions: what each picture shows.
-        chosen: the pictures' numbers.
+        captions: what each image shows.
+        chosen: the images' numbers.
     """
 
     latents: torch.Tensor
@@ -63,63 +63,63 @@ class Batch:
     chosen: Sequence[int] = ()
 
 
-def encode_pictures(
+def encode_images(
     vae: Any,
-    pictures: Sequence[torch.Tensor],
+    images: Sequence[torch.Tensor],
     captions: Sequence[str],
     masks: Sequence[torch.Tensor | None] | None = None,
-) -> TrainingPictures:
-    """Encode every picture once, each at its own size cut to a multiple of 8 pixels as VAE Encode does.
+) -> TrainingImages:
+    """Encode every image once, each at its own size cut to a multiple of 8 pixels as VAE Encode does.
 
     Args:
         vae: VAE of the checkpoint.
-        pictures: [H, W, 3] float32, 0 to 1.
-        captions: one for each picture.
+        images: [H, W, 3] float32, 0 to 1.
+        captions: one for each image.
         masks: [H, W], 1 on the subject, or None; averaged to the latent's resolution.
 
     Raises:
-        IdentityEditError: when there is no picture, a caption is missing, a mask is empty, or a latent is of a video or
+        IdentityEditError: when there is no image, a caption is missing, a mask is empty, or a latent is of a video or
             not finite.
     """
-    masks = list(masks) if masks is not None else [None] * len(pictures)
-    if not pictures:
-        raise IdentityEditError("There is no picture to train on; connect at least one.")
-    if not len(pictures) == len(captions) == len(masks):
+    masks = list(masks) if masks is not None else [None] * len(images)
+    if not images:
+        raise IdentityEditError("There is no image to train on; connect at least one.")
+    if not len(images) == len(captions) == len(masks):
         raise IdentityEditError(
-            f"There are {len(pictures)} pictures, {len(captions)} captions and {len(masks)} masks; give one caption, "
-            f"and a mask or none, for each picture."
+            f"There are {len(images)} images, {len(captions)} captions and {len(masks)} masks; give one caption, "
+            f"and a mask or none, for each image."
         )
     digest = hashlib.sha256()
     latents, small_masks = [], []
-    for number, (picture, caption, mask) in enumerate(zip(pictures, captions, masks, strict=True), start=1):
-        height, width = picture.shape[:2]
-        latent = encoded(vae, picture[None], f"Picture {number}")[0].clone()
+    for number, (image, caption, mask) in enumerate(zip(images, captions, masks, strict=True), start=1):
+        height, width = image.shape[:2]
+        latent = encoded(vae, image[None], f"Image {number}")[0].clone()
         latents.append(latent)
-        small_masks.append(None if mask is None else _latent_mask(mask, picture, latent, number))
-        # The picture and not its latent: encoding it again need not give the same bits.
-        for part in (picture, mask):
+        small_masks.append(None if mask is None else _latent_mask(mask, image, latent, number))
+        # The image and not its latent: encoding it again need not give the same bits.
+        for part in (image, mask):
             if part is not None:
                 digest.update((part * 255).round().clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy().tobytes())
         digest.update(f"{height} {width} {mask is not None} {caption}".encode())
-    return TrainingPictures(latents, list(captions), small_masks, digest.hexdigest()[:16])
+    return TrainingImages(latents, list(captions), small_masks, digest.hexdigest()[:16])
 
 
-def _latent_mask(mask: torch.Tensor, picture: torch.Tensor, latent: torch.Tensor, number: int) -> torch.Tensor:
-    of_picture = masks_for(mask, f"The mask of picture {number}", picture.shape[0], picture.shape[1], 1)
-    small = of_size(of_picture, latent.shape[1], latent.shape[2])[0].clone()
+def _latent_mask(mask: torch.Tensor, image: torch.Tensor, latent: torch.Tensor, number: int) -> torch.Tensor:
+    of_image = masks_for(mask, f"The mask of image {number}", image.shape[0], image.shape[1], 1)
+    small = of_size(of_image, latent.shape[1], latent.shape[2])[0].clone()
     if not float(small.sum()) > 0.0:
-        raise IdentityEditError(f"The mask of picture {number} is empty; paint the subject white, or remove the mask.")
+        raise IdentityEditError(f"The mask of image {number} is empty; paint the subject white, or remove the mask.")
     return small
 
 
-def batch_indices(pictures: TrainingPictures, batch_size: int, index: int, seed: int, what: str) -> list[int]:
-    """Which pictures batch `index` (from 0) holds: always of one size, every picture once in a round.
+def batch_indices(images: TrainingImages, batch_size: int, index: int, seed: int, what: str) -> list[int]:
+    """Which images batch `index` (from 0) holds: always of one size, every image once in a round.
 
     A round goes through all sizes in a random order, drawn from the seed and the number of the round. Where the
-    pictures of a size do not fill their last batch, it is filled with others of them.
+    images of a size do not fill their last batch, it is filled with others of them.
     """
     sizes: dict[tuple[int, ...], list[int]] = {}
-    for number, latent in enumerate(pictures.latents):
+    for number, latent in enumerate(images.latents):
         sizes.setdefault(tuple(latent.shape), []).append(number)
     in_a_round = sum(-(-len(members) // batch_size) for members in sizes.values())
     generator = generator_of(seed, index // in_a_round, f"order of {what}")
@@ -133,7 +133,7 @@ def batch_indices(pictures: TrainingPictures, batch_size: int, index: int, seed:
 
 def draw_batch(
     networks: TrainableNetworks,
-    pictures: TrainingPictures,
+    images: TrainingImages,
     settings: TrainingSettings,
     index: int,
     what: str,
@@ -145,16 +145,16 @@ def draw_batch(
 
     Args:
         networks: what it is for.
-        pictures: what it is of.
+        images: what it is of.
         settings: the batch's size, and the seed.
         index: from 0.
         what: a name for the draws, which depend on the seed, the index and it alone.
-        masked: whether the pictures' masks count.
+        masked: whether the images' masks count.
         generator: for timesteps and noise, in the place of that of `what`.
     """
-    chosen = batch_indices(pictures, settings.batch_size, index, settings.seed, what)
-    latents = torch.stack([pictures.latents[number] for number in chosen])
-    masks = [pictures.masks[number] if masked else None for number in chosen]
+    chosen = batch_indices(images, settings.batch_size, index, settings.seed, what)
+    latents = torch.stack([images.latents[number] for number in chosen])
+    masks = [images.masks[number] if masked else None for number in chosen]
     whole = torch.ones(latents.shape[2:])
     generator = generator or generator_of(settings.seed, index, what)
     t = torch.randint(networks.sampling.sigmas.shape[0], (len(chosen),), generator=generator)
@@ -164,15 +164,15 @@ def draw_batch(
         masks=torch.stack([whole if mask is None else mask for mask in masks])[:, None].to(networks.device),
         t=t.to(networks.device),
         noise=noise.to(networks.device),
-        captions=[pictures.captions[number] for number in chosen],
+        captions=[images.captions[number] for number in chosen],
         chosen=chosen,
     )
 
 
 def check_masks(masks: Sequence[torch.Tensor | None], masked: bool) -> None:
-    """Raise `IdentityEditError` when the loss is to be counted inside the pictures' masks and there is none."""
+    """Raise `IdentityEditError` when the loss is to be counted inside the images' masks and there is none."""
     if masked and all(mask is None for mask in masks):
-        raise IdentityEditError("masked_loss is on but no picture has a mask; add masks, or switch it off.")
+        raise IdentityEditError("masked_loss is on but no image has a mask; add masks, or switch it off.")
 
 
 def denoising_losses(
@@ -183,7 +183,7 @@ def denoising_losses(
     source: torch.Tensor | None = None,
     min_snr_gamma: float = 0.0,
 ) -> torch.Tensor:
-    """The loss that diffusion models are trained with, for each picture of a batch [B].
+    """The loss that diffusion models are trained with, for each image of a batch [B].
 
     With z_0 the latent, eps the noise and x = z_0 + sigma_t eps in ComfyUI's scale, it is the mean over the mask of
     |eps_theta - eps|^2, or of |v_theta - v|^2 for models that predict velocity.
@@ -216,7 +216,7 @@ def preview(
     settings: TrainingSettings,
     estimate: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
 ) -> torch.Tensor:
-    """A picture by DDIM from a noise of the run's seed, by the networks as they are now.
+    """An image by DDIM from a noise of the run's seed, by the networks as they are now.
 
     Args:
         networks: what is trained.

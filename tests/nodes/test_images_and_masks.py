@@ -1,4 +1,4 @@
-"""What ComfyUI's own nodes take as pictures and masks: every IMAGE and MASK input of every node takes it too."""
+"""What ComfyUI's own nodes take as images and masks: every IMAGE and MASK input of every node takes it too."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPTIONAL = [
     if item.get_io_type() == "MASK" and item.optional
 ]
 NO_MASK = torch.zeros(1, 64, 64)
-"""What Load Image gives for a picture without transparency."""
+"""What Load Image gives for an image without transparency."""
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +60,12 @@ def same(first: list[torch.Tensor] | str, second: list[torch.Tensor] | str) -> b
 
 
 def of(world: World, name: str, input_name: str) -> torch.Tensor:
-    """A node's good mask or picture, or the world's where it has none."""
+    """A node's good mask or image, or the world's where it has none."""
     value = good(world, name).get(input_name)
     if isinstance(value, list):
         value = value[0]
     if value is None:
-        value = world.pictures if (name, input_name) in IMAGES else world.mask
+        value = world.images if (name, input_name) in IMAGES else world.mask
     return value
 
 
@@ -127,17 +127,17 @@ def test_every_mask_says_what_to_do_with_the_mask_of_a_cut_out(name: str, input_
 
 
 @pytest.mark.parametrize(("name", "input_name"), IMAGES)
-def test_a_picture_of_high_dynamic_range_is_cut_with_a_warning(
+def test_a_image_of_high_dynamic_range_is_cut_with_a_warning(
     name: str, input_name: str, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
-    picture = 8.0 * of(world, name, input_name)
+    image = 8.0 * of(world, name, input_name)
     folders = [
         {"folder": f"pairs/{kind}-{input_name}"} if name in ("GeneratePairs", "SavePair") else {}
         for kind in ("clipped", "bright")
     ]
-    expected = results(world, name, **{input_name: picture.clamp(max=1.0)}, **folders[0])
+    expected = results(world, name, **{input_name: image.clamp(max=1.0)}, **folders[0])
     assert "high dynamic range" not in caplog.text
-    found = results(world, name, **{input_name: picture}, **folders[1])
+    found = results(world, name, **{input_name: image}, **folders[1])
     assert same(found, expected)
     assert f"{input_name} holds values up to" in caplog.text
     levels = results(world, name, **{input_name: 255.0 * of(world, name, input_name)})
@@ -145,10 +145,10 @@ def test_a_picture_of_high_dynamic_range_is_cut_with_a_warning(
 
 
 @pytest.mark.parametrize(("name", "input_name"), IMAGES)
-def test_a_picture_that_is_no_number_is_named(name: str, input_name: str, world: World) -> None:
-    picture = of(world, name, input_name).expand(3, -1, -1, -1).clone()
-    picture[1, 5, 5] = torch.nan
-    found = results(world, name, **{input_name: picture})
+def test_a_image_that_is_no_number_is_named(name: str, input_name: str, world: World) -> None:
+    image = of(world, name, input_name).expand(3, -1, -1, -1).clone()
+    image[1, 5, 5] = torch.nan
+    found = results(world, name, **{input_name: image})
     assert isinstance(found, str) and f"{input_name} (number 2 of 3) contains NaN" in found
 
 
@@ -165,7 +165,7 @@ def test_a_photo_is_compared_with_what_vae_encode_keeps_of_it(world: World) -> N
     wanted = check(CUT, EDIT, 20.0).args[0]
     for pair in ((PHOTO, EDIT), (torch.cat([PHOTO, PHOTO[..., :1]], -1), EDIT), (PHOTO.expand(2, -1, -1, -1), EDIT)):
         psnr, report = check(*pair, 20.0).args
-        assert psnr == wanted and "Of picture (131x97) the middle 128x96 is taken" in report
+        assert psnr == wanted and "Of image (131x97) the middle 128x96 is taken" in report
     assert check(EDIT, PHOTO, 20.0).args[0] == wanted
     assert "middle" not in check(CUT, EDIT, 20.0).args[1]
 
@@ -193,8 +193,8 @@ def test_a_photo_is_compared_with_what_vae_encode_keeps_of_it(world: World) -> N
 class VideoVAE(tiny_vision.VAE):
     """Latents with a dimension for time, as of Wan and Qwen-Image."""
 
-    def encode(self, pictures: torch.Tensor) -> torch.Tensor:
-        return super().encode(pictures)[:, :, None]
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return super().encode(images)[:, :, None]
 
 
 @pytest.mark.parametrize(("name", "input_name"), [(name, each) for name, each in VAES if name != "GeneratePairs"])
@@ -203,56 +203,56 @@ def test_the_vae_of_a_video_model_is_named(name: str, input_name: str, world: Wo
     assert isinstance(found, str) and "as one of a video model does" in found
 
 
-# -- one bad picture of many -------------------------------------------------------------------------------------------
+# -- one bad image of many -------------------------------------------------------------------------------------------
 
 
 class Detector(good_inputs.Detector):
-    """Finds a face in pictures that are not black."""
+    """Finds a face in images that are not black."""
 
-    def detect(self, picture: Any) -> list[face_networks.Face]:
-        return super().detect(picture) if picture.max() > 0 else []
+    def detect(self, image: Any) -> list[face_networks.Face]:
+        return super().detect(image) if image.max() > 0 else []
 
 
 def three(world: World) -> torch.Tensor:
     """The middle one shows nobody."""
-    pictures = world.pictures.repeat(3, 1, 1, 1)
-    pictures[1] = 0.0
-    pictures[2] *= 0.5
-    return pictures
+    images = world.images.repeat(3, 1, 1, 1)
+    images[1] = 0.0
+    images[2] *= 0.5
+    return images
 
 
 def test_align_face_leaves_out_what_it_cannot_use(world: World) -> None:
-    pictures = three(world)
+    images = three(world)
     inputs = {**good(world, "AlignFace"), "method": face.BY_DETECTOR, "face_detector": Detector()}
-    alone = run("AlignFace", {**inputs, "pictures": pictures[[0, 2]]}, world)
-    found = run("AlignFace", {**inputs, "pictures": pictures}, world)
+    alone = run("AlignFace", {**inputs, "images": images[[0, 2]]}, world)
+    found = run("AlignFace", {**inputs, "images": images}, world)
     assert torch.equal(found[0], alone[0]) and torch.equal(found[1], alone[1])
-    assert found[2].shape[0] == 3 and '"picture": 3' in found[3] and '"picture": 2' not in found[3]
-    assert "2 faces of 3 picture(s)" in found[4] and "Left out: No face was found in picture 2." in found[4]
+    assert found[2].shape[0] == 3 and '"image": 3' in found[3] and '"image": 2' not in found[3]
+    assert "2 faces of 3 image(s)" in found[4] and "Left out: No face was found in image 2." in found[4]
 
     masks = world.mask.repeat(3, 1, 1)
     masks[2] = 0.0
     for method in (face.BY_DETECTOR, face.BY_POINTS, face.WHOLE):
-        changed = {**inputs, "pictures": pictures[[0, 2, 0]], "mask": masks, "method": method}
+        changed = {**inputs, "images": images[[0, 2, 0]], "mask": masks, "method": method}
         result = run("AlignFace", changed, world)
-        assert len(result[0]) == 2 and "The mask of picture 3 is empty" in result[4]
-        with pytest.raises(IdentityEditError, match="The mask of picture 3 is empty"):
+        assert len(result[0]) == 2 and "The mask of image 3 is empty" in result[4]
+        with pytest.raises(IdentityEditError, match="The mask of image 3 is empty"):
             run("AlignFace", {**changed, "without_face": face.STOP}, world)
 
 
 def test_identity_similarity_leaves_out_what_it_cannot_use(world: World) -> None:
-    pictures = three(world)
+    images = three(world)
     inputs = {**good(world, "IdentitySimilarity"), "face_detector": Detector()}
-    whole = run("IdentitySimilarity", {**inputs, "reference": pictures[[0, 2]]}, world)
-    some = run("IdentitySimilarity", {**inputs, "reference": pictures}, world)
+    whole = run("IdentitySimilarity", {**inputs, "reference": images[[0, 2]]}, world)
+    some = run("IdentitySimilarity", {**inputs, "reference": images}, world)
     assert some[0] == whole[0] and "Left out: No face was found in reference 2." in some[2]
     with pytest.raises(IdentityEditError, match="No face was found in reference 2"):
-        run("IdentitySimilarity", {**inputs, "reference": pictures, "reference_without_face": face.STOP}, world)
+        run("IdentitySimilarity", {**inputs, "reference": images, "reference_without_face": face.STOP}, world)
     with pytest.raises(IdentityEditError, match="No face was found in reference 1"):
-        run("IdentitySimilarity", {**inputs, "reference": pictures[1:2]}, world)
+        run("IdentitySimilarity", {**inputs, "reference": images[1:2]}, world)
 
-    kept = run("IdentitySimilarity", {**inputs, "pictures": pictures[[0, 2]]}, world)
-    found = run("IdentitySimilarity", {**inputs, "pictures": pictures, "without_face": face.LEAVE_OUT}, world)
-    assert found[:2] == kept[:2] and "picture 2: left out (no face)" in found[2]
-    with pytest.raises(IdentityEditError, match="No face was found in picture 1"):
-        run("IdentitySimilarity", {**inputs, "pictures": pictures[1:2], "without_face": face.LEAVE_OUT}, world)
+    kept = run("IdentitySimilarity", {**inputs, "images": images[[0, 2]]}, world)
+    found = run("IdentitySimilarity", {**inputs, "images": images, "without_face": face.LEAVE_OUT}, world)
+    assert found[:2] == kept[:2] and "image 2: left out (no face)" in found[2]
+    with pytest.raises(IdentityEditError, match="No face was found in image 1"):
+        run("IdentitySimilarity", {**inputs, "images": images[1:2], "without_face": face.LEAVE_OUT}, world)

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from identity_edit_pack.pipelines.shared import pictures as picture_forms
+from identity_edit_pack.pipelines.shared import images as image_forms
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.subjects import pictures as subjects
+from identity_edit_pack.pipelines.subjects import images as subjects
 from PIL import Image
 
 
-def noise_picture(seed: int, width: int = 24, height: int = 16, mode: str = "RGB") -> Image.Image:
+def noise_image(seed: int, width: int = 24, height: int = 16, mode: str = "RGB") -> Image.Image:
     shape = (height, width) if mode == "L" else (height, width, len(mode))
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8), mode=mode)
 
@@ -26,21 +26,21 @@ def values(image: Image.Image) -> torch.Tensor:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three good pictures with captions; a mask for the second; a test picture."""
+    """Three good images with captions; a mask for the second; a test image."""
     path = tmp_path / "dog"
     (path / "test").mkdir(parents=True)
     for number, caption in enumerate(("a sks dog sitting", "a running sks dog", "sks dog, from behind"), start=1):
-        noise_picture(number).save(path / f"{number}.png")
+        noise_image(number).save(path / f"{number}.png")
         (path / f"{number}.txt").write_text(caption + "\n", encoding="utf-8")
     mask = Image.new("L", (24, 16))
     mask.paste(255, (4, 2, 12, 10))
     mask.save(path / "2.mask.png")
-    noise_picture(9).save(path / "test" / "9.png")
+    noise_image(9).save(path / "test" / "9.png")
     (path / "test" / "9.txt").write_text("a sks dog asleep", encoding="utf-8")
     return path
 
 
-def load(folder: Path, **options: object) -> subjects.SubjectPictures:
+def load(folder: Path, **options: object) -> subjects.SubjectImages:
     return subjects.load_subject_folder(str(folder), "dog", "sks", **options)
 
 
@@ -48,47 +48,47 @@ def test_a_good_folder_is_read_as_it_is(folder: Path) -> None:
     subject = load(folder)
     assert subject.names == ["1.png", "2.png", "3.png"]
     assert subject.captions == ["a sks dog sitting", "a running sks dog", "sks dog, from behind"]
-    for number, picture in enumerate(subject.pictures, start=1):
-        assert torch.equal(picture, values(noise_picture(number))) and picture.dtype == torch.float32
+    for number, image in enumerate(subject.images, start=1):
+        assert torch.equal(image, values(noise_image(number))) and image.dtype == torch.float32
     mask = torch.zeros(16, 24)
     mask[2:10, 4:12] = 1.0
     assert subject.masks[0] is None and subject.masks[2] is None
     assert torch.equal(subject.masks[1], mask)
-    assert torch.equal(subject.test_picture, values(noise_picture(9)))
+    assert torch.equal(subject.test_image, values(noise_image(9)))
     assert subject.test_caption == "a sks dog asleep"
     assert subject.identity_prompt == "sks dog" and subject.notes == ()
     subjects.check_captions(subject)
 
 
-def test_pictures_are_cut_and_scaled_together_with_their_masks(folder: Path) -> None:
+def test_images_are_cut_and_scaled_together_with_their_masks(folder: Path) -> None:
     Image.new("RGB", (32, 16), "red").save(folder / "2.png")
-    picture = Image.open(folder / "2.png")
-    picture.paste((0, 0, 255), (8, 0, 24, 16))  # the centred square is all blue
-    picture.save(folder / "2.png")
+    image = Image.open(folder / "2.png")
+    image.paste((0, 0, 255), (8, 0, 24, 16))  # the centerd square is all blue
+    image.save(folder / "2.png")
     mask = Image.new("L", (32, 16))
     mask.paste(255, (8, 0, 16, 16))  # its left half
     mask.save(folder / "2.mask.png")
     subject = load(folder, size=8)
-    assert all(picture.shape == (8, 8, 3) for picture in (*subject.pictures, subject.test_picture))
+    assert all(image.shape == (8, 8, 3) for image in (*subject.images, subject.test_image))
     blue = torch.tensor([0.0, 0.0, 1.0])
-    assert (subject.pictures[1] - blue).abs().max() < 0.1  # the filter looks a little beyond the square
+    assert (subject.images[1] - blue).abs().max() < 0.1  # the filter looks a little beyond the square
     assert subject.masks[1][:, :3].min() > 0.8 and subject.masks[1][:, 5:].max() < 0.01
-    assert subjects.picture_batch(load(folder)).shape == (3, 16, 24, 3)  # picture 2 is another size
+    assert subjects.image_batch(load(folder)).shape == (3, 16, 24, 3)  # image 2 is another size
 
 
-def test_pictures_are_turned_upright(folder: Path) -> None:
+def test_images_are_turned_upright(folder: Path) -> None:
     upright = Image.new("RGB", (16, 24), "white")
     upright.paste((200, 0, 0), (0, 0, 16, 8))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by 90 degrees to be upright
     upright.rotate(90, expand=True).save(folder / "1.jpg", exif=exif, quality=95)
     (folder / "1.png").unlink()
-    picture = load(folder).pictures[0]
-    assert (picture - values(upright)).abs().mean() < 0.02
+    image = load(folder).images[0]
+    assert (image - values(upright)).abs().mean() < 0.02
 
 
 def test_transparency_becomes_white_and_a_mask(folder: Path) -> None:
-    image = noise_picture(5, mode="RGBA")
+    image = noise_image(5, mode="RGBA")
     opacity = Image.new("L", image.size)
     opacity.paste(255, (0, 0, 10, 16))
     image.putalpha(opacity)
@@ -96,35 +96,35 @@ def test_transparency_becomes_white_and_a_mask(folder: Path) -> None:
     image.save(folder / "2.png")  # has a mask file, which comes first
     subject = load(folder)
     assert torch.equal(subject.masks[2], values(opacity))
-    assert torch.equal(subject.pictures[2][:, 10:], torch.ones(16, 14, 3))
-    assert torch.equal(subject.pictures[2][:, :10], values(image)[:, :10, :3])
+    assert torch.equal(subject.images[2][:, 10:], torch.ones(16, 14, 3))
+    assert torch.equal(subject.images[2][:, :10], values(image)[:, :10, :3])
     assert float(subject.masks[1].sum()) == 64.0
 
 
-def test_other_kinds_of_pictures(folder: Path) -> None:
+def test_other_kinds_of_images(folder: Path) -> None:
     deep = (np.arange(24 * 16).reshape(16, 24) * 170).astype(np.uint16)
     Image.fromarray(deep).save(folder / "1.png")
-    noise_picture(2, mode="L").save(folder / "3.png")
+    noise_image(2, mode="L").save(folder / "3.png")
     subject = load(folder)
-    assert (subject.pictures[0] - torch.tensor(deep / 65535.0).float()[..., None]).abs().max() < 0.003
-    assert torch.equal(subject.pictures[2], values(noise_picture(2, mode="L"))[..., None].expand(-1, -1, 3))
+    assert (subject.images[0] - torch.tensor(deep / 65535.0).float()[..., None]).abs().max() < 0.003
+    assert torch.equal(subject.images[2], values(noise_image(2, mode="L"))[..., None].expand(-1, -1, 3))
 
 
-def break_picture(folder: Path) -> None:
+def break_image(folder: Path) -> None:
     data = (folder / "2.png").read_bytes()
     (folder / "2.png").write_bytes(data[: len(data) // 2])
 
 
-def remove_pictures(folder: Path) -> None:
+def remove_images(folder: Path) -> None:
     for path in folder.glob("*.png"):
         path.unlink()
 
 
 BAD = {
-    "no folder": (shutil.rmtree, "does not exist; put 3 to 5 pictures"),
-    "no picture": (remove_pictures, "holds no picture"),
-    "half a picture": (break_picture, "The picture 2.png cannot be read"),
-    "no picture at all": (lambda path: (path / "3.png").write_text("hello"), "The picture 3.png cannot be read"),
+    "no folder": (shutil.rmtree, "does not exist; put 3 to 5 images"),
+    "no image": (remove_images, "holds no image"),
+    "half an image": (break_image, "The image 2.png cannot be read"),
+    "no image at all": (lambda path: (path / "3.png").write_text("hello"), "The image 3.png cannot be read"),
     "0-byte caption": (lambda path: (path / "2.txt").write_bytes(b""), "The caption file 2.txt is empty; write what"),
     "blank caption": (lambda path: (path / "2.txt").write_text(" \n"), "The caption file 2.txt is empty"),
     "no caption": (lambda path: (path / "1.txt").unlink(), "1.png has no caption file 1.txt; write it"),
@@ -135,14 +135,14 @@ BAD = {
     "class word in a word": (lambda path: (path / "3.txt").write_text("sks hotdog"), "lacks the class word"),
     "several of the class": (lambda path: (path / "3.txt").write_text("sks dogs"), "lacks the class word"),
     "empty mask": (lambda path: Image.new("L", (24, 16)).save(path / "2.mask.png"), "2.mask.png marks nothing"),
-    "mask without picture": (lambda path: (path / "2.png").unlink(), "The mask 2.mask.png has no picture"),
+    "mask without image": (lambda path: (path / "2.png").unlink(), "The mask 2.mask.png has no image"),
     "one caption for two": (
-        lambda path: noise_picture(0).save(path / "1.jpg"),
+        lambda path: noise_image(0).save(path / "1.jpg"),
         "1.jpg and 1.png would share the caption 1.txt",
     ),
-    "two test pictures": (lambda path: noise_picture(0).save(path / "test" / "8.jpg"), "test holds 2 pictures"),
+    "two test images": (lambda path: noise_image(0).save(path / "test" / "8.jpg"), "test holds 2 images"),
     "bad test caption": (lambda path: (path / "test" / "9.txt").write_text("dog"), "test/9.txt lacks the identity"),
-    "bad test picture": (lambda path: (path / "test" / "9.png").write_bytes(b""), "The picture test/9.png cannot be"),
+    "bad test image": (lambda path: (path / "test" / "9.png").write_bytes(b""), "The image test/9.png cannot be"),
 }
 
 
@@ -167,37 +167,37 @@ def savable() -> list[tuple[str, str]]:
     """Every ending that is read and that Pillow can also write here, with its format."""
     Image.init()
     found = []
-    for ending, name in sorted(picture_forms.picture_formats().items()):
+    for ending, name in sorted(image_forms.image_formats().items()):
         if name in {*Image.SAVE} - {"ICNS", "ICO"}:  # of their own sizes
             found.append((ending, name))
     return found
 
 
 @pytest.mark.parametrize(("ending", "kind"), savable())
-def test_pictures_of_every_ending_are_read(tmp_path: Path, ending: str, kind: str) -> None:
-    picture = Image.new("RGB", (24, 16), (200, 40, 40))
-    picture.paste((20, 60, 220), (12, 0, 24, 16))
+def test_images_of_every_ending_are_read(tmp_path: Path, ending: str, kind: str) -> None:
+    image = Image.new("RGB", (24, 16), (200, 40, 40))
+    image.paste((20, 60, 220), (12, 0, 24, 16))
     mode = {"BLP": "P", "MSP": "1", "PFM": "F", "SPIDER": "F", "XBM": "1"}.get(kind, "RGB")
     for name in (f"1{ending}", f"2{ending.upper()}"):
-        picture.convert(mode).save(tmp_path / name, format=kind)
+        image.convert(mode).save(tmp_path / name, format=kind)
         (tmp_path / f"{name[0]}.txt").write_text("a sks dog")
     subject = load(tmp_path)
     assert subject.names == [f"1{ending}", f"2{ending.upper()}"]
-    wanted = values(picture.convert(mode if mode != "F" else "L").convert("RGB"))
-    for found in subject.pictures:
+    wanted = values(image.convert(mode if mode != "F" else "L").convert("RGB"))
+    for found in subject.images:
         assert (found - wanted)[2:-2, 2:10].abs().mean() < 0.03
 
 
 def test_the_endings_of_load_image_are_among_them() -> None:
     usual = {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-    known = picture_forms.picture_formats()
+    known = image_forms.image_formats()
     assert usual <= set(known) and not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf"} & set(known)
 
 
-def test_a_file_that_needs_another_program_is_no_picture(folder: Path) -> None:
-    noise_picture(1).save(folder / "1.eps")
+def test_a_file_that_needs_another_program_is_no_image(folder: Path) -> None:
+    noise_image(1).save(folder / "1.eps")
     (folder / "1.eps").replace(folder / "1.png")
-    with pytest.raises(IdentityEditError, match=r"The picture 1\.png cannot be read"):
+    with pytest.raises(IdentityEditError, match=r"The image 1\.png cannot be read"):
         load(folder)
 
 
@@ -206,7 +206,7 @@ def test_floating_point_files_are_told_by_their_values(folder: Path, brightest: 
     levels = np.linspace(0.0, brightest, 24 * 16, dtype=np.float32).reshape(16, 24)
     Image.fromarray(levels).save(folder / "1.tiff")
     (folder / "1.png").unlink()
-    found = load(folder).pictures[0][..., 0]
+    found = load(folder).images[0][..., 0]
     torch.testing.assert_close(found, torch.from_numpy(levels / one).clamp(max=1.0), atol=0.003, rtol=0)
 
 
@@ -244,23 +244,23 @@ def test_a_mask_marks_nothing_where_it_is_transparent(folder: Path) -> None:
     assert torch.equal(found[:, :12], torch.ones(16, 12)) and not found[:, 12:].any()
 
 
-def test_a_picture_whose_name_ends_like_a_mask_is_a_picture(folder: Path) -> None:
-    noise_picture(4).save(folder / "dog_with_mask.png")
-    noise_picture(4).save(folder / "1-condlabel.png")
+def test_a_image_whose_name_ends_like_a_mask_is_a_image(folder: Path) -> None:
+    noise_image(4).save(folder / "dog_with_mask.png")
+    noise_image(4).save(folder / "1-condlabel.png")
     (folder / "dog_with_mask.txt").write_text("a sks dog with a mask")
     subject = load(folder)
     assert "dog_with_mask.png" in subject.names and subject.masks[0] is None
     assert any("1-condlabel.png" in note for note in subject.notes)
 
 
-def test_pictures_that_pillow_cannot_read_are_called_pictures(folder: Path) -> None:
+def test_images_that_pillow_cannot_read_are_called_images(folder: Path) -> None:
     (folder / "4.heic").write_bytes(b"")
     notes = load(folder).notes
     assert any("Pillow cannot read them here: 4.heic" in note for note in notes)
-    assert not any("neither picture" in note for note in notes)
+    assert not any("neither image" in note for note in notes)
     for path in folder.glob("*.png"):
         path.unlink()
-    with pytest.raises(IdentityEditError, match=r"holds no picture, but 4\.heic, which Pillow cannot read here"):
+    with pytest.raises(IdentityEditError, match=r"holds no image, but 4\.heic, which Pillow cannot read here"):
         load(folder)
 
 
@@ -288,17 +288,17 @@ def test_a_mask_outside_of_the_square_is_refused(folder: Path) -> None:
 
 def test_unknown_files_are_noted(folder: Path) -> None:
     (folder / "readme.md").write_text("hello")
-    (folder / "4.txt").write_text("a caption without picture")
+    (folder / "4.txt").write_text("a caption without image")
     (folder / ".DS_Store").write_text("")
     (folder / "more").mkdir()
     (folder / "class_word.txt").write_text("dog\n")
     for number in (5, 6, 7):
-        noise_picture(number).save(folder / f"{number}.png")
+        noise_image(number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("sks dog")
     notes = subjects.load_subject_folder(str(folder)).notes
     assert notes == (
-        "6 pictures; Liu et al. 2024 use 3 to 5.",
-        "Ignored, because they are neither picture, caption nor mask of one: 4.txt, more, readme.md.",
+        "6 images; Liu et al. 2024 use 3 to 5.",
+        "Ignored, because they are neither image, caption nor mask of one: 4.txt, more, readme.md.",
     )
 
 
@@ -309,13 +309,13 @@ def test_captions_from_elsewhere(folder: Path) -> None:
     assert coarse.captions == ["a photo of sks dog"] * 3 and coarse.test_caption == "a photo of sks dog"
     later = load(folder, captions=subjects.NO_CAPTIONS_YET)
     assert later.captions == ["", "A Dog and the dog's bowl", "sks dog, from behind"]
-    with pytest.raises(IdentityEditError, match=r"1\.png has no caption; connect Caption Pictures"):
+    with pytest.raises(IdentityEditError, match=r"1\.png has no caption; connect Caption Images"):
         subjects.check_captions(later)
     (folder / "1.txt").write_text("dog on grass")
     assert load(folder, add_token=True).captions[:2] == ["sks dog on grass", "A sks Dog and the dog's bowl"]
 
 
-def test_a_regularisation_set_has_no_token(folder: Path) -> None:
+def test_a_regularization_set_has_no_token(folder: Path) -> None:
     (folder / "1.txt").write_text("an old dog")
     subject = subjects.load_subject_folder(str(folder), "dog", "")
     assert subject.captions[0] == "an old dog" and subject.identity_prompt == "dog"
@@ -329,7 +329,7 @@ def test_tensors_become_a_subject() -> None:
     batch, masks = torch.rand(2, 6, 5, 3), torch.ones(2, 6, 5)
     subject = subjects.from_batch(batch, ["a cat", "my cat"], "cat", "sks", masks=masks, add_token=True)
     assert subject.captions == ["a sks cat", "my sks cat"] and subject.folder is None
-    assert all(torch.equal(found, wanted) for found, wanted in zip(subject.pictures, batch, strict=True))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(subject.images, batch, strict=True))
     assert all(torch.equal(mask, masks[0]) for mask in subject.masks)
     one_for_all = subjects.from_batch([batch, torch.rand(1, 4, 4, 3)], ["sks cat"], "cat")
     assert one_for_all.captions == ["sks cat"] * 3 and one_for_all.masks == [None] * 3
@@ -337,14 +337,14 @@ def test_tensors_become_a_subject() -> None:
     clear = torch.rand(1, 2, 2, 4)
     clear[..., 3] = 0.25
     expected = 0.25 * clear[0, ..., :3] + 0.75
-    assert torch.allclose(subjects.from_batch(clear, [], "cat").pictures[0], expected)
+    assert torch.allclose(subjects.from_batch(clear, [], "cat").images[0], expected)
 
 
 def test_tensors_are_read_as_files_are() -> None:
     gray = torch.rand(1, 6, 5, 1)
     subject = subjects.from_batch([gray, torch.cat([gray, gray], -1)], [], "cat")
-    assert torch.equal(subject.pictures[0], gray[0].expand(-1, -1, 3)) and subject.masks[0] is None
-    torch.testing.assert_close(subject.pictures[1], (gray * gray + 1 - gray)[0].expand(-1, -1, 3))
+    assert torch.equal(subject.images[0], gray[0].expand(-1, -1, 3)) and subject.masks[0] is None
+    torch.testing.assert_close(subject.images[1], (gray * gray + 1 - gray)[0].expand(-1, -1, 3))
     assert torch.equal(subject.masks[1], gray[0, ..., 0])
     cut_out = torch.rand(2, 6, 5, 4)
     assert torch.equal(subjects.from_batch(cut_out, [], "cat").masks[1], cut_out[1, ..., 3])
@@ -356,13 +356,13 @@ def test_tensors_are_read_as_files_are() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"captions": ["sks cat"] * 3}, "There are 3 captions for 2 pictures"),
-        ({"captions": ["sks cat", "a cat"]}, "The caption of picture 2 lacks the identity token"),
-        ({"masks": torch.ones(3, 6, 5)}, "There are 3 masks for 2 pictures"),
-        ({"masks": torch.zeros(2, 6, 5)}, "The mask of picture 1 marks nothing"),
+        ({"captions": ["sks cat"] * 3}, "There are 3 captions for 2 images"),
+        ({"captions": ["sks cat", "a cat"]}, "The caption of image 2 lacks the identity token"),
+        ({"masks": torch.ones(3, 6, 5)}, "There are 3 masks for 2 images"),
+        ({"masks": torch.zeros(2, 6, 5)}, "The mask of image 1 marks nothing"),
         ({"images": torch.full((2, 6, 5, 3), float("nan"))}, "NaN"),
         ({"images": torch.rand(2, 6, 5, 5)}, "1 to 4 channels"),
-        ({"images": torch.rand(0, 6, 5, 3)}, "images must be pictures"),
+        ({"images": torch.rand(0, 6, 5, 3)}, "images must be images"),
     ],
 )
 def test_bad_tensors_are_refused(change: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of every kind as networks take them: colors, floating point, 0 to 1, of sizes that fit; from and to Pillow,
+"""Images of every kind as networks take them: colors, floating point, 0 to 1, of sizes that fit; from and to Pillow,
 and from files of any kind and origin, read without trusting what they say about themselves."""
 
 from __future__ import annotations
@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .errors import IdentityEditError, check_finite, not_finite
-from .input_checks import BRIGHTEST_HDR, check_pictures
+from .input_checks import BRIGHTEST_HDR, check_images
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 PIXELS_OF_A_CELL = 8
-"""Pixels of a picture along a side of one cell of its latent."""
+"""Pixels of an image along a side of one cell of its latent."""
 MOST_PIXELS = 100_000_000
-"""Of one picture: twice what cameras give. A file of some kilobytes can claim any number of them."""
-_NO_PICTURES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
+"""Of one image: twice what cameras give. A file of some kilobytes can claim any number of them."""
+_NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
 """Formats that Pillow knows without reading pixels from them, or only by another program (Ghostscript)."""
 
 
-def as_colour(pictures: torch.Tensor, name: str = "pictures") -> torch.Tensor:
-    """Gray, color or RGBA pictures as color pictures.
+def as_color(images: torch.Tensor, name: str = "images") -> torch.Tensor:
+    """Gray, color or RGBA images as color images.
 
     Args:
-        pictures: [B, H, W, C] with 1 (gray), 2 (gray and alpha), 3 or 4 (RGBA) channels: floating point of 0 to 1, or
+        images: [B, H, W, C] with 1 (gray), 2 (gray and alpha), 3 or 4 (RGBA) channels: floating point of 0 to 1, or
             whole numbers of 8 or 16 bits. Alpha is left out, as everywhere in ComfyUI.
         name: the input's name as the user sees it.
 
@@ -37,19 +37,19 @@ def as_colour(pictures: torch.Tensor, name: str = "pictures") -> torch.Tensor:
     Raises:
         IdentityEditError: for another shape, NaN, or values that are no brightness.
     """
-    return _colors(_values(pictures, name))
+    return _colors(_values(images, name))
 
 
-def on_white(pictures: torch.Tensor, name: str = "pictures") -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Pictures as `as_colour` takes them, laid on white where they are transparent, and what of each is opaque.
+def on_white(images: torch.Tensor, name: str = "images") -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Images as `as_color` takes them, laid on white where they are transparent, and what of each is opaque.
 
     Returns:
-        [B, H, W, 3] float32 CPU, 0 to 1, and for each picture its opacity [H, W], None where it has no transparency.
+        [B, H, W, 3] float32 CPU, 0 to 1, and for each image its opacity [H, W], None where it has no transparency.
 
     Raises:
-        IdentityEditError: as `as_colour`.
+        IdentityEditError: as `as_color`.
     """
-    values = _values(pictures, name)
+    values = _values(images, name)
     colors = _colors(values)
     if values.shape[-1] in (1, 3):
         return colors, [None] * len(values)
@@ -58,10 +58,10 @@ def on_white(pictures: torch.Tensor, name: str = "pictures") -> tuple[torch.Tens
     return flat, [each.clone() if float(each.min()) < 1.0 else None for each in opacity]
 
 
-def _values(pictures: torch.Tensor, name: str) -> torch.Tensor:
-    check_pictures(pictures, name)
-    values = pictures.detach().cpu()
-    return values.float() if values.is_floating_point() else values.float() / torch.iinfo(pictures.dtype).max
+def _values(images: torch.Tensor, name: str) -> torch.Tensor:
+    check_images(images, name)
+    values = images.detach().cpu()
+    return values.float() if values.is_floating_point() else values.float() / torch.iinfo(images.dtype).max
 
 
 def _colors(values: torch.Tensor) -> torch.Tensor:
@@ -71,9 +71,9 @@ def _colors(values: torch.Tensor) -> torch.Tensor:
 
 
 def middle(batch: torch.Tensor) -> torch.Tensor:
-    """The middle of pictures [B, H, W, C] or masks [B, H, W] that VAE Encode keeps: sides of a multiple of 8 pixels.
+    """The middle of images [B, H, W, C] or masks [B, H, W] that VAE Encode keeps: sides of a multiple of 8 pixels.
 
-    Sides below 8 pixels stay as they are; such pictures have no latent.
+    Sides below 8 pixels stay as they are; such images have no latent.
     """
     for dimension in (1, 2):
         side = batch.shape[dimension]
@@ -85,28 +85,28 @@ def middle(batch: torch.Tensor) -> torch.Tensor:
 def comparable(
     first: torch.Tensor, second: torch.Tensor, names: tuple[str, str]
 ) -> tuple[torch.Tensor, torch.Tensor, str | None]:
-    """Two batches of pictures brought to colors, to one size and to one number, to be compared pixel by pixel.
+    """Two batches of images brought to colors, to one size and to one number, to be compared pixel by pixel.
 
     The larger ones are cut as VAE Encode cuts them, where that is why their sizes differ; a batch of one is repeated.
 
     Args:
-        first, second: as `as_colour` takes them.
+        first, second: as `as_color` takes them.
         names: the inputs' names as the user sees them.
 
     Returns:
         both [B, H, W, 3] float32 CPU, 0 to 1, and a sentence for the report where one was cut.
 
     Raises:
-        IdentityEditError: when they are no pictures, or no such cut explains their sizes, or their numbers differ.
+        IdentityEditError: when they are no images, or no such cut explains their sizes, or their numbers differ.
     """
-    pictures = [as_colour(each, name) for each, name in zip((first, second), names, strict=True)]
-    sizes = [f"{each.shape[2]}x{each.shape[1]}" for each in pictures]
+    images = [as_color(each, name) for each, name in zip((first, second), names, strict=True)]
+    sizes = [f"{each.shape[2]}x{each.shape[1]}" for each in images]
     note = None
-    if pictures[0].shape[1:] != pictures[1].shape[1:]:
+    if images[0].shape[1:] != images[1].shape[1:]:
         for cut, other in ((0, 1), (1, 0)):
-            smaller = middle(pictures[cut])
-            if smaller.shape[1:] == pictures[other].shape[1:]:
-                pictures[cut] = smaller
+            smaller = middle(images[cut])
+            if smaller.shape[1:] == images[other].shape[1:]:
+                images[cut] = smaller
                 note = f"Of {names[cut]} ({sizes[cut]}) the middle {sizes[other]} is taken, which VAE Encode keeps."
                 break
         else:
@@ -114,33 +114,33 @@ def comparable(
                 f"{names[0]} has {sizes[0]} pixels and {names[1]} {sizes[1]}, which is more than VAE Encode cuts off; "
                 f"scale both to one size."
             )
-    counts = [len(each) for each in pictures]
+    counts = [len(each) for each in images]
     if counts[0] != counts[1] and 1 not in counts:
         raise IdentityEditError(
-            f"{names[0]} holds {counts[0]} pictures and {names[1]} {counts[1]}; give as many of both, or one of either."
+            f"{names[0]} holds {counts[0]} images and {names[1]} {counts[1]}; give as many of both, or one of either."
         )
-    pictures = [each.expand(max(counts), -1, -1, -1) for each in pictures]
-    return pictures[0], pictures[1], note
+    images = [each.expand(max(counts), -1, -1, -1) for each in images]
+    return images[0], images[1], note
 
 
-def encoded(vae: Any, pictures: torch.Tensor, name: str) -> torch.Tensor:
-    """The latents of pictures.
+def encoded(vae: Any, images: torch.Tensor, name: str) -> torch.Tensor:
+    """The latents of images.
 
     Args:
         vae: VAE.
-        pictures: [B, H, W, 3], 0 to 1; the VAE cuts sides that are no multiples of 8 pixels.
-        name: what the pictures are, for messages.
+        images: [B, H, W, 3], 0 to 1; the VAE cuts sides that are no multiples of 8 pixels.
+        name: what the images are, for messages.
 
     Returns:
         [B, C, h, w] float32 CPU, in the scale of LATENT sockets.
 
     Raises:
-        IdentityEditError: when the pictures are smaller than a cell, or the latents are of a video or not finite.
+        IdentityEditError: when the images are smaller than a cell, or the latents are of a video or not finite.
     """
-    height, width = pictures.shape[1:3]
+    height, width = images.shape[1:3]
     if min(height, width) < PIXELS_OF_A_CELL:
         raise IdentityEditError(f"{name} is {width}x{height} pixels; use one of 64 or more.")
-    latents = vae.encode(pictures[..., :3]).detach().float().cpu()
+    latents = vae.encode(images[..., :3]).detach().float().cpu()
     if latents.ndim != 4:
         raise IdentityEditError(
             f"The vae gives latents {tuple(latents.shape)}, as one of a video model does; use the VAE of the same "
@@ -153,17 +153,17 @@ def encoded(vae: Any, pictures: torch.Tensor, name: str) -> torch.Tensor:
 # --- From and to Pillow, and files -----------------------------------------------------------------------------------
 
 
-def as_bytes(picture: torch.Tensor) -> np.ndarray:
-    """A picture [H, W, 3 or more] or mask [H, W], 0 to 1, as uint8 RGB [H, W, 3] or [H, W]."""
-    colors = picture if picture.ndim == 2 else picture[..., :3]
+def as_bytes(image: torch.Tensor) -> np.ndarray:
+    """An image [H, W, 3 or more] or mask [H, W], 0 to 1, as uint8 RGB [H, W, 3] or [H, W]."""
+    colors = image if image.ndim == 2 else image[..., :3]
     return (colors.detach().float().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
 
 
-def to_pillow(picture: torch.Tensor) -> Image:
+def to_pillow(image: torch.Tensor) -> Image:
     """The same as a Pillow image."""
     from PIL import Image
 
-    return Image.fromarray(as_bytes(picture))
+    return Image.fromarray(as_bytes(image))
 
 
 def from_pillow(image: Image) -> torch.Tensor:
@@ -173,8 +173,8 @@ def from_pillow(image: Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
 
 
-def picture_formats() -> dict[str, str]:
-    """The format of every file ending, with its dot and in lower case, whose pictures Pillow reads here.
+def image_formats() -> dict[str, str]:
+    """The format of every file ending, with its dot and in lower case, whose images Pillow reads here.
 
     Other packs may bring further ones, as pillow_heif does.
     """
@@ -189,19 +189,19 @@ def _readable() -> list[str]:
     from PIL import Image
 
     Image.init()
-    return [name for name in Image.ID if name in Image.OPEN and name not in _NO_PICTURES]
+    return [name for name in Image.ID if name in Image.OPEN and name not in _NO_IMAGES]
 
 
-def open_picture(path: str | os.PathLike[str], name: str, remedy: str = "save it again, or delete it") -> Image:
-    """A picture file in upright orientation, wholly decoded, eight bits a channel.
+def open_image(path: str | os.PathLike[str], name: str, remedy: str = "save it again, or delete it") -> Image:
+    """An image file in upright orientation, wholly decoded, eight bits a channel.
 
     Args:
-        path: the file; its content, not its ending, says what it is. Of an animation it is the first picture.
+        path: the file; its content, not its ending, says what it is. Of an animation it is the first image.
         name: its name for messages.
         remedy: the end of the messages.
 
     Raises:
-        IdentityEditError: when it is missing, damaged, no picture, or larger than `MOST_PIXELS`.
+        IdentityEditError: when it is missing, damaged, no image, or larger than `MOST_PIXELS`.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -210,14 +210,14 @@ def open_picture(path: str | os.PathLike[str], name: str, remedy: str = "save it
         with Image.open(path, formats=_readable()) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise IdentityEditError(
-                    f"The picture {name} claims {file.width}x{file.height} pixels, more than can be read; {remedy}."
+                    f"The image {name} claims {file.width}x{file.height} pixels, more than can be read; {remedy}."
                 )
             image = ImageOps.exif_transpose(file)
             image.load()
     except IdentityEditError:
         raise
     except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
-        raise IdentityEditError(f"The picture {name} cannot be read ({error}); {remedy}.") from error
+        raise IdentityEditError(f"The image {name} cannot be read ({error}); {remedy}.") from error
     if image.mode.startswith("I"):  # 16 bits; convert() would cut values above 255 off
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8))
     if image.mode == "F":  # 0 to 1 and above, or levels of 8 or 16 bits; convert() takes all for levels of 8
@@ -228,11 +228,11 @@ def open_picture(path: str | os.PathLike[str], name: str, remedy: str = "save it
     return image
 
 
-def read_picture(path: str | os.PathLike[str], name: str) -> torch.Tensor:
-    """A picture file as an IMAGE [1, H, W, C] float32, 0 to 1: four channels where it has transparency, else three.
+def read_image(path: str | os.PathLike[str], name: str) -> torch.Tensor:
+    """An image file as an IMAGE [1, H, W, C] float32, 0 to 1: four channels where it has transparency, else three.
 
     Raises:
-        IdentityEditError: as `open_picture`.
+        IdentityEditError: as `open_image`.
     """
-    image = open_picture(path, name)
+    image = open_image(path, name)
     return from_pillow(image.convert("RGBA" if image.has_transparency_data else "RGB"))[None]

@@ -318,9 +318,8 @@ def apply_style_attention(
         )
     if not bool(torch.isfinite(torch.tensor(strength))):
         raise IdentityEditError(f"strength is {strength}; choose a number, such as {STRENGTH}.")
-    clone = model.clone()
     if strength == 0.0:
-        return clone
+        return model.clone()
     given = None if mask is None else as_masks(mask, "mask")
     styles = SubjectStyles(tokens, null, strength, given)
 
@@ -357,11 +356,12 @@ def apply_style_attention(
 
     patcher = style.patcher(model)
     patches = style_patches(model.get_model_object("diffusion_model"), patcher.model, styles, style.kind)
+    clone = engine.with_wrappers(model, _KEY, predict_noise, outer_sample, replace=False)
     for name, patch in patches.items():
         clone.set_model_patch(patch, name)
     # One key for one style attention: several people who share it load it once.
     clone.set_additional_models(f"{_KEY}_{id(patcher.model)}", [patcher])
-    return engine.with_wrappers(clone, _KEY, predict_noise, outer_sample, replace=False)
+    return clone
 
 
 def described(style: StyleAttention) -> str:

@@ -361,8 +361,8 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             callback=progress(model, inversion.steps),
         )
         text = (
-            f"{result.source_steps} of {inversion.steps} steps with the source prompt, {result.evaluations} network "
-            f"evaluations."
+            f"{result.source_steps} of {inversion.steps} steps with the source prompt, {result.evaluations} model "
+            f"calls."
         )
         unused = _idle(source, edit, optimized, ratio, eta, inversion.steps)
         return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))

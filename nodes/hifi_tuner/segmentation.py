@@ -66,8 +66,8 @@ class SegmentSubject(io.ComfyNode):
                 io.String.Input(
                     "timesteps",
                     default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
-                    tooltip="Attention: how noisy the image is when the model looks at it, 0 to 999; one network "
-                    "evaluation each. Low ones overlapped the best with the true masks of the demo world "
+                    tooltip="Attention: how noisy the image is when the model looks at it, 0 to 999; one model "
+                    "call each. Low ones overlapped the best with the true masks of the demo world "
                     "(benchmarks/results/segment_subject.md).",
                 ),
                 io.Float.Input(

@@ -275,8 +275,8 @@ class MCDMEditMask(io.ComfyNode):
                     default=default.seeds,
                     min=1,
                     max=1000,
-                    tooltip="Draws of noise, over which the difference is averaged; each costs two network "
-                    "evaluations. 10 in Chen et al. 2024 and in DiffEdit.",
+                    tooltip="Draws of noise, over which the difference is averaged; each costs two model "
+                    "calls. 10 in Chen et al. 2024 and in DiffEdit.",
                 ),
                 io.Float.Input(
                     "outliers",

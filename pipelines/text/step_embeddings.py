@@ -41,7 +41,7 @@ class StepEmbeddings:
             )
         if self.sigmas.ndim != 1 or self.sigmas.shape[0] != self.embeddings.shape[0] + 1:
             raise IdentityEditError(
-                f"Per-step embeddings of {self.embeddings.shape[0]} rows need {self.embeddings.shape[0] + 1} sigmas, "
+                f"Per-step embeddings of {self.embeddings.shape[0]} steps need {self.embeddings.shape[0] + 1} sigmas, "
                 f"not {tuple(self.sigmas.shape)}."
             )
         if not bool((self.sigmas[:-1] > self.sigmas[1:]).all()):

@@ -12,7 +12,7 @@ import pytest
 STEPS = 2
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def short_previews() -> Iterator[None]:
     from identity_edit_pack.pipelines.mcdm import train as train_mcdm
     from identity_edit_pack.pipelines.training import images as training_images

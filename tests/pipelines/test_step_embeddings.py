@@ -185,7 +185,7 @@ def test_the_row_of_a_noise_level(steps: int):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (dict(sigmas=torch.tensor([2.0, 1.0])), "needs 3 sigmas"),
+        (dict(sigmas=torch.tensor([2.0, 1.0])), "need 3 sigmas"),
         (dict(sigmas=torch.tensor([1.0, 2.0, 0.0])), "must descend"),
         (dict(embeddings=torch.zeros(2, 8, 32)), "embeddings"),
         (dict(embeddings=torch.full((2, 1, 8, 32), torch.nan)), "NaN"),

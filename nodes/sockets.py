@@ -28,6 +28,8 @@ from ..pipelines.shared.masks import CUT_OUT, as_masks, is_no_mask, is_transpare
 from ..pipelines.text.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
+ADVANCED: dict[str, Any] = {"advanced": True}
+"""`extra_dict` of a widget that few users change: the page folds it away. ComfyUI 0.3.75's inputs have no argument."""
 _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())
 
 Inversion = io.Custom("INVERSION")

@@ -8,7 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from comfy_api.latest import io
@@ -28,8 +28,6 @@ from ..pipelines.shared.masks import CUT_OUT, as_masks, is_no_mask, is_transpare
 from ..pipelines.text.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
-ADVANCED: dict[str, Any] = {"advanced": True}
-"""`extra_dict` of a widget that few users change: the page folds it away. ComfyUI 0.3.75's inputs have no argument."""
 _notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())
 
 Inversion = io.Custom("INVERSION")
@@ -204,6 +202,18 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
                     f"between."
                 )
     return notes
+
+
+_Widget = TypeVar("_Widget", bound=io.Input)
+
+
+def advanced(widget: _Widget) -> _Widget:
+    """Mark a widget that few users change; the page folds it away.
+
+    ComfyUI 0.3.75's widgets have neither the argument `advanced` nor `extra_dict`, but hand on the attribute.
+    """
+    widget.extra_dict = {**widget.extra_dict, "advanced": True}
+    return widget
 
 
 SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF

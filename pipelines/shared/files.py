@@ -32,8 +32,8 @@ FILE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": 
 DESCRIPTION = "identity_edit"
 """The header's entry in which this pack's files describe themselves."""
 _TEMPORARY = re.compile(r"\.(claimed|[0-9a-f]{8})\.tmp$")
-_FORMER_SPELLINGS = (("picture", "image"), ("regularisation", "regularization"))
-"""In the keys of descriptions."""
+_FORMER_SPELLINGS = (("picture", "image"), ("regularisation", "regularization"), ("normalise", "normalize"))
+"""In the names of tensors and the keys of descriptions."""
 _NOT_UNDERSTOOD = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError
 )  # fmt: skip
@@ -154,11 +154,11 @@ def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torc
         raise
     except (OSError, SafetensorError, *_NOT_UNDERSTOOD) as error:  # JSON nested too deeply, numbers of too many digits
         raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error
-    return tensors, _with_current_names(description)
+    return _with_current_names(tensors), _with_current_names(description)
 
 
 def _with_current_names(value: Any) -> Any:
-    """A description whose keys are spelled as they are written today; a few files spell them otherwise."""
+    """Tensors by name, or a description, with the former spellings of some names replaced by today's."""
     if isinstance(value, list):
         return [_with_current_names(each) for each in value]
     if not isinstance(value, dict):

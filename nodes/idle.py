@@ -44,6 +44,21 @@ def takes_all(share: float, steps: int) -> bool:
     return round(share * steps) >= steps
 
 
+def blend_idle(blends: bool, threshold: float, start: float, steps: int) -> str | None:
+    """What is to be said of a local blend that holds nothing, or does not begin."""
+    return first_said(
+        (
+            blends and takes_all(start, steps),
+            f"blend_start is {start:g}, so that the local blend begins in no step; lower it.",
+        ),
+        (
+            blends and threshold >= 1.0,
+            "blend_threshold is 1, above which no attention is, so that the local blend gives the source again; lower "
+            "it.",
+        ),
+    )
+
+
 def noise_mask_left_out(latent: dict[str, Any]) -> str | None:
     """What a node that uses a LATENT's whole image says of a noise mask that leaves out a part of it."""
     mask = latent.get("noise_mask")

@@ -1,8 +1,7 @@
-"""Nodes that edit an image by editing its prompt, with the attention of the image it was.
+"""The node that edits an image by editing its prompt, with the attention of the source image.
 
-Prompt-to-Prompt gives a MODEL and the target's CONDITIONING instead of sampling itself: so every stock sampler,
-scheduler, guider and preview is there, ControlNet and LoRA compose, and for a real image it is the same graph with
-an inversion connected. Replace Subject is a whole algorithm of a paper, for one kind of sampling, in one node.
+It outputs a MODEL and the target's CONDITIONING instead of sampling: every stock sampler, scheduler, guider and preview
+works with it, ControlNet and LoRA compose, and a real image uses the same graph with an inversion connected.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...pipelines.attention_control import prompt_to_prompt as control
-from ...pipelines.hifi_tuner import subject_replacement as replacement
 from ...pipelines.inversion.inversion import Inversion as InversionData
-from ...pipelines.shared.conditioning import Conditioning
-from ..idle import first_said, joined, takes_all, takes_no_part
-from ..sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text, show_warnings
+from ..idle import blend_idle, first_said, takes_no_part
+from ..sockets import Inversion, checked, schema, show_warnings
 
 _ANY = 1000
 """Steps of a run that is not known yet."""
@@ -197,7 +194,7 @@ class PromptToPrompt(io.ComfyNode):
                     "reweight has no effect while cross_replace_steps is 0; raise it.",
                 ),
             ),
-            _blend_idle(bool(blend_words.strip()), blend_threshold, blend_start, steps),
+            blend_idle(bool(blend_words.strip()), blend_threshold, blend_start, steps),
             first_said(
                 *(
                     (factor == 1.0, f"reweight leaves {word!r} as it is with the factor 1; write another.")
@@ -208,166 +205,4 @@ class PromptToPrompt(io.ComfyNode):
         return io.NodeOutput(controlled, positive)
 
 
-def _blend_idle(blends: bool, threshold: float, start: float, steps: int) -> str | None:
-    """What is to be said of a local blend that holds nothing, or does not begin."""
-    return first_said(
-        (
-            blends and takes_all(start, steps),
-            f"blend_start is {start:g}, so that the local blend begins in no step; lower it.",
-        ),
-        (
-            blends and threshold >= 1.0,
-            "blend_threshold is 1, above which no attention is, so that the local blend gives the source again; lower "
-            "it.",
-        ),
-    )
-
-
-class ReplaceSubject(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="IdentityEditReplaceSubject",
-            display_name="Replace Subject",
-            category="attention control",
-            search_aliases=["HiFi Tuner", "subject swap", "personalized subject replacement", "edit sampler"],
-            description=(
-                "Puts another subject, learned or known by its word, in the place of an image's, without a mask (Wang "
-                "et al. 2023, algorithm 3): the attention of all other words stays that of the image."
-            ),
-            inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model that made the inversion: as it is, or from Apply Subject with its step-wise "
-                    "embeddings.",
-                ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                Inversion.Input("inversion", tooltip="Of the image, from DDIM Inversion and Null-Text Optimization."),
-                io.String.Input(
-                    "source_prompt",
-                    default="",
-                    multiline=True,
-                    tooltip="The caption of the image, the same as for the inversion.",
-                ),
-                io.String.Input(
-                    "target_prompt",
-                    default="",
-                    multiline=True,
-                    tooltip="The caption with the subject's word exchanged for the new subject's.",
-                ),
-                io.String.Input(
-                    "subject_words",
-                    default="",
-                    tooltip="The new subject's words in the target prompt, separated by spaces or commas; their "
-                    "attention is their own. Empty: the words that the source prompt lacks.",
-                ),
-                io.Int.Input(
-                    "subject_tokens",
-                    default=replacement.SUBJECT_TOKENS,
-                    min=0,
-                    max=70,
-                    tooltip="How many learned tokens the connected target holds in its last positions, whose attention "
-                    "is their own too. 5 in Wang et al. 2023 (section 4). Without a target it has no effect.",
-                ),
-                guidance_scale_input(
-                    0.0, "Of the new image. 0 is automatic: the one that the null-text embeddings were optimized for."
-                ),
-                io.Float.Input(
-                    "cross_replace_steps",
-                    default=replacement.CROSS_REPLACE_STEPS,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the steps, from the first, with the image's cross-attention. 1 in Wang et al. "
-                    "2023 (algorithm 3); less gives the subject more freedom.",
-                ),
-                io.Float.Input(
-                    "self_replace_steps",
-                    default=replacement.SELF_REPLACE_STEPS,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the steps, from the first, with the image's self-attention. 0 in Wang et al. "
-                    "2023 (algorithm 3); more keeps the old subject's shape.",
-                ),
-                io.Boolean.Input(
-                    "local_blend",
-                    default=False,
-                    tooltip="Keeps the image outside of both subjects, as Prompt-to-Prompt's local blend does. Wang "
-                    "et al. 2023 do without.",
-                ),
-                io.Float.Input(
-                    "blend_threshold",
-                    default=control.BLEND_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="With local_blend: share of the subjects' largest attention above which the image may "
-                    "change. 0.3 in the reference implementation of prompt-to-prompt.",
-                ),
-                io.Conditioning.Input(
-                    "target",
-                    optional=True,
-                    tooltip="The target prompt with the learned subject, from Apply Subject; without it the target "
-                    "prompt alone.",
-                ),
-            ],
-            outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="The new image; decode it with the VAE."),
-                io.String.Output("report", display_name="report", tooltip="Which tokens were free, and model calls."),
-            ],
-        )
-
-    @classmethod
-    @checked
-    def execute(
-        cls,
-        model: Any,
-        clip: Any,
-        inversion: InversionData,
-        source_prompt: str,
-        target_prompt: str,
-        subject_words: str,
-        subject_tokens: int,
-        guidance_scale: float,
-        cross_replace_steps: float,
-        self_replace_steps: float,
-        local_blend: bool,
-        blend_threshold: float,
-        target: Conditioning | None = None,
-    ) -> io.NodeOutput:
-        result = replacement.subject_replacement(
-            model,
-            clip,
-            inversion,
-            source_prompt,
-            target_prompt,
-            target,
-            subject_words,
-            subject_tokens,
-            guidance_scale=guidance_scale or None,
-            cross_replace_steps=cross_replace_steps,
-            self_replace_steps=self_replace_steps,
-            local_blend=local_blend,
-            blend_threshold=blend_threshold,
-            callback=progress(model, inversion.steps),
-        )
-        free = ", ".join(map(str, result.free_tokens))
-        text = f"Tokens with attention of their own: {free}. {result.evaluations} model calls."
-        unused = first_said(
-            (
-                source_prompt == target_prompt and target is None,
-                "The source prompt and the target prompt are the same, so that nothing is replaced; write the new "
-                "subject into the target prompt, or connect it.",
-            ),
-            (
-                takes_no_part(max(cross_replace_steps, self_replace_steps), inversion.steps) and not local_blend,
-                "cross_replace_steps and self_replace_steps are 0, so that nothing of the image's attention is kept; "
-                "raise one of them.",
-            ),
-        )
-        unused = joined(unused, _blend_idle(local_blend, blend_threshold, control.BLEND_START, inversion.steps))
-        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))
-
-
-NODES: list[type[io.ComfyNode]] = [PromptToPrompt, ReplaceSubject]
+NODES: list[type[io.ComfyNode]] = [PromptToPrompt]

@@ -1,5 +1,5 @@
 """Nodes of `pipelines.subjects`."""
 
-from . import subject
+from . import captioning, images, regularization_prompts
 
-NODES = [*subject.NODES]
+NODES = [*images.NODES, *captioning.NODES, *regularization_prompts.NODES]

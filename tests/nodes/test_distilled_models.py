@@ -10,7 +10,8 @@ import comfy_extras.nodes_model_advanced
 import pytest
 import torch
 from identity_edit_pack.nodes.hifi_tuner import segmentation, subject_embedding
-from identity_edit_pack.nodes.inversion import inversion
+from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
+from identity_edit_pack.nodes.inversion.edit_friendly import EditFriendlyDDPMInversion
 from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import step_boundaries
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion
@@ -66,11 +67,11 @@ def test_steps_are_spread_as_lcms_own_sampler_does(steps: int, taken: int) -> No
     assert bool((ours.sigmas[:-1] > ours.sigmas[1:]).all())
 
 
-@pytest.mark.parametrize("node", [inversion.DDIMInversion, inversion.EditFriendlyDDPMInversion])
+@pytest.mark.parametrize("node", [DDIMInversion, EditFriendlyDDPMInversion])
 def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pytest.LogCaptureFixture) -> None:
     latent, model = {"samples": tiny_models.latent(4)}, lcm(tiny_models.sd1())
     more: dict[str, Any] = {"guidance_scale": 1.0}
-    if node is inversion.DDIMInversion:
+    if node is DDIMInversion:
         more |= {"end_at_zero": False}
     else:
         more |= {"eta": 1.0, "seed": 0, "zero_last_noise_map": False}
@@ -83,7 +84,7 @@ def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pyte
         else:
             assert made.steps in (49, 50)
             assert f"LCM's sampling does, so that {made.steps} steps are taken instead of 100" in caplog.text
-        if node is inversion.EditFriendlyDDPMInversion:  # and they still carry the image
+        if node is EditFriendlyDDPMInversion:  # and they still carry the image
             back = sample_inversion(model, made, SOURCE, None, 1.0)
             torch.testing.assert_close(back, latent["samples"], rtol=0, atol=1e-3)
 

@@ -14,7 +14,9 @@ from from_noise import sample_from
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes import demo, scores, timestep_aware
-from identity_edit_pack.nodes.inversion import inversion
+from identity_edit_pack.nodes.inversion import null_text as null_text_nodes
+from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
+from identity_edit_pack.nodes.inversion.saved_inversions import LoadInversion, SaveInversion
 from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.inversion import null_text
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -40,7 +42,7 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def invert(model: Any, steps: int = 4, batch: int = 1) -> tuple[Any, ...]:
     latent = {"samples": tiny_models.latent(4, batch), "noise_mask": torch.ones(1, 8, 8)}
-    return inversion.DDIMInversion.execute(model, SOURCE, latent, steps, 1.0, False).args
+    return DDIMInversion.execute(model, SOURCE, latent, steps, 1.0, False).args
 
 
 def test_ddim_inversion_gives_what_a_sampler_needs() -> None:
@@ -56,14 +58,14 @@ def test_ddim_inversion_gives_what_a_sampler_needs() -> None:
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        (inversion.NULL_TEXT_OPTIMIZATION, null_text.PAPER),
-        (inversion.ADAPTIVE_NULL_TEXT_OPTIMIZATION, null_text.ADAPTIVE),
+        (null_text_nodes.NULL_TEXT_OPTIMIZATION, null_text.PAPER),
+        (null_text_nodes.ADAPTIVE_NULL_TEXT_OPTIMIZATION, null_text.ADAPTIVE),
     ],
 )
 def test_null_text_optimization_hands_on_its_table(method: str, name: str) -> None:
     model = tiny_models.sd1()
     result = invert(model)[0]
-    patched, negative, carrying, reconstruction, report = inversion.NullTextOptimization.execute(
+    patched, negative, carrying, reconstruction, report = null_text_nodes.NullTextOptimization.execute(
         model, result, SOURCE, NEGATIVE, method, **NULL_TEXT_SETTINGS, checkpointing=False
     ).args
     expected = null_text.null_text_optimization(model, result, SOURCE, NEGATIVE, **NULL_TEXT_SETTINGS, method=name)
@@ -81,8 +83,8 @@ def test_null_text_optimization_hands_on_its_table(method: str, name: str) -> No
 def test_negative_prompt_inversion_stays_on_ddim_at_any_guidance() -> None:
     model = tiny_models.sd1()
     result = invert(model)[0]
-    method = inversion.NEGATIVE_PROMPT_INVERSION
-    patched, negative, _, reconstruction, _ = inversion.NullTextOptimization.execute(
+    method = null_text_nodes.NEGATIVE_PROMPT_INVERSION
+    patched, negative, _, reconstruction, _ = null_text_nodes.NullTextOptimization.execute(
         model, result, SOURCE, NEGATIVE, method, **NULL_TEXT_SETTINGS, checkpointing=False
     ).args
     unguided = inversions.sample_inversion(model, result, SOURCE)
@@ -95,18 +97,18 @@ def test_negative_prompt_inversion_stays_on_ddim_at_any_guidance() -> None:
 def test_saved_inversions_are_numbered_listed_and_loaded() -> None:
     model = tiny_models.sd1()
     result = invert(model)[0]
-    paths = [inversion.SaveInversion.execute(result, "inversions/cat").args[0] for _ in range(2)]
+    paths = [SaveInversion.execute(result, "inversions/cat").args[0] for _ in range(2)]
     assert [Path(path).name for path in paths] == ["cat_00001_.safetensors", "cat_00002_.safetensors"]
-    listed = [item for item in inversion.LoadInversion.define_schema().inputs if item.id == "file"][0].options
+    listed = [item for item in LoadInversion.define_schema().inputs if item.id == "file"][0].options
     assert listed == ["inversions/cat_00001_.safetensors [output]", "inversions/cat_00002_.safetensors [output]"]
-    assert inversion.LoadInversion.validate_inputs(listed[0]) is True
-    assert "not there any more" in str(inversion.LoadInversion.validate_inputs("inversions/dog.safetensors [output]"))
-    loaded, start, sigmas, same_model = inversion.LoadInversion.execute(model, listed[1], 4).args
+    assert LoadInversion.validate_inputs(listed[0]) is True
+    assert "not there any more" in str(LoadInversion.validate_inputs("inversions/dog.safetensors [output]"))
+    loaded, start, sigmas, same_model = LoadInversion.execute(model, listed[1], 4).args
     assert torch.equal(loaded.trajectory, result.trajectory) and torch.equal(sigmas, result.sigmas)
     assert torch.equal(start["samples"], result.start_latent(model)) and same_model is model
-    before = inversion.LoadInversion.fingerprint_inputs(listed[1])
-    inversion.SaveInversion.execute(result, "inversions/other")
-    assert inversion.LoadInversion.fingerprint_inputs(listed[1]) == before
+    before = LoadInversion.fingerprint_inputs(listed[1])
+    SaveInversion.execute(result, "inversions/other")
+    assert LoadInversion.fingerprint_inputs(listed[1]) == before
 
 
 @pytest.mark.parametrize(
@@ -120,10 +122,10 @@ def test_saved_inversions_are_numbered_listed_and_loaded() -> None:
 )
 def test_a_mismatched_inversion_is_refused(change: dict[str, Any], message: str) -> None:
     model = tiny_models.sd1()
-    inversion.SaveInversion.execute(invert(model)[0], "inversions/cat")
+    SaveInversion.execute(invert(model)[0], "inversions/cat")
     arguments = {"model": model, "file": "inversions/cat_00001_.safetensors [output]", "steps": 0, **change}
     with pytest.raises(IdentityEditError, match=message):
-        inversion.LoadInversion.execute(**arguments)
+        LoadInversion.execute(**arguments)
 
 
 @pytest.mark.parametrize("prefix", ["", "/", "../outside", "inversions/../../outside", "blocked/cat"])
@@ -132,7 +134,7 @@ def test_no_file_is_written_where_none_may_be(prefix: str, own_folders: Path) ->
     before = sorted(own_folders.rglob("*"))
     result = invert(tiny_models.sd1(), steps=1)[0]
     with pytest.raises(IdentityEditError, match="filename_prefix"):
-        inversion.SaveInversion.execute(result, prefix)
+        SaveInversion.execute(result, prefix)
     assert sorted(own_folders.rglob("*")) == before
 
 

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as stock
-from identity_edit_pack.nodes.attention_control import prompt_to_prompt as nodes
-from identity_edit_pack.nodes.inversion import inversion as inversion_nodes
+from identity_edit_pack.nodes.attention_control.prompt_to_prompt import PromptToPrompt
+from identity_edit_pack.nodes.hifi_tuner.replace_subject import ReplaceSubject
+from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
+from identity_edit_pack.nodes.inversion.null_text import NullTextOptimization
 from identity_edit_pack.pipelines.attention_control import prompt_to_prompt as p2p
 from identity_edit_pack.pipelines.hifi_tuner import subject_replacement as replacement
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -43,8 +45,8 @@ def test_a_generated_image_by_a_stock_sampler(clip: Any) -> None:
     model, negative = tiny_models.sd1(), p2p.encode(clip, "")
     sigmas = stock.BasicScheduler.execute(model, "normal", 5, 1.0).args[0]
     empty = {"samples": torch.zeros(1, 4, 8, 12)}
-    given = defaults(nodes.PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=DOG)
-    controlled, positive = nodes.PromptToPrompt.execute(**given).args
+    given = defaults(PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=DOG)
+    controlled, positive = PromptToPrompt.execute(**given).args
     both = sample(controlled, positive, negative, empty, sigmas, True)
     plain = sample(model, p2p.encode(clip, CAT), negative, empty, sigmas, True)
     assert both.shape[0] == 2 and torch.equal(both[:1], plain)
@@ -52,7 +54,7 @@ def test_a_generated_image_by_a_stock_sampler(clip: Any) -> None:
     assert torch.equal(both, sample(expected, positive, negative, empty, sigmas, True))
     given |= dict(edit="refine", reweight="snow: 2", blend_words="cat dog", blend_threshold=0.8, blend_start=0.0)
     given |= dict(cross_replace_steps=0.5, self_replace_steps=0.2, self_attention_grid="2")
-    controlled, positive = nodes.PromptToPrompt.execute(**given).args
+    controlled, positive = PromptToPrompt.execute(**given).args
     settings = p2p.ControlSettings(0.5, 0.2, "2", 0.8, 0.0)
     expected, positive = p2p.prompt_to_prompt(model, clip, CAT, DOG, "refine", {"snow": 2.0}, "cat dog", settings)
     ours = sample(controlled, positive, negative, empty, sigmas, True)
@@ -67,8 +69,8 @@ def test_under_ksampler_with_partial_denoising_and_a_mask(clip: Any) -> None:
     mask = torch.zeros(1, 8, 12)
     mask[:, 2:6] = 1.0
     latent = {"samples": tiny_models.latent(4, 2, width=12), "noise_mask": mask}
-    given = defaults(nodes.PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=CAT)
-    controlled, positive = nodes.PromptToPrompt.execute(**given).args
+    given = defaults(PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=CAT)
+    controlled, positive = PromptToPrompt.execute(**given).args
     rest = (4, 4.0, "euler", "normal", positive, negative, latent)
     with torch.no_grad():
         both, plain = (comfy_nodes.common_ksampler(m, 5, *rest, denoise=0.6)[0]["samples"] for m in (controlled, model))
@@ -77,8 +79,8 @@ def test_under_ksampler_with_partial_denoising_and_a_mask(clip: Any) -> None:
 
 def with_null_text(model: Any, clip: Any) -> Any:
     source, empty = p2p.encode(clip, CAT), p2p.encode(clip, "")
-    pivot = inversion_nodes.DDIMInversion.execute(model, source, LATENT, 3, 1.0, False).args[0]
-    node = inversion_nodes.NullTextOptimization
+    pivot = DDIMInversion.execute(model, source, LATENT, 3, 1.0, False).args[0]
+    node = NullTextOptimization
     given = defaults(node, model=model, inversion=pivot, source=source, negative=empty, inner_steps=1)
     found = node.execute(**given).args
     return next(output for output in found if hasattr(output, "trajectory"))
@@ -87,16 +89,14 @@ def with_null_text(model: Any, clip: Any) -> Any:
 def test_a_real_image_and_its_subject(clip: Any) -> None:
     model = tiny_models.sd1(output_gain=0.3)
     pivot = with_null_text(model, clip)
-    given = defaults(
-        nodes.PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=DOG, inversion=pivot
-    )
-    controlled, positive = nodes.PromptToPrompt.execute(**given).args
+    given = defaults(PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=DOG, inversion=pivot)
+    controlled, positive = PromptToPrompt.execute(**given).args
     start = {"samples": pivot.start_latent(model)}
     edited = sample(controlled, positive, p2p.encode(clip, "anything"), start, pivot.sigmas, False)
     again = sample(controlled, positive, p2p.encode(clip, ""), start, pivot.sigmas, False)
     assert edited.shape == LATENT["samples"].shape and torch.equal(edited, again)
 
-    node = nodes.ReplaceSubject
+    node = ReplaceSubject
     given = defaults(node, model=model, clip=clip, inversion=pivot, source_prompt=CAT, target_prompt=DOG)
     latent, report = node.execute(**given).args
     expected = replacement.subject_replacement(model, clip, pivot, CAT, DOG)
@@ -115,11 +115,11 @@ def test_a_real_image_and_its_subject(clip: Any) -> None:
 
 def test_errors_reach_the_node(clip: Any) -> None:
     model = tiny_models.sd1()
-    given = defaults(nodes.PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=DOG)
+    given = defaults(PromptToPrompt, model=model, clip=clip, source_prompt=CAT, target_prompt=DOG)
     for changes, message in (
         (dict(reweight="snow"), "each word with its factor"),
         (dict(blend_words="rabbit"), "contains the word 'rabbit'"),
         (dict(target_prompt=""), "use refine"),
     ):
         with pytest.raises(IdentityEditError, match=message):
-            nodes.PromptToPrompt.execute(**{**given, **changes})
+            PromptToPrompt.execute(**{**given, **changes})

@@ -12,18 +12,19 @@ import pytest
 import torch
 from identity_edit_pack.nodes import NODE_CLASSES, saved_files
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding
-from identity_edit_pack.nodes.inversion import inversion
+from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
+from identity_edit_pack.nodes.inversion.saved_inversions import LoadInversion, SaveInversion
 from identity_edit_pack.nodes.lipe import identity_prior
 from identity_edit_pack.nodes.mcdm import identity_words
 from identity_edit_pack.nodes.pidiff import style_attention, w_plus
-from identity_edit_pack.nodes.subjects import subject
+from identity_edit_pack.nodes.subjects.images import LoadSubjectImages
 from identity_edit_pack.tests import tiny_models
 
 NODES_WITH_FILES = [
     identity_prior.LoadIdentityPrior,
     identity_prior.SaveIdentityPriorAsLoRA,
     identity_words.LoadIdentityWords,
-    inversion.LoadInversion,
+    LoadInversion,
     style_attention.LoadStyleAttention,
     subject_embedding.StepWiseEmbeddingLoader,
     w_plus.LoadWPlus,
@@ -57,7 +58,7 @@ def age(folder: Path) -> None:
 
 def invert(model: Any) -> Any:
     latent = {"samples": tiny_models.latent(4, 1)}
-    return inversion.DDIMInversion.execute(model, tiny_models.conditioning(1), latent, 2, 1.0, False).args[0]
+    return DDIMInversion.execute(model, tiny_models.conditioning(1), latent, 2, 1.0, False).args[0]
 
 
 def test_a_list_holds_the_input_folder_itself_and_the_nodes_own_folders(inputs: Path) -> None:
@@ -80,13 +81,13 @@ def test_a_list_holds_the_input_folder_itself_and_the_nodes_own_folders(inputs: 
 def test_a_file_in_another_folder_still_validates_and_loads(inputs: Path) -> None:
     model = tiny_models.sd1()
     made = invert(model)
-    path = inversion.SaveInversion.execute(made, "inversions/cat").args[0]
+    path = SaveInversion.execute(made, "inversions/cat").args[0]
     (inputs / "projects" / "2024").mkdir(parents=True)
     shutil.copy(path, inputs / "projects" / "2024" / "cat.safetensors")
     name = "projects/2024/cat.safetensors"
     assert name not in saved_files.loadable_files("inversions")
-    assert inversion.LoadInversion.validate_inputs(name) is True
-    assert torch.equal(inversion.LoadInversion.execute(model, name, 0).args[0].trajectory, made.trajectory)
+    assert LoadInversion.validate_inputs(name) is True
+    assert torch.equal(LoadInversion.execute(model, name, 0).args[0].trajectory, made.trajectory)
 
 
 @pytest.mark.parametrize("node", NODES_WITH_FILES, ids=lambda node: node.__name__)
@@ -106,7 +107,7 @@ def test_the_page_is_given_its_lists_without_reading_folders_again(inputs: Path,
     opened.clear()
     for node in NODE_CLASSES:
         node.define_schema()
-    of_files = [node for node in NODE_CLASSES if node is not subject.LoadSubjectImages]
+    of_files = [node for node in NODE_CLASSES if node is not LoadSubjectImages]
     below = [path for path in opened if path.startswith(str(inputs))]
     assert sorted(below) == sorted(str(path) for path in [inputs, *inputs.glob("images *")])  # once each
     saved_files._listings.clear()
@@ -137,10 +138,10 @@ def test_links_to_folders_are_no_folders_of_images_as_in_comfyui(inputs: Path, t
 
 
 def test_a_run_makes_no_schema(monkeypatch: pytest.MonkeyPatch) -> None:
-    inversion.DDIMInversion.GET_SCHEMA()
+    DDIMInversion.GET_SCHEMA()
 
     def define_schema(cls: Any) -> Any:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(inversion.DDIMInversion, "define_schema", classmethod(define_schema))
+    monkeypatch.setattr(DDIMInversion, "define_schema", classmethod(define_schema))
     assert invert(tiny_models.sd1()).steps == 2

@@ -10,9 +10,12 @@ import folder_paths
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
-from identity_edit_pack.nodes.subjects import subject as nodes
+from identity_edit_pack.nodes.subjects.captioning import DO_NOT_SAVE, NO_MODEL, OVERWRITE, SAVE_NEW, CaptionImages
+from identity_edit_pack.nodes.subjects.images import LoadSubjectImages, SubjectFromImages
+from identity_edit_pack.nodes.subjects.regularization_prompts import ENDPOINT, SHIPPED_LIST, RegularizationPrompts
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects import captioning
+from identity_edit_pack.pipelines.subjects import images as subject_images
 from identity_edit_pack.pipelines.subjects import regularization_prompts as prompts
 from identity_edit_pack.pipelines.subjects.images import CAPTION_FILES, NO_CAPTIONS_YET, SubjectImages
 from identity_edit_pack.tests import tiny_language_models as tiny
@@ -50,21 +53,21 @@ def options(node: Any, name: str) -> list[str]:
 
 
 def load(folder: str = "rex", captions: str = CAPTION_FILES, size: int = 16) -> tuple[Any, ...]:
-    return nodes.LoadSubjectImages.execute(folder, "dog", "sks", captions, False, size).args
+    return LoadSubjectImages.execute(folder, "dog", "sks", captions, False, size).args
 
 
 def caption(subject: SubjectImages, **changes: Any) -> tuple[Any, ...]:
     settings = {
-        "model": nodes.NO_MODEL,
+        "model": NO_MODEL,
         "instruction": QUESTION,
         "captions": "",
         "keep_existing": True,
-        "save": nodes.DO_NOT_SAVE,
+        "save": DO_NOT_SAVE,
         "max_new_tokens": 6,
         "temperature": 0.0,
         "seed": 0,
     }
-    return nodes.CaptionImages.execute(subject, **{**settings, **changes}).args
+    return CaptionImages.execute(subject, **{**settings, **changes}).args
 
 
 def test_a_subject_is_loaded_into_stock_sockets() -> None:
@@ -87,28 +90,28 @@ def test_without_a_test_image_only_its_branch_stops(own_folders: Path) -> None:
 def test_only_known_folders_are_read(own_folders: Path) -> None:
     save_subject(own_folders / "output" / "regularization" / "dogs")
     save_subject(own_folders / "output" / "private")
-    listed = options(nodes.LoadSubjectImages, "folder")
+    listed = options(LoadSubjectImages, "folder")
     assert listed == ["regularization/dogs [output]", "rex"]
     for folder in listed:
-        assert nodes.LoadSubjectImages.validate_inputs(folder) is True
+        assert LoadSubjectImages.validate_inputs(folder) is True
         assert len(load(folder)[0].images) == 3
     for folder in ("../output/private", str(own_folders / "output" / "private"), "gone", "", "../private [output]"):
-        assert "make it there" in str(nodes.LoadSubjectImages.validate_inputs(folder))
+        assert "make it there" in str(LoadSubjectImages.validate_inputs(folder))
 
 
 @pytest.mark.parametrize("file", ["0.png", "0.txt", "test/t.png"])
 def test_a_changed_file_is_read_again(file: str, own_folders: Path) -> None:
-    before = nodes.LoadSubjectImages.fingerprint_inputs("rex")
-    assert nodes.LoadSubjectImages.fingerprint_inputs("rex", size=8) == before
+    before = LoadSubjectImages.fingerprint_inputs("rex")
+    assert LoadSubjectImages.fingerprint_inputs("rex", size=8) == before
     path = own_folders / "input" / "rex" / file
     os.utime(path, ns=(1, 1))
-    assert nodes.LoadSubjectImages.fingerprint_inputs("rex") != before
+    assert LoadSubjectImages.fingerprint_inputs("rex") != before
 
 
 def test_images_and_lines_become_a_subject() -> None:
     images = [torch.rand(2, 8, 8, 3), torch.rand(1, 4, 6, 3)]
     masks = [torch.ones(2, 8, 8), torch.ones(1, 4, 6)]
-    execute = nodes.SubjectFromImages.execute
+    execute = SubjectFromImages.execute
     subject, report = execute(images, ["sks cat\n\n a cat asleep\n", "sks cat"], ["cat"], ["sks"], [True], masks).args
     assert subject.captions == ["sks cat", "a sks cat asleep", "sks cat"]
     assert [tuple(image.shape[:2]) for image in subject.images] == [(8, 8), (8, 8), (4, 6)]
@@ -125,7 +128,7 @@ def test_captions_are_shown_saved_and_edited(own_folders: Path) -> None:
     (folder / "1.txt").write_text("a dog on grass")
     subject = load("tom", NO_CAPTIONS_YET)[0]
     captioned, captions, test_caption, text = caption(
-        subject, captions="one dog\n\nthree dogs\na dog asleep\n", save=nodes.SAVE_NEW
+        subject, captions="one dog\n\nthree dogs\na dog asleep\n", save=SAVE_NEW
     )
     assert captions == ["one sks dog", "a sks dog on grass", "sks dog, three dogs"] == captioned.captions
     assert test_caption == "a sks dog asleep" and text.splitlines() == [*captions, test_caption]
@@ -133,7 +136,7 @@ def test_captions_are_shown_saved_and_edited(own_folders: Path) -> None:
     assert (folder / "0.txt").read_text() == "one sks dog\n"
     assert (folder / "test" / "t.txt").read_text() == "a sks dog asleep\n"
     # The text that is shown can be put into the field as it is.
-    assert caption(subject, captions=text, save=nodes.OVERWRITE)[1] == captions
+    assert caption(subject, captions=text, save=OVERWRITE)[1] == captions
     assert load("tom")[2] == captions, "what was saved loads without a complaint"
 
 
@@ -141,31 +144,31 @@ def test_captions_are_not_lost_when_they_cannot_be_saved(own_folders: Path, monk
     def full(*_: Any, **__: Any) -> None:
         raise IdentityEditError("The caption 0.txt cannot be written (No space left on device).")
 
-    monkeypatch.setattr(nodes.subjects, "save_captions", full)
-    result = nodes.CaptionImages.execute(load()[0], nodes.NO_MODEL, "", "", True, nodes.OVERWRITE, 1, 0.0, 0)
+    monkeypatch.setattr(subject_images, "save_captions", full)
+    result = CaptionImages.execute(load()[0], NO_MODEL, "", "", True, OVERWRITE, 1, 0.0, 0)
     assert result.args[1] == ["sks dog 0", "sks dog 1", "sks dog 2"]
     assert "No space left" in str(result.ui.as_dict())
 
 
 def test_images_without_a_folder_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    subject = nodes.SubjectFromImages.execute([torch.rand(1, 8, 8, 3)], [""], ["dog"], ["sks"], [False]).args[0]
-    monkeypatch.setattr(nodes.captioning, "caption_images", lambda *_, **__: pytest.fail("must not be asked"))
+    subject = SubjectFromImages.execute([torch.rand(1, 8, 8, 3)], [""], ["dog"], ["sks"], [False]).args[0]
+    monkeypatch.setattr(captioning, "caption_images", lambda *_, **__: pytest.fail("must not be asked"))
     with pytest.raises(IdentityEditError, match="come from no folder"):
-        caption(subject, save=nodes.SAVE_NEW)
+        caption(subject, save=SAVE_NEW)
 
 
 def test_models_are_found_in_their_folder(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert options(nodes.CaptionImages, "model") == [nodes.NO_MODEL], "there need not be a folder"
+    assert options(CaptionImages, "model") == [NO_MODEL], "there need not be a folder"
     root = own_folders / "models" / "LLM"
     tiny.save_llava(root / "maker" / "llava")
     tiny.save_gpt2(root / "writer", words=("dog", "runs"))
     (root / "empty").mkdir()
-    assert options(nodes.CaptionImages, "model") == [nodes.NO_MODEL, "maker/llava", "writer"]
-    assert options(nodes.RegularizationPrompts, "source")[3:] == ["maker/llava", "writer"]
-    assert nodes.CaptionImages.validate_inputs("maker/llava") is True
-    assert nodes.CaptionImages.validate_inputs(nodes.NO_MODEL) is True
+    assert options(CaptionImages, "model") == [NO_MODEL, "maker/llava", "writer"]
+    assert options(RegularizationPrompts, "source")[3:] == ["maker/llava", "writer"]
+    assert CaptionImages.validate_inputs("maker/llava") is True
+    assert CaptionImages.validate_inputs(NO_MODEL) is True
     for model in ("empty", "../../input/rex", "gone"):
-        message = nodes.CaptionImages.validate_inputs(model)
+        message = CaptionImages.validate_inputs(model)
         assert f"'{model}' is not in {root}; put it there (config.json" in message
         with pytest.raises(IdentityEditError, match=r"put it there \(config.json"):
             caption(load()[0], model=model)
@@ -181,29 +184,29 @@ def test_models_are_found_in_their_folder(own_folders: Path, monkeypatch: pytest
     elsewhere = own_folders / "elsewhere"
     tiny.save_gpt2(elsewhere / "other")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "LLM", ([str(elsewhere)], set()))
-    assert options(nodes.CaptionImages, "model") == [nodes.NO_MODEL, "other"]
+    assert options(CaptionImages, "model") == [NO_MODEL, "other"]
 
 
 def write(source: str, count: int, seed: int = 0) -> tuple[Any, ...]:
-    return nodes.RegularizationPrompts.execute("dog", source, count, "animal", "a {keyword}", "", 20, 1.0, seed).args
+    return RegularizationPrompts.execute("dog", source, count, "animal", "a {keyword}", "", 20, 1.0, seed).args
 
 
 def test_prompts_come_with_seeds(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found, seeds, report = write(nodes.SHIPPED_LIST, 5, seed=2**64 - 2)
+    found, seeds, report = write(SHIPPED_LIST, 5, seed=2**64 - 2)
     assert found == prompts.shipped_prompts("dog", 5, 2**64 - 2)
     assert seeds == [2**64 - 2, 2**64 - 1, 0, 1, 2]
     assert all(prompt in report for prompt in found)
-    outputs = {item.id: item for item in nodes.RegularizationPrompts.define_schema().outputs}
+    outputs = {item.id: item for item in RegularizationPrompts.define_schema().outputs}
     assert outputs["prompt_list"].is_output_list and outputs["seed_list"].is_output_list
     tiny.save_gpt2(own_folders / "models" / "LLM" / "writer", words=("dog", "runs"))
     found, seeds, _ = write("writer", 2)
     assert len(found) == len(seeds) == 2 and all("dog" in prompt for prompt in found)
     monkeypatch.delenv(prompts.URL_VARIABLE, raising=False)
     with pytest.raises(IdentityEditError, match="IDENTITY_EDIT_LLM_URL is not set"):
-        write(nodes.ENDPOINT, 1)
+        write(ENDPOINT, 1)
 
 
-@pytest.mark.parametrize("source", [nodes.SHIPPED_LIST, "writer"])
+@pytest.mark.parametrize("source", [SHIPPED_LIST, "writer"])
 def test_nothing_is_sent_unless_the_endpoint_is_chosen(
     source: str, own_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

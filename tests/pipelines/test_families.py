@@ -11,7 +11,7 @@ import pytest
 import tiny_flow_models
 import tiny_models
 import torch
-from identity_edit_pack.nodes.inversion.inversion import DDIMInversion
+from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
 from identity_edit_pack.nodes.sockets import check_inputs
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention

@@ -1,0 +1,114 @@
+"""Nodes that save an inversion to a file and load it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io, ui
+
+from ...pipelines.inversion import inversion as inversions
+from ...pipelines.text.step_embeddings import apply_step_embeddings
+from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
+from ..sockets import Inversion, checked, latent_samples, schema, show_text, steps_input
+
+FILE_FOLDER = "inversions"
+
+
+class SaveInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSaveInversion",
+            display_name="Save Inversion",
+            category="inversion",
+            search_aliases=["store inversion", "export inversion"],
+            description="Keeps an inversion, with its null-text embeddings, in a .safetensors file in the output "
+            "folder.",
+            is_output_node=True,
+            inputs=[
+                Inversion.Input(
+                    "inversion", tooltip="From DDIM Inversion, Null-Text Optimization or Edit-Friendly DDPM Inversion."
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=f"{FILE_FOLDER}/inversion",
+                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Inversion lists "
+                    f"what is in '{FILE_FOLDER}'.",
+                ),
+            ],
+            outputs=[
+                io.String.Output("file", display_name="file", tooltip="Where the inversion was saved."),
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(cls, inversion: inversions.Inversion, filename_prefix: str) -> io.NodeOutput:
+        with new_path(filename_prefix, f"{FILE_FOLDER}/inversion") as path:
+            inversions.save_inversion(inversion, path)
+        return io.NodeOutput(path, ui=ui.PreviewText(show_text(cls, path)))
+
+
+class LoadInversion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadInversion",
+            display_name="Load Inversion",
+            category="inversion",
+            search_aliases=["open inversion", "import inversion"],
+            description="Reads a saved inversion and refuses it when another model made it, so that one inversion can "
+            "serve many edits.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that made the inversion; another one is refused."),
+                file_input("Save Inversion", FILE_FOLDER),
+                steps_input(
+                    0,
+                    1000,
+                    least=0,
+                    tooltip="Refuse an inversion with another number of steps; 0 accepts every number.",
+                ),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="Refuse an inversion of another size or batch than this latent's.",
+                ),
+            ],
+            outputs=[
+                Inversion.Output("inversion", display_name="inversion", tooltip="As it was saved."),
+                io.Latent.Output(
+                    "inverted_latent",
+                    display_name="inverted latent",
+                    tooltip="The noisiest latent x_T. Sample from it without adding noise.",
+                ),
+                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="The inversion's schedule."),
+                io.Model.Output(
+                    "model_with_embeddings",
+                    display_name="model",
+                    tooltip="The model, with the embeddings of Null-Text Optimization on its negative side where the "
+                    "file has them.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, file: str) -> bool | str:
+        return check_file(file, "save the inversion again")
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
+        return changed_at(saved_path(file))
+
+    @classmethod
+    @checked
+    def execute(cls, model: Any, file: str, steps: int, latent: dict[str, Any] | None = None) -> io.NodeOutput:
+        inversion = inversions.load_inversion(saved_path(file))
+        shape = None if latent is None else tuple(latent_samples(latent, "The latent").shape)
+        inversions.check_inversion(inversion, model, steps=steps or None, latent_shape=shape)
+        if inversion.embeddings is not None:
+            model = apply_step_embeddings(model, inversion.embeddings, "negative")
+        start = {"samples": inversion.start_latent(model)}
+        return io.NodeOutput(inversion, start, inversion.sigmas.clone(), model)
+
+
+NODES: list[type[io.ComfyNode]] = [SaveInversion, LoadInversion]

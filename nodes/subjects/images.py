@@ -1,0 +1,248 @@
+"""Nodes that gather the images of a subject, with captions and masks, from a folder or from the graph."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import Any
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ...pipelines.shared.errors import for_console
+from ...pipelines.subjects import images as subjects
+from ..saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
+from ..sockets import SubjectImages, checked, mask_input, schema, show_text
+from .inputs import class_word_input
+
+REGULARIZATION_FOLDER = "regularization"
+"""Below the output folder: where the shipped workflow saves a regularization set with its prompts."""
+
+
+def _token_input() -> io.String.Input:
+    return io.String.Input(
+        "token",
+        default="sks",
+        tooltip="The rare token that comes to stand for the subject's identity, V* in Liu et al. 2024; prompts then "
+        "say 'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularization set, whose "
+        "images show the class and not the subject.",
+    )
+
+
+def _add_token_input() -> io.Boolean.Input:
+    return io.Boolean.Input(
+        "add_token",
+        default=False,
+        tooltip="On: captions that lack the token get it before the class word. Off: they are refused.",
+    )
+
+
+class LoadSubjectImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditLoadSubjectImages",
+            display_name="Load Subject Images",
+            category="subject",
+            search_aliases=["dataset", "dreambooth", "reference images", "training images", "load images from folder"],
+            description=(
+                "Reads a few images of one subject, with their captions and masks, from a folder below the input "
+                "folder, and says what is wrong with them: what Train Identity Prior learns from."
+            ),
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=_folders(),
+                    tooltip="A folder below ComfyUI's input folder with 3 to 5 images (Liu et al. 2024, section 2), "
+                    f"or one below the output folder's '{REGULARIZATION_FOLDER}'. Press R to list new ones.",
+                ),
+                class_word_input(
+                    "What the subject is, such as 'dog'; every caption must say it. Left empty, it is read from "
+                    "class_word.txt in the folder."
+                ),
+                _token_input(),
+                io.Combo.Input(
+                    "captions",
+                    options=list(subjects.CAPTION_SOURCES),
+                    default=subjects.CAPTION_FILES,
+                    tooltip="Caption files: each image needs one, 1.txt beside 1.jpg. Class word only: every caption "
+                    "is 'a photo of sks dog', as in DreamBooth (Ruiz et al. 2023); edits of pose and expression then "
+                    "work less well (Liu et al. 2024, figure 7). None yet: images may lack theirs until Caption "
+                    "Images.",
+                ),
+                _add_token_input(),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Images are cut to a centerd square and scaled to this side in pixels: 512 for SD 1.5, "
+                    "1024 for SDXL, 128 for the demo checkpoint. 0 keeps every image as it is.",
+                ),
+            ],
+            outputs=[
+                SubjectImages.Output(
+                    "subject", display_name="subject", tooltip="The images with captions and masks, for the training."
+                ),
+                io.Image.Output(
+                    "images",
+                    display_name="images",
+                    tooltip="The images as one batch, all of the first one's size.",
+                ),
+                io.String.Output(
+                    "caption_list",
+                    display_name="captions",
+                    is_output_list=True,
+                    tooltip="The captions, a list in the images' order.",
+                ),
+                io.Image.Output(
+                    "test_image",
+                    display_name="test image",
+                    tooltip="The image to edit, from the folder's test folder. Without one, what is connected here "
+                    "does not run.",
+                ),
+                io.String.Output(
+                    "test_caption",
+                    display_name="test caption",
+                    tooltip="The test image's caption: the source prompt of an edit. Empty without a caption file.",
+                ),
+                io.String.Output(
+                    "report", display_name="report", tooltip="What was read, and what was ignored in the folder."
+                ),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str) -> bool | str:
+        if folder not in _folders():
+            return for_console(
+                f"folder '{folder}' is not below ComfyUI's input folder; make it there, put 3 to 5 images with their "
+                f"captions into it, and press R."
+            )
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+        digest = hashlib.sha256()
+        for root, _folders, files in sorted(os.walk(_folder_path(folder))):
+            for name in sorted(files):
+                status = os.stat(os.path.join(root, name))
+                digest.update(f"{root}/{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    @classmethod
+    @checked
+    def execute(
+        cls, folder: str, class_word: str, token: str, captions: str, add_token: bool, size: int
+    ) -> io.NodeOutput:
+        subject = subjects.load_subject_folder(
+            _folder_path(folder), class_word, token, captions=captions, add_token=add_token, size=size or None
+        )
+        return io.NodeOutput(
+            subject,
+            subjects.image_batch(subject),
+            list(subject.captions),
+            _test_image(subject, folder),
+            subject.test_caption,
+            show_text(cls, _report(subject), " ".join(subject.notes) or None),
+        )
+
+
+class SubjectFromImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSubjectFromImages",
+            display_name="Subject from Images",
+            category="subject",
+            search_aliases=["dataset", "dreambooth", "reference images", "training images", "image batch"],
+            description=(
+                "Makes the images of one subject from images that are in the graph already: the same as Load Subject "
+                "Images, without a folder."
+            ),
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The images, as a batch or a list; 3 to 5 in Liu et al. 2024."),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="One line for each image, or one line for all, or a list of captions. Leave it empty "
+                    "when Caption Images follows.",
+                ),
+                class_word_input("What the subject is, such as 'dog'; every caption must say it."),
+                _token_input(),
+                _add_token_input(),
+                mask_input(
+                    "masks",
+                    "Masks of the subject, 1 on it: one for each image or one for all, of any size. For a training "
+                    "with a masked loss. An RGBA image without one has its opaque part as its mask.",
+                    optional=True,
+                ),
+            ],
+            outputs=[
+                SubjectImages.Output(
+                    "subject", display_name="subject", tooltip="The images with captions and masks, for the training."
+                ),
+                io.String.Output("report", display_name="report", tooltip="The images' sizes, captions and masks."),
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        images: list[torch.Tensor],
+        captions: list[str],
+        class_word: list[str],
+        token: list[str],
+        add_token: list[bool],
+        masks: list[torch.Tensor] | None = None,
+    ) -> io.NodeOutput:
+        lines = [line for text in captions for line in text.splitlines() if line.strip()]
+        subject = subjects.from_batch(
+            images, lines, class_word[0], token[0], masks=masks or None, add_token=bool(add_token[0])
+        )
+        return io.NodeOutput(subject, show_text(cls, _report(subject), " ".join(subject.notes) or None))
+
+
+def _folders() -> list[str]:
+    """The folders that may hold a subject or a regularization set."""
+    rendered = os.path.join(folder_paths.get_output_directory(), REGULARIZATION_FOLDER)
+    listed = folders_below(folder_paths.get_input_directory())
+    listed += [f"{REGULARIZATION_FOLDER}/{name}{IN_OUTPUT_FOLDER}" for name in _subfolders(rendered)]
+    return sorted(name for name in listed if name.split("/")[-1] != subjects.TEST_FOLDER)
+
+
+def _folder_path(folder: str) -> str:
+    if folder.endswith(IN_OUTPUT_FOLDER):
+        return path_below(folder_paths.get_output_directory(), folder.removesuffix(IN_OUTPUT_FOLDER), "folder")
+    return path_below(folder_paths.get_input_directory(), folder, "folder")
+
+
+def _subfolders(path: str) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir()) if os.path.isdir(path) else []
+
+
+def _test_image(subject: subjects.SubjectImages, folder: str) -> Any:
+    if subject.test_image is not None:
+        return subject.test_image.unsqueeze(0)
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(f"The folder {folder} has no test image; put the image to edit into {folder}/test.")
+
+
+def _report(subject: subjects.SubjectImages) -> str:
+    """A line for each image."""
+    lines = [f"{len(subject.images)} images of '{subject.identity_prompt}'."]
+    for name, image, mask, caption in zip(subject.names, subject.images, subject.masks, subject.captions, strict=True):
+        masked = "" if mask is None else ", mask"
+        lines.append(f"{name} ({image.shape[1]}x{image.shape[0]}{masked}): {caption or 'no caption yet'}")
+    if subject.test_image is not None:
+        lines.append(f"{subject.test_name}: {subject.test_caption or 'no caption'}")
+    return "\n".join(lines)
+
+
+NODES: list[type[io.ComfyNode]] = [LoadSubjectImages, SubjectFromImages]

@@ -1,0 +1,147 @@
+"""The node that gives prompts for a subject's class, to render a regularization set from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ...pipelines.subjects import regularization_prompts as prompts
+from ..sockets import SEED_MAXIMUM, checked, schema, seed_input, show_text
+from .inputs import check_model, class_word_input, list_models, model_path, progress_bar
+
+SHIPPED_LIST = "shipped list"
+OWN_PROMPTS = "own prompts"
+ENDPOINT = "endpoint (environment variables)"
+
+
+class RegularizationPrompts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditRegularizationPrompts",
+            display_name="Regularization Prompts",
+            category="subject",
+            search_aliases=["regularization", "class images", "prior preservation", "dreambooth", "prompt list"],
+            description=(
+                "Detailed prompts about the subject's class (Liu et al. 2024, section 2.1): render each with stock "
+                "sampling nodes, and the images keep a training from forgetting the class."
+            ),
+            inputs=[
+                class_word_input("What the subject is, such as 'dog'; every prompt holds it."),
+                io.Combo.Input(
+                    "source",
+                    options=[SHIPPED_LIST, OWN_PROMPTS, ENDPOINT, *list_models()],
+                    default=SHIPPED_LIST,
+                    tooltip="Shipped list: put together from styles, actions, backgrounds and views, offline. "
+                    "Own prompts: the lines of own_prompts. Endpoint: an OpenAI-compatible one, named by "
+                    "IDENTITY_EDIT_LLM_URL, IDENTITY_EDIT_LLM_MODEL and IDENTITY_EDIT_LLM_KEY. Or a language model of "
+                    "transformers in a folder in models/LLM.",
+                ),
+                io.Int.Input(
+                    "count",
+                    default=100,
+                    min=1,
+                    max=prompts.MOST_PROMPTS,
+                    tooltip="How many prompts, and so how many images to render.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(prompts.KINDS),
+                    default=prompts.KINDS[0],
+                    tooltip="What the class word names; the shipped list has actions for each.",
+                ),
+                io.String.Input(
+                    "first_instruction",
+                    default=prompts.INSTRUCTION_TABLE_4,
+                    multiline=True,
+                    tooltip="What a language model is asked; {keyword} stands for the class word. Liu et al. 2024, "
+                    "table 4. Both are asked in turn until there are enough prompts.",
+                ),
+                io.String.Input(
+                    "second_instruction",
+                    default=prompts.INSTRUCTION_TABLE_5,
+                    multiline=True,
+                    tooltip="The other instruction; Liu et al. 2024, table 5. Empty asks only the first.",
+                ),
+                io.Int.Input(
+                    "max_new_tokens",
+                    default=prompts.MAX_NEW_TOKENS,
+                    min=1,
+                    max=32768,
+                    tooltip="Greatest length of one answer of a model in a folder. 4096 tokens hold 50 prompts.",
+                ),
+                io.Float.Input(
+                    "temperature",
+                    default=1.0,
+                    min=0.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="How freely a language model writes; at 0 it repeats itself. Not used by the shipped list.",
+                ),
+                seed_input("Another seed gives other prompts."),
+                io.String.Input(
+                    "own_prompts",
+                    default="",
+                    multiline=True,
+                    tooltip="For the source own prompts: one prompt a line, each with the class word; taken again from "
+                    "the first when count is larger.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(
+                    "prompt_list",
+                    display_name="prompts",
+                    is_output_list=True,
+                    tooltip="A list: nodes connected to it run once for each prompt.",
+                ),
+                io.Int.Output(
+                    "seed_list",
+                    display_name="seeds",
+                    is_output_list=True,
+                    tooltip="A noise seed for each prompt, for the sampler's seed; without it all images start from "
+                    "the same noise.",
+                ),
+                io.String.Output("report", display_name="report", tooltip="The prompts, and where they come from."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, source: str) -> bool | str:
+        return source in (SHIPPED_LIST, OWN_PROMPTS, ENDPOINT) or check_model(source)
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        class_word: str,
+        source: str,
+        count: int,
+        kind: str,
+        first_instruction: str,
+        second_instruction: str,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        own_prompts: str = "",
+    ) -> io.NodeOutput:
+        instructions = (first_instruction, second_instruction)
+        options: dict[str, Any] = {"temperature": temperature, "progress": progress_bar()}
+        notes: list[str] = []
+        if source == SHIPPED_LIST:
+            found = prompts.shipped_prompts(class_word, count, seed, kind)
+        elif source == OWN_PROMPTS:
+            found = prompts.own_prompts(own_prompts, class_word, count)
+        elif source == ENDPOINT:
+            found, notes = prompts.endpoint_prompts(class_word, count, seed, instructions, **options)
+        else:
+            path = model_path(source)
+            found, notes = prompts.model_prompts(
+                path, class_word, count, seed, instructions, max_new_tokens=max_new_tokens, **options
+            )
+        seeds = [(seed + number) % (SEED_MAXIMUM + 1) for number in range(len(found))]
+        report = show_text(cls, "\n".join([f"{len(found)} prompts from {source}.", *notes, *found]))
+        return io.NodeOutput(found, seeds, report)
+
+
+NODES: list[type[io.ComfyNode]] = [RegularizationPrompts]

@@ -1,4 +1,4 @@
-"""Nodes for the text side of an edit: optimizing the target prompt, injecting the source prompt into early steps."""
+"""Nodes that optimize the target prompt's embedding, and that inject the source prompt into early steps."""
 
 from __future__ import annotations
 
@@ -13,7 +13,17 @@ from ..pipelines.text.step_embeddings import apply_step_embeddings
 from ..pipelines.timestep_aware import text_injection
 from ..pipelines.timestep_aware import text_optimization as optimization
 from .idle import first_said, joined, noise_mask_left_out, same_prompt
-from .sockets import Inversion, checked, latent_samples, progress, schema, seed_input, show_text, show_warnings
+from .sockets import (
+    Inversion,
+    advanced,
+    checked,
+    latent_samples,
+    progress,
+    schema,
+    seed_input,
+    show_text,
+    show_warnings,
+)
 
 
 class OptimizeTextEmbedding(io.ComfyNode):
@@ -25,50 +35,55 @@ class OptimizeTextEmbedding(io.ComfyNode):
             category="text",
             search_aliases=["Imagic", "text optimization", "textual inversion"],
             description=(
-                "Moves the target prompt's embedding toward the image (Imagic, Kawar et al. 2023), so that the way "
-                "back to the target prompt is a smooth edit of this image."
+                "Optimizes the target prompt's embedding toward the image (Imagic, Kawar et al. 2023), "
+                "so that interpolating back to the target prompt edits this image smoothly."
             ),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
                 ),
-                io.Latent.Input("latent", tooltip="The image to be edited, from VAE Encode."),
+                io.Latent.Input("latent", tooltip="Image to edit, from VAE Encode."),
                 io.Conditioning.Input(
                     "target",
-                    tooltip="The prompt that describes the edited image; one CLIP Text Encode, without combining.",
+                    tooltip="Prompt that describes the edited image; a single CLIP Text Encode, not combined with "
+                    "others.",
                 ),
                 io.Int.Input(
                     "steps",
                     default=optimization.STEPS,
                     min=1,
                     max=10000,
-                    tooltip="Adam steps. 200 in Jung et al. 2024 (appendix F), 500 in Imagic; more do not preserve the "
-                    "image better (Jung et al. 2024, section 3).",
+                    tooltip="Number of Adam steps. 200 in Jung et al. 2024 (appendix F), 500 in Imagic; more steps "
+                    "do not preserve the image better (Jung et al. 2024, section 3).",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=optimization.LEARNING_RATE,
-                    min=0.00001,
-                    max=1.0,
-                    step=0.0001,
-                    round=0.00001,
-                    tooltip="Adam's learning rate. 0.001 in Imagic (section 4.2).",
+                advanced(
+                    io.Float.Input(
+                        "learning_rate",
+                        default=optimization.LEARNING_RATE,
+                        min=0.00001,
+                        max=1.0,
+                        step=0.0001,
+                        round=0.00001,
+                        tooltip="Adam's learning rate. 0.001 in Imagic (section 4.2).",
+                    )
                 ),
-                seed_input("Draws the timesteps and the noise; the same seed gives the same embedding."),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    tooltip="On needs a fraction of the memory and about a third more time, for the same result. "
-                    "Switch it on when memory runs out.",
+                seed_input("Seed for the timesteps and the noise. The same seed gives the same embedding."),
+                advanced(
+                    io.Boolean.Input(
+                        "checkpointing",
+                        default=False,
+                        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
+                        "third longer, with the same result. Turn it on when you run out of memory.",
+                    )
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
                     "optimized",
                     display_name="optimized",
-                    tooltip="The optimized embedding e_opt, for the nodes of Timestep-Aware Text Injection.",
+                    tooltip="Optimized embedding e_opt, for the nodes of Timestep-Aware Text Injection.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="Model calls and the loss."),
+                io.String.Output("report", display_name="report", tooltip="Model calls and losses."),
             ],
         )
 
@@ -105,18 +120,19 @@ class OptimizeTextEmbedding(io.ComfyNode):
 
 
 def _prompt_inputs() -> list[io.Input]:
-    """The inputs of eq. 3 and 5, the same on all three nodes."""
+    """Inputs of eq. 3 and 5, shared by the three injection nodes."""
     return [
-        io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
-        io.Conditioning.Input("target", tooltip="The prompt that describes the edited image."),
+        io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
+        io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
         io.Float.Input(
             "ratio",
             default=text_injection.RATIO,
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Share of the steps, from the first, that use the source prompt (rounded to whole steps). 0.1 for "
-            "large changes of structure, up to 0.4 for small ones (Jung et al. 2024, appendix E.1).",
+            tooltip="Fraction of the steps, from the first, that use the source prompt (rounded to whole "
+            "steps). 0.1 for large structural changes, up to 0.4 for small ones (Jung et al. 2024, "
+            "appendix E.1).",
         ),
         io.Float.Input(
             "eta",
@@ -124,8 +140,9 @@ def _prompt_inputs() -> list[io.Input]:
             min=0.0,
             max=2.0,
             step=0.01,
-            tooltip="Between the optimized embedding (0, the image) and the target prompt (1, the edit): Jung et "
-            "al. 2024, eq. 3. 0.6 to 0.8 in Imagic. Without an optimized embedding it has no effect.",
+            tooltip="Interpolation between the optimized embedding (0, the image) and the target prompt "
+            "(1, the edit): Jung et al. 2024, eq. 3. 0.6 to 0.8 in Imagic. No effect without an optimized "
+            "embedding.",
         ),
     ]
 
@@ -138,29 +155,28 @@ def _idle(
     eta: float,
     steps: int,
 ) -> str | None:
-    """What has no part in the edit, the same on all three nodes."""
+    """Warning about settings without any effect, shared by the three injection nodes; None if there are none."""
     return joined(
         first_said(
             (
                 same_prompt(source, edit),
-                "The source prompt and the target prompt are the same, so that nothing is edited; write another "
-                "target prompt.",
+                "The source prompt and the target prompt are the same, so nothing is edited; change the target prompt.",
             ),
             (
                 text_injection.source_steps(steps, ratio) == steps,
-                f"ratio is {ratio:g}, so that all {steps} steps use the source prompt and nothing is edited; choose a "
-                f"smaller one.",
+                f"ratio is {ratio:g}, so all {steps} steps use the source prompt and nothing is edited; choose a "
+                f"smaller value.",
             ),
             (
                 text_injection.source_steps(steps, ratio) == 0,
-                f"ratio is {ratio:g}, so that no step of {steps} uses the source prompt; choose a larger one to keep "
-                f"more of the image.",
+                f"ratio is {ratio:g}, so none of the {steps} steps uses the source prompt; choose a larger value to "
+                f"keep more of the image.",
             ),
         ),
         first_said(
             (
                 optimized is not None and eta == 1.0,
-                "eta is 1, with which the optimized embedding has no part; choose a smaller one.",
+                "eta is 1, so the optimized embedding has no effect; choose a smaller value.",
             ),
         ),
     )
@@ -170,8 +186,8 @@ def _optimized_input() -> io.Input:
     return io.Conditioning.Input(
         "optimized",
         optional=True,
-        tooltip="From Optimize Text Embedding with the same target prompt; without it the target prompt is used as "
-        "it is.",
+        tooltip="Embedding from Optimize Text Embedding with the same target prompt; without it, the "
+        "target prompt is used unchanged.",
     )
 
 
@@ -184,15 +200,16 @@ class TimestepAwareTextInjection(io.ComfyNode):
             category="text",
             search_aliases=["non-rigid editing", "prompt scheduling", "prompt travel", "source prompt injection"],
             description=(
-                "The source prompt in the first steps, which fix the image's layout, and the target prompt "
-                "afterwards (Jung et al. 2024, eq. 5), as one positive conditioning for any sampler."
+                "Uses the source prompt in the first steps, which determine the image's layout, and "
+                "the target prompt afterward (Jung et al. 2024, eq. 5), as one positive conditioning for any "
+                "sampler."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that will sample; its noise schedule is read."),
+                io.Model.Input("model", tooltip="The model that will sample; only its noise schedule is used."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="The sigmas of the run: from DDIM Inversion, or from Basic Scheduler with KSampler's own "
-                    "scheduler and steps.",
+                    tooltip="Sigmas of the sampling run: from DDIM Inversion, or from Basic Scheduler with "
+                    "KSampler's scheduler and steps.",
                 ),
                 *_prompt_inputs(),
                 _optimized_input(),
@@ -238,15 +255,17 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
                 "source prompt injection",
             ],
             description=(
-                "The same as Timestep-Aware Text Injection, carried by the model: for sigmas outside the model's own "
-                "range, and where the positive conditioning must stay one entry."
+                "The same as Timestep-Aware Text Injection, stored in the model: for sigmas outside "
+                "the model's range, and where the positive conditioning must stay a single entry."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that will sample; a copy of it carries the embeddings."),
+                io.Model.Input(
+                    "model", tooltip="The model that will sample; the embeddings are stored in a copy of it."
+                ),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="The sigmas of the run: from DDIM Inversion, or from Basic Scheduler with KSampler's own "
-                    "scheduler and steps.",
+                    tooltip="Sigmas of the sampling run: from DDIM Inversion, or from Basic Scheduler with "
+                    "KSampler's scheduler and steps.",
                 ),
                 *_prompt_inputs(),
                 _optimized_input(),
@@ -255,10 +274,12 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
                 io.Model.Output(
                     "model_with_embeddings",
                     display_name="model",
-                    tooltip="The model with the embedding of each step on its positive side.",
+                    tooltip="Model with the per-step embeddings as its positive conditioning.",
                 ),
                 io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="Connect it as positive beside that model."
+                    "positive",
+                    display_name="positive",
+                    tooltip="Connect to `positive` of the sampler that uses the output model.",
                 ),
             ],
         )
@@ -290,14 +311,15 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             category="text",
             search_aliases=["non-rigid editing", "edit sampler", "source prompt injection"],
             description=(
-                "Samples the edit from an inversion: the source prompt in the first steps, the target prompt "
-                "afterwards (Jung et al. 2024, stage C). The whole stage in one node, in the inversion's own schedule."
+                "Samples the edit from an inversion: the source prompt in the first steps, the target "
+                "prompt afterward (Jung et al. 2024, stage C). The whole stage in one node, on the inversion's "
+                "schedule."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that made the inversion."),
+                io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input(
                     "inversion",
-                    tooltip="From Null-Text Optimization (guidance scale 7.5), or straight from DDIM Inversion "
+                    tooltip="From Null-Text Optimization (guidance scale 7.5), or directly from DDIM Inversion "
                     "(guidance scale 1).",
                 ),
                 *_prompt_inputs(),
@@ -307,28 +329,30 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                     min=0.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="7.5 with Null-Text Optimization, where both must agree; 1 with DDIM Inversion alone "
-                    "(Jung et al. 2024, section 5.1).",
+                    tooltip="Guidance scale. 7.5 with Null-Text Optimization, which must use the same value; 1 "
+                    "with DDIM Inversion alone (Jung et al. 2024, section 5.1).",
                 ),
-                io.Combo.Input(
-                    "sampler",
-                    options=list(text_injection.SAMPLERS),
-                    default=text_injection.SAMPLERS[0],
-                    tooltip="DDIM is what the inversion undoes (Jung et al. 2024). Heun solves the same path more "
-                    "exactly, for two evaluations a step.",
+                advanced(
+                    io.Combo.Input(
+                        "sampler",
+                        options=list(text_injection.SAMPLERS),
+                        default=text_injection.SAMPLERS[0],
+                        tooltip="Sampler of the edit. DDIM is what the inversion reverses (Jung et al. 2024). Heun "
+                        "follows the same path more accurately, with two model calls per step.",
+                    )
                 ),
                 _optimized_input(),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="Not needed with an inversion from Null-Text Optimization, which carries its own, nor with "
-                    "guidance scale 1.",
+                    tooltip="Negative prompt. Not needed with an inversion from Null-Text Optimization, which has "
+                    "its own, or with guidance scale 1.",
                 ),
             ],
             outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="The edited image; decode it with the VAE."),
+                io.Latent.Output("edited", display_name="edited", tooltip="Edited image; decode it with the VAE."),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Steps with the source prompt, and model calls."
+                    "report", display_name="report", tooltip="Number of steps with the source prompt, and model calls."
                 ),
             ],
         )

@@ -1,4 +1,4 @@
-"""Nodes that change what the model's attention looks at while it samples an edit."""
+"""The node of mutual self-attention: an edit that attends to its source image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...pipelines.attention_control import mutual_self_attention
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.shared.conditioning import Conditioning
 from ..idle import takes_all
-from ..sockets import Inversion, checked, mask_input, schema, show_warnings
+from ..sockets import Inversion, advanced, checked, mask_input, schema, show_warnings
 
 
 class MutualSelfAttention(io.ComfyNode):
@@ -24,24 +24,24 @@ class MutualSelfAttention(io.ComfyNode):
             category="attention control",
             search_aliases=["MasaCtrl", "non-rigid editing", "consistent editing", "reference attention"],
             description=(
-                "While an edit is sampled, its self-attention looks into the inverted image (MasaCtrl, Cao et al. "
-                "2023): the layout follows the target prompt, what fills it comes from the image. No training, "
-                "about twice the time."
+                "Lets the self-attention of an edit attend to the inverted image (MasaCtrl, Cao et al. "
+                "2023): the layout follows the target prompt, the appearance comes from the image. No "
+                "training; takes about twice as long."
             ),
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model that made the inversion. Put nodes that change the prompt step by step before "
+                    tooltip="The model used for the inversion. Apply nodes that change the prompt per step before "
                     "this one.",
                 ),
                 Inversion.Input(
                     "inversion",
-                    tooltip="The image's. Sample at its size with its own sigmas, and with a sampler that takes no "
-                    "steps between them (euler, ddim, Edit-Friendly DDPM Sampler).",
+                    tooltip="Inversion of the image. Sample at its size with its sigmas, using a sampler without "
+                    "intermediate steps (euler, ddim, Edit-Friendly DDPM Sampler).",
                 ),
                 io.Conditioning.Input(
                     "source",
-                    tooltip="The prompt that describes the image as it is, the same as for the inversion (Liu et al. "
+                    tooltip="Prompt that describes the original image, the same as for the inversion (Liu et al. "
                     "2024, appendix E.2.1); empty in the reference implementation.",
                 ),
                 io.Float.Input(
@@ -50,32 +50,34 @@ class MutualSelfAttention(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the inversion's steps without it at the beginning, in which the target finds its "
+                    tooltip="Fraction of the inversion's steps before it starts, in which the target forms its "
                     "layout: larger changes more. 0.08, 4 of 50 steps, in the reference implementation.",
                 ),
-                io.Int.Input(
-                    "start_layer",
-                    default=AUTOMATIC,
-                    min=AUTOMATIC,
-                    max=1000,
-                    tooltip="First self-attention layer that looks into the image, counted from 0 in the order in "
-                    "which they run. -1 is automatic: the decoder's layers above its coarsest grid, which are 10 of 16 "
-                    "in SD1.x and 64 of 70 in SDXL, as in the reference implementation.",
+                advanced(
+                    io.Int.Input(
+                        "start_layer",
+                        default=AUTOMATIC,
+                        min=AUTOMATIC,
+                        max=1000,
+                        tooltip="First self-attention layer that attends to the image, counted from 0 in execution "
+                        "order. -1 is automatic: the decoder's layers above its coarsest grid, 10 of 16 in SD1.x and "
+                        "64 of 70 in SDXL, as in the reference implementation.",
+                    )
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The negative prompt for the image; without it the sampler's own counts for both.",
+                    tooltip="Negative prompt for the image; without it, the sampler's negative is used for both.",
                 ),
                 mask_input(
                     "source_mask",
-                    "Mask of the subject in the image. With both masks the subject looks at the subject and the "
-                    "background at the background (mask-guided MasaCtrl).",
+                    "Mask of the subject in the source image. With both masks, the subject attends to the "
+                    "subject and the background to the background (mask-guided MasaCtrl).",
                     optional=True,
                 ),
                 mask_input(
                     "target_mask",
-                    "Mask of where the subject will be in the edit. Connect both masks or none.",
+                    "Mask of the subject's area in the edit. Connect both masks or neither.",
                     optional=True,
                 ),
             ],
@@ -83,7 +85,7 @@ class MutualSelfAttention(io.ComfyNode):
                 io.Model.Output(
                     "model_with_attention",
                     display_name="model",
-                    tooltip="The model that looks into the image, for any stock sampler and guider.",
+                    tooltip="Model that attends to the image, for any stock sampler and guider.",
                 ),
             ],
         )
@@ -104,8 +106,8 @@ class MutualSelfAttention(io.ComfyNode):
         if takes_all(start_step, inversion.steps):
             show_warnings(
                 cls,
-                f"start_step is {start_step:g}, so that none of the {inversion.steps} steps looks into the image and "
-                f"the model samples as it does without this node; choose a smaller one.",
+                f"start_step is {start_step:g}, so none of the {inversion.steps} steps attends to the image and this "
+                f"node has no effect; choose a smaller value.",
             )
         return io.NodeOutput(
             mutual_self_attention.mutual_self_attention(

@@ -13,10 +13,10 @@ from comfy_api.latest import io
 from ...pipelines.attention_control import prompt_to_prompt as control
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ..idle import blend_idle, first_said, takes_no_part
-from ..sockets import Inversion, checked, schema, show_warnings
+from ..sockets import Inversion, advanced, checked, schema, show_warnings
 
 _ANY = 1000
-"""Steps of a run that is not known yet."""
+"""Assumed number of steps of a run without an inversion."""
 
 
 class PromptToPrompt(io.ComfyNode):
@@ -35,13 +35,14 @@ class PromptToPrompt(io.ComfyNode):
                 "attention re-weighting",
             ],
             description=(
-                "Edits an image by editing its prompt (Hertz et al. 2023): exchange, add or re-weight words while the "
-                "rest of the image stays. For images from any stock sampler, or real ones by their inversion."
+                "Edits an image by editing its prompt (Hertz et al. 2023): replace, add or re-weight "
+                "words while the rest of the image stays. Works on images from any stock sampler, and on real "
+                "images by their inversion."
             ),
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Stable Diffusion 1.x, 2.x or XL model. Put nodes that change the prompt step by step "
+                    tooltip="A Stable Diffusion 1.x, 2.x or XL model. Apply nodes that change the prompt per step "
                     "before this one.",
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
@@ -49,21 +50,21 @@ class PromptToPrompt(io.ComfyNode):
                     "source_prompt",
                     default="",
                     multiline=True,
-                    tooltip="The prompt of the image as it is; for a real image the one of its inversion.",
+                    tooltip="Prompt of the original image; for a real image, the prompt of its inversion.",
                 ),
                 io.String.Input(
                     "target_prompt",
                     default="",
                     multiline=True,
-                    tooltip="The same prompt with words exchanged (replace) or added (refine). To re-weight words "
-                    "only, write the same prompt twice.",
+                    tooltip="The source prompt with words replaced (replace) or added (refine). To only re-weight "
+                    "words, repeat the source prompt.",
                 ),
                 io.Combo.Input(
                     "edit",
                     options=list(control.EDITS),
                     default=control.REPLACE,
-                    tooltip="Replace exchanges word for word: a new word takes the place of the one it stands for. "
-                    "Refine is for added or left out words: new words find their own place.",
+                    tooltip="Type of edit. Replace swaps word for word: a new word takes over the attention of the "
+                    "word in its place. Refine is for added or removed words: new words keep their own attention.",
                 ),
                 io.Float.Input(
                     "cross_replace_steps",
@@ -71,8 +72,8 @@ class PromptToPrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps, from the first, with the source's cross-attention: more keeps more of "
-                    "the image. 0.8 in the notebook of Hertz et al. 2023.",
+                    tooltip="Fraction of the steps, from the first, that use the source's cross-attention: larger "
+                    "keeps more of the image. 0.8 in the notebook of Hertz et al. 2023.",
                 ),
                 io.Float.Input(
                     "self_replace_steps",
@@ -80,64 +81,70 @@ class PromptToPrompt(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps, from the first, with the source's self-attention: more keeps more of "
-                    "the shapes. 0.4 in the notebook of Hertz et al. 2023.",
+                    tooltip="Fraction of the steps, from the first, that use the source's self-attention: larger "
+                    "keeps more of the shapes. 0.4 in the notebook of Hertz et al. 2023.",
                 ),
-                io.Combo.Input(
-                    "self_attention_grid",
-                    options=list(control.FACTORS),
-                    default=control.FACTORS[0],
-                    tooltip="How many times smaller than the latent a layer's grid is at least, for its self-attention "
-                    "to be the source's. Automatic is 4 at 512x512 (grids of at most 16x16, as in the reference "
-                    "implementation) and above, and less for small images.",
+                advanced(
+                    io.Combo.Input(
+                        "self_attention_grid",
+                        options=list(control.FACTORS),
+                        default=control.FACTORS[0],
+                        tooltip="Minimum downsampling of a layer's grid, relative to the latent, for its "
+                        "self-attention to be replaced. Automatic is 4 at 512x512 (grids of at most 16x16, as in the "
+                        "reference implementation) and above, and less for small images.",
+                    )
                 ),
                 io.String.Input(
                     "reweight",
                     default="",
-                    tooltip="Words of the target prompt and the factor of their attention, such as: fluffy: 2, hat: "
-                    "0.5. Below 1 weakens, below 0 inverts. Empty: none.",
+                    tooltip="Attention weights of words in the target prompt, such as: fluffy: 2, hat: 0.5. Below "
+                    "1 weakens, below 0 inverts. Empty: none.",
                 ),
                 io.String.Input(
                     "blend_words",
                     default="",
-                    tooltip="Local blend: words of either prompt, such as: cat, dog. The image changes where the "
-                    "attention to these is, and nowhere else. Empty: everywhere.",
+                    tooltip="Local blend: words of either prompt, such as: cat, dog. The image changes only where "
+                    "it attends to these words. Empty: everywhere.",
                 ),
-                io.Float.Input(
-                    "blend_threshold",
-                    default=control.BLEND_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the words' largest attention above which the image may change: lower changes a "
-                    "larger part. 0.3 in the reference implementation.",
+                advanced(
+                    io.Float.Input(
+                        "blend_threshold",
+                        default=control.BLEND_THRESHOLD,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Local blend: fraction of the words' maximum attention above which the image may "
+                        "change; lower changes a larger area. 0.3 in the reference implementation.",
+                    )
                 ),
-                io.Float.Input(
-                    "blend_start",
-                    default=control.BLEND_START,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the steps, from the first, without local blend, in which the words find their "
-                    "place. 0.2 in the reference implementation.",
+                advanced(
+                    io.Float.Input(
+                        "blend_start",
+                        default=control.BLEND_START,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Local blend: fraction of the steps, from the first, before it starts, in which the "
+                        "words find their place. 0.2 in the reference implementation.",
+                    )
                 ),
                 Inversion.Input(
                     "inversion",
                     optional=True,
-                    tooltip="Of a real image, best from Null-Text Optimization, whose embeddings then are the "
-                    "negative side. Sample from its latent with its sigmas. Without it, each latent is sampled as "
-                    "source and as target.",
+                    tooltip="Inversion of a real image, best from Null-Text Optimization, whose embeddings then "
+                    "are the negative. Sample from its latent with its sigmas. Without it, each latent is sampled "
+                    "as source and as target.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
                     "controlled_model",
                     display_name="model",
-                    tooltip="For a stock sampler without added noise, such as euler or dpmpp_2m. Without an inversion "
-                    "it gives the source images, then the target images.",
+                    tooltip="Model for a stock sampler without added noise, such as euler or dpmpp_2m. Without an "
+                    "inversion, the result is the source images followed by the target images.",
                 ),
                 io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="The target prompt, for the sampler's positive input."
+                    "positive", display_name="positive", tooltip="Target prompt, for the sampler's positive input."
                 ),
             ],
         )
@@ -181,13 +188,13 @@ class PromptToPrompt(io.ComfyNode):
             first_said(
                 (
                     source_prompt == target_prompt and all(factor == 1.0 for factor in factors.values()),
-                    "The source prompt and the target prompt are the same and no word has another weight, so that "
-                    "nothing is edited; write another target prompt, or factors into reweight.",
+                    "The source prompt and the target prompt are the same and no word is re-weighted, so nothing is "
+                    "edited; change the target prompt, or set weights in reweight.",
                 ),
                 (
                     takes_no_part(max(cross_replace_steps, self_replace_steps), steps) and not blend_words.strip(),
-                    "cross_replace_steps and self_replace_steps are 0, so that the target prompt is sampled as without "
-                    "this node; raise one of them.",
+                    "cross_replace_steps and self_replace_steps are 0, so the target prompt is sampled as without this "
+                    "node; raise one of them.",
                 ),
                 (
                     bool(factors) and takes_no_part(cross_replace_steps, steps),
@@ -197,7 +204,7 @@ class PromptToPrompt(io.ComfyNode):
             blend_idle(bool(blend_words.strip()), blend_threshold, blend_start, steps),
             first_said(
                 *(
-                    (factor == 1.0, f"reweight leaves {word!r} as it is with the factor 1; write another.")
+                    (factor == 1.0, f"The weight 1 for {word!r} in reweight has no effect; choose another weight.")
                     for word, factor in factors.items()
                 )
             ),

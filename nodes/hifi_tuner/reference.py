@@ -1,4 +1,4 @@
-"""Nodes that choose the reference among a subject's images and lay it on the generated image."""
+"""Nodes that select the reference among a subject's images and warp it onto the generated image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
 from ...pipelines.subjects.images import SubjectImages as SubjectImagesData
-from ..sockets import SubjectImages, checked, mask_input, schema, show_text
+from ..sockets import SubjectImages, advanced, checked, mask_input, schema, show_text
 
 MODEL_FOLDER = "image_encoders"
 BUILT_IN, CLIP_VISION = "colors and edges (no model)", "CLIP_VISION input"
@@ -30,46 +30,44 @@ class SelectReference(io.ComfyNode):
             category="subject",
             search_aliases=["DINO similarity", "image similarity", "HiFi Tuner", "choose image", "nearest image"],
             description=(
-                "Chooses the image of a subject that looks the most like a generated one, as the reference for "
-                "Reference-Guided Null-Text Optimizer (Wang et al. 2023, section 3.3)."
+                "Selects the image of a subject that is most similar to a generated one, as the "
+                "reference for Reference-Guided Null-Text Optimizer (Wang et al. 2023, section 3.3)."
             ),
             inputs=[
                 io.Image.Input(
                     "generated",
-                    tooltip="The image of the first pass. Of several, the source is chosen that is the most like all "
-                    "of them.",
+                    tooltip="Image of the first pass. For a batch, the image most similar to all of them is selected.",
                 ),
                 io.Combo.Input(
                     "encoder",
                     options=[BUILT_IN, CLIP_VISION, *list_models(MODEL_FOLDER)],
                     default=BUILT_IN,
-                    tooltip="What compares the images. Wang et al. 2023 use DINO ViT-S/16: put its folder "
+                    tooltip="Encoder that compares the images. Wang et al. 2023 use DINO ViT-S/16: put its folder "
                     f"(transformers or timm, safetensors) into models/{MODEL_FOLDER}. Colors and edges need no file "
                     "and are enough for drawn images.",
                 ),
                 io.Boolean.Input(
                     "subject_only",
                     default=True,
-                    tooltip="On: where an image has a mask, only the subject in it is compared. Off: whole images, "
-                    "as in Wang et al. 2023, whose backgrounds count too.",
+                    tooltip="On: compares only the subject in images that have a mask. Off: compares whole images, "
+                    "as in Wang et al. 2023, including their backgrounds.",
                 ),
                 SubjectImages.Input(
                     "subject",
                     optional=True,
                     tooltip="The subject's images with captions and masks, from Load Subject Images.",
                 ),
-                io.Image.Input(
-                    "images", optional=True, tooltip="The subject's images as a batch, in the place of subject."
-                ),
+                io.Image.Input("images", optional=True, tooltip="The subject's images as a batch, instead of subject."),
                 mask_input(
                     "masks",
-                    "Masks of the subject in images, 1 on it, as of Segment Subject: one for each or one for all, of "
-                    "any size.",
+                    "Masks of the subject in images (1 on the subject), as from Segment Subject: one per "
+                    "image or one for all, of any size.",
                     optional=True,
                 ),
                 mask_input(
                     "generated_mask",
-                    "Mask of the subject in the generated image, as of Segment Subject, for subject_only; of any size.",
+                    "Mask of the subject in the generated image, as from Segment Subject, for "
+                    "subject_only; of any size.",
                     optional=True,
                 ),
                 io.ClipVision.Input(
@@ -77,22 +75,23 @@ class SelectReference(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("reference", display_name="reference", tooltip="The chosen image, in its own size."),
+                io.Image.Output("reference", display_name="reference", tooltip="Selected image, at its own size."),
                 io.Mask.Output(
                     "reference_mask",
                     display_name="reference mask",
-                    tooltip="Its mask. Where it has none, what is connected here does not run.",
+                    tooltip="Mask of the selected image. If it has none, nodes connected to this output do not run.",
                 ),
                 io.String.Output(
                     "caption",
                     display_name="caption",
-                    tooltip="Its caption, for the inversion. Empty without one; Caption Images writes it.",
+                    tooltip="Caption of the selected image, for the inversion. Empty if it has none; Caption "
+                    "Images writes it.",
                 ),
-                io.Int.Output("index", display_name="index", tooltip="Which image it is, counted from 0."),
+                io.Int.Output("index", display_name="index", tooltip="Index of the selected image, counted from 0."),
                 io.String.Output(
                     "scores",
                     display_name="scores",
-                    tooltip="A line for each image with its cosine similarity, the chosen one marked.",
+                    tooltip="Cosine similarity of each image, one per line, with the selected one marked.",
                 ),
             ],
         )
@@ -135,8 +134,8 @@ class SelectReference(io.ComfyNode):
         warning = None
         if subject_only and (generated_mask is None) != all(mask is None for mask in candidate_masks):
             warning = (
-                "Only one side has masks, so that a subject on gray is compared with whole images; connect masks of "
-                "both, or of none."
+                "Only one side has masks, so a subject on gray is compared with whole images; connect masks for both "
+                "sides or for neither."
             )
         return io.NodeOutput(
             candidates[chosen][..., :3].unsqueeze(0),
@@ -156,8 +155,8 @@ class AlignReference(io.ComfyNode):
             category="subject",
             search_aliases=["similarity transform", "registration", "HiFi Tuner", "match position", "scale and rotate"],
             description=(
-                "Scales, turns and moves a reference image until its subject lies on the generated one, for "
-                "Reference-Guided Null-Text Optimizer (Wang et al. 2023, algorithm 4)."
+                "Scales, rotates and moves a reference image so that its subject covers the generated "
+                "one, for Reference-Guided Null-Text Optimizer (Wang et al. 2023, algorithm 4)."
             ),
             inputs=[
                 io.Image.Input("reference", tooltip="The reference image, from Select Reference."),
@@ -167,91 +166,100 @@ class AlignReference(io.ComfyNode):
                 ),
                 mask_input(
                     "generated_mask",
-                    "Mask of the subject in the generated image, as of Segment Subject. The result has the size of "
-                    "generated, or else of this mask.",
+                    "Mask of the subject in the generated image, as from Segment Subject. The result has "
+                    "the size of generated, or of this mask if generated is not connected.",
                 ),
                 io.Combo.Input(
                     "surroundings",
                     options=list(alignment.SURROUNDINGS),
                     default=alignment.REFLECT,
-                    tooltip="What stands where the transformed reference ends. The result is inverted by the model, so "
-                    "it should look like an image: reflect mirrors the reference, edge drags its border into streaks, "
-                    "gray is flat. Generated image puts the subject alone into the generated image, whose "
-                    "background the reference's caption does not describe.",
+                    tooltip="Fill outside the warped reference. The model inverts the result, so it should look "
+                    "like an image: reflect mirrors the reference, edge stretches its border into streaks, gray is "
+                    "flat. Generated image puts only the subject into the generated image, whose background the "
+                    "reference's caption does not describe.",
                 ),
-                io.Boolean.Input(
-                    "symmetric",
-                    default=True,
-                    tooltip="On: the distances from either mask to the other count. Off: only those from the "
-                    "reference, as in Wang et al. 2023, which are small wherever the reference lies inside; see "
-                    "benchmarks/results/align_reference.md.",
+                advanced(
+                    io.Boolean.Input(
+                        "symmetric",
+                        default=True,
+                        tooltip="Distances that are minimized. On: from either mask to the other. Off: only from the "
+                        "reference, as in Wang et al. 2023; these are small wherever the reference lies inside "
+                        "(benchmarks/results/align_reference.md).",
+                    )
                 ),
-                io.Combo.Input(
-                    "optimizer",
-                    options=list(alignment.OPTIMIZERS),
-                    default=alignment.LEAST_SQUARES,
-                    tooltip="Gradient descent is that of Wang et al. 2023; least squares, a Gauss-Newton method, finds "
-                    "the same place more often and in less time (benchmarks/results/align_reference.md).",
+                advanced(
+                    io.Combo.Input(
+                        "optimizer",
+                        options=list(alignment.OPTIMIZERS),
+                        default=alignment.LEAST_SQUARES,
+                        tooltip="Optimizer of the alignment. Gradient descent is the method of Wang et al. 2023; least "
+                        "squares (Gauss-Newton) finds the same place more often and in less time "
+                        "(benchmarks/results/align_reference.md).",
+                    )
                 ),
-                io.Float.Input(
-                    "scale_limit",
-                    default=alignment.SCALE_LIMIT,
-                    min=1.0,
-                    max=100.0,
-                    step=0.01,
-                    tooltip="The greatest factor, up or down, by which the scale may differ from the ratio of the two "
-                    "subjects' sizes. 1 fixes it. Not in the paper, whose sum is smallest for a vanishing reference.",
+                advanced(
+                    io.Float.Input(
+                        "scale_limit",
+                        default=alignment.SCALE_LIMIT,
+                        min=1.0,
+                        max=100.0,
+                        step=0.01,
+                        tooltip="Maximum factor, up or down, by which the scale may differ from the size ratio of the "
+                        "two subjects. 1 fixes it. Not in the paper, whose sum is smallest for a vanishing reference.",
+                    )
                 ),
-                io.Float.Input(
-                    "rotation_limit",
-                    default=alignment.ROTATION_LIMIT,
-                    min=0.0,
-                    max=180.0,
-                    step=0.5,
-                    tooltip="The greatest rotation in degrees, to either side. 0 keeps the reference upright.",
+                advanced(
+                    io.Float.Input(
+                        "rotation_limit",
+                        default=alignment.ROTATION_LIMIT,
+                        min=0.0,
+                        max=180.0,
+                        step=0.5,
+                        tooltip="Maximum rotation in degrees, in either direction. 0 keeps the reference upright.",
+                    )
                 ),
-                io.Combo.Input(
-                    "parts",
-                    options=list(alignment.PARTS),
-                    default=alignment.LARGEST_PART,
-                    tooltip="What of a mask with several separate parts counts. Largest part: specks and second "
-                    "subjects are left out. All parts: a subject that something hides in the middle.",
+                advanced(
+                    io.Combo.Input(
+                        "parts",
+                        options=list(alignment.PARTS),
+                        default=alignment.LARGEST_PART,
+                        tooltip="Parts that count in a mask with several separate parts. Largest part: ignores specks "
+                        "and second subjects. All parts: for a subject that is occluded in the middle.",
+                    )
                 ),
                 io.Image.Input(
                     "generated",
                     optional=True,
-                    tooltip="The generated image, for the surroundings 'generated image'.",
+                    tooltip="Generated image, for the surroundings 'generated image'.",
                 ),
             ],
             outputs=[
-                io.Image.Output("aligned", display_name="aligned reference", tooltip="The transformed reference."),
+                io.Image.Output("aligned", display_name="aligned reference", tooltip="Warped reference image."),
                 io.Mask.Output(
-                    "aligned_mask", display_name="aligned mask", tooltip="The subject in it, within the image."
+                    "aligned_mask", display_name="aligned mask", tooltip="Mask of the subject in the warped reference."
                 ),
-                io.Float.Output(
-                    "scale", display_name="scale", tooltip="How many times larger the reference has become."
-                ),
+                io.Float.Output("scale", display_name="scale", tooltip="Scale factor of the reference."),
                 io.Float.Output(
                     "rotation",
                     display_name="rotation",
-                    tooltip="Degrees by which it was turned about its center, clockwise.",
+                    tooltip="Rotation about the reference's center in degrees, clockwise.",
                 ),
                 io.Float.Output(
                     "translation_x",
                     display_name="translation x",
-                    tooltip="Pixels of the reference by which it was moved right, before it was scaled and turned "
-                    "(Wang et al. 2023, eq. 8).",
+                    tooltip="Shift to the right in pixels of the reference, before scaling and rotation (Wang et "
+                    "al. 2023, eq. 8).",
                 ),
                 io.Float.Output(
                     "translation_y",
                     display_name="translation y",
-                    tooltip="Pixels of the reference by which it was moved down, before it was scaled and turned "
-                    "(Wang et al. 2023, eq. 8).",
+                    tooltip="Shift down in pixels of the reference, before scaling and rotation (Wang et al. 2023, "
+                    "eq. 8).",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="The four numbers of every image, how well the masks overlap, and a warning.",
+                    tooltip="Scale, rotation and translation of each image, overlap of the masks, and warnings.",
                 ),
             ],
         )
@@ -283,7 +291,7 @@ class AlignReference(io.ComfyNode):
         for name, batch in given.items():
             if batch is not None and len(batch) not in (1, count):
                 raise IdentityEditError(
-                    f"{name} holds {len(batch)} entries for {count} alignments; give one for all, or one for each."
+                    f"{name} has {len(batch)} entries for {count} alignments; connect one for all or one for each."
                 )
 
         def entry(batch: torch.Tensor, number: int) -> torch.Tensor:
@@ -326,14 +334,14 @@ class AlignReference(io.ComfyNode):
 def _sources(
     subject: SubjectImagesData | None, images: torch.Tensor | None, masks: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor | None], list[str], list[str]]:
-    """Images, masks, captions and names of what a reference is chosen from."""
+    """Images, masks, captions and names of the candidates."""
     if (subject is None) == (images is None):
         raise IdentityEditError(
-            "There is nothing to choose from, or twice; connect the subject's images to either subject or images."
+            "subject and images are both connected or both missing; connect exactly one of subject or images."
         )
     if subject is not None:
         if masks is not None:
-            raise IdentityEditError("masks belongs to images, but subject is connected, which has its own; remove one.")
+            raise IdentityEditError("masks belongs to images, but subject has its own masks; disconnect masks.")
         return list(subject.images), list(subject.masks), list(subject.captions), list(subject.names)
     assert images is not None
     candidates = list(images)
@@ -365,7 +373,7 @@ def _mask_output(mask: torch.Tensor | None, name: str) -> Any:
         return mask.unsqueeze(0)
     from comfy_execution.graph_utils import ExecutionBlocker
 
-    return ExecutionBlocker(f"The chosen reference, {name}, has no mask; connect Segment Subject instead.")
+    return ExecutionBlocker(f"The selected reference, {name}, has no mask; connect Segment Subject instead.")
 
 
 NODES: list[type[io.ComfyNode]] = [SelectReference, AlignReference]

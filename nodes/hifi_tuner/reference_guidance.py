@@ -1,4 +1,4 @@
-"""The node that holds a generated subject's details by a reference image."""
+"""The node that guides a generated subject by a reference image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...pipelines.inversion.inversion import check_step_count
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
 from ..idle import first_said, joined
-from ..sockets import Inversion, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
+from ..sockets import Inversion, advanced, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
 
 
 class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
@@ -25,38 +25,37 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             category="subject",
             search_aliases=["HiFi Tuner", "reference guidance", "subject details", "null-text", "second pass"],
             description=(
-                "Samples an image again from the same noise, with the subject in it led along the inversion of a "
-                "reference image (HiFi Tuner, Wang et al. 2023, algorithm 2): the same place and pose, the "
-                "reference's details."
+                "Samples an image again from the same noise and guides its subject along the inversion "
+                "of a reference image (HiFi Tuner, Wang et al. 2023, algorithm 2): the same place and pose, "
+                "with the reference's details."
             ),
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model of the first pass: from Apply Subject, with an identity prior, or plain. Make "
-                    "the inversion without Apply Subject, whose embeddings would take the place of the caption.",
+                    tooltip="Model of the first pass: from Apply Subject, with an identity prior, or plain. Make "
+                    "the inversion without Apply Subject, whose embeddings would replace the caption.",
                 ),
-                io.Conditioning.Input("positive", tooltip="The prompt of the first pass."),
+                io.Conditioning.Input("positive", tooltip="Prompt of the first pass."),
                 io.Conditioning.Input(
                     "negative",
-                    tooltip="The negative prompt of the first pass, empty in Wang et al. 2023; the optimization starts "
-                    "from it.",
+                    tooltip="Negative prompt of the first pass, from which the optimization starts; empty in Wang "
+                    "et al. 2023.",
                 ),
                 io.Latent.Input(
                     "latent",
-                    tooltip="The latent that the first pass was given: Empty Latent Image, with the same size and "
-                    "batch.",
+                    tooltip="Latent input of the first pass: Empty Latent Image, with the same size and batch.",
                 ),
                 Inversion.Input(
                     "inversion",
-                    tooltip="Of the aligned reference, from DDIM Inversion with guidance scale 1; its steps are those "
-                    "of this node.",
+                    tooltip="Inversion of the aligned reference, from DDIM Inversion with guidance scale 1; its "
+                    "number of steps is used.",
                 ),
                 mask_input(
                     "mask",
                     "Mask of the subject in the aligned reference, from Align Reference; of any size.",
                 ),
                 seed_input(
-                    "That of the first pass: the same seed gives the same noise as in KSampler and "
+                    "Seed of the first pass: the same seed gives the same noise as in KSampler and "
                     "RandomNoise. Set it to fixed in both."
                 ),
                 io.Float.Input(
@@ -65,8 +64,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     min=0.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="That of the first pass (cfg), above 1. 7.5 as in Mokady et al. 2023; Wang et al. 2023 "
-                    "name none.",
+                    tooltip="Guidance scale (cfg) of the first pass, above 1. 7.5 as in Mokady et al. 2023; Wang "
+                    "et al. 2023 do not report theirs.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -74,8 +73,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps before guidance begins. 0.2 in Wang et al. 2023 (t_s = 40 of 50 steps "
-                    "remain); earlier changes the structure of the image. 1 is no guidance.",
+                    tooltip="Fraction of the steps before guidance starts. 0.2 in Wang et al. 2023 (t_s = 40 of 50 "
+                    "steps remain); an earlier start changes the image's structure. 1 disables guidance.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -83,59 +82,67 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps after which guidance ends. 0.8 in Wang et al. 2023 (t_e = 10 of 50 "
-                    "steps remain).",
+                    tooltip="Fraction of the steps after which guidance ends. 0.8 in Wang et al. 2023 (t_e = 10 of "
+                    "50 steps remain).",
                 ),
                 io.Int.Input(
                     "inner_steps",
                     default=guidance.INNER_STEPS,
                     min=0,
                     max=1000,
-                    tooltip="Updates for each guided step: the weight of the reference. 10 in Wang et al. 2023; more "
-                    "for a closer resemblance. 0 puts the reference in place once and guides no further.",
+                    tooltip="Optimizer updates per guided step: the strength of the reference. 10 in Wang et al. "
+                    "2023; more gives a closer resemblance. 0 only pastes the reference into the first guided step.",
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=guidance.LEARNING_RATE,
-                    min=0.00001,
-                    max=1.0,
-                    step=0.0001,
-                    round=0.00001,
-                    tooltip="Adam's learning rate. 0.01 in Wang et al. 2023.",
+                advanced(
+                    io.Float.Input(
+                        "learning_rate",
+                        default=guidance.LEARNING_RATE,
+                        min=0.00001,
+                        max=1.0,
+                        step=0.0001,
+                        round=0.00001,
+                        tooltip="Adam's learning rate. 0.01 in Wang et al. 2023.",
+                    )
                 ),
-                io.Float.Input(
-                    "early_stop",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.00001,
-                    round=0.0000001,
-                    tooltip="A step makes no further update once its loss is below this, which saves time. 0, as in "
-                    "Wang et al. 2023, always makes all of them; 0.00001 is what null-text optimization uses.",
+                advanced(
+                    io.Float.Input(
+                        "early_stop",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.00001,
+                        round=0.0000001,
+                        tooltip="Loss below which a step makes no further updates, which saves time. 0 always makes "
+                        "all updates, as in Wang et al. 2023; null-text optimization uses 0.00001.",
+                    )
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    tooltip="Of the first pass: an inversion with another number of steps is refused. 0 accepts every "
-                    "number.",
+                advanced(
+                    io.Int.Input(
+                        "steps",
+                        default=0,
+                        min=0,
+                        max=1000,
+                        tooltip="Number of steps of the first pass: an inversion with another number is refused. 0 "
+                        "accepts any number.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    tooltip="On needs a fraction of the memory and about a third more time, for the same result. "
-                    "Switch it on when memory runs out.",
+                advanced(
+                    io.Boolean.Input(
+                        "checkpointing",
+                        default=False,
+                        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
+                        "third longer, with the same result. Turn it on when you run out of memory.",
+                    )
                 ),
             ],
             outputs=[
                 io.Latent.Output(
-                    "guided_latent", display_name="latent", tooltip="The guided image; decode it with the VAE."
+                    "guided_latent", display_name="latent", tooltip="Guided image; decode it with the VAE."
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="The guided steps, model calls, losses inside the mask, and what looks wrong.",
+                    tooltip="Guided steps, model calls, losses inside the mask, and warnings.",
                 ),
             ],
         )
@@ -164,8 +171,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
         empty = latent_samples(latent, "The latent")
         if latent.get("noise_mask") is not None:
             raise IdentityEditError(
-                "The latent has a noise mask, with which a first pass changes a part of an image only; connect an "
-                "Empty Latent Image."
+                "The latent has a noise mask, which limits the first pass to a part of the image; connect Empty Latent "
+                "Image."
             )
         guided = guidance.guided_steps(inversion.steps, start_percent, end_percent)
         found = guidance.reference_guided_sampling(
@@ -185,11 +192,14 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             callback=progress(model, guidance.progress_total(inversion.steps, guided, inner_steps)),
         )
         unused = first_said(
-            (inner_steps == 0, "inner_steps is 0, so that this is the first pass again; choose 1 or more."),
-            (not bool(found.mask.any()), "The mask is empty, so that this is the first pass again; connect another."),
+            (
+                inner_steps == 0,
+                "inner_steps is 0, so the reference is pasted once and no step is guided; choose 1 or more.",
+            ),
+            (not bool(found.mask.any()), "The mask is empty, so this repeats the first pass; connect another mask."),
             (
                 bool(found.losses) and all(bool(rows.isnan().all()) for rows in found.losses),
-                "No step was guided, as each loss was below early_stop from the first; lower it.",
+                "No step was guided because every loss started below early_stop; lower it.",
             ),
         )
         text = show_text(cls, _report(found, inversion.steps), joined(unused, found.warning))

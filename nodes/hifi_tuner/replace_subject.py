@@ -11,7 +11,7 @@ from ...pipelines.hifi_tuner import subject_replacement as replacement
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.shared.conditioning import Conditioning
 from ..idle import blend_idle, first_said, joined, takes_no_part
-from ..sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text
+from ..sockets import Inversion, advanced, checked, guidance_scale_input, progress, schema, show_text
 
 
 class ReplaceSubject(io.ComfyNode):
@@ -23,45 +23,51 @@ class ReplaceSubject(io.ComfyNode):
             category="attention control",
             search_aliases=["HiFi Tuner", "subject swap", "personalized subject replacement", "edit sampler"],
             description=(
-                "Puts another subject, learned or known by its word, in the place of an image's, without a mask (Wang "
-                "et al. 2023, algorithm 3): the attention of all other words stays that of the image."
+                "Replaces the subject of an image by a learned subject or by a word, without a mask "
+                "(Wang et al. 2023, algorithm 3): all other words keep the attention of the image."
             ),
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The model that made the inversion: as it is, or from Apply Subject with its step-wise "
+                    tooltip="The model used for the inversion: plain, or from Apply Subject with its step-wise "
                     "embeddings.",
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                Inversion.Input("inversion", tooltip="Of the image, from DDIM Inversion and Null-Text Optimization."),
+                Inversion.Input(
+                    "inversion", tooltip="Inversion of the image, from DDIM Inversion and Null-Text Optimization."
+                ),
                 io.String.Input(
                     "source_prompt",
                     default="",
                     multiline=True,
-                    tooltip="The caption of the image, the same as for the inversion.",
+                    tooltip="Caption of the image, the same as for the inversion.",
                 ),
                 io.String.Input(
                     "target_prompt",
                     default="",
                     multiline=True,
-                    tooltip="The caption with the subject's word exchanged for the new subject's.",
+                    tooltip="The caption with the subject's word replaced by the new subject's.",
                 ),
                 io.String.Input(
                     "subject_words",
                     default="",
-                    tooltip="The new subject's words in the target prompt, separated by spaces or commas; their "
-                    "attention is their own. Empty: the words that the source prompt lacks.",
+                    tooltip="Words of the new subject in the target prompt, separated by spaces or commas; they "
+                    "keep their own attention. Empty: the words that the source prompt lacks.",
                 ),
-                io.Int.Input(
-                    "subject_tokens",
-                    default=replacement.SUBJECT_TOKENS,
-                    min=0,
-                    max=70,
-                    tooltip="How many learned tokens the connected target holds in its last positions, whose attention "
-                    "is their own too. 5 in Wang et al. 2023 (section 4). Without a target it has no effect.",
+                advanced(
+                    io.Int.Input(
+                        "subject_tokens",
+                        default=replacement.SUBJECT_TOKENS,
+                        min=0,
+                        max=70,
+                        tooltip="Number of learned tokens in the last positions of the connected target; they keep "
+                        "their own attention too. 5 in Wang et al. 2023 (section 4). No effect without a target.",
+                    )
                 ),
                 guidance_scale_input(
-                    0.0, "Of the new image. 0 is automatic: the one that the null-text embeddings were optimized for."
+                    0.0,
+                    "Guidance scale of the edit. 0 is automatic: the scale that the null-text embeddings "
+                    "were optimized for.",
                 ),
                 io.Float.Input(
                     "cross_replace_steps",
@@ -69,8 +75,8 @@ class ReplaceSubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps, from the first, with the image's cross-attention. 1 in Wang et al. "
-                    "2023 (algorithm 3); less gives the subject more freedom.",
+                    tooltip="Fraction of the steps, from the first, that use the image's cross-attention. 1 in "
+                    "Wang et al. 2023 (algorithm 3); lower gives the subject more freedom.",
                 ),
                 io.Float.Input(
                     "self_replace_steps",
@@ -78,34 +84,38 @@ class ReplaceSubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps, from the first, with the image's self-attention. 0 in Wang et al. "
-                    "2023 (algorithm 3); more keeps the old subject's shape.",
+                    tooltip="Fraction of the steps, from the first, that use the image's self-attention. 0 in Wang "
+                    "et al. 2023 (algorithm 3); higher keeps more of the old subject's shape.",
                 ),
                 io.Boolean.Input(
                     "local_blend",
                     default=False,
-                    tooltip="Keeps the image outside of both subjects, as Prompt-to-Prompt's local blend does. Wang "
-                    "et al. 2023 do without.",
+                    tooltip="Local blend of prompt-to-prompt: keeps the image outside both subjects. Not used in "
+                    "Wang et al. 2023.",
                 ),
-                io.Float.Input(
-                    "blend_threshold",
-                    default=BLEND_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="With local_blend: share of the subjects' largest attention above which the image may "
-                    "change. 0.3 in the reference implementation of prompt-to-prompt.",
+                advanced(
+                    io.Float.Input(
+                        "blend_threshold",
+                        default=BLEND_THRESHOLD,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Local blend: fraction of the subjects' maximum attention above which the image may "
+                        "change. 0.3 in the reference implementation of prompt-to-prompt.",
+                    )
                 ),
                 io.Conditioning.Input(
                     "target",
                     optional=True,
-                    tooltip="The target prompt with the learned subject, from Apply Subject; without it the target "
-                    "prompt alone.",
+                    tooltip="Target prompt with the learned subject, from Apply Subject; without it, only "
+                    "target_prompt is used.",
                 ),
             ],
             outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="The new image; decode it with the VAE."),
-                io.String.Output("report", display_name="report", tooltip="Which tokens were free, and model calls."),
+                io.Latent.Output("edited", display_name="edited", tooltip="Edited image; decode it with the VAE."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Tokens with their own attention, and model calls."
+                ),
             ],
         )
 
@@ -144,17 +154,17 @@ class ReplaceSubject(io.ComfyNode):
             callback=progress(model, inversion.steps),
         )
         free = ", ".join(map(str, result.free_tokens))
-        text = f"Tokens with attention of their own: {free}. {result.evaluations} model calls."
+        text = f"Tokens with their own attention: {free}. {result.evaluations} model calls."
         unused = first_said(
             (
                 source_prompt == target_prompt and target is None,
-                "The source prompt and the target prompt are the same, so that nothing is replaced; write the new "
-                "subject into the target prompt, or connect it.",
+                "The source prompt and the target prompt are the same, so nothing is replaced; write the new subject "
+                "into the target prompt, or connect target.",
             ),
             (
                 takes_no_part(max(cross_replace_steps, self_replace_steps), inversion.steps) and not local_blend,
-                "cross_replace_steps and self_replace_steps are 0, so that nothing of the image's attention is kept; "
-                "raise one of them.",
+                "cross_replace_steps and self_replace_steps are 0, so none of the image's attention is kept; raise one "
+                "of them.",
             ),
         )
         unused = joined(unused, blend_idle(local_blend, blend_threshold, BLEND_START, inversion.steps))

@@ -1,4 +1,4 @@
-"""The node that gives a subject's mask, by the checkpoint's own attention or by Segment Anything."""
+"""The node that segments a subject, by the checkpoint's attention or by Segment Anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...pipelines.networks.model_folders import list_models, missing_model, mode
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_OF_A_CELL, as_color, encoded
 from ...pipelines.shared.parsing import whole_numbers
-from ..sockets import checked, progress, schema, seed_input, show_text
+from ..sockets import advanced, checked, progress, schema, seed_input, show_text
 
 ATTENTION = "attention (no further model)"
 SEGMENT_ANYTHING = "Segment Anything"
@@ -37,38 +37,43 @@ class SegmentSubject(io.ComfyNode):
             category="masks",
             search_aliases=["SAM", "Segment Anything", "Grounding DINO", "Grounded SAM", "subject mask", "cut out"],
             description=(
-                "Finds the subject in images: by the loaded checkpoint's own attention to a word, which needs no "
-                "further model, or by Segment Anything with points, a box or the subject's name."
+                "Segments the subject in images: by the loaded checkpoint's attention to a word, "
+                "which needs no further model, or by Segment Anything with points, a box or the subject's "
+                "name."
             ),
             inputs=[
-                io.Image.Input("images", tooltip="One or more images; each gets its mask."),
+                io.Image.Input("images", tooltip="One or more images; each gets a mask."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default=ATTENTION,
-                    tooltip="Attention asks model, clip and vae where they see the subject. Segment Anything goes by "
-                    "points and box, or without them takes everything and chooses. Grounding DINO finds the subject by "
-                    "its name first, as in Wang et al. 2023. Any other MASK, such as one painted in the mask editor, "
-                    "can be used in the place of this node.",
+                    tooltip="Segmentation method. Attention uses model, clip and vae. Segment Anything uses points "
+                    "and a box, or without them segments everything and selects by choice. Grounding DINO detects "
+                    "the subject by its name first, as in Wang et al. 2023. Any other MASK, such as one painted in "
+                    "the mask editor, can replace this node.",
                 ),
                 io.String.Input(
                     "subject",
                     default="",
-                    tooltip="What to look for: a class word such as dog, with the rare token before it where the model "
-                    "has learned one (sks dog). Not used by Segment Anything alone.",
+                    tooltip="Subject to segment: a class word such as dog, preceded by the rare token if the model "
+                    "has learned one (sks dog). Ignored by Segment Anything alone.",
                 ),
-                io.String.Input(
-                    "caption",
-                    default="",
-                    tooltip="Attention: what the image shows, if you know it; empty uses the subject alone, which "
-                    "did as well in the demo world (benchmarks/results/segment_subject.md).",
+                advanced(
+                    io.String.Input(
+                        "caption",
+                        default="",
+                        tooltip="Attention: caption of the image, if known. Empty uses the subject alone, which worked "
+                        "as well in the demo world (benchmarks/results/segment_subject.md).",
+                    )
                 ),
-                io.String.Input(
-                    "timesteps",
-                    default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
-                    tooltip="Attention: how noisy the image is when the model looks at it, 0 to 999; one model "
-                    "call each. Low ones overlapped the best with the true masks of the demo world "
-                    "(benchmarks/results/segment_subject.md).",
+                advanced(
+                    io.String.Input(
+                        "timesteps",
+                        default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
+                        tooltip="Attention: noise levels at which the model sees the image, 0 to 999, separated by "
+                        "commas; one model call each. Low ones overlapped best with the true masks of the demo world "
+                        "(benchmarks/results/segment_subject.md).",
+                    )
                 ),
                 io.Float.Input(
                     "threshold",
@@ -76,92 +81,104 @@ class SegmentSubject(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Attention: share of the normalized map above which a place belongs to the subject; lower "
-                    "makes the mask larger. Measured like the timesteps.",
+                    tooltip="Attention: fraction of the normalized map above which a pixel belongs to the subject; "
+                    "lower gives a larger mask. Measured like the timesteps.",
                 ),
-                io.Int.Input(
-                    "self_attention_power",
-                    default=attention_segmentation.POWER,
-                    min=0,
-                    max=16,
-                    tooltip="Attention: lambda of Liu et al. 2024, eq. 2, how often the map is spread along the "
-                    "self-attention. 0 uses the cross-attention alone. Measured like the timesteps.",
+                advanced(
+                    io.Int.Input(
+                        "self_attention_power",
+                        default=attention_segmentation.POWER,
+                        min=0,
+                        max=16,
+                        tooltip="Attention: lambda in Liu et al. 2024, eq. 2, how many times the map is propagated "
+                        "along the self-attention. 0 uses the cross-attention alone. Measured like the timesteps.",
+                    )
                 ),
-                io.Combo.Input(
-                    "layers",
-                    options=list(LAYER_CHOICES),
-                    default=AUTOMATIC,
-                    tooltip="Attention: which layers are read, by how many times smaller than the latent their grid "
-                    "is; see Identity Attention.",
+                advanced(
+                    io.Combo.Input(
+                        "layers",
+                        options=list(LAYER_CHOICES),
+                        default=AUTOMATIC,
+                        tooltip="Attention: layers that are read, by the downsampling of their grid relative to the "
+                        "latent; see Identity Attention.",
+                    )
                 ),
-                io.Int.Input(
-                    "longest_side",
-                    default=768,
-                    min=64,
-                    max=4096,
-                    step=8,
-                    tooltip="Attention: larger images are shown to the model scaled down to this side in pixels; the "
-                    "mask has the image's own size. Near the size that the checkpoint was trained for.",
+                advanced(
+                    io.Int.Input(
+                        "longest_side",
+                        default=768,
+                        min=64,
+                        max=4096,
+                        step=8,
+                        tooltip="Attention: longest side in pixels at which the model sees an image; larger images are "
+                        "scaled down, and the mask has the image's size. Choose about the size that the checkpoint was "
+                        "trained for.",
+                    )
                 ),
-                seed_input("Attention: of the noise. The same seed gives the same mask."),
+                advanced(seed_input("Attention: noise seed. The same seed gives the same mask.")),
                 io.Combo.Input(
                     "sam",
                     options=_options(pipeline.SAM_FOLDER, pipeline.CHECKPOINT_ENDINGS),
-                    tooltip=f"A Segment Anything in models/{pipeline.SAM_FOLDER}: a checkpoint file, for the package "
-                    "segment-anything, or a folder in the form of transformers. Nothing is downloaded.",
+                    tooltip=f"Segment Anything model in models/{pipeline.SAM_FOLDER}: a checkpoint file, for the "
+                    "package segment-anything, or a folder in the transformers format. Nothing is downloaded.",
                 ),
                 io.Combo.Input(
                     "grounding_dino",
                     options=_options(dino.FOLDER),
-                    tooltip=f"A Grounding DINO in models/{dino.FOLDER}: a folder in the form of "
-                    "transformers. Nothing is downloaded.",
+                    tooltip=f"Grounding DINO model in models/{dino.FOLDER}: a folder in the transformers format. "
+                    "Nothing is downloaded.",
                 ),
                 io.String.Input(
                     "points",
                     default="",
                     multiline=True,
-                    tooltip="Segment Anything: one point a line, 'x, y' on the subject, 'x, y, 0' beside it; pixels "
-                    "from the upper left corner. The same for every image.",
+                    tooltip="Segment Anything: one point per line, 'x, y' on the subject, 'x, y, 0' off it, in "
+                    "pixels from the upper left corner. The same for every image.",
                 ),
                 io.String.Input(
                     "box",
                     default="",
-                    tooltip="Segment Anything: 'left, top, right, bottom' in pixels around the subject. Without points "
-                    "and box everything in the image is segmented.",
+                    tooltip="Segment Anything: box around the subject, 'left, top, right, bottom' in pixels. "
+                    "Without points and box, everything in the image is segmented.",
                 ),
                 io.Combo.Input(
                     "choice",
                     options=list(pipeline.CHOICES),
                     default=pipeline.LARGEST,
-                    tooltip="Segment Anything without points and box, and Grounding DINO: which of several parts or "
-                    "subjects is the mask. Parts that hold most of the image's border are background and left out.",
+                    tooltip="Segment Anything without points and box, and Grounding DINO: which of several "
+                    "segments or subjects becomes the mask. Segments along most of the image's border are "
+                    "background and ignored.",
                 ),
-                io.Float.Input(
-                    "box_threshold",
-                    default=dino.BOX_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Grounding DINO: how sure it must be of a subject. 0.25 is its own default.",
+                advanced(
+                    io.Float.Input(
+                        "box_threshold",
+                        default=dino.BOX_THRESHOLD,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Grounding DINO: minimum confidence of a detection. 0.25 is its default.",
+                    )
                 ),
-                io.Combo.Input(
-                    "parts",
-                    options=list(alignment.PARTS),
-                    default=alignment.ALL_PARTS,
-                    tooltip="Largest part keeps the largest connected part of the mask alone, without specks and "
-                    "second subjects.",
+                advanced(
+                    io.Combo.Input(
+                        "parts",
+                        options=list(alignment.PARTS),
+                        default=alignment.ALL_PARTS,
+                        tooltip="Connected parts of the mask that are kept. Largest part removes specks and second "
+                        "subjects.",
+                    )
                 ),
                 io.Model.Input("model", optional=True, tooltip="Attention: a Stable Diffusion 1.x, 2.x or XL model."),
                 io.Clip.Input("clip", optional=True, tooltip="Attention: the text encoders of the same checkpoint."),
                 io.Vae.Input("vae", optional=True, tooltip="Attention: the VAE of the same checkpoint."),
             ],
             outputs=[
-                io.Mask.Output("mask", display_name="mask", tooltip="1 on the subject, of the images' size."),
-                io.Image.Output(
-                    "overlay", display_name="overlay", tooltip="The images with the outline of the mask on them."
+                io.Mask.Output(
+                    "mask", display_name="mask", tooltip="Mask of the subject (1 on the subject), at the images' size."
                 ),
+                io.Image.Output("overlay", display_name="overlay", tooltip="Images with the outline of the mask."),
                 io.String.Output(
-                    "report", display_name="report", tooltip="How much of each image the mask covers, and a warning."
+                    "report", display_name="report", tooltip="Share of each image that the mask covers, and warnings."
                 ),
             ],
         )
@@ -236,7 +253,7 @@ class SegmentSubject(io.ComfyNode):
         nothing = [str(i + 1) for i, share in enumerate(shares) if share in (0.0, 1.0)]
         if nothing:
             notes.append(
-                f"The mask holds nothing or everything of image {', '.join(nothing)}; check the subject, the "
+                f"The mask of image {', '.join(nothing)} is empty or covers everything; check the subject, the "
                 f"threshold or the prompt."
             )
         text = f"The mask covers {', '.join(f'{share:.0%}' for share in shares)} of the image."
@@ -253,15 +270,16 @@ def _by_attention(
     vae: Any,
     **options: Any,
 ) -> torch.Tensor:
-    """Masks [B, H, W] by the checkpoint's attention, of the images' own size."""
+    """Masks [B, H, W] by the checkpoint's attention, at the images' size."""
     if model is None or clip is None or vae is None:
         raise IdentityEditError(
-            f"The method '{ATTENTION}' needs model, clip and vae; connect a checkpoint's, or choose another method."
+            f"The method '{ATTENTION}' needs model, clip and vae; connect those of a checkpoint, or choose another "
+            f"method."
         )
     identity = encode_identity_prompt(clip, subject, name="subject")
     conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(caption.strip() or subject))
     height, width = images.shape[1:3]
-    # The VAE takes whole cells; the image is scaled to them, so that the mask fits to a fraction of a pixel.
+    # The VAE takes multiples of 8 pixels; scaling the image to them aligns the mask to a fraction of a pixel.
     factor = min(1.0, longest_side / max(height, width))
     cells = (max(1, round(side * factor / PIXELS_OF_A_CELL)) for side in (height, width))
     whole = tuple(count * PIXELS_OF_A_CELL for count in cells)

@@ -1,4 +1,4 @@
-"""Nodes that learn a subject as text embeddings, load such a subject, and put it into prompts."""
+"""Nodes that train a subject as text embeddings, load one, and use it in prompts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..saved_files import (
     next_path,
     path_of,
 )
-from ..sockets import Subject, SubjectImages, checked, schema, seed_input, show_text, steps_input
+from ..sockets import Subject, SubjectImages, advanced, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
@@ -65,96 +65,105 @@ class TrainSubjectEmbedding(io.ComfyNode):
             category="subject",
             search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalization", "train subject"],
             description=(
-                "Learns a subject from three to five images as a few text embeddings, first ones for all steps and "
-                "then ones for each sampling step; no weight of the model changes (Wang et al. 2023, section 3.2)."
+                "Learns a subject from three to five images as text embeddings, first shared by all "
+                "steps and then separate for each sampling step; no weight of the model changes (Wang et al. "
+                "2023, section 3.2)."
             ),
             is_output_node=True,
             inputs=[
                 *checkpoint_inputs(),
                 SubjectImages.Input(
                     "images",
-                    tooltip="Three to five images of the subject with masks, and with captions that call it by its "
-                    "token and class word and say what it does.",
+                    tooltip="Three to five images of the subject with masks, and with captions that name it by its "
+                    "token and class word and describe what it does.",
                 ),
                 io.Combo.Input(
                     "kind",
                     options=[OUTPUT, WORD],
                     default=OUTPUT,
-                    tooltip="What is learned. 'output' is HiFi Tuner: the last rows of the text encoder's output. "
-                    "'word' is textual inversion: word vectors at the place of the subject's name, which can be saved "
-                    "as a stock embedding.",
+                    tooltip="Kind of embedding. 'output' is HiFi Tuner: the last token positions of the text "
+                    "encoder's output. 'word' is textual inversion: word vectors in place of the subject's name, "
+                    "which can be saved as a stock embedding.",
                 ),
                 io.Int.Input(
                     "tokens",
                     default=SubjectSettings.tokens,
                     min=1,
                     max=MOST_TOKENS,
-                    tooltip="How many rows or word vectors the subject gets. 5 in Wang et al. 2023. Prompts must leave "
-                    "the rows free.",
+                    tooltip="Number of token positions or word vectors for the subject. 5 in Wang et al. 2023. "
+                    "Prompts must leave these positions free.",
                 ),
                 steps_input(
                     SubjectSettings.steps,
                     100000,
-                    "Training steps of the embeddings that all sampling steps share. 1000 in Wang et al. 2023.",
+                    "Training steps for the embeddings shared by all sampling steps. 1000 in Wang et al. 2023.",
                 ),
-                io.Int.Input(
-                    "updates_per_step",
-                    default=SubjectSettings.updates_per_step,
-                    min=0,
-                    max=1000,
-                    tooltip="Training steps of each sampling step's own embeddings after that. 10 in Wang et al. 2023; "
-                    "0 leaves them out.",
+                advanced(
+                    io.Int.Input(
+                        "updates_per_step",
+                        default=SubjectSettings.updates_per_step,
+                        min=0,
+                        max=1000,
+                        tooltip="Training steps for each sampling step's own embeddings after that. 10 in Wang et al. "
+                        "2023; 0 skips them.",
+                    )
                 ),
-                io.Int.Input(
-                    "sampling_steps",
-                    default=SubjectSettings.sampling_steps,
-                    min=1,
-                    max=1000,
-                    tooltip="DDIM steps that get embeddings of their own. 50 in Wang et al. 2023. Other numbers of "
-                    "steps can be sampled later; they take the nearest ones.",
+                advanced(
+                    io.Int.Input(
+                        "sampling_steps",
+                        default=SubjectSettings.sampling_steps,
+                        min=1,
+                        max=1000,
+                        tooltip="Number of DDIM steps with their own embeddings. 50 in Wang et al. 2023. You can "
+                        "sample with other numbers of steps later; they use the nearest embeddings.",
+                    )
                 ),
-                learning_rate_input(
-                    SubjectSettings.learning_rate, "Adam's learning rate. 0.005 in Wang et al. 2023.", 1.0, 1e-4
+                advanced(
+                    learning_rate_input(
+                        SubjectSettings.learning_rate, "Adam's learning rate. 0.005 in Wang et al. 2023.", 1.0, 1e-4
+                    )
                 ),
-                io.Float.Input(
-                    "regularization_weight",
-                    default=SubjectSettings.regularization_weight,
-                    min=0.0,
-                    max=100.0,
-                    step=0.0001,
-                    round=0.000001,
-                    tooltip="Ties the embeddings to what they begin as: those of the empty prompt, or the class word. "
-                    "Weight of the mean squared distance beside the loss, w_s in Wang et al. 2023, who give no value. "
-                    "0 does not tie.",
+                advanced(
+                    io.Float.Input(
+                        "regularization_weight",
+                        default=SubjectSettings.regularization_weight,
+                        min=0.0,
+                        max=100.0,
+                        step=0.0001,
+                        round=0.000001,
+                        tooltip="Loss weight of the mean squared distance from the initial embeddings, those of the "
+                        "empty prompt or the class word: w_s in Wang et al. 2023, who do not report its value. 0 "
+                        "disables it.",
+                    )
                 ),
                 io.Boolean.Input(
                     "masked_loss",
                     default=True,
-                    tooltip="Count the loss inside the masks only, so that backgrounds are not learned, as in Wang et "
-                    "al. 2023. Images without a mask count as a whole.",
+                    tooltip="On: computes the loss inside the masks only, so that backgrounds are not learned, as "
+                    "in Wang et al. 2023. Images without a mask count as a whole.",
                 ),
                 io.Boolean.Input(
                     "keep_token",
                     default=False,
-                    tooltip="Leave the rare token in captions and prompts. Switch it on for a model with an identity "
-                    "prior, which knows the token. Off, the embeddings stand for it.",
+                    tooltip="On: keeps the rare token in captions and prompts, for a model with an identity prior, "
+                    "which knows the token. Off: the embeddings replace it.",
                 ),
-                batch_size_input(1, 64, "Images in a batch. All of them have one size."),
+                advanced(batch_size_input(1, 64, "Images per batch, all of one size.")),
                 gradient_accumulation_input(),
                 precision_input("the embeddings"),
                 checkpointing_input(),
                 seed_input(SEED_TOOLTIP),
-                sample_every_input("the end of both phases"),
+                advanced(sample_every_input("the end of both phases")),
                 io.String.Input(
                     "sample_prompt",
                     default="",
-                    tooltip="What the samples show, with the subject's name in it. Empty: the name alone.",
+                    tooltip="Prompt of the sample images, with the subject's name in it. Empty: the name alone.",
                 ),
                 checkpoint_every_input(),
                 filename_prefix_input(f"{FILE_FOLDER}/subject", "Step-Wise Embedding Loader", FILE_FOLDER),
             ],
             outputs=[
-                Subject.Output("subject", display_name="subject", tooltip="The subject, for Apply Subject."),
+                Subject.Output("subject", display_name="subject", tooltip="Trained subject, for Apply Subject."),
                 *training_outputs("the subject"),
             ],
         )
@@ -209,7 +218,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
             checkpoint_every=checkpoint_every,
         )
         learning.check_training_captions(clip, images.captions, settings)
-        next_path(filename_prefix, f"{FILE_FOLDER}/subject")  # better before a long training than after it
+        next_path(filename_prefix, f"{FILE_FOLDER}/subject")  # fail before a long training, not after it
         encoded = encode_images(vae, images.images, images.captions, images.masks)
         checkpoints = Checkpoints(FILE_FOLDER)
         subject, run = learning.train_subject_embedding(
@@ -233,16 +242,16 @@ def _report(subject: SubjectEmbedding, run: TrainingRun, steps: int, path: str) 
     moved = ", ".join(f"{distance:.3f}" for distance in subject.training["distance_from_start"].values())
     return (
         f"{describe(subject)}: {steps_of(run)}.\n"
-        f"Loss of the shared embeddings: {first_and_last(run.losses[:steps])}; they are {moved} (root mean square) "
-        f"from where they began.\n"
+        f"Loss of the shared embeddings: {first_and_last(run.losses[:steps])}; distance from the initial embeddings: "
+        f"{moved} (root mean square).\n"
         f"Saved as {path}, {os.path.getsize(path) / 1000:.0f} kB"
     )
 
 
 def describe(subject: SubjectEmbedding) -> str:
-    """What a subject is, in a line for reports."""
-    what = "rows of the text encoder's output" if subject.kind == OUTPUT else "word vectors"
-    steps = f", each with its own for {len(subject.timesteps)} sampling steps" if subject.timesteps else ""
+    """One-line description of a subject, for reports."""
+    what = "token positions of the text encoder's output" if subject.kind == OUTPUT else "word vectors"
+    steps = f", with separate embeddings for {len(subject.timesteps)} sampling steps" if subject.timesteps else ""
     return f"Subject '{subject.name}': {subject.tokens} {what}{steps}"
 
 
@@ -254,26 +263,26 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
             display_name="Step-Wise Embedding Loader",
             category="subject",
             search_aliases=["load subject", "load embedding", "textual inversion", "HiFi Tuner"],
-            description="Loads a subject that Train Subject Embedding has learned, or a textual inversion of A1111, "
-            "diffusers or ComfyUI.",
+            description="Loads a subject from Train Subject Embedding, or a textual inversion embedding of "
+            "A1111, diffusers or ComfyUI.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=_files(),
-                    tooltip=f"Files of Train Subject Embedding in the input folder itself and in '{FILE_FOLDER}' below "
-                    f"the output, the input or the models folder, and the embeddings that ComfyUI lists. Press R to "
-                    f"list new ones.",
+                    tooltip=f"Files of Train Subject Embedding in the input folder itself and in '{FILE_FOLDER}' "
+                    "below the output, the input or the models folder, and ComfyUI's embeddings. Press R to "
+                    "refresh the list.",
                 ),
             ],
             outputs=[
-                Subject.Output("subject", display_name="subject", tooltip="The subject, for Apply Subject."),
+                Subject.Output("subject", display_name="subject", tooltip="Loaded subject, for Apply Subject."),
                 io.String.Output(
                     "name",
                     display_name="name",
-                    tooltip="How prompts call the subject: its token and class word, or the embedding's name.",
+                    tooltip="Name of the subject in prompts: its token and class word, or the embedding's name.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="What the file holds and how it was trained."
+                    "report", display_name="report", tooltip="Contents of the file and its training settings."
                 ),
             ],
         )
@@ -310,32 +319,34 @@ class ApplySubject(io.ComfyNode):
             display_name="Apply Subject",
             category="subject",
             search_aliases=["subject prompt", "textual inversion", "HiFi Tuner", "step-wise embedding"],
-            description="Encodes a prompt with a learned subject in it, and lets the model take each sampling step's "
-            "own embeddings, with any sampler (Wang et al. 2023, eq. 7).",
+            description="Encodes a prompt with a learned subject, and applies each sampling step's own "
+            "embeddings in the model, with any sampler (Wang et al. 2023, eq. 7).",
             inputs=[
-                io.Model.Input("model", tooltip="The model on which the subject was trained, or one of its family."),
+                io.Model.Input(
+                    "model", tooltip="The model that the subject was trained on, or another of the same family."
+                ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 Subject.Input("subject", tooltip="From Train Subject Embedding or Step-Wise Embedding Loader."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What to draw, with the subject called by its token and class word ('a sks dog on the "
-                    "beach') or by one of them.",
+                    tooltip="Prompt, with the subject named by its token and class word ('a sks dog on the beach') "
+                    "or by one of them.",
                 ),
             ],
             outputs=[
                 io.Model.Output(
                     "model_with_subject",
                     display_name="model",
-                    tooltip="A copy of the model that takes each sampling step's own embeddings in the place of its "
-                    "positive conditioning.",
+                    tooltip="Copy of the model that replaces its positive conditioning with each sampling step's "
+                    "own embeddings.",
                 ),
                 io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="The prompt with the embeddings that all steps share."
+                    "positive", display_name="positive", tooltip="The prompt with the embeddings shared by all steps."
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="What was applied, and warnings about the prompt."
+                    "report", display_name="report", tooltip="Applied subject, and warnings about the prompt."
                 ),
             ],
         )
@@ -355,26 +366,28 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
             display_name="Save Subject as Embedding",
             category="subject",
             search_aliases=["export embedding", "textual inversion", "save embedding"],
-            description="Writes the word vectors of a subject into ComfyUI's embeddings folder, so that any prompt can "
-            "call it as embedding:name, and other programs can read it.",
+            description="Saves the word vectors of a subject in ComfyUI's embeddings folder, so that any "
+            "prompt can use them as embedding:name, and other programs can read them.",
             is_output_node=True,
             inputs=[
                 Subject.Input("subject", tooltip="A subject of the kind 'word'."),
                 io.String.Input(
                     "name",
                     default="subject",
-                    tooltip="File name without ending, and what stands behind 'embedding:' in prompts.",
+                    tooltip="File name without extension, used after 'embedding:' in prompts.",
                 ),
                 io.Boolean.Input(
-                    "overwrite", default=False, tooltip="Replace a file of this name. Off, an existing file is kept."
+                    "overwrite",
+                    default=False,
+                    tooltip="On: replaces a file of this name. Off: an existing file is kept, with an error.",
                 ),
             ],
             outputs=[
-                io.String.Output("saved_file", display_name="file", tooltip="Where the embedding was saved."),
+                io.String.Output("saved_file", display_name="file", tooltip="Path of the saved embedding."),
                 io.String.Output(
                     "embedding_prompt",
                     display_name="embedding prompt",
-                    tooltip="What to write into a prompt to call the subject.",
+                    tooltip="Text that uses the subject in a prompt.",
                 ),
             ],
         )
@@ -384,10 +397,12 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
     def execute(cls, subject: SubjectEmbedding, name: str, overwrite: bool) -> io.NodeOutput:
         path = _embedding_path(name)
         if os.path.exists(path) and not overwrite:
-            raise IdentityEditError(f"The embedding {path} exists; choose another name, or switch overwrite on.")
+            raise IdentityEditError(f"The embedding {path} exists; choose another name, or turn on overwrite.")
         subject_files.save_textual_inversion(subject, path)
         call = f"embedding:{name.strip()}"
-        left_out = "Embeddings of single sampling steps have no place in such a file." if subject.timesteps else None
+        left_out = (
+            "The embeddings of single sampling steps are not saved in this format." if subject.timesteps else None
+        )
         text = show_text(cls, f"Saved as {path}; write '{call}' in prompts.", left_out)
         return io.NodeOutput(path, call, ui=ui.PreviewText(text))
 
@@ -397,13 +412,13 @@ def _embedding_path(name: str) -> str:
     name = name.strip()
     if not name or any(part in name for part in (" ", ",", ":", "(", ")", "\\")) or name.startswith("."):
         raise IdentityEditError(
-            f"The name '{name}' cannot stand behind 'embedding:' in a prompt; write one word without brackets, commas "
-            f"and colons."
+            f"The name '{name}' cannot follow 'embedding:' in a prompt; write one word without brackets, commas and "
+            f"colons."
         )
     folder = os.path.abspath(folder_paths.get_folder_paths(EMBEDDING_FOLDER)[0])
     path = os.path.abspath(os.path.join(folder, name + FILE_ENDING))
     if not path.startswith(folder + os.sep):
-        raise IdentityEditError(f"The name '{name}' leads out of the embeddings folder; write a name without '..'.")
+        raise IdentityEditError(f"The name '{name}' points outside the embeddings folder; write a name without '..'.")
     return path
 
 

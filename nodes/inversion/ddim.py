@@ -12,6 +12,7 @@ from ...pipelines.shared.conditioning import Conditioning
 from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
+    advanced,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -31,8 +32,8 @@ class DDIMInversion(io.ComfyNode):
             category="inversion",
             search_aliases=["invert", "real image editing", "unsampler", "noise inversion"],
             description=(
-                "Follows an image to the noise from which the model samples it again (Song et al. 2021). The first "
-                "step of every edit of a real image."
+                "Inverts an image to the noise from which the model samples it again (Song et al. "
+                "2021). The first step of every edit of a real image."
             ),
             inputs=[
                 io.Model.Input(
@@ -40,47 +41,50 @@ class DDIMInversion(io.ComfyNode):
                 ),
                 io.Conditioning.Input(
                     "source",
-                    tooltip="The prompt that describes the image as it is. An empty prompt often keeps the structure "
-                    "better (Jung et al. 2024, section 5.4).",
+                    tooltip="Prompt that describes the original image. An empty prompt often preserves the "
+                    "structure better (Jung et al. 2024, section 5.4).",
                 ),
-                io.Latent.Input("latent", tooltip="The image, from VAE Encode with the same checkpoint's VAE."),
+                io.Latent.Input("latent", tooltip="Image to invert, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(
                     50,
                     1000,
-                    "Steps of the inversion and of all sampling from it. 50 in Jung et al. 2024 (section 5.1).",
+                    "Number of steps for the inversion and for all sampling from it. 50 in Jung et al. "
+                    "2024 (section 5.1).",
                 ),
                 guidance_scale_input(
                     1.0,
-                    "Classifier-free guidance while inverting. 1 in the reference implementation of null-text "
-                    "inversion; larger values reconstruct worse (Jung et al. 2024, appendix B.1).",
+                    "Classifier-free guidance scale during inversion. 1 in the reference implementation of "
+                    "null-text inversion; higher values reconstruct worse (Jung et al. 2024, appendix B.1).",
                 ),
-                io.Boolean.Input(
-                    "end_at_zero",
-                    default=False,
-                    tooltip="Off: the schedule ends at timestep 0 (sigma 0.029), as in the reference implementation. "
-                    "On: it ends at sigma 0, as KSampler's schedulers do; with 20, 25, 40, 50 or 100 steps it is then "
-                    "KSampler's ddim_uniform.",
+                advanced(
+                    io.Boolean.Input(
+                        "end_at_zero",
+                        default=False,
+                        tooltip="End of the schedule. Off: timestep 0 (sigma 0.029), as in the reference "
+                        "implementation. On: sigma 0, as in KSampler's schedulers; with 20, 25, 40, 50 or 100 steps "
+                        "the schedule is then KSampler's ddim_uniform.",
+                    )
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The negative prompt; needed only for a guidance scale other than 1.",
+                    tooltip="Negative prompt. Needed only for a guidance scale other than 1.",
                 ),
             ],
             outputs=[
                 Inversion.Output(
-                    "inversion", display_name="inversion", tooltip="All latents on the way, with their noise levels."
+                    "inversion", display_name="inversion", tooltip="Latents of all steps, with their sigmas."
                 ),
                 io.Latent.Output(
                     "inverted_latent",
                     display_name="inverted latent",
-                    tooltip="The noisiest latent x_T. Sample from it WITHOUT adding noise: SamplerCustomAdvanced with "
+                    tooltip="Noisiest latent, x_T. Sample from it WITHOUT adding noise: SamplerCustomAdvanced with "
                     "DisableNoise, or KSampler (Advanced) with add_noise off.",
                 ),
                 io.Sigmas.Output(
                     "sigmas",
                     display_name="sigmas",
-                    tooltip="The inversion's schedule, for SamplerCustomAdvanced with the euler or ddim sampler.",
+                    tooltip="Schedule of the inversion, for SamplerCustomAdvanced with the euler or ddim sampler.",
                 ),
             ],
         )
@@ -108,7 +112,7 @@ class DDIMInversion(io.ComfyNode):
             callback=progress(model, steps),
         )
         show_warnings(cls, fewer_steps(steps, result.steps), noise_mask_left_out(latent))
-        # A noise mask of the image stays behind: a sampler would blend with x_T as if it were the image.
+        # Without the image's noise mask: a sampler would blend with x_T as if it were the image.
         return io.NodeOutput(result, {"samples": result.start_latent(model)}, result.sigmas.clone())
 
 

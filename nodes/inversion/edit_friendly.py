@@ -13,6 +13,7 @@ from ...pipelines.shared.conditioning import Conditioning
 from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
+    advanced,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -33,52 +34,55 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
             category="inversion",
             search_aliases=["invert", "DDPM inversion", "real image editing", "LEDITS", "noise maps"],
             description=(
-                "Finds the noise of every sampling step from which the model samples an image exactly "
-                "(Huberman-Spiegelglas et al. 2024). Sample an edit from it with Edit-Friendly DDPM Sampler."
+                "Computes a noise map for every sampling step, from which the model reproduces an "
+                "image exactly (Huberman-Spiegelglas et al. 2024). Sample an edit from it with Edit-Friendly "
+                "DDPM Sampler."
             ),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
                 ),
-                io.Conditioning.Input("source", tooltip="The prompt that describes the image as it is."),
-                io.Latent.Input("latent", tooltip="The image, from VAE Encode with the same checkpoint's VAE."),
+                io.Conditioning.Input("source", tooltip="Prompt that describes the original image."),
+                io.Latent.Input("latent", tooltip="Image to invert, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(
                     edit_friendly.STEPS,
                     999,
-                    "Steps of the inversion and of all sampling from it. 100 in the reference implementation "
-                    "and in Liu et al. 2024.",
+                    "Number of steps for the inversion and for all sampling from it. 100 in the reference "
+                    "implementation and in Liu et al. 2024.",
                 ),
                 guidance_scale_input(
                     edit_friendly.SOURCE_GUIDANCE_SCALE,
-                    "Classifier-free guidance of the source prompt. 3.5 in the reference implementation.",
+                    "Classifier-free guidance scale of the source prompt. 3.5 in the reference implementation.",
                 ),
-                io.Float.Input(
-                    "eta",
-                    default=1.0,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of each step's noise. 1 (DDPM) in Huberman-Spiegelglas et al. 2024; for 0 use DDIM "
-                    "Inversion.",
+                advanced(
+                    io.Float.Input(
+                        "eta",
+                        default=1.0,
+                        min=0.01,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Noise of each step, relative to DDPM. 1 (DDPM) in Huberman-Spiegelglas et al. 2024; "
+                        "for 0, use DDIM Inversion.",
+                    )
                 ),
-                seed_input("Of the noise. Another seed gives another inversion, and so another variant of the edit."),
-                io.Boolean.Input(
-                    "zero_last_noise_map",
-                    default=False,
-                    tooltip="Off: sampling with the source prompt gives the image back exactly. On: the last step "
-                    "has no noise, as in the reference implementation, and ends on what the model itself estimates.",
+                seed_input("Noise seed. Different seeds give different inversions, hence different edits."),
+                advanced(
+                    io.Boolean.Input(
+                        "zero_last_noise_map",
+                        default=False,
+                        tooltip="Noise map of the last step. Off: kept, so that sampling with the source prompt "
+                        "reproduces the image exactly. On: zero, as in the reference implementation, so that sampling "
+                        "ends on the model's own prediction.",
+                    )
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The negative prompt, empty in the reference implementation; not needed for guidance "
-                    "scale 1.",
+                    tooltip="Negative prompt, empty in the reference implementation. Not needed for guidance scale 1.",
                 ),
             ],
             outputs=[
-                Inversion.Output(
-                    "inversion", display_name="inversion", tooltip="All latents on the way, and each step's noise map."
-                ),
+                Inversion.Output("inversion", display_name="inversion", tooltip="Latents and noise maps of all steps."),
             ],
         )
 
@@ -121,12 +125,12 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
             category="inversion",
             search_aliases=["DDPM inversion", "noise maps", "skip", "sampler"],
             description=(
-                "Sampler, sigmas and start latent for SamplerCustomAdvanced, which sample an edit from the noise maps "
-                "of Edit-Friendly DDPM Inversion. Use them with DisableNoise and CFGGuider (guidance scale 15 in the "
-                "reference implementation)."
+                "Samples an edit from the noise maps of Edit-Friendly DDPM Inversion: sampler, sigmas "
+                "and start latent for SamplerCustomAdvanced. Use them with DisableNoise and CFGGuider "
+                "(guidance scale 15 in the reference implementation)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that made the inversion."),
+                io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input("inversion", tooltip="From Edit-Friendly DDPM Inversion."),
                 io.Float.Input(
                     "skip",
@@ -134,19 +138,21 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the first steps that are left out: larger keeps more of the image, smaller "
+                    tooltip="Fraction of the steps skipped at the start: larger keeps more of the image, smaller "
                     "changes more. 0.36, 36 of 100 steps, in the reference implementation.",
                 ),
             ],
             outputs=[
                 io.Sampler.Output(
-                    "sampler", display_name="sampler", tooltip="Takes the noise of every step from the inversion."
+                    "sampler",
+                    display_name="sampler",
+                    tooltip="Sampler that uses the inversion's noise maps as the noise of each step.",
                 ),
-                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Those of the steps that remain."),
+                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Sigmas for the remaining steps."),
                 io.Latent.Output(
                     "start_latent",
                     display_name="start latent",
-                    tooltip="The inversion's latent where the remaining steps begin. Sample from it WITHOUT adding "
+                    tooltip="Latent of the inversion at the first remaining step. Sample from it WITHOUT adding "
                     "noise (DisableNoise).",
                 ),
             ],
@@ -162,8 +168,8 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
         if first < round(skip * inversion.steps):
             show_warnings(
                 cls,
-                f"skip is {skip:g}, which leaves out all {inversion.steps} steps: only the last one is sampled, and "
-                f"the image comes back nearly as it is; choose a smaller one.",
+                f"skip is {skip:g}, so all {inversion.steps} steps but the last are skipped and the image hardly "
+                f"changes; choose a smaller value.",
             )
         return io.NodeOutput(
             comfy.samplers.KSAMPLER(sampler),

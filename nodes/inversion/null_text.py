@@ -1,4 +1,4 @@
-"""The node that finds unconditional embeddings with which guidance stays on an inversion."""
+"""The node of null-text optimization and negative-prompt inversion."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ...pipelines.shared.conditioning import Conditioning, with_embedding
 from ...pipelines.text.step_embeddings import apply_step_embeddings
 from ..sockets import (
     Inversion,
+    advanced,
     checked,
     choice_of,
     guidance_scale_input,
@@ -40,93 +41,102 @@ class NullTextOptimization(io.ComfyNode):
             category="inversion",
             search_aliases=["null-text inversion", "NTI", "negative-prompt inversion", "NPI", "invert"],
             description=(
-                "Makes sampling with guidance stay on the inversion: finds an unconditional embedding for every step "
-                "(Mokady et al. 2023), or takes the source prompt itself for it (Miyake et al. 2023)."
+                "Keeps sampling with guidance on the inversion: optimizes an unconditional embedding "
+                "for every step (Mokady et al. 2023), or uses the source prompt as the unconditional embedding "
+                "(Miyake et al. 2023)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that made the inversion."),
+                io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input("inversion", tooltip="From DDIM Inversion with guidance scale 1."),
-                io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
+                io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
                 io.Conditioning.Input(
-                    "negative", tooltip="The empty prompt, from which the optimization starts (Mokady et al. 2023)."
+                    "negative", tooltip="Empty prompt, from which the optimization starts (Mokady et al. 2023)."
                 ),
                 io.Combo.Input(
                     "method",
                     options=list(_METHODS),
                     default=NULL_TEXT_OPTIMIZATION,
-                    tooltip="Null-text optimization follows the image most closely (Jung et al. 2024, figure 7), "
-                    "update by update as its reference implementation does. The adaptive form aims at the same "
-                    "reconstruction with fewer model calls. Negative-prompt inversion optimizes nothing and "
-                    "reconstructs as well as DDIM without guidance (Miyake et al. 2023).",
+                    tooltip="Inversion method. Null-text optimization reconstructs the image most closely (Jung et "
+                    "al. 2024, figure 7) and follows its reference implementation update by update. The adaptive "
+                    "form aims at the same reconstruction with fewer model calls. Negative-prompt inversion "
+                    "optimizes nothing and reconstructs as well as DDIM without guidance (Miyake et al. 2023).",
                 ),
                 guidance_scale_input(
                     null_text.GUIDANCE_SCALE,
-                    "The guidance scale with which you will sample. 7.5 in Jung et al. 2024 (section 5.1). "
-                    "Not used by negative-prompt inversion.",
+                    "Guidance scale that you will sample with. 7.5 in Jung et al. 2024 (section 5.1). "
+                    "Ignored by negative-prompt inversion.",
                 ),
-                io.Int.Input(
-                    "inner_steps",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    tooltip="Updates for each sampling step at most. 0 is the method's own number: "
-                    f"{null_text.INNER_STEPS} as in Jung et al. 2024 (appendix B.2) and the reference implementation, "
-                    f"{null_text.ADAPTIVE_INNER_STEPS} for the adaptive form.",
+                advanced(
+                    io.Int.Input(
+                        "inner_steps",
+                        default=0,
+                        min=0,
+                        max=1000,
+                        tooltip="Maximum number of optimizer updates per sampling step. 0 uses the method's default: "
+                        f"{null_text.INNER_STEPS} as in Jung et al. 2024 (appendix B.2) and the reference "
+                        f"implementation, {null_text.ADAPTIVE_INNER_STEPS} for the adaptive form.",
+                    )
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=null_text.LEARNING_RATE,
-                    min=0.00001,
-                    max=1.0,
-                    step=0.0001,
-                    round=0.00001,
-                    tooltip="Adam's learning rate at the first step; it falls by a hundredth of it each step. 0.01 in "
-                    "the reference implementation.",
+                advanced(
+                    io.Float.Input(
+                        "learning_rate",
+                        default=null_text.LEARNING_RATE,
+                        min=0.00001,
+                        max=1.0,
+                        step=0.0001,
+                        round=0.00001,
+                        tooltip="Adam's learning rate at the first step; it decays by 1% of its initial value per "
+                        "step. 0.01 in the reference implementation.",
+                    )
                 ),
-                io.Float.Input(
-                    "early_stop",
-                    default=null_text.EARLY_STOP,
-                    min=0.0,
-                    max=1.0,
-                    step=0.00001,
-                    round=0.0000001,
-                    tooltip="A sampling step is done when its loss is below this (plus 0.00002 for each step before "
-                    "it). 0.00001 in the reference implementation.",
+                advanced(
+                    io.Float.Input(
+                        "early_stop",
+                        default=null_text.EARLY_STOP,
+                        min=0.0,
+                        max=1.0,
+                        step=0.00001,
+                        round=0.0000001,
+                        tooltip="Loss below which a sampling step stops early (plus 0.00002 for each step before it). "
+                        "0.00001 in the reference implementation.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    tooltip="On needs a fraction of the memory and about a third more time, for the same result. "
-                    "Switch it on when memory runs out.",
+                advanced(
+                    io.Boolean.Input(
+                        "checkpointing",
+                        default=False,
+                        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
+                        "third longer, with the same result. Turn it on when you run out of memory.",
+                    )
                 ),
             ],
             outputs=[
                 io.Model.Output(
                     "model_with_embeddings",
                     display_name="model",
-                    tooltip="The model with the embedding of each step on its negative side, for any stock sampler.",
+                    tooltip="Model with the per-step embeddings as its negative conditioning, for any stock sampler.",
                 ),
                 io.Conditioning.Output(
                     "null_text",
                     display_name="negative",
-                    tooltip="Connect it as negative beside that model.",
+                    tooltip="Connect to `negative` of the sampler that uses the output model.",
                 ),
                 Inversion.Output(
                     "optimized_inversion",
                     display_name="inversion",
-                    tooltip="The inversion with its table of embeddings, for Timestep-Aware Text Injection Sampler and "
-                    "Save Inversion.",
+                    tooltip="The inversion with the per-step embeddings, for Timestep-Aware Text Injection Sampler "
+                    "and Save Inversion.",
                 ),
                 io.Latent.Output(
                     "reconstruction",
                     display_name="reconstruction",
-                    tooltip="The image sampled back with the source prompt. Decode it and look: what is lost here is "
-                    "lost in every edit.",
+                    tooltip="Image reconstructed with the source prompt. Decode it and check it: details lost here "
+                    "are lost in every edit.",
                 ),
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="Model calls, losses, and where it did not converge.",
+                    tooltip="Model calls, losses, and steps that failed to converge.",
                 ),
             ],
         )
@@ -150,10 +160,12 @@ class NullTextOptimization(io.ComfyNode):
         if form is None:
             table = null_text.negative_prompt_inversion(inversion, source)
             null_conditioning = with_embedding(negative, table.embeddings[0], table.pooled_row(0))
-            # Both sides of the guidance are the source prompt: any guidance scale gives what scale 1 gives.
+            # Positive and negative are both the source prompt: every guidance scale gives the result of scale 1.
             steps = inversion.steps
             latent = sample_inversion(model, inversion, source, callback=progress(model, steps))
-            text = show_text(cls, f"Negative-prompt inversion: no optimization, {steps} evaluations to reconstruct.")
+            text = show_text(
+                cls, f"Negative-prompt inversion: no optimization, {steps} model calls for the reconstruction."
+            )
         else:
             updates = inner_steps or null_text.DEFAULT_INNER_STEPS[form]
             found = null_text.null_text_optimization(

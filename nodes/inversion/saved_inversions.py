@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ...pipelines.inversion import inversion as inversions
 from ...pipelines.text.step_embeddings import apply_step_embeddings
 from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
-from ..sockets import Inversion, checked, latent_samples, schema, show_text, steps_input
+from ..sockets import Inversion, advanced, checked, latent_samples, schema, show_text, steps_input
 
 FILE_FOLDER = "inversions"
 
@@ -22,8 +22,8 @@ class SaveInversion(io.ComfyNode):
             display_name="Save Inversion",
             category="inversion",
             search_aliases=["store inversion", "export inversion"],
-            description="Keeps an inversion, with its null-text embeddings, in a .safetensors file in the output "
-            "folder.",
+            description="Saves an inversion, with its null-text embeddings, as a .safetensors file in the "
+            "output folder.",
             is_output_node=True,
             inputs=[
                 Inversion.Input(
@@ -32,12 +32,12 @@ class SaveInversion(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FILE_FOLDER}/inversion",
-                    tooltip=f"Folder and beginning of the file name, below the output folder. Load Inversion lists "
-                    f"what is in '{FILE_FOLDER}'.",
+                    tooltip="Folder and start of the file name, below the output folder. Load Inversion lists the "
+                    f"files in '{FILE_FOLDER}'.",
                 ),
             ],
             outputs=[
-                io.String.Output("file", display_name="file", tooltip="Where the inversion was saved."),
+                io.String.Output("file", display_name="file", tooltip="Path of the saved inversion."),
             ],
         )
 
@@ -57,36 +57,39 @@ class LoadInversion(io.ComfyNode):
             display_name="Load Inversion",
             category="inversion",
             search_aliases=["open inversion", "import inversion"],
-            description="Reads a saved inversion and refuses it when another model made it, so that one inversion can "
-            "serve many edits.",
+            description="Loads a saved inversion, so that one inversion serves many edits. Refuses an "
+            "inversion of another model.",
             inputs=[
-                io.Model.Input("model", tooltip="The model that made the inversion; another one is refused."),
+                io.Model.Input("model", tooltip="The model used for the inversion; any other model is refused."),
                 file_input("Save Inversion", FILE_FOLDER),
-                steps_input(
-                    0,
-                    1000,
-                    least=0,
-                    tooltip="Refuse an inversion with another number of steps; 0 accepts every number.",
+                advanced(
+                    steps_input(
+                        0,
+                        1000,
+                        least=0,
+                        tooltip="Required number of steps: an inversion with another number is refused. 0 accepts any "
+                        "number.",
+                    )
                 ),
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="Refuse an inversion of another size or batch than this latent's.",
+                    tooltip="Latent of the required size and batch: an inversion that differs is refused.",
                 ),
             ],
             outputs=[
-                Inversion.Output("inversion", display_name="inversion", tooltip="As it was saved."),
+                Inversion.Output("inversion", display_name="inversion", tooltip="The loaded inversion."),
                 io.Latent.Output(
                     "inverted_latent",
                     display_name="inverted latent",
-                    tooltip="The noisiest latent x_T. Sample from it without adding noise.",
+                    tooltip="Noisiest latent, x_T. Sample from it WITHOUT adding noise.",
                 ),
-                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="The inversion's schedule."),
+                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Schedule of the inversion."),
                 io.Model.Output(
                     "model_with_embeddings",
                     display_name="model",
-                    tooltip="The model, with the embeddings of Null-Text Optimization on its negative side where the "
-                    "file has them.",
+                    tooltip="The model, with the null-text embeddings as its negative conditioning if the file has "
+                    "them.",
                 ),
             ],
         )

@@ -1,4 +1,4 @@
-"""Nodes that find the subject in the model's own attention, and blend an edit with its image by what they find."""
+"""Nodes that locate the subject by the model's attention, and blend an edit with its source image by the masks."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_OF_A_CELL, as_color
 from ...pipelines.shared.masks import masks_for
 from ..idle import first_said, joined, same_prompt, takes_no_part
-from ..sockets import Inversion, at_image_size, checked, choice_of, mask_input, progress, schema, show_text
+from ..sockets import Inversion, advanced, at_image_size, checked, choice_of, mask_input, progress, schema, show_text
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
-"""`attention.capture.IdentityAttention`: what the last run of a model attended to as the identity."""
+"""`attention.capture.IdentityAttention`: attention to the identity recorded in a model's last run."""
 
 CROSS_ATTENTION, REFINED, MASK = "cross-attention (eq. 1)", "refined by self-attention (eq. 2)", "mask"
 _GIVEN_MASKS = {
@@ -35,14 +35,16 @@ def _identity_inputs() -> list[io.Input]:
         io.String.Input(
             "identity_prompt",
             default="",
-            tooltip="What the subject is: its class word, such as cat, with the rare token of a trained identity prior "
-            "before it, such as sks cat (Liu et al. 2024, section 2.2).",
+            tooltip="Prompt of the subject: its class word, such as cat, preceded by the rare token of a "
+            "trained identity prior, such as sks cat (Liu et al. 2024, section 2.2).",
         ),
-        io.String.Input(
-            "identity_words",
-            default="",
-            tooltip="Which words of the identity prompt count, separated by spaces or commas. Empty: all of them. The "
-            "tokens of begin, end and padding never count.",
+        advanced(
+            io.String.Input(
+                "identity_words",
+                default="",
+                tooltip="Words of the identity prompt whose attention is used, separated by spaces or commas. "
+                "Empty: all words. Start, end and padding tokens are never used.",
+            )
         ),
     ]
 
@@ -52,9 +54,10 @@ def _layers_input() -> io.Input:
         "layers",
         options=list(LAYER_CHOICES),
         default=AUTOMATIC,
-        tooltip="Which attention layers are read, by how many times smaller than the latent their grid is. Automatic: "
-        "2 and 4 (32x32 and 16x16 of SD1.5 at 512x512, 64x64 and 32x32 of SDXL at 1024x1024), or the finest two of a "
-        "latent below 32x32. The paper does not say which; other layers outline the subject less well.",
+        tooltip="Attention layers that are read, by the downsampling of their grid relative to the "
+        "latent. Automatic: 2 and 4 (32x32 and 16x16 of SD1.5 at 512x512, 64x64 and 32x32 of SDXL at "
+        "1024x1024), or the finest two for a latent below 32x32. Not specified in the paper; other "
+        "layers outline the subject less well.",
     )
 
 
@@ -65,9 +68,9 @@ def _threshold_input() -> io.Input:
         min=0.0,
         max=1.0,
         step=0.01,
-        tooltip="Share of the normalized attention above which a place belongs to the subject. Lower makes the "
-        "masks larger. The paper gives none; 0.4 overlapped well with the true masks of the demo world "
-        "(benchmarks/results/lipe_edit.md).",
+        tooltip="Fraction of the normalized attention above which a pixel belongs to the subject. "
+        "Lower gives larger masks. Not given in the paper; 0.4 overlapped well with the true masks of "
+        "the demo world (benchmarks/results/lipe_edit.md).",
     )
 
 
@@ -77,9 +80,10 @@ def _power_input() -> io.Input:
         default=masks.SELF_ATTENTION_POWER,
         min=0,
         max=16,
-        tooltip="Lambda of Liu et al. 2024, eq. 2: how often the map is spread along the self-attention. 0 "
-        "uses the cross-attention alone. The paper gives none; 1 overlapped best with the true masks of the demo world "
-        "(benchmarks/results/lipe_edit.md), similar work uses up to 4.",
+        tooltip="Lambda in Liu et al. 2024, eq. 2: how many times the map is propagated along the "
+        "self-attention. 0 uses the cross-attention alone. Not given in the paper; 1 overlapped best "
+        "with the true masks of the demo world (benchmarks/results/lipe_edit.md), similar work uses up "
+        "to 4.",
     )
 
 
@@ -92,8 +96,8 @@ class IdentityAttentionNode(io.ComfyNode):
             category="masks",
             search_aliases=["attention map", "cross-attention", "DAAM", "attention capture"],
             description=(
-                "Records where a model sees the subject while any sampler runs it, without changing the image by a "
-                "bit (Liu et al. 2024, figure 4). Look at it with Attention Heatmap."
+                "Records the model's attention to the subject while any sampler runs it; the image "
+                "stays bit-identical (Liu et al. 2024, figure 4). View it with Attention Heatmap."
             ),
             inputs=[
                 io.Model.Input(
@@ -101,16 +105,16 @@ class IdentityAttentionNode(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 *_identity_inputs(),
-                _layers_input(),
+                advanced(_layers_input()),
             ],
             outputs=[
                 io.Model.Output(
-                    "recording_model", display_name="model", tooltip="Sample with this model, by any sampler."
+                    "recording_model", display_name="model", tooltip="Model to sample with, using any sampler."
                 ),
                 IdentityAttentionSocket.Output(
                     "identity_attention",
                     display_name="identity attention",
-                    tooltip="What the last run of that model attended to, for Attention Heatmap.",
+                    tooltip="Recorded attention of that model's last run, for Attention Heatmap.",
                 ),
             ],
         )
@@ -132,21 +136,21 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             category="masks",
             search_aliases=["NIMA", "LIPE", "non-rigid editing", "edit sampler", "local blend"],
             description=(
-                "Samples the edit of an inverted image and keeps everything outside of the subject, whose place it "
-                "finds in the model's own attention (Liu et al. 2024, algorithm 1)."
+                "Samples the edit of an inverted image and keeps everything outside the subject, which "
+                "it locates by the model's attention (Liu et al. 2024, algorithm 1)."
             ),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="The model that made the inversion, with its identity prior where it has one."
+                    "model", tooltip="The model used for the inversion, with its identity prior if it has one."
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint, for the identity prompt."),
                 Inversion.Input(
                     "inversion",
-                    tooltip="From Edit-Friendly DDPM Inversion, the paper's, or from DDIM Inversion, best with "
+                    tooltip="From Edit-Friendly DDPM Inversion, as in the paper, or from DDIM Inversion, best with "
                     "Null-Text Optimization.",
                 ),
-                io.Conditioning.Input("source", tooltip="The source prompt, the same as for the inversion."),
-                io.Conditioning.Input("target", tooltip="The prompt that describes the edited image."),
+                io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
+                io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
                 *_identity_inputs(),
                 io.Float.Input(
                     "guidance_scale",
@@ -154,88 +158,96 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     min=0.0,
                     max=30.0,
                     step=0.1,
-                    tooltip="Of the target prompt. 0 is the inversion's own: "
+                    tooltip="Guidance scale of the target prompt. 0 uses the inversion's default: "
                     f"{scales[identity_mask_blend.EDIT_FRIENDLY_DDPM]:g} for edit-friendly DDPM as in its reference "
-                    "implementation, what null-text embeddings were optimized for, else "
+                    "implementation, the scale that null-text embeddings were optimized for, else "
                     f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023).",
                 ),
                 _threshold_input(),
-                _power_input(),
-                _layers_input(),
+                advanced(_power_input()),
+                advanced(_layers_input()),
                 io.Float.Input(
                     "skip",
                     default=0.0,
                     min=0.0,
                     max=0.99,
                     step=0.01,
-                    tooltip="Share of the first steps that are left out; more keeps more of the image. 0 in Liu et "
-                    "al. 2024, algorithm 1; 0.36 in the reference implementation of edit-friendly DDPM inversion.",
+                    tooltip="Fraction of the steps skipped at the start; larger keeps more of the image. 0 in Liu "
+                    "et al. 2024, algorithm 1; 0.36 in the reference implementation of edit-friendly DDPM "
+                    "inversion.",
                 ),
-                io.Float.Input(
-                    "blend_until",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the steps, from the first, in which the background is put back. 1 in Liu et al. "
-                    "2024, algorithm 1; a little less smooths the border of the subject.",
+                advanced(
+                    io.Float.Input(
+                        "blend_until",
+                        default=1.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Fraction of the steps, from the first, in which the background is restored. 1 in Liu "
+                        "et al. 2024, algorithm 1; slightly less smooths the border of the subject.",
+                    )
                 ),
-                io.Float.Input(
-                    "feathering",
-                    default=0.0,
-                    min=0.0,
-                    max=32.0,
-                    step=0.1,
-                    tooltip="How softly the masks end, in cells of the latent (8 pixels each). 0 in Liu et al. 2024.",
+                advanced(
+                    io.Float.Input(
+                        "feathering",
+                        default=0.0,
+                        min=0.0,
+                        max=32.0,
+                        step=0.1,
+                        tooltip="Softness of the mask edges, in latent pixels (8 image pixels each). 0 in Liu et al. "
+                        "2024.",
+                    )
                 ),
-                io.Combo.Input(
-                    "given_masks",
-                    options=list(_GIVEN_MASKS),
-                    default=next(iter(_GIVEN_MASKS)),
-                    tooltip="What becomes of masks that are connected. Instead: the found one is not looked for. Only "
-                    "the masks that are connected are concerned.",
+                advanced(
+                    io.Combo.Input(
+                        "given_masks",
+                        options=list(_GIVEN_MASKS),
+                        default=next(iter(_GIVEN_MASKS)),
+                        tooltip="How connected masks are used. Instead: the attention mask is skipped entirely. "
+                        "United: both masks are combined. A mask that is not connected is unaffected.",
+                    )
                 ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
-                    tooltip="The negative prompt. Not needed with an inversion from Null-Text Optimization, which "
-                    "carries its own, nor with guidance scale 1.",
+                    tooltip="Negative prompt. Not needed with an inversion from Null-Text Optimization, which has "
+                    "its own, or with guidance scale 1.",
                 ),
                 mask_input(
                     "source_mask",
-                    "Mask of the subject in the image, if you know it.",
+                    "Mask of the subject in the source image, if known.",
                     optional=True,
                 ),
                 mask_input(
                     "target_mask",
-                    "Mask of where the subject may be in the edited image.",
+                    "Mask of the area where the subject may be in the edited image.",
                     optional=True,
                 ),
             ],
             outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="The edited image; decode it with the VAE."),
+                io.Latent.Output("edited", display_name="edited", tooltip="Edited image; decode it with the VAE."),
                 io.Mask.Output(
                     "found_source_mask",
                     display_name="source mask",
-                    tooltip="The subject in the image, as it was used in all steps.",
+                    tooltip="Mask of the subject in the source image, as used in all steps.",
                 ),
                 io.Mask.Output(
                     "found_target_mask",
                     display_name="target mask",
-                    tooltip="The subject in the edited image, as it was after the last step.",
+                    tooltip="Mask of the subject in the edited image, after the last step.",
                 ),
                 IdentityAttentionSocket.Output(
                     "source_attention",
                     display_name="source attention",
-                    tooltip="What the source mask was made of, for Attention Heatmap.",
+                    tooltip="Attention behind the source mask, for Attention Heatmap.",
                 ),
                 IdentityAttentionSocket.Output(
                     "target_attention",
                     display_name="target attention",
-                    tooltip="What the target mask was made of, for Attention Heatmap.",
+                    tooltip="Attention behind the target mask, for Attention Heatmap.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Model calls, sizes of the masks, and a warning."
+                    "report", display_name="report", tooltip="Model calls, sizes of the masks, and warnings."
                 ),
             ],
         )
@@ -307,13 +319,12 @@ def _idle(source: Conditioning, target: Conditioning, skip: float, blend_until: 
     return first_said(
         (
             same_prompt(source, target),
-            "The source prompt and the target prompt are the same, so that nothing is edited; write another target "
-            "prompt.",
+            "The source prompt and the target prompt are the same, so nothing is edited; change the target prompt.",
         ),
         (
             takes_no_part(blend_until, left),
-            f"blend_until is {blend_until:g}, so that none of the {left} steps is blended and nothing outside of the "
-            f"subject is kept; choose a larger one.",
+            f"blend_until is {blend_until:g}, so none of the {left} steps is blended and nothing outside the subject "
+            f"is kept; choose a larger value.",
         ),
     )
 
@@ -327,21 +338,21 @@ class AttentionHeatmap(io.ComfyNode):
             category="masks",
             search_aliases=["attention map", "visualize attention", "mask preview", "mask overlay"],
             description=(
-                "Lays attention maps and masks over an image, to see what the model takes for the subject and to "
-                "choose the threshold and the self-attention power."
+                "Overlays attention maps and masks on an image, to see what the model takes for the "
+                "subject and to choose the threshold and the self-attention power."
             ),
             inputs=[
                 io.Image.Input(
                     "image",
-                    tooltip="The image to draw on. For what a sampler recorded, the decoded result of that sampler: "
-                    "so the node runs after it.",
+                    tooltip="Image to draw on. For attention that a sampler recorded, use the decoded result of "
+                    "that sampler, so that this node runs after it.",
                 ),
                 io.Combo.Input(
                     "show",
                     options=[CROSS_ATTENTION, REFINED, MASK],
                     default=REFINED,
-                    tooltip="The map before or after eq. 2 of Liu et al. 2024, from black (least) to yellow "
-                    "(most), or the outline of the mask that is cut out of it.",
+                    tooltip="Map to show: before or after eq. 2 of Liu et al. 2024, from black (least) to yellow "
+                    "(most), or the outline of the mask that results from it.",
                 ),
                 _threshold_input(),
                 _power_input(),
@@ -351,7 +362,7 @@ class AttentionHeatmap(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How much of the image the map hides; 0.6 leaves shapes visible.",
+                    tooltip="Opacity of the map; 0.6 leaves shapes visible.",
                 ),
                 IdentityAttentionSocket.Input(
                     "identity_attention",
@@ -360,14 +371,16 @@ class AttentionHeatmap(io.ComfyNode):
                 ),
                 mask_input(
                     "mask",
-                    "Mask whose outline is drawn on top, to compare it with the map.",
+                    "Mask whose outline is drawn on top, for comparison with the map.",
                     optional=True,
                 ),
             ],
             outputs=[
-                io.Image.Output("overlay", display_name="image", tooltip="The image with the map or outline on it."),
+                io.Image.Output("overlay", display_name="image", tooltip="Image with the map or outline."),
                 io.Mask.Output(
-                    "map", display_name="map", tooltip="What is shown, as a MASK of the image's size from 0 to 1."
+                    "map",
+                    display_name="map",
+                    tooltip="Displayed map or mask, as a MASK of the image's size from 0 to 1.",
                 ),
             ],
         )

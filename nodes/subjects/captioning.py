@@ -1,4 +1,4 @@
-"""The node that gives a subject's images captions."""
+"""The node that captions the images of a subject."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.subjects import captioning
 from ...pipelines.subjects import images as subjects
-from ..sockets import SubjectImages, checked, schema, seed_input, show_text
+from ..sockets import SubjectImages, advanced, checked, schema, seed_input, show_text
 from .inputs import check_model, list_models, model_path, progress_bar
 
 NO_MODEL = "no model"
@@ -23,85 +23,94 @@ class CaptionImages(io.ComfyNode):
             category="subject",
             search_aliases=["caption", "llava", "image to text", "vlm", "tagger", "describe image"],
             description=(
-                "Gives the images of a subject captions that describe action, view and attire (Liu et al. 2024, "
-                "section 2.1), written by an image-to-text model on this machine or by you."
+                "Captions a subject's images with action, view and attire (Liu et al. 2024, section "
+                "2.1), using a local image-to-text model or your own text."
             ),
             is_output_node=True,
             inputs=[
                 SubjectImages.Input(
-                    "subject", tooltip="From Load Subject Images with captions set to none yet, or with captions."
+                    "subject",
+                    tooltip="Images from Load Subject Images, with captions or with captions set to none yet.",
                 ),
                 io.Combo.Input(
                     "model",
                     options=[NO_MODEL, *list_models()],
                     default=NO_MODEL,
-                    tooltip="A folder in models/LLM with an image-text-to-text model of transformers, such as LLaVA "
-                    "(Liu et al. 2024). Nothing is downloaded. No model: captions come from files and from the lines "
-                    "below.",
+                    tooltip="Folder in models/LLM with an image-text-to-text model for transformers, such as LLaVA "
+                    "(Liu et al. 2024). Nothing is downloaded. No model: captions come from the caption files and "
+                    "the lines below.",
                 ),
-                io.String.Input(
-                    "instruction",
-                    default=captioning.INSTRUCTION,
-                    multiline=True,
-                    tooltip="What the model is asked; Liu et al. 2024, table 3.",
+                advanced(
+                    io.String.Input(
+                        "instruction",
+                        default=captioning.INSTRUCTION,
+                        multiline=True,
+                        tooltip="Prompt for the model; Liu et al. 2024, table 3.",
+                    )
                 ),
                 io.String.Input(
                     "captions",
                     default="",
                     multiline=True,
-                    tooltip="Captions of your own, one line for each image in order, the test image's last; they "
-                    "come before the model's and the file's. An empty line leaves an image as it is.",
+                    tooltip="Your own captions, one line per image in order, the test image's last. They take "
+                    "precedence over the model and the caption files; an empty line leaves that image to them.",
                 ),
                 io.Boolean.Input(
                     "keep_existing",
                     default=True,
-                    tooltip="On: the model writes only captions that are missing. Off: it writes all of them anew.",
+                    tooltip="On: the model captions only images without a caption. Off: it rewrites all captions.",
                 ),
                 io.Combo.Input(
                     "save",
                     options=list(SAVE_CHOICES),
                     default=DO_NOT_SAVE,
-                    tooltip="Write the captions into text files beside the images, where you can edit them. Existing "
+                    tooltip="Save captions as text files next to the images, where you can edit them. Existing "
                     "files are replaced only with overwrite.",
                 ),
-                io.Int.Input(
-                    "max_new_tokens",
-                    default=captioning.MAX_NEW_TOKENS,
-                    min=1,
-                    max=4096,
-                    tooltip="Greatest length of a caption. 160 tokens hold the 70 words that the instruction asks for.",
+                advanced(
+                    io.Int.Input(
+                        "max_new_tokens",
+                        default=captioning.MAX_NEW_TOKENS,
+                        min=1,
+                        max=4096,
+                        tooltip="Maximum length of a caption, in tokens. 160 tokens fit the 70 words that the "
+                        "instruction asks for.",
+                    )
                 ),
-                io.Float.Input(
-                    "temperature",
-                    default=0.0,
-                    min=0.0,
-                    max=5.0,
-                    step=0.05,
-                    tooltip="0: always the likeliest word. Above 0 the words are drawn, with the seed.",
+                advanced(
+                    io.Float.Input(
+                        "temperature",
+                        default=0.0,
+                        min=0.0,
+                        max=5.0,
+                        step=0.05,
+                        tooltip="Sampling temperature of the model. 0: always the most likely token. Above 0: tokens "
+                        "are sampled, with the seed.",
+                    )
                 ),
-                seed_input("For a temperature above 0."),
+                advanced(seed_input("Sampling seed, used for a temperature above 0.")),
             ],
             outputs=[
                 SubjectImages.Output(
                     "captioned",
                     display_name="subject",
-                    tooltip="The images with their captions, for the training.",
+                    tooltip="Images with their captions, for training.",
                 ),
                 io.String.Output(
                     "caption_list",
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="The captions, a list in the images' order.",
+                    tooltip="Captions as a list, in the order of the images.",
                 ),
                 io.String.Output(
                     "test_caption",
                     display_name="test caption",
-                    tooltip="The test image's caption: the source prompt of an edit. Empty where there is none.",
+                    tooltip="Caption of the test image: the source prompt of an edit. Empty if there is none.",
                 ),
                 io.String.Output(
                     "caption_text",
                     display_name="caption text",
-                    tooltip="All captions, one a line, to copy into the captions field and edit.",
+                    tooltip="All captions, one per line, to copy into `captions` and edit.",
                 ),
             ],
         )
@@ -140,10 +149,12 @@ class CaptionImages(io.ComfyNode):
         if save != DO_NOT_SAVE:
             try:
                 written = subjects.save_captions(captioned, overwrite=save == OVERWRITE)
-            except IdentityEditError as error:  # the captions are not lost: they are on the node and in its outputs
+            except IdentityEditError as error:  # the captions are still shown and output
                 notes.append(str(error))
             else:
-                notes.append(f"Saved: {', '.join(written)}." if written else "No caption file needed to be written.")
+                notes.append(
+                    f"Saved: {', '.join(written)}." if written else "All caption files exist; none was written."
+                )
         lines = [*captioned.captions, *([captioned.test_caption] if captioned.test_image is not None else [])]
         text = "\n".join(lines)
         shown = show_text(cls, "\n".join([text, *notes]))

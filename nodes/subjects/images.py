@@ -17,16 +17,16 @@ from ..sockets import SubjectImages, checked, mask_input, schema, show_text
 from .inputs import class_word_input
 
 REGULARIZATION_FOLDER = "regularization"
-"""Below the output folder: where the shipped workflow saves a regularization set with its prompts."""
+"""Folder below the output folder, where the shipped workflow saves a regularization set with its prompts."""
 
 
 def _token_input() -> io.String.Input:
     return io.String.Input(
         "token",
         default="sks",
-        tooltip="The rare token that comes to stand for the subject's identity, V* in Liu et al. 2024; prompts then "
-        "say 'sks dog'. 'sks' is one token of CLIP with hardly a meaning. Empty for a regularization set, whose "
-        "images show the class and not the subject.",
+        tooltip="Rare token that stands for the subject's identity, V* in Liu et al. 2024, as in 'sks "
+        "dog'. 'sks' is a single CLIP token with almost no meaning of its own. Leave it empty for a "
+        "regularization set, whose images show the class and not the subject.",
     )
 
 
@@ -34,7 +34,8 @@ def _add_token_input() -> io.Boolean.Input:
     return io.Boolean.Input(
         "add_token",
         default=False,
-        tooltip="On: captions that lack the token get it before the class word. Off: they are refused.",
+        tooltip="On: the token is inserted before the class word in captions that lack it. Off: such "
+        "captions are refused.",
     )
 
 
@@ -47,29 +48,29 @@ class LoadSubjectImages(io.ComfyNode):
             category="subject",
             search_aliases=["dataset", "dreambooth", "reference images", "training images", "load images from folder"],
             description=(
-                "Reads a few images of one subject, with their captions and masks, from a folder below the input "
-                "folder, and says what is wrong with them: what Train Identity Prior learns from."
+                "Loads a few images of one subject, with captions and masks, from a folder below the "
+                "input folder, and reports problems with them. Train Identity Prior learns from these images."
             ),
             inputs=[
                 io.Combo.Input(
                     "folder",
                     options=_folders(),
-                    tooltip="A folder below ComfyUI's input folder with 3 to 5 images (Liu et al. 2024, section 2), "
-                    f"or one below the output folder's '{REGULARIZATION_FOLDER}'. Press R to list new ones.",
+                    tooltip="Folder below ComfyUI's input folder with 3 to 5 images (Liu et al. 2024, section 2), "
+                    f"or below the output folder's '{REGULARIZATION_FOLDER}'. Press R to refresh the list.",
                 ),
                 class_word_input(
-                    "What the subject is, such as 'dog'; every caption must say it. Left empty, it is read from "
-                    "class_word.txt in the folder."
+                    "Class of the subject, such as 'dog'; every caption must contain it. Leave it empty to "
+                    "read it from class_word.txt in the folder."
                 ),
                 _token_input(),
                 io.Combo.Input(
                     "captions",
                     options=list(subjects.CAPTION_SOURCES),
                     default=subjects.CAPTION_FILES,
-                    tooltip="Caption files: each image needs one, 1.txt beside 1.jpg. Class word only: every caption "
-                    "is 'a photo of sks dog', as in DreamBooth (Ruiz et al. 2023); edits of pose and expression then "
-                    "work less well (Liu et al. 2024, figure 7). None yet: images may lack theirs until Caption "
-                    "Images.",
+                    tooltip="Source of the captions. Caption files: each image needs one, 1.txt for 1.jpg. Class "
+                    "word only: every caption is 'a photo of sks dog', as in DreamBooth (Ruiz et al. 2023); edits "
+                    "of pose and expression then work less well (Liu et al. 2024, figure 7). None yet: captions "
+                    "may be missing until Caption Images adds them.",
                 ),
                 _add_token_input(),
                 io.Int.Input(
@@ -78,38 +79,38 @@ class LoadSubjectImages(io.ComfyNode):
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Images are cut to a centerd square and scaled to this side in pixels: 512 for SD 1.5, "
-                    "1024 for SDXL, 128 for the demo checkpoint. 0 keeps every image as it is.",
+                    tooltip="Side length in pixels; images are center-cropped to a square and resized to it: 512 "
+                    "for SD 1.5, 1024 for SDXL, 128 for the demo checkpoint. 0 keeps every image as it is.",
                 ),
             ],
             outputs=[
                 SubjectImages.Output(
-                    "subject", display_name="subject", tooltip="The images with captions and masks, for the training."
+                    "subject", display_name="subject", tooltip="Images with captions and masks, for training."
                 ),
                 io.Image.Output(
                     "images",
                     display_name="images",
-                    tooltip="The images as one batch, all of the first one's size.",
+                    tooltip="All images as one batch, at the size of the first.",
                 ),
                 io.String.Output(
                     "caption_list",
                     display_name="captions",
                     is_output_list=True,
-                    tooltip="The captions, a list in the images' order.",
+                    tooltip="Captions as a list, in the order of the images.",
                 ),
                 io.Image.Output(
                     "test_image",
                     display_name="test image",
-                    tooltip="The image to edit, from the folder's test folder. Without one, what is connected here "
-                    "does not run.",
+                    tooltip="Image to edit, from the folder's test folder. Without one, nodes connected to this "
+                    "output do not run.",
                 ),
                 io.String.Output(
                     "test_caption",
                     display_name="test caption",
-                    tooltip="The test image's caption: the source prompt of an edit. Empty without a caption file.",
+                    tooltip="Caption of the test image: the source prompt of an edit. Empty without a caption file.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="What was read, and what was ignored in the folder."
+                    "report", display_name="report", tooltip="Loaded images, and ignored files in the folder."
                 ),
             ],
         )
@@ -118,8 +119,8 @@ class LoadSubjectImages(io.ComfyNode):
     def validate_inputs(cls, folder: str) -> bool | str:
         if folder not in _folders():
             return for_console(
-                f"folder '{folder}' is not below ComfyUI's input folder; make it there, put 3 to 5 images with their "
-                f"captions into it, and press R."
+                f"folder '{folder}' is not below ComfyUI's input folder; create it there, add 3 to 5 images with "
+                f"captions, and press R."
             )
         return True
 
@@ -159,34 +160,35 @@ class SubjectFromImages(io.ComfyNode):
             category="subject",
             search_aliases=["dataset", "dreambooth", "reference images", "training images", "image batch"],
             description=(
-                "Makes the images of one subject from images that are in the graph already: the same as Load Subject "
-                "Images, without a folder."
+                "Builds a subject from images in the graph: the same as Load Subject Images, without a folder."
             ),
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="The images, as a batch or a list; 3 to 5 in Liu et al. 2024."),
+                io.Image.Input(
+                    "images", tooltip="Images of the subject, as a batch or a list; 3 to 5 in Liu et al. 2024."
+                ),
                 io.String.Input(
                     "captions",
                     default="",
                     multiline=True,
-                    tooltip="One line for each image, or one line for all, or a list of captions. Leave it empty "
-                    "when Caption Images follows.",
+                    tooltip="Captions: one line per image, one line for all, or a list. Leave it empty if Caption "
+                    "Images follows.",
                 ),
-                class_word_input("What the subject is, such as 'dog'; every caption must say it."),
+                class_word_input("Class of the subject, such as 'dog'; every caption must contain it."),
                 _token_input(),
                 _add_token_input(),
                 mask_input(
                     "masks",
-                    "Masks of the subject, 1 on it: one for each image or one for all, of any size. For a training "
-                    "with a masked loss. An RGBA image without one has its opaque part as its mask.",
+                    "Masks of the subject (1 on the subject), one per image or one for all, of any size, "
+                    "for training with a masked loss. An RGBA image without a mask uses its opaque part.",
                     optional=True,
                 ),
             ],
             outputs=[
                 SubjectImages.Output(
-                    "subject", display_name="subject", tooltip="The images with captions and masks, for the training."
+                    "subject", display_name="subject", tooltip="Images with captions and masks, for training."
                 ),
-                io.String.Output("report", display_name="report", tooltip="The images' sizes, captions and masks."),
+                io.String.Output("report", display_name="report", tooltip="Sizes, captions and masks of the images."),
             ],
         )
 
@@ -209,7 +211,7 @@ class SubjectFromImages(io.ComfyNode):
 
 
 def _folders() -> list[str]:
-    """The folders that may hold a subject or a regularization set."""
+    """Folders that may contain a subject or a regularization set."""
     rendered = os.path.join(folder_paths.get_output_directory(), REGULARIZATION_FOLDER)
     listed = folders_below(folder_paths.get_input_directory())
     listed += [f"{REGULARIZATION_FOLDER}/{name}{IN_OUTPUT_FOLDER}" for name in _subfolders(rendered)]
@@ -235,7 +237,7 @@ def _test_image(subject: subjects.SubjectImages, folder: str) -> Any:
 
 
 def _report(subject: subjects.SubjectImages) -> str:
-    """A line for each image."""
+    """Report with one line per image."""
     lines = [f"{len(subject.images)} images of '{subject.identity_prompt}'."]
     for name, image, mask, caption in zip(subject.names, subject.images, subject.masks, subject.captions, strict=True):
         masked = "" if mask is None else ", mask"

@@ -1,4 +1,4 @@
-"""What the nodes of subjects share: the input `class_word`, local language models and a progress bar."""
+"""Shared parts of the subject nodes: the input `class_word`, local language models and a progress bar."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node that gives prompts for a subject's class, to render a regularization set from."""
+"""The node of prompts for a subject's class, from which a regularization set is rendered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...pipelines.subjects import regularization_prompts as prompts
-from ..sockets import SEED_MAXIMUM, checked, schema, seed_input, show_text
+from ..sockets import SEED_MAXIMUM, advanced, checked, schema, seed_input, show_text
 from .inputs import check_model, class_word_input, list_models, model_path, progress_bar
 
 SHIPPED_LIST = "shipped list"
@@ -24,68 +24,79 @@ class RegularizationPrompts(io.ComfyNode):
             category="subject",
             search_aliases=["regularization", "class images", "prior preservation", "dreambooth", "prompt list"],
             description=(
-                "Detailed prompts about the subject's class (Liu et al. 2024, section 2.1): render each with stock "
-                "sampling nodes, and the images keep a training from forgetting the class."
+                "Detailed prompts for the subject's class (Liu et al. 2024, section 2.1). Render each "
+                "with stock sampling nodes; training with these images keeps the model from forgetting the "
+                "class."
             ),
             inputs=[
-                class_word_input("What the subject is, such as 'dog'; every prompt holds it."),
+                class_word_input("Class of the subject, such as 'dog'; every prompt contains it."),
                 io.Combo.Input(
                     "source",
                     options=[SHIPPED_LIST, OWN_PROMPTS, ENDPOINT, *list_models()],
                     default=SHIPPED_LIST,
-                    tooltip="Shipped list: put together from styles, actions, backgrounds and views, offline. "
-                    "Own prompts: the lines of own_prompts. Endpoint: an OpenAI-compatible one, named by "
-                    "IDENTITY_EDIT_LLM_URL, IDENTITY_EDIT_LLM_MODEL and IDENTITY_EDIT_LLM_KEY. Or a language model of "
-                    "transformers in a folder in models/LLM.",
+                    tooltip="Source of the prompts. Shipped list: combined from styles, actions, backgrounds and "
+                    "views, offline. Own prompts: the lines of own_prompts. Endpoint: an OpenAI-compatible server, "
+                    "set by IDENTITY_EDIT_LLM_URL, IDENTITY_EDIT_LLM_MODEL and IDENTITY_EDIT_LLM_KEY. Or a "
+                    "transformers language model in a folder in models/LLM.",
                 ),
                 io.Int.Input(
                     "count",
                     default=100,
                     min=1,
                     max=prompts.MOST_PROMPTS,
-                    tooltip="How many prompts, and so how many images to render.",
+                    tooltip="Number of prompts, and so of images to render.",
                 ),
                 io.Combo.Input(
                     "kind",
                     options=list(prompts.KINDS),
                     default=prompts.KINDS[0],
-                    tooltip="What the class word names; the shipped list has actions for each.",
+                    tooltip="Kind of subject that the class word names; the shipped list has actions for each kind.",
                 ),
-                io.String.Input(
-                    "first_instruction",
-                    default=prompts.INSTRUCTION_TABLE_4,
-                    multiline=True,
-                    tooltip="What a language model is asked; {keyword} stands for the class word. Liu et al. 2024, "
-                    "table 4. Both are asked in turn until there are enough prompts.",
+                advanced(
+                    io.String.Input(
+                        "first_instruction",
+                        default=prompts.INSTRUCTION_TABLE_4,
+                        multiline=True,
+                        tooltip="Prompt for a language model; {keyword} stands for the class word. Liu et al. 2024, "
+                        "table 4. Both instructions are used in turn until there are enough prompts.",
+                    )
                 ),
-                io.String.Input(
-                    "second_instruction",
-                    default=prompts.INSTRUCTION_TABLE_5,
-                    multiline=True,
-                    tooltip="The other instruction; Liu et al. 2024, table 5. Empty asks only the first.",
+                advanced(
+                    io.String.Input(
+                        "second_instruction",
+                        default=prompts.INSTRUCTION_TABLE_5,
+                        multiline=True,
+                        tooltip="Second prompt for a language model; Liu et al. 2024, table 5. Leave it empty to use "
+                        "only the first.",
+                    )
                 ),
-                io.Int.Input(
-                    "max_new_tokens",
-                    default=prompts.MAX_NEW_TOKENS,
-                    min=1,
-                    max=32768,
-                    tooltip="Greatest length of one answer of a model in a folder. 4096 tokens hold 50 prompts.",
+                advanced(
+                    io.Int.Input(
+                        "max_new_tokens",
+                        default=prompts.MAX_NEW_TOKENS,
+                        min=1,
+                        max=32768,
+                        tooltip="Maximum length of one answer of a local model, in tokens. 4096 tokens fit 50 prompts.",
+                    )
                 ),
-                io.Float.Input(
-                    "temperature",
-                    default=1.0,
-                    min=0.0,
-                    max=5.0,
-                    step=0.05,
-                    tooltip="How freely a language model writes; at 0 it repeats itself. Not used by the shipped list.",
+                advanced(
+                    io.Float.Input(
+                        "temperature",
+                        default=1.0,
+                        min=0.0,
+                        max=5.0,
+                        step=0.05,
+                        tooltip="Sampling temperature of a language model; at 0 it repeats itself. Ignored by the "
+                        "shipped list.",
+                    )
                 ),
-                seed_input("Another seed gives other prompts."),
+                seed_input("Prompt seed. Different seeds give different prompts."),
                 io.String.Input(
                     "own_prompts",
                     default="",
                     multiline=True,
-                    tooltip="For the source own prompts: one prompt a line, each with the class word; taken again from "
-                    "the first when count is larger.",
+                    tooltip="Prompts for the source own prompts, one per line, each with the class word. They "
+                    "repeat from the first if count is larger.",
                 ),
             ],
             outputs=[
@@ -93,16 +104,16 @@ class RegularizationPrompts(io.ComfyNode):
                     "prompt_list",
                     display_name="prompts",
                     is_output_list=True,
-                    tooltip="A list: nodes connected to it run once for each prompt.",
+                    tooltip="List of prompts: nodes connected to it run once per prompt.",
                 ),
                 io.Int.Output(
                     "seed_list",
                     display_name="seeds",
                     is_output_list=True,
-                    tooltip="A noise seed for each prompt, for the sampler's seed; without it all images start from "
+                    tooltip="Noise seed of each prompt, for the sampler's seed; without it, all images start from "
                     "the same noise.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="The prompts, and where they come from."),
+                io.String.Output("report", display_name="report", tooltip="The prompts and their source."),
             ],
         )
 

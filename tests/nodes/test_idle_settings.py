@@ -52,7 +52,7 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("PromptToPrompt", {**SAME, "blend_words": "", "reweight": ""}, "are the same"),
     ("PromptToPrompt", {**SAME, "blend_words": "", "reweight": "cat: 1"}, "are the same"),
     ("PromptToPrompt", NO_ATTENTION, "as without this node"),
-    ("PromptToPrompt", {"reweight": "dog: 1"}, "reweight leaves 'dog'"),
+    ("PromptToPrompt", {"reweight": "dog: 1"}, "The weight 1 for 'dog'"),
     ("PromptToPrompt", {"reweight": "dog: 2", "cross_replace_steps": 0.0}, "reweight has no effect"),
     ("PromptToPrompt", {"blend_words": "cat", "blend_threshold": 1.0}, "blend_threshold is 1"),
     ("PromptToPrompt", {"blend_words": "cat", "blend_start": 1.0}, "blend_start is 1"),

@@ -101,7 +101,7 @@ def test_a_real_image_and_its_subject(clip: Any) -> None:
     latent, report = node.execute(**given).args
     expected = replacement.subject_replacement(model, clip, pivot, CAT, DOG)
     assert torch.equal(latent["samples"], expected.latent)
-    assert report == "Tokens with attention of their own: 5. 9 model calls."
+    assert report == "Tokens with their own attention: 5. 9 model calls."
     target = p2p.encode(clip, DOG)
     changed = dict(target=target, subject_tokens=3, self_replace_steps=0.4, cross_replace_steps=0.7, local_blend=True)
     latent, report = node.execute(**{**given, **changed, "guidance_scale": 2.0, "blend_threshold": 0.6}).args

@@ -68,7 +68,7 @@ def test_masks_of_one_side_alone_are_warned_of() -> None:
 
 
 def test_select_reference_names_bad_input() -> None:
-    with pytest.raises(IdentityEditError, match="to either subject or images"):
+    with pytest.raises(IdentityEditError, match="exactly one of subject or images"):
         select()
     with pytest.raises(IdentityEditError, match="masks holds 2 masks for 3 images"):
         select(images=IMAGES, masks=MASKS[:2])
@@ -99,7 +99,7 @@ def test_batches_are_aligned_one_by_one() -> None:
     assert image.shape == (2, 128, 128, 3) and len(report.splitlines()) == 2
     outside = mask == 0
     assert torch.equal(image[outside], GENERATED.expand(2, -1, -1, -1)[outside])
-    with pytest.raises(IdentityEditError, match="reference_mask holds 3 entries for 2 alignments"):
+    with pytest.raises(IdentityEditError, match="reference_mask has 3 entries for 2 alignments"):
         nodes.AlignReference.execute(IMAGES[:2], MASKS, GENERATED_MASK, **SETTINGS)
 
 

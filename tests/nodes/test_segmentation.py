@@ -77,7 +77,7 @@ def test_attention_needs_a_checkpoint_and_a_subject(checkpoint: dict[str, Any]) 
     with pytest.raises(IdentityEditError, match="timesteps is 'early'"):
         segment(subject="cat", timesteps="early", **checkpoint)
     report = segment(IMAGES[:1], subject="cat", threshold=1.0, **checkpoint)[2]
-    assert "holds nothing or everything of image 1" in report
+    assert "of image 1 is empty or covers everything" in report
 
 
 def test_segment_anything_from_a_folder(models: Path) -> None:
@@ -96,7 +96,7 @@ def test_grounding_dino_and_segment_anything_by_name(models: Path) -> None:
     mask = segment(**chosen, box_threshold=0.0)[0]
     assert mask.shape == (2, 128, 128)
     report = segment(**chosen, box_threshold=1.0)[2]
-    assert "holds nothing or everything of image 1, 2" in report
+    assert "of image 1, 2 is empty or covers everything" in report
 
 
 def test_missing_models_are_named_with_their_folder(models: Path) -> None:

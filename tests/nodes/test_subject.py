@@ -96,7 +96,7 @@ def test_only_known_folders_are_read(own_folders: Path) -> None:
         assert LoadSubjectImages.validate_inputs(folder) is True
         assert len(load(folder)[0].images) == 3
     for folder in ("../output/private", str(own_folders / "output" / "private"), "gone", "", "../private [output]"):
-        assert "make it there" in str(LoadSubjectImages.validate_inputs(folder))
+        assert "create it there" in str(LoadSubjectImages.validate_inputs(folder))
 
 
 @pytest.mark.parametrize("file", ["0.png", "0.txt", "test/t.png"])

@@ -243,7 +243,7 @@ def test_a_subject_is_saved_where_prompts_find_it(models: Any, own_folders: Path
     stock = clip.encode_from_tokens(clip.tokenize(f"a {prompt} in the snow"))
     ours = nodes.ApplySubject.execute(*models, dataclasses.replace(subject), "a sks cat in the snow").args[1]
     torch.testing.assert_close(stock, ours[0][0])
-    with pytest.raises(IdentityEditError, match="exists; choose another name, or switch overwrite on"):
+    with pytest.raises(IdentityEditError, match="exists; choose another name, or turn on overwrite"):
         nodes.SaveSubjectAsEmbedding.execute(subject, "tom", False)
     assert nodes.SaveSubjectAsEmbedding.execute(subject, "tom", True).args[0] == path
     assert nodes.SaveSubjectAsEmbedding.execute(subject, "cats/tom", False).args[1] == "embedding:cats/tom"

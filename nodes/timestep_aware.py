@@ -17,12 +17,14 @@ from .sockets import (
     Inversion,
     advanced,
     checked,
+    guidance_scale_input,
     latent_samples,
     progress,
     schema,
     seed_input,
     show_text,
     show_warnings,
+    steps_input,
 )
 
 
@@ -48,12 +50,10 @@ class OptimizeTextEmbedding(io.ComfyNode):
                     tooltip="Prompt that describes the edited image; a single CLIP Text Encode, not combined with "
                     "others.",
                 ),
-                io.Int.Input(
-                    "steps",
-                    default=optimization.STEPS,
-                    min=1,
-                    max=10000,
-                    tooltip="Number of Adam steps. 200 in Jung et al. 2024 (appendix F), 500 in Imagic; more steps "
+                steps_input(
+                    optimization.STEPS,
+                    10000,
+                    "Number of Adam steps. 200 in Jung et al. 2024 (appendix F), 500 in Imagic; more steps "
                     "do not preserve the image better (Jung et al. 2024, section 3).",
                 ),
                 advanced(
@@ -323,13 +323,9 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                     "(guidance scale 1).",
                 ),
                 *_prompt_inputs(),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=7.5,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Guidance scale. 7.5 with Null-Text Optimization, which must use the same value; 1 "
+                guidance_scale_input(
+                    7.5,
+                    "Guidance scale. 7.5 with Null-Text Optimization, which must use the same value; 1 "
                     "with DDIM Inversion alone (Jung et al. 2024, section 5.1).",
                 ),
                 advanced(

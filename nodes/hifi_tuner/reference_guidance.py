@@ -13,7 +13,19 @@ from ...pipelines.inversion.inversion import check_step_count
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
 from ..idle import first_said, joined
-from ..sockets import Inversion, advanced, checked, latent_samples, mask_input, progress, schema, seed_input, show_text
+from ..sockets import (
+    Inversion,
+    advanced,
+    checked,
+    guidance_scale_input,
+    latent_samples,
+    mask_input,
+    progress,
+    schema,
+    seed_input,
+    show_text,
+    steps_input,
+)
 
 
 class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
@@ -58,13 +70,9 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     "Seed of the first pass: the same seed gives the same noise as in KSampler and "
                     "RandomNoise. Set it to fixed in both."
                 ),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=guidance.GUIDANCE_SCALE,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Guidance scale (cfg) of the first pass, above 1. 7.5 as in Mokady et al. 2023; Wang "
+                guidance_scale_input(
+                    guidance.GUIDANCE_SCALE,
+                    "Guidance scale (cfg) of the first pass, above 1. 7.5 as in Mokady et al. 2023; Wang "
                     "et al. 2023 do not report theirs.",
                 ),
                 io.Float.Input(
@@ -117,13 +125,12 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     )
                 ),
                 advanced(
-                    io.Int.Input(
-                        "steps",
-                        default=0,
-                        min=0,
-                        max=1000,
-                        tooltip="Number of steps of the first pass: an inversion with another number is refused. 0 "
+                    steps_input(
+                        0,
+                        1000,
+                        "Number of steps of the first pass: an inversion with another number is refused. 0 "
                         "accepts any number.",
+                        least=0,
                     )
                 ),
                 advanced(

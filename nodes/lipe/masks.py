@@ -18,7 +18,18 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_OF_A_CELL, as_color
 from ...pipelines.shared.masks import masks_for
 from ..idle import first_said, joined, same_prompt, takes_no_part
-from ..sockets import Inversion, advanced, at_image_size, checked, choice_of, mask_input, progress, schema, show_text
+from ..sockets import (
+    Inversion,
+    advanced,
+    at_image_size,
+    checked,
+    choice_of,
+    guidance_scale_input,
+    mask_input,
+    progress,
+    schema,
+    show_text,
+)
 
 IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
 """`attention.capture.IdentityAttention`: attention to the identity recorded in a model's last run."""
@@ -152,13 +163,9 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
                 io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
                 *_identity_inputs(),
-                io.Float.Input(
-                    "guidance_scale",
-                    default=0.0,
-                    min=0.0,
-                    max=30.0,
-                    step=0.1,
-                    tooltip="Guidance scale of the target prompt. 0 uses the inversion's default: "
+                guidance_scale_input(
+                    0.0,
+                    "Guidance scale of the target prompt. 0 uses the inversion's default: "
                     f"{scales[identity_mask_blend.EDIT_FRIENDLY_DDPM]:g} for edit-friendly DDPM as in its reference "
                     "implementation, the scale that null-text embeddings were optimized for, else "
                     f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023).",

@@ -1,4 +1,4 @@
-"""Nodes that draw images of the demo world and load its image encoder, so that every workflow runs as it is."""
+"""Nodes that draw images of the demo world and load its image encoder, so that every workflow runs unmodified."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import torch
 from comfy_api.latest import io
 
 from ..demo_world import attributes as world
-from .sockets import checked, choice_of, schema, seed_input
+from .sockets import advanced, checked, choice_of, schema, seed_input
 
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
-    "framing": (world.FRAMINGS, "A whole figure, or a person's portrait (hair, eyes, skin and face shape)."),
-    "species": (world.SPECIES, "Who is in the image; figures only."),
-    "color": (world.COLORS, "Fur, or a person's clothes; figures only."),
-    "pattern": (world.PATTERNS, "On the fur or the clothes; figures only."),
-    "pose": (world.POSES, "What the figure does; figures only."),
-    "facing": (world.FACINGS, "Which way the subject looks."),
-    "expression": (world.EXPRESSIONS, "The face."),
-    "costume": (world.COSTUMES, "What the subject wears."),
-    "place": (world.PLACES, "The background."),
-    "hair_color": (world.HAIR_COLORS, "Portraits only."),
-    "hair_style": (world.HAIR_STYLES, "Portraits only."),
-    "eye_color": (world.EYE_COLORS, "Portraits only."),
-    "skin": (world.SKINS, "Portraits only."),
-    "face_shape": (world.FACE_SHAPES, "Portraits only."),
+    "framing": (world.FRAMINGS, "Full figure, or portrait of a person (hair, eyes, skin and face shape)."),
+    "species": (world.SPECIES, "Species of the subject; figures only."),
+    "color": (world.COLORS, "Color of the fur, or of a person's clothes; figures only."),
+    "pattern": (world.PATTERNS, "Pattern of the fur or clothes; figures only."),
+    "pose": (world.POSES, "Pose; figures only."),
+    "facing": (world.FACINGS, "Direction in which the subject looks."),
+    "expression": (world.EXPRESSIONS, "Facial expression."),
+    "costume": (world.COSTUMES, "Costume of the subject."),
+    "place": (world.PLACES, "Background."),
+    "hair_color": (world.HAIR_COLORS, "Hair color; portraits only."),
+    "hair_style": (world.HAIR_STYLES, "Hair style; portraits only."),
+    "eye_color": (world.EYE_COLORS, "Eye color; portraits only."),
+    "skin": (world.SKINS, "Skin tone; portraits only."),
+    "face_shape": (world.FACE_SHAPES, "Face shape; portraits only."),
 }
 
 
@@ -38,31 +38,35 @@ class DrawDemoImage(io.ComfyNode):
             category="demo",
             search_aliases=["test image", "example image", "demo world"],
             description=(
-                "Draws a 128x128 image of the demo world, on which the checkpoint identity-edit-demo was trained, "
-                "with its mask and caption. Use Load Image for an image of your own."
+                "Draws a 128x128 image of the demo world, the training data of the checkpoint "
+                "identity-edit-demo, with its mask and caption. Use Load Image for your own image."
             ),
             inputs=[
                 *(
                     io.Combo.Input(name, options=list(choices), default=getattr(default, name), tooltip=tooltip)
                     for name, (choices, tooltip) in _CHOICES.items()
                 ),
-                io.Int.Input(
-                    "wording",
-                    default=0,
-                    min=0,
-                    max=world.CAPTION_TEMPLATES - 1,
-                    tooltip="Which of the training captions' wordings the caption has; all mean the same.",
+                advanced(
+                    io.Int.Input(
+                        "wording",
+                        default=0,
+                        min=0,
+                        max=world.CAPTION_TEMPLATES - 1,
+                        tooltip="Caption template; all of them mean the same.",
+                    )
                 ),
                 seed_input(
-                    "Moves things about: position, size, horizon. With the same seed and another attribute you "
-                    "get the true answer of an edit."
+                    "Randomizes layout: position, size, horizon. The same seed with another attribute gives "
+                    "the ground truth of an edit."
                 ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image", tooltip="The image, 128x128."),
                 io.Mask.Output("mask", display_name="mask", tooltip="1 on the subject, costume included."),
                 io.String.Output(
-                    "caption", display_name="caption", tooltip="What the image shows, in the words of the training."
+                    "caption",
+                    display_name="caption",
+                    tooltip="Caption of the image, worded like the training captions.",
                 ),
             ],
         )
@@ -92,18 +96,18 @@ class DrawDemoPortraits(io.ComfyNode):
             category="demo",
             search_aliases=["test images", "many faces", "pose images", "demo world"],
             description=(
-                "Draws portraits of many people of the demo world, each in a place drawn at random, with its pose. Use "
-                "portraits of your own and a pose estimator for another checkpoint."
+                "Draws portraits of many people of the demo world, each at a random place, with its pose. "
+                "For another checkpoint, use your own portraits and a pose estimator."
             ),
             inputs=[
-                io.Int.Input("count", default=8, min=1, max=4096, tooltip="How many portraits."),
+                io.Int.Input("count", default=8, min=1, max=4096, tooltip="Number of portraits."),
                 io.Combo.Input(
                     "identities",
                     options=["training", "held out"],
                     default="training",
-                    tooltip="People that the demo checkpoint was trained on, or those that were held out of it.",
+                    tooltip="People from the training set of the demo checkpoint, or people held out from it.",
                 ),
-                seed_input("Draws the people, their places and where things are."),
+                seed_input("Randomizes people, places and layout."),
             ],
             outputs=[
                 io.Image.Output(
@@ -112,18 +116,18 @@ class DrawDemoPortraits(io.ComfyNode):
                 io.Image.Output(
                     "poses",
                     display_name="poses",
-                    tooltip="The pose of each, for the ControlNet identity-edit-demo-pose.",
+                    tooltip="Pose of each person, for the ControlNet identity-edit-demo-pose.",
                 ),
                 io.String.Output(
                     "captions",
                     display_name="captions",
-                    tooltip="What each shows, a line each, in the words of the training.",
+                    tooltip="Captions, one per line, worded like the training captions.",
                 ),
                 io.String.Output(
                     "subjects",
                     display_name="subjects",
-                    tooltip="Who each is and where, a line each, for the subjects of Generate Pairs; the dataset calls "
-                    "all of them 'person'.",
+                    tooltip="One line per person: who they are and where, for the subjects of Generate Pairs; the "
+                    "dataset calls all of them 'person'.",
                 ),
             ],
         )
@@ -156,15 +160,15 @@ class LoadDemoClipVision(io.ComfyNode):
             category="demo",
             search_aliases=["clip vision", "image encoder", "demo world"],
             description=(
-                "Loads the demo world's small CLIP image encoder, for which the stock Load CLIP Vision has no "
-                "configuration. Use Load CLIP Vision with a checkpoint of your own."
+                "Loads the demo world's small CLIP image encoder, which the stock Load CLIP Vision does "
+                "not support. With your own checkpoint, use Load CLIP Vision."
             ),
             inputs=[],
             outputs=[
                 io.ClipVision.Output(
                     "clip_vision",
                     display_name="clip vision",
-                    tooltip="The image encoder, for CLIP Vision Encode and for nodes that take a CLIP_VISION.",
+                    tooltip="The image encoder, for CLIP Vision Encode and other nodes with a CLIP_VISION input.",
                 ),
             ],
         )

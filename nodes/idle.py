@@ -1,6 +1,6 @@
-"""Settings with which a node can change nothing.
+"""Detection of settings without any effect.
 
-They are valid, and what comes out looks like a failure of the method: so the node says it in one line (`show_text`).
+They are valid, but the result looks like a failure of the method, so the node shows a one-line warning (`show_text`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..pipelines.shared.conditioning import Conditioning
 
 
 def first_said(*cases: tuple[bool, str]) -> str | None:
-    """The sentence of the first case that holds, or None."""
+    """The sentence of the first true case, or None."""
     return next((sentence for holds, sentence in cases if holds), None)
 
 
@@ -23,24 +23,24 @@ def joined(*warnings: str | None) -> str | None:
 
 
 def same_prompt(first: Conditioning, second: Conditioning) -> bool:
-    """Whether two CONDITIONINGs say the same: equal embeddings and pooled outputs, and the same further options."""
+    """Whether two CONDITIONINGs have equal embeddings, pooled outputs and other options."""
     return len(first) == len(second) and all(
         _same(list(one), list(other)) for one, other in zip(first, second, strict=True)
     )
 
 
 def is_empty(mask: torch.Tensor | None) -> bool:
-    """Whether there is a mask, and it holds nothing."""
+    """Whether a mask is connected and is zero everywhere."""
     return mask is not None and not bool((mask > 0).any())
 
 
 def takes_no_part(share: float, steps: int) -> bool:
-    """Whether a share of the steps is rounded to none of them."""
+    """Whether a share of the steps rounds to 0 steps."""
     return round(share * steps) == 0
 
 
 def takes_all(share: float, steps: int) -> bool:
-    """Whether a share of the steps is rounded to all of them."""
+    """Whether a share of the steps rounds to all steps."""
     return round(share * steps) >= steps
 
 
@@ -59,13 +59,13 @@ def blend_idle(blends: bool, threshold: float, start: float, steps: int) -> str 
 
 
 def noise_mask_left_out(latent: dict[str, Any]) -> str | None:
-    """What a node that uses a LATENT's whole image says of a noise mask that leaves out a part of it."""
+    """Warning of a node that uses the whole image of a LATENT, when its noise mask excludes a part; else None."""
     mask = latent.get("noise_mask")
     if mask is None or bool((mask == 1).all()):
         return None
     return (
-        "latent has a noise mask, which is not used here: it is about the whole image; use the mask in the sampler "
-        "(Set Latent Noise Mask), or in a node that takes one."
+        "latent has a noise mask, which this node ignores because it uses the whole image; use the mask in the sampler "
+        "(Set Latent Noise Mask), or in a node with a mask input."
     )
 
 

@@ -1,4 +1,4 @@
-"""The pack's own files below ComfyUI's folders: where a node saves one, and which ones another node can load."""
+"""Files that the pack's nodes save below ComfyUI's folders, and lists of the files that they can load."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from ..pipelines.shared.files import CLAIMED
 
 FILE_ENDING = ".safetensors"
 IN_OUTPUT_FOLDER = " [output]"
-"""ComfyUI's mark on names that are not relative to the input folder."""
+"""ComfyUI's suffix for names that are relative to the output folder."""
 _LONGEST_NAME = 200
-"""Bytes of a file's or folder's name that a user gives; file systems end at 255, and numbers and endings follow."""
+"""Maximum bytes of a file or folder name; file systems allow 255, and a number and an ending follow."""
 _DEVICES = {"CON", "PRN", "AUX", "NUL", *(f"{port}{number}" for port in ("COM", "LPT") for number in range(1, 10))}
 _DIFFUSION_MODELS = "diffusion_models"
 _FOLDER_MARK = f" [{_DIFFUSION_MODELS}]"
 _CLOCK_STEP = 2_000_000_000
-"""Nanoseconds within which two changes of a folder may have the same time (FAT has the coarsest clock)."""
+"""Nanoseconds within which two changes of a folder may have the same timestamp (FAT has the coarsest clock)."""
 
 
 def next_path(filename_prefix: str, example: str) -> str:
     """The next free file of a prefix below the output folder, numbered as ComfyUI numbers images.
 
     Raises:
-        IdentityEditError: when the prefix is empty, leads out of the output folder, or cannot be written to.
+        IdentityEditError: when the prefix is empty, points outside the output folder, or cannot be written to.
     """
     output = folder_paths.get_output_directory()
     check_name(filename_prefix, "filename_prefix")
@@ -38,7 +38,7 @@ def next_path(filename_prefix: str, example: str) -> str:
         raise IdentityEditError(f"filename_prefix is empty; write a file name such as '{example}'.")
     if not os.path.abspath(os.path.join(output, filename_prefix)).startswith(os.path.abspath(output) + os.sep):
         raise IdentityEditError(
-            f"filename_prefix '{filename_prefix}' leads out of the output folder; write a name or a folder below it."
+            f"filename_prefix '{filename_prefix}' points outside the output folder; write a name or a folder below it."
         )
     try:
         folder, name, number, _, _ = folder_paths.get_save_image_path(filename_prefix, output)
@@ -52,10 +52,10 @@ def next_path(filename_prefix: str, example: str) -> str:
 
 @contextlib.contextmanager
 def new_path(filename_prefix: str, example: str) -> Iterator[str]:
-    """`next_path`, kept for this process while the block writes the file.
+    """`next_path`, reserved for this process while the block writes the file.
 
-    Another server that saves into the same folder under the same prefix gets the next number, where both would write
-    the same file and one result would be lost.
+    A second server that saves into the same folder under the same prefix gets the next number; without the
+    reservation both would write the same file and one result would be lost.
 
     Raises:
         IdentityEditError: as `next_path` does.
@@ -67,13 +67,13 @@ def new_path(filename_prefix: str, example: str) -> Iterator[str]:
             with open(claim, "x"):
                 pass
         except FileExistsError:
-            continue  # the other one's number; ComfyUI counts the claim, so that the next is another
+            continue  # reserved by another process; ComfyUI counts the claim, so the next number differs
         except OSError as error:
             raise IdentityEditError(
                 f"filename_prefix '{filename_prefix}' cannot be written to ({error.strerror}); choose another folder, "
                 f"or make the output folder writable."
             ) from error
-        if not os.path.exists(path):  # else the other one has written it since its number was asked for
+        if not os.path.exists(path):  # else another process has written it since
             break
         os.remove(claim)
     try:
@@ -84,22 +84,22 @@ def new_path(filename_prefix: str, example: str) -> Iterator[str]:
 
 
 def check_name(name: str, what: str) -> None:
-    """Check a file's or folder's name that a user gives, with folders before it; `what` is the input's name.
+    """Check a file or folder name, with folders before it; `what` is the name of the input.
 
     Raises:
-        IdentityEditError: when a part of it is too long for file systems, or a device of Windows and no file there.
+        IdentityEditError: when a part of it is too long for file systems, or a reserved device name on Windows.
     """
     for part in name.replace("\\", "/").split("/"):
         if len(part.encode("utf-8", "replace")) > _LONGEST_NAME:
             raise IdentityEditError(f"{what} is too long; write a shorter name.")
         if part.split(".")[0].strip().upper() in _DEVICES:
-            raise IdentityEditError(f"{what} '{name}' names a device of Windows; write another name.")
+            raise IdentityEditError(f"{what} '{name}' is a reserved device name on Windows; write another name.")
 
 
 def loadable_files(folder: str, without: str | None = None) -> list[str]:
-    """Names for a combo: files in the input folder itself, and in the input and output folder's `folder` without its
-    `without`. Other folders below the input folder may hold any number of images and are not searched; a file in one
-    of them can be named all the same (`check_file`)."""
+    """Names for a combo: files in the input folder itself, and in `folder` below the input and output folders, except
+    in its subfolder `without`. Other folders below the input folder may contain any number of images and are not
+    searched; a file in one of them is still accepted (`check_file`)."""
     inputs, outputs = folder_paths.get_input_directory(), folder_paths.get_output_directory()
     return [
         *_listing(inputs).files,
@@ -109,18 +109,18 @@ def loadable_files(folder: str, without: str | None = None) -> list[str]:
 
 
 def file_input(made_by: str, folder: str, without: str | None = None) -> io.Combo.Input:
-    """The widget of a node that loads one of `loadable_files`; `made_by` is the node that saves them."""
+    """Combo of `loadable_files`; `made_by` is the node that saves them."""
     return io.Combo.Input(
         "file",
         options=loadable_files(folder, without),
-        tooltip=f"Files of {made_by} in the input folder itself and in '{folder}' below the output or the input "
-        f"folder. Press R to list new ones.",
+        tooltip=f"Files saved by {made_by}: in the input folder itself and in '{folder}' below the output or "
+        "input folder. Press R to refresh the list.",
     )
 
 
 def check_file(file: str, remedy: str, folders: Sequence[str] = ()) -> bool | str:
-    """For `validate_inputs`: True where a name of `loadable_files` or `model_folder_files` is a file, or the sentence
-    that says it is not; `remedy` is what else to do than to choose another one."""
+    """For `validate_inputs`: True when a name of `loadable_files` or `model_folder_files` is a file, else an error
+    message; `remedy` is the alternative to choosing another file."""
     try:
         path = path_of(file, folders)
     except IdentityEditError as error:
@@ -128,11 +128,11 @@ def check_file(file: str, remedy: str, folders: Sequence[str] = ()) -> bool | st
     from_models = any(file.endswith(f" [{folder}]") for folder in folders)
     if path is not None and os.path.isfile(path) and (from_models or path.endswith(FILE_ENDING)):
         return True
-    return for_console(f"file '{file}' is not there any more; choose another one, or {remedy}.")
+    return for_console(f"file '{file}' no longer exists; choose another one, or {remedy}.")
 
 
 def model_folder_files(folders: Sequence[str], endings: tuple[str, ...]) -> list[str]:
-    """Names for a combo: files of ComfyUI's folders of models, each with its folder as a mark behind it."""
+    """Names for a combo: files in ComfyUI's model folders, each with its folder as a suffix."""
     known = [folder for folder in folders if folder in folder_paths.folder_names_and_paths]
     return [
         f"{name} [{folder}]"
@@ -143,10 +143,10 @@ def model_folder_files(folders: Sequence[str], endings: tuple[str, ...]) -> list
 
 
 def path_of(file: str, folders: Sequence[str]) -> str | None:
-    """The path of a name of `loadable_files` or of `model_folder_files`, or None where a folder has no such file.
+    """Path of a name of `loadable_files` or of `model_folder_files`, or None when a folder has no such file.
 
     Raises:
-        IdentityEditError: for a name that leads out of ComfyUI's folders, which a link to the combo could bring.
+        IdentityEditError: for a name outside ComfyUI's folders, which can arrive through a link to the combo.
     """
     for folder in folders:
         if file.endswith(f" [{folder}]"):
@@ -155,35 +155,35 @@ def path_of(file: str, folders: Sequence[str]) -> str | None:
 
 
 def saved_path(file: str) -> str:
-    """The path of a name of `loadable_files`.
+    """Path of a name of `loadable_files`.
 
     Raises:
-        IdentityEditError: for a name that leads out of ComfyUI's folders, which a link to the combo could bring.
+        IdentityEditError: for a name outside ComfyUI's folders, which can arrive through a link to the combo.
     """
     name, folder = folder_paths.annotated_filepath(file)
     return path_below(folder or folder_paths.get_input_directory(), name, "file")
 
 
 def path_below(folder: str, name: str, what: str) -> str:
-    """The path of a file or folder by its name below a folder; `what` is the input's name.
+    """Path of a file or folder by its name below a folder; `what` is the name of the input.
 
     Raises:
-        IdentityEditError: when it is empty or leads out of the folder.
+        IdentityEditError: when the name is empty or points outside the folder.
     """
     folder = os.path.abspath(folder)
     path = os.path.abspath(os.path.join(folder, name))
     if not path.startswith(folder + os.sep):
-        raise IdentityEditError(f"{what} '{name}' is empty or leads out of ComfyUI's folders; choose one of the list.")
+        raise IdentityEditError(f"{what} '{name}' is empty or outside ComfyUI's folders; choose one from the list.")
     return path
 
 
 def changed_at(path: str | None) -> float:
-    """When a file was written last, for `fingerprint_inputs`; 0 for a file that is not there."""
+    """Modification time of a file, for `fingerprint_inputs`; 0 for a missing file."""
     return os.path.getmtime(path) if path is not None and os.path.isfile(path) else 0.0
 
 
 def folders_below(root: str) -> list[str]:
-    """All folders below a folder at any depth but links, by their path from it, sorted: as ComfyUI's own list."""
+    """All folders below a folder at any depth except links, by relative path, sorted like ComfyUI's own list."""
     found: list[str] = []
     waiting = [""]
     while waiting:
@@ -198,7 +198,7 @@ def folders_below(root: str) -> list[str]:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What a folder holds directly: safetensors files and folders, sorted; `changed` is its time in nanoseconds."""
+    """Direct contents of a folder: safetensors files and folders, sorted; `changed` is its timestamp in nanoseconds."""
 
     changed: int
     files: tuple[str, ...]
@@ -206,11 +206,11 @@ class _Listing:
 
 
 _listings: dict[str, _Listing] = {}
-"""By folder, so that a folder of many thousand images is read once and not at each load of the page."""
+"""Cache by folder, so that a folder of many thousand images is not read at every page load."""
 
 
 def _listing(folder: str) -> _Listing:
-    """A folder's listing, read anew when the folder has changed; empty for one that cannot be read."""
+    """A folder's listing, read again when the folder has changed; empty for one that cannot be read."""
     files, folders = [], []
     try:
         changed = os.stat(folder).st_mtime_ns
@@ -226,13 +226,13 @@ def _listing(folder: str) -> _Listing:
     except OSError:
         return _Listing(0, (), ())
     listing = _Listing(changed, tuple(sorted(files)), tuple(sorted(folders)))
-    if time.time_ns() - changed > _CLOCK_STEP:  # else a file that comes next may leave the folder's time as it is
+    if time.time_ns() - changed > _CLOCK_STEP:  # else a later file may not change the folder's timestamp
         _listings[folder] = listing
     return listing
 
 
 def _files_below(root: str, folder: str, without: str | None) -> list[str]:
-    """The files in a root's folder at any depth, by their path from the root, sorted."""
+    """Files in a root's folder at any depth, by their path from the root, sorted."""
     found: list[str] = []
     waiting = [folder]
     while waiting:
@@ -245,16 +245,16 @@ def _files_below(root: str, folder: str, without: str | None) -> list[str]:
 
 
 def model_files() -> list[str]:
-    """Names of all checkpoints, and of all diffusion models with a mark behind them."""
+    """Names of all checkpoints, and of all diffusion models with a suffix."""
     models = [f"{name}{_FOLDER_MARK}" for name in folder_paths.get_filename_list(_DIFFUSION_MODELS)]
     return [name for name in folder_paths.get_filename_list("checkpoints") + models if ".safetensors" in name]
 
 
 def model_path(file: str) -> str:
-    """The path of one of `model_files`.
+    """Path of one of `model_files`.
 
     Raises:
-        IdentityEditError: for one that is not there.
+        IdentityEditError: for a missing one.
     """
     folder = _DIFFUSION_MODELS if file.endswith(_FOLDER_MARK) else "checkpoints"
     path = folder_paths.get_full_path(folder, file.removesuffix(_FOLDER_MARK)) if file else None

@@ -1,4 +1,4 @@
-"""Nodes that say how good a result is."""
+"""Nodes that evaluate reconstructions and edits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..pipelines.scores.frechet import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.scores.lpips import BACKBONES
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.images import comparable
-from .sockets import FaceDetector, checked, mask_input, schema, show_text
+from .sockets import FaceDetector, advanced, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
 ENCODER_FOLDER = "image_encoders"
@@ -38,32 +38,35 @@ class ReconstructionCheck(io.ComfyNode):
         return schema(
             node_id="IdentityEditReconstructionCheck",
             display_name="Reconstruction Check",
-            category="measure",
+            category="evaluation",
             search_aliases=["PSNR", "compare images", "image difference"],
-            description="Measures how well an inversion reconstructs its image, and warns when no edit can be good.",
+            description="Measures how well an inversion reconstructs its image, and warns when it is too poor for "
+            "an edit.",
             is_output_node=True,
             inputs=[
                 io.Image.Input("image", tooltip="The image that was inverted."),
                 io.Image.Input(
-                    "reconstruction", tooltip="The image sampled back from its inversion with the source prompt."
+                    "reconstruction", tooltip="The image sampled from its inversion with the source prompt."
                 ),
-                io.Float.Input(
-                    "lowest_psnr",
-                    default=reconstructions.LOWEST_PSNR,
-                    min=0.0,
-                    max=100.0,
-                    step=0.1,
-                    tooltip="Decibels below which it warns. 20: Stable Diffusion's autoencoder alone reaches 25 to "
-                    "30 dB, null-text inversion nearly that, DDIM under guidance 7.5 less than 20.",
+                advanced(
+                    io.Float.Input(
+                        "lowest_psnr",
+                        default=reconstructions.LOWEST_PSNR,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="Warning threshold in dB. 20: Stable Diffusion's autoencoder alone reaches 25 to 30 "
+                        "dB, null-text inversion almost the same, DDIM with guidance scale 7.5 less than 20.",
+                    )
                 ),
             ],
             outputs=[
                 io.Float.Output(
                     "psnr",
                     display_name="psnr",
-                    tooltip="Peak signal-to-noise ratio in dB, of the worst image of a batch; higher is closer.",
+                    tooltip="Peak signal-to-noise ratio in dB, of the worst image in a batch; higher is better.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="The figures of all images, and a warning."),
+                io.String.Output("report", display_name="report", tooltip="PSNR of every image, and warnings."),
             ],
         )
 
@@ -86,7 +89,7 @@ class ScoreEdit(io.ComfyNode):
         return schema(
             node_id="IdentityEditScoreEdit",
             display_name="Score Edit",
-            category="measure",
+            category="evaluation",
             search_aliases=[
                 "CLIP score",
                 "CLIP similarity",
@@ -106,42 +109,44 @@ class ScoreEdit(io.ComfyNode):
                 "compare images",
             ],
             description=(
-                "Scores edited images: what was kept of the source, whether the prompt was followed, and whether the "
-                "subject is still the same. PSNR and SSIM need no file; every other score is computed by networks of "
-                "yours."
+                "Scores edited images: preservation of the source, prompt fidelity and subject identity. "
+                "PSNR and SSIM need no files; every other score needs local network files."
             ),
             is_output_node=True,
             inputs=[
-                io.Image.Input("edited", tooltip="The edited images, one or more."),
+                io.Image.Input("edited", tooltip="Edited images, one or more."),
                 io.Image.Input(
                     "source",
-                    tooltip="The image that was edited, one for all or one for each, of the same size.",
+                    tooltip="Source image, one for all or one per edited image, of the same size.",
                 ),
                 io.String.Input(
                     "target_prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the edited image should show, for CLIP-T and CLIP-D. Empty leaves them out.",
+                    tooltip="Prompt for the edited image, for CLIP-T and CLIP-D. Empty skips them.",
                 ),
                 io.String.Input(
                     "source_prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the source shows, for CLIP-D. Empty leaves it out.",
+                    tooltip="Prompt for the source image, for CLIP-D. Empty skips it.",
                 ),
-                io.Combo.Input(
-                    "rule",
-                    options=list(edit_scores.RULES),
-                    default=edit_scores.PLAIN,
-                    tooltip="How the parts inside and outside of the mask are compared. Mean over the part: only its "
-                    "pixels count. PIE-Bench: both images are multiplied by the mask and compared as a whole, and "
-                    "the structure distance is taken as in its code; only so can figures be set beside its tables.",
+                advanced(
+                    io.Combo.Input(
+                        "rule",
+                        options=list(edit_scores.RULES),
+                        default=edit_scores.PLAIN,
+                        tooltip="Comparison rule inside and outside the mask. Mean over the part: only the pixels of "
+                        "the region count. PIE-Bench: both images are multiplied by the mask and compared as a whole, "
+                        "and the structure distance follows its code; required for scores comparable with the "
+                        "published tables.",
+                    )
                 ),
                 io.Combo.Input(
                     "lpips",
                     options=[NONE, *BACKBONES],
                     default=NONE,
-                    tooltip=f"The network of LPIPS, from two files in models/{score_files.FOLDER}: torchvision's "
+                    tooltip=f"LPIPS network, from two files in models/{score_files.FOLDER}: torchvision's "
                     "alexnet-owt-7be5be79.pth with lpips' alex.pth, vgg16-397923af.pth with vgg.pth, or "
                     "squeezenet1_1-b8a52dc0.pth with squeeze.pth. Nothing is downloaded. PIE-Bench uses SqueezeNet.",
                 ),
@@ -149,114 +154,125 @@ class ScoreEdit(io.ComfyNode):
                     "clip_model",
                     options=[NONE, INPUTS, *encoders],
                     default=NONE,
-                    tooltip="For CLIP-T, CLIP-I, CLIP-D and the aesthetic score: a CLIP with both encoders in "
-                    f"models/{ENCODER_FOLDER}, a folder in the form of transformers, or the inputs clip and "
-                    "clip_vision. PIE-Bench uses ViT-L/14.",
+                    tooltip="CLIP model for CLIP-T, CLIP-I, CLIP-D and the aesthetic score: a folder with both "
+                    f"encoders in transformers format in models/{ENCODER_FOLDER}, or the inputs clip and clip_vision. "
+                    "PIE-Bench uses ViT-L/14.",
                 ),
                 io.Combo.Input(
                     "dino",
                     options=[NONE, *encoders],
                     default=NONE,
-                    tooltip=f"For DINO-I: a folder in models/{ENCODER_FOLDER}, transformers or timm, safetensors. "
-                    "DreamBooth uses DINO ViT-S/16.",
+                    tooltip=f"DINO model for DINO-I: a folder in models/{ENCODER_FOLDER}, transformers or timm, "
+                    "safetensors. DreamBooth uses DINO ViT-S/16.",
                 ),
-                io.Combo.Input(
-                    "dinov2",
-                    options=[NONE, *encoders],
-                    default=NONE,
-                    tooltip=f"For DINOv2-I: a folder in models/{ENCODER_FOLDER}, transformers or timm, safetensors.",
+                advanced(
+                    io.Combo.Input(
+                        "dinov2",
+                        options=[NONE, *encoders],
+                        default=NONE,
+                        tooltip=f"DINOv2 model for DINOv2-I: a folder in models/{ENCODER_FOLDER}, transformers or "
+                        "timm, safetensors.",
+                    )
                 ),
-                io.Combo.Input(
-                    "structure",
-                    options=[NONE, *encoders],
-                    default=NONE,
-                    tooltip=f"For the structure distance: a DINO in models/{ENCODER_FOLDER} in the form of "
-                    "transformers. PIE-Bench uses DINO ViT-B/8.",
+                advanced(
+                    io.Combo.Input(
+                        "structure",
+                        options=[NONE, *encoders],
+                        default=NONE,
+                        tooltip="DINO model for the structure distance: a folder in transformers format in "
+                        f"models/{ENCODER_FOLDER}. PIE-Bench uses DINO ViT-B/8.",
+                    )
                 ),
                 io.Combo.Input(
                     "recognizer",
                     options=[NONE, *list_detectors()],
                     default=NONE,
-                    tooltip="For ArcFace ID: a model pack of insightface or a single .onnx in models/insightface. It "
-                    "needs face_detector too.",
+                    tooltip="ArcFace model for ArcFace ID: an insightface model pack or a single .onnx in "
+                    "models/insightface. It also needs face_detector.",
                 ),
-                io.Combo.Input(
-                    "aesthetic",
-                    options=[NONE, *weights],
-                    default=NONE,
-                    tooltip="For the aesthetic score: sa_0_4_vit_l_14_linear.pth or sac+logos+ava1-l14-linearMSE.pth "
-                    f"of LAION in models/{score_files.FOLDER}. It reads CLIP ViT-L/14, so choose that as clip_model.",
+                advanced(
+                    io.Combo.Input(
+                        "aesthetic",
+                        options=[NONE, *weights],
+                        default=NONE,
+                        tooltip="Aesthetic predictor: LAION's sa_0_4_vit_l_14_linear.pth or "
+                        f"sac+logos+ava1-l14-linearMSE.pth in models/{score_files.FOLDER}. Both read CLIP ViT-L/14, so "
+                        "select that as clip_model.",
+                    )
                 ),
-                io.Combo.Input(
-                    "inception",
-                    options=[NONE, *weights],
-                    default=NONE,
-                    tooltip="For FID and KID: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, with which "
-                    "published FIDs are computed, or torchvision's inception_v3_google-0cc3c7bd.pth, in "
-                    f"models/{score_files.FOLDER}. They need {FEWEST} edited images and as many references (or "
-                    "sources).",
+                advanced(
+                    io.Combo.Input(
+                        "inception",
+                        options=[NONE, *weights],
+                        default=NONE,
+                        tooltip="Inception network for FID and KID: pt_inception-2015-12-05-6726825d.pth from "
+                        "pytorch-fid, used for published FIDs, or torchvision's inception_v3_google-0cc3c7bd.pth, in "
+                        f"models/{score_files.FOLDER}. They need at least {FEWEST} edited images and as many "
+                        "references (or sources).",
+                    )
                 ),
                 mask_input(
                     "mask",
-                    "Mask of the edit: 1 where it may change the image, of any size. With it scores are given "
-                    "inside and outside of it as well.",
+                    "Mask of the edit: 1 where it may change the image, of any size. Adds scores inside and "
+                    "outside the mask.",
                     optional=True,
                 ),
                 io.Image.Input(
                     "references",
                     optional=True,
                     tooltip="Other images of the subject: CLIP-I, DINO-I and DINOv2-I are the mean over them, "
-                    "ArcFace ID the highest. For FID and KID the set to compare with, in the place of the sources.",
+                    "ArcFace ID the maximum. For FID and KID, the comparison set instead of the sources.",
                 ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
-                    tooltip="For the clip_model 'CLIP and CLIP_VISION inputs': of an SDXL or SD 2.x checkpoint, whose "
-                    "text encoders have the projection that comparing needs.",
+                    tooltip="Text encoder for the clip_model 'CLIP and CLIP_VISION inputs': from an SDXL or SD 2.x "
+                    "checkpoint, whose text encoders have the projection needed for comparison.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
                     optional=True,
-                    tooltip="The image encoder trained with clip, from Load CLIP Vision: ViT-bigG for SDXL, ViT-H for "
-                    "SD 2.x.",
+                    tooltip="Image encoder trained with clip, from Load CLIP Vision: ViT-bigG for SDXL, ViT-H for SD "
+                    "2.x.",
                 ),
-                FaceDetector.Input("face_detector", optional=True, tooltip="For ArcFace ID: Load Face Detector."),
+                FaceDetector.Input(
+                    "face_detector", optional=True, tooltip="Face detector for ArcFace ID, from Load Face Detector."
+                ),
             ],
             outputs=[
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="A table of all scores, what each of them is, and warnings.",
+                    tooltip="Table of all scores with their definitions, and warnings.",
                 ),
                 io.String.Output(
                     "scores",
                     display_name="scores",
-                    tooltip="JSON: the mean and all values of every score by its name, with direction, definition and "
-                    "source.",
+                    tooltip="JSON with the mean and all values of every score, its direction, definition and source.",
                 ),
                 io.Float.Output(
-                    "psnr", display_name="psnr", tooltip="Mean PSNR of the whole images in dB; higher is closer."
+                    "psnr", display_name="psnr", tooltip="Mean PSNR of the whole images in dB; higher is better."
                 ),
                 io.Float.Output(
-                    "ssim", display_name="ssim", tooltip="Mean SSIM of the whole images, up to 1; higher is closer."
+                    "ssim", display_name="ssim", tooltip="Mean SSIM of the whole images, up to 1; higher is better."
                 ),
                 io.Float.Output(
                     "lpips_distance",
                     display_name="lpips",
-                    tooltip="Mean LPIPS of the whole images; lower is closer. Without the network, what is connected "
-                    "here does not run.",
+                    tooltip="Mean LPIPS of the whole images; lower is better. Without the network, nodes connected "
+                    "here do not run.",
                 ),
                 io.Float.Output(
                     "clip_t",
                     display_name="CLIP-T",
-                    tooltip="Mean CLIP-T; higher follows the prompt more. Without the network or the prompt, what is "
-                    "connected here does not run.",
+                    tooltip="Mean CLIP-T; higher means closer to the prompt. Without the network or the prompt, "
+                    "nodes connected here do not run.",
                 ),
                 io.Float.Output(
                     "clip_d",
                     display_name="CLIP-D",
-                    tooltip="Mean CLIP-D; higher follows the change of the prompt more. Without the network or a "
-                    "prompt, what is connected here does not run.",
+                    tooltip="Mean CLIP-D; higher means closer to the change between the prompts. Without the network "
+                    "or a prompt, nodes connected here do not run.",
                 ),
             ],
         )
@@ -356,7 +372,7 @@ class ScoreEdit(io.ComfyNode):
 
 
 def _folder(name: str, needed: str) -> str | None:
-    """The path of a model in models/image_encoders."""
+    """Path of a model in models/image_encoders."""
     return None if name == NONE else model_path(ENCODER_FOLDER, name, needed)
 
 
@@ -375,19 +391,19 @@ def _few_images(edited: int, others: int) -> str | None:
     fewest = min(edited, others)
     if fewest < FEWEST:
         return (
-            f"FID and KID are left out: they need {FEWEST} edited images and as many references or sources, and "
-            f"there are {edited} and {others}."
+            f"FID and KID are skipped: they need {FEWEST} edited images and as many references or sources, but "
+            f"there are {edited} and {others}; connect more, or set inception to 'none'."
         )
     if fewest < FEATURES:
         return (
-            f"FID of {edited} and {others} images is higher than that of many would be (its features have {FEATURES} "
-            f"numbers); compare it only with an FID of as many images, or look at KID."
+            f"FID of {edited} and {others} images is biased upward (fewer images than its {FEATURES} features); "
+            f"compare it only with FIDs of equally many images, or use KID."
         )
     return None
 
 
 def _or_blocked(means: dict[str, float], name: str) -> Any:
-    """A mean, or what keeps nodes behind an output that has none from running, without an error."""
+    """A mean, or a blocker that keeps the nodes connected to this output from running, without an error."""
     if name in means:
         return means[name]
     from comfy_execution.graph_utils import ExecutionBlocker

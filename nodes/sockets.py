@@ -1,4 +1,4 @@
-"""What all nodes share: the pack's own sockets, the schema's form, progress with preview, text shown on a node."""
+"""Shared parts of all nodes: custom sockets, schema, input checks, progress with preview, text shown on a node."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from ..pipelines.shared.masks import CUT_OUT, as_masks, is_no_mask, is_transpare
 from ..pipelines.text.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
-_notes: ContextVar[tuple[str, ...]] = ContextVar("what is to be said of the inputs of the node that runs", default=())
+_notes: ContextVar[tuple[str, ...]] = ContextVar("notes about the inputs of the running node", default=())
 
 Inversion = io.Custom("INVERSION")
-"""`pipelines.inversion.inversion.Inversion`: an image's path to noise, its schedule, perhaps per-step embeddings."""
+"""`pipelines.inversion.inversion.Inversion`: a latent trajectory with its schedule, optionally per-step embeddings."""
 SubjectImages = io.Custom("SUBJECT_IMAGES")
-"""`pipelines.subjects.images.SubjectImages`: the images of one subject, with captions and perhaps masks."""
+"""`pipelines.subjects.images.SubjectImages`: images of one subject, with captions and optionally masks."""
 Subject = io.Custom("SUBJECT")
-"""`pipelines.hifi_tuner.subject_embedding.SubjectEmbedding`: what was learned of a subject, as text embeddings."""
+"""`pipelines.hifi_tuner.subject_embedding.SubjectEmbedding`: a subject learned as text embeddings."""
 
 IdentityWords = io.Custom("IDENTITY_WORDS")
-"""`pipelines.mcdm.identity_words.IdentityWords`: a network that encodes who is in an image as word vectors."""
+"""`pipelines.mcdm.identity_words.IdentityWords`: an encoder from the person in an image to word embeddings."""
 WPlus = io.Custom("W_PLUS")
-"""`pipelines.pidiff.w_plus.WPlus`: W+ codes that say from coarse to fine who is in an image."""
+"""`pipelines.pidiff.w_plus.WPlus`: W+ codes of faces, from coarse to fine."""
 WPlusEncoder = io.Custom("W_PLUS_ENCODER")
-"""`pipelines.pidiff.w_plus_encoder.WPlusEncoder`: the network that gives such rows."""
+"""`pipelines.pidiff.w_plus_encoder.WPlusEncoder`: the network that encodes faces as W+ codes."""
 FaceDetector = io.Custom("FACE_DETECTOR")
-"""`pipelines.faces.detection.FaceDetector`: what finds faces and five points in each."""
+"""`pipelines.faces.detection.FaceDetector`: a detector of faces and five facial landmarks."""
 
 StyleAttention = io.Custom("STYLE_ATTENTION")
 """`pipelines.pidiff.style_attention.StyleAttention`: a mapping network and cross-attention layers for W+ codes."""
 
 
 def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:
-    """A node's schema below the pack's category, with search aliases where ComfyUI has them (newer than 0.3.75).
+    """A node's schema in the pack's category, with search aliases where ComfyUI supports them (newer than 0.3.75).
 
     Args:
-        category: the part below "identity edit/".
-        search_aliases: other words under which a user may look for the node.
-        fields: everything else of `io.Schema`.
+        category: the category below "identity edit/".
+        search_aliases: other terms that users may search for.
+        fields: all other fields of `io.Schema`.
     """
     if any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema)):
         fields["search_aliases"] = search_aliases
@@ -64,11 +64,11 @@ def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Sch
 
 
 def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
-    """A node's `execute` that first checks its inputs against its schema, and at last that its results are numbers.
+    """Decorator of a node's `execute` that checks the inputs against the schema, and that the results are finite.
 
-    So no node can forget it, and a wrong input is named by the name that it has on the node. What only one technique
-    demands is checked in its pipeline. Images and masks are brought to one form; what is to be said of them comes
-    with the node's own text.
+    No node can forget it, and errors name an input as the node does. Requirements of a single technique are checked in
+    its pipeline. Images and masks are normalized (`bring_to_form`); notes about them are shown with the node's own
+    text.
     """
     parameters = inspect.signature(execute)
 
@@ -79,7 +79,7 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
         for parameter in parameters.parameters.values():
             if parameter.kind is parameter.VAR_KEYWORD:
                 given |= given.pop(parameter.name, {})
-        schema = cls.SCHEMA or cls.GET_SCHEMA()  # ComfyUI has made it when it asked for the inputs
+        schema = cls.SCHEMA or cls.GET_SCHEMA()  # ComfyUI creates it when it reads the inputs
         before = _notes.set(())
         try:
             check_inputs(schema, given)
@@ -104,7 +104,7 @@ def check_inputs(schema: io.Schema, given: dict[str, Any]) -> None:
     """Check inputs by the types of their sockets and the limits of their widgets.
 
     Raises:
-        IdentityEditError: naming the first that no node can use.
+        IdentityEditError: for the first invalid input, by name.
     """
     model = None
     for item in schema.inputs:
@@ -118,8 +118,8 @@ def check_inputs(schema: io.Schema, given: dict[str, Any]) -> None:
                 model = each if kind == "MODEL" else model
             elif not item.optional:
                 raise IdentityEditError(
-                    f"{item.id} is missing: what is connected gave nothing, as a file without this part does; "
-                    f"connect another."
+                    f"{item.id} is missing: the connected node returned nothing, as for a file without this part; "
+                    f"connect another one."
                 )
 
 
@@ -137,12 +137,12 @@ _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "FLOAT": lambda value, item, model: check_number(value, item.id, item.min, item.max),
     "STRING": lambda value, item, model: check_text(value, item.id),
 }
-"""How a value is checked, by its socket's type: of a value, its input, and the MODEL among the inputs before it."""
+"""Checks by socket type; arguments are the value, its input, and the MODEL among the inputs before it."""
 
 
 def _check_clip_vision(clip_vision: Any, name: str) -> None:
     if not hasattr(clip_vision, "encode_image"):
-        raise IdentityEditError(f"{name} is no CLIP vision; connect a Load CLIP Vision node.")
+        raise IdentityEditError(f"{name} is not a CLIP vision model; connect a Load CLIP Vision node.")
 
 
 def _channels(model: Any) -> int | None:
@@ -157,13 +157,13 @@ def _check_conditioning(conditioning: Any, name: str, model: Any) -> None:
 
 
 def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
-    """Bring checked images and masks among a node's inputs to the form that all nodes work with, in `given`.
+    """Normalize the checked images and masks among a node's inputs, in `given`.
 
-    A MASK becomes [B, H, W] float32 CPU; an optional one that is empty as Load Image's is becomes None. An image
-    brighter than 1 by more than an overshoot is cut at 1.
+    A MASK becomes [B, H, W] float32 on the CPU; an optional one that is empty like Load Image's becomes None. An image
+    brighter than 1 by more than an overshoot is clipped to 1.
 
     Returns:
-        a sentence for each input of which something is to be said.
+        notes for the user, one sentence each.
     """
     notes = []
     images: dict[str, list[torch.Tensor]] = {}
@@ -179,15 +179,15 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
             if brightest > BRIGHTEST:
                 entries = [each.clamp(max=1.0) if each.is_floating_point() else each for each in entries]
                 notes.append(
-                    f"{item.id} holds values up to {brightest:g}, as images of a high dynamic range do; all above 1 "
-                    f"is cut to 1, as Save Image does."
+                    f"{item.id} has values up to {brightest:g}, as HDR images do; values above 1 are clipped to 1, as "
+                    f"Save Image does."
                 )
             images[item.id] = entries
         else:
             entries = [as_masks(each, item.id) for each in entries]
             if item.optional and entries and all(map(is_no_mask, entries)):
                 notes.append(
-                    f"{item.id} is empty, as Load Image gives it for an image without transparency; it counts as not "
+                    f"{item.id} is empty, as from Load Image for an image without transparency, and counts as not "
                     f"connected."
                 )
                 given[item.id] = None
@@ -198,8 +198,8 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
         for other, of_images in images.items():
             if any(is_transparency(mask, shown) for mask in of_masks for shown in of_images):
                 notes.append(
-                    f"{name} is 1 exactly where {other} is transparent; if its subject is meant, put Invert Mask "
-                    f"between."
+                    f"{name} is 1 exactly where {other} is transparent; to mask the subject instead, insert Invert "
+                    f"Mask."
                 )
     return notes
 
@@ -208,9 +208,9 @@ _Widget = TypeVar("_Widget", bound=io.Input)
 
 
 def advanced(widget: _Widget) -> _Widget:
-    """Mark a widget that few users change; the page folds it away.
+    """Mark a widget that few users change as advanced; the page hides such widgets until asked.
 
-    ComfyUI 0.3.75's widgets have neither the argument `advanced` nor `extra_dict`, but hand on the attribute.
+    Widgets of ComfyUI 0.3.75 accept neither the argument `advanced` nor `extra_dict`, but pass on the attribute.
     """
     widget.extra_dict = {**widget.extra_dict, "advanced": True}
     return widget
@@ -220,7 +220,7 @@ SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
 
 
 def seed_input(tooltip: str) -> io.Int.Input:
-    """The input `seed`, which the page can fix or draw anew."""
+    """The input `seed`, with the page's control after generate."""
     return io.Int.Input("seed", default=0, min=0, max=SEED_MAXIMUM, control_after_generate=True, tooltip=tooltip)
 
 
@@ -233,7 +233,7 @@ def guidance_scale_input(default: float, tooltip: str, *, least: float = 0.0) ->
 
 
 def mask_input(name: str, tooltip: str, *, optional: bool = False) -> io.Mask.Input:
-    """A MASK input, whose tooltip says what to do with the mask of a cut-out."""
+    """A MASK input, whose tooltip explains how to use the mask of a cut-out."""
     return io.Mask.Input(name, optional=optional, tooltip=f"{tooltip} {CUT_OUT}")
 
 
@@ -241,13 +241,13 @@ def _check_vae(vae: Any, name: str, channels: int | None) -> None:
     own = getattr(vae, "latent_channels", None)
     if channels is not None and own is not None and own != channels:
         raise IdentityEditError(
-            f"The {name} gives latents of {own} channels but the model takes {channels}; use the VAE of the same "
+            f"The {name} returns latents with {own} channels but the model expects {channels}; use the VAE of the same "
             f"checkpoint."
         )
 
 
 def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
-    """Raise `IdentityEditError` when an image, mask, latent or conditioning that a node gives is not finite."""
+    """Raise `IdentityEditError` when an image, mask, latent or conditioning that a node returns is not finite."""
     for item, value in zip(schema.outputs, output.args, strict=False):
         kind, tensors = item.get_io_type(), []
         if kind in ("IMAGE", "MASK") and isinstance(value, torch.Tensor):
@@ -258,39 +258,39 @@ def check_results(schema: io.Schema, output: io.NodeOutput) -> None:
             tensors = [embedding for embedding, *_ in value if isinstance(embedding, torch.Tensor)]
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise IdentityEditError(
-                f"The result {item.id} holds NaN or infinite values; load the model in float32 (--force-fp32), or "
-                f"lower what multiplies it, such as a guidance scale or a learning rate."
+                f"The result {item.id} contains NaN or infinite values; load the model in float32 (--force-fp32), or "
+                f"lower the guidance scale or the learning rate."
             )
 
 
 def progress(model: Any, total: int) -> engine.Callback:
-    """ComfyUI's own progress bar with its preview of latents, for a loop of `total` steps."""
+    """ComfyUI's progress bar with latent previews, for a loop of `total` steps."""
     import latent_preview  # a module of ComfyUI, not needed before a node runs
 
     return latent_preview.prepare_callback(model, max(1, total))
 
 
 def at_image_size(mask: torch.Tensor) -> torch.Tensor:
-    """A mask of the latent [B, H, W] at the image's size, cell by cell as it was used."""
+    """A latent-size mask [B, H, W] at image size, by nearest-neighbor upsampling, exactly as it was used."""
     return mask.repeat_interleave(PIXELS_OF_A_CELL, dim=1).repeat_interleave(PIXELS_OF_A_CELL, dim=2)
 
 
 def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:
-    """The tensor of a LATENT socket; its shape and values are checked where it is used.
+    """The tensor of a LATENT; its shape and values are checked where it is used.
 
     Raises:
-        IdentityEditError: when the socket holds no latents.
+        IdentityEditError: when there is none.
     """
     samples = latent.get("samples") if isinstance(latent, dict) else None
     if samples is None:
-        raise IdentityEditError(f"{name} holds no latents; connect a VAE Encode node.")
+        raise IdentityEditError(f"{name} contains no latents; connect a VAE Encode node.")
     return samples
 
 
 def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -> str:
-    """Show a text on the node on the page, write a warning into ComfyUI's log, and return both as one text.
+    """Show a text on the node, write a warning to ComfyUI's log, and return both as one text.
 
-    What is to be said of the node's inputs comes with the first text that it shows.
+    Notes about the node's inputs are added to the first text.
     """
     warnings = [*_notes.get(), *([] if warning is None else [warning])]
     _notes.set(())
@@ -309,16 +309,16 @@ def show_text(node: type[io.ComfyNode], text: str, warning: str | None = None) -
 
 
 def show_warnings(node: type[io.ComfyNode], *warnings: str | None) -> None:
-    """`show_text` for a node that has nothing else to say; those that are None are left out."""
+    """`show_text` for a node that shows only warnings; None is skipped."""
     if text := " ".join(warning for warning in warnings if warning is not None):
         show_text(node, "", text)
 
 
 def choice_of(table: dict[str, Any], choice: str, name: str) -> Any:
-    """What a combo's choice stands for.
+    """The value of a combo's choice.
 
     Raises:
-        IdentityEditError: for one that a link has brought and the combo has not.
+        IdentityEditError: for a choice not in the combo, which can arrive through a link.
     """
     if choice not in table:
         raise IdentityEditError(f"{name} is '{choice}'; choose one of {', '.join(table)}.")

@@ -1,4 +1,4 @@
-"""What the nodes that train a subject share: inputs, progress with samples, checkpoints, and what is said of losses."""
+"""Shared parts of the training nodes: inputs, outputs, progress with samples, checkpoints and reports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from comfy_api.latest import io
 from ..pipelines import engine
 from ..pipelines.training.loop import BFLOAT16, FLOAT32, Progress, TrainingRun
 from .saved_files import FILE_ENDING
+from .sockets import advanced
 
 LossMap = io.Custom("LOSS_MAP")
 """ComfyUI's socket of Train LoRA and Plot Loss Graph: {"loss": the loss of every step}."""
 CHECKPOINT_FOLDER = "checkpoints"
-SEED_TOOLTIP = "Of all draws: the order of the images, timesteps and noise."
+SEED_TOOLTIP = "Seed for all randomness: image order, timesteps and noise."
 
 
 def checkpoint_inputs() -> list[Any]:
@@ -30,7 +31,7 @@ def checkpoint_inputs() -> list[Any]:
 
 
 def learning_rate_input(default: float, tooltip: str, most: float = 0.1, step: float = 1e-5) -> io.Float.Input:
-    """The widget rounds to a hundredth of its step."""
+    """AdamW's learning rate; the widget rounds to a hundredth of its step."""
     least = round(step / 100, 8)
     return io.Float.Input(
         "learning_rate", default=default, min=least, max=most, step=step, round=least, tooltip=tooltip
@@ -45,37 +46,43 @@ def filename_prefix_input(default: str, loader: str, folder: str) -> io.String.I
     return io.String.Input(
         "filename_prefix",
         default=default,
-        tooltip=f"Folder and beginning of the file name, below the output folder. {loader} lists what is in "
-        f"'{folder}'.",
+        tooltip=f"Folder and start of the file name, below the output folder. {loader} lists the files in '{folder}'.",
     )
 
 
 def gradient_accumulation_input() -> io.Int.Input:
-    return io.Int.Input(
-        "gradient_accumulation",
-        default=1,
-        min=1,
-        max=256,
-        tooltip="Batches whose gradients are averaged for one step: a larger batch for the memory of a small one.",
+    return advanced(
+        io.Int.Input(
+            "gradient_accumulation",
+            default=1,
+            min=1,
+            max=256,
+            tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger batch "
+            "with the memory of a small one.",
+        )
     )
 
 
 def precision_input(trained: str) -> io.Combo.Input:
-    return io.Combo.Input(
-        "precision",
-        options=[BFLOAT16, FLOAT32],
-        default=BFLOAT16,
-        tooltip=f"In what the networks compute; {trained} are kept in float32 either way. Choose float32 on a CPU "
-        f"without bfloat16 instructions, where it is slower.",
+    return advanced(
+        io.Combo.Input(
+            "precision",
+            options=[BFLOAT16, FLOAT32],
+            default=BFLOAT16,
+            tooltip=f"Compute precision; {trained} are kept in float32 either way. Choose float32 on a CPU without "
+            "bfloat16 instructions, where bfloat16 is slower.",
+        )
     )
 
 
 def checkpointing_input() -> io.Boolean.Input:
-    return io.Boolean.Input(
-        "checkpointing",
-        default=True,
-        tooltip="Gradient checkpointing: on needs a fraction of the memory and about a third more time, for the same "
-        "result.",
+    return advanced(
+        io.Boolean.Input(
+            "checkpointing",
+            default=True,
+            tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a third "
+            "longer, with the same result.",
+        )
     )
 
 
@@ -85,31 +92,32 @@ def sample_every_input(last: str, default: int = 100, most: int = 100_000, what:
         default=default,
         min=0,
         max=most,
-        tooltip=f"Steps between the {what} that show how far it is. There is one at {last} in any case; 0 makes no "
-        f"others.",
+        tooltip=f"Steps between {what}. One is always made at {last}; 0 disables the rest.",
     )
 
 
 def checkpoint_every_input(default: int = 100, most: int = 100_000, more: str = "") -> io.Int.Input:
-    return io.Int.Input(
-        "checkpoint_every",
-        default=default,
-        min=0,
-        max=most,
-        tooltip=f"Steps between checkpoints, from which a canceled or killed run goes on when it is queued again with "
-        f"the same settings. {more}0 writes none.",
+    return advanced(
+        io.Int.Input(
+            "checkpoint_every",
+            default=default,
+            min=0,
+            max=most,
+            tooltip="Steps between checkpoints. Re-queue the node with the same settings to resume a canceled or "
+            f"killed run. {more}0 disables checkpoints.",
+        )
     )
 
 
-def training_outputs(what: str, samples: str | None = "The sample images in their order.") -> list[Any]:
-    """Samples where there are any, losses, the file of `what` was trained, and the report."""
+def training_outputs(what: str, samples: str | None = "The sample images in order.") -> list[Any]:
+    """Sample images (none when `samples` is None), losses, path of the saved `what`, and the report."""
     shown = [] if samples is None else [io.Image.Output("samples", display_name="samples", tooltip=samples)]
     return [
         *shown,
-        LossMap.Output("loss", display_name="loss", tooltip="The loss of every step, for Plot Loss Graph."),
-        io.String.Output("file", display_name="file", tooltip=f"Where {what} was saved."),
+        LossMap.Output("loss", display_name="loss", tooltip="Loss of every step, for Plot Loss Graph."),
+        io.String.Output("file", display_name="file", tooltip=f"Path where {what} was saved."),
         io.String.Output(
-            "report", display_name="report", tooltip="What was trained, and the losses it began and ended with."
+            "report", display_name="report", tooltip="Training summary, with the losses at the start and at the end."
         ),
     ]
 
@@ -122,19 +130,19 @@ class Checkpoints:
         self._paths: list[str] = []
 
     def path(self, run: str) -> str:
-        """Where a run's checkpoint is; the same settings are the same run."""
+        """Path of a run's checkpoint; the same settings are the same run."""
         self._paths.append(os.path.join(self._folder, run + FILE_ENDING))
         return self._paths[-1]
 
     def remove(self) -> None:
-        """Once the result is saved."""
+        """Delete the checkpoints, once the result is saved."""
         for path in self._paths:
             with contextlib.suppress(OSError):
                 os.remove(path)
 
 
 def training_progress(model: Any, steps: int) -> Progress:
-    """ComfyUI's progress bar, with each new sample as its preview, even where previews of sampling are switched off."""
+    """ComfyUI's progress bar, with each new sample as its preview, even when sampling previews are off."""
     import latent_preview  # modules of ComfyUI, not needed before a node runs
     from comfy.utils import ProgressBar
 
@@ -158,20 +166,20 @@ def training_progress(model: Any, steps: int) -> Progress:
 
 
 def steps_of(run: TrainingRun) -> str:
-    """How many steps a run has made, for reports."""
-    resumed = f", of which {run.resumed_at} were read from a checkpoint" if run.resumed_at else ""
+    """Number of steps of a run, for reports."""
+    resumed = f", {run.resumed_at} of them from a checkpoint" if run.resumed_at else ""
     return f"{len(run.losses)} steps{resumed}"
 
 
 def first_and_last(losses: list[float]) -> str:
-    """The mean losses of the beginning and the end, for reports."""
+    """Mean losses at the start and at the end, for reports."""
     few = max(1, min(50, len(losses) // 2))
     first, last = (sum(part) / len(part) for part in (losses[:few], losses[-few:]))
     return f"{first:.4f} over the first {few} steps, {last:.4f} over the last {few}"
 
 
 def how_trained(facts: dict[str, Any]) -> str:
-    """How a file was trained, for reports, from `training_facts` of the training loop; "" where it does not say."""
+    """Training settings of a file for reports, from `training_facts` of the training loop; "" if incomplete."""
     if not facts.keys() >= {"steps", "learning_rate", "images"}:
         return ""
     return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['images']} images"

@@ -67,7 +67,7 @@ def test_every_workflow_is_in_the_documents_and_the_changelog() -> None:
 def test_every_node_is_in_the_documents_under_its_category(node_classes: dict[str, type]) -> None:
     table = {}
     for line in read("docs/nodes.md").splitlines():
-        if line.startswith("| ") and " · " in line or line.startswith(("| measure", "| demo")):
+        if line.startswith("| ") and " · " in line or line.startswith(("| evaluation", "| demo")):
             category, names = [cell.strip() for cell in line.strip("|").split("|")]
             table[category] = [name.strip() for name in names.split(" · ")]
     expected: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Nodes that learn to say in words who is in an image, load what was learned, and put such words into prompts."""
+"""Nodes that train and load an identity word encoder, and insert identity words into prompts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
 from ...pipelines.training.loop import BFLOAT16, FLOAT32
 from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from ..sockets import IdentityWords, SubjectImages, checked, schema, seed_input, show_text, steps_input
+from ..sockets import IdentityWords, SubjectImages, advanced, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -43,72 +43,84 @@ class TrainIdentityWords(io.ComfyNode):
             category="portrait",
             search_aliases=["identity encoder", "ELITE", "MCDM", "face words", "textual inversion encoder"],
             description=(
-                "Learns to say in two words of the text encoder who is in an image, from portraits of many people "
-                "(Chen et al. 2024, supplement 1.1). No weight of the model, the text encoder or the image encoder "
-                "changes."
+                "Trains an encoder on portraits of many people that turns the person in an image into two "
+                "word embeddings of the text encoder (Chen et al. 2024, supplement 1.1). The weights of the "
+                "model, the text encoder and the image encoder do not change."
             ),
             is_output_node=True,
             inputs=[
                 *checkpoint_inputs(),
                 io.ClipVision.Input(
-                    "clip_vision", tooltip="The image encoder that is read. The same one is needed ever after."
+                    "clip_vision",
+                    tooltip="CLIP image encoder whose features are used. Applying the words later needs the same one.",
                 ),
                 SubjectImages.Input(
                     "images",
-                    tooltip="Portraits of many people, with captions that hold the class word: Load Subject Images "
-                    "or Subject from Images, with an empty token. FFHQ in Chen et al. 2024.",
+                    tooltip="Portraits of many people, with captions that contain the class word: Load Subject "
+                    "Images or Subject from Images, with an empty token. FFHQ in Chen et al. 2024.",
                 ),
-                io.Int.Input(
-                    "words",
-                    default=words_of.WORDS,
-                    min=1,
-                    max=words_of.MOST_WORDS,
-                    tooltip="How many words say who it is. 2 in Chen et al. 2024.",
+                advanced(
+                    io.Int.Input(
+                        "words",
+                        default=words_of.WORDS,
+                        min=1,
+                        max=words_of.MOST_WORDS,
+                        tooltip="Number of word embeddings per person. 2 in Chen et al. 2024.",
+                    )
                 ),
                 steps_input(
                     IdentitySettings.steps,
                     10000000,
-                    "Training steps. Our choice for a few thousand images; Chen et al. 2024 name none, ELITE has "
-                    "300000.",
+                    "Training steps. Our default, for a few thousand images; Chen et al. 2024 do not report "
+                    "theirs, ELITE uses 300000.",
                 ),
                 learning_rate_input(
                     IdentitySettings.learning_rate,
-                    "AdamW's learning rate. Our choice for a few thousand steps; Chen et al. 2024 name none, ELITE has "
-                    "0.000001 for 300000 steps.",
+                    "AdamW's learning rate. Our default, for a few thousand steps; Chen et al. 2024 do not "
+                    "report theirs, ELITE uses 0.000001 for 300000 steps.",
                 ),
-                io.Float.Input(
-                    "regularization_weight",
-                    default=IdentitySettings.regularization_weight,
-                    min=0.0,
-                    max=10.0,
-                    step=0.001,
-                    tooltip="Keeps the words small: weight of their mean absolute value beside the loss. 0.01 in ELITE "
-                    "(Wei et al. 2023); Chen et al. 2024 name none.",
+                advanced(
+                    io.Float.Input(
+                        "regularization_weight",
+                        default=IdentitySettings.regularization_weight,
+                        min=0.0,
+                        max=10.0,
+                        step=0.001,
+                        tooltip="L1 regularization weight on the predicted embeddings. 0.01 in ELITE (Wei et al. "
+                        "2023); Chen et al. 2024 do not report theirs.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "masked_loss",
-                    default=False,
-                    tooltip="Count the loss inside the images' masks only. Off, as Chen et al. 2024 name no mask.",
+                advanced(
+                    io.Boolean.Input(
+                        "masked_loss",
+                        default=False,
+                        tooltip="Computes the loss only inside the masks of the images. Off, since Chen et al. 2024 do "
+                        "not mention masks.",
+                    )
                 ),
                 batch_size_input(
-                    IdentitySettings.batch_size, 256, "Images in a batch, all of one size. 4 a GPU in ELITE."
+                    IdentitySettings.batch_size, 256, "Images per batch, all of the same size. 4 per GPU in ELITE."
                 ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=1,
-                    min=1,
-                    max=256,
-                    tooltip="Batches whose gradients are averaged for one step.",
+                advanced(
+                    io.Int.Input(
+                        "gradient_accumulation",
+                        default=1,
+                        min=1,
+                        max=256,
+                        tooltip="Batches per optimizer step; their gradients are averaged.",
+                    )
                 ),
-                io.Combo.Input(
-                    "precision",
-                    options=[BFLOAT16, FLOAT32],
-                    default=BFLOAT16,
-                    tooltip="In what the frozen networks compute. Choose float32 on a CPU without "
-                    "bfloat16 instructions, where it is slower.",
+                advanced(
+                    io.Combo.Input(
+                        "precision",
+                        options=[BFLOAT16, FLOAT32],
+                        default=BFLOAT16,
+                        tooltip="Compute precision of the frozen networks. Choose float32 on a CPU without bfloat16 "
+                        "instructions, where bfloat16 is slower.",
+                    )
                 ),
                 checkpointing_input(),
-                seed_input("Of the first weights and of all draws: the order of the images, timesteps and noise."),
+                seed_input("Seed for all randomness: initial weights, image order, timesteps and noise."),
                 checkpoint_every_input(200),
                 filename_prefix_input(f"{FILE_FOLDER}/identity", "Load Identity Words", FILE_FOLDER),
             ],
@@ -116,7 +128,7 @@ class TrainIdentityWords(io.ComfyNode):
                 IdentityWords.Output(
                     "identity_words",
                     display_name="identity words",
-                    tooltip="For Apply Identity Words and Generate Pairs.",
+                    tooltip="The encoder, for Apply Identity Words and Generate Pairs.",
                 ),
                 *training_outputs("it", None),
             ],
@@ -160,7 +172,7 @@ class TrainIdentityWords(io.ComfyNode):
             seed=seed,
             checkpoint_every=checkpoint_every,
         )
-        next_path(filename_prefix, f"{FILE_FOLDER}/identity")  # better before a long training than after it
+        next_path(filename_prefix, f"{FILE_FOLDER}/identity")  # fail before a long training rather than after it
         captions = [caption or f"a {images.class_word}" for caption in images.captions]
         encoded = encode_images(vae, images.images, captions, images.masks)
         features = learning.features_of(clip_vision, images.images)
@@ -199,7 +211,7 @@ class LoadIdentityWords(io.ComfyNode):
             display_name="Load Identity Words",
             category="portrait",
             search_aliases=["identity encoder", "MCDM", "face words"],
-            description="Loads identity words that Train Identity Words has saved.",
+            description="Loads an identity word encoder saved by Train Identity Words.",
             inputs=[
                 file_input("Train Identity Words", FILE_FOLDER, CHECKPOINT_FOLDER),
             ],
@@ -207,10 +219,10 @@ class LoadIdentityWords(io.ComfyNode):
                 IdentityWords.Output(
                     "identity_words",
                     display_name="identity words",
-                    tooltip="For Apply Identity Words and Generate Pairs.",
+                    tooltip="The encoder, for Apply Identity Words and Generate Pairs.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="What the file holds and how it was trained."
+                    "report", display_name="report", tooltip="Contents of the file and training settings."
                 ),
             ],
         )
@@ -238,33 +250,40 @@ class ApplyIdentityWords(io.ComfyNode):
             display_name="Apply Identity Words",
             category="portrait",
             search_aliases=["identity prompt", "MCDM", "face words"],
-            description="Encodes a prompt with words for who is in an image, right before the word that says what the "
-            "person is (Chen et al. 2024, supplement 1.1).",
+            description="Encodes a prompt with identity words for the person in an image, inserted in front of "
+            "the class word (Chen et al. 2024, supplement 1.1).",
             inputs=[
-                io.Clip.Input("clip", tooltip="The text encoders of the checkpoint that the words were trained with."),
-                IdentityWords.Input("identity_words", tooltip="From Load Identity Words or Train Identity Words."),
+                io.Clip.Input(
+                    "clip", tooltip="The text encoders of the checkpoint that the identity words were trained with."
+                ),
+                IdentityWords.Input(
+                    "identity_words", tooltip="Identity word encoder, from Load Identity Words or Train Identity Words."
+                ),
                 io.ClipVisionOutput.Input(
                     "clip_vision_output",
-                    tooltip="The person's image, from CLIP Vision Encode with crop 'none' and the image encoder of "
-                    "the training.",
+                    tooltip="Image of the person, from CLIP Vision Encode with crop 'none' and the image encoder "
+                    "used in training.",
                 ),
                 io.String.Input(
                     "prompt",
                     multiline=True,
                     dynamic_prompts=True,
-                    tooltip="What to draw, with the class word in it: 'a woman, Santa Claus costume'.",
+                    tooltip="Prompt that contains the class word: 'a woman, Santa Claus costume'.",
                 ),
-                io.String.Input(
-                    "class_word",
-                    default="",
-                    tooltip="The word before which the words go, such as 'woman'. Empty: that of the training.",
+                advanced(
+                    io.String.Input(
+                        "class_word",
+                        default="",
+                        tooltip="Word in front of which the identity words are inserted, such as 'woman'. Empty: the "
+                        "class word used in training.",
+                    )
                 ),
             ],
             outputs=[
                 io.Conditioning.Output(
                     "conditioning",
                     display_name="conditioning",
-                    tooltip="The prompt with the words; with several images one for each image of a batch.",
+                    tooltip="The prompt with identity words; with several images, one entry per image of the batch.",
                 )
             ],
         )

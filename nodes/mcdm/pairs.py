@@ -1,4 +1,4 @@
-"""Nodes that generate pairs of images of one subject before and after an edit."""
+"""Nodes that generate, split and save image pairs of one subject before and after an edit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color, comparable, to_pillow
 from ..idle import first_said, same_prompt
 from ..saved_files import check_name
-from ..sockets import IdentityWords, checked, schema, seed_input, show_text, show_warnings
+from ..sockets import IdentityWords, advanced, checked, schema, seed_input, show_text, show_warnings
 
 FOLDER = "pairs"
 
@@ -33,7 +33,7 @@ def _guidance_inputs() -> list[Any]:
             min=0.0,
             max=100.0,
             step=0.1,
-            tooltip="Of the classifier-free guidance of each prompt. 7.5 in Chen et al. 2024.",
+            tooltip="Classifier-free guidance scale of each prompt. 7.5 in Chen et al. 2024.",
         ),
         io.Float.Input(
             "shared_weight",
@@ -49,8 +49,8 @@ def _guidance_inputs() -> list[Any]:
             min=0.0,
             max=10.0,
             step=0.01,
-            tooltip="Weight of the source prompt on the left half, s'_a. 0.9 in Chen et al. 2024; it should make 1 "
-            "with shared_weight.",
+            tooltip="Weight of the source prompt on the left half, s'_a. Should sum to 1 with shared_weight. 0.9 in "
+            "Chen et al. 2024.",
         ),
         io.Float.Input(
             "target_weight",
@@ -58,8 +58,8 @@ def _guidance_inputs() -> list[Any]:
             min=0.0,
             max=10.0,
             step=0.01,
-            tooltip="Weight of the target prompt on the right half, s'_b. 0.9 in Chen et al. 2024; it should make 1 "
-            "with shared_weight.",
+            tooltip="Weight of the target prompt on the right half, s'_b. Should sum to 1 with shared_weight. 0.9 in "
+            "Chen et al. 2024.",
         ),
     ]
 
@@ -73,22 +73,22 @@ class PairGuider(io.ComfyNode):
             category="portrait",
             search_aliases=["composable diffusion", "paired data", "MCDM", "before and after"],
             description=(
-                "Draws one subject before and after an edit side by side, in a latent of double width: composable "
-                "guidance with a shared, a source and a target prompt (Chen et al. 2024, eq. 2)."
+                "Generates one subject before and after an edit, side by side in a latent of double "
+                "width: composable guidance with a shared, a source and a target prompt (Chen et al. 2024, eq. 2)."
             ),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
                 ),
                 io.Conditioning.Input(
-                    "shared", tooltip="What both halves show, p: 'the same woman on the left and right'."
+                    "shared", tooltip="Prompt for both halves, p: 'the same woman on the left and right'."
                 ),
-                io.Conditioning.Input("source", tooltip="What the left half shows, p_a: 'a woman, normal costume'."),
+                io.Conditioning.Input("source", tooltip="Prompt for the left half, p_a: 'a woman, normal costume'."),
                 io.Conditioning.Input(
-                    "target", tooltip="What the right half shows, p_b: 'a woman, Santa Claus costume'."
+                    "target", tooltip="Prompt for the right half, p_b: 'a woman, Santa Claus costume'."
                 ),
                 io.Conditioning.Input(
-                    "negative", tooltip="The negative prompt of all three; empty in Chen et al. 2024."
+                    "negative", tooltip="Negative prompt for all three prompts; empty in Chen et al. 2024."
                 ),
                 *_guidance_inputs(),
             ],
@@ -96,7 +96,7 @@ class PairGuider(io.ComfyNode):
                 io.Guider.Output(
                     "guider",
                     display_name="guider",
-                    tooltip="For SamplerCustomAdvanced, with an empty latent twice as wide as one image.",
+                    tooltip="Guider for SamplerCustomAdvanced; use an empty latent twice as wide as one image.",
                 )
             ],
         )
@@ -131,8 +131,8 @@ class PairGuider(io.ComfyNode):
             first_said(
                 (
                     same_prompt(source, target),
-                    "The source prompt and the target prompt are the same, so that both halves show the same; write "
-                    "another target prompt.",
+                    "The source prompt and the target prompt are identical, so both halves show the same; write "
+                    "a different target prompt.",
                 ),
             )
             or _idle(guidance_scale, shared_weight, source_weight, target_weight),
@@ -144,11 +144,11 @@ def _idle(guidance_scale: float, shared_weight: float, source_weight: float, tar
     return first_said(
         (
             guidance_scale == 0.0 or max(shared_weight, source_weight, target_weight) == 0.0,
-            "guidance_scale or all three weights are 0, so that no prompt has a part; raise them.",
+            "guidance_scale or all three weights are 0, so no prompt has an effect; raise them.",
         ),
         (
             max(source_weight, target_weight) == 0.0,
-            "source_weight and target_weight are 0, so that both halves follow the shared prompt alone; raise them.",
+            "source_weight and target_weight are 0, so both halves follow only the shared prompt; raise them.",
         ),
     )
 
@@ -161,19 +161,23 @@ class SplitPair(io.ComfyNode):
             display_name="Split Pair",
             category="portrait",
             search_aliases=["halves", "left and right", "crop", "side by side"],
-            description="Cuts images or latents of double width into their left and right halves.",
+            description="Splits double-width images or latents into their left and right halves.",
             inputs=[
-                io.Image.Input("images", optional=True, tooltip="Images with the source left and the target right."),
-                io.Latent.Input("latent", optional=True, tooltip="Latents with the source left and the target right."),
+                io.Image.Input(
+                    "images", optional=True, tooltip="Images with the source on the left and the target on the right."
+                ),
+                io.Latent.Input(
+                    "latent", optional=True, tooltip="Latents with the source on the left and the target on the right."
+                ),
             ],
             outputs=[
                 io.Image.Output("source", display_name="source", tooltip="The left halves of the images."),
                 io.Image.Output("target", display_name="target", tooltip="The right halves of the images."),
                 io.Latent.Output(
-                    "source_latent", display_name="source latent", tooltip="The left halves of the latent."
+                    "source_latent", display_name="source latent", tooltip="The left halves of the latents."
                 ),
                 io.Latent.Output(
-                    "target_latent", display_name="target latent", tooltip="The right halves of the latent."
+                    "target_latent", display_name="target latent", tooltip="The right halves of the latents."
                 ),
             ],
         )
@@ -184,18 +188,18 @@ class SplitPair(io.ComfyNode):
         from comfy_execution.graph import ExecutionBlocker
 
         def missing(name: str) -> tuple[Any, Any]:
-            blocked = ExecutionBlocker(f"Split Pair has no {name}, so that these halves do not exist; connect {name}.")
+            blocked = ExecutionBlocker(f"Split Pair has no {name} to split; connect {name}.")
             return blocked, blocked
 
         if images is None and latent is None:
-            raise IdentityEditError("Split Pair has nothing to split; connect images or a latent.")
+            raise IdentityEditError("Split Pair has no input; connect images or a latent.")
         halves = missing("images") if images is None else guidance.halves(images, 2, "The images")
         latents = missing("latent") if latent is None else _latent_halves(latent)
         return io.NodeOutput(*halves, *latents)
 
 
 def _latent_halves(latent: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A latent's noise mask is split too; it may have another size."""
+    """A latent with its noise mask, which may have another size, split into halves."""
     left, right = dict(latent), dict(latent)
     for name in ("samples", "noise_mask"):
         if latent.get(name) is not None:
@@ -207,7 +211,7 @@ def _folder_input(default: str, what_is_there: str) -> io.String.Input:
     return io.String.Input(
         "folder",
         default=f"{FOLDER}/{default}",
-        tooltip=f"The dataset's folder, below the output folder. {what_is_there}",
+        tooltip=f"Dataset folder, below the output folder. {what_is_there}",
     )
 
 
@@ -218,61 +222,73 @@ def _validation_input(how_drawn: str) -> io.Float.Input:
         min=0.0,
         max=0.9,
         step=0.01,
-        tooltip=f"Share of the pairs that is marked for validation, drawn from {how_drawn}. Chen et al. 2024 have a "
-        "validation set and do not say how large.",
+        tooltip=f"Share of the pairs assigned to the validation split, drawn from {how_drawn}. Chen et al. "
+        "2024 do not report the size of theirs.",
     )
 
 
 class GeneratePairs(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        scale, *weights = _guidance_inputs()
         return schema(
             node_id="IdentityEditGeneratePairs",
             display_name="Generate Pairs",
             category="portrait",
             search_aliases=["paired data", "dataset", "MCDM", "training data", "composable diffusion"],
             description=(
-                "Makes a dataset of pairs for an edit, from words alone: one subject before and after, with the same "
-                "pose and identity (Chen et al. 2024, section 3.2). Goes on where it was stopped."
+                "Generates a dataset of image pairs for an edit from text alone: one subject before and "
+                "after, with the same pose and identity (Chen et al. 2024, section 3.2). Resumes where it was "
+                "stopped."
             ),
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model that draws such subjects."),
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model that can draw the subjects."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Sampler.Input(
-                    "sampler", tooltip="From KSamplerSelect. Chen et al. 2024 use Karras et al. 2022's stochastic one."
+                    "sampler",
+                    tooltip="Sampler, from KSamplerSelect. Chen et al. 2024 use the stochastic sampler of Karras et "
+                    "al. 2022.",
                 ),
-                io.Sigmas.Input("sigmas", tooltip="From a scheduler node. 20 steps in Chen et al. 2024."),
+                io.Sigmas.Input(
+                    "sigmas", tooltip="Noise schedule, from a scheduler node. 20 steps in Chen et al. 2024."
+                ),
                 io.String.Input(
                     "edits",
                     default=datasets.EDITS,
                     multiline=True,
-                    tooltip="One edit a line: 'name: source prompt -> target prompt', with {subject} in both. The "
-                    "costumes of Chen et al. 2024.",
+                    tooltip="Edits, one per line: 'name: source prompt -> target prompt', with {subject} in both. "
+                    "The defaults are the costumes of Chen et al. 2024.",
                 ),
                 io.String.Input(
                     "subjects",
                     default=datasets.SUBJECTS,
                     multiline=True,
-                    tooltip="What stands for {subject}, one a line; one is drawn for each pair. As many lines as "
-                    "identity images: each image has its own. Words, a vertical bar and a name: drawn by the words,"
-                    " called by the name in the dataset. A man or a woman in Chen et al. 2024.",
+                    tooltip="Values for {subject}, one per line; one is picked at random for each pair. With as many "
+                    "lines as identity images, each image gets its own line. In a line of the form words, vertical "
+                    "bar, name, the words draw the subject and the name replaces them in the dataset. A man or a "
+                    "woman in Chen et al. 2024.",
                 ),
-                io.String.Input(
-                    "shared_prompt",
-                    default=datasets.SHARED_PROMPT,
-                    tooltip="What both halves show, p, with {subject} in it. The words of Chen et al. 2024.",
+                advanced(
+                    io.String.Input(
+                        "shared_prompt",
+                        default=datasets.SHARED_PROMPT,
+                        tooltip="Prompt for both halves, p, with {subject} in it. The default is the prompt of Chen et "
+                        "al. 2024.",
+                    )
                 ),
-                io.String.Input(
-                    "negative_prompt",
-                    default="",
-                    tooltip="The negative prompt of all pairs; empty in Chen et al. 2024.",
+                advanced(
+                    io.String.Input(
+                        "negative_prompt",
+                        default="",
+                        tooltip="Negative prompt for all pairs; empty in Chen et al. 2024.",
+                    )
                 ),
-                io.Int.Input("count", default=8, min=1, max=1000000, tooltip="How many pairs the dataset has in all."),
+                io.Int.Input("count", default=8, min=1, max=1000000, tooltip="Total number of pairs in the dataset."),
                 seed_input(
-                    "Of all draws: subjects, poses, identities, noises, splits. Set it to fixed, or a folder "
-                    "that was begun with another seed is refused."
+                    "Seed for all randomness: subjects, poses, identities, noise and splits. Set it to "
+                    "fixed: a folder that was started with another seed is refused."
                 ),
                 io.Int.Input(
                     "width",
@@ -280,7 +296,7 @@ class GeneratePairs(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Pixels of one image. 512 in Chen et al. 2024.",
+                    tooltip="Width of one image in pixels. 512 in Chen et al. 2024.",
                 ),
                 io.Int.Input(
                     "height",
@@ -288,85 +304,106 @@ class GeneratePairs(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Pixels of one image. 512 in Chen et al. 2024.",
+                    tooltip="Height of one image in pixels. 512 in Chen et al. 2024.",
                 ),
-                *_guidance_inputs(),
-                _validation_input("the seed; nobody of the identity images is in both splits"),
-                _folder_input("edits", "What is there is kept: only missing pairs are made."),
-                io.String.Input(
-                    "part",
-                    default="",
-                    tooltip="Makes a part of the dataset only: a pair's number ('12') or two of them ('100-199'). "
-                    "Empty makes all of it.",
+                scale,
+                *map(advanced, weights),
+                advanced(_validation_input("the seed; no person of the identity images is in both splits")),
+                _folder_input("edits", "Existing pairs are kept; only missing ones are generated."),
+                advanced(
+                    io.String.Input(
+                        "part",
+                        default="",
+                        tooltip="Generates only a shard of the dataset: the number of one pair ('12') or a range "
+                        "('100-199'). Empty generates all of it.",
+                    )
                 ),
-                io.Float.Input(
-                    "smallest_similarity",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Keeps only pairs whose two images are at least this alike: the cosine similarity of "
-                    "their CLIP image embeddings, which needs clip_vision. 0, as in Chen et al. 2024, keeps all.",
+                advanced(
+                    io.Float.Input(
+                        "smallest_similarity",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Minimum similarity: keeps only pairs whose two images reach this cosine similarity of "
+                        "CLIP image embeddings; needs clip_vision. 0, as in Chen et al. 2024, keeps all pairs.",
+                    )
                 ),
-                io.Int.Input(
-                    "attempts",
-                    default=datasets.ATTEMPTS,
-                    min=1,
-                    max=100,
-                    tooltip="Noises that are tried for each pair until one passes the check; our choice. Without a "
-                    "check there is one.",
+                advanced(
+                    io.Int.Input(
+                        "attempts",
+                        default=datasets.ATTEMPTS,
+                        min=1,
+                        max=100,
+                        tooltip="Maximum number of seeds tried per pair until one passes the similarity check (our "
+                        "default). Without a check, one is used.",
+                    )
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="For smallest_similarity, and for identity_words."
+                    "clip_vision",
+                    optional=True,
+                    tooltip="CLIP image encoder, for smallest_similarity and identity_words.",
                 ),
                 IdentityWords.Input(
                     "identity_words",
                     optional=True,
-                    tooltip="From Load Identity Words: who is in the pair is taken from identity_images.",
+                    tooltip="Identity word encoder, from Load Identity Words; it describes the people in "
+                    "identity_images.",
                 ),
                 io.Image.Input(
                     "identity_images",
                     optional=True,
-                    tooltip="Portraits of many people, one of which is drawn for each pair. Faces of FFHQ in Chen et "
+                    tooltip="Portraits of many people; one is picked at random for each pair. FFHQ faces in Chen et "
                     "al. 2024.",
                 ),
-                io.String.Input(
-                    "class_word",
-                    default="",
-                    optional=True,
-                    tooltip="The word before which the identity words go. Empty: before the subject.",
+                advanced(
+                    io.String.Input(
+                        "class_word",
+                        default="",
+                        optional=True,
+                        tooltip="Word in front of which the identity words are inserted. Empty: in front of the "
+                        "subject.",
+                    )
                 ),
                 io.ControlNet.Input(
-                    "control_net", optional=True, tooltip="Holds both halves to one pose. OpenPose in Chen et al. 2024."
+                    "control_net",
+                    optional=True,
+                    tooltip="ControlNet that gives both halves the same pose. OpenPose in Chen et al. 2024.",
                 ),
                 io.Image.Input(
                     "poses",
                     optional=True,
-                    tooltip="Images for the ControlNet, of one image's size, one of which is drawn for each "
-                    "pair. 1000 poses in Chen et al. 2024.",
+                    tooltip="Pose images for the ControlNet, of the size of one image; one is picked at random for "
+                    "each pair. 1000 poses in Chen et al. 2024.",
                 ),
-                io.Float.Input(
-                    "pose_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Strength of the ControlNet. 1 is ComfyUI's default; Chen et al. 2024 name none.",
+                advanced(
+                    io.Float.Input(
+                        "pose_strength",
+                        default=1.0,
+                        min=0.0,
+                        max=10.0,
+                        step=0.01,
+                        optional=True,
+                        tooltip="ControlNet strength. 1 is ComfyUI's default; Chen et al. 2024 do not report theirs.",
+                    )
                 ),
             ],
             outputs=[
                 io.Image.Output(
-                    "contact_sheet", display_name="contact sheet", tooltip="The first 24 pairs with their edits."
+                    "contact_sheet",
+                    display_name="contact sheet",
+                    tooltip="The first 24 pairs, labeled with their edits.",
                 ),
-                io.String.Output("dataset", display_name="dataset", tooltip="The dataset's folder."),
-                io.String.Output("report", display_name="report", tooltip="What was made, and at what cost."),
+                io.String.Output("dataset", display_name="dataset", tooltip="Path of the dataset folder."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Number of pairs generated, and the model calls they took."
+                ),
             ],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **_: Any) -> float:
-        return time.time()  # pairs may have been deleted since; those that are there cost nothing
+        return time.time()  # pairs may have been deleted since; existing ones take no time
 
     @classmethod
     @checked
@@ -437,8 +474,8 @@ class GeneratePairs(io.ComfyNode):
         sheet = made_of.contact_sheet()
         if sheet is None:
             raise IdentityEditError(
-                f"None of {done.rejected} pairs is as alike as smallest_similarity {smallest_similarity:g}; lower it, "
-                f"and choose another folder."
+                f"None of the {done.rejected} pairs reached smallest_similarity {smallest_similarity:g}; lower it and "
+                f"choose another folder."
             )
         unused = _idle(guidance_scale, shared_weight, source_weight, target_weight)
         text = show_text(cls, _report(done, made_of, settings), unused)
@@ -453,8 +490,8 @@ def _identities(
     if words is None or images is None or clip_vision is None:
         missing = "identity_words" if words is None else "identity_images" if images is None else "clip_vision"
         raise IdentityEditError(
-            f"Identity words need identity_words, identity_images and clip_vision, and {missing} is missing; connect "
-            f"all three or neither words nor images."
+            f"Identity words need identity_words, identity_images and clip_vision, but {missing} is missing; connect "
+            f"all three, or neither words nor images."
         )
     return datasets.Identities(
         words, features_of(clip_vision, list(as_color(images, "identity_images"))), class_word.strip()
@@ -470,10 +507,12 @@ def _poses(control_net: Any | None, poses: torch.Tensor | None, strength: float)
 
 
 def _report(done: datasets.PairsMade, folder: PairFolder, settings: datasets.PairSettings) -> str:
-    evaluations = f" with {done.evaluations} model calls ({done.evaluations // done.made} a pair)" if done.made else ""
-    lines = [f"{done.made} pairs made{evaluations}, {done.present} were there; the dataset is in {folder.path}."]
+    evaluations = (
+        f" with {done.evaluations} model calls ({done.evaluations // done.made} per pair)" if done.made else ""
+    )
+    lines = [f"{done.made} pairs generated{evaluations}, {done.present} already present. Dataset: {folder.path}"]
     if settings.smallest_similarity > 0.0:
-        lines.append(f"{done.rejected} did not reach the similarity {settings.smallest_similarity:g}.")
+        lines.append(f"{done.rejected} below the minimum similarity of {settings.smallest_similarity:g}.")
     return "\n".join(lines)
 
 
@@ -498,7 +537,7 @@ def _dataset_path(folder: str) -> str:
     path = os.path.abspath(os.path.join(output, folder.strip()))
     if not folder.strip() or not path.startswith(output + os.sep):
         raise IdentityEditError(
-            f"folder '{folder}' is empty or leads out of the output folder; write a folder below it, such as "
+            f"folder '{folder}' is empty or outside the output folder; write a folder below it, such as "
             f"'{FOLDER}/edits'."
         )
     return path
@@ -512,24 +551,24 @@ class SavePair(io.ComfyNode):
             display_name="Save Pair",
             category="portrait",
             search_aliases=["paired data", "dataset", "save training data"],
-            description="Adds pairs that were made in any other way to a dataset of pairs, in the same form as "
-            "Generate Pairs.",
+            description="Adds image pairs made in any other way to a dataset, in the format of Generate Pairs.",
             is_output_node=True,
             inputs=[
-                io.Image.Input("source", tooltip="The images before the edit."),
-                io.Image.Input("target", tooltip="The images after it, as many, of the same size."),
-                io.String.Input("source_prompt", default="", tooltip="What the source shows, p_a."),
-                io.String.Input("target_prompt", default="", tooltip="What the target shows, p_b."),
-                io.String.Input("edit", default="edit", tooltip="The edit's name."),
-                _validation_input("their numbers"),
+                io.Image.Input("source", tooltip="Images before the edit."),
+                io.Image.Input("target", tooltip="Images after the edit: as many as source, of the same size."),
+                io.String.Input("source_prompt", default="", tooltip="Prompt that describes the source, p_a."),
+                io.String.Input("target_prompt", default="", tooltip="Prompt that describes the target, p_b."),
+                io.String.Input("edit", default="edit", tooltip="Name of the edit."),
+                advanced(_validation_input("the pair numbers")),
                 _folder_input(
                     "own",
-                    "What is there is kept. Generate Pairs needs another one: it takes what it finds for its own.",
+                    "Existing pairs are kept. Do not share it with Generate Pairs, which would count these pairs as "
+                    "its own.",
                 ),
             ],
             outputs=[
-                io.String.Output("dataset", display_name="dataset", tooltip="The dataset's folder."),
-                io.String.Output("report", display_name="report", tooltip="What was saved."),
+                io.String.Output("dataset", display_name="dataset", tooltip="Path of the dataset folder."),
+                io.String.Output("report", display_name="report", tooltip="Numbers of the saved pairs."),
             ],
         )
 

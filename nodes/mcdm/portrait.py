@@ -1,4 +1,4 @@
-"""Nodes of portrait editing: what a trained model is told, its guidance and its masks."""
+"""Nodes that edit with a trained MCDM: conditioning, guidance and masks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..idle import first_said, is_empty, joined, noise_mask_left_out, same_promp
 from ..saved_files import model_files, model_path
 from ..sockets import (
     Inversion,
+    advanced,
     at_image_size,
     checked,
     guidance_scale_input,
@@ -48,37 +49,38 @@ class MCDMConditioner(io.ComfyNode):
                 "edit prompt",
             ],
             description=(
-                "Shows an MCDM the source image and the prompts: the image's latent for the further input "
-                "channels, the image embedding behind the words (Chen et al. 2024, section 3.3)."
+                "Prepares the source image and the prompts for an MCDM: the image's latent for the "
+                "additional input channels, and the image embedding appended to the text (Chen et al. 2024, "
+                "section 3.3)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The trained model, from Load Checkpoint with the same file."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.ClipVision.Input(
                     "clip_vision",
-                    tooltip="The image encoder with which the model was trained; another one is refused.",
+                    tooltip="The image encoder used in training; another one is refused.",
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Image.Input("image", tooltip="The source image, or a batch of them."),
+                io.Image.Input("image", tooltip="Source image, or a batch of them."),
                 io.Combo.Input(
                     "file",
                     options=model_files(),
-                    tooltip="The file that the model comes from; it also holds the image embedding. Press R to list "
-                    "new ones.",
+                    tooltip="File of the trained model, which also contains the image embedding. Press R to refresh "
+                    "the list.",
                 ),
                 io.String.Input(
                     "target_prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the edited image shows, in the words of the pairs: in Chen et al. 2024 such as "
-                    "'a woman, laughing'.",
+                    tooltip="Prompt for the edited image, worded like the training pairs: in Chen et al. 2024 for "
+                    "example 'a woman, laughing'.",
                 ),
                 io.String.Input(
                     "source_prompt",
                     default="",
                     multiline=True,
-                    tooltip="What the source image shows, in the words of the pairs: in Chen et al. 2024 such as "
-                    "'a woman, neutral expression'. Masks need it.",
+                    tooltip="Prompt for the source image, worded like the training pairs: in Chen et al. 2024 for "
+                    "example 'a woman, neutral expression'. Needed for masks.",
                 ),
             ],
             outputs=[
@@ -95,7 +97,9 @@ class MCDMConditioner(io.ComfyNode):
                     "latent", display_name="latent", tooltip="The source image's latent, for MCDM Edit Mask."
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="How the model was trained, and whether it fits."
+                    "report",
+                    display_name="report",
+                    tooltip="How the model was trained, and whether it matches the connected model.",
                 ),
             ],
         )
@@ -103,7 +107,7 @@ class MCDMConditioner(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, file: str) -> bool | str:
         if file not in model_files():
-            return for_console(f"file '{file}' is not there any more; choose another one, or train it again.")
+            return for_console(f"file '{file}' no longer exists; choose another one, or train it again.")
         return True
 
     @classmethod
@@ -134,7 +138,7 @@ class MCDMConditioner(io.ComfyNode):
         text = f"MCDM: {facts.get('steps', 0)} steps on {facts.get('pairs', 0)} pairs."
         known = facts.get("prompts") or []
         if known:
-            text += f" It knows {len(known)} prompts, such as '{known[0]}'."
+            text += f" It was trained on {len(known)} prompts, such as '{known[0]}'."
         return io.NodeOutput(positive, negative, source, {"samples": seen.latent}, show_text(cls, text, warning))
 
 
@@ -154,48 +158,49 @@ class MCDMGuider(io.ComfyNode):
                 "mask-guided editing",
             ],
             description=(
-                "Guidance of an MCDM by its three conditions, and with a mask toward the target prompt inside of it "
-                "and the source prompt outside (Chen et al. 2024, eq. 1 and 3), for SamplerCustomAdvanced."
+                "Guidance of an MCDM with a scale for each of its three conditions; with a mask, toward "
+                "the target prompt inside and the source prompt outside (Chen et al. 2024, eq. 1 and 3). For "
+                "SamplerCustomAdvanced."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The trained model, from Load Checkpoint or Train MCDM."),
-                io.Conditioning.Input("positive", tooltip="From MCDM Conditioner: the target prompt."),
-                io.Conditioning.Input("negative", tooltip="From MCDM Conditioner: the empty prompt."),
+                io.Conditioning.Input("positive", tooltip="Target prompt, from MCDM Conditioner."),
+                io.Conditioning.Input("negative", tooltip="Empty prompt, from MCDM Conditioner."),
                 io.Float.Input(
                     "image_scale",
                     default=scales.image,
-                    tooltip="Scale s1, of the image embedding. 3 in Chen et al. 2024 (supplement 1.3). As long as it "
-                    "equals spatial_scale, a step needs an evaluation less.",
+                    tooltip="Scale s1, of the image embedding. 3 in Chen et al. 2024 (supplement 1.3). While it "
+                    "equals spatial_scale, a step needs one model call fewer.",
                     **scale,
                 ),
                 io.Float.Input(
                     "spatial_scale",
                     default=scales.spatial,
-                    tooltip="Scale s2, of the source image's latent: more keeps more of the image. 3 in Chen et "
-                    "al. 2024 (supplement 1.3).",
+                    tooltip="Scale s2, of the source image's latent. Higher preserves more of the image. 3 in Chen "
+                    "et al. 2024 (supplement 1.3).",
                     **scale,
                 ),
                 io.Float.Input(
                     "text_scale",
                     default=scales.text,
-                    tooltip="Scale s3, of the prompt: more edits more. 5 in Chen et al. 2024 (supplement 1.3).",
+                    tooltip="Scale s3, of the prompt. Higher edits more. 5 in Chen et al. 2024 (supplement 1.3).",
                     **scale,
                 ),
                 io.Conditioning.Input(
                     "source",
                     optional=True,
-                    tooltip="From MCDM Conditioner: the source prompt, which holds outside of the mask.",
+                    tooltip="Source prompt, from MCDM Conditioner; used outside the mask.",
                 ),
                 mask_input(
                     "mask",
-                    "Mask of where the edit may be, from MCDM Edit Mask or painted, of any size; it needs source. "
-                    "Without one the edit may be everywhere.",
+                    "Mask of the region that may change, from MCDM Edit Mask or painted, of any size; needs "
+                    "source. Without a mask the whole image may change.",
                     optional=True,
                 ),
             ],
             outputs=[
-                io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced."),
-                io.String.Output("report", display_name="report", tooltip="Model calls of a step."),
+                io.Guider.Output("guider", display_name="guider", tooltip="Guider for SamplerCustomAdvanced."),
+                io.String.Output("report", display_name="report", tooltip="Number of model calls per step."),
             ],
         )
 
@@ -218,20 +223,19 @@ class MCDMGuider(io.ComfyNode):
         unused = first_said(
             (
                 max(image_scale, spatial_scale, text_scale) == 0.0,
-                "All scales are 0, so that neither the image nor a prompt has a part; raise them.",
+                "All scales are 0, so neither the image nor a prompt has an effect; raise them.",
             ),
-            (text_scale == 0.0, "text_scale is 0, so that the target prompt has no part; raise it."),
+            (text_scale == 0.0, "text_scale is 0, so the target prompt has no effect; raise it."),
             (
                 is_empty(mask),
-                "The mask is empty, so that the source prompt holds everywhere and nothing is edited; connect another, "
-                "or none.",
+                "The mask is empty, so nothing is edited; connect another, or none.",
             ),
             (
                 source is not None and same_prompt(source, positive),
-                "source and positive are the same prompt, so that nothing is edited; write another target prompt.",
+                "source and positive are the same prompt, so nothing is edited; write a different target prompt.",
             ),
         )
-        return io.NodeOutput(guider, show_text(cls, f"{count} model calls a step.", unused))
+        return io.NodeOutput(guider, show_text(cls, f"{count} model calls per step.", unused))
 
 
 class MCDMEditMask(io.ComfyNode):
@@ -241,42 +245,48 @@ class MCDMEditMask(io.ComfyNode):
         return schema(
             node_id="IdentityEditMCDMEditMask",
             display_name="MCDM Edit Mask",
-            category="portrait",
+            category="masks",
             search_aliases=["DiffEdit", "automatic mask", "find mask", "edit region"],
             description=(
-                "Finds what an edit changes: where the model says something else for the target prompt than for the "
-                "source prompt (Chen et al. 2024, section 3.4). With an ordinary checkpoint it is DiffEdit's mask "
-                "(Couairon et al. 2023)."
+                "Finds the region that an edit changes: where the model's noise predictions for the "
+                "target prompt and the source prompt differ (Chen et al. 2024, section 3.4). With an ordinary "
+                "checkpoint this is DiffEdit's mask (Couairon et al. 2023)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="A trained MCDM, or any Stable Diffusion 1.x, 2.x or XL model."),
                 io.Conditioning.Input(
-                    "target", tooltip="The edited image: positive of MCDM Conditioner, or CLIP Text Encode."
+                    "target", tooltip="Prompt for the edited image: positive of MCDM Conditioner, or CLIP Text Encode."
                 ),
                 io.Conditioning.Input(
-                    "source", tooltip="The image as it is: source of MCDM Conditioner, or CLIP Text Encode."
+                    "source", tooltip="Prompt for the source image: source of MCDM Conditioner, or CLIP Text Encode."
                 ),
-                io.Latent.Input("latent", tooltip="The image, from MCDM Conditioner or VAE Encode."),
-                steps_input(
-                    default.steps,
-                    1000,
-                    "Of the schedule that noise_steps counts in. 20 in Chen et al. 2024 (supplement 1.3).",
+                io.Latent.Input("latent", tooltip="Latent of the source image, from MCDM Conditioner or VAE Encode."),
+                advanced(
+                    steps_input(
+                        default.steps,
+                        1000,
+                        "Steps of the schedule in which noise_steps counts. 20 in Chen et al. 2024 (supplement 1.3).",
+                    )
                 ),
-                io.Int.Input(
-                    "noise_steps",
-                    default=default.noise_steps,
-                    min=1,
-                    max=1000,
-                    tooltip="Steps of noise on the image. 10 of 20 in Chen et al. 2024 (supplement 1.3), half the "
-                    "way as in DiffEdit.",
+                advanced(
+                    io.Int.Input(
+                        "noise_steps",
+                        default=default.noise_steps,
+                        min=1,
+                        max=1000,
+                        tooltip="Steps of noise added to the image. 10 of 20 in Chen et al. 2024 (supplement 1.3), "
+                        "half of the schedule as in DiffEdit.",
+                    )
                 ),
-                io.Int.Input(
-                    "seeds",
-                    default=default.seeds,
-                    min=1,
-                    max=1000,
-                    tooltip="Draws of noise, over which the difference is averaged; each costs two model "
-                    "calls. 10 in Chen et al. 2024 and in DiffEdit.",
+                advanced(
+                    io.Int.Input(
+                        "seeds",
+                        default=default.seeds,
+                        min=1,
+                        max=1000,
+                        tooltip="Number of noise samples over which the difference is averaged; each takes two model "
+                        "calls. 10 in Chen et al. 2024 and in DiffEdit.",
+                    )
                 ),
                 io.Float.Input(
                     "outliers",
@@ -284,16 +294,16 @@ class MCDMEditMask(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.1,
-                    tooltip="Differences above this many times their mean are cut. 0, as in Chen et al. 2024, cuts "
-                    "none; 3 in diffusers' DiffEdit.",
+                    tooltip="Outlier limit: differences above this multiple of their mean are clipped. 0, as in Chen "
+                    "et al. 2024, disables it; 3 in diffusers' DiffEdit.",
                 ),
                 io.Int.Input(
                     "kernel",
                     default=default.kernel,
                     min=1,
                     max=101,
-                    tooltip="Size of the Gaussian blur in cells of the latent, odd. 5 in Chen et al. 2024 "
-                    "(supplement 1.3); 1 does not blur.",
+                    tooltip="Gaussian blur kernel size in latent pixels, odd. 5 in Chen et al. 2024 (supplement "
+                    "1.3); 1 disables the blur.",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -301,20 +311,24 @@ class MCDMEditMask(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Above it the edit may be: a larger one gives a smaller mask. 0.35 for expressions and 0.2 "
-                    "for costumes in Chen et al. 2024, 0.5 in DiffEdit.",
+                    tooltip="Mask threshold. Higher gives a smaller mask. 0.35 for expressions and 0.2 for costumes "
+                    "in Chen et al. 2024, 0.5 in DiffEdit.",
                 ),
-                seed_input("Of the first draw of noise; the others are the following ones."),
+                seed_input("Seed of the first noise sample; the others use the following seeds."),
             ],
             outputs=[
-                io.Mask.Output("mask", display_name="mask", tooltip="1 where the edit may be, of the image's size."),
+                io.Mask.Output(
+                    "mask", display_name="mask", tooltip="1 where the edit may change the image, at image size."
+                ),
                 io.Mask.Output(
                     "contrast",
                     display_name="contrast",
-                    tooltip="What the threshold cuts, 0 to 1: look at it to choose a threshold.",
+                    tooltip="The map before thresholding, 0 to 1; use it to choose a threshold.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Model calls, the mask's share, and a warning."
+                    "report",
+                    display_name="report",
+                    tooltip="Model calls, share of the image covered by the mask, and warnings.",
                 ),
             ],
         )
@@ -359,22 +373,23 @@ class DiffEdit(io.ComfyNode):
         return schema(
             node_id="IdentityEditDiffEdit",
             display_name="DiffEdit",
-            category="portrait",
+            category="masks",
             search_aliases=["masked editing", "masked denoising", "inpaint from inversion"],
             description=(
-                "Samples the target prompt from a DDIM inversion, and in every step puts back what is outside of the "
-                "mask (Couairon et al. 2023, section 3.2)."
+                "Samples the target prompt from a DDIM inversion and restores the area outside the mask "
+                "at every step (Couairon et al. 2023, section 3.2)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="The model that made the inversion."),
+                io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input(
-                    "inversion", tooltip="Of the image, from DDIM Inversion: an empty prompt, guidance scale 1."
+                    "inversion",
+                    tooltip="Inversion of the image, from DDIM Inversion with an empty prompt and guidance scale 1.",
                 ),
-                io.Conditioning.Input("target", tooltip="The prompt that describes the edited image."),
-                io.Conditioning.Input("negative", tooltip="The empty prompt, or what is not to be seen."),
+                io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
+                io.Conditioning.Input("negative", tooltip="Empty prompt, or a negative prompt."),
                 mask_input(
                     "mask",
-                    "Mask of where the edit may be, from MCDM Edit Mask or painted, of any size.",
+                    "Mask of the region that may change, from MCDM Edit Mask or painted, of any size.",
                 ),
                 io.Float.Input(
                     "encoding_ratio",
@@ -382,18 +397,18 @@ class DiffEdit(io.ComfyNode):
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    tooltip="How far into the inversion it goes back before it samples: more edits more and keeps less "
-                    "of the masked part. 0.5 in Couairon et al. 2023; 0.8 in diffusers.",
+                    tooltip="Fraction of the inversion from which sampling starts. Higher edits more and preserves "
+                    "less inside the mask. 0.5 in Couairon et al. 2023; 0.8 in diffusers.",
                 ),
                 guidance_scale_input(
-                    7.5, least=1.0, tooltip="Of the target prompt. 7.5, Stable Diffusion's usual one."
+                    7.5, least=1.0, tooltip="Guidance scale of the target prompt. 7.5 is usual for Stable Diffusion."
                 ),
             ],
             outputs=[
                 io.Latent.Output(
-                    "edited_latent", display_name="latent", tooltip="The edited image; decode it with the VAE."
+                    "edited_latent", display_name="latent", tooltip="The edited latent; decode it with the VAE."
                 ),
-                io.String.Output("report", display_name="report", tooltip="Model calls, and a warning."),
+                io.String.Output("report", display_name="report", tooltip="Model calls and warnings."),
             ],
         )
 
@@ -412,7 +427,7 @@ class DiffEdit(io.ComfyNode):
         result = identity_mask_blend(
             model,
             inversion,
-            target,  # with given masks no source prompt is evaluated
+            target,  # with masks, no source prompt is evaluated
             target,
             None,
             negative,
@@ -428,13 +443,13 @@ class DiffEdit(io.ComfyNode):
         unused = first_said(
             (
                 bool((shares == 0).any()),
-                "The mask holds nothing of an image, which comes back as it is; connect one that is white where the "
-                "edit may be.",
+                "The mask is empty for an image, which is returned unchanged; connect one that is white where the "
+                "image may change.",
             ),
             (
                 bool((shares == 1).all()),
-                "The mask covers everything, so that nothing of the image is put back; connect one that is black "
-                "where the image stays.",
+                "The mask covers the whole image, so nothing is restored; connect one that is black where the image "
+                "must not change.",
             ),
         )
         return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))

@@ -1,4 +1,4 @@
-"""The node that learns edits from pairs."""
+"""The node that trains an MCDM on image pairs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...pipelines.mcdm.train import MCDMSettings
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.training.loop import TrainingRun
 from ..saved_files import check_name, model_files, model_path, new_path, next_path
-from ..sockets import checked, choice_of, schema, seed_input, show_text, steps_input
+from ..sockets import advanced, checked, choice_of, schema, seed_input, show_text, steps_input
 from ..training import (
     batch_size_input,
     checkpoint_every_input,
@@ -47,25 +47,27 @@ class TrainMCDM(io.ComfyNode):
             category="portrait",
             search_aliases=["multi-conditioned diffusion model", "InstructPix2Pix", "train edit model", "pairs"],
             description=(
-                "Learns edits from generated pairs: all weights of the UNet, which then also sees the source image, "
-                "and the image embedding (Chen et al. 2024, section 3.3). Load Checkpoint reads the file."
+                "Trains an image editing model on generated pairs: all weights of the UNet, which also "
+                "receives the source image, and the image embedding (Chen et al. 2024, section 3.3). Load "
+                "Checkpoint reads the file."
             ),
             is_output_node=True,
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="The Stable Diffusion 1.x, 2.x or XL model that made the pairs, or one trained before.",
+                    tooltip="The Stable Diffusion 1.x, 2.x or XL model that generated the pairs, or a previously "
+                    "trained MCDM.",
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint; they are not trained."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.ClipVision.Input(
-                    "clip_vision", tooltip="CLIP's image encoder, from Load CLIP Vision; the edits need the same one."
+                    "clip_vision", tooltip="CLIP image encoder, from Load CLIP Vision. Editing needs the same one."
                 ),
                 io.String.Input(
                     "folder",
                     default="pairs",
-                    tooltip="The folder of the pairs: a path, or a name below the output or the input folder. It holds "
-                    "the index that Generate Pairs writes.",
+                    tooltip="Folder of the pairs: a path, or a name below the output or input folder. It must "
+                    "contain the index that Generate Pairs writes.",
                 ),
                 steps_input(
                     MCDMSettings.steps,
@@ -78,54 +80,64 @@ class TrainMCDM(io.ComfyNode):
                     step=1e-6,
                 ),
                 batch_size_input(
-                    MCDMSettings.batch_size, 1024, "Pairs of a batch. 4 in Chen et al. 2024 (supplement 1.2)."
+                    MCDMSettings.batch_size, 1024, "Pairs per batch. 4 in Chen et al. 2024 (supplement 1.2)."
                 ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=1,
-                    min=1,
-                    max=1024,
-                    tooltip="Batches whose gradients are averaged for one step: a larger batch for the memory of a "
-                    "small one. Chen et al. 2024 name none.",
+                advanced(
+                    io.Int.Input(
+                        "gradient_accumulation",
+                        default=1,
+                        min=1,
+                        max=1024,
+                        tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger "
+                        "batch with the memory of a small one. Chen et al. 2024 do not report any.",
+                    )
                 ),
-                io.Float.Input(
-                    "identity_share",
-                    default=MCDMSettings.identity_share,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the pairs in which the source is also the target, so that the model learns to "
-                    "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
+                advanced(
+                    io.Float.Input(
+                        "identity_share",
+                        default=MCDMSettings.identity_share,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Share of the pairs whose source is also the target, so that the model learns to "
+                        "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
+                    )
                 ),
-                io.Float.Input(
-                    "dropout",
-                    default=MCDMSettings.dropout,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Probability with which a pair loses one, two or all three of its conditions, for the "
-                    "guidance. 0.2 in Chen et al. 2024 (section 3.3).",
+                advanced(
+                    io.Float.Input(
+                        "dropout",
+                        default=MCDMSettings.dropout,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Probability that one, two or all three conditions of a pair are dropped, for "
+                        "classifier-free guidance. 0.2 in Chen et al. 2024 (section 3.3).",
+                    )
                 ),
                 io.Boolean.Input(
                     "mirror",
                     default=False,
-                    tooltip="Train on every pair mirrored as well: twice the pairs, for edits and prompts that do not "
-                    "tell left from right. Chen et al. 2024 do not name it.",
+                    tooltip="Also trains on every pair mirrored: twice the pairs, for edits and prompts without left "
+                    "and right. Chen et al. 2024 do not report it.",
                 ),
-                io.Int.Input(
-                    "image_tokens",
-                    default=mcdms.IMAGE_TOKENS,
-                    min=0,
-                    max=4096,
-                    tooltip="Tokens of the image embedding. 77, a text's length: all terms of the guidance then fit "
-                    "into one call. 0 takes as many as the image encoder gives, as Karras et al. 2023 do.",
+                advanced(
+                    io.Int.Input(
+                        "image_tokens",
+                        default=mcdms.IMAGE_TOKENS,
+                        min=0,
+                        max=4096,
+                        tooltip="Number of image embedding tokens. With 77, the length of a prompt, all guidance terms "
+                        "fit into one model call. 0 uses all tokens of the image encoder, as Karras et al. 2023 do.",
+                    )
                 ),
-                io.Combo.Input(
-                    "image_embedding",
-                    options=[NEW, *model_files()],
-                    default=NEW,
-                    tooltip="Where the image embedding begins: new, or as in the file of a model that was trained "
-                    "before, which goes on with it. Press R to list new files.",
+                advanced(
+                    io.Combo.Input(
+                        "image_embedding",
+                        options=[NEW, *model_files()],
+                        default=NEW,
+                        tooltip="Initial weights of the image embedding: new, or those in the file of a previously "
+                        "trained MCDM, to continue its training. Press R to refresh the list.",
+                    )
                 ),
                 io.Float.Input(
                     "ema_decay",
@@ -134,39 +146,43 @@ class TrainMCDM(io.ComfyNode):
                     max=0.99999,
                     step=0.0001,
                     round=0.00001,
-                    tooltip="Decay of the weights' EMA, which is what is saved. 0.9999 as Stable Diffusion "
-                    "was trained; 0.99 to 0.999 for short runs, 0 for none.",
+                    tooltip="EMA decay; the EMA weights are the ones saved. 0.9999 as in the training of Stable "
+                    "Diffusion; 0.99 to 0.999 for short runs, 0 disables the EMA.",
                 ),
                 precision_input("the trained weights"),
                 checkpointing_input(),
-                seed_input("Of all draws: the order of the pairs, timesteps, noise and what is dropped."),
+                seed_input("Seed for all randomness: pair order, timesteps, noise and dropped conditions."),
                 sample_every_input("the end", 1000, 1_000_000, "sample edits"),
-                checkpoint_every_input(1000, 1_000_000, "Each is four times as large as the UNet in float32. "),
-                io.Combo.Input(
-                    "file_contents",
-                    options=[WHOLE, UNET_ALONE],
-                    default=WHOLE,
-                    tooltip="A whole checkpoint is for Load Checkpoint; the UNet alone is for Load Diffusion Model, "
-                    "with a filename_prefix that begins with diffusion_models.",
+                checkpoint_every_input(1000, 1_000_000, "Each is four times the size of the UNet in float32. "),
+                advanced(
+                    io.Combo.Input(
+                        "file_contents",
+                        options=[WHOLE, UNET_ALONE],
+                        default=WHOLE,
+                        tooltip="Contents of the saved file. A whole checkpoint is for Load Checkpoint; the UNet alone "
+                        "is for Load Diffusion Model, with a filename_prefix that starts with diffusion_models.",
+                    )
                 ),
-                io.Combo.Input(
-                    "file_dtype",
-                    options=list(mcdms.FILE_DTYPES),
-                    default="float16",
-                    tooltip="In what the file keeps the weights. float16, as checkpoints of Stable Diffusion do.",
+                advanced(
+                    io.Combo.Input(
+                        "file_dtype",
+                        options=list(mcdms.FILE_DTYPES),
+                        default="float16",
+                        tooltip="Precision of the saved weights. float16, as in Stable Diffusion checkpoints.",
+                    )
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default=EXAMPLE_PREFIX,
-                    tooltip="Folder and beginning of the file name, below the output folder. Load Checkpoint lists "
-                    "what is in 'checkpoints' there.",
+                    tooltip="Folder and start of the file name, below the output folder. Load Checkpoint lists the "
+                    "files in 'checkpoints' there.",
                 ),
             ],
             outputs=[
                 io.Model.Output("edit_model", display_name="model", tooltip="The trained model, for MCDM Guider."),
                 *training_outputs(
                     "the model",
-                    "The sample edits in their order: of the first pair that is not trained on, where there is one.",
+                    "Sample edits in order, of the first validation pair if there is one.",
                 ),
             ],
         )
@@ -201,7 +217,7 @@ class TrainMCDM(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
-        next_path(filename_prefix, EXAMPLE_PREFIX)  # better before a long training than after it
+        next_path(filename_prefix, EXAMPLE_PREFIX)  # fail before a long training rather than after it
         choice_of(mcdms.FILE_DTYPES, file_dtype, "file_dtype")
         pairs, held_out = pairs_in_folder(find_folder(folder))
         if mirror:
@@ -238,7 +254,7 @@ class TrainMCDM(io.ComfyNode):
         of_clip, of_vae = (clip, vae) if file_contents == WHOLE else (None, None)
         with new_path(filename_prefix, EXAMPLE_PREFIX) as path:
             mcdms.save_mcdm(trained.mcdm, path, trained.model, of_clip, of_vae, trained.weights, file_dtype)
-        with contextlib.suppress(OSError):  # the file holds its result now
+        with contextlib.suppress(OSError):  # the saved file replaces it
             os.remove(train_mcdm.checkpoint_path(run_folder, trained))
         remove_encoded(trained.encoded)
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
@@ -249,10 +265,10 @@ class TrainMCDM(io.ComfyNode):
 
 
 def find_folder(name: str) -> Path:
-    """A folder that a user names: a path, or a name below the output or the input folder.
+    """A folder by its absolute path, or by its name below the output or input folder.
 
     Raises:
-        IdentityEditError: when there is none.
+        IdentityEditError: when it does not exist.
     """
     check_name(name, "folder")
     candidates = [Path(name)] if os.path.isabs(name) else []
@@ -263,7 +279,7 @@ def find_folder(name: str) -> Path:
         if name.strip() and candidate.is_dir():
             return candidate
     raise IdentityEditError(
-        f"The folder '{name}' is neither a path nor below the output or the input folder; write that of the pairs."
+        f"The folder '{name}' is neither a path nor below the output or input folder; write the folder of the pairs."
     )
 
 

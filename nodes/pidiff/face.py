@@ -1,4 +1,4 @@
-"""Nodes that find and align faces, and say whether two images show the same person."""
+"""Nodes that detect and align faces, and measure whether two images show the same person."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ...pipelines.networks.model_folders import list_models, missing_model, mode
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
-from ..sockets import FaceDetector, checked, mask_input, schema, show_text
+from ..sockets import FaceDetector, advanced, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"
@@ -40,29 +40,33 @@ class LoadFaceDetector(io.ComfyNode):
         return schema(
             node_id="IdentityEditLoadFaceDetector",
             display_name="Load Face Detector",
-            category="identity",
+            category="face",
             search_aliases=["insightface", "SCRFD", "YuNet", "MTCNN", "buffalo_l", "face detection"],
-            description="Loads a network that finds faces and five points in each, from files that you have.",
+            description="Loads a face detector with five facial landmarks from local files.",
             inputs=[
                 io.Combo.Input(
                     "detector",
                     options=[NO_MODEL, *pipeline.list_detectors(), pipeline.MTCNN],
-                    tooltip=f"In models/{pipeline.FOLDER}: a model pack of insightface (models/PACK), a single SCRFD, "
-                    "or a YuNet of OpenCV. Nothing is downloaded. MTCNN brings its weights with its package.",
+                    tooltip=f"Detector in models/{pipeline.FOLDER}: an insightface model pack (models/PACK), a single "
+                    "SCRFD file, or OpenCV's YuNet. Nothing is downloaded. MTCNN includes its weights in its package.",
                 ),
-                io.Float.Input(
-                    "score",
-                    default=pipeline.SCORE,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How sure it must be of a face. 0.6 found all faces of the photos in "
-                    "benchmarks/results/face_identity.md, and no others.",
+                advanced(
+                    io.Float.Input(
+                        "score",
+                        default=pipeline.SCORE,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Minimum detection confidence. 0.6 found all faces in the photos of "
+                        "benchmarks/results/face_identity.md, and nothing else.",
+                    )
                 ),
             ],
             outputs=[
                 FaceDetector.Output(
-                    "face_detector", display_name="face detector", tooltip="For Align Face and Identity Similarity."
+                    "face_detector",
+                    display_name="face detector",
+                    tooltip="Face detector for Align Face and Identity Similarity.",
                 ),
             ],
         )
@@ -85,36 +89,35 @@ class AlignFace(io.ComfyNode):
         return schema(
             node_id="IdentityEditAlignFace",
             display_name="Align Face",
-            category="identity",
+            category="face",
             search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "remove background", "rembg"],
             description=(
-                "Cuts faces out of images as the images of FFHQ are cut, on which e4e was trained: upright, eyes "
-                "and mouth at fixed places; and removes their background (PIDiff, Gu et al. 2025, "
-                "section 2.2.2)."
+                "Crops faces as in FFHQ, the training set of e4e: upright, with eyes and mouth at fixed "
+                "positions; and removes the background (PIDiff, Gu et al. 2025, section 2.2.2)."
             ),
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="One or more images; gray and RGBA ones too."),
+                io.Image.Input("images", tooltip="One or more images; grayscale and RGBA work too."),
                 io.Combo.Input(
                     "method",
                     options=list(METHODS),
                     default=BY_DETECTOR,
-                    tooltip="How faces are found: by a face detector, by the five points that you give, or not at all: "
-                    "whole image takes images that are aligned already, or drawn.",
+                    tooltip="How faces are located: by a face detector, by the five landmarks in points, or not at "
+                    "all: whole image is for images that are already aligned, or for drawings.",
                 ),
                 io.Combo.Input(
                     "choice",
                     options=list(pipeline.CHOICES),
                     default=pipeline.LARGEST,
-                    tooltip="Which of several faces in an image: the largest, the one of an index, or all of them as "
-                    "a batch, from left to right.",
+                    tooltip="Which face to use when an image has several: the largest, the one at an index, or all "
+                    "of them as a batch, from left to right.",
                 ),
                 io.Int.Input(
                     "index",
                     default=1,
                     min=1,
                     max=1000,
-                    tooltip="For the choice 'index': which face, counted from the left. 1 is the leftmost.",
+                    tooltip="Face number for the choice 'index', counted from the left. 1 is the leftmost.",
                 ),
                 io.Int.Input(
                     "size",
@@ -122,80 +125,89 @@ class AlignFace(io.ComfyNode):
                     min=64,
                     max=2048,
                     step=8,
-                    tooltip="Pixels along a side of the aligned faces. 256 is what e4e takes, 1024 what FFHQ has.",
+                    tooltip="Width and height of the aligned faces in pixels. e4e uses 256, FFHQ has 1024.",
                 ),
-                io.Int.Input(
-                    "smallest_face",
-                    default=pipeline.SMALLEST_SIDE,
-                    min=8,
-                    max=2048,
-                    tooltip="Pixels along a side of a face's crop below which it cannot be used. 48: smaller faces "
-                    "were no longer recognized for sure (benchmarks/results/face_identity.md).",
+                advanced(
+                    io.Int.Input(
+                        "smallest_face",
+                        default=pipeline.SMALLEST_SIDE,
+                        min=8,
+                        max=2048,
+                        tooltip="Minimum side length of a face crop in pixels; smaller faces are not used. 48: smaller "
+                        "faces were no longer recognized reliably (benchmarks/results/face_identity.md).",
+                    )
                 ),
                 io.Combo.Input(
                     "background",
                     options=[KEEP, REMOVE],
                     default=REMOVE,
-                    tooltip="Remove paints an even gray where mask, or else background_model, sees no subject. Gu et "
-                    "al. 2025 remove it, so that backgrounds are not taken for the person.",
+                    tooltip="Remove fills the background with gray, outside mask or, without one, outside the "
+                    "subject that background_model finds. Gu et al. 2025 remove it so that it is not learned as part "
+                    "of the identity.",
                 ),
                 io.Combo.Input(
                     "background_model",
                     options=[NO_MODEL, *list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)],
-                    tooltip=f"A salient-object network in models/{BACKGROUND_FOLDER} ({BACKGROUND_NEEDED}), for "
-                    "images without a mask. Nothing is downloaded.",
+                    tooltip=f"Salient-object network in models/{BACKGROUND_FOLDER} ({BACKGROUND_NEEDED}), for images "
+                    "without a mask. Nothing is downloaded.",
                 ),
-                io.Float.Input(
-                    "gray",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="What is painted on the background: 0 is black, 1 is white. Gu et al. 2025 name none; 0.5 "
-                    "is the middle of the range that encoders take.",
+                advanced(
+                    io.Float.Input(
+                        "gray",
+                        default=0.5,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Gray level of the removed background: 0 is black, 1 is white. Gu et al. 2025 do not "
+                        "report theirs; 0.5 is the middle of the encoders' input range.",
+                    )
                 ),
                 io.String.Input(
                     "points",
                     default="",
                     multiline=True,
-                    tooltip="For the method 'points': five lines 'x, y' in pixels, as seen in the image: left eye, "
-                    "right eye, tip of the nose, left and right corner of the mouth. Five for all images, or five "
-                    "for each; or JSON, such as what this node gives as its points.",
+                    tooltip="Landmarks for the method 'points': five lines 'x, y' in pixels: left eye, right eye, "
+                    "tip of the nose, left and right corner of the mouth, with left and right as seen in the image. "
+                    "Five for all images, or five per image; or JSON, such as the points output of this node.",
                 ),
                 FaceDetector.Input(
-                    "face_detector", optional=True, tooltip="For the method 'detector': Load Face Detector."
+                    "face_detector",
+                    optional=True,
+                    tooltip="Face detector for the method 'detector', from Load Face Detector.",
                 ),
                 mask_input(
                     "mask",
-                    "Mask of the person: 1 on the person, such as Segment Subject's, of any size; one for all images "
-                    "or one for each. It is aligned with the images.",
+                    "Mask of the person: 1 on the person, for example from Segment Subject, of any size; one "
+                    "for all images or one per image. It is aligned with the images.",
                     optional=True,
                 ),
-                io.Combo.Input(
-                    "without_face",
-                    options=[LEAVE_OUT, STOP],
-                    default=LEAVE_OUT,
-                    optional=True,
-                    tooltip="What to do with an image without a face that can be used, or with an empty mask. Leave "
-                    "out goes on with the others, and the report says which it was.",
+                advanced(
+                    io.Combo.Input(
+                        "without_face",
+                        options=[LEAVE_OUT, STOP],
+                        default=LEAVE_OUT,
+                        optional=True,
+                        tooltip="Handling of images without a usable face, or with an empty mask. Leave out continues "
+                        "with the other images and lists the skipped ones in the report.",
+                    )
                 ),
             ],
             outputs=[
-                io.Image.Output("faces", display_name="faces", tooltip="The aligned faces, one batch."),
+                io.Image.Output("faces", display_name="faces", tooltip="The aligned faces as one batch."),
                 io.Mask.Output(
                     "face_mask",
                     display_name="mask",
-                    tooltip="The person in the aligned faces; without a mask all that lies within the image.",
+                    tooltip="Mask of the person in the aligned faces; without a mask, the area inside the image.",
                 ),
                 io.Image.Output(
-                    "preview", display_name="preview", tooltip="The images with the points and crops of the faces."
+                    "preview", display_name="preview", tooltip="The images with landmarks and crops drawn in."
                 ),
                 io.String.Output(
                     "face_points",
                     display_name="points",
-                    tooltip="JSON: the image's number, points, box and score of each face.",
+                    tooltip="JSON with the image number, landmarks, box and score of each face.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="What was found, and warnings."),
+                io.String.Output("report", display_name="report", tooltip="Faces found, and warnings."),
             ],
         )
 
@@ -230,12 +242,12 @@ class AlignFace(io.ComfyNode):
         faults = _Faults(without_face)
         usable = []
         for number in range(len(images)):
-            with faults.of_a_image():
+            with faults.of_one_image():
                 _check_mask(masks, number)
                 usable.append(number)
         found: list[list[pipeline.Face]] = [[] for _ in images]
         if method == WHOLE:
-            faults.stop_if_nothing_is_left(usable)
+            faults.stop_if_none(usable)
             faces, face_masks = _whole_images(images[usable], None if masks is None else masks[usable], size)
             text = f"{len(faces)} whole image{'s' if len(faces) > 1 else ''}"
         else:
@@ -243,16 +255,16 @@ class AlignFace(io.ComfyNode):
             aligned = []
             for number in usable:
                 chosen: list[pipeline.Face] = []
-                with faults.of_a_image():
+                with faults.of_one_image():
                     chosen = pipeline.choose_faces(candidates[number], choice, index, _name(number))
                 for face in chosen:
-                    with faults.of_a_image():
+                    with faults.of_one_image():
                         note = pipeline.check_face(face, _name(number), smallest_face)
                         own = None if masks is None else masks[number]
                         aligned.append(face_alignment.align_ffhq(images[number], face.points, size, own))
                         found[number].append(face)
                         notes += [note] if note else []
-            faults.stop_if_nothing_is_left(aligned)
+            faults.stop_if_none(aligned)
             faces = torch.stack([each.image for each in aligned])
             face_masks = torch.stack([each.mask for each in aligned])
             text = f"{len(faces)} face{'s' if len(faces) > 1 else ''} of {len(images)} image(s)"
@@ -287,59 +299,61 @@ class IdentitySimilarity(io.ComfyNode):
         return schema(
             node_id="IdentityEditIdentitySimilarity",
             display_name="Identity Similarity",
-            category="identity",
+            category="face",
             search_aliases=["ArcFace", "face similarity", "ID score", "same person", "insightface", "cosine"],
             description=(
-                "Says how much the people in two sets of images are alike: the cosine of ArcFace embeddings of "
-                "their faces (PIDiff, Gu et al. 2025, section 3.2, its measure ID)."
+                "Measures how similar the people in two sets of images are: the cosine similarity of the "
+                "ArcFace embeddings of their faces (PIDiff, Gu et al. 2025, section 3.2, metric ID)."
             ),
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The images to score, such as generated ones; each gets its own."),
+                io.Image.Input("images", tooltip="Images to score, such as generated ones; each gets its own score."),
                 io.Image.Input(
                     "reference",
-                    tooltip="Images of the person; the largest face of each. Every image is compared with the one "
-                    "that it is most like, as in Gu et al. 2025 (section 3.3.1).",
+                    tooltip="Images of the person; the largest face in each is used. Every image is compared with "
+                    "its most similar reference, as in Gu et al. 2025 (section 3.3.1).",
                 ),
-                FaceDetector.Input("face_detector", tooltip="From Load Face Detector."),
+                FaceDetector.Input("face_detector", tooltip="Face detector, from Load Face Detector."),
                 io.Combo.Input(
                     "recognizer",
                     options=[NO_MODEL, *pipeline.list_detectors()],
-                    tooltip=f"An ArcFace in models/{pipeline.FOLDER}: a model pack of insightface (models/PACK) or a "
+                    tooltip=f"ArcFace model in models/{pipeline.FOLDER}: an insightface model pack (models/PACK) or a "
                     "single .onnx, such as w600k_r50.onnx. Nothing is downloaded.",
                 ),
                 io.Combo.Input(
                     "choice",
                     options=[pipeline.LARGEST, MOST_SIMILAR],
                     default=pipeline.LARGEST,
-                    tooltip="Which face counts where an image has several: the largest, or the one most like the "
-                    "reference.",
+                    tooltip="Which face to use when an image has several: the largest, or the one most similar to "
+                    "the reference.",
                 ),
                 io.Combo.Input(
                     "without_face",
                     options=[STOP, ZERO, LEAVE_OUT],
                     default=STOP,
-                    tooltip="What to do with an image in which no face is found. Counting it as 0 keeps a long "
-                    "comparison from ending; leave out takes the mean without it, and the report says which it was.",
+                    tooltip="Handling of images in which no face is found. Counting them as 0 keeps a long "
+                    "comparison running; leave out excludes them from the mean and lists them in the report.",
                 ),
-                io.Combo.Input(
-                    "reference_without_face",
-                    options=[LEAVE_OUT, STOP],
-                    default=LEAVE_OUT,
-                    optional=True,
-                    tooltip="What to do with a reference in which no face is found. Leave out goes on with the others, "
-                    "and the report says which it was.",
+                advanced(
+                    io.Combo.Input(
+                        "reference_without_face",
+                        options=[LEAVE_OUT, STOP],
+                        default=LEAVE_OUT,
+                        optional=True,
+                        tooltip="Handling of references in which no face is found. Leave out continues with the other "
+                        "references and lists the skipped ones in the report.",
+                    )
                 ),
             ],
             outputs=[
                 io.Float.Output(
                     "score",
                     display_name="score",
-                    tooltip="Mean over the images, -1 to 1. Above 0.5 it is the same person, below 0.35 another "
-                    "(benchmarks/results/face_identity.md).",
+                    tooltip="Mean score of the images, -1 to 1. Above 0.5 is the same person, below 0.35 a different "
+                    "person (benchmarks/results/face_identity.md).",
                 ),
-                io.Float.Output("lowest", display_name="lowest", tooltip="The score of the least similar image."),
-                io.String.Output("report", display_name="report", tooltip="The score of every image, and warnings."),
+                io.Float.Output("lowest", display_name="lowest", tooltip="Score of the least similar image."),
+                io.String.Output("report", display_name="report", tooltip="Score of every image, and warnings."),
             ],
         )
 
@@ -369,11 +383,11 @@ class IdentitySimilarity(io.ComfyNode):
         for number, image in enumerate(reference):
             name = f"reference {number + 1}"
             faces = pipeline.detect_faces(face_detector, image)
-            with faults.of_a_image():
+            with faults.of_one_image():
                 face = pipeline.choose_faces(faces, pipeline.LARGEST, 1, name)[0]
                 notes += _warning(face, name)
                 known.append((image, face))
-        faults.stop_if_nothing_is_left(known)
+        faults.stop_if_none(known)
         notes += faults.note()
         embedded = identity_similarity.embed_faces(network, known)
 
@@ -387,7 +401,7 @@ class IdentitySimilarity(io.ComfyNode):
                 lines.append(f"{_name(number)}: 0 (no face)")
                 continue
             candidates: list[pipeline.Face] = []
-            with faults.of_a_image():
+            with faults.of_one_image():
                 candidates = pipeline.choose_faces(
                     found, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
                 )
@@ -400,7 +414,7 @@ class IdentitySimilarity(io.ComfyNode):
             notes += _warning(candidates[chosen], _name(number))
             scores.append(float(best[chosen]))
             lines.append(f"{_name(number)}: {scores[-1]:.3f} ({identity_similarity.verdict(scores[-1])})")
-        faults.stop_if_nothing_is_left(scores)
+        faults.stop_if_none(scores)
         notes += faults.note()
         mean = sum(scores) / len(scores)
         text = f"Identity similarity {mean:.3f}\n" + "\n".join(lines)
@@ -409,10 +423,10 @@ class IdentitySimilarity(io.ComfyNode):
 
 
 class _Faults:
-    """Images that cannot be used: the first one stops the node, or they are left out.
+    """Images that cannot be used: the first one stops the node, or all are skipped.
 
     Args:
-        choice: STOP, or any other to go on without them.
+        choice: STOP, or any other value to skip them.
     """
 
     def __init__(self, choice: str) -> None:
@@ -420,8 +434,8 @@ class _Faults:
         self._found: list[IdentityEditError] = []
 
     @contextmanager
-    def of_a_image(self) -> Iterator[None]:
-        """What may fail for an image alone."""
+    def of_one_image(self) -> Iterator[None]:
+        """Context manager for work on a single image, which may fail."""
         try:
             yield
         except IdentityEditError as error:
@@ -429,13 +443,13 @@ class _Faults:
                 raise
             self._found.append(error)
 
-    def stop_if_nothing_is_left(self, usable: Sequence[Any]) -> None:
-        """Raise the first fault where there is nothing to go on with."""
+    def stop_if_none(self, usable: Sequence[Any]) -> None:
+        """Raise the first fault when no image is usable."""
         if not usable:
             raise self._found[0]
 
     def note(self) -> list[str]:
-        """A sentence that says what was left out and why."""
+        """A sentence with the reasons why images were skipped."""
         reasons = "; ".join(str(error).split(";")[0] for error in self._found)
         return [f"Left out: {reasons}."] if reasons else []
 
@@ -443,14 +457,14 @@ class _Faults:
 def _check_mask(masks: torch.Tensor | None, number: int) -> None:
     if masks is not None and not bool((masks[number] > 0).any()):
         raise IdentityEditError(
-            f"The mask of {_name(number)} is empty; paint the person, connect Segment Subject, or take the mask away."
+            f"The mask of {_name(number)} is empty; paint the person, connect Segment Subject, or disconnect the mask."
         )
 
 
 def _find(
     images: torch.Tensor, method: str, choice: str, points: str, detector: Any
 ) -> tuple[list[list[pipeline.Face]], str]:
-    """The faces of every image, the largest first, and the choice among them."""
+    """Faces of every image, largest first, and which of them to use."""
     if method == BY_POINTS:
         if not points.strip():
             raise IdentityEditError(
@@ -475,7 +489,7 @@ def _find(
 
 
 def _whole_images(images: torch.Tensor, masks: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images and masks at a size, from the middle square of images that are not square."""
+    """Images and masks at a size, center-cropped to a square."""
     given = torch.ones(images.shape[:3]) if masks is None else masks
     layers = torch.cat([images, given[..., None]], dim=-1).movedim(-1, 1)
     height, width = layers.shape[2:]
@@ -490,8 +504,8 @@ def _whole_images(images: torch.Tensor, masks: torch.Tensor | None, size: int) -
 def _background_model(name: str) -> str:
     if name == NO_MODEL:
         raise IdentityEditError(
-            "Removing the background needs a mask or a background_model; connect one, choose the other, or set "
-            "background to 'keep'."
+            "Removing the background needs a mask or a background_model; connect a mask, choose a model, or "
+            "set background to 'keep'."
         )
     return model_path(BACKGROUND_FOLDER, name, BACKGROUND_NEEDED, BACKGROUND_ENDINGS)
 

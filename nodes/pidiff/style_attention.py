@@ -1,4 +1,4 @@
-"""Nodes that learn to draw one person from W+ codes, load what was learned, and put the person into a model."""
+"""Nodes that train, load and apply a style attention, which draws a person from W+ codes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..sockets import (
     StyleAttention,
     SubjectImages,
     WPlus,
+    advanced,
     checked,
     mask_input,
     schema,
@@ -61,92 +62,106 @@ class TrainStyleAttention(io.ComfyNode):
         return schema(
             node_id="IdentityEditTrainStyleAttention",
             display_name="Train Style Attention",
-            category="identity",
+            category="face",
             search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalization"],
             description=(
-                "Learns to draw one person from W+ codes (W+), with about six images: a mapping network and a "
-                "style cross-attention behind every text cross-attention (PIDiff, Gu et al. 2025). No weight of the "
-                "model changes."
+                "Teaches a model one person from W+ codes, with about six images: a mapping network and a "
+                "style cross-attention after every text cross-attention (PIDiff, Gu et al. 2025). The model's own "
+                "weights do not change."
             ),
             is_output_node=True,
             inputs=[
                 *checkpoint_inputs(),
                 SubjectImages.Input(
                     "images",
-                    tooltip="Images of one person; 6 did best in Gu et al. 2025 (table 2). Their token is the "
-                    "pseudo-word that stands for the person.",
+                    tooltip="Images of one person; 6 worked best in Gu et al. 2025 (table 2). Their token is the "
+                    "placeholder token of the person.",
                 ),
-                WPlus.Input("w_plus", tooltip="The W+ codes of the same images in the same order."),
-                io.Combo.Input(
-                    "kind",
-                    options=list(KINDS),
-                    default=SEQUENTIAL,
-                    tooltip="What asks for the person. 'sequential' is style cross-attention: the text "
-                    "cross-attention's output. 'parallel' is the paper's comparison: the hidden state before it, as in "
-                    "IP-Adapter.",
+                WPlus.Input("w_plus", tooltip="W+ codes of the same images, in the same order."),
+                advanced(
+                    io.Combo.Input(
+                        "kind",
+                        options=list(KINDS),
+                        default=SEQUENTIAL,
+                        tooltip="Query that attends to the style tokens. 'sequential' is style cross-attention: the "
+                        "output of the text cross-attention. 'parallel' is the paper's baseline: the hidden state "
+                        "before it, as in IP-Adapter.",
+                    )
                 ),
-                io.String.Input(
-                    "row_groups",
-                    default=styles.ROW_GROUPS,
-                    tooltip="W+ codes from coarse to fine, one token for each group. The default is that of Gu et "
-                    "al. 2025 for 18 rows; an encoder with other rows needs other groups.",
+                advanced(
+                    io.String.Input(
+                        "row_groups",
+                        default=styles.ROW_GROUPS,
+                        tooltip="Groups of W+ codes from coarse to fine, one token per group. The default is from Gu "
+                        "et al. 2025 for 18 codes; an encoder with another number of codes needs other groups.",
+                    )
                 ),
                 io.String.Input(
                     "templates",
                     default="\n".join(TEMPLATES),
                     multiline=True,
-                    tooltip="Captions, one a line, of which one is drawn for each image; {} is the pseudo-word. "
-                    "Write '{} person' to name the class too. Empty: the images' own captions. Gu et al. 2025 name "
-                    "the first two.",
+                    tooltip="Caption templates, one per line; one is picked at random for each image. {} is the "
+                    "placeholder token. Write '{} person' to add the class word. Empty: the captions of the images. "
+                    "The first two are from Gu et al. 2025.",
                 ),
                 steps_input(StyleSettings.steps, 1000000, "Training steps. 600 in Gu et al. 2025."),
                 batch_size_input(
-                    StyleSettings.batch_size, 64, "Images in a batch, all of one size. 4 in Gu et al. 2025."
+                    StyleSettings.batch_size, 64, "Images per batch, all of the same size. 4 in Gu et al. 2025."
                 ),
                 learning_rate_input(
                     StyleSettings.learning_rate,
-                    "AdamW's learning rate. Our choice: the number of Gu et al. 2025 is not known to us.",
+                    "AdamW's learning rate. Our default; Gu et al. 2025 do not report theirs.",
                     1.0,
                 ),
-                io.Float.Input(
-                    "weight_decay",
-                    default=StyleSettings.weight_decay,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="AdamW's weight decay. 0.01 in Gu et al. 2025.",
+                advanced(
+                    io.Float.Input(
+                        "weight_decay",
+                        default=StyleSettings.weight_decay,
+                        min=0.0,
+                        max=1.0,
+                        step=0.001,
+                        tooltip="AdamW's weight decay. 0.01 in Gu et al. 2025.",
+                    )
                 ),
-                io.Float.Input(
-                    "text_drop",
-                    default=StyleSettings.text_drop,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How often an image is learned without its caption. 0.5 in Gu et al. 2025.",
+                advanced(
+                    io.Float.Input(
+                        "text_drop",
+                        default=StyleSettings.text_drop,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Probability that an image is trained without its caption. 0.5 in Gu et al. 2025.",
+                    )
                 ),
-                io.Float.Input(
-                    "style_drop",
-                    default=StyleSettings.style_drop,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How often an image is learned with the encoder's mean rows instead of its own. 0.5 in "
-                    "Gu et al. 2025.",
+                advanced(
+                    io.Float.Input(
+                        "style_drop",
+                        default=StyleSettings.style_drop,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Probability that an image is trained with the encoder's latent average instead of its "
+                        "W+ codes. 0.5 in Gu et al. 2025.",
+                    )
                 ),
-                io.Float.Input(
-                    "style_noise",
-                    default=StyleSettings.style_noise,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    tooltip="Deviation of the noise that is added to the W+ codes, in their own unit. Our choice: "
-                    "Gu et al. 2025 add noise and do not say how much.",
+                advanced(
+                    io.Float.Input(
+                        "style_noise",
+                        default=StyleSettings.style_noise,
+                        min=0.0,
+                        max=10.0,
+                        step=0.01,
+                        tooltip="Standard deviation of the noise added to the W+ codes, in their units. Our default: "
+                        "Gu et al. 2025 add noise and do not report how much.",
+                    )
                 ),
-                io.Boolean.Input(
-                    "masked_loss",
-                    default=False,
-                    tooltip="Count the loss inside the images' masks only, so that backgrounds are not learned. Off, "
-                    "as Gu et al. 2025 name no mask.",
+                advanced(
+                    io.Boolean.Input(
+                        "masked_loss",
+                        default=False,
+                        tooltip="Computes the loss only inside the masks of the images, so that backgrounds are not "
+                        "learned. Off, since Gu et al. 2025 do not mention masks.",
+                    )
                 ),
                 gradient_accumulation_input(),
                 precision_input("the style attention's weights"),
@@ -156,15 +171,17 @@ class TrainStyleAttention(io.ComfyNode):
                 io.String.Input(
                     "sample_prompt",
                     default="",
-                    tooltip="What the samples show, with the pseudo-word in it, in the first image's style. Empty: "
-                    "the first template.",
+                    tooltip="Prompt for the sample images, with the placeholder token in it; they use the W+ codes "
+                    "of the first image. Empty: the first template.",
                 ),
                 checkpoint_every_input(),
                 filename_prefix_input(f"{FILE_FOLDER}/person", "Load Style Attention", FILE_FOLDER),
             ],
             outputs=[
                 StyleAttention.Output(
-                    "style_attention", display_name="style attention", tooltip="For Apply Style Cross-Attention."
+                    "style_attention",
+                    display_name="style attention",
+                    tooltip="The trained style attention, for Apply Style Cross-Attention.",
                 ),
                 *training_outputs("it"),
             ],
@@ -221,7 +238,7 @@ class TrainStyleAttention(io.ComfyNode):
             checkpoint_every=checkpoint_every,
         )
         learning.check_training_input(images.captions, images.masks, w_plus, settings)
-        next_path(filename_prefix, f"{FILE_FOLDER}/person")  # better before a long training than after it
+        next_path(filename_prefix, f"{FILE_FOLDER}/person")  # fail before a long training rather than after it
         encoded = encode_images(vae, images.images, images.captions, images.masks)
         checkpoints = Checkpoints(FILE_FOLDER)
         style, run = learning.train_style_attention(
@@ -255,28 +272,30 @@ class LoadStyleAttention(io.ComfyNode):
         return schema(
             node_id="IdentityEditLoadStyleAttention",
             display_name="Load Style Attention",
-            category="identity",
+            category="face",
             search_aliases=["PIDiff", "style cross-attention", "load face", "W+ adapter"],
-            description="Loads a style attention that Train Style Attention has saved.",
+            description="Loads a style attention saved by Train Style Attention.",
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=_files(),
-                    tooltip=f"Files of Train Style Attention in the input folder itself and in '{FILE_FOLDER}' below "
-                    f"the output, the input or the models folder. Press R to list new ones.",
+                    tooltip=f"Files saved by Train Style Attention: in the input folder itself and in '{FILE_FOLDER}' "
+                    "below the output, input or models folder. Press R to refresh the list.",
                 ),
             ],
             outputs=[
                 StyleAttention.Output(
-                    "style_attention", display_name="style attention", tooltip="For Apply Style Cross-Attention."
+                    "style_attention",
+                    display_name="style attention",
+                    tooltip="The style attention, for Apply Style Cross-Attention.",
                 ),
                 io.String.Output(
                     "pseudo_word",
                     display_name="pseudo-word",
-                    tooltip="The word that stood for the person in training; write it in prompts.",
+                    tooltip="Placeholder token (pseudo-word) of the person; write it in prompts.",
                 ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="What the file holds and how it was trained."
+                    "report", display_name="report", tooltip="Contents of the file and training settings."
                 ),
             ],
         )
@@ -294,7 +313,7 @@ class LoadStyleAttention(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         path = path_of(file, (FILE_FOLDER,))
         if path is None:
-            raise IdentityEditError(f"The file {file} does not exist; choose another one.")
+            raise IdentityEditError(f"file '{file}' does not exist; choose another one.")
         style = files.load_style_attention(path)
         report = show_text(cls, f"{styles.described(style)}{how_trained(style.training)}.")
         return io.NodeOutput(style, style.pseudo_word, report)
@@ -311,22 +330,22 @@ class ApplyStyleCrossAttention(io.ComfyNode):
         return schema(
             node_id="IdentityEditApplyStyleCrossAttention",
             display_name="Apply Style Cross-Attention",
-            category="identity",
+            category="face",
             search_aliases=["PIDiff", "SCA", "face", "identity", "IPAdapter", "W+ adapter"],
             description=(
-                "Lets a model draw the person of W+ codes (W+), with any sampler and guider (PIDiff, Gu et al. "
-                "2025). One node for each person, with masks for several in one image."
+                "Conditions the model on a person's W+ codes, with any sampler and guider (PIDiff, Gu et "
+                "al. 2025). Use one node per person, with masks for several people in one image."
             ),
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A model of the family that the style attention was trained with; LoRAs may be on it.",
+                    tooltip="A model of the family that the style attention was trained with; LoRAs can be applied.",
                 ),
-                StyleAttention.Input("style_attention", tooltip="From Load or Train Style Attention."),
+                StyleAttention.Input("style_attention", tooltip="Style attention, from Load or Train Style Attention."),
                 WPlus.Input(
                     "w_plus",
-                    tooltip="Who is drawn: the W+ codes of one image, or of one for each image of the batch. "
-                    "Mixed rows draw a mixed person.",
+                    tooltip="W+ codes of the person: of one image, or one per image of the batch. Mixed codes draw a "
+                    "mix of two people.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -334,43 +353,52 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                     min=-2.0,
                     max=4.0,
                     step=0.01,
-                    tooltip="The paper's lambda: more keeps the person, less follows the text. 0.4 in Gu et al. 2025 "
-                    "(figure 10); 1 is that of the training, 0 the plain model.",
+                    tooltip="Style strength, the paper's lambda. Higher preserves more of the person, lower follows "
+                    "the text more. 0.4 in Gu et al. 2025 (figure 10); 1 = strength used in training, 0 = disabled.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Share of the sampling without it at the beginning, in which the text finds its layout. 0 "
-                    "in Gu et al. 2025.",
+                advanced(
+                    io.Float.Input(
+                        "start_percent",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.001,
+                        tooltip="Fraction of sampling at which the style attention starts, so that the text can set "
+                        "the layout first. 0 in Gu et al. 2025.",
+                    )
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="Share of the sampling after which it ends. 1 in Gu et al. 2025.",
+                advanced(
+                    io.Float.Input(
+                        "end_percent",
+                        default=1.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.001,
+                        tooltip="Fraction of sampling at which the style attention ends. 1 in Gu et al. 2025.",
+                    )
                 ),
-                io.String.Input(
-                    "schedule",
-                    default="",
-                    tooltip="Factors of strength, separated by commas, spread evenly from start_percent to end_percent "
-                    "with straight lines between them: '0, 1' rises, '1, 0.5' falls to half. Empty: constant, as in Gu "
-                    "et al. 2025.",
+                advanced(
+                    io.String.Input(
+                        "schedule",
+                        default="",
+                        tooltip="Strength multipliers, separated by commas, spread evenly from start_percent to "
+                        "end_percent and interpolated linearly: '0, 1' rises, '1, 0.5' falls to half. Empty: constant, "
+                        "as in Gu et al. 2025.",
+                    )
                 ),
                 mask_input(
                     "mask",
-                    "Mask of the person, 1 where it is; of any size, stretched over the image. Without it: everywhere.",
+                    "Mask of the person: 1 on the person; of any size, stretched over the image. Without a "
+                    "mask the whole image is used.",
                     optional=True,
                 ),
             ],
             outputs=[
-                io.Model.Output("model_with_style", display_name="model", tooltip="The model that draws the person."),
+                io.Model.Output(
+                    "model_with_style", display_name="model", tooltip="The model conditioned on the person."
+                ),
                 io.String.Output(
-                    "report", display_name="report", tooltip="Who is drawn with what, and what does not quite fit."
+                    "report", display_name="report", tooltip="The style attention and strength in use, and mismatches."
                 ),
             ],
         )
@@ -399,17 +427,17 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             mask=mask,
         )
         unused = first_said(
-            (strength == 0.0, "strength is 0, so that the person is not drawn; choose another."),
+            (strength == 0.0, "strength is 0, so the person is not drawn; choose another value."),
             (
                 start_percent >= end_percent,
-                f"start_percent is {start_percent:g} and end_percent {end_percent:g}, so that the person is not drawn; "
+                f"start_percent is {start_percent:g} and end_percent {end_percent:g}, so the person is not drawn; "
                 f"choose a start_percent below end_percent.",
             ),
             (
                 bool(schedule.strip()) and not any(styles.parse_schedule(schedule)),
-                "All factors of schedule are 0, so that the person is not drawn; write others.",
+                "All factors of schedule are 0, so the person is not drawn; write others.",
             ),
-            (is_empty(mask), "The mask is empty, so that the person is not drawn; connect another, or none."),
+            (is_empty(mask), "The mask is empty, so the person is not drawn; connect another, or none."),
         )
         warning = joined(
             unused, styles.check_model(style_attention, model), styles.check_styles(style_attention, w_plus)

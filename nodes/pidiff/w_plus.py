@@ -1,4 +1,4 @@
-"""Nodes that turn faces into W+ codes, mix and average them, save and load them."""
+"""Nodes that encode faces as W+ codes, and mix, average, save and load the codes."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ class LoadWPlusEncoder(io.ComfyNode):
         return schema(
             node_id="IdentityEditLoadWPlusEncoder",
             display_name="Load W+ Encoder",
-            category="identity",
+            category="face",
             search_aliases=["e4e", "StyleGAN", "pSp", "PIDiff", "style encoder", "w plus"],
             description=(
-                "Loads a network that says in W+ codes who is in an image: e4e (Tov et al. 2021), or a smaller one "
+                "Loads an encoder that turns faces into W+ codes: e4e (Tov et al. 2021), or a smaller one "
                 "saved by this pack. No code in the file is executed."
             ),
             inputs=[
                 io.Combo.Input(
                     "file",
                     options=[NO_MODEL, *list_models(ENCODER_FOLDER, encoders.ENDINGS)],
-                    tooltip=f"In models/{ENCODER_FOLDER}: the official e4e_ffhq_encode.pt, or a .safetensors of Save "
-                    "W+ Encoder. Nothing is downloaded.",
+                    tooltip=f"Encoder in models/{ENCODER_FOLDER}: the official e4e_ffhq_encode.pt, or a .safetensors "
+                    "from Save W+ Encoder. Nothing is downloaded.",
                 ),
             ],
             outputs=[
-                WPlusEncoder.Output("encoder", display_name="encoder", tooltip="For Encode W+."),
-                io.String.Output("report", display_name="report", tooltip="Which encoder it is, and what it takes."),
+                WPlusEncoder.Output("encoder", display_name="encoder", tooltip="The encoder, for Encode W+."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Name of the encoder, shape of its codes, and input size."
+                ),
             ],
         )
 
@@ -63,7 +65,7 @@ class LoadWPlusEncoder(io.ComfyNode):
     def execute(cls, file: str) -> io.NodeOutput:
         encoder = encoders.load_w_plus_encoder(model_path(ENCODER_FOLDER, file, encoders.NEEDED, encoders.ENDINGS))
         rows, width = encoder.average.shape
-        text = f"Encoder {encoder.name}: {rows} rows of {width}, from images of {encoder.size}x{encoder.size}."
+        text = f"Encoder {encoder.name}: {rows} codes of width {width}, from images of {encoder.size}x{encoder.size}."
         return io.NodeOutput(encoder, show_text(cls, text))
 
 
@@ -73,23 +75,23 @@ class SaveWPlusEncoder(io.ComfyNode):
         return schema(
             node_id="IdentityEditSaveWPlusEncoder",
             display_name="Save W+ Encoder",
-            category="identity",
+            category="face",
             search_aliases=["convert e4e", "e4e safetensors", "w plus"],
             description=(
-                "Writes an encoder as .safetensors, without the StyleGAN that the official e4e file brings along; it "
-                "loads faster and cannot hold code."
+                "Saves an encoder as .safetensors, without the StyleGAN in the official e4e file; it "
+                "loads faster and cannot contain code."
             ),
             is_output_node=True,
             inputs=[
-                WPlusEncoder.Input("encoder", tooltip="From Load W+ Encoder."),
+                WPlusEncoder.Input("encoder", tooltip="Encoder, from Load W+ Encoder."),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{ENCODER_FOLDER}/encoder",
-                    tooltip=f"Folder and beginning of the file name, below the output folder. Load W+ Encoder lists "
-                    f"what is in '{ENCODER_FOLDER}'.",
+                    tooltip="Folder and start of the file name, below the output folder. Load W+ Encoder lists the "
+                    f"files in '{ENCODER_FOLDER}'.",
                 ),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="Where the encoder was saved.")],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved encoder.")],
         )
 
     @classmethod
@@ -108,23 +110,25 @@ class EncodeWPlus(io.ComfyNode):
         return schema(
             node_id="IdentityEditEncodeWPlus",
             display_name="Encode W+",
-            category="identity",
+            category="face",
             search_aliases=["e4e", "GAN inversion", "W+ codes", "PIDiff", "w plus"],
             description=(
-                "Gives the W+ codes of aligned faces, from coarse (pose, shape of the face) to fine (colors) "
+                "Encodes aligned faces as W+ codes, from coarse (pose, face shape) to fine (colors) "
                 "(PIDiff, Gu et al. 2025, section 2.2.2)."
             ),
             inputs=[
-                WPlusEncoder.Input("encoder", tooltip="From Load W+ Encoder."),
+                WPlusEncoder.Input("encoder", tooltip="Encoder, from Load W+ Encoder."),
                 io.Image.Input(
                     "faces",
-                    tooltip="Aligned faces from Align Face, best at the encoder's own size (e4e: 256). Other sizes are "
-                    "resized, and the report says so.",
+                    tooltip="Aligned faces from Align Face, ideally at the encoder's input size (e4e: 256). Other "
+                    "sizes are resized and reported.",
                 ),
             ],
             outputs=[
-                WPlus.Output("w_plus", display_name="w+", tooltip="The W+ codes of every face."),
-                io.String.Output("report", display_name="report", tooltip="How many rows, and what was resized."),
+                WPlus.Output("w_plus", display_name="w+", tooltip="W+ codes, one set per face."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Number of codes, and faces that were resized."
+                ),
             ],
         )
 
@@ -137,7 +141,9 @@ class EncodeWPlus(io.ComfyNode):
         text = f"{_described(styles)}."
         if given != size:
             text += f" The faces were resized from {given}x{given} to {size}x{size}."
-        warning = f"The faces have {given} pixels instead of {size}; use larger images." if 2 * given <= size else None
+        warning = (
+            f"The faces are {given} pixels wide instead of {size}; use larger images." if 2 * given <= size else None
+        )
         return io.NodeOutput(styles, show_text(cls, text, warning))
 
 
@@ -147,20 +153,21 @@ class MixWPlus(io.ComfyNode):
         return schema(
             node_id="IdentityEditMixWPlus",
             display_name="Mix W+",
-            category="identity",
+            category="face",
             search_aliases=["style mixing", "style editing", "interpolate faces", "PIDiff", "w plus"],
             description=(
-                "Takes some W+ codes from another face: coarse ones (1-9) bring its pose, age and skin, fine ones "
-                "(10-18) its eyes, mouth and colors (PIDiff, Gu et al. 2025, sections 2.2.2 and 3.4.1)."
+                "Replaces some W+ codes by those of another face: coarse ones (1-9) change pose, age and "
+                "skin, fine ones (10-18) eyes, mouth and colors (PIDiff, Gu et al. 2025, sections 2.2.2 and "
+                "3.4.1)."
             ),
             inputs=[
-                WPlus.Input("first", tooltip="The face that all other rows come from."),
-                WPlus.Input("second", tooltip="The face that the rows are taken from, of the same encoder."),
+                WPlus.Input("first", tooltip="Face that all other codes come from."),
+                WPlus.Input("second", tooltip="Face that the selected codes come from, from the same encoder."),
                 io.String.Input(
                     "rows",
                     default=styles_of.FINE_ROWS,
-                    tooltip="Numbers and ranges from 1, such as '1-9, 12', or 'all'. Gu et al. 2025 take 1-9 from one "
-                    "face and 10-18 from another (section 2.2.2).",
+                    tooltip="Selected codes: numbers and ranges from 1, such as '1-9, 12', or 'all'. Gu et al. 2025 "
+                    "take 1-9 from one face and 10-18 from another (section 2.2.2).",
                 ),
                 io.Float.Input(
                     "weight",
@@ -168,13 +175,13 @@ class MixWPlus(io.ComfyNode):
                     min=-1.0,
                     max=2.0,
                     step=0.01,
-                    tooltip="1 takes the rows as they are, as Gu et al. 2025 do; 0.5 goes half the way to them, "
-                    "more than 1 beyond them.",
+                    tooltip="Interpolation weight. 1 replaces the codes, as in Gu et al. 2025; 0.5 interpolates "
+                    "halfway, above 1 extrapolates.",
                 ),
             ],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="The mixed W+ codes."),
-                io.String.Output("report", display_name="report", tooltip="Which rows come from where."),
+                io.String.Output("report", display_name="report", tooltip="Which codes come from which face."),
             ],
         )
 
@@ -184,10 +191,13 @@ class MixWPlus(io.ComfyNode):
         chosen = styles_of.parse_rows(rows, first.count)
         mixed = styles_of.mix_styles(first, second, chosen, weight)
         numbers = ", ".join(str(row + 1) for row in chosen)
-        text = f"{_described(mixed)}; rows {numbers} from the second face, weight {weight:g}."
+        text = f"{_described(mixed)}; codes {numbers} from the second face, weight {weight:g}."
         unused = first_said(
-            (weight == 0.0, "weight is 0, so that the first face stays as it is; choose another."),
-            (torch.equal(mixed.rows, first.rows), "Both faces have the same rows, so that nothing is mixed."),
+            (weight == 0.0, "weight is 0, so the first face does not change; choose another weight."),
+            (
+                torch.equal(mixed.rows, first.rows),
+                "Both faces have the same W+ codes, so mixing has no effect; connect another face.",
+            ),
         )
         return io.NodeOutput(mixed, show_text(cls, text, unused))
 
@@ -198,22 +208,22 @@ class AverageWPlus(io.ComfyNode):
         return schema(
             node_id="IdentityEditAverageWPlus",
             display_name="Average W+",
-            category="identity",
+            category="face",
             search_aliases=["mean style", "several photos", "merge faces", "w plus"],
             description=(
-                "The mean W+ codes of several photos of a person, which keep the person and lose what the photos "
-                "differ in."
+                "Averages the W+ codes of several photos of a person, which preserves the identity and "
+                "removes differences between the photos."
             ),
             inputs=[
-                WPlus.Input("first", tooltip="W+ codes of one or more faces; every face counts alike."),
+                WPlus.Input("first", tooltip="W+ codes of one or more faces; every face has the same weight."),
                 *(
                     WPlus.Input(name, optional=True, tooltip="More faces, of the same encoder.")
                     for name in ("second", "third", "fourth")
                 ),
             ],
             outputs=[
-                WPlus.Output("w_plus", display_name="w+", tooltip="One face: the mean of all."),
-                io.String.Output("report", display_name="report", tooltip="How many faces, and how much they differ."),
+                WPlus.Output("w_plus", display_name="w+", tooltip="One face: the mean of all faces."),
+                io.String.Output("report", display_name="report", tooltip="Number of faces, and how much they differ."),
             ],
         )
 
@@ -228,8 +238,8 @@ class AverageWPlus(io.ComfyNode):
         spread = float((faces - mean.rows).norm(dim=2).mean())
         distance = float((faces - mean.average).norm(dim=2).mean())
         text = (
-            f"The mean of {len(faces)} faces; a row is {spread:.2f} from their mean and {distance:.2f} from the mean "
-            f"style."
+            f"Mean of {len(faces)} faces; average distance of a code to this mean {spread:.2f}, to the latent average "
+            f"{distance:.2f}."
         )
         return io.NodeOutput(mean, show_text(cls, text))
 
@@ -240,20 +250,20 @@ class SaveWPlus(io.ComfyNode):
         return schema(
             node_id="IdentityEditSaveWPlus",
             display_name="Save W+",
-            category="identity",
+            category="face",
             search_aliases=["save style", "save identity", "w plus"],
-            description="Writes W+ codes as .safetensors, so that a person can be used without the photos.",
+            description="Saves W+ codes as .safetensors, so that the person can be used without the photos.",
             is_output_node=True,
             inputs=[
                 WPlus.Input("w_plus", tooltip="The W+ codes of one or more faces."),
                 io.String.Input(
                     "filename_prefix",
                     default=f"{FILE_FOLDER}/person",
-                    tooltip=f"Folder and beginning of the file name, below the output folder. Load W+ lists what is in "
+                    tooltip="Folder and start of the file name, below the output folder. Load W+ lists the files in "
                     f"'{FILE_FOLDER}'.",
                 ),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="Where the W+ codes were saved.")],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved W+ codes.")],
         )
 
     @classmethod
@@ -271,15 +281,15 @@ class LoadWPlus(io.ComfyNode):
         return schema(
             node_id="IdentityEditLoadWPlus",
             display_name="Load W+",
-            category="identity",
+            category="face",
             search_aliases=["load style", "load identity", "w plus"],
-            description="Reads W+ codes that Save W+ has written.",
+            description="Loads W+ codes saved by Save W+.",
             inputs=[
                 file_input("Save W+", FILE_FOLDER),
             ],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="The W+ codes."),
-                io.String.Output("report", display_name="report", tooltip="How many faces, and which encoder's."),
+                io.String.Output("report", display_name="report", tooltip="Number of faces, and their encoder."),
             ],
         )
 
@@ -300,7 +310,7 @@ class LoadWPlus(io.ComfyNode):
 
 def _described(styles: Any) -> str:
     faces = styles.rows.shape[0]
-    return f"{faces} face{'s' if faces > 1 else ''}, {styles.count} rows of {styles.width} of {styles.encoder}"
+    return f"{faces} face{'s' if faces > 1 else ''}, {styles.count} codes of width {styles.width} from {styles.encoder}"
 
 
 NODES: list[type[io.ComfyNode]] = [

@@ -80,7 +80,7 @@ def stop_after(server: TYPE_OF_SERVER, prompt: Prompt, steps: int, stop: Any) ->
 
 
 def read_steps(report: str) -> int:
-    found = re.search(r"of which (\d+) were read from a checkpoint", report)
+    found = re.search(r"(\d+) of them from a checkpoint", report)
     return int(found[1]) if found else 0
 
 

@@ -353,7 +353,7 @@ def test_damaged_and_missing_files_are_refused(server: RunningServer) -> None:
     with_image(prompt, "loaded", 1)
     refused(server, prompt, "loaded", "cannot be read")
     path.unlink()
-    refused(server, prompt, "loaded", "not there any more", ValidationError)
+    refused(server, prompt, "loaded", "no longer exists", ValidationError)
     server.client.upload("checkpoint.safetensors", save({"weight": torch.zeros(2)}))
     prompt["loaded"] = load_inversion("checkpoint.safetensors")
     refused(server, prompt, "loaded", "holds no inversion")
@@ -367,7 +367,7 @@ def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(server: 
     prompt["save"] = node("IdentityEditSaveInversion", inversion=["inversion", 0], filename_prefix="blocked/cat")
     refused(server, prompt, "save", "filename_prefix 'blocked/cat' cannot be written")
     prompt["save"]["inputs"]["filename_prefix"] = "../cat"
-    refused(server, prompt, "save", "leads out of the output folder")
+    refused(server, prompt, "save", "points outside the output folder")
     assert sorted(path for path in output.rglob("*")) == before
 
 

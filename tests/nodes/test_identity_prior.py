@@ -100,7 +100,7 @@ def test_training_gives_a_model_that_the_saved_file_gives_too(models: Any, own_f
     listed = [item for item in nodes.LoadIdentityPrior.define_schema().inputs if item.id == "file"][0].options
     assert listed == ["identity_priors/prior_00001_.safetensors [output]"]
     assert nodes.LoadIdentityPrior.validate_inputs(listed[0]) is True
-    assert "not there any more" in str(nodes.LoadIdentityPrior.validate_inputs("other.safetensors [output]"))
+    assert "no longer exists" in str(nodes.LoadIdentityPrior.validate_inputs("other.safetensors [output]"))
     assert nodes.LoadIdentityPrior.fingerprint_inputs(listed[0]) > 0
     loaded_model, loaded_clip, loaded_prompt, text = nodes.LoadIdentityPrior.execute(*models, listed[0], 1.0, 1.0).args
     assert loaded_prompt == prompt
@@ -136,7 +136,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     assert len(list(folder.iterdir())) == 1
     assert not any("checkpoints" in name for name in loadable_files(nodes.FILE_FOLDER, nodes.CHECKPOINT_FOLDER))
     *_, loss, _, report = train(models).args
-    assert "of which 2 were read from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert "2 of them from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert list(folder.iterdir()) == []
 
 

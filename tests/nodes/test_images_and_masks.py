@@ -136,10 +136,10 @@ def test_a_image_of_high_dynamic_range_is_cut_with_a_warning(
         for kind in ("clipped", "bright")
     ]
     expected = results(world, name, **{input_name: image.clamp(max=1.0)}, **folders[0])
-    assert "high dynamic range" not in caplog.text
+    assert "HDR images" not in caplog.text
     found = results(world, name, **{input_name: image}, **folders[1])
     assert same(found, expected)
-    assert f"{input_name} holds values up to" in caplog.text
+    assert f"{input_name} has values up to" in caplog.text
     levels = results(world, name, **{input_name: 255.0 * of(world, name, input_name)})
     assert isinstance(levels, str) and "divide it by its largest" in levels
 

@@ -115,10 +115,10 @@ def test_too_few_images_for_a_set_are_warned_of(models: Path, monkeypatch: pytes
         edit_scores.frechet_distance, "open_inception", lambda name: contextlib.nullcontext(Inception())
     )
     report = score(inception="any.pth").args[0]
-    assert "FID and KID are left out: they need 50 edited images" in report and "there are 2 and 2" in report
+    assert "FID and KID are skipped: they need 50 edited images" in report and "there are 2 and 2" in report
     many = torch.rand(50, 12, 12, 3)
     report, content, *_ = score(many, many.flip(2) * 0.9, inception="any.pth").args
-    assert "FID of 50 and 50 images is higher than that of many" in report
+    assert "FID of 50 and 50 images is biased upward" in report
     assert {"FID", "KID"} <= set(json.loads(content)["scores"])
 
 

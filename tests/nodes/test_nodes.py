@@ -102,7 +102,7 @@ def test_saved_inversions_are_numbered_listed_and_loaded() -> None:
     listed = [item for item in LoadInversion.define_schema().inputs if item.id == "file"][0].options
     assert listed == ["inversions/cat_00001_.safetensors [output]", "inversions/cat_00002_.safetensors [output]"]
     assert LoadInversion.validate_inputs(listed[0]) is True
-    assert "not there any more" in str(LoadInversion.validate_inputs("inversions/dog.safetensors [output]"))
+    assert "no longer exists" in str(LoadInversion.validate_inputs("inversions/dog.safetensors [output]"))
     loaded, start, sigmas, same_model = LoadInversion.execute(model, listed[1], 4).args
     assert torch.equal(loaded.trajectory, result.trajectory) and torch.equal(sigmas, result.sigmas)
     assert torch.equal(start["samples"], result.start_latent(model)) and same_model is model

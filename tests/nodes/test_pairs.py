@@ -65,23 +65,23 @@ def test_split_pair_gives_halves_of_what_is_connected() -> None:
     assert latent["samples"].shape == (2, 4, 3, 6)
     only = pairs.SplitPair.execute(images=images).result
     assert isinstance(only[2], ExecutionBlocker) and torch.equal(only[0], left)
-    with pytest.raises(IdentityEditError, match="nothing to split"):
+    with pytest.raises(IdentityEditError, match="Split Pair has no input"):
         pairs.SplitPair.execute()
 
 
 def test_generate_pairs_makes_the_dataset_once(output) -> None:
     sheet, path, report = generate().result
     assert path == str(output / "pairs" / "edits") and sheet.shape[0] == 1
-    assert report.startswith("2 pairs made with 16 model calls (8 a pair)")
+    assert report.startswith("2 pairs generated with 16 model calls (8 per pair)")
     assert sorted(PairFolder(path).finished()) == [0, 1]
-    assert generate().result[2].startswith("0 pairs made, 2 were there")
-    assert generate(count=3, part="2").result[2].startswith("1 pairs made")
+    assert generate().result[2].startswith("0 pairs generated, 2 already present")
+    assert generate(count=3, part="2").result[2].startswith("1 pairs generated")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"folder": "../elsewhere"}, "leads out of the output folder"),
+        ({"folder": "../elsewhere"}, "outside the output folder"),
         ({"folder": ""}, "is empty"),
         ({"edits": ""}, "edits is empty"),
         ({"subjects": " \n"}, "subjects is empty"),
@@ -120,7 +120,7 @@ def test_identity_words_are_trained_saved_loaded_and_applied(output) -> None:
         assert not list((output / "identity_words" / "checkpoints").iterdir())
         name = "identity_words/identity_00001_.safetensors [output]"
         assert identity_words.LoadIdentityWords.validate_inputs(name) is True
-        assert "is not there any more" in identity_words.LoadIdentityWords.validate_inputs("gone [output]")
+        assert "no longer exists" in identity_words.LoadIdentityWords.validate_inputs("gone [output]")
         read, _ = identity_words.LoadIdentityWords.execute(name).result
         seen = clip_vision.encode_image(torch.rand(2, 128, 128, 3))
         for each in (words, read):

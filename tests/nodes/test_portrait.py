@@ -102,7 +102,7 @@ def test_a_model_is_trained_saved_listed_and_edits_a_image(parts: Any, own_folde
     assert "3 steps on 3 pairs" in report and file in report
     name = Path(file).name + " [diffusion_models]"
     assert name in nodes.model_files() and nodes.MCDMConditioner.validate_inputs(name) is True
-    assert "not there any more" in str(nodes.MCDMConditioner.validate_inputs("other.safetensors"))
+    assert "no longer exists" in str(nodes.MCDMConditioner.validate_inputs("other.safetensors"))
     assert not list((own_folders / "output" / train_mcdm.RUN_FOLDER).glob("*.safetensors"))
 
     positive, negative, source, latent, about = condition(model, parts, name)
@@ -113,7 +113,7 @@ def test_a_model_is_trained_saved_listed_and_edits_a_image(parts: Any, own_folde
     ).args
     assert mask.shape == contrast.shape == (1, 64, 64) and "4 model calls" in mask_report
     guider, evaluations = nodes.MCDMGuider.execute(model, positive, negative, 3.0, 3.0, 5.0, source, mask).args
-    assert evaluations == "4 model calls a step."
+    assert evaluations == "4 model calls per step."
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     sigmas = torch.tensor([8.0, 2.0, 0.0])
     sampler = comfy.samplers.sampler_object("uni_pc")
@@ -140,7 +140,7 @@ def test_a_canceled_training_goes_on_with_the_same_losses(
     folder = own_folders / "output" / train_mcdm.RUN_FOLDER
     assert len(list(folder.glob("*.safetensors"))) == 1
     _, _, loss, _, report = train(parts)
-    assert "of which 2 were read from a checkpoint" in report
+    assert "2 of them from a checkpoint" in report
     assert loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 

@@ -85,7 +85,7 @@ def test_a_reference_inverted_with_guidance_is_used_with_a_warning() -> None:
     [
         ({"steps": 20}, "5 steps but steps is 20"),
         ({"latent": {"samples": torch.zeros(1, 4, 8, 16)}}, "the latent is"),
-        ({"latent": {}}, "holds no latents"),
+        ({"latent": {}}, "contains no latents"),
         ({"latent": {"samples": torch.zeros(1, 4, 8, 8), "noise_mask": torch.ones(1, 8, 8)}}, "has a noise mask"),
         ({"mask": torch.zeros(1, 64, 64)}, "mask is empty"),
         ({"guidance_scale": 1.0}, "above 1"),

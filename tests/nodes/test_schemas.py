@@ -13,7 +13,7 @@ from identity_edit_pack.nodes import NODE_CLASSES
 
 SCHEMAS = [node.define_schema() for node in NODE_CLASSES]
 SMALL_WORDS = {"a", "and", "as", "from", "of", "the", "to", "with"}
-CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "portrait", "identity", "measure", "demo")
+CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "portrait", "face", "evaluation", "demo")
 
 
 def test_ids_are_unique_and_prefixed() -> None:

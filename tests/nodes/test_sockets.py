@@ -147,5 +147,5 @@ def test_a_result_that_is_not_finite_is_refused(kind: str, inputs: dict[str, tup
     outputs = {"IMAGE": io.Image, "MASK": io.Mask, "LATENT": io.Latent, "CONDITIONING": io.Conditioning}
     schema = io.Schema(node_id="Node", outputs=[outputs[kind].Output("result")])
     sockets.check_results(schema, io.NodeOutput(good))
-    with pytest.raises(IdentityEditError, match="result holds NaN"):
+    with pytest.raises(IdentityEditError, match="result contains NaN"):
         sockets.check_results(schema, io.NodeOutput(variants(item, good)["nan"]))

@@ -100,7 +100,7 @@ def test_training_saves_the_style_attention_that_it_gives(models: Any, own_folde
     assert saved == ["person_00001_.safetensors"], "a finished run leaves no checkpoint"
     assert nodes.LoadStyleAttention.define_schema().inputs[0].options == [SAVED]
     assert nodes.LoadStyleAttention.validate_inputs(SAVED) is True
-    assert "not there any more" in nodes.LoadStyleAttention.validate_inputs("gone.safetensors")
+    assert "no longer exists" in nodes.LoadStyleAttention.validate_inputs("gone.safetensors")
     assert nodes.LoadStyleAttention.fingerprint_inputs(SAVED) == Path(path).stat().st_mtime
     with torch.inference_mode():
         loaded, word, text = nodes.LoadStyleAttention.execute(SAVED).args
@@ -161,7 +161,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     assert len(list((own_folders / "output" / nodes.FILE_FOLDER / "checkpoints").iterdir())) == 1
     assert not any("checkpoints" in name for name in nodes._files())
     _, _, loss, _, report = train(models)
-    assert "of which 2 were read from a checkpoint" in report
+    assert "2 of them from a checkpoint" in report
     assert loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
 
 
@@ -183,7 +183,7 @@ def test_files_of_the_models_folder_are_listed_and_foreign_ones_refused(own_fold
         (images(), W_PLUS, {"templates": " \n"}, "Image 1 has no caption"),
         (images(), W_PLUS, {"templates": "a photo"}, "no place for the pseudo-word"),
         (images(), W_PLUS, {"masked_loss": True}, "no image has a mask"),
-        (images(), W_PLUS, {"filename_prefix": "../x"}, "leads out of the output folder"),
+        (images(), W_PLUS, {"filename_prefix": "../x"}, "points outside the output folder"),
         (dataclasses.replace(images(), images=[]), W_PLUS, {}, "no image to train on"),
     ],
 )

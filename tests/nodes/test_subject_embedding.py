@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     assert len(list(folder.iterdir())) == 2, "one for each phase"
     assert not any("checkpoints" in name for name in nodes._files())
     _, _, loss, _, report = train(models)
-    assert "of which 4 were read from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert "4 of them from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
     assert list(folder.iterdir()) == []
 
 
@@ -206,7 +206,7 @@ def test_files_of_the_models_folders_are_listed_and_read(own_folders: Path) -> N
         assert nodes.StepWiseEmbeddingLoader.fingerprint_inputs(file) > 0.0
         subject, named, report = nodes.StepWiseEmbeddingLoader.execute(file).args
         assert named == name and torch.equal(subject.vectors["clip_l"], vectors) and "2 word vectors" in report
-    assert "not there any more" in nodes.StepWiseEmbeddingLoader.validate_inputs("gone.safetensors")
+    assert "no longer exists" in nodes.StepWiseEmbeddingLoader.validate_inputs("gone.safetensors")
     with pytest.raises(IdentityEditError, match="does not exist"):
         nodes.StepWiseEmbeddingLoader.execute("gone.pt [embeddings]")
 

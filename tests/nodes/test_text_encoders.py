@@ -106,5 +106,5 @@ def test_the_refiner_needs_a_pooled_output() -> None:
 )
 def test_a_clip_vision_that_is_none_is_named(node: str, name: str, world: World) -> None:
     inputs = {**good(world, node), name: world.model}
-    with pytest.raises(IdentityEditError, match=f"^{name} is no CLIP vision; connect a Load CLIP Vision"):
+    with pytest.raises(IdentityEditError, match=f"^{name} is not a CLIP vision model; connect a Load CLIP Vision"):
         CLASSES[node].execute(**inputs)

@@ -47,7 +47,7 @@ def faces(count: int, size: int = 32, seed: int = 0) -> torch.Tensor:
 def test_encoders_are_listed_loaded_and_described() -> None:
     assert "tiny.safetensors" in nodes.LoadWPlusEncoder.define_schema().inputs[0].options
     encoder, report = run(nodes.LoadWPlusEncoder, "tiny.safetensors")
-    assert "6 rows of 6, from images of 32x32" in report and encoder.name.startswith("tiny (")
+    assert "6 codes of width 6, from images of 32x32" in report and encoder.name.startswith("tiny (")
     assert nodes.LoadWPlusEncoder.validate_inputs("tiny.safetensors") is True
     message = str(nodes.LoadWPlusEncoder.validate_inputs("e4e_ffhq_encode.pt"))
     assert "e4e_ffhq_encode.pt" in message and nodes.ENCODER_FOLDER in message
@@ -65,11 +65,11 @@ def test_a_saved_encoder_is_the_same(encoder: Any) -> None:
 
 def test_faces_are_encoded_and_resizing_is_said(encoder: Any) -> None:
     styles, report = run(nodes.EncodeWPlus, encoder, faces(3))
-    assert styles.rows.shape == (3, 6, 6) and "3 faces, 6 rows of 6" in report and "resized" not in report
+    assert styles.rows.shape == (3, 6, 6) and "3 faces, 6 codes of width 6" in report and "resized" not in report
     one = run(nodes.EncodeWPlus, encoder, faces(3)[1:2])[0]
     torch.testing.assert_close(styles.rows[1:2], one.rows)
     assert "resized from 64x64 to 32x32" in run(nodes.EncodeWPlus, encoder, faces(1, 64))[1]
-    assert "Warning: The faces have 16 pixels" in run(nodes.EncodeWPlus, encoder, faces(1, 16))[1]
+    assert "Warning: The faces are 16 pixels wide" in run(nodes.EncodeWPlus, encoder, faces(1, 16))[1]
     gray = faces(1)[..., :1]
     both = [run(nodes.EncodeWPlus, encoder, each)[0].rows for each in (gray, gray.expand(-1, -1, -1, 3))]
     assert torch.equal(*both)
@@ -81,7 +81,7 @@ def test_styles_are_mixed_averaged_saved_and_loaded(encoder: Any) -> None:
     first, second = (run(nodes.EncodeWPlus, encoder, faces(1, seed=seed))[0] for seed in (1, 2))
     mixed, report = run(nodes.MixWPlus, first, second, "4-6", 1.0)
     assert torch.equal(mixed.rows[:, :3], first.rows[:, :3]) and torch.equal(mixed.rows[:, 3:], second.rows[:, 3:])
-    assert "rows 4, 5, 6 from the second face" in report
+    assert "codes 4, 5, 6 from the second face" in report
     with pytest.raises(IdentityEditError, match="rows 1 to 6"):
         run(nodes.MixWPlus, first, second, "10-18", 1.0)
 
@@ -94,4 +94,4 @@ def test_styles_are_mixed_averaged_saved_and_loaded(encoder: Any) -> None:
     assert name in nodes.LoadWPlus.define_schema().inputs[0].options and nodes.LoadWPlus.validate_inputs(name) is True
     loaded, report = run(nodes.LoadWPlus, name)
     assert torch.equal(loaded.rows, mixed.rows) and loaded.encoder == encoder.name in report
-    assert "not there any more" in str(nodes.LoadWPlus.validate_inputs("w_plus/none.safetensors [output]"))
+    assert "no longer exists" in str(nodes.LoadWPlus.validate_inputs("w_plus/none.safetensors [output]"))

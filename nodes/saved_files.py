@@ -184,16 +184,16 @@ def changed_at(path: str | None) -> float:
 
 def folders_below(root: str) -> list[str]:
     """All folders below a folder at any depth except links, by relative path, sorted like ComfyUI's own list."""
-    found: list[str] = []
+    names: list[str] = []
     waiting = [""]
     while waiting:
         name = waiting.pop()
         path = os.path.join(root, name) if name else root
         below = [f"{name}/{folder}" if name else folder for folder in _listing(path).folders]
         below = [folder for folder in below if not os.path.islink(os.path.join(root, folder))]
-        found += below
+        names += below
         waiting += below
-    return sorted(found)
+    return sorted(names)
 
 
 @dataclass(frozen=True)
@@ -233,15 +233,15 @@ def _listing(folder: str) -> _Listing:
 
 def _files_below(root: str, folder: str, without: str | None) -> list[str]:
     """Files in a root's folder at any depth, by their path from the root, sorted."""
-    found: list[str] = []
+    names: list[str] = []
     waiting = [folder]
     while waiting:
         name = waiting.pop()
         listing = _listing(os.path.join(root, name))
-        found += [f"{name}/{file}" for file in listing.files]
+        names += [f"{name}/{file}" for file in listing.files]
         below = [f"{name}/{inner}" for inner in listing.folders]
         waiting += [path for path in below if without is None or path != f"{folder}/{without}"]
-    return sorted(found)
+    return sorted(names)
 
 
 def model_files() -> list[str]:

@@ -456,14 +456,14 @@ class GeneratePairs(io.ComfyNode):
             smallest_similarity=smallest_similarity,
             attempts=attempts,
         )
-        made_of = PairFolder(_dataset_path(folder))
+        dataset = PairFolder(_dataset_path(folder))
         done = datasets.generate_pairs(
             model,
             clip,
             vae,
             sampler,
             sigmas,
-            made_of,
+            dataset,
             settings,
             identities=_identities(identity_words, identity_images, clip_vision, class_word),
             poses=_poses(control_net, poses, pose_strength),
@@ -471,15 +471,15 @@ class GeneratePairs(io.ComfyNode):
             numbers=datasets.parse_part(part, count),
             progress=_progress(),
         )
-        sheet = made_of.contact_sheet()
+        sheet = dataset.contact_sheet()
         if sheet is None:
             raise IdentityEditError(
                 f"None of the {done.rejected} pairs reached smallest_similarity {smallest_similarity:g}; lower it and "
                 f"choose another folder."
             )
         unused = _idle(guidance_scale, shared_weight, source_weight, target_weight)
-        text = show_text(cls, _report(done, made_of, settings), unused)
-        return io.NodeOutput(sheet, str(made_of.path), text, ui=ui.PreviewImage(sheet, cls=cls))
+        text = show_text(cls, _report(done, dataset, settings), unused)
+        return io.NodeOutput(sheet, str(dataset.path), text, ui=ui.PreviewImage(sheet, cls=cls))
 
 
 def _identities(
@@ -584,10 +584,10 @@ class SavePair(io.ComfyNode):
         validation_share: float,
         folder: str,
     ) -> io.NodeOutput:
-        made_of = PairFolder(_dataset_path(folder))
+        dataset = PairFolder(_dataset_path(folder))
         source, target, cut = comparable(source, target, ("source", "target"))
         numbers = datasets.save_pairs(
-            made_of,
+            dataset,
             source,
             target,
             source_prompt=source_prompt,
@@ -595,9 +595,9 @@ class SavePair(io.ComfyNode):
             edit=edit,
             validation_share=validation_share,
         )
-        saved = f"Saved as pair {', '.join(map(str, numbers))} in {made_of.path}."
+        saved = f"Saved as pair {', '.join(map(str, numbers))} in {dataset.path}."
         text = show_text(cls, saved if cut is None else f"{saved} {cut}")
-        return io.NodeOutput(str(made_of.path), text, ui=ui.PreviewText(text))
+        return io.NodeOutput(str(dataset.path), text, ui=ui.PreviewText(text))
 
 
 NODES: list[type[io.ComfyNode]] = [PairGuider, SplitPair, GeneratePairs, SavePair]

@@ -127,18 +127,18 @@ class MCDMConditioner(io.ComfyNode):
         target_prompt: str,
         source_prompt: str,
     ) -> io.NodeOutput:
-        made = mcdms.load_mcdm(model_path(file))
-        warning = mcdms.check_mcdm(made, model)
-        seen = mcdms.see_images(made, model, clip_vision, vae, as_color(image, "image"))
+        mcdm = mcdms.load_mcdm(model_path(file))
+        warning = mcdms.check_mcdm(mcdm, model)
+        seen = mcdms.see_images(mcdm, model, clip_vision, vae, as_color(image, "image"))
         positive, negative, source = (
             mcdms.with_images(clip.encode_from_tokens_scheduled(clip.tokenize(text)), seen)
             for text in (target_prompt, "", source_prompt)
         )
-        facts = made.training
-        text = f"MCDM: {facts.get('steps', 0)} steps on {facts.get('pairs', 0)} pairs."
-        known = facts.get("prompts") or []
-        if known:
-            text += f" It was trained on {len(known)} prompts, such as '{known[0]}'."
+        training = mcdm.training
+        text = f"MCDM: {training.get('steps', 0)} steps on {training.get('pairs', 0)} pairs."
+        prompts = training.get("prompts") or []
+        if prompts:
+            text += f" It was trained on {len(prompts)} prompts, such as '{prompts[0]}'."
         return io.NodeOutput(positive, negative, source, {"samples": seen.latent}, show_text(cls, text, warning))
 
 
@@ -349,7 +349,7 @@ class MCDMEditMask(io.ComfyNode):
         threshold: float,
         seed: int,
     ) -> io.NodeOutput:
-        found = edit_masks.edit_mask(
+        result = edit_masks.edit_mask(
             model,
             target,
             source,
@@ -358,12 +358,12 @@ class MCDMEditMask(io.ComfyNode):
             seed=seed,
             callback=progress(model, seeds),
         )
-        shares = ", ".join(f"{share:.0%}" for share in found.mask.mean(dim=(1, 2)).tolist())
-        text = f"{found.evaluations} model calls; the mask covers {shares} of the image."
+        shares = ", ".join(f"{share:.0%}" for share in result.mask.mean(dim=(1, 2)).tolist())
+        text = f"{result.evaluations} model calls; the mask covers {shares} of the image."
         return io.NodeOutput(
-            at_image_size(found.mask),
-            at_image_size(found.contrast),
-            show_text(cls, text, joined(found.warning, noise_mask_left_out(latent))),
+            at_image_size(result.mask),
+            at_image_size(result.contrast),
+            show_text(cls, text, joined(result.warning, noise_mask_left_out(latent))),
         )
 
 

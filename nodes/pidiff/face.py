@@ -213,8 +213,8 @@ class AlignFace(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, background: str = KEEP, background_model: str = NO_MODEL) -> bool | str:
-        found = list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)
-        if background == KEEP or background_model == NO_MODEL or background_model in found:
+        models = list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)
+        if background == KEEP or background_model == NO_MODEL or background_model in models:
             return True
         return missing_model(BACKGROUND_FOLDER, background_model, BACKGROUND_NEEDED)
 
@@ -245,7 +245,7 @@ class AlignFace(io.ComfyNode):
             with faults.of_one_image():
                 _check_mask(masks, number)
                 usable.append(number)
-        found: list[list[pipeline.Face]] = [[] for _ in images]
+        detected: list[list[pipeline.Face]] = [[] for _ in images]
         if method == WHOLE:
             faults.stop_if_none(usable)
             faces, face_masks = _whole_images(images[usable], None if masks is None else masks[usable], size)
@@ -260,9 +260,9 @@ class AlignFace(io.ComfyNode):
                 for face in chosen:
                     with faults.of_one_image():
                         note = pipeline.check_face(face, _name(number), smallest_face)
-                        own = None if masks is None else masks[number]
-                        aligned.append(face_alignment.align_ffhq(images[number], face.points, size, own))
-                        found[number].append(face)
+                        face_mask = None if masks is None else masks[number]
+                        aligned.append(face_alignment.align_ffhq(images[number], face.points, size, face_mask))
+                        detected[number].append(face)
                         notes += [note] if note else []
             faults.stop_if_none(aligned)
             faces = torch.stack([each.image for each in aligned])
@@ -280,13 +280,13 @@ class AlignFace(io.ComfyNode):
                 "box": [round(value, 2) for value in face.box],
                 "score": round(face.score, 3),
             }
-            for number, faces_of_it in enumerate(found, start=1)
+            for number, faces_of_it in enumerate(detected, start=1)
             for face in faces_of_it
         ]
         return io.NodeOutput(
             faces,
             face_masks,
-            pipeline.drawn_faces(images, found),
+            pipeline.drawn_faces(images, detected),
             json.dumps(entries),
             show_text(cls, f"{text}, {size}x{size}.", " ".join(notes) or None),
             ui=ui.PreviewImage(faces, cls=cls),
@@ -389,27 +389,27 @@ class IdentitySimilarity(io.ComfyNode):
                 known.append((image, face))
         faults.stop_if_none(known)
         notes += faults.note()
-        embedded = identity_similarity.embed_faces(network, known)
+        references = identity_similarity.embed_faces(network, known)
 
         scores, lines = [], []
         faults = _Faults(without_face)
         for number, image in enumerate(images):
             stop_if_interrupted()
-            found = pipeline.detect_faces(face_detector, image)
-            if not found and without_face == ZERO:
+            detected = pipeline.detect_faces(face_detector, image)
+            if not detected and without_face == ZERO:
                 scores.append(0.0)
                 lines.append(f"{_name(number)}: 0 (no face)")
                 continue
             candidates: list[pipeline.Face] = []
             with faults.of_one_image():
                 candidates = pipeline.choose_faces(
-                    found, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
+                    detected, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
                 )
             if not candidates:
                 lines.append(f"{_name(number)}: left out (no face)")
                 continue
-            own = identity_similarity.embed_faces(network, [(image, face) for face in candidates])
-            best = identity_similarity.similarities(own, embedded).amax(dim=1)
+            embeddings = identity_similarity.embed_faces(network, [(image, face) for face in candidates])
+            best = identity_similarity.similarities(embeddings, references).amax(dim=1)
             chosen = int(best.argmax())
             notes += _warning(candidates[chosen], _name(number))
             scores.append(float(best[chosen]))
@@ -431,7 +431,7 @@ class _Faults:
 
     def __init__(self, choice: str) -> None:
         self._stops = choice == STOP
-        self._found: list[IdentityEditError] = []
+        self._errors: list[IdentityEditError] = []
 
     @contextmanager
     def of_one_image(self) -> Iterator[None]:
@@ -441,16 +441,16 @@ class _Faults:
         except IdentityEditError as error:
             if self._stops:
                 raise
-            self._found.append(error)
+            self._errors.append(error)
 
     def stop_if_none(self, usable: Sequence[Any]) -> None:
         """Raise the first fault when no image is usable."""
         if not usable:
-            raise self._found[0]
+            raise self._errors[0]
 
     def note(self) -> list[str]:
         """A sentence with the reasons why images were skipped."""
-        reasons = "; ".join(str(error).split(";")[0] for error in self._found)
+        reasons = "; ".join(str(error).split(";")[0] for error in self._errors)
         return [f"Left out: {reasons}."] if reasons else []
 
 
@@ -470,9 +470,9 @@ def _find(
             raise IdentityEditError(
                 "points is empty; write five lines 'x, y', or choose the method 'detector' or 'whole image'."
             )
-        given = pipeline.parse_points(points, len(images))
-        several = any(len(faces) > 1 for faces in given)
-        ordered = [sorted(faces, key=lambda face: face.area, reverse=True) for faces in given]
+        parsed = pipeline.parse_points(points, len(images))
+        several = any(len(faces) > 1 for faces in parsed)
+        ordered = [sorted(faces, key=lambda face: face.area, reverse=True) for faces in parsed]
         return ordered, choice if several else pipeline.LARGEST
     if method != BY_DETECTOR:
         raise IdentityEditError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
@@ -481,17 +481,17 @@ def _find(
             "The method 'detector' needs a face detector; connect Load Face Detector, or choose 'points' or 'whole "
             "image'."
         )
-    found = []
+    detected = []
     for image in images:
         stop_if_interrupted()
-        found.append(pipeline.detect_faces(detector, image))
-    return found, choice
+        detected.append(pipeline.detect_faces(detector, image))
+    return detected, choice
 
 
 def _whole_images(images: torch.Tensor, masks: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and masks at a size, center-cropped to a square."""
-    given = torch.ones(images.shape[:3]) if masks is None else masks
-    layers = torch.cat([images, given[..., None]], dim=-1).movedim(-1, 1)
+    alpha = torch.ones(images.shape[:3]) if masks is None else masks
+    layers = torch.cat([images, alpha[..., None]], dim=-1).movedim(-1, 1)
     height, width = layers.shape[2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

@@ -320,8 +320,8 @@ class LoadStyleAttention(io.ComfyNode):
 
 
 def _files() -> list[str]:
-    own = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
-    return own + model_folder_files((FILE_FOLDER,), files.ENDINGS)
+    saved = loadable_files(FILE_FOLDER, without=CHECKPOINT_FOLDER)
+    return saved + model_folder_files((FILE_FOLDER,), files.ENDINGS)
 
 
 class ApplyStyleCrossAttention(io.ComfyNode):

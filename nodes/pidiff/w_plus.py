@@ -136,13 +136,13 @@ class EncodeWPlus(io.ComfyNode):
     @checked
     def execute(cls, encoder: Encoder, faces: torch.Tensor) -> io.NodeOutput:
         images = as_color(faces, "faces")
-        size, given = encoder.size, images.shape[1]
+        size, width = encoder.size, images.shape[1]
         styles = encoders.encode_w_plus(encoder, encoders.fitted(images, size))
         text = f"{_described(styles)}."
-        if given != size:
-            text += f" The faces were resized from {given}x{given} to {size}x{size}."
+        if width != size:
+            text += f" The faces were resized from {width}x{width} to {size}x{size}."
         warning = (
-            f"The faces are {given} pixels wide instead of {size}; use larger images." if 2 * given <= size else None
+            f"The faces are {width} pixels wide instead of {size}; use larger images." if 2 * width <= size else None
         )
         return io.NodeOutput(styles, show_text(cls, text, warning))
 
@@ -232,9 +232,9 @@ class AverageWPlus(io.ComfyNode):
     def execute(
         cls, first: Styles, second: Styles | None = None, third: Styles | None = None, fourth: Styles | None = None
     ) -> io.NodeOutput:
-        given = [each for each in (first, second, third, fourth) if each is not None]
-        mean = styles_of.average_styles(given)
-        faces = torch.cat([each.rows for each in given])
+        inputs = [each for each in (first, second, third, fourth) if each is not None]
+        mean = styles_of.average_styles(inputs)
+        faces = torch.cat([each.rows for each in inputs])
         spread = float((faces - mean.rows).norm(dim=2).mean())
         distance = float((faces - mean.average).norm(dim=2).mean())
         text = (

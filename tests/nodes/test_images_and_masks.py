@@ -98,7 +98,7 @@ def test_the_empty_mask_of_load_image_is_no_mask(
     caplog.clear()
     for empty in (NO_MASK, NO_MASK[0], NO_MASK[:, None]):
         assert same(results(world, name, **{input_name: empty}), without)
-    said = [record for record in caplog.records if f"{input_name} is empty, as Load Image gives it" in record.message]
+    said = [record for record in caplog.records if f"{input_name} is empty, as from Load Image" in record.message]
     assert len(said) == 3
 
 

@@ -100,6 +100,15 @@ def test_seeds_can_be_fixed_or_drawn_anew() -> None:
     assert seeds and all(item.control_after_generate for item in seeds)
 
 
+def test_advanced_widgets_have_a_default_and_reach_the_page() -> None:
+    marked = {}
+    for node in NODE_CLASSES:
+        for group in node.GET_NODE_INFO_V1()["input"].values():
+            options = {name: specification[-1] for name, specification in group.items()}
+            marked |= {(node, name): each for name, each in options.items() if "advanced" in each}
+    assert marked and all("default" in options and options["advanced"] is True for options in marked.values())
+
+
 def test_help_pages_have_the_schemas_tables() -> None:
     assert {path.stem for path in PAGES.glob("*.md")} == {schema.node_id for schema in SCHEMAS}
     for schema in SCHEMAS:

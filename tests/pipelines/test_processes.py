@@ -24,8 +24,8 @@ package.__path__ = [{str(ROOT)!r}]
 sys.modules["identity_edit_pack"] = package
 import torch
 from safetensors.torch import save_file
-from identity_edit_pack.pipelines import processes, training
-from identity_edit_pack.pipelines.training import TrainingSettings, generator_of
+from identity_edit_pack.pipelines.training import loop as training, processes
+from identity_edit_pack.pipelines.training.loop import TrainingSettings, generator_of
 
 def problem():
     weight = torch.ones(3, 4, requires_grad=True)

@@ -72,7 +72,7 @@ def test_tooltips_are_shown_in_the_language(page: Page, language: str) -> None:
         const at = (x, y) => [box.left + x, box.top + y];
         const slot = (is_input, name) => at(...node.getConnectionPos(is_input, is_input
             ? node.inputs.findIndex(input => input.name === name) : 0));
-        const widget = node.widgets.find(widget => widget.name === "kind");
+        const widget = node.widgets.find(widget => widget.name === "steps");
         return {
             title: at(node.pos[0] + 100, node.pos[1] - 15),
             input: slot(true, "w_plus"),
@@ -84,7 +84,7 @@ def test_tooltips_are_shown_in_the_language(page: Page, language: str) -> None:
         "title": texts["description"],
         "input": texts["inputs"]["w_plus"]["tooltip"],
         "output": texts["outputs"]["0"]["tooltip"],
-        "widget": texts["inputs"]["kind"]["tooltip"],
+        "widget": texts["inputs"]["steps"]["tooltip"],
     }
     for name, (x, y) in places.items():
         page.mouse.move(x - 3, y)

@@ -1,1 +1,1 @@
-"""What happens inside a transformer block: tensors and transformer_options; no prompt, no file, no sampler."""
+"""Operations inside transformer blocks, on tensors and transformer_options; no prompts, files or samplers."""

@@ -1,13 +1,13 @@
-"""Reading a model's attention while it samples, without changing what it samples.
+"""Records a model's attention during sampling, without changing the result.
 
-The identity-aware branch of Liu et al. 2024 (section 2.2, figure 4): beside the prompt's own cross-attention, that of
-an identity prompt is computed from the same queries; its maps are kept and nothing else. Self-attention maps are
-computed from the same normed activations that the block's self-attention receives.
+The identity-aware branch of Liu et al. 2024 (section 2.2, figure 4): the cross-attention of an identity prompt is
+computed from the same queries as the prompt's, and only its maps are kept. Self-attention maps are computed from the
+normalized activations that the block's self-attention receives.
 
-Everything hangs on lists of patches (`attn1_patch`, `attn2_patch`), which other packs share, and on wrappers; the
-`replace` slot of a block, which only one pack can own, stays free. Patches return the very tensors that they were
-given, so the latent keeps every bit. The cost is one more projection to queries (and keys) in each layer that is read:
-those of the block itself never reach a patch.
+It uses the patch lists `attn1_patch` and `attn2_patch`, which other packs can share, and wrappers; the `replace` slot
+of a block, which only one pack can own, stays free. Patches return their input tensors, so the latent is bit-identical.
+The cost is an additional projection to queries (and keys) in each recorded layer, because a block's own projections
+are not available to patches.
 
 Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/ldm/modules/attention.py.
 """
@@ -29,24 +29,24 @@ from .sites import AUTOMATIC, Attended, LayerKey, choose_layers
 from .unet import AttentionLayer, Patched, attention_layers, layer_key
 
 _KEY = "identity_edit_attention"
-MAXIMUM_SELF_ATTENTION_CELLS = 32 * 32
-"""Self-attention is read at the finest chosen grid of at most so many cells: a map of 32x32 cells takes 4 MiB for each
-image, one of 64x64 sixteen times that, in memory and in time."""
+MAXIMUM_SELF_ATTENTION_POSITIONS = 32 * 32
+"""Self-attention is recorded on the finest chosen grid with at most this many positions: the map of a 32x32 grid takes
+4 MiB per image, that of a 64x64 grid 16 times the memory and time."""
 
 Grid = tuple[int, int]
 
 
 class IdentityAttention:
-    """What a model attends to in one sampling run; filled by the model that `capture_attention` returns.
+    """Attention maps of one sampling run, recorded by the model that `capture_attention` returns.
 
-    Each run of that model starts it anew; what it holds afterwards is the last run's. Maps are weighted as ComfyUI
-    weighs the predictions of several conditionings: by their strength, inside their areas and masks.
+    Each run of that model clears it first. Maps are weighted like ComfyUI's predictions of several conditionings: by
+    their strength, inside their areas and masks.
 
     Attributes:
-        evaluations: model calls whose attention the means hold.
-        cross: for each grid (rows, columns), the mean of the identity tokens' cross-attention over its layers and the
-            evaluations so far, as sums that still carry their weights (see `identity_mask.rough_mask`).
-        self_grid: the grid of the self-attention maps, or None where none were read.
+        evaluations: number of recorded model calls.
+        cross: for each grid (rows, columns), the running mean of the identity tokens' cross-attention over layers and
+            model calls, as a weighted sum and its weights (see `identity_mask.rough_mask`).
+        self_grid: the grid of the self-attention maps, or None if none were recorded.
     """
 
     def __init__(self, columns: Sequence[int], choice: str = AUTOMATIC, self_attention: bool = True) -> None:
@@ -56,32 +56,32 @@ class IdentityAttention:
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IdentityAttention:
-        return self  # one handle for all clones of a model
+        return self  # shared by all clones of a model
 
     def clear(self) -> None:
-        """Forget the last run."""
+        """Discard the last run."""
         self.evaluations = 0
         self.cross: dict[Grid, MeanMap] = {}
         self.self_grid: Grid | None = None
         self._self: MeanMap | None = None
 
     def self_attention(self) -> torch.Tensor:
-        """Mean self-attention [B, N, N] float32 over the cells of `self_grid`, row by row; each row sums to 1.
+        """Mean self-attention [B, N, N] float32 over the positions of `self_grid`; each row sums to 1.
 
-        A cell that no conditioning with weight covers attends to itself alone.
+        A position not covered by any conditioning attends only to itself.
 
         Raises:
-            IdentityEditError: when none was read.
+            IdentityEditError: when none was recorded.
         """
         if self._self is None:
             raise IdentityEditError(
-                "No self-attention was read; sample with the model of Identity Attention first, with a self-attention "
-                "power above 0."
+                "No self-attention was recorded; sample with the model of Identity Attention first, with a "
+                "self-attention power above 0."
             )
         mean = self._self
         covered = (mean.weight > 0).unsqueeze(-1)
-        own = torch.eye(mean.total.shape[-1], device=mean.total.device)
-        return torch.where(covered, mean.total / mean.weight.clamp(min=1e-12).unsqueeze(-1), own)
+        identity = torch.eye(mean.total.shape[-1], device=mean.total.device)
+        return torch.where(covered, mean.total / mean.weight.clamp(min=1e-12).unsqueeze(-1), identity)
 
     def add_cross_attention(self, maps: torch.Tensor, region: Region, weight: torch.Tensor, batch: int) -> None:
         """Add one layer's maps [B, h, w] of a region, with weights [1 or B, h, w]."""
@@ -92,29 +92,29 @@ class IdentityAttention:
         mean.weight[:, rows, columns] += weight
 
     def add_self_attention(self, maps: torch.Tensor, region: Region, weight: torch.Tensor, batch: int) -> None:
-        """Add one layer's maps [B, n, n] of a region's n cells, with weights [1 or B, h, w] of the rows."""
+        """Add one layer's maps [B, n, n] of a region's n positions, with weights [1 or B, h, w] of the queries."""
         if self._self is None:
-            cells = region.grid[0] * region.grid[1]
-            self._self = MeanMap.empty((batch, cells, cells), (batch, cells), maps.device)
+            count = region.grid[0] * region.grid[1]
+            self._self = MeanMap.empty((batch, count, count), (batch, count), maps.device)
             self.self_grid = region.grid
-        of_rows = weight.flatten(1)
+        weights = weight.flatten(1)
         if region.is_whole:
-            self._self.total += maps.mul_(of_rows.unsqueeze(-1))
-            self._self.weight += of_rows
+            self._self.total += maps.mul_(weights.unsqueeze(-1))
+            self._self.weight += weights
         else:
-            indices = region.cells(maps.device)
-            self._self.total[:, indices.unsqueeze(1), indices] += maps * of_rows.unsqueeze(-1)
-            self._self.weight[:, indices] += of_rows
+            indices = region.indices(maps.device)
+            self._self.total[:, indices.unsqueeze(1), indices] += maps * weights.unsqueeze(-1)
+            self._self.weight[:, indices] += weights
 
     def to_cpu(self) -> None:
-        """Free the device's memory; what was recorded stays readable."""
+        """Move the maps to the CPU."""
         self.cross = {grid: mean.cpu() for grid, mean in self.cross.items()}
         self._self = None if self._self is None else self._self.cpu()
 
 
 @dataclass
 class _Run:
-    """One sampling run: which layers are read, and whether an evaluation is being recorded now."""
+    """State of one sampling run."""
 
     batch: int
     height: int
@@ -123,32 +123,32 @@ class _Run:
     self_layers: dict[LayerKey, AttentionLayer]
     fired: set[tuple[str, LayerKey]] = field(default_factory=set)
     context: torch.Tensor | None = None
-    guider: Any = None  # set while an evaluation's first batch of conditionings is yet to come
-    side: int | None = None  # index of the positive side while its rows are to be read
+    guider: Any = None  # set until the model call's first batch of conditionings
+    side: int | None = None  # index of the positive side while its rows are recorded
     entries: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def missing(self) -> list[LayerKey]:
-        """Layers that should have been read but whose patch did not run, or not on the latent's own cells."""
+        """Layers that could not be recorded: their patch did not run, or another patch changed the positions."""
         expected = [("cross", key) for key in self.cross_layers] + [("self", key) for key in self.self_layers]
         return [item[1] for item in expected if item not in self.fired]
 
     def rows_to_read(self, n: torch.Tensor, extra: dict[str, Any]) -> list[tuple[torch.Tensor, Region, torch.Tensor]]:
-        """The rows of the positive side in a batch of conditionings: (activations [B, cells, C], region, weight).
+        """The positive side's rows of a batch of conditionings: (activations [B, positions, C], region, weight).
 
-        ComfyUI lays the conditionings of both sides one after another into a batch, in any order, or evaluates them in
-        separate calls; `cond_or_uncond` and `uuids` say whose rows they are.
+        ComfyUI concatenates the conditionings of both sides into one batch, in any order, or evaluates them in separate
+        calls; `cond_or_uncond` and `uuids` identify the rows.
         """
         sides, uuids = extra["cond_or_uncond"], extra["uuids"]
         shape = tuple(extra["activations_shape"][2:])
         if n.shape[0] != self.batch * len(sides) or n.shape[1] != shape[0] * shape[1]:
-            return []  # cells were merged or tiled before
-        found = []
+            return []  # another patch merged or tiled the positions
+        result = []
         for rows, side, uuid in zip(n.split(self.batch), sides, uuids, strict=True):
             if side == self.side:
                 entry = self.entries.get(uuid, {})
                 region = region_of(entry, self.height, self.width, shape)
-                found.append((rows, region, region.weight(entry, n.device, self.batch)))
-        return found
+                result.append((rows, region, region.weight(entry, n.device, self.batch)))
+        return result
 
 
 def capture_attention(
@@ -158,38 +158,38 @@ def capture_attention(
     layers: str = AUTOMATIC,
     self_attention: bool = True,
 ) -> tuple[Any, IdentityAttention]:
-    """A clone of `model` that records, while it samples, where it sees the identity prompt's tokens.
+    """A clone of `model` that records where it attends to the identity prompt's tokens during sampling.
 
-    Any sampler and guider may run it. Only the positive side is read, once for each model call by the guider
-    (what a guidance node evaluates besides, such as a perturbed attention, is not). Nothing is recorded in layers
-    whose cells another patch has merged or cut into tiles before (token merging, HyperTile): a warning names them.
+    Works with any sampler and guider. Only the positive side is recorded, once per model call of the guider (additional
+    evaluations of guidance nodes, such as perturbed attention, are not). Layers whose positions another patch merges or
+    tiles (token merging, HyperTile) cannot be recorded; a warning names them.
 
     Args:
-        model: MODEL (a ModelPatcher) with a Stable Diffusion 1.x, 2.x or XL UNet; it is not changed.
-        context: [B or 1, T, C], the identity prompt's embedding. The softmax runs over all its T tokens.
-        columns: the tokens whose attention is summed; never those of begin, end and padding.
+        model: MODEL (a ModelPatcher) with a Stable Diffusion 1.x, 2.x or XL UNet; not modified.
+        context: [B or 1, T, C], the identity prompt's embedding. The softmax runs over all T tokens.
+        columns: the tokens whose attention is summed; never start, end or padding tokens.
         layers: see `sites.choose_layers`.
-        self_attention: also read self-attention, at one grid (see `MAXIMUM_SELF_ATTENTION_CELLS`).
+        self_attention: also record self-attention, on one grid (see `MAXIMUM_SELF_ATTENTION_POSITIONS`).
 
     Returns:
-        the clone, and the handle that its runs fill.
+        the clone, and the object that its runs fill.
 
     Raises:
-        IdentityEditError: for another kind of model, layers that it does not have, or tokens outside the embedding.
+        IdentityEditError: for an unsupported model, missing layers, or tokens outside the embedding.
     """
     all_layers = attention_layers(model.get_model_object("diffusion_model"))
-    choose_layers(all_layers, 64, 64, layers)  # refuses now what could never be found
+    choose_layers(all_layers, 64, 64, layers)  # raises early for invalid choices
     if len(columns) == 0 or not all(0 <= column < context.shape[1] for column in columns):
         raise IdentityEditError(
-            f"The identity tokens {list(columns)} are not among the {context.shape[1]} of the identity prompt; choose "
-            f"at least one of its words."
+            f"The identity tokens {list(columns)} are not among the {context.shape[1]} tokens of the identity prompt; "
+            f"choose at least one of its words."
         )
     attention = IdentityAttention(columns, layers, self_attention)
     return _Recorder(attention, context.detach()).on(model), attention
 
 
 class _Recorder:
-    """Fills an `IdentityAttention` while a model samples: wrappers say what is evaluated, patches read the layers."""
+    """Fills an `IdentityAttention` during sampling: wrappers track the model calls, patches read the layers."""
 
     def __init__(self, attention: IdentityAttention, context: torch.Tensor) -> None:
         self._attention = attention
@@ -197,10 +197,10 @@ class _Recorder:
         self._run: _Run | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
-        return self  # a clone copies its model's options deeply, and these methods with them
+        return self  # cloning a model deep-copies its options, which contain these bound methods
 
     def on(self, model: Any) -> Any:
-        """A clone of a model that is recorded."""
+        """A clone of a model with this recorder attached."""
         clone = model.clone()
         clone.set_model_attn2_patch(self._read_cross_attention)
         if self._attention.reads_self_attention:
@@ -219,8 +219,8 @@ class _Recorder:
             missing = run.missing()
             if self._attention.evaluations > 0 and missing:
                 logging.warning(
-                    "IdentityEdit: the attention of %d layers could not be read (%s); another patch of the model "
-                    "changes their cells.",
+                    "IdentityEdit: the attention of %d layers could not be recorded (%s) because another patch merges "
+                    "or tiles their positions.",
                     len(missing),
                     missing,
                 )
@@ -238,11 +238,11 @@ class _Recorder:
             )
         chosen = choose_layers(attention_layers(network), height, width, self._attention.choice)
         cross = {layer.key: layer for layer in chosen if layer.attends_to_text}
-        own: list[AttentionLayer] = []
+        self_layers: list[AttentionLayer] = []
         if self._attention.reads_self_attention:
             factor = _self_attention_factor(chosen, height, width)
-            own = [layer for layer in chosen if layer.attends_to_itself and layer.downsampling == factor]
-        return _Run(batch, height, width, cross, {layer.key: layer for layer in own})
+            self_layers = [layer for layer in chosen if layer.attends_to_itself and layer.downsampling == factor]
+        return _Run(batch, height, width, cross, {layer.key: layer for layer in self_layers})
 
     def _predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         run = self._run
@@ -306,23 +306,23 @@ class _Recorder:
 
 
 def _self_attention_factor(layers: Sequence[AttentionLayer], height: int, width: int) -> int:
-    """The finest chosen grid of at most 32x32 cells; the coarsest where all have more."""
+    """Downsampling factor of the finest chosen grid of at most 32x32 positions, or else of the coarsest grid."""
     factors = sorted({layer.downsampling for layer in layers})
 
-    def cells(factor: int) -> int:
+    def count(factor: int) -> int:
         return -(-height // factor) * -(-width // factor)
 
-    return next((factor for factor in factors if cells(factor) <= MAXIMUM_SELF_ATTENTION_CELLS), factors[-1])
+    return next((factor for factor in factors if count(factor) <= MAXIMUM_SELF_ATTENTION_POSITIONS), factors[-1])
 
 
 def _positive_side(guider: Any, conds: Sequence[Any]) -> int | None:
-    """Which of the sides evaluated together is the guider's positive one; None where it is not among them.
+    """Index of the guider's positive side among the sides evaluated together, or None if it is not included.
 
-    Stock guiders pass their own list on, not always as the first (Dual CFG Guider's is the last). Where the lists are
-    others, ComfyUI's rule holds: the first is the conditional side.
+    Stock guiders pass their own list object, not always first (last in Dual CFG Guider). If it is another object,
+    ComfyUI's rule applies: the first side is the conditional one.
     """
-    own = getattr(guider, "conds", {}).get("positive")
+    positive = getattr(guider, "conds", {}).get("positive")
     for index, side in enumerate(conds):
-        if side is not None and side is own:
+        if side is not None and side is positive:
             return index
     return 0 if len(conds) > 0 and conds[0] is not None else None

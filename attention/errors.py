@@ -1,4 +1,4 @@
-"""The pack's one exception; it stands in the lowest room, so that all of them can raise it."""
+"""The pack's only exception class, in the lowest package so that all others can raise it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import sys
 import traceback
 
 LONGEST_MESSAGE = 700
-"""Characters; the longest of the pack's own are below, unless they quote a user's whole prompt."""
+"""Maximum message length in characters; only messages that quote a long prompt exceed it."""
 
 
 def for_console(text: str) -> str:
-    """The text with letters that the console's encoding lacks as escapes (\\U0001f431); a UTF-8 console keeps all.
+    """Escape characters that the console's encoding lacks (\\U0001f431); a UTF-8 console keeps all of them.
 
-    ComfyUI logs with an encoder that refuses such letters (an emoji where a Chinese Windows has gbk), and what it
-    raises then ends the thread that runs prompts.
+    ComfyUI's logging fails on such characters (an emoji in the gbk encoding of Chinese Windows), and the exception ends
+    the thread that executes prompts.
     """
     for stream in (sys.stderr, sys.stdout):
         encoding = getattr(stream, "encoding", None) or "utf-8"
@@ -22,25 +22,26 @@ def for_console(text: str) -> str:
 
 
 def loggable(error: Exception) -> Exception:
-    """The error, without causes whose text the console cannot hold and with its own text as `for_console` gives it.
+    """An equivalent error whose traceback the console can print: escaped by `for_console`, without causes.
 
-    ComfyUI logs an error's traceback with all causes, such as the OSError that names a user's file.
+    ComfyUI logs the traceback with all causes, such as an OSError that contains a file name. An error whose traceback
+    can be printed is returned unchanged.
     """
     logged = "".join(traceback.format_exception(error))
     if for_console(logged) == logged:
         return error
-    own = str(error)
-    if for_console(own) != own:
+    message = str(error)
+    if for_console(message) != message:
         error = RuntimeError(for_console(f"{type(error).__name__}: {error}")).with_traceback(error.__traceback__)
     error.__cause__, error.__suppress_context__ = None, True
     return error
 
 
 class IdentityEditError(ValueError):
-    """An input cannot be used; the message says which one and what to do instead.
+    """An input cannot be used; the message names it and the remedy.
 
-    It stays one line that can be read: of a very long one the middle is left out, as what is wrong stands at its
-    beginning and the remedy at its end. ComfyUI logs it, so it holds only what the console can (`for_console`).
+    The message is one line; the middle of a very long one is cut, since the problem is at its beginning and the remedy
+    at its end. Characters that the console cannot print are escaped (`for_console`), because ComfyUI logs the message.
     """
 
     def __init__(self, message: str) -> None:

@@ -9,21 +9,21 @@ from .errors import IdentityEditError
 from .masks import normalized, resized
 
 SELF_ATTENTION_POWER = 1
-"""lambda of eq. 2. The paper names no value; measured, see `THRESHOLD`."""
+"""lambda of eq. 2. Not given in the paper; measured, see `THRESHOLD`."""
 THRESHOLD = 0.4
-"""Of the normalized map. The paper names none; these two overlapped well with the true masks of the demo world, see
-benchmarks/results/lipe_edit.md."""
+"""Threshold of the normalized map. Not given in the paper; these two values overlapped well with the true masks of the
+demo world, see benchmarks/results/lipe_edit.md."""
 
 
 def rough_mask(attention: IdentityAttention, grid: tuple[int, int] | None = None) -> torch.Tensor:
-    """M^1, eq. 1: the identity tokens' cross-attention, mean over layers and over all evaluations so far.
+    """M^1, eq. 1: the identity tokens' cross-attention, averaged over layers and all model calls so far.
 
-    Every layer's map is brought to one grid and counts the same. The paper divides by (T - t) L, which is 0 at the
-    first step; here the divisor is the number of maps (each with its conditioning's weight).
+    Every layer's map is resized to one grid and has the same weight. The paper divides by (T - t) L, which is 0 at the
+    first step; here the divisor is the number of maps (weighted by their conditionings).
 
     Args:
-        attention: what a run has recorded so far.
-        grid: rows and columns of the result; by default those of the self-attention, else of the finest layer read.
+        attention: the attention recorded so far.
+        grid: rows and columns of the result; default: those of the self-attention, or else of the finest layer.
 
     Returns:
         [B, h, w] float32, 0 to 1.
@@ -40,15 +40,15 @@ def rough_mask(attention: IdentityAttention, grid: tuple[int, int] | None = None
 
 
 def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int = SELF_ATTENTION_POWER) -> torch.Tensor:
-    """M^2, eq. 2: SA^lambda M^1, which spreads the rough mask within what belongs together.
+    """M^2, eq. 2: SA^lambda M^1, which spreads the rough mask over related positions.
 
-    SA is row-stochastic: each multiplication gives a cell the mean of what it attends to. It is applied lambda times to
-    the mask, which equals the power of the matrix applied once and takes N^2 instead of N^3 operations.
+    SA is row-stochastic: each multiplication replaces a value by the mean of the positions it attends to. Multiplying
+    the mask lambda times equals the matrix power but takes N^2 instead of N^3 operations.
 
     Args:
         rough: M^1 [B, h, w].
         self_attention: mean self-attention [B, h * w, h * w]; rows sum to 1.
-        power: lambda, 0 or more; 0 leaves the mask as it is.
+        power: lambda, 0 or more; 0 returns the mask unchanged.
 
     Returns:
         [B, h, w] float32.
@@ -60,7 +60,7 @@ def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int =
 
 
 def identity_map(attention: IdentityAttention, height: int, width: int, power: int) -> torch.Tensor:
-    """The normalized map [B, height, width] in [0, 1] that a mask is cut out of: M^1 for power 0, else M^2."""
+    """The normalized map [B, height, width] in [0, 1], before thresholding: M^1 for power 0, else M^2."""
     mask = rough_mask(attention)
     if power > 0:
         mask = refined_mask(mask, attention.self_attention(), power)
@@ -74,14 +74,14 @@ def identity_mask(
     threshold: float = THRESHOLD,
     power: int = SELF_ATTENTION_POWER,
 ) -> torch.Tensor:
-    """The mask of what a run has attended to as the identity.
+    """The identity mask of a run.
 
-    The map is enlarged to the latent before it is cut, so that the contour runs between the cells of a coarse grid.
+    The map is enlarged to the latent's size before thresholding, for a contour finer than the attention grid.
 
     Args:
-        attention: what a run has recorded so far.
-        height, width: the latent's.
-        threshold: share of the normalized map's range above which a cell belongs to the subject.
+        attention: the attention recorded so far.
+        height, width: the latent's size.
+        threshold: value of the normalized map above which a latent pixel belongs to the subject.
         power: lambda of eq. 2.
 
     Returns:

@@ -1,11 +1,11 @@
-"""Attention sites of transformers with joint attention, where text and image are one sequence (Flux, Stable
-Diffusion 3): text tokens first, then the image's 2x2 patches row by row, then reference images where there are any.
+"""Attention sites of transformers with joint attention over text and image in one sequence (Flux, Stable Diffusion 3):
+text tokens first, then the image's 2x2 patches row by row, then any reference images.
 
-The hook is `optimized_attention_override` of the transformer options: every block hands it queries and keys as they
-meet (after norms and rotary embeddings) and values, and takes its output in front of the projection. There is one slot,
-so a previous owner is called in the place of the model's own attention. It is set for the time of one network call, in
-an APPLY_MODEL wrapper, because only there the latent's size and the number of text tokens can be read. Flux says which
-block calls; Stable Diffusion 3 does not, so its calls are counted.
+The hook is `optimized_attention_override` of the transformer options: every block calls it with queries and keys after
+norms and rotary embeddings, and values, and projects its output. There is only one slot, so a previous override is
+called in place of the model's attention. The override is set during one network call, by an APPLY_MODEL wrapper, where
+the latent's size and the number of text tokens are known. Flux passes the block's index; Stable Diffusion 3 does not,
+so its calls are counted.
 
 Read on ComfyUI 0.3.75 and 0.33.0: comfy/ldm/modules/attention.py (wrap_attn), comfy/ldm/flux/model.py and layers.py,
 comfy/ldm/modules/diffusionmodules/mmdit.py, comfy/model_base.py.
@@ -30,21 +30,20 @@ from .sites import Attended, Site
 _OVERRIDE = "optimized_attention_override"
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""The model's own attention of queries, keys and values [B, heads, N, d]; gives what the block projects,
-[B, N, heads * d]."""
+"""The model's attention of queries, keys and values [B, heads, N, d]; returns [B, N, heads * d] before projection."""
 
 Tap = Callable[[Site, Attended, torch.Tensor, Attend, Mapping[str, Any]], torch.Tensor]
-"""Called in the place of each joint attention with its site, queries and keys, values [B, heads, M, d], the attention
-that it stands for, and the transformer options (`cond_or_uncond`, `uuids`); gives what the block projects. One that
-only reads returns `attend(attended.query, attended.key, value)`, which keeps every bit."""
+"""Replaces each joint attention. Called with the site, queries and keys, values [B, heads, M, d], the original attention
+and the transformer options (`cond_or_uncond`, `uuids`); returns the attention output before projection. A read-only tap
+returns `attend(attended.query, attended.key, value)`, which is bit-identical."""
 
 
 def joint_sites(network: Any) -> list[Site]:
-    """All blocks of a network with joint attention in the order in which they run, by the keys ("double" or "single",
-    number, 0) that ComfyUI has for them.
+    """All blocks with joint attention in the order in which they run, with ComfyUI's keys ("double" or "single",
+    number, 0).
 
     Raises:
-        IdentityEditError: for another network.
+        IdentityEditError: for an unsupported network.
     """
     if isinstance(network, Flux):
         blocks = {"double": len(network.double_blocks), "single": len(network.single_blocks)}
@@ -59,17 +58,17 @@ def joint_sites(network: Any) -> list[Site]:
 
 
 def with_tap(model: Any, key: str, tap: Tap) -> Any:
-    """A clone of a MODEL with joint attention, whose every joint attention goes through `tap`.
+    """A clone of a MODEL in which every joint attention is replaced by `tap`.
 
     Args:
-        model: MODEL; it is not changed.
-        key: of the wrapper.
-        tap: see there. Attention of the image or the text alone, as some blocks of Stable Diffusion 3.5 have beside
-            the joint one, is left alone.
+        model: MODEL; not modified.
+        key: name of the wrapper.
+        tap: see `Tap`. Separate attention of the image or the text, as in some blocks of Stable Diffusion 3.5, is not
+            affected.
 
     Raises:
-        IdentityEditError: for another network; and while it samples, when another node skips blocks that cannot be told
-            apart, or masks the attention.
+        IdentityEditError: for an unsupported network; while sampling, when another node skips blocks without indices or
+            masks the attention.
     """
     sites = joint_sites(model.get_model_object("diffusion_model"))
 
@@ -96,7 +95,7 @@ def with_tap(model: Any, key: str, tap: Tap) -> Any:
 
 
 class _NetworkCall:
-    """The attention override of one call of the network."""
+    """The attention override of one network call."""
 
     def __init__(self, sites: Sequence[Site], tap: Tap, previous: Any, text: int, size: tuple[int, int]) -> None:
         self._sites = list(sites)
@@ -108,24 +107,24 @@ class _NetworkCall:
     def __call__(
         self, function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        own = function if self._previous is None else partial(self._previous, function)
-        are_apart = kwargs.get("skip_reshape", False)
+        original = function if self._previous is None else partial(self._previous, function)
+        heads_are_split = kwargs.get("skip_reshape", False)
         grid = self._sites[0].grid(*self._size)
         image = slice(self._text, self._text + grid[0] * grid[1])
         if q.shape[-2] < image.stop:
-            return own(q, k, v, heads, *args, **kwargs)
+            return original(q, k, v, heads, *args, **kwargs)
         if (args[0] if args else kwargs.get("mask")) is not None:
             raise IdentityEditError(
-                "The attention of text and image is masked, so that it cannot be read; remove the node that masks it."
+                "The joint attention of text and image is masked and cannot be read; remove the node that masks it."
             )
         options = kwargs.get("transformer_options") or {}
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-            if not are_apart:
+            if not heads_are_split:
                 query, key, value = (rearrange(each, "b h n d -> b n (h d)") for each in (query, key, value))
-            return own(query, key, value, heads, *args, **kwargs)
+            return original(query, key, value, heads, *args, **kwargs)
 
-        if not are_apart:  # Stable Diffusion 3 hands over values [B, N, heads, d] beside queries [B, N, heads * d]
+        if not heads_are_split:  # Stable Diffusion 3 passes values [B, N, heads, d] beside queries [B, N, heads * d]
             q, k, v = (heads_apart(each.flatten(2), heads) for each in (q, k, v))
         attended = Attended(q, k, grid, text=slice(0, self._text), image=image)
         return self._tap(self._site(options), attended, v, attend, options)
@@ -138,12 +137,12 @@ class _NetworkCall:
         return self._sites[number]
 
     def check_count(self, at_the_end: bool = True) -> None:
-        """Raise `IdentityEditError` when blocks were counted and their number is not the network's."""
+        """Raise `IdentityEditError` if calls were counted and their number differs from the network's."""
         if self._counted is None:
             return
         count = self._counted + 1
         if count > len(self._sites) or (at_the_end and count < len(self._sites)):
             raise IdentityEditError(
-                f"The model has {len(self._sites)} blocks with joint attention, of which {count} ran, and which is not "
-                f"known; remove the node that skips or repeats blocks (such as skip layer guidance)."
+                f"The model has {len(self._sites)} blocks with joint attention but {count} ran, so they cannot be "
+                f"identified; remove the node that skips or repeats blocks (such as skip layer guidance)."
             )

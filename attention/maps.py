@@ -1,5 +1,4 @@
-"""Attention maps from queries and keys, in float32 and in pieces, so that no full set of maps is ever in memory, and
-their running mean."""
+"""Attention maps from queries and keys, computed in float32 and in slices to save memory, and their running mean."""
 
 from __future__ import annotations
 
@@ -11,16 +10,16 @@ from einops import rearrange
 
 _ELEMENTS = {"cpu": 2 * 2**20}
 _ELEMENTS_ELSEWHERE = 16 * 2**20
-"""Numbers in one piece: 8 MiB where a piece should stay in the cache, 64 MiB where few, large kernels are faster."""
+"""Elements per slice: 8 MiB on the CPU, to fit in its cache, and 64 MiB elsewhere, for few and large kernels."""
 
 
 @dataclass
 class MeanMap:
-    """A running mean over heads, layers and model calls, cell by cell.
+    """A running mean over heads, layers and model calls.
 
     Attributes:
-        total: cross-attention [B, h, w], or self-attention [B, h * w, h * w]; weighted sum of the maps so far.
-        weight: [B, h, w] or [B, h * w]: the weights' sum for each query.
+        total: weighted sum of the maps so far: cross-attention [B, h, w] or self-attention [B, h * w, h * w].
+        weight: sum of the weights for each query, [B, h, w] or [B, h * w].
     """
 
     total: torch.Tensor
@@ -37,9 +36,9 @@ class MeanMap:
 def cross_attention_columns(
     query: torch.Tensor, key: torch.Tensor, columns: Sequence[int] | torch.Tensor
 ) -> torch.Tensor:
-    """How much each query attends to some of the keys: softmax(Q K^T / sqrt(d)), mean over heads, sum over `columns`.
+    """Attention of each query to some of the keys: softmax(Q K^T / sqrt(d)), mean over heads, sum over `columns`.
 
-    Only the chosen columns are made into probabilities; of all others only the softmax's normalizer is needed.
+    Probabilities are computed only for these columns; the others enter only the softmax's normalizer.
 
     Args:
         query: [B, heads, N, d] in any precision.
@@ -61,7 +60,7 @@ def cross_attention_columns(
 
 
 def self_attention_map(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """softmax(Q K^T / sqrt(d)), mean over heads: how much each query attends to each key.
+    """softmax(Q K^T / sqrt(d)), mean over heads: the attention of each query to each key.
 
     Args:
         query, key: [B, heads, N, d] and [B, heads, M, d] in any precision.
@@ -80,12 +79,12 @@ def self_attention_map(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 def heads_apart(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[..., N, heads * d] as [..., heads, N, d], in the same memory."""
+    """A view of [..., N, heads * d] as [..., heads, N, d]."""
     return rearrange(tensor, "... n (h d) -> ... h n d", h=heads)
 
 
 def _pieces(count: int, numbers_each: int, device: torch.device) -> Iterator[slice]:
-    """Cut `count` things, each of which needs `numbers_each` numbers, into slices that fit in a piece."""
+    """Slices of range(count), where each item needs `numbers_each` elements and a slice at most `_ELEMENTS`."""
     size = max(1, _ELEMENTS.get(device.type, _ELEMENTS_ELSEWHERE) // numbers_each)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))

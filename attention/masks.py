@@ -15,25 +15,25 @@ def normalized(mask: torch.Tensor) -> torch.Tensor:
 
 
 def union(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """M_t, eq. 3: the union of two masks, so that the subject of neither image is cut."""
+    """M_t, eq. 3: the union of two masks, which includes the subjects of both images."""
     return torch.maximum(first, second)
 
 
 def feathered(mask: torch.Tensor, width: float) -> torch.Tensor:
-    """A mask [B, H, W] whose border fades: blurred by a Gaussian of deviation `width` in cells; 0 leaves it as it is.
+    """Feather a mask [B, H, W] with a Gaussian of standard deviation `width` in latent pixels; 0 returns it unchanged.
 
-    The outermost cells are repeated at the border, so that a mask of ones stays one.
+    Border values are replicated, so a mask of ones stays one.
     """
     return mask if width <= 0 else blurred(mask, width, max(1, math.ceil(3 * width)), "replicate").clamp(0.0, 1.0)
 
 
 def blurred(mask: torch.Tensor, deviation: float, radius: int, border: str) -> torch.Tensor:
-    """A map [B, H, W] blurred by a Gaussian of a standard deviation and a radius in cells.
+    """Blur a map [B, H, W] with a Gaussian; standard deviation and kernel radius in pixels of the map.
 
-    Written out, because torchvision's blur only reflects at the border, and so refuses small latents.
+    Not torchvision's blur, because that always uses reflection padding, which fails on small latents.
 
     Args:
-        border: how cells beyond the border are made, a mode of `torch.nn.functional.pad`.
+        border: padding mode of `torch.nn.functional.pad`.
     """
     distance = torch.arange(-radius, radius + 1, device=mask.device, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (distance / deviation) ** 2)
@@ -43,8 +43,8 @@ def blurred(mask: torch.Tensor, deviation: float, radius: int, border: str) -> t
 
 
 def resized(mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """A map [B, h, w] on another grid: bilinear where it grows, the mean of the cells where it shrinks (which is
-    bilinear for a half, and leaves no cell out for less)."""
+    """Resize a map [B, h, w]: bilinear when enlarged, averaged when reduced (equal to bilinear at one half, and without
+    skipping pixels below)."""
     if tuple(mask.shape[1:]) == tuple(grid):
         return mask
     if mask.shape[1] >= grid[0] and mask.shape[2] >= grid[1]:

@@ -1,9 +1,9 @@
-"""Mutual self-attention of MasaCtrl (Cao et al. 2023): queries of one image, keys and values of another.
+"""Mutual self-attention of MasaCtrl (Cao et al. 2023): queries from one image, keys and values from another.
 
-The source image's activations are recorded where the self-attention would project them to keys and values, and the
-target's self-attention gets them in the place of its own: its layout is its own, what fills it the source's. Both are
-patches on the list `attn1_patch`, which other packs share; the `replace` slot of a block stays free. They are put last
-on the list, so that what is recorded is what the projections would see.
+The source's input to the key and value projections of the self-attention is recorded and replaces that of the target,
+which keeps its own layout but takes its content from the source. Both are patches on the list `attn1_patch`, which
+other packs can share; the `replace` slot of a block stays free. They are last on the list, so that the recorded
+activations are those that the projections receive.
 
 Read on ComfyUI 0.3.75: comfy/ldm/modules/attention.py (BasicTransformerBlock).
 """
@@ -31,12 +31,12 @@ def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, 
 
     Args:
         network: the UNetModel.
-        start_layer: the first of them, counting the self-attention layers from 0 in the order in which they run. The
-            reference implementation takes 10 of the 16 layers of SD1.x and 64 (also 44 and 54) of the 70 of SDXL.
-            `AUTOMATIC` finds the same two in any UNet: the decoder's layers without those on its coarsest grid.
+        start_layer: index of the first one among the self-attention layers, from 0 in the order in which they run. The
+            reference implementation uses 10 for the 16 layers of SD1.x and 64 (also 44 and 54) for the 70 of SDXL.
+            `AUTOMATIC` generalizes 10 and 64 to any UNet: the decoder's layers except those on its coarsest grid.
 
     Raises:
-        IdentityEditError: when the network is no UNet, or start_layer is not one of its layers.
+        IdentityEditError: when the network is not a UNet or has no such layer.
     """
     layers = [layer for layer in attention_layers(network) if layer.attends_to_itself]
     if start_layer == AUTOMATIC:
@@ -51,42 +51,42 @@ def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, 
             )
         chosen = layers[start_layer:]
     if not chosen:
-        raise IdentityEditError("The model's decoder has no self-attention; choose start_layer by hand.")
+        raise IdentityEditError("The model's decoder has no self-attention; set start_layer manually.")
     return {layer.key: layer for layer in chosen}
 
 
 @dataclass
 class SourceFeatures:
-    """What the source offers to keys and values in one model call.
+    """The source's key and value inputs in one model call.
 
     Attributes:
-        layers: the layers that are recorded and injected.
-        recorded: (input to keys, input to values), each [rows, tokens, channels], for each layer and conditioning
-            (by ComfyUI's uuid, which a conditioning keeps in both evaluations, in whatever order they are batched).
+        layers: the layers to record and inject.
+        recorded: (input to keys, input to values), each [rows, tokens, channels], by layer and conditioning (ComfyUI's
+            uuid, which is the same in both calls, whatever the batching order).
     """
 
     layers: Mapping[LayerKey, AttentionLayer]
     recorded: dict[tuple[LayerKey, Any], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def recording_patch(self) -> Patch:
-        """An attn1_patch for the source's evaluation; it changes nothing."""
+        """An attn1_patch for the source's model call; it does not change the activations."""
 
         def record(
             n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
         ) -> Patched:
             key = layer_key(extra)
             if key in self.layers:
-                for uuid, of_keys, of_values in by_conditioning(extra, *keys_and_values(n, context, value)):
-                    self.recorded.setdefault((key, uuid), (of_keys, of_values))
+                for uuid, to_keys, to_values in by_conditioning(extra, *keys_and_values(n, context, value)):
+                    self.recorded.setdefault((key, uuid), (to_keys, to_values))
             return n, context, value
 
         return record
 
     def injecting_patch(self, masks: MutualMasks | None = None) -> Patch:
-        """An attn1_patch for the target's evaluation: keys and values from the source, conditioning by conditioning.
+        """An attn1_patch for the target's model call: keys and values from the source, per conditioning.
 
-        A conditioning that the source was not evaluated with (one that another node adds) keeps its own. A source of
-        one image serves every image of the target's batch.
+        A conditioning without a recorded source (added by another node) keeps its own keys and values. A single source
+        image is used for every image of the target's batch.
         """
 
         def inject(
@@ -96,11 +96,11 @@ class SourceFeatures:
             if key not in self.layers:
                 return n, context, value
             keys, values = [], []
-            for uuid, *own in by_conditioning(extra, *keys_and_values(n, context, value)):
-                rows = own[0].shape[0]
-                of_keys, of_values = self.recorded.get((key, uuid), own)
-                keys.append(of_keys.repeat(rows // of_keys.shape[0], 1, 1))
-                values.append(of_values.repeat(rows // of_values.shape[0], 1, 1))
+            for uuid, *target in by_conditioning(extra, *keys_and_values(n, context, value)):
+                rows = target[0].shape[0]
+                source_keys, source_values = self.recorded.get((key, uuid), target)
+                keys.append(source_keys.repeat(rows // source_keys.shape[0], 1, 1))
+                values.append(source_values.repeat(rows // source_values.shape[0], 1, 1))
             to_keys, to_values = torch.cat(keys), torch.cat(values)
             if masks is not None:
                 masks.attend(self.layers[key], n, to_keys, to_values, extra)
@@ -109,24 +109,25 @@ class SourceFeatures:
         return inject
 
     def missing(self) -> list[LayerKey]:
-        """Layers that were not recorded although they should have been."""
+        """Layers that should have been recorded but were not."""
         return [key for key in self.layers if all(recorded != key for recorded, _ in self.recorded)]
 
 
 class MutualMasks:
-    """Mask-guided mutual self-attention (Cao et al. 2023): subject from subject, background from background.
+    """Mask-guided mutual self-attention (Cao et al. 2023): subject attends to subject, background to background.
 
-    A target cell inside the target mask sees only source cells inside the source mask, one outside only those outside.
-    The masks are averaged onto a layer's grid and cut at one half; the reference implementation takes the nearest
-    pixel. Where the source has no cell of a kind on a layer's grid, that kind sees all of them.
+    Target positions inside the target mask attend only to source positions inside the source mask, and those outside
+    only to those outside. The masks are averaged to a layer's grid and thresholded at one half; the reference
+    implementation samples the nearest pixel. If the source has no position of a kind on a layer's grid, target
+    positions of that kind attend to all positions.
 
-    The attention with the mask is computed beside the block's own and takes its place behind it, because a block gives
-    no mask to its self-attention; in these layers another pack's `attn1_replace` has no effect.
+    A block passes no mask to its self-attention, so the masked attention is computed separately and replaces the
+    block's output; in these layers another pack's `attn1_replace` has no effect.
 
     Args:
         source, target: [1 or B, H, W], 1 on the subject.
-        entries: the guider's conditionings of this evaluation by uuid, for those with an area of their own.
-        height, width: the latent's.
+        entries: the guider's conditionings of this model call by uuid, for their areas.
+        height, width: the latent's size.
     """
 
     def __init__(
@@ -145,16 +146,16 @@ class MutualMasks:
         to_values: torch.Tensor,
         extra: dict[str, Any],
     ) -> None:
-        """Compute a layer's masked attention and keep it for `output_patch`."""
+        """Compute a layer's masked attention and store it for `output_patch`."""
         shape = extra["activations_shape"][2:]
-        cells = int(shape[0]) * int(shape[1])
-        if n.shape[1] != cells or to_keys.shape[1] != cells:
+        count = int(shape[0]) * int(shape[1])
+        if n.shape[1] != count or to_keys.shape[1] != count:
             raise IdentityEditError(
-                "Masks of mutual self-attention need whole layers, but another patch merges or cuts their cells; "
-                "remove token merging or HyperTile, or the masks."
+                "Masks of mutual self-attention cannot be used while another patch merges or tiles tokens; remove "
+                "token merging or HyperTile, or the masks."
             )
         rows = n.shape[0] // len(extra["uuids"])
-        # A finite number instead of -inf: every attention function takes it, in any dtype.
+        # Finite instead of -inf, which not every attention function supports in every dtype.
         forbidden = torch.finfo(n.dtype).min / 2
         biases = []
         for uuid in extra["uuids"]:
@@ -168,7 +169,7 @@ class MutualMasks:
         )
 
     def output_patch(self) -> Callable[[torch.Tensor, dict[str, Any]], torch.Tensor]:
-        """An attn1_output_patch that puts the masked attention in its place."""
+        """An attn1_output_patch that returns the masked attention."""
 
         def put(n: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
             return self._attended.pop(layer_key(extra), n)
@@ -178,7 +179,7 @@ class MutualMasks:
     def _on_grid(
         self, mask: torch.Tensor, uuid: Any, shape: Sequence[int], rows: int, device: torch.device
     ) -> torch.Tensor:
-        """[rows, cells] bool: which cells of a conditioning's part of the layer's grid are inside the mask."""
+        """[rows, positions] bool: which positions of a conditioning's region on the grid are inside the mask."""
         region = region_of(self._entries.get(uuid, {}), self._height, self._width, shape)
         inside = region.part_of(mask, device).flatten(1) >= 0.5
         return inside.repeat(rows // inside.shape[0], 1)

@@ -1,22 +1,20 @@
-"""Prompt-to-prompt attention control (Hertz et al. 2023): a target attends where its source does.
+"""Prompt-to-prompt attention control (Hertz et al. 2023): the target uses the attention maps of the source.
 
-Cross-attention decides which words form which part of an image. The target's weights are taken from the source's,
+Cross-attention determines which words form which part of an image. The target combines the source's attention weights,
 token by token, with its own values: M' = mapped M_source where a token has a counterpart, M_target where it has none,
-times a factor for each token (the paper's word swap, refinement and re-weighting). Early self-attention fixes the
-layout, and is taken from the source as a whole.
+times a factor per token (the paper's word swap, refinement and re-weighting). Self-attention in early steps determines
+the layout and is copied from the source completely.
 
-The source is evaluated first and recorded, the target afterwards, conditioning by conditioning (by ComfyUI's uuid), so
-it does not matter how ComfyUI batches or splits them. Only the positive side is controlled, as in the reference
-implementation. Where nothing differs between the two prompts, the model's own attention function gets the source's
-queries and keys and the target's values, in a call of the very shape that it has without control: a target that equals
-its source is then sampled to the same bits.
+The source is evaluated and recorded first, then the target, matched by conditioning (ComfyUI's uuid), however ComfyUI
+batches them. Only the positive side is controlled, as in the reference implementation. If the two prompts are equal,
+the model's own attention function is called with the source's queries and keys and the target's values, with the same
+shapes as without control, so a target equal to its source is bit-identical.
 
-Self-attention is exchanged on the list `attn1_patch`, in front of the projections, which other packs share. Mapped
-cross-attention needs the weights themselves, for which ComfyUI has the one `attn2_replace` slot of a block. It is taken
-for the time of an evaluation only, and a previous owner is called: the result is what it returns, plus what control
-changes of the plain attention. That is exact for owners who add something to the plain attention, such as image prompt
-adapters. An owner who computes another attention of the text, such as regional prompts, keeps its own and gets the
-difference on top: those two cannot be composed exactly.
+Self-attention is controlled in front of the projections by the patch list `attn1_patch`, which other packs can share.
+Mapped cross-attention needs the attention weights, for which ComfyUI has the single `attn2_replace` slot of a block. It
+is occupied only during a model call, and a previous owner is still called: the result is the owner's output plus the
+change that control makes to plain attention. This is exact for owners that add to plain attention, such as image prompt
+adapters. For owners that compute a different text attention, such as regional prompts, it is approximate.
 
 Read on ComfyUI 0.3.75: comfy/ldm/modules/attention.py (BasicTransformerBlock), comfy/samplers.py.
 """
@@ -41,8 +39,8 @@ from .sites import LayerKey
 from .unet import AttentionLayer, Patched, by_conditioning, keys_and_values, layer_key, with_patches
 
 REFERENCE_FACTOR, REFERENCE_CELLS = 4, 16
-"""The reference implementation controls self-attention on grids of at most 16x16 cells, and finds words for the local
-blend on those of 16x16: a quarter of the latent's 64x64."""
+"""The reference implementation controls self-attention on grids of at most 16x16, and uses those of 16x16 for the local
+blend: a quarter of the latent's 64x64."""
 
 Replace = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
 
@@ -52,8 +50,8 @@ _SOURCE, _TARGET = "source", "target"
 def automatic_factor(layers: Sequence[AttentionLayer], height: int, width: int) -> int:
     """The downsampling factor of the reference implementation's 16x16 grid, for a latent of any size.
 
-    The largest factor up to 4 whose grid has at least 16 cells along its long side, else the model's smallest: 4 for
-    SD1.x at 512x512 and SDXL at 1024x1024, 2 at 256x256.
+    The largest factor up to 4 whose grid has at least 16 positions along its long side, else the model's smallest: 4
+    for SD1.x at 512x512 and SDXL at 1024x1024, 2 at 256x256.
     """
     present = sorted({layer.downsampling for layer in layers})
     large_enough = [
@@ -65,12 +63,12 @@ def automatic_factor(layers: Sequence[AttentionLayer], height: int, width: int) 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """How the target's tokens take the cross-attention of the source's.
+    """Mapping of cross-attention from source tokens to target tokens.
 
     Attributes:
-        mapper: [S, T] float32: share of each source token's weight that each target token gets.
-        mapped: [T] bool: the target tokens that have a counterpart; the others keep their own weights.
-        factors: [T] float32: what each target token's weight is multiplied by.
+        mapper: [S, T] float32: fraction of each source token's weight that each target token gets.
+        mapped: [T] bool: target tokens with a counterpart; the others keep their own weights.
+        factors: [T] float32: factor of each target token's weight.
     """
 
     mapper: torch.Tensor
@@ -79,7 +77,7 @@ class TokenMap:
 
     @cached_property
     def is_identity(self) -> bool:
-        """Whether every token takes the weight of the token at its own place, unchanged."""
+        """Whether every token takes the weight of the source token at the same position, unchanged."""
         count = self.mapper.shape[0]
         return (
             self.mapper.shape[1] == count
@@ -94,14 +92,14 @@ class TokenMap:
 
 
 class LocalBlend:
-    """Where the named words are, in the source or in the target, over the evaluations of a run so far.
+    """Mask of the blend words in source and target, from all model calls of a run so far.
 
-    As in the reference implementation: the mean over heads, layers and steps of the words' cross-attention, spread over
-    3x3 cells, enlarged to the latent, divided by its maximum, cut at a threshold; the union of source and target.
+    As in the reference implementation: the words' cross-attention averaged over heads, layers and steps, 3x3 max
+    pooled, enlarged to the latent, divided by its maximum and thresholded; the union of source and target.
 
     Args:
-        source_columns, target_columns: the words' tokens in either prompt; one of them may be empty.
-        threshold: share of the largest attention above which a cell belongs to a word.
+        source_columns, target_columns: the words' tokens in each prompt; one of them may be empty.
+        threshold: fraction of the largest attention above which a latent pixel belongs to a word.
     """
 
     def __init__(self, source_columns: Sequence[int], target_columns: Sequence[int], threshold: float) -> None:
@@ -110,7 +108,7 @@ class LocalBlend:
         self._means: dict[tuple[str, tuple[int, int]], MeanMap] = {}
 
     def add(self, of: str, maps: torch.Tensor, entry: dict[str, Any], height: int, width: int, shape: Any) -> None:
-        """Add one layer's maps [B, cells] of a conditioning, whose activations there have `shape` rows and columns."""
+        """Add one layer's maps [B, positions] of a conditioning; `shape` is its rows and columns in that layer."""
         region = region_of(entry, height, width, shape)
         whole = (maps.shape[0], *region.grid)
         mean = self._means.setdefault((of, region.grid), MeanMap.empty(whole, whole, maps.device))
@@ -121,7 +119,7 @@ class LocalBlend:
         """[B, 1, H, W] bool: where the latent may change.
 
         Raises:
-            IdentityEditError: when no layer has been read.
+            IdentityEditError: when no layer has been recorded.
         """
         masks = []
         for of, columns in self.columns.items():
@@ -148,13 +146,13 @@ class AttentionControl:
     """Prompt-to-prompt in one model call of the source and one of the target.
 
     Attributes:
-        tokens: how the target's tokens take the source's cross-attention.
-        cross_layers: the layers whose cross-attention is controlled.
-        self_layers: the layers whose self-attention is.
-        entries: the conditionings that are controlled, by uuid.
-        height, width: the latent's.
-        blend: what finds the words for the local blend, or None.
-        blend_layers: the layers in which it does.
+        tokens: mapping of cross-attention from source to target tokens.
+        cross_layers: layers with controlled cross-attention.
+        self_layers: layers with controlled self-attention.
+        entries: the controlled conditionings by uuid.
+        height, width: the latent's size.
+        blend: the local blend, or None.
+        blend_layers: layers recorded for the local blend.
     """
 
     tokens: TokenMap
@@ -169,22 +167,22 @@ class AttentionControl:
     _self: dict[tuple[LayerKey, Any], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def recording(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
-        """Model options for the source's evaluation; they change nothing."""
+        """Model options for the source's model call; they do not change its result."""
         return _with_attn2(with_patches(model_options, attn1_patch=self._record_self), self._keys(), self._record_cross)
 
     def injecting(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
-        """Model options for the target's evaluation, after the source's.
+        """Model options for the target's model call, after the source's.
 
         Raises:
-            IdentityEditError: when a layer of the source was not evaluated, with its key.
+            IdentityEditError: when layers were not recorded.
         """
         recorded_cross, recorded_self = {key for key, _ in self._cross}, {key for key, _ in self._self}
         missing = [key for key in self._keys() if key not in recorded_cross]
         missing += [key for key in self.self_layers if key not in recorded_self]
         if missing:
             raise IdentityEditError(
-                f"Attention control found no attention in the layers {missing}; remove the node that skips them (such "
-                f"as a cache of deep features)."
+                f"Attention control could not record the layers {missing}; remove the node that skips them (such as "
+                f"DeepCache)."
             )
         return _with_attn2(with_patches(model_options, attn1_patch=self._inject_self), self._keys(), self._inject_cross)
 
@@ -205,12 +203,12 @@ class AttentionControl:
     def _inject_self(
         self, n: torch.Tensor, context: torch.Tensor | None, value: torch.Tensor | None, extra: dict[str, Any]
     ) -> Patched:
-        """Queries and keys of the source, values of the target: M_source V_target, by the block's own attention."""
+        """Queries and keys of the source, values of the target: M_source V_target, computed by the block itself."""
         key = layer_key(extra)
         if key not in self.self_layers:
             return n, context, value
         to_keys, to_values = keys_and_values(n, context, value)
-        queries, keys = self._of_the_source(self._self, key, extra, n, to_keys)
+        queries, keys = self._from_source(self._self, key, extra, n, to_keys)
         return queries, keys, to_values
 
     def _record_cross(
@@ -233,25 +231,25 @@ class AttentionControl:
         return previous(q, k, v, extra) + (controlled - _attention(q, k, v, extra))
 
     def _controlled(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
-        """The block's attention, with the weights of the controlled conditionings' rows exchanged."""
+        """The block's attention, with the weights of controlled conditionings replaced."""
         key = layer_key(extra)
         is_controlled = key in self.cross_layers
         if not is_controlled or self.tokens.is_identity:
             if is_controlled:
-                q, k = self._of_the_source(self._cross, key, extra, q, k)
-            for uuid, of_q, of_k in by_conditioning(extra, q, k):
+                q, k = self._from_source(self._cross, key, extra, q, k)
+            for uuid, queries, keys in by_conditioning(extra, q, k):
                 if uuid in self.entries:
-                    self._add_to_blend(_TARGET, of_q, of_k[:, : self._target_tokens(of_k)], uuid, extra)
+                    self._add_to_blend(_TARGET, queries, keys[:, : self._target_tokens(keys)], uuid, extra)
             return _attention(q, k, v, extra)
-        parts = []
-        for uuid, of_q, of_k, of_v, own in by_conditioning(extra, q, k, v, _attention(q, k, v, extra)):
+        outputs = []
+        for uuid, queries, keys, values, plain in by_conditioning(extra, q, k, v, _attention(q, k, v, extra)):
             if (key, uuid) not in self._cross:
-                parts.append(own)
+                outputs.append(plain)
                 continue
-            rows, maps = self._mapped(self._cross[key, uuid], of_q, of_k, of_v, extra["n_heads"])
-            parts.append(rows)
+            output, maps = self._mapped(self._cross[key, uuid], queries, keys, values, extra["n_heads"])
+            outputs.append(output)
             self._add_maps(_TARGET, maps, uuid, extra)
-        return torch.cat(parts)
+        return torch.cat(outputs)
 
     def _mapped(
         self,
@@ -261,15 +259,15 @@ class AttentionControl:
         v: torch.Tensor,
         heads: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """M' V in float32 [B, N, C], and the blend's words in M' [B, N]; image by image, to save memory."""
+        """M' V computed in float32 [B, N, C], and the blend words' sum of M' [B, N]; image by image, to save memory."""
         source_tokens = _check_tokens(source[1], self.tokens.mapper.shape[0], _SOURCE)
         target_tokens = self._target_tokens(k)
         columns = [] if self.blend is None else list(self.blend.columns[_TARGET])
         outputs, maps = [], []
         for b in range(q.shape[0]):
-            of_source = b % source[0].shape[0]
-            # A shorter prompt is repeated to the length of a longer one beside it: once is enough.
-            m_source = attention_weights(source[0][of_source], source[1][of_source, :source_tokens], heads)
+            b_source = b % source[0].shape[0]
+            # ComfyUI repeats a shorter prompt to the length of a longer one in the batch; one repetition is enough.
+            m_source = attention_weights(source[0][b_source], source[1][b_source, :source_tokens], heads)
             m_target = attention_weights(q[b], k[b, :target_tokens], heads)
             weights = self.tokens.weights(m_source, m_target)
             maps.append(weights[:, :, columns].sum(dim=-1).mean(dim=0))
@@ -278,24 +276,24 @@ class AttentionControl:
             outputs.append(rearrange(attended, "h n d -> n (h d)"))
         return torch.stack(outputs).to(v.dtype), torch.stack(maps)
 
-    def _of_the_source(
+    def _from_source(
         self,
         recorded: Mapping[tuple[LayerKey, Any], tuple[torch.Tensor, torch.Tensor]],
         key: LayerKey,
         extra: dict[str, Any],
-        *own: torch.Tensor,
+        *target: torch.Tensor,
     ) -> list[torch.Tensor]:
-        """Two tensors of the target with the rows of the controlled conditionings exchanged for the source's."""
+        """Two tensors of the target with the rows of controlled conditionings replaced by the source's."""
         result: list[list[torch.Tensor]] = [[], []]
-        for uuid, *rows in by_conditioning(extra, *own):
-            of_source = recorded.get((key, uuid), rows)
-            for parts, mine, its in zip(result, rows, of_source, strict=True):
-                if its.shape[1] != mine.shape[1]:
-                    # The same prompt, repeated more often beside a longer negative one.
-                    its = its[:, : self.tokens.mapper.shape[0]]
-                    its = its.repeat(1, mine.shape[1] // its.shape[1], 1)
-                parts.append(its.repeat(mine.shape[0] // its.shape[0], 1, 1))
-        return [torch.cat(parts) for parts in result]
+        for uuid, *rows in by_conditioning(extra, *target):
+            source_rows = recorded.get((key, uuid), rows)
+            for replaced, row, source in zip(result, rows, source_rows, strict=True):
+                if source.shape[1] != row.shape[1]:
+                    # The same prompt, repeated to the length of a longer negative prompt.
+                    source = source[:, : self.tokens.mapper.shape[0]]
+                    source = source.repeat(1, row.shape[1] // source.shape[1], 1)
+                replaced.append(source.repeat(row.shape[0] // source.shape[0], 1, 1))
+        return [torch.cat(replaced) for replaced in result]
 
     def _target_tokens(self, k: torch.Tensor) -> int:
         return _check_tokens(k, self.tokens.mapper.shape[1], _TARGET)
@@ -308,7 +306,7 @@ class AttentionControl:
 
     def _add_maps(self, of: str, maps: torch.Tensor, uuid: Any, extra: dict[str, Any]) -> None:
         shape = extra["activations_shape"][2:]
-        is_whole = maps.shape[1] == int(shape[0]) * int(shape[1])  # no cells were merged or tiled before
+        is_whole = maps.shape[1] == int(shape[0]) * int(shape[1])  # no merged or tiled tokens
         if self.blend is not None and layer_key(extra) in self.blend_layers and is_whole and self.blend.columns[of]:
             self.blend.add(of, maps, self.entries[uuid], self.height, self.width, shape)
 
@@ -320,7 +318,7 @@ def attention_weights(q: torch.Tensor, k: torch.Tensor, heads: int) -> torch.Ten
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, extra: dict[str, Any]) -> torch.Tensor:
-    """What a block computes when nobody owns its slot."""
+    """A block's attention when its `attn2_replace` slot is empty."""
     return optimized_attention(
         q, k, v, extra["n_heads"], attn_precision=extra.get("attn_precision"), transformer_options=extra
     )
@@ -331,7 +329,7 @@ def _with_attn2(
     keys: Sequence[LayerKey],
     function: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any], Replace | None], torch.Tensor],
 ) -> dict[str, Any]:
-    """Model options with `function` in the attn2 slots of some layers, in front of their owners."""
+    """Model options with `function` in the attn2 slots of some layers; it gets the previous owner as argument."""
     transformer = model_options["transformer_options"]
     replace = transformer.get("patches_replace", {})
     slots = dict(replace.get("attn2", {}))
@@ -339,7 +337,7 @@ def _with_attn2(
     def chained(previous: Replace | None) -> Replace:
         return lambda q, k, v, extra: function(q, k, v, extra, previous)
 
-    # A slot may belong to a block as a whole, without the transformer's index.
+    # A slot may be keyed by block alone, without the transformer's index.
     chain = {key: chained(slots.get(key, slots.get(key[:2]))) for key in keys}
     replace = {**replace, "attn2": {**slots, **chain}}
     return {**model_options, "transformer_options": {**transformer, "patches_replace": replace}}
@@ -348,7 +346,7 @@ def _with_attn2(
 def _check_tokens(keys: torch.Tensor, count: int, whose: str) -> int:
     if keys.shape[1] % count != 0:
         raise IdentityEditError(
-            f"The {whose}'s conditioning has {keys.shape[1]} tokens but its prompt {count}; connect the conditioning "
-            f"of the prompt that attention control was made for."
+            f"The {whose}'s conditioning has {keys.shape[1]} tokens but its prompt has {count}; connect the "
+            f"conditioning of the prompt that was used for attention control."
         )
     return count

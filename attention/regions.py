@@ -1,4 +1,4 @@
-"""Where a conditioning applies: its area and mask on the grid of an attention layer."""
+"""The area and mask of a conditioning on the grid of an attention layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of cells on a layer's grid.
+    """A rectangle on a layer's grid.
 
     Attributes:
-        grid: rows and columns of the grid that covers the whole latent.
+        grid: rows and columns of the grid over the whole latent.
         shape: rows and columns of the rectangle.
         top, left: its first row and column.
     """
@@ -37,24 +37,24 @@ class Region:
     def is_whole(self) -> bool:
         return self.grid == self.shape
 
-    def cells(self, device: torch.device) -> torch.Tensor:
-        """Indices [n] of its cells among those of the grid, row by row."""
+    def indices(self, device: torch.device) -> torch.Tensor:
+        """Flat indices [n] of its positions in the grid."""
         indices = torch.arange(self.grid[0] * self.grid[1], device=device).unflatten(0, self.grid)
         return indices[self.rows, self.columns].flatten()
 
     def part_of(self, mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A mask [B, H, W] of the latent, averaged onto the grid: its part inside the rectangle [B, h, w] float32."""
+        """A latent mask [B, H, W], averaged to the grid and cropped to the rectangle: [B, h, w] float32."""
         mask = mask.to(device=device, dtype=torch.float32).unsqueeze(1)
         return adaptive_avg_pool2d(mask, self.grid).squeeze(1)[:, self.rows, self.columns]
 
     def weight(self, entry: dict[str, Any], device: torch.device, batch: int) -> torch.Tensor:
-        """How much a conditioning's prediction counts in each cell [1 or B, h, w]: its strength times its mask.
+        """Weight of a conditioning's prediction at each position [1 or B, h, w]: its strength times its mask.
 
-        As in ComfyUI's `get_area_and_mult`, without the soft edge of areas, which is narrower than a cell.
+        As in ComfyUI's `get_area_and_mult`, without the soft edge of areas, which is narrower than a grid position.
 
         Args:
-            entry: a conditioning as guiders hold it; its mask [1 or B, H, W] has the latent's size.
-            device: where the result lives.
+            entry: a conditioning of a guider; its mask [1 or B, H, W] has the latent's size.
+            device: device of the result.
             batch: B, the number of latents.
         """
         strength = max(0.0, float(entry.get("strength", 1.0)))
@@ -71,9 +71,8 @@ def region_of(entry: dict[str, Any], height: int, width: int, shape: Sequence[in
     """The region of a conditioning on a layer's grid.
 
     Args:
-        entry: a conditioning as guiders hold it; its area, where it has one, is (height, width, top, left) in cells of
-            the latent.
-        height, width: the latent's.
+        entry: a conditioning of a guider; its area, if any, is (height, width, top, left) in latent pixels.
+        height, width: the latent's size.
         shape: rows and columns of the layer's activations for this conditioning.
     """
     rows, columns = int(shape[0]), int(shape[1])

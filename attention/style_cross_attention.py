@@ -1,23 +1,23 @@
-"""Style cross-attention, SCA (PIDiff, section 2.2.3): beside its text, a block attends to a person's style tokens.
+"""Style cross-attention, SCA (PIDiff, section 2.2.3): a block attends to a person's style tokens in addition to text.
 
     Out = softmax(Q K^T / sqrt(d)) V                                            the text cross-attention, eq. 1
     SCA = softmax(Q' K'^T / sqrt(d)) V'     Q' = Out W'_q, K' = v W'_k, V' = v W'_v                        eq. 3
     Out_final = Out + lambda SCA                                                                           eq. 4
 
-with v the style tokens. The paper writes no output projection; in Stable Diffusion the block's own one, to_out, comes
-after the sum, and only W'_q, W'_k and W'_v are trained (section 2.2.4). to_out is linear but for its bias, so
-to_out(Out + lambda SCA) = to_out(Out) + lambda (to_out(SCA) - to_out(0)), and SCA is added behind the block: a patch on
-the list `attn2_output_patch`, which other packs share, instead of the `attn2_replace` that only one pack can own. What
-such a patch sees as the block's output is to_out(Out); that is the query here ("a cross-attention block behind the text
-cross-attention block", figure 4). The published w-plus-adapter takes its query before to_out. Between both lies one
+with v the style tokens. The paper omits the output projection; in Stable Diffusion the block's own, to_out, follows the
+sum, and only W'_q, W'_k and W'_v are trained (section 2.2.4). to_out is linear except for its bias, so
+to_out(Out + lambda SCA) = to_out(Out) + lambda (to_out(SCA) - to_out(0)), and SCA can be added to the block's output by
+a patch on the list `attn2_output_patch`, which other packs can share, instead of `attn2_replace`, which only one pack
+can own. Such a patch receives to_out(Out), which is the query here ("a cross-attention block behind the text
+cross-attention block", figure 4). The published w-plus-adapter uses the query before to_out; the two differ by one
 square matrix in front of the trained W'_q.
 
-The parallel kind (section 3.4.3) differs in the query alone, which is the hidden state that the text cross-attention
-itself takes its query from; it begins as IP-Adapter's (Ye et al. 2023), whose query is the text's own.
+The parallel variant (section 3.4.3) differs only in the query: the hidden state from which the text cross-attention
+computes its own query. It is initialized like IP-Adapter (Ye et al. 2023), which shares the text's query.
 
-There are so few style tokens, four, that both large products of an attention can be made with them first: the queries'
-projection with the keys, and the values with to_out. A layer of C channels, h heads and n tokens then costs 2 h n C
-multiplications a cell instead of 2 C^2 (SD1.5: 64 instead of 640 to 2560 columns), for the same numbers.
+With only four style tokens, both large products can be computed on the tokens first: the query projection with the
+keys, and the values with to_out. A layer with C channels, h heads and n tokens then costs 2 h n C multiplications per
+position instead of 2 C^2 (SD1.5: 64 instead of 640 to 2560 columns), with the same result.
 
 Read on ComfyUI 0.3.75 and 0.33.0: comfy/ldm/modules/attention.py (BasicTransformerBlock), comfy/ops.py.
 """
@@ -41,24 +41,24 @@ from .unet import AttentionLayer, Patched, attention_layers, layer_key
 
 SEQUENTIAL, PARALLEL = "sequential", "parallel"
 KINDS = (SEQUENTIAL, PARALLEL)
-"""Whether the query is the text cross-attention's output (SCA), or its input (PCA)."""
+"""Query of the style cross-attention: the text cross-attention's output (SCA) or its input (PCA)."""
 
 _TEXT_OUTPUT = "identity_edit_text_output"
 _HIDDEN_STATE = "identity_edit_hidden_state"
-"""In the dictionary that one block hands to all its patches."""
+"""Keys in the dictionary that a block passes to all its patches."""
 
 LayerSize = tuple[int, int, int]
-"""Channels of a block's activations, of all its heads together, and of its text embeddings."""
+"""Channels of a block's activations, of all its heads combined, and of its text embeddings."""
 
 
 class StyleCrossAttention(nn.Module):
     """SCA of one layer: W'_q, W'_k and W'_v."""
 
     def __init__(self, size: LayerSize) -> None:
-        """The weights are left as memory is; they are copied from the text cross-attention, or loaded."""
+        """Weights are uninitialized; they are copied from the text cross-attention or loaded afterwards."""
         super().__init__()
         channels, inner, text = size
-        # Layers without a dtype of their own: they compute in that of their input, on its device.
+        # These layers cast their weights to the dtype and device of their input.
         self.to_q = _layer(channels, inner)
         self.to_k = _layer(text, inner)
         self.to_v = _layer(text, inner)
@@ -73,9 +73,9 @@ class StyleCrossAttention(nn.Module):
         """to_out(SCA) - to_out(0).
 
         Args:
-            query: [B, N, C], what Q' is projected from.
+            query: [B, N, C], the input of the query projection.
             tokens: v [B, n, text channels], the style tokens of each row.
-            heads: h of the layer.
+            heads: h, the layer's number of heads.
             to_out: the text cross-attention's output projection.
 
         Returns:
@@ -90,24 +90,23 @@ class StyleCrossAttention(nn.Module):
             to_scores = torch.einsum("bnhd,hdc->bchn", keys * d**-0.5, w_q).flatten(2)
         scores = (query @ to_scores).unflatten(-1, (heads, n))
         attention = scores.float().softmax(dim=-1).to(query.dtype).flatten(2)  # [B, N, h n]
-        # to_out(softmax(.) V') = softmax(.) to_out(V'), head by head: a head's values, and zeros for all others
-        own = torch.eye(heads, dtype=values.dtype, device=values.device)[:, None, :, None]
-        of_heads = rearrange(values * own, "b h n k d -> b (h n) (k d)")
-        bias = to_out(torch.zeros_like(of_heads[:1, :1]))
-        return attention @ (to_out(of_heads) - bias)
+        # to_out(softmax(.) V') = softmax(.) to_out(V'), per head: its values, with zeros for all other heads
+        diagonal = torch.eye(heads, dtype=values.dtype, device=values.device)[:, None, :, None]
+        head_values = rearrange(values * diagonal, "b h n k d -> b (h n) (k d)")
+        bias = to_out(torch.zeros_like(head_values[:1, :1]))
+        return attention @ (to_out(head_values) - bias)
 
 
 def _layer(inputs: int, outputs: int) -> nn.Linear:
     layer = comfy.ops.manual_cast.Linear(inputs, outputs, bias=False)
-    if layer.weight is None:  # with dynamic VRAM ComfyUI's layers wait for a file's weights
+    if layer.weight is None:  # with dynamic VRAM ComfyUI's layers allocate no weight until one is loaded
         layer.weight = nn.Parameter(torch.empty(outputs, inputs))
     return layer
 
 
 @contextlib.contextmanager
 def _weight(layer: nn.Linear, like: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A layer's weight in the dtype and on the device of a tensor, for the time of this context, as ComfyUI's own
-    layers get theirs."""
+    """A layer's weight in the dtype and on the device of a tensor within this context, cast as in ComfyUI's layers."""
     release = getattr(comfy.ops, "uncast_bias_weight", None)
     if release is None:  # older than 0.3.68
         yield comfy.ops.cast_bias_weight(layer, like)[0]
@@ -120,7 +119,7 @@ def _weight(layer: nn.Linear, like: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 class StyleLayers(nn.Module):
-    """SCA of all layers of a UNet, by their keys."""
+    """SCA of all text layers of a UNet, by key."""
 
     def __init__(self, sizes: Mapping[LayerKey, LayerSize]) -> None:
         super().__init__()
@@ -146,19 +145,19 @@ def _key(name: str) -> LayerKey:
 
 
 def text_layers(network: Any) -> dict[LayerKey, AttentionLayer]:
-    """The layers of a UNet that attend to text, by key: each gets an SCA.
+    """The layers of a UNet that attend to text, by key; each gets an SCA.
 
     Raises:
-        IdentityEditError: when the network is no UNet or has none.
+        IdentityEditError: when the network is not a UNet or has no such layer.
     """
-    found = {layer.key: layer for layer in attention_layers(network) if layer.attends_to_text}
-    if not found:
+    layers = {layer.key: layer for layer in attention_layers(network) if layer.attends_to_text}
+    if not layers:
         raise IdentityEditError("The model has no cross-attention; load a text-to-image checkpoint.")
-    return found
+    return layers
 
 
 def layer_sizes(layers: Mapping[LayerKey, AttentionLayer]) -> dict[LayerKey, LayerSize]:
-    """The sizes that SCA of these layers has."""
+    """The SCA sizes of these layers."""
     text = {key: layer.block.attn2 for key, layer in layers.items()}
     return {key: (a.to_q.in_features, a.to_q.out_features, a.to_k.in_features) for key, a in text.items()}
 
@@ -169,17 +168,17 @@ def style_patches(
     styles: Callable[[torch.Tensor, Mapping[str, Any]], tuple[torch.Tensor, float | torch.Tensor] | None],
     kind: str = SEQUENTIAL,
 ) -> dict[str, Callable[..., Any]]:
-    """The patches that add SCA to a UNet, by the list they belong on.
+    """The patches that add SCA to a UNet, by patch list.
 
-    Several of them on one model see the same query, that of the text cross-attention, so that their order does not
-    matter and their sum is what is added.
+    Several SCAs on one model use the same query, that of the text cross-attention, and their outputs are summed, so
+    their order does not matter.
 
     Args:
         network: the UNetModel.
-        style_layers: SCA of all its text layers; wherever its weights are when the network runs.
-        styles: of a block's rows [B, N, channels] and its `transformer_options`, the style tokens [B, n, C] of each
-            row, in their dtype and on their device, and lambda, one number or [B, N, 1]. None where there is nothing to
-            add.
+        style_layers: SCA of all its text layers, on any device.
+        styles: called with a block's rows [B, N, channels] and its `transformer_options`; returns the style tokens
+            [B, n, C] of each row, with the rows' dtype and device, and lambda, a number or [B, N, 1]; or None for no
+            style.
         kind: SEQUENTIAL or PARALLEL.
     """
     to_out = {key: layer.block.attn2.to_out for key, layer in text_layers(network).items()}
@@ -195,10 +194,10 @@ def style_patches(
         if key not in to_out:
             return n
         text_output = extra.setdefault(_TEXT_OUTPUT, n)
-        given = styles(text_output, extra)
-        if given is None:  # lambda 0 keeps every bit
+        style = styles(text_output, extra)
+        if style is None:  # lambda 0 is bit-identical to no style
             return n
-        tokens, strength = given
+        tokens, strength = style
         query = text_output if kind == SEQUENTIAL else extra[_HIDDEN_STATE]
         added = style_layers[key](query, tokens, extra["n_heads"], to_out[key])
         return n + strength * added  # Out_final = Out + lambda SCA                                          eq. 4
@@ -211,13 +210,13 @@ def style_patches(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a guider evaluates now.
+    """A guider's current model call.
 
     Attributes:
         strength: lambda at this noise level.
-        null: uuids of the conditionings without a prompt, which get the null style.
-        entries: all conditionings by uuid, as guiders hold them.
-        height, width: the latent's.
+        null: uuids of the unconditional side's conditionings, which get the null style.
+        entries: the guider's conditionings by uuid.
+        height, width: the latent's size.
     """
 
     strength: float
@@ -229,14 +228,14 @@ class Evaluation:
 
 @dataclass
 class SubjectStyles:
-    """One person's `styles` (of `style_patches`) while an image is sampled.
+    """One person's `styles` (see `style_patches`) during sampling.
 
     Attributes:
         tokens: v [P, n, C] of the person, P one or the number of images.
-        null: v [1, n, C] of nobody, for the side without a prompt.
-        strength: lambda outside of a guider.
-        mask: [1 or B, H, W], 0 to 1, where the person is; None is everywhere. It is averaged onto each layer's grid.
-        evaluation: what is being evaluated, or None outside of a guider.
+        null: v [1, n, C] of the null style, for the unconditional side.
+        strength: lambda outside a guider.
+        mask: [1 or B, H, W], 0 to 1, of the person, averaged to each layer's grid; None for the whole image.
+        evaluation: the current model call, or None outside a guider.
     """
 
     tokens: torch.Tensor
@@ -248,7 +247,7 @@ class SubjectStyles:
     _masks: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def forget(self) -> None:
-        """Free what has been moved to the device for a run."""
+        """Clear the device copies of a run."""
         self._rows.clear()
         self._masks.clear()
 
@@ -264,7 +263,7 @@ class SubjectStyles:
         tokens = self._tokens(rows, null)
         if self.mask is None:
             return tokens, strength
-        return tokens, strength * self._cells(self.mask, rows, uuids, extra["activations_shape"][2:])
+        return tokens, strength * self._mask_weights(self.mask, rows, uuids, extra["activations_shape"][2:])
 
     def _is_null(self, side: int, uuid: Any) -> bool:
         if self.evaluation is not None and uuid in self.evaluation.entries:
@@ -272,39 +271,39 @@ class SubjectStyles:
         return side == 1  # ComfyUI's rule: 0 is the conditional side, 1 the unconditional
 
     def _tokens(self, rows: torch.Tensor, null: Sequence[bool]) -> torch.Tensor:
-        """[B, n, C] of all rows of a batch of conditionings, each of the latents one after another."""
+        """Style tokens [B, n, C] for all rows of a batch of conditionings."""
         each = rows.shape[0] // len(null)
         if self.tokens.shape[0] not in (1, each):
             raise IdentityEditError(
-                f"There are W+ styles of {self.tokens.shape[0]} images for a batch of {each}; give one for all, or "
-                f"one for each."
+                f"There are W+ codes of {self.tokens.shape[0]} images for a batch of {each}; give one for all, or one "
+                f"for each."
             )
         key = tuple(null), each, rows.dtype, rows.device
         if key not in self._rows:
-            of_sides = [(self.null if is_null else self.tokens).expand(each, -1, -1) for is_null in null]
-            self._rows = {key: torch.cat(of_sides).to(rows)}  # the last one: all layers of an evaluation share it
+            sides = [(self.null if is_null else self.tokens).expand(each, -1, -1) for is_null in null]
+            self._rows = {key: torch.cat(sides).to(rows)}  # only the latest: all layers of a model call share it
         return self._rows[key]
 
-    def _cells(
+    def _mask_weights(
         self, mask: torch.Tensor, rows: torch.Tensor, uuids: Sequence[Any], shape: Sequence[int]
     ) -> torch.Tensor:
-        """[B, N, 1]: how much of each cell is the person's."""
+        """The mask on a layer's grid, [B, N, 1]."""
         grid = int(shape[0]), int(shape[1])
         if rows.shape[1] != grid[0] * grid[1]:
             raise IdentityEditError(
-                "The mask of a style needs whole layers, but another patch merges or cuts their cells; remove token "
-                "merging, or the mask."
+                "The mask of a style cannot be used while another patch merges or tiles tokens; remove token merging, "
+                "or the mask."
             )
         key = tuple(uuids), rows.shape[0], grid, rows.dtype, rows.device
         if key not in self._masks:
             each = rows.shape[0] // len(uuids)
-            cells = [self._region(uuid, grid).part_of(mask, rows.device).flatten(1) for uuid in uuids]
-            if cells[0].shape[0] not in (1, each):
+            masks = [self._region(uuid, grid).part_of(mask, rows.device).flatten(1) for uuid in uuids]
+            if masks[0].shape[0] not in (1, each):
                 raise IdentityEditError(
-                    f"The mask holds {cells[0].shape[0]} masks for a batch of {each}; give one for all, or one for "
+                    f"The mask holds {masks[0].shape[0]} masks for a batch of {each}; give one for all, or one for "
                     f"each."
                 )
-            self._masks[key] = torch.cat([part.expand(each, -1) for part in cells]).unsqueeze(-1).to(rows.dtype)
+            self._masks[key] = torch.cat([part.expand(each, -1) for part in masks]).unsqueeze(-1).to(rows.dtype)
         return self._masks[key]
 
     def _region(self, uuid: Any, grid: tuple[int, int]) -> Region:

@@ -24,7 +24,7 @@ from ..pipelines.scores.frechet import NEEDED as INCEPTION_NEEDED
 from ..pipelines.scores.frechet import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.scores.lpips import BACKBONES
 from ..pipelines.shared.errors import IdentityEditError
-from ..pipelines.shared.images import comparable
+from ..pipelines.shared.images import matched_images
 from .sockets import FaceDetector, advanced, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
@@ -73,7 +73,7 @@ class ReconstructionCheck(io.ComfyNode):
     @classmethod
     @checked
     def execute(cls, image: torch.Tensor, reconstruction: torch.Tensor, lowest_psnr: float) -> io.NodeOutput:
-        image, reconstruction, cut = comparable(image, reconstruction, ("image", "reconstruction"))
+        image, reconstruction, cut = matched_images(image, reconstruction, ("image", "reconstruction"))
         values = reconstructions.psnr(image, reconstruction)
         figures = ", ".join(f"{value:.1f} dB" for value in values.tolist())
         warning = reconstructions.reconstruction_warning(values, lowest_psnr)
@@ -138,7 +138,7 @@ class ScoreEdit(io.ComfyNode):
                         default=edit_scores.PLAIN,
                         tooltip="Comparison rule inside and outside the mask. Mean over the part: only the pixels of "
                         "the region count. PIE-Bench: both images are multiplied by the mask and compared as a whole, "
-                        "and the structure distance follows its code; required for scores comparable with the "
+                        "and the structure distance follows its code; required for scores matched_images with the "
                         "published tables.",
                     )
                 ),
@@ -332,7 +332,7 @@ class ScoreEdit(io.ComfyNode):
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
-        _, _, cut = comparable(edited, source, ("edited", "source"))
+        _, _, cut = matched_images(edited, source, ("edited", "source"))
         bar = ProgressBar(len(edited))
         with edit_scores.open_networks(
             clip=_clip(clip_model, clip, clip_vision),

@@ -15,7 +15,7 @@ from comfy_api.latest import io
 
 from ..pipelines import engine
 from ..pipelines.shared.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
-from ..pipelines.shared.images import PIXELS_OF_A_CELL
+from ..pipelines.shared.images import PIXELS_PER_LATENT_PIXEL
 from ..pipelines.shared.input_checks import (
     BRIGHTEST,
     check_images,
@@ -24,7 +24,7 @@ from ..pipelines.shared.input_checks import (
     check_sigmas,
     check_text,
 )
-from ..pipelines.shared.masks import CUT_OUT, as_masks, is_no_mask, is_transparency
+from ..pipelines.shared.masks import CUT_OUT, as_masks, is_placeholder_mask, is_transparency
 from ..pipelines.text.prompt_tokens import check_clip
 
 CATEGORY = "identity edit"
@@ -185,7 +185,7 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
             images[item.id] = entries
         else:
             entries = [as_masks(each, item.id) for each in entries]
-            if item.optional and entries and all(map(is_no_mask, entries)):
+            if item.optional and entries and all(map(is_placeholder_mask, entries)):
                 notes.append(
                     f"{item.id} is empty, as from Load Image for an image without transparency, and counts as not "
                     f"connected."
@@ -272,7 +272,7 @@ def progress(model: Any, total: int) -> engine.Callback:
 
 def at_image_size(mask: torch.Tensor) -> torch.Tensor:
     """A latent-size mask [B, H, W] at image size, by nearest-neighbor upsampling, exactly as it was used."""
-    return mask.repeat_interleave(PIXELS_OF_A_CELL, dim=1).repeat_interleave(PIXELS_OF_A_CELL, dim=2)
+    return mask.repeat_interleave(PIXELS_PER_LATENT_PIXEL, dim=1).repeat_interleave(PIXELS_PER_LATENT_PIXEL, dim=2)
 
 
 def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:

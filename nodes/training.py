@@ -179,7 +179,7 @@ def first_and_last(losses: list[float]) -> str:
 
 
 def how_trained(facts: dict[str, Any]) -> str:
-    """Training settings of a file for reports, from `training_facts` of the training loop; "" if incomplete."""
+    """Training settings of a file for reports, from `training_record` of the training loop; "" if incomplete."""
     if not facts.keys() >= {"steps", "learning_rate", "images"}:
         return ""
     return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['images']} images"

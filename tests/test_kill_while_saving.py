@@ -121,7 +121,7 @@ def test_young_temporary_files_are_left_alone_and_old_ones_of_others_too(tmp_pat
         path.write_bytes(b"half")
     for path in (old / ".tmpAbCdEf", old, claim, foreign, young):
         os.utime(path, (OLD, OLD))  # the young one's file is still being written
-    with files.written_whole(str(tmp_path / "d.txt")) as temporary:
+    with files.atomic_write(str(tmp_path / "d.txt")) as temporary:
         Path(temporary).write_text("whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == [young.name, "d.txt", foreign.name]
 

@@ -17,7 +17,7 @@ from ...pipelines.networks import grounding_dino as dino
 from ...pipelines.networks import segment_anything as pipeline
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.images import PIXELS_OF_A_CELL, as_color, encoded
+from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color, encoded
 from ...pipelines.shared.parsing import whole_numbers
 from ..sockets import advanced, checked, progress, schema, seed_input, show_text
 
@@ -281,8 +281,8 @@ def _by_attention(
     height, width = images.shape[1:3]
     # The VAE takes multiples of 8 pixels; scaling the image to them aligns the mask to a fraction of a pixel.
     factor = min(1.0, longest_side / max(height, width))
-    cells = (max(1, round(side * factor / PIXELS_OF_A_CELL)) for side in (height, width))
-    whole = tuple(count * PIXELS_OF_A_CELL for count in cells)
+    cells = (max(1, round(side * factor / PIXELS_PER_LATENT_PIXEL)) for side in (height, width))
+    whole = tuple(count * PIXELS_PER_LATENT_PIXEL for count in cells)
     shown = interpolate(images.movedim(-1, 1), size=whole, mode="bilinear", antialias=True).movedim(1, -1)
     if whole == (height, width):
         shown = images

@@ -15,7 +15,7 @@ from ...pipelines.lipe import heatmap, identity_mask_blend
 from ...pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.images import PIXELS_OF_A_CELL, as_color
+from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color
 from ...pipelines.shared.masks import masks_for
 from ..idle import first_said, joined, same_prompt, takes_no_part
 from ..sockets import (
@@ -417,7 +417,7 @@ class AttentionHeatmap(io.ComfyNode):
         values = mask
         if identity_attention is not None:
             power = 0 if show == CROSS_ATTENTION else self_attention_power
-            height, width = (max(1, size // PIXELS_OF_A_CELL) for size in image.shape[1:3])
+            height, width = (max(1, size // PIXELS_PER_LATENT_PIXEL) for size in image.shape[1:3])
             if show == MASK:
                 values = masks.identity_mask(identity_attention, height, width, threshold, power)
                 drawn = heatmap.outlined(drawn, values)

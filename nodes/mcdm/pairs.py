@@ -17,7 +17,7 @@ from ...pipelines.mcdm.pair_folder import PairFolder
 from ...pipelines.mcdm.train_identity_words import features_of
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.images import as_color, comparable, to_pillow
+from ...pipelines.shared.images import as_color, matched_images, to_pillow
 from ..idle import first_said, same_prompt
 from ..saved_files import check_name
 from ..sockets import IdentityWords, advanced, checked, schema, seed_input, show_text, show_warnings
@@ -585,7 +585,7 @@ class SavePair(io.ComfyNode):
         folder: str,
     ) -> io.NodeOutput:
         dataset = PairFolder(_dataset_path(folder))
-        source, target, cut = comparable(source, target, ("source", "target"))
+        source, target, cut = matched_images(source, target, ("source", "target"))
         numbers = datasets.save_pairs(
             dataset,
             source,

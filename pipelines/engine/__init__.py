@@ -1,9 +1,8 @@
-"""The one place of the pipelines that speaks to ComfyUI (`comfy.*`).
+"""The only package of the pipelines that imports ComfyUI (`comfy.*`).
 
-What a model's family tells the techniques (`families`), its latents, prompts and tag (`model`), how to run a loop of
-one's own inside ComfyUI's sampling machinery (`loop`), how to combine estimates by a formula of one's own (`guidance`),
-and how to obtain gradients there (`gradient_context`). Everything works on a clone of the model; nothing global is
-touched, and what is changed for the time of a loop is put back.
+Model families and their capabilities (`families`), latents, prompts and fingerprints of a model (`model`), custom
+loops inside ComfyUI's sampler (`loop`), custom guidance formulas (`guidance`), and gradients (`gradient_context`).
+Everything works on a clone of the model; no global state is touched, and temporary changes are undone.
 
 Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model_patcher.py, execution.py.
 """

@@ -1,4 +1,4 @@
-"""Guidance formulas of one's own as ComfyUI GUIDERs, and ComfyUI's own rule as a function."""
+"""Custom guidance formulas as ComfyUI GUIDERs, and ComfyUI's own rule as a function."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ..shared.conditioning import Conditioning
 from ..shared.errors import check_areas
 
 Combine = Callable[["CombiningGuider", "dict[str, torch.Tensor]", torch.Tensor], torch.Tensor]
-"""(guider, estimates of z_0 by name, x) -> the estimate of z_0 that the sampler gets, all [B, C, H, W] float32."""
+"""(guider, estimates of z_0 by name, x) -> the combined estimate of z_0, all [B, C, H, W] float32."""
 
 
 class CombiningGuider(comfy.samplers.CFGGuider):
-    """A GUIDER whose estimate combines those of any number of conditionings.
+    """A GUIDER that combines the estimates of any number of conditionings.
 
-    All of them are evaluated together, in as few calls of the network as ComfyUI finds memory for. The names "positive"
-    and "negative" should be among them: ComfyUI's conditionings and other packs' wrappers look for these two.
+    They are evaluated together, in as few network calls as memory allows. "positive" and "negative" should be among
+    the names, because ComfyUI and other packs' wrappers look for these two.
 
     Attributes:
-        evaluations: model calls since the guider was made; one evaluation is one conditioning of the whole
-            batch at one noise level, however ComfyUI arranges them.
+        evaluations: model calls since the guider was created; one call is one conditioning of the whole batch at one
+            noise level, however ComfyUI batches them.
     """
 
     def __init__(self, model_patcher: Any, conditionings: dict[str, Conditioning], combine: Combine) -> None:
@@ -56,10 +56,10 @@ class CombiningGuider(comfy.samplers.CFGGuider):
                 "model": self.inner_model,
                 "model_options": options,
             }
-            found = options["sampler_calc_cond_batch_function"](arguments)
+            results = options["sampler_calc_cond_batch_function"](arguments)
         else:
-            found = comfy.samplers.calc_cond_batch(self.inner_model, conditionings, x, timestep, options)
-        estimates = {n: e for n, e, c in zip(names, found, conditionings, strict=True) if c is not None}
+            results = comfy.samplers.calc_cond_batch(self.inner_model, conditionings, x, timestep, options)
+        estimates = {n: e for n, e, c in zip(names, results, conditionings, strict=True) if c is not None}
         self.evaluations += len(estimates)
         self._now = timestep, options
         try:
@@ -70,10 +70,10 @@ class CombiningGuider(comfy.samplers.CFGGuider):
     def guided(self, estimates: dict[str, torch.Tensor], name: str, x: torch.Tensor, scale: float) -> torch.Tensor:
         """Classifier-free guidance of one conditioning against "negative" by ComfyUI's rule, with the model's patches.
 
-        Call it inside `combine`. Without a negative estimate (guidance scale 1) the conditional one is the result.
+        Call it inside `combine`. Without a negative estimate (guidance scale 1) it returns the conditional one.
         """
         if self._now is None:
-            raise RuntimeError("guided() is for the function that combines estimates")
+            raise RuntimeError("guided() can only be called inside combine")
         timestep, options = self._now
         sides = [self.conds[name], self.conds.get("negative")]
         unconditional = estimates.get("negative")
@@ -84,12 +84,12 @@ class CombiningGuider(comfy.samplers.CFGGuider):
     def after_guidance(
         self, combined: torch.Tensor, estimates: dict[str, torch.Tensor], x: torch.Tensor
     ) -> torch.Tensor:
-        """What the model's post-CFG patches make of a combined estimate; for formulas that `guided` takes no part in.
+        """Apply the model's post-CFG patches to a combined estimate; for formulas that do not use `guided`.
 
-        Call it inside `combine`, at its end.
+        Call it at the end of `combine`.
         """
         if self._now is None:
-            raise RuntimeError("after_guidance() is for the function that combines estimates")
+            raise RuntimeError("after_guidance() can only be called inside combine")
         timestep, options = self._now
         for function in options.get("sampler_post_cfg_function", []):
             combined = function(
@@ -121,12 +121,12 @@ def guided_estimate(
     """The end of ComfyUI's `sampling_function`: pre-CFG patches, the CFG rule, post-CFG patches.
 
     Args:
-        inner_model: the guider's, while sampling.
+        inner_model: the guider's inner model, while sampling.
         sides: conditionings of the conditional and the unconditional side.
-        estimates: of z_0 [B, C, H, W], of the same two sides.
+        estimates: estimates of z_0 [B, C, H, W] of these two sides.
         x: the latent [B, C, H, W] at the noise levels `sigma` [B].
         guidance_scale: s of unconditional + s * (conditional - unconditional).
-        options: the model options of this evaluation.
+        options: the model options of this call.
     """
     for function in options.get("sampler_pre_cfg_function", []):
         estimates = function(

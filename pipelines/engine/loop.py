@@ -1,5 +1,5 @@
-"""Loops of one's own inside ComfyUI's sampling, so that loading, latent scaling, areas, hooks, ControlNets,
-inpainting channels, pooled outputs and cleaning up remain ComfyUI's."""
+"""Custom sampling loops inside ComfyUI's sampler, which keeps handling model loading, latent scaling, areas, hooks,
+ControlNets, inpainting channels, pooled outputs and cleanup."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 
 from ..shared.conditioning import Conditioning, copy_outside_inference_mode, coverage_warning
 from ..shared.errors import check_areas
-from ..shared.gradients import patches_on_copies
+from ..shared.gradients import autograd_safe_options
 from .families.base import Capability
 from .families.registry import require
 from .gradient_context import (
     gradient_context,
     gradient_memory,
     load_completely,
-    memory_in_words,
+    readable_memory_errors,
     use_differentiable_attention,
 )
 from .guidance import guided_estimate
@@ -39,21 +39,21 @@ Result = TypeVar("Result")
 
 
 class Callback(Protocol):
-    """Progress with a preview, the signature of ComfyUI's `latent_preview.prepare_callback`."""
+    """Progress with a preview; the signature of ComfyUI's `latent_preview.prepare_callback`."""
 
     def __call__(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None: ...
 
 
 class NetworkEvaluator:
-    """Evaluates the network for a loop that `run_loop` runs.
+    """Evaluates the network for a loop run by `run_loop`.
 
-    Every evaluation goes through ComfyUI's guider, so wrappers and patches that other nodes have put on the model take
-    part, and stops with ComfyUI's InterruptProcessingException when the user has pressed cancel.
+    Every evaluation goes through ComfyUI's guider, so other nodes' wrappers and patches apply. It raises ComfyUI's
+    InterruptProcessingException if the user has pressed Cancel.
 
     Attributes:
-        evaluations: model calls so far; one evaluation is one conditioning of the whole batch, so a step with
-            guidance costs two however ComfyUI arranges them.
-        device: where the latents of the loop live.
+        evaluations: model calls so far; one call is one conditioning of the whole batch, so a step with guidance counts
+            as two, however ComfyUI batches them.
+        device: device of the loop's latents.
     """
 
     def __init__(self, guider: _LoopGuider, extra_args: dict[str, Any], callback: Callback | None) -> None:
@@ -70,10 +70,9 @@ class NetworkEvaluator:
 
         Args:
             x: latents [B, C, H, W] float32 in the model's scale, at noise level `sigma`.
-            sigma: scalar tensor, or [B] for a level of its own for each latent.
+            sigma: scalar tensor, or [B] with one level per latent.
             side: "positive" or "negative".
-            embedding: [B or 1, T, C] float32 in place of the side's cross-attention embedding. It may require a
-                gradient, which then flows through the network to it.
+            embedding: [B or 1, T, C] float32, replaces the side's cross-attention embedding. It may require a gradient.
 
         Returns:
             [B, C, H, W] float32. The predicted noise is (x - denoised) / sigma.
@@ -82,13 +81,13 @@ class NetworkEvaluator:
             return self._evaluate(x, sigma)
 
     def both(self, x: torch.Tensor, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The estimates of z_0 for the positive and for the negative side, in one call where memory allows."""
+        """The estimates of z_0 for the positive and the negative side, in one network call if memory allows."""
         with self._guider.both_sides() as estimates:
             self._evaluate(x, sigma)
         return estimates[0], estimates[1]
 
     def guided(self, x: torch.Tensor, sigma: torch.Tensor, guidance_scale: float) -> torch.Tensor:
-        """ComfyUI's own guided estimate of z_0 [B, C, H, W]; guidance scale 1 evaluates the positive side only."""
+        """ComfyUI's guided estimate of z_0 [B, C, H, W]; guidance scale 1 evaluates only the positive side."""
         self._guider.set_cfg(guidance_scale)
         return self._evaluate(x, sigma)
 
@@ -100,7 +99,7 @@ class NetworkEvaluator:
         sigma: torch.Tensor,
         guidance_scale: float,
     ) -> torch.Tensor:
-        """Classifier-free guidance of two estimates of z_0 by ComfyUI's own rule, with the model's CFG patches.
+        """Classifier-free guidance of two estimates of z_0 by ComfyUI's rule, with the model's CFG patches.
 
         Without such patches: unconditional + guidance_scale * (conditional - unconditional).
         """
@@ -109,9 +108,9 @@ class NetworkEvaluator:
         )
 
     def report(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
-        """Show progress: step `step` of `total` (from 0) is done, with a preview of `denoised`."""
+        """Report that step `step` (from 0) of `total` is done, with a preview of `denoised`."""
         if self._callback is not None:
-            with torch.no_grad():  # a preview may decode with a network of its own
+            with torch.no_grad():  # a preview may run a decoder network
                 self._callback(step, denoised.detach(), x.detach(), total)
 
     def _evaluate(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -132,23 +131,23 @@ def run_loop(
     callback: Callback | None = None,
     seed: int = 0,
 ) -> Result:
-    """Run `loop(evaluator, latent)` where a sampler would run, and return what it returns.
+    """Run `loop(evaluator, latent)` in place of a sampler and return its result.
 
-    The loop makes the finished result: the latents that it leaves with on the CPU, in the scale of LATENT sockets where
-    a node gives them to others (`to_socket_scale`), and the evaluator's count.
+    The loop returns the finished result: latents on the CPU, in the scale of LATENT sockets if a node outputs them
+    (`to_socket_scale`), and the number of model calls.
 
     Args:
         model: MODEL; a clone is used.
-        positive, negative: CONDITIONING of both sides; negative may be None where the loop does not need it.
-        latent: [B, C, H, W] float32 in the model's scale (`model_latent`, or of an inversion's trajectory); the loop
+        positive, negative: CONDITIONING of both sides; negative may be None if the loop does not need it.
+        latent: [B, C, H, W] float32 in the model's scale (from `model_latent` or an inversion's trajectory); the loop
             receives it on the model's device.
-        sigmas: [N + 1] descending noise levels of the run, for patches that look at `sample_sigmas`.
+        sigmas: [N + 1] descending noise levels of the run, for patches that read `sample_sigmas`.
         loop: the algorithm.
-        gradients: True runs the loop in `gradient_context`: what the network returns can be differentiated with
-            respect to an embedding that requires a gradient. False runs it without gradients.
-        checkpointing: with gradients, recompute blocks in the backward pass instead of keeping their activations.
+        gradients: True runs the loop in `gradient_context`, so that the network's output can be differentiated with
+            respect to an embedding. False runs it without gradients.
+        checkpointing: with gradients, recompute blocks in the backward pass instead of storing their activations.
         callback: progress with preview.
-        seed: passed on to conditionings that draw noise of their own.
+        seed: passed to conditionings that draw noise.
 
     Raises:
         IdentityEditError: when the model or a conditioning cannot be used.
@@ -170,31 +169,30 @@ def run_loop(
     with contextlib.ExitStack() as stack:
         if gradients:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(memory_in_words())
+            stack.enter_context(readable_memory_errors())
             positive, negative, latent, sigmas = copy_outside_inference_mode((positive, negative, latent, sigmas))
             patcher.add_wrapper_with_key(kinds.PREPARE_SAMPLING, _KEY, sampler.load_completely)
             use_differentiable_attention(patcher)
             if any(options.get("control") is not None for side in (positive, negative or []) for _, options in side):
-                # ComfyUI adds a ControlNet's output to the skip connections in place, and the next block's
-                # backward pass needs its input as it was.
+                # ComfyUI adds a ControlNet's output to the skip connections in place, which would corrupt the input
+                # that the next block saved for its backward pass.
                 patcher.set_model_patch(_copy_hidden_state, "input_block_patch_after_skip")
-        stack.enter_context(torch.no_grad())  # the loop itself turns gradients on again, after loading and encoding
+        stack.enter_context(torch.no_grad())  # gradient_context re-enables gradients after loading and encoding
         conditionings = {"positive": positive}
         if negative is not None:
             conditionings["negative"] = negative
         elif patcher.model_options.get("disable_cfg1_optimization"):
-            # A patch of the guidance (Self-Attention Guidance is one) wants both sides evaluated at scale 1 too, and
-            # ends in an error of its own where there is one alone.
+            # Some guidance patches (such as Self-Attention Guidance) need both sides even at scale 1 and fail with one.
             conditionings["negative"] = positive
         guider.inner_set_conds(conditionings)
-        # What is encoded beside the prompt (inpainting channels) may look at the latent as LATENT sockets carry it.
+        # Additional conditioning (inpainting channels) may be derived from the latent in the scale of LATENT sockets.
         image = to_socket_scale(model, latent)
         guider.sample(torch.zeros_like(latent), image, sampler, sigmas, disable_pbar=True, seed=seed)
     return sampler.result
 
 
 class _LoopGuider(comfy.samplers.CFGGuider):
-    """ComfyUI's guider, which can also evaluate one side alone, with another embedding."""
+    """ComfyUI's guider, extended to evaluate a single side, optionally with a different embedding."""
 
     def __init__(self, model_patcher: Any) -> None:
         super().__init__(model_patcher)
@@ -204,7 +202,7 @@ class _LoopGuider(comfy.samplers.CFGGuider):
 
     @contextlib.contextmanager
     def both_sides(self) -> Iterator[list[torch.Tensor]]:
-        """Keep the estimates of both sides, as they are before guidance, in the list that is given."""
+        """Collect the estimates of both sides before guidance in the yielded list."""
         self._estimates = []
         try:
             yield self._estimates
@@ -263,7 +261,7 @@ class _LoopGuider(comfy.samplers.CFGGuider):
 
 
 class _LoopSampler(comfy.samplers.Sampler):
-    """A ComfyUI sampler that runs a loop and keeps what it returns."""
+    """A ComfyUI sampler that runs a loop and stores its result."""
 
     def __init__(
         self,
@@ -278,7 +276,7 @@ class _LoopSampler(comfy.samplers.Sampler):
         self._callback = callback
         self._gradients = gradients
         self._checkpointing = checkpointing
-        self._inference_mode = torch.is_inference_mode_enabled()  # where the loop is run from
+        self._inference_mode = torch.is_inference_mode_enabled()  # of the caller
         self._evaluator: NetworkEvaluator | None = None
         self.result: Any = None
 
@@ -293,11 +291,11 @@ class _LoopSampler(comfy.samplers.Sampler):
         denoise_mask: torch.Tensor | None = None,
         disable_pbar: bool = False,
     ) -> torch.Tensor:
-        """Called by ComfyUI between loading and cleaning up."""
+        """Called by ComfyUI between loading and cleanup."""
         if self._gradients:
-            extra_args = {**extra_args, "model_options": patches_on_copies(extra_args["model_options"])}
+            extra_args = {**extra_args, "model_options": autograd_safe_options(extra_args["model_options"])}
         self._evaluator = NetworkEvaluator(model_wrap, extra_args, self._callback)
-        # A copy, which outside of inference mode can take part in a gradient.
+        # A copy, because autograd cannot use tensors created in inference mode.
         latent = self._latent.detach().to(self._evaluator.device, torch.float32, copy=True)
         try:
             if self._gradients:
@@ -308,20 +306,20 @@ class _LoopSampler(comfy.samplers.Sampler):
             else:
                 self.result = self._loop(self._evaluator, latent)
         finally:
-            # The evaluator holds the guider, its model's wrappers hold this sampler: a cycle would keep the model.
+            # Break the cycle of evaluator, guider, model wrappers and sampler, which would keep the model alive.
             self._evaluator = None
         return latent_image
 
     def count_evaluations(self, executor: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """APPLY_MODEL wrapper: a batch of several conditionings counts as so many evaluations."""
-        given = (*args, *kwargs.values())
-        options: dict[str, Any] = next((value for value in given if _is_transformer_options(value)), {})
+        """APPLY_MODEL wrapper: counts one model call per conditioning in the batch."""
+        candidates = (*args, *kwargs.values())
+        options: dict[str, Any] = next((value for value in candidates if _is_transformer_options(value)), {})
         if self._evaluator is not None:
             self._evaluator.evaluations += len(options.get("cond_or_uncond", (0,)))
         return executor(x, *args, **kwargs)
 
     def load_completely(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
-        """PREPARE_SAMPLING wrapper: no weight may be moved away between the forward and the backward pass."""
+        """PREPARE_SAMPLING wrapper: no weight may be offloaded between the forward and the backward pass."""
         with torch.inference_mode(self._inference_mode):
             prepared = executor(model, noise_shape, *args, **kwargs)
             load_completely([model, *prepared[2]], gradient_memory(model, list(noise_shape), self._checkpointing))

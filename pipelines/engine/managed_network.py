@@ -1,4 +1,4 @@
-"""Networks of the pack's own, loaded and offloaded by ComfyUI's model management as its own models are."""
+"""This pack's own networks under ComfyUI's model management."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ def managed(
     offload_device: torch.device | None = None,
     remake: Callable[[], torch.nn.Module] | None = None,
 ) -> Any:
-    """A ModelPatcher around a network that lies on the CPU: ComfyUI moves it, and drops it when nobody uses it.
+    """Wrap a network on the CPU in a ModelPatcher, so that ComfyUI loads, offloads and frees it.
 
-    It takes part in dynamic VRAM where ComfyUI uses that. Layers of `comfy.ops` then come to the device one by one, and
-    those of plain torch all together.
+    It supports dynamic VRAM: `comfy.ops` layers are then loaded one by one, plain torch layers all together.
 
     Args:
         network: the network.
-        load_device, offload_device: where it computes and where it waits; None are ComfyUI's own choices.
-        remake: makes a network of the same layers, whatever its weights and their dtype. With it ComfyUI can give a
-            clone weights of its own, for a second GPU or a compiled model.
+        load_device, offload_device: compute and storage device; None for ComfyUI's defaults.
+        remake: creates a network with the same layers, with any weights and dtype. ComfyUI uses it to give a clone its
+            own weights, for a second GPU or a compiled model.
     """
     load_device = load_device or management.get_torch_device()
     offload_device = offload_device or management.vae_offload_device()
@@ -55,13 +54,13 @@ def managed(
 
 
 def load_whole(patcher: Any, memory: float = 0.0) -> torch.device:
-    """Bring all of a managed network to its device, which makes room there if need be, and return the device.
+    """Load a managed network completely, freeing memory if needed, and return its device.
 
-    Layers of plain torch cannot be used while they are elsewhere, so it is loaded whole or not at all.
+    Plain torch layers cannot be loaded partially.
 
     Args:
         patcher: from `managed`.
-        memory: bytes that it needs besides its weights.
+        memory: bytes needed in addition to the weights.
     """
     management.load_models_gpu([patcher], memory_required=memory, force_full_load=True)
     return patcher.load_device

@@ -1,4 +1,4 @@
-"""Latents and prompts of a model, what identifies one, wrappers on it, and conditionings inside a guider."""
+"""Latents, prompts and fingerprints of a model, wrappers, and conditionings inside a guider."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from .families.registry import require
 from .weights import samples_of_weights
 
 _QUANTIZED_ROUNDING = 0.2
-"""Largest relative error of weights in four bits, with a margin; eight bits are within 0.02."""
-_BESIDE_THE_PROMPT = ("control", "gligen", "mask")
-"""What a conditioning may carry beside its prompt that speaks of one image."""
+"""Largest relative error of 4-bit weights, with a margin; 8-bit weights are within 0.02."""
+_IMAGE_SPECIFIC = ("control", "gligen", "mask")
+"""Conditioning options that apply to one particular image."""
 
 
 def latent_channels(model: Any) -> int:
-    """Number of channels of the model's latents (4 for Stable Diffusion), without inpainting channels."""
+    """Channels of the model's latents (4 for Stable Diffusion), without inpainting channels."""
     return int(model.get_model_object("latent_format").latent_channels)
 
 
 def context_channels(model: Any) -> int:
-    """Width of the text embeddings that the model takes, see `Family.text_width`."""
+    """Width of the model's text embeddings, see `Family.text_width`."""
     return require(model).text_width
 
 
 def check_prompt(model: Any, conditioning: Any, name: str) -> None:
-    """Check that a CONDITIONING is one that the model takes: see `check_conditioning`; SDXL and its refiner need a
-    pooled output too.
+    """Check that a CONDITIONING is valid (`check_conditioning`) and fits the model; SDXL and its refiner also need a
+    pooled output.
 
     Raises:
-        IdentityEditError: when it is another model's.
+        IdentityEditError: when it does not.
     """
     check_conditioning(conditioning, name)
     for embedding, options, *_ in conditioning:
@@ -46,10 +46,10 @@ def check_prompt(model: Any, conditioning: Any, name: str) -> None:
 
 
 def check_text_width(model: Any, embedding: torch.Tensor, pooled: torch.Tensor | None, name: str) -> None:
-    """Check the widths alone of an embedding [B, T, C] and a pooled output [B, P]; the numbers are not looked at.
+    """Check the widths of an embedding [B, T, C] and a pooled output [B, P] against a model.
 
     Raises:
-        IdentityEditError: when they are another model's.
+        IdentityEditError: when they do not fit.
     """
     family = require(model)
     width, pooled_width = family.text_width, family.pooled_width
@@ -67,38 +67,38 @@ def check_text_width(model: Any, embedding: torch.Tensor, pooled: torch.Tensor |
 
 
 def to_socket_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
-    """Bring a latent from the model's scale to that of LATENT sockets (ComfyUI's `process_out`)."""
+    """Convert a latent from the model's scale to that of LATENT sockets (ComfyUI's `process_out`)."""
     return model.get_model_object("latent_format").process_out(latent)
 
 
 def model_latent(model: Any, latent: torch.Tensor, name: str = "The latent") -> torch.Tensor:
-    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32; `name` as the user sees it.
+    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32; `name` is for messages.
 
     Raises:
-        IdentityEditError: when they are no latents of this model.
+        IdentityEditError: when they are not valid latents of this model.
     """
     check_latent(latent, name, latent_channels(model))
     return to_model_scale(model, latent.to(torch.float32))
 
 
 def to_model_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
-    """Bring a latent from the scale of LATENT sockets to the model's (ComfyUI's `process_in`)."""
+    """Convert a latent from the scale of LATENT sockets to the model's (ComfyUI's `process_in`)."""
     return model.get_model_object("latent_format").process_in(latent)
 
 
 @dataclass(frozen=True)
 class ModelTag:
-    """What a file made with one model keeps of it, so that another model can be refused.
+    """Fingerprint of a model, stored in files made with it so that other models can be rejected.
 
     Attributes:
-        architecture: class, channels and width of text embeddings.
+        architecture: class, channels and width of the text embeddings.
         prediction: "eps", "v" or "flow", see `families.noise`.
         latent_format: name of the latent's scaling.
         sigma_max: highest noise level of the model's schedule.
-        dtype: in which the weights were loaded.
-        weights: a few hundred of the model's own weights, without LoRAs or other patches on it; NaN where only their
-            layer can read them (GGUF).
-        quantized: whether some of them are kept in a quantized form.
+        dtype: data type of the loaded weights.
+        weights: a few hundred of the model's weights, without LoRAs or other patches; NaN where only the layer can read
+            them (GGUF).
+        quantized: whether any of them are quantized.
     """
 
     architecture: str
@@ -111,19 +111,19 @@ class ModelTag:
 
     @property
     def noise(self) -> NoisePath:
-        """The model's path from an image to noise."""
+        """The model's noise path."""
         return FLOW if self.prediction == VELOCITY else DIFFUSION
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> ModelTag:
-        """The tag that a file's description holds.
+        """Parse a tag from a file's description.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError: when it holds something else; see `files.understanding`.
+            KeyError, TypeError, ValueError, AttributeError: when it is invalid; see `files.parsing_file`.
         """
         texts = [description[name] for name in ("architecture", "prediction", "latent_format", "dtype")]
         if not isinstance(description["weights"], list) or not all(isinstance(text, str) for text in texts):
-            raise TypeError("the model's tag is of another form")
+            raise TypeError("the model's tag is invalid")
         torch.finfo(getattr(torch, description["dtype"]))
         weights = tuple(float(weight) for weight in description["weights"])
         quantized = bool(description.get("quantized", False))
@@ -131,10 +131,10 @@ class ModelTag:
         return cls(**{**description, "sigma_max": sigma_max, "weights": weights, "quantized": quantized})
 
     def difference(self, other: ModelTag) -> str | None:
-        """What tells the two models apart, in words, or None when they are the same model.
+        """A description of the difference between two models, or None if they are the same.
 
-        Weights are compared within the rounding of the coarser of both forms, so that a checkpoint matches itself in
-        float32, float16, bfloat16, float8 and quantized; those that cannot be read are not compared.
+        Weights are compared within the rounding of the coarser data type, so that a checkpoint matches itself in
+        float32, float16, bfloat16, float8 and quantized form. Unreadable weights are skipped.
         """
         for name in ("architecture", "prediction", "latent_format"):
             if getattr(self, name) != getattr(other, name):
@@ -154,7 +154,7 @@ class ModelTag:
 
 
 def model_tag(model: Any) -> ModelTag:
-    """The tag of a model; see `ModelTag`."""
+    """The `ModelTag` of a model."""
     family = require(model)
     samples: list[float] = []
     any_quantized = False
@@ -174,13 +174,13 @@ def model_tag(model: Any) -> ModelTag:
 
 
 def drop_step_caches(clone: Any) -> None:
-    """Take from a clone what skips evaluations and repeats an earlier step's (EasyCache, LazyCache and the like).
+    """Remove caches that reuse earlier model calls (EasyCache, LazyCache and similar) from a clone, with a log message.
 
-    They assume the small steps of a sampler that only goes forward; in an inversion, or where the same noise level is
-    evaluated twice, they give another trajectory. What is called a cache is taken for one. The log says so.
+    They assume a sampler that takes small steps in one direction, and change the result of an inversion or of a
+    repeated evaluation at the same noise level. Caches are recognized by "cache" in their name.
     """
     options = clone.model_options["transformer_options"]
-    of_options = options.get("wrappers", {})
+    option_wrappers = options.get("wrappers", {})
     dropped = {key for key in options if _is_cache(key)}
     for key in dropped:
         del options[key]
@@ -188,13 +188,13 @@ def drop_step_caches(clone: Any) -> None:
         for key in [key for key in by_key if _is_cache(key)]:
             clone.remove_wrappers_with_key(kind, key)
             dropped.add(key)
-    for by_key in of_options.values():
+    for by_key in option_wrappers.values():
         for key in [key for key in by_key if _is_cache(key)]:
             del by_key[key]
             dropped.add(key)
     if dropped:
         logging.warning(
-            "IdentityEdit: the model's %s is left out here, since it would change the result; sampling keeps it.",
+            "IdentityEdit: the model's %s is disabled here because it would change the result; sampling still uses it.",
             for_console(" and ".join(sorted(dropped))),
         )
 
@@ -211,14 +211,15 @@ def with_wrappers(
     *,
     replace: bool = True,
 ) -> Any:
-    """A clone of `model` with wrappers around its evaluations and around whole runs.
+    """A clone of `model` with wrappers around guider calls and around whole sampling runs.
 
     Args:
-        model: MODEL; it is not changed.
-        key: names the wrappers; those of the same key are replaced, or kept beside the new ones without `replace`.
-        predict_noise: `(executor, x, timestep, model_options, seed)` around every evaluation by a guider, which is
+        model: MODEL; not modified.
+        key: name of the wrappers.
+        predict_noise: `(executor, x, timestep, model_options, seed)`, wraps every call of the guider, which is
             `executor.class_obj`.
-        outer_sample: around every run.
+        outer_sample: wraps every sampling run.
+        replace: replace existing wrappers with this key, or add to them.
     """
     clone = model.clone()
     kinds = comfy.patcher_extension.WrappersMP
@@ -231,7 +232,7 @@ def with_wrappers(
 
 
 KEEPS_EMBEDDING = "identity_edit_keeps_embedding"
-"""Marks a conditioning whose text embedding is never replaced by per-step embeddings."""
+"""Marks a conditioning whose text embedding per-step embeddings must not replace."""
 
 
 def conditionings_with_embedding(
@@ -240,19 +241,19 @@ def conditionings_with_embedding(
     pooled: torch.Tensor | None = None,
     keep: bool = False,
 ) -> list[dict[str, Any]]:
-    """A guider's conditionings of one side with another text embedding; the given ones are not changed.
+    """A copy of a guider's conditionings of one side with a different text embedding.
 
     Args:
         conditionings: a value of `guider.conds` while sampling.
         embedding: [B, T, C].
-        pooled: [B, P] or None; SDXL keeps it in front of the size conditioning.
-        keep: mark them, so that per-step embeddings of another node do not replace them
-            again: for the source that an edit is evaluated beside, whichever node was connected first.
+        pooled: [B, P] or None; in SDXL it precedes the size conditioning.
+        keep: protect the embedding from another node's per-step embeddings, whichever node was connected first. For
+            source prompts that are evaluated alongside an edit.
     """
     result = []
     for conditioning in conditionings:
         model_conds = dict(conditioning["model_conds"])
-        # Of the kind that ComfyUI has made for this model: cross-attention repeats a shorter text, others must not.
+        # Keep the class that ComfyUI uses for this model: CONDCrossAttn repeats shorter texts, which others must not.
         kind = type(model_conds.get("c_crossattn", comfy.conds.CONDCrossAttn(embedding)))
         model_conds["c_crossattn"] = kind(embedding)
         if pooled is not None and "y" in model_conds:
@@ -267,9 +268,9 @@ def conditionings_with_embedding(
 
 
 def conditionings_of_the_prompt(conditionings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A guider's conditionings of one side without ControlNets, GLIGEN and masks, which say where things are in
-    the sampled image and nothing about another one evaluated beside it; the given ones are not changed."""
+    """A copy of a guider's conditionings of one side without ControlNets, GLIGEN and masks, which apply to the sampled
+    image only, not to a source image evaluated alongside it."""
     return [
-        {name: value for name, value in conditioning.items() if name not in _BESIDE_THE_PROMPT}
+        {name: value for name, value in conditioning.items() if name not in _IMAGE_SPECIFIC}
         for conditioning in conditionings
     ]

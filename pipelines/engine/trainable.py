@@ -1,4 +1,4 @@
-"""Chosen weights of a MODEL and a CLIP as float32 variables, and both networks evaluated with them."""
+"""Training of selected weights of a MODEL and a CLIP as float32 variables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import comfy.samplers
 import torch
 
 from ..shared.errors import IdentityEditError
-from ..shared.gradients import patches_on_copies
+from ..shared.gradients import autograd_safe_options
 from .edit_model import input_channels, is_edit_model
 from .families.base import Capability
 from .families.registry import require
@@ -32,37 +32,37 @@ from .model import (
 from .weights import plain_weight, weight_shapes
 
 _BYTES_PER_VARIABLE = 16
-"""Of one trained number: itself, its gradient and AdamW's two moments, each in float32."""
+"""Per trained parameter: its value, its gradient and AdamW's two moments, each in float32."""
 
 Variables = dict[str, tuple[torch.nn.Parameter, torch.Tensor]]
-"""By key, the float32 parameter in the place of a weight, and that weight."""
+"""By key: the float32 parameter that replaces a weight, and the original weight."""
 
 Text = tuple[torch.Tensor, torch.Tensor | None]
 """Cross-attention embeddings [B, T, C] and pooled outputs [B, P] of a batch of captions."""
 
 
 def joined_texts(texts: Sequence[Text]) -> Text:
-    """Several texts as one batch; shorter ones are repeated, which changes no cross-attention."""
+    """Concatenate texts to a batch; shorter ones are repeated, which does not change cross-attention."""
     embeddings = [comfy.conds.CONDCrossAttn(embedding) for embedding, _ in texts]
     pooled = [row for _, row in texts if row is not None]
     return embeddings[0].concat(embeddings[1:]), torch.cat(pooled) if len(pooled) == len(texts) else None
 
 
 class TrainableNetworks:
-    """The networks while some of their weights are variables; `trainable_networks` makes one.
+    """The networks during training; created by `trainable_networks`.
 
     Attributes:
-        model_variables: the trained weights of the MODEL by their keys, float32 leaves that require a gradient.
-        clip_variables: likewise of the CLIP's text encoders.
-        device: where latents have to be.
-        family: the MODEL's.
-        sampling: its noise levels.
+        model_variables: trained weights of the MODEL by key, float32 leaves that require a gradient.
+        clip_variables: likewise for the CLIP's text encoders.
+        device: required device of latents.
+        family: the MODEL's family.
+        sampling: the MODEL's noise levels.
     """
 
-    def __init__(self, patcher: Any, clip: Any, of_model: Variables, of_clip: Variables) -> None:
-        self.model_variables = {key: variable for key, (variable, _) in of_model.items()}
-        self.clip_variables = {key: variable for key, (variable, _) in of_clip.items()}
-        self._trained = of_model, of_clip
+    def __init__(self, patcher: Any, clip: Any, model_weights: Variables, clip_weights: Variables) -> None:
+        self.model_variables = {key: variable for key, (variable, _) in model_weights.items()}
+        self.clip_variables = {key: variable for key, (variable, _) in clip_weights.items()}
+        self._trained = model_weights, clip_weights
         self.device: torch.device = patcher.load_device
         self.family = require(patcher, Capability.TRAINING)
         self.sampling = self.family.sampling
@@ -70,34 +70,34 @@ class TrainableNetworks:
         self._clip = clip
         self._frozen_texts: dict[str, Text] = {}
         self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
-        # Attention patches and wrappers of other nodes take part in training as they do in sampling.
+        # Other nodes' attention patches and wrappers apply in training as in sampling.
         comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self._options)
-        # FreeU and its like write into what the backward pass needs.
-        self._options = patches_on_copies(self._options)
+        # Some, such as FreeU, overwrite tensors that the backward pass needs.
+        self._options = autograd_safe_options(self._options)
 
     def changes(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """What has been learned so far, on the CPU: variables minus the weights they began as, of MODEL and of CLIP."""
+        """The changes learned so far, on the CPU: variables minus their initial weights, of MODEL and of CLIP."""
 
         def change(variable: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
             before = before.detach() if type(before.data) is torch.Tensor else before.dequantize()
-            # PyTorch subtracts no float8, in which `--fp8_e4m3fn-unet` keeps weights.
+            # PyTorch cannot subtract float8 tensors (`--fp8_e4m3fn-unet`).
             return (variable.detach() - before.to(variable.dtype)).to("cpu", dtype)
 
-        model, clip = ({key: change(*pair) for key, pair in part.items()} for part in self._trained)
+        model, clip = ({key: change(*pair) for key, pair in weights.items()} for weights in self._trained)
         return model, clip
 
     def to_model_scale(self, latent: torch.Tensor) -> torch.Tensor:
-        """A latent in the scale of LATENT sockets in the MODEL's scale, on the device."""
+        """Convert a latent from the scale of LATENT sockets to the MODEL's scale, on the device."""
         return to_model_scale(self._patcher, latent).to(self.device)
 
     def to_socket_scale(self, latent: torch.Tensor) -> torch.Tensor:
-        """The other way round."""
+        """Convert a latent from the MODEL's scale to that of LATENT sockets."""
         return to_socket_scale(self._patcher, latent)
 
     def encode(self, captions: Sequence[str]) -> Text:
-        """Encode captions as CLIP Text Encode does, except that parentheses are text and no emphasis.
+        """Encode captions as CLIP Text Encode does, except that parentheses are plain text, not emphasis.
 
-        While no weight of the text encoders is trained, a caption is encoded once.
+        Encodings are cached unless the text encoders are trained.
         """
         if self.clip_variables:
             return self.encode_tokens([self._tokens(caption) for caption in captions])
@@ -107,9 +107,9 @@ class TrainableNetworks:
         return self._on_device(joined_texts([self._frozen_texts[caption] for caption in captions]))
 
     def encode_tokens(self, prompts: Sequence[dict[str, Any]]) -> Text:
-        """Encode prompts that are tokens as `clip.tokenize` gives them, word vectors among them.
+        """Encode tokens from `clip.tokenize`, which may contain word vectors.
 
-        Gradients pass through. A prompt of more than 75 tokens gives a longer embedding, see `joined_texts`.
+        Differentiable. A prompt of more than 75 tokens gives a longer embedding, see `joined_texts`.
         """
         return self._on_device(joined_texts([self._encode(tokens) for tokens in prompts]))
 
@@ -121,8 +121,8 @@ class TrainableNetworks:
         Args:
             x: latents [B, C, H, W] float32 in the model's scale.
             sigma: [B] noise levels.
-            text: of B captions, or of one for all.
-            source: of models that see a source image, its latent [B, C, H, W] as the VAE gives it; None is zeros.
+            text: embeddings of B captions, or of one.
+            source: for models conditioned on a source image, its latent [B, C, H, W] from the VAE; None for zeros.
 
         Returns:
             [B, C, H, W] float32.
@@ -166,37 +166,35 @@ def trainable_networks(
     checkpointing: bool = False,
     modules: Sequence[torch.nn.Module] = (),
 ) -> Iterator[TrainableNetworks]:
-    """Load a MODEL and a CLIP and make variables of chosen weights, on clones; everything is put back at the end.
+    """Load a MODEL and a CLIP and make selected weights trainable, on clones; everything is restored at the end.
 
-    A trained weight takes its layer's place as a float32 parameter, which ComfyUI's operations cast to the dtype of
-    their input. That is the weight plus a float32 change, at the memory of the change alone, and it is how plain
-    PyTorch trains. LoRAs on the model are in the weights already. Must be entered where gradients are wanted; it leaves
-    ComfyUI's inference mode itself.
+    A trained weight is replaced by a float32 parameter, which ComfyUI's operations cast to the dtype of their input.
+    LoRAs on the model are already merged. The context leaves ComfyUI's inference mode and enables gradients.
 
     Args:
-        model: MODEL that predicts noise or velocity.
+        model: MODEL that predicts noise or v.
         clip: CLIP.
         model_keys: keys of `model.model.state_dict()`.
-        clip_keys: keys of `clip.patcher.model.state_dict()`; none freezes the text encoders.
-        dtype: in which the networks compute, whatever the weights' own. The caller chooses autocast accordingly.
+        clip_keys: keys of `clip.patcher.model.state_dict()`; empty freezes the text encoders.
+        dtype: compute dtype of the networks, whatever that of the weights. The caller sets up autocast accordingly.
         latent_shape: [B, C, H, W] of the largest batch, for the memory estimate.
         checkpointing: see `gradient_context`.
-        modules: networks of one's own that are trained beside or inside the MODEL, where its patches run them. Their
-            parameters are float32 and made outside of inference mode; they are moved to the MODEL's device and require
-            a gradient in here, and are frozen and on the CPU again afterwards.
+        modules: additional networks to train, such as those that the MODEL's patches run. Their parameters must be
+            float32 and created outside inference mode. Within this context they are on the MODEL's device and require
+            gradients; afterwards they are frozen and back on the CPU.
 
     Raises:
-        IdentityEditError: for a model of another kind and for weights that cannot be trained.
+        IdentityEditError: for an unsupported model or weights that cannot be trained.
     """
     require(model, Capability.TRAINING)
     if input_channels(model) != latent_channels(model) and not is_edit_model(model):
         raise IdentityEditError(
-            f"The model takes {input_channels(model)} input channels and cannot be trained with images alone; load a "
-            f"text-to-image checkpoint, no inpainting model."
+            f"The model takes {input_channels(model)} input channels and cannot be trained on images alone; load a "
+            f"text-to-image checkpoint, not an inpainting model."
         )
     patcher, text_encoder = model.clone(), clip.clone()
-    computes_in = model.get_model_object("manual_cast_dtype") or model.model_dtype()
-    if computes_in != dtype or model.model_dtype() != dtype:
+    compute_dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
+    if compute_dtype != dtype or model.model_dtype() != dtype:
         patcher.set_model_compute_dtype(dtype)
     drop_step_caches(patcher)
     use_differentiable_attention(patcher)
@@ -209,32 +207,32 @@ def trainable_networks(
     with contextlib.ExitStack() as stack:
         stack.enter_context(gradient_context(patchers, memory_required=memory, checkpointing=checkpointing))
         stack.enter_context(_inputs_survive_changes_in_place(text_encoder.patcher.model))
-        of_model = stack.enter_context(_float32_variables(patcher.model, model_keys))
-        of_clip = stack.enter_context(_float32_variables(text_encoder.patcher.model, clip_keys))
+        model_weights = stack.enter_context(_float32_variables(patcher.model, model_keys))
+        clip_weights = stack.enter_context(_float32_variables(text_encoder.patcher.model, clip_keys))
         stack.enter_context(_trained_modules(modules, patcher.load_device))
         patcher.pre_run()
         try:
-            yield TrainableNetworks(patcher, text_encoder, of_model, of_clip)
+            yield TrainableNetworks(patcher, text_encoder, model_weights, clip_weights)
         finally:
             patcher.cleanup()
 
 
 def float32_weight(module: torch.nn.Module, name: str, key: str, *, in_use: bool = False) -> torch.Tensor:
-    """A float32 copy of a layer's weight as it is now, on its device.
+    """A float32 copy of a layer's current weight, on its device.
 
     Args:
         module: the layer.
-        name: of its parameter.
-        key: names the weight in an error.
-        in_use: with what ComfyUI adds to it while it computes: a LoRA, where the weight itself stays as it was since
-            memory is short (`--lowvram`, `--novram`).
+        name: its parameter's name.
+        key: the weight's name for messages.
+        in_use: apply patches that ComfyUI adds only during computation: LoRAs in low-memory modes (`--lowvram`,
+            `--novram`).
 
     Raises:
-        IdentityEditError: for a weight in a form of which a copy is not the weight; `key` names it.
+        IdentityEditError: for a quantized weight that cannot be converted.
     """
     weight = getattr(module, name)
     plain = plain_weight(module, name, weight)
-    # A layer that scales a weight itself (scaled float8 of older versions) would scale a plain one too.
+    # A layer that scales its weight itself (scaled float8 of older versions) would scale a plain one again.
     if plain is None or (plain is not weight and type(weight.data) is torch.Tensor):
         raise IdentityEditError(
             f"The weight {key} is stored in a quantized form that cannot be trained; load the checkpoint in float16, "
@@ -248,7 +246,7 @@ def float32_weight(module: torch.nn.Module, name: str, key: str, *, in_use: bool
 
 @contextlib.contextmanager
 def _trained_modules(modules: Sequence[torch.nn.Module], device: torch.device) -> Iterator[None]:
-    """Let networks of one's own be trained on a device."""
+    """Make modules trainable on a device, and freeze and move them to the CPU at the end."""
     try:
         for module in modules:
             module.to(device).requires_grad_(True)
@@ -260,7 +258,7 @@ def _trained_modules(modules: Sequence[torch.nn.Module], device: torch.device) -
 
 @contextlib.contextmanager
 def _float32_variables(model: torch.nn.Module, keys: Iterable[str]) -> Iterator[Variables]:
-    """Put a float32 copy that requires a gradient in the place of each parameter."""
+    """Replace each parameter by a float32 copy that requires a gradient."""
     variables: Variables = {}
     try:
         for key in keys:
@@ -279,10 +277,10 @@ def _float32_variables(model: torch.nn.Module, keys: Iterable[str]) -> Iterator[
 
 @contextlib.contextmanager
 def _inputs_survive_changes_in_place(model: torch.nn.Module) -> Iterator[None]:
-    """Let a text encoder be differentiated that adds to its residual stream in place (`x += ...`).
+    """Make text encoders differentiable that add to their residual stream in place (`x += ...`).
 
-    A normalization keeps its input for the backward pass, and autograd refuses it once that has been changed; each
-    normalization therefore gets an input of its own.
+    A normalization saves its input for the backward pass, and autograd raises an error if it was modified since; each
+    normalization therefore gets a copy.
     """
 
     def copy_input(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:

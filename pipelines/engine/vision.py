@@ -1,4 +1,4 @@
-"""What a CLIP_VISION sees in an image, token by token, and what identifies one."""
+"""Image tokens and fingerprints of a CLIP_VISION."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _PROJECTION = "visual_projection.weight"
 
 @dataclass(frozen=True)
 class VisionTag:
-    """What a file keeps of the CLIP vision that it was made with.
+    """Fingerprint of a CLIP vision model, stored in files made with it.
 
     Attributes:
         tokens: N, the class token and the patches.
-        width: D of a token.
-        weights: a few of its weights.
+        width: D, the channels of a token.
+        weights: a sample of its weights.
     """
 
     tokens: int
@@ -30,18 +30,18 @@ class VisionTag:
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> VisionTag:
-        """The tag that a file's description holds.
+        """Parse a tag from a file's description.
 
         Raises:
-            KeyError, TypeError, ValueError: when it holds something else; see `files.understanding`.
+            KeyError, TypeError, ValueError: when it is invalid; see `files.parsing_file`.
         """
         weights = tuple(float(weight) for weight in description["weights"])
         return cls(int(description["tokens"]), int(description["width"]), weights)
 
     def difference(self, other: VisionTag) -> str | None:
-        """What tells two apart, in words, or None. Weights are compared within the rounding of bfloat16."""
+        """A description of the difference, or None. Weights are compared within the rounding of bfloat16."""
         if (self.tokens, self.width) != (other.tokens, other.width):
-            return f"{self.tokens} tokens of {self.width} numbers instead of {other.tokens} of {other.width}"
+            return f"{self.tokens} tokens of width {self.width} instead of {other.tokens} of width {other.width}"
         mine, its = torch.tensor(self.weights), torch.tensor(other.weights)
         if mine.shape != its.shape or float((mine - its).norm()) > 0.01 * float(its.norm()):
             return "different weights"
@@ -52,7 +52,7 @@ def vision_tag(clip_vision: Any) -> VisionTag:
     """The tag of a CLIP_VISION.
 
     Raises:
-        IdentityEditError: when it is none of CLIP's (or SigLIP's) image encoders.
+        IdentityEditError: when it is not a CLIP (or SigLIP) image encoder.
     """
     positions = _weight(clip_vision, _POSITIONS)
     if positions is None:
@@ -65,26 +65,26 @@ def vision_tag(clip_vision: Any) -> VisionTag:
 
 
 def vision_tokens(clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
-    """The image encoder's last hidden states, normalized as CLIP normalizes its class token before projecting it.
+    """The image encoder's last hidden states, normalized like CLIP's class token before its projection.
 
     Args:
         clip_vision: CLIP_VISION.
-        images: [B, H, W, 3] float32, 0 to 1; squeezed to the encoder's square, so that nothing is cut off.
+        images: [B, H, W, 3] float32, 0 to 1; resized to the encoder's square without cropping.
 
     Returns:
-        [B, N, D] float32 CPU: the class token first, then the patches row by row.
+        [B, N, D] float32 CPU: the class token, then the patches row by row.
     """
     tokens = clip_vision.encode_image(images, crop=False)["last_hidden_state"].detach().float().cpu()
     scale, shift = (_weight(clip_vision, _NORM + part) for part in ("weight", "bias"))
     normalizes_itself = getattr(getattr(clip_vision.model, "vision_model", None), "output_layernorm", False)  # SigLIP
     if scale is not None and not normalizes_itself:
         tokens = torch.nn.functional.layer_norm(tokens, scale.shape, scale, shift)
-    check_finite(tokens, "What the CLIP vision sees")
+    check_finite(tokens, "The CLIP vision output")
     return tokens
 
 
 def vision_projection(clip_vision: Any) -> torch.Tensor | None:
-    """CLIP's own projection [P, D] of a token to the space that it shares with CLIP's texts, where it has one."""
+    """CLIP's projection matrix [P, D] from a token to the joint text and image space, or None if it has none."""
     return _weight(clip_vision, _PROJECTION)
 
 

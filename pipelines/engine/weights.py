@@ -1,4 +1,4 @@
-"""Weights of a ModelPatcher as the checkpoint holds them, and as Save Checkpoint writes them.
+"""Weights of a ModelPatcher, as in the checkpoint and as Save Checkpoint writes them.
 
 Read on ComfyUI 0.3.75 and 0.33.0: comfy/model_patcher.py, comfy/ops.py, comfy/sd.py.
 """
@@ -14,9 +14,9 @@ import torch
 
 
 def weight_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
-    """The shape of every parameter by its key, as its layer computes with it.
+    """The logical shape of every parameter, by key.
 
-    The layers are asked where they know it: a weight may be kept in another shape (packed, or as bytes).
+    Linear and embedding layers know it, even if their weight is stored in another shape (packed, or as bytes).
     """
     shapes = {}
     for path, module in network.named_modules():
@@ -31,34 +31,34 @@ def weight_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
 
 
 def plain_weight(module: torch.nn.Module, name: str, weight: torch.Tensor) -> torch.Tensor | None:
-    """A layer's weight as numbers: itself where it is not quantized, None where only the layer can read it."""
+    """A layer's weight, dequantized if needed; None if only the layer can read it."""
     if weight.is_meta or not weight.is_floating_point():
         return None
     convert = getattr(module, f"convert_{name}", None)
     with torch.no_grad():
         if type(weight.data) is not torch.Tensor:
             return weight.dequantize()
-        if convert is not None:  # gives scaled float8 its scale, and other weights as they are
+        if convert is not None:  # applies the scale of scaled float8; other weights are returned unchanged
             return convert(weight, inplace=False)
     return weight
 
 
 def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
-    """The parameters of a network as its checkpoint holds them, without LoRAs and other patches.
+    """The parameters of a network as in its checkpoint, without LoRAs and other patches.
 
     Args:
         patcher: ModelPatcher.
-        prefix: of the keys to look at.
+        prefix: prefix of the keys.
 
     Yields:
-        key, weight (dequantized; None where only the layer can read it, as GGUF's), and whether it is kept in a
-        quantized form; in the order of the keys.
+        key, weight (dequantized; None if only the layer can read it, such as GGUF), and whether it is quantized; sorted
+        by key.
     """
     for key in sorted(key for key, _ in patcher.model.named_parameters() if key.startswith(prefix)):
         path, _, name = key.rpartition(".")
         module = patcher.model.get_submodule(path)
         weight = getattr(module, name)
-        if key in patcher.backup:  # a LoRA is in the place of the weight
+        if key in patcher.backup:  # the current weight contains a LoRA
             weight = patcher.backup[key].weight
         if key in patcher.hook_backup:
             weight = patcher.hook_backup[key][0]
@@ -67,10 +67,10 @@ def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tenso
 
 
 def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[float], bool]:
-    """Up to `most` numbers of every matrix and kernel below a prefix, to tell one checkpoint from another.
+    """Up to `most` values of every matrix and kernel with a key prefix, as a checkpoint's fingerprint.
 
     Returns:
-        the numbers, NaN for those that cannot be read, and whether any weight is kept in a quantized form.
+        the values, NaN for unreadable ones, and whether any weight is quantized.
     """
     shapes = weight_shapes(patcher.model)
     samples: list[float] = []
@@ -89,8 +89,8 @@ def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[
 
 
 def first_numbers(patcher: Any, prefix: str, chosen: Callable[[str], object]) -> dict[str, list[float]]:
-    """The first number of every stored weight whose key begins with a prefix and is chosen, to tell one checkpoint from
-    another; [] where only the layer can read it."""
+    """The first value of every stored weight whose key has a prefix and is chosen, as a checkpoint's fingerprint; [] if
+    only the layer can read it."""
     return {
         key: [] if weight is None else weight.flatten()[:1].float().cpu().tolist()
         for key, weight, _ in stored_weights(patcher, prefix)
@@ -99,22 +99,22 @@ def first_numbers(patcher: Any, prefix: str, chosen: Callable[[str], object]) ->
 
 
 def checkpoint_weights(model: Any, clip: Any | None = None, vae: Any | None = None) -> dict[str, torch.Tensor]:
-    """All weights with their LoRAs, by the names of a checkpoint file, as ComfyUI's Save Checkpoint writes them.
+    """All weights including LoRAs, with the names of a checkpoint file, like ComfyUI's Save Checkpoint.
 
     Args:
         model: MODEL.
-        clip, vae: CLIP and VAE of the file, or None.
+        clip, vae: CLIP and VAE to include, or None.
 
     Returns:
-        CPU tensors by name, in the dtype in which each is kept.
+        CPU tensors by name, each in its stored dtype.
     """
-    of_vae = None if vae is None else vae.get_sd()
-    if hasattr(model, "state_dict_for_saving"):  # newer than 0.3.75: entries that compute their weight when moved
-        comfy.model_management.unload_all_models()  # no entry is to add a LoRA to a weight that has it already
-        of_clip = None if clip is None else clip.state_dict_for_saving()
-        saved = model.state_dict_for_saving(of_clip, of_vae)
+    vae_weights = None if vae is None else vae.get_sd()
+    if hasattr(model, "state_dict_for_saving"):  # newer than 0.3.75: lazy entries that apply LoRAs when moved
+        comfy.model_management.unload_all_models()  # otherwise LoRAs would be applied twice
+        clip_weights = None if clip is None else clip.state_dict_for_saving()
+        saved = model.state_dict_for_saving(clip_weights, vae_weights)
     else:
         patchers = [model] if clip is None else [model, clip.patcher]
         comfy.model_management.load_models_gpu(patchers, force_patch_weights=True)
-        saved = model.model.state_dict_for_saving(None if clip is None else clip.get_sd(), of_vae)
+        saved = model.model.state_dict_for_saving(None if clip is None else clip.get_sd(), vae_weights)
     return {name: entry.to("cpu").detach() for name, entry in saved.items() if isinstance(entry, torch.Tensor)}

@@ -27,7 +27,7 @@ import torch
 
 from .. import engine
 from ..shared.errors import IdentityEditError
-from ..shared.files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
+from ..shared.files import checked_record, header_of, load_external, parsing_file, read_tensors, write_tensors
 from .subject_embedding import OUTPUT, WORD, SubjectEmbedding
 
 KIND = "embedding of a subject"
@@ -83,7 +83,7 @@ def load_subject(path: str) -> SubjectEmbedding:
     if not any(name.startswith("shared.") for name in names):
         return load_textual_inversion(path)
     tensors, description = read_tensors(path, KIND)
-    with understanding(path, "The subject"):
+    with parsing_file(path, "The subject"):
         vectors = {name.removeprefix("shared."): part for name, part in tensors.items() if name.startswith("shared.")}
         steps: dict[str, torch.Tensor] = {}
         for name, shared in vectors.items():
@@ -93,7 +93,7 @@ def load_subject(path: str) -> SubjectEmbedding:
                 scale = tensors[f"steps.{name}.scale"][..., None]
                 steps[name] = shared + tensors[f"steps.{name}.levels"].float() * scale
         tag, training = description["model"], description["training"]
-        check_facts(training, ("steps", "learning_rate", "images"))
+        checked_record(training, ("steps", "learning_rate", "images"))
         return SubjectEmbedding(
             kind=description["form"],
             vectors=vectors,
@@ -115,7 +115,7 @@ def load_textual_inversion(path: str) -> SubjectEmbedding:
     Raises:
         IdentityEditError: when the file is missing, damaged, no textual inversion, or holds code.
     """
-    content = read_foreign(path, "save it again", "save it as safetensors in the program that made it")
+    content = load_external(path, "save it again", "save it as safetensors in the program that made it")
     token = os.path.splitext(os.path.basename(path))[0]
     found: dict[str, Any] = {}
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict):  # A1111, .pt

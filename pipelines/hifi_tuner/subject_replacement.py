@@ -132,7 +132,7 @@ def _check_target(target: Conditioning, prompt: PromptTokens, learned: int, batc
         raise IdentityEditError(
             f"subject_tokens is {learned}; choose the number of tokens that the subject was trained with (0 for none)."
         )
-    end = prompt.parts[-1].end  # the mark behind the last word counts for the text encoder too
+    end = prompt.chunks[-1].end  # the mark behind the last word counts for the text encoder too
     if end >= prompt.count - learned:
         raise IdentityEditError(
             f"The target prompt reaches into the last {learned} positions, which hold the learned subject; shorten it "

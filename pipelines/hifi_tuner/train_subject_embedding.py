@@ -17,7 +17,7 @@ from ..shared.errors import IdentityEditError
 from ..subjects.word_vectors import mark_subject, with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
 from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch, guided_preview
-from ..training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
+from ..training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_record
 from .subject_embedding import (
     KINDS,
     OUTPUT,
@@ -171,7 +171,7 @@ def train_subject_embedding(
         class_word=settings.class_word,
         token=settings.token,
         model=tag,
-        training=training_facts(settings, run, images=len(images), distance_from_start=distance),
+        training=training_record(settings, run, images=len(images), distance_from_start=distance),
     )
     return learned, run
 

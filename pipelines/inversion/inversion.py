@@ -382,7 +382,7 @@ def load_inversion(path: str) -> Inversion:
     tensors, description = files.read_tensors(path, _KIND)
     if description.get("format") not in range(1, _FORMAT + 1):
         raise IdentityEditError(f"The file {path} was written by a newer version of this pack; update the pack.")
-    with files.understanding(path, "The inversion", "save the inversion again"):
+    with files.parsing_file(path, "The inversion", "save the inversion again"):
         embeddings = None
         if "embeddings.embeddings" in tensors:
             embeddings = StepEmbeddings(

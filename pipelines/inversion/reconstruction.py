@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..shared.images import comparable
+from ..shared.images import matched_images
 
 LOWEST_PSNR = 20.0
 """dB below which a reconstruction is taken to have failed. A choice between what the demo world gave at 20 steps: 26 dB
@@ -17,15 +17,15 @@ def psnr(image: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
     One line of arithmetic, so no metrics library is asked.
 
     Args:
-        image, reconstruction: as `images.comparable` takes them.
+        image, reconstruction: as `images.matched_images` takes them.
 
     Returns:
         [B] float64 in dB, infinite for equal images.
 
     Raises:
-        IdentityEditError: as `images.comparable`.
+        IdentityEditError: as `images.matched_images`.
     """
-    image, reconstruction, _ = comparable(image, reconstruction, ("image", "reconstruction"))
+    image, reconstruction, _ = matched_images(image, reconstruction, ("image", "reconstruction"))
     error = (image.double() - reconstruction.double()).square().flatten(1).mean(dim=1)
     return -10.0 * torch.log10(error)
 

@@ -19,7 +19,7 @@ import torch
 from .. import engine
 from ..engine.weights import weight_shapes
 from ..shared.errors import IdentityEditError
-from ..shared.files import check_facts, read_tensors, understanding, write_tensors
+from ..shared.files import checked_record, parsing_file, read_tensors, write_tensors
 
 KIND = "identity prior"
 CLIP_KEYS = re.compile(r"clip_\w\..+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)")
@@ -139,14 +139,14 @@ def load_identity_prior(path: str) -> IdentityPrior:
         IdentityEditError: when the file is missing, damaged, or holds something else.
     """
     tensors, description = read_tensors(path, KIND)
-    with understanding(path, "The identity prior"):
+    with parsing_file(path, "The identity prior"):
         return IdentityPrior(
             model_change=_below(tensors, MODEL_PREFIX),
             clip_change=_below(tensors, CLIP_PREFIX),
             token=str(description["token"]),
             class_word=str(description["class_word"]),
             model=engine.ModelTag.from_description(description["model"]),
-            training=check_facts(
+            training=checked_record(
                 description["training"], ("steps", "learning_rate", "identity_images", "regularization_images")
             ),
         )

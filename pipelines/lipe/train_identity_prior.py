@@ -24,7 +24,7 @@ from ..training.loop import (
     generator_of,
     run_description,
     train,
-    training_facts,
+    training_record,
 )
 from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
 
@@ -149,7 +149,7 @@ def train_identity_prior(
             needed=of_model,  # of the text encoder, the layers behind the one that is read get no gradient
         )
         model_change, clip_change = networks.changes(FILE_DTYPES[settings.file_dtype])
-    facts = training_facts(
+    facts = training_record(
         settings,
         run,
         identity_images=len(identity),

@@ -18,7 +18,7 @@ from torch import nn
 from .. import engine
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_finite
-from ..shared.files import check_facts, read_tensors, understanding, write_tensors
+from ..shared.files import checked_record, parsing_file, read_tensors, write_tensors
 from ..subjects.word_vectors import check_word_widths, mark_subject, with_word_vectors
 from ..subjects.words import has_word, with_token
 
@@ -199,7 +199,7 @@ def load_identity_words(path: str) -> IdentityWords:
         IdentityEditError: when the file is missing, damaged, or holds something else.
     """
     tensors, description = read_tensors(path, KIND)
-    with understanding(path, "The identity words"):
+    with parsing_file(path, "The identity words"):
         tag = description["model"]
         words, (tokens, width) = int(description["words"]), description["features"]
         widths = {str(name): int(each) for name, each in description["widths"].items()}
@@ -217,5 +217,5 @@ def load_identity_words(path: str) -> IdentityWords:
             features=(int(tokens), int(width)),
             class_word=str(description["class_word"]),
             model=None if tag is None else engine.ModelTag.from_description(tag),
-            training=check_facts(description["training"], ()),
+            training=checked_record(description["training"], ()),
         )

@@ -21,7 +21,7 @@ from ..engine.edit_model import checkpoint_tensors, require_edit_model
 from ..engine.vision import VisionTag, vision_projection, vision_tag, vision_tokens
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_conditioning
-from ..shared.files import FILE_DTYPES, check_facts, read_tensors, understanding, write_tensors
+from ..shared.files import FILE_DTYPES, checked_record, parsing_file, read_tensors, write_tensors
 from ..shared.images import encoded
 
 KIND = "MCDM"
@@ -284,11 +284,11 @@ def load_mcdm(path: str) -> MCDM:
         raise IdentityEditError(
             f"The MCDM in {path} was trained with other conventions than this version of the pack has; train it again."
         )
-    with understanding(path, "The MCDM in", "train it again"):
+    with parsing_file(path, "The MCDM in", "train it again"):
         vision = VisionTag.from_description(description["vision"])
         model = engine.ModelTag.from_description(description["model"])
         channels, height, width = (int(side) for side in description["latent"])
-        training = check_facts(description["training"], ())
+        training = checked_record(description["training"], ())
         if not isinstance(training.get("prompts") or [], list):
             raise TypeError("prompts is no list")
         context = tensors[_PREFIX + "project.weight"].shape[0]

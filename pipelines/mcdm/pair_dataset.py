@@ -22,7 +22,7 @@ from ..engine.host import stock_noise
 from ..networks.image_encoders import encoder_of_clip_vision
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError
-from ..shared.images import PIXELS_OF_A_CELL, comparable
+from ..shared.images import PIXELS_PER_LATENT_PIXEL, matched_images
 from ..shared.parsing import as_range
 from .identity_words import IdentityWords, identity_conditioning, identity_vectors
 from .pair_folder import PairFolder
@@ -105,8 +105,8 @@ class PairSettings:
             raise IdentityEditError(f"Two edits are called {max(names, key=names.count)}; give each its own name.")
         for name in ("width", "height"):
             size = getattr(self, name)
-            if size < PIXELS_OF_A_CELL or size % PIXELS_OF_A_CELL:
-                raise IdentityEditError(f"{name} is {size}; choose a multiple of {PIXELS_OF_A_CELL}.")
+            if size < PIXELS_PER_LATENT_PIXEL or size % PIXELS_PER_LATENT_PIXEL:
+                raise IdentityEditError(f"{name} is {size}; choose a multiple of {PIXELS_PER_LATENT_PIXEL}.")
         if not 0.0 <= self.validation_share < 1.0:
             raise IdentityEditError(f"validation_share is {self.validation_share}; choose a share from 0 to below 1.")
         if self.attempts < 1:
@@ -341,7 +341,7 @@ def _draw(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Source and target [H, W, 3] by the noise of a seed."""
-    height, width = settings.height // PIXELS_OF_A_CELL, 2 * settings.width // PIXELS_OF_A_CELL
+    height, width = settings.height // PIXELS_PER_LATENT_PIXEL, 2 * settings.width // PIXELS_PER_LATENT_PIXEL
     latent = torch.zeros(1, engine.latent_channels(model), height, width)
     noise = stock_noise(latent, seed)
     sampled = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
@@ -384,7 +384,7 @@ def save_pairs(
 
     Args:
         folder: the dataset.
-        source, target: as `images.comparable` takes them.
+        source, target: as `images.matched_images` takes them.
         source_prompt, target_prompt: p_a and p_b.
         edit: its name.
         validation_share: share of the pairs that is for validation, drawn from their numbers.
@@ -395,7 +395,7 @@ def save_pairs(
     Raises:
         IdentityEditError: when the images do not belong together, or cannot be written.
     """
-    source, target, _ = comparable(source, target, ("source", "target"))
+    source, target, _ = matched_images(source, target, ("source", "target"))
     used = {*folder.finished(), *folder.rejected()}
     numbers = []
     for before, after in zip(source, target, strict=True):

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from ..shared.errors import IdentityEditError
-from ..shared.files import ABANDONED_AFTER, written_whole
+from ..shared.files import ABANDONED_AFTER, atomic_write
 from ..shared.images import from_pillow, open_image, to_pillow
 
 SOURCE, TARGET, DESCRIPTION = "source.png", "target.png", "pair.json"
@@ -175,7 +175,7 @@ class PairFolder:
             entry.rename(place)
 
     def _write(self, file: Path, data: bytes) -> None:
-        with _writing(self.path), written_whole(str(file)) as temporary:
+        with _writing(self.path), atomic_write(str(file)) as temporary:
             Path(temporary).write_bytes(data)
 
 

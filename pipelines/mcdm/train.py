@@ -25,7 +25,7 @@ from ..training.loop import (
     generator_of,
     run_description,
     train,
-    training_facts,
+    training_record,
 )
 from ..training.processes import OneProcess, Processes
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
@@ -244,7 +244,7 @@ def train_mcdm(
     set_weights(edit_model, weights)
     if processes.index == 0 and of_sample.path != encoded.path:
         remove_encoded(of_sample)
-    facts = training_facts(
+    facts = training_record(
         settings,
         run,
         processes=processes.count,

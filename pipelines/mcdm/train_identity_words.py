@@ -16,7 +16,7 @@ from ..shared.errors import IdentityEditError
 from ..subjects.word_vectors import with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
 from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch
-from ..training.loop import Progress, TrainingRun, TrainingSettings, run_description, train, training_facts
+from ..training.loop import Progress, TrainingRun, TrainingSettings, run_description, train, training_record
 from .identity_words import MOST_WORDS, WORDS, IdentityEncoder, IdentityWords, image_features, mark_identity
 
 _WHAT = "identity words"
@@ -142,7 +142,7 @@ def train_identity_words(
         features=(int(features.shape[1]), int(features.shape[2])),
         class_word=settings.class_word,
         model=tag,
-        training=training_facts(settings, run, images=len(images)),
+        training=training_record(settings, run, images=len(images)),
     )
     return learned, run
 

@@ -20,7 +20,7 @@ import torch
 
 from .. import engine
 from ..shared.errors import IdentityEditError
-from ..shared.files import check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
+from ..shared.files import checked_record, header_of, load_external, parsing_file, read_tensors, write_tensors
 from .style_attention import StyleAttention, StyleNetwork
 
 KIND = "style attention"
@@ -77,9 +77,9 @@ def load_style_attention(path: str) -> StyleAttention:
         raise IdentityEditError(f"The file {path} does not exist; choose another one, or train a style attention.")
     _refuse_others(path)
     tensors, description = read_tensors(path, KIND)
-    with understanding(path, "The style attention"):
+    with parsing_file(path, "The style attention"):
         tag, training = description["model"], description["training"]
-        check_facts(training, ("steps", "learning_rate", "images"))
+        checked_record(training, ("steps", "learning_rate", "images"))
         attention = "attention.layers."
         sizes = {}
         for name in sorted({name[len(attention) :].split(".")[0] for name in tensors if name.startswith(attention)}):
@@ -112,7 +112,7 @@ def load_style_attention(path: str) -> StyleAttention:
 def _refuse_others(path: str) -> None:
     names, _ = header_of(path)
     if not path.lower().endswith(".safetensors"):
-        content = read_foreign(path, "save it again", "choose one that Train Style Attention has saved", device="meta")
+        content = load_external(path, "save it again", "choose one that Train Style Attention has saved", device="meta")
         names = {str(name) for name in content} if isinstance(content, dict) else set()
     if any(_ADAPTER_WEIGHT in name for name in names) or names >= _ADAPTER_PARTS:
         raise IdentityEditError(

@@ -22,7 +22,7 @@ from ..training.loop import (
     generator_of,
     run_description,
     train,
-    training_facts,
+    training_record,
 )
 from .style_attention import ROW_GROUPS, STRENGTH, RowGroups, StyleAttention, StyleNetwork, parse_row_groups
 from .style_attention_files import in_file_precision
@@ -215,7 +215,7 @@ def train_style_attention(
         encoder=w_plus.encoder,
         pseudo_word=settings.pseudo_word,
         model=tag,
-        training=training_facts(settings, run, images=len(images)),
+        training=training_record(settings, run, images=len(images)),
     )
     return style, run
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from ..shared.errors import IdentityEditError, check_batch_matches
-from ..shared.files import read_tensors, understanding, write_tensors
+from ..shared.files import parsing_file, read_tensors, write_tensors
 from ..shared.parsing import as_range, split_parts
 
 KIND = "entry of W+ styles"
@@ -178,5 +178,5 @@ def load_w_plus(path: str) -> WPlus:
         IdentityEditError: when the file is missing, damaged, or holds something else.
     """
     tensors, description = read_tensors(path, KIND)
-    with understanding(path, "The file of W+ styles", "encode and save them again"):
+    with parsing_file(path, "The file of W+ styles", "encode and save them again"):
         return WPlus(tensors["rows"].float(), tensors["average"].float(), str(description["encoder"]))

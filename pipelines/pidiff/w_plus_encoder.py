@@ -24,7 +24,15 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from ..engine.managed_network import load_whole, managed
 from ..shared.errors import IdentityEditError
-from ..shared.files import DESCRIPTION, check_facts, header_of, read_foreign, read_tensors, understanding, write_tensors
+from ..shared.files import (
+    DESCRIPTION,
+    checked_record,
+    header_of,
+    load_external,
+    parsing_file,
+    read_tensors,
+    write_tensors,
+)
 from .e4e import E4E, from_published, with_weights
 from .w_plus import WPlus, check_finite_styles
 
@@ -247,13 +255,13 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
                 f"or save it again."
             )
         own = {key.removeprefix("encoder."): tensor for key, tensor in tensors.items()}
-        with understanding(path, "The encoder", "download it or save it again"):
+        with parsing_file(path, "The encoder", "download it or save it again"):
             network = with_weights(architecture, description.get("config", {}), own, path)
-            name, training = str(description.get("name", name)), check_facts(description.get("training", {}), ())
+            name, training = str(description.get("name", name)), checked_record(description.get("training", {}), ())
     else:
         # A namespace of the training's options is the one class besides tensors that published files hold.
         instead = "download e4e_ffhq_encode.pt from its authors, or choose a .safetensors file"
-        content = read_foreign(path, "download it again", instead, (Namespace,), mmap=_is_zip(path))
+        content = load_external(path, "download it again", instead, (Namespace,), mmap=_is_zip(path))
         if not isinstance(content, dict):
             raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
         network, average = from_published(content, path)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..shared.errors import IdentityEditError
-from ..shared.images import as_color, comparable
+from ..shared.images import as_color, matched_images
 from ..shared.masks import masks_for
 from .definitions import INSIDE
 
@@ -35,7 +35,7 @@ class ScoredImages:
         count, sources = len(edited), 0
         if source is not None:
             sources = len(source)
-            edited, source, _ = comparable(edited, source, ("edited", "source"))
+            edited, source, _ = matched_images(edited, source, ("edited", "source"))
             if len(edited) > count:
                 raise IdentityEditError(
                     f"source holds {sources} images for one edited image; give one for all, or one for each."

@@ -1,1 +1,1 @@
-"""What every technique uses: errors, input checks, files, images, masks, conditionings."""
+"""Shared utilities: errors, input checks, files, images, masks and conditionings."""

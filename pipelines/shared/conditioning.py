@@ -1,7 +1,7 @@
 """Reading and rebuilding ComfyUI CONDITIONING lists.
 
 A CONDITIONING is a list of `[embedding, options]`: the cross-attention embedding [B, T, C] and a dictionary that holds
-`pooled_output`, ranges, areas, ControlNets and so on. Nothing here changes a list it was given.
+`pooled_output`, ranges, areas, ControlNets and so on. No function here modifies its input.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ def single_embedding(conditioning: Conditioning, name: str) -> tuple[torch.Tenso
         name: the input's name as the user sees it.
 
     Returns:
-        embedding [B, T, C] in float32 (for SDXL both encoders' embeddings side by side), and the pooled output
-        [B, P] in float32, or None where the model has none. Both are copies.
+        embedding [B, T, C] in float32 (for SDXL both encoders' embeddings, concatenated along C), and the pooled
+        output [B, P] in float32, or None where the model has none. Both are copies.
 
     Raises:
-        IdentityEditError: when there is no entry, more than one, no embedding, or a value that is not finite.
+        IdentityEditError: for no entry or several, a missing embedding, or a value that is not finite.
     """
     check_conditioning(conditioning, name)
     if len(conditioning) != 1:
         raise IdentityEditError(
-            f"{name} has {len(conditioning)} entries, and an embedding can be optimized or replaced only in one; use a "
-            f"single CLIP Text Encode without Conditioning (Combine)."
+            f"{name} has {len(conditioning)} entries but must have exactly one; use a single CLIP Text Encode without "
+            f"Conditioning (Combine)."
         )
     embedding, options = conditioning[0]
     if embedding is None:
@@ -47,7 +47,7 @@ def single_embedding(conditioning: Conditioning, name: str) -> tuple[torch.Tenso
 def with_embedding(
     conditioning: Conditioning, embedding: torch.Tensor, pooled: torch.Tensor | None = None
 ) -> Conditioning:
-    """A CONDITIONING like `conditioning` whose every entry carries `embedding` (and `pooled` where given)."""
+    """A copy of a CONDITIONING with the embedding (and the pooled output, if given) of every entry replaced."""
     result: Conditioning = []
     for _, options in conditioning:
         options = dict(options)
@@ -58,16 +58,16 @@ def with_embedding(
 
 
 def coverage_warning(conditioning: Conditioning, latent: torch.Tensor) -> str | None:
-    """Say when a CONDITIONING leaves a part of the image or of the steps without a prompt.
+    """A warning if a CONDITIONING leaves part of the image or some of the steps without a prompt.
 
-    ComfyUI takes zeros for an estimate that no entry gives, so that what is inverted or optimized there is lost.
+    ComfyUI fills uncovered places with zeros, so inversion and optimization lose the image there.
 
     Args:
         conditioning: entries with "area", "mask", "start_percent" and "end_percent" as ComfyUI's nodes set them.
         latent: [B, C, H, W].
 
     Returns:
-        one sentence with the remedy, or None where everything is covered.
+        one sentence with the remedy, or None if everything is covered.
     """
     times = {0.0, 1.0}
     for _, options in conditioning:
@@ -80,15 +80,15 @@ def coverage_warning(conditioning: Conditioning, latent: torch.Tensor) -> str | 
                 covered |= _covered(options, latent)
         if not bool(covered.all()):
             return (
-                "The positive conditioning covers only a part of the image or of the steps, and the rest is lost "
-                "here; combine it with a prompt for the rest (Conditioning Combine), or remove its area, mask or "
-                "timestep range."
+                "The positive conditioning covers only part of the image or of the steps, and the rest is lost; "
+                "combine it with a prompt for the rest (Conditioning Combine), or remove its area, mask or timestep "
+                "range."
             )
     return None
 
 
 def _covered(options: dict[str, Any], latent: torch.Tensor) -> torch.Tensor:
-    """Where in the latent [H, W] an entry of a CONDITIONING has a say."""
+    """Bool mask [H, W] of the latent pixels that an entry of a CONDITIONING applies to."""
     height, width = latent.shape[-2:]
     covered = torch.ones((height, width), dtype=torch.bool)
     if options.get("area") is not None:
@@ -109,8 +109,8 @@ def _covered(options: dict[str, Any], latent: torch.Tensor) -> torch.Tensor:
 def copy_outside_inference_mode(value: Any) -> Any:
     """Copy every tensor inside nested lists, tuples and dictionaries; other objects are shared.
 
-    ComfyUI runs a prompt in `torch.inference_mode`, whose tensors cannot take part in a gradient: called outside that
-    mode, this gives ordinary copies.
+    ComfyUI executes prompts in `torch.inference_mode`, whose tensors autograd cannot use. Called outside that mode,
+    this function returns ordinary copies.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().clone()

@@ -1,4 +1,4 @@
-"""Checks of inputs that several techniques share; they raise the pack's one exception.
+"""Input checks shared by several techniques; they raise the pack's only exception class.
 
 Every message is one sentence that names the input and what to do about it; ComfyUI shows it on the node.
 """
@@ -15,19 +15,19 @@ from ...attention.errors import for_console as for_console
 from ...attention.errors import loggable as loggable
 
 MAXIMUM_BATCH = 64
-"""Largest number of latents processed at once; a batch beyond it is almost always a mistake (a video, a folder)."""
+"""Largest accepted batch of latents; a larger one is almost always a mistake (a video, a folder)."""
 LARGEST_VALUE = 1e6
-"""Of latents and embeddings. Theirs are below 100, those of noise below 150000 (sigma 4500); networks overflow far
-beyond."""
+"""Largest accepted magnitude in latents and embeddings. Typical values are below 100, and below 150000 in noise
+(sigma 4500); networks overflow far beyond."""
 
 
 def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -> None:
     """Check a batch of image latents.
 
     Args:
-        latent: tensor that should be [B, C, H, W], finite, with 1 <= B <= 64.
+        latent: expected [B, C, H, W], finite, with 1 <= B <= 64.
         name: the input's name as the user sees it, for the message.
-        channels: the number of channels that the model takes, where known.
+        channels: the model's number of latent channels, if known.
 
     Raises:
         IdentityEditError: for an empty or oversized batch, a wrong shape or channel count, or NaN and infinite values.
@@ -45,36 +45,36 @@ def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -
     if channels is not None and latent.shape[1] != channels:
         raise IdentityEditError(
             f"{name} has {latent.shape[1]} channels but the model takes {channels}; encode the image with this "
-            f"checkpoint's own VAE."
+            f"checkpoint's VAE."
         )
     check_finite(latent, not_finite(latent, name) or name)
     check_size_of_values(latent, name)
 
 
 def shortened(text: str, length: int = 80) -> str:
-    """A text that a message quotes, as one line of at most `length` characters."""
+    """Text to quote in a message, as one line of at most `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 3] + "..."
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's text, at most 200 characters of it, or else its name."""
+    """The first line of an exception's text, cut to 200 characters, or its class name if there is no text."""
     lines = str(error).strip().splitlines()
     return shortened(lines[0] if lines else type(error).__name__, 200)
 
 
 def check_size_of_values(tensor: torch.Tensor, name: str) -> None:
-    """Raise `IdentityEditError` when `tensor` holds a value beyond what any network computes with."""
+    """Raise `IdentityEditError` if `tensor` contains a magnitude above `LARGEST_VALUE`."""
     largest = float(tensor.detach().float().abs().max())
     if largest > LARGEST_VALUE:
         raise IdentityEditError(
-            f"{name} holds values up to {largest:.3g}, with which no model can compute; take away what multiplies it, "
-            f"or encode it again."
+            f"{name} contains values up to {largest:.3g}, which is out of range; remove whatever scales it, or encode "
+            f"it again."
         )
 
 
 def not_finite(batch: torch.Tensor, name: str) -> str | None:
-    """`name` with the numbers of those of a batch [B, ...] that hold NaN or infinite values; None where none does."""
+    """`name` with the numbers (from 1) of the batch entries [B, ...] that contain NaN or infinite values, or None."""
     bad = [str(i + 1) for i, entry in enumerate(batch) if not bool(torch.isfinite(entry).all())]
     if not bad:
         return None
@@ -83,11 +83,11 @@ def not_finite(batch: torch.Tensor, name: str) -> str | None:
 
 ENCODE_AGAIN = "encode the image again, with the VAE in float32 (--fp32-vae)"
 IN_FLOAT32 = "load the model in float32 (--force-fp32)"
-"""Remedies for numbers that are none, in an image's latent and in what a model has computed."""
+"""Remedies for NaN and infinite values in an image's latent and in a model's output."""
 
 
 def check_finite(tensor: torch.Tensor, name: str, remedy: str = ENCODE_AGAIN) -> None:
-    """Raise `IdentityEditError` with the remedy when `tensor` holds NaN or infinite values."""
+    """Raise `IdentityEditError` with the remedy if `tensor` contains NaN or infinite values."""
     if not bool(torch.isfinite(tensor).all()):
         raise IdentityEditError(f"{name} contains NaN or infinite values; {remedy}.")
 
@@ -99,7 +99,7 @@ def check_steps(steps: int, most: int) -> None:
 
 
 def check_batch_matches(count: int, batch: int, name: str, what: str = "latents") -> None:
-    """Raise `IdentityEditError` unless `name` has one entry, or one for each of the batch; `what` it is a batch of."""
+    """Raise `IdentityEditError` unless `count` is 1 or the batch size; `what` names the batch's entries."""
     if count not in (1, batch):
         raise IdentityEditError(
             f"{name} holds {count} entries for a batch of {batch} {what}; give one for all, or one for each."
@@ -110,17 +110,17 @@ def check_conditioning(conditioning: Any, name: str) -> None:
     """Check a ComfyUI CONDITIONING list.
 
     Args:
-        conditioning: should be a list of [embedding [B, T, C], options], not empty, with finite numbers.
+        conditioning: expected a nonempty list of [embedding [B, T, C], options] with finite values.
         name: the input's name as the user sees it, for the message.
 
     Raises:
-        IdentityEditError: when it is empty, of another form, or holds NaN, infinite or huge values.
+        IdentityEditError: when it is empty or malformed, or contains NaN, infinite or huge values.
     """
     if not isinstance(conditioning, list) or len(conditioning) == 0:
         raise IdentityEditError(f"{name} is empty; connect a CLIP Text Encode node.")
     for entry in conditioning:
         if not isinstance(entry, (list, tuple)) or len(entry) < 2 or not isinstance(entry[1], dict):
-            raise IdentityEditError(f"{name} is no list of embeddings with options; connect a CLIP Text Encode node.")
+            raise IdentityEditError(f"{name} is not a valid CONDITIONING; connect a CLIP Text Encode node.")
         embedding, pooled = entry[0], entry[1].get("pooled_output")
         if not isinstance(embedding, torch.Tensor):
             raise IdentityEditError(f"{name} holds no text embedding; connect a CLIP Text Encode node.")
@@ -130,7 +130,7 @@ def check_conditioning(conditioning: Any, name: str) -> None:
                 f"CLIP Text Encode node."
             )
         if pooled is not None and (not isinstance(pooled, torch.Tensor) or pooled.ndim != 2 or 0 in pooled.shape):
-            raise IdentityEditError(f"The pooled output of {name} is of another form; connect a CLIP Text Encode node.")
+            raise IdentityEditError(f"{name} has an invalid pooled output; connect a CLIP Text Encode node.")
         for tensor in (embedding, pooled):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 raise IdentityEditError(f"{name} contains NaN or infinite values; encode the prompt again.")
@@ -139,16 +139,16 @@ def check_conditioning(conditioning: Any, name: str) -> None:
 
 
 def check_areas(options: Iterable[dict[str, Any]], latent: torch.Tensor, name: str) -> None:
-    """Check that each area that a conditioning is limited to begins inside the latent; ComfyUI cuts it at the far ends.
+    """Check that the areas of a conditioning start inside the latent. (ComfyUI clips them at the right and bottom.)
 
     Args:
-        options: those of every entry of a conditioning; "area" is (height, width, y, x) in latent pixels, or
-            ("percentage", height, width, y, x) in shares of the latent, or absent.
+        options: the options of every entry; "area" is (height, width, y, x) in latent pixels, or
+            ("percentage", height, width, y, x) as fractions of the latent, or absent.
         latent: [B, C, H, W].
         name: the conditioning's name as the user sees it, for the message.
 
     Raises:
-        IdentityEditError: when an area begins at or beyond the latent's right or lower end.
+        IdentityEditError: when an area starts at or beyond the latent's right or bottom edge.
     """
     height, width = latent.shape[-2:]
     for entry in options:
@@ -160,6 +160,6 @@ def check_areas(options: Iterable[dict[str, Any]], latent: torch.Tensor, name: s
             y, x = round(y * height), round(x * width)
         if y >= height or x >= width:
             raise IdentityEditError(
-                f"{name} is for an area that begins outside of the image ({x}, {y} in a latent of {width}x{height}); "
-                f"lower x and y of the node that sets the area."
+                f"{name} has an area that starts outside the image ({x}, {y} in a latent of {width}x{height}); lower "
+                f"x and y of the node that sets the area."
             )

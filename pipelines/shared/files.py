@@ -1,9 +1,9 @@
-"""Files that are written whole or not at all: tensors as safetensors, with their description in the header.
+"""Atomic writes and safe reads: tensors as safetensors, with a JSON description in the header.
 
-safetensors is used for both because it holds no code: nothing in such a file is ever executed.
+safetensors files contain no code, so loading one never executes anything.
 
-A process that is killed while it writes leaves a folder of a temporary name, which no list of files shows. The next
-one that writes into the folder removes it, once it is so old that no living process can be writing it.
+A process killed during a write leaves a temporary folder behind, which file lists do not show. The next write into the
+same folder removes it once it is too old to belong to a running process.
 """
 
 from __future__ import annotations
@@ -24,29 +24,28 @@ import torch
 from .errors import IdentityEditError, first_line
 
 CLAIMED = ".claimed.tmp"
-"""Behind the name of a file that a process is about to write."""
+"""Suffix that marks the name of a file a process is about to write."""
 ABANDONED_AFTER = 3600.0
-"""Seconds without a change after which something half written belongs to no living process."""
+"""Seconds without a change after which a partial file is considered abandoned."""
 FILE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-"""In which a file may keep trained weights."""
+"""Data types for saved weights."""
 DESCRIPTION = "identity_edit"
-"""The header's entry in which this pack's files describe themselves."""
+"""Header entry with the JSON description of this pack's files."""
 _TEMPORARY = re.compile(r"\.(claimed|[0-9a-f]{8})\.tmp$")
 _FORMER_SPELLINGS = (("picture", "image"), ("regularisation", "regularization"), ("normalise", "normalize"))
-"""In the names of tensors and the keys of descriptions."""
-_NOT_UNDERSTOOD = (
+"""(old, new) spellings in the names of tensors and the keys of descriptions."""
+_PARSE_ERRORS = (
     KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError, MemoryError
 )  # fmt: skip
-"""What Python and torch raise for values of wrong types and sizes; RecursionError is a RuntimeError."""
+"""Exceptions that Python and torch raise for values of wrong types and sizes; RecursionError is a RuntimeError."""
 
 
 @contextlib.contextmanager
-def written_whole(path: str) -> Iterator[str]:
-    """A name to write to, which takes the place of `path` when the block ends well and is removed when it does not.
+def atomic_write(path: str) -> Iterator[str]:
+    """Context manager for an atomic write: yields a temporary path that replaces `path` on success.
 
-    It is in a folder of its own beside `path`, because safetensors (from 0.8) writes to a temporary file beside the one
-    it is asked for, under a name that nobody could tell from those of others. What killed processes left here is
-    removed. Raises OSError as the system does.
+    The temporary file is in its own folder next to `path`, because safetensors (from 0.8) itself writes to a temporary
+    file beside its target, under an unpredictable name. Abandoned folders are removed first. Raises OSError.
     """
     path = os.path.abspath(path)
     parent = os.path.dirname(path)
@@ -55,7 +54,7 @@ def written_whole(path: str) -> Iterator[str]:
     remove_abandoned(parent)
     os.mkdir(folder)
     try:
-        temporary = os.path.join(folder, "unfinished")  # no ending: lists of files look into folders too
+        temporary = os.path.join(folder, "unfinished")  # no extension, so that recursive file lists skip it
         yield temporary
         os.chmod(temporary, _mode_of_new_files(folder))
         os.replace(temporary, path)
@@ -64,16 +63,16 @@ def written_whole(path: str) -> Iterator[str]:
 
 
 def _mode_of_new_files(folder: str) -> int:
-    """The permissions that the user's umask gives to new files: safetensors (from 0.8) gives its owner's alone, with
-    which a server of another user could not read a shared models folder."""
+    """The permissions of new files under the user's umask. safetensors (from 0.8) creates files that only the owner
+    can read, so another user's server could not read them from a shared models folder."""
     probe = os.path.join(folder, "permissions")
     with open(probe, "x"):
         return os.stat(probe).st_mode & 0o777
 
 
 def remove_abandoned(parent: str) -> None:
-    """Remove the temporary folders of `written_whole` and the claims that have not changed for ABANDONED_AFTER."""
-    with contextlib.suppress(OSError):  # another process may be tidying up too, and nothing depends on it
+    """Remove temporary folders of `atomic_write` and claims that have not changed for ABANDONED_AFTER seconds."""
+    with contextlib.suppress(OSError):  # best effort: another process may be cleaning up too
         for name in os.listdir(parent):
             path = os.path.join(parent, name)
             if not _TEMPORARY.search(name) or os.path.islink(path):
@@ -88,12 +87,12 @@ def remove_abandoned(parent: str) -> None:
 
 
 def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict[str, Any]) -> None:
-    """Write tensors and a JSON description to `path`, replacing a file that is there, or leave everything as it was.
+    """Write tensors and a JSON description to `path` atomically, replacing an existing file.
 
     Args:
-        path: where to write; the folder is made when it is missing.
+        path: the file; its folder is created if needed.
         tensors: the tensors by name.
-        description: what JSON can hold; it goes into the file's header.
+        description: JSON-serializable; stored in the file's header.
 
     Raises:
         IdentityEditError: when the folder or the file cannot be written.
@@ -102,18 +101,18 @@ def write_tensors(path: str, tensors: dict[str, torch.Tensor], description: dict
     from safetensors.torch import save_file
 
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             save_file(_with_memory_of_their_own(tensors), temporary, metadata={DESCRIPTION: json.dumps(description)})
     except (OSError, SafetensorError) as error:
         raise IdentityEditError(
             f"The file {path} cannot be written ({getattr(error, 'strerror', None) or error}); choose another folder, "
-            f"or make room."
+            f"or free disk space."
         ) from error
 
 
 def _with_memory_of_their_own(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors on the CPU; copied only where they share their memory, which safetensors refuses."""
-    own: dict[str, torch.Tensor] = {}
+    """The tensors on the CPU, copied where several share memory, which safetensors rejects."""
+    unshared: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
@@ -121,17 +120,17 @@ def _with_memory_of_their_own(tensors: dict[str, torch.Tensor]) -> dict[str, tor
         if storage.data_ptr() in seen or storage.nbytes() != plain.numel() * plain.element_size():
             plain = plain.clone()
         seen.add(plain.untyped_storage().data_ptr())
-        own[name] = plain
-    return own
+        unshared[name] = plain
+    return unshared
 
 
 def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a file of `write_tensors`.
+    """Read a file written by `write_tensors`.
 
     Args:
         path: the file.
-        kind: the value that the description's "kind" must have, such as "inversion".
-        prefix: reads only tensors whose names begin with it.
+        kind: the required value of the description's "kind", such as "inversion".
+        prefix: only tensors whose names start with it are read.
 
     Returns:
         the tensors by name (CPU) and the description.
@@ -145,20 +144,20 @@ def read_tensors(path: str, kind: str, prefix: str = "") -> tuple[dict[str, torc
         with safe_open(path, framework="pt", device="cpu") as file:
             description = json.loads((file.metadata() or {}).get(DESCRIPTION, "null"))
             if not isinstance(description, dict) or description.get("kind") != kind:
-                raise IdentityEditError(f"The file {path} holds no {kind}; choose one saved by this pack.")
+                raise IdentityEditError(f"The file {path} contains no {kind}; choose one saved by this pack.")
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
     except FileNotFoundError as error:
         raise IdentityEditError(f"The file {path} does not exist; choose another, or save one first.") from error
     except IdentityEditError:
         raise
-    except (OSError, SafetensorError, *_NOT_UNDERSTOOD) as error:  # JSON nested too deeply, numbers of too many digits
+    except (OSError, SafetensorError, *_PARSE_ERRORS) as error:  # includes JSON that is too deep, oversized integers
         raise IdentityEditError(f"The file {path} cannot be read ({error}); save it again.") from error
     return _with_current_names(tensors), _with_current_names(description)
 
 
 def _with_current_names(value: Any) -> Any:
-    """Tensors by name, or a description, with the former spellings of some names replaced by today's."""
+    """Tensors by name, or a description, with former spellings of names replaced by current ones."""
     if isinstance(value, list):
         return [_with_current_names(each) for each in value]
     if not isinstance(value, dict):
@@ -172,7 +171,7 @@ def _with_current_names(value: Any) -> Any:
 
 
 def header_of(path: str, remedy: str = "save it again") -> tuple[set[str], dict[str, str]]:
-    """The names of a safetensors file's tensors, and its metadata; of another kind of file, nothing.
+    """The tensor names and metadata of a safetensors file; both empty for any other file type.
 
     Raises:
         IdentityEditError: when it cannot be read.
@@ -188,20 +187,20 @@ def header_of(path: str, remedy: str = "save it again") -> tuple[set[str], dict[
         raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); {remedy}.") from error
 
 
-def read_foreign(
+def load_external(
     path: str, remedy: str, instead: str, classes: tuple[type, ...] = (), device: str = "cpu", mmap: bool = False
 ) -> Any:
-    """The content of another program's file, safetensors or a pickle, without executing anything in it.
+    """Load a third-party safetensors or pickle file without executing any code in it.
 
     Args:
         path: the file.
-        remedy: what to do when it cannot be read.
-        instead: what to do when it is a pickle of more than tensors.
-        classes: further classes that a pickle may hold.
+        remedy: end of the message for a file that cannot be read.
+        instead: end of the message for a pickle that contains more than tensors.
+        classes: additional classes allowed in a pickle.
         device, mmap: as for `torch.load`.
 
     Raises:
-        IdentityEditError: when it is missing or damaged, or holds code.
+        IdentityEditError: when it is missing or damaged, or contains code.
     """
     from safetensors.torch import load_file
 
@@ -214,44 +213,48 @@ def read_foreign(
         raise IdentityEditError(f"The file {path} does not exist; choose another.") from error
     except pickle.UnpicklingError as error:
         raise IdentityEditError(
-            f"The file {path} is damaged or holds code beside its tensors, which is never executed; {instead}."
+            f"The file {path} is damaged or contains code, which is never executed; {instead}."
         ) from error
-    except Exception as error:  # torch raises many kinds for what is no file of its own
+    except Exception as error:  # torch raises many kinds of exceptions for files that it did not write
         raise IdentityEditError(f"The file {path} cannot be read ({first_line(error)}); {remedy}.") from error
 
 
 @contextlib.contextmanager
-def understanding(path: str, what: str, remedy: str = "train and save it again") -> Iterator[None]:
-    """Around the lines that make something of a file's tensors and description, which may hold anything at all.
+def parsing_file(path: str, what: str, remedy: str = "train and save it again") -> Iterator[None]:
+    """Context manager for parsing untrusted file contents (tensors and description).
 
     Args:
         path: the file.
-        what: what it should hold, for the message, such as "The subject".
-        remedy: the end of the message.
+        what: the expected content, for the message, such as "The subject".
+        remedy: end of the message.
 
     Raises:
-        IdentityEditError: when they could not make it.
+        IdentityEditError: when the contents cannot be parsed.
     """
     try:
         yield
     except IdentityEditError:
         raise
-    except _NOT_UNDERSTOOD as error:
+    except _PARSE_ERRORS as error:
         raise IdentityEditError(
-            f"{what} {path} is damaged or of another version of this pack ({type(error).__name__}: {error}); {remedy}."
+            f"{what} {path} is damaged or from another version of this pack ({type(error).__name__}: {error}); "
+            f"{remedy}."
         ) from error
 
 
-def check_facts(training: Any, numbers: tuple[str, ...]) -> dict[str, Any]:
-    """What a description says about a training, which reports print.
+def checked_record(training: Any, numbers: tuple[str, ...]) -> dict[str, Any]:
+    """Validate a description's record of the training run, which reports print.
+
+    Args:
+        training: the record.
+        numbers: names of its entries that, where present, must be numbers from 0.
 
     Raises:
-        TypeError, ValueError: unless it is a dictionary in which these, where they are there, are numbers; see
-            `understanding`.
+        TypeError, ValueError: when it is invalid; see `parsing_file`.
     """
     if not isinstance(training, dict):
-        raise TypeError("training is no dictionary")
+        raise TypeError("training is not a dictionary")
     for name in numbers:
         if isinstance(training.get(name, 0), (str, bool)) or not float(training.get(name, 0)) >= 0:
-            raise ValueError(f"{name} is no number from 0")
+            raise ValueError(f"{name} is not a number from 0")
     return training

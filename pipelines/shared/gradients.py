@@ -1,4 +1,4 @@
-"""Gradients through frozen networks: the parts of `engine.gradient_context` that are torch alone."""
+"""Gradients through frozen networks: the torch-only part of `engine.gradient_context`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SEARCH_DEPTH = 6
 def plain_frozen_tensors(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Let autograd pass through `modules`: no parameter requires a gradient, none is an inference tensor.
 
-    A tensor made in `torch.inference_mode` can never be saved for a backward pass. Each parameter and buffer that is
-    one is replaced, for the time of this context, by an ordinary tensor over the same memory.
+    Autograd cannot save tensors created in `torch.inference_mode` for the backward pass. Within this context, such
+    parameters and buffers are replaced by ordinary tensors that share their memory.
     """
     replaced: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = []
     frozen: list[torch.Tensor] = []
@@ -45,7 +45,7 @@ def plain_frozen_tensors(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 def _can_be_saved_for_backward(tensor: torch.Tensor) -> bool:
-    # `is_inference()` is not enough: after `.data = ` or Module.to() it says False though the tensor cannot be used.
+    # `is_inference()` is not enough: after `.data = ` or Module.to() it is False although autograd rejects the tensor.
     try:
         tensor._version  # noqa: B018  (reading it is the test)
     except RuntimeError:
@@ -64,25 +64,25 @@ def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def checkpointed_blocks(
     modules: Iterable[torch.nn.Module], block_types: tuple[type[torch.nn.Module], ...]
 ) -> Iterator[None]:
-    """Recompute blocks of the given types in the backward pass instead of keeping their activations.
+    """Gradient checkpointing: recompute blocks of these types in the backward pass instead of storing activations.
 
-    A UNet writes its position into the dictionary of options that it hands to its blocks ("block",
-    "transformer_index"...), so by the time of the backward pass every block would read the last position. Each block
-    therefore keeps a copy of its dictionaries as they were when it ran.
+    A UNet writes its current position ("block", "transformer_index"...) into the options dictionary that it passes to
+    its blocks, so in the backward pass every block would read the last position. Each block therefore stores a copy of
+    its dictionaries from the forward pass.
     """
     blocks = [
         part
         for part in {id(part): part for root in modules for part in root.modules()}.values()
         if isinstance(part, block_types)
     ]
-    own_forward: list[tuple[torch.nn.Module, bool, Any]] = []
+    originals: list[tuple[torch.nn.Module, bool, Any]] = []
     try:
         for block in blocks:
-            own_forward.append((block, "forward" in vars(block), block.forward))
+            originals.append((block, "forward" in vars(block), block.forward))
             block.forward = _checkpointed(block.forward)
         yield
     finally:
-        for block, was_replaced, forward in own_forward:
+        for block, was_replaced, forward in originals:
             if was_replaced:  # by another node, before this context
                 block.forward = forward
             else:
@@ -97,7 +97,7 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
         kwargs_then = {key: _copy_of_dictionary(value) for key, value in kwargs.items()}
 
         def run(*tensors_and_options: Any) -> Any:
-            # Once for the forward and once for the backward pass, each with a fresh copy: blocks write into it too.
+            # Runs in the forward and again in the backward pass, each time with fresh copies: blocks write into them.
             copies = {key: _copy_of_dictionary(value) for key, value in kwargs_then.items()}
             return forward(*[_copy_of_dictionary(value) for value in tensors_and_options], **copies)
 
@@ -111,9 +111,9 @@ def _copy_of_dictionary(value: Any) -> Any:
 
 
 def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
-    """Networks that patches of other nodes carry: in dictionaries, lists, closures, bound methods and attributes.
+    """Modules referenced by other nodes' patches: in dictionaries, lists, closures, bound methods and attributes.
 
-    An adapter's projection layers, for instance, live in a patch function of the model options and not in the model.
+    For example, an adapter's projection layers are held by a patch function in the model options, not by the model.
     """
     found: dict[int, torch.nn.Module] = {}
     seen: set[int] = set()
@@ -133,7 +133,7 @@ def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
         else:
             search(getattr(item, "__self__", None), left - 1)
             for cell in getattr(item, "__closure__", None) or ():
-                with contextlib.suppress(ValueError):  # a cell that is still empty
+                with contextlib.suppress(ValueError):  # an empty closure cell
                     search(cell.cell_contents, left - 1)
             search(getattr(item, "__dict__", None), left - 1)
 
@@ -144,32 +144,32 @@ def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
 _PACK = __name__.rsplit(".", 3)[0]
 
 
-def patches_on_copies(model_options: dict[str, Any]) -> dict[str, Any]:
-    """The same model options, with every patch of other nodes safe for autograd.
+def autograd_safe_options(model_options: dict[str, Any]) -> dict[str, Any]:
+    """Model options in which other nodes' patches cannot break autograd.
 
-    Some patches write into tensors that the backward pass needs as they were: into those that they are given, or into
-    some of their own (FreeU multiplies a part of the hidden state by its mean, in place). So a patch works on copies,
-    and what autograd keeps of its work is copied too. The pack's own patches write into nothing; what a training
-    learns may be among them, and copies of that in every step would cost time and memory.
+    Some patches modify tensors that the backward pass needs: their arguments, or intermediate results (FreeU multiplies
+    part of the hidden state by its mean, in place). Each patch therefore gets copies of its arguments, and tensors that
+    autograd saves inside it are copied too. This pack's patches never write in place and are left alone: they may
+    contain the weights being trained, and copying these every step would cost time and memory.
     """
 
-    def on_copies(patch: Callable[..., Any]) -> Callable[..., Any]:
-        def patch_on_copies(*args: Any, **kwargs: Any) -> Any:
+    def safe(patch: Callable[..., Any]) -> Callable[..., Any]:
+        def safe_patch(*args: Any, **kwargs: Any) -> Any:
             copies = {key: _copy_with_gradient(value) for key, value in kwargs.items()}
             with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.detach().clone(), lambda copy: copy):
                 return patch(*map(_copy_with_gradient, args), **copies)
 
-        return patch_on_copies
+        return safe_patch
 
     options = model_options.get("transformer_options", {})
     patches = {
-        name: [on_copies(patch) if callable(patch) and not _is_own(patch) else patch for patch in those]
-        for name, those in options.get("patches", {}).items()
+        name: [safe(patch) if callable(patch) and not _is_from_this_pack(patch) else patch for patch in entries]
+        for name, entries in options.get("patches", {}).items()
     }
     return {**model_options, "transformer_options": {**options, "patches": patches}}
 
 
-def _is_own(patch: Callable[..., Any]) -> bool:
+def _is_from_this_pack(patch: Callable[..., Any]) -> bool:
     return str(getattr(patch, "__module__", "")).startswith((f"{_PACK}.attention.", f"{_PACK}.pipelines."))
 
 
@@ -178,15 +178,15 @@ def _copy_with_gradient(value: Any) -> Any:
 
 
 def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Gradients of a sum of per-sample losses, safe for networks that compute in float16.
+    """Gradients of a sum of per-sample losses, with per-sample gradient scaling for float16 networks.
 
-    The gradient at the network's output is scaled to one, sample by sample, by a power of two, and the result scaled
-    back: exact in float32, and in float16 nothing vanishes on the way through the network.
+    The gradient at the network's output is scaled to about one by a power of two per sample, and the result scaled
+    back: exact in float32, and without underflow in float16.
 
     Args:
-        loss: scalar, the sum over samples of a loss of each sample's own.
-        output: what the network returned [B, C, H, W], on the way from `variables` to `loss`.
-        variables: B tensors, the b-th used by sample b only.
+        loss: scalar, the sum of the samples' losses.
+        output: the network's output [B, C, H, W], between `variables` and `loss` in the graph.
+        variables: B tensors; the b-th affects sample b only.
 
     Returns:
         B gradients in float32, zero for a sample that the loss does not contain.
@@ -196,7 +196,7 @@ def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: lis
     """
     if not output.requires_grad:
         raise IdentityEditError(
-            "The conditioning that is to be optimized takes no part at this noise level; remove its timestep range."
+            "The conditioning to optimize does not apply at this noise level; remove its timestep range."
         )
     (at_output,) = torch.autograd.grad(loss, output)
     largest = at_output.flatten(1).abs().amax(dim=1)
@@ -215,14 +215,14 @@ def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: lis
 def differentiable_attention(
     pytorch_attention: Callable[..., torch.Tensor], previous: Callable[..., torch.Tensor] | None
 ) -> Callable[..., torch.Tensor]:
-    """An attention override that computes with PyTorch's attention wherever a gradient is needed.
+    """An attention override that uses PyTorch's attention whenever a gradient is needed.
 
-    Other attention functions may have no backward pass, or one that is only a part of the gradient (queries and keys
-    quantized, values not), and nothing about a function or its result tells which; so none is asked.
+    Other attention functions may have no backward pass, or only part of the gradient (queries and keys quantized,
+    values not), and neither the function nor its result reveals this, so none of them is used for gradients.
 
     Args:
         pytorch_attention: ComfyUI's attention of that name.
-        previous: an override that another node has put on the model, or None; it is used where no gradient is needed.
+        previous: another node's override, or None; used where no gradient is needed.
 
     Returns:
         a function for `transformer_options["optimized_attention_override"]`.

@@ -1,5 +1,4 @@
-"""Images of every kind as networks take them: colors, floating point, 0 to 1, of sizes that fit; from and to Pillow,
-and from files of any kind and origin, read without trusting what they say about themselves."""
+"""Image conversion: to RGB float 0 to 1 of matching sizes, to and from Pillow, and reading of untrusted files."""
 
 from __future__ import annotations
 
@@ -15,36 +14,36 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
-PIXELS_OF_A_CELL = 8
-"""Pixels of an image along a side of one cell of its latent."""
+PIXELS_PER_LATENT_PIXEL = 8
+"""Image pixels per latent pixel, along each side."""
 MOST_PIXELS = 100_000_000
-"""Of one image: twice what cameras give. A file of some kilobytes can claim any number of them."""
+"""Largest accepted image, twice the resolution of cameras. (A file of a few kilobytes can claim any size.)"""
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
-"""Formats that Pillow knows without reading pixels from them, or only by another program (Ghostscript)."""
+"""Formats that Pillow identifies but cannot decode, or only with an external program (Ghostscript)."""
 
 
 def as_color(images: torch.Tensor, name: str = "images") -> torch.Tensor:
-    """Gray, color or RGBA images as color images.
+    """Convert gray, RGB or RGBA images to RGB.
 
     Args:
         images: [B, H, W, C] with 1 (gray), 2 (gray and alpha), 3 or 4 (RGBA) channels: floating point of 0 to 1, or
-            whole numbers of 8 or 16 bits. Alpha is left out, as everywhere in ComfyUI.
+            unsigned integers of 8 or 16 bits. Alpha is dropped, as everywhere in ComfyUI.
         name: the input's name as the user sees it.
 
     Returns:
         [B, H, W, 3] float32 CPU, 0 to 1.
 
     Raises:
-        IdentityEditError: for another shape, NaN, or values that are no brightness.
+        IdentityEditError: for another shape, NaN, or values out of range.
     """
     return _colors(_values(images, name))
 
 
 def on_white(images: torch.Tensor, name: str = "images") -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """Images as `as_color` takes them, laid on white where they are transparent, and what of each is opaque.
+    """Images as `as_color` takes them, composited over white, and their opacity.
 
     Returns:
-        [B, H, W, 3] float32 CPU, 0 to 1, and for each image its opacity [H, W], None where it has no transparency.
+        [B, H, W, 3] float32 CPU, 0 to 1, and for each image its opacity [H, W], or None if it is fully opaque.
 
     Raises:
         IdentityEditError: as `as_color`.
@@ -71,33 +70,33 @@ def _colors(values: torch.Tensor) -> torch.Tensor:
 
 
 def middle(batch: torch.Tensor) -> torch.Tensor:
-    """The middle of images [B, H, W, C] or masks [B, H, W] that VAE Encode keeps: sides of a multiple of 8 pixels.
+    """Center crop of images [B, H, W, C] or masks [B, H, W] to multiples of 8 pixels, as VAE Encode does.
 
-    Sides below 8 pixels stay as they are; such images have no latent.
+    Sides below 8 pixels are kept; such images have no latent.
     """
     for dimension in (1, 2):
         side = batch.shape[dimension]
-        kept = side // PIXELS_OF_A_CELL * PIXELS_OF_A_CELL or side
+        kept = side // PIXELS_PER_LATENT_PIXEL * PIXELS_PER_LATENT_PIXEL or side
         batch = batch.narrow(dimension, (side - kept) // 2, kept)
     return batch
 
 
-def comparable(
+def matched_images(
     first: torch.Tensor, second: torch.Tensor, names: tuple[str, str]
 ) -> tuple[torch.Tensor, torch.Tensor, str | None]:
-    """Two batches of images brought to colors, to one size and to one number, to be compared pixel by pixel.
+    """Two batches of images as RGB, with equal sizes and counts, for a pixel-by-pixel comparison.
 
-    The larger ones are cut as VAE Encode cuts them, where that is why their sizes differ; a batch of one is repeated.
+    If the sizes differ only by VAE Encode's crop, the larger images are cropped; a batch of one is repeated.
 
     Args:
         first, second: as `as_color` takes them.
         names: the inputs' names as the user sees them.
 
     Returns:
-        both [B, H, W, 3] float32 CPU, 0 to 1, and a sentence for the report where one was cut.
+        both [B, H, W, 3] float32 CPU, 0 to 1, and a sentence for the report if one was cropped.
 
     Raises:
-        IdentityEditError: when they are no images, or no such cut explains their sizes, or their numbers differ.
+        IdentityEditError: for invalid images, or sizes or counts that do not match.
     """
     images = [as_color(each, name) for each, name in zip((first, second), names, strict=True)]
     sizes = [f"{each.shape[2]}x{each.shape[1]}" for each in images]
@@ -107,44 +106,45 @@ def comparable(
             smaller = middle(images[cut])
             if smaller.shape[1:] == images[other].shape[1:]:
                 images[cut] = smaller
-                note = f"Of {names[cut]} ({sizes[cut]}) the middle {sizes[other]} is taken, which VAE Encode keeps."
+                note = f"{names[cut]} ({sizes[cut]}) was center-cropped to {sizes[other]}, as VAE Encode does."
                 break
         else:
             raise IdentityEditError(
-                f"{names[0]} has {sizes[0]} pixels and {names[1]} {sizes[1]}, which is more than VAE Encode cuts off; "
-                f"scale both to one size."
+                f"{names[0]} has {sizes[0]} pixels and {names[1]} {sizes[1]}, a larger difference than VAE Encode's "
+                f"crop; scale both to the same size."
             )
     counts = [len(each) for each in images]
     if counts[0] != counts[1] and 1 not in counts:
         raise IdentityEditError(
-            f"{names[0]} holds {counts[0]} images and {names[1]} {counts[1]}; give as many of both, or one of either."
+            f"{names[0]} holds {counts[0]} images and {names[1]} {counts[1]}; use equal numbers, or a single image for "
+            f"one of them."
         )
     images = [each.expand(max(counts), -1, -1, -1) for each in images]
     return images[0], images[1], note
 
 
 def encoded(vae: Any, images: torch.Tensor, name: str) -> torch.Tensor:
-    """The latents of images.
+    """Encode images with a VAE.
 
     Args:
         vae: VAE.
-        images: [B, H, W, 3], 0 to 1; the VAE cuts sides that are no multiples of 8 pixels.
-        name: what the images are, for messages.
+        images: [B, H, W, 3], 0 to 1; the VAE crops sides to multiples of 8 pixels.
+        name: the images' name for messages.
 
     Returns:
         [B, C, h, w] float32 CPU, in the scale of LATENT sockets.
 
     Raises:
-        IdentityEditError: when the images are smaller than a cell, or the latents are of a video or not finite.
+        IdentityEditError: for images below 8 pixels, latents of a video VAE, or values that are not finite.
     """
     height, width = images.shape[1:3]
-    if min(height, width) < PIXELS_OF_A_CELL:
+    if min(height, width) < PIXELS_PER_LATENT_PIXEL:
         raise IdentityEditError(f"{name} is {width}x{height} pixels; use one of 64 or more.")
     latents = vae.encode(images[..., :3]).detach().float().cpu()
     if latents.ndim != 4:
         raise IdentityEditError(
-            f"The vae gives latents {tuple(latents.shape)}, as one of a video model does; use the VAE of the same "
-            f"checkpoint as the model."
+            f"The vae returns latents {tuple(latents.shape)}, as video VAEs do; use the VAE of the same checkpoint as "
+            f"the model."
         )
     check_finite(latents, not_finite(latents, f"The latent of {name[:1].lower()}{name[1:]}") or "")
     return latents
@@ -174,9 +174,9 @@ def from_pillow(image: Image) -> torch.Tensor:
 
 
 def image_formats() -> dict[str, str]:
-    """The format of every file ending, with its dot and in lower case, whose images Pillow reads here.
+    """Format by file extension (lower case, with its dot) for all images that Pillow can read here.
 
-    Other packs may bring further ones, as pillow_heif does.
+    Other packs may add formats, as pillow_heif does.
     """
     from PIL import Image
 
@@ -193,15 +193,15 @@ def _readable() -> list[str]:
 
 
 def open_image(path: str | os.PathLike[str], name: str, remedy: str = "save it again, or delete it") -> Image:
-    """An image file in upright orientation, wholly decoded, eight bits a channel.
+    """Open and decode an image file: EXIF orientation applied, eight bits per channel.
 
     Args:
-        path: the file; its content, not its ending, says what it is. Of an animation it is the first image.
+        path: the file; its format is detected from its content, not its extension. An animation gives its first frame.
         name: its name for messages.
-        remedy: the end of the messages.
+        remedy: end of the messages.
 
     Raises:
-        IdentityEditError: when it is missing, damaged, no image, or larger than `MOST_PIXELS`.
+        IdentityEditError: when it is missing, damaged, not an image, or larger than `MOST_PIXELS`.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -210,17 +210,17 @@ def open_image(path: str | os.PathLike[str], name: str, remedy: str = "save it a
         with Image.open(path, formats=_readable()) as file:
             if file.width * file.height > MOST_PIXELS:
                 raise IdentityEditError(
-                    f"The image {name} claims {file.width}x{file.height} pixels, more than can be read; {remedy}."
+                    f"The image {name} claims {file.width}x{file.height} pixels, which is too large; {remedy}."
                 )
             image = ImageOps.exif_transpose(file)
             image.load()
     except IdentityEditError:
         raise
-    except Exception as error:  # Pillow's readers raise whatever damaged bytes lead them to
+    except Exception as error:  # Pillow's readers raise exceptions of any kind on damaged files
         raise IdentityEditError(f"The image {name} cannot be read ({error}); {remedy}.") from error
-    if image.mode.startswith("I"):  # 16 bits; convert() would cut values above 255 off
+    if image.mode.startswith("I"):  # 16 bits; convert() would clip values above 255
         image = Image.fromarray((np.asarray(image, dtype=np.float64) / 257.0).round().clip(0, 255).astype(np.uint8))
-    if image.mode == "F":  # 0 to 1 and above, or levels of 8 or 16 bits; convert() takes all for levels of 8
+    if image.mode == "F":  # 0 to 1 and above, or 8- or 16-bit levels; convert() assumes 8-bit levels
         values = np.nan_to_num(np.asarray(image, dtype=np.float64))
         brightest = values.max()
         one = 1.0 if brightest <= BRIGHTEST_HDR else 255.0 if brightest <= 255.0 else 65535.0

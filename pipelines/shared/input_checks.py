@@ -1,7 +1,7 @@
-"""Checks of what goes through sockets and widgets, for every node alike (`nodes.sockets.checked`).
+"""Value checks for all node inputs (`nodes.sockets.checked`).
 
-ComfyUI checks that a widget's own value lies within its limits, but not a value that is linked to it, and of a socket
-only its type. Here is what the numbers must be like. See `errors` for latents and conditionings.
+ComfyUI checks the limits of values typed into a widget, but not of linked values, and for links only the socket type.
+These functions validate values. See `errors` for latents and conditionings.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import torch
 from .errors import IdentityEditError, not_finite, shortened
 
 BRIGHTEST = 2.0
-"""Above this an image is not 0 to 1 with some overshoot but has a high dynamic range, and a mask other units."""
+"""Largest value of an image or mask of 0 to 1 with some overshoot. Brighter images have a high dynamic range (HDR)."""
 BRIGHTEST_HDR = 16.0
-"""Above this an image counts in other units, such as levels of 8 bits."""
+"""Largest value of an HDR image. Brighter ones are in other units, such as 8-bit levels."""
 
 
 def check_images(images: Any, name: str) -> None:
     """Check an IMAGE [B, H, W, C].
 
     Args:
-        images: floating point of 0 to 1, with up to `BRIGHTEST_HDR` of a high dynamic range, or whole numbers of 8
-            or 16 bits; 1 to 4 channels.
+        images: floating point of 0 to 1, HDR up to `BRIGHTEST_HDR`, or unsigned integers of 8 or 16 bits; 1 to 4
+            channels.
         name: the input's name as the user sees it.
 
     Raises:
-        IdentityEditError: for another form, no pixels, NaN, or values that are no brightness.
+        IdentityEditError: for another shape or type, no pixels, NaN, or values out of range.
     """
     if not isinstance(images, torch.Tensor) or images.ndim != 4:
         shape = f", not {tuple(images.shape)}" if isinstance(images, torch.Tensor) else ""
@@ -47,24 +47,24 @@ def check_images(images: Any, name: str) -> None:
         brightest = float(images.detach().max())
         if brightest > BRIGHTEST_HDR:
             raise IdentityEditError(
-                f"{name} holds values up to {brightest:g}, and images go from 0 to 1; divide it by its largest "
-                f"possible value before (255, or 65535 for 16 bits)."
+                f"{name} has values up to {brightest:g} but images range from 0 to 1; divide it by its maximum (255, "
+                f"or 65535 for 16 bits)."
             )
     elif images.dtype not in (torch.uint8, torch.uint16):
-        raise IdentityEditError(f"{name} holds numbers of the type {images.dtype}; give floating point from 0 to 1.")
+        raise IdentityEditError(f"{name} has the type {images.dtype}; convert it to floating point from 0 to 1.")
 
 
 def check_mask(mask: Any, name: str) -> None:
     """Check a MASK [B, H, W], [H, W] or [B, 1, H, W] of 0 to 1.
 
     Raises:
-        IdentityEditError: for another form, no cells, NaN, or values that are no shares.
+        IdentityEditError: for another shape, no pixels, NaN, or values out of range.
     """
     is_mask = isinstance(mask, torch.Tensor) and (mask.ndim in (2, 3) or (mask.ndim == 4 and mask.shape[1] == 1))
     if not is_mask or 0 in mask.shape:
         shape = f", not {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
         raise IdentityEditError(
-            f"{name} must be a mask [batch, height, width]{shape}; connect a node that gives a mask, such as Load "
+            f"{name} must be a mask [batch, height, width]{shape}; connect a node that outputs a mask, such as Load "
             f"Image (as Mask)."
         )
     bad = not_finite(mask if mask.ndim > 2 else mask[None], name)
@@ -73,7 +73,7 @@ def check_mask(mask: Any, name: str) -> None:
     farthest = float(mask.detach().float().abs().max())
     if farthest > BRIGHTEST:
         raise IdentityEditError(
-            f"{name} holds values up to {farthest:g}, and masks go from 0 to 1; divide it by its largest value before."
+            f"{name} has values up to {farthest:g} but masks range from 0 to 1; divide it by its maximum."
         )
 
 
@@ -81,12 +81,12 @@ def check_sigmas(sigmas: Any, name: str) -> None:
     """Check SIGMAS [N + 1], N from 1: floating point, finite, not below 0.
 
     Raises:
-        IdentityEditError: naming what is wrong.
+        IdentityEditError: when they are not.
     """
     if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
-        raise IdentityEditError(f"{name} must be a list of two noise levels or more; connect a scheduler node.")
+        raise IdentityEditError(f"{name} must be a list of at least two noise levels; connect a scheduler node.")
     if not bool(torch.isfinite(sigmas).all()) or float(sigmas.min()) < 0.0:
-        raise IdentityEditError(f"{name} holds noise levels that are below 0 or no numbers; connect a scheduler node.")
+        raise IdentityEditError(f"{name} contains negative, NaN or infinite noise levels; connect a scheduler node.")
 
 
 def check_number(value: Any, name: str, least: float | None, most: float | None) -> None:
@@ -104,12 +104,12 @@ def check_number(value: Any, name: str, least: float | None, most: float | None)
 
 
 def check_text(text: Any, name: str) -> None:
-    """Raise `IdentityEditError` unless `text` is text that a file could hold: no halves of characters, no NUL."""
+    """Raise `IdentityEditError` unless `text` is a string that UTF-8 can encode and that contains no NUL."""
     if not isinstance(text, str):
-        raise IdentityEditError(f"{name} is no text; write it, or connect a node that gives a text.")
+        raise IdentityEditError(f"{name} is not text; type it, or connect a node that outputs text.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise IdentityEditError(f"{name} holds a broken character; write it again.") from error
+        raise IdentityEditError(f"{name} contains a broken character; type it again.") from error
     if "\0" in text:
-        raise IdentityEditError(f"{name} holds a character that no text can (NUL); take it out.")
+        raise IdentityEditError(f"{name} contains a NUL character; remove it.")

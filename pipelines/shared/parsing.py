@@ -1,7 +1,7 @@
-"""What users write into text fields: words, numbers, ranges and points.
+"""Parsers for text widgets: words, numbers, ranges and points.
 
-Commas and semicolons of Chinese and Japanese separate like those of English, and a dash may be the one that comes with
-a copied text. What a technique demands beyond the form is checked there.
+Chinese and Japanese commas and semicolons are accepted like English ones, and an en dash like a hyphen. Each technique
+checks its own further requirements.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _RANGE = re.compile("\\s*(\\d{1,9})\\s*(?:[-\N{EN DASH}]\\s*(\\d{1,9})\\s*)?")
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a field that holds several, separated by spaces or commas alike."""
+    """Words separated by spaces or commas."""
     return _BETWEEN_WORDS.sub(" ", text).split()
 
 
 def split_parts(text: str) -> list[str]:
-    """What stands between commas, without spaces around it and without what is empty."""
+    """Nonempty parts separated by commas, with surrounding spaces removed."""
     return [part.strip() for part in _BETWEEN_WORDS.split(text) if part.strip()]
 
 
 def numbers(text: str) -> list[float] | None:
-    """Numbers separated by spaces or commas; None where something is no number."""
+    """Numbers separated by spaces or commas, or None if any part is not a number."""
     try:
         return [float(part) for part in split_words(text)]
     except ValueError:
@@ -32,7 +32,7 @@ def numbers(text: str) -> list[float] | None:
 
 
 def whole_numbers(text: str) -> list[int] | None:
-    """The same of whole numbers."""
+    """Integers separated by spaces or commas, or None if any part is not an integer."""
     try:
         return [int(part) for part in split_words(text)]
     except ValueError:
@@ -40,13 +40,13 @@ def whole_numbers(text: str) -> list[int] | None:
 
 
 def as_range(text: str) -> tuple[int, int] | None:
-    """First and last of "3-7", or of a single "3"; None where it is no range."""
-    found = _RANGE.fullmatch(text)
-    return None if found is None else (int(found[1]), int(found[2] or found[1]))
+    """First and last number of "3-7", or of a single "3"; None if it is not a range."""
+    match = _RANGE.fullmatch(text)
+    return None if match is None else (int(match[1]), int(match[2] or match[1]))
 
 
 def lines_of_numbers(text: str) -> Iterator[tuple[str, list[float] | None]]:
-    """Each line that is not empty with its `numbers`; a semicolon ends a line too."""
+    """Each nonempty line with its `numbers`; a semicolon also ends a line."""
     for line in text.replace(";", "\n").splitlines():
         if line.strip():
             yield line.strip(), numbers(line)

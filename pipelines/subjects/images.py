@@ -27,9 +27,9 @@ import torch
 
 from ..engine.host import cut_and_scaled
 from ..shared.errors import IdentityEditError
-from ..shared.files import written_whole
+from ..shared.files import atomic_write
 from ..shared.images import from_pillow, image_formats, on_white, open_image, read_image, to_pillow
-from ..shared.masks import as_masks, is_no_mask, masks_for
+from ..shared.masks import as_masks, is_placeholder_mask, masks_for
 from .words import CLASS_WORD_FILE, check_caption, check_words, identity_prompt, one_line, with_article
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def from_batch(
             )
         given = given * len(singles) if len(given) == 1 else given
         found = [
-            own if is_no_mask(mask[None]) else _mask_of(image, mask, f"The mask of {name}")
+            own if is_placeholder_mask(mask[None]) else _mask_of(image, mask, f"The mask of {name}")
             for image, mask, own, name in zip(singles, given, found, names, strict=True)
         ]
     notes = tuple(_count_notes(len(singles), token))
@@ -505,7 +505,7 @@ def _as_list(batches: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
 
 def _write_text(path: str, text: str) -> None:
     try:
-        with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise IdentityEditError(

@@ -1,1 +1,1 @@
-"""Prompts as token rows and word vectors, and embeddings that change from step to step."""
+"""Prompt tokens and per-step embeddings."""

@@ -1,7 +1,7 @@
-"""A table of text embeddings, one for each sampling step, and a model clone that uses it.
+"""Per-step embeddings: one text embedding for each sampling step, and a model clone that uses them.
 
-Null-text optimization, timestep-aware injection and step-wise learned subjects all end in such a table. The row is
-chosen by the noise level and never by counting calls, because a sampler may evaluate the network several times a step.
+They are the output of null-text optimization, timestep-aware injection and step-wise learned subjects. The row is
+chosen by noise level, not by counting calls, because a sampler may evaluate the network several times per step.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ class StepEmbeddings:
 
     Attributes:
         sigmas: [N + 1] float32, descending: row i is used at noise levels in the interval (sigmas[i + 1], sigmas[i]].
-            Above the first the first row is used, below the last the last.
+            Above the first level the first row is used, below the last level the last row.
         embeddings: [N, B, T, C] float32, B either 1 (the same for all latents of a batch) or the batch size.
-        pooled: [1 or N, B, P] float32, the pooled output that belongs to the embeddings (SDXL), or None to leave the
-            conditioning's own.
-        guidance_scale: the one they were optimized for, or None where they fit any.
+        pooled: [1 or N, B, P] float32, the pooled outputs of the embeddings (SDXL), or None to keep the conditioning's.
+        guidance_scale: the guidance scale they were optimized for, or None for any.
     """
 
     sigmas: torch.Tensor
@@ -45,13 +44,15 @@ class StepEmbeddings:
                 f"not {tuple(self.sigmas.shape)}."
             )
         if not bool((self.sigmas[:-1] > self.sigmas[1:]).all()):
-            raise IdentityEditError("The sigmas of per-step embeddings must descend; use a sampling schedule as it is.")
+            raise IdentityEditError(
+                "The sigmas of per-step embeddings must descend; use a sampling schedule without changes."
+            )
         if self.pooled is not None and (
             self.pooled.ndim != 3 or self.pooled.shape[0] not in (1, self.steps) or self.pooled.shape[1] != self.batch
         ):
             raise IdentityEditError(
-                f"The pooled outputs {tuple(self.pooled.shape)} do not belong to the embeddings "
-                f"{tuple(self.embeddings.shape)}; take both from the same prompt."
+                f"The pooled outputs {tuple(self.pooled.shape)} do not match the embeddings "
+                f"{tuple(self.embeddings.shape)}; use both from the same prompt."
             )
         check_finite(self.embeddings, "The per-step embeddings", "optimize them again with a lower learning rate")
 
@@ -76,19 +77,20 @@ class StepEmbeddings:
         return self.pooled[min(row, self.pooled.shape[0] - 1)]
 
     def guidance_warning(self, guidance_scale: float) -> str | None:
-        """One sentence where they were optimized for another guidance scale than that of sampling, else None."""
+        """A warning if they were optimized for a guidance scale other than that of sampling, or None."""
         if self.guidance_scale is None or abs(self.guidance_scale - guidance_scale) <= 1e-6:
             return None
         return (
             f"The guidance scale is {guidance_scale:g} but the inversion's null-text embeddings were optimized for "
-            f"{self.guidance_scale:g}; use the same for both, or the image drifts away from the inversion."
+            f"{self.guidance_scale:g}; use the same scale, or the result drifts away from the image."
         )
 
 
 def constant_embedding(
     sigmas: torch.Tensor, embedding: torch.Tensor, pooled: torch.Tensor | None = None
 ) -> StepEmbeddings:
-    """A table with the same embedding [B, T, C] (and pooled output [B, P]) at every step of `sigmas` [N + 1]."""
+    """Per-step embeddings with the same embedding [B, T, C] (and pooled output [B, P]) at every step of `sigmas`
+    [N + 1]."""
     steps = sigmas.shape[0] - 1
     return StepEmbeddings(
         sigmas=sigmas,
@@ -98,37 +100,36 @@ def constant_embedding(
 
 
 def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negative") -> Any:
-    """A clone of `model` that, at every evaluation, takes one side's text embedding from `table`.
+    """A clone of `model` that uses per-step embeddings for one side.
 
-    Works under any stock sampler and guider: the guider's conditionings are exchanged for the time of one evaluation
-    through ComfyUI's PREDICT_NOISE wrapper and put back afterwards. Everything else on the conditioning (size,
-    ControlNets, areas) stays its own. Tables for different sides compose; a second one for the same side replaces the
-    first. A guider without that side ("negative" under BasicGuider, or guidance scale 1) is left as it is, and so is a
-    source that another node evaluates beside (`engine.KEEPS_EMBEDDING`).
+    Works with any stock sampler and guider: a PREDICT_NOISE wrapper replaces the embedding of the guider's
+    conditionings for each model call and restores it afterwards. Their other options (size, ControlNets, areas) are
+    kept. Embeddings for different sides can be combined; for the same side, the later ones replace the earlier. A
+    guider without that side ("negative" in BasicGuider, or at guidance scale 1) is not affected, nor is a source prompt
+    that another node evaluates alongside (`engine.KEEPS_EMBEDDING`).
 
     Args:
-        model: MODEL (a ModelPatcher); it is not changed.
-        table: the embeddings; its batch must be 1 or that of the latents sampled.
-        which: the side by the guider's name for it: "positive", "negative", or "middle" of Dual CFG Guider.
+        model: MODEL (a ModelPatcher); not modified.
+        table: the embeddings; their batch must be 1 or that of the sampled latents.
+        which: the guider's name of the side: "positive", "negative", or "middle" in Dual CFG Guider.
 
     Returns:
         the clone.
 
     Raises:
-        IdentityEditError: when the model has no such noise levels or another width of embedding; at sampling, when
-            the batch sizes differ.
+        IdentityEditError: for an unsupported model or another embedding width; while sampling, for another batch size.
     """
     channels = engine.context_channels(model)
     if table.embeddings.shape[-1] != channels:
         raise IdentityEditError(
             f"The per-step embeddings have {table.embeddings.shape[-1]} channels but the model takes {channels}; "
-            "use the model that they were made with."
+            "use the model they were made with."
         )
 
     def exchange_embedding(executor: Any, x: torch.Tensor, timestep: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         guider = executor.class_obj
-        own = guider.conds
-        side = own.get(which)
+        original = guider.conds
+        side = original.get(which)
         if not side or any(engine.KEEPS_EMBEDDING in conditioning for conditioning in side):
             return executor(x, timestep, *args, **kwargs)
         check_batch_matches(table.batch, x.shape[0], "The per-step embeddings")
@@ -136,11 +137,11 @@ def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negat
         exchanged = engine.conditionings_with_embedding(
             side, table.embeddings[row].to(x.device), _on(table.pooled_row(row), x.device)
         )
-        guider.conds = {**own, which: exchanged}
+        guider.conds = {**original, which: exchanged}
         try:
             return executor(x, timestep, *args, **kwargs)
         finally:
-            guider.conds = own
+            guider.conds = original
 
     return engine.with_wrappers(model, f"identity_edit_step_embeddings_{which}", exchange_embedding)
 

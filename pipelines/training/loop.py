@@ -164,7 +164,7 @@ def run_description(settings: TrainingSettings, tag: Any, *patchers: Any, **fact
     }
 
 
-def training_facts(settings: TrainingSettings, run: TrainingRun, **more: Any) -> dict[str, Any]:
+def training_record(settings: TrainingSettings, run: TrainingRun, **more: Any) -> dict[str, Any]:
     """How something was trained, for its file; `more` is what else the technique wants to tell."""
     return {
         "steps": settings.steps,

@@ -148,7 +148,7 @@ def test_blocks_that_cannot_be_told_apart_and_other_networks_are_refused() -> No
     model, latent = tiny_flow_models.sd3(), tiny_flow_models.latent(3)
     skipping = reading(model, lambda *_: None)
     skipping.set_model_patch_replace(skipped, "dit", "double_block", 0)
-    with pytest.raises(ValueError, match="2 blocks with joint attention, of which 1 ran"):
+    with pytest.raises(ValueError, match="2 blocks with joint attention but 1 ran"):
         sample(skipping, latent)
     with pytest.raises(ValueError, match="UNetModel, whose joint attention cannot be read"):
         joint.with_tap(tiny_models.sd1(), "test", lambda *_: None)

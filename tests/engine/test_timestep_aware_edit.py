@@ -356,7 +356,7 @@ def test_damaged_and_missing_files_are_refused(server: RunningServer) -> None:
     refused(server, prompt, "loaded", "no longer exists", ValidationError)
     server.client.upload("checkpoint.safetensors", save({"weight": torch.zeros(2)}))
     prompt["loaded"] = load_inversion("checkpoint.safetensors")
-    refused(server, prompt, "loaded", "holds no inversion")
+    refused(server, prompt, "loaded", "contains no inversion")
 
 
 def test_an_output_that_cannot_be_written_is_refused_and_leaves_nothing(server: RunningServer) -> None:

@@ -83,7 +83,7 @@ def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pyte
             assert made.steps == 10 and not caplog.messages
         else:
             assert made.steps in (49, 50)
-            assert f"LCM's sampling does, so that {made.steps} steps are taken instead of 100" in caplog.text
+            assert f"(LCM sampling), so {made.steps} steps are used instead of 100" in caplog.text
         if node is EditFriendlyDDPMInversion:  # and they still carry the image
             back = sample_inversion(model, made, SOURCE, None, 1.0)
             torch.testing.assert_close(back, latent["samples"], rtol=0, atol=1e-3)
@@ -118,4 +118,4 @@ def test_a_subject_trained_on_it_keeps_timesteps_of_the_training(world: World) -
     inputs = good(world, "TrainSubjectEmbedding") | {"sampling_steps": 60, "updates_per_step": 1, "steps": 1}
     made, *_, report = subject_embedding.TrainSubjectEmbedding.execute(**inputs | {"model": lcm(world.model)}).args
     assert made.timesteps == tuple(range(999, 0, -20))
-    assert "50 steps are taken instead of 60" in report
+    assert "50 steps are used instead of 60" in report

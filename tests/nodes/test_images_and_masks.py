@@ -141,7 +141,7 @@ def test_a_image_of_high_dynamic_range_is_cut_with_a_warning(
     assert same(found, expected)
     assert f"{input_name} has values up to" in caplog.text
     levels = results(world, name, **{input_name: 255.0 * of(world, name, input_name)})
-    assert isinstance(levels, str) and "divide it by its largest" in levels
+    assert isinstance(levels, str) and "divide it by its maximum" in levels
 
 
 @pytest.mark.parametrize(("name", "input_name"), IMAGES)
@@ -165,7 +165,7 @@ def test_a_photo_is_compared_with_what_vae_encode_keeps_of_it(world: World) -> N
     wanted = check(CUT, EDIT, 20.0).args[0]
     for pair in ((PHOTO, EDIT), (torch.cat([PHOTO, PHOTO[..., :1]], -1), EDIT), (PHOTO.expand(2, -1, -1, -1), EDIT)):
         psnr, report = check(*pair, 20.0).args
-        assert psnr == wanted and "Of image (131x97) the middle 128x96 is taken" in report
+        assert psnr == wanted and "image (131x97) was center-cropped to 128x96" in report
     assert check(EDIT, PHOTO, 20.0).args[0] == wanted
     assert "middle" not in check(CUT, EDIT, 20.0).args[1]
 
@@ -180,7 +180,7 @@ def test_a_photo_is_compared_with_what_vae_encode_keeps_of_it(world: World) -> N
         )
     ]
     assert scores[0][1:4] == scores[1][1:4] == scores[2][1:4]
-    assert "Of source (131x97) the middle 128x96 is taken" in scores[1][0]
+    assert "source (131x97) was center-cropped to 128x96" in scores[1][0]
 
     path, report = run("SavePair", {**good(world, "SavePair"), "source": PHOTO, "target": EDIT}, world)[:2]
     number = max(PairFolder(path).finished())
@@ -200,7 +200,7 @@ class VideoVAE(tiny_vision.VAE):
 @pytest.mark.parametrize(("name", "input_name"), [(name, each) for name, each in VAES if name != "GeneratePairs"])
 def test_the_vae_of_a_video_model_is_named(name: str, input_name: str, world: World) -> None:
     found = results(world, name, **{input_name: VideoVAE()})
-    assert isinstance(found, str) and "as one of a video model does" in found
+    assert isinstance(found, str) and "as video VAEs do" in found
 
 
 # -- one bad image of many -------------------------------------------------------------------------------------------

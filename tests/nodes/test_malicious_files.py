@@ -537,7 +537,7 @@ def test_a_bomb_in_a_pair_is_refused(world: World, tmp_path: Path, bounded: None
     for name in ("source.png", "target.png"):
         (pair / name).write_bytes(png(60_000, 60_000))
     (tmp_path / "index.jsonl").write_text(index_line())
-    with pytest.raises(IdentityEditError, match="more than can be read|cannot be read"):
+    with pytest.raises(IdentityEditError, match="which is too large|cannot be read"):
         encode_pairs(pairs_in_folder(tmp_path)[0], world.vae, world.clip_vision, str(tmp_path / "encoded"))
 
 

@@ -92,7 +92,7 @@ def test_identity_attention_records_any_stock_sampling() -> None:
 def test_identity_attention_refuses_what_it_cannot_read() -> None:
     with pytest.raises(IdentityEditError, match="identity_prompt is empty"):
         masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "", "", "automatic")
-    with pytest.raises(IdentityEditError, match="layers is '4' but this model attends at 1/1, 1/2"):
+    with pytest.raises(IdentityEditError, match="layers is '4' but this model has attention at 1/1, 1/2"):
         masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "cat", "", "4")
 
 

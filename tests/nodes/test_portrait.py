@@ -147,7 +147,7 @@ def test_a_canceled_training_goes_on_with_the_same_losses(
 def test_what_cannot_be_used_is_said(parts: Any, own_folders: Path) -> None:
     model, _, _, file, _ = train(parts)
     name = Path(file).name + " [diffusion_models]"
-    with pytest.raises(IdentityEditError, match="takes 4 input channels and cannot see a source image"):
+    with pytest.raises(IdentityEditError, match="takes 4 input channels and no source image"):
         condition(parts[0], parts, name)
     with pytest.raises(IdentityEditError, match="The CLIP vision is not the one"):
         condition(model, (*parts[:3], tiny_vision.clip_vision(seed=8)), name)
@@ -157,7 +157,7 @@ def test_what_cannot_be_used_is_said(parts: Any, own_folders: Path) -> None:
 
     save_file({"model.diffusion_model.x": torch.zeros(1)}, ordinary)
     folder_paths.filename_list_cache.clear()
-    with pytest.raises(IdentityEditError, match="holds no MCDM"):
+    with pytest.raises(IdentityEditError, match="contains no MCDM"):
         condition(model, parts, "ordinary.safetensors")
     with pytest.raises(IdentityEditError, match="neither a path nor below"):
         train(parts, folder="nowhere")

@@ -72,7 +72,8 @@ def test_a_clip_of_another_family_is_named(
     inputs = {**good(world, name), input_name: clip}
     if node.define_schema().is_input_list:
         inputs = {key: value if value is None or isinstance(value, list) else [value] for key, value in inputs.items()}
-    message = rf"^{input_name} is another family's \({family}, with .*\b{re.escape(encoder)}\b.*\); connect the CLIP"
+    encoders = rf".*\b{re.escape(encoder)}\b.*"
+    message = rf"^{input_name} belongs to another model family \({family}: {encoders}\); connect the CLIP"
     with pytest.raises(IdentityEditError, match=message):
         node.execute(**inputs)
 
@@ -80,7 +81,7 @@ def test_a_clip_of_another_family_is_named(
 @pytest.mark.parametrize("kind", ["clip_vision", "model", "vae"])
 def test_what_is_no_clip_is_named(kind: str, world: World) -> None:
     """As a node whose output is of any type can bring it."""
-    with pytest.raises(IdentityEditError, match=r"^clip is no text encoder \(\w+\); connect the CLIP"):
+    with pytest.raises(IdentityEditError, match=r"^clip is not a text encoder \(\w+\); connect the CLIP"):
         CLASSES["IdentityAttention"].execute(**{**good(world, "IdentityAttention"), "clip": getattr(world, kind)})
 
 

@@ -224,7 +224,7 @@ def test_every_network_brings_its_scores_and_progress_is_told() -> None:
 
 def test_bad_inputs_are_named() -> None:
     bad = [
-        ((EDITED, SOURCE[:, :30]), {}, "edited has 48x40 pixels and source 48x30, which is more than VAE Encode"),
+        ((EDITED, SOURCE[:, :30]), {}, "edited has 48x40 pixels and source 48x30, a larger difference than VAE Encode"),
         ((EDITED, torch.rand(3, 40, 48, 3)), {}, "edited holds 2 images and source 3"),
         ((EDITED[:1], SOURCE), {}, "source holds 2 images for one edited"),
         ((EDITED, SOURCE), {"mask": torch.ones(3, 40, 48)}, "mask holds 3 masks for 2 images"),

@@ -202,7 +202,7 @@ def test_what_flow_models_lack_is_refused_by_name(model: Any, pivot: Inversion) 
     name = type(model.model).__name__
     identity = IdentityPrompt(SOURCE[0][0], (1,))
     refused = [
-        (lambda: null_text.null_text_optimization(model, pivot, SOURCE, NEGATIVE), "does not give gradients"),
+        (lambda: null_text.null_text_optimization(model, pivot, SOURCE, NEGATIVE), "does not support gradients"),
         (lambda: mutual_self_attention(model, pivot, SOURCE), "no cross-attention"),
         (lambda: capture_identity(model, identity), "no cross-attention"),
         (lambda: engine.require(model, engine.Capability.TRAINING), "cannot be trained"),

@@ -312,7 +312,7 @@ def test_caches_of_steps_are_left_out_and_the_log_says_so(node: str, caplog: pyt
     expected = ddim_inversion(plain, *sides, steps=6).trajectory
     assert not caplog.text
     assert torch.equal(ddim_inversion(cached, *sides, steps=6).trajectory, expected)
-    assert "cache is left out" in caplog.text
+    assert "cache is disabled here" in caplog.text
     assert "easycache" in cached.model_options["transformer_options"], "the given model keeps it"
 
 
@@ -356,7 +356,7 @@ def test_a_patch_that_writes_in_place_has_the_gradient_of_one_that_does_not() ->
 
     def gradient(patch: Callable[..., torch.Tensor]) -> torch.Tensor:
         options = {"transformer_options": {"patches": {"output_block_patch": [patch], "others": ["no function"]}}}
-        (safe,) = gradients.patches_on_copies(options)["transformer_options"]["patches"]["output_block_patch"]
+        (safe,) = gradients.autograd_safe_options(options)["transformer_options"]["patches"]["output_block_patch"]
         x = torch.linspace(-1, 1, 12).reshape(2, 6).requires_grad_(True)
         hidden = x.exp()  # its own backward pass needs its result as it was
         (found,) = torch.autograd.grad(safe(hidden, options).square().sum(), x)

@@ -194,7 +194,7 @@ def test_a_file_holds_all_of_it(trained, tmp_path) -> None:
     with pytest.raises(IdentityEditError, match="cannot be read"):
         words_of.load_identity_words(str(tmp_path / "cut.safetensors"))
     write_tensors(str(tmp_path / "other.safetensors"), {"a": torch.zeros(1)}, {"kind": "inversion"})
-    with pytest.raises(IdentityEditError, match="holds no identity words"):
+    with pytest.raises(IdentityEditError, match="contains no identity words"):
         words_of.load_identity_words(str(tmp_path / "other.safetensors"))
 
 

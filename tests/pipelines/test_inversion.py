@@ -293,7 +293,7 @@ def test_damaged_and_foreign_files_are_refused(made: inversion.Inversion, tmp_pa
     with pytest.raises(IdentityEditError, match="cannot be read"):
         inversion.load_inversion(str(path))
     save_file({"lora": torch.zeros(2)}, str(path))
-    with pytest.raises(IdentityEditError, match="holds no inversion"):
+    with pytest.raises(IdentityEditError, match="contains no inversion"):
         inversion.load_inversion(str(path))
     inversion.save_inversion(replace(made, trajectory=made.trajectory[:-1]), str(path))
     with pytest.raises(IdentityEditError, match="damaged"):
@@ -372,7 +372,7 @@ def test_an_area_outside_of_the_image_is_refused(area: tuple):
     """ComfyUI's own message for it is that of a failed slice."""
     latent, conditioning = tiny_models.latent(2, height=8, width=12), tiny_models.conditioning(1)
     outside = [[conditioning[0][0], {**conditioning[0][1], "area": area, "strength": 1.0}]]
-    with pytest.raises(IdentityEditError, match="The positive conditioning is for an area that begins outside"):
+    with pytest.raises(IdentityEditError, match="The positive conditioning has an area that starts outside"):
         inversion.ddim_inversion(tiny_models.sd1(), latent, outside, steps=2)
     inside = [[conditioning[0][0], {**conditioning[0][1], "area": (4, 20, 4, 8), "strength": 1.0}]]
     inversion.ddim_inversion(tiny_models.sd1(), latent, conditioning + inside, steps=2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from identity_edit_pack.pipelines.shared import masks
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.pipelines.shared.images import comparable, middle
+from identity_edit_pack.pipelines.shared.images import matched_images, middle
 
 
 def test_a_mask_grows_and_halves_as_comfyui_does_it() -> None:
@@ -29,7 +29,7 @@ def test_what_vae_encode_cuts_off_a_image_is_cut_off_its_mask(size: tuple[int, i
     of_cells = torch.nn.functional.avg_pool2d(kept[:, None], 8)[:, 0]
     torch.testing.assert_close(masks.of_size(mask, 12, 16), of_cells)
     images = mask[..., None].expand(-1, -1, -1, 3)
-    first, second, note = comparable(images, kept[..., None], ("photo", "edit"))
+    first, second, note = matched_images(images, kept[..., None], ("photo", "edit"))
     assert torch.equal(first, second) and note is not None and note.startswith("Of photo")
 
 

@@ -335,13 +335,13 @@ def test_what_does_not_fit_is_refused_by_name(seen):
     model, made, vision, images = seen
     full = mcdm.with_images(tiny_models.conditioning(1), images)
     vae = tiny_vision.VAE()
-    with pytest.raises(IdentityEditError, match="takes 4 input channels and cannot see a source image"):
+    with pytest.raises(IdentityEditError, match="takes 4 input channels and no source image"):
         mcdm.see_images(made, tiny_models.sd1(), vision, vae, image(1))
     with pytest.raises(IdentityEditError, match="takes 4 input channels"):
         mcdm_guidance.mcdm_guider(tiny_models.sd1(), full, full, GuidanceScales())
     with pytest.raises(IdentityEditError, match="not of the family of this MCDM's file"):
         mcdm.see_images(made, edit_model.as_edit_model(tiny_models.sd2_v()), vision, vae, image(1))
-    with pytest.raises(IdentityEditError, match="17 tokens of 32 numbers instead of 17 of 16"):
+    with pytest.raises(IdentityEditError, match="17 tokens of width 32 instead of 17 of width 16"):
         mcdm.see_images(made, model, tiny_vision.clip_vision(width=32), vae, image(1))
     with pytest.raises(IdentityEditError, match="different weights"):
         mcdm.see_images(made, model, tiny_vision.clip_vision(seed=8), vae, image(1))
@@ -427,7 +427,7 @@ def test_a_float16_file_of_the_demo_checkpoint_is_small_and_the_unet_alone_is_a_
     assert isinstance(loaded.model, comfy.model_base.SD15_instructpix2pix)
     assert torch.equal(loaded.model.diffusion_model.out[2].bias.float(), torch.full((4,), 0.25))
     assert mcdm.check_mcdm(mcdm.load_mcdm(str(alone)), loaded) is None
-    with pytest.raises(IdentityEditError, match="holds no MCDM"):
+    with pytest.raises(IdentityEditError, match="contains no MCDM"):
         mcdm.load_mcdm(str(export.WEIGHTS_FOLDER / export.CHECKPOINT_NAME))
 
 

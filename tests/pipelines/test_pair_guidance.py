@@ -232,5 +232,5 @@ def test_an_area_outside_of_the_image_is_refused() -> None:
     guider = pair_guider(
         tiny_models.sd1(), **sides, guidance_scale=2.0, shared_weight=0.1, source_weight=0.9, target_weight=0.9
     )
-    with pytest.raises(IdentityEditError, match="The target conditioning is for an area that begins outside"):
+    with pytest.raises(IdentityEditError, match="The target conditioning has an area that starts outside"):
         evaluate(guider, shape=(1, 4, 6, 20))

@@ -164,7 +164,7 @@ def test_words_emphasis_and_long_prompts(family: str) -> None:
     clip = encoder(family)
     plain, emphasized = (words.prompt_tokens(clip, text) for text in ("a cat, red", "a (cat:1.3), (red)"))
     assert plain.words == emphasized.words == ((1,), (2,), (3,), (4,))
-    assert plain.parts == (words.Part(0, 5, tuple(range(6, 77))),)
+    assert plain.chunks == (words.Chunk(0, 5, tuple(range(6, 77))),)
     assert words.positions_of(clip, emphasized, "cat", "The prompt") == (2,)
     assert words.positions_of(clip, words.prompt_tokens(clip, "a cat and a cat"), "a cat", "The prompt") == (1, 2, 4, 5)
     long = words.prompt_tokens(clip, "a cat " + "and a dog " * 30)
@@ -314,7 +314,7 @@ def test_bad_inputs_are_refused(clip: Any) -> None:
         (dict(edit="swap"), "choose one of replace, refine"),
         (dict(reweight={"rabbit": 2.0}), "target prompt .* does not contain the word 'rabbit'"),
         (dict(blend_words="cat rabbit"), "Neither the source prompt nor the target prompt contains the word 'rabbit'"),
-        (dict(target_prompt="a photo of a dog"), "replace exchanges word for word; use refine"),
+        (dict(target_prompt="a photo of a dog"), "replace needs equal numbers; use refine"),
     ]
     for changes, message in refused:
         given = {"source_prompt": CAT, "target_prompt": DOG, **changes}

@@ -298,16 +298,16 @@ def test_wrong_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "missing.safetensors": "does not exist",
         "cut.safetensors": "cannot be read",
         "text.safetensors": "cannot be read",
-        "text.bin": "holds code|cannot be read",
-        "other.safetensors": "holds no style attention",
-        "unknown.safetensors": "holds no style attention",
-        "code.bin": "holds code beside its tensors, which is never executed",
-        "code.pt": "holds code|cannot be read",
+        "text.bin": "contains code|cannot be read",
+        "other.safetensors": "contains no style attention",
+        "unknown.safetensors": "contains no style attention",
+        "code.bin": "contains code, which is never executed",
+        "code.pt": "contains code|cannot be read",
         "wplus_adapter.bin": "is a w-plus-adapter",
         "wplus_adapter.safetensors": "is a w-plus-adapter",
         "ip-adapter.bin": "is an IP-Adapter",
-        "network.pt": "holds no style attention",
-        "incomplete.safetensors": "damaged or of another version",
+        "network.pt": "contains no style attention",
+        "incomplete.safetensors": "damaged or from another version",
     }.items():
         with pytest.raises(IdentityEditError, match=message):
             files.load_style_attention(name)

@@ -1,4 +1,4 @@
-"""The families of models: what techniques ask of a model, and what each family answers.
+"""Model families.
 
-A technique asks for a capability (`registry.require`) and gets a `base.Family`; it never asks which family it has.
+A technique requires a capability (`registry.require`) and gets a `base.Family`; it never checks which family it is.
 """

@@ -1,4 +1,4 @@
-"""What a technique may need of a model, and what a family of models tells it."""
+"""Capabilities that a technique can require of a model, and the interface of a model family."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from .schedule import Schedule
 
 
 class Capability(Enum):
-    """What a technique needs beyond sampling; the values end the sentence in which a model without it is refused."""
+    """What a technique needs beyond sampling. Each value is the rest of the error message "The model NAME ..."."""
 
     DISCRETE_TIMESTEPS = (
         "is not a noise-predicting UNet with discrete timesteps; load a Stable Diffusion 1.x, 2.x or XL checkpoint "
         "(flow and EDM models cannot be inverted by this node)"
     )
     CROSS_ATTENTION = (
-        "has no cross-attention to the text that could be read or changed; load a Stable Diffusion 1.x, 2.x or XL "
+        "has no text cross-attention that this node could read or change; load a Stable Diffusion 1.x, 2.x or XL "
         "checkpoint"
     )
-    GRADIENTS = "does not give gradients; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
+    GRADIENTS = "does not support gradients; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
     TRAINING = "cannot be trained here; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
 
 
@@ -29,11 +29,11 @@ class Family(ABC):
     """One MODEL as a member of its family.
 
     Attributes:
-        capabilities: what the family has.
-        noise: its path from an image to noise.
-        tag_weights: beginnings of the keys of weights that tell models of the family apart.
-        sampling: the model's own noise levels (ComfyUI's `model_sampling`).
-        network: its diffusion model.
+        capabilities: supported capabilities.
+        noise: noise path of the family.
+        tag_weights: key prefixes of the weights that distinguish models of the family.
+        sampling: the model's noise levels (ComfyUI's `model_sampling`).
+        network: the diffusion model.
     """
 
     capabilities: ClassVar[frozenset[Capability]]
@@ -48,11 +48,11 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def includes(cls, sampling: Any, network: Any) -> bool:
-        """Whether a model with this `model_sampling` and diffusion model is of the family."""
+        """Whether a model with this `model_sampling` and diffusion model belongs to the family."""
 
     @abstractmethod
     def schedule(self, steps: int, end_at_zero: bool = False, room_below: bool = False) -> Schedule:
-        """Noise levels of a run of `steps` steps, as the model was trained with; see `schedule.ddim_schedule`.
+        """Noise levels for `steps` sampling steps on the model's training schedule; see `schedule.ddim_schedule`.
 
         Raises:
             IdentityEditError: when `steps` is outside its range.
@@ -61,19 +61,19 @@ class Family(ABC):
     @property
     @abstractmethod
     def prediction(self) -> str:
-        """What the network predicts: `noise.EPS`, V or VELOCITY."""
+        """Prediction type of the network: `noise.EPS`, V or VELOCITY."""
 
     @property
     @abstractmethod
     def text_width(self) -> int:
-        """Channels of the text embeddings that the model takes (768 for SD1.x, 1024 for SD2.x, 2048 for SDXL)."""
+        """Channels of the model's text embeddings (768 for SD1.x, 1024 for SD2.x, 2048 for SDXL)."""
 
     @property
     @abstractmethod
     def pooled_width(self) -> int | None:
-        """Channels of the pooled output that it takes, or None where it takes none."""
+        """Channels of the pooled output, or None if the model takes none."""
 
     @property
     @abstractmethod
     def architecture(self) -> str:
-        """Class, size and width of the text embeddings, for `ModelTag`."""
+        """Class, size and text embedding width, for `ModelTag`."""

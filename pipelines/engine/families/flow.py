@@ -1,7 +1,7 @@
-"""Flow models (ComfyUI's CONST) of the layouts of Flux and SD3, which predict the velocity eps - z_0 at any noise level
-from 0 to 1.
+"""Flow models (ComfyUI's CONST) with the architecture of Flux or SD3, which predict the velocity eps - z_0 at any noise
+level from 0 to 1.
 
-Inversion, sampling and per-step embeddings run on them; their attention, gradients and training are not described yet.
+Inversion, sampling and per-step embeddings support them; attention, gradients and training do not yet.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Flow(Family):
         return isinstance(sampling, CONST) and isinstance(network, (Flux, OpenAISignatureMMDITWrapper))
 
     def schedule(self, steps: int, end_at_zero: bool = False, room_below: bool = False) -> Schedule:
-        """Evenly spread over the model's own shifted levels from 1 on, as ComfyUI's scheduler "simple" has it. Its
-        timesteps are the levels in thousandths."""
+        """Evenly spaced over the model's shifted noise levels, starting at 1, like ComfyUI's "simple" scheduler. The
+        timesteps are the levels times 1000."""
         table = noise_levels(self.sampling)
         levels = table.shape[0]
         check_steps(steps, levels - room_below)

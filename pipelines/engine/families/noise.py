@@ -1,4 +1,4 @@
-"""The path from an image to noise in ComfyUI's scale, and steps along it.
+"""The noise path (from an image to noise) in ComfyUI's scale, and steps along it.
 
 A latent at noise level s is x = alpha(s) z_0 + s eps. Models that predict noise or v have alpha = 1; the papers' z_t is
 x / sqrt(1 + s^2), with alpha_bar = 1 / (1 + s^2). Flow models have alpha = 1 - s; their s is the papers' t.
@@ -14,15 +14,15 @@ from typing import Any
 import torch
 
 EPS, V, VELOCITY = "eps", "v", "flow"
-"""What a network predicts: the noise; v = (eps - s z_0) / sqrt(1 + s^2); the velocity eps - z_0 of a flow model."""
+"""Prediction types: the noise; v = (eps - s z_0) / sqrt(1 + s^2); the velocity eps - z_0 of a flow model."""
 
 
 @dataclass(frozen=True)
 class NoisePath:
-    """The arithmetic of a path. Latents are [B, C, H, W]; noise levels are tensors that broadcast to them, or floats.
+    """A noise path. Latents are [B, C, H, W]; noise levels are tensors that broadcast to them, or floats.
 
     Attributes:
-        alpha: the share of the image at a noise level.
+        alpha: the weight of the image at a noise level.
     """
 
     alpha: Callable[[Any], Any]
@@ -37,23 +37,23 @@ class NoisePath:
         return self.alpha(sigma) * z_0 + sigma * eps
 
     def slope(self, x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        """dx/ds of the path through x that the estimate `denoised` of z_0 points to: the predicted noise where alpha is
-        1, the predicted velocity where it is 1 - s."""
+        """dx/ds at x toward the estimate `denoised` of z_0: the predicted noise for alpha = 1, the predicted velocity
+        for alpha = 1 - s."""
         return (x - denoised) / sigma
 
     def step(
         self, x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
     ) -> torch.Tensor:
-        """One deterministic DDIM step (Song et al. 2021, eq. 12, eta 0) from `sigma` > 0 to `sigma_next` >= 0, which is
-        Euler's: x is linear in s where the estimate stays."""
+        """One deterministic DDIM step (Song et al. 2021, eq. 12, eta 0) from `sigma` > 0 to `sigma_next` >= 0. It is
+        Euler's step, since x is linear in s for a constant estimate."""
         return x + (sigma_next - sigma) * self.slope(x, denoised, sigma)
 
     def distribution(
         self, x: torch.Tensor, denoised: torch.Tensor, sigma: float, sigma_next: float, eta: float
     ) -> tuple[torch.Tensor, float]:
-        """Mean [B, C, H, W] and deviation of one stochastic step; eta 0 is `step`, 1 is DDPM.
+        """Mean [B, C, H, W] and standard deviation of one stochastic step; eta 0 is `step`, 1 is DDPM.
 
-        Song et al. 2021, eq. 12 and 16, in the papers' scale, with p the timestep that follows t:
+        Song et al. 2021, eq. 12 and 16, in the papers' scale, with p the timestep after t:
 
             var = (1 - abar_p) / (1 - abar_t) * (1 - abar_t / abar_p)
             mu  = sqrt(abar_p) x0_hat + sqrt(1 - abar_p - eta var) eps_hat,    z_p = mu + eta sqrt(var) noise
@@ -63,11 +63,11 @@ class NoisePath:
             var = s_p^2 (1 - r^2)
             mu  = alpha_p x0_hat + sqrt(s_p^2 - eta var) eps_hat,              x_p = mu + eta sqrt(var) noise
 
-        mu has eta and not eta^2, as in Huberman-Spiegelglas et al. 2024: the same for eta 1 and 0.
+        mu has eta instead of eta^2, as in Huberman-Spiegelglas et al. 2024; both agree for eta 0 and 1.
         """
         alpha, alpha_next = self.alpha(sigma), self.alpha(sigma_next)
         ratio = sigma_next * alpha / (alpha_next * sigma)
-        # s_p^2 - eta var, written so that nothing cancels where s_p is far below s_t.
+        # sqrt(s_p^2 - eta var), written to avoid cancellation where s_p is far below s_t.
         direction = sigma_next * math.sqrt(1.0 - eta + eta * ratio * ratio)
         deviation = eta * sigma_next * math.sqrt(1.0 - ratio * ratio)
         return alpha_next * denoised + direction * self.predicted_noise(x, denoised, sigma), deviation
@@ -84,13 +84,13 @@ FLOW = NoisePath(lambda sigma: 1.0 - sigma)
 def training_error(
     prediction: str, z_0: torch.Tensor, eps: torch.Tensor, sigma: torch.Tensor, denoised: torch.Tensor
 ) -> torch.Tensor:
-    """Output of a network minus its training target [B, C, H, W].
+    """The network's output minus its training target [B, C, H, W].
 
     Args:
         prediction: EPS, V or VELOCITY.
-        z_0, eps: image and noise [B, C, H, W]; the network saw them at `sigma`, see `NoisePath.noised`.
+        z_0, eps: image and noise [B, C, H, W]; the network's input was `NoisePath.noised(z_0, eps, sigma)`.
         sigma: noise levels that broadcast to them.
-        denoised: its estimate of z_0.
+        denoised: the network's estimate of z_0.
     """
     if prediction == VELOCITY:
         return FLOW.slope(FLOW.noised(z_0, eps, sigma), denoised, sigma) - (eps - z_0)

@@ -1,4 +1,4 @@
-"""Which family a model belongs to, by what ComfyUI made of its checkpoint and never by the checkpoint's name."""
+"""Finds a model's family from ComfyUI's classes, never from the checkpoint's name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FAMILIES: tuple[type[Family], ...] = (UNet, Flow)
 
 
 def family_of(model: Any) -> Family | None:
-    """The MODEL as a member of its family, or None where no family has it."""
+    """The `Family` of a MODEL, or None if it is unsupported."""
     sampling, network = model.get_model_object("model_sampling"), model.get_model_object("diffusion_model")
     for family in FAMILIES:
         if family.includes(sampling, network):
@@ -22,10 +22,10 @@ def family_of(model: Any) -> Family | None:
 
 
 def require(model: Any, *capabilities: Capability) -> Family:
-    """The MODEL as a member of its family, which can be sampled and has the capabilities.
+    """The `Family` of a MODEL, which can be sampled and has these capabilities.
 
     Raises:
-        IdentityEditError: where there is no model, no family has it, or its family lacks one of the capabilities.
+        IdentityEditError: for no model, an unsupported one, or a missing capability.
     """
     if model is None:
         raise IdentityEditError("There is no model; connect a Load Checkpoint node.")

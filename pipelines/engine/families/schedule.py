@@ -1,17 +1,17 @@
-"""The schedule of DDIM in ComfyUI's terms: integer timesteps and the sigmas that belong to them.
+"""The DDIM schedule in ComfyUI's terms: integer timesteps and their sigmas.
 
 ComfyUI's latents are x = z_0 + sigma * eps. The papers' z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) eps is the same
 point at another scale: x = z_t * sqrt(1 + sigma^2), with alpha_bar = 1 / (1 + sigma^2). Deterministic DDIM (Song et al.
 2021, eq. 12 with eta 0) is then Euler's method on sigma.
 
-The spacing is the one that the reference implementations of DDIM inversion and null-text inversion use (diffusers'
-"leading" spacing with an offset of one): for 50 steps of 1000 the timesteps 981, 961, ..., 1, and below them timestep
-0 ("set_alpha_to_one=False"). ComfyUI's own `ddim_uniform` gives these timesteps only for counts that divide 1000, and
-always appends sigma 0; hence this function.
+The spacing is that of the reference implementations of DDIM inversion and null-text inversion (diffusers' "leading"
+spacing with an offset of one): for 50 steps of 1000, the timesteps 981, 961, ..., 1, and then timestep 0
+("set_alpha_to_one=False"). ComfyUI's `ddim_uniform` gives these timesteps only for step counts that divide 1000, and
+always appends sigma 0.
 
-A distilled model keeps a part of its training's noise levels: ComfyUI's ModelSamplingDiscrete gives 50 of 1000 for LCM.
-There the steps are spread over these levels as LCM's own sampler does (Luo et al. 2023). A timestep is always one of
-the training's, never a row of a model's table.
+A distilled model has only some of the training noise levels: ComfyUI's ModelSamplingDiscrete keeps 50 of 1000 for LCM.
+The steps are then spread over these levels as in LCM's sampler (Luo et al. 2023). A timestep is always a training
+timestep, never a row of a model's table.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ...shared.errors import check_steps
 
 
 class DiscreteSampling(Protocol):
-    """The part of ComfyUI's ModelSamplingDiscrete that a schedule needs: the noise levels that the model has,
-    ascending, the number of its training's timesteps, and both by one another."""
+    """The part of ComfyUI's ModelSamplingDiscrete used here: the model's noise levels (ascending), the number of
+    training timesteps, and the conversion between the two."""
 
     sigmas: torch.Tensor
     num_timesteps: int
@@ -42,8 +42,8 @@ class Schedule:
     """Noise levels of one sampling run.
 
     Attributes:
-        timesteps: [N] int64, descending: the timestep at the beginning of each step.
-        sigmas: [N + 1] float32 CPU, descending: sigmas[i] belongs to timesteps[i], the last one is where sampling ends.
+        timesteps: [N] int64, descending: the timestep at the start of each step.
+        sigmas: [N + 1] float32 CPU, descending: sigmas[i] belongs to timesteps[i]; sampling ends at the last one.
     """
 
     timesteps: torch.Tensor
@@ -59,11 +59,11 @@ def ddim_timesteps(steps: int, training_timesteps: int = 1000) -> torch.Tensor:
 
     The distance between timesteps is r = floor(T / N); the timesteps are (N - 1) r + 1, ..., r + 1, 1. Where N does not
     divide T the highest timestep is therefore lower than T - r + 1 (30 steps of 1000: 958, ..., 34, 1), exactly as in
-    diffusers. Only N = T has no room for the offset: it gives T - 1, ..., 1, 0.
+    diffusers. Only N = T leaves no room for the offset: it gives T - 1, ..., 1, 0.
 
     Args:
         steps: N, from 1 to `training_timesteps`.
-        training_timesteps: T, the number of timesteps that the model was trained with.
+        training_timesteps: T, the model's number of training timesteps.
 
     Returns:
         [N] int64, descending.
@@ -80,16 +80,16 @@ def ddim_timesteps(steps: int, training_timesteps: int = 1000) -> torch.Tensor:
 def ddim_schedule(
     model_sampling: DiscreteSampling, steps: int, end_at_zero: bool = False, room_below: bool = False
 ) -> Schedule:
-    """Timesteps and sigmas of a DDIM run on a model's own noise schedule.
+    """Timesteps and sigmas of a DDIM run on a model's noise schedule.
 
     Args:
         model_sampling: the model's sampling object (`Family.sampling`).
-        steps: number of steps, from 1 to the number of training timesteps. A distilled model's run has as many as the
-            model has noise levels, where that is less (`fewer_steps`).
+        steps: number of steps, from 1 to the number of training timesteps. Limited to the number of noise levels of a
+            distilled model (`fewer_steps`).
         end_at_zero: False ends at the sigma of timestep 0 (0.029 for Stable Diffusion), as the reference
-            implementations do; True ends at sigma 0, as ComfyUI's schedulers do. With as many steps as training
-            timesteps nothing lies below timestep 0, and the end is sigma 0 in either case.
-        room_below: leave a noise level below the last step, so that it does not end at sigma 0 because there is none.
+            implementations do; True ends at sigma 0, as ComfyUI's schedulers do. If the number of steps equals the
+            number of training timesteps, no level is left below the last step and it ends at sigma 0 in either case.
+        room_below: on a distilled model, keep a noise level below the last step, so that it does not end at sigma 0.
 
     Raises:
         IdentityEditError: when `steps` is outside its range.
@@ -99,7 +99,7 @@ def ddim_schedule(
     if levels < model_sampling.num_timesteps:
         check_steps(steps, model_sampling.num_timesteps)
         steps = min(steps, levels - room_below)
-        # LCM's spacing: linspace(0, levels, steps, endpoint=False), rounded down, from the noisiest on.
+        # LCM's spacing: linspace(0, levels, steps, endpoint=False), rounded down, starting at the noisiest level.
         rows = levels - 1 - torch.arange(steps) * levels // steps
         timesteps = model_sampling.timestep(model_sampling.sigmas[rows]).to(device="cpu", dtype=torch.int64)
     else:
@@ -108,34 +108,34 @@ def ddim_schedule(
     return Schedule(timesteps=timesteps, sigmas=torch.cat([table[rows], end]))
 
 
-def fewer_steps(asked: int, taken: int) -> str | None:
-    """The warning where a distilled model has fewer noise levels than the steps that were asked for, or None."""
-    if taken >= asked:
+def fewer_steps(requested: int, used: int) -> str | None:
+    """The warning if a distilled model has fewer noise levels than the requested steps, or None."""
+    if used >= requested:
         return None
     return (
-        f"The model has few noise levels, as LCM's sampling does, so that {taken} steps are taken instead of {asked}; "
-        f"for more use the model without ModelSamplingDiscrete's lcm."
+        f"The model has only a few noise levels (LCM sampling), so {used} steps are used instead of {requested}; for "
+        f"more, use the model without ModelSamplingDiscrete's lcm."
     )
 
 
 def noise_levels(model_sampling: DiscreteSampling) -> torch.Tensor:
-    """All noise levels that a model has, ascending, float32 on the CPU: as many as its training's timesteps, or fewer
-    where it is distilled."""
+    """All noise levels of a model, ascending, float32 on the CPU: one per training timestep, or fewer if it is
+    distilled."""
     return model_sampling.sigmas.detach().to(device="cpu", dtype=torch.float32)
 
 
 def rows_of(model_sampling: DiscreteSampling, timesteps: Sequence[int]) -> torch.Tensor:
-    """[N] int64: the rows of `noise_levels` that are nearest to timesteps of the training."""
+    """[N] int64: the rows of `noise_levels` nearest to the given training timesteps."""
     levels = model_sampling.sigma(torch.tensor(list(timesteps), dtype=torch.float32)).detach().cpu().float()
     return (noise_levels(model_sampling).log() - levels.log()[:, None]).abs().argmin(dim=1)
 
 
 SAME_LEVEL = 1e-4
-"""Two sigmas closer than this (relative) are the same noise level: adjacent ones of 1000 timesteps differ by 4e-3 or
-more, and sigmas of the same timestep by less than 2e-5 however they were computed."""
+"""Relative tolerance within which two sigmas are the same noise level: adjacent timesteps of 1000 differ by 4e-3 or
+more, and different computations of the same sigma by less than 2e-5."""
 
 
 def step_at(sigmas: torch.Tensor, sigma: float) -> int:
-    """The step of a run at a noise level: i with sigmas[i + 1] < sigma <= sigmas[i] (descending, [N + 1]); 0 above the
-    first and N - 1 below the last."""
+    """The index of the step at a noise level: i with sigmas[i + 1] < sigma <= sigmas[i] (descending, [N + 1]); 0 above
+    the first and N - 1 below the last."""
     return int((sigmas[1:-1] * (1.0 + SAME_LEVEL) >= sigma).sum())

@@ -1,5 +1,5 @@
-"""Stable Diffusion 1.x, 2.x and XL with everything trained from them: UNets that predict noise or v at discrete
-timesteps, zero-terminal-SNR models included."""
+"""Stable Diffusion 1.x, 2.x, XL and models derived from them: UNets that predict noise or v at discrete timesteps,
+including zero-terminal-SNR models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .noise import DIFFUSION, EPS, V
 from .schedule import Schedule, ddim_schedule
 
 _BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base.SDXLRefiner, 5 * 256))
-"""What ComfyUI puts behind the pooled output: sizes of the image and the refiner's score, each as 256 numbers."""
+"""Channels that ComfyUI appends to the pooled output: image sizes and the refiner's score, 256 channels each."""
 
 
 class UNet(Family):
@@ -26,7 +26,7 @@ class UNet(Family):
 
     @classmethod
     def includes(cls, sampling: Any, network: Any) -> bool:
-        # ComfyUI's v-prediction is an EPS, and so is X0.
+        # In ComfyUI, V_PREDICTION and X0 are both subclasses of EPS.
         predicts_noise = isinstance(sampling, kinds.EPS) and not isinstance(sampling, kinds.X0)
         return predicts_noise and isinstance(sampling, kinds.ModelSamplingDiscrete) and isinstance(network, UNetModel)
 

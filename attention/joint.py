@@ -33,7 +33,7 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The model's attention of queries, keys and values [B, heads, N, d]; returns [B, N, heads * d] before projection."""
 
 Tap = Callable[[Site, Attended, torch.Tensor, Attend, Mapping[str, Any]], torch.Tensor]
-"""Replaces each joint attention. Called with the site, queries and keys, values [B, heads, M, d], the original attention
+"""Replaces each joint attention. Called with the site, queries and keys, values [B, heads, M, d], original attention
 and the transformer options (`cond_or_uncond`, `uuids`); returns the attention output before projection. A read-only tap
 returns `attend(attended.query, attended.key, value)`, which is bit-identical."""
 

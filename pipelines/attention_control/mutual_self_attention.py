@@ -1,7 +1,7 @@
-"""MasaCtrl (Cao et al. 2023): sample an edit whose self-attention looks into the inverted image. No training.
+"""MasaCtrl (Cao et al. 2023): training-free editing in which self-attention uses keys and values of the inverted image.
 
-The source is evaluated beside the target at the same noise level, on the inversion's own latent of that level, so the
-target always looks at the true path of the image. It is done inside ComfyUI's guider, for whatever sampler runs it.
+At each noise level the source is evaluated alongside the target, on the inversion's latent of that level, so the target
+attends to the image's exact trajectory. This happens inside ComfyUI's guider and works with any sampler.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..shared.errors import IdentityEditError, check_batch_matches
 from ..shared.masks import as_masks, cut_to
 
 START_STEP = 0.08
-"""The reference implementation's 4 of 50 steps, as a share of the steps."""
+"""4 of 50 steps in the reference implementation, as a fraction."""
 
 _KEY = "identity_edit_mutual_self_attention"
 _SOURCE_SIDES = ("positive", "middle")
@@ -37,27 +37,27 @@ def mutual_self_attention(
 ) -> Any:
     """A clone of `model` whose self-attention takes its keys and values from an inverted image.
 
-    Works with any guider, and with any sampler that evaluates the network at the inversion's own noise levels. Every
-    step from `start_step` on costs twice its evaluations. Of two on one model the later counts. Where other nodes
-    change the prompt step by step (Timestep-Aware Text Injection (Model)), put this one behind them.
+    Works with any guider, and with any sampler that evaluates the network at the inversion's noise levels. From
+    `start_step` on, a step costs twice the model calls. The last one applied to a model is used. Apply it after nodes
+    that change the prompt step by step (Timestep-Aware Text Injection (Model)).
 
     Args:
-        model: MODEL; it is not changed.
-        inversion: the source image's, one for all sampled latents or one for each. The latents that are sampled have
-            its size, and its sigmas (or the later part of them) are those of the sampler.
+        model: MODEL; not modified.
+        inversion: inversion of the source image, one for all sampled latents or one for each. The sampled latents must
+            have its size, and the sampler must use its sigmas (or the later part of them).
         source: the source prompt's CONDITIONING, one entry; only its text embedding and pooled output are used.
-        negative: CONDITIONING of the source's negative side, one entry; None takes the sampler's own.
-        start_step: share of the inversion's steps that are sampled without it, 0 to 1, so that the target finds its
-            layout (4 of 50 in the reference implementation).
+        negative: the source's negative CONDITIONING, one entry; None for that of the sampler.
+        start_step: fraction of the inversion's steps sampled without it, 0 to 1, in which the target forms its layout
+            (4 of 50 in the reference implementation).
         start_layer: see `mutual_layers`.
-        source_mask, target_mask: MASK [1 or B, H, W] of the subject in the source and where it will be in the target;
-            subject then looks at subject and background at background. Both or none.
+        source_mask, target_mask: MASK [1 or B, H, W] of the subject in the source and of its intended place in the
+            target; subject then attends to subject and background to background. Both or neither.
 
     Returns:
         the clone.
 
     Raises:
-        IdentityEditError: when an input cannot be used; at sampling, for another size, batch or noise level.
+        IdentityEditError: when an input cannot be used; while sampling, for another size, batch or noise level.
     """
     width = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
     check_inversion(inversion, model)
@@ -78,7 +78,7 @@ def mutual_self_attention(
             )
     if (source_mask is None) != (target_mask is None):
         raise IdentityEditError(
-            "Only one of source_mask and target_mask is connected; connect both, or none for edits without masks."
+            "Only one of source_mask and target_mask is connected; connect both, or neither for edits without masks."
         )
     masks = None
     if source_mask is not None and target_mask is not None:
@@ -86,7 +86,7 @@ def mutual_self_attention(
     layers = mutual_layers(model.get_model_object("diffusion_model"), start_layer)
     first_step = round(start_step * inversion.steps)
 
-    def look_into_the_source(
+    def attend_to_source(
         executor: Any,
         x: torch.Tensor,
         timestep: torch.Tensor,
@@ -98,10 +98,10 @@ def mutual_self_attention(
             return executor(x, timestep, model_options, seed)
         check_sampled_latent(inversion, x)
         guider = executor.class_obj
-        own = guider.conds
-        # The source at the same noise level; of its prediction nothing is used, of its activations those recorded.
+        conds = guider.conds
+        # Evaluate the source at the same noise level, only to record its activations.
         features = SourceFeatures(layers)
-        guider.conds = _source_conditionings(own, embeddings, x.device)
+        guider.conds = _source_conditionings(conds, embeddings, x.device)
         try:
             with torch.no_grad():
                 executor(
@@ -111,18 +111,18 @@ def mutual_self_attention(
                     seed,
                 )
         finally:
-            guider.conds = own
+            guider.conds = conds
         if features.missing():
             raise IdentityEditError(
-                f"Mutual self-attention found no activations in the layers {features.missing()}; remove the node that "
-                f"skips them (such as a cache of deep features), or choose a later start_layer."
+                f"Mutual self-attention could not record the layers {features.missing()}; remove the node that skips "
+                f"them (such as DeepCache), or choose a later start_layer."
             )
         guiding = None
         patches: dict[str, Any] = {}
         if masks is not None:
             for mask, name in zip(masks, ("source_mask", "target_mask"), strict=True):
                 check_batch_matches(mask.shape[0], x.shape[0], name)
-            entries = {entry["uuid"]: entry for side in own.values() for entry in side or ()}
+            entries = {entry["uuid"]: entry for side in conds.values() for entry in side or ()}
             height, width = x.shape[-2:]
             source_cut, target_cut = (cut_to(mask, height, width) for mask in masks)
             guiding = MutualMasks(source_cut, target_cut, entries, height, width)
@@ -130,20 +130,20 @@ def mutual_self_attention(
         patches["attn1_patch"] = features.injecting_patch(guiding)
         return executor(x, timestep, with_patches(model_options, **patches), seed)
 
-    return engine.with_wrappers(model, _KEY, look_into_the_source)
+    return engine.with_wrappers(model, _KEY, attend_to_source)
 
 
 def _source_conditionings(
-    own: dict[str, Any], embeddings: dict[str, tuple[torch.Tensor, torch.Tensor | None]], device: torch.device
+    conds: dict[str, Any], embeddings: dict[str, tuple[torch.Tensor, torch.Tensor | None]], device: torch.device
 ) -> dict[str, Any]:
-    """The guider's conditionings with the source's prompts, so that each pairs with the target's of the same uuid."""
+    """The guider's conditionings with the source's prompts; uuids are kept to match them with the target's."""
     result = {}
-    for side, conditionings in own.items():
+    for side, conditionings in conds.items():
         if conditionings is not None and side in embeddings:
             embedding, pooled = embeddings[side]
             conditionings = engine.conditionings_with_embedding(
                 conditionings, embedding.to(device), None if pooled is None else pooled.to(device), keep=True
             )
-        # A mask weighs only the prediction, which the source's evaluation does not use.
+        # Masks affect only the prediction, which is not used for the source.
         result[side] = None if conditionings is None else engine.conditionings_of_the_prompt(conditionings)
     return result

@@ -1,14 +1,14 @@
 """Prompt-to-prompt (Hertz et al. 2023): edit an image by editing its prompt, with the attention of the source.
 
-Source and target are evaluated beside one another at every noise level, by a wrapper around ComfyUI's guider, so that
-any stock sampler and guider runs it:
+A wrapper around ComfyUI's guider evaluates source and target together at every noise level, so it works with any stock
+sampler and guider:
 
-- A generated image: each latent is sampled twice from the same noise, with the source prompt and with the target
-  prompt. The source is the image that the sampler gives without control, to the bit.
-- A real image: the source follows its inversion's trajectory, and the inversion's per-step null-text embeddings
-  is the negative side (Mokady et al. 2023). Of the source only the positive side is needed, so a step under control
-  costs three model calls instead of two. A batch of another size is rounded differently: where prompts are the
-  same and the inversion exact, the target is the source to rounding.
+- Generated images: each latent is sampled twice from the same noise, with the source prompt and with the target prompt.
+  The source is bit-identical to the image sampled without control.
+- Real images: the source follows its inversion's trajectory, with the inversion's per-step null-text embeddings as the
+  negative side (Mokady et al. 2023). Only the source's positive side is needed, so a controlled step costs three model
+  calls instead of two. For equal prompts and an exact inversion the target equals the source up to rounding, which
+  depends on the batch size.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ EDITS = (REPLACE, REFINE)
 
 CROSS_REPLACE_STEPS = 0.8
 SELF_REPLACE_STEPS = 0.4
-"""Shares of the steps, from the first, of the word swaps in the reference implementation's notebook."""
+"""Fractions of the steps, from the first, for word swaps in the reference implementation's notebook."""
 BLEND_THRESHOLD = 0.3
 BLEND_START = 0.2
-"""Of the reference implementation's LocalBlend."""
+"""Defaults of the reference implementation's LocalBlend."""
 FACTORS = (AUTOMATIC, "1", "2", "4", "8")
 
 _KEY = "identity_edit_prompt_to_prompt"
@@ -60,12 +60,12 @@ class ControlSettings:
     """When and where attention is controlled.
 
     Attributes:
-        cross_replace_steps: share of the steps, from the first, with the source's cross-attention, 0 to 1.
-        self_replace_steps: likewise of self-attention.
-        self_attention_grid: how many times smaller than the latent a layer's grid is at least, for its self-attention
-            to be controlled: 1, 2, 4 or 8 as text, or "automatic", see `attention.prompt_to_prompt.automatic_factor`.
-        blend_threshold: share of the words' largest attention above which the latent may change, 0 to 1.
-        blend_start: share of the steps, from the first, without local blend, 0 to 1.
+        cross_replace_steps: fraction of the steps, from the first, with the source's cross-attention, 0 to 1.
+        self_replace_steps: likewise for self-attention.
+        self_attention_grid: minimum downsampling factor of layers with controlled self-attention: "1", "2", "4", "8" or
+            "automatic", see `attention.prompt_to_prompt.automatic_factor`.
+        blend_threshold: fraction of the words' largest attention above which the latent may change, 0 to 1.
+        blend_start: fraction of the steps, from the first, without local blend, 0 to 1.
     """
 
     cross_replace_steps: float = CROSS_REPLACE_STEPS
@@ -98,26 +98,26 @@ def prompt_to_prompt(
     """A MODEL that samples the target prompt with the attention of the source prompt, and the target's CONDITIONING.
 
     Args:
-        model: MODEL of Stable Diffusion 1.x, 2.x or XL; it is not changed.
+        model: MODEL of Stable Diffusion 1.x, 2.x or XL; not modified.
         clip: CLIP of the same checkpoint.
-        source_prompt: what the image is made of, or shows.
-        target_prompt: the same with words exchanged, added or left out.
-        edit: "replace" exchanges word for word: a new word takes the place of the one that it stands for. "refine"
-            keeps the attention of the tokens that both prompts share and leaves new ones free.
-        reweight: words of the target prompt and the factor of their attention; below 1 weakens, below 0 inverts.
-        blend_words: words of either prompt, separated by spaces or commas: the latent changes where these are, and
-            nowhere else. Empty for everywhere.
+        source_prompt: prompt of the source image.
+        target_prompt: the source prompt with words exchanged, added or removed.
+        edit: "replace" pairs the words of both prompts one by one; a new word gets the attention of its counterpart.
+            "refine" keeps the attention of tokens that both prompts share and leaves new ones free.
+        reweight: attention factors of words in the target prompt; below 1 weakens, below 0 inverts.
+        blend_words: words of either prompt, separated by spaces or commas: the latent may change only where these are.
+            Empty for everywhere.
         settings: when and where attention is controlled.
-        inversion: of a real image, made with the source prompt; None samples the source beside the target.
+        inversion: inversion of a real image with the source prompt; None samples the source alongside the target.
 
     Returns:
         the clone and the target prompt's CONDITIONING, for the positive side of any sampler. Without an inversion the
-        sampler returns twice as many latents as it was given: first the sources, then the targets. It should add no
-        noise between its steps (euler, ddim, dpmpp_2m), because the two would get different noise. With an inversion
-        it returns the targets alone, and it must stay on the inversion's noise levels.
+        sampler returns twice as many latents: first the sources, then the targets; use a sampler that adds no noise
+        between steps (euler, ddim, dpmpp_2m), because the two would get different noise. With an inversion it returns
+        only the targets, and must use the inversion's noise levels.
 
     Raises:
-        IdentityEditError: when an input cannot be used; at sampling, for another size, batch or noise level.
+        IdentityEditError: when an input cannot be used; while sampling, for another size, batch or noise level.
     """
     if edit not in EDITS:
         raise IdentityEditError(f"edit is {edit!r}; choose one of {', '.join(EDITS)}.")
@@ -142,9 +142,9 @@ def parse_reweight(text: str) -> dict[str, float]:
     """Words and factors from "fluffy: 2, red hat: 0.5" (separated by commas, spaces or new lines).
 
     Raises:
-        IdentityEditError: when a part is no word, colon and number.
+        IdentityEditError: when a part is not a word, colon and number.
     """
-    found: dict[str, float] = {}
+    factors: dict[str, float] = {}
     for part in split_parts(text.replace("\n", ",").replace("\uff1a", ":")):
         rest = part
         while rest:
@@ -153,13 +153,13 @@ def parse_reweight(text: str) -> dict[str, float]:
                 raise IdentityEditError(
                     f"reweight has {part!r}; write each word with its factor, such as: fluffy: 2, hat: 0.5."
                 )
-            found[pair["word"].strip()] = float(pair["factor"])
+            factors[pair["word"].strip()] = float(pair["factor"])
             rest = rest[pair.end() :].strip()
-    return found
+    return factors
 
 
 def encode(clip: Any, prompt: str) -> Conditioning:
-    """The CONDITIONING that the stock CLIP Text Encode makes of a prompt."""
+    """Encode a prompt like the stock CLIP Text Encode."""
     with torch.no_grad():
         return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
 
@@ -169,10 +169,10 @@ class _Run:
     """One sampling run.
 
     Attributes:
-        batch: targets that are sampled.
-        sigmas: of the run [N + 1], on the CPU.
-        blend: what it has seen of the blend's words so far.
-        mask: where the latent may change [B, 1, H, W], after the first evaluation that was blended.
+        batch: number of sampled targets.
+        sigmas: noise levels of the run [N + 1], on the CPU.
+        blend: attention of the blend words so far.
+        mask: where the latent may change [B, 1, H, W], set by the first blended step.
     """
 
     batch: int
@@ -191,21 +191,21 @@ def with_attention_control(
 ) -> Any:
     """A clone of `model` whose target takes the attention of a source; see `prompt_to_prompt`.
 
-    The sampler's positive conditioning is the target's. Where other nodes change the prompt step by step, they come
-    before. Of two on one model the later counts.
+    The sampler's positive conditioning is the target's. Apply it after nodes that change the prompt step by step. The
+    last one applied to a model is used.
 
-    Local blend is that of ComfyUI's masked sampling: outside of the mask the network sees x_t of the source, and the
-    estimate of z_0 is the source's. The sampler's own latent gets there with the noise level: what differed from the
-    source when a cell left the mask shrinks by sigma_end / sigma (Euler's steps), so it is the source's where a
-    schedule ends at 0, to rounding, and nearly so where it ends at timestep 0.
+    Local blend works like ComfyUI's masked sampling: outside the mask the network's input is the source's x_t, and the
+    estimate of z_0 is the source's. The sampler's latent converges to it: the difference when a latent pixel leaves the
+    mask shrinks by sigma_end / sigma (for Euler steps), so the final latent equals the source up to rounding if the
+    schedule ends at 0, and nearly so if it ends at timestep 0.
 
     Args:
-        model: MODEL; it is not changed.
-        tokens: how the target's tokens take the source's cross-attention.
+        model: MODEL; not modified.
+        tokens: mapping of cross-attention from source to target tokens.
         source: the source prompt's CONDITIONING, one entry.
-        settings: when and where.
-        blend: tokens of the words for the local blend in the source and the target prompt, or None.
-        inversion: of the source, or None to sample it beside the target.
+        settings: when and where attention is controlled.
+        blend: tokens of the blend words in the source and the target prompt, or None.
+        inversion: inversion of the source, or None to sample it alongside the target.
 
     Raises:
         IdentityEditError: as `prompt_to_prompt`.
@@ -237,8 +237,8 @@ def with_attention_control(
         nonlocal run
         words = None if blend is None else LocalBlend(*blend, settings.blend_threshold)
         run = _Run(noise.shape[0], sigmas.detach().to(device="cpu", dtype=torch.float32), words)
-        if inversion is None:  # the latents twice with the same noise, first the sources, then the targets
-            # Newer versions than 0.3.75 hand it over as it will be used, one mask for each latent.
+        if inversion is None:  # duplicate the latents and the noise: first the sources, then the targets
+            # Versions newer than 0.3.75 pass one mask per latent.
             if denoise_mask is not None and denoise_mask.shape[0] == noise.shape[0]:
                 denoise_mask = torch.cat([denoise_mask, denoise_mask])
             noise, latent_image = torch.cat([noise, noise]), torch.cat([latent_image, latent_image])
@@ -258,8 +258,8 @@ def with_attention_control(
         if inversion is None:
             if x.shape[0] != 2 * run.batch:
                 raise IdentityEditError(
-                    "Prompt-to-Prompt samples the source beside the target, which this sampler does not do; connect "
-                    "the inversion to Prompt-to-Prompt, or use a stock sampler."
+                    "Prompt-to-Prompt must sample the source alongside the target, which this sampler does not "
+                    "support; connect the inversion to Prompt-to-Prompt, or use a stock sampler."
                 )
             step, steps = step_at(run.sigmas, sigma), run.sigmas.shape[0] - 1
             x_source, x_target = x.chunk(2)
@@ -267,7 +267,7 @@ def with_attention_control(
             check_sampled_latent(inversion, x)
             step, steps = inversion.row(sigma), inversion.steps
             x_source, x_target = inversion.trajectory[step].to(x), x
-        of_source, of_target = timestep[: x_source.shape[0]], timestep[: x_target.shape[0]]
+        source_sigmas, target_sigmas = timestep[: x_source.shape[0]], timestep[: x_target.shape[0]]
         controls_cross = step < round(settings.cross_replace_steps * steps)
         controls_self = step < round(settings.self_replace_steps * steps)
         if inversion is not None and not (controls_cross or controls_self or run.blend):
@@ -293,9 +293,9 @@ def with_attention_control(
             guider.conds = _source_conditionings(own, embedding.to(x.device), pooled, inversion is not None)
             options = model_options if inversion is None else without_guidance_functions(model_options)
             with torch.no_grad():
-                source_denoised = executor(x_source, of_source, control.recording(options), seed)
+                source_denoised = executor(x_source, source_sigmas, control.recording(options), seed)
             guider.conds = own
-            target_denoised = executor(x_target, of_target, control.injecting(model_options), seed)
+            target_denoised = executor(x_target, target_sigmas, control.injecting(model_options), seed)
             if run.blend is not None and step >= round(settings.blend_start * steps):
                 run.mask = run.blend.mask(height, width)
                 if inversion is not None:
@@ -323,9 +323,9 @@ def _chosen_layers(
 def _source_conditionings(
     own: dict[str, Any], embedding: torch.Tensor, pooled: torch.Tensor | None, inverted: bool
 ) -> dict[str, Any]:
-    """The guider's conditionings with the source prompt, so that each pairs with the target's of the same uuid.
+    """The guider's conditionings with the source prompt; uuids are kept to match them with the target's.
 
-    Of an inverted source only the attention of the positive side is needed, and what steers the target is left out.
+    For an inverted source only the positive side's attention is needed, without the target's ControlNets and masks.
     """
     positive = engine.conditionings_with_embedding(
         own["positive"], embedding, None if pooled is None else pooled.to(embedding.device), keep=True

@@ -1,1 +1,1 @@
-"""From an image to noise and back: DDIM, edit-friendly DDPM, null-text optimization."""
+"""Inversion and reconstruction: DDIM, edit-friendly DDPM, null-text optimization."""

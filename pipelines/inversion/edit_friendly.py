@@ -1,8 +1,8 @@
-"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024): noise maps that sample an image exactly.
+"""Edit-friendly DDPM inversion (Huberman-Spiegelglas et al. 2024): noise maps that reconstruct an image exactly.
 
-Each latent on the way to noise is drawn with noise of its own, independent of the others (section 3.2, eq. 6), and the
-noise map of a step is what sampling needs to get from one to the next (eq. 5). Sampling the maps with another prompt
-edits the image. Leaving out the first steps ("skip") keeps more of it.
+The latent at each noise level is drawn with independent noise (section 3.2, eq. 6), and a step's noise map is the noise
+with which sampling gets from one latent to the next (eq. 5). Sampling with these maps and another prompt edits the
+image; skipping the first steps ("skip") preserves more of it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ STEPS = 100
 SOURCE_GUIDANCE_SCALE = 3.5
 TARGET_GUIDANCE_SCALE = 15.0
 SKIP = 0.36
-"""The reference implementation's 36 of 100 steps, as a share of the steps."""
+"""36 of 100 steps in the reference implementation, as a fraction."""
 
 
 def skipped_steps(steps: int, skip: float = SKIP) -> int:
-    """How many of `steps` are left out for a share `skip` (0 to 1) of them: rounded, at least one step remains.
+    """The number of skipped steps for a fraction `skip` (0 to 1), rounded; at least one step remains.
 
     Raises:
-        IdentityEditError: when the share is outside its range.
+        IdentityEditError: when the fraction is outside its range.
     """
     if not 0.0 <= skip <= 1.0:
         raise IdentityEditError(f"skip is {skip:g}; choose a share of the steps from 0 to 1.")
@@ -47,27 +47,27 @@ def edit_friendly_ddpm_inversion(
     zero_last_noise_map: bool = False,
     callback: engine.Callback | None = None,
 ) -> Inversion:
-    """Find the noise maps of an image (Huberman-Spiegelglas et al. 2024, algorithm 1).
+    """Compute the noise maps of an image (Huberman-Spiegelglas et al. 2024, algorithm 1).
 
     Args:
-        model: MODEL that predicts noise or velocity.
+        model: MODEL of any supported family.
         latent: the image [B, C, H, W] in the scale of LATENT sockets.
         source: the source prompt's CONDITIONING.
         negative: CONDITIONING of the negative side, the empty prompt in the paper; not needed for guidance scale 1.
         steps: N, 1 to one less than the model's training timesteps; fewer on a distilled model (`ddim_schedule`). 100
             in the reference implementation.
-        guidance_scale: of the source prompt, 3.5 in the reference implementation.
-        eta: share of each step's noise, above 0 up to 1. 1 (DDPM) in the paper; 0 has no noise maps.
-        seed: of the noise. An image's noise depends on the seed and its place in the batch alone; the first image of
-            a batch is inverted as it is alone.
-        zero_last_noise_map: False is exact: sampling with the same prompts and guidance scale returns the image to
+        guidance_scale: guidance scale of the source prompt, 3.5 in the reference implementation.
+        eta: fraction of each step's noise, above 0 up to 1. 1 (DDPM) in the paper; there are no noise maps for 0.
+        seed: noise seed. An image's noise depends only on the seed and its index in the batch, so the first image of a
+            batch gets the same inversion as alone.
+        zero_last_noise_map: False is exact: sampling with the same prompts and guidance scale returns the image up to
             rounding. True sets the last step's noise map to zero, as the reference implementation does; sampling then
-            ends on the network's own estimate, near the image.
+            ends on the network's estimate, close to the image.
         callback: progress with preview.
 
     Returns:
-        the inversion, of 2 N (guidance scale 1: N) model calls. Its trajectory holds the latents that were
-        drawn, and ends on the image.
+        the inversion, in 2 N model calls (N for guidance scale 1). Its trajectory consists of the drawn latents and
+        ends with the image.
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -75,14 +75,14 @@ def edit_friendly_ddpm_inversion(
     family = engine.require(model)
     schedule = family.schedule(steps, room_below=True)
     if float(schedule.sigmas[-1]) == 0.0:
-        # As many steps as timesteps end at sigma 0, where the last step has no noise that could carry the image.
+        # With as many steps as timesteps the schedule ends at sigma 0, where the last step has no noise map.
         raise IdentityEditError(
             f"steps is {steps}, as many as the model has timesteps; choose a number from 1 to {steps - 1}."
         )
     steps = schedule.steps
     if not 0.0 < eta <= 1.0:
         raise IdentityEditError(
-            f"eta is {eta:g}; choose a value above 0 up to 1, or DDIM Inversion, which is the method for eta 0."
+            f"eta is {eta:g}; choose a value above 0 up to 1, or use DDIM Inversion, which is the method for eta 0."
         )
     check_negative(negative, guidance_scale)
 
@@ -90,8 +90,7 @@ def edit_friendly_ddpm_inversion(
         sigmas = schedule.sigmas.to(evaluator.device)
         noise = family.noise
         eps = _independent_noise(steps, z_0, seed)
-        # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t, each t with an eps of its own. The image itself
-        # takes the place of the last one.
+        # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t with independent eps_t. The last latent is the image.
         latents = [noise.noised(z_0, eps[i].to(z_0), sigmas[i]) for i in range(steps)]
         latents.append(z_0 * noise.scale(sigmas[-1]))
         noise_maps = []
@@ -101,7 +100,7 @@ def edit_friendly_ddpm_inversion(
             mean, deviation = noise.distribution(latents[i], denoised, sigma, sigma_next, eta)
             # Eq. 5: z_t = (x_{t-1} - mu_t(x_t)) / sigma_t
             noise_map = (latents[i + 1] - mean) / deviation
-            # The next latent as sampling will compute it, so that rounding does not add up over the steps.
+            # The next latent exactly as sampling will compute it, to avoid accumulating rounding errors.
             latents[i + 1] = mean + deviation * noise_map
             noise_maps.append(noise_map)
             evaluator.report(i, denoised, latents[i + 1], steps)
@@ -128,14 +127,14 @@ def edit_friendly_ddpm_inversion(
 
 
 def edit_friendly_sampler(model: Any, inversion: Inversion) -> Callable[..., torch.Tensor]:
-    """A sampler function for ComfyUI's KSAMPLER that takes every step's noise from the inversion's maps.
+    """A sampler function for ComfyUI's KSAMPLER that uses the inversion's noise maps.
 
-    It follows the sigmas it is given, which must be adjoining ones of the inversion (all of them, or those after the
-    skipped steps), and starts from the latent it is given (`Inversion.start_latent`) without added noise. Where the
-    sigmas end with the inversion's, it returns z_0 as `sample_inversion` does.
+    Its sigmas must be consecutive ones of the inversion (all, or those after the skipped steps). It starts from the
+    input latent (`Inversion.start_latent`) without added noise. If the sigmas end with the inversion's, it returns z_0
+    like `sample_inversion`.
 
     Raises:
-        IdentityEditError: when the inversion is another model's or has no noise maps; in sampling, for other sigmas or
+        IdentityEditError: for another model's inversion or one without noise maps; while sampling, for other sigmas or
             another latent.
     """
     check_inversion(inversion, model)
@@ -155,7 +154,7 @@ def edit_friendly_sampler(model: Any, inversion: Inversion) -> Callable[..., tor
         rows = [inversion.row(float(sigma)) for sigma in sigmas]
         if rows != list(range(first, first + len(rows))):
             raise IdentityEditError(
-                "The sigmas leave out noise levels of the inversion; connect those of Edit-Friendly DDPM Sampler."
+                "The sigmas skip noise levels of the inversion; connect those of Edit-Friendly DDPM Sampler."
             )
         x = _without_rounding(x, inversion.trajectory[first].to(x))
         per_latent = x.new_ones([x.shape[0]])
@@ -169,17 +168,17 @@ def edit_friendly_sampler(model: Any, inversion: Inversion) -> Callable[..., tor
     return sample_edit_friendly_ddpm
 
 
-def _without_rounding(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """The inversion's own latent where `x` is the same but for the rounding on its way through a LATENT socket.
+def _without_rounding(x: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """The inversion's original latent if `x` equals it up to the rounding of a LATENT's scale, else `x`.
 
-    The noise maps belong to that latent to the last bit, and many steps can make much of a bit.
+    The noise maps match the original latent exactly, and rounding errors can grow over many steps.
     """
-    same = x.shape == kept.shape and bool((x - kept).norm() <= 1e-5 * kept.norm())
-    return kept if same else x
+    same = x.shape == original.shape and bool((x - original).norm() <= 1e-5 * original.norm())
+    return original if same else x
 
 
 def _independent_noise(steps: int, z_0: torch.Tensor, seed: int) -> torch.Tensor:
-    """[steps, B, C, H, W] on the CPU, drawn image by image: a longer batch does not change its first ones."""
+    """Noise [steps, B, C, H, W] on the CPU, drawn image by image, so that it does not depend on the batch size."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     rows = [torch.randn((steps, *z_0.shape[1:]), generator=generator) for _ in range(z_0.shape[0])]
     return torch.stack(rows, dim=1)

@@ -1,8 +1,8 @@
-"""What an inversion is, DDIM inversion, sampling back, and files.
+"""The `Inversion` data type, DDIM inversion, sampling from an inversion, and files.
 
-An inversion is the path of an image from its latent to noise. It is kept in ComfyUI's scale, x = z_0 + sigma * eps.
-DDIM inversion is that of Song et al. 2021 (section 4.3), the pivot of Mokady et al. 2023 (section 3.2); edit-friendly
-DDPM inversion is in `edit_friendly_inversion`.
+An inversion is the trajectory of an image from its latent to noise, in ComfyUI's scale, x = z_0 + sigma * eps. DDIM
+inversion is that of Song et al. 2021 (section 4.3), the pivot of Mokady et al. 2023 (section 3.2); edit-friendly DDPM
+inversion is in `edit_friendly`.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ EDIT_FRIENDLY_DDPM = "edit-friendly ddpm"
 
 _KIND = "inversion"
 _FORMAT = 2
-"""1 had no noise maps and no eta; such files are read as before."""
+"""Format 1 had no noise maps and no eta; such files can still be read."""
 _SAVE_AGAIN = "make and save the inversion again"
 
 
 @dataclass(frozen=True)
 class Inversion:
-    """An image's way to noise, and what is needed to follow it back.
+    """The trajectory of an image to noise, with the data needed to reconstruct the image.
 
     Attributes:
-        trajectory: [N + 1, B, C, H, W] float32 CPU in the model's scale, in the order of sampling: trajectory[0] is the
+        trajectory: [N + 1, B, C, H, W] float32 CPU in the model's scale, in sampling order: trajectory[0] is the
             noisiest latent, trajectory[N] the image's.
         sigmas: [N + 1] float32 CPU, descending: trajectory[i] is at noise level sigmas[i].
         timesteps: [N] int64, descending: the timestep at which the network was evaluated between i + 1 and i.
-        method: how it was made, `DDIM` or `EDIT_FRIENDLY_DDPM`.
-        guidance_scale: that of the inversion.
-        model: the tag of the model that made it.
-        embeddings: per-step embeddings that belong to it (from null-text optimization), or None.
+        method: `DDIM` or `EDIT_FRIENDLY_DDPM`.
+        guidance_scale: guidance scale of the inversion.
+        model: tag of the inverting model.
+        embeddings: its per-step embeddings (from null-text optimization), or None.
         noise_maps: [N, B, C, H, W] float32 CPU, of unit scale: noise_maps[i] is the z of the step from sigmas[i] to
             sigmas[i + 1] (Huberman-Spiegelglas et al. 2024, eq. 5). None for a deterministic inversion.
-        eta: 0 for a deterministic inversion; above 0 up to 1 (DDPM) the share of each step's noise.
+        eta: fraction of each step's noise: 0 for a deterministic inversion, otherwise up to 1 (DDPM).
     """
 
     trajectory: torch.Tensor
@@ -68,7 +68,7 @@ class Inversion:
 
     @property
     def noise(self) -> engine.NoisePath:
-        """The path from the image to noise that its model has."""
+        """The noise path of its model."""
         return self.model.noise
 
     @property
@@ -81,25 +81,25 @@ class Inversion:
         return replace(self, embeddings=embeddings)
 
     def row(self, sigma: float) -> int:
-        """The row i whose noise level sigmas[i] is `sigma` (within 1e-4 relative).
+        """The index i with sigmas[i] equal to `sigma` (relative tolerance 1e-4).
 
         Raises:
-            IdentityEditError: when no row is at this noise level; nothing is interpolated.
+            IdentityEditError: when there is none; nothing is interpolated.
         """
         distances = (self.sigmas - sigma).abs()
         nearest = int(distances.argmin())
         if float(distances[nearest]) > SAME_LEVEL * max(sigma, float(self.sigmas[nearest])):
             raise IdentityEditError(
-                f"The sampler asks for the noise level {sigma:.5g} but the inversion has none there (its nearest is "
-                f"{float(self.sigmas[nearest]):.5g}); sample with the inversion's own sigmas and a sampler that takes "
-                f"no steps between them, such as euler."
+                f"The sampler uses the noise level {sigma:.5g}, which the inversion does not contain (the nearest is "
+                f"{float(self.sigmas[nearest]):.5g}); sample with the inversion's sigmas and a sampler without "
+                f"intermediate steps, such as euler."
             )
         return nearest
 
     def start_latent(self, model: Any, skip: int = 0) -> torch.Tensor:
-        """trajectory[skip] [B, C, H, W] in the scale of LATENT sockets, to sample from without adding noise.
+        """trajectory[skip] [B, C, H, W] in the scale of LATENT sockets, to sample from without added noise.
 
-        It is the noisiest latent unless the first `skip` steps are left out.
+        It is the noisiest latent unless the first `skip` steps are skipped.
         """
         check_skip(skip, self.steps)
         return engine.to_socket_scale(model, self.trajectory[skip].clone())
@@ -112,10 +112,10 @@ class Inversion:
 def check_inversion(
     inversion: Inversion, model: Any, steps: int | None = None, latent_shape: tuple[int, ...] | None = None
 ) -> None:
-    """Check that an inversion belongs to a model, and to a step count and a latent's shape where these are given.
+    """Check that an inversion matches a model, and optionally a step count and a latent's shape.
 
     Raises:
-        IdentityEditError: naming what does not match.
+        IdentityEditError: when it does not.
     """
     check_finite(inversion.trajectory, "The inversion", "invert the image again")
     difference = inversion.model.difference(engine.model_tag(model))
@@ -128,12 +128,12 @@ def check_inversion(
     if latent_shape is not None and tuple(latent_shape) != tuple(inversion.trajectory.shape[1:]):
         raise IdentityEditError(
             f"The inversion holds latents {tuple(inversion.trajectory.shape[1:])} but the latent is "
-            f"{tuple(latent_shape)}; use the size and batch that were inverted."
+            f"{tuple(latent_shape)}; use the size and batch of the inverted image."
         )
 
 
 def check_step_count(inversion: Inversion, steps: int | None) -> None:
-    """Raise `IdentityEditError` where `steps` is given and the inversion has another number of them."""
+    """Raise `IdentityEditError` if `steps` is not None and differs from the inversion's step count."""
     if steps is not None and steps != inversion.steps:
         raise IdentityEditError(
             f"The inversion has {inversion.steps} steps but steps is {steps}; set steps to {inversion.steps}, or "
@@ -142,10 +142,10 @@ def check_step_count(inversion: Inversion, steps: int | None) -> None:
 
 
 def check_sampled_latent(inversion: Inversion, x: torch.Tensor) -> None:
-    """Check that latents being sampled [B, C, H, W] can be evaluated beside the inversion's.
+    """Check that the sampled latents [B, C, H, W] fit the inversion.
 
     Raises:
-        IdentityEditError: for another size, or a batch that the inversion's cannot serve.
+        IdentityEditError: for another size, or an incompatible batch size.
     """
     check_batch_matches(inversion.batch, x.shape[0], "The inversion")
     if inversion.trajectory.shape[2:] != x.shape[1:]:
@@ -168,13 +168,13 @@ def check_method(inversion: Inversion, method: str, remedy: str) -> None:
 
 
 def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
-    """The step of sampling from sigmas[index] to sigmas[index + 1], of the kind that the inversion was made for.
+    """One sampling step from sigmas[index] to sigmas[index + 1] with the inversion's method.
 
-    A deterministic inversion steps with DDIM (eta 0). One with noise maps steps as Huberman-Spiegelglas et al. 2024
-    do (eq. 3 and 4), with its own map as the noise; see `NoisePath.distribution`.
+    DDIM (eta 0) for a deterministic inversion; for one with noise maps, the step of Huberman-Spiegelglas et al. 2024
+    (eq. 3 and 4) with the map as noise, see `NoisePath.distribution`.
 
     Args:
-        inversion: of one image, or of as many as `x` has latents.
+        inversion: inversion of one image, or of as many as `x` has latents.
         index: 0 to N - 1.
         x: latent at sigmas[index] [B, C, H, W] in the model's scale.
         denoised: the guided estimate of z_0 at x [B, C, H, W].
@@ -183,7 +183,7 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
         latent at sigmas[index + 1] [B, C, H, W].
 
     Raises:
-        IdentityEditError: when the noise maps have another batch or size than the latent.
+        IdentityEditError: when the noise maps and the latent differ in batch or size.
     """
     if inversion.noise_maps is None:
         sigmas = inversion.sigmas.to(x.device)
@@ -192,7 +192,7 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
     if inversion.noise_maps.shape[2:] != x.shape[1:]:
         raise IdentityEditError(
             f"The inversion holds latents {tuple(inversion.noise_maps.shape[2:])} but the sampled one is "
-            f"{tuple(x.shape[1:])}; sample from the inversion's own latent."
+            f"{tuple(x.shape[1:])}; sample from the inversion's latent."
         )
     sigma, sigma_next = inversion.sigmas[index : index + 2].tolist()
     mean, deviation = inversion.noise.distribution(x, denoised, sigma, sigma_next, inversion.eta)
@@ -209,23 +209,23 @@ def ddim_inversion(
     end_at_zero: bool = False,
     callback: engine.Callback | None = None,
 ) -> Inversion:
-    """Follow an image's latent to noise with deterministic DDIM, run backwards.
+    """Invert an image with deterministic DDIM, run backwards.
 
-    As in the reference implementation of null-text inversion, the network is asked at the higher noise level about the
-    lower level's latent (in the papers' scale: eps(z_t, t + 1)).
+    As in the reference implementation of null-text inversion, the noise is predicted from the current (less noisy)
+    latent at the next (noisier) timestep (in the papers' scale: eps(z_t, t + 1)).
 
     Args:
         model: MODEL.
         latent: the image [B, C, H, W] in the scale of LATENT sockets.
         positive: the source prompt's CONDITIONING.
-        negative: needed for a guidance scale other than 1.
+        negative: CONDITIONING of the negative side; required for a guidance scale other than 1.
         steps: N, 1 to 1000; fewer on a distilled model (`schedule.ddim_schedule`). The papers use 50.
-        guidance_scale: 1 as in the reference implementation; a larger one makes the inversion less exact.
-        end_at_zero: the image is at sigma 0 instead of the sigma of timestep 0 (see `schedule.ddim_schedule`).
+        guidance_scale: 1 in the reference implementation; larger values make the inversion less exact.
+        end_at_zero: place the image at sigma 0 instead of the sigma of timestep 0 (see `schedule.ddim_schedule`).
         callback: progress with preview.
 
     Returns:
-        the inversion, of N (guidance scale 1) or 2 N model calls.
+        the inversion, in N (guidance scale 1) or 2 N model calls.
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -240,10 +240,10 @@ def ddim_inversion(
         trajectory = [x.cpu()]
         for i in range(schedule.steps):
             sigma, sigma_next = sigmas[i], sigmas[i + 1]
-            # z_t of the lower level, presented at the higher level: the same z, scaled to the higher level's x.
-            x_presented = x * (noise.scale(sigma_next) / noise.scale(sigma))
-            denoised = evaluator.guided(x_presented, sigma_next, guidance_scale)
-            x = x + (sigma_next - sigma) * noise.slope(x_presented, denoised, sigma_next)
+            # z_t of the current level in the scale of the next: the same z as an x at sigma_next.
+            x_scaled = x * (noise.scale(sigma_next) / noise.scale(sigma))
+            denoised = evaluator.guided(x_scaled, sigma_next, guidance_scale)
+            x = x + (sigma_next - sigma) * noise.slope(x_scaled, denoised, sigma_next)
             trajectory.append(x.cpu())
             evaluator.report(i, denoised, x, schedule.steps)
         return torch.stack(trajectory[::-1])
@@ -270,15 +270,15 @@ def sample_inversion(
     skip: int = 0,
     callback: engine.Callback | None = None,
 ) -> torch.Tensor:
-    """Sample from an inversion by its own kind of step (`sampling_step`), with its per-step embeddings, if any.
+    """Sample from an inversion with its method's step (`sampling_step`) and its per-step embeddings, if any.
 
     Args:
         model: MODEL, the one that made the inversion.
-        inversion: the image's.
-        positive, negative: CONDITIONING; negative is needed for a guidance scale other than 1, where the inversion has
-            no per-step embeddings.
+        inversion: inversion of the image.
+        positive, negative: CONDITIONING; negative is required for a guidance scale other than 1 if the inversion has no
+            per-step embeddings.
         guidance_scale: classifier-free guidance scale.
-        skip: leave out so many of the first steps and start from trajectory[skip], 0 to N - 1.
+        skip: number of first steps to skip, 0 to N - 1; sampling starts from trajectory[skip].
         callback: progress with preview.
 
     Returns:
@@ -304,7 +304,7 @@ def follow_back(
     first: int = 0,
     callback: engine.Callback | None = None,
 ) -> tuple[torch.Tensor, int]:
-    """The loop of `sample_inversion` alone, with the model and the negative side as they are and nothing checked.
+    """The sampling loop of `sample_inversion`, without checks and without applying per-step embeddings.
 
     Returns:
         z_0 [B, C, H, W] in the scale of LATENT sockets, and the number of model calls.
@@ -326,7 +326,7 @@ def follow_back(
 def check_negative(
     negative: Conditioning | None, guidance_scale: float, remedy: str = "connect one, or set it to 1"
 ) -> None:
-    """Raise `IdentityEditError`, ending in `remedy`, where guidance lacks a negative side."""
+    """Raise `IdentityEditError`, ending in `remedy`, if guidance lacks a negative conditioning."""
     if guidance_scale != 1.0 and negative is None:
         raise IdentityEditError(f"A guidance scale of {guidance_scale:g} needs a negative conditioning; {remedy}.")
 
@@ -334,10 +334,10 @@ def check_negative(
 def negative_side(
     inversion: Inversion, positive: Conditioning, negative: Conditioning | None, guidance_scale: float
 ) -> Conditioning | None:
-    """The negative conditioning for sampling from an inversion: `negative`, or `positive` with per-step embeddings.
+    """The negative conditioning for sampling from an inversion: `negative`, or one of its per-step embeddings.
 
     Raises:
-        IdentityEditError: where guidance needs one and there is neither.
+        IdentityEditError: when guidance needs one and there is neither.
     """
     table = inversion.embeddings
     if negative is None and guidance_scale != 1.0 and table is not None:
@@ -348,7 +348,7 @@ def negative_side(
 
 
 def save_inversion(inversion: Inversion, path: str) -> None:
-    """Write an inversion to a .safetensors file, whole or not at all.
+    """Write an inversion to a .safetensors file atomically.
 
     Raises:
         IdentityEditError: when the file cannot be written.
@@ -374,10 +374,10 @@ def save_inversion(inversion: Inversion, path: str) -> None:
 
 
 def load_inversion(path: str) -> Inversion:
-    """Read a file of `save_inversion`. Check it against a model with `check_inversion`.
+    """Read a file written by `save_inversion`. Use `check_inversion` to check it against a model.
 
     Raises:
-        IdentityEditError: when the file is missing, damaged, of another kind, or of a newer version of this pack.
+        IdentityEditError: when the file is missing, damaged, of another kind, or from a newer version of this pack.
     """
     tensors, description = files.read_tensors(path, _KIND)
     if description.get("format") not in range(1, _FORMAT + 1):
@@ -404,10 +404,10 @@ def load_inversion(path: str) -> Inversion:
         )
     schedule_fits = inversion.timesteps.ndim == 1 and inversion.sigmas.shape == (inversion.steps + 1,)
     if not schedule_fits or inversion.trajectory.ndim != 5 or inversion.trajectory.shape[0] != inversion.steps + 1:
-        raise IdentityEditError(f"The file {path} is damaged (its trajectory does not fit); save the inversion again.")
+        raise IdentityEditError(f"The file {path} is damaged (inconsistent trajectory); save the inversion again.")
     maps, expected = inversion.noise_maps, (inversion.steps, *inversion.trajectory.shape[1:])
     if (maps is None) != (inversion.method == DDIM) or (maps is not None and tuple(maps.shape) != expected):
-        raise IdentityEditError(f"The file {path} is damaged (its noise maps do not fit); save the inversion again.")
+        raise IdentityEditError(f"The file {path} is damaged (inconsistent noise maps); save the inversion again.")
     check_finite(inversion.trajectory, f"The file {path}", _SAVE_AGAIN)
     check_finite(inversion.sigmas, f"The file {path}", _SAVE_AGAIN)
     if maps is not None:

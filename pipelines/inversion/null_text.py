@@ -1,8 +1,8 @@
 """Null-text inversion for editing real images (Mokady et al. 2023).
 
-DDIM inversion with guidance scale 1 is nearly exact, but sampling it back with the guidance that editing needs drifts
-away. Null-text inversion keeps the inversion's trajectory as pivot and optimizes, step by step, the embedding of the
-empty prompt so that guided sampling stays on it. Defaults are those of the authors' reference implementation.
+DDIM inversion with guidance scale 1 is nearly exact, but sampling from it with the guidance needed for editing drifts
+away from the image. Null-text inversion uses the trajectory as a pivot and optimizes the embedding of the empty prompt
+at each step so that guided sampling stays on it. Defaults are those of the authors' reference implementation.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ DEFAULT_INNER_STEPS = {PAPER: INNER_STEPS, ADAPTIVE: ADAPTIVE_INNER_STEPS}
 
 @dataclass(frozen=True)
 class NullText:
-    """What null-text optimization found.
+    """The result of null-text optimization.
 
     Attributes:
-        embeddings: one unconditional embedding a step, phi_t.
-        losses: for each step, for each inner step, the loss of each latent before that update; NaN where the latent had
-            already stopped. In the papers' scale (z, not x), so that values compare across schedules.
-        inner_steps: [N, B] int64, updates made.
-        final_losses: [N, B] float32, distance of the sampled latent from the pivot after each step.
+        embeddings: one unconditional embedding phi_t per step.
+        losses: for each step [J', B], the loss of each latent before each update; NaN after the latent has stopped. In
+            the papers' scale (z, not x), so that values are comparable across schedules.
+        inner_steps: [N, B] int64, number of updates.
+        final_losses: [N, B] float32, loss of the sampled latent against the pivot after each step.
         converged: [N, B] bool, whether a loss fell below the step's threshold.
         reconstruction: [B, C, H, W] float32, z_0 of guided sampling with them, in the scale of LATENT sockets.
-        evaluations: model calls without their backward passes.
-        warning: one sentence where some steps did not converge, else None.
+        evaluations: model calls, not counting backward passes.
+        warning: a sentence if some steps did not converge, else None.
     """
 
     embeddings: StepEmbeddings
@@ -71,30 +71,29 @@ def null_text_optimization(
 ) -> NullText:
     """Optimize the unconditional embedding of every step (Mokady et al. 2023, algorithm 1).
 
-    Latents of a batch are independent: each has its own embedding and stops by itself, as if it were alone.
+    Latents of a batch are independent: each has its own embedding and stopping condition.
 
     Args:
         model: MODEL, the one that made the inversion.
         inversion: the pivot, from `inversion.ddim_inversion` with guidance scale 1.
         positive: CONDITIONING of the source prompt, as in the inversion; one entry for all latents or one for each.
-        negative: CONDITIONING of the empty prompt; where the embedding starts. One entry.
-        guidance_scale: w > 1, that of editing. 7.5 in the paper.
-        inner_steps: updates a step at most (N in the paper); None is 10 for the paper's method as there, and 4 for the
-            adaptive one (see benchmarks/null_text_speed.py). 0 samples with the embedding as it is.
-        learning_rate: Adam's at the first step; it falls linearly, by 1/100 of it each step. 0.01 in the reference.
-        early_stop: a latent's step ends with the update whose loss was below early_stop + i * 2e-5. 1e-5 in the
-            reference.
-        method: "paper" repeats the reference implementation update by update. "adaptive" does without what it can: a
-            latent stops before another update, not after it, and the length of the updates adapts, see
-            `unconditional_embedding.optimize`.
-        checkpointing: spend time to save memory, see `engine.gradient_context`.
+        negative: CONDITIONING of the empty prompt, the initial embedding. One entry.
+        guidance_scale: w > 1, the guidance scale for editing. 7.5 in the paper.
+        inner_steps: maximum updates per step (N in the paper). None uses the method's default: 10 for "paper", 4 for
+            "adaptive" (see benchmarks/null_text_speed.py). 0 samples with the initial embedding.
+        learning_rate: Adam's learning rate at the first step; it decays by 1% of its initial value per step. 0.01 in
+            the reference.
+        early_stop: a latent stops after the update whose loss was below early_stop + i * 2e-5. 1e-5 in the reference.
+        method: "paper" reproduces the reference implementation exactly. "adaptive" needs fewer updates: a latent stops
+            before the next update, not after it, and the step size adapts, see `unconditional_embedding.optimize`.
+        checkpointing: trade time for memory, see `engine.gradient_context`.
         callback: progress with preview.
 
     Returns:
-        embeddings, losses and the reconstruction, see `NullText`.
+        embeddings, losses and the reconstruction.
 
     Raises:
-        IdentityEditError: when an input cannot be used or the optimization leaves the range of numbers.
+        IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
@@ -104,7 +103,7 @@ def null_text_optimization(
         inner_steps = DEFAULT_INNER_STEPS[method]
     if guidance_scale <= 1.0:
         raise IdentityEditError(
-            f"The guidance scale is {guidance_scale:g}, with which the unconditional embedding has no effect; choose a "
+            f"The guidance scale is {guidance_scale:g}, at which the unconditional embedding has no effect; choose a "
             f"value above 1 (7.5), or sample without null-text optimization."
         )
     if inner_steps < 0 or learning_rate <= 0.0:
@@ -120,7 +119,7 @@ def null_text_optimization(
         sigmas = inversion.sigmas.clone().to(evaluator.device)
         phi = null_embedding.clone().to(evaluator.device).expand(batch, -1, -1)
         lengths = torch.ones(batch) if method == ADAPTIVE else None  # of updates, relative to the paper's
-        found: list[OptimizedStep] = []
+        optimized_steps: list[OptimizedStep] = []
 
         # Algorithm 1. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, pivot[i] is its z*_t, and z_bar_T = z*_T.
         for i in range(steps):
@@ -132,7 +131,7 @@ def null_text_optimization(
                 progress=i * (inner_steps + 1), progress_total=steps * (inner_steps + 1),
             )  # fmt: skip
             # Eq. 3: minimize | z*_{t-1} - z_{t-1}(z_bar_t, phi, C) |^2, where phi_t begins as phi_{t+1}.
-            taken, optimized = optimize(
+            evaluation, optimized = optimize(
                 step,
                 phi,
                 inner_steps,
@@ -142,22 +141,22 @@ def null_text_optimization(
                 lengths=lengths,
             )
             check_range(optimized.final_loss, i, "Null-text optimization")
-            x = taken.x_next  # z_bar_{t-1} = z_{t-1}(z_bar_t, phi_t, C)
+            x = evaluation.x_next  # z_bar_{t-1} = z_{t-1}(z_bar_t, phi_t, C)
             phi = optimized.phi.to(evaluator.device)
-            found.append(optimized)
-            step.report(inner_steps, taken.denoised)
+            optimized_steps.append(optimized)
+            step.report(inner_steps, evaluation.denoised)
 
-        final_losses = torch.stack([each.final_loss for each in found])
-        converged = torch.stack([each.converged for each in found])
+        final_losses = torch.stack([each.final_loss for each in optimized_steps])
+        converged = torch.stack([each.converged for each in optimized_steps])
         return NullText(
             embeddings=StepEmbeddings(
                 sigmas=inversion.sigmas.clone(),
-                embeddings=torch.stack([each.phi for each in found]),
+                embeddings=torch.stack([each.phi for each in optimized_steps]),
                 pooled=None if pooled is None else pooled.expand(batch, -1).unsqueeze(0),
                 guidance_scale=float(guidance_scale),
             ),
-            losses=[each.losses for each in found],
-            inner_steps=torch.stack([(~each.losses.isnan()).sum(dim=0) for each in found]),
+            losses=[each.losses for each in optimized_steps],
+            inner_steps=torch.stack([(~each.losses.isnan()).sum(dim=0) for each in optimized_steps]),
             final_losses=final_losses,
             converged=converged,
             reconstruction=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1])).cpu()),
@@ -179,19 +178,19 @@ def null_text_optimization(
 
 
 def learning_rate_at(i: int, first: float) -> float:
-    """The reference's learning rate at step i, first * (1 - i / 100), which would turn negative after 100 steps and
-    therefore stays at a hundredth of the first."""
+    """The reference's learning rate at step i, first * (1 - i / 100), with a minimum of first / 100 because it would
+    become negative after 100 steps."""
     return first * max(1.0 - i / 100.0, 0.01)
 
 
 def negative_prompt_inversion(inversion: Inversion, positive: Conditioning) -> StepEmbeddings:
     """Negative-prompt inversion (Miyake et al. 2023): the source prompt itself as the unconditional embedding.
 
-    No optimization: with phi = C both sides of the guidance agree, so sampling with the source prompt stays on the
-    inversion's trajectory as far as DDIM does, at any guidance scale.
+    No optimization is needed: with phi = C both sides of the guidance are equal, so sampling with the source prompt
+    follows the inversion's trajectory as closely as DDIM does, at any guidance scale.
 
     Args:
-        inversion: gives the noise levels.
+        inversion: inversion with the noise levels to use.
         positive: CONDITIONING of the source prompt, one entry.
     """
     embedding, pooled = single_embedding(positive, "The source prompt")
@@ -206,6 +205,6 @@ def _convergence_warning(converged: torch.Tensor, final_losses: torch.Tensor) ->
     worst = int(final_losses.amax(dim=1).argmax())
     return (
         f"Null-text optimization did not converge at {missed} of {converged.shape[0]} steps (largest loss "
-        f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); look at the reconstruction, and raise "
-        f"inner_steps or lower the guidance scale where it differs from the image."
+        f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); if the "
+        f"reconstruction differs from the image, raise inner_steps or lower the guidance scale."
     )

@@ -335,7 +335,7 @@ def test_bad_inputs_are_refused(clip: Any) -> None:
             controlled, torch.zeros_like(three), 4.0, comfy.samplers.sampler_object("euler"), pivot.sigmas,
             positive, positive, three, disable_pbar=True, seed=0,
         )  # fmt: skip
-    with pytest.raises(IdentityEditError, match="inversion's own sigmas"):
+    with pytest.raises(IdentityEditError, match="inversion's sigmas"):
         sample(controlled, positive, positive, batch=2)
     pairs, positive = p2p.prompt_to_prompt(model, clip, CAT, DOG)
     with pytest.raises(IdentityEditError, match="connect the inversion to Prompt-to-Prompt"):

@@ -2,15 +2,15 @@
 
 Jung et al. 2024 is "Latent Inversion with Timestep-aware Sampling for Training-free Non-rigid Editing" (eq. 5).
 
-A diffusion model fixes the layout of an image in its first steps and the details later. So the image is sampled from
-its inversion with the source prompt's embedding for the first steps, which keeps its structure, and with the edit's
-embedding e for the others:
+A diffusion model determines the layout of an image in its first steps and the details later. The image is therefore
+sampled from its inversion with the source prompt's embedding in the first steps, which preserves its structure, and
+with the edit's embedding e afterwards:
 
     C_t = C_src    in the first `ratio` of the steps
     C_t = e        afterwards, e = eta * e_tgt + (1 - eta) * e_opt (eq. 3)
 
-The same thing in the three forms that ComfyUI's graph has room for: a CONDITIONING with ranges for any sampler, a table
-on a MODEL for any sampler and guider, and a sampling function of its own.
+Available in three forms: a CONDITIONING with timestep ranges for any sampler, per-step embeddings on a MODEL for any
+sampler and guider, and a sampling function.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from ..shared.errors import IdentityEditError, check_conditioning
 from ..text.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 RATIO = 0.2
-"""Share of the steps with the source prompt: Jung et al. 2024 finds 10 to 40 % (section 5.4, appendix E.1)."""
+"""Fraction of the steps with the source prompt; 10 to 40% in Jung et al. 2024 (section 5.4, appendix E.1)."""
 
 ETA = 0.7
-"""Interpolation of eq. 3: the middle of Imagic's useful range of 0.6 to 0.8 (Kawar et al. 2023, section 4.2)."""
+"""Interpolation weight of eq. 3: the middle of Imagic's range of 0.6 to 0.8 (Kawar et al. 2023, section 4.2)."""
 
 SAMPLERS = ("ddim", "heun")
 
 _BOUNDARY = 0.05
-"""Where the switch lies between the last source step's noise level (1) and the first edit step's (0), in log sigma. It
-is close to the latter, because samplers of higher order look at levels in between, which belong to the step before."""
+"""Position of the switch between the noise levels of the last source step (1) and the first edit step (0), in log
+sigma. Close to the latter, because higher-order samplers evaluate levels in between, which belong to the source."""
 
 
 @dataclass(frozen=True)
 class TimestepAwareEdit:
-    """What timestep-aware sampling made.
+    """The result of timestep-aware sampling.
 
     Attributes:
         latent: [B, C, H, W] float32, the edited z_0 in the scale of LATENT sockets.
         source_steps: number of steps with the source prompt.
         evaluations: model calls.
-        warning: one sentence where the guidance scale is not that of the inversion's per-step embeddings, else None.
+        warning: a sentence if the guidance scale differs from that of the inversion's per-step embeddings, else None.
     """
 
     latent: torch.Tensor
@@ -61,7 +61,7 @@ def source_steps(steps: int, ratio: float) -> int:
     """Number of steps that use the source prompt: ratio * steps, rounded to the nearest integer, halves up.
 
     As in the paper's appendix E.1, "injection ratio 10 % means injecting the source embedding for the first five steps"
-    of 50. A ratio written with two decimals is taken as written: 0.29 of 50 steps is 14.5, hence 15.
+    of 50. Robust to floating-point error: 0.29 of 50 steps is 14.5, hence 15.
 
     Args:
         steps: number of sampling steps.
@@ -76,15 +76,15 @@ def source_steps(steps: int, ratio: float) -> int:
 
 
 def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta: float = ETA) -> Conditioning:
-    """e = eta * e_tgt + (1 - eta) * e_opt (Jung et al. 2024, eq. 3) as CONDITIONING, all else taken from `target`.
+    """e = eta * e_tgt + (1 - eta) * e_opt (Jung et al. 2024, eq. 3) as CONDITIONING, with all options of `target`.
 
     Args:
         target: the target prompt's CONDITIONING.
-        optimized: what text optimization made of it, or None to use the target prompt as it is.
-        eta: 0 is the optimized embedding (the image), 1 the target prompt's (the edit); values beyond extrapolate.
+        optimized: its embedding after text optimization, or None to return `target`.
+        eta: 0 is the optimized embedding (the image), 1 the target prompt's (the edit); other values extrapolate.
 
     Raises:
-        IdentityEditError: when the two do not belong together.
+        IdentityEditError: when the two embeddings do not match.
     """
     check_conditioning(target, "The target prompt")
     if optimized is None:
@@ -100,13 +100,13 @@ def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta:
 
 
 def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> float:
-    """The start_percent and end_percent of CONDITIONING ranges that meet just before step `first_edit_step`.
+    """The percent at which CONDITIONING ranges switch just before step `first_edit_step`.
 
-    ComfyUI maps a percent to a noise level and uses an entry at levels within its range, both ends included. So that no
-    step has two entries or none, the end lies strictly between the noise levels of two steps.
+    ComfyUI maps percents to noise levels and uses an entry at levels within its range, including both ends. To avoid
+    steps with two entries or none, the boundary lies strictly between the noise levels of two steps.
 
     Args:
-        model: MODEL; its own `percent_to_sigma` is asked.
+        model: MODEL, for its `percent_to_sigma`.
         sigmas: [N + 1] descending noise levels of the run.
         first_edit_step: k with 1 <= k <= N - 1; the result is between sigmas[k] and sigmas[k - 1].
 
@@ -118,7 +118,7 @@ def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> fl
     """
     sampling = engine.require(model).sampling
     above, below = float(sigmas[first_edit_step - 1]), float(sigmas[first_edit_step])
-    # Percents reach the levels of the model's own schedule only; a run may begin above them or end below.
+    # Percents cover only the levels of the model's schedule; a run may start above or end below them.
     highest, lowest = min(above, float(sampling.sigmas[-1])), max(below, float(sampling.sigmas[0]))
     if lowest < highest:
         boundary = lowest * (highest / lowest) ** _BOUNDARY
@@ -134,12 +134,12 @@ def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> fl
 def injected_conditioning(
     model: Any, sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO
 ) -> Conditioning:
-    """Eq. 5 as a CONDITIONING with ranges: works with every sampler and guider, at no cost.
+    """Eq. 5 as a CONDITIONING with timestep ranges, for any sampler and guider, at no cost.
 
-    Entries that have ranges of their own keep what remains of them.
+    Existing ranges of the entries are intersected with the new ones.
 
     Args:
-        model: MODEL that will sample.
+        model: MODEL used for sampling.
         sigmas: [N + 1] descending noise levels of the run.
         source: the source prompt's CONDITIONING.
         edit: CONDITIONING of e, from `edit_conditioning`.
@@ -163,10 +163,9 @@ def injected_conditioning(
 def injection_table(
     sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO
 ) -> StepEmbeddings:
-    """Eq. 5 as a table of one embedding for each step, for `apply_step_embeddings(model, table, "positive")`.
+    """Eq. 5 as per-step embeddings, for `apply_step_embeddings(model, table, "positive")`.
 
-    Prompts of different lengths are brought to one by repeating their tokens, as ComfyUI does: attention over a text
-    and over the same text twice are the same.
+    Prompts of different lengths are repeated to a common length, as in ComfyUI, which does not change the attention.
 
     Args:
         sigmas: [N + 1] descending noise levels of the run.
@@ -212,18 +211,18 @@ def timestep_aware_sampling(
     sampler: str = "ddim",
     callback: engine.Callback | None = None,
 ) -> TimestepAwareEdit:
-    """Sample an inverted image with eq. 5 (Jung et al. 2024, section 4, stage C), in the inversion's own schedule.
+    """Sample an inverted image with eq. 5 (Jung et al. 2024, section 4, stage C), on the inversion's schedule.
 
-    Stock samplers give the same with the inversion's latent and sigmas and no added noise, but for the scale
-    sqrt(1 + sigma^2) at the last sigma: 1.0004 where the schedule ends at timestep 0 (they return x, and this z_0).
+    Stock samplers with the inversion's latent and sigmas and no added noise give the same result up to the scale
+    sqrt(1 + sigma^2) at the last sigma, 1.0004 if the schedule ends at timestep 0 (they return x; this returns z_0).
 
     Args:
         model: MODEL, the one that made the inversion.
-        inversion: the image's; its per-step embeddings, where it has one, is the negative side.
+        inversion: inversion of the image; its per-step embeddings, if any, are the negative side.
         source: the source prompt's CONDITIONING.
         edit: CONDITIONING of e, from `edit_conditioning`.
         negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with per-step embeddings.
-        ratio: share of the steps with the source prompt, 0.1 to 0.4 in the paper.
+        ratio: fraction of the steps with the source prompt, 0.1 to 0.4 in the paper.
         guidance_scale: the paper uses 7.5 with null-text inversion and 1 with plain DDIM inversion.
         sampler: "ddim" (Song et al. 2021, eq. 12, eta 0) or "heun" (Karras et al. 2022, algorithm 1), which evaluates
             the network twice a step and chooses the embedding of each evaluation by its noise level.
@@ -245,7 +244,7 @@ def timestep_aware_sampling(
     def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> TimestepAwareEdit:
         sigmas, noise = inversion.sigmas.to(evaluator.device), inversion.noise
         for i in range(steps):
-            # Eq. 5: the positive side is C_src in the first steps, then e; its ranges see to that.
+            # Eq. 5: the positive side is C_src in the first steps, then e, by its timestep ranges.
             denoised = evaluator.guided(x, sigmas[i], guidance_scale)
             x_next = noise.step(x, denoised, sigmas[i], sigmas[i + 1])
             if sampler == "heun" and sigmas[i + 1] > 0:
@@ -263,7 +262,7 @@ def timestep_aware_sampling(
             warning=None if table is None else table.guidance_warning(guidance_scale),
         )
 
-    # x_T with the rounding of a LATENT socket, as the stock samplers start from it.
+    # x_T with the rounding of a LATENT, as for stock samplers.
     x_start = engine.to_model_scale(model, inversion.start_latent(model))
     return engine.run_loop(model, positive, negative, x_start, inversion.sigmas, loop, callback=callback)
 
@@ -271,15 +270,15 @@ def timestep_aware_sampling(
 def _count_steps(sigmas: torch.Tensor) -> int:
     if sigmas.ndim != 1 or sigmas.shape[0] < 2:
         raise IdentityEditError(
-            "The sigmas hold no step; connect those of DDIM Inversion, or a scheduler with at least one step."
+            "The sigmas contain no step; connect those of DDIM Inversion, or a scheduler with at least one step."
         )
     if not bool((sigmas[:-1] > sigmas[1:]).all()):
-        raise IdentityEditError("The sigmas do not descend; connect them as a scheduler gives them (no FlipSigmas).")
+        raise IdentityEditError("The sigmas do not descend; connect a scheduler's output directly (no FlipSigmas).")
     return int(sigmas.shape[0]) - 1
 
 
 def _percent_of_sigma(sampling: Any, sigma: float) -> float:
-    """The percent that ComfyUI maps to `sigma`, by bisection of its own rule (percents rise while sigmas fall)."""
+    """The percent that ComfyUI maps to `sigma`, by bisection of `percent_to_sigma`, which decreases."""
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
@@ -291,7 +290,7 @@ def _percent_of_sigma(sampling: Any, sigma: float) -> float:
 
 
 def _within(conditioning: Conditioning, start: float, end: float) -> Conditioning:
-    """The entries restricted to a range of percents; those that lie outside of it are left out."""
+    """The entries restricted to a range of percents, without entries outside it."""
     result: Conditioning = []
     for embedding, options in conditioning:
         own_start = max(start, float(options.get("start_percent", 0.0)))

@@ -1,7 +1,7 @@
-"""Text optimization of Imagic (Kawar et al. 2023, section 3.2), as Jung et al. 2024 uses it (section 4, eq. 2 and 3).
+"""Text optimization of Imagic (Kawar et al. 2023, section 3.2), as used by Jung et al. 2024 (section 4, eq. 2 and 3).
 
-The embedding of the target prompt is moved toward the image until the frozen network denoises the image well with
-it. Between the two embeddings lies a path from "the image" to "the edit".
+The target prompt's embedding is optimized until the frozen network denoises the image well with it. Interpolating
+between the two embeddings leads from the image to the edit.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ LEARNING_RATE = 1e-3
 
 @dataclass(frozen=True)
 class TextOptimization:
-    """What text optimization found.
+    """The result of text optimization.
 
     Attributes:
         embedding: e_opt [B, T, C] float32 CPU.
-        losses: [steps, B] float32, eq. 2 before each update. Noisy, as every draw is another timestep.
-        evaluations: model calls without their backward passes.
+        losses: [steps, B] float32, eq. 2 before each update. Noisy, because each is at a random timestep.
+        evaluations: model calls, not counting backward passes.
     """
 
     embedding: torch.Tensor
@@ -47,22 +47,22 @@ def optimize_text_embedding(
 ) -> TextOptimization:
     """Optimize the target prompt's embedding to fit an image (Jung et al. 2024, eq. 2; Kawar et al. 2023, eq. 2).
 
-    Every step draws a timestep uniformly and a noise, and takes one Adam step on |eps - eps_theta(z_t, t, e)|^2 without
-    guidance. The draws depend on the seed alone and are the same for all latents of a batch, so that each result is
-    that of the latent alone. For SDXL the embeddings of both text encoders are optimized, the pooled output is kept.
+    Every step draws a uniform timestep and noise, and takes one Adam step on |eps - eps_theta(z_t, t, e)|^2 without
+    guidance. The draws depend only on the seed and are shared by all latents of a batch, so each result is independent
+    of the others. For SDXL the embeddings of both text encoders are optimized; the pooled output is kept.
 
     Args:
-        model: MODEL that predicts noise or velocity.
+        model: MODEL that predicts noise or v.
         latent: the image [B, C, H, W] in the scale of LATENT sockets.
         target: CONDITIONING of the target prompt, one entry.
         steps: 200 in Jung et al. 2024, 500 in Imagic.
-        learning_rate: Adam's. 0.001 in both.
-        seed: of timesteps and noise.
-        checkpointing: spend time to save memory, see `engine.gradient_context`.
+        learning_rate: Adam's learning rate. 0.001 in both.
+        seed: seed of timesteps and noise.
+        checkpointing: trade time for memory, see `engine.gradient_context`.
         callback: progress with preview.
 
     Raises:
-        IdentityEditError: when an input cannot be used or the optimization leaves the range of numbers.
+        IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
     family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
     z_image = engine.model_latent(model, latent)

@@ -1,1 +1,1 @@
-"""The training loop with its checkpoints, the batches, and training on several processes."""
+"""Training loop with checkpoints, batches, and multi-process training."""

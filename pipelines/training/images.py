@@ -1,4 +1,4 @@
-"""Images as a training sees them: batches of latents with captions and masks, the denoising loss, and previews."""
+"""Training batches: latents with captions and masks, the denoising loss, and previews."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class TrainingImages:
 
     Attributes:
         latents: z_0 of each image [C, h, w] float32 CPU, in the scale of LATENT sockets; the sizes may differ.
-        captions: what each image shows.
-        masks: for each image [h, w] float32 CPU, 1 where its loss counts; None where all of it counts.
-        fingerprint: hexadecimal digits that name these images, captions and masks.
+        captions: caption of each image.
+        masks: loss mask of each image [h, w] float32 CPU, or None for the whole image.
+        fingerprint: hexadecimal hash of the images, captions and masks.
     """
 
     latents: list[torch.Tensor]
@@ -44,15 +44,15 @@ class TrainingImages:
 
 @dataclass(frozen=True)
 class Batch:
-    """B images of one size with the noise that is put on them.
+    """B images of one size with their noise.
 
     Attributes:
         latents: z_0 [B, C, h, w] in the model's scale.
-        masks: [B, 1, h, w], 1 where the loss counts.
-        t: [B] rows of the model's noise levels (timesteps, where it is not distilled).
+        masks: [B, 1, h, w], loss masks.
+        t: [B] rows of the model's noise levels (timesteps, unless it is distilled).
         noise: eps [B, C, h, w].
-        captions: what each image shows.
-        chosen: the images' numbers.
+        captions: caption of each image.
+        chosen: indices of the images.
     """
 
     latents: torch.Tensor
@@ -69,7 +69,7 @@ def encode_images(
     captions: Sequence[str],
     masks: Sequence[torch.Tensor | None] | None = None,
 ) -> TrainingImages:
-    """Encode every image once, each at its own size cut to a multiple of 8 pixels as VAE Encode does.
+    """Encode images, each at its own size, cropped to multiples of 8 pixels like VAE Encode.
 
     Args:
         vae: VAE of the checkpoint.
@@ -78,16 +78,15 @@ def encode_images(
         masks: [H, W], 1 on the subject, or None; averaged to the latent's resolution.
 
     Raises:
-        IdentityEditError: when there is no image, a caption is missing, a mask is empty, or a latent is of a video or
-            not finite.
+        IdentityEditError: for no images, a missing caption, an empty mask, or invalid latents.
     """
     masks = list(masks) if masks is not None else [None] * len(images)
     if not images:
         raise IdentityEditError("There is no image to train on; connect at least one.")
     if not len(images) == len(captions) == len(masks):
         raise IdentityEditError(
-            f"There are {len(images)} images, {len(captions)} captions and {len(masks)} masks; give one caption, "
-            f"and a mask or none, for each image."
+            f"There are {len(images)} images, {len(captions)} captions and {len(masks)} masks; provide one caption and "
+            f"at most one mask per image."
         )
     digest = hashlib.sha256()
     latents, small_masks = [], []
@@ -96,7 +95,7 @@ def encode_images(
         latent = encoded(vae, image[None], f"Image {number}")[0].clone()
         latents.append(latent)
         small_masks.append(None if mask is None else _latent_mask(mask, image, latent, number))
-        # The image and not its latent: encoding it again need not give the same bits.
+        # Hash the image, not the latent, because encoding is not exactly reproducible.
         for part in (image, mask):
             if part is not None:
                 digest.update((part * 255).round().clamp(0, 255).to(torch.uint8).cpu().contiguous().numpy().tobytes())
@@ -105,30 +104,30 @@ def encode_images(
 
 
 def _latent_mask(mask: torch.Tensor, image: torch.Tensor, latent: torch.Tensor, number: int) -> torch.Tensor:
-    of_image = masks_for(mask, f"The mask of image {number}", image.shape[0], image.shape[1], 1)
-    small = of_size(of_image, latent.shape[1], latent.shape[2])[0].clone()
+    image_mask = masks_for(mask, f"The mask of image {number}", image.shape[0], image.shape[1], 1)
+    small = of_size(image_mask, latent.shape[1], latent.shape[2])[0].clone()
     if not float(small.sum()) > 0.0:
         raise IdentityEditError(f"The mask of image {number} is empty; paint the subject white, or remove the mask.")
     return small
 
 
 def batch_indices(images: TrainingImages, batch_size: int, index: int, seed: int, what: str) -> list[int]:
-    """Which images batch `index` (from 0) holds: always of one size, every image once in a round.
+    """Image indices of batch `index` (from 0): all of one size, and every image once per epoch.
 
-    A round goes through all sizes in a random order, drawn from the seed and the number of the round. Where the
-    images of a size do not fill their last batch, it is filled with others of them.
+    An epoch contains all sizes in random order, drawn from the seed and the epoch's number. If the images of a size do
+    not fill their last batch, some are repeated.
     """
     sizes: dict[tuple[int, ...], list[int]] = {}
     for number, latent in enumerate(images.latents):
         sizes.setdefault(tuple(latent.shape), []).append(number)
-    in_a_round = sum(-(-len(members) // batch_size) for members in sizes.values())
-    generator = generator_of(seed, index // in_a_round, f"order of {what}")
+    epoch = sum(-(-len(members) // batch_size) for members in sizes.values())  # batches
+    generator = generator_of(seed, index // epoch, f"order of {what}")
     batches = []
     for members in sizes.values():
         order = [members[place] for place in torch.randperm(len(members), generator=generator).tolist()]
         for start in range(0, len(order), batch_size):
             batches.append([order[(start + offset) % len(order)] for offset in range(batch_size)])
-    return batches[int(torch.randperm(in_a_round, generator=generator)[index % in_a_round])]
+    return batches[int(torch.randperm(epoch, generator=generator)[index % epoch])]
 
 
 def draw_batch(
@@ -141,16 +140,16 @@ def draw_batch(
     masked: bool,
     generator: torch.Generator | None = None,
 ) -> Batch:
-    """Batch `index` of a run, with timesteps drawn uniformly.
+    """Batch `index` of a run, with uniformly drawn timesteps.
 
     Args:
-        networks: what it is for.
-        images: what it is of.
-        settings: the batch's size, and the seed.
+        networks: the trained networks.
+        images: the training images.
+        settings: batch size and seed.
         index: from 0.
-        what: a name for the draws, which depend on the seed, the index and it alone.
-        masked: whether the images' masks count.
-        generator: for timesteps and noise, in the place of that of `what`.
+        what: name of the random stream; draws depend only on it, the seed and the index.
+        masked: whether to use the images' masks.
+        generator: for timesteps and noise, instead of that of `what`.
     """
     chosen = batch_indices(images, settings.batch_size, index, settings.seed, what)
     latents = torch.stack([images.latents[number] for number in chosen])
@@ -170,9 +169,9 @@ def draw_batch(
 
 
 def check_masks(masks: Sequence[torch.Tensor | None], masked: bool) -> None:
-    """Raise `IdentityEditError` when the loss is to be counted inside the images' masks and there is none."""
+    """Raise `IdentityEditError` if the loss is masked but no image has a mask."""
     if masked and all(mask is None for mask in masks):
-        raise IdentityEditError("masked_loss is on but no image has a mask; add masks, or switch it off.")
+        raise IdentityEditError("masked_loss is on but no image has a mask; add masks, or turn it off.")
 
 
 def denoising_losses(
@@ -183,17 +182,17 @@ def denoising_losses(
     source: torch.Tensor | None = None,
     min_snr_gamma: float = 0.0,
 ) -> torch.Tensor:
-    """The loss that diffusion models are trained with, for each image of a batch [B].
+    """The denoising loss of each image of a batch [B].
 
     With z_0 the latent, eps the noise and x = z_0 + sigma_t eps in ComfyUI's scale, it is the mean over the mask of
-    |eps_theta - eps|^2, or of |v_theta - v|^2 for models that predict velocity.
+    |eps_theta - eps|^2, or of |v_theta - v|^2 for models with v prediction.
 
     Args:
-        networks: evaluates the network.
-        batch: what to denoise.
+        networks: the trained networks.
+        batch: the batch.
         text, source: see `TrainableNetworks.denoised`.
-        min_snr_gamma: min-SNR weights of Hang et al. 2023, who use 5; 0 weights every timestep equally, as Ho et al.
-            2020 and LIPE do.
+        min_snr_gamma: gamma of min-SNR weighting (Hang et al. 2023, who use 5); 0 weights all timesteps equally, as in
+            Ho et al. 2020 and LIPE.
     """
     eps = batch.noise
     sigma = networks.sampling.sigmas.detach().to(device=eps.device, dtype=torch.float32)[batch.t]
@@ -216,13 +215,13 @@ def preview(
     settings: TrainingSettings,
     estimate: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor],
 ) -> torch.Tensor:
-    """An image by DDIM from a noise of the run's seed, by the networks as they are now.
+    """Sample a preview with DDIM from the current networks, with noise of the run's seed.
 
     Args:
-        networks: what is trained.
+        networks: the trained networks.
         latent_shape: (C, h, w).
-        settings: the steps and the seed.
-        estimate: gives for x [1, C, h, w], its noise level sigma and the timestep the estimate of z_0, with guidance.
+        settings: preview steps and seed.
+        estimate: (x [1, C, h, w], sigma, timestep) -> the guided estimate of z_0.
 
     Returns:
         [1, C, h, w] in the scale of LATENT sockets.
@@ -242,7 +241,7 @@ def guided_preview(
     settings: TrainingSettings,
     text_at: Callable[[int], Text],
 ) -> torch.Tensor:
-    """`preview` with classifier-free guidance; `text_at` gives, at a timestep, the prompt's text and the empty one."""
+    """`preview` with classifier-free guidance; `text_at(timestep)` is a batch of the prompt and the empty prompt."""
 
     def estimate(x: torch.Tensor, sigma: torch.Tensor, t: int) -> torch.Tensor:
         both = networks.denoised(torch.cat([x, x]), sigma.expand(2), text_at(t)).float()

@@ -1,14 +1,13 @@
-"""The training loop that every trained technique shares.
+"""The training loop shared by all trained techniques.
 
-A technique's `train_*.py` has its settings, derived from `TrainingSettings` with its paper's values, and hands to
-`train` its variables, `losses(index)`, `sample()` and a `run_description`; batches of images, the denoising loss and
-previews are in `training_images`. The loop has the optimizer (torch's), gradient accumulation, autocast, gradient
-clipping, the EMA of the variables (diffusers'), the record of losses, and checkpoints from which a run that
-was interrupted or killed goes on. Draws depend on the seed and the step alone (`generator_of`), so that a resumed run
-is the uninterrupted one.
+A technique's training module derives its settings from `TrainingSettings`, with its paper's values, and passes its
+variables, `losses(index)`, `sample()` and a `run_description` to `train`; batches, the denoising loss and previews are
+in `training.images`. The loop contains the optimizer (torch's), gradient accumulation, autocast, gradient clipping, the
+EMA of the variables (diffusers'), the loss history, and checkpoints to resume interrupted runs. Random draws depend
+only on the seed and the step (`generator_of`), so a resumed run equals an uninterrupted one.
 
-A trainer of a library (accelerate, Lightning) would own the process, its folders and its signals; inside a node of
-ComfyUI, which stops a run by an exception from any operation, the loop itself is the small part.
+A library's trainer (accelerate, Lightning) would control the process, its folders and its signals. Inside a ComfyUI
+node, where cancellation is an exception from any operation, the loop itself is the small part.
 """
 
 from __future__ import annotations
@@ -38,31 +37,31 @@ _CHANGES_NO_STEP = {
     "steps", "checkpointing", "checkpoint_every", "sample_every", "sample_prompt", "sample_guidance_scale",
     "sample_strength", "sample_steps", "file_dtype",
 }  # fmt: skip
-"""Settings of all trainings that change no step's result: a run with others of them goes on from its checkpoint."""
+"""Settings that do not affect the result of a step: a run can be resumed after changing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What every training needs; the settings of a technique derive from these and have its paper's defaults.
+    """Settings common to all trainings; each technique derives its own with its paper's defaults.
 
     Attributes:
-        steps: updates of the variables.
-        learning_rate: constant over the run.
-        batch_size: images (or pairs of them) in a batch.
+        steps: number of optimizer steps.
+        learning_rate: constant learning rate.
+        batch_size: images (or image pairs) per batch.
         accumulation: batches whose gradients are averaged for one step.
         optimizer: one of OPTIMIZERS, torch's with their default betas.
-        weight_decay: AdamW's, toward the origin of the variables. 0 leaves a change of weights alone.
-        gradient_clip: largest norm of the gradient over all variables; 0 does not clip. 1 in diffusers' scripts.
-        ema_decay: of the variables' exponential EMA, which then is the result; 0 keeps none. The average
-            begins faster, as diffusers' EMAModel has it: by (1 + step) / (10 + step) where that is less.
-        precision: a key of PRECISIONS, in which the networks compute. BFLOAT16 runs the batches under autocast. The
-            variables are float32 in either case.
-        checkpointing: recompute blocks in the backward pass: a fraction of the memory for a third more time.
-        seed: of all draws.
+        weight_decay: AdamW's weight decay of the variables, toward 0.
+        gradient_clip: maximum gradient norm over all variables; 0 disables clipping. 1 in diffusers' scripts.
+        ema_decay: EMA decay; the EMA of the variables is then the result. 0 disables it. As in diffusers' EMAModel, the
+            decay is limited to (1 + step) / (10 + step) at first.
+        precision: compute precision of the networks, a key of PRECISIONS. BFLOAT16 uses autocast. The variables are
+            always float32.
+        checkpointing: gradient checkpointing: a fraction of the memory for a third more time.
+        seed: seed of all random draws.
         checkpoint_every: steps between checkpoints, 0 for none.
-        sample_every: steps between samples; 0 makes the one at the end alone.
-        sample_prompt, sample_guidance_scale, sample_steps: what samples show, and how (DDIM); "" is the technique's
-            own prompt.
+        sample_every: steps between previews; 0 makes only the one at the end.
+        sample_prompt, sample_guidance_scale, sample_steps: prompt and DDIM settings of previews; "" is the technique's
+            default prompt.
     """
 
     steps: int
@@ -103,19 +102,19 @@ class TrainingSettings:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which the networks compute."""
+        """Compute precision of the networks."""
         return PRECISIONS[self.precision]
 
 
 @dataclass
 class TrainingRun:
-    """What a run did, and what a checkpoint keeps of it beside the variables and the optimizer.
+    """Record of a run, stored in checkpoints along with the variables and the optimizer.
 
     Attributes:
         losses: the loss of every step, averaged over its batches.
-        samples: (number of steps done, sample) for every sample that was made.
-        resumed_at: steps that were read from a checkpoint.
-        name: the `run_hash` of its description.
+        samples: (completed steps, preview) of all previews.
+        resumed_at: number of steps restored from a checkpoint.
+        name: `run_hash` of its description.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -125,30 +124,29 @@ class TrainingRun:
 
 
 Progress = Callable[[int, int, float, "torch.Tensor | None"], None]
-"""(steps done, steps in all, loss, a new sample or None)."""
+"""(completed steps, total steps, loss, new preview or None)."""
 
 
 def generator_of(seed: int, index: int, what: str = "") -> torch.Generator:
-    """A CPU generator for the draws of batch `index`, independent of all other seeds, batches and purposes."""
+    """A CPU generator for batch `index` and purpose `what`, independent of all other seeds, batches and purposes."""
     digest = hashlib.sha256(f"{seed} {index} {what}".encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def run_hash(description: dict[str, Any]) -> str:
-    """Sixteen hexadecimal digits that name a run: equal for equal descriptions (of what JSON can hold)."""
+    """Hash of a run's description (JSON-serializable), 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_description(settings: TrainingSettings, tag: Any, *patchers: Any, **facts: Any) -> dict[str, Any]:
-    """Everything that the result of a step depends on: what a checkpoint must have in common with a run.
+    """Everything that affects the result of a step; a checkpoint is used only by a run with the same description.
 
     Args:
-        settings: those that change no step's result are left out, so that a run can be made longer.
+        settings: those that do not affect a step are omitted, so that a run can be extended.
         tag: `engine.model_tag` of the model.
-        patchers: ModelPatchers, told by the strengths of the weight patches (LoRAs, identity priors) on them: by the
-            weight's name, each patch's strength and that of the weight itself. The patches' own tensors are too large
-            to be hashed at each run.
-        facts: what the run is trained on, and the rest.
+        patchers: ModelPatchers, identified by their weight patches (LoRAs, identity priors): for each weight the
+            strengths of every patch and of the weight. The patch tensors themselves are too large to hash.
+        facts: the training data and other entries.
     """
     chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _CHANGES_NO_STEP}
     if patchers:
@@ -165,7 +163,7 @@ def run_description(settings: TrainingSettings, tag: Any, *patchers: Any, **fact
 
 
 def training_record(settings: TrainingSettings, run: TrainingRun, **more: Any) -> dict[str, Any]:
-    """How something was trained, for its file; `more` is what else the technique wants to tell."""
+    """Training metadata for the saved file; `more` are entries of the technique."""
     return {
         "steps": settings.steps,
         "learning_rate": settings.learning_rate,
@@ -188,36 +186,37 @@ def train(
     processes: Processes | None = None,
     needed: Collection[str] | None = None,
 ) -> TrainingRun:
-    """Minimize the loss over variables, which are changed in place.
+    """Minimize the loss over variables, in place.
 
-    Call it where gradients are wanted, in ComfyUI inside `engine.gradient_context` or `engine.trainable`. Several
-    processes that call it with the same arguments share the batches of each step and average their gradients: what P
-    processes do with an accumulation of A is what one does with P A.
+    Call it with gradients enabled, in ComfyUI inside `engine.gradient_context` or `engine.trainable`. Several processes
+    with the same arguments share the batches of each step and average their gradients: P processes with accumulation A
+    are equivalent to one process with accumulation P A.
 
     Args:
         variables: float32 leaves that require a gradient, by name.
-        losses: `losses(index)` gives the parts of the loss of batch `index` (from 0), scalars whose sum is the loss.
-            Each is differentiated before the next is asked for, so that one graph at a time is in memory. All its
-            draws must come from `generator_of(seed, index)`.
+        losses: `losses(index)` yields scalars whose sum is the loss of batch `index` (from 0). Each is differentiated
+            before the next is requested, so only one graph is in memory. All random draws must come from
+            `generator_of(seed, index)`.
         settings: see `TrainingSettings`.
-        description: what the checkpoint must have in common with this run, see `run_description`.
-        checkpoint: gives, for the hash of the description, the file to which the state is written every
-            `checkpoint_every` steps and when the run is stopped, and from which a run of the same description goes on.
-            A checkpoint of another run, or of more steps than are wanted, is not read.
-        sample: makes an image (or anything else) to look at, without gradients; called at the end in any case.
+        description: identifies the run for its checkpoint, see `run_description`.
+        checkpoint: returns the checkpoint file for a run's hash. It is written every `checkpoint_every` steps and when
+            the run is interrupted; a run with the same description resumes from it. Checkpoints of other runs, or of
+            more steps than requested, are ignored.
+        sample: makes a preview, without gradients; always called at the end.
         progress: called after every step, in the first process.
-        processes: that train together; None is this one alone. Samples, progress and checkpoints are the first's.
-        needed: names of the variables that the loss of every batch depends on; None are all. A run in whose first step
-            one of them gets no gradient would end well and change nothing.
+        processes: the processes that train together; None for this one alone. Only the first makes previews, reports
+            progress and writes checkpoints.
+        needed: names of the variables that must get a gradient in the first step, to detect a run that would not train
+            them; None for all.
 
     Returns:
-        the record; the variables hold the result, which is their EMA where one is kept.
+        the record; the variables contain the result, or its EMA if enabled.
 
     Raises:
-        IdentityEditError: when the loss or a gradient is not finite, when the loss does not depend on what is needed,
-            or when a checkpoint cannot be written or read.
-        BaseException: whatever stopped the run, ComfyUI's InterruptProcessingException included, after its checkpoint
-            has been written.
+        IdentityEditError: when the loss or a gradient is not finite, when needed variables get no gradient, or when a
+            checkpoint cannot be written or read.
+        BaseException: any exception that interrupts the run, including ComfyUI's InterruptProcessingException, after
+            the checkpoint has been written.
     """
     processes = processes or OneProcess()
     optimizer = _optimizer(list(variables.values()), settings)
@@ -246,19 +245,19 @@ def train(
                 written = step + 1
             if progress is not None:
                 progress(step + 1, settings.steps, loss, new_sample)
-    except IdentityEditError:  # a full disk, a loss that is no number: the last checkpoint is the best there is
+    except IdentityEditError:  # such as a full disk or a NaN loss: keep the last checkpoint
         raise
-    except BaseException:  # ComfyUI's interrupt is no Exception since 0.19.4
+    except BaseException:  # ComfyUI's interrupt is not an Exception since 0.19.4
         if path is not None and settings.checkpoint_every and len(done.losses) > written:
             try:
                 _write_checkpoint(path, variables, optimizer, average, done)
             except IdentityEditError as error:
-                logging.warning("IdentityEdit: the training was stopped, and its last %s", error)
+                logging.warning("IdentityEdit: the training was interrupted and not saved: %s", error)
         raise
     finally:
         for variable in variables.values():
             variable.grad = None
-    if sample is not None and (not done.samples or done.samples[-1][0] != settings.steps):  # all steps were read
+    if sample is not None and (not done.samples or done.samples[-1][0] != settings.steps):  # all steps were restored
         _take_sample(sample, variables, average, settings, done)
     if average is not None:
         average.copy_to(variables.values())
@@ -266,14 +265,14 @@ def train(
 
 
 def _check_reached(variables: dict[str, torch.Tensor], needed: Collection[str] | None) -> None:
-    """Refuse a run that would not change what it is to change: call it between the gradients and the first update."""
+    """Raise `IdentityEditError` if needed variables got no gradient; call it before the first update."""
     unreached = [name for name, variable in variables.items() if variable.grad is None]
     missed = [name for name in unreached if needed is None or name in needed]
     if missed or len(unreached) == len(variables):
         raise IdentityEditError(
             f"The training would not change {len(missed or unreached)} of {len(variables)} chosen weights "
-            f"({(missed or unreached)[0]}): the model does not compute with them; load it with ComfyUI's own loader, "
-            f"and remove what other nodes have patched into it."
+            f"({(missed or unreached)[0]}) because the model does not use them; load it with ComfyUI's own loader, and "
+            f"remove other nodes' patches."
         )
 
 
@@ -281,7 +280,7 @@ def _moving_average(variables: dict[str, torch.Tensor], settings: TrainingSettin
     """diffusers' EMAModel of the variables, or None."""
     if settings.ema_decay == 0.0:
         return None
-    from diffusers.training_utils import EMAModel  # seconds to import, and most runs keep no average
+    from diffusers.training_utils import EMAModel  # slow to import, and most runs do not use it
 
     return EMAModel(variables.values(), decay=settings.ema_decay)
 
@@ -316,15 +315,15 @@ def _gradients(
     processes: Processes,
     check: Callable[[], None] | None = None,
 ) -> float:
-    """Fill the gradients of one step and return its loss, both as means over the step's batches of all processes.
+    """Compute the gradients of one step and return its loss, averaged over the batches of all processes.
 
-    `check` is called when this process has its own.
+    `check` is called before averaging over processes.
     """
     for variable in variables.values():
         variable.grad = None
     total = torch.zeros(())
-    in_a_step = settings.accumulation * processes.count
-    for index in range(step * in_a_step + processes.index, (step + 1) * in_a_step, processes.count):
+    batches = settings.accumulation * processes.count
+    for index in range(step * batches + processes.index, (step + 1) * batches, processes.count):
         with _autocast(variables, settings.dtype):
             parts = iter(losses(index))
         while True:
@@ -338,7 +337,7 @@ def _gradients(
         check()
     if processes.count > 1:
         for variable in variables.values():
-            if variable.grad is None:  # every process must give the same tensors
+            if variable.grad is None:  # all processes must reduce the same tensors
                 variable.grad = torch.zeros_like(variable)
         device = next(iter(variables.values())).device
         gradients = [variable.grad for variable in variables.values() if variable.grad is not None]
@@ -365,7 +364,7 @@ def _autocast(variables: dict[str, torch.Tensor], dtype: torch.dtype) -> Iterato
 
 
 def _optimizer(variables: list[torch.Tensor], settings: TrainingSettings) -> torch.optim.Optimizer:
-    # Fused where torch has it: without it a step needs memory for several copies of all variables on a GPU.
+    # Fused where available: on a GPU the default needs memory for several copies of all variables.
     fused = all(variable.device.type in ("cpu", "cuda") for variable in variables)
     if settings.optimizer == "AdamW":
         return torch.optim.AdamW(
@@ -404,9 +403,9 @@ def _read_checkpoint(
     try:
         tensors, description = read_tensors(path, _CHECKPOINT)
     except IdentityEditError as error:
-        if not os.path.exists(path):  # a server that makes the same run has just finished it and removed this
+        if not os.path.exists(path):  # another server has just finished the same run and removed its checkpoint
             return None
-        raise IdentityEditError(f"{error} To train from the beginning, delete this checkpoint.") from error
+        raise IdentityEditError(f"{error} To restart the training, delete this checkpoint.") from error
     if description.get("run") != run or description["steps"] > steps:
         return None
     with torch.no_grad():

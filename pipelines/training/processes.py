@@ -1,8 +1,7 @@
-"""Several processes that train together, one for each accelerator, started by Hugging Face accelerate.
+"""Data-parallel training with Hugging Face accelerate, one process per accelerator.
 
-accelerate finds out which accelerators there are, starts a process for each (`accelerate launch`), on one machine or on
-several, and averages tensors over them with the backend that suits the hardware. Its `prepare` is not used: it wraps a
-network and its optimizer, and a network inside ComfyUI is called by ComfyUI.
+accelerate starts the processes (`accelerate launch`), on one machine or several, and averages tensors over them. Its
+`prepare` is not used, because it wraps a network, but inside ComfyUI it is ComfyUI that calls the network.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from ..shared.errors import IdentityEditError
 
 
 class Processes(Protocol):
-    """The processes that train together, one for each accelerator.
+    """The processes of a training, one per accelerator.
 
     Attributes:
-        count: how many there are.
-        index: which one this is, from 0. The first writes files.
+        count: number of processes.
+        index: index of this one, from 0. The first writes files.
     """
 
     @property
@@ -30,16 +29,16 @@ class Processes(Protocol):
     def index(self) -> int: ...
 
     def mean(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The mean over all processes of each tensor, the same in every process."""
+        """The mean of each tensor over all processes, the same in every process."""
         ...
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Wait until all processes have called this."""
         ...
 
 
 class OneProcess:
-    """This process alone."""
+    """A single process."""
 
     count = 1
     index = 0
@@ -73,10 +72,10 @@ class AccelerateProcesses:
 
 
 def launched_processes() -> Processes:
-    """The processes that `accelerate launch` has started, or this one alone.
+    """The processes started by `accelerate launch`, or this one alone.
 
     Raises:
-        IdentityEditError: when several processes were started and accelerate is not there.
+        IdentityEditError: when several processes were started but accelerate is not installed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return OneProcess()

@@ -1,5 +1,5 @@
-"""Masks of a subject by the diffusion model's own attention: the identity-aware attention of Liu et al. 2024 on noised
-images, where no further network is at hand."""
+"""Subject masks from the diffusion model's attention: the identity-aware attention of Liu et al. 2024 on noised images,
+without a segmentation network."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from ..shared.errors import IdentityEditError
 from .identity_prompt import IdentityPrompt, capture_identity
 
 TIMESTEPS = (1, 101, 201)
-"""Noise levels, of 1000, at which the model looks at the image, one model call each."""
+"""Timesteps, of 1000, at which attention is recorded, one model call each."""
 THRESHOLD = 0.45
 POWER = 2
-"""These three overlapped the best with the true masks of the demo world among three timesteps; one alone (101) and
-higher ones do little worse, see benchmarks/results/segment_subject.md. Liu et al. 2024 name none."""
+"""This combination overlapped best with the true masks of the demo world; a single timestep (101) and higher ones are
+little worse, see benchmarks/results/segment_subject.md. Liu et al. 2024 give no values."""
 
 
 def attention_masks(
@@ -39,17 +39,17 @@ def attention_masks(
     seed: int = 0,
     callback: engine.Callback | None = None,
 ) -> torch.Tensor:
-    """Where a diffusion model sees the subject in images, without any further network.
+    """Segment the subject in images with a diffusion model's attention.
 
-    The images' latents are noised to a few timesteps, as in training; the network looks at each once, and the
-    identity prompt's cross-attention is recorded beside (Liu et al. 2024, eq. 1), its mean over the timesteps spread
-    along the self-attention (eq. 2), normalized and cut.
+    The latents are noised to a few timesteps, as in training, and evaluated once each while the identity prompt's
+    cross-attention is recorded (Liu et al. 2024, eq. 1). Its mean over the timesteps is refined with the self-attention
+    (eq. 2), normalized and thresholded.
 
     Args:
         model, latent, identity, conditioning, timesteps, layers, seed, callback: as for `record_attention`.
-        size: height and width of the masks: the images'.
-        threshold: share of the normalized map above which a place belongs to the subject.
-        power: lambda of eq. 2; 0 uses the cross-attention alone.
+        size: height and width of the masks (and images).
+        threshold: value of the normalized map above which a pixel belongs to the subject.
+        power: lambda of eq. 2; 0 uses only the cross-attention.
 
     Returns:
         [B, height, width] float32, 0 or 1.
@@ -88,18 +88,17 @@ def record_attention(
     seed: int = 0,
     callback: engine.Callback | None = None,
 ) -> IdentityAttention:
-    """What a diffusion model attends to as the subject in noised images.
+    """Record a diffusion model's attention to the subject in noised images.
 
     Args:
         model: MODEL.
         latent: [B, C, h, w] of the images, in the scale of LATENT sockets.
-        identity: what the subject is, such as "cat".
-        conditioning: CONDITIONING that the network is evaluated with: a caption, or the identity prompt itself.
-        timesteps: of the model's training, from 0 to below their number; one model call each, at the model's
-            nearest noise level.
+        identity: the subject's prompt, such as "cat".
+        conditioning: CONDITIONING of the model calls: a caption, or the identity prompt itself.
+        timesteps: training timesteps, from 0; one model call each, at the model's nearest noise level.
         self_attention: also record the self-attention, for eq. 2 of Liu et al. 2024.
         layers: a choice of `attention.sites.choose_layers`.
-        seed: of the noise.
+        seed: noise seed.
         callback: progress with preview.
 
     Raises:
@@ -114,12 +113,12 @@ def record_attention(
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
     sigmas = noise_levels(sampling)[rows_of(sampling, sorted(timesteps, reverse=True))]
 
-    def look(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
+    def evaluate(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
         for i, sigma in enumerate(sigmas.to(evaluator.device)):
             x = family.noise.noised(z_0, noise.to(z_0), sigma)
             denoised = evaluator.denoised(x, sigma, "positive")
             evaluator.report(i, denoised, x, len(sigmas))
 
     z_image = engine.model_latent(model, latent)
-    engine.run_loop(capturing, conditioning, None, z_image, sigmas, look, callback=callback)
+    engine.run_loop(capturing, conditioning, None, z_image, sigmas, evaluate, callback=callback)
     return attention

@@ -1,8 +1,8 @@
 """Non-rigid image editing via identity-aware mask blend, NIMA (Liu et al. 2024, section 2.2, algorithm 1).
 
-The target prompt is sampled from an inversion, and in each step everything outside of the subject is put back to what
-the inversion had there. Where the subject is, in the source image and in the target image that is not there yet,
-the model's own attention to an identity prompt says.
+The target prompt is sampled from an inversion, and after each step everything outside the subject is reset to the
+inversion's latent. The subject's masks in the source image and in the emerging target image come from the model's
+attention to an identity prompt.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ..text.step_embeddings import apply_step_embeddings
 from .identity_prompt import IdentityPrompt, capture_identity
 
 GUIDANCE_SCALES = {EDIT_FRIENDLY_DDPM: 15.0, DDIM: 7.5}
-"""Of the target prompt: that of edit-friendly DDPM inversion's reference implementation, and that of null-text
-inversion (Mokady et al. 2023), which editing from a DDIM inversion commonly uses."""
+"""Default guidance scales of the target prompt: of edit-friendly DDPM inversion's reference implementation, and of
+null-text inversion (Mokady et al. 2023), the usual value for editing from a DDIM inversion."""
 
 REPLACE, UNITE = "replace", "unite"
 GIVEN_MASKS = (REPLACE, UNITE)
@@ -35,16 +35,16 @@ GIVEN_MASKS = (REPLACE, UNITE)
 
 @dataclass(frozen=True)
 class IdentityMaskBlend:
-    """What NIMA made.
+    """The result of NIMA.
 
     Attributes:
         latent: the edited image, z_0 [B, C, H, W] in the scale of LATENT sockets.
-        source_mask: M^s [B, H, W], the subject of the source image.
-        target_mask: M^e [B, H, W] as it was after the last step.
-        step_masks: [n, B, H, W], M_t of each step that was blended, where they were asked for.
-        source_attention, target_attention: what the masks were made of, or None where a given mask replaced it.
+        source_mask: M^s [B, H, W], the subject in the source image.
+        target_mask: M^e [B, H, W] after the last step.
+        step_masks: [n, B, H, W], M_t of each blended step, if requested.
+        source_attention, target_attention: attention the masks were computed from, or None for connected masks.
         evaluations: model calls of both passes.
-        warning: one sentence where something is likely to go wrong, else None.
+        warning: a sentence about a likely problem, else None.
     """
 
     latent: torch.Tensor
@@ -59,18 +59,18 @@ class IdentityMaskBlend:
 
 @dataclass(frozen=True)
 class BlendSettings:
-    """How masks are made of attention, and where latents are blended.
+    """Settings of the attention masks and the blending.
 
     Attributes:
-        threshold: of the normalized map, 0 to 1.
-        power: lambda of eq. 2; 0 uses the cross-attention alone.
+        threshold: threshold of the normalized map, 0 to 1.
+        power: lambda of eq. 2; 0 uses only the cross-attention.
         layers: a choice of `attention.sites.choose_layers`.
-        feathering: deviation in latent cells of the Gaussian that softens the border of M_t; 0 is the paper's.
-        skip: share of the first steps that are left out, 0 to below 1. The paper starts at T.
-        blend_until: share of the remaining steps, from the first, in which latents are blended. 1 is the paper's; less
-            lets the last steps smooth the border, and change the background.
-        given_masks: REPLACE takes given masks instead of the ones found (and saves the reconstruction pass), UNITE with
-            them.
+        feathering: standard deviation, in latent pixels, of the Gaussian that feathers M_t; 0 in the paper.
+        skip: fraction of the first steps to skip, 0 to below 1. 0 in the paper.
+        blend_until: fraction of the remaining steps, from the first, in which latents are blended. 1 in the paper;
+            smaller values let the last steps smooth the border but also change the background.
+        given_masks: REPLACE uses connected masks instead of attention masks (and saves the reconstruction pass), UNITE
+            uses their union.
     """
 
     threshold: float = THRESHOLD
@@ -100,21 +100,22 @@ def identity_mask_blend(
     """Edit an inverted image's subject and keep the rest (Liu et al. 2024, algorithm 1).
 
     Args:
-        model: MODEL, the one that made the inversion (G* of the paper, with its identity prior, or any other).
-        inversion: of the source image, by DDIM (with or without null-text embeddings) or edit-friendly DDPM.
+        model: MODEL, the one that made the inversion (G* in the paper, with its identity prior, or any other).
+        inversion: inversion of the source image, by DDIM (with or without null-text embeddings) or edit-friendly DDPM.
         source: P^s, the source prompt's CONDITIONING.
         target: P^g, the target prompt's CONDITIONING.
-        identity: P^e, the identity prompt; None where both masks are given and nothing is to be found: with one mask
-            for both that is the masked decoding of DiffEdit (Couairon et al. 2023, section 3.2, step 3).
+        identity: P^e, the identity prompt; None if both masks are connected: with the same mask for both this is the
+            masked decoding of DiffEdit (Couairon et al. 2023, section 3.2, step 3).
         negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with per-step embeddings.
-        guidance_scale: of the target prompt; None is the per-step embeddings's own, or else that of `GUIDANCE_SCALES`.
-        settings: how masks are made, and where latents are blended.
-        source_mask, target_mask: masks [1 or B, h, w] of one's own, 0 to 1, of any size.
+        guidance_scale: guidance scale of the target prompt; None uses that of the per-step embeddings, or else that of
+            `GUIDANCE_SCALES`.
+        settings: settings of masks and blending.
+        source_mask, target_mask: optional masks [1 or B, h, w], 0 to 1, of any size.
         keep_step_masks: return the mask of every step.
         callback: progress with preview.
 
     Returns:
-        the edit and its masks. N model calls of reconstruction, and 2 N of the target (guidance scale 1: N).
+        the edit and its masks, in N model calls for the reconstruction and 2 N for the target (N for guidance scale 1).
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -124,8 +125,8 @@ def identity_mask_blend(
     _check_settings(settings)
     table = inversion.embeddings
     if guidance_scale is None:
-        own = None if table is None else table.guidance_scale
-        guidance_scale = own or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
+        optimized_for = None if table is None else table.guidance_scale
+        guidance_scale = optimized_for or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
     negative = negative_side(inversion, target, negative, guidance_scale)
     names = ("The source mask", "The target mask") if identity else ("The mask", "The mask")  # as DiffEdit has it
     source_mask = _on_grid(inversion, source_mask, names[0])
@@ -133,7 +134,7 @@ def identity_mask_blend(
     finds_source = source_mask is None or settings.given_masks == UNITE
     finds_target = target_mask is None or settings.given_masks == UNITE
     if identity is None and (finds_source or finds_target):
-        raise IdentityEditError("Without an identity prompt both masks must be given; connect them, or write a prompt.")
+        raise IdentityEditError("There is no identity prompt; write one, or connect both masks.")
 
     steps, sigmas = inversion.steps, inversion.sigmas
     first = min(round(settings.skip * steps), steps - 1)
@@ -141,8 +142,8 @@ def identity_mask_blend(
     x_first, levels = inversion.trajectory[first], sigmas[first:]
     passes = 1 + finds_source
 
-    # M^s, I^s' = Sampling(x_T, G*, P^s, P^e). The inversion holds every x_t of an exact reconstruction, so nothing is
-    # sampled: one evaluation of the source prompt at each x_t gives its attention.
+    # M^s, I^s' = Sampling(x_T, G*, P^s, P^e). The inversion contains every x_t of an exact reconstruction, so one model
+    # call with the source prompt at each x_t gives its attention without sampling.
     source_attention: IdentityAttention | None = None
     evaluations = 0
     if finds_source and identity is not None:
@@ -156,7 +157,7 @@ def identity_mask_blend(
             return evaluator.evaluations
 
         evaluations = engine.run_loop(source_model, source, None, x_first, levels, reconstruct, callback=callback)
-    # The mask accumulated at the last step; from here on it is fixed.
+    # The source mask after the last step, used in all steps below.
     fixed_source_mask = _mask(inversion, settings, source_attention, source_mask)
 
     target_model = model if table is None else apply_step_embeddings(model, table, "negative")
@@ -176,7 +177,7 @@ def identity_mask_blend(
                 m_target = _mask(inversion, settings, target_attention, target_mask, x.device)
             if i < blended_until:
                 m = feathered(union(m_source, m_target), settings.feathering)  # M_t, eq. 3
-                # Eq. 4, with x_{t-1} of the inversion as algorithm 1 has it: what the step arrives at.
+                # Eq. 4, with x_{t-1} of the inversion as in algorithm 1.
                 outside = inversion.trajectory[i + 1].to(x)
                 x_next = m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside
                 if keep_step_masks:
@@ -199,7 +200,7 @@ def identity_mask_blend(
 
 
 def _on_grid(inversion: Inversion, mask: torch.Tensor | None, name: str) -> torch.Tensor | None:
-    """A given mask on the latent's grid [B, H, W]."""
+    """A connected mask at the latent's size [B, H, W]."""
     height, width = inversion.trajectory.shape[-2:]
     return None if mask is None else masks_for(mask, name, height, width, inversion.batch)
 
@@ -211,7 +212,7 @@ def _mask(
     given: torch.Tensor | None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """The mask found so far, the given one, or their union [B, H, W]."""
+    """The attention mask so far, the connected mask `given`, or their union [B, H, W]."""
     height, width = inversion.trajectory.shape[-2:]
     mask = torch.zeros(inversion.batch, height, width, device=device) if given is None else given.to(device)
     if attention is not None and attention.cross:
@@ -229,22 +230,22 @@ def _check_settings(settings: BlendSettings) -> None:
         )
     if not 0.0 <= skip < 1.0 or not 0.0 <= blend_until <= 1.0:
         raise IdentityEditError(
-            f"skip is {skip:g} and blend_until {blend_until:g}; choose shares of the steps, skip from 0 to below 1, "
-            f"blend_until from 0 to 1."
+            f"skip is {skip:g} and blend_until {blend_until:g}; choose skip from 0 to below 1 and blend_until from 0 "
+            f"to 1."
         )
     if given_masks not in GIVEN_MASKS:
         raise IdentityEditError(f"given_masks is {given_masks!r}; choose one of {', '.join(GIVEN_MASKS)}.")
 
 
-def _warning(inversion: Inversion, guidance_scale: float, found: Mapping[str, torch.Tensor]) -> str | None:
+def _warning(inversion: Inversion, guidance_scale: float, masks: Mapping[str, torch.Tensor]) -> str | None:
     warning = None if inversion.embeddings is None else inversion.embeddings.guidance_warning(guidance_scale)
     if warning is not None:
         return warning
-    for name, mask in found.items():
+    for name, mask in masks.items():
         shares = mask.mean(dim=(1, 2))
         if bool(((shares == 0) | (shares == 1)).any()):
             return (
-                f"The {name} holds nothing or everything of an image; check the identity prompt, the threshold "
-                f"and the layers, or connect a mask."
+                f"The {name} is empty or covers the whole image; check the identity prompt, the threshold and the "
+                f"layers, or connect a mask."
             )
     return None

@@ -1,9 +1,9 @@
-"""The personalised identity prior of LIPE (Liu et al. 2024, section 2.1 and appendix E.2.5).
+"""The personalized identity prior of LIPE (Liu et al. 2024, section 2.1 and appendix E.2.5).
 
-The attention layers of the UNet and of the text encoders are fine-tuned on a few images of one subject, whose
-captions call it by a rare token V* and its class word ("sks dog") and say what it does, together with images of the
-class in general, which keep the rest of the model in place (prior preservation, Ruiz et al. 2023). The result is a
-change of these weights: a patch for stock MODEL and CLIP, and a file.
+The attention layers of the UNet and the text encoders are fine-tuned on a few images of one subject, whose captions
+name it by a rare token V* and its class word ("sks dog") and describe what it does, together with general images of the
+class, which preserve the model's prior (prior preservation, Ruiz et al. 2023). The result is a weight difference: a
+patch for stock MODEL and CLIP, and a file.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ MODEL_PREFIX, CLIP_PREFIX = "model.", "clip."
 
 @dataclass(frozen=True)
 class IdentityPrior:
-    """A learned change of weights.
+    """A learned weight difference.
 
     Attributes:
-        model_change: by keys of the MODEL's state dictionary, CPU tensors of the weights' shapes.
-        clip_change: by keys of the CLIP's.
-        token, class_word: how prompts call the subject.
+        model_change: CPU tensors by key of the MODEL's state dictionary, with the weights' shapes.
+        clip_change: likewise for the CLIP.
+        token, class_word: the subject's name in prompts.
         model: tag of the model it was trained on.
-        training: what the file says about the training: steps, learning rate, settings, the pack's version.
+        training: training metadata: steps, learning rate, settings, the pack's version.
     """
 
     model_change: dict[str, torch.Tensor]
@@ -53,7 +53,7 @@ class IdentityPrior:
 
 
 def attention_keys(model: Any, clip: Any) -> tuple[list[str], list[str]]:
-    """Keys of what is trained: all projections of the UNet's and the text encoders' attention, biases included.
+    """Keys of the trained weights: all attention projections of the UNet and the text encoders, including biases.
 
     Raises:
         IdentityEditError: when the CLIP has no such layers.
@@ -70,7 +70,7 @@ def attention_keys(model: Any, clip: Any) -> tuple[list[str], list[str]]:
 def apply_identity_prior(
     model: Any, clip: Any, prior: IdentityPrior, strength_model: float = 1.0, strength_clip: float = 1.0
 ) -> tuple[Any, Any]:
-    """Clones of MODEL and CLIP with the prior as stock weight patches; strength 1 is what was trained.
+    """Clones of MODEL and CLIP with the prior as stock weight patches; strength 1 as trained.
 
     Raises:
         IdentityEditError: when the prior belongs to another model family.
@@ -88,13 +88,13 @@ def check_identity_prior(model: Any, clip: Any, prior: IdentityPrior) -> str | N
     """Check that a prior can be applied to a model.
 
     Returns:
-        a warning when the model is of the prior's family but has other weights than it was trained on, or None.
+        a warning for another checkpoint of the same family, or None.
 
     Raises:
-        IdentityEditError: when the model is of another family: architecture, prediction or shapes differ.
+        IdentityEditError: for another family, with a different architecture, prediction type or shapes.
     """
     tag = engine.model_tag(model)
-    # Of another checkpoint of the same family only the weights differ; `difference` names what is different first.
+    # Another checkpoint of the same family differs only in its weights.
     difference = dataclasses.replace(tag, weights=prior.model.weights).difference(prior.model)
     parts = (
         (weight_shapes(model.model), prior.model_change, "MODEL"),
@@ -115,7 +115,7 @@ def check_identity_prior(model: Any, clip: Any, prior: IdentityPrior) -> str | N
 
 
 def save_identity_prior(prior: IdentityPrior, path: str) -> None:
-    """Write a prior as safetensors, whole or not at all; no file of this pack holds code.
+    """Write a prior as safetensors atomically.
 
     Raises:
         IdentityEditError: when the file cannot be written.
@@ -133,10 +133,10 @@ def save_identity_prior(prior: IdentityPrior, path: str) -> None:
 
 
 def load_identity_prior(path: str) -> IdentityPrior:
-    """Read a prior that `save_identity_prior` wrote.
+    """Read a prior written by `save_identity_prior`.
 
     Raises:
-        IdentityEditError: when the file is missing, damaged, or holds something else.
+        IdentityEditError: when the file is missing, damaged, or of another kind.
     """
     tensors, description = read_tensors(path, KIND)
     with parsing_file(path, "The identity prior"):
@@ -155,14 +155,14 @@ def load_identity_prior(path: str) -> IdentityPrior:
 def as_lora(
     prior: IdentityPrior, rank: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """The prior as a LoRA that stock loaders read: the best approximation of each weight's change of a rank.
+    """Convert the prior to a LoRA for stock loaders: the best low-rank approximation of each weight difference.
 
-    Each change is cut after the `rank` largest singular values (Eckart and Young 1936); biases are kept as they are.
+    Each is truncated to the `rank` largest singular values (Eckart and Young 1936); biases are kept exactly.
 
     Args:
-        prior: what to approximate.
-        rank: at most; smaller matrices get their full rank, which is exact.
-        progress: called with (weights done, weights in all).
+        prior: the prior to approximate.
+        rank: maximum rank; smaller matrices get their full rank, which is exact.
+        progress: called with (converted weights, total weights).
 
     Returns:
         float16 or wider tensors by the keys of a LoRA file (`lora_unet_...`, `lora_te_...`; for SDXL `lora_te1_...`
@@ -202,7 +202,7 @@ def as_lora(
 
 
 def save_lora(prior: IdentityPrior, tensors: dict[str, torch.Tensor], rank: int, error: float, path: str) -> None:
-    """Write what `as_lora` gave, with its rank and relative error in the file's header."""
+    """Write a LoRA from `as_lora`, with its rank and relative error in the file's header."""
     description = {
         "kind": "lora",
         "token": prior.token,

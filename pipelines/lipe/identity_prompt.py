@@ -1,4 +1,4 @@
-"""The identity-aware object prompt P^e of Liu et al. 2024 (section 2.2): its embedding and the tokens that count."""
+"""The identity-aware object prompt P^e of Liu et al. 2024 (section 2.2): its embedding and its relevant tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class IdentityPrompt:
     """An encoded identity prompt.
 
     Attributes:
-        embedding: [B or 1, T, C], as the text encoder gives it: with begin, end and padding, over which the softmax of
-            cross-attention runs too.
+        embedding: [B or 1, T, C] from the text encoder, including start, end and padding tokens, which are part of the
+            cross-attention's softmax.
         tokens: positions, 0 to T - 1, whose attention is summed.
     """
 
@@ -30,13 +30,13 @@ class IdentityPrompt:
 
 
 def encode_identity_prompt(clip: Any, text: str, words: str = "", name: str = "identity_prompt") -> IdentityPrompt:
-    """Encode the words that name the subject, such as "sks cat": the rare token and the class noun.
+    """Encode the subject's name, such as "sks cat": rare token and class noun.
 
     Args:
         clip: CLIP of the model.
         text: the prompt.
-        words: the part of it that counts, words as they stand in the prompt, separated by spaces or commas; empty is
-            the whole prompt. The tokens of begin, end and padding never count.
+        words: the relevant words, written as in the prompt, separated by spaces or commas; empty for the whole prompt.
+            Start, end and padding tokens are never included.
         name: the prompt's name as the user sees it.
 
     Raises:
@@ -60,7 +60,7 @@ def encode_identity_prompt(clip: Any, text: str, words: str = "", name: str = "i
 def capture_identity(
     model: Any, identity: IdentityPrompt, layers: str = AUTOMATIC, self_attention: bool = True
 ) -> tuple[Any, IdentityAttention]:
-    """A clone of `model` that records where it sees the identity; see `attention.capture.capture_attention`.
+    """A clone of `model` that records its attention to the identity; see `attention.capture.capture_attention`.
 
     Raises:
         IdentityEditError: when the model or the prompt's embedding cannot be used.
@@ -68,7 +68,7 @@ def capture_identity(
     channels = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
     if identity.embedding.shape[-1] != channels:
         raise IdentityEditError(
-            f"clip gives embeddings of {identity.embedding.shape[-1]} channels but the model takes {channels}; connect "
+            f"clip has embeddings of {identity.embedding.shape[-1]} channels but the model takes {channels}; connect "
             f"the CLIP of the same checkpoint."
         )
     return capture_attention(model, identity.embedding, identity.tokens, layers, self_attention)

@@ -1,4 +1,4 @@
-"""Training the personalised identity prior of LIPE (Liu et al. 2024, section 2.1 and appendix E.2.5)."""
+"""Training of the personalized identity prior of LIPE (Liu et al. 2024, section 2.1 and appendix E.2.5)."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior,
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSettings(TrainingSettings):
-    """What is trained and on what; the defaults are those of Liu et al. 2024.
+    """Training settings; the defaults are those of Liu et al. 2024.
 
     Attributes:
         token: V*, the rare token.
-        class_word: what the subject is.
-        batch_size: images of each of both sets in a batch.
-        weight_decay: torch's and diffusers' default for AdamW; the paper gives none.
-        regularization_weight: of the class images' loss; 1 in Ruiz et al. 2023.
-        text_encoder: whether the text encoders are trained too.
-        masked: count the identity images' loss inside their masks only.
-        min_snr_gamma: see `denoising_losses`; 0 is off.
-        sample_prompt: "" is the token and the class word.
-        file_dtype: in which the change is kept, a key of FILE_DTYPES.
+        class_word: the subject's class, such as "dog".
+        batch_size: images per batch from each of the two sets.
+        weight_decay: torch's and diffusers' default for AdamW; not given in the paper.
+        regularization_weight: weight of the class images' loss; 1 in Ruiz et al. 2023.
+        text_encoder: whether to train the text encoders.
+        masked: compute the identity images' loss only inside their masks.
+        min_snr_gamma: see `denoising_losses`; 0 disables it.
+        sample_prompt: "" for the token and the class word.
+        file_dtype: data type of the saved weight difference, a key of FILE_DTYPES.
     """
 
     token: str
@@ -73,17 +73,17 @@ def train_identity_prior(
     checkpoint: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[IdentityPrior, TrainingRun]:
-    """Learn a subject.
+    """Train an identity prior.
 
-    Every step takes one batch of the identity set and one of the regularization set:
+    Every step uses one batch of the identity set and one of the regularization set:
     loss = mean |eps_theta - eps|^2 over the former + regularization_weight * the same over the latter.
 
     Args:
-        model: MODEL that predicts noise or velocity; LoRAs on it count as part of it.
+        model: MODEL that predicts noise or v, including its LoRAs.
         clip: its CLIP.
         identity: images of the subject.
         regularization: images of its class, or None.
-        settings: see there.
+        settings: see `PriorSettings`.
         checkpoint, progress: see `training.train`; samples are latents [1, C, h, w] in the scale of LATENT sockets.
 
     Returns:
@@ -125,28 +125,28 @@ def train_identity_prior(
                 generator = generator_of(settings.seed, index, f"noise of {what}")
                 batches.append(draw_batch(networks, images, settings, index, what, masked=masked, generator=generator))
                 weights.append(torch.full((settings.batch_size,), weight / settings.batch_size))
-            if len({batch.latents.shape for batch in batches}) == 1:  # of one size: one evaluation for both sets
+            if len({batch.latents.shape for batch in batches}) == 1:  # same size: one model call for both sets
                 batches, weights = [_joined(batches)], [torch.cat(weights)]
-            for batch, weight_of in zip(batches, weights, strict=True):
+            for batch, batch_weights in zip(batches, weights, strict=True):
                 text = networks.encode(batch.captions)
                 each = denoising_losses(networks, batch, text, min_snr_gamma=settings.min_snr_gamma)
-                yield (weight_of.to(each.device) * each).sum()
+                yield (batch_weights.to(each.device) * each).sum()
 
         def sample() -> torch.Tensor:
             text = networks.encode([settings.sample_prompt or f"{settings.token} {settings.class_word}", ""])
             return guided_preview(networks, identity.latents[0].shape, settings, lambda t: text)
 
-        of_model = {MODEL_PREFIX + key: value for key, value in networks.model_variables.items()}
-        of_clip = {CLIP_PREFIX + key: value for key, value in networks.clip_variables.items()}
+        model_variables = {MODEL_PREFIX + key: value for key, value in networks.model_variables.items()}
+        clip_variables = {CLIP_PREFIX + key: value for key, value in networks.clip_variables.items()}
         run = train(
-            {**of_model, **of_clip},
+            {**model_variables, **clip_variables},
             losses,
             settings,
             description=description,
             checkpoint=checkpoint,
             sample=sample,
             progress=progress,
-            needed=of_model,  # of the text encoder, the layers behind the one that is read get no gradient
+            needed=model_variables,  # text encoder layers after the output layer get no gradient
         )
         model_change, clip_change = networks.changes(FILE_DTYPES[settings.file_dtype])
     facts = training_record(
@@ -168,5 +168,5 @@ def _joined(batches: Sequence[Batch]) -> Batch:
 
 def _pack_version() -> str:
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
-    return found.group(1) if found else "unknown"
+    match = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    return match.group(1) if match else "unknown"

@@ -1,1 +1,1 @@
-"""Networks of other libraries, read from the user's folders: encoders, language models, segmentation."""
+"""Third-party networks from the user's folders: image encoders, language models, detection and segmentation."""

@@ -1,4 +1,4 @@
-"""Boxes of a subject by its name: Grounding DINO (Liu et al. 2023), from a folder in the form of transformers."""
+"""Object detection by name: Grounding DINO (Liu et al. 2023), from a folder in transformers format."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .model_folders import check_preprocessor, from_transformers, loaded, read_c
 
 FOLDER = "grounding-dino"
 NEEDED = (
-    "a folder in the form of transformers with config.json, model.safetensors, preprocessor_config.json and the "
-    "tokenizer's files"
+    "a folder in transformers format with config.json, model.safetensors, preprocessor_config.json and the tokenizer's "
+    "files"
 )
 BOX_THRESHOLD = TEXT_THRESHOLD = 0.25
 """Defaults of transformers."""
@@ -27,19 +27,19 @@ def detect(
     box_threshold: float = BOX_THRESHOLD,
     text_threshold: float = TEXT_THRESHOLD,
 ) -> list[list[tuple[float, tuple[float, ...]]]]:
-    """Where Grounding DINO finds a subject by its name.
+    """Detect a subject by its name with Grounding DINO.
 
     Args:
         path: a folder; see `NEEDED`.
         images: [height, width, 3], 0 to 1.
-        name: what to look for, such as "dog".
-        box_threshold, text_threshold: how sure the network must be, 0 to 1.
+        name: the subject's name, such as "dog".
+        box_threshold, text_threshold: confidence thresholds, 0 to 1.
 
     Returns:
-        for each image (score, (left, top, right, bottom) in pixels), the most certain first.
+        for each image (score, (left, top, right, bottom) in pixels), sorted by decreasing score.
 
     Raises:
-        IdentityEditError: when files are missing, the folder holds another network, or there is no name.
+        IdentityEditError: when files are missing, the folder contains another network, or the name is empty.
     """
     words = " ".join(name.lower().replace(".", " ").split())
     if not words:
@@ -47,8 +47,8 @@ def detect(
     config = read_config(path, NEEDED)
     if config.get("model_type") != "grounding-dino":
         raise IdentityEditError(
-            f"The model in {path} is '{config.get('model_type')}', not 'grounding-dino'; choose a Grounding DINO of "
-            f"transformers."
+            f"The model in {path} is '{config.get('model_type')}', not 'grounding-dino'; choose a Grounding DINO in "
+            f"transformers format."
         )
     check_preprocessor(path)
 
@@ -57,15 +57,15 @@ def detect(
 
         return from_transformers(path, transformers.GroundingDinoForObjectDetection, transformers.AutoProcessor)
 
-    found = []
+    detections = []
     with loaded(path, load) as (network, processor, device):
         for image in images:
-            # Names are lower case and end with a full stop: so Grounding DINO has learned them.
+            # Grounding DINO expects lower-case names that end with a period.
             inputs = processor(images=to_pillow(image), text=f"{words}.", return_tensors="pt").to(device)
-            # By position: the third argument has had two names.
+            # Positional, because the third argument's name differs between versions.
             result = processor.post_process_grounded_object_detection(
                 network(**inputs), inputs["input_ids"], box_threshold, text_threshold, [tuple(image.shape[:2])]
             )[0]
             boxes = zip(result["scores"].tolist(), (tuple(box) for box in result["boxes"].tolist()), strict=True)
-            found.append(sorted(boxes, reverse=True))
-    return found
+            detections.append(sorted(boxes, reverse=True))
+    return detections

@@ -1,4 +1,4 @@
-"""Networks that say in one vector what an image shows: of a folder in the form of transformers or timm, or ComfyUI's
+"""Image encoders (one feature vector per image): from a folder in transformers or timm format, or ComfyUI's
 CLIP_VISION."""
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from .model_folders import check_preprocessor, from_transformers, loaded, read_c
 
 NEEDED = (
     "config.json, model.safetensors and preprocessor_config.json of an image encoder, such as DINO ViT-S/16, DINOv2 or "
-    "CLIP, in the form of transformers, or config.json and model.safetensors in that of timm"
+    "CLIP, in transformers format, or config.json and model.safetensors in timm format"
 )
 IMAGENET_MEAN, IMAGENET_DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of colors, by which most networks expect images to be normalized."""
+"""ImageNet color statistics, with which most networks normalize images."""
 _CLASS_TOKEN = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "deit", "ijepa")
 _PROJECTED = {"clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"}
 _POOLED = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
@@ -28,34 +28,34 @@ Encoder = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
 
 def encoder_of_clip_vision(clip_vision: Any) -> Encoder:
-    """Image embeddings of ComfyUI's CLIP_VISION (Load CLIP Vision); of DINOv2 there the class token."""
+    """Image embeddings of ComfyUI's CLIP_VISION (Load CLIP Vision), or the class token for DINOv2."""
 
     def encode(images: Sequence[torch.Tensor]) -> torch.Tensor:
-        found = []
+        features_of_images = []
         for image in images:
-            # crop=False: the subject may stand at the side.
+            # crop=False, because the subject may be at the border.
             output = clip_vision.encode_image(image[None, ..., :3], crop=False)
             features = output["image_embeds"]
             if features is None or features.ndim != 2:
                 features = output["last_hidden_state"][:, 0]
-            found.append(features.float().cpu())
-        return torch.cat(found)
+            features_of_images.append(features.float().cpu())
+        return torch.cat(features_of_images)
 
     return encode
 
 
 def encoder_of_folder(path: str) -> Encoder:
-    """Features by an image encoder in a local folder, in the form of transformers or of timm.
+    """Features from an image encoder in a local folder, in transformers or timm format.
 
-    DINO, DINOv2 and other vision transformers give their class token after the last layer, as in DreamBooth's DINO
-    score (Ruiz et al. 2023); CLIP gives its projected image embedding; SigLIP its pooled one. The network is
-    loaded when images are encoded, and given back afterwards.
+    For DINO, DINOv2 and other vision transformers, the class token after the last layer, as in DreamBooth's DINO score
+    (Ruiz et al. 2023); for CLIP, the projected image embedding; for SigLIP, the pooled one. The network is loaded when
+    images are encoded and freed afterwards.
 
     Args:
         path: a folder; see `NEEDED`.
 
     Raises:
-        IdentityEditError: when files are missing or the folder holds another kind of network.
+        IdentityEditError: when files are missing or the network is not supported.
     """
     config = read_config(path, NEEDED)
     kind = config.get("model_type")
@@ -63,7 +63,7 @@ def encoder_of_folder(path: str) -> Encoder:
         return _timm_encoder(path, config)
     if kind not in (*_CLASS_TOKEN, *_PROJECTED, *_POOLED):
         raise IdentityEditError(
-            f"The model in {path} is '{kind}', which is no image encoder known here; choose one of DINO, DINOv2, CLIP, "
+            f"The model in {path} is '{kind}', which is not a supported image encoder; choose DINO, DINOv2, CLIP, "
             f"SigLIP or a vision transformer of timm."
         )
     check_preprocessor(path)
@@ -90,13 +90,13 @@ def encoder_of_folder(path: str) -> Encoder:
 
 
 def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
-    """An encoder of timm: config.json names its architecture, model.safetensors has its weights."""
+    """A timm encoder, with its architecture in config.json and its weights in model.safetensors."""
     try:
         import timm
     except ImportError as error:
         raise IdentityEditError(
-            f"The model in {path} is one of timm, which is not installed; run `pip install timm`, or choose a model in "
-            f"the form of transformers."
+            f"The model in {path} needs timm, which is not installed; run `pip install timm`, or choose a model in "
+            f"transformers format."
         ) from error
     import os
 
@@ -105,7 +105,7 @@ def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
 
         network = timm.create_model(config["architecture"], pretrained=False, num_classes=0)
         weights = load_file(os.path.join(path, "model.safetensors"))
-        missing, _ = network.load_state_dict(weights, strict=False)  # a classifier's head may be left over
+        missing, _ = network.load_state_dict(weights, strict=False)  # ignores a classifier head
         if missing:
             raise IdentityEditError(
                 f"The weights in {path} lack {len(missing)} tensors ({missing[0]}, ...); copy the model's files again."
@@ -116,7 +116,7 @@ def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
         found = []
         with loaded(path, load) as (network, prepared, device):
             size = tuple(prepared.get("input_size", (3, 224, 224)))[1:]
-            # timm's own default where a folder names none: ImageNet's
+            # timm's default: ImageNet statistics
             mean = torch.tensor(prepared.get("mean", IMAGENET_MEAN)).view(1, 3, 1, 1)
             deviation = torch.tensor(prepared.get("std", IMAGENET_DEVIATION)).view(1, 3, 1, 1)
             for image in images:

@@ -1,7 +1,7 @@
-"""Language models on this machine, read from a folder by the transformers library and asked one question at a time.
+"""Local language models from a folder in transformers format, prompted with one question at a time.
 
-Nothing is downloaded and no code of the folder is executed: local files only, safetensors only, no remote code. A model
-is loaded for one node's run and given back afterwards, because it would take the memory that sampling needs.
+Nothing is downloaded and no code from the folder is executed: local files only, safetensors only, no remote code. A
+model is loaded for one node's run and freed afterwards, because sampling needs the memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .model_folders import CONFIG, check_preprocessor, loaded, read_config
 IMAGE_AND_TEXT = "image-text-to-text"
 TEXT = "text-generation"
 _MEMORY = 1.2
-"""Memory asked for, as a multiple of the weights' size: what is above 1 is for the keys and values of the answer."""
+"""Requested memory, as a multiple of the weights' size, to leave room for the KV cache."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class LanguageModel:
     Attributes:
         network: the transformers model, in evaluation mode on `device`.
         processor: its processor (images and text) or tokenizer (text).
-        path: the folder it came from.
-        device: where it computes.
+        path: its folder.
+        device: compute device.
     """
 
     network: Any
@@ -46,10 +46,10 @@ class LanguageModel:
         """The model's answer.
 
         Args:
-            question: what to ask; it is put into the model's own chat template where it has one.
+            question: the prompt, formatted with the model's chat template if it has one.
             image: [height, width, 3], 0 to 1, for models of the kind IMAGE_AND_TEXT.
-            max_new_tokens: the answer's greatest length.
-            temperature: 0 takes the likeliest token each time; above 0 tokens are drawn with the seed.
+            max_new_tokens: maximum length of the answer.
+            temperature: 0 is greedy decoding; above 0 tokens are sampled with the seed.
             seed: 0 to 2^64 - 1.
 
         Raises:
@@ -78,7 +78,7 @@ class LanguageModel:
                 f"The model in {self.path} cannot answer ({first_line(error)}); choose another model."
             ) from error
         prompt = inputs.get("input_ids")
-        # Decoders give the prompt back before the answer, encoder-decoders do not.
+        # Decoder-only models return the prompt before the answer, encoder-decoders do not.
         if prompt is not None and torch.equal(answer[:, : prompt.shape[1]], prompt):
             answer = answer[:, prompt.shape[1] :]
         return str(self.processor.batch_decode(answer, skip_special_tokens=True)[0]).strip()
@@ -107,19 +107,19 @@ class LanguageModel:
             if isinstance(token, str):  # the prompt of LLaVA 1.5, whose older folders have no template
                 question = f"USER: {token}\n{question} ASSISTANT:"
             inputs = self.processor(images=pillow, text=question or None, return_tensors="pt")
-        return inputs.to(self.device, dtype=self.network.dtype)  # only what is floating point changes its dtype
+        return inputs.to(self.device, dtype=self.network.dtype)  # casts only floating-point tensors
 
 
 @contextmanager
 def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
-    """Load a model from a folder, and give its memory back at the end.
+    """Load a model from a folder, and free its memory at the end.
 
     Args:
         path: a folder with config.json, *.safetensors, and the files of the tokenizer and, for images, the processor.
-        kind: IMAGE_AND_TEXT or TEXT, in the words of transformers' pipelines.
+        kind: IMAGE_AND_TEXT or TEXT, as in transformers' pipelines.
 
     Raises:
-        IdentityEditError: when the folder is missing, incomplete, or holds another kind of model.
+        IdentityEditError: when the folder is missing, incomplete, or contains another kind of model.
     """
     is_visual = kind == IMAGE_AND_TEXT
     processor_file = " and preprocessor_config.json" if is_visual else ""
@@ -134,7 +134,7 @@ def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
         processor_class = transformers.AutoProcessor if is_visual else transformers.AutoTokenizer
         processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if is_visual and not hasattr(processor, "image_processor"):
-            # AutoProcessor gives the tokenizer alone where it finds nothing else.
+            # AutoProcessor falls back to the tokenizer.
             raise OSError("it has no processor for images with text")
         network = network_class.from_pretrained(
             path, local_files_only=True, trust_remote_code=False, use_safetensors=True, torch_dtype="auto"
@@ -146,7 +146,7 @@ def load_language_model(path: str, kind: str) -> Iterator[LanguageModel]:
 
 
 def _dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to compute in: as stored, but bfloat16 for float16 on a CPU, and float16 where bfloat16 is missing."""
+    """Compute dtype: as stored, but bfloat16 for float16 on a CPU, and float16 where bfloat16 is not supported."""
     if device.type == "cpu" and stored == torch.float16:
         return torch.bfloat16
     if device.type != "cpu" and stored == torch.bfloat16 and not supports_bfloat16(device):
@@ -155,6 +155,6 @@ def _dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _stop_when_interrupted(input_ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """A stopping criterion of transformers, asked after every token; it stops by ComfyUI's own exception."""
+    """A transformers stopping criterion, called after every token; it raises ComfyUI's interruption exception."""
     stop_if_interrupted()
     return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)

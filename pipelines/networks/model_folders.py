@@ -1,7 +1,7 @@
-"""Networks of transformers, timm and others, from folders and files below ComfyUI's models folder.
+"""Networks of transformers, timm and others, from folders and files in ComfyUI's models folder.
 
-Nothing is downloaded and no code of a file is executed: local files only, safetensors, or pickles of plain tensors that
-torch reads with weights_only. A network is loaded for one node's run and given back afterwards.
+Nothing is downloaded and no code from a file is executed: local files only, safetensors, or pickles that torch reads
+with weights_only. A network is loaded for one node's run and freed afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONFIG = "config.json"
 
 
 def model_roots(name: str) -> list[str]:
-    """ComfyUI's folders of a kind: models/NAME, unless extra_model_paths.yaml names others."""
+    """ComfyUI's model folders of a kind: models/NAME, unless extra_model_paths.yaml defines others."""
     import folder_paths
 
     if name in folder_paths.folder_names_and_paths:
@@ -30,28 +30,28 @@ def model_roots(name: str) -> list[str]:
 
 
 def list_models(name: str, endings: tuple[str, ...] = ()) -> dict[str, str]:
-    """Path by name of what models/NAME holds: folders with a config.json, directly or one folder deeper
-    (author/model), and files with one of the endings."""
-    found: dict[str, str] = {}
+    """Models in models/NAME, path by name: folders with a config.json, directly or one level deeper (author/model), and
+    files with one of the endings."""
+    models: dict[str, str] = {}
     for root in model_roots(name):
         if not os.path.isdir(root):
             continue
         for outer in sorted(os.listdir(root)):
             path = os.path.join(root, outer)
             if os.path.isfile(path) and endings and outer.lower().endswith(endings):
-                found.setdefault(outer, path)
+                models.setdefault(outer, path)
             if not os.path.isdir(path):
                 continue
             inner = [f"{outer}/{entry}" for entry in sorted(os.listdir(path))]
             for candidate in (outer, *inner):
                 folder = os.path.join(root, candidate)
                 if os.path.isfile(os.path.join(folder, CONFIG)):
-                    found.setdefault(candidate, folder)
-    return found
+                    models.setdefault(candidate, folder)
+    return models
 
 
 def missing_model(name: str, model: str, needed: str) -> str:
-    """The sentence that says where a model should be and which files it has."""
+    """The error message for a missing model, with its expected location and files."""
     return for_console(f"The model '{model}' is not in {model_roots(name)[0]}; put it there ({needed}), and press R.")
 
 
@@ -68,13 +68,13 @@ def model_path(name: str, model: str, needed: str, endings: tuple[str, ...] = ()
 
 
 def read_config(path: str, needed: str) -> dict[str, Any]:
-    """The config.json of a model's folder, after checking that the weights beside it are safe to read.
+    """The config.json of a model's folder, after checking that it has weights as safetensors.
 
     Raises:
-        IdentityEditError: naming the folder and the files that are missing.
+        IdentityEditError: when files are missing or unreadable.
     """
     if not os.path.isdir(path):
-        raise IdentityEditError(f"The model folder {path} does not exist; make it and put into it {needed}.")
+        raise IdentityEditError(f"The model folder {path} does not exist; create it with {needed}.")
     names = os.listdir(path)
     if CONFIG not in names:
         raise IdentityEditError(f"The model folder {path} has no {CONFIG}; put into it {needed}.")
@@ -88,24 +88,24 @@ def read_config(path: str, needed: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise IdentityEditError(f"{CONFIG} in {path} cannot be read ({first_line(error)}); copy it again.") from error
     if not isinstance(config, dict):
-        raise IdentityEditError(f"{CONFIG} in {path} describes no model; copy it again.")
+        raise IdentityEditError(f"{CONFIG} in {path} does not describe a model; copy it again.")
     return config
 
 
 def check_preprocessor(path: str) -> None:
-    """Raise `IdentityEditError` where a folder does not say how images are prepared: transformers would take another
-    model's sizes and colors for granted."""
+    """Raise `IdentityEditError` if a folder has no image preprocessing config; transformers would silently use another
+    model's sizes and colors."""
     if os.path.isfile(os.path.join(path, "preprocessor_config.json")):
         return
-    try:  # newer folders say it in a common file
+    try:  # newer folders have a combined file
         with open(os.path.join(path, "processor_config.json"), encoding="utf-8") as file:
             is_described = "image_processor" in json.load(file)
     except (OSError, ValueError):
         is_described = False
     if not is_described:
         raise IdentityEditError(
-            f"The model folder {path} has no preprocessor_config.json, which says how images are prepared; put it "
-            f"there, or choose a model that reads images."
+            f"The model folder {path} has no preprocessor_config.json for image preprocessing; add it, or choose a "
+            f"model that reads images."
         )
 
 
@@ -117,14 +117,14 @@ def loaded(
     memory: float = 2.0,
     dtype: Callable[[torch.dtype, torch.device], torch.dtype] | None = None,
 ) -> Iterator[tuple[Any, Any, torch.device]]:
-    """A network on ComfyUI's device for the time of a `with`, and its memory given back at the end.
+    """Context manager: a network on ComfyUI's device, freed at the end.
 
     Args:
-        path: where it comes from, for messages.
-        load: reads it from there: (network, processor).
-        purpose: what it is loaded for, for messages, such as " for text-generation".
-        memory: asked of ComfyUI, as a multiple of the weights' size: what is above 1 is for what the network computes.
-        dtype: the dtype to compute in, from that of the weights and the device; None is float32.
+        path: its location, for messages.
+        load: returns (network, processor).
+        purpose: its purpose, for messages, such as " for text-generation".
+        memory: requested from ComfyUI, as a multiple of the weights' size, including room for activations.
+        dtype: returns the compute dtype from that of the weights and the device; None for float32.
 
     Yields:
         the network in evaluation mode, its processor, and the device.
@@ -135,7 +135,7 @@ def loaded(
     network = None
     try:
         try:
-            with torch.random.fork_rng(devices=[]):  # libraries draw weights before they read them
+            with torch.random.fork_rng(devices=[]):  # libraries initialize weights randomly before loading
                 network, processor = load()
             size = sum(parameter.nbytes for parameter in network.parameters())
             device = device_with_room(memory * size)
@@ -145,7 +145,7 @@ def loaded(
             raise
         except torch.cuda.OutOfMemoryError as error:
             raise IdentityEditError(f"The model in {path} does not fit into memory; choose a smaller one.") from error
-        except Exception as error:  # every architecture has its own ways of failing
+        except Exception as error:  # architectures fail in many different ways
             raise IdentityEditError(
                 f"The model in {path} cannot be loaded{purpose} ({first_line(error)}); copy its files again, or choose "
                 f"another."
@@ -158,13 +158,13 @@ def loaded(
 
 
 def from_transformers(path: str, network_class: Any, processor_class: Any) -> tuple[Any, Any]:
-    """(network, processor) of transformers from a local folder, safetensors only, without code of the folder."""
+    """(network, processor) of transformers from a local folder, safetensors only, without executing its code."""
     processor = processor_class.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     network, info = network_class.from_pretrained(
         path, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True
     )
-    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # DINO's folders have none, and none is used
-    if missing:  # transformers would go on with random weights
+    missing = [key for key in info["missing_keys"] if "pooler" not in key]  # missing in DINO's folders, and unused
+    if missing:  # transformers would use random weights
         raise IdentityEditError(
             f"The weights in {path} lack {len(missing)} tensors ({missing[0]}, ...); copy the model's files again."
         )
@@ -172,10 +172,10 @@ def from_transformers(path: str, network_class: Any, processor_class: Any) -> tu
 
 
 def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
-    """The tensors of a .safetensors file, or of a pickle (.pth, .pt) that holds nothing but tensors.
+    """The tensors of a .safetensors file, or of a pickle (.pth, .pt) that contains only tensors.
 
     Raises:
-        IdentityEditError: when the file cannot be read so.
+        IdentityEditError: when the file cannot be read.
     """
     try:
         if path.lower().endswith(".safetensors"):
@@ -191,5 +191,5 @@ def read_checkpoint(path: str) -> dict[str, torch.Tensor]:
     while isinstance(state, dict) and len(state) == 1 and isinstance(next(iter(state.values())), dict):
         state = next(iter(state.values()))  # {"model": {...}} and the like
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise IdentityEditError(f"The checkpoint {path} holds no plain weights; choose a model's own file.")
+        raise IdentityEditError(f"The checkpoint {path} contains no plain weights; choose the model's original file.")
     return state

@@ -1,4 +1,4 @@
-"""Optional packages, imported when a node runs, and networks in ONNX."""
+"""Optional packages, imported when a node runs, and ONNX networks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..shared.errors import IdentityEditError, first_line
 
 
 def import_optional(module: str, package: str, what: str) -> Any:
-    """A module of an optional package.
+    """Import a module of an optional package.
 
     Raises:
-        IdentityEditError: naming the package and what needs it.
+        IdentityEditError: when it cannot be imported.
     """
     import importlib
 
@@ -25,7 +25,7 @@ def import_optional(module: str, package: str, what: str) -> Any:
 
 
 def onnx_session(path: str) -> Any:
-    """An ONNX file ready to run on the CPU.
+    """An ONNX session on the CPU.
 
     Raises:
         IdentityEditError: when onnxruntime is missing, or cannot load the file.
@@ -33,5 +33,5 @@ def onnx_session(path: str) -> Any:
     onnxruntime = import_optional("onnxruntime", "onnxruntime", path)
     try:
         return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exceptions have no common base
+    except Exception as error:  # onnxruntime's exceptions have no common base
         raise IdentityEditError(f"{path} cannot be loaded ({first_line(error)}); download it again.") from error

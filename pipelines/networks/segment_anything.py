@@ -1,5 +1,5 @@
-"""Masks of a subject by Segment Anything (Kirillov et al. 2023): from points and a box, chosen among everything that is
-found, or from the boxes of `grounding_dino` ("Grounded SAM"), as Wang et al. 2023 take them."""
+"""Subject masks from Segment Anything (Kirillov et al. 2023): from points and a box, automatic, or from the boxes of
+`grounding_dino` ("Grounded SAM"), as in Wang et al. 2023."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ SAM_FOLDER = "sams"
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
 SAM_NEEDED = (
     "a checkpoint file of Segment Anything, such as sam_vit_b_01ec64.pth, for the package segment-anything; or a "
-    "folder in the form of transformers with config.json, model.safetensors and preprocessor_config.json"
+    "folder in transformers format with config.json, model.safetensors and preprocessor_config.json"
 )
 LARGEST, UNION, MOST_CERTAIN = CHOICES = ("largest", "union", "most certain")
 POINTS_PER_SIDE = 32
-"""Of the grid of points that everything is asked for by (Kirillov et al. 2023)."""
+"""Points per side of the grid for automatic segmentation (Kirillov et al. 2023)."""
 _BACKGROUND_BORDER = 0.5
-"""[choice] A mask that holds more than this share of the image's border is the background, not a subject."""
+"""[choice] A mask that covers more than this fraction of the image's border counts as background."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What Segment Anything is asked for: points, a box, both, or everything (neither).
+    """A prompt for Segment Anything: points, a box, both, or neither (automatic segmentation).
 
     Attributes:
         points: (x, y) in pixels from the image's upper left corner.
-        labels: for each point True on the subject, False beside it.
+        labels: for each point True on the subject, False on the background.
         box: (left, top, right, bottom) in pixels, or None.
     """
 
@@ -49,11 +49,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of an image.
+    """A segment of an image.
 
     Attributes:
         mask: [height, width] bool.
-        score: how sure the network is, about 0 to 1.
+        score: the network's confidence, about 0 to 1.
     """
 
     mask: torch.Tensor
@@ -64,30 +64,30 @@ class Segmenter(Protocol):
     """A loaded Segment Anything."""
 
     def by_prompt(self, image: torch.Tensor, prompt: Prompt) -> Segment:
-        """The most certain mask [h, w] for points and box in an image [h, w, 3]."""
+        """The mask [h, w] with the highest score for points and box in an image [h, w, 3]."""
 
     def everything(self, image: torch.Tensor) -> list[Segment]:
-        """All parts that are found without a prompt."""
+        """All segments, without a prompt."""
 
 
 # --- Segment Anything ------------------------------------------------------------------------------------------------
 
 
 def segment_anything(segmenter: Segmenter, image: torch.Tensor, prompt: Prompt, choice: str = LARGEST) -> torch.Tensor:
-    """The subject's mask by points and box, or chosen among everything that is found.
+    """The subject's mask from points and a box, or from automatic segmentation.
 
     Args:
         segmenter: from `load_segmenter`.
         image: [height, width, 3], 0 to 1.
-        prompt: where the subject is. Without points and box everything is segmented and what holds most of the
-            image's border left out as background.
-        choice: of the parts found without a prompt, or of several boxes: LARGEST, UNION or MOST_CERTAIN.
+        prompt: points and box. Without them everything is segmented, and segments that cover most of the image's border
+            are removed as background.
+        choice: which of several segments to use: LARGEST, UNION or MOST_CERTAIN.
 
     Returns:
-        [height, width] float32, 0 or 1; all 0 where nothing is found.
+        [height, width] float32, 0 or 1; all 0 if nothing is found.
 
     Raises:
-        IdentityEditError: when a point or the box lies outside of the image.
+        IdentityEditError: when a point or the box lies outside the image.
     """
     check_prompt(prompt, image)
     if not prompt.is_automatic:
@@ -98,7 +98,7 @@ def segment_anything(segmenter: Segmenter, image: torch.Tensor, prompt: Prompt, 
 def segment_by_name(
     segmenter: Segmenter, image: torch.Tensor, boxes: Sequence[tuple[float, tuple[float, ...]]], choice: str
 ) -> torch.Tensor:
-    """The subject's mask from boxes that a detector gave (Grounded SAM): one mask for each box, then `choice`.
+    """The subject's mask from a detector's boxes (Grounded SAM): one mask per box, then `choice`.
 
     Args:
         segmenter: from `load_segmenter`.
@@ -122,7 +122,7 @@ def load_segmenter(path: str) -> Iterator[Segmenter]:
     """Segment Anything from a checkpoint file (package segment-anything) or a folder (transformers).
 
     Raises:
-        IdentityEditError: when files or the package are missing, or hold another network.
+        IdentityEditError: when files or the package are missing, or for another network.
     """
     import os
 
@@ -133,8 +133,8 @@ def load_segmenter(path: str) -> Iterator[Segmenter]:
     config = read_config(path, SAM_NEEDED)
     if config.get("model_type") != "sam":
         raise IdentityEditError(
-            f"The model in {path} is '{config.get('model_type')}', not 'sam'; choose a Segment Anything of "
-            f"transformers."
+            f"The model in {path} is '{config.get('model_type')}', not 'sam'; choose a Segment Anything in "
+            f"transformers format."
         )
     check_preprocessor(path)
 
@@ -148,7 +148,7 @@ def load_segmenter(path: str) -> Iterator[Segmenter]:
 
 
 class _PackageSegmenter:
-    """By the package segment-anything."""
+    """Segment Anything of the package segment-anything."""
 
     def __init__(self, network: Any) -> None:
         self._network = network
@@ -171,26 +171,26 @@ class _PackageSegmenter:
     def everything(self, image: torch.Tensor) -> list[Segment]:
         from segment_anything import SamAutomaticMaskGenerator
 
-        found = SamAutomaticMaskGenerator(self._network, points_per_side=POINTS_PER_SIDE).generate(as_bytes(image))
-        return [Segment(torch.from_numpy(part["segmentation"]), float(part["predicted_iou"])) for part in found]
+        segments = SamAutomaticMaskGenerator(self._network, points_per_side=POINTS_PER_SIDE).generate(as_bytes(image))
+        return [Segment(torch.from_numpy(each["segmentation"]), float(each["predicted_iou"])) for each in segments]
 
 
 class _TransformersSegmenter:
-    """By transformers' SamModel."""
+    """Segment Anything of transformers (SamModel)."""
 
     def __init__(self, network: Any, processor: Any, device: torch.device, path: str) -> None:
         self._network, self._processor, self._device, self._path = network, processor, device, path
 
     def by_prompt(self, image: torch.Tensor, prompt: Prompt) -> Segment:
-        given: dict[str, Any] = {}
+        prompts: dict[str, Any] = {}
         if prompt.points:
-            given["input_points"] = [[[list(point) for point in prompt.points]]]
-            given["input_labels"] = [[[int(label) for label in prompt.labels]]]
+            prompts["input_points"] = [[[list(point) for point in prompt.points]]]
+            prompts["input_labels"] = [[[int(label) for label in prompt.labels]]]
         if prompt.box:
-            given["input_boxes"] = [[list(prompt.box)]]
-        inputs = self._processor(to_pillow(image), return_tensors="pt", **given)
+            prompts["input_boxes"] = [[list(prompt.box)]]
+        inputs = self._processor(to_pillow(image), return_tensors="pt", **prompts)
         sizes = inputs["original_sizes"], inputs["reshaped_input_sizes"]
-        # Coordinates come as float64, which some devices lack.
+        # Coordinates are float64, which some devices do not support.
         tensors = {
             name: value.to(self._device, torch.float32 if value.is_floating_point() else value.dtype)
             for name, value in inputs.items()
@@ -213,30 +213,32 @@ class _TransformersSegmenter:
             device=self._device,
         )
         try:
-            # Two rows of points at a time: it finishes only where batches come out even.
-            found = generator(to_pillow(image), points_per_batch=2 * POINTS_PER_SIDE, points_per_crop=POINTS_PER_SIDE)
+            # The pipeline needs batches that divide the number of points, here two rows of the grid.
+            segments = generator(
+                to_pillow(image), points_per_batch=2 * POINTS_PER_SIDE, points_per_crop=POINTS_PER_SIDE
+            )
         except (RuntimeError, NotImplementedError, IndexError) as error:
             raise IdentityEditError(
-                f"The model in {self._path} cannot segment everything ({first_line(error)}); give points or a box."
+                f"The model in {self._path} cannot segment automatically ({first_line(error)}); set points or a box."
             ) from error
         return [
             Segment(torch.from_numpy(np.asarray(mask, dtype=bool)), float(score))
-            for mask, score in zip(found["masks"], found["scores"], strict=True)
+            for mask, score in zip(segments["masks"], segments["scores"], strict=True)
         ]
 
 
 def _package_model(path: str) -> Any:
     """The package's network with the weights of a file.
 
-    Its builders would unpickle the file themselves, and whatever code is in it: they build without, and the weights
-    are read as plain tensors.
+    Its builders would unpickle the file and could execute code in it, so the weights are loaded separately as plain
+    tensors.
     """
     try:
         from segment_anything import sam_model_registry
     except ImportError as error:
         raise IdentityEditError(
             f"{path} needs the package segment-anything, which is not installed; run `pip install segment-anything`, "
-            f"or choose a Segment Anything in the form of transformers."
+            f"or choose a Segment Anything in transformers format."
         ) from error
     weights = read_checkpoint(path)
     position = weights.get("image_encoder.pos_embed")
@@ -244,7 +246,7 @@ def _package_model(path: str) -> Any:
     kind = kinds.get(position.shape[-1]) if position is not None else None
     if kind is None or kind not in sam_model_registry:
         raise IdentityEditError(
-            f"The checkpoint {path} is no Segment Anything of the kinds ViT-B, ViT-L or ViT-H; choose one, such as "
+            f"The checkpoint {path} is not a Segment Anything ViT-B, ViT-L or ViT-H; choose one, such as "
             f"sam_vit_b_01ec64.pth."
         )
     network = sam_model_registry[kind]()
@@ -256,22 +258,22 @@ def _package_model(path: str) -> Any:
 
 
 def parse_prompt(points: str, box: str) -> Prompt:
-    """A prompt from what a user writes.
+    """Parse a prompt from text widgets.
 
     Args:
-        points: one a line or separated by semicolons: "x, y" on the subject, "x, y, 0" beside it; pixels.
-        box: "left, top, right, bottom" in pixels, or nothing.
+        points: one per line or separated by semicolons: "x, y" on the subject, "x, y, 0" on the background; in pixels.
+        box: "left, top, right, bottom" in pixels, or empty.
 
     Raises:
-        IdentityEditError: when something is no number or incomplete.
+        IdentityEditError: when the text is invalid.
     """
     coordinates: list[tuple[float, float]] = []
     labels: list[bool] = []
     for line, values in lines_of_numbers(points):
         if values is None or len(values) not in (2, 3) or (len(values) == 3 and values[2] not in (0, 1)):
             raise IdentityEditError(
-                f"points has the line '{line}'; write 'x, y' for a point on the subject and 'x, y, 0' for one "
-                f"beside it, in pixels."
+                f"points has the line '{line}'; write 'x, y' for a point on the subject and 'x, y, 0' for one on the "
+                f"background, in pixels."
             )
         coordinates.append((values[0], values[1]))
         labels.append(len(values) == 2 or values[2] == 1)
@@ -289,24 +291,25 @@ def parse_prompt(points: str, box: str) -> Prompt:
 
 
 def check_prompt(prompt: Prompt, image: torch.Tensor) -> None:
-    """Raise `IdentityEditError` when a point or the whole box lies outside of the image [height, width, 3]."""
+    """Raise `IdentityEditError` if a point or the whole box lies outside the image [height, width, 3]."""
     height, width = image.shape[:2]
     for x, y in prompt.points:
         if not (0 <= x <= width and 0 <= y <= height):
             raise IdentityEditError(
-                f"The point ({x:g}, {y:g}) lies outside of the image of {width}x{height} pixels; choose one inside."
+                f"The point ({x:g}, {y:g}) lies outside the image of {width}x{height} pixels; choose one inside."
             )
     if prompt.box is not None:
         left, top, right, bottom = prompt.box
         if left >= width or top >= height or right <= 0 or bottom <= 0:
             raise IdentityEditError(
-                f"The box ({left:g}, {top:g}, {right:g}, {bottom:g}) lies outside of the image of {width}x{height} "
+                f"The box ({left:g}, {top:g}, {right:g}, {bottom:g}) lies outside the image of {width}x{height} "
                 f"pixels; choose one inside."
             )
 
 
 def _is_ambiguous(prompt: Prompt) -> bool:
-    """One point may mean a part, an object or a group: then the network gives three masks (Kirillov et al. 2023)."""
+    """A single point may mean a part, an object or a group; the network then returns three masks (Kirillov et al.
+    2023)."""
     return len(prompt.points) == 1 and prompt.box is None
 
 

@@ -167,7 +167,7 @@ def with_own_code(folder: Path) -> None:
 
 
 BAD = {
-    "no folder": (lambda folder: folder.rename(folder.with_name("away")), "does not exist; make it and put into it"),
+    "no folder": (lambda folder: folder.rename(folder.with_name("away")), "does not exist; create it with"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json; put into it config.json, the"),
     "no weights": (without_weights, "has no weights"),
     "pickled weights": (with_pickle, "has only pickled weights, which could run code"),

@@ -76,7 +76,7 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         with clip_scores.open_clip_folder(str(folder)):
             pass
 
-    with pytest.raises(IdentityEditError, match="does not exist; make it and put into it config.json"):
+    with pytest.raises(IdentityEditError, match="does not exist; create it with config.json"):
         opened(tmp_path / "none")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (tmp_path / "model.safetensors").write_bytes(b"")

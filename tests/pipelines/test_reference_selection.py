@@ -162,7 +162,7 @@ def test_clip_vision_of_comfyui() -> None:
 
 
 def test_folders_that_cannot_be_used_say_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(IdentityEditError, match="does not exist; make it and put into it config.json"):
+    with pytest.raises(IdentityEditError, match="does not exist; create it with config.json"):
         image_encoders.encoder_of_folder(str(tmp_path / "none"))
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(IdentityEditError, match="no weights"):
@@ -174,7 +174,7 @@ def test_folders_that_cannot_be_used_say_what_is_missing(tmp_path: Path) -> None
     with pytest.raises(IdentityEditError, match="no preprocessor_config.json"):
         image_encoders.encoder_of_folder(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(IdentityEditError, match="is 'llama', which is no image encoder"):
+    with pytest.raises(IdentityEditError, match="is 'llama', which is not a supported image encoder"):
         image_encoders.encoder_of_folder(str(tmp_path))
 
 

@@ -198,11 +198,11 @@ def arcface_transform(points: Any) -> np.ndarray:
 
     source, target = check_points(points), np.array(ARCFACE_POINTS)
     source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
-    centerd, wanted = source - source_mean, target - target_mean
-    variance = (centerd**2).sum() / 5
+    centered, wanted = source - source_mean, target - target_mean
+    variance = (centered**2).sum() / 5
     if variance < 1e-9:
         raise IdentityEditError("The points of the face lie on one another; give eyes, nose and corners of the mouth.")
-    left, values, right = np.linalg.svd(wanted.T @ centerd / 5)
+    left, values, right = np.linalg.svd(wanted.T @ centered / 5)
     signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right)) or 1.0])  # turn, but never mirror
     rotation = left @ np.diag(signs) @ right
     scale = (values * signs).sum() / variance

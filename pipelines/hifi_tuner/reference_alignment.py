@@ -1,10 +1,10 @@
-"""Laying a reference image's subject on a generated one: Algorithm 4 of Wang et al. 2023 (appendix B, eq. 8 and 9).
+"""Alignment of a reference subject with a generated one: Algorithm 4 of Wang et al. 2023 (appendix B, eq. 8 and 9).
 
-The reference is scaled, turned and moved until its mask lies on the mask of the generated subject; nothing else of the
-two images is compared, because a generated subject looks too different for landmarks (Wang et al. 2023, section 3.3).
+The reference is scaled, rotated and translated until its mask matches the mask of the generated subject. Only the masks
+are compared, because a generated subject looks too different for landmarks (Wang et al. 2023, section 3.3).
 
-Coordinates are pixels from an image's own center, x to the right and y downwards, so that images of different sizes
-share them and an image is turned about its center.
+Coordinates are pixels relative to the image's center, x to the right and y down, so images of different sizes share
+them and rotation is about the center.
 """
 
 from __future__ import annotations
@@ -25,43 +25,42 @@ if TYPE_CHECKING:
 LEAST_SQUARES, GRADIENT_DESCENT = OPTIMIZERS = ("least squares", "gradient descent")
 
 SCALE_LIMIT = 1.5
-"""[choice] The scale stays within this factor of the masks' ratio of sizes: the sum of one direction alone is smallest
-where the reference shrinks to a point."""
+"""[choice] The scale stays within this factor of the masks' size ratio, because the paper's one-directional sum is
+minimal when the reference shrinks to a point."""
 ROTATION_LIMIT = 45.0
-"""[choice] Degrees, to either side; a reference that lies further over is rarely a good one."""
+"""[choice] Maximum rotation in degrees, in either direction; a reference that needs more is rarely a good one."""
 ROTATION_STARTS = 5
-"""[choice] Angles, spread evenly within the limit, from which the optimization starts; see
-benchmarks/results/align_reference.md for how many cases a single start misses."""
+"""[choice] Initial angles, evenly spaced within the limit; see benchmarks/results/align_reference.md for how many cases
+a single start misses."""
 
 POINTS = 4000
-"""[choice] At most so many pixels of each mask, on an even grid, enter the sum; 512x512 masks have up to 260 000."""
+"""[choice] Maximum number of pixels of each mask in the sum, on an even grid; 512x512 masks have up to 260,000."""
 START_POINTS = 400
-"""[choice] The same while the starts are compared."""
+"""[choice] Likewise while comparing starts."""
 
 GRADIENT_STEPS = 500
 LEARNING_RATE = 0.1
-"""[choice] L and eta of Algorithm 4, which gives neither; lengths are in units of the mask's size."""
+"""[choice] L and eta of Algorithm 4, not given in the paper; lengths are in units of the mask's size."""
 
 Residuals = Callable[["np.ndarray"], "tuple[np.ndarray, np.ndarray]"]
-"""Of theta [4]: distances [n] and their derivatives [n, 4]."""
+"""theta [4] -> distances [n] and their derivatives [n, 4]."""
 
 REFLECT, EDGE, GENERATED, GRAY = SURROUNDINGS = ("reflect", "edge", "generated image", "gray")
 
 LARGEST_PART, ALL_PARTS = PARTS = ("largest part", "all parts")
 _SPECK = 0.05
-"""Parts below this share of the largest one's area are not called a second subject."""
+"""Components below this fraction of the largest one's area are not reported as a second subject."""
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """T_theta of eq. 8: a point p of the reference goes to scale * R(rotation) (p + translation), moved first.
+    """T_theta of eq. 8: maps a point p of the reference to scale * R(rotation) (p + translation).
 
     Attributes:
         scale: theta_1.
-        rotation: theta_2 in degrees; positive turns clockwise on the screen.
+        rotation: theta_2 in degrees; positive is clockwise on the screen.
         translation_x, translation_y: theta_3 and theta_4 in pixels of the reference, right and down.
-        distance: how far the masks are apart after it: the square root of the mean squared nearest distance, in pixels
-            of the generated image.
+        distance: root mean squared nearest distance between the aligned masks, in pixels of the generated image.
     """
 
     scale: float
@@ -83,14 +82,14 @@ class Similarity:
 
 @dataclass(frozen=True)
 class AlignedReference:
-    """A transformed reference.
+    """An aligned reference.
 
     Attributes:
-        image: T(I_r) [height, width, 3] in [0, 1], of the generated image's size.
+        image: T(I_r) [height, width, 3] in [0, 1], at the generated image's size.
         mask: T(M_r) [height, width] float32, 0 or 1.
         similarity: T.
         overlap: intersection over union of T(M_r) and M_g, 0 to 1.
-        warning: one sentence where something is likely to be wrong, else None.
+        warning: a sentence about a likely problem, else None.
     """
 
     image: torch.Tensor
@@ -113,22 +112,20 @@ def align_reference(
     parts: str = LARGEST_PART,
     surroundings: str = REFLECT,
 ) -> AlignedReference:
-    """Transform a reference image and its mask so that the subject lies on the generated one.
+    """Align a reference image and its mask with the generated subject.
 
     Args:
         image: I_r [h, w, 3], 0 to 1.
-        mask: M_r [h, w] of any size; above one half is subject.
-        generated_mask: M_g [H, W], of any size too where generated_image is given. The two images may be of
-            different sizes.
+        mask: M_r [h, w] of any size, thresholded at one half.
+        generated_mask: M_g [H, W], of any size if generated_image is provided. The two images may have different sizes.
         generated_image: I_g1 [H, W, 3], for the surroundings "generated image".
         symmetric, optimizer, scale_limit, rotation_limit: as for `align_masks`.
-        parts: what of a mask in several separate parts counts: LARGEST_PART or ALL_PARTS.
-        surroundings: what stands where the transformed reference has no image. The result is inverted by the
-            model, so it should look like an image. REFLECT (default) goes on with the reference mirrored; EDGE drags
-            its outermost pixels into streaks, GRAY is flat. GENERATED takes the generated image's own pixels
-            everywhere outside of the mask: the subject stands in its future surroundings, but the reference's caption
-            no longer says what they are. The subject survives inversion about as well in all of them, with GENERATED
-            the least (benchmarks/results/align_reference.md).
+        parts: which components of a mask to use: LARGEST_PART or ALL_PARTS.
+        surroundings: how to fill the area outside the transformed reference. The result will be inverted by the model,
+            so it should look like an image. REFLECT (default) mirrors the reference, EDGE extends its border pixels,
+            GRAY is flat. GENERATED uses the generated image everywhere outside the mask: the subject is in its target
+            surroundings, but the reference's caption does not describe them. The subject survives inversion about
+            equally well with all of them, slightly less with GENERATED (benchmarks/results/align_reference.md).
 
     Raises:
         IdentityEditError: when a mask is empty, or an option is unknown.
@@ -188,27 +185,27 @@ def align_masks(
     rotation_limit: float = ROTATION_LIMIT,
     rotation_starts: int = ROTATION_STARTS,
 ) -> Similarity:
-    """T_theta that lays M_r on M_g (Wang et al. 2023, Algorithm 4).
+    """T_theta that aligns M_r with M_g (Wang et al. 2023, Algorithm 4).
 
-    The paper's sum runs over the transformed reference points, each with the squared distance to the nearest point of
-    the generated mask. Every transform that puts the reference inside of the generated mask has the sum 0, a shrunken
-    one above all; so the scale is bounded around the ratio of the masks' sizes, and `symmetric` adds the other
-    direction: every point of M_g with its nearest one of T_theta(M_r). The nearest distances come from a Euclidean
-    distance transform of each mask, computed once and interpolated; the inner loop over P_g is then a look-up, and the
-    distances to T_theta(M_r) are those to M_r, times the scale, of the points moved back.
+    The paper's objective is the sum of squared distances from the transformed reference points to the nearest point of
+    the generated mask. It is 0 for every transform that puts the reference inside the generated mask, for example by
+    shrinking it; the scale is therefore bounded around the masks' size ratio, and `symmetric` adds the other direction:
+    from every point of M_g to the nearest one of T_theta(M_r). Nearest distances are looked up in a Euclidean distance
+    transform of each mask, computed once and interpolated; distances to T_theta(M_r) are those of the inversely
+    transformed points to M_r, times the scale.
 
-    Two optimizers, from the same starts: the paper's gradient descent, and scipy's bounded Gauss-Newton method
-    (`scipy.optimize.least_squares`, trust-region reflective). The sum is one of squares, of which that method uses the
-    curvature; figures of both are in benchmarks/results/align_reference.md.
+    Two optimizers are available, with the same starts: the paper's gradient descent, and scipy's bounded Gauss-Newton
+    method (`scipy.optimize.least_squares`, trust-region reflective), which exploits that the objective is a sum of
+    squares; see benchmarks/results/align_reference.md for a comparison.
 
     Args:
-        reference: M_r [h, w], bool or 0 to 1; above one half is subject.
+        reference: M_r [h, w], bool or 0 to 1, thresholded at one half.
         generated: M_g [H, W], likewise.
-        symmetric: both directions; False is the paper's sum alone.
+        symmetric: use both directions; False is the paper's objective.
         optimizer: LEAST_SQUARES or GRADIENT_DESCENT (the paper's).
-        scale_limit: the greatest factor, up or down, from the ratio of the masks' sizes; 1 fixes the scale.
-        rotation_limit: the greatest angle in degrees, 0 to 180; 0 does not turn.
-        rotation_starts: angles to start from.
+        scale_limit: maximum factor, up or down, relative to the masks' size ratio; 1 fixes the scale.
+        rotation_limit: maximum angle in degrees, 0 to 180; 0 disables rotation.
+        rotation_starts: number of initial angles.
 
     Returns:
         theta.
@@ -242,10 +239,10 @@ def align_masks(
 
 
 class _Masks:
-    """M_r and M_g, and how far T_theta(M_r) is from M_g.
+    """The alignment objective for M_r and M_g.
 
-    theta is (log of the scale over the masks' ratio, angle, displacement of the centroids in units): the same family of
-    transforms as eq. 8, without its coupling of the angle and the translation.
+    theta is (log of the scale relative to the masks' size ratio, angle, displacement of the centroids in units): the
+    same transforms as eq. 8, without its coupling of angle and translation.
     """
 
     def __init__(self, m_r: np.ndarray, m_g: np.ndarray, symmetric: bool) -> None:
@@ -254,16 +251,16 @@ class _Masks:
         self._m_r, self._m_g, self._symmetric = m_r, m_g, symmetric
         self._center_r, self._center_g = _centroid(m_r), _centroid(m_g)
         self._area_ratio = float(np.sqrt(m_g.sum() / m_r.sum()))
-        self._unit = float(np.sqrt(m_g.sum() / np.pi))  # of lengths, so that all four numbers are of the order of 1
+        self._unit = float(np.sqrt(m_g.sum() / np.pi))  # unit of length, so that all parameters are of order 1
         self._nearest_g, self._nearest_r = _DistanceField(m_g), _DistanceField(m_r)
 
     def residuals_of(self, most: int) -> Residuals:
-        """`residuals` of at most so many points of each mask."""
+        """`residuals` with at most `most` points of each mask."""
         p_r, p_g = _points(self._m_r, most) - self._center_r, _points(self._m_g, most) - self._center_g
         return lambda theta: self.residuals(theta, p_r, p_g)
 
     def residuals(self, theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nearest distances d [n] and their derivatives [n, 4], weighed so that the sum of d^2 is s / n."""
+        """Nearest distances d [n] and their derivatives [n, 4], weighted so that the sum of d^2 is s / n."""
         import numpy as np
 
         unit = self._unit
@@ -278,7 +275,7 @@ class _Masks:
         weight = 1 / (unit * np.sqrt(len(p_r)))
         if not self._symmetric:
             return distance * weight, derivative * weight
-        # The other direction: p_g moved back by T_theta^-1, nearest p_r, distances scaled forward again
+        # The other direction: p_g transformed by T_theta^-1, nearest p_r, distances scaled back
         back = (p_g - shift) @ rotation / scale
         distance_r, slope_r = self._nearest_r(back + self._center_r)
         turned = np.stack([back[:, 1], -back[:, 0]], axis=1)
@@ -304,7 +301,7 @@ class _Masks:
 
 
 def _gradient_descent(residuals: Residuals, theta: np.ndarray, limits: np.ndarray, steps: int) -> np.ndarray:
-    """Algorithm 4's own."""
+    """The gradient descent of Algorithm 4."""
     for _ in range(steps):  # l = 1, ..., L
         d, derivative = residuals(theta)  # s = sum of d^2
         theta = theta - LEARNING_RATE * 2 * derivative.T @ d  # theta = theta - eta grad s
@@ -315,7 +312,7 @@ def _gradient_descent(residuals: Residuals, theta: np.ndarray, limits: np.ndarra
 def _gauss_newton(residuals: Residuals, theta: np.ndarray, limits: np.ndarray, steps: int) -> np.ndarray:
     from scipy.optimize import least_squares
 
-    free = limits > 0  # scipy refuses bounds that leave no room
+    free = limits > 0  # scipy rejects equal bounds
 
     def full(part: np.ndarray) -> np.ndarray:
         whole = theta.copy()
@@ -333,15 +330,15 @@ def _gauss_newton(residuals: Residuals, theta: np.ndarray, limits: np.ndarray, s
 
 
 def resample(image: torch.Tensor, similarity: Similarity, size: tuple[int, int], padding: str) -> torch.Tensor:
-    """T_theta(I): an image under a similarity transform, bilinear.
+    """T_theta(I): an image warped by a similarity transform, bilinear.
 
-    An image that shrinks is first brought to its later size with antialiasing, which bilinear sampling alone lacks.
+    When downscaling, the image is first resized with antialiasing.
 
     Args:
         image: [h, w, C].
         similarity: T_theta.
         size: height and width of the result.
-        padding: what lies beyond the image, in the words of torch's grid_sample: "zeros", "border", "reflection".
+        padding: padding mode of torch's grid_sample: "zeros", "border", "reflection".
 
     Returns:
         [height, width, C] float32.
@@ -356,16 +353,16 @@ def resample(image: torch.Tensor, similarity: Similarity, size: tuple[int, int],
     x = torch.arange(size[1]) - (size[1] - 1) / 2
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
     points = torch.stack([grid_x, grid_y, torch.ones_like(grid_x)], dim=-1) @ back.T
-    # grid_sample measures from the center in halves of the image's sides, whatever its resolution.
+    # grid_sample's coordinates are in half sides from the center.
     grid = points[..., :2] * torch.tensor([2 / width, 2 / height])
     return grid_sample(values, grid.unsqueeze(0), "bilinear", padding, align_corners=False)[0].permute(1, 2, 0)
 
 
 def as_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
-    """A mask [h, w] as bool on the CPU; above one half is subject.
+    """A mask [h, w] as bool on the CPU, thresholded at one half.
 
     Raises:
-        IdentityEditError: when it is no mask, or empty.
+        IdentityEditError: when it is not a mask, or empty.
     """
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.numel() == 0:
         shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -378,10 +375,10 @@ def as_mask(mask: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def subject_part(mask: torch.Tensor, name: str, parts: str = LARGEST_PART) -> tuple[torch.Tensor, str | None]:
-    """The part of a mask [h, w] that counts (bool), and a note where it has several parts.
+    """The selected components of a mask [h, w] (bool), and a note if it has several.
 
     Raises:
-        IdentityEditError: when the mask is empty or `parts` unknown.
+        IdentityEditError: when the mask is empty or `parts` is unknown.
     """
     import numpy as np
     from scipy.ndimage import label
@@ -396,28 +393,26 @@ def subject_part(mask: torch.Tensor, name: str, parts: str = LARGEST_PART) -> tu
     large = int((areas >= _SPECK * areas.max()).sum())
     note = None
     if large > 1:
-        what = "the largest counts" if parts == LARGEST_PART else "all of them count as one subject"
-        note = f"{name} has {large} separate parts, of which {what}."
-        if parts == ALL_PARTS:
-            note = f"{name} has {large} separate parts, and {what}."
+        used = "only the largest is used" if parts == LARGEST_PART else "all are used as one subject"
+        note = f"{name} has {large} separate parts; {used}."
     if parts == LARGEST_PART:
         inside = torch.from_numpy(labels == 1 + int(areas.argmax()))
     return inside, note
 
 
 class _DistanceField:
-    """Distances from any points to the nearest point of a mask, and the directions in which they grow.
+    """Distances from points to the nearest point of a mask, and their gradients.
 
-    scipy's Euclidean distance transform gives them for every pixel in one pass (a k-d tree takes some ten times as
-    long for as many points in every evaluation); between pixels they are interpolated.
+    scipy's Euclidean distance transform computes them for every pixel in one pass (queries of a k-d tree take about ten
+    times as long); between pixels they are interpolated.
     """
 
     def __init__(self, mask: np.ndarray) -> None:
         import numpy as np
         from scipy.ndimage import distance_transform_edt
 
-        # Beyond the image the field goes on for a quarter of its size, and linearly from there. It has four cells
-        # around any point, even of an image of one pixel.
+        # The field extends beyond the image by a quarter of its size, and is extrapolated linearly from there. It has
+        # four pixels around any point, even for an image of one pixel.
         self._border = max(1, max(mask.shape) // 4)
         padded = np.pad(mask, self._border)
         self._field = distance_transform_edt(~padded).astype(np.float32)
@@ -425,7 +420,7 @@ class _DistanceField:
         self._most = np.array([padded.shape[1] - 1, padded.shape[0] - 1], dtype=np.float64) - 1e-6
 
     def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of points [n, 2] (x, y from the image's center): distances [n], and their gradients [n, 2]."""
+        """Points [n, 2] (x, y from the image's center) -> distances [n] and their gradients [n, 2]."""
         import numpy as np
 
         wanted = points + self._center
@@ -447,8 +442,8 @@ class _DistanceField:
 
 
 def _points(mask: np.ndarray, most: int) -> np.ndarray:
-    """P(M): the coordinates [n, 2] (x, y from the image's center) of the mask's pixels, at most about `most` of them
-    on an even grid; a thin mask that the grid misses keeps all of its pixels' every n-th."""
+    """P(M): coordinates [n, 2] (x, y from the image's center) of about `most` or fewer of the mask's pixels on an even
+    grid; for a thin mask that the grid misses, every n-th pixel."""
     import numpy as np
 
     rows, columns = np.nonzero(mask)
@@ -475,7 +470,7 @@ def _inverse(similarity: Similarity) -> Any:
 def _limit_note(
     similarity: Similarity, m_r: torch.Tensor, m_g: torch.Tensor, scale_limit: float, rotation_limit: float
 ) -> str | None:
-    """A sentence where the optimum lies at a limit: then the two masks are likely of different things."""
+    """A warning if the optimum is at a limit, which suggests that the two masks do not match."""
     ratio = float((m_g.sum() / m_r.sum()).sqrt())
     factor = max(similarity.scale / ratio, ratio / similarity.scale)
     if rotation_limit > 0 and abs(similarity.rotation) > 0.99 * rotation_limit:

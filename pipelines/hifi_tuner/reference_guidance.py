@@ -1,15 +1,15 @@
 """Reference-guided generation of HiFi Tuner (Wang et al. 2023, section 3.3, algorithm 2).
 
-A first pass makes an image from a noise x_T. A reference image of the subject is aligned with the subject in it and
-followed to noise by DDIM inversion. The second pass starts from the same x_T, and in its middle steps the subject's
-region of the latent is led along the reference's trajectory: replaced once, then held near it by optimizing the
-unconditional embedding there, while everything around it is sampled as before and adapts.
+A first pass generates an image from noise x_T. A reference image of the subject is aligned with the subject in it and
+inverted with DDIM. The second pass starts from the same x_T, and in its middle steps the subject's region of the latent
+follows the reference's trajectory: it is replaced once, then kept close by optimizing the unconditional embedding
+there, while the rest is sampled normally and adapts.
 
-It is a loop of its own with a node of its own, and not a SAMPLER. ComfyUI loads (perhaps only a part of) the model and
-encodes the conditionings in inference mode before it calls a sampler, where gradients can no longer be had, and a
-sampler sees the guider's combined estimate alone, where this algorithm combines one conditional estimate with several
-unconditional ones. The stock samplers are needed for the first pass only: `first_pass_latent` is the latent that they
-start from with the same seed, so that without guidance both passes are the same image.
+This cannot be a SAMPLER: ComfyUI loads the model (perhaps partially) and encodes the conditionings in inference mode
+before calling a sampler, so gradients are unavailable, and a sampler gets only the guider's combined estimate, whereas
+this algorithm combines one conditional estimate with several unconditional ones. Stock samplers are used for the first
+pass only: `first_pass_latent` is their initial latent for the same seed, so without guidance both passes give the same
+image.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ LEARNING_RATE = 1e-2
 
 @dataclass(frozen=True)
 class ReferenceGuidance:
-    """What reference-guided sampling made.
+    """The result of reference-guided sampling.
 
     Attributes:
         latent: [B, C, H, W] float32 CPU, z_0 in the scale of LATENT sockets.
-        mask: [B, H, W] float32 CPU, 0 or 1: M_r* on the latent's grid, as it was used.
-        steps: the guided steps, as indices from 0 in the order of sampling.
+        mask: [B, H, W] float32 CPU, 0 or 1: M_r* at the latent's size.
+        steps: indices of the guided steps, from 0 in sampling order.
         embeddings: [G, B, T, C] float32 CPU, phi_h after each of the G guided steps.
-        losses: for each guided step [J', B] float32, the loss of each latent before each update; NaN where the latent
-            had already stopped. Eq. 10 as a mean over the mask, in the papers' scale (z, not x).
-        final_losses: [G, B] float32, the same with the embeddings that the step was taken with.
-        unguided_losses: [G, B] float32, the same with phi.
-        evaluations: model calls without their backward passes.
-        warning: sentences about what looks wrong, else None.
+        losses: for each guided step [J', B] float32, the loss of each latent before each update; NaN after the latent
+            has stopped. Eq. 10 as a mean over the mask, in the papers' scale (z, not x).
+        final_losses: [G, B] float32, the loss with the final embeddings of the step.
+        unguided_losses: [G, B] float32, the loss with phi.
+        evaluations: model calls, not counting backward passes.
+        warning: sentences about likely problems, else None.
     """
 
     latent: torch.Tensor
@@ -81,35 +81,35 @@ def reference_guided_sampling(
     checkpointing: bool = False,
     callback: engine.Callback | None = None,
 ) -> ReferenceGuidance:
-    """Sample with the subject held by a reference (Wang et al. 2023, algorithm 2).
+    """Sample with the subject guided by a reference (Wang et al. 2023, algorithm 2).
 
-    A guided step costs 3 + J model calls (the conditional one, which serves all others; phi; J of phi_h with a
-    backward pass; phi_h as it was found), any other step 2. Latents of a batch are independent.
+    A guided step costs 3 + J model calls (one conditional, one with phi, J with phi_h and a backward pass, one with the
+    final phi_h), any other step 2. Latents of a batch are independent.
 
     Args:
-        model: MODEL. Per-step embeddings on its positive side is [c, c_s^t] of eq. 7.
+        model: MODEL. Per-step embeddings on its positive side are [c, c_s^t] of eq. 7.
         start: x_T [B, C, H, W] at inversion.sigmas[0] in the scale of LATENT sockets, see `first_pass_latent`.
-        inversion: [x*_0, ..., x*_T] of the aligned reference from `inversion.ddim_inversion` with guidance scale 1; of
-            one image, or of one for each latent. Its noise levels are those of the run.
-        mask: M_r* [1 or B, h, w] in [0, 1] of the aligned reference's subject, of any size. A cell of
-            the latent belongs to the subject where at least half of it does.
+        inversion: [x*_0, ..., x*_T] of the aligned reference from `inversion.ddim_inversion` with guidance scale 1, for
+            one image, or one for each latent. Its noise levels are used for sampling.
+        mask: M_r* [1 or B, h, w] in [0, 1] of the aligned reference's subject, of any size. A latent pixel belongs to
+            the subject if at least half of it is covered.
         positive: CONDITIONING of the prompt.
         negative: CONDITIONING of the empty prompt, phi; one entry.
-        guidance_scale: w > 1, that of the first pass. 7.5 is the pack's usual one; the paper names none.
-        start_percent, end_percent: share of the steps, 0 to 1, after which guidance begins and ends, see
+        guidance_scale: w > 1, that of the first pass. Our default is 7.5; not given in the paper.
+        start_percent, end_percent: fractions of the steps, 0 to 1, after which guidance starts and ends, see
             `guided_steps`. 0.2 and 0.8 are the paper's t_s = 40 and t_e = 10.
-        inner_steps: J, updates a guided step; more for a closer resemblance. 0 only replaces the latent at t_s.
-        learning_rate: Adam's, the same at every step. 0.01 in the paper. Adam begins anew at each step, as it does in
-            null-text optimization.
-        early_stop: a latent's step is done when its loss is below this; 0, as in the paper, makes all J updates.
-        checkpointing: spend time to save memory, see `engine.gradient_context`.
+        inner_steps: J, updates per guided step; more for a closer resemblance. 0 only replaces the latent at t_s.
+        learning_rate: Adam's constant learning rate. 0.01 in the paper. Adam is restarted at each step, as in null-text
+            optimization.
+        early_stop: a latent stops when its loss is below this; 0, as in the paper, makes all J updates.
+        checkpointing: trade time for memory, see `engine.gradient_context`.
         callback: progress with preview.
 
     Returns:
-        the latent and the record, see `ReferenceGuidance`.
+        the latent and the losses.
 
     Raises:
-        IdentityEditError: when an input cannot be used or the optimization leaves the range of numbers.
+        IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
@@ -120,7 +120,7 @@ def reference_guided_sampling(
     if inversion.trajectory.shape[2:] != start.shape[1:]:
         raise IdentityEditError(
             f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the latent is "
-            f"{tuple(start.shape[1:])}; align the reference with the first pass's image before you invert it."
+            f"{tuple(start.shape[1:])}; align the reference with the first pass's image before inverting it."
         )
     m_r = latent_mask(mask, batch, start.shape[-2], start.shape[-1])
     null_embedding, _ = single_embedding(negative, "The negative conditioning")
@@ -153,24 +153,24 @@ def reference_guided_sampling(
                 done += 1
                 continue
             with torch.no_grad():
-                conditional = evaluator.denoised(x, sigmas[i], "positive")  # serves all evaluations of the step
+                conditional = evaluator.denoised(x, sigmas[i], "positive")  # used by all evaluations of the step
                 step = GuidedStep(
                     evaluator, noise, x, sigmas[i], sigmas[i + 1], x_star[i + 1], conditional, guidance_scale,
                     loss=lambda residual: (inside * residual).square().sum(dim=(1, 2, 3)) / elements,
                     progress=done, progress_total=total,
                 )  # fmt: skip
-                # F(x_t, [c, c_s^t], phi), with the negative side as the model has it: at t_s it is not the first
-                # evaluation of phi_h where another node has put per-step embeddings on that side.
+                # F(x_t, [c, c_s^t], phi), with the model's negative side; at t_s it differs from the first evaluation
+                # of phi_h if another node has applied per-step embeddings to that side.
                 outside = step.evaluate(None)
             # Eq. 10: minimize | x*_{t-1}[M] - F(x_t, [c, c_s^t], phi_h)[M] |^2
-            taken, optimized = optimize(step, phi_h, inner_steps, learning_rate, stop_below=early_stop)
+            evaluation, optimized = optimize(step, phi_h, inner_steps, learning_rate, stop_below=early_stop)
             check_range(optimized.final_loss, i, "Reference guidance")
             # x_{t-1}[M] = F(x_t, [c, c_s^t], phi_h)[M]
-            x = torch.where(inside, taken.x_next, outside.x_next)
+            x = torch.where(inside, evaluation.x_next, outside.x_next)
             phi_h = optimized.phi.to(device)
             found.append(optimized)
             unguided.append(outside.loss.cpu())
-            step.report(inner_steps, torch.where(inside, taken.denoised, outside.denoised))
+            step.report(inner_steps, torch.where(inside, evaluation.denoised, outside.denoised))
             done += inner_steps + 1
 
         z_0 = (x / noise.scale(sigmas[-1])).cpu()
@@ -211,18 +211,18 @@ def first_pass_latent(
     seed: int,
     batch_index: Iterable[int] | None = None,
 ) -> torch.Tensor:
-    """x_T: the latent from which KSampler and SamplerCustom (with RandomNoise) start for a seed.
+    """x_T: the initial latent of KSampler and SamplerCustom (with RandomNoise) for a seed.
 
-    The noise is ComfyUI's own (`comfy.sample.prepare_noise`), scaled as its samplers scale it: by sigma, or by
-    sqrt(1 + sigma^2) at the model's highest noise level. KSampler's scheduler ddim_uniform begins at the same noise
+    The noise is ComfyUI's (`comfy.sample.prepare_noise`), scaled like in its samplers: by sigma, or by
+    sqrt(1 + sigma^2) at the model's highest noise level. KSampler's scheduler ddim_uniform starts at the same noise
     level as DDIM Inversion for step counts that divide 1000.
 
     Args:
         model: MODEL.
-        latent: [B, C, H, W] in the scale of LATENT sockets, what the first pass was given: an empty latent.
-        sigmas: [N + 1] of the run.
-        seed: of the first pass.
-        batch_index: numbers of the latents in the batch that they were taken from, as LATENT sockets carry them.
+        latent: [B, C, H, W] in the scale of LATENT sockets, the first pass's input: an empty latent.
+        sigmas: [N + 1] noise levels of the run.
+        seed: seed of the first pass.
+        batch_index: `batch_index` of the LATENT, or None.
 
     Returns:
         [B, C, H, W] float32 CPU at sigmas[0], in the scale of LATENT sockets.
@@ -234,7 +234,7 @@ def first_pass_latent(
     check_latent(latent, "The latent", engine.latent_channels(model))
     latent = latent.detach().to(device="cpu", dtype=torch.float32)
     noise = stock_noise(latent, seed, batch_index)
-    if bool(torch.count_nonzero(latent)):  # ComfyUI leaves an empty latent as it is, whatever the format
+    if bool(torch.count_nonzero(latent)):  # ComfyUI does not scale an empty latent
         latent = engine.to_model_scale(model, latent)
     highest, sigma = float(sampling.sigma_max), float(sigmas[0])
     # As in comfy.samplers.Sampler.max_denoise.
@@ -244,21 +244,21 @@ def first_pass_latent(
 
 
 def guided_steps(steps: int, start_percent: float, end_percent: float) -> range:
-    """The guided steps, indices from 0 in the order of sampling; none where the end lies before the start.
+    """Indices of the guided steps, from 0 in sampling order; empty if the end is before the start.
 
-    The paper counts the remaining steps: those from t_s down to t_e, both inclusive. With N steps t_s is
-    N - round(N * start_percent) and t_e is N - round(N * end_percent), so that 0.2 and 0.8 of 50 steps are t_s = 40 and
-    t_e = 10: the 31 steps from the 11th to the 41st. A start of 1 leaves none.
+    The paper counts down: guidance is from t_s to t_e, both inclusive. With N steps t_s is N - round(N * start_percent)
+    and t_e is N - round(N * end_percent), so 0.2 and 0.8 of 50 steps are t_s = 40 and t_e = 10: the 31 steps from the
+    11th to the 41st. A start of 1 gives none.
 
     Raises:
-        IdentityEditError: when a share is outside 0 to 1.
+        IdentityEditError: when a fraction is outside 0 to 1.
     """
     if not 0.0 <= start_percent <= 1.0 or not 0.0 <= end_percent <= 1.0:
         raise IdentityEditError(
-            f"start_percent is {start_percent:g} and end_percent {end_percent:g}; choose shares of the steps from 0 "
-            f"to 1 (0.2 and 0.8)."
+            f"start_percent is {start_percent:g} and end_percent {end_percent:g}; choose values from 0 to 1 (0.2 and "
+            f"0.8)."
         )
-    # A share written with two decimals is taken as written, halves up, as in timestep-aware injection.
+    # Robust to floating-point error, rounding halves up, as in timestep-aware injection.
     first, last = (math.floor(round(steps * share, 6) + 0.5) for share in (start_percent, end_percent))
     if first > last or first >= steps:
         return range(0)
@@ -266,29 +266,29 @@ def guided_steps(steps: int, start_percent: float, end_percent: float) -> range:
 
 
 def progress_total(steps: int, guided: range, inner_steps: int) -> int:
-    """What the callback counts to: one for each step, and one for each update."""
+    """Total progress count: one for each step and each update."""
     return steps + len(guided) * inner_steps
 
 
 def latent_mask(mask: torch.Tensor, batch: int, height: int, width: int) -> torch.Tensor:
-    """A mask [1 or B, h, w] of any size on the latent's grid [B, H, W], 1 where at least half of a cell is covered.
+    """A mask [1 or B, h, w] of any size at the latent's size [B, H, W], 1 where at least half a pixel is covered.
 
     Raises:
-        IdentityEditError: for masks of another batch, or one that covers no cell of a latent.
+        IdentityEditError: for another batch size, or a mask that is empty at the latent's size.
     """
-    cells = (masks_for(mask, "mask", height, width, batch) >= 0.5).float()
-    if bool((cells.sum(dim=(1, 2)) == 0).any()):
+    resized = (masks_for(mask, "mask", height, width, batch) >= 0.5).float()
+    if bool((resized.sum(dim=(1, 2)) == 0).any()):
         raise IdentityEditError(
-            "The mask is empty on the latent's grid, so nothing could be guided; connect the mask of the aligned "
+            "The mask is empty at the latent's resolution, so nothing would be guided; connect the mask of the aligned "
             "reference's subject, or grow it (GrowMask)."
         )
-    return cells
+    return resized
 
 
 def _check_settings(guidance_scale: float, inner_steps: int, learning_rate: float, early_stop: float) -> None:
     if guidance_scale <= 1.0:
         raise IdentityEditError(
-            f"The guidance scale is {guidance_scale:g}, with which the unconditional embedding has no effect; choose a "
+            f"The guidance scale is {guidance_scale:g}, at which the unconditional embedding has no effect; choose a "
             f"value above 1 (7.5)."
         )
     if inner_steps < 0 or learning_rate <= 0.0 or early_stop < 0.0:
@@ -300,11 +300,11 @@ def _check_settings(guidance_scale: float, inner_steps: int, learning_rate: floa
 
 def _warning_of_inputs(inversion: Inversion, guided: range) -> str | None:
     if not guided:
-        return "No step is guided, so this is the first pass again; choose a start_percent below end_percent."
+        return "No step is guided, so the result is that of the first pass; choose a start_percent below end_percent."
     if abs(inversion.guidance_scale - 1.0) > 1e-6:
         return (
-            f"The reference was inverted with guidance scale {inversion.guidance_scale:g}, which leads to a trajectory "
-            f"that is less exact; set it to 1 in DDIM Inversion."
+            f"The reference was inverted with guidance scale {inversion.guidance_scale:g}, so its trajectory is less "
+            f"exact; set it to 1 in DDIM Inversion."
         )
     return None
 
@@ -312,7 +312,7 @@ def _warning_of_inputs(inversion: Inversion, guided: range) -> str | None:
 def _warning_of_losses(
     losses: list[torch.Tensor], final_losses: torch.Tensor, unguided_losses: torch.Tensor
 ) -> str | None:
-    """A sentence where phi_h is no nearer to the reference than phi in more than half of a latent's guided steps."""
+    """A warning if phi_h is no closer to the reference than phi in more than half of a latent's guided steps."""
     if not losses:
         return None
     updated = torch.stack([(~rows.isnan()).sum(dim=0) for rows in losses]).cumsum(dim=0) > 0
@@ -320,6 +320,6 @@ def _warning_of_losses(
     if worse * 2 <= len(losses):
         return None
     return (
-        f"The loss inside the mask did not fall below that without guidance at {worse} of {len(losses)} guided steps; "
-        f"lower the learning rate, and check that the reference is aligned with the first pass's image."
+        f"Guidance did not reduce the loss inside the mask at {worse} of {len(losses)} guided steps; lower the "
+        f"learning rate, and check that the reference is aligned with the first pass's image."
     )

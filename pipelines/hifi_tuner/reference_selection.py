@@ -1,7 +1,7 @@
-"""How alike two images of a subject look: features of images and their cosine similarity.
+"""Reference selection by cosine similarity of image features.
 
-Wang et al. 2023 (section 3.3) choose as reference the source image whose features by DINO ViT-S/16 are the most alike
-those of the first generated image, so that the guided generation has to change as little as possible.
+Wang et al. 2023 (section 3.3) choose the source image whose DINO ViT-S/16 features are most similar to those of the
+first generated image, so that guided generation changes as little as possible.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from ..shared.errors import IdentityEditError, check_finite
 from ..shared.masks import masks_for
 
 BACKGROUND = 0.5
-"""Gray that takes the place of everything around the subject where only the subject counts."""
+"""Gray level that replaces the background when only the subject is compared."""
 MARGIN = 0.1
-"""[choice] Of the box around the subject, a share of its longer side."""
+"""[choice] Margin around the subject's box, as a fraction of its longer side."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class Choice:
     """The chosen reference.
 
     Attributes:
-        index: which of the sources, from 0.
-        similarities: [n] cosine similarity of each source to the generated image, -1 to 1; the mean over the
-            generated images where there are several.
+        index: index of the source, from 0.
+        similarities: [n] cosine similarity of each source to the generated image (or mean over several), -1 to 1.
     """
 
     index: int
@@ -44,14 +43,14 @@ def select_reference(
     generated_masks: Sequence[torch.Tensor | None] | None = None,
     source_masks: Sequence[torch.Tensor | None] | None = None,
 ) -> Choice:
-    """The source image that looks the most like the generated one (Wang et al. 2023, section 3.3).
+    """Select the source image most similar to the generated one (Wang et al. 2023, section 3.3).
 
     Args:
-        generated: images [h, w, 3], 0 to 1; with several, the source that is the most alike all of them.
+        generated: images [h, w, 3], 0 to 1; similarities are averaged over several.
         sources: images [h, w, 3].
-        encode: `histogram_features`, or what `encoder_of_folder` or `encoder_of_clip_vision` gives.
-        generated_masks, source_masks: masks [h, w], 1 on the subject. Where an image has one, only the subject is
-            looked at (see `subject_only`).
+        encode: `histogram_features`, or the result of `encoder_of_folder` or `encoder_of_clip_vision`.
+        generated_masks, source_masks: masks [h, w], 1 on the subject. For images with a mask, only the subject is
+            compared (see `subject_only`).
 
     Raises:
         IdentityEditError: when there is no image, or a mask is empty.
@@ -68,15 +67,15 @@ def select_reference(
 
 
 def subject_only(image: torch.Tensor, mask: torch.Tensor, margin: float = MARGIN) -> torch.Tensor:
-    """The subject on gray, cut to a square around it.
+    """The subject on gray, cropped to a square around it.
 
-    Without this the background decides as much as the subject. The square keeps the subject's proportions, because
-    encoders are given squares.
+    Otherwise the background would matter as much as the subject. The crop is square because encoders resize to squares,
+    which would distort the subject.
 
     Args:
         image: [h, w, 3].
         mask: [h, w] of any size, 1 on the subject.
-        margin: around the subject's box, a share of its longer side.
+        margin: margin around the subject's box, as a fraction of its longer side.
 
     Returns:
         [side, side, 3].
@@ -100,12 +99,11 @@ def subject_only(image: torch.Tensor, mask: torch.Tensor, margin: float = MARGIN
 
 
 def histogram_features(images: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Colors and orientations of edges, without any network: [n, 64 + 512].
+    """Color and gradient histograms as features [n, 64 + 512], without a network.
 
-    The image is brought to 64x64. First a histogram of 4x4x4 colors; then, in each of 8x8 cells, a histogram of the
-    gradient's orientation in 8 directions weighed by its magnitude (Dalal and Triggs 2005), which says how the subject
-    stands and where it looks. Each half has length 1 and counts the same. Written out in a few lines, because neither
-    torchvision nor anything else in ComfyUI's requirements has such features, and scikit-image is not among them.
+    The image is resized to 64x64. The features are a histogram of 4x4x4 colors, and, for 8x8 cells, histograms of the
+    gradient orientation in 8 directions weighted by magnitude (Dalal and Triggs 2005), which depend on the subject's
+    pose. Each half is normalized to length 1. None of ComfyUI's requirements provides such features.
     """
     features = []
     for image in images:
@@ -119,7 +117,7 @@ def histogram_features(images: Sequence[torch.Tensor]) -> torch.Tensor:
         dx, dy = conv2d(gray, kernel)[0]
         direction = ((torch.atan2(dy, dx) / (2 * torch.pi)) * 8).round().long() % 8
         weighed = one_hot(direction, 8).permute(2, 0, 1) * torch.hypot(dx, dy)
-        cells = avg_pool2d(weighed, 8).sqrt().flatten()  # the root, so that one strong edge does not decide
+        cells = avg_pool2d(weighed, 8).sqrt().flatten()  # the root limits the influence of single strong edges
         features.append(torch.cat([normalize(color, dim=0), normalize(cells, dim=0)]))
     return torch.stack(features)
 
@@ -130,7 +128,7 @@ def _pairs(
     masks = [None] * len(images) if masks is None else masks
     if len(masks) != len(images):
         raise IdentityEditError(
-            f"There are {len(masks)} masks for {len(images)} images; give each image its mask, or no masks."
+            f"There are {len(masks)} masks for {len(images)} images; connect one mask per image, or none."
         )
     for image in images:
         if image.ndim != 3 or image.shape[-1] < 3 or image.numel() == 0:

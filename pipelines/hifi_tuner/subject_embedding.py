@@ -1,13 +1,12 @@
 """A subject as learned text embeddings, and prompts with it (Wang et al. 2023, section 3.2).
 
-Two kinds. "output" is HiFi Tuner's: c_s takes the place of the last n rows of what the text encoder gives for a prompt,
-[c, c_s]. The rows are those that the network's cross-attention reads: for SDXL both encoders' channels side by side,
-and for a prompt of several chunks of 77 positions the last rows of the last chunk. "word" is textual inversion (Gal et
-al. 2022), the paper's baseline: n word vectors for each text encoder stand in the prompt at the place of the subject's
-name, and the text encoder reads them like words.
+There are two kinds. "output" is HiFi Tuner's: c_s replaces the last n rows of the text encoder's output for a prompt,
+[c, c_s], the input of the network's cross-attention. For SDXL the rows contain both encoders' channels; for a prompt of
+several chunks of 77 positions they are the last rows of the last chunk. "word" is textual inversion (Gal et al. 2022),
+the paper's baseline: n word vectors per text encoder replace the subject's name in the prompt.
 
-Either may have, beside the vectors that all timesteps share, ones of their own for the timesteps of a DDIM run (c_s^t,
-equation 7). How files hold all this is in `subject_files`.
+Besides the vectors shared by all timesteps, both kinds may have separate vectors for the timesteps of a DDIM run
+(c_s^t, equation 7). The file format is described in `subject_files`.
 """
 
 from __future__ import annotations
@@ -33,19 +32,19 @@ KINDS = (OUTPUT, WORD)
 
 @dataclass(frozen=True)
 class SubjectEmbedding:
-    """What was learned of a subject.
+    """A learned subject.
 
     Attributes:
         kind: OUTPUT or WORD, see the top of this file.
-        vectors: the shared vectors [n, C] float32 CPU, c_s: under "output" with the width of the model's text
-            embeddings, or one for each text encoder ("clip_l", "clip_g", "clip_h") with the width of its word vectors.
+        vectors: the shared vectors c_s [n, C] float32 CPU: "output" with the width of the model's text embeddings, or
+            one entry per text encoder ("clip_l", "clip_g", "clip_h") with the width of its word vectors.
         step_vectors: c_s^t for each of N timesteps [N, n, C] float32 CPU, by the same names, or None.
         timesteps: the N timesteps, descending; empty without step vectors.
-        class_word: what the subject is, such as "dog"; "" where it is not known.
-        token: the rare word that calls the subject in prompts beside the class word, or "". Of the kind OUTPUT it is
-            taken out of prompts, because c_s says what it would; of the kind WORD the vectors stand in its place.
-        model: tag of the model it was trained on; None for files of other programs.
-        training: what is known about the training.
+        class_word: the subject's class, such as "dog"; "" if unknown.
+        token: the subject's rare token in prompts, or "". For the kind OUTPUT it is removed from prompts, because c_s
+            replaces it; for the kind WORD the vectors are inserted in its place.
+        model: tag of the model it was trained on; None for files from other programs.
+        training: training metadata.
     """
 
     kind: str
@@ -86,16 +85,16 @@ class SubjectEmbedding:
 
     @property
     def name(self) -> str:
-        """How prompts call the subject: its token and its class word."""
+        """The subject's name in prompts: token and class word."""
         return f"{self.token} {self.class_word}".strip()
 
     @property
     def tokens(self) -> int:
-        """n, how many rows or word vectors the subject has."""
+        """n, the number of rows or word vectors."""
         return max(int(shared.shape[0]) for shared in self.vectors.values())
 
     def at_step(self, index: int) -> SubjectEmbedding:
-        """The subject whose shared vectors are those of timestep `timesteps[index]`."""
+        """A subject with the vectors of timestep `timesteps[index]` as its shared vectors."""
         if self.step_vectors is None:
             return self
         vectors = {name: each[index] for name, each in self.step_vectors.items()}
@@ -103,19 +102,18 @@ class SubjectEmbedding:
 
 
 def subject_conditioning(clip: Any, subject: SubjectEmbedding, prompt: str) -> Conditioning:
-    """Encode a prompt with a subject in it, as CLIP Text Encode does, with the shared vectors.
+    """Encode a prompt with a subject, like CLIP Text Encode, with the shared vectors.
 
     Args:
         clip: CLIP of the model.
         subject: the subject.
-        prompt: calls the subject by its token and class word, or by one of them. For the kind OUTPUT it may leave it
-            out, since c_s is there anyway.
+        prompt: names the subject by its token and class word, or by one of them; optional for the kind OUTPUT.
 
     Raises:
         IdentityEditError: when the prompt does not name a subject of the kind WORD, or the CLIP has another width.
     """
     if clip is None:
-        raise IdentityEditError("There is no CLIP; connect the one of the checkpoint.")
+        raise IdentityEditError("There is no CLIP; connect the checkpoint's CLIP.")
     if subject.kind == WORD:
         check_word_widths(clip, subject.vectors)
         marked = mark_subject(clip, subject.token, subject.class_word, subject.tokens, prompt)
@@ -134,17 +132,16 @@ def subject_conditioning(clip: Any, subject: SubjectEmbedding, prompt: str) -> C
 def subject_table(model: Any, clip: Any, subject: SubjectEmbedding, prompt: str) -> StepEmbeddings:
     """The step-wise embeddings [c, c_s^t] of a prompt (Wang et al. 2023, equation 7).
 
-    A noise level takes the row of the nearest of the trained timesteps. A run of the trained schedule therefore takes
-    each at its own step; another number of steps, another scheduler or a sampler with evaluations between the steps
-    takes the nearest.
+    Each noise level uses the row of the nearest trained timestep. A run with the trained schedule uses each row at its
+    own step; other schedules and samplers with intermediate evaluations use the nearest row.
 
     Args:
-        model: MODEL, whose schedule tells the noise levels of the timesteps.
+        model: MODEL, for the noise levels of the timesteps.
         clip, prompt: see `subject_conditioning`.
         subject: one with step-wise vectors.
 
     Returns:
-        N rows [1, T, C]; for the kind WORD and SDXL with the pooled outputs that belong to them.
+        N rows [1, T, C]; with their pooled outputs for the kind WORD in SDXL.
 
     Raises:
         IdentityEditError: when the subject has no step-wise vectors, or as in `subject_conditioning`.
@@ -174,7 +171,7 @@ def subject_table(model: Any, clip: Any, subject: SubjectEmbedding, prompt: str)
 
 
 def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
-    """[N + 1] descending sigmas between which `StepEmbeddings` uses each of N rows: halfway between the timesteps.
+    """[N + 1] descending sigmas that bound the N rows of `StepEmbeddings`: halfway between the timesteps.
 
     Raises:
         IdentityEditError: when the model has fewer timesteps.
@@ -182,14 +179,14 @@ def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
     sampling = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS).sampling
     if timesteps[0] >= sampling.num_timesteps:
         raise IdentityEditError(
-            f"The subject has embeddings up to timestep {timesteps[0]} and the model {sampling.num_timesteps} "
-            f"timesteps; use the model that it was trained on."
+            f"The subject has embeddings up to timestep {timesteps[0]} but the model has {sampling.num_timesteps} "
+            f"timesteps; use the model it was trained on."
         )
     halfway = [(first + second) // 2 for first, second in zip(timesteps[:-1], timesteps[1:], strict=True)]
     table = noise_levels(sampling)
     if table.shape[0] == sampling.num_timesteps:
         boundaries = table[[timesteps[0], *halfway]]
-    else:  # between a distilled model's levels, and below them all, where it evaluates nothing, by share
+    else:  # interpolated between a distilled model's levels, and extrapolated below the lowest, where it is not used
         at = torch.tensor([timesteps[0], *halfway], dtype=torch.float32)
         lowest = float(sampling.timestep(sampling.sigmas[:1]))
         boundaries = sampling.sigma(at).detach().cpu().float() * ((at + 1.0) / (lowest + 1.0)).clamp(max=1.0)
@@ -199,18 +196,18 @@ def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
 def apply_subject(
     model: Any, clip: Any, subject: SubjectEmbedding, prompt: str
 ) -> tuple[Any, Conditioning, str | None]:
-    """A model and a CONDITIONING that draw the subject where the prompt puts it.
+    """A model and a CONDITIONING that generate the subject in the prompt's scene.
 
     Args:
         model: MODEL of the family that the subject was trained on.
         clip, subject, prompt: see `subject_conditioning`.
 
     Returns:
-        a clone of the model that takes the step-wise embeddings on the positive side (`apply_step_embeddings`: any
-        stock sampler and guider), the CONDITIONING with the shared ones for that side, and warnings or None.
+        a clone of the model with the step-wise embeddings on the positive side (`apply_step_embeddings`: any stock
+        sampler and guider), the CONDITIONING with the shared ones for that side, and warnings or None.
 
     Raises:
-        IdentityEditError: when the subject is of another model family, or as in `subject_conditioning`.
+        IdentityEditError: for another model family's subject, or as in `subject_conditioning`.
     """
     warnings = [check_model(model, subject)]
     conditioning = subject_conditioning(clip, subject, prompt)
@@ -219,7 +216,7 @@ def apply_subject(
         warnings.append(reach_warning(clip, without_token(prompt, subject.token, subject.class_word), subject.tokens))
         words = [word for word in (subject.token, subject.class_word) if word]
         if subject.class_word and not any(has_word(prompt, word) for word in words):
-            warnings.append(f"The prompt does not name the subject; call it '{subject.class_word}' in the prompt.")
+            warnings.append(f"The prompt does not name the subject; add '{subject.class_word}' to the prompt.")
     patched = model.clone()
     if subject.step_vectors is not None:
         patched = apply_step_embeddings(model, subject_table(model, clip, subject, prompt), "positive")
@@ -230,10 +227,10 @@ def check_model(model: Any, subject: SubjectEmbedding) -> str | None:
     """Check that a subject can be used with a model.
 
     Returns:
-        a warning when it was trained on other weights, or None.
+        a warning if it was trained on another checkpoint, or None.
 
     Raises:
-        IdentityEditError: when the model takes text embeddings of another width.
+        IdentityEditError: when the model's text embeddings have another width.
     """
     channels = engine.context_channels(model)
     if subject.kind == OUTPUT:
@@ -247,20 +244,20 @@ def check_model(model: Any, subject: SubjectEmbedding) -> str | None:
 
 
 def reach_warning(clip: Any, prompt: str, rows: int) -> str | None:
-    """A sentence when words of a prompt, or its end, lie in the last `rows` positions that c_s takes, else None."""
+    """A warning if a prompt's words or end token are in the last `rows` positions, which c_s replaces, or None."""
     longest = max(_last_word(chunks[-1]) for chunks in clip.tokenize(prompt, return_word_ids=True).values())
     positions = max(len(chunks[-1]) for chunks in clip.tokenize(prompt).values())
-    most = positions - rows - 2  # of begin, words and end
+    most = positions - rows - 2  # start and end token
     if longest <= most:
         return None
     return (
-        f"The prompt has {longest} tokens in its last {positions} positions, of which the subject takes the last "
-        f"{rows}; shorten it to {most}, or those words are lost."
+        f"The prompt has {longest} tokens in its last {positions} positions, of which the subject uses the last "
+        f"{rows}; shorten it to {most}, or words are lost."
     )
 
 
 def _last_word(chunk: list[tuple[Any, float, int]]) -> int:
-    """Position of the last word of a chunk; ComfyUI gives begin, end and padding the word id 0."""
+    """Position of a chunk's last word; start, end and padding tokens have ComfyUI's word id 0."""
     return max((position for position, (_, _, word) in enumerate(chunk) if word != 0), default=0)
 
 
@@ -268,7 +265,7 @@ def _last_word(chunk: list[tuple[Any, float, int]]) -> int:
 
 
 def without_token(prompt: str, token: str, class_word: str) -> str:
-    """The prompt with the class word alone for the subject: "a sks cat" and "a sks" become "a cat"."""
+    """The prompt with only the class word as the subject's name: "a sks cat" and "a sks" become "a cat"."""
     if not token:
         return prompt
     if class_word:
@@ -285,7 +282,7 @@ def with_last_rows(embedding: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     count = rows.shape[-2]
     if count >= embedding.shape[1]:
         raise IdentityEditError(
-            f"The subject has {count} rows and the text embedding {embedding.shape[1]}; use the CLIP of the checkpoint."
+            f"The subject has {count} rows but the text embedding only {embedding.shape[1]}; use the checkpoint's CLIP."
         )
     rows = rows.to(embedding).expand(embedding.shape[0], -1, -1)
     return torch.cat([embedding[:, :-count], rows], dim=1)
@@ -294,12 +291,12 @@ def with_last_rows(embedding: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 def _check_width(takes: int, has: int, subject: SubjectEmbedding) -> None:
     if takes != has:
         raise IdentityEditError(
-            f"The subject '{subject.name}' was learned for text embeddings of {has} channels, and this checkpoint has "
-            f"{takes}; use a checkpoint of the family that it was trained on."
+            f"The subject '{subject.name}' was trained for text embeddings of {has} channels but this checkpoint has "
+            f"{takes}; use a checkpoint of the family it was trained on."
         )
 
 
 def _ordinary_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy that may also take part in a gradient, which a tensor of ComfyUI's inference mode may not."""
+    """A float32 copy that autograd can use, unlike tensors created in ComfyUI's inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         return tensor.detach().to(dtype=torch.float32, copy=True)

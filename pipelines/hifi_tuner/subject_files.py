@@ -1,6 +1,6 @@
-"""Files of learned subjects: the pack's own, and textual inversions of other programs.
+"""Files of learned subjects: the pack's format, and textual inversions from other programs.
 
-The pack's file is one safetensors file of at most a megabyte for 50 steps and 5 vectors:
+The pack's format is a safetensors file of at most a megabyte for 50 steps and 5 vectors:
 
 - `shared.NAME` [n, C] float32: c_s, the vectors that all timesteps share. NAME is "output" (rows of the text encoder's
   output, 768 channels for SD1.x, 1024 for SD2.x, 2048 for SDXL), or "clip_l", "clip_g", "clip_h" (word vectors).
@@ -39,7 +39,7 @@ _ENCODER_OF_WIDTH = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 
 
 def save_subject(subject: SubjectEmbedding, path: str) -> None:
-    """Write a subject, whole or not at all; see the top of this file for the form.
+    """Write a subject atomically, in the format described at the top of this file.
 
     Raises:
         IdentityEditError: when the file cannot be written.
@@ -72,10 +72,10 @@ def save_subject(subject: SubjectEmbedding, path: str) -> None:
 
 
 def load_subject(path: str) -> SubjectEmbedding:
-    """Read a subject: a file of `save_subject`, or a textual inversion of another program.
+    """Read a subject written by `save_subject`, or a textual inversion from another program.
 
     Raises:
-        IdentityEditError: when the file is missing, damaged, or holds something else.
+        IdentityEditError: when the file is missing, damaged, or of another kind.
     """
     if not os.path.isfile(path):
         raise IdentityEditError(f"The file {path} does not exist; choose another, or train a subject first.")
@@ -107,13 +107,13 @@ def load_subject(path: str) -> SubjectEmbedding:
 
 
 def load_textual_inversion(path: str) -> SubjectEmbedding:
-    """Read a textual inversion of another program as a subject of the kind WORD.
+    """Read a textual inversion from another program as a subject of the kind WORD.
 
-    The encoder of a single tensor is told by its width (768 clip_l, 1024 clip_h, 1280 clip_g; any other: clip_l).
-    Prompts call the subject by the name in the file, or by the file's name without its ending.
+    The encoder of a single tensor is inferred from its width (768 clip_l, 1024 clip_h, 1280 clip_g; any other: clip_l).
+    The subject's token is the name in the file, or else the file name without extension.
 
     Raises:
-        IdentityEditError: when the file is missing, damaged, no textual inversion, or holds code.
+        IdentityEditError: when the file is missing, damaged, not a textual inversion, or contains code.
     """
     content = load_external(path, "save it again", "save it as safetensors in the program that made it")
     token = os.path.splitext(os.path.basename(path))[0]
@@ -137,7 +137,7 @@ def load_textual_inversion(path: str) -> SubjectEmbedding:
         vectors[name or _ENCODER_OF_WIDTH.get(rows.shape[-1], "clip_l")] = rows
     if not found:
         raise IdentityEditError(
-            f"The file {path} holds neither a subject of this pack nor a textual inversion; choose another file."
+            f"The file {path} is neither a subject of this pack nor a textual inversion; choose another file."
         )
     return SubjectEmbedding(kind=WORD, vectors=vectors, token=token.strip(), training={"file": os.path.basename(path)})
 
@@ -145,15 +145,15 @@ def load_textual_inversion(path: str) -> SubjectEmbedding:
 def save_textual_inversion(subject: SubjectEmbedding, path: str) -> None:
     """Write the shared word vectors as a stock embedding: safetensors with `clip_l`, `clip_g`, `clip_h`.
 
-    ComfyUI's `embedding:name` reads it, and so do A1111 and diffusers. Step-wise vectors have no place in such a file.
+    ComfyUI's `embedding:name`, A1111 and diffusers can read it. Step-wise vectors are not saved.
 
     Raises:
         IdentityEditError: for a subject of the kind OUTPUT, or when the file cannot be written.
     """
     if subject.kind == OUTPUT:
         raise IdentityEditError(
-            f"The subject '{subject.name}' is rows of the text encoder's output, which no word vectors can say; train "
-            f"it with kind 'word' to save it as an embedding, or use Apply Subject."
+            f"The subject '{subject.name}' consists of text encoder output and not of word vectors; train it with kind "
+            f"'word' to save it as an embedding, or use Apply Subject."
         )
     description = {"kind": "textual inversion", "token": subject.token, "class_word": subject.class_word}
     write_tensors(path, {name: shared.float() for name, shared in subject.vectors.items()}, description)

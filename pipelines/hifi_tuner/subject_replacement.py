@@ -1,7 +1,7 @@
-"""Personalised subject replacement (Wang et al. 2023, section 3.4, algorithm 3).
+"""Personalized subject replacement (Wang et al. 2023, section 3.4, algorithm 3).
 
-The subject of a real image is exchanged for a learned one by editing the caption alone: the cross-attention of every
-other word is that of the image, so the scene stays, and the new subject finds its own place, pose and outline.
+The subject of a real image is replaced by a learned one by editing the caption: all other words keep the image's
+cross-attention, which preserves the scene, while the new subject's place, pose and outline are free.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ..shared.parsing import split_words
 from ..text.prompt_tokens import Pair, PromptTokens, aligned_tokens, positions_of, prompt_tokens, token_mapper
 
 SUBJECT_TOKENS = 5
-"""n, the learned tokens in the last positions (Wang et al. 2023, section 4)."""
+"""n, the number of learned tokens in the last positions (Wang et al. 2023, section 4)."""
 CROSS_REPLACE_STEPS = 1.0
 SELF_REPLACE_STEPS = 0.0
-"""Algorithm 3 fixes cross-attention in all steps, and leaves self-attention free."""
+"""Algorithm 3 controls cross-attention in all steps and self-attention in none."""
 
 
 @dataclass(frozen=True)
 class SubjectReplacement:
-    """What algorithm 3 made.
+    """The result of algorithm 3.
 
     Attributes:
         latent: x_0^g [B, C, H, W] in the scale of LATENT sockets.
-        free_tokens: positions in c^g whose attention was its own.
+        free_tokens: positions in c^g that kept their own attention.
         evaluations: model calls.
-        warning: one sentence where something is likely to go wrong, else None.
+        warning: a sentence about a likely problem, else None.
     """
 
     latent: torch.Tensor
@@ -61,33 +61,32 @@ def subject_replacement(
     blend_threshold: float = BLEND_THRESHOLD,
     callback: engine.Callback | None = None,
 ) -> SubjectReplacement:
-    """Put another subject in the place of an image's (Wang et al. 2023, algorithm 3).
+    """Replace an image's subject (Wang et al. 2023, algorithm 3).
 
-    Its first two loops, x_0^r* to x_T^r* and phi_T to phi_1, are `ddim_inversion` and `null_text_optimization`: the
-    inversion carries both.
+    The algorithm's first two loops, x_0^r* to x_T^r* and phi_T to phi_1, are `ddim_inversion` and
+    `null_text_optimization`; the inversion contains both results.
 
     Args:
-        model: MODEL that made the inversion; it may carry a table of step-wise embeddings on its positive side (Apply
-            Subject), which is [c^g, c_s^t].
+        model: MODEL that made the inversion, optionally with step-wise embeddings on its positive side (Apply Subject),
+            [c^g, c_s^t].
         clip: CLIP of the model.
-        inversion: of x_0^r with c^r by DDIM, with its null-text embeddings.
+        inversion: DDIM inversion of x_0^r with c^r, with its null-text embeddings.
         source_prompt: c^r, the image's caption.
-        target_prompt: c^g, the same with the subject's word exchanged for the new one's.
-        target: [c^g, c_s], CONDITIONING with the learned subject in the last positions; None is c^g alone.
-        subject_words: w_g, words of the target prompt whose attention is their own, separated by spaces. Empty: those
+        target_prompt: c^g, the caption with the subject's word replaced by the new one's.
+        target: [c^g, c_s], CONDITIONING with the learned subject in the last positions; None for c^g alone.
+        subject_words: w_g, words of the target prompt that keep their own attention, separated by spaces. Empty: those
             that the source prompt lacks.
-        subject_tokens: n, how many of the last positions `target` holds the learned subject in; 0 for a subject that
-            the model knows by its word.
-        guidance_scale: of the new image; None is what the null-text embeddings were optimized for (7.5 in the paper).
-        cross_replace_steps, self_replace_steps: shares of the steps, see `ControlSettings`.
-        local_blend: also keep the latent outside of both subjects, where their words' attention says; the paper does
-            not.
+        subject_tokens: n, the number of last positions of `target` with the learned subject; 0 for a subject that the
+            model knows by its word.
+        guidance_scale: guidance scale of the new image; None for that of the null-text embeddings (7.5 in the paper).
+        cross_replace_steps, self_replace_steps: fractions of the steps, see `ControlSettings`.
+        local_blend: also preserve the latent outside both subjects, located by their words' attention; not in the
+            paper.
         blend_threshold: see `ControlSettings`.
         callback: progress with preview.
 
     Returns:
-        the image, of 3 N model calls: at each step one of the source, for its attention, and two of the
-        target.
+        the image, in 3 N model calls: at each step one for the source's attention, and two for the target.
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -107,12 +106,12 @@ def subject_replacement(
     _check_target(target, target_tokens, learned, inversion.batch)
     tokens, blend = _subject_tokens(clip, source_tokens, target_tokens, subject_words, learned)
     settings = ControlSettings(cross_replace_steps, self_replace_steps, blend_threshold=blend_threshold)
-    # A^(t)(x_t^r, c^r, phi_t) and F~: the model evaluates the source at x_t^r* before every evaluation of the target
-    # and gives the target its weights a_t^r*. Maps are kept for one step and never all of them.
+    # A^(t)(x_t^r, c^r, phi_t) and F~: the source is evaluated at x_t^r* before every evaluation of the target, which
+    # uses its weights a_t^r*. Maps are kept for one step only.
     controlled = with_attention_control(
         model, tokens, encode(clip, source_prompt), settings, blend if local_blend else None, inversion
     )
-    negative = with_embedding(target, table.embeddings[0], table.pooled_row(0))  # phi_t takes its place at every step
+    negative = with_embedding(target, table.embeddings[0], table.pooled_row(0))  # replaced by phi_t at every step
 
     # x_T^g = x_T^r*; for t = T, ..., 1: x_{t-1}^g = F~_[c_s^t, w_g](x_t^g, [c^g, c_s^t], phi_t*, a_t^r*)
     latent, evaluations = follow_back(controlled, inversion, target, negative, guidance_scale, callback=callback)
@@ -125,25 +124,25 @@ def _check_target(target: Conditioning, prompt: PromptTokens, learned: int, batc
     check_batch_matches(embedding.shape[0], batch, "The target")
     if embedding.shape[1] != prompt.count:
         raise IdentityEditError(
-            f"The target has {embedding.shape[1]} tokens but the target prompt {prompt.count}; write the prompt that "
-            f"the target was encoded from."
+            f"The target has {embedding.shape[1]} tokens but the target prompt has {prompt.count}; write the prompt "
+            f"that the target was encoded from."
         )
     if not 0 <= learned < prompt.count:
         raise IdentityEditError(
             f"subject_tokens is {learned}; choose the number of tokens that the subject was trained with (0 for none)."
         )
-    end = prompt.chunks[-1].end  # the mark behind the last word counts for the text encoder too
+    end = prompt.chunks[-1].end  # the end token must be kept too
     if end >= prompt.count - learned:
         raise IdentityEditError(
-            f"The target prompt reaches into the last {learned} positions, which hold the learned subject; shorten it "
-            f"by {end - (prompt.count - learned) + 1} tokens."
+            f"The target prompt overlaps the last {learned} positions, which are used by the learned subject; shorten "
+            f"it by {end - (prompt.count - learned) + 1} tokens."
         )
 
 
 def _subject_tokens(
     clip: Any, source: PromptTokens, target: PromptTokens, subject_words: str, learned: int
 ) -> tuple[TokenMap, Pair]:
-    """All tokens take the source's weights but [c_s^t, w_g]; and the tokens of the old and the new subject."""
+    """The token map, in which all tokens but [c_s^t, w_g] use the source's weights; and the tokens of both subjects."""
     mapper = token_mapper(source, target, aligned_tokens(source, target))
     mapped = mapper.sum(dim=0) > 0
     words = [p for word in split_words(subject_words) for p in positions_of(clip, target, word, "The target prompt")]
@@ -153,7 +152,7 @@ def _subject_tokens(
     free = [*words, *last]
     if not free:
         raise IdentityEditError(
-            "The target prompt has no word that the source prompt lacks; exchange the subject's word, or name it in "
+            "The target prompt has no word that the source prompt lacks; replace the subject's word, or list it in "
             "subject_words."
         )
     mapped[free] = False

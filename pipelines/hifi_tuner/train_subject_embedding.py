@@ -1,4 +1,4 @@
-"""Learning a subject's embeddings from a few images (Wang et al. 2023, section 3.2)."""
+"""Training of a subject's embeddings from a few images (Wang et al. 2023, section 3.2)."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ MOST_TOKENS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectSettings(TrainingSettings):
-    """What is learned and how it is told; the defaults are those of Wang et al. 2023.
+    """Training settings; the defaults are those of Wang et al. 2023.
 
-    The rows of the paper's table 2 are settings. "Baseline (Textual Inversion)": the kind WORD, `masked` off,
+    The rows of the paper's table 2 correspond to settings. "Baseline (Textual Inversion)": the kind WORD, `masked` off,
     `regularization_weight` 0, `updates_per_step` 0. "+ mask": `masked`. "+ regularization": the kind OUTPUT with a
-    `regularization_weight`. "+ step-wise representations": `updates_per_step` 10. The paper does not say at which row
-    it goes from words to the encoder's output; equation 2 replaces a word's embedding, and phi_s, to which equation 6
-    ties c_s, is defined as rows of the output, so it is the third.
+    `regularization_weight`. "+ step-wise representations": `updates_per_step` 10. The paper does not say which row
+    switches from words to the encoder's output; equation 2 replaces a word's embedding, and phi_s of equation 6 is
+    defined as rows of the output, so it is the third.
 
     Attributes:
-        class_word: what the subject is.
-        token: the rare word by which captions call the subject beside the class word. The kind OUTPUT takes it out of
-            the captions, the kind WORD puts the vectors in its place; "" leaves captions as they are.
+        class_word: the subject's class, such as "dog".
+        token: the subject's rare token in captions. The kind OUTPUT removes it from captions, the kind WORD replaces it
+            with the vectors; "" leaves captions unchanged.
         kind: OUTPUT or WORD, see `subject_embedding`.
-        tokens: n, rows or word vectors.
-        steps: of the shared vectors; those of the step-wise ones come after them.
-        regularization_weight: w_s of equation 6 on the mean squared distance to the start; 0 does not tie. The paper
-            gives no value.
-        masked: count the loss inside the masks only (equation 5).
-        sampling_steps: T of Algorithm 1, the DDIM steps that get vectors of their own.
-        updates_per_step: I of Algorithm 1; 0 leaves it out, and the subject has shared vectors only.
-        sample_prompt: "" is the subject's name.
+        tokens: n, number of rows or word vectors.
+        steps: steps for the shared vectors; the step-wise ones are trained afterwards.
+        regularization_weight: w_s of equation 6, weight of the mean squared distance to the initial vectors; 0 disables
+            it. Not given in the paper.
+        masked: compute the loss only inside the masks (equation 5).
+        sampling_steps: T of Algorithm 1, the number of DDIM steps with separate vectors.
+        updates_per_step: I of Algorithm 1; 0 skips it, and the subject has only shared vectors.
+        sample_prompt: "" for the subject's name.
     """
 
     class_word: str
@@ -92,17 +92,17 @@ def train_subject_embedding(
     checkpoint: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[SubjectEmbedding, TrainingRun]:
-    """Learn a subject's embeddings (equation 6 and Algorithm 1).
+    """Train a subject's embeddings (equation 6 and Algorithm 1).
 
-    First c_s is learned at all timesteps in `settings.steps` steps, then c_s^t for each DDIM timestep from the highest
-    to the lowest, each from the one before it. The networks are frozen. For the kind OUTPUT the text encoder runs once
-    for each caption; for the kind WORD the gradient passes through it at every step.
+    First c_s is trained at all timesteps for `settings.steps` steps, then c_s^t for each DDIM timestep from the highest
+    to the lowest, each initialized from the previous one. The networks are frozen. For the kind OUTPUT each caption is
+    encoded once; for the kind WORD the gradient passes through the text encoder at every step.
 
     Args:
-        model: MODEL that predicts noise or velocity; LoRAs and identity priors on it count as part of it.
+        model: MODEL that predicts noise or v, including its LoRAs and identity priors.
         clip: its CLIP.
-        images: images of the subject, with masks and with captions that name it.
-        settings: see there.
+        images: images of the subject, with masks and captions that name it.
+        settings: see `SubjectSettings`.
         checkpoint, progress: see `training.train`, for both phases; samples are latents [1, C, h, w] in the scale of
             LATENT sockets.
 
@@ -130,7 +130,7 @@ def train_subject_embedding(
         subject = _Subject(networks, clip, images, settings)
         first, second = _descriptions(model, clip, tag, images, settings)
         c_s = {name: phi.clone().requires_grad_(True) for name, phi in subject.phi_s.items()}
-        # The last step is in a checkpoint too, so that an interrupted second phase repeats nothing of the first.
+        # Also checkpoint the last step of the first phase, for resuming in the second.
         every = math.gcd(settings.checkpoint_every, settings.steps) if settings.checkpoint_every else 0
         run = train(
             c_s,
@@ -143,7 +143,7 @@ def train_subject_embedding(
         )
         step_wise = _StepWise(subject, c_s, timesteps)
         if timesteps:
-            of_steps = train(
+            second_run = train(
                 step_wise.variables,
                 step_wise.losses,
                 dataclasses.replace(settings, steps=updates),
@@ -151,13 +151,13 @@ def train_subject_embedding(
                 checkpoint=checkpoint,
                 sample=lambda: subject.sample(step_wise.learned_at),
                 progress=_continued(progress, settings.steps, settings.steps + updates),
-                needed=(),  # a batch is of one step
+                needed=(),  # each batch trains a single step's vectors
             )
             run = TrainingRun(
-                losses=run.losses + of_steps.losses,
-                samples=run.samples + [(settings.steps + step, image) for step, image in of_steps.samples],
-                resumed_at=run.resumed_at + of_steps.resumed_at,
-                name=of_steps.name,
+                losses=run.losses + second_run.losses,
+                samples=run.samples + [(settings.steps + step, image) for step, image in second_run.samples],
+                resumed_at=run.resumed_at + second_run.resumed_at,
+                name=second_run.name,
             )
         vectors = {name: vector.detach().float().cpu().clone() for name, vector in c_s.items()}
         distance = {
@@ -177,10 +177,10 @@ def train_subject_embedding(
 
 
 def check_training_captions(clip: Any, captions: list[str], settings: SubjectSettings) -> None:
-    """Check that every caption names the subject and leaves the last positions to it.
+    """Check that every caption names the subject and leaves its positions free.
 
     Raises:
-        IdentityEditError: naming the first image whose caption cannot be used.
+        IdentityEditError: for the first invalid caption.
     """
     words = [word for word in (settings.token, settings.class_word) if word]
     for number, caption in enumerate(captions, start=1):
@@ -190,16 +190,16 @@ def check_training_captions(clip: Any, captions: list[str], settings: SubjectSet
                 f"'{' '.join(words)}' in it."
             )
         text = without_token(caption, settings.token, settings.class_word)
-        reached = reach_warning(clip, text, settings.tokens) if settings.kind == OUTPUT else None
-        if reached is not None:
-            raise IdentityEditError(f"The caption of image {number} is too long: {reached[0].lower()}{reached[1:]}")
+        warning = reach_warning(clip, text, settings.tokens) if settings.kind == OUTPUT else None
+        if warning is not None:
+            raise IdentityEditError(f"The caption of image {number} is too long: {warning[0].lower()}{warning[1:]}")
 
 
 class _Subject:
-    """Equation 6 for the vectors c_s of a subject, by the names of `SubjectEmbedding.vectors`, and samples with them.
+    """Loss (equation 6) and previews for a subject's vectors c_s, by the names of `SubjectEmbedding.vectors`.
 
     Attributes:
-        phi_s: what c_s begins as.
+        phi_s: initial value of c_s.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class _Subject:
         self.encode, self.phi_s = encoder(networks, clip, settings, [*images.captions, self.prompt])
 
     def loss(self, c_s: dict[str, torch.Tensor], index: int, what: str, timestep: int | None = None) -> torch.Tensor:
-        """L_s(c_s) on batch `index`, at one timestep or at any."""
+        """L_s(c_s) on batch `index`, at a specific timestep or at random ones."""
         networks, weight = self.networks, self.settings.regularization_weight
         batch = draw_batch(networks, self.images, self.settings, index, what, masked=self.settings.masked)
         if timestep is not None:
@@ -225,7 +225,7 @@ class _Subject:
         return loss + weight * torch.cat([(c_s[name] - self.phi_s[name]).flatten() for name in c_s]).square().mean()
 
     def sample(self, vectors_at: Callable[[int], dict[str, torch.Tensor]]) -> torch.Tensor:
-        """An image by the vectors of each timestep (equation 7)."""
+        """A preview with the vectors of each timestep (equation 7)."""
 
         def text_at(t: int) -> Text:
             return joined_texts([self.encode(vectors_at(t), [self.prompt]), self.null])
@@ -236,7 +236,7 @@ class _Subject:
 class _StepWise:
     """Algorithm 1: C_s = {}, c_s^{T+1} = c_s; for t = T, ..., 1: c_s^t = c_s^{t+1}, and I updates of it.
 
-    Each c_s^t is a variable of its own, so that Adam begins anew with each.
+    Each c_s^t is a separate variable, so that Adam starts fresh for each.
     """
 
     def __init__(self, subject: _Subject, c_s: dict[str, torch.Tensor], timesteps: list[int]) -> None:
@@ -260,7 +260,7 @@ class _StepWise:
         return [self.subject.loss(c_s_t, index, "step-wise vectors", self.timesteps[self._reached])]
 
     def learned_at(self, t: int) -> dict[str, torch.Tensor]:
-        """c_s^t of the nearest timestep that has been learned."""
+        """c_s^t of the nearest trained timestep."""
         nearest = min(range(len(self.timesteps)), key=lambda place: abs(self.timesteps[place] - t))
         return self.c_s_of[min(nearest, self._reached)]
 
@@ -277,8 +277,8 @@ _Encode = Callable[[dict[str, torch.Tensor], Sequence[str]], Text]
 def _output_encoder(
     networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
 ) -> tuple[_Encode, dict[str, torch.Tensor]]:
-    """[c, c_s]: the last n rows of the text encoder's output replaced, for which it runs once for each caption; and
-    phi_s, the last n rows of the null prompt's embedding."""
+    """[c, c_s]: replaces the last n rows of the text encoder's cached output; and phi_s, the last n rows of the null
+    prompt's embedding."""
     encoded = {
         caption: networks.encode([without_token(caption, settings.token, settings.class_word)]) for caption in captions
     }
@@ -294,8 +294,8 @@ def _output_encoder(
 def _word_encoder(
     networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
 ) -> tuple[_Encode, dict[str, torch.Tensor]]:
-    """Word vectors at the place of the subject's name, through the text encoder; and phi_s, the class word's vectors,
-    over again until there are n."""
+    """Encodes captions with word vectors in place of the subject's name; and phi_s, the class word's vectors,
+    repeated to n."""
     name = settings.token, settings.class_word, settings.tokens
     marked = {caption: mark_subject(clip, *name, caption, disable_weights=True) for caption in captions}
 
@@ -314,7 +314,7 @@ def _word_encoder(
 
 
 def _continued(progress: Progress | None, before: int, total: int) -> Progress | None:
-    """Progress of one phase as that of the whole."""
+    """Progress of one phase as part of the whole."""
     if progress is None:
         return None
     return lambda done, _, loss, sample: progress(before + done, total, loss, sample)
@@ -323,11 +323,11 @@ def _continued(progress: Progress | None, before: int, total: int) -> Progress |
 def _descriptions(
     model: Any, clip: Any, tag: engine.ModelTag, images: TrainingImages, settings: SubjectSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the results of a step of the first and of the second phase depend on."""
+    """Run descriptions of the first and the second phase."""
     words = {name: table.detach().flatten()[:16].float().cpu().tolist() for name, table in word_table(clip).items()}
     second = run_description(
         settings, tag, model, clip.patcher, text_encoder=[words, clip.layer_idx], images=images.fingerprint
     )
-    of_first = {k: v for k, v in second["settings"].items() if k not in ("sampling_steps", "updates_per_step")}
-    first = {**second, "phase": "shared vectors", "shared_steps": None, "settings": of_first}
+    first_settings = {k: v for k, v in second["settings"].items() if k not in ("sampling_steps", "updates_per_step")}
+    first = {**second, "phase": "shared vectors", "shared_steps": None, "settings": first_settings}
     return first, {**second, "phase": "step-wise vectors", "shared_steps": settings.steps}

@@ -37,7 +37,7 @@ def frechet_distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
         |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))
 
-    The last trace is the sum of the singular values of A1 A2^T, where C = A^T A and A holds the centerd features over
+    The last trace is the sum of the singular values of A1 A2^T, where C = A^T A and A holds the centered features over
     sqrt(n - 1). This is exact also where there are fewer images than features, where roots of C1 C2 are known to
     fail, and takes no root of a matrix.
 

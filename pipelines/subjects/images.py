@@ -118,7 +118,7 @@ def load_subject_folder(
         captions: CAPTION_FILES needs one file for each image; CLASS_WORD_ONLY reads none and calls every image
             "a photo of <token> <class word>" (Ruiz et al. 2023); NO_CAPTIONS_YET reads those that are there.
         add_token: put the token before the class word of captions that lack it, instead of refusing them.
-        size: cut every image to a centerd square and scale it to this side in pixels; None keeps all sizes.
+        size: cut every image to a centered square and scale it to this side in pixels; None keeps all sizes.
 
     Raises:
         IdentityEditError: naming the file and the remedy, when an image, caption or mask cannot be used.

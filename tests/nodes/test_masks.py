@@ -151,8 +151,8 @@ def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixtur
     ).args  # fmt: skip
     assert torch.equal(edited["samples"], inverted.end_latent(model))
     assert float(source_mask.max()) == 0
-    assert "6 model calls" in report and "Warning: The source mask holds nothing" in report
-    assert "The source mask holds nothing" in caplog.text
+    assert "6 model calls" in report and "Warning: The source mask is empty" in report
+    assert "The source mask is empty" in caplog.text
     with pytest.raises(ValueError, match="No attention has been recorded"):
         masks.AttentionHeatmap.execute(torch.zeros(1, 64, 64, 3), masks.REFINED, 0.3, 4, 0.6, source_attention)
 

@@ -109,7 +109,7 @@ def test_align_reference_names_an_empty_mask_and_warns_of_several_subjects() -> 
     two = GENERATED_MASK.clone()
     two[:, :20, :20] = 1
     report = nodes.AlignReference.execute(IMAGES[:1], MASKS[:1], two, **SETTINGS).args[-1]
-    assert "Warning: The generated mask has 2 separate parts, of which the largest counts." in report
+    assert "Warning: The generated mask has 2 separate parts; only the largest is used." in report
 
 
 def test_every_node_is_listed() -> None:

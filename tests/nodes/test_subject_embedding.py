@@ -123,7 +123,7 @@ def test_warnings_are_shown(models: Any) -> None:
     assert "Warning: The prompt has 73 tokens" in text
     text = nodes.ApplySubject.execute(tiny_models.sd1(seed=3), models[1], subject, "a cat").args[2]
     assert "Warning: The subject was trained on another checkpoint" in text
-    with pytest.raises(IdentityEditError, match="embeddings of 32 channels, and this checkpoint has 48"):
+    with pytest.raises(IdentityEditError, match="embeddings of 32 channels but this checkpoint has 48"):
         nodes.ApplySubject.execute(tiny_models.sd1(context_dim=48), models[1], subject, "a cat")
 
 

@@ -182,9 +182,9 @@ def test_several_parts() -> None:
     assert alignment.subject_part(mask, "The mask")[1] is None
     assert alignment.subject_part(speck, "The mask")[1] is None
     largest, note = alignment.subject_part(two, "The mask")
-    assert torch.equal(largest, mask > 0) and note == "The mask has 2 separate parts, of which the largest counts."
+    assert torch.equal(largest, mask > 0) and note == "The mask has 2 separate parts; only the largest is used."
     everything, note = alignment.subject_part(two, "The mask", alignment.ALL_PARTS)
-    assert torch.equal(everything, two > 0) and "all of them count" in str(note)
+    assert torch.equal(everything, two > 0) and "all are used" in str(note)
     result = alignment.align_reference(torch.rand(64, 64, 3), two, mask)
     assert result.overlap > 0.97 and "The reference's mask has 2 separate parts" in str(result.warning)
 

@@ -51,7 +51,7 @@ def test_an_empty_mask_gives_the_inverted_image(family: str, method: str) -> Non
     inversion = invert(model, method, batch=2)
     result = blend(model, inversion, **full_masks(inversion, 0.0))
     assert torch.equal(result.latent, inversion.end_latent(model))
-    assert "source mask holds nothing" in result.warning
+    assert "source mask is empty" in result.warning
 
 
 @pytest.mark.parametrize("family", list(tiny_models.FAMILIES))

@@ -353,7 +353,7 @@ def test_it_warns_where_the_loss_does_not_fall() -> None:
     pivot = reference_inversion(model, 6)
     start = noise_start(model, pivot)
     found = reference_guided_sampling(model, start, pivot, MASK, POSITIVE, NEGATIVE, inner_steps=3, learning_rate=50.0)
-    assert found.warning is not None and "did not fall" in found.warning
+    assert found.warning is not None and "did not reduce the loss" in found.warning
     guided_inversion = inversion.ddim_inversion(
         model, tiny_models.latent(3), REFERENCE, NEGATIVE, steps=6, guidance_scale=2.0
     )

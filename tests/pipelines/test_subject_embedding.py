@@ -139,7 +139,7 @@ def test_other_widths_are_refused():
     model, clip = make("sd1")
     wide = subject(OUTPUT, vectors={OUTPUT: torch.zeros(5, 48)})
     for call in (lambda: apply_subject(model, clip, wide, PROMPT), lambda: subject_conditioning(clip, wide, PROMPT)):
-        with pytest.raises(IdentityEditError, match="embeddings of 48 channels, and this checkpoint has 32"):
+        with pytest.raises(IdentityEditError, match="embeddings of 48 channels but this checkpoint has 32"):
             call()
     with pytest.raises(IdentityEditError, match="needs clip_g of 16"):
         subject_conditioning(

@@ -63,7 +63,7 @@ def test_a_good_folder_is_read_as_it_is(folder: Path) -> None:
 def test_images_are_cut_and_scaled_together_with_their_masks(folder: Path) -> None:
     Image.new("RGB", (32, 16), "red").save(folder / "2.png")
     image = Image.open(folder / "2.png")
-    image.paste((0, 0, 255), (8, 0, 24, 16))  # the centerd square is all blue
+    image.paste((0, 0, 255), (8, 0, 24, 16))  # the centered square is all blue
     image.save(folder / "2.png")
     mask = Image.new("L", (32, 16))
     mask.paste(255, (8, 0, 16, 16))  # its left half

@@ -1,9 +1,8 @@
-"""Cut faces out of images: as FFHQ has them for W+ encoders, and as ArcFace takes them for identity scores.
+"""Face alignment: FFHQ crops for W+ encoders, and ArcFace crops for identity scores.
 
-Both start from five points of a face in pixels, image left before image right: eyes, tip of the nose, corners of the
-mouth. FFHQ's rule (Karras et al. 2019, its script `download_ffhq.py`) needs the eyes and the corners of the mouth only.
-Everything is computed in floating point, so that images of 16 bits keep what they have; resampling is Pillow's, which
-the script uses too.
+Both use five facial landmarks in pixels, image left before image right: eyes, tip of the nose, corners of the mouth.
+FFHQ's crop (Karras et al. 2019, its script `download_ffhq.py`) uses only the eyes and the corners of the mouth.
+Everything is computed in floating point, to preserve 16-bit images; resampling is Pillow's, as in the script.
 """
 
 from __future__ import annotations
@@ -26,20 +25,20 @@ ARCFACE_POINTS = (
     (41.5493, 92.3655),
     (70.7299, 92.2041),
 )
-"""Where ArcFace's training has the five points in an image of 112x112 (Deng et al. 2019, their code)."""
+"""Landmarks of ArcFace's 112x112 training images (Deng et al. 2019, their code)."""
 OVERSAMPLING = 4
-"""FFHQ's script samples 4096 pixels for an image of 1024 and scales down then."""
+"""FFHQ's script samples 4096 pixels for an image of 1024 and then downscales."""
 PROFILE = 0.5
-"""Share of the eyes' distance by which the tip of the nose lies beside their middle in a profile: beyond an eye."""
+"""Threshold of `turned_aside` for a profile view: the tip of the nose is beyond an eye."""
 
 
 @dataclass(frozen=True)
 class AlignedFace:
-    """A face cut out.
+    """An aligned face crop.
 
     Attributes:
         image: [S, S, 3] float32, 0 to 1.
-        mask: [S, S] float32: the given mask where there was one, else 1; 0 outside of the image.
+        mask: [S, S] float32: the input mask, or 1 without one; 0 outside the image.
         quad: [4, 2] float64, the crop's corners in pixels of the image: upper left, lower left, lower right, upper
             right.
     """
@@ -62,7 +61,7 @@ def ffhq_quad(points: Any) -> np.ndarray:
         [4, 2] float64: upper left, lower left, lower right, upper right.
 
     Raises:
-        IdentityEditError: when the points are no five, or lie on one another.
+        IdentityEditError: when there are not five points, or they coincide.
     """
     import numpy as np
 
@@ -81,16 +80,16 @@ def ffhq_quad(points: Any) -> np.ndarray:
 
 
 def quad_side(quad: Any) -> float:
-    """Length of a quad's side in pixels: how many pixels of the image the aligned face is made from."""
+    """Side length of a quad in pixels of the image."""
     import numpy as np
 
     return float(np.hypot(*(quad[3] - quad[0])))
 
 
 def turned_aside(points: Any) -> float:
-    """How far a face is turned: 0 in front, beyond `PROFILE` in profile; the sign says to which side.
+    """Horizontal rotation of a face: 0 frontal, magnitude above `PROFILE` in profile; the sign is the direction.
 
-    The distance of the nose's tip from the middle of the eyes along their line, as a share of the eyes' distance.
+    The offset of the nose tip from the midpoint of the eyes along their axis, as a fraction of the eye distance.
     """
     import numpy as np
 
@@ -103,7 +102,7 @@ def check_points(points: Any) -> np.ndarray:
     """Five points as [5, 2] float64.
 
     Raises:
-        IdentityEditError: when they are something else, or no numbers.
+        IdentityEditError: when they are invalid.
     """
     import numpy as np
 
@@ -120,9 +119,9 @@ def check_points(points: Any) -> np.ndarray:
 
 
 def align_ffhq(image: torch.Tensor, points: Any, size: int, mask: torch.Tensor | None = None) -> AlignedFace:
-    """A face as FFHQ has them, by the steps of its script: quad, shrink, crop, pad, transform.
+    """An FFHQ crop of a face, by the steps of its script: quad, shrink, crop, pad, transform.
 
-    What lies outside of the image is its reflection, blurred and faded to the median color toward the border.
+    Outside the image it is padded with the reflection, blurred and faded to the median color.
 
     Args:
         image: [H, W, 3] float, 0 to 1.
@@ -153,7 +152,7 @@ def align_ffhq(image: torch.Tensor, points: Any, size: int, mask: torch.Tensor |
     left, top = max(left - border, 0), max(top - border, 0)
     right, bottom = min(right + border, width), min(bottom + border, height)
     if left >= right or top >= bottom:
-        raise IdentityEditError("The points of the face lie outside of the image; give them in its pixels.")
+        raise IdentityEditError("The points of the face lie outside the image; specify them in its pixels.")
     layers, quad = layers[top:bottom, left:right], quad - [left, top]
 
     # Pad by reflection where the quad leaves the image.
@@ -186,13 +185,13 @@ def align_ffhq(image: torch.Tensor, points: Any, size: int, mask: torch.Tensor |
 
 
 def arcface_transform(points: Any) -> np.ndarray:
-    """The similarity [2, 3] that brings five points the closest to `ARCFACE_POINTS` (Umeyama 1991).
+    """The similarity transform [2, 3] that best maps five points to `ARCFACE_POINTS` (Umeyama 1991).
 
     Args:
         points: [5, 2] in pixels.
 
     Raises:
-        IdentityEditError: when the points are no five, or lie on one another.
+        IdentityEditError: when there are not five points, or they coincide.
     """
     import numpy as np
 
@@ -203,21 +202,21 @@ def arcface_transform(points: Any) -> np.ndarray:
     if variance < 1e-9:
         raise IdentityEditError("The points of the face lie on one another; give eyes, nose and corners of the mouth.")
     left, values, right = np.linalg.svd(wanted.T @ centered / 5)
-    signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right)) or 1.0])  # turn, but never mirror
+    signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right)) or 1.0])  # rotation without reflection
     rotation = left @ np.diag(signs) @ right
     scale = (values * signs).sum() / variance
     return np.concatenate([scale * rotation, (target_mean - scale * rotation @ source_mean)[:, None]], axis=1)
 
 
 def align_arcface(image: torch.Tensor, points: Any) -> torch.Tensor:
-    """A face as ArcFace takes them.
+    """An ArcFace crop of a face.
 
     Args:
         image: [H, W, 3] float, 0 to 1.
         points: [5, 2] in its pixels.
 
     Returns:
-        [112, 112, 3] float32, 0 to 1; black outside of the image, as in ArcFace's training.
+        [112, 112, 3] float32, 0 to 1; black outside the image, as in ArcFace's training.
     """
     import numpy as np
     from PIL import Image

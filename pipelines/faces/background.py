@@ -1,7 +1,7 @@
-"""What of an image is its subject, by a salient-object network in ONNX (U2-Net: Qin et al. 2020, as rembg has them).
+"""Background removal with a salient-object network in ONNX (U2-Net: Qin et al. 2020, as used by rembg).
 
-Files are the user's own, models/rembg/*.onnx: u2net.onnx, u2netp.onnx, u2net_human_seg.onnx. Nothing is downloaded. The
-package rembg is not used because it fetches its networks unasked; what it does with these is a few lines.
+Users provide the files, models/rembg/*.onnx: u2net.onnx, u2netp.onnx, u2net_human_seg.onnx. Nothing is downloaded. The
+package rembg is not used because it downloads networks automatically; running them takes only a few lines.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ NEEDED = "u2net.onnx, u2netp.onnx or u2net_human_seg.onnx"
 
 
 def subject_masks(path: str, images: torch.Tensor) -> torch.Tensor:
-    """How much every pixel belongs to the subject.
+    """Soft subject masks.
 
     Args:
         path: an .onnx file; see the top of this file.
         images: [B, H, W, 3] float32, 0 to 1.
 
     Returns:
-        [B, H, W] float32, 0 to 1; the least and the most of each image are brought to 0 and 1, as rembg does.
+        [B, H, W] float32, 0 to 1; normalized to each image's minimum and maximum, as in rembg.
 
     Raises:
         IdentityEditError: when onnxruntime is missing, or the file is another network.
@@ -51,6 +51,6 @@ def subject_masks(path: str, images: torch.Tensor) -> torch.Tensor:
 
 
 def without_background(images: torch.Tensor, masks: torch.Tensor, level: float) -> torch.Tensor:
-    """Images [B, H, W, 3] on an even gray of `level` (0 black, 1 white) where the masks [B, H, W] are not 1."""
+    """Images [B, H, W, 3] composited over gray of `level` (0 black, 1 white) with masks [B, H, W]."""
     share = masks[..., None]
     return images * share + level * (1.0 - share)

@@ -1,14 +1,14 @@
-"""Find faces and five points in each: by a detector's file, or by points that a user gives.
+"""Face detection with five landmarks per face, by a detector or from landmarks entered by the user.
 
-Detectors are the user's own files below models/insightface; nothing is downloaded:
+Users provide detector files in models/insightface; nothing is downloaded:
 
 - a model pack of insightface, models/insightface/models/PACK/*.onnx (buffalo_l, antelopev2, ...), through its own API;
 - a single detector of its kind, SCRFD or RetinaFace, models/insightface/*.onnx, likewise;
-- YuNet (Wu et al. 2023), models/insightface/*.onnx, through OpenCV's FaceDetectorYN. insightface would load such a file
-  and misread it, so files are told apart by the names of their outputs;
-- MTCNN (Zhang et al. 2016), with which PIDiff aligns before it scores, in the package facenet-pytorch.
+- YuNet (Wu et al. 2023), models/insightface/*.onnx, through OpenCV's FaceDetectorYN. insightface would misread such a
+  file, so files are distinguished by the names of their outputs;
+- MTCNN (Zhang et al. 2016), used by PIDiff for alignment before scoring, from the package facenet-pytorch.
 
-They compute on the CPU, where an image takes a fraction of a second and the results are the same everywhere.
+They run on the CPU, which takes a fraction of a second per image and gives the same results everywhere.
 """
 
 from __future__ import annotations
@@ -39,17 +39,16 @@ NEEDED = (
     "face_detection_yunet_2023mar.onnx or scrfd_10g_bnkps.onnx"
 )
 SCORE = 0.6
-"""A detector's own default: OpenCV's for YuNet; SCRFD's is 0.5."""
+"""Default confidence threshold: OpenCV's for YuNet; SCRFD's is 0.5."""
 LARGEST, INDEX, ALL = "largest", "index", "all"
 CHOICES = (LARGEST, INDEX, ALL)
 SMALLEST_SIDE = 48
-"""Pixels along a side of a face's FFHQ crop below which it is refused: smaller ones were no longer recognized as the
-same person (benchmarks/results/face_identity.md)."""
+"""Minimum side of a face's FFHQ crop in pixels; smaller faces were no longer recognized as the same person
+(benchmarks/results/face_identity.md)."""
 SMALL_SIDE = 96
-"""And below which there is a warning: likenesses begin to fall."""
+"""Side below which a warning is shown, because similarity starts to decrease."""
 LONGEST_SIDES = (1280, 640, 320)
-"""An image is shown to the detector at these sizes until a face is found: small faces need the first, faces that fill
-a large image the last."""
+"""Image sizes tried until a face is found: the first for small faces, the last for faces that fill a large image."""
 _MARGIN = 0.5
 _YUNET_OUTPUTS = (b"kps_8", b"obj_8")
 
@@ -61,7 +60,7 @@ class Face:
     Attributes:
         box: (left, top, right, bottom) in pixels.
         points: [5, 2] float64 in pixels, image left before image right: eyes, tip of the nose, corners of the mouth.
-        score: 0 to 1, how sure the detector is; 1 for points that were given.
+        score: the detector's confidence, 0 to 1; 1 for points entered by the user.
     """
 
     box: tuple[float, float, float, float]
@@ -75,12 +74,12 @@ class Face:
 
     @property
     def area(self) -> float:
-        """Of the box, in square pixels."""
+        """Area of the box in square pixels."""
         return max(0.0, self.box[2] - self.box[0]) * max(0.0, self.box[3] - self.box[1])
 
 
 class FaceDetector(Protocol):
-    """Anything that finds faces; `name` is what users know it by."""
+    """A face detector; `name` is shown to users."""
 
     name: str
 
@@ -93,13 +92,13 @@ class FaceDetector(Protocol):
 
 
 def detect_faces(detector: FaceDetector, image: torch.Tensor) -> list[Face]:
-    """All faces of an image, the largest first.
+    """All faces in an image, the largest first.
 
-    The image is shown at `LONGEST_SIDES` in turn until faces are found, and last of all with a margin around it, for
-    crops that a face fills.
+    The image is tried at `LONGEST_SIDES` until faces are found, and finally with a margin around it, for images that a
+    face fills completely.
 
     Args:
-        detector: any.
+        detector: the detector.
         image: [H, W, 3] float32, 0 to 1.
     """
     import numpy as np
@@ -132,12 +131,12 @@ def detect_faces(detector: FaceDetector, image: torch.Tensor) -> list[Face]:
 
 
 def choose_faces(faces: Sequence[Face], choice: str, index: int, name: str) -> list[Face]:
-    """Which of an image's faces are meant.
+    """Select among an image's faces.
 
     Args:
         faces: the largest first.
         choice: "largest", "index" or "all".
-        index: which one for "index", from 1, counted from the left of the image to the right.
+        index: number of the face for "index", from 1, from left to right.
         name: the image's name or number, for messages.
 
     Raises:
@@ -164,7 +163,7 @@ def choose_faces(faces: Sequence[Face], choice: str, index: int, name: str) -> l
 
 
 def check_face(face: Face, name: str, smallest: float = SMALLEST_SIDE) -> str | None:
-    """A warning about a face that will not give much, or None.
+    """A warning about a face that is small or seen from the side, or None.
 
     Raises:
         IdentityEditError: when its crop is smaller than `smallest` pixels.
@@ -179,7 +178,7 @@ def check_face(face: Face, name: str, smallest: float = SMALLEST_SIDE) -> str | 
     if side < SMALL_SIDE:
         notes.append(f"small ({side:.0f} pixels along a side of its crop)")
     if abs(turned_aside(face.points)) > PROFILE:
-        notes.append("seen from the side, where encoders trained on faces from the front say little")
+        notes.append("seen from the side, which is difficult for encoders trained on frontal faces")
     return f"The face in {name} is {' and '.join(notes)}." if notes else None
 
 
@@ -208,19 +207,19 @@ _HOW = "write five lines 'x, y' (left eye, right eye, nose, left and right corne
 
 
 def parse_points(text: str, images: int) -> list[list[Face]]:
-    """Faces from five points that a user gives.
+    """Parse faces from five points each.
 
     Args:
-        text: JSON: [[x, y], ...] five times for one face in every image, a list of these for one face in each
-            image, or what Align Face gives as its points: [{"image": 1, "points": [[x, y], ...]}, ...]. Or plain
-            lines 'x, y', five for a face in every image or five for each image. Pixels from the upper left corner.
-        images: how many images there are.
+        text: JSON: five times [x, y] for the same face points in every image, a list of these with one face per image,
+            or the points output of Align Face: [{"image": 1, "points": [[x, y], ...]}, ...]. Or plain lines 'x, y',
+            five for every image or five per image. Pixels from the upper left corner.
+        images: number of images.
 
     Returns:
         the faces of each image.
 
     Raises:
-        IdentityEditError: when something is no number or incomplete, or does not match the number of images.
+        IdentityEditError: when the text is invalid or does not match the number of images.
     """
     try:
         content = json.loads(text)
@@ -251,7 +250,7 @@ def _points_of_lines(text: str) -> list[list[list[float]]]:
 
 
 def _faces_by_image(entries: list[dict[str, Any]], images: int) -> list[list[Face]]:
-    """Faces from what Align Face gives as its points."""
+    """Faces from the points output of Align Face."""
     found: list[list[Face]] = [[] for _ in range(images)]
     for entry in entries:
         number = entry.get("image", 1)
@@ -327,7 +326,7 @@ class _InsightFace:
 
 
 class _MTCNN:
-    """facenet-pytorch's MTCNN; the package brings its weights along."""
+    """facenet-pytorch's MTCNN; the package includes its weights."""
 
     def __init__(self, score: float) -> None:
         facenet = import_optional("facenet_pytorch", "--no-deps facenet-pytorch", MTCNN)
@@ -348,13 +347,13 @@ class _MTCNN:
 
 
 def list_detectors() -> dict[str, str]:
-    """Path by name of what could be a detector: packs of insightface, and single .onnx files."""
+    """Possible detectors, path by name: insightface packs and single .onnx files."""
     found: dict[str, str] = {}
     for root in model_roots(FOLDER):
         packs = os.path.join(root, PACKS)
         for name in sorted(os.listdir(packs)) if os.path.isdir(packs) else []:
             folder = os.path.join(packs, name)
-            for place in (folder, os.path.join(folder, name)):  # an archive may unpack into a folder of its own
+            for place in (folder, os.path.join(folder, name)):  # an archive may contain a top-level folder
                 if os.path.isdir(place) and any(file.lower().endswith(".onnx") for file in os.listdir(place)):
                     found.setdefault(f"{PACKS}/{name}", place)
         for name in sorted(os.listdir(root)) if os.path.isdir(root) else []:
@@ -367,10 +366,10 @@ def load_detector(name: str, score: float = SCORE) -> FaceDetector:
     """A detector by its name in `list_detectors`, or `MTCNN`.
 
     Args:
-        score: how sure it must be of a face, 0 to 1.
+        score: confidence threshold, 0 to 1.
 
     Raises:
-        IdentityEditError: when the file or its package is missing, or the file is no detector.
+        IdentityEditError: when the file or its package is missing, or the file is not a detector.
     """
     if name == MTCNN:
         return _MTCNN(score)

@@ -1,8 +1,7 @@
-"""Masks of what an edit changes (DiffEdit, Couairon et al. 2023, section 3.2; Chen et al. 2024, section 3.4).
+"""Edit masks (DiffEdit, Couairon et al. 2023, section 3.2; Chen et al. 2024, section 3.4).
 
-Where the network says the same for the prompt of the image as it is and for that of the edit, nothing is to be
-edited. With an MCDM, which has learned to reconstruct for the former, the mask is the more exact; with an ordinary
-checkpoint it is DiffEdit's.
+The mask is where the network's predictions for the source prompt and the edit prompt differ. It is more precise with an
+MCDM, which is trained to reconstruct with the source prompt; with an ordinary checkpoint it is DiffEdit's mask.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ THRESHOLD = 0.35
 
 @dataclass(frozen=True)
 class EditMask:
-    """What was found.
+    """A computed edit mask.
 
     Attributes:
-        mask: M [B, h, w] of the latent's size, 0 or 1.
-        contrast: N(|z_{t-1} - z'_{t-1}|) [B, h, w], 0 to 1, which the threshold cuts.
+        mask: M [B, h, w] at the latent's size, 0 or 1.
+        contrast: N(|z_{t-1} - z'_{t-1}|) [B, h, w], 0 to 1, before thresholding.
         evaluations: model calls.
-        warning: one sentence where a mask holds nothing or everything, else None.
+        warning: a sentence if a mask is empty or covers the whole image, else None.
     """
 
     mask: torch.Tensor
@@ -41,16 +40,16 @@ class EditMask:
 
 @dataclass(frozen=True)
 class EditMaskSettings:
-    """How a mask is made; the defaults are those of Chen et al. 2024 (supplement 1.3).
+    """Edit mask settings; the defaults are those of Chen et al. 2024 (supplement 1.3).
 
     Attributes:
         steps, noise_steps: the noise level after `noise_steps` of `steps` steps.
-        seeds: draws of noise over which the difference is averaged.
-        outliers: differences above this many times their mean are cut before they are normalized; 0 cuts none. 3 in
+        seeds: number of noise samples over which the difference is averaged.
+        outliers: differences above this multiple of their mean are clipped before normalization; 0 disables it. 3 in
             diffusers' implementation of DiffEdit.
-        kernel: size of the Gaussian's kernel in cells of the latent, odd; 1 does not blur. Its deviation is the one
-            that OpenCV and torchvision derive from the size.
-        threshold: lambda, above which the normalized difference is the edit's.
+        kernel: size of the Gaussian kernel in latent pixels, odd; 1 does not blur. The standard deviation is derived
+            from the size as in OpenCV and torchvision.
+        threshold: lambda, threshold of the normalized difference.
     """
 
     steps: int = STEPS
@@ -83,20 +82,20 @@ def edit_mask(
     seed: int = 0,
     callback: engine.Callback | None = None,
 ) -> EditMask:
-    """Find where an edit changes an image.
+    """Compute the mask of an edit.
 
-    The paper takes the difference of z_{t-1} after one step with p_b and with p_a. The first step of UniPC (as of DDIM)
-    is linear in the predicted noise, and both have the same z_t, so that the difference is that of the predictions
-    times a number, which normalizing takes away; guidance, whose other terms both share, is such a number too. Two
-    evaluations for each draw of noise therefore suffice.
+    The paper uses the difference of z_{t-1} after one step with p_b and with p_a. The first step of UniPC (as of DDIM)
+    is linear in the predicted noise, and z_t is the same, so this is the difference of the predictions up to a factor,
+    which normalization removes; so is the effect of guidance, whose other terms are equal. Two model calls per noise
+    sample are therefore sufficient.
 
     Args:
-        model: MODEL, an MCDM or any that predicts noise or velocity.
-        target: CONDITIONING of p_b, the edited image (for an MCDM with the source image in it).
-        source: that of p_a, the image as it is; DiffEdit also takes the empty prompt.
+        model: MODEL, an MCDM or any other supported model.
+        target: CONDITIONING of p_b, the edited image (for an MCDM including the source image).
+        source: CONDITIONING of p_a, the source image; DiffEdit also uses the empty prompt.
         latent: the image [B, C, h, w] in the scale of LATENT sockets.
-        settings: see there.
-        seed: of the first draw of noise; the others are the following ones.
+        settings: see `EditMaskSettings`.
+        seed: seed of the first noise sample; the others use the following seeds.
         callback: progress with preview.
 
     Raises:
@@ -126,8 +125,8 @@ def edit_mask(
         warning = None
         if bool(((shares == 0) | (shares == 1)).any()):
             warning = (
-                "The edit mask holds nothing or everything of an image; check that both prompts differ in the edit, "
-                "and the threshold."
+                "The edit mask is empty or covers the whole image; check the threshold, and that both prompts differ "
+                "in the edit."
             )
         return EditMask(mask, contrast, evaluator.evaluations, warning)
 
@@ -137,7 +136,7 @@ def edit_mask(
 
 
 def _blurred(contrast: torch.Tensor, kernel: int) -> torch.Tensor:
-    """A map [B, h, w] blurred by a Gaussian; cells beyond its border are mirrored, as OpenCV does."""
+    """Blur a map [B, h, w] with a Gaussian; the border is reflected, as in OpenCV."""
     if kernel == 1:
         return contrast
     if min(contrast.shape[1:]) <= kernel // 2:

@@ -1,7 +1,7 @@
-"""Pairs as a training sees them: what the VAE and CLIP see in every image, computed once, in a file on the disk.
+"""Training pairs encoded once by the VAE and CLIP, in a file on disk.
 
-70,000 pairs of 512x512 pixels are 46 GB so, which is why they are not kept in memory: the file is mapped, and what is
-used often is in memory by the operating system's doing. Encoding that is interrupted goes on with the next pair.
+70,000 pairs of 512x512 pixels take 46 GB, so the file is memory-mapped and the operating system caches frequently used
+parts. Interrupted encoding resumes with the next pair.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from .pair_dataset import TRAIN
 from .pair_folder import INDEX
 
 _AT_ONCE = 8
-"""Images that are encoded in one call."""
+"""Images encoded per call."""
 _LOCK_SECONDS = 0.5
-"""Between two looks at whether the waiting was canceled."""
+"""Interval of checks for cancellation while waiting."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class PairFiles:
     Attributes:
         source, target: files of x_A and x_B.
         source_prompt, target_prompt: p_a and p_b.
-        mirrored: both images left and right exchanged.
+        mirrored: whether both images are flipped horizontally.
     """
 
     source: Path
@@ -56,11 +56,11 @@ class EncodedPairs:
     """Encoded pairs, mapped from a file.
 
     Attributes:
-        records: structured array of n entries: `source` and `target` [C, h, w] float32, the latents of x_A and x_B as
-            the VAE gives them, and `tokens` [N, D] float16, what CLIP sees in x_A.
+        records: structured array of n entries: `source` and `target` [C, h, w] float32, the VAE's latents of x_A and
+            x_B, and `tokens` [N, D] float16, CLIP's tokens of x_A.
         source_prompts, target_prompts: p_a and p_b of each pair.
         vision: tag of the CLIP vision.
-        fingerprint: hexadecimal digits that name the pairs and what encoded them.
+        fingerprint: hexadecimal hash of the pairs and their encoders.
         path: the file.
     """
 
@@ -90,17 +90,17 @@ class EncodedPairs:
 
 
 def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
-    """The pairs of a folder's index: those to train on, and those held out.
+    """The training and validation pairs of a folder's index.
 
     Raises:
-        IdentityEditError: when there is no index, or a line of it cannot be used.
+        IdentityEditError: when there is no index, or a line is invalid.
     """
     index = folder / INDEX
     try:
         lines = [line for line in index.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise IdentityEditError(
-            f"The folder {folder} has no {INDEX} that can be read ({error}); choose a folder of pairs."
+            f"The folder {folder} has no readable {INDEX} ({error}); choose a folder of pairs."
         ) from error
     splits: tuple[list[PairFiles], list[PairFiles]] = ([], [])
     for number, line in enumerate(lines, start=1):
@@ -113,25 +113,25 @@ def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
             splits[0 if entry.get("split", TRAIN) == TRAIN else 1].append(pair)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IdentityEditError(
-                f"Line {number} of {index} describes no pair ({error!r}); take it out, or make the pairs again."
+                f"Line {number} of {index} is invalid ({error!r}); remove it, or make the pairs again."
             ) from error
     return splits
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The path of an image that an index names.
+    """The path of an image listed in an index, which is untrusted.
 
     Raises:
-        ValueError: when it lies outside of the folder, by its name or by a link: an index may be anybody's.
+        ValueError: when it is outside the folder, by its name or by a link.
     """
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{name} lies outside of the folder")
+        raise ValueError(f"{name} is outside the folder")
     return path
 
 
 def with_mirrored(pairs: Sequence[PairFiles]) -> list[PairFiles]:
-    """The pairs, and after them each one mirrored."""
+    """The pairs, followed by a mirrored copy of each."""
     return [*pairs, *(dataclasses.replace(pair, mirrored=True) for pair in pairs)]
 
 
@@ -144,14 +144,14 @@ def encode_pairs(
     progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
 ) -> EncodedPairs:
-    """Encode both images of every pair, or go on where an interrupted encoding was.
+    """Encode both images of every pair, or resume an interrupted encoding.
 
     Args:
         pairs: all of one size, at least one.
         vae, clip_vision: VAE and CLIP_VISION.
-        folder: where the file is, named by the pairs and what encodes them, so that only an equal one is read.
-        progress: called with (pairs done, pairs in all).
-        processes: that train together; the first encodes.
+        folder: folder of the file, whose name is a hash of the pairs and the encoders.
+        progress: called with (encoded pairs, total pairs).
+        processes: the processes that train together; the first encodes.
 
     Raises:
         IdentityEditError: when an image cannot be read or has another size, or the file cannot be written.
@@ -189,18 +189,18 @@ def encode_pairs(
 
 
 def remove_encoded(encoded: EncodedPairs) -> None:
-    """Delete the file of encoded pairs, where the system lets it. A training that has mapped it keeps what it has."""
+    """Delete the file of encoded pairs, if the system allows it. Trainings that have mapped it can still read it."""
     with contextlib.suppress(OSError), _alone(encoded.path):  # Windows keeps a file that is mapped
         os.remove(encoded.path)
 
 
 @contextlib.contextmanager
 def _alone(path: str) -> Iterator[None]:
-    """Run the block while no other process of this machine is at the file of encoded pairs.
+    """Lock the file of encoded pairs against other processes on this machine.
 
-    Two servers that train on the same pairs would both append to it. The lock is the operating system's and is gone
-    with a killed process; filelock comes with torch. Its empty file stays: to delete it while another one waits for it
-    would give two the lock.
+    Otherwise two servers that train on the same pairs could both append to it. It is an operating system lock, released
+    when its process is killed; filelock is a dependency of torch. Its empty file is not deleted, because a waiting
+    process and a new one could then hold the lock at the same time.
 
     Raises:
         IdentityEditError: when the lock cannot be written.
@@ -225,7 +225,7 @@ def _alone(path: str) -> Iterator[None]:
 
 
 def read_image(path: Path) -> torch.Tensor:
-    """An image file [H, W, 3] float32, 0 to 1, cut to the middle that VAE Encode keeps.
+    """Read an image file [H, W, 3] float32, 0 to 1, center-cropped like VAE Encode.
 
     Raises:
         IdentityEditError: when the file is missing or damaged.
@@ -247,7 +247,7 @@ def _write(
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(partial, "ab") as file:
-            done = file.tell() // layout.itemsize  # whole ones; a kill may have left a part of one more
+            done = file.tell() // layout.itemsize  # complete records; a killed process may have written a partial one
             file.truncate(done * layout.itemsize)
             for start in range(done, len(pairs), _AT_ONCE):
                 some = pairs[start : start + _AT_ONCE]
@@ -264,8 +264,8 @@ def _write(
         os.replace(partial, path)
     except OSError as error:
         raise IdentityEditError(
-            f"The encoded pairs cannot be written to {partial} ({error.strerror or error}); make room, and queue "
-            f"again: it goes on where it was."
+            f"The encoded pairs cannot be written to {partial} ({error.strerror or error}); free disk space and queue "
+            f"again to resume."
         ) from error
 
 
@@ -297,5 +297,5 @@ def _fingerprint(pairs: Sequence[PairFiles], size: tuple[int, int], vae: Any, vi
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} ".encode())
         digest.update(f"{pair.source_prompt}\0{pair.target_prompt}\0{'mirrored' * pair.mirrored}".encode())
     state = vae.get_sd()
-    of_vae = [[name, state[name].flatten()[:2].float().tolist()] for name in sorted(state)[:64]]
-    return run_hash({"pairs": digest.hexdigest(), "size": size, "vae": of_vae, "vision": dataclasses.asdict(vision)})
+    vae_tag = [[name, state[name].flatten()[:2].float().tolist()] for name in sorted(state)[:64]]
+    return run_hash({"pairs": digest.hexdigest(), "size": size, "vae": vae_tag, "vision": dataclasses.asdict(vision)})

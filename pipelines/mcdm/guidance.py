@@ -26,7 +26,7 @@ class GuidanceScales:
     text: float = 5.0
 
     def coefficients(self) -> dict[str, float]:
-        """What each model call counts in the guided estimate.
+        """The coefficient of each estimate in the guided estimate.
 
         Eq. 1 for three conditions, in the order c_im, c_s, c_p:
 
@@ -34,7 +34,7 @@ class GuidanceScales:
                             + s_2 (e(c_im, c_s, 0)   - e(c_im, 0, 0))
                             + s_3 (e(c_im, c_s, c_p) - e(c_im, c_s, 0))
 
-        Sorted by evaluations, e(c_im, 0, 0) counts s_1 - s_2: with the paper's scales nothing, and it need not be made.
+        The coefficient of e(c_im, 0, 0) is s_1 - s_2: 0 with the paper's scales, so it need not be evaluated.
         """
         return {
             POSITIVE: self.text,
@@ -44,7 +44,7 @@ class GuidanceScales:
         }
 
     def evaluations(self, *, masked: bool) -> int:
-        """Model calls of a step."""
+        """Model calls per step."""
         return sum(1 for coefficient in self.coefficients().values() if coefficient != 0.0) + int(
             masked and self.text != 0.0
         )
@@ -55,9 +55,8 @@ def guided_estimate(
 ) -> torch.Tensor:
     """e~ of eq. 1, or with a mask that of eq. 3.
 
-    Both terms of eq. 3, e~(p_b) M + e~(p_a) (1 - M), share all evaluations but the last: only e(c_im, c_s, p) differs
-    between them, so that a mask costs one evaluation more. The rule is the same for estimates of the noise and of z_0,
-    since its coefficients sum to one.
+    The terms of eq. 3, e~(p_b) M + e~(p_a) (1 - M), differ only in e(c_im, c_s, p), so a mask costs one more
+    model call. The rule is the same for estimates of the noise and of z_0, since its coefficients sum to one.
 
     Args:
         estimates: [B, C, H, W] by name: e(c_im, c_s, p_b) is POSITIVE, with p_a SOURCE, with the null text NEGATIVE;
@@ -85,27 +84,26 @@ def mcdm_guider(
     source: Conditioning | None = None,
     mask: torch.Tensor | None = None,
 ) -> engine.CombiningGuider:
-    """A guider of a trained MCDM.
+    """A guider for a trained MCDM.
 
-    Functions of other nodes that work on the result of the guidance take part; those that take the place of its rule
-    (as RescaleCFG) do not, since the rule is this guider's own.
+    Other nodes' post-CFG functions are applied; those that replace the CFG rule (such as RescaleCFG) are not,
+    since this guider has its own rule.
 
     Args:
         model: MODEL of the InstructPix2Pix family.
-        positive: p_b, c_s and c_im, from `mcdm.with_images`.
-        negative: the null text with the same c_s and c_im; what has fewer conditions is made of it.
+        positive: p_b, c_s and c_im, from `model.with_images`.
+        negative: the null text with the same c_s and c_im; estimates with fewer conditions are derived from it.
         scales: s_1, s_2, s_3.
-        source: p_a with the same c_s and c_im; needed with a mask.
-        mask: M [B or 1, h, w] of any size, 1 where the edit may be; None is eq. 1.
+        source: p_a with the same c_s and c_im; required with a mask.
+        mask: M [B or 1, h, w] of any size, 1 where the image may change; None for eq. 1.
 
     Raises:
-        IdentityEditError: when the model sees no source image, a conditioning holds none, or source and mask do not
-            come together.
+        IdentityEditError: when the model or a conditioning has no source image, or a mask is used without source.
     """
     require_edit_model(model)
     for conditioning, name in ((positive, "positive"), (negative, "negative"), (source, "source")):
         if conditioning is not None:
-            without_images(conditioning, spatial=False, image=False, name=name)  # raises where there is none
+            without_images(conditioning, spatial=False, image=False, name=name)  # raises if there is none
     if mask is not None:
         if source is None:
             raise IdentityEditError("A mask needs source, the prompt of the image as it is; connect it as well.")
@@ -121,15 +119,15 @@ def mcdm_guider(
     conditionings: dict[str, Conditioning] = {}
     for name, conditioning in candidates.items():
         if conditioning is not None and coefficients.get(name) != 0.0:
-            # ComfyUI knows two kinds of prompt; all but the edit's count as negative, as in DualCFGGuider.
+            # ComfyUI has two prompt types; all but the edit's are negative, as in DualCFGGuider.
             kind = {} if name == POSITIVE else {"prompt_type": NEGATIVE}
             conditionings[name] = [[embedding, {**options, **kind}] for embedding, options in conditioning]
 
     def combine(guider: engine.CombiningGuider, estimates: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        of_latent = None
+        latent_mask = None
         if mask is not None:
             check_batch_matches(mask.shape[0], x.shape[0], "The mask")
-            of_latent = of_size(mask, x.shape[2], x.shape[3]).to(x.device)
-        return guider.after_guidance(guided_estimate(estimates, scales, of_latent), estimates, x)
+            latent_mask = of_size(mask, x.shape[2], x.shape[3]).to(x.device)
+        return guider.after_guidance(guided_estimate(estimates, scales, latent_mask), estimates, x)
 
     return engine.CombiningGuider(model, conditionings, combine)

@@ -1,8 +1,8 @@
 """Two images of one subject in one latent: composable guidance for pairs (Chen et al. 2024, section 3.2).
 
-Source and target are the halves of a latent of double width, denoised at once, so that self-attention makes one subject
-of them. A shared prompt p speaks of both, the source prompt p_a of the left half and the target prompt p_b of the right
-one (after Composable Diffusion, Liu et al. 2022).
+Source and target are the halves of a latent of double width, denoised together, so that self-attention gives both the
+same subject. A shared prompt p describes both halves, the source prompt p_a the left one and the target prompt p_b the
+right one (after Composable Diffusion, Liu et al. 2022).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SHARED_WEIGHT = 0.1
 SOURCE_WEIGHT = TARGET_WEIGHT = 0.9
 GUIDANCE_SCALE = 7.5
 STEPS = 20
-"""Chen et al. 2024, supplement 1.1: s'_d, s'_a = s'_b, the scale of classifier-free guidance, and T."""
+"""Chen et al. 2024, supplement 1.1: s'_d, s'_a = s'_b, the guidance scale, and T."""
 
 SHARED, SOURCE, TARGET = "positive", "source", "target"
 
@@ -36,8 +36,8 @@ def pair_estimate(
 ) -> torch.Tensor:
     """Equation 2, on estimates of z_0.
 
-    The paper combines predicted noise. With x = z_0 + sigma eps, an estimate of z_0 is x - sigma eps, and so is the
-    combined one; sigma cancels. Where the weights of a half sum to 1, as the paper's do, x cancels too.
+    The paper combines predicted noise. With x = z_0 + sigma eps, each estimate of z_0 is x - sigma eps, and so is the
+    combined one; sigma cancels. If the weights of a half sum to 1, as in the paper, x cancels too.
 
     Args:
         shared, source, target: guided estimates for p, p_a and p_b [B, C, H, 2W].
@@ -72,14 +72,14 @@ def pair_guider(
 ) -> engine.CombiningGuider:
     """A GUIDER for latents of double width, for any sampler.
 
-    A step costs four model calls (the negative prompt, p, p_a and p_b, in one call where memory allows), one
-    less for a guidance scale of 1 and for each weight that is 0.
+    A step costs four model calls (the negative prompt, p, p_a and p_b, batched if memory allows), one less for a
+    guidance scale of 1 and for each weight that is 0.
 
     Args:
-        model: MODEL that predicts noise or velocity.
+        model: MODEL of any supported family.
         shared, source, target: CONDITIONING of p, p_a and p_b, with ControlNets, hooks and so on.
         negative: CONDITIONING of the negative prompt.
-        guidance_scale: of the classifier-free guidance of each of the three.
+        guidance_scale: classifier-free guidance scale of each of the three prompts.
         shared_weight, source_weight, target_weight: s'_d, s'_a and s'_b of equation 2.
 
     Raises:
@@ -95,15 +95,15 @@ def pair_guider(
         check_conditioning(conditioning, f"The {'shared' if name == SHARED else name} prompt")
     used = {name: each for name, each in conditionings.items() if weights.get(name, 1.0) != 0.0}
     if set(used) == {"negative"}:
-        raise IdentityEditError("All three weights are 0, so that no prompt counts; set them to 0.1, 0.9 and 0.9.")
+        raise IdentityEditError("All three weights are 0, so no prompt is used; set them to 0.1, 0.9 and 0.9.")
     if math.isclose(guidance_scale, 1.0) and not model.model_options.get("disable_cfg1_optimization", False):
         del used["negative"]
 
     def combine(guider: engine.CombiningGuider, estimates: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         if x.shape[-1] % 2:
             raise IdentityEditError(
-                f"The latent is {x.shape[-1]} wide, which has no halves of one size; choose a width that is a multiple "
-                f"of 16 pixels."
+                f"The latent has odd width {x.shape[-1]} and cannot be split in half; choose a width that is a "
+                f"multiple of 16 pixels."
             )
         guided = {
             name: guider.guided(estimates, name, x, guidance_scale).float()
@@ -119,18 +119,18 @@ def pair_guider(
 
 
 def doubled(images: torch.Tensor) -> torch.Tensor:
-    """Images [B, H, W, C] side by side with themselves [B, H, 2W, C]: the same pose on both halves."""
+    """Images [B, H, W, C] repeated side by side [B, H, 2W, C]: the same pose for both halves."""
     return torch.cat([images, images], dim=2)
 
 
 def halves(tensor: torch.Tensor, dimension: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The left and the right half of a tensor along `dimension` (2 for images, -1 for latents).
+    """Split a tensor into left and right halves along `dimension` (2 for images, -1 for latents).
 
     Raises:
         IdentityEditError: when it cannot be halved.
     """
     width = tensor.shape[dimension]
     if width % 2 or width < 2:
-        raise IdentityEditError(f"{name} is {width} wide, which has no halves of one size; make it an even width.")
+        raise IdentityEditError(f"{name} has width {width} and cannot be split in half; use an even width.")
     left, right = tensor.split(width // 2, dim=dimension)
     return left.contiguous(), right.contiguous()

@@ -1,11 +1,11 @@
 """e4e, the encoder of StyleGAN's space W+ (Tov et al. 2021, "Designing an Encoder for StyleGAN Image Manipulation").
 
-An IR-SE50 (the residual network of ArcFace with squeeze and excitation) gives features at three depths; one head for
-each style row reads them, coarse rows the deepest ones. Row 1 gives a style for all rows, the others what is different
-from it (section 4.1 there). Names and shapes of all parameters are those of the published weights, so that
-`e4e_ffhq_encode.pt` loads as it is: 621 tensors for 18 rows.
+An IR-SE50 (ArcFace's residual network with squeeze and excitation) extracts features at three depths, which are mapped
+to the W+ code by one head per row, coarse rows using the deepest features. Row 1 is a base for all rows, the others are
+offsets from it (section 4.1 there). Names and shapes of all parameters are those of the published weights, so
+`e4e_ffhq_encode.pt` can be loaded directly: 621 tensors for 18 rows.
 
-Written here because no library that is kept has it; checked against the published implementation on random weights.
+Implemented here because no maintained library contains it; tested against the published implementation.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from torch.nn.functional import interpolate, linear
 from ..shared.errors import IdentityEditError
 
 SIZE = 256
-"""Pixels along a side of the image: any other size would silently give another number of rows."""
+"""Input size in pixels; other sizes would produce wrong features without an error."""
 WIDTH = 512
 ROWS = 18
-"""W+ codes of a StyleGAN of 1024x1024 pixels, FFHQ's: 2 * log2(1024) - 2."""
+"""Rows of a W+ code for FFHQ's StyleGAN of 1024x1024 pixels: 2 * log2(1024) - 2."""
 UNITS = ((64, 64, 3), (64, 128, 4), (128, 256, 14), (256, 512, 3))
 """(channels in, channels out, number of units) of the four stages; each stage halves the image in its first unit."""
 TAPS = (6, 20, 23)
-"""Units after which features are read: 128 channels at 64x64, 256 at 32x32 and 512 at 16x16."""
+"""Units with feature outputs: 128 channels at 64x64, 256 at 32x32 and 512 at 16x16."""
 MIDDLE_ROW, FINE_ROW = 3, 7
-"""The first rows (from 0) that read features of 32x32 and of 64x64 places."""
+"""The first rows (from 0) that use the 32x32 and the 64x64 features."""
 _REDUCTION = 16
 
 
 class SqueezeAndExcitation(nn.Module):
-    """Weighs channels by what the whole image shows (Hu et al. 2018)."""
+    """Channel attention from global image features (Hu et al. 2018)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ResidualUnit(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
         super().__init__()
         if channels_in == channels_out:
-            self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)  # takes every stride-th place
+            self.shortcut_layer: nn.Module = nn.MaxPool2d(1, stride)  # subsampling
         else:
             self.shortcut_layer = nn.Sequential(
                 nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=stride, bias=False),
@@ -84,7 +84,7 @@ class ScaledLinear(nn.Module):
 
 
 class StyleHead(nn.Module):
-    """Features [B, 512, S, S] -> one style row [B, 512]: halved by strided convolutions to a single place."""
+    """Features [B, 512, S, S] -> one row of the W+ code [B, 512], by strided convolutions down to 1x1."""
 
     def __init__(self, places: int) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class StyleHead(nn.Module):
 
 
 class E4E(nn.Module):
-    """The encoder: images [B, 3, 256, 256] in -1 to 1 -> what to add to the mean style [B, N, 512].
+    """The encoder: images [B, 3, 256, 256] in -1 to 1 -> offset from the latent average [B, N, 512].
 
     Args:
         rows: N, 18 for StyleGANs of 1024x1024 pixels, 16 for 512x512, 14 for 256x256.
@@ -128,7 +128,7 @@ class E4E(nn.Module):
         self.latlayer2 = nn.Conv2d(UNITS[1][1], WIDTH, kernel_size=1)
 
     def config(self) -> dict[str, Any]:
-        """What it takes to build it again."""
+        """Constructor arguments."""
         return {"rows": self.rows}
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -157,28 +157,28 @@ def _enlarged(features: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def from_published(content: dict[str, Any], path: str) -> tuple[E4E, torch.Tensor]:
-    """The encoder and the mean style [N, 512] of a published checkpoint.
+    """The encoder and the latent average [N, 512] of a published checkpoint.
 
     Args:
-        content: {"state_dict": tensors with "encoder." before their names, "latent_avg": [N, 512], "opts": how it was
-            trained}, or the tensors and latent_avg in one dictionary, with or without "encoder.". Other tensors, such
-            as the StyleGAN's, are left out.
-        path: where it comes from, for messages.
+        content: {"state_dict": tensors with the prefix "encoder.", "latent_avg": [N, 512], "opts": training options},
+            or the tensors and latent_avg in one dictionary, with or without the prefix. Other tensors, such as the
+            StyleGAN's, are ignored.
+        path: its location, for messages.
 
     Raises:
-        IdentityEditError: when it is no e4e, lacks tensors or the mean style.
+        IdentityEditError: when it is not an e4e, or lacks tensors or the latent average.
     """
     options = content.get("opts")
     options = options if isinstance(options, dict) else vars(options) if hasattr(options, "__dict__") else {}
     trained_as = options.get("encoder_type", "Encoder4Editing")
     if trained_as != "Encoder4Editing":
         raise IdentityEditError(
-            f"The file {path} holds the encoder {trained_as}, whose rows mean something else than e4e's; choose an e4e "
-            f"such as e4e_ffhq_encode.pt."
+            f"The file {path} contains the encoder {trained_as}, whose W+ codes differ from e4e's; choose an e4e such "
+            f"as e4e_ffhq_encode.pt."
         )
     if options.get("start_from_latent_avg") is False:
         raise IdentityEditError(
-            f"The e4e in {path} was trained without a mean style, which this pack needs; choose e4e_ffhq_encode.pt."
+            f"The e4e in {path} was trained without a latent average, which this pack needs; choose e4e_ffhq_encode.pt."
         )
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -203,20 +203,20 @@ def from_published(content: dict[str, Any], path: str) -> tuple[E4E, torch.Tenso
         or average.numel() not in (WIDTH, rows * WIDTH)
     ):
         raise IdentityEditError(
-            f"The e4e in {path} comes without its mean style (latent_avg, {rows}x{WIDTH}); choose the whole file, such "
-            f"as e4e_ffhq_encode.pt."
+            f"The e4e in {path} has no latent average (latent_avg, {rows}x{WIDTH}); choose the complete file, such as "
+            f"e4e_ffhq_encode.pt."
         )
     return with_weights(E4E, {"rows": rows}, tensors, path), average.float().reshape(-1, WIDTH).expand(rows, -1).clone()
 
 
 def with_weights(architecture: Any, config: dict[str, Any], tensors: dict[str, torch.Tensor], path: str) -> Any:
-    """A network with the tensors of a file as its parameters, float32, without ever drawing random ones.
+    """A network with a file's tensors as its float32 parameters, without random initialization.
 
     Raises:
-        IdentityEditError: when tensors are missing, too many, or of other shapes.
+        IdentityEditError: when tensors are missing, unexpected, or of other shapes.
     """
     try:
-        # ComfyUI runs nodes in inference mode, in which weights would be made that nothing can be trained through.
+        # Leave ComfyUI's inference mode, because autograd cannot use tensors created in it.
         with torch.inference_mode(False), torch.no_grad():
             with torch.device("meta"):
                 network = architecture(**config)

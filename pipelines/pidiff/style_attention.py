@@ -1,11 +1,11 @@
-"""Style attention: a person's W+ W+ codes shown to a diffusion model (PIDiff: Gu et al. 2025, sections 2.2.2, 2.2.3).
+"""Style attention: conditions a diffusion model on a person's W+ code (PIDiff: Gu et al. 2025, sections 2.2.2, 2.2.3).
 
-A mapping network turns groups of W+ codes, from coarse to fine, into one token each; style cross-attention behind
-every text cross-attention (`attention.style_cross_attention`) brings the tokens into the image. Both are trained on a
-few images of one person (`train_style_attention`); no weight of the diffusion model changes.
+A mapping network turns groups of rows of the W+ code, from coarse to fine, into one token each, which style
+cross-attention after every text cross-attention (`attention.style_cross_attention`) brings into the image. Both are
+trained on a few images of one person (`train`); the diffusion model is frozen.
 
-The paper has Stable Diffusion 1.5. SD2.x and SDXL are ours: tokens have the width of their text embeddings, and every
-transformer block has its style cross-attention.
+The paper uses Stable Diffusion 1.5. SD2.x and SDXL are our extension: tokens have the width of their text embeddings,
+and every transformer block has a style cross-attention.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from ..shared.parsing import as_range, numbers, split_parts
 from .w_plus import WPlus
 
 ROW_GROUPS = "1-5, 6-9, 10-13, 14-18"
-"""Of e4e's 18 rows in Gu et al. 2025, section 2.2.2. The published w-plus-adapter groups 4, 4, 4 and 6 rows."""
+"""Groups of e4e's 18 rows in Gu et al. 2025, section 2.2.2. The published w-plus-adapter groups 4, 4, 4 and 6 rows."""
 STRENGTH = 0.4
-"""lambda while sampling in Gu et al. 2025, section 3.4.4; it is 1 in training."""
+"""lambda for sampling in Gu et al. 2025, section 3.4.4; it is 1 in training."""
 
 _KEY = "identity_edit_style_attention"
 _WITHOUT_PROMPT = ("negative", "empty")
-"""Names of the sides of a guider that get the null style: "empty" is Perp-Neg Guider's."""
+"""Guider sides that get the null style; "empty" is Perp-Neg Guider's."""
 
 RowGroups = tuple[tuple[int, int], ...]
 """First and last row of each group, counted from 1."""
 
 
 def parse_row_groups(text: str, count: int) -> RowGroups:
-    """Groups of W+ codes as a user writes them: "1-5, 6-9, 10-13, 14-18".
+    """Parse groups of W+ code rows such as "1-5, 6-9, 10-13, 14-18".
 
     Args:
-        text: ranges or single rows, separated by commas, one after another from row 1 to the last.
-        count: N, the encoder's W+ codes.
+        text: ranges or single rows, separated by commas, in order from row 1 to the last.
+        count: N, the number of rows of the encoder's W+ codes.
 
     Raises:
-        IdentityEditError: when a part is no range, or the groups do not hold every row once and in order.
+        IdentityEditError: when a part is not a range, or the groups do not contain every row once and in order.
     """
     groups = []
     for part in split_parts(text):
@@ -71,14 +71,14 @@ def parse_row_groups(text: str, count: int) -> RowGroups:
         expected = last + 1
     if expected != count + 1:
         raise IdentityEditError(
-            f"row_groups is '{text}' but the W+ styles have {count} rows; write groups that hold the rows from 1 to "
-            f"{count} once and in order, such as '{written_row_groups(proportional_row_groups(count))}'."
+            f"row_groups is '{text}' but the W+ codes have {count} rows; write groups with the rows from 1 to {count} "
+            f"once and in order, such as '{written_row_groups(proportional_row_groups(count))}'."
         )
     return tuple(groups)
 
 
 def proportional_row_groups(count: int) -> RowGroups:
-    """The paper's four groups of 18 rows in proportion for another number of rows, without empty ones."""
+    """The paper's four groups of 18 rows, scaled to another number of rows, without empty groups."""
     lasts = sorted({max(1, round(count * last / 18)) for last in (5, 9, 13, 18)})
     return tuple((first + 1, last) for first, last in zip([0, *lasts[:-1]], lasts, strict=True))
 
@@ -88,20 +88,20 @@ def written_row_groups(groups: RowGroups) -> str:
 
 
 class MappingNetwork(nn.Module):
-    """F of Gu et al. 2025, section 2.2.2: each of its mapping layers turns one group of W+ codes into one token.
+    """F of Gu et al. 2025, section 2.2.2: each mapping layer turns one group of W+ code rows into one token.
 
-    The paper says neither what a layer is nor what the null style is. Here a layer is linear, and the tokens are
-    normalized as IP-Adapter's are, to the size of text embeddings, which the copied projections W'_k and W'_v know. It
-    sees rows as their difference from the encoder's mean style, which the layers' biases could as well learn: so the
-    null style, that mean, differs from a person from the first step on.
+    The paper specifies neither the layers nor the null style. Here the layers are linear, and the tokens are normalized
+    like IP-Adapter's, to the scale of text embeddings expected by the copied projections W'_k and W'_v. The input is
+    the difference from the encoder's latent average (equivalent to other biases), so that the null style, that average,
+    differs from a person from the first step on.
     """
 
     def __init__(self, groups: RowGroups, style_width: int, text_width: int) -> None:
         """
         Args:
-            groups: of W+ codes.
-            style_width: C, numbers of a style row.
-            text_width: of the model's text embeddings.
+            groups: groups of rows of the W+ codes.
+            style_width: C, width of a row.
+            text_width: width of the model's text embeddings.
         """
         super().__init__()
         self.groups = groups
@@ -109,7 +109,7 @@ class MappingNetwork(nn.Module):
         self.normalize = nn.LayerNorm(text_width)
 
     def forward(self, rows: torch.Tensor, average: torch.Tensor) -> torch.Tensor:
-        """W+ codes [B, N, C] and the mean style [N, C] -> tokens v [B, number of groups, text width]."""
+        """W+ codes [B, N, C] and the latent average [N, C] -> tokens v [B, number of groups, text width]."""
         difference = rows - average
         tokens = [
             layer(difference[:, first - 1 : last].flatten(1))
@@ -119,7 +119,7 @@ class MappingNetwork(nn.Module):
 
 
 class StyleNetwork(nn.Module):
-    """All that is trained: the mapping network and the style cross-attention of every layer."""
+    """The trained networks: the mapping network and the style cross-attention of every layer."""
 
     def __init__(
         self, groups: RowGroups, style_width: int, text_width: int, sizes: dict[tuple[str, int, int], LayerSize]
@@ -136,12 +136,12 @@ class StyleAttention:
     Attributes:
         network: its weights, float32 and frozen. The mapping network stays on the CPU.
         kind: SEQUENTIAL (SCA) or PARALLEL (PCA).
-        style_rows, style_width: N and C of the W+ styles it reads.
-        text_width: of the text embeddings of its model.
+        style_rows, style_width: N and C of its W+ codes.
+        text_width: width of its model's text embeddings.
         encoder: name and fingerprint of the W+ encoder it was trained with.
-        pseudo_word: the word that stood for the person in training, "" where captions did without.
+        pseudo_word: the person's word in training captions, or "".
         model: tag of the model it was trained with.
-        training: what is known about the training.
+        training: training metadata.
     """
 
     network: StyleNetwork
@@ -166,12 +166,12 @@ class StyleAttention:
     def patcher(self, model: Any) -> Any:
         """Its style cross-attention as a ModelPatcher, which ComfyUI loads and offloads together with `model`.
 
-        In the dtype that the model computes in; several models of one dtype and device share one.
+        In the model's compute dtype; models with the same dtype and devices share one.
         """
         dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
         key = dtype, model.load_device, model.offload_device
         if key not in self._patchers:
-            # Outside of inference mode, so that a training can pass gradients through.
+            # Outside inference mode, so that trainings can differentiate through it.
             with torch.inference_mode(False), torch.no_grad():
                 layers = self.network.attention
                 remake = partial(StyleLayers, layers.sizes)
@@ -185,12 +185,12 @@ class StyleAttention:
 
 
 def style_tokens(style: StyleAttention, w_plus: WPlus) -> tuple[torch.Tensor, torch.Tensor]:
-    """v of each person [P, n, text width] and of nobody [1, n, text width], float32 CPU.
+    """Tokens v of each person [P, n, text width] and of the null style [1, n, text width], float32 CPU.
 
-    Nobody's, the null style, is the encoder's mean style through the mapping network.
+    The null style (for classifier-free guidance) is the encoder's latent average through the mapping network.
 
     Raises:
-        IdentityEditError: when the styles are another encoder's.
+        IdentityEditError: for W+ codes of another shape.
     """
     check_styles(style, w_plus)
     mapping = style.network.mapping
@@ -200,23 +200,23 @@ def style_tokens(style: StyleAttention, w_plus: WPlus) -> tuple[torch.Tensor, to
 
 
 def check_styles(style: StyleAttention, w_plus: WPlus) -> str | None:
-    """Check that a style attention can read W+ styles.
+    """Check that W+ codes fit a style attention.
 
     Returns:
-        a warning when they are of its form but another encoder's, or None.
+        a warning if they are from another encoder, or None.
 
     Raises:
-        IdentityEditError: when they are of another form.
+        IdentityEditError: for W+ codes of another shape.
     """
     if (w_plus.count, w_plus.width) != (style.style_rows, style.style_width):
         raise IdentityEditError(
-            f"The W+ styles are {w_plus.count} rows of {w_plus.width} and the style attention reads {style.style_rows} "
+            f"The W+ code has {w_plus.count} rows of {w_plus.width} but the style attention needs {style.style_rows} "
             f"of {style.style_width}; encode the image with the W+ encoder of its training ({style.encoder})."
         )
     if w_plus.encoder != style.encoder:
         return (
-            f"The W+ styles come from the encoder {w_plus.encoder} and the style attention was trained with "
-            f"{style.encoder}; rows of different encoders mean different things."
+            f"The W+ code is from the encoder {w_plus.encoder} but the style attention was trained with "
+            f"{style.encoder}; codes of different encoders are not interchangeable."
         )
     return None
 
@@ -225,10 +225,10 @@ def check_model(style: StyleAttention, model: Any) -> str | None:
     """Check that a style attention fits a model.
 
     Returns:
-        a warning when the model is of its family but has other weights than it was trained with, or None.
+        a warning for another checkpoint of the same family, or None.
 
     Raises:
-        IdentityEditError: when a layer is missing or has another size.
+        IdentityEditError: for another family, with missing layers or other sizes.
     """
     engine.require(model, engine.Capability.CROSS_ATTENTION)
     sizes = layer_sizes(text_layers(model.get_model_object("diffusion_model")))
@@ -247,10 +247,10 @@ def check_model(style: StyleAttention, model: Any) -> str | None:
 
 
 def parse_schedule(text: str) -> tuple[float, ...]:
-    """Factors of lambda as a user writes them: "0, 1" or "" for none.
+    """Parse factors of lambda such as "0, 1", or "" for none.
 
     Raises:
-        IdentityEditError: when a part is no finite number.
+        IdentityEditError: when a part is not a finite number.
     """
     factors = numbers(text)
     if factors is None or not bool(torch.isfinite(torch.tensor(factors)).all()):
@@ -267,9 +267,9 @@ def strength_at(
         sampling: the model's sampling object.
         sigma: the noise level.
         strength: lambda.
-        start_percent, end_percent: shares of the timesteps, from the noisiest, between which it counts; both included,
-            as ComfyUI has it for conditionings.
-        schedule: factors of lambda spread evenly from start to end and interpolated linearly; none is 1 throughout.
+        start_percent, end_percent: range of timesteps in which it applies, as fractions from the noisiest, both
+            inclusive, as for ComfyUI's conditionings.
+        schedule: factors of lambda, evenly spaced from start to end and linearly interpolated; empty for constant 1.
     """
     if not sampling.percent_to_sigma(end_percent) <= sigma <= sampling.percent_to_sigma(start_percent):
         return 0.0
@@ -294,18 +294,18 @@ def apply_style_attention(
     schedule: Sequence[float] = (),
     mask: torch.Tensor | None = None,
 ) -> Any:
-    """A clone of MODEL that draws the person of W+ styles (Gu et al. 2025, section 2.2.5), for any sampler and guider.
+    """A clone of MODEL conditioned on a person's W+ code (Gu et al. 2025, section 2.2.5), for any sampler and guider.
 
-    Applied several times, each person gets their own: what is added is the sum, and with masks each one's stays in
-    their region. Conditionings without a prompt (the negative side) get the null style, as in training.
+    Can be applied several times for several people: their outputs are summed, and masks restrict each person to a
+    region. The negative side gets the null style, as in training.
 
     Args:
         model: MODEL, Stable Diffusion 1.x, 2.x or XL.
-        style: trained with its family.
-        w_plus: of one image for the whole batch, or of one for each.
-        strength: lambda. 0 gives the plain model.
+        style: a style attention trained with its family.
+        w_plus: W+ code of one image for the whole batch, or one for each.
+        strength: lambda; 0 disables it.
         start_percent, end_percent, schedule: see `strength_at`.
-        mask: [1 or B, H, W], 0 to 1, where the person is; of any size, stretched over the latent.
+        mask: [1 or B, H, W], 0 to 1, of the person; of any size, stretched to the latent.
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -320,17 +320,17 @@ def apply_style_attention(
         raise IdentityEditError(f"strength is {strength}; choose a number, such as {STRENGTH}.")
     if strength == 0.0:
         return model.clone()
-    given = None if mask is None else as_masks(mask, "mask")
-    styles = SubjectStyles(tokens, null, strength, given)
+    person_mask = None if mask is None else as_masks(mask, "mask")
+    styles = SubjectStyles(tokens, null, strength, person_mask)
 
     def predict_noise(
         executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
     ) -> torch.Tensor:
         guider = executor.class_obj
         check_batch_matches(tokens.shape[0], x.shape[0], "w_plus")
-        if given is not None:
-            check_batch_matches(given.shape[0], x.shape[0], "mask")
-            styles.mask = cut_to(given, x.shape[-2], x.shape[-1])
+        if person_mask is not None:
+            check_batch_matches(person_mask.shape[0], x.shape[0], "mask")
+            styles.mask = cut_to(person_mask, x.shape[-2], x.shape[-1])
         sampling = guider.model_patcher.get_model_object("model_sampling")
         sigma = float(timestep.max())
         before, styles.evaluation = (
@@ -359,13 +359,13 @@ def apply_style_attention(
     clone = engine.with_wrappers(model, _KEY, predict_noise, outer_sample, replace=False)
     for name, patch in patches.items():
         clone.set_model_patch(patch, name)
-    # One key for one style attention: several people who share it load it once.
+    # One key per style attention, so that several people who share it load it once.
     clone.set_additional_models(f"{_KEY}_{id(patcher.model)}", [patcher])
     return clone
 
 
 def described(style: StyleAttention) -> str:
-    """What a style attention is, in a line for reports."""
+    """One-line description of a style attention for reports."""
     name = f" of '{style.pseudo_word}'" if style.pseudo_word else ""
     return (
         f"Style attention{name}: {style.kind}, {len(style.row_groups)} tokens of the rows "

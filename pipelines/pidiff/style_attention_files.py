@@ -7,8 +7,8 @@ style_rows, style_width, text_width, encoder, pseudo_word, model (the tag of the
 training.
 
 The published w-plus-adapter (Li et al. 2024) is another network: its mapping layers read 4, 4, 4 and 6 rows without
-subtracting the mean style, its null style is zero, and its query is taken before the output projection, where no patch
-on a list can be. Its weights here would give other images, so its files are refused.
+subtracting the latent average, its null style is zero, and its query is taken before the output projection, where no
+patch on a list can be. Its weights here would give other images, so its files are refused.
 """
 
 from __future__ import annotations
@@ -125,5 +125,5 @@ def _refuse_others(path: str) -> None:
         )
     if not path.lower().endswith(".safetensors"):
         raise IdentityEditError(
-            f"The file {path} holds no style attention; choose one that Train Style Attention has saved."
+            f"The file {path} contains no style attention; choose one that Train Style Attention has saved."
         )

@@ -54,7 +54,7 @@ class StyleSettings(TrainingSettings):
         row_groups: of W+ codes, one token each, see `parse_row_groups`.
         learning_rate: our choice: the extracted text of the paper, section 3.1, has lost the number.
         text_drop, style_drop: how often an image goes without its caption (an empty one) and without its styles (the
-            encoder's mean style), each drawn on its own.
+            encoder's latent average), each drawn on its own.
         style_noise: deviation of the noise that is added to the styles, in their own unit. Our choice: the paper adds
             "random noise" and does not say how much.
         masked: count the loss inside the masks only. The paper names no mask.

@@ -30,7 +30,7 @@ class WPlus:
     Attributes:
         rows: [B, N, C] float32 CPU, absolute styles: `average` is already added. N is 18 and C 512 for e4e; other
             encoders have others.
-        average: [N, C] float32 CPU, the encoder's mean style (`latent_avg`).
+        average: [N, C] float32 CPU, the encoder's latent average (`latent_avg`).
         encoder: name and fingerprint of the encoder that made them; rows of different encoders mean different things.
     """
 
@@ -45,11 +45,11 @@ class WPlus:
             )
         if tuple(self.average.shape) != tuple(self.rows.shape[1:]):
             raise IdentityEditError(
-                f"The mean style {tuple(self.average.shape)} does not belong to W+ styles {tuple(self.rows.shape)}; "
+                f"The latent average {tuple(self.average.shape)} does not match W+ codes {tuple(self.rows.shape)}; "
                 f"take both from the same encoder."
             )
         check_finite_styles(self.rows, "The W+ styles")
-        check_finite_styles(self.average, "The mean style")
+        check_finite_styles(self.average, "The latent average")
 
     @property
     def count(self) -> int:
@@ -142,7 +142,7 @@ def mix_styles(first: WPlus, second: WPlus, rows: Sequence[int], weight: float =
 
 
 def average_styles(styles: Sequence[WPlus]) -> WPlus:
-    """The mean style of several images, which keeps what they have in common (the person) and loses what they do not.
+    """The mean W+ code of several images, which keeps what they share (the person) and averages out the rest.
 
     Args:
         styles: each of one or more images, all from one encoder; every image counts alike.

@@ -47,7 +47,7 @@ _MOST_PARTS = 32
 
 
 class SmallWPlusEncoder(nn.Module):
-    """A small convolutional encoder: images [B, 3, size, size] in -1 to 1 -> what to add to the mean style [B, N, C].
+    """A small convolutional encoder: [B, 3, size, size] in -1 to 1 -> offset from the latent average [B, N, C].
 
     Stage i halves the image. Rows come in groups; each reads the features of one stage, so that coarse rows can see
     the whole image and fine ones small parts, as in e4e. A group pools its features to a grid, which keeps where
@@ -139,7 +139,7 @@ class WPlusEncoder:
 
     Attributes:
         network: an `E4E` or a `SmallWPlusEncoder`, frozen, float32.
-        average: [N, C] float32 CPU, the mean style.
+        average: [N, C] float32 CPU, the latent average.
         name: what the user knows it by, with a fingerprint of its weights.
         patcher: through which ComfyUI moves the network (see `engine.managed_network`).
         training: what is known about the training.
@@ -158,7 +158,7 @@ class WPlusEncoder:
 
 
 def encode_w_plus(encoder: WPlusEncoder, images: torch.Tensor) -> WPlus:
-    """The W+ codes of images: what the network says, added to the mean style.
+    """The W+ codes of images: what the network says, added to the latent average.
 
     Args:
         encoder: which one.
@@ -217,7 +217,7 @@ def save_w_plus_encoder(
     Args:
         path: ends with .safetensors.
         network: an `E4E` or a `SmallWPlusEncoder`; tensors are written in their own dtype.
-        average: [N, C], the mean style.
+        average: [N, C], the latent average.
         name: what users shall know it by, such as "e4e_ffhq".
         training: what JSON can hold of how it was trained.
 
@@ -267,7 +267,7 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
         network, average = from_published(content, path)
     if tuple(average.shape) != (network.rows, network.width):
         raise IdentityEditError(
-            f"The mean style {tuple(average.shape)} in {path} does not belong to its encoder of {network.rows} rows of "
+            f"The latent average {tuple(average.shape)} in {path} does not fit its encoder of {network.rows} rows of "
             f"{network.width}; download the file again."
         )
     with torch.inference_mode(False):

@@ -360,7 +360,7 @@ def test_outside_of_the_blend_the_target_is_the_source() -> None:
 def test_errors_while_sampling() -> None:
     model = tiny_models.sd1()
     controlled = with_attention_control(model, swapped(8, 6), SOURCE, ALWAYS)
-    with pytest.raises(IdentityEditError, match="target's conditioning has 8 tokens but its prompt 6"):
+    with pytest.raises(IdentityEditError, match="target's conditioning has 8 tokens but its prompt has 6"):
         sample(controlled)
     broken = with_attention_control(model, swapped(), SOURCE, ALWAYS)
     network, skipped = model.model.diffusion_model, last_layer(model)

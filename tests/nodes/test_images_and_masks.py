@@ -187,7 +187,7 @@ def test_a_photo_is_compared_with_what_vae_encode_keeps_of_it(world: World) -> N
     source, target, _ = load_pair(PairFolder(path).path / "pairs" / f"{number:06}")
     torch.testing.assert_close(source, CUT[0], atol=0.002, rtol=0)
     torch.testing.assert_close(target, EDIT[0], atol=0.002, rtol=0)
-    assert "the middle 128x96" in report
+    assert "center-cropped to 128x96" in report
 
 
 class VideoVAE(tiny_vision.VAE):

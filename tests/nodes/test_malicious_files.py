@@ -516,18 +516,18 @@ def test_an_index_leads_nowhere_else(line: str, tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(saved(a_image(), "PNG"))
     (folder / "link").symlink_to(tmp_path, target_is_directory=True)
     (folder / "index.jsonl").write_text(line)
-    with pytest.raises(IdentityEditError, match="Line 1 of .* describes no pair") as error:
+    with pytest.raises(IdentityEditError, match="Line 1 of .* is invalid") as error:
         pairs_in_folder(folder)
     assert complaint_about_message(str(error.value)) is None
 
 
 def test_an_index_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "index.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(IdentityEditError, match=r"no index\.jsonl that can be read"):
+    with pytest.raises(IdentityEditError, match=r"no readable index\.jsonl"):
         pairs_in_folder(tmp_path)
     (tmp_path / "index.jsonl").unlink()
     (tmp_path / "index.jsonl").mkdir()
-    with pytest.raises(IdentityEditError, match=r"no index\.jsonl that can be read"):
+    with pytest.raises(IdentityEditError, match=r"no readable index\.jsonl"):
         pairs_in_folder(tmp_path)
 
 

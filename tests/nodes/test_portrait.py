@@ -162,11 +162,11 @@ def test_what_cannot_be_used_is_said(parts: Any, own_folders: Path) -> None:
     with pytest.raises(IdentityEditError, match="neither a path nor below"):
         train(parts, folder="nowhere")
     (own_folders / "input" / "empty").mkdir()
-    with pytest.raises(IdentityEditError, match="has no index.jsonl"):
+    with pytest.raises(IdentityEditError, match="has no readable index.jsonl"):
         train(parts, folder="empty")
     index = own_folders / "output" / "my pairs" / "index.jsonl"
     index.write_text(index.read_text() + '{"source": "x.png"}\n')
-    with pytest.raises(IdentityEditError, match="Line 5 of .* describes no pair"):
+    with pytest.raises(IdentityEditError, match="Line 5 of .* is invalid"):
         train(parts)
     assert edit_model.is_edit_model(model) and made.training["pairs"] == 3
 

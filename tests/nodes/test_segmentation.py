@@ -85,7 +85,7 @@ def test_segment_anything_from_a_folder(models: Path) -> None:
     mask, _, _ = segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="64, 64")
     assert mask.shape == (2, 128, 128) and set(mask.unique().tolist()) <= {0.0, 1.0}
     assert "tiny" in nodes.SegmentSubject.define_schema().inputs[10].options
-    with pytest.raises(IdentityEditError, match="lies outside of the image"):
+    with pytest.raises(IdentityEditError, match="lies outside the image"):
         segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="640, 64")
 
 

@@ -147,7 +147,7 @@ def test_the_official_layout_is_read(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"opts": {"encoder_type": "GradualStyleEncoder"}}, "GradualStyleEncoder"),
-        ({"opts": {"start_from_latent_avg": False}}, "without a mean style"),
+        ({"opts": {"start_from_latent_avg": False}}, "without a latent average"),
         ({"latent_avg": None}, "latent_avg"),
         ({"latent_avg": torch.zeros(16, WIDTH)}, "latent_avg"),
         ({"state_dict": {"decoder.style.1.weight": torch.zeros(4)}}, "no e4e encoder"),

@@ -217,7 +217,7 @@ def test_other_sigmas_latents_and_inversions_are_refused():
         sample(torch.tensor([9.0, 3.0, 0.0]), made.start_latent(patcher))
     with pytest.raises(IdentityEditError, match="2 entries for a batch of 3"):
         sample(made.sigmas, tiny_models.latent(2, batch=3))
-    with pytest.raises(IdentityEditError, match="own latent"):
+    with pytest.raises(IdentityEditError, match="inversion's latent"):
         sample(made.sigmas, tiny_models.latent(2, batch=2, width=16))
     plain = inversion.ddim_inversion(patcher, tiny_models.latent(2), POSITIVE, steps=4)
     with pytest.raises(IdentityEditError, match="connect one from Edit-Friendly DDPM Inversion"):

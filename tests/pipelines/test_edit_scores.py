@@ -232,7 +232,7 @@ def test_bad_inputs_are_named() -> None:
         ((EDITED, SOURCE), {"target_prompt": ["a", "b", "c"]}, "target_prompt holds 3 prompts for 2 edited"),
         ((EDITED, SOURCE), {"source_prompt": ["a", ""]}, "source_prompt is empty for some"),
         ((EDITED * torch.nan, SOURCE), {}, "edited contains NaN"),
-        ((EDITED, SOURCE * 255), {}, "source holds values up to 25"),
+        ((EDITED, SOURCE * 255), {}, "source has values up to 25"),
         ((EDITED[:0], SOURCE), {}, "edited must be images"),
         ((EDITED, SOURCE), {"references": [torch.zeros(3, 3)]}, "references must be images"),
     ]

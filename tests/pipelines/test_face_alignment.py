@@ -130,5 +130,5 @@ def test_points_that_are_no_face_are_refused(points: object) -> None:
 
 
 def test_points_outside_of_the_image_are_refused() -> None:
-    with pytest.raises(IdentityEditError, match="outside of the image"):
+    with pytest.raises(IdentityEditError, match="outside the image"):
         alignment.align_ffhq(torch.rand(100, 100, 3), FACE + 1000, 256)

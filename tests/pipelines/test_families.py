@@ -203,8 +203,8 @@ def test_what_flow_models_lack_is_refused_by_name(model: Any, pivot: Inversion) 
     identity = IdentityPrompt(SOURCE[0][0], (1,))
     refused = [
         (lambda: null_text.null_text_optimization(model, pivot, SOURCE, NEGATIVE), "does not support gradients"),
-        (lambda: mutual_self_attention(model, pivot, SOURCE), "no cross-attention"),
-        (lambda: capture_identity(model, identity), "no cross-attention"),
+        (lambda: mutual_self_attention(model, pivot, SOURCE), "no text cross-attention"),
+        (lambda: capture_identity(model, identity), "no text cross-attention"),
         (lambda: engine.require(model, engine.Capability.TRAINING), "cannot be trained"),
         (lambda: check_inputs(DDIMInversion.define_schema(), {"model": model}), "is not a noise-predicting UNet"),
     ]

@@ -30,7 +30,7 @@ def test_what_vae_encode_cuts_off_a_image_is_cut_off_its_mask(size: tuple[int, i
     torch.testing.assert_close(masks.of_size(mask, 12, 16), of_cells)
     images = mask[..., None].expand(-1, -1, -1, 3)
     first, second, note = matched_images(images, kept[..., None], ("photo", "edit"))
-    assert torch.equal(first, second) and note is not None and note.startswith("Of photo")
+    assert torch.equal(first, second) and note is not None and note.startswith("photo (")
 
 
 def test_one_mask_is_for_all_images() -> None:

@@ -216,7 +216,7 @@ def test_halves_put_together_are_the_whole() -> None:
     images = torch.rand(2, 6, 10, 3)
     assert torch.equal(torch.cat(halves(images, 2, "x"), dim=2), images)
     assert torch.equal(halves(doubled(images), 2, "x")[1], images)
-    with pytest.raises(IdentityEditError, match="9 wide"):
+    with pytest.raises(IdentityEditError, match="odd width 9"):
         halves(torch.rand(1, 4, 9, 3), 2, "The pair")
 
 

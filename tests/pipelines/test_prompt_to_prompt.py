@@ -136,7 +136,7 @@ def test_replace_maps_as_the_reference_does(clip: Any, source: str, target: str)
     assert np.allclose(ours[:, :behind], reference[:, :behind])
     # Ours: every source token hands on all of its weight, words to words, end to end, padding to padding.
     assert np.allclose(ours.sum(axis=1), 1.0)
-    assert ours[first.parts[0].end, second.parts[0].end] == 1.0
+    assert ours[first.chunks[0].end, second.chunks[0].end] == 1.0
     assert ours[76, 76] == 1.0 and ours[0, 0] == 1.0
 
 
@@ -154,7 +154,7 @@ def test_refine_aligns_as_the_reference_does(clip: Any, source: str, target: str
     first, second = words.prompt_tokens(clip, source), words.prompt_tokens(clip, target)
     mapper = words.token_mapper(first, second, words.aligned_tokens(first, second))
     ours = {int(j): int(mapper[:, j].argmax()) for j in second.positions if bool(mapper[:, j].any())}
-    ours |= {0: 0, second.parts[0].end: first.parts[0].end}
+    ours |= {0: 0, second.chunks[0].end: first.chunks[0].end}
     assert ours == ReferenceAligner(clip).aligned(source, target)
     assert set(mapper.unique().tolist()) <= {0.0, 1.0} or len(first.content) != len(second.content)
 
@@ -168,7 +168,7 @@ def test_words_emphasis_and_long_prompts(family: str) -> None:
     assert words.positions_of(clip, emphasized, "cat", "The prompt") == (2,)
     assert words.positions_of(clip, words.prompt_tokens(clip, "a cat and a cat"), "a cat", "The prompt") == (1, 2, 4, 5)
     long = words.prompt_tokens(clip, "a cat " + "and a dog " * 30)
-    assert long.count == 154 and len(long.parts) == 2 and long.parts[1].begin == 77
+    assert long.count == 154 and len(long.chunks) == 2 and long.chunks[1].begin == 77
     mapper = words.token_mapper(long, long, words.paired_words(long, long))
     assert torch.equal(mapper, torch.eye(154))
     short = words.prompt_tokens(clip, "a cat")

@@ -330,7 +330,7 @@ def test_other_models_and_styles_are_refused() -> None:
             apply_style_attention(other, style, W_PLUS)
     assert styles.check_model(style, model) is None
     assert "another checkpoint" in str(styles.check_model(style, tiny_models.sd1(seed=4)))
-    with pytest.raises(IdentityEditError, match="9 rows of 6 and the style attention reads 7 of 6"):
+    with pytest.raises(IdentityEditError, match="9 rows of 6 but the style attention needs 7 of 6"):
         apply_style_attention(model, style, tiny_styles.w_plus(rows=9))
     renamed = WPlus(W_PLUS.rows, W_PLUS.average, "e4e 1234")
     assert "come from the encoder e4e 1234" in str(styles.check_styles(style, renamed))

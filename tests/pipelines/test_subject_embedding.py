@@ -384,10 +384,10 @@ def test_rows_of_the_output_are_no_words(tmp_path: Path):
 DAMAGED = ("text.safetensors", "text.pt", "cut.safetensors")
 WRONG = {
     "missing.safetensors": "does not exist",
-    "code.pt": "holds code",
-    "other.safetensors": "holds neither",
+    "code.pt": "contains code",
+    "other.safetensors": "is neither",
     "nan.safetensors": "contains NaN",
-    "numbers.pt": "holds neither",
+    "numbers.pt": "is neither",
     "version.safetensors": "another version",
 }
 

@@ -172,7 +172,7 @@ def test_bad_inputs_are_refused(clip: Any) -> None:
         (dict(subject_words="rabbit"), "target prompt .* does not contain the word 'rabbit'"),
         (dict(target_prompt=CAT), "no word that the source prompt lacks"),
         (dict(target_prompt=long, target=target), "overlaps the last 5 positions"),
-        (dict(target=encode(clip, long * 2)), "target has .* tokens but the target prompt 77"),
+        (dict(target=encode(clip, long * 2)), "target has .* tokens but the target prompt has 77"),
         (dict(target=encode(clip, DOG), subject_tokens=77), "subject_tokens is 77"),
         (dict(target=[[torch.zeros(3, 77, 32), {}]]), "3 entries for a batch of 1"),
         (dict(model=tiny_models.sd1(seed=5)), "another model"),

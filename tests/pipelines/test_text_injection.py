@@ -336,7 +336,7 @@ SIGMAS = torch.tensor([14.0, 5.0, 1.0, 0.0])
     ("call", "message"),
     [
         (lambda model: text_injection.injected_conditioning(model, SIGMAS, SOURCE, TARGET, 1.5), "ratio is 1.5"),
-        (lambda model: text_injection.injected_conditioning(model, SIGMAS[:1], SOURCE, TARGET), "hold no step"),
+        (lambda model: text_injection.injected_conditioning(model, SIGMAS[:1], SOURCE, TARGET), "contain no step"),
         (lambda model: text_injection.injected_conditioning(model, SIGMAS.flip(0), SOURCE, TARGET), "do not descend"),
         (lambda model: text_injection.injected_conditioning(model, SIGMAS, [], TARGET), "source prompt is empty"),
         (lambda model: text_injection.injected_conditioning(model, SIGMAS * 100, SOURCE, TARGET), "No CONDITIONING"),

@@ -93,7 +93,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_styles_must_be_styles() -> None:
     with pytest.raises(IdentityEditError, match="rows"):
         WPlus(torch.zeros(18, 8), torch.zeros(18, 8), "e4e")
-    with pytest.raises(IdentityEditError, match="mean style"):
+    with pytest.raises(IdentityEditError, match="latent average"):
         WPlus(torch.zeros(1, 18, 8), torch.zeros(16, 8), "e4e")
     with pytest.raises(IdentityEditError, match="NaN"):
         WPlus(torch.full((1, 18, 8), float("nan")), torch.zeros(18, 8), "e4e")

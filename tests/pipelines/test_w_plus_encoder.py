@@ -110,5 +110,5 @@ def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IdentityEditError, match="unknown kind"):
         encoders.load_w_plus_encoder(path)
     encoders.save_w_plus_encoder(path, small(), torch.zeros(4, 6), "tiny")
-    with pytest.raises(IdentityEditError, match="mean style"):
+    with pytest.raises(IdentityEditError, match="latent average"):
         encoders.load_w_plus_encoder(path)

@@ -131,6 +131,6 @@ def halves(tensor: torch.Tensor, dimension: int, name: str) -> tuple[torch.Tenso
     """
     width = tensor.shape[dimension]
     if width % 2 or width < 2:
-        raise IdentityEditError(f"{name} has width {width} and cannot be split in half; use an even width.")
+        raise IdentityEditError(f"{name} has odd width {width} and cannot be split in half; use an even width.")
     left, right = tensor.split(width // 2, dim=dimension)
     return left.contiguous(), right.contiguous()

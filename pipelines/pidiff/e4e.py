@@ -5,7 +5,7 @@ to the W+ code by one head per row, coarse rows using the deepest features. Row 
 offsets from it (section 4.1 there). Names and shapes of all parameters are those of the published weights, so
 `e4e_ffhq_encode.pt` can be loaded directly: 621 tensors for 18 rows.
 
-Implemented here because no maintained library contains it; tested against the published implementation.
+Implemented here because no maintained library contains it; tested against the published implementation on random weights.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate, linear
 from ..shared.errors import IdentityEditError
 
 SIZE = 256
-"""Input size in pixels; other sizes would produce wrong features without an error."""
+"""Input size in pixels; any other size would silently produce another number of rows."""
 WIDTH = 512
 ROWS = 18
 """Rows of a W+ code for FFHQ's StyleGAN of 1024x1024 pixels: 2 * log2(1024) - 2."""

@@ -5,7 +5,8 @@ to the W+ code by one head per row, coarse rows using the deepest features. Row 
 offsets from it (section 4.1 there). Names and shapes of all parameters are those of the published weights, so
 `e4e_ffhq_encode.pt` can be loaded directly: 621 tensors for 18 rows.
 
-Implemented here because no maintained library contains it; tested against the published implementation on random weights.
+Implemented here because no maintained library contains it; tested against the published implementation on random
+weights.
 """
 
 from __future__ import annotations

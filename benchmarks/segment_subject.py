@@ -154,10 +154,10 @@ def main(arguments: argparse.Namespace) -> None:
     by_attention.attention_masks(
         model, latents[:1], encode_identity_prompt(clip, names[0]), embed(clip, [f"a {names[0]}"]), (128, 128)
     )
-    figures["seconds_a_image"] = time.perf_counter() - start
+    figures["seconds_an_image"] = time.perf_counter() - start
     lines += [
         "",
-        f"One image with the defaults: {figures['seconds_a_image']:.2f} s on this machine's "
+        f"One image with the defaults: {figures['seconds_an_image']:.2f} s on this machine's "
         f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(by_attention.TIMESTEPS)} model calls.",
         "",
         "![images; masks with the class word; masks with the caption](segment_subject.jpg)",

@@ -127,7 +127,7 @@ def test_every_mask_says_what_to_do_with_the_mask_of_a_cut_out(name: str, input_
 
 
 @pytest.mark.parametrize(("name", "input_name"), IMAGES)
-def test_a_image_of_high_dynamic_range_is_cut_with_a_warning(
+def test_an_image_of_high_dynamic_range_is_cut_with_a_warning(
     name: str, input_name: str, world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     image = 8.0 * of(world, name, input_name)
@@ -145,7 +145,7 @@ def test_a_image_of_high_dynamic_range_is_cut_with_a_warning(
 
 
 @pytest.mark.parametrize(("name", "input_name"), IMAGES)
-def test_a_image_that_is_no_number_is_named(name: str, input_name: str, world: World) -> None:
+def test_an_image_that_is_no_number_is_named(name: str, input_name: str, world: World) -> None:
     image = of(world, name, input_name).expand(3, -1, -1, -1).clone()
     image[1, 5, 5] = torch.nan
     found = results(world, name, **{input_name: image})

@@ -96,7 +96,7 @@ def condition(model: Any, parts: tuple[Any, Any, Any, Any], file: str) -> Any:
     return nodes.MCDMConditioner.execute(model, clip, vision, vae, image(), file, **arguments).args
 
 
-def test_a_model_is_trained_saved_listed_and_edits_a_image(parts: Any, own_folders: Path) -> None:
+def test_a_model_is_trained_saved_listed_and_edits_an_image(parts: Any, own_folders: Path) -> None:
     model, samples, loss, file, report = train(parts)
     assert samples.shape == (2, 64, 64, 3) and len(loss["loss"]) == 3
     assert "3 steps on 3 pairs" in report and file in report

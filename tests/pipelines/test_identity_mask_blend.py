@@ -218,7 +218,7 @@ def test_what_cannot_be_used_is_named(options: dict[str, Any], message: str) -> 
         blend(model, invert(model), **options)
 
 
-def test_a_mask_of_a_image_that_the_vae_crops_is_taken() -> None:
+def test_a_mask_of_an_image_that_the_vae_crops_is_taken() -> None:
     model = tiny_models.sd1()
     result = blend(model, invert(model), source_mask=torch.ones(1, 71, 96), target_mask=torch.ones(64, 103))
     assert torch.equal(result.source_mask, torch.ones(1, 8, 12))

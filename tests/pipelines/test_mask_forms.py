@@ -19,7 +19,7 @@ def test_a_mask_grows_and_halves_as_comfyui_does_it() -> None:
 
 
 @pytest.mark.parametrize("size", [(97, 131), (103, 135), (96, 129), (101, 128)])
-def test_what_vae_encode_cuts_off_a_image_is_cut_off_its_mask(size: tuple[int, int]) -> None:
+def test_what_vae_encode_cuts_off_an_image_is_cut_off_its_mask(size: tuple[int, int]) -> None:
     mask = torch.rand(1, *size)
     vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
     vae.downscale_ratio, vae.crop_input, vae.latent_dim, vae.output_channels = 8, True, 2, 1

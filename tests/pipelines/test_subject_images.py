@@ -244,7 +244,7 @@ def test_a_mask_marks_nothing_where_it_is_transparent(folder: Path) -> None:
     assert torch.equal(found[:, :12], torch.ones(16, 12)) and not found[:, 12:].any()
 
 
-def test_a_image_whose_name_ends_like_a_mask_is_a_image(folder: Path) -> None:
+def test_an_image_whose_name_ends_like_a_mask_is_an_image(folder: Path) -> None:
     noise_image(4).save(folder / "dog_with_mask.png")
     noise_image(4).save(folder / "1-condlabel.png")
     (folder / "dog_with_mask.txt").write_text("a sks dog with a mask")

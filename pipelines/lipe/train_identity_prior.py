@@ -28,6 +28,9 @@ from ..training.loop import (
 )
 from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
 
+_REGULARIZATION = "regularisation"
+"""Names the draws for the regularization set. The seed depends on it: in another spelling the draws would differ."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSettings(TrainingSettings):
@@ -96,7 +99,7 @@ def train_identity_prior(
     model_keys, clip_keys = attention_keys(model, clip)
     sets = {"identity": (identity, 1.0)}
     if regularization is not None and settings.regularization_weight > 0.0:
-        sets["regularization"] = (regularization, settings.regularization_weight)
+        sets[_REGULARIZATION] = (regularization, settings.regularization_weight)
     encoder = first_numbers(clip.patcher, "clip_", CLIP_KEYS.fullmatch)
     description = run_description(
         settings,

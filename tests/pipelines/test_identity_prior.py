@@ -245,7 +245,7 @@ def test_a_step_takes_one_batch_of_each_set(sizes: str, masked: bool):
     _, run = train(model, clip, settings, regularization=other)
     expected = 0.0
     with trainable_networks(model, clip, dtype=torch.float32, latent_shape=[2, 4, 8, 8]) as networks:
-        for what, of_set, factor in (("identity", IDENTITY, 1.0), ("regularization", other, weight)):
+        for what, of_set, factor in (("identity", IDENTITY, 1.0), ("regularisation", other, weight)):
             chosen = training_images.batch_indices(of_set, 2, 0, 7, what)
             generator = generator_of(7, 0, f"noise of {what}")
             latents = engine.to_model_scale(model, torch.stack([of_set.latents[number] for number in chosen]))

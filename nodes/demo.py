@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ..demo_world import attributes as world
-from .sockets import advanced, checked, choice_of, schema, seed_input
+from .sockets import checked, choice_of, schema, seed_input
 
 _CHOICES: dict[str, tuple[tuple[str, ...], str]] = {
     "framing": (world.FRAMINGS, "Full figure, or portrait of a person (hair, eyes, skin and face shape)."),
@@ -37,6 +37,7 @@ class DrawDemoImage(io.ComfyNode):
             display_name="Draw Demo Image",
             category="demo",
             search_aliases=["test image", "example image", "demo world"],
+            advanced=["wording"],
             description=(
                 "Draws a 128x128 image of the demo world, the training data of the checkpoint "
                 "identity-edit-demo, with its mask and caption. Use Load Image for your own image."
@@ -46,14 +47,12 @@ class DrawDemoImage(io.ComfyNode):
                     io.Combo.Input(name, options=list(choices), default=getattr(default, name), tooltip=tooltip)
                     for name, (choices, tooltip) in _CHOICES.items()
                 ),
-                advanced(
-                    io.Int.Input(
-                        "wording",
-                        default=0,
-                        min=0,
-                        max=world.CAPTION_TEMPLATES - 1,
-                        tooltip="Caption template; all of them mean the same.",
-                    )
+                io.Int.Input(
+                    "wording",
+                    default=0,
+                    min=0,
+                    max=world.CAPTION_TEMPLATES - 1,
+                    tooltip="Caption template; all of them mean the same.",
                 ),
                 seed_input(
                     "Randomizes layout: position, size, horizon. The same seed with another attribute gives "

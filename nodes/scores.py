@@ -25,7 +25,7 @@ from ..pipelines.scores.frechet import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.scores.lpips import BACKBONES
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.images import matched_images
-from .sockets import FaceDetector, advanced, checked, mask_input, schema, show_text
+from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
 ENCODER_FOLDER = "image_encoders"
@@ -40,6 +40,7 @@ class ReconstructionCheck(io.ComfyNode):
             display_name="Reconstruction Check",
             category="evaluation",
             search_aliases=["PSNR", "compare images", "image difference"],
+            advanced=["lowest_psnr"],
             description="Measures how well an inversion reconstructs its image, and warns when it is too poor for "
             "an edit.",
             is_output_node=True,
@@ -48,16 +49,14 @@ class ReconstructionCheck(io.ComfyNode):
                 io.Image.Input(
                     "reconstruction", tooltip="The image sampled from its inversion with the source prompt."
                 ),
-                advanced(
-                    io.Float.Input(
-                        "lowest_psnr",
-                        default=reconstructions.LOWEST_PSNR,
-                        min=0.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="Warning threshold in dB. 20: Stable Diffusion's autoencoder alone reaches 25 to 30 "
-                        "dB, null-text inversion almost the same, DDIM with guidance scale 7.5 less than 20.",
-                    )
+                io.Float.Input(
+                    "lowest_psnr",
+                    default=reconstructions.LOWEST_PSNR,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Warning threshold in dB. 20: Stable Diffusion's autoencoder alone reaches 25 to 30 "
+                    "dB, null-text inversion almost the same, DDIM with guidance scale 7.5 less than 20.",
                 ),
             ],
             outputs=[
@@ -108,6 +107,7 @@ class ScoreEdit(io.ComfyNode):
                 "evaluate",
                 "compare images",
             ],
+            advanced=["rule", "dinov2", "structure", "aesthetic", "inception"],
             description=(
                 "Scores edited images: preservation of the source, prompt fidelity and subject identity. "
                 "PSNR and SSIM need no files; every other score needs local network files."
@@ -131,16 +131,14 @@ class ScoreEdit(io.ComfyNode):
                     multiline=True,
                     tooltip="Prompt for the source image, for CLIP-D. Empty skips it.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "rule",
-                        options=list(edit_scores.RULES),
-                        default=edit_scores.PLAIN,
-                        tooltip="Comparison rule inside and outside the mask. Mean over the part: only the pixels of "
-                        "the region count. PIE-Bench: both images are multiplied by the mask and compared as a whole, "
-                        "and the structure distance follows its code; required for scores matched_images with the "
-                        "published tables.",
-                    )
+                io.Combo.Input(
+                    "rule",
+                    options=list(edit_scores.RULES),
+                    default=edit_scores.PLAIN,
+                    tooltip="Comparison rule inside and outside the mask. Mean over the part: only the pixels of "
+                    "the region count. PIE-Bench: both images are multiplied by the mask and compared as a whole, "
+                    "and the structure distance follows its code; required for scores matched_images with the "
+                    "published tables.",
                 ),
                 io.Combo.Input(
                     "lpips",
@@ -165,23 +163,19 @@ class ScoreEdit(io.ComfyNode):
                     tooltip=f"DINO model for DINO-I: a folder in models/{ENCODER_FOLDER}, transformers or timm, "
                     "safetensors. DreamBooth uses DINO ViT-S/16.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "dinov2",
-                        options=[NONE, *encoders],
-                        default=NONE,
-                        tooltip=f"DINOv2 model for DINOv2-I: a folder in models/{ENCODER_FOLDER}, transformers or "
-                        "timm, safetensors.",
-                    )
+                io.Combo.Input(
+                    "dinov2",
+                    options=[NONE, *encoders],
+                    default=NONE,
+                    tooltip=f"DINOv2 model for DINOv2-I: a folder in models/{ENCODER_FOLDER}, transformers or "
+                    "timm, safetensors.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "structure",
-                        options=[NONE, *encoders],
-                        default=NONE,
-                        tooltip="DINO model for the structure distance: a folder in transformers format in "
-                        f"models/{ENCODER_FOLDER}. PIE-Bench uses DINO ViT-B/8.",
-                    )
+                io.Combo.Input(
+                    "structure",
+                    options=[NONE, *encoders],
+                    default=NONE,
+                    tooltip="DINO model for the structure distance: a folder in transformers format in "
+                    f"models/{ENCODER_FOLDER}. PIE-Bench uses DINO ViT-B/8.",
                 ),
                 io.Combo.Input(
                     "recognizer",
@@ -190,26 +184,22 @@ class ScoreEdit(io.ComfyNode):
                     tooltip="ArcFace model for ArcFace ID: an insightface model pack or a single .onnx in "
                     "models/insightface. It also needs face_detector.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "aesthetic",
-                        options=[NONE, *weights],
-                        default=NONE,
-                        tooltip="Aesthetic predictor: LAION's sa_0_4_vit_l_14_linear.pth or "
-                        f"sac+logos+ava1-l14-linearMSE.pth in models/{score_files.FOLDER}. Both read CLIP ViT-L/14, so "
-                        "select that as clip_model.",
-                    )
+                io.Combo.Input(
+                    "aesthetic",
+                    options=[NONE, *weights],
+                    default=NONE,
+                    tooltip="Aesthetic predictor: LAION's sa_0_4_vit_l_14_linear.pth or "
+                    f"sac+logos+ava1-l14-linearMSE.pth in models/{score_files.FOLDER}. Both read CLIP ViT-L/14, so "
+                    "select that as clip_model.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "inception",
-                        options=[NONE, *weights],
-                        default=NONE,
-                        tooltip="Inception network for FID and KID: pt_inception-2015-12-05-6726825d.pth from "
-                        "pytorch-fid, used for published FIDs, or torchvision's inception_v3_google-0cc3c7bd.pth, in "
-                        f"models/{score_files.FOLDER}. They need at least {FEWEST} edited images and as many "
-                        "references (or sources).",
-                    )
+                io.Combo.Input(
+                    "inception",
+                    options=[NONE, *weights],
+                    default=NONE,
+                    tooltip="Inception network for FID and KID: pt_inception-2015-12-05-6726825d.pth from "
+                    "pytorch-fid, used for published FIDs, or torchvision's inception_v3_google-0cc3c7bd.pth, in "
+                    f"models/{score_files.FOLDER}. They need at least {FEWEST} edited images and as many "
+                    "references (or sources).",
                 ),
                 mask_input(
                     "mask",

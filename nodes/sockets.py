@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from comfy_api.latest import io
@@ -50,16 +50,27 @@ StyleAttention = io.Custom("STYLE_ATTENTION")
 """`pipelines.pidiff.style_attention.StyleAttention`: a mapping network and cross-attention layers for W+ codes."""
 
 
-def schema(*, category: str, search_aliases: list[str], **fields: Any) -> io.Schema:
+RARELY_CHANGED = ("gradient_accumulation", "precision", "checkpointing", "checkpoint_every")
+"""Ids of widgets that are advanced in every node."""
+
+
+def schema(*, category: str, search_aliases: list[str], advanced: Sequence[str] = (), **fields: Any) -> io.Schema:
     """A node's schema in the pack's category, with search aliases where ComfyUI supports them (newer than 0.3.75).
 
     Args:
         category: the category below "identity edit/".
         search_aliases: other terms that users may search for.
+        advanced: ids of widgets that few users change; the page hides them until asked.
         fields: all other fields of `io.Schema`.
     """
     if any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema)):
         fields["search_aliases"] = search_aliases
+    for widget in fields["inputs"]:
+        if widget.id in (
+            *advanced,
+            *RARELY_CHANGED,
+        ):  # widgets of ComfyUI 0.3.75 accept no such argument, but pass on extra fields
+            widget.extra_dict = {**widget.extra_dict, "advanced": True}
     return io.Schema(category=f"{CATEGORY}/{category}", hidden=[io.Hidden.unique_id], **fields)
 
 
@@ -202,18 +213,6 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
                     f"Mask."
                 )
     return notes
-
-
-_Widget = TypeVar("_Widget", bound=io.Input)
-
-
-def advanced(widget: _Widget) -> _Widget:
-    """Mark a widget that few users change as advanced; the page hides such widgets until asked.
-
-    Widgets of ComfyUI 0.3.75 accept neither the argument `advanced` nor `extra_dict`, but pass on the attribute.
-    """
-    widget.extra_dict = {**widget.extra_dict, "advanced": True}
-    return widget
 
 
 SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF

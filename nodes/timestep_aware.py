@@ -15,7 +15,6 @@ from ..pipelines.timestep_aware import text_optimization as optimization
 from .idle import first_said, joined, noise_mask_left_out, same_prompt
 from .sockets import (
     Inversion,
-    advanced,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -36,6 +35,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
             display_name="Optimize Text Embedding",
             category="text",
             search_aliases=["Imagic", "text optimization", "textual inversion"],
+            advanced=["learning_rate"],
             description=(
                 "Optimizes the target prompt's embedding toward the image (Imagic, Kawar et al. 2023), "
                 "so that interpolating back to the target prompt edits this image smoothly."
@@ -56,25 +56,21 @@ class OptimizeTextEmbedding(io.ComfyNode):
                     "Number of Adam steps. 200 in Jung et al. 2024 (appendix F), 500 in Imagic; more steps "
                     "do not preserve the image better (Jung et al. 2024, section 3).",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "learning_rate",
-                        default=optimization.LEARNING_RATE,
-                        min=0.00001,
-                        max=1.0,
-                        step=0.0001,
-                        round=0.00001,
-                        tooltip="Adam's learning rate. 0.001 in Imagic (section 4.2).",
-                    )
+                io.Float.Input(
+                    "learning_rate",
+                    default=optimization.LEARNING_RATE,
+                    min=0.00001,
+                    max=1.0,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="Adam's learning rate. 0.001 in Imagic (section 4.2).",
                 ),
                 seed_input("Seed for the timesteps and the noise. The same seed gives the same embedding."),
-                advanced(
-                    io.Boolean.Input(
-                        "checkpointing",
-                        default=False,
-                        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
-                        "third longer, with the same result. Turn it on when you run out of memory.",
-                    )
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
+                    "third longer, with the same result. Turn it on when you run out of memory.",
                 ),
             ],
             outputs=[
@@ -310,6 +306,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             display_name="Timestep-Aware Text Injection Sampler",
             category="text",
             search_aliases=["non-rigid editing", "edit sampler", "source prompt injection"],
+            advanced=["sampler"],
             description=(
                 "Samples the edit from an inversion: the source prompt in the first steps, the target "
                 "prompt afterward (Jung et al. 2024, stage C). The whole stage in one node, on the inversion's "
@@ -328,14 +325,12 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                     "Guidance scale. 7.5 with Null-Text Optimization, which must use the same value; 1 "
                     "with DDIM Inversion alone (Jung et al. 2024, section 5.1).",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "sampler",
-                        options=list(text_injection.SAMPLERS),
-                        default=text_injection.SAMPLERS[0],
-                        tooltip="Sampler of the edit. DDIM is what the inversion reverses (Jung et al. 2024). Heun "
-                        "follows the same path more accurately, with two model calls per step.",
-                    )
+                io.Combo.Input(
+                    "sampler",
+                    options=list(text_injection.SAMPLERS),
+                    default=text_injection.SAMPLERS[0],
+                    tooltip="Sampler of the edit. DDIM is what the inversion reverses (Jung et al. 2024). Heun "
+                    "follows the same path more accurately, with two model calls per step.",
                 ),
                 _optimized_input(),
                 io.Conditioning.Input(

@@ -13,7 +13,6 @@ from comfy_api.latest import io
 from ..pipelines import engine
 from ..pipelines.training.loop import BFLOAT16, FLOAT32, Progress, TrainingRun
 from .saved_files import FILE_ENDING
-from .sockets import advanced
 
 LossMap = io.Custom("LOSS_MAP")
 """ComfyUI's socket of Train LoRA and Plot Loss Graph: {"loss": the loss of every step}."""
@@ -51,38 +50,32 @@ def filename_prefix_input(default: str, loader: str, folder: str) -> io.String.I
 
 
 def gradient_accumulation_input() -> io.Int.Input:
-    return advanced(
-        io.Int.Input(
-            "gradient_accumulation",
-            default=1,
-            min=1,
-            max=256,
-            tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger batch "
-            "with the memory of a small one.",
-        )
+    return io.Int.Input(
+        "gradient_accumulation",
+        default=1,
+        min=1,
+        max=256,
+        tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger batch "
+        "with the memory of a small one.",
     )
 
 
 def precision_input(trained: str) -> io.Combo.Input:
-    return advanced(
-        io.Combo.Input(
-            "precision",
-            options=[BFLOAT16, FLOAT32],
-            default=BFLOAT16,
-            tooltip=f"Compute precision; {trained} are kept in float32 either way. Choose float32 on a CPU without "
-            "bfloat16 instructions, where bfloat16 is slower.",
-        )
+    return io.Combo.Input(
+        "precision",
+        options=[BFLOAT16, FLOAT32],
+        default=BFLOAT16,
+        tooltip=f"Compute precision; {trained} are kept in float32 either way. Choose float32 on a CPU without "
+        "bfloat16 instructions, where bfloat16 is slower.",
     )
 
 
 def checkpointing_input() -> io.Boolean.Input:
-    return advanced(
-        io.Boolean.Input(
-            "checkpointing",
-            default=True,
-            tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a third "
-            "longer, with the same result.",
-        )
+    return io.Boolean.Input(
+        "checkpointing",
+        default=True,
+        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a third "
+        "longer, with the same result.",
     )
 
 
@@ -97,15 +90,13 @@ def sample_every_input(last: str, default: int = 100, most: int = 100_000, what:
 
 
 def checkpoint_every_input(default: int = 100, most: int = 100_000, more: str = "") -> io.Int.Input:
-    return advanced(
-        io.Int.Input(
-            "checkpoint_every",
-            default=default,
-            min=0,
-            max=most,
-            tooltip="Steps between checkpoints. Re-queue the node with the same settings to resume a canceled or "
-            f"killed run. {more}0 disables checkpoints.",
-        )
+    return io.Int.Input(
+        "checkpoint_every",
+        default=default,
+        min=0,
+        max=most,
+        tooltip="Steps between checkpoints. Re-queue the node with the same settings to resume a canceled or "
+        f"killed run. {more}0 disables checkpoints.",
     )
 
 

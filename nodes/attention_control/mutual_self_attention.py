@@ -12,7 +12,7 @@ from ...pipelines.attention_control import mutual_self_attention
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.shared.conditioning import Conditioning
 from ..idle import takes_all
-from ..sockets import Inversion, advanced, checked, mask_input, schema, show_warnings
+from ..sockets import Inversion, checked, mask_input, schema, show_warnings
 
 
 class MutualSelfAttention(io.ComfyNode):
@@ -23,6 +23,7 @@ class MutualSelfAttention(io.ComfyNode):
             display_name="Mutual Self-Attention",
             category="attention control",
             search_aliases=["MasaCtrl", "non-rigid editing", "consistent editing", "reference attention"],
+            advanced=["start_layer"],
             description=(
                 "Lets the self-attention of an edit attend to the inverted image (MasaCtrl, Cao et al. "
                 "2023): the layout follows the target prompt, the appearance comes from the image. No "
@@ -53,16 +54,14 @@ class MutualSelfAttention(io.ComfyNode):
                     tooltip="Fraction of the inversion's steps before it starts, in which the target forms its "
                     "layout: larger changes more. 0.08, 4 of 50 steps, in the reference implementation.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "start_layer",
-                        default=AUTOMATIC,
-                        min=AUTOMATIC,
-                        max=1000,
-                        tooltip="First self-attention layer that attends to the image, counted from 0 in execution "
-                        "order. -1 is automatic: the decoder's layers above its coarsest grid, 10 of 16 in SD1.x and "
-                        "64 of 70 in SDXL, as in the reference implementation.",
-                    )
+                io.Int.Input(
+                    "start_layer",
+                    default=AUTOMATIC,
+                    min=AUTOMATIC,
+                    max=1000,
+                    tooltip="First self-attention layer that attends to the image, counted from 0 in execution "
+                    "order. -1 is automatic: the decoder's layers above its coarsest grid, 10 of 16 in SD1.x and "
+                    "64 of 70 in SDXL, as in the reference implementation.",
                 ),
                 io.Conditioning.Input(
                     "negative",

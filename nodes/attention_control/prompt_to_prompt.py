@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ...pipelines.attention_control import prompt_to_prompt as control
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ..idle import blend_idle, first_said, takes_no_part
-from ..sockets import Inversion, advanced, checked, schema, show_warnings
+from ..sockets import Inversion, checked, schema, show_warnings
 
 _ANY = 1000
 """Assumed number of steps of a run without an inversion."""
@@ -34,6 +34,7 @@ class PromptToPrompt(io.ComfyNode):
                 "prompt editing",
                 "attention re-weighting",
             ],
+            advanced=["self_attention_grid", "blend_threshold", "blend_start"],
             description=(
                 "Edits an image by editing its prompt (Hertz et al. 2023): replace, add or re-weight "
                 "words while the rest of the image stays. Works on images from any stock sampler, and on real "
@@ -84,15 +85,13 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="Fraction of the steps, from the first, that use the source's self-attention: larger "
                     "keeps more of the shapes. 0.4 in the notebook of Hertz et al. 2023.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "self_attention_grid",
-                        options=list(control.FACTORS),
-                        default=control.FACTORS[0],
-                        tooltip="Minimum downsampling of a layer's grid, relative to the latent, for its "
-                        "self-attention to be replaced. Automatic is 4 at 512x512 (grids of at most 16x16, as in the "
-                        "reference implementation) and above, and less for small images.",
-                    )
+                io.Combo.Input(
+                    "self_attention_grid",
+                    options=list(control.FACTORS),
+                    default=control.FACTORS[0],
+                    tooltip="Minimum downsampling of a layer's grid, relative to the latent, for its "
+                    "self-attention to be replaced. Automatic is 4 at 512x512 (grids of at most 16x16, as in the "
+                    "reference implementation) and above, and less for small images.",
                 ),
                 io.String.Input(
                     "reweight",
@@ -106,27 +105,23 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="Local blend: words of either prompt, such as: cat, dog. The image changes only where "
                     "it attends to these words. Empty: everywhere.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "blend_threshold",
-                        default=control.BLEND_THRESHOLD,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Local blend: fraction of the words' maximum attention above which the image may "
-                        "change; lower changes a larger area. 0.3 in the reference implementation.",
-                    )
+                io.Float.Input(
+                    "blend_threshold",
+                    default=control.BLEND_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Local blend: fraction of the words' maximum attention above which the image may "
+                    "change; lower changes a larger area. 0.3 in the reference implementation.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "blend_start",
-                        default=control.BLEND_START,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Local blend: fraction of the steps, from the first, before it starts, in which the "
-                        "words find their place. 0.2 in the reference implementation.",
-                    )
+                io.Float.Input(
+                    "blend_start",
+                    default=control.BLEND_START,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Local blend: fraction of the steps, from the first, before it starts, in which the "
+                    "words find their place. 0.2 in the reference implementation.",
                 ),
                 Inversion.Input(
                     "inversion",

@@ -15,7 +15,7 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
 from ...pipelines.subjects.images import SubjectImages as SubjectImagesData
-from ..sockets import SubjectImages, advanced, checked, mask_input, schema, show_text
+from ..sockets import SubjectImages, checked, mask_input, schema, show_text
 
 MODEL_FOLDER = "image_encoders"
 BUILT_IN, CLIP_VISION = "colors and edges (no model)", "CLIP_VISION input"
@@ -154,6 +154,7 @@ class AlignReference(io.ComfyNode):
             display_name="Align Reference",
             category="subject",
             search_aliases=["similarity transform", "registration", "HiFi Tuner", "match position", "scale and rotate"],
+            advanced=["symmetric", "optimizer", "scale_limit", "rotation_limit", "parts"],
             description=(
                 "Scales, rotates and moves a reference image so that its subject covers the generated "
                 "one, for Reference-Guided Null-Text Optimizer (Wang et al. 2023, algorithm 4)."
@@ -178,54 +179,44 @@ class AlignReference(io.ComfyNode):
                     "flat. Generated image puts only the subject into the generated image, whose background the "
                     "reference's caption does not describe.",
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "symmetric",
-                        default=True,
-                        tooltip="Distances that are minimized. On: from either mask to the other. Off: only from the "
-                        "reference, as in Wang et al. 2023; these are small wherever the reference lies inside "
-                        "(benchmarks/results/align_reference.md).",
-                    )
+                io.Boolean.Input(
+                    "symmetric",
+                    default=True,
+                    tooltip="Distances that are minimized. On: from either mask to the other. Off: only from the "
+                    "reference, as in Wang et al. 2023; these are small wherever the reference lies inside "
+                    "(benchmarks/results/align_reference.md).",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "optimizer",
-                        options=list(alignment.OPTIMIZERS),
-                        default=alignment.LEAST_SQUARES,
-                        tooltip="Optimizer of the alignment. Gradient descent is the method of Wang et al. 2023; least "
-                        "squares (Gauss-Newton) finds the same place more often and in less time "
-                        "(benchmarks/results/align_reference.md).",
-                    )
+                io.Combo.Input(
+                    "optimizer",
+                    options=list(alignment.OPTIMIZERS),
+                    default=alignment.LEAST_SQUARES,
+                    tooltip="Optimizer of the alignment. Gradient descent is the method of Wang et al. 2023; least "
+                    "squares (Gauss-Newton) finds the same place more often and in less time "
+                    "(benchmarks/results/align_reference.md).",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "scale_limit",
-                        default=alignment.SCALE_LIMIT,
-                        min=1.0,
-                        max=100.0,
-                        step=0.01,
-                        tooltip="Maximum factor, up or down, by which the scale may differ from the size ratio of the "
-                        "two subjects. 1 fixes it. Not in the paper, whose sum is smallest for a vanishing reference.",
-                    )
+                io.Float.Input(
+                    "scale_limit",
+                    default=alignment.SCALE_LIMIT,
+                    min=1.0,
+                    max=100.0,
+                    step=0.01,
+                    tooltip="Maximum factor, up or down, by which the scale may differ from the size ratio of the "
+                    "two subjects. 1 fixes it. Not in the paper, whose sum is smallest for a vanishing reference.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "rotation_limit",
-                        default=alignment.ROTATION_LIMIT,
-                        min=0.0,
-                        max=180.0,
-                        step=0.5,
-                        tooltip="Maximum rotation in degrees, in either direction. 0 keeps the reference upright.",
-                    )
+                io.Float.Input(
+                    "rotation_limit",
+                    default=alignment.ROTATION_LIMIT,
+                    min=0.0,
+                    max=180.0,
+                    step=0.5,
+                    tooltip="Maximum rotation in degrees, in either direction. 0 keeps the reference upright.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "parts",
-                        options=list(alignment.PARTS),
-                        default=alignment.LARGEST_PART,
-                        tooltip="Parts that count in a mask with several separate parts. Largest part: ignores specks "
-                        "and second subjects. All parts: for a subject that is occluded in the middle.",
-                    )
+                io.Combo.Input(
+                    "parts",
+                    options=list(alignment.PARTS),
+                    default=alignment.LARGEST_PART,
+                    tooltip="Parts that count in a mask with several separate parts. Largest part: ignores specks "
+                    "and second subjects. All parts: for a subject that is occluded in the middle.",
                 ),
                 io.Image.Input(
                     "generated",

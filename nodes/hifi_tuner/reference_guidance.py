@@ -15,7 +15,6 @@ from ...pipelines.shared.errors import IdentityEditError
 from ..idle import first_said, joined
 from ..sockets import (
     Inversion,
-    advanced,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -36,6 +35,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             display_name="Reference-Guided Null-Text Optimizer",
             category="subject",
             search_aliases=["HiFi Tuner", "reference guidance", "subject details", "null-text", "second pass"],
+            advanced=["learning_rate", "early_stop", "steps"],
             description=(
                 "Samples an image again from the same noise and guides its subject along the inversion "
                 "of a reference image (HiFi Tuner, Wang et al. 2023, algorithm 2): the same place and pose, "
@@ -101,45 +101,37 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     tooltip="Optimizer updates per guided step: the strength of the reference. 10 in Wang et al. "
                     "2023; more gives a closer resemblance. 0 only pastes the reference into the first guided step.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "learning_rate",
-                        default=guidance.LEARNING_RATE,
-                        min=0.00001,
-                        max=1.0,
-                        step=0.0001,
-                        round=0.00001,
-                        tooltip="Adam's learning rate. 0.01 in Wang et al. 2023.",
-                    )
+                io.Float.Input(
+                    "learning_rate",
+                    default=guidance.LEARNING_RATE,
+                    min=0.00001,
+                    max=1.0,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="Adam's learning rate. 0.01 in Wang et al. 2023.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "early_stop",
-                        default=0.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.00001,
-                        round=0.0000001,
-                        tooltip="Loss below which a step makes no further updates, which saves time. 0 always makes "
-                        "all updates, as in Wang et al. 2023; null-text optimization uses 0.00001.",
-                    )
+                io.Float.Input(
+                    "early_stop",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.00001,
+                    round=0.0000001,
+                    tooltip="Loss below which a step makes no further updates, which saves time. 0 always makes "
+                    "all updates, as in Wang et al. 2023; null-text optimization uses 0.00001.",
                 ),
-                advanced(
-                    steps_input(
-                        0,
-                        1000,
-                        "Number of steps of the first pass: an inversion with another number is refused. 0 "
-                        "accepts any number.",
-                        least=0,
-                    )
+                steps_input(
+                    0,
+                    1000,
+                    "Number of steps of the first pass: an inversion with another number is refused. 0 "
+                    "accepts any number.",
+                    least=0,
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "checkpointing",
-                        default=False,
-                        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
-                        "third longer, with the same result. Turn it on when you run out of memory.",
-                    )
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
+                    "third longer, with the same result. Turn it on when you run out of memory.",
                 ),
             ],
             outputs=[

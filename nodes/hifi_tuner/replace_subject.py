@@ -11,7 +11,7 @@ from ...pipelines.hifi_tuner import subject_replacement as replacement
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.shared.conditioning import Conditioning
 from ..idle import blend_idle, first_said, joined, takes_no_part
-from ..sockets import Inversion, advanced, checked, guidance_scale_input, progress, schema, show_text
+from ..sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text
 
 
 class ReplaceSubject(io.ComfyNode):
@@ -22,6 +22,7 @@ class ReplaceSubject(io.ComfyNode):
             display_name="Replace Subject",
             category="attention control",
             search_aliases=["HiFi Tuner", "subject swap", "personalized subject replacement", "edit sampler"],
+            advanced=["subject_tokens", "blend_threshold"],
             description=(
                 "Replaces the subject of an image by a learned subject or by a word, without a mask "
                 "(Wang et al. 2023, algorithm 3): all other words keep the attention of the image."
@@ -54,15 +55,13 @@ class ReplaceSubject(io.ComfyNode):
                     tooltip="Words of the new subject in the target prompt, separated by spaces or commas; they "
                     "keep their own attention. Empty: the words that the source prompt lacks.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "subject_tokens",
-                        default=replacement.SUBJECT_TOKENS,
-                        min=0,
-                        max=70,
-                        tooltip="Number of learned tokens in the last positions of the connected target; they keep "
-                        "their own attention too. 5 in Wang et al. 2023 (section 4). No effect without a target.",
-                    )
+                io.Int.Input(
+                    "subject_tokens",
+                    default=replacement.SUBJECT_TOKENS,
+                    min=0,
+                    max=70,
+                    tooltip="Number of learned tokens in the last positions of the connected target; they keep "
+                    "their own attention too. 5 in Wang et al. 2023 (section 4). No effect without a target.",
                 ),
                 guidance_scale_input(
                     0.0,
@@ -93,16 +92,14 @@ class ReplaceSubject(io.ComfyNode):
                     tooltip="Local blend of prompt-to-prompt: keeps the image outside both subjects. Not used in "
                     "Wang et al. 2023.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "blend_threshold",
-                        default=BLEND_THRESHOLD,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Local blend: fraction of the subjects' maximum attention above which the image may "
-                        "change. 0.3 in the reference implementation of prompt-to-prompt.",
-                    )
+                io.Float.Input(
+                    "blend_threshold",
+                    default=BLEND_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Local blend: fraction of the subjects' maximum attention above which the image may "
+                    "change. 0.3 in the reference implementation of prompt-to-prompt.",
                 ),
                 io.Conditioning.Input(
                     "target",

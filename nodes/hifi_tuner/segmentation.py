@@ -19,7 +19,7 @@ from ...pipelines.networks.model_folders import list_models, missing_model, mode
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color, encoded
 from ...pipelines.shared.parsing import whole_numbers
-from ..sockets import advanced, checked, progress, schema, seed_input, show_text
+from ..sockets import checked, progress, schema, seed_input, show_text
 
 ATTENTION = "attention (no further model)"
 SEGMENT_ANYTHING = "Segment Anything"
@@ -36,6 +36,16 @@ class SegmentSubject(io.ComfyNode):
             display_name="Segment Subject",
             category="masks",
             search_aliases=["SAM", "Segment Anything", "Grounding DINO", "Grounded SAM", "subject mask", "cut out"],
+            advanced=[
+                "caption",
+                "timesteps",
+                "self_attention_power",
+                "layers",
+                "longest_side",
+                "seed",
+                "box_threshold",
+                "parts",
+            ],
             description=(
                 "Segments the subject in images: by the loaded checkpoint's attention to a word, "
                 "which needs no further model, or by Segment Anything with points, a box or the subject's "
@@ -58,22 +68,18 @@ class SegmentSubject(io.ComfyNode):
                     tooltip="Subject to segment: a class word such as dog, preceded by the rare token if the model "
                     "has learned one (sks dog). Ignored by Segment Anything alone.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "caption",
-                        default="",
-                        tooltip="Attention: caption of the image, if known. Empty uses the subject alone, which worked "
-                        "as well in the demo world (benchmarks/results/segment_subject.md).",
-                    )
+                io.String.Input(
+                    "caption",
+                    default="",
+                    tooltip="Attention: caption of the image, if known. Empty uses the subject alone, which worked "
+                    "as well in the demo world (benchmarks/results/segment_subject.md).",
                 ),
-                advanced(
-                    io.String.Input(
-                        "timesteps",
-                        default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
-                        tooltip="Attention: noise levels at which the model sees the image, 0 to 999, separated by "
-                        "commas; one model call each. Low ones overlapped best with the true masks of the demo world "
-                        "(benchmarks/results/segment_subject.md).",
-                    )
+                io.String.Input(
+                    "timesteps",
+                    default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
+                    tooltip="Attention: noise levels at which the model sees the image, 0 to 999, separated by "
+                    "commas; one model call each. Low ones overlapped best with the true masks of the demo world "
+                    "(benchmarks/results/segment_subject.md).",
                 ),
                 io.Float.Input(
                     "threshold",
@@ -84,38 +90,32 @@ class SegmentSubject(io.ComfyNode):
                     tooltip="Attention: fraction of the normalized map above which a pixel belongs to the subject; "
                     "lower gives a larger mask. Measured like the timesteps.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "self_attention_power",
-                        default=attention_segmentation.POWER,
-                        min=0,
-                        max=16,
-                        tooltip="Attention: lambda in Liu et al. 2024, eq. 2, how many times the map is propagated "
-                        "along the self-attention. 0 uses the cross-attention alone. Measured like the timesteps.",
-                    )
+                io.Int.Input(
+                    "self_attention_power",
+                    default=attention_segmentation.POWER,
+                    min=0,
+                    max=16,
+                    tooltip="Attention: lambda in Liu et al. 2024, eq. 2, how many times the map is propagated "
+                    "along the self-attention. 0 uses the cross-attention alone. Measured like the timesteps.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "layers",
-                        options=list(LAYER_CHOICES),
-                        default=AUTOMATIC,
-                        tooltip="Attention: layers that are read, by the downsampling of their grid relative to the "
-                        "latent; see Identity Attention.",
-                    )
+                io.Combo.Input(
+                    "layers",
+                    options=list(LAYER_CHOICES),
+                    default=AUTOMATIC,
+                    tooltip="Attention: layers that are read, by the downsampling of their grid relative to the "
+                    "latent; see Identity Attention.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "longest_side",
-                        default=768,
-                        min=64,
-                        max=4096,
-                        step=8,
-                        tooltip="Attention: longest side in pixels at which the model sees an image; larger images are "
-                        "scaled down, and the mask has the image's size. Choose about the size that the checkpoint was "
-                        "trained for.",
-                    )
+                io.Int.Input(
+                    "longest_side",
+                    default=768,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Attention: longest side in pixels at which the model sees an image; larger images are "
+                    "scaled down, and the mask has the image's size. Choose about the size that the checkpoint was "
+                    "trained for.",
                 ),
-                advanced(seed_input("Attention: noise seed. The same seed gives the same mask.")),
+                seed_input("Attention: noise seed. The same seed gives the same mask."),
                 io.Combo.Input(
                     "sam",
                     options=_options(pipeline.SAM_FOLDER, pipeline.CHECKPOINT_ENDINGS),
@@ -149,24 +149,20 @@ class SegmentSubject(io.ComfyNode):
                     "segments or subjects becomes the mask. Segments along most of the image's border are "
                     "background and ignored.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "box_threshold",
-                        default=dino.BOX_THRESHOLD,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Grounding DINO: minimum confidence of a detection. 0.25 is its default.",
-                    )
+                io.Float.Input(
+                    "box_threshold",
+                    default=dino.BOX_THRESHOLD,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Grounding DINO: minimum confidence of a detection. 0.25 is its default.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "parts",
-                        options=list(alignment.PARTS),
-                        default=alignment.ALL_PARTS,
-                        tooltip="Connected parts of the mask that are kept. Largest part removes specks and second "
-                        "subjects.",
-                    )
+                io.Combo.Input(
+                    "parts",
+                    options=list(alignment.PARTS),
+                    default=alignment.ALL_PARTS,
+                    tooltip="Connected parts of the mask that are kept. Largest part removes specks and second "
+                    "subjects.",
                 ),
                 io.Model.Input("model", optional=True, tooltip="Attention: a Stable Diffusion 1.x, 2.x or XL model."),
                 io.Clip.Input("clip", optional=True, tooltip="Attention: the text encoders of the same checkpoint."),

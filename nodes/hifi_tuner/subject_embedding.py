@@ -30,7 +30,7 @@ from ..saved_files import (
     next_path,
     path_of,
 )
-from ..sockets import Subject, SubjectImages, advanced, checked, schema, seed_input, show_text, steps_input
+from ..sockets import Subject, SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
@@ -64,6 +64,14 @@ class TrainSubjectEmbedding(io.ComfyNode):
             display_name="Train Subject Embedding",
             category="subject",
             search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalization", "train subject"],
+            advanced=[
+                "updates_per_step",
+                "sampling_steps",
+                "learning_rate",
+                "regularization_weight",
+                "batch_size",
+                "sample_every",
+            ],
             description=(
                 "Learns a subject from three to five images as text embeddings, first shared by all "
                 "steps and then separate for each sampling step; no weight of the model changes (Wang et al. "
@@ -98,43 +106,35 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     100000,
                     "Training steps for the embeddings shared by all sampling steps. 1000 in Wang et al. 2023.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "updates_per_step",
-                        default=SubjectSettings.updates_per_step,
-                        min=0,
-                        max=1000,
-                        tooltip="Training steps for each sampling step's own embeddings after that. 10 in Wang et al. "
-                        "2023; 0 skips them.",
-                    )
+                io.Int.Input(
+                    "updates_per_step",
+                    default=SubjectSettings.updates_per_step,
+                    min=0,
+                    max=1000,
+                    tooltip="Training steps for each sampling step's own embeddings after that. 10 in Wang et al. "
+                    "2023; 0 skips them.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "sampling_steps",
-                        default=SubjectSettings.sampling_steps,
-                        min=1,
-                        max=1000,
-                        tooltip="Number of DDIM steps with their own embeddings. 50 in Wang et al. 2023. You can "
-                        "sample with other numbers of steps later; they use the nearest embeddings.",
-                    )
+                io.Int.Input(
+                    "sampling_steps",
+                    default=SubjectSettings.sampling_steps,
+                    min=1,
+                    max=1000,
+                    tooltip="Number of DDIM steps with their own embeddings. 50 in Wang et al. 2023. You can "
+                    "sample with other numbers of steps later; they use the nearest embeddings.",
                 ),
-                advanced(
-                    learning_rate_input(
-                        SubjectSettings.learning_rate, "Adam's learning rate. 0.005 in Wang et al. 2023.", 1.0, 1e-4
-                    )
+                learning_rate_input(
+                    SubjectSettings.learning_rate, "Adam's learning rate. 0.005 in Wang et al. 2023.", 1.0, 1e-4
                 ),
-                advanced(
-                    io.Float.Input(
-                        "regularization_weight",
-                        default=SubjectSettings.regularization_weight,
-                        min=0.0,
-                        max=100.0,
-                        step=0.0001,
-                        round=0.000001,
-                        tooltip="Loss weight of the mean squared distance from the initial embeddings, those of the "
-                        "empty prompt or the class word: w_s in Wang et al. 2023, who do not report its value. 0 "
-                        "disables it.",
-                    )
+                io.Float.Input(
+                    "regularization_weight",
+                    default=SubjectSettings.regularization_weight,
+                    min=0.0,
+                    max=100.0,
+                    step=0.0001,
+                    round=0.000001,
+                    tooltip="Loss weight of the mean squared distance from the initial embeddings, those of the "
+                    "empty prompt or the class word: w_s in Wang et al. 2023, who do not report its value. 0 "
+                    "disables it.",
                 ),
                 io.Boolean.Input(
                     "masked_loss",
@@ -148,12 +148,12 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     tooltip="On: keeps the rare token in captions and prompts, for a model with an identity prior, "
                     "which knows the token. Off: the embeddings replace it.",
                 ),
-                advanced(batch_size_input(1, 64, "Images per batch, all of one size.")),
+                batch_size_input(1, 64, "Images per batch, all of one size."),
                 gradient_accumulation_input(),
                 precision_input("the embeddings"),
                 checkpointing_input(),
                 seed_input(SEED_TOOLTIP),
-                advanced(sample_every_input("the end of both phases")),
+                sample_every_input("the end of both phases"),
                 io.String.Input(
                     "sample_prompt",
                     default="",

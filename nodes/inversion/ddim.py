@@ -12,7 +12,6 @@ from ...pipelines.shared.conditioning import Conditioning
 from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
-    advanced,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -31,6 +30,7 @@ class DDIMInversion(io.ComfyNode):
             display_name="DDIM Inversion",
             category="inversion",
             search_aliases=["invert", "real image editing", "unsampler", "noise inversion"],
+            advanced=["end_at_zero"],
             description=(
                 "Inverts an image to the noise from which the model samples it again (Song et al. "
                 "2021). The first step of every edit of a real image."
@@ -56,14 +56,12 @@ class DDIMInversion(io.ComfyNode):
                     "Classifier-free guidance scale during inversion. 1 in the reference implementation of "
                     "null-text inversion; higher values reconstruct worse (Jung et al. 2024, appendix B.1).",
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "end_at_zero",
-                        default=False,
-                        tooltip="End of the schedule. Off: timestep 0 (sigma 0.029), as in the reference "
-                        "implementation. On: sigma 0, as in KSampler's schedulers; with 20, 25, 40, 50 or 100 steps "
-                        "the schedule is then KSampler's ddim_uniform.",
-                    )
+                io.Boolean.Input(
+                    "end_at_zero",
+                    default=False,
+                    tooltip="End of the schedule. Off: timestep 0 (sigma 0.029), as in the reference "
+                    "implementation. On: sigma 0, as in KSampler's schedulers; with 20, 25, 40, 50 or 100 steps "
+                    "the schedule is then KSampler's ddim_uniform.",
                 ),
                 io.Conditioning.Input(
                     "negative",

@@ -13,7 +13,6 @@ from ...pipelines.shared.conditioning import Conditioning
 from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
-    advanced,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -33,6 +32,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
             display_name="Edit-Friendly DDPM Inversion",
             category="inversion",
             search_aliases=["invert", "DDPM inversion", "real image editing", "LEDITS", "noise maps"],
+            advanced=["eta", "zero_last_noise_map"],
             description=(
                 "Computes a noise map for every sampling step, from which the model reproduces an "
                 "image exactly (Huberman-Spiegelglas et al. 2024). Sample an edit from it with Edit-Friendly "
@@ -54,26 +54,22 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                     edit_friendly.SOURCE_GUIDANCE_SCALE,
                     "Classifier-free guidance scale of the source prompt. 3.5 in the reference implementation.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "eta",
-                        default=1.0,
-                        min=0.01,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Noise of each step, relative to DDPM. 1 (DDPM) in Huberman-Spiegelglas et al. 2024; "
-                        "for 0, use DDIM Inversion.",
-                    )
+                io.Float.Input(
+                    "eta",
+                    default=1.0,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Noise of each step, relative to DDPM. 1 (DDPM) in Huberman-Spiegelglas et al. 2024; "
+                    "for 0, use DDIM Inversion.",
                 ),
                 seed_input("Noise seed. Different seeds give different inversions, hence different edits."),
-                advanced(
-                    io.Boolean.Input(
-                        "zero_last_noise_map",
-                        default=False,
-                        tooltip="Noise map of the last step. Off: kept, so that sampling with the source prompt "
-                        "reproduces the image exactly. On: zero, as in the reference implementation, so that sampling "
-                        "ends on the model's own prediction.",
-                    )
+                io.Boolean.Input(
+                    "zero_last_noise_map",
+                    default=False,
+                    tooltip="Noise map of the last step. Off: kept, so that sampling with the source prompt "
+                    "reproduces the image exactly. On: zero, as in the reference implementation, so that sampling "
+                    "ends on the model's own prediction.",
                 ),
                 io.Conditioning.Input(
                     "negative",

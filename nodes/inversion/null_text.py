@@ -13,7 +13,6 @@ from ...pipelines.shared.conditioning import Conditioning, with_embedding
 from ...pipelines.text.step_embeddings import apply_step_embeddings
 from ..sockets import (
     Inversion,
-    advanced,
     checked,
     choice_of,
     guidance_scale_input,
@@ -40,6 +39,7 @@ class NullTextOptimization(io.ComfyNode):
             display_name="Null-Text Optimization",
             category="inversion",
             search_aliases=["null-text inversion", "NTI", "negative-prompt inversion", "NPI", "invert"],
+            advanced=["inner_steps", "learning_rate", "early_stop"],
             description=(
                 "Keeps sampling with guidance on the inversion: optimizes an unconditional embedding "
                 "for every step (Mokady et al. 2023), or uses the source prompt as the unconditional embedding "
@@ -66,48 +66,40 @@ class NullTextOptimization(io.ComfyNode):
                     "Guidance scale that you will sample with. 7.5 in Jung et al. 2024 (section 5.1). "
                     "Ignored by negative-prompt inversion.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "inner_steps",
-                        default=0,
-                        min=0,
-                        max=1000,
-                        tooltip="Maximum number of optimizer updates per sampling step. 0 uses the method's default: "
-                        f"{null_text.INNER_STEPS} as in Jung et al. 2024 (appendix B.2) and the reference "
-                        f"implementation, {null_text.ADAPTIVE_INNER_STEPS} for the adaptive form.",
-                    )
+                io.Int.Input(
+                    "inner_steps",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    tooltip="Maximum number of optimizer updates per sampling step. 0 uses the method's default: "
+                    f"{null_text.INNER_STEPS} as in Jung et al. 2024 (appendix B.2) and the reference "
+                    f"implementation, {null_text.ADAPTIVE_INNER_STEPS} for the adaptive form.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "learning_rate",
-                        default=null_text.LEARNING_RATE,
-                        min=0.00001,
-                        max=1.0,
-                        step=0.0001,
-                        round=0.00001,
-                        tooltip="Adam's learning rate at the first step; it decays by 1% of its initial value per "
-                        "step. 0.01 in the reference implementation.",
-                    )
+                io.Float.Input(
+                    "learning_rate",
+                    default=null_text.LEARNING_RATE,
+                    min=0.00001,
+                    max=1.0,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="Adam's learning rate at the first step; it decays by 1% of its initial value per "
+                    "step. 0.01 in the reference implementation.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "early_stop",
-                        default=null_text.EARLY_STOP,
-                        min=0.0,
-                        max=1.0,
-                        step=0.00001,
-                        round=0.0000001,
-                        tooltip="Loss below which a sampling step stops early (plus 0.00002 for each step before it). "
-                        "0.00001 in the reference implementation.",
-                    )
+                io.Float.Input(
+                    "early_stop",
+                    default=null_text.EARLY_STOP,
+                    min=0.0,
+                    max=1.0,
+                    step=0.00001,
+                    round=0.0000001,
+                    tooltip="Loss below which a sampling step stops early (plus 0.00002 for each step before it). "
+                    "0.00001 in the reference implementation.",
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "checkpointing",
-                        default=False,
-                        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
-                        "third longer, with the same result. Turn it on when you run out of memory.",
-                    )
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
+                    "third longer, with the same result. Turn it on when you run out of memory.",
                 ),
             ],
             outputs=[

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from ...pipelines.inversion import inversion as inversions
 from ...pipelines.text.step_embeddings import apply_step_embeddings
 from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
-from ..sockets import Inversion, advanced, checked, latent_samples, schema, show_text, steps_input
+from ..sockets import Inversion, checked, latent_samples, schema, show_text, steps_input
 
 FILE_FOLDER = "inversions"
 
@@ -57,19 +57,18 @@ class LoadInversion(io.ComfyNode):
             display_name="Load Inversion",
             category="inversion",
             search_aliases=["open inversion", "import inversion"],
+            advanced=["steps"],
             description="Loads a saved inversion, so that one inversion serves many edits. Refuses an "
             "inversion of another model.",
             inputs=[
                 io.Model.Input("model", tooltip="The model used for the inversion; any other model is refused."),
                 file_input("Save Inversion", FILE_FOLDER),
-                advanced(
-                    steps_input(
-                        0,
-                        1000,
-                        least=0,
-                        tooltip="Required number of steps: an inversion with another number is refused. 0 accepts any "
-                        "number.",
-                    )
+                steps_input(
+                    0,
+                    1000,
+                    least=0,
+                    tooltip="Required number of steps: an inversion with another number is refused. 0 accepts any "
+                    "number.",
                 ),
                 io.Latent.Input(
                     "latent",

@@ -16,7 +16,7 @@ from ...pipelines.training.images import TrainingImages, check_masks, encode_ima
 from ...pipelines.training.loop import TrainingRun
 from ..idle import first_said, joined
 from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from ..sockets import SubjectImages, advanced, checked, schema, seed_input, show_text, steps_input
+from ..sockets import SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
@@ -48,6 +48,7 @@ class TrainIdentityPrior(io.ComfyNode):
             display_name="Train Identity Prior",
             category="subject",
             search_aliases=["dreambooth", "LIPE", "fine-tune", "personalization", "train subject"],
+            advanced=["learning_rate", "batch_size", "regularization_weight", "min_snr_gamma"],
             description=(
                 "Learns a subject from three to five images by fine-tuning the attention layers of the "
                 "UNet and the text encoders, together with images of its class (Liu et al. 2024, section 2.1)."
@@ -70,32 +71,25 @@ class TrainIdentityPrior(io.ComfyNode):
                 steps_input(
                     PriorSettings.steps, 100000, "Number of training steps. 1000 in Liu et al. 2024 (appendix E.2.5)."
                 ),
-                advanced(
-                    learning_rate_input(
-                        PriorSettings.learning_rate,
-                        "AdamW's learning rate for the UNet and the text encoders. 0.0005 in Liu et al. 2024 "
-                        "(appendix E.2.5). Lower it when samples show odd colors or copies of the training images.",
-                    )
+                learning_rate_input(
+                    PriorSettings.learning_rate,
+                    "AdamW's learning rate for the UNet and the text encoders. 0.0005 in Liu et al. 2024 "
+                    "(appendix E.2.5). Lower it when samples show odd colors or copies of the training images.",
                 ),
-                advanced(
-                    batch_size_input(
-                        1,
-                        64,
-                        "Images per batch from each of the two sets. 1 in the examples of diffusers' "
-                        "DreamBooth script.",
-                    )
+                batch_size_input(
+                    1,
+                    64,
+                    "Images per batch from each of the two sets. 1 in the examples of diffusers' DreamBooth script.",
                 ),
                 gradient_accumulation_input(),
-                advanced(
-                    io.Float.Input(
-                        "regularization_weight",
-                        default=PriorSettings.regularization_weight,
-                        min=0.0,
-                        max=10.0,
-                        step=0.05,
-                        tooltip="Loss weight of the regularization set, relative to the identity set. 1 in Ruiz et al. "
-                        "2023.",
-                    )
+                io.Float.Input(
+                    "regularization_weight",
+                    default=PriorSettings.regularization_weight,
+                    min=0.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="Loss weight of the regularization set, relative to the identity set. 1 in Ruiz et al. "
+                    "2023.",
                 ),
                 io.Boolean.Input(
                     "train_text_encoder",
@@ -111,16 +105,14 @@ class TrainIdentityPrior(io.ComfyNode):
                     tooltip="On: computes the loss of the subject's images inside their masks only, so that "
                     "backgrounds are not learned. Off in Liu et al. 2024. Images without a mask count as a whole.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "min_snr_gamma",
-                        default=0.0,
-                        min=0.0,
-                        max=100.0,
-                        step=0.5,
-                        tooltip="Min-SNR loss weighting of the timesteps (Hang et al. 2023, who use 5). 0 weights all "
-                        "timesteps equally, as in Liu et al. 2024.",
-                    )
+                io.Float.Input(
+                    "min_snr_gamma",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    tooltip="Min-SNR loss weighting of the timesteps (Hang et al. 2023, who use 5). 0 weights all "
+                    "timesteps equally, as in Liu et al. 2024.",
                 ),
                 seed_input(SEED_TOOLTIP),
                 sample_every_input("the end"),

@@ -20,7 +20,6 @@ from ...pipelines.shared.masks import masks_for
 from ..idle import first_said, joined, same_prompt, takes_no_part
 from ..sockets import (
     Inversion,
-    advanced,
     at_image_size,
     checked,
     choice_of,
@@ -49,13 +48,11 @@ def _identity_inputs() -> list[io.Input]:
             tooltip="Prompt of the subject: its class word, such as cat, preceded by the rare token of a "
             "trained identity prior, such as sks cat (Liu et al. 2024, section 2.2).",
         ),
-        advanced(
-            io.String.Input(
-                "identity_words",
-                default="",
-                tooltip="Words of the identity prompt whose attention is used, separated by spaces or commas. "
-                "Empty: all words. Start, end and padding tokens are never used.",
-            )
+        io.String.Input(
+            "identity_words",
+            default="",
+            tooltip="Words of the identity prompt whose attention is used, separated by spaces or commas. "
+            "Empty: all words. Start, end and padding tokens are never used.",
         ),
     ]
 
@@ -106,6 +103,7 @@ class IdentityAttentionNode(io.ComfyNode):
             display_name="Identity Attention",
             category="masks",
             search_aliases=["attention map", "cross-attention", "DAAM", "attention capture"],
+            advanced=["identity_words", "layers"],
             description=(
                 "Records the model's attention to the subject while any sampler runs it; the image "
                 "stays bit-identical (Liu et al. 2024, figure 4). View it with Attention Heatmap."
@@ -116,7 +114,7 @@ class IdentityAttentionNode(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 *_identity_inputs(),
-                advanced(_layers_input()),
+                _layers_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -146,6 +144,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             display_name="Identity-Aware Mask Blend",
             category="masks",
             search_aliases=["NIMA", "LIPE", "non-rigid editing", "edit sampler", "local blend"],
+            advanced=["identity_words", "self_attention_power", "layers", "blend_until", "feathering", "given_masks"],
             description=(
                 "Samples the edit of an inverted image and keeps everything outside the subject, which "
                 "it locates by the model's attention (Liu et al. 2024, algorithm 1)."
@@ -171,8 +170,8 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023).",
                 ),
                 _threshold_input(),
-                advanced(_power_input()),
-                advanced(_layers_input()),
+                _power_input(),
+                _layers_input(),
                 io.Float.Input(
                     "skip",
                     default=0.0,
@@ -183,36 +182,29 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     "et al. 2024, algorithm 1; 0.36 in the reference implementation of edit-friendly DDPM "
                     "inversion.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "blend_until",
-                        default=1.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Fraction of the steps, from the first, in which the background is restored. 1 in Liu "
-                        "et al. 2024, algorithm 1; slightly less smooths the border of the subject.",
-                    )
+                io.Float.Input(
+                    "blend_until",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Fraction of the steps, from the first, in which the background is restored. 1 in Liu "
+                    "et al. 2024, algorithm 1; slightly less smooths the border of the subject.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "feathering",
-                        default=0.0,
-                        min=0.0,
-                        max=32.0,
-                        step=0.1,
-                        tooltip="Softness of the mask edges, in latent pixels (8 image pixels each). 0 in Liu et al. "
-                        "2024.",
-                    )
+                io.Float.Input(
+                    "feathering",
+                    default=0.0,
+                    min=0.0,
+                    max=32.0,
+                    step=0.1,
+                    tooltip="Softness of the mask edges, in latent pixels (8 image pixels each). 0 in Liu et al. 2024.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "given_masks",
-                        options=list(_GIVEN_MASKS),
-                        default=next(iter(_GIVEN_MASKS)),
-                        tooltip="How connected masks are used. Instead: the attention mask is skipped entirely. "
-                        "United: both masks are combined. A mask that is not connected is unaffected.",
-                    )
+                io.Combo.Input(
+                    "given_masks",
+                    options=list(_GIVEN_MASKS),
+                    default=next(iter(_GIVEN_MASKS)),
+                    tooltip="How connected masks are used. Instead: the attention mask is skipped entirely. "
+                    "United: both masks are combined. A mask that is not connected is unaffected.",
                 ),
                 io.Conditioning.Input(
                     "negative",

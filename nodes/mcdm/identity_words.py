@@ -15,7 +15,7 @@ from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
 from ...pipelines.training.loop import BFLOAT16, FLOAT32
 from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from ..sockets import IdentityWords, SubjectImages, advanced, checked, schema, seed_input, show_text, steps_input
+from ..sockets import IdentityWords, SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -42,6 +42,7 @@ class TrainIdentityWords(io.ComfyNode):
             display_name="Train Identity Words",
             category="portrait",
             search_aliases=["identity encoder", "ELITE", "MCDM", "face words", "textual inversion encoder"],
+            advanced=["words", "regularization_weight", "masked_loss"],
             description=(
                 "Trains an encoder on portraits of many people that turns the person in an image into two "
                 "word embeddings of the text encoder (Chen et al. 2024, supplement 1.1). The weights of the "
@@ -59,14 +60,12 @@ class TrainIdentityWords(io.ComfyNode):
                     tooltip="Portraits of many people, with captions that contain the class word: Load Subject "
                     "Images or Subject from Images, with an empty token. FFHQ in Chen et al. 2024.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "words",
-                        default=words_of.WORDS,
-                        min=1,
-                        max=words_of.MOST_WORDS,
-                        tooltip="Number of word embeddings per person. 2 in Chen et al. 2024.",
-                    )
+                io.Int.Input(
+                    "words",
+                    default=words_of.WORDS,
+                    min=1,
+                    max=words_of.MOST_WORDS,
+                    tooltip="Number of word embeddings per person. 2 in Chen et al. 2024.",
                 ),
                 steps_input(
                     IdentitySettings.steps,
@@ -79,45 +78,37 @@ class TrainIdentityWords(io.ComfyNode):
                     "AdamW's learning rate. Our default, for a few thousand steps; Chen et al. 2024 do not "
                     "report theirs, ELITE uses 0.000001 for 300000 steps.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "regularization_weight",
-                        default=IdentitySettings.regularization_weight,
-                        min=0.0,
-                        max=10.0,
-                        step=0.001,
-                        tooltip="L1 regularization weight on the predicted embeddings. 0.01 in ELITE (Wei et al. "
-                        "2023); Chen et al. 2024 do not report theirs.",
-                    )
+                io.Float.Input(
+                    "regularization_weight",
+                    default=IdentitySettings.regularization_weight,
+                    min=0.0,
+                    max=10.0,
+                    step=0.001,
+                    tooltip="L1 regularization weight on the predicted embeddings. 0.01 in ELITE (Wei et al. "
+                    "2023); Chen et al. 2024 do not report theirs.",
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "masked_loss",
-                        default=False,
-                        tooltip="Computes the loss only inside the masks of the images. Off, since Chen et al. 2024 do "
-                        "not mention masks.",
-                    )
+                io.Boolean.Input(
+                    "masked_loss",
+                    default=False,
+                    tooltip="Computes the loss only inside the masks of the images. Off, since Chen et al. 2024 do "
+                    "not mention masks.",
                 ),
                 batch_size_input(
                     IdentitySettings.batch_size, 256, "Images per batch, all of the same size. 4 per GPU in ELITE."
                 ),
-                advanced(
-                    io.Int.Input(
-                        "gradient_accumulation",
-                        default=1,
-                        min=1,
-                        max=256,
-                        tooltip="Batches per optimizer step; their gradients are averaged.",
-                    )
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="Batches per optimizer step; their gradients are averaged.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "precision",
-                        options=[BFLOAT16, FLOAT32],
-                        default=BFLOAT16,
-                        tooltip="Compute precision of the frozen networks. Choose float32 on a CPU without bfloat16 "
-                        "instructions, where bfloat16 is slower.",
-                    )
+                io.Combo.Input(
+                    "precision",
+                    options=[BFLOAT16, FLOAT32],
+                    default=BFLOAT16,
+                    tooltip="Compute precision of the frozen networks. Choose float32 on a CPU without bfloat16 "
+                    "instructions, where bfloat16 is slower.",
                 ),
                 checkpointing_input(),
                 seed_input("Seed for all randomness: initial weights, image order, timesteps and noise."),
@@ -250,6 +241,7 @@ class ApplyIdentityWords(io.ComfyNode):
             display_name="Apply Identity Words",
             category="portrait",
             search_aliases=["identity prompt", "MCDM", "face words"],
+            advanced=["class_word"],
             description="Encodes a prompt with identity words for the person in an image, inserted in front of "
             "the class word (Chen et al. 2024, supplement 1.1).",
             inputs=[
@@ -270,13 +262,11 @@ class ApplyIdentityWords(io.ComfyNode):
                     dynamic_prompts=True,
                     tooltip="Prompt that contains the class word: 'a woman, Santa Claus costume'.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "class_word",
-                        default="",
-                        tooltip="Word in front of which the identity words are inserted, such as 'woman'. Empty: the "
-                        "class word used in training.",
-                    )
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    tooltip="Word in front of which the identity words are inserted, such as 'woman'. Empty: the "
+                    "class word used in training.",
                 ),
             ],
             outputs=[

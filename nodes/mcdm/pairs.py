@@ -20,7 +20,7 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color, matched_images, to_pillow
 from ..idle import first_said, same_prompt
 from ..saved_files import check_name
-from ..sockets import IdentityWords, advanced, checked, schema, seed_input, show_text, show_warnings
+from ..sockets import IdentityWords, checked, schema, seed_input, show_text, show_warnings
 
 FOLDER = "pairs"
 
@@ -236,6 +236,19 @@ class GeneratePairs(io.ComfyNode):
             display_name="Generate Pairs",
             category="portrait",
             search_aliases=["paired data", "dataset", "MCDM", "training data", "composable diffusion"],
+            advanced=[
+                "shared_prompt",
+                "negative_prompt",
+                "shared_weight",
+                "source_weight",
+                "target_weight",
+                "validation_share",
+                "part",
+                "smallest_similarity",
+                "attempts",
+                "class_word",
+                "pose_strength",
+            ],
             description=(
                 "Generates a dataset of image pairs for an edit from text alone: one subject before and "
                 "after, with the same pose and identity (Chen et al. 2024, section 3.2). Resumes where it was "
@@ -270,20 +283,16 @@ class GeneratePairs(io.ComfyNode):
                     "bar, name, the words draw the subject and the name replaces them in the dataset. A man or a "
                     "woman in Chen et al. 2024.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "shared_prompt",
-                        default=datasets.SHARED_PROMPT,
-                        tooltip="Prompt for both halves, p, with {subject} in it. The default is the prompt of Chen et "
-                        "al. 2024.",
-                    )
+                io.String.Input(
+                    "shared_prompt",
+                    default=datasets.SHARED_PROMPT,
+                    tooltip="Prompt for both halves, p, with {subject} in it. The default is the prompt of Chen et "
+                    "al. 2024.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "negative_prompt",
-                        default="",
-                        tooltip="Negative prompt for all pairs; empty in Chen et al. 2024.",
-                    )
+                io.String.Input(
+                    "negative_prompt",
+                    default="",
+                    tooltip="Negative prompt for all pairs; empty in Chen et al. 2024.",
                 ),
                 io.Int.Input("count", default=8, min=1, max=1000000, tooltip="Total number of pairs in the dataset."),
                 seed_input(
@@ -307,37 +316,31 @@ class GeneratePairs(io.ComfyNode):
                     tooltip="Height of one image in pixels. 512 in Chen et al. 2024.",
                 ),
                 scale,
-                *map(advanced, weights),
-                advanced(_validation_input("the seed; no person of the identity images is in both splits")),
+                *weights,
+                _validation_input("the seed; no person of the identity images is in both splits"),
                 _folder_input("edits", "Existing pairs are kept; only missing ones are generated."),
-                advanced(
-                    io.String.Input(
-                        "part",
-                        default="",
-                        tooltip="Generates only a shard of the dataset: the number of one pair ('12') or a range "
-                        "('100-199'). Empty generates all of it.",
-                    )
+                io.String.Input(
+                    "part",
+                    default="",
+                    tooltip="Generates only a shard of the dataset: the number of one pair ('12') or a range "
+                    "('100-199'). Empty generates all of it.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "smallest_similarity",
-                        default=0.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Minimum similarity: keeps only pairs whose two images reach this cosine similarity of "
-                        "CLIP image embeddings; needs clip_vision. 0, as in Chen et al. 2024, keeps all pairs.",
-                    )
+                io.Float.Input(
+                    "smallest_similarity",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Minimum similarity: keeps only pairs whose two images reach this cosine similarity of "
+                    "CLIP image embeddings; needs clip_vision. 0, as in Chen et al. 2024, keeps all pairs.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "attempts",
-                        default=datasets.ATTEMPTS,
-                        min=1,
-                        max=100,
-                        tooltip="Maximum number of seeds tried per pair until one passes the similarity check (our "
-                        "default). Without a check, one is used.",
-                    )
+                io.Int.Input(
+                    "attempts",
+                    default=datasets.ATTEMPTS,
+                    min=1,
+                    max=100,
+                    tooltip="Maximum number of seeds tried per pair until one passes the similarity check (our "
+                    "default). Without a check, one is used.",
                 ),
                 io.ClipVision.Input(
                     "clip_vision",
@@ -356,14 +359,11 @@ class GeneratePairs(io.ComfyNode):
                     tooltip="Portraits of many people; one is picked at random for each pair. FFHQ faces in Chen et "
                     "al. 2024.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "class_word",
-                        default="",
-                        optional=True,
-                        tooltip="Word in front of which the identity words are inserted. Empty: in front of the "
-                        "subject.",
-                    )
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    optional=True,
+                    tooltip="Word in front of which the identity words are inserted. Empty: in front of the subject.",
                 ),
                 io.ControlNet.Input(
                     "control_net",
@@ -376,16 +376,14 @@ class GeneratePairs(io.ComfyNode):
                     tooltip="Pose images for the ControlNet, of the size of one image; one is picked at random for "
                     "each pair. 1000 poses in Chen et al. 2024.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "pose_strength",
-                        default=1.0,
-                        min=0.0,
-                        max=10.0,
-                        step=0.01,
-                        optional=True,
-                        tooltip="ControlNet strength. 1 is ComfyUI's default; Chen et al. 2024 do not report theirs.",
-                    )
+                io.Float.Input(
+                    "pose_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="ControlNet strength. 1 is ComfyUI's default; Chen et al. 2024 do not report theirs.",
                 ),
             ],
             outputs=[
@@ -551,6 +549,7 @@ class SavePair(io.ComfyNode):
             display_name="Save Pair",
             category="portrait",
             search_aliases=["paired data", "dataset", "save training data"],
+            advanced=["validation_share"],
             description="Adds image pairs made in any other way to a dataset, in the format of Generate Pairs.",
             is_output_node=True,
             inputs=[
@@ -559,7 +558,7 @@ class SavePair(io.ComfyNode):
                 io.String.Input("source_prompt", default="", tooltip="Prompt that describes the source, p_a."),
                 io.String.Input("target_prompt", default="", tooltip="Prompt that describes the target, p_b."),
                 io.String.Input("edit", default="edit", tooltip="Name of the edit."),
-                advanced(_validation_input("the pair numbers")),
+                _validation_input("the pair numbers"),
                 _folder_input(
                     "own",
                     "Existing pairs are kept. Do not share it with Generate Pairs, which would count these pairs as "

@@ -20,7 +20,6 @@ from ..idle import first_said, is_empty, joined, noise_mask_left_out, same_promp
 from ..saved_files import model_files, model_path
 from ..sockets import (
     Inversion,
-    advanced,
     at_image_size,
     checked,
     guidance_scale_input,
@@ -247,6 +246,7 @@ class MCDMEditMask(io.ComfyNode):
             display_name="MCDM Edit Mask",
             category="masks",
             search_aliases=["DiffEdit", "automatic mask", "find mask", "edit region"],
+            advanced=["steps", "noise_steps", "seeds"],
             description=(
                 "Finds the region that an edit changes: where the model's noise predictions for the "
                 "target prompt and the source prompt differ (Chen et al. 2024, section 3.4). With an ordinary "
@@ -261,32 +261,26 @@ class MCDMEditMask(io.ComfyNode):
                     "source", tooltip="Prompt for the source image: source of MCDM Conditioner, or CLIP Text Encode."
                 ),
                 io.Latent.Input("latent", tooltip="Latent of the source image, from MCDM Conditioner or VAE Encode."),
-                advanced(
-                    steps_input(
-                        default.steps,
-                        1000,
-                        "Steps of the schedule in which noise_steps counts. 20 in Chen et al. 2024 (supplement 1.3).",
-                    )
+                steps_input(
+                    default.steps,
+                    1000,
+                    "Steps of the schedule in which noise_steps counts. 20 in Chen et al. 2024 (supplement 1.3).",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "noise_steps",
-                        default=default.noise_steps,
-                        min=1,
-                        max=1000,
-                        tooltip="Steps of noise added to the image. 10 of 20 in Chen et al. 2024 (supplement 1.3), "
-                        "half of the schedule as in DiffEdit.",
-                    )
+                io.Int.Input(
+                    "noise_steps",
+                    default=default.noise_steps,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps of noise added to the image. 10 of 20 in Chen et al. 2024 (supplement 1.3), "
+                    "half of the schedule as in DiffEdit.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "seeds",
-                        default=default.seeds,
-                        min=1,
-                        max=1000,
-                        tooltip="Number of noise samples over which the difference is averaged; each takes two model "
-                        "calls. 10 in Chen et al. 2024 and in DiffEdit.",
-                    )
+                io.Int.Input(
+                    "seeds",
+                    default=default.seeds,
+                    min=1,
+                    max=1000,
+                    tooltip="Number of noise samples over which the difference is averaged; each takes two model "
+                    "calls. 10 in Chen et al. 2024 and in DiffEdit.",
                 ),
                 io.Float.Input(
                     "outliers",

@@ -18,7 +18,7 @@ from ...pipelines.mcdm.train import MCDMSettings
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.training.loop import TrainingRun
 from ..saved_files import check_name, model_files, model_path, new_path, next_path
-from ..sockets import advanced, checked, choice_of, schema, seed_input, show_text, steps_input
+from ..sockets import checked, choice_of, schema, seed_input, show_text, steps_input
 from ..training import (
     batch_size_input,
     checkpoint_every_input,
@@ -46,6 +46,15 @@ class TrainMCDM(io.ComfyNode):
             display_name="Train MCDM",
             category="portrait",
             search_aliases=["multi-conditioned diffusion model", "InstructPix2Pix", "train edit model", "pairs"],
+            advanced=[
+                "gradient_accumulation",
+                "identity_share",
+                "dropout",
+                "image_tokens",
+                "image_embedding",
+                "file_contents",
+                "file_dtype",
+            ],
             description=(
                 "Trains an image editing model on generated pairs: all weights of the UNet, which also "
                 "receives the source image, and the image embedding (Chen et al. 2024, section 3.3). Load "
@@ -82,37 +91,31 @@ class TrainMCDM(io.ComfyNode):
                 batch_size_input(
                     MCDMSettings.batch_size, 1024, "Pairs per batch. 4 in Chen et al. 2024 (supplement 1.2)."
                 ),
-                advanced(
-                    io.Int.Input(
-                        "gradient_accumulation",
-                        default=1,
-                        min=1,
-                        max=1024,
-                        tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger "
-                        "batch with the memory of a small one. Chen et al. 2024 do not report any.",
-                    )
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger "
+                    "batch with the memory of a small one. Chen et al. 2024 do not report any.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "identity_share",
-                        default=MCDMSettings.identity_share,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Share of the pairs whose source is also the target, so that the model learns to "
-                        "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
-                    )
+                io.Float.Input(
+                    "identity_share",
+                    default=MCDMSettings.identity_share,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the pairs whose source is also the target, so that the model learns to "
+                    "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "dropout",
-                        default=MCDMSettings.dropout,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Probability that one, two or all three conditions of a pair are dropped, for "
-                        "classifier-free guidance. 0.2 in Chen et al. 2024 (section 3.3).",
-                    )
+                io.Float.Input(
+                    "dropout",
+                    default=MCDMSettings.dropout,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Probability that one, two or all three conditions of a pair are dropped, for "
+                    "classifier-free guidance. 0.2 in Chen et al. 2024 (section 3.3).",
                 ),
                 io.Boolean.Input(
                     "mirror",
@@ -120,24 +123,20 @@ class TrainMCDM(io.ComfyNode):
                     tooltip="Also trains on every pair mirrored: twice the pairs, for edits and prompts without left "
                     "and right. Chen et al. 2024 do not report it.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "image_tokens",
-                        default=mcdms.IMAGE_TOKENS,
-                        min=0,
-                        max=4096,
-                        tooltip="Number of image embedding tokens. With 77, the length of a prompt, all guidance terms "
-                        "fit into one model call. 0 uses all tokens of the image encoder, as Karras et al. 2023 do.",
-                    )
+                io.Int.Input(
+                    "image_tokens",
+                    default=mcdms.IMAGE_TOKENS,
+                    min=0,
+                    max=4096,
+                    tooltip="Number of image embedding tokens. With 77, the length of a prompt, all guidance terms "
+                    "fit into one model call. 0 uses all tokens of the image encoder, as Karras et al. 2023 do.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "image_embedding",
-                        options=[NEW, *model_files()],
-                        default=NEW,
-                        tooltip="Initial weights of the image embedding: new, or those in the file of a previously "
-                        "trained MCDM, to continue its training. Press R to refresh the list.",
-                    )
+                io.Combo.Input(
+                    "image_embedding",
+                    options=[NEW, *model_files()],
+                    default=NEW,
+                    tooltip="Initial weights of the image embedding: new, or those in the file of a previously "
+                    "trained MCDM, to continue its training. Press R to refresh the list.",
                 ),
                 io.Float.Input(
                     "ema_decay",
@@ -154,22 +153,18 @@ class TrainMCDM(io.ComfyNode):
                 seed_input("Seed for all randomness: pair order, timesteps, noise and dropped conditions."),
                 sample_every_input("the end", 1000, 1_000_000, "sample edits"),
                 checkpoint_every_input(1000, 1_000_000, "Each is four times the size of the UNet in float32. "),
-                advanced(
-                    io.Combo.Input(
-                        "file_contents",
-                        options=[WHOLE, UNET_ALONE],
-                        default=WHOLE,
-                        tooltip="Contents of the saved file. A whole checkpoint is for Load Checkpoint; the UNet alone "
-                        "is for Load Diffusion Model, with a filename_prefix that starts with diffusion_models.",
-                    )
+                io.Combo.Input(
+                    "file_contents",
+                    options=[WHOLE, UNET_ALONE],
+                    default=WHOLE,
+                    tooltip="Contents of the saved file. A whole checkpoint is for Load Checkpoint; the UNet alone "
+                    "is for Load Diffusion Model, with a filename_prefix that starts with diffusion_models.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "file_dtype",
-                        options=list(mcdms.FILE_DTYPES),
-                        default="float16",
-                        tooltip="Precision of the saved weights. float16, as in Stable Diffusion checkpoints.",
-                    )
+                io.Combo.Input(
+                    "file_dtype",
+                    options=list(mcdms.FILE_DTYPES),
+                    default="float16",
+                    tooltip="Precision of the saved weights. float16, as in Stable Diffusion checkpoints.",
                 ),
                 io.String.Input(
                     "filename_prefix",

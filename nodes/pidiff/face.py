@@ -23,7 +23,7 @@ from ...pipelines.networks.model_folders import list_models, missing_model, mode
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
-from ..sockets import FaceDetector, advanced, checked, mask_input, schema, show_text
+from ..sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"
@@ -42,6 +42,7 @@ class LoadFaceDetector(io.ComfyNode):
             display_name="Load Face Detector",
             category="face",
             search_aliases=["insightface", "SCRFD", "YuNet", "MTCNN", "buffalo_l", "face detection"],
+            advanced=["score"],
             description="Loads a face detector with five facial landmarks from local files.",
             inputs=[
                 io.Combo.Input(
@@ -50,16 +51,14 @@ class LoadFaceDetector(io.ComfyNode):
                     tooltip=f"Detector in models/{pipeline.FOLDER}: an insightface model pack (models/PACK), a single "
                     "SCRFD file, or OpenCV's YuNet. Nothing is downloaded. MTCNN includes its weights in its package.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "score",
-                        default=pipeline.SCORE,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Minimum detection confidence. 0.6 found all faces in the photos of "
-                        "benchmarks/results/face_identity.md, and nothing else.",
-                    )
+                io.Float.Input(
+                    "score",
+                    default=pipeline.SCORE,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Minimum detection confidence. 0.6 found all faces in the photos of "
+                    "benchmarks/results/face_identity.md, and nothing else.",
                 ),
             ],
             outputs=[
@@ -91,6 +90,7 @@ class AlignFace(io.ComfyNode):
             display_name="Align Face",
             category="face",
             search_aliases=["FFHQ", "crop face", "face alignment", "PIDiff", "remove background", "rembg"],
+            advanced=["smallest_face", "gray", "without_face"],
             description=(
                 "Crops faces as in FFHQ, the training set of e4e: upright, with eyes and mouth at fixed "
                 "positions; and removes the background (PIDiff, Gu et al. 2025, section 2.2.2)."
@@ -127,15 +127,13 @@ class AlignFace(io.ComfyNode):
                     step=8,
                     tooltip="Width and height of the aligned faces in pixels. e4e uses 256, FFHQ has 1024.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "smallest_face",
-                        default=pipeline.SMALLEST_SIDE,
-                        min=8,
-                        max=2048,
-                        tooltip="Minimum side length of a face crop in pixels; smaller faces are not used. 48: smaller "
-                        "faces were no longer recognized reliably (benchmarks/results/face_identity.md).",
-                    )
+                io.Int.Input(
+                    "smallest_face",
+                    default=pipeline.SMALLEST_SIDE,
+                    min=8,
+                    max=2048,
+                    tooltip="Minimum side length of a face crop in pixels; smaller faces are not used. 48: smaller "
+                    "faces were no longer recognized reliably (benchmarks/results/face_identity.md).",
                 ),
                 io.Combo.Input(
                     "background",
@@ -151,16 +149,14 @@ class AlignFace(io.ComfyNode):
                     tooltip=f"Salient-object network in models/{BACKGROUND_FOLDER} ({BACKGROUND_NEEDED}), for images "
                     "without a mask. Nothing is downloaded.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "gray",
-                        default=0.5,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Gray level of the removed background: 0 is black, 1 is white. Gu et al. 2025 do not "
-                        "report theirs; 0.5 is the middle of the encoders' input range.",
-                    )
+                io.Float.Input(
+                    "gray",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Gray level of the removed background: 0 is black, 1 is white. Gu et al. 2025 do not "
+                    "report theirs; 0.5 is the middle of the encoders' input range.",
                 ),
                 io.String.Input(
                     "points",
@@ -181,15 +177,13 @@ class AlignFace(io.ComfyNode):
                     "for all images or one per image. It is aligned with the images.",
                     optional=True,
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "without_face",
-                        options=[LEAVE_OUT, STOP],
-                        default=LEAVE_OUT,
-                        optional=True,
-                        tooltip="Handling of images without a usable face, or with an empty mask. Leave out continues "
-                        "with the other images and lists the skipped ones in the report.",
-                    )
+                io.Combo.Input(
+                    "without_face",
+                    options=[LEAVE_OUT, STOP],
+                    default=LEAVE_OUT,
+                    optional=True,
+                    tooltip="Handling of images without a usable face, or with an empty mask. Leave out continues "
+                    "with the other images and lists the skipped ones in the report.",
                 ),
             ],
             outputs=[
@@ -301,6 +295,7 @@ class IdentitySimilarity(io.ComfyNode):
             display_name="Identity Similarity",
             category="face",
             search_aliases=["ArcFace", "face similarity", "ID score", "same person", "insightface", "cosine"],
+            advanced=["reference_without_face"],
             description=(
                 "Measures how similar the people in two sets of images are: the cosine similarity of the "
                 "ArcFace embeddings of their faces (PIDiff, Gu et al. 2025, section 3.2, metric ID)."
@@ -334,15 +329,13 @@ class IdentitySimilarity(io.ComfyNode):
                     tooltip="Handling of images in which no face is found. Counting them as 0 keeps a long "
                     "comparison running; leave out excludes them from the mean and lists them in the report.",
                 ),
-                advanced(
-                    io.Combo.Input(
-                        "reference_without_face",
-                        options=[LEAVE_OUT, STOP],
-                        default=LEAVE_OUT,
-                        optional=True,
-                        tooltip="Handling of references in which no face is found. Leave out continues with the other "
-                        "references and lists the skipped ones in the report.",
-                    )
+                io.Combo.Input(
+                    "reference_without_face",
+                    options=[LEAVE_OUT, STOP],
+                    default=LEAVE_OUT,
+                    optional=True,
+                    tooltip="Handling of references in which no face is found. Leave out continues with the other "
+                    "references and lists the skipped ones in the report.",
                 ),
             ],
             outputs=[

@@ -25,7 +25,6 @@ from ..sockets import (
     StyleAttention,
     SubjectImages,
     WPlus,
-    advanced,
     checked,
     mask_input,
     schema,
@@ -64,6 +63,7 @@ class TrainStyleAttention(io.ComfyNode):
             display_name="Train Style Attention",
             category="face",
             search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalization"],
+            advanced=["kind", "row_groups", "weight_decay", "text_drop", "style_drop", "style_noise", "masked_loss"],
             description=(
                 "Teaches a model one person from W+ codes, with about six images: a mapping network and a "
                 "style cross-attention after every text cross-attention (PIDiff, Gu et al. 2025). The model's own "
@@ -78,23 +78,19 @@ class TrainStyleAttention(io.ComfyNode):
                     "placeholder token of the person.",
                 ),
                 WPlus.Input("w_plus", tooltip="W+ codes of the same images, in the same order."),
-                advanced(
-                    io.Combo.Input(
-                        "kind",
-                        options=list(KINDS),
-                        default=SEQUENTIAL,
-                        tooltip="Query that attends to the style tokens. 'sequential' is style cross-attention: the "
-                        "output of the text cross-attention. 'parallel' is the paper's baseline: the hidden state "
-                        "before it, as in IP-Adapter.",
-                    )
+                io.Combo.Input(
+                    "kind",
+                    options=list(KINDS),
+                    default=SEQUENTIAL,
+                    tooltip="Query that attends to the style tokens. 'sequential' is style cross-attention: the "
+                    "output of the text cross-attention. 'parallel' is the paper's baseline: the hidden state "
+                    "before it, as in IP-Adapter.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "row_groups",
-                        default=styles.ROW_GROUPS,
-                        tooltip="Groups of W+ codes from coarse to fine, one token per group. The default is from Gu "
-                        "et al. 2025 for 18 codes; an encoder with another number of codes needs other groups.",
-                    )
+                io.String.Input(
+                    "row_groups",
+                    default=styles.ROW_GROUPS,
+                    tooltip="Groups of W+ codes from coarse to fine, one token per group. The default is from Gu "
+                    "et al. 2025 for 18 codes; an encoder with another number of codes needs other groups.",
                 ),
                 io.String.Input(
                     "templates",
@@ -113,55 +109,45 @@ class TrainStyleAttention(io.ComfyNode):
                     "AdamW's learning rate. Our default; Gu et al. 2025 do not report theirs.",
                     1.0,
                 ),
-                advanced(
-                    io.Float.Input(
-                        "weight_decay",
-                        default=StyleSettings.weight_decay,
-                        min=0.0,
-                        max=1.0,
-                        step=0.001,
-                        tooltip="AdamW's weight decay. 0.01 in Gu et al. 2025.",
-                    )
+                io.Float.Input(
+                    "weight_decay",
+                    default=StyleSettings.weight_decay,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="AdamW's weight decay. 0.01 in Gu et al. 2025.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "text_drop",
-                        default=StyleSettings.text_drop,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Probability that an image is trained without its caption. 0.5 in Gu et al. 2025.",
-                    )
+                io.Float.Input(
+                    "text_drop",
+                    default=StyleSettings.text_drop,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Probability that an image is trained without its caption. 0.5 in Gu et al. 2025.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "style_drop",
-                        default=StyleSettings.style_drop,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Probability that an image is trained with the encoder's latent average instead of its "
-                        "W+ codes. 0.5 in Gu et al. 2025.",
-                    )
+                io.Float.Input(
+                    "style_drop",
+                    default=StyleSettings.style_drop,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Probability that an image is trained with the encoder's latent average instead of its "
+                    "W+ codes. 0.5 in Gu et al. 2025.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "style_noise",
-                        default=StyleSettings.style_noise,
-                        min=0.0,
-                        max=10.0,
-                        step=0.01,
-                        tooltip="Standard deviation of the noise added to the W+ codes, in their units. Our default: "
-                        "Gu et al. 2025 add noise and do not report how much.",
-                    )
+                io.Float.Input(
+                    "style_noise",
+                    default=StyleSettings.style_noise,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Standard deviation of the noise added to the W+ codes, in their units. Our default: "
+                    "Gu et al. 2025 add noise and do not report how much.",
                 ),
-                advanced(
-                    io.Boolean.Input(
-                        "masked_loss",
-                        default=False,
-                        tooltip="Computes the loss only inside the masks of the images, so that backgrounds are not "
-                        "learned. Off, since Gu et al. 2025 do not mention masks.",
-                    )
+                io.Boolean.Input(
+                    "masked_loss",
+                    default=False,
+                    tooltip="Computes the loss only inside the masks of the images, so that backgrounds are not "
+                    "learned. Off, since Gu et al. 2025 do not mention masks.",
                 ),
                 gradient_accumulation_input(),
                 precision_input("the style attention's weights"),
@@ -332,6 +318,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             display_name="Apply Style Cross-Attention",
             category="face",
             search_aliases=["PIDiff", "SCA", "face", "identity", "IPAdapter", "W+ adapter"],
+            advanced=["start_percent", "end_percent", "schedule"],
             description=(
                 "Conditions the model on a person's W+ codes, with any sampler and guider (PIDiff, Gu et "
                 "al. 2025). Use one node per person, with masks for several people in one image."
@@ -356,35 +343,29 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                     tooltip="Style strength, the paper's lambda. Higher preserves more of the person, lower follows "
                     "the text more. 0.4 in Gu et al. 2025 (figure 10); 1 = strength used in training, 0 = disabled.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "start_percent",
-                        default=0.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.001,
-                        tooltip="Fraction of sampling at which the style attention starts, so that the text can set "
-                        "the layout first. 0 in Gu et al. 2025.",
-                    )
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Fraction of sampling at which the style attention starts, so that the text can set "
+                    "the layout first. 0 in Gu et al. 2025.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "end_percent",
-                        default=1.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.001,
-                        tooltip="Fraction of sampling at which the style attention ends. 1 in Gu et al. 2025.",
-                    )
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="Fraction of sampling at which the style attention ends. 1 in Gu et al. 2025.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "schedule",
-                        default="",
-                        tooltip="Strength multipliers, separated by commas, spread evenly from start_percent to "
-                        "end_percent and interpolated linearly: '0, 1' rises, '1, 0.5' falls to half. Empty: constant, "
-                        "as in Gu et al. 2025.",
-                    )
+                io.String.Input(
+                    "schedule",
+                    default="",
+                    tooltip="Strength multipliers, separated by commas, spread evenly from start_percent to "
+                    "end_percent and interpolated linearly: '0, 1' rises, '1, 0.5' falls to half. Empty: constant, "
+                    "as in Gu et al. 2025.",
                 ),
                 mask_input(
                     "mask",

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.subjects import captioning
 from ...pipelines.subjects import images as subjects
-from ..sockets import SubjectImages, advanced, checked, schema, seed_input, show_text
+from ..sockets import SubjectImages, checked, schema, seed_input, show_text
 from .inputs import check_model, list_models, model_path, progress_bar
 
 NO_MODEL = "no model"
@@ -22,6 +22,7 @@ class CaptionImages(io.ComfyNode):
             display_name="Caption Images",
             category="subject",
             search_aliases=["caption", "llava", "image to text", "vlm", "tagger", "describe image"],
+            advanced=["instruction", "max_new_tokens", "temperature", "seed"],
             description=(
                 "Captions a subject's images with action, view and attire (Liu et al. 2024, section "
                 "2.1), using a local image-to-text model or your own text."
@@ -40,13 +41,11 @@ class CaptionImages(io.ComfyNode):
                     "(Liu et al. 2024). Nothing is downloaded. No model: captions come from the caption files and "
                     "the lines below.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "instruction",
-                        default=captioning.INSTRUCTION,
-                        multiline=True,
-                        tooltip="Prompt for the model; Liu et al. 2024, table 3.",
-                    )
+                io.String.Input(
+                    "instruction",
+                    default=captioning.INSTRUCTION,
+                    multiline=True,
+                    tooltip="Prompt for the model; Liu et al. 2024, table 3.",
                 ),
                 io.String.Input(
                     "captions",
@@ -67,28 +66,24 @@ class CaptionImages(io.ComfyNode):
                     tooltip="Save captions as text files next to the images, where you can edit them. Existing "
                     "files are replaced only with overwrite.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "max_new_tokens",
-                        default=captioning.MAX_NEW_TOKENS,
-                        min=1,
-                        max=4096,
-                        tooltip="Maximum length of a caption, in tokens. 160 tokens fit the 70 words that the "
-                        "instruction asks for.",
-                    )
+                io.Int.Input(
+                    "max_new_tokens",
+                    default=captioning.MAX_NEW_TOKENS,
+                    min=1,
+                    max=4096,
+                    tooltip="Maximum length of a caption, in tokens. 160 tokens fit the 70 words that the "
+                    "instruction asks for.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "temperature",
-                        default=0.0,
-                        min=0.0,
-                        max=5.0,
-                        step=0.05,
-                        tooltip="Sampling temperature of the model. 0: always the most likely token. Above 0: tokens "
-                        "are sampled, with the seed.",
-                    )
+                io.Float.Input(
+                    "temperature",
+                    default=0.0,
+                    min=0.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Sampling temperature of the model. 0: always the most likely token. Above 0: tokens "
+                    "are sampled, with the seed.",
                 ),
-                advanced(seed_input("Sampling seed, used for a temperature above 0.")),
+                seed_input("Sampling seed, used for a temperature above 0."),
             ],
             outputs=[
                 SubjectImages.Output(

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ...pipelines.subjects import regularization_prompts as prompts
-from ..sockets import SEED_MAXIMUM, advanced, checked, schema, seed_input, show_text
+from ..sockets import SEED_MAXIMUM, checked, schema, seed_input, show_text
 from .inputs import check_model, class_word_input, list_models, model_path, progress_bar
 
 SHIPPED_LIST = "shipped list"
@@ -23,6 +23,7 @@ class RegularizationPrompts(io.ComfyNode):
             display_name="Regularization Prompts",
             category="subject",
             search_aliases=["regularization", "class images", "prior preservation", "dreambooth", "prompt list"],
+            advanced=["first_instruction", "second_instruction", "max_new_tokens", "temperature"],
             description=(
                 "Detailed prompts for the subject's class (Liu et al. 2024, section 2.1). Render each "
                 "with stock sampling nodes; training with these images keeps the model from forgetting the "
@@ -52,43 +53,35 @@ class RegularizationPrompts(io.ComfyNode):
                     default=prompts.KINDS[0],
                     tooltip="Kind of subject that the class word names; the shipped list has actions for each kind.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "first_instruction",
-                        default=prompts.INSTRUCTION_TABLE_4,
-                        multiline=True,
-                        tooltip="Prompt for a language model; {keyword} stands for the class word. Liu et al. 2024, "
-                        "table 4. Both instructions are used in turn until there are enough prompts.",
-                    )
+                io.String.Input(
+                    "first_instruction",
+                    default=prompts.INSTRUCTION_TABLE_4,
+                    multiline=True,
+                    tooltip="Prompt for a language model; {keyword} stands for the class word. Liu et al. 2024, "
+                    "table 4. Both instructions are used in turn until there are enough prompts.",
                 ),
-                advanced(
-                    io.String.Input(
-                        "second_instruction",
-                        default=prompts.INSTRUCTION_TABLE_5,
-                        multiline=True,
-                        tooltip="Second prompt for a language model; Liu et al. 2024, table 5. Leave it empty to use "
-                        "only the first.",
-                    )
+                io.String.Input(
+                    "second_instruction",
+                    default=prompts.INSTRUCTION_TABLE_5,
+                    multiline=True,
+                    tooltip="Second prompt for a language model; Liu et al. 2024, table 5. Leave it empty to use "
+                    "only the first.",
                 ),
-                advanced(
-                    io.Int.Input(
-                        "max_new_tokens",
-                        default=prompts.MAX_NEW_TOKENS,
-                        min=1,
-                        max=32768,
-                        tooltip="Maximum length of one answer of a local model, in tokens. 4096 tokens fit 50 prompts.",
-                    )
+                io.Int.Input(
+                    "max_new_tokens",
+                    default=prompts.MAX_NEW_TOKENS,
+                    min=1,
+                    max=32768,
+                    tooltip="Maximum length of one answer of a local model, in tokens. 4096 tokens fit 50 prompts.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "temperature",
-                        default=1.0,
-                        min=0.0,
-                        max=5.0,
-                        step=0.05,
-                        tooltip="Sampling temperature of a language model; at 0 it repeats itself. Ignored by the "
-                        "shipped list.",
-                    )
+                io.Float.Input(
+                    "temperature",
+                    default=1.0,
+                    min=0.0,
+                    max=5.0,
+                    step=0.05,
+                    tooltip="Sampling temperature of a language model; at 0 it repeats itself. Ignored by the "
+                    "shipped list.",
                 ),
                 seed_input("Prompt seed. Different seeds give different prompts."),
                 io.String.Input(

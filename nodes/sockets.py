@@ -65,7 +65,7 @@ def schema(*, category: str, search_aliases: list[str], advanced: Sequence[str] 
     """
     if any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema)):
         fields["search_aliases"] = search_aliases
-    for widget in fields["inputs"]:
+    for widget in fields.get("inputs", ()):
         if widget.id in (
             *advanced,
             *RARELY_CHANGED,

@@ -244,8 +244,8 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise IdentityEditError(
-            f"The folder {path} cannot be written to ({error.strerror or error}); make room or choose another one, and "
-            f"queue it again: the pairs that are there are kept."
+            f"The folder {path} cannot be written to ({error.strerror or error}); free disk space or choose another "
+            f"folder, and queue again: existing pairs are kept."
         ) from error
 
 

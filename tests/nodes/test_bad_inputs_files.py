@@ -121,7 +121,7 @@ def test_a_full_disk_leaves_nothing(name: str, world: World, monkeypatch: pytest
     folder = Path(folder_paths.get_output_directory())
     before = {path for path in files() if path.is_file()}
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(IdentityEditError, match=r"No space left on device.*make room"):
+    with pytest.raises(IdentityEditError, match=r"No space left on device.*free disk space"):
         execute(name, inputs)
     assert {path for path in files() if path.is_file()} == before
     assert not list(folder.rglob("*.tmp"))

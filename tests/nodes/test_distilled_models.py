@@ -110,7 +110,7 @@ def test_step_wise_embeddings_of_the_plain_model_fit(steps: int) -> None:
     assert bool((ours[:-1] > ours[1:]).all())
     inside = expected > float(lcm(plain).get_model_object("model_sampling").sigmas[0])
     torch.testing.assert_close(ours[inside], expected[inside], rtol=0.05, atol=0)
-    with pytest.raises(IdentityEditError, match="up to timestep 1000 and the model 1000"):
+    with pytest.raises(IdentityEditError, match="up to timestep 1000 but the model has 1000"):
         step_boundaries(lcm(plain), (1000, 1))
 
 

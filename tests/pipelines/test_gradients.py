@@ -296,7 +296,7 @@ def test_a_device_without_memory_is_said_with_what_helps(monkeypatch: pytest.Mon
     patcher = tiny_models.sd1()
     patcher.set_model_attn2_patch(full)
     before = {key: value.clone() for key, value in patcher.model.state_dict().items()}
-    with pytest.raises(IdentityEditError, match="checkpointing.*smaller image.*smaller batch"):
+    with pytest.raises(IdentityEditError, match="checkpointing.*smaller image or batch"):
         gradient_of_embedding(patcher)
     assert all(torch.equal(value, before[key]) for key, value in patcher.model.state_dict().items())
 

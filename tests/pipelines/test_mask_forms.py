@@ -36,5 +36,5 @@ def test_what_vae_encode_cuts_off_an_image_is_cut_off_its_mask(size: tuple[int, 
 def test_one_mask_is_for_all_images() -> None:
     mask = torch.rand(1, 8, 8)
     assert torch.equal(masks.masks_for(mask, "mask", 8, 8, 3), mask.expand(3, -1, -1))
-    with pytest.raises(IdentityEditError, match="mask holds 2 masks for 3 images; give one for all"):
+    with pytest.raises(IdentityEditError, match="mask holds 2 masks for 3 images; connect one mask, or one per image"):
         masks.masks_for(mask.expand(2, -1, -1), "mask", 8, 8, 3)

@@ -216,7 +216,7 @@ def test_saved_pairs_get_the_next_numbers(tmp_path) -> None:
     assert datasets.save_pairs(folder, images[:1], images[:1], **facts) == [2]
     assert len((tmp_path / "index.jsonl").read_text().splitlines()) == 3
     assert datasets.save_pairs(folder, images[:1], images[1:], **facts) == [3, 4]  # one source for both
-    with pytest.raises(IdentityEditError, match="one of either"):
+    with pytest.raises(IdentityEditError, match="a single image"):
         datasets.save_pairs(folder, images, images[:2], **facts)
     with pytest.raises(IdentityEditError, match="one size"):
         datasets.save_pairs(folder, images, images[:, :8], **facts)

@@ -336,7 +336,7 @@ def test_a_full_disk_stops_the_encoding_with_a_sentence_and_loses_nothing(tmp_pa
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10 * record, limits[1]))
     try:
-        with pytest.raises(IdentityEditError, match="make room"):
+        with pytest.raises(IdentityEditError, match="free disk space"):
             encoded_pairs.encode_pairs(pairs, vae, vision, str(tmp_path / "full"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

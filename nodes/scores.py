@@ -137,7 +137,7 @@ class ScoreEdit(io.ComfyNode):
                     default=edit_scores.PLAIN,
                     tooltip="Comparison rule inside and outside the mask. Mean over the part: only the pixels of "
                     "the region count. PIE-Bench: both images are multiplied by the mask and compared as a whole, "
-                    "and the structure distance follows its code; required for scores matched_images with the "
+                    "and the structure distance follows its code; required for scores comparable with the "
                     "published tables.",
                 ),
                 io.Combo.Input(

@@ -218,7 +218,7 @@ def test_saved_pairs_get_the_next_numbers(tmp_path) -> None:
     assert datasets.save_pairs(folder, images[:1], images[1:], **facts) == [3, 4]  # one source for both
     with pytest.raises(IdentityEditError, match="a single image"):
         datasets.save_pairs(folder, images, images[:2], **facts)
-    with pytest.raises(IdentityEditError, match="one size"):
+    with pytest.raises(IdentityEditError, match="the same size"):
         datasets.save_pairs(folder, images, images[:, :8], **facts)
 
 

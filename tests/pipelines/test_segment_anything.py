@@ -299,7 +299,7 @@ def test_folders_of_another_kind_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "grounding-dino"}')
     with pytest.raises(IdentityEditError, match="not 'sam'"), sam.load_segmenter(str(tmp_path)):
         pass
-    with pytest.raises(IdentityEditError, match="put into it a checkpoint file of Segment Anything"):  # noqa: SIM117
+    with pytest.raises(IdentityEditError, match="create it with a checkpoint file of Segment Anything"):  # noqa: SIM117
         with sam.load_segmenter(str(tmp_path / "none")):
             pass
 

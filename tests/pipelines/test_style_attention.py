@@ -333,7 +333,7 @@ def test_other_models_and_styles_are_refused() -> None:
     with pytest.raises(IdentityEditError, match="9 rows of 6 but the style attention needs 7 of 6"):
         apply_style_attention(model, style, tiny_styles.w_plus(rows=9))
     renamed = WPlus(W_PLUS.rows, W_PLUS.average, "e4e 1234")
-    assert "come from the encoder e4e 1234" in str(styles.check_styles(style, renamed))
+    assert "from the encoder e4e 1234" in str(styles.check_styles(style, renamed))
     assert styles.check_styles(style, W_PLUS) is None
 
 

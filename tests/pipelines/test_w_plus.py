@@ -84,7 +84,7 @@ def test_files_keep_every_bit(tmp_path: Path) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "other.safetensors")
     save_file({"rows": torch.zeros(1)}, path)
-    with pytest.raises(IdentityEditError, match="holds no entry of W"):
+    with pytest.raises(IdentityEditError, match="contains no entry of W"):
         w_plus.load_w_plus(path)
     with pytest.raises(IdentityEditError, match="does not exist"):
         w_plus.load_w_plus(str(tmp_path / "none.safetensors"))

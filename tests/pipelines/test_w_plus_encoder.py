@@ -104,7 +104,7 @@ def test_configurations_that_cannot_be_are_refused() -> None:
 def test_files_of_other_kinds_are_refused(tmp_path: Path) -> None:
     path = str(tmp_path / "x.safetensors")
     write_tensors(path, {"a": torch.zeros(1)}, {"kind": "inversion"})
-    with pytest.raises(IdentityEditError, match="holds no encoder of W"):
+    with pytest.raises(IdentityEditError, match="contains no encoder of W"):
         encoders.load_w_plus_encoder(path)
     write_tensors(path, {"latent_avg": torch.zeros(5, 6)}, {"kind": encoders.KIND, "architecture": "huge"})
     with pytest.raises(IdentityEditError, match="unknown kind"):

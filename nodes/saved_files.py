@@ -108,6 +108,15 @@ def loadable_files(folder: str, without: str | None = None) -> list[str]:
     ]
 
 
+def filename_prefix_input(folder: str, name: str, loader: str) -> io.String.Input:
+    """The input `filename_prefix` of a node that saves to `folder` below the output folder, which `loader` lists."""
+    return io.String.Input(
+        "filename_prefix",
+        default=f"{folder}/{name}",
+        tooltip=f"Folder and start of the file name, below the output folder. {loader} lists the files in '{folder}'.",
+    )
+
+
 def file_input(made_by: str, folder: str, without: str | None = None) -> io.Combo.Input:
     """Combo of `loadable_files`; `made_by` is the node that saves them."""
     return io.Combo.Input(

@@ -16,6 +16,7 @@ from .idle import first_said, joined, noise_mask_left_out, same_prompt
 from .sockets import (
     Inversion,
     checked,
+    checkpointing_input,
     guidance_scale_input,
     latent_samples,
     progress,
@@ -66,12 +67,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
                     tooltip="Adam's learning rate. 0.001 in Imagic (section 4.2).",
                 ),
                 seed_input("Seed for the timesteps and the noise. The same seed gives the same embedding."),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
-                    "third longer, with the same result. Turn it on when you run out of memory.",
-                ),
+                checkpointing_input(default=False),
             ],
             outputs=[
                 io.Conditioning.Output(

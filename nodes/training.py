@@ -41,14 +41,6 @@ def batch_size_input(default: int, most: int, tooltip: str) -> io.Int.Input:
     return io.Int.Input("batch_size", default=default, min=1, max=most, tooltip=tooltip)
 
 
-def filename_prefix_input(default: str, loader: str, folder: str) -> io.String.Input:
-    return io.String.Input(
-        "filename_prefix",
-        default=default,
-        tooltip=f"Folder and start of the file name, below the output folder. {loader} lists the files in '{folder}'.",
-    )
-
-
 def gradient_accumulation_input() -> io.Int.Input:
     return io.Int.Input(
         "gradient_accumulation",
@@ -67,15 +59,6 @@ def precision_input(trained: str) -> io.Combo.Input:
         default=BFLOAT16,
         tooltip=f"Compute precision; {trained} are kept in float32 either way. Choose float32 on a CPU without "
         "bfloat16 instructions, where bfloat16 is slower.",
-    )
-
-
-def checkpointing_input() -> io.Boolean.Input:
-    return io.Boolean.Input(
-        "checkpointing",
-        default=True,
-        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a third "
-        "longer, with the same result.",
     )
 
 

@@ -16,6 +16,7 @@ from ..idle import first_said, joined
 from ..sockets import (
     Inversion,
     checked,
+    checkpointing_input,
     guidance_scale_input,
     latent_samples,
     mask_input,
@@ -127,12 +128,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     "accepts any number.",
                     least=0,
                 ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
-                    "third longer, with the same result. Turn it on when you run out of memory.",
-                ),
+                checkpointing_input(default=False),
             ],
             outputs=[
                 io.Latent.Output(

@@ -24,13 +24,14 @@ from ..saved_files import (
     changed_at,
     check_file,
     check_name,
+    filename_prefix_input,
     loadable_files,
     model_folder_files,
     new_path,
     next_path,
     path_of,
 )
-from ..sockets import Subject, SubjectImages, checked, schema, seed_input, show_text, steps_input
+from ..sockets import Subject, SubjectImages, checked, checkpointing_input, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
@@ -38,8 +39,6 @@ from ..training import (
     batch_size_input,
     checkpoint_every_input,
     checkpoint_inputs,
-    checkpointing_input,
-    filename_prefix_input,
     first_and_last,
     gradient_accumulation_input,
     how_trained,
@@ -160,7 +159,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     tooltip="Prompt of the sample images, with the subject's name in it. Empty: the name alone.",
                 ),
                 checkpoint_every_input(),
-                filename_prefix_input(f"{FILE_FOLDER}/subject", "Step-Wise Embedding Loader", FILE_FOLDER),
+                filename_prefix_input(FILE_FOLDER, "subject", "Step-Wise Embedding Loader"),
             ],
             outputs=[
                 Subject.Output("subject", display_name="subject", tooltip="Trained subject, for Apply Subject."),

@@ -14,6 +14,7 @@ from ...pipelines.text.step_embeddings import apply_step_embeddings
 from ..sockets import (
     Inversion,
     checked,
+    checkpointing_input,
     choice_of,
     guidance_scale_input,
     progress,
@@ -95,12 +96,7 @@ class NullTextOptimization(io.ComfyNode):
                     tooltip="Loss below which a sampling step stops early (plus 0.00002 for each step before it). "
                     "0.00001 in the reference implementation.",
                 ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a "
-                    "third longer, with the same result. Turn it on when you run out of memory.",
-                ),
+                checkpointing_input(default=False),
             ],
             outputs=[
                 io.Model.Output(

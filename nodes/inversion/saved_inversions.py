@@ -8,7 +8,7 @@ from comfy_api.latest import io, ui
 
 from ...pipelines.inversion import inversion as inversions
 from ...pipelines.text.step_embeddings import apply_step_embeddings
-from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
+from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, saved_path
 from ..sockets import Inversion, checked, latent_samples, schema, show_text, steps_input
 
 FILE_FOLDER = "inversions"
@@ -29,12 +29,7 @@ class SaveInversion(io.ComfyNode):
                 Inversion.Input(
                     "inversion", tooltip="From DDIM Inversion, Null-Text Optimization or Edit-Friendly DDPM Inversion."
                 ),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FILE_FOLDER}/inversion",
-                    tooltip="Folder and start of the file name, below the output folder. Load Inversion lists the "
-                    f"files in '{FILE_FOLDER}'.",
-                ),
+                filename_prefix_input(FILE_FOLDER, "inversion", "Load Inversion"),
             ],
             outputs=[
                 io.String.Output("file", display_name="file", tooltip="Path of the saved inversion."),

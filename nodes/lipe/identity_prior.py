@@ -15,8 +15,8 @@ from ...pipelines.subjects.images import check_captions
 from ...pipelines.training.images import TrainingImages, check_masks, encode_images
 from ...pipelines.training.loop import TrainingRun
 from ..idle import first_said, joined
-from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from ..sockets import SubjectImages, checked, schema, seed_input, show_text, steps_input
+from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, next_path, saved_path
+from ..sockets import SubjectImages, checked, checkpointing_input, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
@@ -24,8 +24,6 @@ from ..training import (
     batch_size_input,
     checkpoint_every_input,
     checkpoint_inputs,
-    checkpointing_input,
-    filename_prefix_input,
     first_and_last,
     gradient_accumulation_input,
     learning_rate_input,
@@ -38,6 +36,23 @@ from ..training import (
 
 FILE_FOLDER = "identity_priors"
 LORA_FOLDER = "loras"
+
+
+def _prior_outputs() -> list[io.Output]:
+    """Outputs of the nodes that apply a prior."""
+    return [
+        io.Model.Output("model_with_prior", display_name="model", tooltip="Model with the identity prior applied."),
+        io.Clip.Output(
+            "clip_with_prior",
+            display_name="clip",
+            tooltip="Text encoders with the identity prior applied, for all prompts.",
+        ),
+        io.String.Output(
+            "identity_prompt",
+            display_name="identity prompt",
+            tooltip="Token and class word, the name of the subject in prompts.",
+        ),
+    ]
 
 
 class TrainIdentityPrior(io.ComfyNode):
@@ -123,22 +138,10 @@ class TrainIdentityPrior(io.ComfyNode):
                     "these two words.",
                 ),
                 checkpoint_every_input(),
-                filename_prefix_input(f"{FILE_FOLDER}/prior", "Load Identity Prior", FILE_FOLDER),
+                filename_prefix_input(FILE_FOLDER, "prior", "Load Identity Prior"),
             ],
             outputs=[
-                io.Model.Output(
-                    "model_with_prior", display_name="model", tooltip="Model with the identity prior applied."
-                ),
-                io.Clip.Output(
-                    "clip_with_prior",
-                    display_name="clip",
-                    tooltip="Text encoders with the identity prior applied, for all prompts.",
-                ),
-                io.String.Output(
-                    "identity_prompt",
-                    display_name="identity prompt",
-                    tooltip="Token and class word, the name of the subject in prompts.",
-                ),
+                *_prior_outputs(),
                 *training_outputs("the prior"),
             ],
         )
@@ -275,19 +278,7 @@ class LoadIdentityPrior(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Model.Output(
-                    "model_with_prior", display_name="model", tooltip="Model with the identity prior applied."
-                ),
-                io.Clip.Output(
-                    "clip_with_prior",
-                    display_name="clip",
-                    tooltip="Text encoders with the identity prior applied, for all prompts.",
-                ),
-                io.String.Output(
-                    "identity_prompt",
-                    display_name="identity prompt",
-                    tooltip="Token and class word, the name of the subject in prompts.",
-                ),
+                *_prior_outputs(),
                 io.String.Output(
                     "report",
                     display_name="report",

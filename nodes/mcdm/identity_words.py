@@ -14,16 +14,23 @@ from ...pipelines.mcdm.train_identity_words import IdentitySettings
 from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
 from ...pipelines.training.loop import BFLOAT16, FLOAT32
-from ..saved_files import changed_at, check_file, file_input, new_path, next_path, saved_path
-from ..sockets import IdentityWords, SubjectImages, checked, schema, seed_input, show_text, steps_input
+from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, next_path, saved_path
+from ..sockets import (
+    IdentityWords,
+    SubjectImages,
+    checked,
+    checkpointing_input,
+    schema,
+    seed_input,
+    show_text,
+    steps_input,
+)
 from ..training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
     batch_size_input,
     checkpoint_every_input,
     checkpoint_inputs,
-    checkpointing_input,
-    filename_prefix_input,
     first_and_last,
     how_trained,
     learning_rate_input,
@@ -113,7 +120,7 @@ class TrainIdentityWords(io.ComfyNode):
                 checkpointing_input(),
                 seed_input("Seed for all randomness: initial weights, image order, timesteps and noise."),
                 checkpoint_every_input(200),
-                filename_prefix_input(f"{FILE_FOLDER}/identity", "Load Identity Words", FILE_FOLDER),
+                filename_prefix_input(FILE_FOLDER, "identity", "Load Identity Words"),
             ],
             outputs=[
                 IdentityWords.Output(

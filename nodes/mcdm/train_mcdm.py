@@ -18,11 +18,10 @@ from ...pipelines.mcdm.train import MCDMSettings
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.training.loop import TrainingRun
 from ..saved_files import check_name, model_files, model_path, new_path, next_path
-from ..sockets import checked, choice_of, schema, seed_input, show_text, steps_input
+from ..sockets import checked, checkpointing_input, choice_of, schema, seed_input, show_text, steps_input
 from ..training import (
     batch_size_input,
     checkpoint_every_input,
-    checkpointing_input,
     first_and_last,
     learning_rate_input,
     precision_input,

@@ -20,12 +20,22 @@ from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
 from ...pipelines.training.loop import TrainingRun
 from ..idle import first_said, is_empty, joined
-from ..saved_files import changed_at, check_file, loadable_files, model_folder_files, new_path, next_path, path_of
+from ..saved_files import (
+    changed_at,
+    check_file,
+    filename_prefix_input,
+    loadable_files,
+    model_folder_files,
+    new_path,
+    next_path,
+    path_of,
+)
 from ..sockets import (
     StyleAttention,
     SubjectImages,
     WPlus,
     checked,
+    checkpointing_input,
     mask_input,
     schema,
     seed_input,
@@ -39,8 +49,6 @@ from ..training import (
     batch_size_input,
     checkpoint_every_input,
     checkpoint_inputs,
-    checkpointing_input,
-    filename_prefix_input,
     first_and_last,
     gradient_accumulation_input,
     how_trained,
@@ -161,7 +169,7 @@ class TrainStyleAttention(io.ComfyNode):
                     "of the first image. Empty: the first template.",
                 ),
                 checkpoint_every_input(),
-                filename_prefix_input(f"{FILE_FOLDER}/person", "Load Style Attention", FILE_FOLDER),
+                filename_prefix_input(FILE_FOLDER, "person", "Load Style Attention"),
             ],
             outputs=[
                 StyleAttention.Output(

@@ -14,7 +14,7 @@ from ...pipelines.pidiff.w_plus import WPlus as Styles
 from ...pipelines.pidiff.w_plus_encoder import WPlusEncoder as Encoder
 from ...pipelines.shared.images import as_color
 from ..idle import first_said
-from ..saved_files import changed_at, check_file, file_input, new_path, saved_path
+from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, saved_path
 from ..sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
 FILE_FOLDER = "w_plus"
@@ -84,12 +84,7 @@ class SaveWPlusEncoder(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 WPlusEncoder.Input("encoder", tooltip="Encoder, from Load W+ Encoder."),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{ENCODER_FOLDER}/encoder",
-                    tooltip="Folder and start of the file name, below the output folder. Load W+ Encoder lists the "
-                    f"files in '{ENCODER_FOLDER}'.",
-                ),
+                filename_prefix_input(ENCODER_FOLDER, "encoder", "Load W+ Encoder"),
             ],
             outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved encoder.")],
         )
@@ -256,12 +251,7 @@ class SaveWPlus(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 WPlus.Input("w_plus", tooltip="The W+ codes of one or more faces."),
-                io.String.Input(
-                    "filename_prefix",
-                    default=f"{FILE_FOLDER}/person",
-                    tooltip="Folder and start of the file name, below the output folder. Load W+ lists the files in "
-                    f"'{FILE_FOLDER}'.",
-                ),
+                filename_prefix_input(FILE_FOLDER, "person", "Load W+"),
             ],
             outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved W+ codes.")],
         )

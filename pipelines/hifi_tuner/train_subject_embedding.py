@@ -17,7 +17,16 @@ from ..shared.errors import IdentityEditError
 from ..subjects.word_vectors import mark_subject, with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
 from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch, guided_preview
-from ..training.loop import BFLOAT16, Progress, TrainingRun, TrainingSettings, run_description, train, training_record
+from ..training.loop import (
+    BFLOAT16,
+    CONSTANT,
+    Progress,
+    TrainingRun,
+    TrainingSettings,
+    run_description,
+    train,
+    training_record,
+)
 from .subject_embedding import (
     KINDS,
     OUTPUT,
@@ -146,7 +155,8 @@ def train_subject_embedding(
             second_run = train(
                 step_wise.variables,
                 step_wise.losses,
-                dataclasses.replace(settings, steps=updates),
+                # A falling learning rate would train the last sampling steps less than the first.
+                dataclasses.replace(settings, steps=updates, learning_rate_schedule=CONSTANT, warmup_steps=0),
                 description=second,
                 checkpoint=checkpoint,
                 sample=lambda: subject.sample(step_wise.learned_at),

@@ -2,9 +2,10 @@
 
 A technique's training module derives its settings from `TrainingSettings`, with its paper's values, and passes its
 variables, `losses(index)`, `sample()` and a `run_description` to `train`; batches, the denoising loss and previews are
-in `training.images`. The loop contains the optimizer (torch's), gradient accumulation, autocast, gradient clipping, the
-EMA of the variables (diffusers'), the loss history, and checkpoints to resume interrupted runs. Random draws depend
-only on the seed and the step (`generator_of`), so a resumed run equals an uninterrupted one.
+in `training.images`. The loop contains the optimizer (torch's), gradient accumulation, autocast, gradient clipping,
+the learning rate's schedule and the EMA of the variables (diffusers'), the loss history, and checkpoints to resume
+interrupted runs. Random draws depend only on the seed and the step (`generator_of`), so a resumed run equals an
+uninterrupted one.
 
 A library's trainer (accelerate, Lightning) would control the process, its folders and its signals. Inside a ComfyUI
 node, where cancellation is an exception from any operation, the loop itself is the small part.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -25,19 +27,23 @@ from typing import Any
 
 import torch
 
-from ..shared.errors import IdentityEditError
+from ..shared.errors import IdentityEditError, first_line
 from ..shared.files import read_tensors, write_tensors
 from .processes import OneProcess, Processes
 
 OPTIMIZERS = ("AdamW", "Adam", "SGD")
+CONSTANT = "constant"
+SCHEDULES = (CONSTANT, "constant_with_warmup", "cosine", "linear", "polynomial")
+"""Learning rate schedules, by their names in `diffusers.optimization`."""
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 _CHECKPOINT = "training checkpoint"
 _CHANGES_NO_STEP = {
     "steps", "checkpointing", "checkpoint_every", "sample_every", "sample_prompt", "sample_guidance_scale",
-    "sample_strength", "sample_steps", "file_dtype",
+    "sample_strength", "sample_steps", "file_dtype", "learning_rate_schedule", "warmup_steps",
 }  # fmt: skip
-"""Settings that do not affect the result of a step: a run can be resumed after changing them."""
+"""Settings that do not affect the result of a step: a run can be resumed after changing them. A schedule other than
+CONSTANT does affect it, see `run_description`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,10 @@ class TrainingSettings:
 
     Attributes:
         steps: number of optimizer steps.
-        learning_rate: constant learning rate.
+        learning_rate: learning rate, multiplied by the schedule's factor at each step.
+        learning_rate_schedule: one of SCHEDULES, as in diffusers: "cosine" and "linear" fall to 0 from the end of the
+            warmup to the last step, "polynomial" (of power 1) to 1e-7.
+        warmup_steps: steps in which the learning rate rises linearly from 0; CONSTANT has no warmup.
         batch_size: images (or image pairs) per batch.
         accumulation: batches whose gradients are averaged for one step.
         optimizer: one of OPTIMIZERS, torch's with their default betas.
@@ -66,6 +75,8 @@ class TrainingSettings:
 
     steps: int
     learning_rate: float
+    learning_rate_schedule: str = CONSTANT
+    warmup_steps: int = 0
     batch_size: int = 1
     accumulation: int = 1
     optimizer: str = "AdamW"
@@ -83,7 +94,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("steps", 1), ("batch_size", 1), ("accumulation", 1), ("checkpoint_every", 0), ("sample_every", 0)
+            ("steps", 1), ("batch_size", 1), ("accumulation", 1), ("checkpoint_every", 0), ("sample_every", 0),
+            ("warmup_steps", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise IdentityEditError(f"{name} is {getattr(self, name)}; choose {least} or more.")
@@ -94,6 +106,11 @@ class TrainingSettings:
         if self.optimizer not in OPTIMIZERS:
             raise IdentityEditError(f"The optimizer {self.optimizer} is unknown; choose {', '.join(OPTIMIZERS)}.")
         self.check_choice("precision", PRECISIONS)
+        self.check_choice("learning_rate_schedule", SCHEDULES)
+        if self.warmup_steps >= self.steps and self.learning_rate_schedule != CONSTANT:
+            raise IdentityEditError(
+                f"warmup_steps is {self.warmup_steps}, which leaves none of the {self.steps} steps; choose fewer."
+            )
 
     def check_choice(self, name: str, choices: Iterable[str]) -> None:
         """Raise `IdentityEditError` unless the setting `name` is one of `choices`."""
@@ -149,6 +166,9 @@ def run_description(settings: TrainingSettings, tag: Any, *patchers: Any, **fact
         facts: the training data and other entries.
     """
     chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _CHANGES_NO_STEP}
+    if settings.learning_rate_schedule != CONSTANT:
+        end = None if settings.learning_rate_schedule == "constant_with_warmup" else settings.steps
+        facts["schedule"] = [settings.learning_rate_schedule, settings.warmup_steps, end]
     if patchers:
         facts["patches"] = {
             key: [[float(patch[0]), float(patch[2])] for patch in value]
@@ -221,6 +241,7 @@ def train(
     processes = processes or OneProcess()
     optimizer = _optimizer(list(variables.values()), settings)
     average = _moving_average(variables, settings)
+    factor = _schedule(settings)
     done = TrainingRun(name=run_hash(description or {}))
     path = None if checkpoint is None else checkpoint(done.name)
     if path is not None and os.path.exists(path):
@@ -232,6 +253,9 @@ def train(
         for step in range(done.resumed_at, settings.steps):
             check = partial(_check_reached, variables, needed) if step == done.resumed_at else None
             loss = _gradients(variables, losses, step, settings, processes, check)
+            if factor is not None:
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.learning_rate * factor(step)
             optimizer.step()
             if average is not None:
                 average.step(variables.values())
@@ -280,9 +304,43 @@ def _moving_average(variables: dict[str, torch.Tensor], settings: TrainingSettin
     """diffusers' EMAModel of the variables, or None."""
     if settings.ema_decay == 0.0:
         return None
-    from diffusers.training_utils import EMAModel  # slow to import, and most runs do not use it
+    ema_model = _from_diffusers("training_utils", "EMAModel", "set ema_decay to 0")
+    return ema_model(variables.values(), decay=settings.ema_decay)
 
-    return EMAModel(variables.values(), decay=settings.ema_decay)
+
+def _schedule(settings: TrainingSettings) -> Callable[[int], float] | None:
+    """Factor of the learning rate at a step (from 0), or None for a constant one.
+
+    It depends on the step alone, so a resumed run continues it without any state.
+    """
+    if settings.learning_rate_schedule == CONSTANT:
+        return None
+    get_scheduler = _from_diffusers("optimization", "get_scheduler", f"choose the schedule {CONSTANT}")
+    unused = torch.optim.SGD([torch.zeros(1)], lr=settings.learning_rate)  # the training's optimizer stays unwrapped
+    try:
+        scheduler = get_scheduler(
+            settings.learning_rate_schedule,
+            unused,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=settings.steps,
+        )
+    except ValueError as error:  # a polynomial schedule ends at 1e-7
+        raise IdentityEditError(
+            f"learning_rate is {settings.learning_rate:g}, which the schedule {settings.learning_rate_schedule} cannot "
+            f"lower ({first_line(error)}); choose a higher one, or the schedule linear."
+        ) from error
+    return scheduler.lr_lambdas[0]
+
+
+def _from_diffusers(module: str, name: str, otherwise: str) -> Any:
+    """An object of diffusers, imported late: the import is slow, and most runs do not use it."""
+    try:
+        return getattr(importlib.import_module(f"diffusers.{module}"), name)
+    except (ImportError, RuntimeError, AttributeError) as error:  # its lazy modules raise RuntimeError
+        raise IdentityEditError(
+            f"The training needs diffusers 0.31 or newer, which cannot be used ({first_line(error)}); run "
+            f"`pip install -U diffusers`, or {otherwise}."
+        ) from error
 
 
 def _take_sample(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import resource
 import signal
@@ -94,6 +95,61 @@ def test_steps_are_those_of_torch(clip: float, name: str):
     for key in "ab":
         torch.testing.assert_close(ours.variables[key], theirs.variables[key], rtol=1e-5, atol=1e-6)
     assert ours.batches == list(range(10)) and all(value.grad is None for value in ours.variables.values())
+
+
+FALL = {
+    "constant_with_warmup": lambda done: 1.0,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+    "linear": lambda done: 1.0 - done,
+    "polynomial": lambda done: 1.0 - done + 1e-7 / 0.01 * done,
+}
+"""Factor on the learning rate 0.01 by the share of the steps after the warmup that are done."""
+
+
+def scheduled(name: str) -> TrainingSettings:
+    return dataclasses.replace(SETTINGS, optimizer="SGD", learning_rate_schedule=name, warmup_steps=3)
+
+
+@pytest.mark.parametrize("name", FALL)
+def test_the_learning_rate_follows_its_schedule(name: str):
+    """Against the formulas in float64, and against diffusers' scheduler with a plain torch loop."""
+    from diffusers.optimization import get_scheduler
+
+    ours, theirs = Problem(), Problem()
+    ours.train(scheduled(name))
+    optimizer = torch.optim.SGD(theirs.variables.values(), lr=0.01)
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=12)
+    for step in range(12):
+        optimizer.zero_grad()
+        (sum(sum(theirs.losses(index)) for index in (2 * step, 2 * step + 1)) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(theirs.variables.values(), 1.0)
+        factor = step / 3 if step < 3 else FALL[name]((step - 3) / 9)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * factor, rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+    for key in "ab":
+        torch.testing.assert_close(ours.variables[key], theirs.variables[key], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("step", [2, 8])
+@pytest.mark.parametrize("name", FALL)
+def test_an_interrupted_run_continues_the_schedule(tmp_path: Path, name: str, step: int):
+    whole, path = Problem(), str(tmp_path / "run.safetensors")
+    whole_run = whole.train(scheduled(name))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        Problem().train(scheduled(name), checkpoint=path, progress=stop_at(step))
+    resumed = Problem()
+    assert_same(resumed, resumed.train(scheduled(name), checkpoint=path), whole, whole_run)
+
+
+def test_a_schedule_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    settings = dataclasses.replace(scheduled("polynomial"), learning_rate=1e-8)
+    with pytest.raises(IdentityEditError, match="learning_rate is 1e-08, .*; choose a higher one, or the schedule lin"):
+        Problem().train(settings)
+    monkeypatch.setitem(sys.modules, "diffusers.optimization", None)
+    with pytest.raises(IdentityEditError, match="needs diffusers .*; run `pip install -U diffusers`, or choose the s"):
+        Problem().train(scheduled("cosine"))
+    Problem().train()
 
 
 def test_progress_is_told_everything():
@@ -246,6 +302,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_anything(tmp_pa
         ({"accumulation": 0}, "accumulation is 0"),
         ({"batch_size": 0}, "batch_size is 0; choose 1 or more"),
         ({"precision": "float8"}, "precision is float8; choose one of float32, bfloat16"),
+        ({"learning_rate_schedule": "cosin"}, "learning_rate_schedule is cosin; choose one of constant, "),
+        ({"warmup_steps": -1}, "warmup_steps is -1; choose 0 or more"),
+        ({"learning_rate_schedule": "linear", "warmup_steps": 12}, "warmup_steps is 12, .* none of the 12 steps"),
     ],
 )
 def test_settings_are_checked(change: dict, message: str):
@@ -303,6 +362,11 @@ def test_a_run_is_described_by_what_changes_its_steps():
     for change in ({"seed": 4}, {"learning_rate": 0.02}, {"batch_size": 2}, {"accumulation": 1}, {"ema_decay": 0.5},
                    {"precision": "bfloat16"}, {"optimizer": "SGD"}, {"gradient_clip": 2.0}):  # fmt: skip
         assert name(dataclasses.replace(SETTINGS, **change)) != name(), change
+    fall = dataclasses.replace(SETTINGS, learning_rate_schedule="cosine")
+    hold = dataclasses.replace(fall, learning_rate_schedule="constant_with_warmup")
+    longer = {"steps": 99}
+    assert name(dataclasses.replace(hold, **longer)) == name(hold) != name(dataclasses.replace(hold, warmup_steps=1))
+    assert name(dataclasses.replace(fall, **longer)) != name(fall) != name()
     assert len({name(), name(weight=2.0), name(strength=0.5), name(images="others")}) == 4
 
 

@@ -17,19 +17,13 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import numpy as np
 import torch
-from identity_edit_pack.demo_world import family
-from identity_edit_pack.demo_world.attributes import (
-    POSES,
-    Attributes,
-    caption,
-    random_attributes,
-)
+from identity_edit_pack.demo_world.attributes import POSES, Attributes, caption, random_attributes
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
@@ -40,7 +34,7 @@ from scipy.spatial import cKDTree
 from tqdm import tqdm
 
 from .edits import embed, mean_psnr
-from .harness import RESULTS, ROOT, made_by, write_results
+from .harness import RESULTS, Options, load_checkpoint, markdown
 
 SIZE = 512
 SCALE, ROTATION, SHIFT = 0.3, 40.0, 40.0
@@ -76,7 +70,7 @@ def draw_case(generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tenso
     return inside(grid - center_r), inside(grid @ matrix / scale - translation - center_r), true
 
 
-def measure(cases: list[Any], options: dict[str, Any]) -> dict[str, float]:
+def errors_of(cases: list[Any], options: dict[str, Any]) -> dict[str, float]:
     errors, times = [], []
     for reference, generated, true in tqdm(cases, leave=False):
         start = time.process_time()
@@ -135,9 +129,7 @@ def draw_pairs(
 
 def inverted_psnr(pairs: list[Any], steps: int) -> dict[str, float]:
     """For each kind of surroundings: mean PSNR in dB within the mask, after inversion and sampling."""
-    family.register()
-    checkpoint = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
-    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+    model, clip, vae = load_checkpoint()
     texts = embed(clip, [caption(reference) for reference, _, _ in pairs])
     result = {}
     for surroundings in alignment.SURROUNDINGS:
@@ -170,65 +162,61 @@ def save_image(path: Path, pairs: list[Any]) -> None:
     ).save(path)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", type=int, default=200)
-    parser.add_argument(
-        "--descent-cases", type=int, default=50, help="the first so many for gradient descent, which is slow"
-    )
-    parser.add_argument("--pairs", type=int, default=10, help="aligned references to invert; 0 inverts none")
-    parser.add_argument("--steps", type=int, default=50, help="of the inversion")
+OPTIONS: Options = {
+    "cases": (200, "random masks"),
+    "descent_cases": (50, "the first so many for gradient descent, which is slow"),
+    "pairs": (10, "aligned references to invert; 0 inverts none"),
+    "steps": (50, "of the inversion"),
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     generator = np.random.default_rng(0)
     cases = [draw_case(generator) for _ in range(arguments.cases)]
     figures: dict[str, Any] = {"cases": arguments.cases}
-    lines = [
-        "# Align Reference",
-        "",
-        f"{made_by()}: {arguments.cases} random masks of "
-        f"{SIZE}x{SIZE} and known transforms (scale "
-        f"+-{SCALE:.0%}, rotation +-{ROTATION:g} degrees, translation); recovered means within {MOST_SCALE:.0%}, "
-        f"{MOST_ROTATION:g} degree and {MOST_TRANSLATION:g} pixel. Processor time of one CPU core.",
-        "",
-        "| sum and optimizer | cases | recovered | median time | longest | median errors: scale, angle, translation |",
-        "|---|---|---|---|---|---|",
-    ]
     for name, options in ROWS:
         slow = options.get("optimizer") == alignment.GRADIENT_DESCENT
-        found = measure(cases[: arguments.descent_cases] if slow else cases, options)
-        figures[name] = found
+        figures[name] = errors_of(cases[: arguments.descent_cases] if slow else cases, options)
+    figures["nearest_distances"] = lookup_times(cases[0])
+    pairs = draw_pairs(max(4, arguments.pairs))
+    save_image(RESULTS / "align_reference.png", pairs[:4])
+    yield figures
+    if arguments.pairs:
+        yield figures | {"inverted_psnr_db": inverted_psnr(pairs[: arguments.pairs], arguments.steps)}
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = []
+    for name, _ in ROWS:
+        row = figures[name]
         errors = (
-            f"{found['median_scale_error']:.2%}, {found['median_rotation_error_degrees']:.2f} degrees, "
-            f"{found['median_translation_error_pixels']:.2f} pixels"
+            f"{row['median_scale_error']:.2%}, {row['median_rotation_error_degrees']:.2f} degrees, "
+            f"{row['median_translation_error_pixels']:.2f} pixels"
         )
-        lines.append(
-            f"| {name} | {found['cases']} | {found['recovered']:.1%} | {found['median_seconds']:.2f} s | "
-            f"{found['most_seconds']:.2f} s | {errors} |"
-        )
-    figures["nearest_distances"] = times = lookup_times(cases[0])
-    lines += [
+        seconds = (f"{row[key]:.2f} s" for key in ("median_seconds", "most_seconds"))
+        rows.append((name, row["cases"], f"{row['recovered']:.1%}", *seconds, errors))
+    times = figures["nearest_distances"]
+    titles = "sum and optimizer", "cases", "recovered", "median time", "longest"
+    lines = [
+        "Align Reference",
+        f"{arguments.cases} random masks of {SIZE}x{SIZE} and known transforms (scale +-{SCALE:.0%}, rotation "
+        f"+-{ROTATION:g} degrees, translation); recovered means within {MOST_SCALE:.0%}, {MOST_ROTATION:g} degree and "
+        f"{MOST_TRANSLATION:g} pixel. Processor time of one CPU core.",
+        *markdown((*titles, "median errors: scale, angle, translation"), rows),
         "",
         f"The nearest distances of {alignment.POINTS} points take {1000 * times['distance_transform']:.2f} ms by the "
         f"distance transform and {1000 * times['k_d_tree']:.2f} ms by a k-d tree.",
         "",
         "![reference, generated, aligned reference, outline of the generated mask on it](align_reference.png)",
     ]
-    pairs = draw_pairs(max(4, arguments.pairs))
-    save_image(RESULTS / "align_reference.png", pairs[:4])
-    write_results("align_reference", figures, lines)
-    if arguments.pairs == 0:
-        return
-    figures["inverted_psnr_db"] = psnr = inverted_psnr(pairs[: arguments.pairs], arguments.steps)
-    lines += [
-        "",
-        f"{arguments.pairs} references of held-out identities of the demo world, laid on another pose; PSNR within the "
-        f"mask after DDIM inversion of {arguments.steps} steps with the reference's caption and sampling back, by what "
-        "stands where the transformed reference ends:",
-        "",
-        "| surroundings | PSNR |",
-        "|---|---|",
-        *(f"| {name} | {value:.2f} dB |" for name, value in psnr.items()),
-    ]
-    write_results("align_reference", figures, lines)
+    if found := figures.get("inverted_psnr_db"):
+        lines += [
+            "",
+            f"{arguments.pairs} references of held-out identities of the demo world, warped onto another pose; PSNR "
+            f"within the mask after DDIM inversion of {arguments.steps} steps with the reference's caption and "
+            "sampling back, by what stands where the transformed reference ends:",
+            "",
+            *markdown(("surroundings", "PSNR"), ((name, f"{value:.2f} dB") for name, value in found.items())),
+        ]
+    return lines

@@ -17,13 +17,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import engine
 from api_client import Client
 from api_workflows import read_workflow
 from tqdm import tqdm
 
-from .harness import made_by, write_results
+from .harness import Options, markdown
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 SETTINGS: dict[str, dict[str, str]] = {
@@ -61,15 +62,15 @@ def busy_program() -> subprocess.Popen[bytes]:
     return program
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workflow", default="timestep_aware_edit_fast")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run is ended (default 120)")
-    parser.add_argument("--note", default="", help="a sentence about the machine, for the table")
+OPTIONS: Options = {
+    "workflow": ("timestep_aware_edit_fast", "a shipped workflow"),
+    "runs": (3, "of each setting"),
+    "limit": (120.0, "seconds after which a run is ended (120)"),
+    "note": ("", "a sentence about the machine, for the table"),
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {name: {"idle": [], "busy": []} for name in SETTINGS}
     for _ in tqdm(range(arguments.runs), unit="round"):
         for machine in ("idle", "busy"):
@@ -81,25 +82,27 @@ def main(arguments: argparse.Namespace) -> None:
             finally:
                 if other is not None:
                     other.kill()
+    return {"cores": CORES, "settings": SETTINGS, "seconds": found}
 
-    def shown(values: list[float]) -> str:
-        middle = statistics.median(values)
-        return f"over {arguments.limit:.0f}" if middle >= arguments.limit else f"{middle:.1f}"
 
-    own = {machine: statistics.median(values) for machine, values in found["as the scripts choose"].items()}
-    rows = [f"| {name} | {shown(by['idle'])} | {shown(by['busy'])} |" for name, by in found.items()]
-    lines = [
-        "# What a busy core costs",
-        "",
-        f"{made_by()}: `{arguments.workflow}` on a server, medians of "
-        f"{arguments.runs} runs in seconds, on {CORES} CPU cores, with and without a program that keeps one of them "
-        f"busy. {arguments.note}".strip(),
-        "",
-        "| threads | idle machine | one core busy |",
-        "|---|---|---|",
-        *rows,
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    medians = {
+        name: {machine: statistics.median(values) for machine, values in by.items()}
+        for name, by in figures["seconds"].items()
+    }
+
+    def shown(value: float) -> str:
+        return f"over {arguments.limit:.0f}" if value >= arguments.limit else f"{value:.1f}"
+
+    own = medians["as the scripts choose"]
+    return [
+        "What a busy core costs",
+        f"`{arguments.workflow}` on a server, medians of {arguments.runs} runs in seconds, on {CORES} CPU cores, with "
+        f"and without a program that keeps one of them busy. {arguments.note}".strip(),
+        *markdown(
+            ("threads", "idle machine", "one core busy"),
+            ((name, shown(by["idle"]), shown(by["busy"])) for name, by in medians.items()),
+        ),
         "",
         f"The goal is that a busy core costs at most a factor of {GOAL:.0f}: it costs {own['busy'] / own['idle']:.2f}.",
     ]
-    figures = {"cores": CORES}
-    write_results("busy_core", {**figures, "settings": SETTINGS, "seconds": found}, lines)

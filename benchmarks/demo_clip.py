@@ -15,17 +15,10 @@ from __future__ import annotations
 
 import argparse
 import random
-from pathlib import Path
+from typing import Any
 
-import comfy.sd
 import torch
-from identity_edit_pack.demo_world import family
-from identity_edit_pack.demo_world.attributes import (
-    ATTRIBUTES_OF,
-    CAPTION_TEMPLATES,
-    Attributes,
-    caption,
-)
+from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, CAPTION_TEMPLATES, Attributes, caption
 from identity_edit_pack.demo_world.clip import image_embeddings, load_clip, text_embeddings
 from identity_edit_pack.demo_world.images import evaluation_set, to_tensor
 from identity_edit_pack.demo_world.renderer import render
@@ -33,7 +26,7 @@ from identity_edit_pack.demo_world.train_clip import attribute_choices
 from identity_edit_pack.pipelines.scores.clip import direction_similarity
 from tqdm import tqdm
 
-from .harness import DEMO_CHECKPOINT, made_by, write_results
+from .harness import CHECKPOINT, SEED, Options, load_checkpoint, markdown
 
 Sample = tuple[Attributes, int]
 
@@ -50,18 +43,13 @@ def text_of(sample: Sample) -> str:
     return caption(sample[0], sample[1] % CAPTION_TEMPLATES)
 
 
+OPTIONS: Options = {"images": (300, "of held-out identities (300)"), **SEED, **CHECKPOINT}
+
+
 @torch.no_grad()
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=300, help="images of held-out identities (300)")
-    parser.add_argument("--seed", type=int, default=0, help="draws them (0)")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-
-
-def main(arguments: argparse.Namespace) -> None:
-
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_clip()
-    family.register()
-    _, _, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint), output_clip=False)
+    vae = load_checkpoint(arguments.checkpoint, output_clip=False)[2]
     samples = evaluation_set(arguments.images, seed=arguments.seed + 50, held_out=True)
     generator = random.Random(arguments.seed)
     edits = [with_one_change(sample, generator) for sample in samples]
@@ -74,45 +62,42 @@ def main(arguments: argparse.Namespace) -> None:
     decoded = torch.cat([vae.decode(vae.encode(chunk)).cpu() for chunk in tqdm(chunks, unit="batch")])
     embedded = {"renders": embeddings(renders), "reconstructions": embeddings(decoded.movedim(-1, 1) * 2 - 1)}
     edited = embeddings(torch.stack([to_tensor(render(*sample)[0]) for sample in edits]))
-    texts, wrong = (
-        text_embeddings(model, tokenizer, [text_of(sample) for sample in part]) for part in (samples, edits)
-    )
-
+    texts, wrong = (text_embeddings(model, tokenizer, list(map(text_of, part))) for part in (samples, edits))
     choices = {name: attribute_choices(found, samples, (model, tokenizer)) for name, found in embedded.items()}
     every = torch.arange(len(samples))
-    ranks = {name: float(((found @ texts.T).argmax(1) == every).float().mean()) for name, found in embedded.items()}
     right, other = ((embedded["renders"] * part).sum(1) for part in (texts, wrong))
     own = direction_similarity(edited, embedded["renders"], wrong, texts)
     shifted = direction_similarity(edited, embedded["renders"], wrong.roll(1, 0), texts.roll(1, 0))
-
-    lines = [
-        "# The demo world's CLIP",
-        "",
-        f"{made_by()}: {len(samples)} images of held-out identities (seed {arguments.seed}). "
-        f"Share of images whose right caption is nearer than all that differ from it in one attribute:",
-        "",
-        "| attribute | renders | reconstructions | by chance |",
-        "|---|---|---|---|",
-    ]
-    for name, (share, chance) in choices["renders"].items():
-        of_decoded = choices["reconstructions"][name][0]
-        lines.append(f"| {name.replace('_', ' ')} | {share:.3f} | {of_decoded:.3f} | {chance:.3f} |")
-    lines += [
-        f"| the caption among {len(samples)} | {ranks['renders']:.3f} | {ranks['reconstructions']:.3f} | "
-        f"{1 / len(samples):.3f} |",
-        "",
-        f"CLIP-T of the right caption {right.mean():.3f}, of one with one attribute wrong {other.mean():.3f}; the "
-        f"right one is higher for {(right > other).float().mean():.3f} of the images.",
-        f"CLIP-D of a true edit {own.mean():.3f} with its own captions, {shifted.mean():.3f} with another edit's.",
-    ]
-    figures = {
+    return {
         "seed": arguments.seed,
         "images": len(samples),
         "attributes": {name: {key: share for key, (share, _) in found.items()} for name, found in choices.items()},
         "by_chance": {name: chance for name, (_, chance) in choices["renders"].items()},
-        "caption_among_all": ranks,
+        "caption_among_all": {
+            name: float(((found @ texts.T).argmax(1) == every).float().mean()) for name, found in embedded.items()
+        },
         "clip_t": {"right": float(right.mean()), "one_wrong": float(other.mean())},
         "right_above_wrong": float((right > other).float().mean()),
         "clip_d": {"own": float(own.mean()), "of_another_edit": float(shifted.mean())},
     }
-    write_results("demo_clip", figures, lines)
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    count, clip_t, clip_d = figures["images"], figures["clip_t"], figures["clip_d"]
+    shares = [*figures["attributes"].values(), figures["by_chance"]]
+    rows = [(name.replace("_", " "), *(f"{each[name]:.3f}" for each in shares)) for name in shares[0]]
+    among = (*figures["caption_among_all"].values(), 1 / count)
+    return [
+        "The demo world's CLIP",
+        f"{count} images of held-out identities (seed {arguments.seed}). Share of images whose right caption is nearer "
+        "than all that differ from it in one attribute:",
+        *markdown(
+            ("attribute", "renders", "reconstructions", "by chance"),
+            [*rows, (f"the caption among {count}", *(f"{share:.3f}" for share in among))],
+        ),
+        "",
+        f"CLIP-T of the right caption {clip_t['right']:.3f}, of one with one attribute wrong "
+        f"{clip_t['one_wrong']:.3f}; the right one is higher for {figures['right_above_wrong']:.3f} of the images.",
+        f"CLIP-D of a true edit {clip_d['own']:.3f} with its own captions, {clip_d['of_another_edit']:.3f} with "
+        "another edit's.",
+    ]

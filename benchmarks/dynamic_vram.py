@@ -21,10 +21,10 @@ import torch
 from engine import find_engine, version_of
 from identity_edit_pack.tests.dynamic_vram import test_dynamic_vram as tests
 
-from .harness import made_by, write_results
+from .harness import markdown
 
 
-def main(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     reason = tests.reason_for_none()
     if reason is not None:
         sys.exit(f"error: {reason}.")
@@ -37,25 +37,25 @@ def main(arguments: argparse.Namespace) -> None:
             rows.append({"case": case, "setting": setting, **found})
             print(rows[-1], flush=True)
         worker.stop()
-    version = version_of(find_engine())
+    return {"comfyui": version_of(find_engine()), "rows": rows}
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = figures["rows"]
     right = [row for row in rows if row.get("error", 1.0) <= tests.THRESHOLDS.get(row["case"], tests.TOLERANCE)]
-    lines = [
-        "# Dynamic VRAM: every node beside plain models",
-        "",
-        f"{made_by()}: ComfyUI {version}, torch {torch.__version__}, on a "
-        "device in host memory, tiny models; all seeds fixed in the code.",
-        "",
-        "| case or node | setting | largest relative error | tensors compared | weights taken back | without room |",
-        "|---|---|---|---|---|---|",
-        *(
-            f"| {row['case']} | {row['setting']} | {row['failed']} | | | |"
-            if "failed" in row
-            else f"| {row['case']} | {row['setting']} | {row['error']:.1e} | {row['compared']} | {row['evictions']} | "
-            f"{row['refusals']} |"
-            for row in rows
-        ),
+
+    def cells(row: dict[str, Any]) -> tuple[Any, ...]:
+        found = (row["failed"], "", "", "") if "failed" in row else (f"{row['error']:.1e}", *map(row.get, counts))
+        return row["case"], row["setting"], *found
+
+    counts = ("compared", "evictions", "refusals")
+    titles = "largest relative error", "tensors compared", "weights taken back", "without room"
+    return [
+        "Dynamic VRAM: every node beside plain models",
+        f"ComfyUI {figures['comfyui']}, torch {torch.__version__}, on a device in host memory, tiny models; all seeds "
+        "fixed in the code.",
+        *markdown(("case or node", "setting", *titles), map(cells, rows)),
         "",
         f"{len(right)} of {len(rows)} are right: an error of at most {tests.TOLERANCE:g}; of SegmentSubject, which "
         f"decides by a threshold, {tests.THRESHOLDS['SegmentSubject']:g}.",
     ]
-    write_results("dynamic_vram", {"comfyui": version, "rows": rows}, lines)

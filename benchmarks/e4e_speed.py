@@ -23,7 +23,7 @@ from identity_edit_pack.pipelines.engine.managed_network import managed
 from identity_edit_pack.pipelines.pidiff import e4e
 from identity_edit_pack.pipelines.pidiff.w_plus_encoder import WPlusEncoder, encode_w_plus
 
-from .harness import made_by, write_results
+from .harness import Options, markdown
 
 GOAL = 2.0
 
@@ -58,13 +58,13 @@ def published(folder: Path, state: dict[str, torch.Tensor]) -> Any:
     return network.eval()
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--published", type=Path, help="a copy of the published implementation to compare with")
-    parser.add_argument("--faces", type=int, default=5)
+OPTIONS: Options = {
+    "published": (None, "a copy of the published implementation to compare with", {"type": Path}),
+    "faces": (5, "that are encoded"),
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     state = random_weights()
     network = e4e.with_weights(e4e.E4E, {"rows": e4e.ROWS}, state, "random weights")
     encoder = WPlusEncoder(network, torch.zeros(e4e.ROWS, e4e.WIDTH), "random", managed(network))
@@ -76,45 +76,48 @@ def main(arguments: argparse.Namespace) -> None:
         encode_w_plus(encoder, face[None])
         seconds.append(time.perf_counter() - start)
         computing.append(time.process_time() - start_computing)
-    median = statistics.median(seconds)
-    device = str(comfy.model_management.get_torch_device())
-    weights = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    threads = torch.get_num_threads()
     figures: dict[str, Any] = {
-        "device": device,
-        "threads": threads,
+        "device": str(comfy.model_management.get_torch_device()),
+        "threads": torch.get_num_threads(),
         "seconds_a_face": seconds,
         "processor_seconds_a_face": computing,
-        "median": median,
+        "median": statistics.median(seconds),
         "tensors": len(state),
+        "million_weights": sum(parameter.numel() for parameter in network.parameters()) / 1e6,
     }
+    if arguments.published is not None:
+        other = published(arguments.published, state)
+        theirs, ours = ([(n, t.shape) for n, t in each.state_dict().items()] for each in (other, network))
+        with torch.no_grad():
+            rows = other(faces[:1])
+            difference = float((rows - network.cpu()(faces[:1])).abs().max())
+        figures["published"] = {
+            "same_names_and_shapes": theirs == ours,
+            "largest_difference": difference,
+            "largest_value": float(rows.abs().max()),
+        }
+    return figures
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    seconds = figures["seconds_a_face"]
+    times = (figures["median"], min(seconds), max(seconds), statistics.median(figures["processor_seconds_a_face"]))
     lines = [
-        "# e4e",
-        "",
-        f"{made_by()}: {len(state)} tensors, {weights:.1f} million weights, float32, random.",
-        "",
-        "| device | threads | seconds a face, median | fastest | slowest | processor seconds, median | goal |",
-        "|---|---|---|---|---|---|---|",
-        f"| {device} | {threads} | {median:.2f} | {min(seconds):.2f} | {max(seconds):.2f} | "
-        f"{statistics.median(computing):.2f} | < {GOAL:g} |",
+        "e4e",
+        f"{figures['tensors']} tensors, {figures['million_weights']:.1f} million weights, float32, random.",
+        *markdown(
+            ("device", "threads", "seconds a face, median", "fastest", "slowest", "processor seconds, median", "goal"),
+            [(figures["device"], figures["threads"], *(f"{each:.2f}" for each in times), f"< {GOAL:g}")],
+        ),
         "",
         "Processor seconds are what the process was given; on a machine that does other things at the same time the "
         "clock says more.",
     ]
-    if arguments.published is not None:
-        other = published(arguments.published, state)
-        same = [(name, tensor.shape) for name, tensor in other.state_dict().items()] == [
-            (name, tensor.shape) for name, tensor in network.state_dict().items()
-        ]
-        with torch.no_grad():
-            rows = other(faces[:1])
-            ours = network.cpu()(faces[:1])
-        difference, size = float((rows - ours).abs().max()), float(rows.abs().max())
-        figures["published"] = {"same_names_and_shapes": same, "largest_difference": difference, "largest_value": size}
+    if found := figures.get("published"):
         lines += [
             "",
-            f"Against the published implementation with the same weights: names, shapes and order of the tensors "
-            f"{'are the same' if same else 'DIFFER'}; rows of a face differ by at most {difference:.1e}, values go "
-            f"up to {size:.2g}.",
+            "Against the published implementation with the same weights: names, shapes and order of the tensors "
+            f"{'are the same' if found['same_names_and_shapes'] else 'DIFFER'}; rows of a face differ by at most "
+            f"{found['largest_difference']:.1e}, values go up to {found['largest_value']:.2g}.",
         ]
-    write_results("e4e_speed", {**figures}, lines)
+    return lines

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
@@ -15,6 +14,8 @@ from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from PIL import Image
 from skimage.metrics import structural_similarity
+
+from .harness import markdown, means
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,36 @@ def score_each(classifier: AttributeClassifier, images: torch.Tensor, pairs: lis
 
 def mean_score(rows: list[dict[str, Any]], pairs: list[Pair]) -> dict[str, Any]:
     """Means over the pairs, and the share of edits done for each kind of edit."""
-    means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     kinds = sorted({pair.edited for pair in pairs})
-    means["edit_done_by_kind"] = {
-        kind: float(np.mean([row["edit_done"] for row, pair in zip(rows, pairs, strict=True) if pair.edited == kind]))
+    done = {
+        kind: means([row for row, pair in zip(rows, pairs, strict=True) if pair.edited == kind])["edit_done"]
         for kind in kinds
     }
-    return means
+    return {**means(rows), "edit_done_by_kind": done}
+
+
+def shown(key: str, value: float) -> str:
+    """A figure as a table has it."""
+    return f"{value:.1f} dB" if key.endswith("_db") else f"{value:.3f}"
+
+
+def report_table(report: dict[str, dict[str, float]], columns: dict[str, str]) -> list[str]:
+    """A row for each of the report's, columns by their keys with their headings."""
+    rows = ((name, *(shown(key, row[key]) for key in columns)) for name, row in report.items())
+    return markdown(("", *columns.values()), rows)
+
+
+def edits_table(report: dict[str, Any], more: dict[str, str]) -> list[str]:
+    """Of mean scores by method, with one more column, whose values are dB or shares."""
+    kinds = next(iter(report.values()))["edit_done_by_kind"]
+    rows = []
+    for name, row in report.items():
+        by_kind = " / ".join(f"{share:.2f}" for share in row["edit_done_by_kind"].values())
+        kept = (f"{row[key]:.2f}" for key in ("identity_kept", "edit_done_and_identity_kept"))
+        scores = (shown(key, row[key]) for key in ("background_psnr_db", *more, "ssim_to_true_edit"))
+        rows.append((name, f"{row['edit_done']:.2f}", by_kind, *kept, *scores))
+    titles = "identity kept", "both", "background PSNR", *more.values(), "SSIM to true edit"
+    return markdown(("method", "edit done", " / ".join(kinds), *titles), rows)
 
 
 def save_sheet(path: Path, rows: list[torch.Tensor], columns: int = 12) -> None:

@@ -25,7 +25,7 @@ from typing import Any
 import engine
 from environment import ScriptError, make_environment
 
-from .harness import ROOT, command_of, read_results, source_commit, write_results
+from .harness import ROOT, command_of, markdown, read_results, source_commit, write_results
 
 WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_generate")
 """Together they use what a ComfyUI may have changed: gradients, recorded and exchanged attention, added layers."""
@@ -126,37 +126,30 @@ def examine(folder: Path, images: Path, arguments: argparse.Namespace) -> dict[s
 
 
 def table(found: list[dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
+    def cell(one: dict[str, Any], name: str) -> str:
+        difference = one["differences"].get(name)
+        runs = "runs" if difference is None else f"runs, {difference}"
+        return "fails" if one["workflows"].get(name) else runs if name in one["workflows"] else ""
+
+    rows = [
+        (one["version"], "yes" if one["starts"] else "no", f"{one['nodes']} of {one['expected_nodes']}",
+         *(cell(one, name) for name in arguments.workflows), one.get("tests", ""), one["commit"])
+        for one in found
+    ]  # fmt: skip
     lines = [
         "# The pack on other versions of ComfyUI",
         "",
         f"`{COMMAND}`. Workflows with at most {MOST_STEPS} steps; beside each run, the largest difference of any",
         f"pixel (of 255) from the image of ComfyUI {engine.ENGINE_VERSION}. A version that is not run keeps its row.",
         "",
-        f"| ComfyUI | starts | nodes | {' | '.join(arguments.workflows)} | tests | commit |",
-        "|---|---|---|" + "---|" * len(arguments.workflows) + "---|---|",
+        *markdown(("ComfyUI", "starts", "nodes", *arguments.workflows, "tests", "commit"), rows),
+        "",
     ]
-    for one in found:
-        cells = []
-        for name in arguments.workflows:
-            if name not in one["workflows"]:
-                cells.append("")
-            elif one["workflows"][name]:
-                cells.append("fails")
-            else:
-                difference = one["differences"].get(name)
-                cells.append("runs" if difference is None else f"runs, {difference}")
-        nodes = f"{one['nodes']} of {one['expected_nodes']}"
-        starts = "yes" if one["starts"] else "no"
-        row = [one["version"], starts, nodes, *cells, one.get("tests", ""), one["commit"]]
-        lines.append(f"| {' | '.join(row)} |")
-    lines.append("")
     for one in found:
         said = [one["says"], *(f"{name}: {text}" for name, text in one["workflows"].items() if text)]
         said += [f"test failed: {name}" for name in one.get("failed_tests", [])]
         lines += [f"- {one['version']}: {text}" for text in said if text]
-    if arguments.tests:
-        lines += ["", f"Tests: `{' '.join(arguments.tests)}`."]
-    return lines
+    return lines + (["", f"Tests: `{' '.join(arguments.tests)}`."] if arguments.tests else [])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -181,8 +174,7 @@ def main(arguments: argparse.Namespace) -> None:
                 for name in arguments.workflows
             }
             one["commit"] = source_commit()
-    kept = {one["version"]: one for one in read_results("engines").get("engines", [])}
-    kept.update({one["version"]: one for one in found})
+    kept = {one["version"]: one for one in [*read_results("engines").get("engines", []), *found]}
     found = sorted(kept.values(), key=lambda one: [int(part) for part in one["version"].split(".")])
     result = {"command": COMMAND, "reference": engine.ENGINE_VERSION, "engines": found}
     write_results("engines", result, table(found, arguments))

@@ -30,7 +30,7 @@ from identity_edit_pack.pipelines.faces import similarity as identity
 from identity_edit_pack.pipelines.faces.alignment import PROFILE, align_ffhq, turned_aside
 from PIL import Image
 
-from .harness import made_by, write_results
+from .harness import Options, markdown
 
 SIDES = (256, 192, 128, 96, 80, 64, 56, 48, 40, 32, 24)
 
@@ -100,25 +100,22 @@ def by_size(detector: Any, recognizer: Any, single: list[dict[str, Any]]) -> dic
     return rows
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--photos", type=Path, required=True)
-    parser.add_argument("--detector", default="face_detection_yunet_2023mar.onnx")
-    parser.add_argument("--recognizer", default="fr_feature.onnx")
-    parser.add_argument("--background", default="u2netp.onnx")
+OPTIONS: Options = {
+    "models": (None, "folder of the networks", {"type": Path, "required": True}),
+    "photos": (None, "folder of photos", {"type": Path, "required": True}),
+    "detector": ("face_detection_yunet_2023mar.onnx", "a file of --models"),
+    "recognizer": ("fr_feature.onnx", "a file of --models"),
+    "background": ("u2netp.onnx", "a file of --models"),
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     detector = faces.open_detector(str(arguments.models / arguments.detector))
     recognizer = identity.FaceRecognizer(str(arguments.models / arguments.recognizer))
     paths = sorted(path for path in arguments.photos.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
-    photos = {path.name: read(path) for path in paths}
-    found = find(detector, photos)
+    found = find(detector, {path.name: read(path) for path in paths})
     embedded = identity.embed_faces(recognizer, [(entry["image"], entry["face"]) for entry in found])
-    kinds = pairs(found, identity.similarities(embedded, embedded))
     single = [entry for entry in found if sum(other["photo"] == entry["photo"] for other in found) == 1]
-
     start = time.perf_counter()
     aligned = [align_ffhq(entry["image"], entry["face"].points, 256).image for entry in single]
     seconds = (time.perf_counter() - start) / len(single)
@@ -127,65 +124,67 @@ def main(arguments: argparse.Namespace) -> None:
         (again,) = faces.detect_faces(detector, image)[:1]
         both = identity.embed_faces(recognizer, [(entry["image"], entry["face"]), (image, again)])
         kept.append(float(both[0] @ both[1]))
-    sizes = by_size(detector, recognizer, single)
     network = arguments.models / arguments.background
     share = None
     if network.is_file():
         share = background.subject_masks(str(network), torch.stack(aligned)).mean(dim=(1, 2)).tolist()
+    return {
+        "detector": arguments.detector,
+        "recognizer": arguments.recognizer,
+        "photos": len(paths),
+        "faces": [{key: value for key, value in entry.items() if key not in ("face", "image")} for entry in found],
+        "single": [entry["photo"] for entry in single],
+        "pairs": pairs(found, identity.similarities(embedded, embedded)),
+        "aligned_to_itself": kept,
+        "seconds_to_align": seconds,
+        "share_of_the_person": share,
+        "by_size": by_size(detector, recognizer, single),
+    }
 
-    lines = [
-        "# Faces in real photos",
-        "",
-        f"{made_by()}: {len(found)} faces in {len(photos)} photos; detector {arguments.detector}, "
-        f"recognizer {arguments.recognizer}, on the CPU.",
-        "",
-        "| photo | faces | side of the crop, pixels | turned aside | seconds to find |",
-        "|---|---|---|---|---|",
-    ]
-    for name in photos:
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    found, kept, share = figures["faces"], figures["aligned_to_itself"], figures["share_of_the_person"]
+    rows = []
+    for name in dict.fromkeys(entry["photo"] for entry in found):
         own = [entry for entry in found if entry["photo"] == name]
-        sides, turns = ([entry[key] for entry in own] for key in ("side", "turned"))
-        lines.append(
-            f"| {name} | {len(own)} | {', '.join(f'{side:.0f}' for side in sides)} | "
-            f"{', '.join(f'{turn:+.2f}' for turn in turns)} | {own[0]['seconds']:.2f} |"
+        sides, turns = (
+            ", ".join(f"{entry[key]:{form}}" for entry in own) for key, form in (("side", ".0f"), ("turned", "+.2f"))
         )
-    lines += ["", "## Identity similarity", "", "| pairs | number | lowest | mean | highest |", "|---|---|---|---|---|"]
-    for kind, values in kinds.items():
-        if values:
-            mean = sum(values) / len(values)
-            lines.append(f"| {kind} | {len(values)} | {min(values):.2f} | {mean:.2f} | {max(values):.2f} |")
-    lines += [
+        rows.append((name, len(own), sides, turns, f"{own[0]['seconds']:.2f}"))
+    kinds = [
+        (kind, len(values), *(f"{each:.2f}" for each in (min(values), sum(values) / len(values), max(values))))
+        for kind, values in figures["pairs"].items()
+        if values
+    ]
+    lines = [
+        "Faces in real photos",
+        f"{len(found)} faces in {figures['photos']} photos; detector {arguments.detector}, recognizer "
+        f"{arguments.recognizer}, on the CPU.",
+        *markdown(("photo", "faces", "side of the crop, pixels", "turned aside", "seconds to find"), rows),
+        "",
+        "## Identity similarity",
+        "",
+        *markdown(("pairs", "number", "lowest", "mean", "highest"), kinds),
         "",
         f"The same person is above {identity.SAME_PERSON}, others below {identity.OTHER_PERSON}, unless a face is seen "
         f"from the side (turned aside by more than {PROFILE}), of which Align Face and Identity Similarity warn.",
         "",
         f"A face aligned to 256 pixels and found again: {min(kept):.2f} to {max(kept):.2f} to the photo; "
-        f"{seconds:.2f} seconds a face.",
+        f"{figures['seconds_to_align']:.2f} seconds a face.",
     ]
     if share is not None:
-        lines.append(
-            f"Of the aligned faces {arguments.background} keeps {min(share):.0%} to {max(share):.0%} as the person."
-        )
-    lines += [
+        keeps = f"{min(share):.0%} to {max(share):.0%} as the person."
+        lines.append(f"Of the aligned faces {arguments.background} keeps {keeps}")
+    by_side = [
+        (side, *("not found" if value is None else f"{value:.2f}" for value in row))
+        for side, row in figures["by_size"].items()
+    ]
+    return [
+        *lines,
         "",
         "## How small a face may be",
         "",
         "Similarity to the photo itself when the photo is scaled down.",
         "",
-        f"| side of the crop, pixels | {' | '.join(entry['photo'] for entry in single)} |",
-        f"|---{'|---' * len(single)}|",
+        *markdown(("side of the crop, pixels", *figures["single"]), by_side),
     ]
-    for side, row in sizes.items():
-        cells = ["not found" if value is None else f"{value:.2f}" for value in row]
-        lines.append(f"| {side} | {' | '.join(cells)} |")
-    figures = {
-        "detector": arguments.detector,
-        "recognizer": arguments.recognizer,
-        "faces": [{key: value for key, value in entry.items() if key not in ("face", "image")} for entry in found],
-        "pairs": kinds,
-        "aligned_to_itself": kept,
-        "seconds_to_align": seconds,
-        "share_of_the_person": share,
-        "by_size": sizes,
-    }
-    write_results("face_identity", {**figures}, lines)

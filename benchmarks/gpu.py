@@ -30,12 +30,23 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import load_pack
 
-from .harness import DEMO_CHECKPOINT, ROOT, command_line, command_of, source_commit, write_results
+from .harness import (
+    DEMO_CHECKPOINT,
+    ROOT,
+    Options,
+    command_line,
+    command_of,
+    load_checkpoint,
+    markdown,
+    source_commit,
+    write_results,
+)
 
 MINUTES = 8.0
 PART_SECONDS = 150.0
@@ -43,7 +54,9 @@ PART_SECONDS = 150.0
 WIDE, TINY = ("sd15", "sdxl"), "tiny"
 TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL", TINY: "demo world"}
 OK, FAILED, NOT_RUN = "ok", "failed", "not run"
-GRADIENTS, ATTENTION, NULL_TEXT, PRECISION, COMPILED = "gradients", "attention", "null-text", "precision", "compiled"
+GRADIENTS, ATTENTION, NULL_TEXT, PRECISION, COMPILED = PARTS = (
+    "gradients", "attention", "null-text", "precision", "compiled",
+)  # fmt: skip
 DYNAMIC, WHOLE = "dynamic VRAM", "without dynamic VRAM"
 UNET_IN = {"float16": "fp16_unet", "bfloat16": "bf16_unet", "float8": "fp8_e4m3fn_unet"}
 """Types and ComfyUI's options for them."""
@@ -62,11 +75,7 @@ WITH_GRADIENTS = (
 """Rows of real_sizes.py; those of the largest files last."""
 IN_EVERY_TYPE = ("plain sampling, for comparison", "Null-Text Optimization", "Train Subject Embedding (word)")
 WHEN_COMPILED = ("plain sampling, for comparison", "Null-Text Optimization", "Identity Attention")
-LEARNING_RATES = {
-    "NullTextOptimization": 0.1,
-    "ReferenceGuidedNullTextOptimizer": 0.1,
-    "OptimizeTextEmbedding": 0.1,
-}
+LEARNING_RATES = {"NullTextOptimization": 0.1, "ReferenceGuidedNullTextOptimizer": 0.1, "OptimizeTextEmbedding": 0.1}
 """So large that an embedding that goes another way is seen in its numbers."""
 APART = 0.05
 """Up to here what was learned in two ways is the same but for rounding: the mean absolute difference of its numbers
@@ -238,16 +247,13 @@ def attention_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
     from . import style_attention_cost as style
 
     width = part[1]
-    capture.WIDTHS[TINY] = ({**capture.SD15, "model_channels": 32}, SIZES[TINY])
-    settings = argparse.Namespace(layers=capture.AUTOMATIC, steps=STEPS, size=arguments.size or SIZES[width])
+    capture.UNETS[TINY] = {**capture.UNETS["sd15"], "model_channels": 32}
+    settings = argparse.Namespace(size=arguments.size or SIZES[width])
     model = capture.load(width)
+    models = {name: capture.prepared(model, width, name) for name in capture.VARIANTS}
     trained: dict[Any, Any] = {}
-    ways: dict[str, Any] = {
-        name: lambda name=name: capture.evaluations(model, width, name, settings) for name in capture.VARIANTS
-    }
-    for name in style.VARIANTS[1:]:
-        styled = style.prepared(model, name, trained)
-        ways[name] = lambda styled=styled: style.evaluations(styled, width, settings, STEPS)
+    models |= {name: style.prepared(model, width, name, trained) for name in style.VARIANTS[1:]}
+    ways = {name: partial(capture.evaluations, each, width, settings, STEPS) for name, each in models.items()}
     peaks = {}
     for name, way in ways.items():
         way()  # warms up
@@ -282,15 +288,13 @@ def null_text_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
 
     from . import memory
     from . import null_text_speed as speed
+    from .edits import embed
 
     width = part[1]
-    model, clip, _ = speed.load(checkpoint_of(width, arguments.base))
+    model, clip, _ = load_checkpoint(checkpoint_of(width, arguments.base), model_options={"dtype": torch.float32})
     cells = (arguments.size or SIZES[width]) // 8
     latent = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        positive, negative = (
-            [[clip.encode_from_tokens(clip.tokenize(text)), {}]] for text in ("a photo of a cat on a sofa", "")
-        )
+    positive, negative = (embed(clip, [text]) for text in ("a photo of a cat on a sofa", ""))
     pivot = speed.inversion.ddim_inversion(model, latent, positive, steps=NULL_TEXT_STEPS[width])
     seconds: dict[str, float] = {}
     distances: dict[str, float] = {}
@@ -423,6 +427,13 @@ def distance(first: list[float], second: list[float]) -> float:
 
 
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
+    cells = []
+    for row in rows:
+        result = f"{row['result']}: {row['message']}" if row.get("message") else row["result"]
+        spent = sum(row.get("seconds", {}).values())
+        ratios = (f"{row[name]:.3g}" if name in row else "" for name in ("relative", "apart"))
+        what = (row["part"], TITLES[row["width"]], row["setting"], row["row"], result.replace("|", "/"))
+        cells.append((*what, f"{spent:.3g}" if spent else "", *ratios, row.get("peak_memory_mib", "")))
     load = "" if facts["load"] is None else f" at a load of {facts['load']:.1f}"
     lines = [
         f"# The pack on {facts['device']}",
@@ -430,17 +441,8 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> list[str]:
         f"`{facts['command']}` at commit {facts['commit']}: ComfyUI {facts['comfyui']}, torch {facts['torch']}, "
         f"{facts['system']}, {facts['seconds']:.0f} s in all{load}; {facts['weights']}, all seeds fixed in the code.",
         "",
-        "| part | models | setting | row | result | seconds | relative | apart | peak MiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *markdown(("part", "models", "setting", "row", "result", "seconds", "relative", "apart", "peak MiB"), cells),
     ]
-    for row in rows:
-        message = row.get("message")
-        result = f"{row['result']}: {message}" if message else row["result"]
-        spent = sum(row.get("seconds", {}).values())
-        cells = [row["part"], TITLES[row["width"]], row["setting"], row["row"], result.replace("|", "/")]
-        cells += [f"{spent:.3g}" if spent else ""]
-        cells += [f"{row[name]:.3g}" if name in row else "" for name in ("relative", "apart")]
-        lines.append(f"| {' | '.join([*cells, str(row.get('peak_memory_mib', ''))])} |")
     lines += [
         "",
         "Relative is the time to plain sampling's or to the reference's loop. Goals, of models of full width:",
@@ -481,13 +483,14 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, 
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"that it may take (default {MINUTES:g})")
-    parser.add_argument("--only", nargs="+", choices=(GRADIENTS, ATTENTION, NULL_TEXT, PRECISION, COMPILED))
-    parser.add_argument("--size", type=int, default=0, help="images' width and height (default 512, 64 if tiny)")
-    parser.add_argument("--tiny", action="store_true", help="the demo world's small models, whatever the machine has")
-    parser.add_argument("--base", type=Path, help="folder for the checkpoints, which stay there (default: temporary)")
-    parser.add_argument("--alone", nargs=3, help=argparse.SUPPRESS)
+OPTIONS: Options = {
+    "minutes": (MINUTES, f"that it may take ({MINUTES:g})"),
+    "only": (None, "parts to measure (all)", {"choices": PARTS, "nargs": "+"}),
+    "size": (0, "images' width and height (512, 64 if tiny)"),
+    "tiny": (False, "the demo world's small models, whatever the machine has"),
+    "base": (None, "folder for the checkpoints, which stay there (a temporary one)", {"type": Path}),
+    "alone": (None, argparse.SUPPRESS, {"nargs": 3}),
+}
 
 
 def main(arguments: argparse.Namespace) -> None:

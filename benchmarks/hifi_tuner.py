@@ -27,17 +27,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import comfy.sd
-import numpy as np
 import torch
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes, caption
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
@@ -62,23 +58,10 @@ from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, ap
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
-from .edits import embed, save_sheet
-from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
-from .hifi_subjects import (
-    PROMPTS,
-    Source,
-    asked_of,
-    draw_sources,
-    render_source,
-    score,
-)
-from .lipe_edit import (
-    Checkpoint,
-    caption_with,
-    draw_subjects,
-    regularization_set,
-    with_prior,
-)
+from .edits import embed, report_table, save_sheet
+from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint, means
+from .hifi_subjects import PROMPTS, Source, asked_of, draw_sources, render_source, score
+from .lipe_edit import Checkpoint, caption_with, draw_subjects, regularization_set, with_prior
 
 TEXTUAL_INVERSION, MASK, REGULARIZATION = "Textual Inversion", "+ mask", "+ regularization"
 STEP_WISE, GUIDED = "+ step-wise", "+ reference guidance"
@@ -261,112 +244,53 @@ def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return latents, references
 
 
-def means(rows: list[dict[str, float]]) -> dict[str, float]:
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-
-
-def table(report: dict[str, dict[str, float]], columns: dict[str, str]) -> list[str]:
-    """A Markdown table: a line for each row of the report, columns by their keys with their headings."""
-    lines = ["| | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    for name, row in report.items():
-        cells = (f"{row[key]:.1f} dB" if key.endswith("_db") else f"{row[key]:.3f}" for key in columns)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return lines
-
-
 def published_steps(report: dict[str, dict[str, float]]) -> list[str]:
     """Which steps of Wang et al. 2023's tables appear here: all that they report raise the subject similarity."""
-    lines = ["", "The steps of Wang et al. 2023 (each raises the DINO score there, from the row before it):", ""]
+    lines = []
     pairs = [*zip(LADDER[:-1], LADDER[1:], strict=True), (DREAMBOOTH, DREAMBOOTH_GUIDED)]
+    whats = {"feature_similarity": "features", "identity_kept": "identity", "text_similarity": "text"}
     for before, after in pairs:
         parts = []
-        for key, what in (
-            ("feature_similarity", "features"),
-            ("identity_kept", "identity"),
-            ("text_similarity", "text"),
-        ):
+        for key, what in whats.items():
             first, second = report[before][key], report[after][key]
-            parts.append(f"{what} {'rises' if second > first else 'falls' if second < first else 'stays'} "
-                         f"({first:.3f} to {second:.3f})")  # fmt: skip
+            verb = "rises" if second > first else "falls" if second < first else "stays"
+            parts.append(f"{what} {verb} ({first:.3f} to {second:.3f})")
         verdict = "seen" if report[after]["feature_similarity"] > report[before]["feature_similarity"] else "not seen"
         lines.append(f"- {before} -> {after}: {verdict}; " + ", ".join(parts))
     return lines
 
 
-def write_report(
-    arguments: argparse.Namespace,
-    scores: dict[str, list[dict[str, float]]],
-    sheet: dict[str, list[torch.Tensor]],
-    minutes: float,
-) -> None:
-    """The tables and the images of the subjects so far."""
-    order = (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer")
-    report = {row: means(scores[row]) for row in order}
-    head = [
-        "# HiFi Tuner on unseen subjects of the demo world",
-        "",
-        f"{made_by()}: {len(sheet['sources'])} subjects, {arguments.prompts} prompts, "
-        f"{arguments.seeds} seeds ({len(scores[GUIDED])} images a row), learned from one image in each pose; "
-        f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
-        f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
-        f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} "
-        f"steps; guidance {arguments.guidance_scale:g}, J = {arguments.inner_steps} at learning rate "
-        f"{arguments.guidance_learning_rate:g}; {minutes:.0f} minutes.",
-        "",
-    ]
-    columns = {
-        "feature_similarity": "feature similarity",
-        "identity_kept": "identity kept",
-        "identity_attributes_kept": "of its attributes",
-        "text_similarity": "text similarity",
-        "text_and_identity": "all of both",
-    }
-    lines = [*head, *table(report, columns), *published_steps(report)]
-    everything = {
-        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
-        "minutes": minutes,
-        "rows": report,
-    }
-    write_results("hifi_tuner", everything, lines)
-    save_sheet(RESULTS / "hifi_tuner.jpg", [torch.cat(row) for row in sheet.values()])
+SUBJECT_OPTIONS: Options = {
+    "subjects": (6, "unseen subjects (6)"),
+    "steps": (15, "DDIM steps (15; the paper's are 50)"),
+    "guidance_scale": (2.0, "of all sampling (2)"),
+    "training_steps": (150, "of shared embeddings (the paper's: 1000)"),
+    "updates_per_step": (5, "I of algorithm 1 (5; the paper's: 10)"),
+    "batch_size": (2, "of the embeddings' training (2)"),
+    "regularization_weight": (1e-4, "w_s of eq. 6"),
+    "embedding_learning_rate": (2e-2, "of rows of the text embedding (the paper's: 5e-3)"),
+    "token": ("sks", "the rare token"),
+    **SEED,
+    **CHECKPOINT,
+}
+"""The subjects, how their embeddings are learned and how images are drawn."""
+OPTIONS: Options = {
+    "prompts": (len(PROMPTS), f"the first of {len(PROMPTS)} (all)"),
+    "seeds": (2, "images for each prompt (2)"),
+    "inner_steps": (4, "J of algorithm 2 (4; the paper's are 10)"),
+    "guidance_learning_rate": (1e-2, "of algorithm 2 (1e-2)"),
+    "word_learning_rate": (5e-3, "of word vectors"),
+    "prior_steps": (150, "of DreamBooth (150)"),
+    "learning_rate": (1e-4, "of DreamBooth"),
+    **SUBJECT_OPTIONS,
+}
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """The subjects, how their embeddings are learned and how images are drawn."""
-    parser.add_argument("--subjects", type=int, default=6, help="unseen subjects (default 6)")
-    parser.add_argument("--steps", type=int, default=15, help="DDIM steps (default 15; the paper's are 50)")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="of all sampling (default 2)")
-    parser.add_argument("--training-steps", type=int, default=150, help="of shared embeddings (the paper's: 1000)")
-    parser.add_argument("--updates-per-step", type=int, default=5, help="I of algorithm 1 (default 5; the paper's: 10)")
-    parser.add_argument("--batch-size", type=int, default=2, help="of the embeddings' training (default 2)")
-    parser.add_argument("--regularization-weight", type=float, default=1e-4, help="w_s of eq. 6")
-    parser.add_argument(
-        "--embedding-learning-rate", type=float, default=2e-2, help="of rows of the text embedding (the paper's: 5e-3)"
-    )
-    parser.add_argument("--token", default="sks", help="the rare token")
-    parser.add_argument("--seed", type=int, default=0, help="draws subjects, images and noise")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
-    parser.add_argument("--seeds", type=int, default=2, help="images for each prompt (default 2)")
-    parser.add_argument("--inner-steps", type=int, default=4, help="J of algorithm 2 (default 4; the paper's are 10)")
-    parser.add_argument("--guidance-learning-rate", type=float, default=1e-2, help="of algorithm 2 (default 1e-2)")
-    parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of word vectors")
-    parser.add_argument("--prior-steps", type=int, default=150, help="of DreamBooth (default 150)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of DreamBooth")
-    add_training_arguments(parser)
-
-
-def main(arguments: argparse.Namespace) -> None:
-
-    family.register()
-    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
     scores: dict[str, list[dict[str, float]]] = {}
     sheet: dict[str, list[torch.Tensor]] = {}
-    begun = time.perf_counter()
     for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
         run = begin(base, subject, arguments)
         latents, references = ladder(run)
@@ -375,12 +299,43 @@ def main(arguments: argparse.Namespace) -> None:
         true = [render_source(asked, EVALUATION_SEED + index).image for index, asked in enumerate(run.asked)]
         images["renderer"] = torch.stack(true)
         sources = torch.stack([source.image for source in run.sources])
-        for row, made in images.items():
-            scores.setdefault(row, []).extend(score(classifier, made, run.asked, sources))
-        shown = [0, arguments.prompts // 2]
-        sheet.setdefault("sources", []).append(sources[:2])
+        for row in (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer"):
+            scores.setdefault(row, []).extend(score(classifier, images[row], run.asked, sources))
+        rows = {"sources": sources[:2]}
         for row in (*LADDER[:-1], "reference", GUIDED, DREAMBOOTH, "reference of DreamBooth", DREAMBOOTH_GUIDED):
             made = {"reference": references[GUIDED], "reference of DreamBooth": references[DREAMBOOTH_GUIDED]}.get(row)
-            sheet.setdefault(row, []).append((images[row] if made is None else made)[shown])
-        # Written anew after each subject, so that a run that is stopped leaves the figures of those before.
-        write_report(arguments, scores, sheet, (time.perf_counter() - begun) / 60)
+            rows[row] = (images[row] if made is None else made)[[0, arguments.prompts // 2]]
+        for row, two in rows.items():
+            sheet.setdefault(row, []).append(two)
+        save_sheet(RESULTS / "hifi_tuner.jpg", [torch.cat(row) for row in sheet.values()])
+        yield {
+            "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
+            "subjects": len(sheet["sources"]),
+            "images_a_row": len(scores[GUIDED]),
+            "rows": {row: means(each) for row, each in scores.items()},
+        }
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    columns = {
+        "feature_similarity": "feature similarity",
+        "identity_kept": "identity kept",
+        "identity_attributes_kept": "of its attributes",
+        "text_similarity": "text similarity",
+        "text_and_identity": "all of both",
+    }
+    return [
+        "HiFi Tuner on unseen subjects of the demo world",
+        f"{figures['subjects']} subjects, {arguments.prompts} prompts, {arguments.seeds} seeds "
+        f"({figures['images_a_row']} images a row), learned from one image in each pose; "
+        f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
+        f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
+        f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} "
+        f"steps; guidance {arguments.guidance_scale:g}, J = {arguments.inner_steps} at learning rate "
+        f"{arguments.guidance_learning_rate:g}; {figures['minutes']:.0f} minutes.",
+        *report_table(figures["rows"], columns),
+        "",
+        "The steps of Wang et al. 2023 (each raises the DINO score there, from the row before it):",
+        "",
+        *published_steps(figures["rows"]),
+    ]

@@ -24,18 +24,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.sample
-import comfy.sd
 import numpy as np
 import torch
 from identity_edit_pack.attention.identity_mask import identity_mask
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import (
     ATTRIBUTES_OF,
     CAPTION_TEMPLATES,
@@ -56,8 +52,8 @@ from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
-from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each
-from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
+from .edits import Pair, edits_table, embed, mean_score, render_pair, save_sheet, score_each
+from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint, markdown
 
 EDITED = ("pose", "expression", "facing")
 SPECIES = ("cat", "dog", "bear", "rabbit")
@@ -281,28 +277,6 @@ def similarity(classifier: AttributeClassifier, images: torch.Tensor, others: to
     return torch.nn.functional.cosine_similarity(first, second).tolist()
 
 
-def tables(report: dict[str, Any], overlaps: dict[tuple[str, float, int], float]) -> list[str]:
-    lines = [
-        f"| method | edit done | {' / '.join(sorted(EDITED))} | identity kept | both | background PSNR | "
-        "feature similarity | SSIM to true edit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in report.items():
-        kinds = " / ".join(f"{share:.2f}" for share in row["edit_done_by_kind"].values())
-        lines.append(
-            f"| {name} | {row['edit_done']:.2f} | {kinds} | {row['identity_kept']:.2f} | "
-            f"{row['edit_done_and_identity_kept']:.2f} | {row['background_psnr_db']:.1f} dB | "
-            f"{row['feature_similarity']:.3f} | {row['ssim_to_true_edit']:.3f} |"
-        )
-    lines += ["", "Overlap (intersection over union) of the masks that LIPE found with the true ones:", ""]
-    lines += ["| mask, threshold | " + " | ".join(f"lambda {power}" for power in POWERS) + " |"]
-    lines += ["|---|" + "---|" * len(POWERS)]
-    for side, threshold in itertools.product(("source", "target"), THRESHOLDS):
-        cells = " | ".join(f"{overlaps[side, threshold, power]:.2f}" for power in POWERS)
-        lines.append(f"| {side}, {threshold} | {cells} |")
-    return lines
-
-
 def orderings(report: dict[str, Any]) -> list[str]:
     """The orderings that the paper's tables 1 and 2 and figure 7 show, and whether they appear."""
     claims = [
@@ -315,7 +289,7 @@ def orderings(report: dict[str, Any]) -> list[str]:
         ("editing-oriented captions let edits happen", "edit_done", "LIPE", "LIPE without editing-oriented captions"),
         ("NIMA keeps the background", "background_psnr_db", "LIPE", "LIPE without NIMA"),
     ]  # fmt: skip
-    lines = ["", "The orderings of Liu et al. 2024:", ""]
+    lines = []
     for claim, key, better, worse in claims:
         first, second = report[better][key], report[worse][key]
         verdict = "seen" if first > second else "not seen" if first < second else "equal"
@@ -323,29 +297,27 @@ def orderings(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--subjects", type=int, default=5, help="unseen subjects (default 5)")
-    parser.add_argument("--edits", type=int, default=12, help="of each subject, a third of each kind (default 12)")
-    parser.add_argument("--steps", type=int, default=40, help="DDPM steps (default 40)")
-    parser.add_argument("--source-guidance-scale", type=float, default=2.0, help="of the inversion")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the target prompt")
-    parser.add_argument("--skip", type=float, default=0.1, help="share of the first steps that is left out")
-    parser.add_argument("--training-steps", type=int, default=150, help="of each prior (default 150)")
-    parser.add_argument("--learning-rate", type=float, default=1e-4, help="of the priors (1e-4; the paper's is 5e-4)")
-    parser.add_argument("--token", default="sks", help="the rare token")
-    parser.add_argument("--seed", type=int, default=0, help="draws subjects, images, edits and noise")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+OPTIONS: Options = {
+    "subjects": (5, "unseen subjects (5)"),
+    "edits": (12, "of each subject, a third of each kind (12)"),
+    "steps": (40, "DDPM steps (40)"),
+    "source_guidance_scale": (2.0, "of the inversion"),
+    "guidance_scale": (4.0, "of the target prompt"),
+    "skip": (0.1, "share of the first steps that is left out"),
+    "training_steps": (150, "of each prior (150)"),
+    "learning_rate": (1e-4, "of the priors (1e-4; the paper's is 5e-4)"),
+    "token": ("sks", "the rare token"),
+    **SEED,
+    **CHECKPOINT,
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-
-    family.register()
-    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
     parts: dict[str, list[torch.Tensor]] = {}
     overlaps: Overlaps = {}
     pairs: list[Pair] = []
-    begin = time.perf_counter()
     for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
         of_subject = draw_pairs(subject, arguments.edits, arguments.seed)
         images, found = edit_subject(base, subject, of_subject, arguments)
@@ -354,35 +326,45 @@ def main(arguments: argparse.Namespace) -> None:
             parts.setdefault(name, []).append(made)
         for key, values in found.items():
             overlaps.setdefault(key, []).extend(values)
-    minutes = (time.perf_counter() - begin) / 60
     columns = {name: torch.cat(made) for name, made in parts.items()}
     before, after = (torch.stack([getattr(pair, side) for pair in pairs]) for side in ("before", "after"))
     columns["true edit (renderer)"] = after
-
     report = {}
     for name, made in columns.items():
         report[name] = mean_score(score_each(classifier, made, pairs), pairs)
         report[name]["feature_similarity"] = float(np.mean(similarity(classifier, made, before)))
-    mean_overlaps = {key: float(np.mean(values)) for key, values in overlaps.items()}
-    head = [
-        "# Personalised identity prior and identity-aware masks on unseen subjects of the demo world",
-        "",
-        f"{made_by()}: {arguments.subjects} subjects, {len(pairs)} edits, edit-friendly DDPM "
-        f"inversion with {arguments.steps} steps (source guidance {arguments.source_guidance_scale:g}, target guidance "
-        f"{arguments.guidance_scale:g}, skip {arguments.skip:g}), priors of {arguments.training_steps} steps from "
-        f"{REFERENCES} images at learning rate {arguments.learning_rate:g}, seed {arguments.seed}; {minutes:.0f} "
-        f"minutes.",
-        "",
-    ]
-    everything = {
+    save_sheet(RESULTS / "lipe_edit.jpg", [before, *columns.values()])
+    return {
         "seed": arguments.seed,
         "edits": len(pairs),
-        "minutes": minutes,
         "methods": report,
         "mask_overlap": [
-            {"mask": side, "threshold": threshold, "lambda": power, "overlap": value}
-            for (side, threshold, power), value in mean_overlaps.items()
+            {"mask": side, "threshold": threshold, "lambda": power, "overlap": float(np.mean(values))}
+            for (side, threshold, power), values in overlaps.items()
         ],
     }
-    write_results("lipe_edit", everything, head + tables(report, mean_overlaps) + orderings(report))
-    save_sheet(RESULTS / "lipe_edit.jpg", [before, *columns.values()])
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows: dict[str, list[str]] = {}
+    for each in figures["mask_overlap"]:
+        rows.setdefault(f"{each['mask']}, {each['threshold']}", []).append(f"{each['overlap']:.2f}")
+    return [
+        "Personalised identity prior and identity-aware masks on unseen subjects of the demo world",
+        f"{arguments.subjects} subjects, {figures['edits']} edits, edit-friendly DDPM inversion with {arguments.steps} "
+        f"steps (source guidance {arguments.source_guidance_scale:g}, target guidance {arguments.guidance_scale:g}, "
+        f"skip {arguments.skip:g}), priors of {arguments.training_steps} steps from {REFERENCES} images at learning "
+        f"rate {arguments.learning_rate:g}, seed {arguments.seed}; {figures['minutes']:.0f} minutes.",
+        *edits_table(figures["methods"], {"feature_similarity": "feature similarity"}),
+        "",
+        "Overlap (intersection over union) of the masks that LIPE found with the true ones:",
+        "",
+        *markdown(
+            ("mask, threshold", *(f"lambda {power}" for power in POWERS)),
+            ((name, *cells) for name, cells in rows.items()),
+        ),
+        "",
+        "The orderings of Liu et al. 2024:",
+        "",
+        *orderings(figures["methods"]),
+    ]

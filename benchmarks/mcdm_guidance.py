@@ -3,8 +3,7 @@
 One 20-step edit with UniPC for each way of guidance, on the demo checkpoint inflated to eight input channels (its
 weights change no cost): InstructPix2Pix's three terms by ComfyUI's own DualCFGGuider, and MCDM Guider's with the
 paper's scales and with scales of which none cancels, each without and with a mask; and MCDM Edit Mask. Counted are
-model calls and calls; the seconds are medians over runs that alternate. Writes
-benchmarks/results/mcdm_guidance.json and .md.
+model calls and calls; the seconds are medians over runs that alternate.
 """
 
 from __future__ import annotations
@@ -13,15 +12,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import comfy.sample
 import comfy.samplers
-import comfy.sd
 import torch
 from comfy_extras.nodes_custom_sampler import Guider_DualCFG
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
@@ -32,7 +29,7 @@ from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, mcdm_guid
 from tqdm import tqdm
 
 from . import memory
-from .harness import DEMO_CHECKPOINT, made_by, write_results
+from .harness import CHECKPOINT, THREADS, Options, load_checkpoint, markdown
 
 STEPS = 20
 BASELINE = "InstructPix2Pix, 3 terms (DualCFGGuider)"
@@ -53,17 +50,11 @@ class Counter:
         return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--runs", type=int, default=5, help="of each, alternating (default 5)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+OPTIONS: Options = {**CHECKPOINT, "runs": (5, "of each, alternating (5)"), **THREADS}
 
 
-def main(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(arguments.threads)
-
-    family.register()
-    base, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    base, clip, vae = load_checkpoint(arguments.checkpoint)
     model, vision = as_edit_model(base), load_clip_vision()
     latent_shape = (4, 16, 16)
     embedding = mcdm.new_embedding(model, vision, latent_shape, torch.Generator().manual_seed(0), mcdm.IMAGE_TOKENS)
@@ -83,11 +74,13 @@ def main(arguments: argparse.Namespace) -> None:
     mask[:, 32:96, 32:96] = 1.0
     zeros = torch.zeros(1, *latent_shape)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
-    papers, general = GuidanceScales(), GuidanceScales(3.0, 2.0, 5.0)
 
     def sample(guider: Any) -> None:
         sampler = comfy.samplers.sampler_object("uni_pc")
         guider.sample(comfy.sample.prepare_noise(zeros, 0), zeros, sampler, sigmas, disable_pbar=True, seed=0)
+
+    def guided(*scales_and_mask: Any) -> None:
+        sample(mcdm_guider(counted, positive, negative, *scales_and_mask))
 
     def instruct_pix2pix() -> None:
         # As ComfyUI's own workflow has it: text and image, image alone, nothing; no image tokens.
@@ -97,18 +90,12 @@ def main(arguments: argparse.Namespace) -> None:
         guider.set_cfg(5.0, 3.0)
         sample(guider)
 
-    ways: dict[str, Callable[[], Any]] = {
-        BASELINE: instruct_pix2pix,
-        "MCDM, scales 3, 3, 5": lambda: sample(mcdm_guider(counted, positive, negative, papers)),
-        "MCDM, scales 3, 2, 5": lambda: sample(mcdm_guider(counted, positive, negative, general)),
-        "MCDM with mask, scales 3, 3, 5": lambda: sample(
-            mcdm_guider(counted, positive, negative, papers, source, mask)
-        ),
-        "MCDM with mask, scales 3, 2, 5": lambda: sample(
-            mcdm_guider(counted, positive, negative, general, source, mask)
-        ),
-        "MCDM Edit Mask, 10 seeds": lambda: edit_mask(counted, positive, source, seen.latent),
-    }
+    ways: dict[str, Callable[[], Any]] = {BASELINE: instruct_pix2pix}
+    for title, masked in (("MCDM", ()), ("MCDM with mask", (source, mask))):
+        for scales in (GuidanceScales(), GuidanceScales(3.0, 2.0, 5.0)):
+            name = f"{title}, scales {scales.image:g}, {scales.spatial:g}, {scales.text:g}"
+            ways[name] = partial(guided, scales, *masked)
+    ways["MCDM Edit Mask, 10 seeds"] = lambda: edit_mask(counted, positive, source, seen.latent)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     counts: dict[str, tuple[int, int]] = {}
     with torch.inference_mode():
@@ -121,30 +108,29 @@ def main(arguments: argparse.Namespace) -> None:
                 if run:  # the first one warms up
                     seconds[name].append(time.perf_counter() - begin)
                 counts[name] = counter.evaluations, counter.calls
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    lines = [
-        "# Cost of an edit by an MCDM",
-        "",
-        f"{made_by()}: the demo checkpoint with eight input channels, 128x128, {STEPS} steps of "
-        f"UniPC, {arguments.threads} threads, medians of {arguments.runs} runs.",
-        "",
-        "| guidance | model calls | calls | seconds | relative |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {counts[name][0]} | {counts[name][1]} | {medians[name]:.2f} | "
-        f"{medians[name] / medians[BASELINE]:.2f} |"
-        for name in ways
-    ]
-    lines += [
-        "",
-        "With the paper's scales the term of the image embedding alone cancels and is not evaluated. A mask costs one "
-        "evaluation more a step, since the prompts differ in the last term only.",
-    ]
-    everything = {
+    return {
         "threads": arguments.threads,
         "evaluations": {name: count[0] for name, count in counts.items()},
         "calls": {name: count[1] for name, count in counts.items()},
         "seconds": seconds,
     }
-    write_results("mcdm_guidance", everything, lines)
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    medians = {name: statistics.median(values) for name, values in figures["seconds"].items()}
+    counts = [figures["evaluations"], figures["calls"]]
+    return [
+        "Cost of an edit by an MCDM",
+        f"the demo checkpoint with eight input channels, 128x128, {STEPS} steps of UniPC, {arguments.threads} threads, "
+        f"medians of {arguments.runs} runs.",
+        *markdown(
+            ("guidance", "model calls", "calls", "seconds", "relative"),
+            (
+                (name, *(count[name] for count in counts), f"{median:.2f}", f"{median / medians[BASELINE]:.2f}")
+                for name, median in medians.items()
+            ),
+        ),
+        "",
+        "With the paper's scales the term of the image embedding alone cancels and is not evaluated. A mask costs one "
+        "evaluation more a step, since the prompts differ in the last term only.",
+    ]

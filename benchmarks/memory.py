@@ -78,11 +78,11 @@ def in_a_process(name: str, only: str, arguments: argparse.Namespace, *options: 
     Args:
         name: the benchmark's.
         only: what it measures, its option --only.
-        arguments: the caller's own; steps and threads are passed on, and checkpoint and seed where there are any.
+        arguments: the caller's own; steps, threads, checkpoint, seed and layers are passed on where there are any.
         options: further ones, which come last and so count.
     """
     command = [*command_of(name), "--only", only]
-    for option in ("steps", "threads", "checkpoint", "seed"):
+    for option in ("steps", "threads", "checkpoint", "seed", "layers"):
         if hasattr(arguments, option):
             command += [f"--{option}", str(getattr(arguments, option))]
     done = subprocess.run([*command, *options], check=True, capture_output=True, text=True, cwd=ROOT)

@@ -11,18 +11,13 @@ Writes benchmarks/results/null_text_speed.json and null_text_speed.md.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import comfy.sd
 import numpy as np
 import torch
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import CAPTION_TEMPLATES, caption
 from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
@@ -35,7 +30,8 @@ from tqdm import tqdm
 
 from ..tests import reference_null_text
 from . import memory
-from .harness import DEMO_CHECKPOINT, made_by, write_results
+from .edits import embed
+from .harness import CHECKPOINT, SEED, THREADS, Options, load_checkpoint, markdown
 
 REFERENCE = "reference"
 GOAL = 0.5
@@ -43,14 +39,6 @@ GOAL = 0.5
 
 Outcome = tuple[torch.Tensor, int, int]
 """z_0 in the scale of LATENT sockets, model calls, updates of the embedding."""
-
-
-def load(checkpoint: Path) -> tuple[Any, Any, Any]:
-    """MODEL, CLIP and VAE by ComfyUI's own loader, the UNet in float32."""
-    family.register()
-    options = {"dtype": torch.float32}
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), model_options=options)
-    return model, clip, vae
 
 
 def by_reference(
@@ -96,97 +84,59 @@ def by_pack(method: str) -> Callable[..., Outcome]:
 METHODS = {REFERENCE: by_reference, **{name: by_pack(name) for name in null_text.METHODS}}
 
 
-def peak_memory(name: str, arguments: argparse.Namespace) -> int:
-    """Memory that one image by one method needs on top of the loaded model, in MiB, in a process of its own."""
-    return int(memory.in_a_process("null_text_speed", name, arguments)["peak_memory_mib"])
+OPTIONS: Options = {
+    **CHECKPOINT,
+    "runs": (5, "images, each optimized once by each method (5)"),
+    "steps": (50, "DDIM steps (50)"),
+    "guidance_scale": (null_text.GUIDANCE_SCALE, "of the optimization"),
+    **THREADS,
+    **SEED,
+    "only": (None, "do one image by one method and print its memory use", {"choices": METHODS}),
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--runs", type=int, default=5, help="images, each optimized once by each method (default 5)")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--guidance-scale", type=float, default=null_text.GUIDANCE_SCALE)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the images (default 0)")
-    parser.add_argument("--only", choices=METHODS, help="do one image by one method and print its memory use")
-
-
-def main(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(arguments.threads)
-
-    model, clip, vae = load(arguments.checkpoint)
-    names = [arguments.only] if arguments.only else list(METHODS)
-    rows: dict[str, dict[str, list[float]]] = {
-        name: {"seconds": [], "evaluations": [], "updates": [], "psnr_db": [], "psnr_to_autoencoder_db": []}
-        for name in names
-    }
-    ceiling, memory_used = [], 0.0
-    pairs = evaluation_set(1 if arguments.only else arguments.runs, seed=arguments.seed)
-    for attributes, seed in tqdm(pairs, unit="image", disable=bool(arguments.only)):
+def images_of(arguments: argparse.Namespace, count: int) -> Iterator[tuple[Any, ...]]:
+    """(image, the autoencoder's of it, VAE, what a method is called with) of some images."""
+    model, clip, vae = load_checkpoint(arguments.checkpoint, model_options={"dtype": torch.float32})
+    for attributes, seed in tqdm(evaluation_set(count, seed=arguments.seed), unit="image"):
         image = torch.from_numpy(np.array(render(attributes, seed)[0])).float().unsqueeze(0) / 255
         with torch.no_grad():
             latent = vae.encode(image)
             decoded = vae.decode(latent).cpu()
-            positive = [[clip.encode_from_tokens(clip.tokenize(caption(attributes, seed % CAPTION_TEMPLATES))), {}]]
-            negative = [[clip.encode_from_tokens(clip.tokenize("")), {}]]
-        ceiling.append(float(psnr(image, decoded)))
+        positive, negative = (embed(clip, [text]) for text in (caption(attributes, seed % CAPTION_TEMPLATES), ""))
         pivot = inversion.ddim_inversion(model, latent, positive, steps=arguments.steps)
-        for name in names:
+        yield image, decoded, vae, (model, pivot, positive, negative, arguments.guidance_scale)
+
+
+def alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Memory that one image by one method needs on top of the loaded model, in MiB."""
+    *_, work = next(images_of(arguments, 1))
+    with memory.PeakMemory() as peak:
+        METHODS[arguments.only](*work)
+    return {"peak_memory_mib": round(peak.mib)}
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    keys = ("seconds", "evaluations", "updates", "psnr_db", "psnr_to_autoencoder_db")
+    rows: dict[str, dict[str, list[float]]] = {name: {key: [] for key in keys} for name in METHODS}
+    ceiling = []
+    for image, decoded, vae, work in images_of(arguments, arguments.runs):
+        ceiling.append(float(psnr(image, decoded)))
+        for name, method in METHODS.items():
             memory.synchronize()
             begin = time.perf_counter()
-            # Watching the memory would take time of its own: only in a process that is asked for nothing else.
-            watch = memory.PeakMemory() if arguments.only else None
-            with watch or contextlib.nullcontext():
-                z_0, evaluations, updates = METHODS[name](model, pivot, positive, negative, arguments.guidance_scale)
+            z_0, evaluations, updates = method(*work)
             memory.synchronize()
-            memory_used = watch.mib if watch else 0.0
-            row = rows[name]
-            row["seconds"].append(time.perf_counter() - begin)
-            row["evaluations"].append(evaluations)
-            row["updates"].append(updates)
+            seconds = time.perf_counter() - begin
             with torch.no_grad():
                 made = vae.decode(z_0).cpu()
-            row["psnr_db"].append(float(psnr(image, made)))
-            row["psnr_to_autoencoder_db"].append(float(psnr(decoded, made)))
-    if arguments.only:
-        print(json.dumps({"peak_memory_mib": round(memory_used)}))
-        return
-
-    medians = {
-        name: {key: statistics.median(values) for key, values in row.items()}
-        | {"peak_memory_mib": peak_memory(name, arguments)}
-        for name, row in rows.items()
-    }
-    lines = [
-        "# Null-text optimization: time, evaluations and memory",
-        "",
-        f"{made_by()}: medians of {arguments.runs} images, {arguments.steps} steps, guidance "
-        f"scale {arguments.guidance_scale:g}, {arguments.threads} threads, float32. The autoencoder alone: "
-        f"{statistics.median(ceiling):.2f} dB.",
-        "",
-        "| method | time (s) | relative | model calls | updates | PSNR to the image (dB) | PSNR to the "
-        "autoencoder's (dB) | memory above the loaded model (MiB) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+            found = (seconds, evaluations, updates, float(psnr(image, made)), float(psnr(decoded, made)))
+            for key, value in zip(keys, found, strict=True):
+                rows[name][key].append(value)
+    medians = {name: {key: statistics.median(values) for key, values in row.items()} for name, row in rows.items()}
     for name, median in medians.items():
-        relative = median["seconds"] / medians[REFERENCE]["seconds"]
-        lines.append(
-            f"| {name} | {median['seconds']:.1f} | {relative:.2f} | {median['evaluations']:.0f} | "
-            f"{median['updates']:.0f} | {median['psnr_db']:.2f} | {median['psnr_to_autoencoder_db']:.2f} | "
-            f"{median['peak_memory_mib']} |"
-        )
-    reached = [
-        name
-        for name in null_text.METHODS
-        if medians[name]["seconds"] <= GOAL * medians[REFERENCE]["seconds"]
-        and medians[name]["psnr_db"] >= medians[REFERENCE]["psnr_db"]
-    ]
-    lines += [
-        "",
-        f"The goal, at most {GOAL:g} of the reference's time at an equal or better PSNR, is "
-        + (f"reached by: {', '.join(reached)}." if reached else "not reached."),
-    ]
-    everything = {
+        median |= memory.in_a_process("null_text_speed", name, arguments)
+    return {
         "steps": arguments.steps,
         "threads": arguments.threads,
         "guidance_scale": arguments.guidance_scale,
@@ -194,4 +144,32 @@ def main(arguments: argparse.Namespace) -> None:
         "runs": rows,
         "medians": medians,
     }
-    write_results("null_text_speed", everything, lines)
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    medians = figures["medians"]
+    reference = medians[REFERENCE]
+    reached = [
+        name
+        for name in null_text.METHODS
+        if medians[name]["seconds"] <= GOAL * reference["seconds"] and medians[name]["psnr_db"] >= reference["psnr_db"]
+    ]
+    counts = "model calls", "updates", "PSNR to the image (dB)", "PSNR to the autoencoder's (dB)"
+    return [
+        "Null-text optimization: time, evaluations and memory",
+        f"medians of {arguments.runs} images, {arguments.steps} steps, guidance scale {arguments.guidance_scale:g}, "
+        f"{arguments.threads} threads, float32. The autoencoder alone: "
+        f"{statistics.median(figures['autoencoder_psnr_db']):.2f} dB.",
+        *markdown(
+            ("method", "time (s)", "relative", *counts, "memory above the loaded model (MiB)"),
+            (
+                (name, f"{median['seconds']:.1f}", f"{median['seconds'] / reference['seconds']:.2f}",
+                 f"{median['evaluations']:.0f}", f"{median['updates']:.0f}", f"{median['psnr_db']:.2f}",
+                 f"{median['psnr_to_autoencoder_db']:.2f}", median["peak_memory_mib"])
+                for name, median in medians.items()
+            ),
+        ),
+        "",
+        f"The goal, at most {GOAL:g} of the reference's time at an equal or better PSNR, is "
+        + (f"reached by: {', '.join(reached)}." if reached else "not reached."),
+    ]  # fmt: skip

@@ -21,7 +21,7 @@ from typing import Any
 import engine
 import psutil
 
-from .harness import made_by, write_results
+from .harness import Options, markdown
 
 GOAL_SECONDS = 0.1
 FOLDERS = 400
@@ -83,40 +83,32 @@ def figures(both: list[tuple[float, float]]) -> dict[str, float]:
     }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--files", type=int, default=40_000, help="images below the input folder (default 40000)")
-    parser.add_argument("--requests", type=int, default=15, help="later answers, whose median is given (default 15)")
+OPTIONS: Options = {
+    "files": (40_000, "images below the input folder (40000)"),
+    "requests": (15, "later answers, whose median is given (15)"),
+}
 
 
-def main(options: argparse.Namespace) -> None:
-    layouts = [(0, 0), (options.files, 0), (options.files, FOLDERS)]
-    rows = [measured(count, folders, options.requests) for count, folders in layouts]
-    version = engine_version()
-    lines = [
-        f"# What the pack adds to /object_info, ComfyUI {version}",
-        "",
-        f"{made_by()}, on {os.cpu_count()} CPU cores (load {os.getloadavg()[0]:.1f}): seconds of "
-        f"the first answer, the median of {options.requests} later ones with each server asked in turn, and the "
-        f"processor's time of a later one.",
-        "",
-        "| files below the input folder | first, without | with | added | later, without | with | added "
-        "| processor, without | with | added |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    layouts = [(0, 0), (arguments.files, 0), (arguments.files, FOLDERS)]
+    rows = [measured(count, folders, arguments.requests) for count, folders in layouts]
+    version = engine.version_of(engine.find_engine())
+    return {"name": f"page_load_{version}", "comfyui": version, "goal_seconds": GOAL_SECONDS, "rows": rows}
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = []
+    for row in figures["rows"]:
         where = f"{row['files']:,} in {row['folders']} folders" if row["folders"] else f"{row['files']:,} in it"
-        numbers = [
-            f"{row[when][what]:.3f}"
-            for when in ("first", "later", "processor")
-            for what in ("without", "with", "added")
-        ]
-        lines.append(f"| {' | '.join([where, *numbers])} |")
-    lines += ["", f"The goal is less than {GOAL_SECONDS} s added."]
-    result = {"comfyui": version, "goal_seconds": GOAL_SECONDS, "rows": rows}
-    write_results(f"page_load_{version}", result, lines)
-
-
-def engine_version() -> str:
-    """ComfyUI's own version, from its file."""
-    text = (engine.find_engine() / "comfyui_version.py").read_text(encoding="utf-8")
-    return text.split('"')[-2]
+        times = [row[when][what] for when in ("first", "later", "processor") for what in ("without", "with", "added")]
+        rows.append((where, *(f"{seconds:.3f}" for seconds in times)))
+    columns = (f"{when}, without | with | added" for when in ("first", "later", "processor"))
+    headings = ("files below the input folder", *" | ".join(columns).split(" | "))
+    return [
+        f"What the pack adds to /object_info, ComfyUI {figures['comfyui']}",
+        f"on {os.cpu_count()} CPU cores (load {os.getloadavg()[0]:.1f}): seconds of the first answer, the median of "
+        f"{arguments.requests} later ones with each server asked in turn, and the processor's time of a later one.",
+        *markdown(headings, rows),
+        "",
+        f"The goal is less than {GOAL_SECONDS} s added.",
+    ]

@@ -29,10 +29,8 @@ from typing import Any
 import comfy.controlnet
 import comfy.sample
 import comfy.samplers
-import comfy.sd
 import numpy as np
 import torch
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import (
     IDENTITY_OF,
     PLACE_PHRASES,
@@ -56,7 +54,7 @@ from identity_edit_pack.pipelines.training.images import encode_images
 from tqdm import tqdm
 
 from .edits import save_sheet
-from .harness import RESULTS, ROOT, made_by, write_results
+from .harness import RESULTS, ROOT, SEED, THREADS, Options, load_checkpoint, markdown, means
 
 SHARED_PROMPT = f"a portrait of the same {datasets.SUBJECT} on the left and right"
 Condition = tuple[datasets.PairSettings, datasets.Identities | None, datasets.Poses | None, bool]
@@ -170,7 +168,7 @@ def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]], asked_for: list[A
                 "same_place_and_facing": before["place"] == after["place"] and before["facing"] == after["facing"],
             }
         )
-    return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return means(rows)
 
 
 def drawn_poses(count: int, seed: int) -> torch.Tensor:
@@ -196,39 +194,39 @@ def shown_people(
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--training-images", type=int, default=1500, help="of the identity words")
-    parser.add_argument("--training-steps", type=int, default=2000, help="of the identity words")
-    parser.add_argument("--identity-words", type=Path, default=ROOT / "demo_output" / "identity_words.safetensors")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+OPTIONS: Options = {
+    "pairs": (24, "of each row (24)"),
+    "training_images": (1500, "of the identity words"),
+    "training_steps": (2000, "of the identity words"),
+    "identity_words": (ROOT / "demo_output" / "identity_words.safetensors", "their file, trained where it is missing"),
+    **SEED,
+    **THREADS,
+}
+TITLES = {
+    "same_identity": "same identity",
+    "identity_asked_for": "and the one asked for",
+    "source_state": "source state",
+    "target_state": "target state",
+    "same_identity_and_both_states": "same identity, both states",
+    "same_place_and_facing": "place and facing",
+    "identity_attributes_alike": "identity attributes alike",
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(arguments.threads)
-
-    family.register()
-    path = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
-    model, clip, vae = checkpoint = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    model, clip, vae = checkpoint = load_checkpoint()
     clip_vision = load_clip_vision()
     words, trained = identity_words(
         checkpoint, clip_vision, arguments.identity_words, arguments.training_images, arguments.training_steps
     )
     people = portraits(arguments.pairs, arguments.seed)
-    features = features_of(clip_vision, drawn(people, 2))
     base = datasets.PairSettings(
-        count=arguments.pairs,
-        edits=datasets.parse_edits(EDITS),
-        subjects=tuple(map(described, people)),
-        shared_prompt=SHARED_PROMPT,
-        width=128,
-        height=128,
-        seed=arguments.seed,
-        guidance_scale=GUIDANCE_SCALE,
-    )
+        count=arguments.pairs, edits=datasets.parse_edits(EDITS), subjects=tuple(map(described, people)),
+        shared_prompt=SHARED_PROMPT, width=128, height=128, seed=arguments.seed, guidance_scale=GUIDANCE_SCALE,
+    )  # fmt: skip
     plain = dataclasses.replace(base, subjects=("person",))
-    identities = datasets.Identities(words, features, "person")
+    papers = dataclasses.replace(base, guidance_scale=datasets.GUIDANCE_SCALE)
+    identities = datasets.Identities(words, features_of(clip_vision, drawn(people, 2)), "person")
     poses = datasets.Poses(comfy.controlnet.load_controlnet(str(CONTROL_PATH)), drawn_poses(40, arguments.seed))
     sampler = comfy.samplers.sampler_object(SAMPLER)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
@@ -240,59 +238,43 @@ def main(arguments: argparse.Namespace) -> None:
         "identity words, pose": (plain, identities, poses, True),
         "described": (base, None, None, True),
         "described, pose": (base, None, poses, True),
-        f"described, pose, guidance scale {datasets.GUIDANCE_SCALE}": (
-            dataclasses.replace(base, guidance_scale=datasets.GUIDANCE_SCALE),
-            None,
-            poses,
-            True,
-        ),
+        f"described, pose, guidance scale {datasets.GUIDANCE_SCALE}": (papers, None, poses, True),
     }
-    figures: dict[str, Any] = {"identity_words": trained}
-    rows = []
+    rows: dict[str, dict[str, float]] = {}
+    sheet = []
     for name, (settings, who, pose, composed) in conditions.items():
         start = time.perf_counter()
+        numbers = tqdm(range(arguments.pairs), desc=name)
         if composed:
             with tempfile.TemporaryDirectory() as temporary:
                 folder = PairFolder(temporary)
-                numbers = range(arguments.pairs)
-                shown = tqdm(numbers, desc=name)
                 datasets.generate_pairs(
-                    model, clip, vae, sampler, sigmas, folder, settings, identities=who, poses=pose, numbers=shown
+                    model, clip, vae, sampler, sigmas, folder, settings, identities=who, poses=pose, numbers=numbers
                 )
-                folders = [folder.path / "pairs" / f"{number:06}" for number in numbers]
+                folders = [folder.path / "pairs" / f"{number:06}" for number in range(arguments.pairs)]
                 pairs = [
-                    (*(read_image(at / name, name)[0] for name in (SOURCE, TARGET)), read_pair(at)["edit"])
+                    (*(read_image(at / side, side)[0] for side in (SOURCE, TARGET)), read_pair(at)["edit"])
                     for at in folders
                 ]
         else:
-            pairs = [apart(checkpoint, sampler, sigmas, settings, n) for n in tqdm(range(arguments.pairs), desc=name)]
+            pairs = [apart(checkpoint, sampler, sigmas, settings, number) for number in numbers]
         seconds = (time.perf_counter() - start) / arguments.pairs
-        figures[name] = score(pairs, shown_people(settings, who, pose, people)) | {"seconds_a_pair": seconds}
-        rows.append(torch.stack([torch.cat([source, target], dim=1) for source, target, _ in pairs]))
-        print(name, figures[name], flush=True)
-    titles = {
-        "same_identity": "same identity",
-        "identity_asked_for": "and the one asked for",
-        "source_state": "source state",
-        "target_state": "target state",
-        "same_identity_and_both_states": "same identity, both states",
-        "same_place_and_facing": "place and facing",
-        "identity_attributes_alike": "identity attributes alike",
-    }
-    lines = [
-        "# Generated pairs of the demo checkpoint",
-        "",
-        f"{made_by()}: {arguments.pairs} pairs a row, seed {arguments.seed}, "
-        f"{STEPS} steps of {SAMPLER}, guidance scale {GUIDANCE_SCALE:g}. Identity words: {trained}.",
-        "",
-        "| | " + " | ".join(titles.values()) + " | seconds a pair |",
-        "|---|" + "---|" * (len(titles) + 1),
+        rows[name] = score(pairs, shown_people(settings, who, pose, people)) | {"seconds_a_pair": seconds}
+        sheet.append(torch.stack([torch.cat([source, target], dim=1) for source, target, _ in pairs]))
+        print(name, rows[name], flush=True)
+    save_sheet(RESULTS / "pair_generation.jpg", sheet, columns=6)
+    return {"identity_words": trained, "rows": rows}
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = []
+    for name, row in figures["rows"].items():
+        nobody = name.startswith("person")  # is asked for
+        shares = ("-" if nobody and key == "identity_asked_for" else f"{row[key]:.2f}" for key in TITLES)
+        rows.append((name, *shares, f"{row['seconds_a_pair']:.1f}"))
+    return [
+        "Generated pairs of the demo checkpoint",
+        f"{arguments.pairs} pairs a row, seed {arguments.seed}, {STEPS} steps of {SAMPLER}, guidance scale "
+        f"{GUIDANCE_SCALE:g}. Identity words: {figures['identity_words']}.",
+        *markdown(("", *TITLES.values(), "seconds a pair"), rows),
     ]
-    for name in conditions:
-        values = " | ".join(
-            "-" if key == "identity_asked_for" and name.startswith("person") else f"{figures[name][key]:.2f}"
-            for key in titles
-        )
-        lines.append(f"| {name} | {values} | {figures[name]['seconds_a_pair']:.1f} |")
-    write_results("pair_generation", figures, lines)
-    save_sheet(RESULTS / "pair_generation.jpg", rows, columns=6)

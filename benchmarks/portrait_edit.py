@@ -21,11 +21,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import multiprocessing
 import random
-import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +34,6 @@ import comfy.sd
 import numpy as np
 import scipy.linalg
 import torch
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF, caption, random_attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
@@ -51,10 +47,20 @@ from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, mcdm_guid
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from safetensors.numpy import load_file, save_file
 from skimage.metrics import structural_similarity
-from tqdm import tqdm
 
 from .edits import Pair, composite, embed, mean_psnr, render_pair, save_sheet
-from .harness import RESULTS, ROOT, made_by, write_results
+from .harness import (
+    CHECKPOINT,
+    DEMO_MCDM,
+    RESULTS,
+    SEED,
+    THREADS,
+    Options,
+    in_processes,
+    load_checkpoint,
+    markdown,
+    means,
+)
 
 EDITS = {
     "smiling": ("expression", "a portrait of a smiling person"),
@@ -67,7 +73,7 @@ EDITS = {
 SOURCE_PROMPT = "a portrait of a person"
 STEPS = 20
 INVERSION_STEPS = 20
-P2P = "prompt-to-prompt"
+P2P, TRUTH = "prompt-to-prompt", "true edit (renderer)"
 GUIDANCE_SCALE = 4.0
 """Of the shipped workflows with the ordinary demo checkpoint; 1 with prompt-to-prompt, after plain DDIM inversion."""
 NAMES = ("MCDM without spatial", "MCDM without image embedding", "MCDM without mask", "MCDM")
@@ -253,18 +259,16 @@ def score(images: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
             distances.append(feature_distances(maps, true_maps))
             ours.append(own)
             theirs.append(their)
-    rows = score_each(classifier, images, pairs)
-    names = [*rows[0], *(name for name in rows[1] if name not in rows[0])]
-    means: dict[str, Any] = {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
     frechet = frechet_distance(*(torch.cat(each).double().numpy() for each in (ours, theirs)))
-    return means | {"feature_distance": float(torch.cat(distances).mean()), "frechet_distance": frechet}
+    found = {"feature_distance": float(torch.cat(distances).mean()), "frechet_distance": frechet}
+    return means(score_each(classifier, images, pairs)) | found
 
 
 def orderings(report: dict[str, dict[str, Any]]) -> list[str]:
     """Which of the orderings of the paper's table 1 appear: by SSIM, distance of features and Frechet distance."""
-    lines = ["", "The paper's orderings, by SSIM / feature distance / Frechet distance:", ""]
+    lines = []
     better = {"ssim": 1, "feature_distance": -1, "frechet_distance": -1}
-    for other in [name for name in report if name not in (FULL, "true edit (renderer)")]:
+    for other in [name for name in report if name not in (FULL, TRUTH)]:
         seen = [
             "yes" if sign * (report[FULL][name] - report[other][name]) > 0 else "no" for name, sign in better.items()
         ]
@@ -278,36 +282,22 @@ _worker: tuple[Parts, argparse.Namespace] | None = None
 def load(arguments: argparse.Namespace) -> None:
     """Load the networks in a worker process."""
     global _worker
-    torch.set_num_threads(arguments.threads)
-    family.register()
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
-    edit_model, made = None, None
-    if arguments.only != "others":
-        edit_model = comfy.sd.load_diffusion_model(str(arguments.mcdm))
-        made = mcdm.load_mcdm(str(arguments.mcdm))
-    parts = Parts(model, clip, vae, edit_model, load_clip_vision(), made)
-    _worker = parts, arguments
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    edit_model = comfy.sd.load_diffusion_model(str(arguments.mcdm))
+    _worker = Parts(*checkpoint, edit_model, load_clip_vision(), mcdm.load_mcdm(str(arguments.mcdm))), arguments
 
 
 def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
     """The images [B, 128, 128, 3] of every method for some portraits and a seed."""
     assert _worker is not None
     (parts, arguments), (pairs, seed) = _worker, task
-    ways: dict[str, Callable[[], dict[str, torch.Tensor]]] = {}
-    for strength in (0.5, 0.8):
-        name = f"SDEdit {strength}"
-        ways[name] = partial(by_name, name, by_sdedit, parts, pairs, edit_words, strength, seed)
-    ways[P2P] = partial(by_name, P2P, by_prompt_to_prompt, parts, pairs, edit_words)
-    for name, words in (("DiffEdit", edit_words), ("DiffEdit, told everything", whole_captions)):
-        ways[name] = partial(by_name, name, by_diffedit, parts, pairs, words, seed)
-    if arguments.only == "MCDM":
-        ways = {}
-    if arguments.only != "others":
-        settings = (
-            arguments.image_scale, arguments.spatial_scale, arguments.text_scale, arguments.threshold,
-            arguments.costume_threshold, arguments.kernel,
-        )  # fmt: skip
-        ways[f"MCDM {settings}"] = partial(by_mcdm, parts, pairs, seed, arguments)  # kept for these settings alone
+    ways: dict[str, Callable[[], torch.Tensor | dict[str, torch.Tensor]]] = {
+        **{f"SDEdit {s}": partial(by_sdedit, parts, pairs, edit_words, s, seed) for s in (0.5, 0.8)},
+        P2P: partial(by_prompt_to_prompt, parts, pairs, edit_words),
+        "DiffEdit": partial(by_diffedit, parts, pairs, edit_words, seed),
+        "DiffEdit, told everything": partial(by_diffedit, parts, pairs, whole_captions, seed),
+        f"MCDM {mcdm_settings(arguments)}": partial(by_mcdm, parts, pairs, seed, arguments),
+    }
     made: dict[str, np.ndarray] = {}
     for name, way in ways.items():
         path = arguments.keep / f"{name} {seed} {len(pairs)}.safetensors" if arguments.keep else None
@@ -315,7 +305,9 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
             made |= load_file(path)
             continue
         with torch.no_grad():
-            images = {key: value.detach().cpu().contiguous().numpy() for key, value in way().items()}
+            found = way()
+        of_names = found if isinstance(found, dict) else {name: found}
+        images = {key: value.detach().cpu().contiguous().numpy() for key, value in of_names.items()}
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(images, path)
@@ -323,74 +315,63 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
     return made
 
 
-def by_name(name: str, way: Callable[..., torch.Tensor], *arguments: Any) -> dict[str, torch.Tensor]:
-    return {name: way(*arguments)}
+def mcdm_settings(arguments: argparse.Namespace) -> tuple[float, ...]:
+    """For which its images are kept."""
+    names = ("image_scale", "spatial_scale", "text_scale", "threshold", "costume_threshold", "kernel")
+    return tuple(getattr(arguments, name) for name in names)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--portraits", type=int, default=204, help="a sixth for each edit (default 204)")
-    parser.add_argument("--batch", type=int, default=12, help="portraits at once (default 12)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the portraits and all noise (default 0)")
-    parser.add_argument("--threshold", type=float, default=0.2, help="of the mask for expressions; 0.35 in the paper")
-    parser.add_argument("--costume-threshold", type=float, default=0.2, help="and for costumes, as in the paper")
-    parser.add_argument("--kernel", type=int, default=3, help="of the mask's Gaussian; 5 in the paper, on 64x64 cells")
-    parser.add_argument("--image-scale", type=float, default=3.0)
-    parser.add_argument("--spatial-scale", type=float, default=3.0)
-    parser.add_argument("--text-scale", type=float, default=4.0, help="5 in the paper")
-    parser.add_argument("--only", choices=("MCDM", "others"), help="a part of the methods")
-    parser.add_argument(
-        "--keep", type=Path, help="a folder in which images are kept, so that a run that was stopped goes on"
-    )
-    world = ROOT / "demo_world"
-    parser.add_argument("--checkpoint", type=Path, default=world / "weights/identity-edit-demo.safetensors")
-    parser.add_argument("--mcdm", type=Path, default=world / "diffusion_models/identity-edit-demo-mcdm.safetensors")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--processes", type=int, default=1, help="that share the portraits (default 1)")
+OPTIONS: Options = {
+    "portraits": (204, "a sixth for each edit (204)"),
+    "batch": (12, "portraits at once (12)"),
+    "threshold": (0.2, "of the mask for expressions; 0.35 in the paper"),
+    "costume_threshold": (0.2, "and for costumes, as in the paper"),
+    "kernel": (3, "of the mask's Gaussian; 5 in the paper, on 64x64 latent pixels"),
+    "image_scale": (3.0, "of MCDM's image embedding (3)"),
+    "spatial_scale": (3.0, "of its spatial condition (3)"),
+    "text_scale": (4.0, "of its text; 5 in the paper"),
+    "keep": (None, "a folder in which images are kept, so that a run that was stopped goes on", {"type": Path}),
+    "mcdm": (DEMO_MCDM, "a checkpoint of Train MCDM (the demo world's)"),
+    "processes": (1, "that share the portraits (1)"),
+    **SEED,
+    **CHECKPOINT,
+    **THREADS,
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     pairs = [draw_pair(arguments.seed, index) for index in range(arguments.portraits)]
-    tasks = [
-        (pairs[start : start + arguments.batch], arguments.seed + start)
-        for start in range(0, len(pairs), arguments.batch)
-    ]
-    begin = time.perf_counter()
+    starts = range(0, len(pairs), arguments.batch)
+    tasks = [(pairs[start : start + arguments.batch], arguments.seed + start) for start in starts]
     made: dict[str, list[torch.Tensor]] = {}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, spawn, initializer=load, initargs=(arguments,)) as pool:
-        for result in tqdm(pool.map(edit_batch, tasks), total=len(tasks), unit="batch"):
-            for name, images in result.items():
-                made.setdefault(name, []).append(torch.from_numpy(images))
-    minutes = (time.perf_counter() - begin) / 60
+    for result in in_processes(edit_batch, tasks, arguments, load):
+        for name, images in result.items():
+            made.setdefault(name, []).append(torch.from_numpy(images))
     columns = {name: torch.cat(images).clamp(0, 1) for name, images in made.items()}
-    masks = [columns.pop("mask")] if "mask" in columns else []
-    columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
+    masks = columns.pop("mask")
+    before, after = (torch.stack([getattr(pair, side) for pair in pairs]) for side in ("before", "after"))
+    save_sheet(RESULTS / "portrait_edit.jpg", [before, *columns.values(), masks, after])
+    report = {name: score(images, pairs) for name, images in (columns | {TRUTH: after}).items()}
+    return {"portraits": len(pairs), "methods": report}
 
-    report = {name: score(images, pairs) for name, images in columns.items()}
-    lines = [
-        "# Portrait edits of held-out identities of the demo world",
-        "",
-        f"{made_by()}: {len(pairs)} portraits, six edits, seed {arguments.seed}; MCDM with scales "
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = [
+        (name, f"{row['edit_done']:.2f}", f"{row['expression_done']:.2f} / {row['costume_done']:.2f}",
+         f"{row['identity_kept']:.2f}", f"{row['both']:.2f}", f"{row['ssim']:.3f}", f"{row['feature_distance']:.3f}",
+         f"{row['psnr_outside_db']:.1f} dB", f"{row['frechet_distance']:.1f}")
+        for name, row in figures["methods"].items()
+    ]  # fmt: skip
+    scores = "SSIM", "feature distance", "PSNR outside", "Frechet distance"
+    return [
+        "Portrait edits of held-out identities of the demo world",
+        f"{arguments.portraits} portraits, six edits, seed {arguments.seed}; MCDM with scales "
         f"{arguments.image_scale:g}, {arguments.spatial_scale:g}, {arguments.text_scale:g}, {STEPS} steps of UniPC, "
         f"mask thresholds {arguments.threshold:g} and {arguments.costume_threshold:g} (costumes), kernel "
-        f"{arguments.kernel}" + (f"; {minutes:.0f} minutes." if arguments.keep is None else "."),
+        f"{arguments.kernel}" + (f"; {figures['minutes']:.0f} minutes." if arguments.keep is None else "."),
+        *markdown(("method", "edit done", "expression / costume", "identity kept", "both", *scores), rows),
         "",
-        "| method | edit done | expression / costume | identity kept | both | SSIM | feature distance | PSNR outside | "
-        "Frechet distance |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "The paper's orderings, by SSIM / feature distance / Frechet distance:",
+        "",
+        *orderings(figures["methods"]),
     ]
-    for name, row in report.items():
-        lines.append(
-            f"| {name} | {row['edit_done']:.2f} | {row['expression_done']:.2f} / {row['costume_done']:.2f} | "
-            f"{row['identity_kept']:.2f} | {row['both']:.2f} | {row['ssim']:.3f} | {row['feature_distance']:.3f} | "
-            f"{row['psnr_outside_db']:.1f} dB | {row['frechet_distance']:.1f} |"
-        )
-    everything = {"portraits": len(pairs), "minutes": minutes, "methods": report}
-    if arguments.only:
-        print("\n".join(lines))
-        return
-    write_results("portrait_edit", everything, lines + orderings(report))
-    before = torch.stack([pair.before for pair in pairs])
-    truths = columns.pop("true edit (renderer)")
-    save_sheet(RESULTS / "portrait_edit.jpg", [before, *columns.values(), *masks, truths])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import comfyui_version
 import torch
@@ -16,33 +17,34 @@ import torch
 from ..tests import quantized_models
 from ..tests.nodes.good_inputs import CLASSES
 from ..tests.nodes.test_quantized_weights import NODES, answer
-from .harness import made_by, write_results
+from .harness import markdown
 
 
-def main(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)  # tiny models are faster so
-    kinds = quantized_models.formats()
     answers: dict[str, dict[str, str]] = {}
     for node in NODES:
         answers[CLASSES[node].GET_SCHEMA().display_name] = of_node = {}
-        for kind in kinds:
+        for kind in quantized_models.formats():
             with tempfile.TemporaryDirectory(prefix="identity-edit-") as folder:
                 of_node[kind] = answer(node, kind, Path(folder))
-    version = comfyui_version.__version__
-    names = [quantized_models.NAMES.get(kind, kind) for kind in kinds]
+    return {"comfyui": comfyui_version.__version__, "answers": answers}
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    answers = figures["answers"]
     sentences = sorted({said for of_node in answers.values() for said in of_node.values()} - {"works"})
-    lines = [
-        "# Nodes on quantized weights",
-        "",
-        f"{made_by()} on ComfyUI {version}: every node that has a",
-        "MODEL, on the tests' tiny models with all linear layers quantized. GGUF-like layers are the tests' own, made",
-        "after what GGUF packs do. A number stands for the sentence below it with which the node refuses.",
-        "",
-        f"| node | {' | '.join(names)} |",
-        "|---|" + "---|" * len(names),
+    names = [quantized_models.NAMES.get(kind, kind) for kind in quantized_models.formats()]
+    rows = [
+        (node, *(said if said == "works" else f"({sentences.index(said) + 1})" for said in of_node.values()))
+        for node, of_node in answers.items()
     ]
-    for node, of_node in answers.items():
-        cells = [said if said == "works" else f"({sentences.index(said) + 1})" for said in of_node.values()]
-        lines.append(f"| {node} | {' | '.join(cells)} |")
-    lines += ["", *(f"{number}. {said}" for number, said in enumerate(sentences, start=1))]
-    write_results("quantized_weights", {"comfyui": version, "answers": answers}, lines)
+    return [
+        "Nodes on quantized weights",
+        f"ComfyUI {figures['comfyui']}, every node that has a MODEL, on the tests' tiny models with all linear layers "
+        "quantized. GGUF-like layers are the tests' own, made after what GGUF packs do. A number stands for the "
+        "sentence below it with which the node refuses.",
+        *markdown(("node", *names), rows),
+        "",
+        *(f"{number}. {said}" for number, said in enumerate(sentences, start=1)),
+    ]

@@ -31,14 +31,14 @@ from typing import Any
 import load_pack
 import psutil
 
-from .harness import ROOT, command_of, read_results, source_commit, write_results
+from .harness import ROOT, Options, command_of, markdown, read_results, source_commit, write_results
 
 NAME = "real_sizes"
 FAMILIES = {"sd15": "SD 1.5", "sd21": "SD 2.1 (v-prediction)", "sdxl": "SDXL"}
 GIB = 2**30
 GIB_NEEDED = {"sd15": 6.0, "sd21": 6.5, "sdxl": 10.0}
 """Before a row begins, beside what is left to others."""
-OK, REFUSED, TOO_LARGE, STOPPED, FAILED = "ok", "refused", "not run", "stopped", "failed"
+OK, REFUSED, TOO_LARGE, STOPPED, FAILED = RESULTS_OF_A_ROW = ("ok", "refused", "not run", "stopped", "failed")
 ROWS = {
     "plain sampling, for comparison": "plain",
     "DDIM Inversion": "ddim_inversion",
@@ -70,14 +70,7 @@ ROWS = {
     "Train Identity Prior": "identity_prior",
 }
 """What is run, and its function in real_sizes_nodes.py."""
-TRAININGS = {
-    "Train MCDM",
-    "Train Identity Words",
-    "Train Subject Embedding",
-    "Train Subject Embedding (word)",
-    "Train Style Attention",
-    "Train Identity Prior",
-}
+TRAININGS = {name for name in ROWS if name.startswith("Train ")}
 ROWS_OF_A_PROCESS = 9
 SMALLER_FOR_TRAINING = 2
 """Trainings make a sample image of 20 steps by themselves; theirs are this much smaller."""
@@ -238,54 +231,43 @@ def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:
     ]
     for family, title in FAMILIES.items():
         of_family = [row for row in rows if row["family"] == family]
+        lines += ["", f"## {title}", ""]
         if not of_family:
-            lines += ["", f"## {title}", "", "Not run."]
+            lines.append("Not run.")
             continue
         model = next((row["model"] for row in of_family if "model" in row), "")
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            f"Recognized by ComfyUI as {model}.",
-            "",
-            "| row | nodes (seconds) | image | UNet computes in | result | peak MiB |",
-            "|---|---|---|---|---|---|",
-        ]
-        ran = {name for row in of_family if row["result"] == OK for name in row["seconds"]}
-        missing = [name for name in nodes if name not in ran]
+        table = []
         for row in of_family:
             parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row.get("seconds", {}).items())
             result = row["result"] if row["result"] == OK else f"{row['result']}: {row['message']}"
-            size = f"{row['size']}x{row['size']}"
-            lines.append(
-                f"| {row['row']} | {parts} | {size} | {row['dtype']} | {result} | {row.get('peak_memory_mib', '')} |"
-            )
-        if missing:
-            lines += [
-                "",
-                f"Nodes with a MODEL, CLIP, VAE or CLIP_VISION input that have not run: {', '.join(missing)}.",
-            ]
-    counts = {
-        result: sum(row["result"] == result for row in rows) for result in (OK, REFUSED, TOO_LARGE, STOPPED, FAILED)
-    }
+            size, peak = f"{row['size']}x{row['size']}", row.get("peak_memory_mib", "")
+            table.append((row["row"], parts, size, row["dtype"], result, peak))
+        headings = ("row", "nodes (seconds)", "image", "UNet computes in", "result", "peak MiB")
+        lines += [f"Recognized by ComfyUI as {model}.", "", *markdown(headings, table)]
+        ran = {name for row in of_family if row["result"] == OK for name in row["seconds"]}
+        if missing := [name for name in nodes if name not in ran]:
+            which = "Nodes with a MODEL, CLIP, VAE or CLIP_VISION input that have not run"
+            lines += ["", f"{which}: {', '.join(missing)}."]
+    counts = {result: sum(row["result"] == result for row in rows) for result in RESULTS_OF_A_ROW}
     lines += ["", ", ".join(f"{count} rows {result}" for result, count in counts.items() if count) + "."]
     with contextlib.redirect_stdout(None):
         write_results(NAME, {"rows": rows, "nodes_with_models": nodes}, lines)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--family", choices=FAMILIES, nargs="+", default=list(FAMILIES))
-    parser.add_argument("--only", choices=ROWS, nargs="+", metavar="ROW", help="rows to run (default all)")
-    parser.add_argument("--missing", action="store_true", help="leave out rows that the results have as ok")
-    parser.add_argument("--size", type=int, default=512, help="images' width and height (default 512)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="in which UNets compute")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--most-gib", type=float, default=20.0, help="memory at which a row is stopped (default 20)")
-    parser.add_argument("--leave-gib", type=float, default=2.0, help="memory that is left to others (default 2)")
-    parser.add_argument("--keep", action="store_true", help="keep the checkpoints for another call with --base")
-    parser.add_argument("--base", type=Path, help="folder for the checkpoints (default: a temporary one)")
-    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--write", help=argparse.SUPPRESS)
+OPTIONS: Options = {
+    "family": (list(FAMILIES), "which are run (all)", {"choices": FAMILIES}),
+    "only": (None, "rows to run (all)", {"choices": ROWS, "nargs": "+", "metavar": "ROW"}),
+    "missing": (False, "leave out rows that the results have as ok"),
+    "size": (512, "images' width and height (512)"),
+    "dtype": ("bfloat16", "in which UNets compute", {"choices": ("bfloat16", "float32")}),
+    "threads": (1, "of PyTorch (1)"),
+    "most_gib": (20.0, "memory at which a row is stopped (20)"),
+    "leave_gib": (2.0, "memory that is left to others (2)"),
+    "keep": (False, "keep the checkpoints for another call with --base"),
+    "base": (None, "folder for the checkpoints (a temporary one)", {"type": Path}),
+    "alone": (False, argparse.SUPPRESS),
+    "write": (None, argparse.SUPPRESS),
+}
 
 
 def main(arguments: argparse.Namespace) -> None:

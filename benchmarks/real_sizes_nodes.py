@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -105,36 +105,20 @@ class Models:
     def subject(self, size: int) -> Any:
         """Two images, through the pack's own node, which takes lists."""
         caption = f"a photo of a sks {CLASS_WORD}"
-        return self.run(
-            "SubjectFromImages",
-            images=[self.images(2, size)],
-            captions=[f"{caption}\n{caption} on a sofa"],
-            class_word=[CLASS_WORD],
-            token=["sks"],
-            add_token=[False],
-            masks=[self.mask(size).expand(2, -1, -1)],
-        )[0]
+        settings = {"class_word": [CLASS_WORD], "token": ["sks"], "add_token": [False]}
+        images = {"images": [self.images(2, size)], "captions": [f"{caption}\n{caption} on a sofa"]}
+        return self.run("SubjectFromImages", **images, **settings, masks=[self.mask(size).expand(2, -1, -1)])[0]
 
     def inversion(self, steps: int = 1) -> Any:
-        return self.run(
-            "DDIMInversion",
-            model=self.model,
-            source=self.prompt(SOURCE_PROMPT),
-            latent=self.latent(),
-            steps=steps,
-        )[0]
+        return self.run("DDIMInversion", steps=steps)[0]
 
-    def null_text(self, inversion: Any, **settings: Any) -> tuple[Any, ...]:
-        return self.run(
-            "NullTextOptimization",
-            model=self.model,
-            inversion=inversion,
-            source=self.prompt(SOURCE_PROMPT),
-            negative=self.prompt(""),
-            inner_steps=1,
-            checkpointing=True,
-            **settings,
-        )
+    def null_text(self, checkpointing: bool = True, **settings: Any) -> tuple[Any, ...]:
+        settings |= {"inner_steps": 1, "checkpointing": checkpointing}
+        return self.run("NullTextOptimization", inversion=self.inversion(), negative=self.prompt(""), **settings)
+
+    @property
+    def pair_folder(self) -> str:
+        return f"pairs/{self.family}_{self.size}"
 
     def check_memory(self, trained: int) -> None:
         """Raise TooLargeError when so many trained weights do not fit into memory."""
@@ -146,10 +130,14 @@ class Models:
             )
 
     def run(self, name: str, /, **inputs: Any) -> tuple[Any, ...]:
-        """A node's outputs; inputs that are not given have the schema's defaults."""
+        """A node's outputs; inputs that are not given have the schema's defaults, and required ones the checkpoint's
+        parts, the prompts and a latent."""
         node = PACK[PREFIX + name]
         schema = node.GET_SCHEMA()
         defaults = {each.id: each.default for each in schema.inputs if getattr(each, "default", None) is not None}
+        for each in schema.inputs:
+            if each.id in USUAL and not each.optional and each.id not in inputs:
+                defaults[each.id] = USUAL[each.id](self)
         begin = time.perf_counter()
         outputs = node.execute(**{**defaults, **inputs}).args
         self._add(schema.display_name, time.perf_counter() - begin)
@@ -169,12 +157,9 @@ class Models:
     ) -> torch.Tensor:
         """The stock SamplerCustomAdvanced, one step of euler where nothing else is said."""
         if guider is None:
-            guider = samplers.CFGGuider.execute(
-                model,
-                self.prompt(TARGET_PROMPT) if positive is None else positive,
-                self.prompt("") if negative is None else negative,
-                7.5,
-            ).args[0]
+            positive = self.prompt(TARGET_PROMPT) if positive is None else positive
+            negative = self.prompt("") if negative is None else negative
+            guider = samplers.CFGGuider.execute(model, positive, negative, 7.5).args[0]
         if sigmas is None:
             sigmas = samplers.BasicScheduler.execute(model, "normal", 1, 1.0).args[0]
         noise = (samplers.RandomNoise.execute(5) if add_noise else samplers.DisableNoise.execute()).args[0]
@@ -187,6 +172,16 @@ class Models:
 
     def _add(self, what: str, seconds: float) -> None:
         self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+
+USUAL: dict[str, Callable[[Models], Any]] = {
+    "model": lambda models: models.model,
+    "clip": lambda models: models.clip,
+    "vae": lambda models: models.vae,
+    "source": lambda models: models.prompt(SOURCE_PROMPT),
+    "target": lambda models: models.prompt(TARGET_PROMPT),
+    "latent": Models.latent,
+}
 
 
 def nodes_with_models() -> list[str]:
@@ -223,129 +218,71 @@ def in_output_folder(path: str) -> str:
 
 
 def ddim_inversion(models: Models) -> None:
-    inversion = models.inversion()
-    path = models.run("SaveInversion", inversion=inversion)[0]
-    models.run("LoadInversion", model=models.model, file=in_output_folder(path))
+    path = models.run("SaveInversion", inversion=models.inversion())[0]
+    models.run("LoadInversion", file=in_output_folder(path))
 
 
 def edit_friendly(models: Models) -> None:
-    source = models.prompt(SOURCE_PROMPT)
-    inversion = models.run(
-        "EditFriendlyDDPMInversion",
-        model=models.model,
-        source=source,
-        latent=models.latent(),
-        steps=2,
-        negative=models.prompt(""),
-    )[0]
-    sampler, sigmas, start = models.run("EditFriendlyDDPMSampler", model=models.model, inversion=inversion, skip=0.5)
+    inversion = models.run("EditFriendlyDDPMInversion", steps=2, negative=models.prompt(""))[0]
+    sampler, sigmas, start = models.run("EditFriendlyDDPMSampler", inversion=inversion, skip=0.5)
     models.sample(models.model, latent=start, sigmas=sigmas, sampler=sampler, add_noise=False)
 
 
 def null_text(models: Models) -> None:
-    inversion = models.inversion()
-    model, negative, found, latent, _ = models.null_text(inversion)
+    model, negative, found, latent, _ = models.null_text()
     models.sample(model, models.prompt(SOURCE_PROMPT), latent, found.sigmas, negative=negative, add_noise=False)
 
 
 def null_text_adaptive(models: Models) -> None:
-    models.null_text(models.inversion(), method="null-text optimization (adaptive)")
+    models.null_text(method="null-text optimization (adaptive)")
 
 
 def null_text_without_checkpointing(models: Models) -> None:
-    models.run(
-        "NullTextOptimization",
-        model=models.model,
-        inversion=models.inversion(),
-        source=models.prompt(SOURCE_PROMPT),
-        negative=models.prompt(""),
-        inner_steps=1,
-    )
+    models.null_text(checkpointing=False)
 
 
 def negative_prompt_inversion(models: Models) -> None:
-    models.null_text(models.inversion(), method="negative-prompt inversion (fast)")
+    models.null_text(method="negative-prompt inversion (fast)")
 
 
 def optimize_text_embedding(models: Models) -> None:
-    target = models.prompt(TARGET_PROMPT)
-    settings = {"model": models.model, "latent": models.latent(), "target": target, "steps": 1, "checkpointing": True}
-    optimized = models.run("OptimizeTextEmbedding", **settings)[0]
-    inversion = models.inversion(2)
-    prompts = {"source": models.prompt(SOURCE_PROMPT), "target": target, "ratio": 0.5, "optimized": optimized}
-    models.run(
-        "TimestepAwareTextInjectionSampler",
-        model=models.model,
-        inversion=inversion,
-        negative=models.prompt(""),
-        **prompts,
-    )
+    optimized = models.run("OptimizeTextEmbedding", steps=1, checkpointing=True)[0]
+    prompts = {"ratio": 0.5, "optimized": optimized, "negative": models.prompt("")}
+    models.run("TimestepAwareTextInjectionSampler", inversion=models.inversion(2), **prompts)
 
 
 def text_injection(models: Models) -> None:
     inversion = models.inversion(2)
-    prompts = {
-        "model": models.model,
-        "sigmas": inversion.sigmas,
-        "source": models.prompt(SOURCE_PROMPT),
-        "target": models.prompt(TARGET_PROMPT),
-        "ratio": 0.5,
-    }
-    positive = models.run("TimestepAwareTextInjection", **prompts)[0]
+    positive = models.run("TimestepAwareTextInjection", sigmas=inversion.sigmas, ratio=0.5)[0]
     start = {"samples": inversion.start_latent(models.model)}
     models.sample(models.model, positive, start, inversion.sigmas, add_noise=False)
 
 
 def text_injection_model(models: Models) -> None:
     sigmas = samplers.BasicScheduler.execute(models.model, "normal", 2, 1.0).args[0]
-    model, positive = models.run(
-        "TimestepAwareTextInjectionModel",
-        model=models.model,
-        sigmas=sigmas,
-        source=models.prompt(SOURCE_PROMPT),
-        target=models.prompt(TARGET_PROMPT),
-        ratio=0.5,
-    )
+    model, positive = models.run("TimestepAwareTextInjectionModel", sigmas=sigmas, ratio=0.5)
     models.sample(model, positive, sigmas=sigmas)
 
 
 def identity_attention(models: Models) -> None:
-    model, found = models.run("IdentityAttention", model=models.model, clip=models.clip, identity_prompt=CLASS_WORD)
+    model, found = models.run("IdentityAttention", identity_prompt=CLASS_WORD)
     models.sample(model)
     models.run("AttentionHeatmap", image=models.images(1), identity_attention=found)
 
 
 def mask_blend(models: Models) -> None:
-    models.run(
-        "IdentityAwareMaskBlend",
-        model=models.model,
-        clip=models.clip,
-        inversion=models.inversion(),
-        source=models.prompt(SOURCE_PROMPT),
-        target=models.prompt(TARGET_PROMPT),
-        identity_prompt=CLASS_WORD,
-        negative=models.prompt(""),
-    )
+    settings = {"identity_prompt": CLASS_WORD, "negative": models.prompt("")}
+    models.run("IdentityAwareMaskBlend", inversion=models.inversion(), **settings)
 
 
 def segment_subject(models: Models) -> None:
-    models.run(
-        "SegmentSubject",
-        model=models.model,
-        clip=models.clip,
-        vae=models.vae,
-        images=models.images(1),
-        subject=CLASS_WORD,
-        timesteps="101",
-        longest_side=models.size,
-        sam="no model",
-        grounding_dino="no model",
-    )
+    settings = {"timesteps": "101", "longest_side": models.size, "sam": "no model", "grounding_dino": "no model"}
+    given = {"model": models.model, "clip": models.clip, "vae": models.vae}
+    models.run("SegmentSubject", images=models.images(1), subject=CLASS_WORD, **given, **settings)
 
 
 def training(models: Models) -> dict[str, Any]:
-    chosen = {} if models.dtype == CHOSEN_BY_COMFYUI else {"precision": models.dtype}
-    return {"model": models.model, "clip": models.clip, "vae": models.vae, "steps": 1, **chosen}
+    return {"steps": 1} if models.dtype == CHOSEN_BY_COMFYUI else {"steps": 1, "precision": models.dtype}
 
 
 def identity_prior(models: Models) -> None:
@@ -353,221 +290,131 @@ def identity_prior(models: Models) -> None:
     weights = {**models.model.model.state_dict(), **models.clip.patcher.model.state_dict()}
     models.check_memory(sum(weights[key].numel() for key in (*of_model, *of_clip)))
     subject = models.subject(models.size)
-    path = models.run("TrainIdentityPrior", **training(models), subject=subject)[5]
+    path = models.run("TrainIdentityPrior", **training(models), vae=models.vae, subject=subject)[5]
     file = in_output_folder(path)
-    model, clip, prompt, _ = models.run("LoadIdentityPrior", model=models.model, clip=models.clip, file=file)
+    model, clip, prompt, _ = models.run("LoadIdentityPrior", file=file)
     models.sample(model, stock.CLIPTextEncode().encode(clip, prompt)[0])
     models.run("SaveIdentityPriorAsLoRA", file=file, rank=1)
 
 
 def subject_embedding(models: Models) -> None:
-    subject = models.subject(models.size)
-    settings = {"updates_per_step": 1, "sampling_steps": 1, "images": subject}
-    path = models.run("TrainSubjectEmbedding", **training(models), **settings)[3]
+    settings = {"updates_per_step": 1, "sampling_steps": 1, "images": models.subject(models.size)}
+    path = models.run("TrainSubjectEmbedding", **training(models), vae=models.vae, **settings)[3]
     learned, name, _ = models.run("StepWiseEmbeddingLoader", file=in_output_folder(path))
-    model, positive, _ = models.run(
-        "ApplySubject", model=models.model, clip=models.clip, subject=learned, prompt=f"a photo of a {name}"
-    )
+    model, positive, _ = models.run("ApplySubject", subject=learned, prompt=f"a photo of a {name}")
     models.sample(model, positive)
 
 
 def subject_word(models: Models) -> None:
-    subject = models.subject(models.size)
-    settings = {"kind": "word", "updates_per_step": 0, "images": subject}
-    learned = models.run("TrainSubjectEmbedding", **training(models), **settings)[0]
+    settings = {"kind": "word", "updates_per_step": 0, "images": models.subject(models.size)}
+    learned = models.run("TrainSubjectEmbedding", **training(models), vae=models.vae, **settings)[0]
     models.run("SaveSubjectAsEmbedding", subject=learned, name=f"random_{models.family}", overwrite=True)
-    model, positive, _ = models.run(
-        "ApplySubject",
-        model=models.model,
-        clip=models.clip,
-        subject=learned,
-        prompt=f"a photo of a {subject.identity_prompt}",
-    )
+    prompt = f"a photo of a {learned.token} {learned.class_word}"
+    model, positive, _ = models.run("ApplySubject", subject=learned, prompt=prompt)
     models.sample(model, positive)
 
 
 def select_reference(models: Models) -> None:
-    models.run(
-        "SelectReference",
-        generated=models.images(1),
-        images=models.images(2),
-        masks=models.mask().expand(2, -1, -1),
-        generated_mask=models.mask(),
-        encoder="CLIP_VISION input",
-        clip_vision=models.clip_vision(),
-    )
+    images = {"generated": models.images(1), "images": models.images(2)}
+    masks = {"masks": models.mask().expand(2, -1, -1), "generated_mask": models.mask()}
+    models.run("SelectReference", **images, **masks, encoder="CLIP_VISION input", clip_vision=models.clip_vision())
 
 
 def reference_guidance(models: Models) -> None:
-    models.run(
-        "ReferenceGuidedNullTextOptimizer",
-        model=models.model,
-        positive=models.prompt(TARGET_PROMPT),
-        negative=models.prompt(""),
-        latent=models.latent(),
-        inversion=models.inversion(),
-        mask=models.mask(),
-        start_percent=0.0,
-        end_percent=1.0,
-        inner_steps=1,
-        checkpointing=True,
-    )
+    settings = {"start_percent": 0.0, "end_percent": 1.0, "inner_steps": 1, "checkpointing": True}
+    inputs = {"positive": models.prompt(TARGET_PROMPT), "negative": models.prompt(""), "latent": models.latent()}
+    inversion, mask = models.inversion(), models.mask()
+    models.run("ReferenceGuidedNullTextOptimizer", inversion=inversion, mask=mask, **inputs, **settings)
 
 
 def mutual_self_attention(models: Models) -> None:
     inversion = models.inversion()
-    model = models.run(
-        "MutualSelfAttention",
-        model=models.model,
-        inversion=inversion,
-        source=models.prompt(SOURCE_PROMPT),
-        start_step=0.0,
-        source_mask=models.mask(),
-        target_mask=models.mask(),
-    )[0]
+    settings = {"start_step": 0.0, "source_mask": models.mask(), "target_mask": models.mask()}
+    model = models.run("MutualSelfAttention", inversion=inversion, **settings)[0]
     start = {"samples": inversion.start_latent(models.model)}
     models.sample(model, latent=start, sigmas=inversion.sigmas, add_noise=False)
 
 
 def prompt_to_prompt(models: Models) -> None:
-    model, positive = models.run(
-        "PromptToPrompt",
-        model=models.model,
-        clip=models.clip,
-        source_prompt=SOURCE_PROMPT,
-        target_prompt=TARGET_PROMPT,
-        blend_words="cat dog",
-        blend_start=0.0,
-        reweight="dog: 2",
-    )
-    models.sample(model, positive)
+    prompts = {"source_prompt": SOURCE_PROMPT, "target_prompt": TARGET_PROMPT}
+    settings = {"blend_words": "cat dog", "blend_start": 0.0, "reweight": "dog: 2"}
+    models.sample(*models.run("PromptToPrompt", **prompts, **settings))
 
 
 def replace_subject(models: Models) -> None:
-    found = models.null_text(models.inversion(), method="negative-prompt inversion (fast)")[2]
-    models.run(
-        "ReplaceSubject",
-        model=models.model,
-        clip=models.clip,
-        inversion=found,
-        source_prompt=SOURCE_PROMPT,
-        target_prompt=TARGET_PROMPT,
-        local_blend=True,
-        guidance_scale=7.5,
-    )
+    found = models.null_text(method="negative-prompt inversion (fast)")[2]
+    prompts = {"source_prompt": SOURCE_PROMPT, "target_prompt": TARGET_PROMPT}
+    models.run("ReplaceSubject", inversion=found, local_blend=True, guidance_scale=7.5, **prompts)
 
 
 def pair_guider(models: Models) -> None:
-    guider = models.run(
-        "PairGuider",
-        model=models.model,
-        shared=models.prompt("the same cat on the left and right"),
-        source=models.prompt(SOURCE_PROMPT),
-        target=models.prompt(TARGET_PROMPT),
-        negative=models.prompt(""),
-    )[0]
+    shared = models.prompt("the same cat on the left and right")
+    guider = models.run("PairGuider", shared=shared, negative=models.prompt(""))[0]
     models.sample(models.model, latent=models.latent(width=2), guider=guider)
 
 
 def generate_pairs(models: Models) -> None:
-    models.run(
-        "GeneratePairs",
-        model=models.model,
-        clip=models.clip,
-        vae=models.vae,
-        sampler=comfy.samplers.sampler_object("euler"),
-        sigmas=samplers.BasicScheduler.execute(models.model, "normal", 1, 1.0).args[0],
-        count=1,
-        width=models.size,
-        height=models.size,
-        folder=f"pairs/{models.family}_{models.size}",
-        smallest_similarity=0.01,
-        attempts=1,
-        clip_vision=models.clip_vision(),
-    )
+    sigmas = samplers.BasicScheduler.execute(models.model, "normal", 1, 1.0).args[0]
+    sampling = {"sampler": comfy.samplers.sampler_object("euler"), "sigmas": sigmas}
+    size = {"count": 1, "width": models.size, "height": models.size, "folder": models.pair_folder}
+    check = {"smallest_similarity": 0.01, "attempts": 1, "clip_vision": models.clip_vision()}
+    models.run("GeneratePairs", **sampling, **size, **check)
 
 
 def identity_words(models: Models) -> None:
     subject, vision = models.subject(models.size), models.clip_vision()
     settings = {"images": subject, "clip_vision": vision, "batch_size": 1}
-    path = models.run("TrainIdentityWords", **training(models), **settings)[2]
+    path = models.run("TrainIdentityWords", **training(models), vae=models.vae, **settings)[2]
     words = models.run("LoadIdentityWords", file=in_output_folder(path))[0]
     seen = stock.CLIPVisionEncode().encode(vision, models.images(1), "none")[0]
-    positive = models.run(
-        "ApplyIdentityWords",
-        clip=models.clip,
-        identity_words=words,
-        clip_vision_output=seen,
-        prompt=f"a photo of a {CLASS_WORD}",
-    )[0]
-    models.sample(models.model, positive)
+    inputs = {"identity_words": words, "clip_vision_output": seen, "prompt": f"a photo of a {CLASS_WORD}"}
+    models.sample(models.model, models.run("ApplyIdentityWords", **inputs)[0])
 
 
 def train_mcdm(models: Models) -> None:
     network = models.model.get_model_object("diffusion_model")
     models.check_memory(sum(weight.numel() for weight in network.parameters()))
     generate_pairs(models)
-    models.run(
-        "TrainMCDM",
-        **training(models),
-        clip_vision=models.clip_vision(),
-        folder=f"pairs/{models.family}_{models.size}",
-        batch_size=1,
-        ema_decay=0.0,
-    )
+    settings = {"folder": models.pair_folder, "batch_size": 1, "ema_decay": 0.0}
+    models.run("TrainMCDM", **training(models), clip_vision=models.clip_vision(), **settings)
 
 
 def mcdm_editing(models: Models) -> None:
     """With the file of an MCDM that was not trained: the checkpoint's weights, and an image embedding as it begins."""
     vision = models.clip_vision()
-    cells = models.size // 8
+    shape = (4, models.size // 8, models.size // 8)
     edit_model = as_edit_model(models.model)
-    generator = torch.Generator().manual_seed(3)
-    embedding = mcdm.new_embedding(edit_model, vision, (4, cells, cells), generator, mcdm.IMAGE_TOKENS)
-    begun = mcdm.MCDM(embedding, vision_tag(vision), engine.model_tag(edit_model), (4, cells, cells), {})
+    embedding = mcdm.new_embedding(edit_model, vision, shape, torch.Generator().manual_seed(3), mcdm.IMAGE_TOKENS)
+    begun = mcdm.MCDM(embedding, vision_tag(vision), engine.model_tag(edit_model), shape, {})
     file = f"mcdm_{models.family}.safetensors"
-    path = stock.folder_paths.folder_names_and_paths["checkpoints"][0][0]
-    mcdm.save_mcdm(begun, str(Path(path) / file), edit_model, models.clip, models.vae, {}, "float16")
+    path = Path(stock.folder_paths.folder_names_and_paths["checkpoints"][0][0]) / file
+    mcdm.save_mcdm(begun, str(path), edit_model, models.clip, models.vae, {}, "float16")
     del edit_model
     models.load(file)
-    positive, negative, source, latent, _ = models.run(
-        "MCDMConditioner",
-        model=models.model,
-        clip=models.clip,
-        clip_vision=vision,
-        vae=models.vae,
-        image=models.images(1),
-        file=file,
-        target_prompt=TARGET_PROMPT,
-        source_prompt=SOURCE_PROMPT,
-    )
-    shared = {"model": models.model, "source": source}
-    mask = models.run("MCDMEditMask", target=positive, latent=latent, seeds=1, steps=2, noise_steps=1, **shared)[0]
-    guider = models.run("MCDMGuider", positive=positive, negative=negative, mask=models.mask(), **shared)[0]
-    models.sample(models.model, guider=guider, latent=latent)
+    prompts = {"target_prompt": TARGET_PROMPT, "source_prompt": SOURCE_PROMPT}
+    inputs = {"clip_vision": vision, "image": models.images(1), "file": file, **prompts}
+    positive, negative, source, latent, _ = models.run("MCDMConditioner", **inputs)
+    settings = {"seeds": 1, "steps": 2, "noise_steps": 1}
+    mask = models.run("MCDMEditMask", source=source, target=positive, latent=latent, **settings)[0]
+    guided = {"positive": positive, "negative": negative, "source": source, "mask": models.mask()}
+    models.sample(models.model, guider=models.run("MCDMGuider", **guided)[0], latent=latent)
     if mask.shape[1:] != (models.size, models.size):
         raise AssertionError(f"the mask is {tuple(mask.shape)}")
 
 
 def diffedit(models: Models) -> None:
-    source, target = models.prompt(SOURCE_PROMPT), models.prompt(TARGET_PROMPT)
-    shared = {"model": models.model, "target": target}
-    models.run("MCDMEditMask", source=source, latent=models.latent(), seeds=1, steps=2, noise_steps=1, **shared)
-    inversion, negative = models.inversion(), models.prompt("")
-    settings = {"negative": negative, "mask": models.mask(), "encoding_ratio": 1.0}
-    models.run("DiffEdit", inversion=inversion, **settings, **shared)
+    models.run("MCDMEditMask", source=models.prompt(SOURCE_PROMPT), seeds=1, steps=2, noise_steps=1)
+    settings = {"negative": models.prompt(""), "mask": models.mask(), "encoding_ratio": 1.0}
+    models.run("DiffEdit", inversion=models.inversion(), **settings)
 
 
 def style_attention(models: Models) -> None:
-    generator = torch.Generator().manual_seed(4)
-    rows = torch.randn(2, 18, 512, generator=generator)
-    person = WPlus(rows, torch.zeros(18, 512), "random")
+    rows = torch.randn(2, 18, 512, generator=torch.Generator().manual_seed(4))
+    person, one = (WPlus(each, torch.zeros(18, 512), "random") for each in (rows, rows[:1]))
     settings = {"images": models.subject(models.size), "w_plus": person, "batch_size": 1}
-    path = models.run("TrainStyleAttention", **training(models), **settings)[3]
+    path = models.run("TrainStyleAttention", **training(models), vae=models.vae, **settings)[3]
     loaded = models.run("LoadStyleAttention", file=in_output_folder(path))[0]
-    one = WPlus(rows[:1], torch.zeros(18, 512), "random")
-    model = models.run("ApplyStyleCrossAttention", model=models.model, style_attention=loaded, w_plus=one)[0]
-    models.sample(model)
+    models.sample(models.run("ApplyStyleCrossAttention", style_attention=loaded, w_plus=one)[0])
 
 
 def plain(models: Models) -> None:

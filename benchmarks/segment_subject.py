@@ -15,10 +15,8 @@ import itertools
 import time
 from typing import Any
 
-import comfy.sd
 import torch
 from identity_edit_pack.attention import identity_mask as masks
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import caption
 from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
@@ -27,7 +25,7 @@ from identity_edit_pack.pipelines.lipe import heatmap
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 
 from .edits import embed, save_sheet
-from .harness import RESULTS, ROOT, made_by, write_results
+from .harness import RESULTS, Options, load_checkpoint, markdown
 
 TIMESTEPS = (1, 101, 201, 301, 401, 501, 601, 701, 801)
 SETS = [
@@ -82,18 +80,11 @@ def cut(recorded: dict[int, Any], chosen: tuple[int, ...], power: int) -> torch.
     return masks.resized(masks.normalized(rough), (128, 128))
 
 
-def first(row: tuple[Any, ...]) -> float:
-    return row[0]
+OPTIONS: Options = {"images": (40, "half of them choose, half are reported")}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--images", type=int, default=40, help="half of them choose, half are reported")
-
-
-def main(arguments: argparse.Namespace) -> None:
-    family.register()
-    checkpoint = ROOT / "demo_world" / "weights" / "identity-edit-demo.safetensors"
-    model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    model, clip, vae = load_checkpoint()
     shown = evaluation_set(arguments.images, seed=SEED, held_out=True)
     drawn = [render(attributes, seed) for attributes, seed in shown]
     images = torch.stack([torch.from_numpy(image.copy()).float() / 255 for image, _ in drawn])
@@ -101,22 +92,7 @@ def main(arguments: argparse.Namespace) -> None:
     names = ["person" if a.framing == "portrait" else a.species for a, _ in shown]
     latents = vae.encode(images)
     half = arguments.images // 2
-
-    figures: dict[str, Any] = {
-        "images": arguments.images,
-        "reported": arguments.images - half,
-    }
-    lines = [
-        "# Segment Subject by attention",
-        "",
-        f"{made_by()}: {arguments.images} images of held-out "
-        f"identities; timesteps, threshold "
-        f"and lambda chosen on {half}, reported on the other {arguments.images - half}. Intersection over union with "
-        "the renderer's masks.",
-        "",
-        "| evaluated with | timesteps | threshold | lambda | IoU, choosing half | reported half | worst tenth below |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    figures: dict[str, Any] = {"images": arguments.images, "reported": arguments.images - half}
     sheets = [images[half:]]
     for label, texts in (
         ("class word", [f"a {name}" for name in names]),
@@ -131,23 +107,15 @@ def main(arguments: argparse.Namespace) -> None:
                 rows.append((float(each[:half].mean()), chosen, threshold, power, each[half:]))
         defaults = (tuple(sorted(by_attention.TIMESTEPS)), by_attention.THRESHOLD, by_attention.POWER)
         own = next(row for row in rows if row[1:4] == defaults)
-        told = {
-            f"{label}, best of {n}": max((row for row in rows if len(row[1]) == n), key=first) for n in (1, 2, 3, 5)
-        }
-        for what, row in {**told, f"{label}, defaults": own}.items():
-            choosing, chosen, threshold, power, reported = row
-            worst = float(reported.quantile(0.1))
-            lines.append(
-                f"| {what} | {', '.join(map(str, chosen))} | {threshold:g} | {power} | {choosing:.3f} | "
-                f"{float(reported.mean()):.3f} | {worst:.3f} |"
-            )
-            figures[what] = {
+        best = {f"best of {n}": max((r for r in rows if len(r[1]) == n), key=lambda row: row[0]) for n in (1, 2, 3, 5)}
+        for what, (choosing, chosen, threshold, power, reported) in {**best, "defaults": own}.items():
+            figures[f"{label}, {what}"] = {
                 "timesteps": list(chosen),
                 "threshold": threshold,
                 "lambda": power,
                 "iou_choosing_half": choosing,
                 "iou_reported_half": float(reported.mean()),
-                "iou_reported_lowest_tenth": worst,
+                "iou_reported_lowest_tenth": float(reported.quantile(0.1)),
             }
         sheets.append(heatmap.outlined(images, (cut(recorded, own[1], own[3]) > own[2]).float())[half:])
     start = time.perf_counter()
@@ -155,12 +123,26 @@ def main(arguments: argparse.Namespace) -> None:
         model, latents[:1], encode_identity_prompt(clip, names[0]), embed(clip, [f"a {names[0]}"]), (128, 128)
     )
     figures["seconds_an_image"] = time.perf_counter() - start
-    lines += [
+    save_sheet(RESULTS / "segment_subject.jpg", sheets)
+    return figures
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = [
+        (what, ", ".join(map(str, row["timesteps"])), f"{row['threshold']:g}", row["lambda"],
+         *(f"{row[f'iou_{key}']:.3f}" for key in ("choosing_half", "reported_half", "reported_lowest_tenth")))
+        for what, row in figures.items() if isinstance(row, dict)
+    ]  # fmt: skip
+    half = arguments.images // 2
+    scores = "IoU, choosing half", "reported half", "worst tenth below"
+    return [
+        "Segment Subject by attention",
+        f"{arguments.images} images of held-out identities; timesteps, threshold and lambda chosen on {half}, reported "
+        f"on the other {arguments.images - half}. Intersection over union with the renderer's masks.",
+        *markdown(("evaluated with", "timesteps", "threshold", "lambda", *scores), rows),
         "",
         f"One image with the defaults: {figures['seconds_an_image']:.2f} s on this machine's "
         f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(by_attention.TIMESTEPS)} model calls.",
         "",
         "![images; masks with the class word; masks with the caption](segment_subject.jpg)",
     ]
-    save_sheet(RESULTS / "segment_subject.jpg", sheets)
-    write_results("segment_subject", figures, lines)

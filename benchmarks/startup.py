@@ -14,11 +14,12 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import engine
 from tqdm import trange
 
-from .harness import made_by, write_results
+from .harness import Options, markdown
 
 GOAL_SECONDS = 0.5
 
@@ -40,41 +41,38 @@ def start_once(*, with_pack: bool) -> tuple[float, float]:
             return seconds, float(line[1])
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--starts", type=int, default=5, help="starts with and starts without the pack (default 5)")
+OPTIONS: Options = {"starts": (5, "starts with and starts without the pack (5)")}
 
 
-def main(arguments: argparse.Namespace) -> None:
-    starts = arguments.starts
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     start_once(with_pack=True)  # compiled files and the disk's cache are warm for all that count
     with_pack, without_pack, imports = [], [], []
-    for _ in trange(starts, unit="pair"):
+    for _ in trange(arguments.starts, unit="pair"):
         without_pack.append(start_once(with_pack=False)[0])
         seconds, import_seconds = start_once(with_pack=True)
         with_pack.append(seconds)
         imports.append(import_seconds)
-
-    result = {
-        "starts": starts,
+    return {
+        "starts": arguments.starts,
         "import_seconds": imports,
-        "start_seconds_with_pack": [round(value, 3) for value in with_pack],
-        "start_seconds_without_pack": [round(value, 3) for value in without_pack],
-        "median_import_seconds": statistics.median(imports),
-        "median_start_seconds_with_pack": round(statistics.median(with_pack), 3),
-        "median_start_seconds_without_pack": round(statistics.median(without_pack), 3),
+        "start_seconds_with_pack": with_pack,
+        "start_seconds_without_pack": without_pack,
         "goal_import_seconds": GOAL_SECONDS,
     }
-    table = f"""# What the pack adds to ComfyUI's start
 
-{made_by()}: medians of {starts} starts each, in turn, on {os.cpu_count()} CPU
-cores.
 
-| | seconds |
-|---|---|
-| "Import times for custom nodes", the pack's line | {result["median_import_seconds"]:.1f} |
-| start to first answer, with the pack | {result["median_start_seconds_with_pack"]:.2f} |
-| start to first answer, without the pack | {result["median_start_seconds_without_pack"]:.2f} |
-
-The goal is less than {GOAL_SECONDS} s of import time.
-"""
-    write_results("startup", result, table.splitlines())
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    keys = ("import_seconds", "start_seconds_with_pack", "start_seconds_without_pack")
+    imports, with_pack, without_pack = (statistics.median(figures[key]) for key in keys)
+    rows = [
+        ('"Import times for custom nodes", the pack\'s line', f"{imports:.1f}"),
+        ("start to first answer, with the pack", f"{with_pack:.2f}"),
+        ("start to first answer, without the pack", f"{without_pack:.2f}"),
+    ]
+    return [
+        "What the pack adds to ComfyUI's start",
+        f"medians of {arguments.starts} starts each, in turn, on {os.cpu_count()} CPU cores.",
+        *markdown(("", "seconds"), rows),
+        "",
+        f"The goal is less than {GOAL_SECONDS} s of import time.",
+    ]

@@ -23,20 +23,15 @@ gives a run of some parts a name of its own.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import random
-import time
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.sample
-import comfy.sd
 import numpy as np
 import torch
 from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import (
     IDENTITY_OF,
     PLACES,
@@ -61,10 +56,9 @@ from identity_edit_pack.pipelines.pidiff.w_plus_encoder import WPlusEncoder, enc
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from identity_edit_pack.pipelines.training.loop import FLOAT32, PRECISIONS
-from tqdm import tqdm
 
-from .edits import embed, save_sheet
-from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
+from .edits import embed, report_table, save_sheet
+from .harness import CHECKPOINT, RESULTS, SEED, THREADS, Options, in_processes, load_checkpoint, means
 from .hifi_subjects import features, seen
 
 PROMPTS: tuple[dict[str, str], ...] = (
@@ -88,7 +82,6 @@ TOKEN = "sks"
 NAME = f"{TOKEN} person"
 TEXTUAL_INVERSION, PRIOR, PCA, SCA = "textual inversion", "identity prior", "parallel attention", "SCA"
 STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-PHOTOS = [4, 6, 8, 10]
 PARTS = ("methods", "strength", "photos")
 REGULARIZATION = 16
 
@@ -233,10 +226,7 @@ _worker: Parts | None = None
 def load(arguments: argparse.Namespace) -> None:
     """Load the networks in a worker process."""
     global _worker
-    torch.set_num_threads(arguments.threads)
-    family.register()
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
-    _worker = Parts(model, clip, vae, load_w_plus_encoder(str(arguments.encoder)), arguments)
+    _worker = Parts(*load_checkpoint(arguments.checkpoint), load_w_plus_encoder(str(arguments.encoder)), arguments)
 
 
 def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
@@ -281,86 +271,67 @@ def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
     return rows, {name: made.numpy() for name, made in shown.items()}
 
 
-def table(rows: Rows, part: str, heading: str) -> list[str]:
+def part_table(rows: dict[str, dict[str, float]], part: str, heading: str) -> list[str]:
+    """The rows of one part with its heading; nothing where it was not measured."""
     found = {name.removeprefix(f"{part}: "): each for name, each in rows.items() if name.startswith(f"{part}: ")}
     if not found:
         return []
-    columns = list(next(iter(found.values()))[0])
-    lines = ["", f"## {heading}", "", "| | " + " | ".join(name.replace("_", " ") for name in columns) + " |"]
-    lines.append("|---|" + "---|" * len(columns))
-    for name, each in found.items():
-        lines.append(f"| {name} | " + " | ".join(f"{np.mean([row[c] for row in each]):.3f}" for c in columns) + " |")
-    return lines
+    columns = {key: key.replace("_", " ") for key in next(iter(found.values()))}
+    return ["", f"## {heading}", "", *report_table(found, columns)]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--people", type=int, default=8, help="held-out people (default 8)")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help=f"the first of {len(PROMPTS)} (default all)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured (default all)")
-    parser.add_argument("--photos", nargs="+", type=int, default=PHOTOS, help="numbers of photos (default 4 6 8 10)")
-    parser.add_argument("--name", default="style_identity", help="of the files of results (default style_identity)")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20)")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")
-    parser.add_argument("--strength", type=float, default=1.0, help="lambda of both attentions (default 1)")
-    parser.add_argument("--training-steps", type=int, default=600, help="of both attentions (default: the paper's 600)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of both attentions (default 1e-3)")
-    parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), default=FLOAT32, help="of all trainings (default float32)"
-    )
-    parser.add_argument("--style-noise", type=float, default=0.2, help="of both attentions (default 0.2)")
-    parser.add_argument("--word-steps", type=int, default=600, help="of textual inversion (default 600)")
-    parser.add_argument("--word-learning-rate", type=float, default=5e-3, help="of textual inversion (default 5e-3)")
-    parser.add_argument("--prior-steps", type=int, default=300, help="of the identity prior (default 300)")
-    parser.add_argument("--prior-learning-rate", type=float, default=5e-4, help="of the identity prior (default 5e-4)")
-    parser.add_argument("--seed", type=int, default=0, help="draws people, photos and noise (default 0)")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--encoder", type=Path, default=W_PLUS_PATH)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--processes", type=int, default=1, help="that share the people (default 1)")
+SAMPLING: Options = {
+    "steps": (20, "DDIM steps (20)"),
+    "guidance_scale": (3.0, "of all sampling (3)"),
+    "strength": (1.0, "lambda of the attentions, and of mixes (1)"),
+    **SEED,
+    **CHECKPOINT,
+    "encoder": (W_PLUS_PATH, "of W+ (the demo world's)"),
+    **THREADS,
+}
+OPTIONS: Options = {
+    "people": (8, "held-out people (8)"),
+    "prompts": (len(PROMPTS), f"the first of {len(PROMPTS)} (all)"),
+    "parts": (list(PARTS), "what is measured (all)", {"choices": PARTS}),
+    "photos": ([4, 6, 8, 10], "numbers of photos (4 6 8 10)"),
+    "name": ("style_identity", "of the files of results (style_identity)"),
+    "training_steps": (600, "of both attentions (the paper's 600)"),
+    "learning_rate": (1e-3, "of both attentions (1e-3)"),
+    "precision": (FLOAT32, "of all trainings (float32)", {"choices": tuple(PRECISIONS)}),
+    "style_noise": (0.2, "of both attentions (0.2)"),
+    "word_steps": (600, "of textual inversion (600)"),
+    "word_learning_rate": (5e-3, "of textual inversion (5e-3)"),
+    "prior_steps": (300, "of the identity prior (300)"),
+    "prior_learning_rate": (5e-4, "of the identity prior (5e-4)"),
+    "processes": (1, "that share the people (1)"),
+    **SAMPLING,
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     people = draw_people(arguments.people, arguments.seed)
-    begin = time.perf_counter()
     rows: Rows = {}
     sheet: dict[str, list[torch.Tensor]] = {}
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.processes, spawn, initializer=load, initargs=(arguments,)) as pool:
-        measured = tqdm(pool.map(measure_person, people), total=len(people), unit="person")
-        for number, (scores, images) in enumerate(measured, start=1):
-            for name, each in scores.items():
-                rows.setdefault(name, []).extend(each)
-            for name, made in images.items():
-                sheet.setdefault(name, []).append(torch.from_numpy(made))
-            # Written anew after each person, so that a run that is stopped leaves the figures of those before.
-            write_report(arguments, number, rows, sheet, (time.perf_counter() - begin) / 60)
+    for number, (scores, images) in enumerate(in_processes(measure_person, people, arguments, load), start=1):
+        for name, each in scores.items():
+            rows.setdefault(name, []).extend(each)
+        for name, made in images.items():
+            sheet.setdefault(name, []).append(torch.from_numpy(made))
+        if len(sheet) > 1:
+            save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(each) for each in sheet.values()], columns=16)
+        yield {"name": arguments.name, "people": number, "rows": {n: means(each) for n, each in rows.items()}}
 
 
-def write_report(
-    arguments: argparse.Namespace,
-    people: int,
-    rows: Rows,
-    sheet: dict[str, list[torch.Tensor]],
-    minutes: float,
-) -> None:
-    lines = [
-        "# Style cross-attention on unseen people of the demo world",
-        "",
-        f"{made_by()}: {people} people, {arguments.prompts} prompts, seed {arguments.seed}; "
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    return [
+        "Style cross-attention on unseen people of the demo world",
+        f"{figures['people']} people, {arguments.prompts} prompts, seed {arguments.seed}; "
         f"attentions {arguments.training_steps} steps of batch 4 at learning rate {arguments.learning_rate:g}, lambda "
         f"{arguments.strength:g}; textual inversion {arguments.word_steps} "
         f"steps at {arguments.word_learning_rate:g}, identity prior {arguments.prior_steps} at "
         f"{arguments.prior_learning_rate:g}; {arguments.precision}; {arguments.steps} steps of DDIM, guidance "
-        f"{arguments.guidance_scale:g}; {minutes:.0f} minutes.",
-        *table(rows, "methods", "Ways to learn a person from six photos"),
-        *table(rows, "strength", "Lambda"),
-        *table(rows, "photos", "Number of photos"),
+        f"{arguments.guidance_scale:g}; {figures['minutes']:.0f} minutes.",
+        *part_table(figures["rows"], "methods", "Ways to learn a person from six photos")[1:],
+        *part_table(figures["rows"], "strength", "Lambda"),
+        *part_table(figures["rows"], "photos", "Number of photos"),
     ]
-    everything = {
-        "minutes": minutes,
-        "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
-    }
-    write_results(arguments.name, everything, lines)
-    if len(sheet) > 1:
-        save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(each) for each in sheet.values()], columns=16)

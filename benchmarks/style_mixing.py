@@ -17,35 +17,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
-from pathlib import Path
+from typing import Any
 
-from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
-
-# Prepares ComfyUI and the pack, before anything of them is imported.
-from .style_identity import (  # isort: skip
-    PROMPTS,
-    STRENGTHS,
-    Parts,
-    Person,
-    Rows,
-    asked_of,
-    by_style,
-    draw_people,
-    photograph,
-    score,
-    table,
-)
-
-import comfy.sd
-import numpy as np
 import torch
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.demo_world.train_style_attention import STYLE_PATH, caption_calling
-from identity_edit_pack.demo_world.train_w_plus import GROUPS, W_PLUS_PATH
+from identity_edit_pack.demo_world.train_w_plus import GROUPS
 from identity_edit_pack.pipelines.pidiff.style_attention import ROW_GROUPS, StyleAttention
 from identity_edit_pack.pipelines.pidiff.style_attention_files import load_style_attention
 from identity_edit_pack.pipelines.pidiff.w_plus import average_styles, mix_styles, parse_rows
@@ -53,7 +32,22 @@ from identity_edit_pack.pipelines.pidiff.w_plus_encoder import encode_w_plus, fi
 from tqdm import tqdm
 
 from .edits import save_sheet
+from .harness import RESULTS, Options, load_checkpoint, markdown, means
 from .hifi_subjects import seen
+from .style_identity import (
+    PROMPTS,
+    SAMPLING,
+    STRENGTHS,
+    Parts,
+    Person,
+    Rows,
+    asked_of,
+    by_style,
+    draw_people,
+    part_table,
+    photograph,
+    score,
+)
 
 ROWS_OF = {"10-18": (2, 3), "1-5": (0,), "6-9": (1,), "10-13": (2,), "14-18": (3,)}
 """Rows that are taken from the second parent, and the groups that they are."""
@@ -88,41 +82,16 @@ def score_mixing(
     return found, [*photos, *images]
 
 
-def mixing_table(mixing: Mixing) -> list[str]:
-    names = [name for _, names in GROUPS for name in names]
-    groups = [
-        f"{name.replace('_', ' ')} ({rows})"
-        for (_, names), rows in zip(GROUPS, ROW_GROUPS.split(", "), strict=True)
-        for name in names
-    ]
-    lines = ["", "## Mixing: attributes from the right parent, by row group", ""]
-    lines += ["| rows of the second parent | " + " | ".join(groups) + " |", "|---|" + "---|" * len(groups)]
-    for text in ROWS_OF:
-        cells = [mixing.get(f"{text}: {name}", []) for name in names]
-        lines.append(f"| {text} | " + " | ".join(f"{np.mean(each):.3f}" if each else "-" for each in cells) + " |")
-    return lines
+OPTIONS: Options = {
+    "people": (8, "each is mixed with the next (8)"),
+    "style_attention": (STYLE_PATH, "the trained attention (the demo world's)"),
+    **SAMPLING,
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--people", type=int, default=8, help="each is mixed with the next (default 8)")
-    parser.add_argument("--steps", type=int, default=20, help="DDIM steps (default 20)")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of all sampling (default 3)")
-    parser.add_argument("--strength", type=float, default=1.0, help="lambda of the mixes (default 1)")
-    parser.add_argument("--seed", type=int, default=0, help="draws people, photos and noise (default 0)")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--encoder", type=Path, default=W_PLUS_PATH)
-    parser.add_argument("--style-attention", type=Path, default=STYLE_PATH)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-
-
-def main(arguments: argparse.Namespace) -> None:
-
-    torch.set_num_threads(arguments.threads)
-    family.register()
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
-    parts = Parts(model, clip, vae, load_w_plus_encoder(str(arguments.encoder)), arguments)
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    parts = Parts(*load_checkpoint(arguments.checkpoint), load_w_plus_encoder(str(arguments.encoder)), arguments)
     style = load_style_attention(str(arguments.style_attention))
-    begin = time.perf_counter()
     people = [photograph(parts, identity, 6) for identity in draw_people(arguments.people, arguments.seed)]
     rows: Rows = {}
     mixing: Mixing = {}
@@ -137,22 +106,37 @@ def main(arguments: argparse.Namespace) -> None:
         sheet.append(torch.stack(images))
         for name, right in found.items():
             mixing.setdefault(name, []).extend(right)
-
-    minutes = (time.perf_counter() - begin) / 60
-    lines = [
-        "# People that nobody trained on, by their W+ styles",
-        "",
-        f"{made_by()}: {len(people)} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style "
-        f"attention of {style.training['steps']} steps and {style.training['images']} portraits; {arguments.steps} "
-        f"steps of DDIM, guidance {arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; {minutes:.0f} "
-        f"minutes.",
-        *table(rows, "strength", "Lambda"),
-        *mixing_table(mixing),
-    ]
-    everything = {
-        "minutes": minutes,
-        "rows": {name: {key: float(np.mean([s[key] for s in each])) for key in each[0]} for name, each in rows.items()},
-        "mixing": {name: float(np.mean(right)) for name, right in mixing.items()},
-    }
-    write_results("style_mixing", everything, lines)
     save_sheet(RESULTS / "style_mixing.jpg", sheet)
+    return {
+        "training": style.training,
+        "rows": {name: means(each) for name, each in rows.items()},
+        "mixing": {name: sum(right) / len(right) for name, right in mixing.items()},
+    }
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    names = [name for _, names in GROUPS for name in names]
+    groups = [
+        f"{name.replace('_', ' ')} ({rows})"
+        for (_, names), rows in zip(GROUPS, ROW_GROUPS.split(", "), strict=True)
+        for name in names
+    ]
+    mixing = {
+        text: [figures["mixing"].get(f"{text}: {name}") for name in names]  # None where all parents are alike
+        for text in ROWS_OF
+    }
+    training = figures["training"]
+    return [
+        "People that nobody trained on, by their W+ styles",
+        f"{arguments.people} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style attention of "
+        f"{training['steps']} steps and {training['images']} portraits; {arguments.steps} steps of DDIM, guidance "
+        f"{arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; {figures['minutes']:.0f} minutes.",
+        *part_table(figures["rows"], "strength", "Lambda")[1:],
+        "",
+        "## Mixing: attributes from the right parent, by row group",
+        "",
+        *markdown(
+            ("rows of the second parent", *groups),
+            ((text, *("-" if each is None else f"{each:.3f}" for each in cells)) for text, cells in mixing.items()),
+        ),
+    ]

@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from typing import Any
 
-import comfy.sd
 import torch
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject
 from identity_edit_pack.pipelines.hifi_tuner.subject_replacement import subject_replacement
@@ -27,10 +24,10 @@ from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inv
 from identity_edit_pack.pipelines.inversion.null_text import ADAPTIVE, null_text_optimization
 from tqdm import tqdm
 
-from .edits import Pair, embed, save_sheet
-from .harness import RESULTS, made_by, write_results
+from .edits import Pair, embed, report_table, save_sheet
+from .harness import RESULTS, Options, load_checkpoint, means
 from .hifi_subjects import draw_replacements, score_replacement
-from .hifi_tuner import add_training_arguments, begin, learned, means, table, training_images
+from .hifi_tuner import SUBJECT_OPTIONS, begin, learned, training_images
 from .lipe_edit import Checkpoint, caption_with, draw_subjects
 
 WITHOUT_CONTROL, ALGORITHM_3 = "without attention control", "algorithm 3"
@@ -78,24 +75,20 @@ def one_image(inversion: Inversion, index: int) -> Inversion:
     return dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1], embeddings=own)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--replacements", type=int, default=6, help="images of others a subject (default 6)")
-    parser.add_argument(
-        "--cross-replace-steps", type=float, nargs="+", default=[1.0, 0.4], help="shares of the steps (default 1 0.4)"
-    )
-    add_training_arguments(parser)
-    parser.set_defaults(guidance_scale=1.5)
+OPTIONS: Options = {
+    "replacements": (6, "images of others a subject (6)"),
+    "cross_replace_steps": ([1.0, 0.4], "shares of the steps (1 0.4)"),
+    **SUBJECT_OPTIONS,
+    "guidance_scale": (1.5, "of all sampling (1.5)"),
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     arguments.prompts = arguments.seeds = 1  # of `begin`; nothing is drawn from prompts here
-
-    family.register()
-    base = Checkpoint(*comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))[:3])
+    base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
     scores: dict[str, list[dict[str, float]]] = {}
     sheet: dict[str, list[torch.Tensor]] = {}
-    begun = time.perf_counter()
     for of in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
         run = begin(base, of, arguments)
         subject = learned(
@@ -113,9 +106,15 @@ def main(arguments: argparse.Namespace) -> None:
         for name, made in images.items():
             scores.setdefault(name, []).extend(score_replacement(classifier, made, pairs))
             sheet.setdefault(name, []).append(made[:2])
-    minutes = (time.perf_counter() - begun) / 60
+    save_sheet(RESULTS / "subject_replacement.jpg", [torch.cat(row) for row in sheet.values()])
+    return {
+        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
+        "images": len(scores["renderer"]),
+        "rows": {name: means(rows) for name, rows in scores.items()},
+    }
 
-    report = {name: means(rows) for name, rows in scores.items()}
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     columns = {
         "subject_replaced": "subject replaced",
         "species_replaced": "species",
@@ -123,22 +122,13 @@ def main(arguments: argparse.Namespace) -> None:
         "pose_kept": "pose kept",
         "background_psnr_db": "background PSNR",
     }
-    lines = [
-        "# Subject replacement on unseen subjects of the demo world",
-        "",
-        f"{made_by()}: {arguments.subjects} subjects, {len(scores['renderer'])} images; "
-        f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
-        f"{arguments.embedding_learning_rate:g} and {arguments.updates_per_step} for each of {arguments.steps} DDIM "
-        f"steps; guidance {arguments.guidance_scale:g}; {minutes:.0f} minutes.",
-        "",
-        *table(report, columns),
+    return [
+        "Subject replacement on unseen subjects of the demo world",
+        f"{arguments.subjects} subjects, {figures['images']} images; embeddings {arguments.training_steps} steps of "
+        f"batch {arguments.batch_size} at learning rate {arguments.embedding_learning_rate:g} and "
+        f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps; guidance "
+        f"{arguments.guidance_scale:g}; {figures['minutes']:.0f} minutes.",
+        *report_table(figures["rows"], columns),
         "",
         "Rows of the image: the subject, the image, and the rows of the table in their order.",
     ]
-    everything = {
-        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
-        "minutes": minutes,
-        "rows": report,
-    }
-    write_results("subject_replacement", everything, lines)
-    save_sheet(RESULTS / "subject_replacement.jpg", [torch.cat(row) for row in sheet.values()])

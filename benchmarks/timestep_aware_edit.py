@@ -13,18 +13,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import time
-from pathlib import Path
 from typing import Any
 
-import comfy.sd
 import torch
-from identity_edit_pack.demo_world import family
-from identity_edit_pack.demo_world.attributes import (
-    ATTRIBUTES_OF,
-    caption,
-    random_attributes,
-)
+from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, caption, random_attributes
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
@@ -36,8 +28,8 @@ from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimi
 from matplotlib import pyplot
 from tqdm import tqdm
 
-from .edits import Pair, embed, mean_score, render_pair, save_sheet, score_each
-from .harness import DEMO_CHECKPOINT, RESULTS, made_by, write_results
+from .edits import Pair, edits_table, embed, mean_score, render_pair, save_sheet, score_each
+from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint
 
 RATIOS = (0.1, 0.2, 0.4)
 EDITED = ("pose", "expression", "costume")
@@ -87,36 +79,6 @@ def edit_batch(
         return {name: vae.decode(value).cpu() for name, value in latents.items()}
 
 
-def table(report: dict[str, Any]) -> list[str]:
-    lines = [
-        "| method | edit done | pose / expression / costume | identity kept | both | background PSNR | "
-        "PSNR to source | SSIM to true edit |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in report.items():
-        kinds = " / ".join(f"{row['edit_done_by_kind'][kind]:.2f}" for kind in EDITED)
-        lines.append(
-            f"| {name} | {row['edit_done']:.2f} | {kinds} | {row['identity_kept']:.2f} | "
-            f"{row['edit_done_and_identity_kept']:.2f} | {row['background_psnr_db']:.1f} dB | "
-            f"{row['psnr_to_source_db']:.1f} dB | {row['ssim_to_true_edit']:.3f} |"
-        )
-    return lines
-
-
-def effect_of_injection(report: dict[str, Any]) -> list[str]:
-    """What injection changes, against the same edit without it: the paper claims more preserved, no edit lost."""
-    without = report["+ text optimization"]
-    lines = ["", "Against the same edit without injection:", ""]
-    for ratio in RATIOS:
-        row = report[f"+ injection {ratio * 100:.0f} %"]
-        lines.append(
-            f"- {ratio * 100:.0f} %: background {row['background_psnr_db'] - without['background_psnr_db']:+.1f} dB, "
-            f"identity kept {row['identity_kept'] - without['identity_kept']:+.2f}, "
-            f"edit done {row['edit_done'] - without['edit_done']:+.2f}"
-        )
-    return lines
-
-
 def plot_trade_off(report: dict[str, Any], count: int) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, row in report.items():
@@ -131,44 +93,55 @@ def plot_trade_off(report: dict[str, Any], count: int) -> None:
     figure.savefig(RESULTS / "timestep_aware_edit.png", dpi=120)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--pairs", type=int, default=102, help="(image, edit) pairs, a third of each kind")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps (default 50)")
-    parser.add_argument("--guidance-scale", type=float, default=GUIDANCE_SCALE, help="default 4; 7.5 in the paper")
-    parser.add_argument("--null-text", choices=NULL_TEXT_METHODS, default="adaptive", help="method of optimization")
-    parser.add_argument("--eta", type=float, default=0.7, help="interpolation toward the target prompt (default 0.7)")
-    parser.add_argument("--batch", type=int, default=17, help="images at once")
-    parser.add_argument("--seed", type=int, default=0, help="draws the pairs")
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
+OPTIONS: Options = {
+    "pairs": (102, "(image, edit) pairs, a third of each kind"),
+    "steps": (50, "DDIM steps (50)"),
+    "guidance_scale": (GUIDANCE_SCALE, "default 4; 7.5 in the paper"),
+    "null_text": ("adaptive", "method of optimization", {"choices": NULL_TEXT_METHODS}),
+    "eta": (0.7, "interpolation toward the target prompt (0.7)"),
+    "batch": (17, "images at once"),
+    **SEED,
+    **CHECKPOINT,
+}
 
 
-def main(arguments: argparse.Namespace) -> None:
-
-    family.register()
-    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(arguments.checkpoint))
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    checkpoint = load_checkpoint(arguments.checkpoint)
     pairs = [draw_pair(arguments.seed, index) for index in range(arguments.pairs)]
     parts: dict[str, list[torch.Tensor]] = {}
-    begin = time.perf_counter()
     for start in tqdm(range(0, len(pairs), arguments.batch), unit="batch"):
-        made = edit_batch(model, clip, vae, pairs[start : start + arguments.batch], arguments)
+        made = edit_batch(*checkpoint, pairs[start : start + arguments.batch], arguments)
         for name, images in made.items():
             parts.setdefault(name, []).append(images)
-    minutes = (time.perf_counter() - begin) / 60
     columns = {name: torch.cat(images) for name, images in parts.items()}
     columns["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
-
     classifier = load_classifier()
     report = {name: mean_score(score_each(classifier, images, pairs), pairs) for name, images in columns.items()}
-    head = [
-        "# Timestep-aware text injection on unseen subjects of the demo world",
-        "",
-        f"{made_by()}: {len(pairs)} pairs, DDIM {arguments.steps} steps, guidance scale "
-        f"{arguments.guidance_scale}, eta {arguments.eta}, 200 steps of text optimization, null-text optimization by "
-        f"the {arguments.null_text} method, seed {arguments.seed}; {minutes:.0f} minutes. DDIM + target is sampled "
-        f"with guidance scale 1, as in the paper.",
-        "",
-    ]
-    everything = {"pairs": len(pairs), "minutes": minutes, "methods": report}
-    write_results("timestep_aware_edit", everything, head + table(report) + effect_of_injection(report))
     plot_trade_off(report, len(pairs))
     save_sheet(RESULTS / "timestep_aware_edit.jpg", [torch.stack([pair.before for pair in pairs]), *columns.values()])
+    return {"pairs": len(pairs), "methods": report}
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    report = figures["methods"]
+    lines = [
+        "Timestep-aware text injection on unseen subjects of the demo world",
+        f"{arguments.pairs} pairs, DDIM {arguments.steps} steps, guidance scale {arguments.guidance_scale}, eta "
+        f"{arguments.eta}, 200 steps of text optimization, null-text optimization by the {arguments.null_text} method, "
+        f"seed {arguments.seed}; {figures['minutes']:.0f} minutes. DDIM + target is sampled with guidance scale 1, as "
+        "in the paper.",
+        *edits_table(report, {"psnr_to_source_db": "PSNR to source"}),
+        "",
+        "Against the same edit without injection:",  # the paper claims more preserved, no edit lost
+        "",
+    ]
+    without = report["+ text optimization"]
+    for ratio in RATIOS:
+        row = report[f"+ injection {ratio * 100:.0f} %"]
+        background, kept, done = (
+            row[key] - without[key] for key in ("background_psnr_db", "identity_kept", "edit_done")
+        )
+        lines.append(
+            f"- {ratio * 100:.0f} %: background {background:+.1f} dB, identity kept {kept:+.2f}, edit done {done:+.2f}"
+        )
+    return lines

@@ -1,38 +1,46 @@
-"""What the benchmarks of trainings share: images, runs in turn, the plain loops' networks, tables of times."""
+"""What the benchmarks of trainings share: images, loops and their networks, runs in turn, and the table."""
 
 from __future__ import annotations
 
 import argparse
 import random
 import statistics
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import numpy as np
 import torch
 from identity_edit_pack.demo_world.attributes import Attributes, caption, random_attributes
 from identity_edit_pack.pipelines import engine
 from tqdm import tqdm
 
 from . import memory
-from .harness import DEMO_CHECKPOINT
+from .harness import CHECKPOINT, SEED, THREADS, Options, markdown
 
 POSES = ("standing", "sitting", "lying", "standing")
 PLACES = ("grass", "room", "snow", "night")
 WARM_UP = 2
 """Steps of every run that are not counted."""
+GOAL = 1.0
+"""Steps a second relative to the reference's."""
+Outcome = tuple[list[float], list[float], int]
+"""Seconds and loss of every step, and model calls."""
+Methods = dict[str, Callable[..., Outcome]]
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, methods: Collection[str], steps: int) -> None:
+def training_options(methods: Collection[str], steps: int) -> Options:
     """The options of a benchmark with so many steps a run."""
-    parser.add_argument("--checkpoint", type=Path, default=DEMO_CHECKPOINT)
-    parser.add_argument("--runs", type=int, default=9, help="runs of each loop, alternating (default 9)")
-    parser.add_argument("--steps", type=int, default=steps, help=f"training steps of a run (default {steps})")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seed", type=int, default=0, help="draws the images and all batches (default 0)")
-    parser.add_argument("--only", choices=methods, help="do one run by one loop and print its memory use")
+    return {
+        **CHECKPOINT,
+        "runs": (9, "runs of each loop, alternating (9)"),
+        "steps": (steps, f"training steps of a run ({steps})"),
+        **THREADS,
+        **SEED,
+        "only": (None, "do one run by one loop and print its memory use", {"choices": methods}),
+    }
 
 
 def draw_subject(generator: random.Random, class_word: str, token: str) -> tuple[list[Attributes], list[str]]:
@@ -45,12 +53,67 @@ def draw_subject(generator: random.Random, class_word: str, token: str) -> tuple
     return shown, [caption(one).replace(name, f"a {token}") for one in shown]
 
 
-def in_turn(names: Sequence[str], arguments: argparse.Namespace) -> Iterator[str]:
-    """The loops round by round, each round beginning with another one; a single run of one that is measured alone."""
-    is_alone = bool(arguments.only)
-    for run in tqdm(range(1 if is_alone else arguments.runs), unit="round", disable=is_alone):
-        first = run % len(names)
-        yield from [*names[first:], *names[:first]]
+# -- runs -------------------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """`with Steps(unet) as steps: ...`: the clock at the end of each step (`done`), and forward passes of the UNet, or
+    of the copy of it that a training makes."""
+
+    def __init__(self, unet: torch.nn.Module) -> None:
+        self._kind, self._number = type(unet), 0
+        self.ends: list[float] = []
+        self.model_calls: list[int] = []
+
+    def _count(self, module: torch.nn.Module, *_: Any) -> None:
+        self._number += type(module) is self._kind
+
+    def __enter__(self) -> Steps:
+        self._handle = torch.nn.modules.module.register_module_forward_pre_hook(self._count)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._handle.remove()
+
+    def done(self, *_: Any) -> None:
+        memory.synchronize()
+        self.ends.append(time.perf_counter())
+        self.model_calls.append(self._number)
+
+    def outcome(self, losses: list[float]) -> Outcome:
+        """The pack makes a sample before it reports the last step, whose time is therefore left out."""
+        return np.diff(self.ends).tolist()[:-1], losses, self.model_calls[-2] + 1
+
+
+def by_pack(unet: torch.nn.Module, train: Callable[..., Any]) -> Outcome:
+    """A training of the pack, to be called with `progress`."""
+    with torch.inference_mode(), Steps(unet) as steps:  # as in ComfyUI
+        _, run = train(progress=steps.done)
+    return steps.outcome(run.losses)
+
+
+def by_loop(
+    unet: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    count: int,
+    loss_of: Callable[[int], torch.Tensor],
+    gradient_clip: float | None = None,
+    after: Callable[[], None] = lambda: None,
+) -> Outcome:
+    """A plain loop of so many steps; `after` is called after each of the optimizer."""
+    losses = []
+    with Steps(unet) as steps:
+        for step in range(count):
+            loss = loss_of(step)
+            loss.backward()
+            if gradient_clip is not None:
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], gradient_clip)
+            optimizer.step()
+            after()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            steps.done()
+    return steps.outcome(losses)
 
 
 @dataclass(frozen=True)
@@ -83,6 +146,9 @@ class Networks:
         alpha_bar = self.alphas_cumprod[t].reshape(-1, 1, 1, 1)
         return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noise
 
+    def predicted(self, z: torch.Tensor, t: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        return self.unet(z, t.float(), context=context, transformer_options={})
+
     def copying_before_norms(self) -> list[Any]:
         """Hooks without which the text encoder has no backward pass: ComfyUI's adds in place to what its normalizations
         keep for it."""
@@ -90,39 +156,76 @@ class Networks:
         return [norm.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),)) for norm in norms]
 
 
-def difference_of_losses(losses: Mapping[str, list[float]], names: Sequence[str], reference: str) -> float:
-    """The largest relative difference from the reference's losses, by which is seen that the loops do the same work."""
-    pairs = [pair for name in names for pair in zip(losses[name], losses[reference], strict=True)]
-    difference = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
-    if difference > 0.02:
-        raise SystemExit(f"The loops do not do the same work: their losses differ by up to {difference:.1%}.")
-    return difference
+# -- figures ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Speeds:
-    """Attributes, by loop:
-    rates: steps a second, the median of its runs'.
-    ratios: its rate relative to the reference's, round by round.
-    relative: the ratios' median.
+def run_alone(methods: Methods, work: tuple[Any, ...], arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run by one loop, in a process of its own: its highest memory in MiB, see `memory.highest_of_this_process`."""
+    methods[arguments.only](*work)
+    return {"peak_memory_mib": memory.highest_of_this_process()}
+
+
+def compare(
+    benchmark: str, methods: Methods, same: Sequence[str], work: tuple[Any, ...], arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Run all loops in turn, each round beginning with another one, and then each alone for its memory.
+
+    Args:
+        benchmark: its name.
+        methods: what is called with `work`, by name; the first is the reference.
+        same: those that must have the reference's losses.
     """
+    names = list(methods)
+    reference = names[0]
+    seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+    losses, calls = {}, {}
+    for run in tqdm(range(arguments.runs), unit="round"):
+        first = run % len(names)
+        for name in (*names[first:], *names[:first]):
+            times, losses[name], calls[name] = methods[name](*work)
+            seconds[name].append(times[WARM_UP:])
+    pairs = [pair for name in same for pair in zip(losses[name], losses[reference], strict=True)]
+    difference = max(abs(ours - theirs) / theirs for ours, theirs in pairs)
+    if difference > 0.02 or len(set(calls.values())) != 1:
+        raise SystemExit(
+            f"The loops do not do the same work: losses differ by up to {difference:.1%}, model calls are {calls}."
+        )
+    rates = {name: [1.0 / statistics.median(run) for run in runs] for name, runs in seconds.items()}
+    ratios = {n: [a / b for a, b in zip(each, rates[reference], strict=True)] for n, each in rates.items()}
+    return {
+        "threads": arguments.threads,
+        "largest_relative_difference_of_losses": difference,
+        "network_evaluations": calls,
+        "seconds_by_step": seconds,
+        "steps_a_second": {name: statistics.median(each) for name, each in rates.items()},
+        "ratios": ratios,
+        "relative": {name: statistics.median(each) for name, each in ratios.items()},
+        "peak_memory_mib": {name: memory.in_a_process(benchmark, name, arguments)["peak_memory_mib"] for name in names},
+    }
 
-    rates: dict[str, float]
-    ratios: dict[str, list[float]]
-    relative: dict[str, float]
 
-    @classmethod
-    def of(cls, seconds: Mapping[str, list[list[float]]], reference: str) -> Speeds:
-        """From the seconds of each step of each run."""
-        rates = {name: [1.0 / statistics.median(run) for run in runs] for name, runs in seconds.items()}
-        ratios = {
-            name: [ours / theirs for ours, theirs in zip(values, rates[reference], strict=True)]
-            for name, values in rates.items()
-        }
-        medians = [{name: statistics.median(values) for name, values in part.items()} for part in (rates, ratios)]
-        return cls(medians[0], ratios, medians[1])
-
-
-def peak_memory(script: str, name: str, arguments: argparse.Namespace) -> int:
-    """Highest memory of a process of its own that does one run, in MiB; see `memory.highest_of_this_process`."""
-    return int(memory.in_a_process(script, name, arguments)["peak_memory_mib"])
+def training_table(
+    figures: dict[str, Any], arguments: argparse.Namespace, title: str, about: str, goals: Sequence[str]
+) -> list[str]:
+    """A row for each loop, and whether those of `goals` are as fast as the reference."""
+    rates, relative, calls = figures["steps_a_second"], figures["relative"], figures["network_evaluations"]
+    reference = next(iter(rates))
+    reached = [f"{'reached' if relative[name] >= GOAL else 'not reached'} by {name}" for name in goals]
+    return [
+        f"Training {title}: speed and memory",
+        f"medians of {arguments.runs} rounds of runs of {arguments.steps} steps, {about}, {arguments.threads} threads, "
+        f"float32. The losses of loops that do the same work agree to "
+        f"{figures['largest_relative_difference_of_losses']:.1e}; each evaluates the network {calls[reference]} times "
+        f"in {arguments.steps + WARM_UP + 2} steps.",
+        *markdown(
+            ("loop", "steps a second", "relative", "from", "to", "peak memory (MiB)"),
+            (
+                (name, *(f"{each:.2f}" for each in (rate, relative[name], min(ratios), max(ratios))), peak)
+                for (name, rate), ratios, peak in zip(
+                    rates.items(), figures["ratios"].values(), figures["peak_memory_mib"].values(), strict=True
+                )
+            ),
+        ),
+        "",
+        f"The goal, at least {GOAL:.1f} of the steps a second of {reference}, is {' and '.join(reached)}.",
+    ]

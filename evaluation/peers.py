@@ -45,15 +45,7 @@ from ..benchmarks import edits, lipe_edit, portrait_edit
 from ..benchmarks.edits import Pair
 from ..benchmarks.harness import RESULTS, ROOT, source_commit, write_results
 from .cases import EditCase, save_image
-from .methods import (
-    METHODS,
-    SAME_ALGORITHM,
-    SUBJECT,
-    Checkpoint,
-    MethodSettings,
-    load_checkpoint,
-    measured,
-)
+from .methods import METHODS, SAME_ALGORITHM, SUBJECT, Checkpoint, MethodSettings, load_checkpoint, measured
 
 SIZE = 128
 TOKEN = "sks"

@@ -1,7 +1,11 @@
-"""The script for a graphics card, `python -m benchmarks gpu`, on a processor with the demo world's models."""
+"""The script for a graphics card, `python -m benchmarks gpu`, on a processor with the demo world's models; and the
+commands of all benchmarks."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from identity_edit_pack.benchmarks import gpu
+from identity_edit_pack.benchmarks import gpu, harness
 from identity_edit_pack.benchmarks.harness import arguments_of
 
 pytestmark = pytest.mark.slow
@@ -66,3 +70,39 @@ def test_benchmarks_are_found_by_name() -> None:
         [sys.executable, "-m", "benchmarks", "gpu", "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0 and "--minutes" in done.stdout
+
+
+def test_the_command_that_a_table_names_is_one_that_can_be_given() -> None:
+    known = harness.benchmarks()
+    tables = sorted(harness.RESULTS.glob("*.md"))
+    commands = {table.name: re.search(r"`python -m benchmarks (\w+)([^`]*)`", table.read_text()) for table in tables}
+    assert len(tables) > 40 and [name for name, command in commands.items() if command is None] == []
+    for command in commands.values():
+        name, words = command[1], command[2].split()
+        module = importlib.import_module(f"identity_edit_pack.{known[name][0].replace('/', '.')}.{name}")
+        arguments_of(module, words)  # ends the process for options that it does not have
+
+
+def test_figures_are_written_with_the_command_each_time_there_are_some(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["python -m benchmarks things", "--count", "2", "/a/folder/models"])
+
+    class Things:
+        OPTIONS = {"count": (5, "how many"), "kinds": (["a"], "which")}
+
+        @staticmethod
+        def measure(arguments):
+            for number in range(arguments.count):
+                if number:  # what was written for the one before
+                    assert json.loads((tmp_path / "Things.json").read_text())["number"] == number - 1
+                yield {"number": number}
+
+        @staticmethod
+        def table(figures, arguments):
+            return ["Things", f"{arguments.kinds}.", *harness.markdown(("", "b"), [("x", figures["number"])])]
+
+    harness.run(Things, arguments_of(Things, ["--count", "2", "--kinds", "b", "c"]))
+    lines = (tmp_path / "Things.md").read_text().splitlines()
+    assert lines[0] == "# Things" and lines[4:] == ["| | b |", "|---|---|", "| x | 1 |"]
+    assert re.fullmatch(r"`python -m benchmarks things --count 2 models` at commit .*: \['b', 'c'\]\.", lines[2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["Things.json", "Things.md"]

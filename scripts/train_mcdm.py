@@ -50,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mirror", action="store_true", help="train on every pair mirrored as well")
     parser.add_argument("--start", type=Path, help="an MCDM's file whose image embedding training goes on from")
     parser.add_argument("--image-tokens", type=int, default=77)
+    parser.add_argument(
+        "--conditions", choices=("image and spatial", "image only", "spatial only"), default="image and spatial"
+    )
     parser.add_argument("--ema-decay", type=float, default=0.9999)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--no-checkpointing", action="store_true", help="keep activations: faster, more memory")
@@ -120,6 +123,7 @@ def main() -> int:
                     identity_share=arguments.identity_share,
                     dropout=arguments.dropout,
                     image_tokens=arguments.image_tokens,
+                    conditions=arguments.conditions,
                     ema_decay=arguments.ema_decay,
                     precision=arguments.precision,
                     checkpointing=not arguments.no_checkpointing,

@@ -81,6 +81,14 @@ class MCDMConditioner(io.ComfyNode):
                     tooltip="Prompt for the source image, worded like the training pairs: in Chen et al. 2024 for "
                     "example 'a woman, neutral expression'. Needed for masks.",
                 ),
+                io.Combo.Input(
+                    "conditions",
+                    options=list(mcdms.CONDITIONS),
+                    default=mcdms.ALL_CONDITIONS,
+                    optional=True,
+                    tooltip="Image conditions to use. 'image only' replaces the spatial condition by zeros; 'spatial "
+                    "only' leaves out the image embedding. Conditions the model was not trained with are never used.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -125,17 +133,22 @@ class MCDMConditioner(io.ComfyNode):
         file: str,
         target_prompt: str,
         source_prompt: str,
+        conditions: str = mcdms.ALL_CONDITIONS,
     ) -> io.NodeOutput:
         mcdm = mcdms.load_mcdm(model_path(file))
         warning = mcdms.check_mcdm(mcdm, model)
         seen = mcdms.see_images(mcdm, model, clip_vision, vae, as_color(image, "image"))
         positive, negative, source = (
-            mcdms.with_images(clip.encode_from_tokens_scheduled(clip.tokenize(text)), seen)
+            mcdms.only_with(
+                mcdms.with_images(clip.encode_from_tokens_scheduled(clip.tokenize(text)), seen), mcdm, conditions
+            )
             for text in (target_prompt, "", source_prompt)
         )
         training = mcdm.training
         text = f"MCDM: {training.get('steps', 0)} steps on {training.get('pairs', 0)} pairs."
         prompts = training.get("prompts") or []
+        if mcdms.trained_with(mcdm) != mcdms.ALL_CONDITIONS:
+            text += f" It was trained with '{mcdms.trained_with(mcdm)}'."
         if prompts:
             text += f" It was trained on {len(prompts)} prompts, such as '{prompts[0]}'."
         return io.NodeOutput(positive, negative, source, {"samples": seen.latent}, show_text(cls, text, warning))

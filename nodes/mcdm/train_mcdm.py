@@ -51,6 +51,7 @@ class TrainMCDM(io.ComfyNode):
                 "dropout",
                 "image_tokens",
                 "image_embedding",
+                "conditions",
                 "file_contents",
                 "file_dtype",
             ],
@@ -171,6 +172,15 @@ class TrainMCDM(io.ComfyNode):
                     tooltip="Folder and start of the file name, below the output folder. Load Checkpoint lists the "
                     "files in 'checkpoints' there.",
                 ),
+                io.Combo.Input(
+                    "conditions",
+                    options=list(mcdms.CONDITIONS),
+                    default=mcdms.ALL_CONDITIONS,
+                    optional=True,
+                    tooltip="Image conditions to train with, beside the prompt. 'image only' (embedding) and 'spatial "
+                    "only' (latent) are the ablations of Chen et al. 2024 (section 4). MCDM Conditioner reads the "
+                    "choice from the file.",
+                ),
             ],
             outputs=[
                 io.Model.Output("edit_model", display_name="model", tooltip="The trained model, for MCDM Guider."),
@@ -208,11 +218,13 @@ class TrainMCDM(io.ComfyNode):
         file_contents: str,
         file_dtype: str,
         filename_prefix: str,
+        conditions: str = mcdms.ALL_CONDITIONS,
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
         next_path(filename_prefix, EXAMPLE_PREFIX)  # fail before a long training rather than after it
         choice_of(mcdms.FILE_DTYPES, file_dtype, "file_dtype")
+        choice_of(mcdms.CONDITIONS, conditions, "conditions")
         pairs, held_out = pairs_in_folder(find_folder(folder))
         if mirror:
             pairs = with_mirrored(pairs)
@@ -232,6 +244,7 @@ class TrainMCDM(io.ComfyNode):
                 identity_share=identity_share,
                 dropout=dropout,
                 image_tokens=image_tokens,
+                conditions=conditions,
                 ema_decay=ema_decay,
                 precision=precision,
                 checkpointing=checkpointing,

@@ -32,6 +32,9 @@ TOKENS_OPTION = "identity_edit_image_tokens"
 """Option of a conditioning: how many of its last tokens are c_im."""
 SPATIAL_OPTION = "concat_latent_image"
 """Option of a conditioning in which ComfyUI keeps c_s."""
+ALL_CONDITIONS, IMAGE_ALONE, SPATIAL_ALONE = "image and spatial", "image only", "spatial only"
+CONDITIONS = {ALL_CONDITIONS: (True, True), IMAGE_ALONE: (True, False), SPATIAL_ALONE: (False, True)}
+"""Whether c_im and whether c_s is used, beside the text: the full model and the two ablations of section 4."""
 CONVENTIONS: dict[str, Any] = {
     "spatial": "the latent as the VAE gives it, unscaled, in input channels 5 to 8",
     "latent of the MLP": "scaled as the noisy latent is",
@@ -215,6 +218,35 @@ def without_images(conditioning: Conditioning, *, spatial: bool, image: bool, na
             left[TOKENS_OPTION] = 0
         result.append([embedding[:, : embedding.shape[1] - count] if image else embedding, left])
     return result
+
+
+def only_with(conditioning: Conditioning, mcdm: MCDM, conditions: str) -> Conditioning:
+    """A CONDITIONING of `with_images` with those image conditions that are chosen and that the MCDM was trained with.
+
+    Args:
+        conditioning: from `with_images`.
+        mcdm: from the model's file.
+        conditions: a key of CONDITIONS.
+
+    Raises:
+        IdentityEditError: when the MCDM was trained with none of the chosen ones.
+    """
+    if conditions not in CONDITIONS:
+        raise IdentityEditError(f"conditions is '{conditions}'; choose one of {', '.join(CONDITIONS)}.")
+    learned = trained_with(mcdm)
+    image, spatial = (a and b for a, b in zip(CONDITIONS[conditions], CONDITIONS[learned], strict=True))
+    if not (image or spatial):
+        raise IdentityEditError(
+            f"conditions is '{conditions}', but this MCDM was trained with '{learned}'; choose the same."
+        )
+    return without_images(conditioning, spatial=not spatial, image=not image, name="The prompt's conditioning")
+
+
+def trained_with(mcdm: MCDM) -> str:
+    """The key of CONDITIONS that an MCDM was trained with."""
+    settings = mcdm.training.get("settings")
+    conditions = settings.get("conditions") if isinstance(settings, dict) else None
+    return conditions if conditions in CONDITIONS else ALL_CONDITIONS
 
 
 def check_mcdm(mcdm: MCDM, model: Any) -> str | None:

@@ -30,7 +30,7 @@ from ..training.loop import (
 from ..training.processes import OneProcess, Processes
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
 from .guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
-from .model import IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
+from .model import ALL_CONDITIONS, CONDITIONS, IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 
 SPATIAL_BIT, IMAGE_BIT, TEXT_BIT = 1, 2, 4
 _COMBINATIONS = SPATIAL_BIT + IMAGE_BIT + TEXT_BIT
@@ -51,6 +51,8 @@ class MCDMSettings(TrainingSettings):
         dropout: probability with which a pair loses conditions. Which ones is drawn evenly from the seven combinations
             of c_s, c_im and c_p: the paper says "any combination of the following, or even all of them".
         image_tokens: see `mcdm.ImageEmbedding`.
+        conditions: the image conditions that the model learns, a key of `mcdm.CONDITIONS`; the others always have
+            their null value, as in the ablations of section 4.
     """
 
     steps: int = 200_000
@@ -63,6 +65,7 @@ class MCDMSettings(TrainingSettings):
     identity_share: float = 0.05
     dropout: float = 0.2
     image_tokens: int = IMAGE_TOKENS
+    conditions: str = ALL_CONDITIONS
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +74,13 @@ class MCDMSettings(TrainingSettings):
         for name in ("identity_share", "dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise IdentityEditError(f"{name} is {getattr(self, name):g}; choose a share from 0 to 1.")
+        self.check_choice("conditions", CONDITIONS)
+
+    @property
+    def never_used(self) -> int:
+        """The bits of the image conditions that are dropped from every pair."""
+        image, spatial = CONDITIONS[self.conditions]
+        return (0 if image else IMAGE_BIT) | (0 if spatial else SPATIAL_BIT)
 
 
 @dataclass(frozen=True)
@@ -122,7 +132,7 @@ def draw_mcdm_batch(pairs: EncodedPairs, settings: MCDMSettings, timesteps: int,
     generator = generator_of(seed, index, "draws of pairs")
     reconstructs = torch.rand(size, generator=generator) < settings.identity_share
     drops = torch.rand(size, generator=generator) < settings.dropout
-    dropped = torch.randint(1, _COMBINATIONS + 1, (size,), generator=generator) * drops
+    dropped = torch.randint(1, _COMBINATIONS + 1, (size,), generator=generator) * drops | settings.never_used
     t = torch.randint(timesteps, (size,), generator=generator)
     noise = torch.randn((size, *pairs.latent_shape), generator=generator)
     return MCDMBatch(chosen, reconstructs, dropped, t, noise)
@@ -220,7 +230,12 @@ def train_mcdm(
             names = [name for name, coefficient in scales.coefficients().items() if coefficient != 0.0]
             count, prompt = len(names), of_sample.target_prompts[0]
             text, spatial = _conditions(
-                networks, embedding, of_sample, [0] * count, [prompt] * count, [drops[name] for name in names]
+                networks,
+                embedding,
+                of_sample,
+                [0] * count,
+                [prompt] * count,
+                [drops[name] | settings.never_used for name in names],
             )
 
             def estimate(x: torch.Tensor, sigma: torch.Tensor, t: int) -> torch.Tensor:
@@ -238,6 +253,7 @@ def train_mcdm(
             sample=sample,
             progress=progress,
             processes=processes,
+            needed=of_unet,  # MLP(.) gets no gradient from a batch without c_im
         )
         weights = {key: value.detach().cpu().clone() for key, value in networks.model_variables.items()}
         embedding = embedding.cpu().requires_grad_(False)

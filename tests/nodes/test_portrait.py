@@ -90,10 +90,10 @@ def image() -> torch.Tensor:
     return torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(2))
 
 
-def condition(model: Any, parts: tuple[Any, Any, Any, Any], file: str) -> Any:
+def condition(model: Any, parts: tuple[Any, Any, Any, Any], file: str, **choice: Any) -> Any:
     _, clip, vae, vision = parts
     arguments = {"target_prompt": "a cat, laughing", "source_prompt": "a cat, calm"}
-    return nodes.MCDMConditioner.execute(model, clip, vision, vae, image(), file, **arguments).args
+    return nodes.MCDMConditioner.execute(model, clip, vision, vae, image(), file, **arguments, **choice).args
 
 
 def test_a_model_is_trained_saved_listed_and_edits_an_image(parts: Any, own_folders: Path) -> None:
@@ -119,6 +119,35 @@ def test_a_model_is_trained_saved_listed_and_edits_an_image(parts: Any, own_fold
     sampler = comfy.samplers.sampler_object("uni_pc")
     edited = guider.sample(noise, torch.zeros(1, 4, 8, 8), sampler, sigmas, disable_pbar=True, seed=0)
     assert bool(torch.isfinite(edited).all()) and guider.evaluations > 0
+
+
+def test_conditions_are_removed_in_use_and_those_not_trained_with_never_come_back(
+    parts: Any, own_folders: Path
+) -> None:
+    def tokens_and_latent(model: Any, name: str, **choice: Any) -> tuple[int, bool]:
+        conditioning = condition(model, parts, name, **choice)[0]
+        return conditioning[0][0].shape[1], "concat_latent_image" in conditioning[0][1]
+
+    model, _, _, file, _ = train(parts)
+    name = Path(file).name + " [diffusion_models]"
+    text = tokens_and_latent(model, name, conditions="spatial only")[0]
+    assert tokens_and_latent(model, name, conditions="spatial only") == (text, True)
+    assert tokens_and_latent(model, name, conditions="image only") == (text + 77, False)
+    assert tokens_and_latent(model, name) == (text + 77, True)
+
+    model, _, _, file, _ = train(parts, conditions="image only")
+    name = Path(file).name + " [diffusion_models]"
+    assert tokens_and_latent(model, name) == (text + 77, False)
+    assert "trained with 'image only'" in condition(model, parts, name)[4]
+    positive, negative, source, latent, _ = condition(model, parts, name)
+    guider, _ = nodes.MCDMGuider.execute(model, positive, negative, 3.0, 3.0, 5.0, source, torch.ones(1, 64, 64)).args
+    sampler, sigmas = comfy.samplers.sampler_object("euler"), torch.tensor([8.0, 0.0])
+    zeros = torch.zeros_like(latent["samples"])
+    assert bool(torch.isfinite(guider.sample(zeros, zeros, sampler, sigmas, disable_pbar=True, seed=0)).all())
+    with pytest.raises(IdentityEditError, match="was trained with 'image only'; choose the same"):
+        condition(model, parts, name, conditions="spatial only")
+    with pytest.raises(IdentityEditError, match="conditions is 'none'; choose one of"):
+        train(parts, conditions="none")
 
 
 def test_a_canceled_training_goes_on_with_the_same_losses(

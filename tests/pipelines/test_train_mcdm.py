@@ -159,6 +159,30 @@ def test_training_lowers_the_loss_changes_all_parts_and_leaves_the_given_model(i
     assert run.samples[-1][1].shape == (1, 4, 8, 8)
 
 
+@pytest.mark.parametrize(
+    ("conditions", "image", "spatial"), [("image only", True, False), ("spatial only", False, True)]
+)
+def test_a_condition_that_is_not_trained_with_never_reaches_the_model(
+    conditions: str, image: bool, spatial: bool, tmp_path: Path
+):
+    """As the weights tell: those of the source's channels stay zero without c_s, and MLP(.)'s stay without c_im."""
+    settings = dataclasses.replace(SETTINGS, dropout=0.0, weight_decay=0.0, conditions=conditions)
+    parts = networks()
+    trained, _ = train(make_pairs(tmp_path), tmp_path, settings, parts=parts)
+    first = trained.model.model.diffusion_model.input_blocks[0][0].weight
+    assert (first[:, 4:].abs().max().item() > 0) is spatial
+    generator = train_mcdm.generator_of(settings.seed, 0, "image embedding")
+    before = mcdm.new_embedding(trained.model, parts[3], trained.encoded.latent_shape, generator, settings.image_tokens)
+    moved = [
+        not torch.equal(value, other)
+        for value, other in zip(trained.mcdm.embedding.state_dict().values(), before.state_dict().values(), strict=True)
+    ]
+    assert all(moved) if image else not any(moved)
+    path = str(tmp_path / "mcdm.safetensors")
+    mcdm.save_mcdm(trained.mcdm, path, trained.model, None, None, trained.weights, "float32")
+    assert mcdm.trained_with(mcdm.load_mcdm(path)) == conditions
+
+
 def test_checkpointing_and_bfloat16_train_the_same(tmp_path: Path):
     pairs = make_pairs(tmp_path)
     _, plain = train(pairs, tmp_path / "1")

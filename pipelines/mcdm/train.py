@@ -34,24 +34,24 @@ from .model import ALL_CONDITIONS, CONDITIONS, IMAGE_TOKENS, MCDM, ImageEmbeddin
 
 SPATIAL_BIT, IMAGE_BIT, TEXT_BIT = 1, 2, 4
 _COMBINATIONS = SPATIAL_BIT + IMAGE_BIT + TEXT_BIT
-"""Seven ways to drop something of three: the numbers 1 to 7, a bit for each condition."""
+"""Number of combinations of dropped conditions: the numbers 1 to 7, with one bit per condition."""
 
 _UNET, _EMBEDDING = "unet.", "image_embedding."
 
 
 @dataclass(frozen=True, kw_only=True)
 class MCDMSettings(TrainingSettings):
-    """How an MCDM is trained; the defaults are those of Chen et al. 2024.
+    """Training settings; the defaults are those of Chen et al. 2024.
 
     Attributes:
-        weight_decay: AdamW's default in torch and diffusers, with which Stable Diffusion was trained; the paper gives
-            none.
+        weight_decay: AdamW's default in torch and diffusers, with which Stable Diffusion was trained; not reported in
+            the paper.
         ema_decay: Stable Diffusion's; "the training scheme is similar to Stable Diffusion", section 3.3.
-        identity_share: of the pairs, in which p_b and x_B are replaced by p_a and x_A.
-        dropout: probability with which a pair loses conditions. Which ones is drawn evenly from the seven combinations
-            of c_s, c_im and c_p: the paper says "any combination of the following, or even all of them".
-        image_tokens: see `mcdm.ImageEmbedding`.
-        conditions: the image conditions that the model learns, a key of `mcdm.CONDITIONS`; the others always have
+        identity_share: share of the pairs in which p_b and x_B are replaced by p_a and x_A.
+        dropout: probability that conditions of a pair are dropped: one of the seven combinations of c_s, c_im and c_p,
+            drawn uniformly. The paper says "any combination of the following, or even all of them".
+        image_tokens: see `ImageEmbedding`.
+        conditions: the image conditions that the model learns, a key of `model.CONDITIONS`; the others always have
             their null value, as in the ablations of section 4.
     """
 
@@ -78,7 +78,7 @@ class MCDMSettings(TrainingSettings):
 
     @property
     def never_used(self) -> int:
-        """The bits of the image conditions that are dropped from every pair."""
+        """Bits of the image conditions that are dropped from every pair."""
         image, spatial = CONDITIONS[self.conditions]
         return (0 if image else IMAGE_BIT) | (0 if spatial else SPATIAL_BIT)
 
@@ -89,7 +89,7 @@ class TrainedMCDM:
 
     Attributes:
         model: MODEL of the InstructPix2Pix family with the trained weights.
-        mcdm: what its file has beside the UNet.
+        mcdm: the contents of its file other than the UNet.
         weights: the trained weights in float32, by keys of `model.model.state_dict()`.
         encoded: the encoded pairs.
     """
@@ -102,13 +102,13 @@ class TrainedMCDM:
 
 @dataclass(frozen=True)
 class MCDMBatch:
-    """What a batch of B pairs is trained on.
+    """A training batch of B pairs.
 
     Attributes:
-        chosen: which pairs.
-        reconstructs: [B] whether the pair's target is its source.
-        dropped: [B] the conditions that are dropped, as bits.
-        t: timesteps [B].
+        chosen: indices of the pairs.
+        reconstructs: [B], whether the source is also the target.
+        dropped: [B], the dropped conditions as bits.
+        t: [B], timesteps.
         noise: [B, C, h, w].
     """
 
@@ -120,15 +120,15 @@ class MCDMBatch:
 
 
 def draw_mcdm_batch(pairs: EncodedPairs, settings: MCDMSettings, timesteps: int, index: int) -> MCDMBatch:
-    """All draws of batch `index` (from 0), from the seed and the index alone. Every pair is seen once in a round."""
+    """Draw batch `index` (from 0); it depends only on the seed and the index. An epoch contains every pair once."""
     size, seed = settings.batch_size, settings.seed
     orders: dict[int, torch.Tensor] = {}
     chosen = []
     for position in range(index * size, (index + 1) * size):
-        number, place = divmod(position, len(pairs))
-        if number not in orders:
-            orders[number] = torch.randperm(len(pairs), generator=generator_of(seed, number, "order of pairs"))
-        chosen.append(int(orders[number][place]))
+        epoch, place = divmod(position, len(pairs))
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(len(pairs), generator=generator_of(seed, epoch, "order of pairs"))
+        chosen.append(int(orders[epoch][place]))
     generator = generator_of(seed, index, "draws of pairs")
     reconstructs = torch.rand(size, generator=generator) < settings.identity_share
     drops = torch.rand(size, generator=generator) < settings.dropout
@@ -153,24 +153,23 @@ def train_mcdm(
     encoding_progress: Callable[[int, int], None] | None = None,
     processes: Processes | None = None,
 ) -> tuple[TrainedMCDM, TrainingRun]:
-    """Learn edits from pairs.
+    """Train an MCDM: all weights of the UNet, and MLP(.).
 
-    All weights of the UNet are trained, from those of the given model and zeros for the source image, together with
-    MLP(.); the text encoder, the VAE and CLIP stay as they are. loss = mean |eps_theta(z_t, t, C) - eps|^2.
+    The UNet starts from the model's weights, with zeros for the source image's channels. The text encoder, the VAE and
+    CLIP are not trained.
 
     Args:
-        model: MODEL that predicts noise or velocity: a text-to-image model, or one of the InstructPix2Pix family.
+        model: MODEL that predicts noise or v: a text-to-image model, or one of the InstructPix2Pix family.
         clip, vae: CLIP and VAE of the same checkpoint.
         clip_vision: CLIP_VISION.
         pairs: all of one size.
-        settings: see there.
-        folder: where the encoded pairs and the checkpoint of the run are, one for all processes; both are named by what
-            they depend on.
-        start: of the file of `model`, where that is an MCDM: the image embedding goes on from it. None begins anew.
-        sample_pair: whose source the samples edit; None takes the first of `pairs`.
-        progress: called after every step; samples are latents [1, C, h, w] in the scale of LATENT sockets.
-        encoding_progress: called with (pairs encoded, pairs in all).
-        processes: that train together; see `training.train`.
+        settings: see `MCDMSettings`.
+        folder: folder of the encoded pairs and the checkpoints, the same for all processes.
+        start: the MCDM in the file of `model`, to continue training its image embedding; None starts a new one.
+        sample_pair: pair whose source the previews edit; None for the first of `pairs`.
+        progress: see `training.train`; previews are latents [1, C, h, w] in the scale of LATENT sockets.
+        encoding_progress: called with (encoded pairs, total pairs).
+        processes: see `training.train`.
 
     Returns:
         the trained model and the record of the training.
@@ -180,23 +179,12 @@ def train_mcdm(
     """
     processes = processes or OneProcess()
     edit_model = as_edit_model(model)
-    sample_pair = sample_pair or (pairs[0] if pairs else None)
     encode = partial(encode_pairs, vae=vae, clip_vision=clip_vision, folder=folder, processes=processes)
     encoded = encode(pairs, progress=encoding_progress)
-    of_sample = encode([sample_pair]) if sample_pair is not None else encoded
-    if of_sample.latent_shape != encoded.latent_shape:
-        raise IdentityEditError("The pair for samples has another size than the others; use pairs of one size.")
-    encoder = first_numbers(clip.patcher, "clip_", lambda key: key.endswith("_proj.weight"))
-    description = run_description(
-        # Batches of a step, however they are shared out: so a run may go on with another number of processes.
-        dataclasses.replace(settings, accumulation=settings.accumulation * processes.count),
-        engine.model_tag(model),
-        model,
-        clip.patcher,
-        text_encoder=[list(encoder.items()), clip.layer_idx],
-        pairs=encoded.fingerprint,
-        **({} if start is None else {"start": start.training.get("run", "unknown")}),
-    )
+    sample_pairs = encode([sample_pair or pairs[0]])
+    if sample_pairs.latent_shape != encoded.latent_shape:
+        raise IdentityEditError("The sample pair has another size than the other pairs; use pairs of one size.")
+    description = _description(model, clip, encoded, settings, start, processes)
     with trainable_networks(
         edit_model,
         clip,
@@ -209,48 +197,13 @@ def train_mcdm(
         embedding = embedding.to(networks.device).requires_grad_(True)
         of_unet = {_UNET + key: value for key, value in networks.model_variables.items()}
         of_embedding = {_EMBEDDING + name: value for name, value in embedding.named_parameters()}
-
-        def losses(index: int) -> Iterator[torch.Tensor]:
-            levels = int(networks.sampling.sigmas.shape[0])
-            drawn = draw_mcdm_batch(encoded, settings, levels, index)
-            prompts, targets = [], []
-            for number, reconstructs in zip(drawn.chosen, drawn.reconstructs.tolist(), strict=True):
-                # "we replace c_{p_b} with c_{p_a} and x_B with x_A by 5 % of time"
-                prompts.append((encoded.source_prompts if reconstructs else encoded.target_prompts)[number])
-                targets.append(encoded.latents("source" if reconstructs else "target", [number]))
-            z_0 = networks.to_model_scale(torch.cat(targets))
-            batch = Batch(z_0, torch.ones_like(z_0[:, :1]), drawn.t.to(z_0.device), drawn.noise.to(z_0.device))
-            text, spatial = _conditions(networks, embedding, encoded, drawn.chosen, prompts, drawn.dropped.tolist())
-            yield denoising_losses(networks, batch, text, source=spatial).mean()
-
-        def sample() -> torch.Tensor:
-            """The paper's guidance on the first of the pairs."""
-            scales = GuidanceScales()
-            drops = {POSITIVE: 0, NEGATIVE: TEXT_BIT, IMAGE: TEXT_BIT | SPATIAL_BIT, UNCONDITIONAL: _COMBINATIONS}
-            names = [name for name, coefficient in scales.coefficients().items() if coefficient != 0.0]
-            count, prompt = len(names), of_sample.target_prompts[0]
-            text, spatial = _conditions(
-                networks,
-                embedding,
-                of_sample,
-                [0] * count,
-                [prompt] * count,
-                [drops[name] | settings.never_used for name in names],
-            )
-
-            def estimate(x: torch.Tensor, sigma: torch.Tensor, t: int) -> torch.Tensor:
-                each = networks.denoised(x.expand(count, -1, -1, -1), sigma.expand(count), text, spatial).float()
-                return guided_estimate(dict(zip(names, each.split(1), strict=True)), scales)
-
-            return preview(networks, of_sample.latent_shape, settings, estimate)
-
         run = train(
             {**of_unet, **of_embedding},
-            losses,
+            partial(_losses, networks, embedding, encoded, settings),
             settings,
             description=description,
             checkpoint=partial(_checkpoint, folder),
-            sample=sample,
+            sample=partial(_sample, networks, embedding, sample_pairs, settings),
             progress=progress,
             processes=processes,
             needed=of_unet,  # MLP(.) gets no gradient from a batch without c_im
@@ -258,40 +211,92 @@ def train_mcdm(
         weights = {key: value.detach().cpu().clone() for key, value in networks.model_variables.items()}
         embedding = embedding.cpu().requires_grad_(False)
     set_weights(edit_model, weights)
-    if processes.index == 0 and of_sample.path != encoded.path:
-        remove_encoded(of_sample)
-    facts = training_record(
+    if processes.index == 0 and sample_pairs.path != encoded.path:
+        remove_encoded(sample_pairs)
+    record = training_record(
         settings,
         run,
         processes=processes.count,
         pairs=len(encoded),
         prompts=sorted({*encoded.source_prompts, *encoded.target_prompts})[:256],
     )
-    mcdm = MCDM(embedding, encoded.vision, engine.model_tag(edit_model), encoded.latent_shape, facts)
+    mcdm = MCDM(embedding, encoded.vision, engine.model_tag(edit_model), encoded.latent_shape, record)
     return TrainedMCDM(edit_model, mcdm, weights, encoded), run
 
 
+def _description(
+    model: Any, clip: Any, pairs: EncodedPairs, settings: MCDMSettings, start: MCDM | None, processes: Processes
+) -> dict[str, Any]:
+    """See `run_description`. Batches are counted per step, so a run can resume with another number of processes."""
+    encoder = first_numbers(clip.patcher, "clip_", lambda key: key.endswith("_proj.weight"))
+    return run_description(
+        dataclasses.replace(settings, accumulation=settings.accumulation * processes.count),
+        engine.model_tag(model),
+        model,
+        clip.patcher,
+        text_encoder=[list(encoder.items()), clip.layer_idx],
+        pairs=pairs.fingerprint,
+        **({} if start is None else {"start": start.training.get("run", "unknown")}),
+    )
+
+
+def _losses(
+    networks: TrainableNetworks, embedding: ImageEmbedding, pairs: EncodedPairs, settings: MCDMSettings, index: int
+) -> Iterator[torch.Tensor]:
+    """Mean |eps_theta(z_t, t, C) - eps|^2 of batch `index`."""
+    drawn = draw_mcdm_batch(pairs, settings, int(networks.sampling.sigmas.shape[0]), index)
+    prompts, targets = [], []
+    for number, reconstructs in zip(drawn.chosen, drawn.reconstructs.tolist(), strict=True):
+        # "we replace c_{p_b} with c_{p_a} and x_B with x_A by 5 % of time"
+        prompts.append((pairs.source_prompts if reconstructs else pairs.target_prompts)[number])
+        targets.append(pairs.latents("source" if reconstructs else "target", [number]))
+    z_0 = networks.to_model_scale(torch.cat(targets))
+    batch = Batch(z_0, torch.ones_like(z_0[:, :1]), drawn.t.to(z_0.device), drawn.noise.to(z_0.device))
+    text, spatial = _conditions(networks, embedding, pairs, drawn.chosen, prompts, drawn.dropped.tolist())
+    yield denoising_losses(networks, batch, text, source=spatial).mean()
+
+
+def _sample(
+    networks: TrainableNetworks, embedding: ImageEmbedding, pairs: EncodedPairs, settings: MCDMSettings
+) -> torch.Tensor:
+    """A preview: the paper's guidance on the first pair."""
+    scales = GuidanceScales()
+    drops = {POSITIVE: 0, NEGATIVE: TEXT_BIT, IMAGE: TEXT_BIT | SPATIAL_BIT, UNCONDITIONAL: _COMBINATIONS}
+    names = [name for name, coefficient in scales.coefficients().items() if coefficient != 0.0]
+    dropped = [drops[name] | settings.never_used for name in names]
+    count = len(names)
+    text, spatial = _conditions(networks, embedding, pairs, [0] * count, pairs.target_prompts[:1] * count, dropped)
+
+    def estimate(x: torch.Tensor, sigma: torch.Tensor, t: int) -> torch.Tensor:
+        each = networks.denoised(x.expand(count, -1, -1, -1), sigma.expand(count), text, spatial).float()
+        return guided_estimate(dict(zip(names, each.split(1), strict=True)), scales)
+
+    return preview(networks, pairs.latent_shape, settings, estimate)
+
+
 def _first_embedding(
-    model: Any, clip_vision: Any, encoded: EncodedPairs, settings: MCDMSettings, start: MCDM | None
+    model: Any, clip_vision: Any, pairs: EncodedPairs, settings: MCDMSettings, start: MCDM | None
 ) -> ImageEmbedding:
     """MLP(.) before the first step."""
     generator = generator_of(settings.seed, 0, "image embedding")
-    embedding = new_embedding(model, clip_vision, encoded.latent_shape, generator, settings.image_tokens)
-    if start is not None:
-        difference = encoded.vision.difference(start.vision)
-        if difference is not None:
-            raise IdentityEditError(
-                f"The image embedding to go on from was trained with another CLIP vision ({difference}); load that one."
-            )
-        weights = start.embedding.state_dict()
-        if {name: tensor.shape for name, tensor in weights.items()} != {
-            name: tensor.shape for name, tensor in embedding.state_dict().items()
-        }:
-            raise IdentityEditError(
-                "The image embedding to go on from has another size; use pairs of the size and the image_tokens of its "
-                "training, or begin a new one."
-            )
-        embedding.load_state_dict(weights)
+    embedding = new_embedding(model, clip_vision, pairs.latent_shape, generator, settings.image_tokens)
+    if start is None:
+        return embedding
+    difference = pairs.vision.difference(start.vision)
+    if difference is not None:
+        raise IdentityEditError(
+            f"The image embedding was trained with another CLIP vision ({difference}); load that one to continue its "
+            f"training."
+        )
+    weights = start.embedding.state_dict()
+    if {name: tensor.shape for name, tensor in weights.items()} != {
+        name: tensor.shape for name, tensor in embedding.state_dict().items()
+    }:
+        raise IdentityEditError(
+            "The image embedding has another size; use the image size and image_tokens of its training, or start a new "
+            "one."
+        )
+    embedding.load_state_dict(weights)
     return embedding
 
 
@@ -303,7 +308,7 @@ def _conditions(
     prompts: Sequence[str],
     dropped: Sequence[int],
 ) -> tuple[Text, torch.Tensor]:
-    """(text and image tokens, c_s) of the chosen pairs with prompts, without what is dropped.
+    """(text and image tokens, c_s) of the chosen pairs, with null values for the dropped conditions.
 
     The null text is the empty prompt, the null c_im no tokens, the null c_s zeros in latent space.
     """
@@ -319,7 +324,7 @@ def _conditions(
 
 
 def checkpoint_path(folder: str, trained: TrainedMCDM) -> str:
-    """The checkpoint of the run that made a result, which is no longer needed once the result is saved."""
+    """Path of a finished run's checkpoint, which can be deleted once the result is saved."""
     return _checkpoint(folder, trained.mcdm.training["run"])
 
 

@@ -37,29 +37,29 @@ TEMPLATES = (
     "an image of {}",
     "a portrait of {}",
 )
-"""The first two are named in Gu et al. 2025, section 2.2.1; the others are in their manner."""
+"""The first two are from Gu et al. 2025, section 2.2.1; the others are similar."""
 
 _WHAT = "style attention"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StyleSettings(TrainingSettings):
-    """What is learned and how it is told; the defaults are those of Gu et al. 2025.
+    """Training settings; the defaults are those of Gu et al. 2025.
 
     Attributes:
-        pseudo_word: stands for the person in captions.
-        templates: captions with PLACE for the pseudo-word, one drawn for each image of a batch. None of them takes
-            the images' own captions.
+        pseudo_word: placeholder token of the person in captions.
+        templates: captions with PLACE for the pseudo-word; one is drawn for each image of a batch. () uses the images'
+            captions.
         kind: SEQUENTIAL, or PARALLEL for the paper's ablation (section 3.4.3).
-        row_groups: of W+ codes, one token each, see `parse_row_groups`.
-        learning_rate: our choice: the extracted text of the paper, section 3.1, has lost the number.
-        text_drop, style_drop: how often an image goes without its caption (an empty one) and without its styles (the
-            encoder's latent average), each drawn on its own.
-        style_noise: deviation of the noise that is added to the styles, in their own unit. Our choice: the paper adds
-            "random noise" and does not say how much.
-        masked: count the loss inside the masks only. The paper names no mask.
-        sample_prompt: "" is the first template.
-        sample_strength: lambda of the samples; it is 1 in training.
+        row_groups: groups of W+ code rows, one token each; see `parse_row_groups`.
+        learning_rate: our default; not reported in the paper.
+        text_drop, style_drop: probabilities that an image's caption is replaced by the empty prompt, and its W+ code by
+            the encoder's latent average, drawn independently.
+        style_noise: standard deviation of the noise added to the W+ codes, in their units. Our default: the paper adds
+            "random noise" without its size.
+        masked: compute the loss inside the masks only. The paper does not mention masks.
+        sample_prompt: "" for the first template.
+        sample_strength: lambda of the previews; it is 1 in training.
     """
 
     pseudo_word: str
@@ -91,7 +91,7 @@ class StyleSettings(TrainingSettings):
         for template in self.templates:
             if PLACE not in template:
                 raise IdentityEditError(
-                    f"The template '{template}' has no place for the pseudo-word; write {PLACE} where it goes."
+                    f"The template '{template}' has no place for the pseudo-word; write {PLACE} where it belongs."
                 )
 
     def caption(self, template: str) -> str:
@@ -108,19 +108,18 @@ def train_style_attention(
     checkpoint: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[StyleAttention, TrainingRun]:
-    """Learn a person's style attention: equation 5 of Gu et al. 2025.
+    """Train a person's style attention: equation 5 of Gu et al. 2025.
 
-    Only W'_q, W'_k, W'_v of every layer and the mapping network are trained; the former begin as the text
-    cross-attention's own.
+    Only the mapping network and W'_q, W'_k, W'_v of every layer are trained.
 
     Args:
-        model: MODEL that predicts noise or velocity, frozen; LoRAs on it count as part of it.
+        model: MODEL that predicts noise or v, frozen, including its LoRAs.
         clip: its CLIP, frozen.
-        images: of one person, six in the paper; further ones of another person add their style (section 2.2.2).
-        w_plus: styles of the same images, in the same order.
-        settings: see there.
-        checkpoint, progress: see `training.train`; samples are latents [1, C, h, w] in the scale of LATENT sockets, of
-            the first image's styles.
+        images: images of one person, six in the paper; images of another person add their style (section 2.2.2).
+        w_plus: W+ codes of the same images, in the same order.
+        settings: see `StyleSettings`.
+        checkpoint, progress: see `training.train`; previews are latents [1, C, h, w] in the scale of LATENT sockets,
+            of the first image's W+ code.
 
     Raises:
         IdentityEditError: when an input cannot be used, or as in `training.train`.
@@ -133,14 +132,9 @@ def train_style_attention(
         torch.manual_seed(settings.seed & 0x7FFFFFFFFFFFFFFF)
         network = StyleNetwork(groups, w_plus.width, text_width, layer_sizes(layers)).requires_grad_(False)
         rows, average = w_plus.rows.detach().clone(), w_plus.average.detach().clone()
-    tokens: torch.Tensor | None = None
-    strength = 1.0  # lambda (section 2.2.3)
-
-    def given(seen: torch.Tensor, extra: Mapping[str, Any]) -> tuple[torch.Tensor, float] | None:
-        return None if tokens is None else (tokens.to(seen.dtype), strength)
-
+    style = _CurrentStyle()
     patched = model.clone()
-    patches = style_patches(patched.get_model_object("diffusion_model"), network.attention, given, settings.kind)
+    patches = style_patches(patched.get_model_object("diffusion_model"), network.attention, style, settings.kind)
     for name, patch in patches.items():
         patched.set_model_patch(patch, name)
     with trainable_networks(
@@ -151,42 +145,28 @@ def train_style_attention(
         checkpointing=settings.checkpointing,
         modules=[network],
     ) as networks:
-        # W'_q, W'_k and W'_v are initialized from W_q, W_k and W_v (section 2.2.4).
-        with torch.no_grad():
-            for key, layer in layers.items():
-                for part in ("to_q", "to_k", "to_v"):
-                    own, text = getattr(network.attention[key], part), getattr(layer.block.attn2, part)
-                    named = f"{'.'.join(map(str, key))}.attn2.{part}"
-                    own.weight.copy_(float32_weight(text, "weight", named, in_use=True))
+        _initialize(network, layers)
         rows, average = rows.to(networks.device), average.to(networks.device)
 
         def losses(index: int) -> Iterator[torch.Tensor]:
-            nonlocal tokens, strength
             generator = generator_of(settings.seed, index, _WHAT)
             batch = draw_batch(networks, images, settings, index, _WHAT, masked=settings.masked, generator=generator)
             captions = _captions(batch.captions, settings, generator)
-            styles = rows[batch.chosen]
-            styles = styles + settings.style_noise * torch.randn(styles.shape, generator=generator).to(rows)
-            without = torch.rand(len(styles), generator=generator).to(rows.device) < settings.style_drop
-            styles = torch.where(without[:, None, None], average, styles)
-            tokens, strength = network.mapping(styles, average), 1.0
+            styles = _styles(rows[batch.chosen], average, settings, generator)
+            style.tokens, style.strength = network.mapping(styles, average), 1.0
             # E |eps - eps_theta(z_t, t, text, styles)|^2                                                    eq. 5
             yield denoising_losses(networks, batch, networks.encode(captions)).mean()
 
         def sample() -> torch.Tensor:
-            nonlocal tokens, strength
             prompt = settings.sample_prompt
             if not prompt:
                 prompt = settings.caption(settings.templates[0]) if settings.templates else images.captions[0]
-            # The person's styles beside the prompt, the null style beside the empty one.
-            tokens = network.mapping(torch.stack([rows[0], average]), average)
-            strength = settings.sample_strength
+            # The person's style with the prompt, the null style with the empty prompt.
+            style.tokens = network.mapping(torch.stack([rows[0], average]), average)
+            style.strength = settings.sample_strength
             text = networks.encode([prompt, ""])
             return guided_preview(networks, images.latents[0].shape, settings, lambda t: text)
 
-        # Rounded, as encoding the same images on another device need not give the same bits.
-        styles = torch.cat([w_plus.rows.flatten(), w_plus.average.flatten()])
-        digest = hashlib.sha256((styles * 100).round().to(torch.int32).numpy().tobytes()).hexdigest()
         run = train(
             dict(network.named_parameters()),
             losses,
@@ -199,14 +179,14 @@ def train_style_attention(
                 what=_WHAT,
                 layer=clip.layer_idx,
                 images=images.fingerprint,
-                styles=[digest, w_plus.encoder, *w_plus.rows.shape],
+                styles=[_digest(w_plus), w_plus.encoder, *w_plus.rows.shape],
             ),
             checkpoint=checkpoint,
             sample=sample,
             progress=progress,
         )
-        tokens = None
-    style = StyleAttention(
+        style.tokens = None
+    trained = StyleAttention(
         network=in_file_precision(network),
         kind=settings.kind,
         style_rows=w_plus.count,
@@ -217,38 +197,71 @@ def train_style_attention(
         model=tag,
         training=training_record(settings, run, images=len(images)),
     )
-    return style, run
+    return trained, run
 
 
-def _captions(own: Sequence[str], settings: StyleSettings, generator: torch.Generator) -> list[str]:
-    """A caption for each image of a batch: a random template or the image's own, or none."""
-    captions = list(own)
+class _CurrentStyle:
+    """Style tokens v and lambda of the current model call, for the attention patches."""
+
+    tokens: torch.Tensor | None = None
+    strength = 1.0  # lambda (section 2.2.3)
+
+    def __call__(self, hidden: torch.Tensor, extra: Mapping[str, Any]) -> tuple[torch.Tensor, float] | None:
+        return None if self.tokens is None else (self.tokens.to(hidden.dtype), self.strength)
+
+
+def _initialize(network: StyleNetwork, layers: Mapping[Any, Any]) -> None:
+    """W'_q, W'_k and W'_v are initialized from W_q, W_k and W_v (section 2.2.4)."""
+    with torch.no_grad():
+        for key, layer in layers.items():
+            for part in ("to_q", "to_k", "to_v"):
+                name = f"{'.'.join(map(str, key))}.attn2.{part}"
+                weight = float32_weight(getattr(layer.block.attn2, part), "weight", name, in_use=True)
+                getattr(network.attention[key], part).weight.copy_(weight)
+
+
+def _styles(
+    rows: torch.Tensor, average: torch.Tensor, settings: StyleSettings, generator: torch.Generator
+) -> torch.Tensor:
+    """The batch's W+ codes with noise, some replaced by the latent average."""
+    styles = rows + settings.style_noise * torch.randn(rows.shape, generator=generator).to(rows)
+    dropped = torch.rand(len(styles), generator=generator).to(rows.device) < settings.style_drop
+    return torch.where(dropped[:, None, None], average, styles)
+
+
+def _digest(w_plus: WPlus) -> str:
+    """Hash of W+ codes, rounded because encoding on another device may give slightly different values."""
+    styles = torch.cat([w_plus.rows.flatten(), w_plus.average.flatten()])
+    return hashlib.sha256((styles * 100).round().to(torch.int32).numpy().tobytes()).hexdigest()
+
+
+def _captions(captions: Sequence[str], settings: StyleSettings, generator: torch.Generator) -> list[str]:
+    """The batch's captions: a random template or the image's caption, some replaced by the empty prompt."""
     if settings.templates:
-        drawn = torch.randint(len(settings.templates), (len(own),), generator=generator).tolist()
+        drawn = torch.randint(len(settings.templates), (len(captions),), generator=generator).tolist()
         captions = [settings.caption(settings.templates[number]) for number in drawn]
-    without = (torch.rand(len(own), generator=generator) < settings.text_drop).tolist()
-    return ["" if dropped else caption for caption, dropped in zip(captions, without, strict=True)]
+    dropped = (torch.rand(len(captions), generator=generator) < settings.text_drop).tolist()
+    return ["" if drop else caption for caption, drop in zip(captions, dropped, strict=True)]
 
 
 def check_training_input(
     captions: Sequence[str], masks: Sequence[torch.Tensor | None], w_plus: WPlus, settings: StyleSettings
 ) -> RowGroups:
-    """The row groups, when images, styles and settings fit together.
-
-    Args:
-        captions, masks: of each image.
+    """Check that images, W+ codes and settings fit together, and return the row groups.
 
     Raises:
         IdentityEditError: when they do not.
     """
     if len(w_plus.rows) != len(captions):
         raise IdentityEditError(
-            f"There are {len(captions)} images and W+ styles of {len(w_plus.rows)}; encode the same images in the "
-            f"same order."
+            f"There are {len(captions)} images and W+ codes of {len(w_plus.rows)}; encode the same images in the same "
+            f"order."
         )
     if not settings.templates:
         for number, caption in enumerate(captions, start=1):
             if not caption.strip():
-                raise IdentityEditError(f"Image {number} has no caption and there are no templates; write either.")
+                raise IdentityEditError(
+                    f"Image {number} has no caption and there are no templates; write a caption or a template."
+                )
     check_masks(masks, settings.masked)
     return parse_row_groups(settings.row_groups, w_plus.count)

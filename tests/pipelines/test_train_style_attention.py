@@ -365,7 +365,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 
 
 def test_images_and_styles_that_do_not_belong_together_are_refused() -> None:
-    with pytest.raises(IdentityEditError, match="4 images and W\\+ styles of 1"):
+    with pytest.raises(IdentityEditError, match="4 images and W\\+ codes of 1"):
         train(w_plus=tiny_styles.w_plus())
     with pytest.raises(IdentityEditError, match="have 7 rows.*such as '1-2, 3-4, 5, 6-7'"):
         train(settings=dataclasses.replace(SETTINGS, row_groups=styles.ROW_GROUPS))

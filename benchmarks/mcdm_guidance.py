@@ -60,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     embedding = mcdm.new_embedding(model, vision, latent_shape, torch.Generator().manual_seed(0), mcdm.IMAGE_TOKENS)
     made = mcdm.MCDM(embedding, vision_tag(vision), engine.model_tag(model), latent_shape, {})
     counter = Counter()
-    counted = model.clone()
+    counted: Any = model.clone()
     counted.set_model_unet_function_wrapper(counter)
     image = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -76,8 +76,8 @@ MUTATIONS = [
     ),
     Mutation(
         "values of the source",
-        "values.append(of_values.repeat(rows // of_values.shape[0], 1, 1))",
-        "values.append(own[1])",
+        "values.append(source_values.repeat(rows // source_values.shape[0], 1, 1))",
+        "values.append(target[1])",
         ("test_mutual_self_attention.py",),
     ),
     Mutation(
@@ -88,8 +88,8 @@ MUTATIONS = [
     ),
     Mutation(
         "no style once compiled",
-        "if given is None:  # lambda 0 keeps every bit",
-        "if given is None or torch.compiler.is_compiling():",
+        "if style is None:  # lambda 0 is bit-identical to no style",
+        "if style is None or torch.compiler.is_compiling():",
         ("test_compiled_models.py",),
     ),
     # pipelines/
@@ -172,8 +172,8 @@ MUTATIONS = [
     ),
     Mutation(
         "every process the same batches",
-        "range(step * in_a_step + processes.index,",
-        "range(step * in_a_step,",
+        "range(step * batches + processes.index,",
+        "range(step * batches,",
         ("test_processes.py",),
     ),
     Mutation(

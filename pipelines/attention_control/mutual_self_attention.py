@@ -14,19 +14,21 @@ from ...attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFea
 from ...attention.unet import with_patches, without_guidance_functions
 from .. import engine
 from ..inversion.inversion import Inversion, check_inversion, check_sampled_latent
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding
 from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.input_checks import check_number
 from ..shared.masks import as_masks, cut_to
 
 START_STEP = 0.08
 """4 of 50 steps in the reference implementation, as a fraction."""
 
 _KEY = "identity_edit_mutual_self_attention"
-_SOURCE_SIDES = ("positive", "middle")
+_SOURCE_SIDES: tuple[str, ...] = ("positive", "middle")
 
 
 def mutual_self_attention(
-    model: Any,
+    model: Model,
     inversion: Inversion,
     source: Conditioning,
     negative: Conditioning | None = None,
@@ -34,7 +36,7 @@ def mutual_self_attention(
     start_layer: int = AUTOMATIC,
     source_mask: torch.Tensor | None = None,
     target_mask: torch.Tensor | None = None,
-) -> Any:
+) -> Model:
     """A clone of `model` whose self-attention takes its keys and values from an inverted image.
 
     Works with any guider, and with any sampler that evaluates the network at the inversion's noise levels. From
@@ -61,21 +63,8 @@ def mutual_self_attention(
     """
     width = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
     check_inversion(inversion, model)
-    if not 0.0 <= start_step <= 1.0:
-        raise IdentityEditError(f"start_step is {start_step:g}; choose a share of the steps from 0 to 1.")
-    source_embedding, source_pooled = single_embedding(source, "The source prompt")
-    embeddings = dict.fromkeys(_SOURCE_SIDES, (source_embedding, source_pooled))
-    if negative is not None:
-        embeddings["negative"] = single_embedding(negative, "The negative prompt")
-    for side, (embedding, _) in embeddings.items():
-        check_batch_matches(
-            embedding.shape[0], inversion.batch, "The negative prompt" if side == "negative" else "The source prompt"
-        )
-        if embedding.shape[-1] != width:
-            raise IdentityEditError(
-                f"A prompt has {embedding.shape[-1]} channels but the model takes {width}; encode it with this "
-                f"checkpoint's CLIP."
-            )
+    check_number(start_step, "start_step", 0.0, 1.0)
+    embeddings = _source_embeddings(source, negative, width, inversion.batch)
     if (source_mask is None) != (target_mask is None):
         raise IdentityEditError(
             "Only one of source_mask and target_mask is connected; connect both, or neither for edits without masks."
@@ -117,20 +106,42 @@ def mutual_self_attention(
                 f"Mutual self-attention could not record the layers {features.missing()}; remove the node that skips "
                 f"them (such as DeepCache), or choose a later start_layer."
             )
-        guiding = None
+        guiding = None if masks is None else _mutual_masks(*masks, x, conds)
         patches: dict[str, Any] = {}
-        if masks is not None:
-            for mask, name in zip(masks, ("source_mask", "target_mask"), strict=True):
-                check_batch_matches(mask.shape[0], x.shape[0], name)
-            entries = {entry["uuid"]: entry for side in conds.values() for entry in side or ()}
-            height, width = x.shape[-2:]
-            source_cut, target_cut = (cut_to(mask, height, width) for mask in masks)
-            guiding = MutualMasks(source_cut, target_cut, entries, height, width)
+        if guiding is not None:
             patches["attn1_output_patch"] = guiding.output_patch()
         patches["attn1_patch"] = features.injecting_patch(guiding)
         return executor(x, timestep, with_patches(model_options, **patches), seed)
 
     return engine.with_wrappers(model, _KEY, attend_to_source)
+
+
+def _source_embeddings(
+    source: Conditioning, negative: Conditioning | None, width: int, batch: int
+) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+    """Embedding and pooled output of the source by the guider's sides, checked against the model and the inversion."""
+    prompts = {"The source prompt": (source, _SOURCE_SIDES)}
+    if negative is not None:
+        prompts["The negative prompt"] = negative, ("negative",)
+    embeddings: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
+    for name, (conditioning, sides) in prompts.items():
+        embedding, pooled = single_embedding(conditioning, name)
+        check_batch_matches(embedding.shape[0], batch, name)
+        if embedding.shape[-1] != width:
+            raise IdentityEditError(
+                f"A prompt has {embedding.shape[-1]} channels but the model takes {width}; encode it with this "
+                f"checkpoint's CLIP."
+            )
+        embeddings |= dict.fromkeys(sides, (embedding, pooled))
+    return embeddings
+
+
+def _mutual_masks(source: torch.Tensor, target: torch.Tensor, x: torch.Tensor, conds: dict[str, Any]) -> MutualMasks:
+    check_batch_matches(source.shape[0], x.shape[0], "source_mask")
+    check_batch_matches(target.shape[0], x.shape[0], "target_mask")
+    entries = {entry["uuid"]: entry for side in conds.values() for entry in side or ()}
+    height, width = x.shape[-2:]
+    return MutualMasks(cut_to(source, height, width), cut_to(target, height, width), entries, height, width)
 
 
 def _source_conditionings(

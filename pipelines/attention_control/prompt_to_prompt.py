@@ -26,8 +26,10 @@ from ...attention.unet import AttentionLayer, attention_layers, without_guidance
 from .. import engine
 from ..engine.families.schedule import step_at
 from ..inversion.inversion import Inversion, check_inversion, check_sampled_latent
+from ..shared.comfy_types import Clip, Model
 from ..shared.conditioning import Conditioning, single_embedding
 from ..shared.errors import IdentityEditError
+from ..shared.input_checks import check_choice, check_number
 from ..shared.parsing import split_parts, split_words
 from ..text.prompt_tokens import (
     Pair,
@@ -76,17 +78,13 @@ class ControlSettings:
 
     def __post_init__(self) -> None:
         for name in ("cross_replace_steps", "self_replace_steps", "blend_threshold", "blend_start"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise IdentityEditError(f"{name} is {getattr(self, name):g}; choose a share from 0 to 1.")
-        if self.self_attention_grid not in FACTORS:
-            raise IdentityEditError(
-                f"self_attention_grid is {self.self_attention_grid!r}; choose one of {', '.join(FACTORS)}."
-            )
+            check_number(getattr(self, name), name, 0.0, 1.0)
+        check_choice(self.self_attention_grid, "self_attention_grid", FACTORS)
 
 
 def prompt_to_prompt(
-    model: Any,
-    clip: Any,
+    model: Model,
+    clip: Clip,
     source_prompt: str,
     target_prompt: str,
     edit: str = REPLACE,
@@ -94,7 +92,7 @@ def prompt_to_prompt(
     blend_words: str = "",
     settings: ControlSettings | None = None,
     inversion: Inversion | None = None,
-) -> tuple[Any, Conditioning]:
+) -> tuple[Model, Conditioning]:
     """A MODEL that samples the target prompt with the attention of the source prompt, and the target's CONDITIONING.
 
     Args:
@@ -119,8 +117,7 @@ def prompt_to_prompt(
     Raises:
         IdentityEditError: when an input cannot be used; while sampling, for another size, batch or noise level.
     """
-    if edit not in EDITS:
-        raise IdentityEditError(f"edit is {edit!r}; choose one of {', '.join(EDITS)}.")
+    check_choice(edit, "edit", EDITS)
     source, target = prompt_tokens(clip, source_prompt), prompt_tokens(clip, target_prompt)
     pairs = paired_words(source, target) if edit == REPLACE else aligned_tokens(source, target)
     mapper = token_mapper(source, target, pairs)
@@ -158,10 +155,53 @@ def parse_reweight(text: str) -> dict[str, float]:
     return factors
 
 
-def encode(clip: Any, prompt: str) -> Conditioning:
+def encode(clip: Clip, prompt: str) -> Conditioning:
     """Encode a prompt like the stock CLIP Text Encode."""
     with torch.no_grad():
         return clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
+
+
+def with_attention_control(
+    model: Model,
+    tokens: TokenMap,
+    source: Conditioning,
+    settings: ControlSettings,
+    blend: Pair | None = None,
+    inversion: Inversion | None = None,
+) -> Model:
+    """A clone of `model` whose target takes the attention of a source; see `prompt_to_prompt`.
+
+    The sampler's positive conditioning is the target's. Apply it after nodes that change the prompt step by step. The
+    last one applied to a model is used.
+
+    Local blend works like ComfyUI's masked sampling: outside the mask the network's input is the source's x_t, and the
+    estimate of z_0 is the source's. The sampler's latent converges to it: the difference when a latent pixel leaves the
+    mask shrinks by sigma_end / sigma (for Euler steps), so the final latent equals the source up to rounding if the
+    schedule ends at 0, and nearly so if it ends at timestep 0.
+
+    Args:
+        model: MODEL; not modified.
+        tokens: mapping of cross-attention from source to target tokens.
+        source: the source prompt's CONDITIONING, one entry.
+        settings: when and where attention is controlled.
+        blend: tokens of the blend words in the source and the target prompt, or None.
+        inversion: inversion of the source, or None to sample it alongside the target.
+
+    """
+    width = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
+    embedding, pooled = single_embedding(source, "The source prompt")
+    if embedding.shape[-1] != width or embedding.shape[1] != tokens.mapper.shape[0]:
+        raise IdentityEditError(
+            f"The source prompt has an embedding {tuple(embedding.shape)} but the model takes {width} channels; "
+            f"connect the CLIP of the same checkpoint."
+        )
+    if inversion is not None:
+        check_inversion(inversion, model)
+        if inversion.embeddings is not None:
+            model = apply_step_embeddings(model, inversion.embeddings, "negative")
+    layers = attention_layers(model.get_model_object("diffusion_model"))
+    both = _SourceAndTarget(tokens, embedding, pooled, settings, blend, inversion, layers)
+    return engine.with_wrappers(model, _KEY, both.evaluate, outer_sample=both.begin)
 
 
 @dataclass
@@ -181,50 +221,24 @@ class _Run:
     mask: torch.Tensor | None = None
 
 
-def with_attention_control(
-    model: Any,
-    tokens: TokenMap,
-    source: Conditioning,
-    settings: ControlSettings,
-    blend: Pair | None = None,
-    inversion: Inversion | None = None,
-) -> Any:
-    """A clone of `model` whose target takes the attention of a source; see `prompt_to_prompt`.
+@dataclass
+class _SourceAndTarget:
+    """Source and target sampled together, by wrappers around a run and around each of its model calls."""
 
-    The sampler's positive conditioning is the target's. Apply it after nodes that change the prompt step by step. The
-    last one applied to a model is used.
-
-    Local blend works like ComfyUI's masked sampling: outside the mask the network's input is the source's x_t, and the
-    estimate of z_0 is the source's. The sampler's latent converges to it: the difference when a latent pixel leaves the
-    mask shrinks by sigma_end / sigma (for Euler steps), so the final latent equals the source up to rounding if the
-    schedule ends at 0, and nearly so if it ends at timestep 0.
-
-    Args:
-        model: MODEL; not modified.
-        tokens: mapping of cross-attention from source to target tokens.
-        source: the source prompt's CONDITIONING, one entry.
-        settings: when and where attention is controlled.
-        blend: tokens of the blend words in the source and the target prompt, or None.
-        inversion: inversion of the source, or None to sample it alongside the target.
-
-    Raises:
-        IdentityEditError: as `prompt_to_prompt`.
-    """
-    width = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
-    embedding, pooled = single_embedding(source, "The source prompt")
-    if embedding.shape[-1] != width or embedding.shape[1] != tokens.mapper.shape[0]:
-        raise IdentityEditError(
-            f"The source prompt has an embedding {tuple(embedding.shape)} but the model takes {width} channels; "
-            f"connect the CLIP of the same checkpoint."
-        )
-    if inversion is not None:
-        check_inversion(inversion, model)
-        if inversion.embeddings is not None:
-            model = apply_step_embeddings(model, inversion.embeddings, "negative")
-    layers = attention_layers(model.get_model_object("diffusion_model"))
+    tokens: TokenMap
+    embedding: torch.Tensor
+    pooled: torch.Tensor | None
+    settings: ControlSettings
+    blend: Pair | None
+    inversion: Inversion | None
+    layers: list[AttentionLayer]
     run: _Run | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SourceAndTarget:
+        return self  # shared by all clones of a model
+
     def begin(
+        self,
         executor: Any,
         noise: torch.Tensor,
         latent_image: torch.Tensor,
@@ -234,10 +248,9 @@ def with_attention_control(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        nonlocal run
-        words = None if blend is None else LocalBlend(*blend, settings.blend_threshold)
-        run = _Run(noise.shape[0], sigmas.detach().to(device="cpu", dtype=torch.float32), words)
-        if inversion is None:  # duplicate the latents and the noise: first the sources, then the targets
+        words = None if self.blend is None else LocalBlend(*self.blend, self.settings.blend_threshold)
+        self.run = _Run(noise.shape[0], sigmas.detach().to(device="cpu", dtype=torch.float32), words)
+        if self.inversion is None:  # duplicate the latents and the noise: first the sources, then the targets
             # Versions newer than 0.3.75 pass one mask per latent.
             if denoise_mask is not None and denoise_mask.shape[0] == noise.shape[0]:
                 denoise_mask = torch.cat([denoise_mask, denoise_mask])
@@ -246,27 +259,17 @@ def with_attention_control(
                 kwargs["latent_shapes"] = [latent_image.shape]
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, *args, **kwargs)
 
-    def evaluate_both(
+    def evaluate(
+        self,
         executor: Any,
         x: torch.Tensor,
         timestep: torch.Tensor,
         model_options: dict[str, Any] | None = None,
         seed: Any = None,
     ) -> torch.Tensor:
+        run, inversion, settings = self.run, self.inversion, self.settings
         assert run is not None
-        sigma = float(timestep.max())
-        if inversion is None:
-            if x.shape[0] != 2 * run.batch:
-                raise IdentityEditError(
-                    "Prompt-to-Prompt must sample the source alongside the target, which this sampler does not "
-                    "support; connect the inversion to Prompt-to-Prompt, or use a stock sampler."
-                )
-            step, steps = step_at(run.sigmas, sigma), run.sigmas.shape[0] - 1
-            x_source, x_target = x.chunk(2)
-        else:
-            check_sampled_latent(inversion, x)
-            step, steps = inversion.row(sigma), inversion.steps
-            x_source, x_target = inversion.trajectory[step].to(x), x
+        step, steps, x_source, x_target = self._at(run, x, float(timestep.max()))
         source_sigmas, target_sigmas = timestep[: x_source.shape[0]], timestep[: x_target.shape[0]]
         controls_cross = step < round(settings.cross_replace_steps * steps)
         controls_self = step < round(settings.self_replace_steps * steps)
@@ -276,9 +279,9 @@ def with_attention_control(
         guider = executor.class_obj
         own = guider.conds
         height, width = x.shape[-2:]
-        cross, with_self, blended = _chosen_layers(layers, settings, height, width)
+        cross, with_self, blended = _chosen_layers(self.layers, settings, height, width)
         control = AttentionControl(
-            tokens=tokens,
+            tokens=self.tokens,
             cross_layers=cross if controls_cross else {},
             self_layers=with_self if controls_self else {},
             entries={entry["uuid"]: entry for entry in own["positive"]},
@@ -290,7 +293,7 @@ def with_attention_control(
         if run.mask is not None:
             x_target = torch.where(run.mask, x_target, x_source)
         try:
-            guider.conds = _source_conditionings(own, embedding.to(x.device), pooled, inversion is not None)
+            guider.conds = _source_conditionings(own, self.embedding.to(x.device), self.pooled, inversion is not None)
             options = model_options if inversion is None else without_guidance_functions(model_options)
             with torch.no_grad():
                 source_denoised = executor(x_source, source_sigmas, control.recording(options), seed)
@@ -305,7 +308,19 @@ def with_attention_control(
             guider.conds = own
         return target_denoised if inversion is not None else torch.cat([source_denoised, target_denoised])
 
-    return engine.with_wrappers(model, _KEY, evaluate_both, outer_sample=begin)
+    def _at(self, run: _Run, x: torch.Tensor, sigma: float) -> tuple[int, int, torch.Tensor, torch.Tensor]:
+        """The step at a noise level, the number of steps, and the latents of source and target."""
+        if self.inversion is not None:
+            check_sampled_latent(self.inversion, x)
+            row = self.inversion.row(sigma)
+            return row, self.inversion.steps, self.inversion.trajectory[row].to(x), x
+        if x.shape[0] != 2 * run.batch:
+            raise IdentityEditError(
+                "Prompt-to-Prompt must sample the source alongside the target, which this sampler does not support; "
+                "connect the inversion to Prompt-to-Prompt, or use a stock sampler."
+            )
+        x_source, x_target = x.chunk(2)
+        return step_at(run.sigmas, sigma), run.sigmas.shape[0] - 1, x_source, x_target
 
 
 def _chosen_layers(

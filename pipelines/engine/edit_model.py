@@ -16,6 +16,7 @@ import comfy.model_base
 import comfy.supported_models
 import torch
 
+from ..shared.comfy_types import Clip, Model, Vae
 from ..shared.errors import IdentityEditError
 from .families.base import Capability
 from .families.registry import require
@@ -50,22 +51,18 @@ def register_families() -> None:
         families.insert(families.index(comfy.supported_models.SD20), SD20InstructPix2Pix)
 
 
-def input_channels(model: Any) -> int:
+def input_channels(model: Model) -> int:
     """Input channels of the model's UNet: 4 (text-to-image), 8 (with a source image) or 9 (inpainting)."""
     return int(model.get_model_object("diffusion_model").input_blocks[0][0].in_channels)
 
 
-def is_edit_model(model: Any) -> bool:
+def is_edit_model(model: Model) -> bool:
     """Whether ComfyUI passes a source image's latent to the model's UNet."""
     return isinstance(model.model, comfy.model_base.IP2P)
 
 
-def require_edit_model(model: Any) -> None:
-    """Check that a model is conditioned on a source image.
-
-    Raises:
-        IdentityEditError: when it is not.
-    """
+def require_edit_model(model: Model) -> None:
+    """Raise `IdentityEditError` unless a model is conditioned on a source image."""
     require(model, Capability.TRAINING)
     if not is_edit_model(model):
         raise IdentityEditError(
@@ -74,7 +71,7 @@ def require_edit_model(model: Any) -> None:
         )
 
 
-def as_edit_model(model: Any) -> Any:
+def as_edit_model(model: Model) -> Model:
     """Convert a text-to-image model to the InstructPix2Pix family: its weights, and zeros for the source channels.
 
     With zeros, the output is that of the original model for any source image. LoRAs on the model are merged into the
@@ -128,12 +125,12 @@ def as_edit_model(model: Any) -> Any:
     return patcher
 
 
-def unet_keys(model: Any) -> list[str]:
+def unet_keys(model: Model) -> list[str]:
     """Keys of all UNet weights in `model.model.state_dict()`."""
     return [_MODEL_PREFIX + key for key, _ in model.get_model_object("diffusion_model").named_parameters()]
 
 
-def set_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
+def set_weights(model: Model, weights: dict[str, torch.Tensor]) -> None:
     """Overwrite weights of a model, by keys of `model.model.state_dict()`, in the model's dtype."""
     with torch.no_grad():
         for key, weight in weights.items():
@@ -143,7 +140,7 @@ def set_weights(model: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def checkpoint_tensors(
-    model: Any, clip: Any | None, vae: Any | None, weights: dict[str, torch.Tensor], dtype: torch.dtype
+    model: Model, clip: Clip | None, vae: Vae | None, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint file, with the names that ComfyUI's loaders expect (as in Save Checkpoint).
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, get_attention_function
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 
+from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError
 from ..shared.gradients import checkpointed_blocks, differentiable_attention, modules_in, plain_frozen_tensors
 
 
 @contextlib.contextmanager
 def gradient_context(
-    patchers: Iterable[Any], *, load: bool = True, memory_required: float = 0, checkpointing: bool = False
+    patchers: Iterable[Model], *, load: bool = True, memory_required: float = 0, checkpointing: bool = False
 ) -> Iterator[None]:
     """Enable gradients with respect to inputs of frozen models inside a ComfyUI node.
 
@@ -79,7 +79,7 @@ def _is_out_of_memory(error: RuntimeError) -> bool:
     return is_oom(error) if is_oom is not None else isinstance(error, torch.cuda.OutOfMemoryError)
 
 
-def load_completely(patchers: list[Any], memory_required: float) -> None:
+def load_completely(patchers: list[Model], memory_required: float) -> None:
     """Load all weights and free memory for the computation.
 
     Call it in ComfyUI's inference mode: quantized weights that were moved outside of it cannot be moved inside it.
@@ -93,7 +93,7 @@ def load_completely(patchers: list[Any], memory_required: float) -> None:
 
 
 @contextlib.contextmanager
-def weights_on_device(patchers: Iterable[Any]) -> Iterator[None]:
+def weights_on_device(patchers: Iterable[Model]) -> Iterator[None]:
     """With dynamic VRAM, keep every weight on the device within this context.
 
     Dynamic VRAM loads a weight when its layer runs, and may overwrite its memory afterwards, before the backward pass
@@ -122,18 +122,18 @@ def weights_on_device(patchers: Iterable[Any]) -> Iterator[None]:
             setattr(module, name, weight)
 
 
-def _weight_in_use(patcher: Any, key: str, weight: torch.Tensor) -> torch.Tensor:
+def _weight_in_use(patcher: Model, key: str, weight: torch.Tensor) -> torch.Tensor:
     if weight.is_meta:  # ComfyUI's placeholder for zeros missing from the file
         return torch.zeros_like(weight, device=patcher.load_device)
     return patcher.patch_weight_to_device(key, device_to=patcher.load_device, return_weight=True)
 
 
-def _is_dynamic(patcher: Any) -> bool:
+def _is_dynamic(patcher: Model) -> bool:
     """Whether ComfyUI loads the patcher's weights layer by layer (dynamic VRAM, newer than 0.3.75)."""
     return bool(getattr(patcher, "is_dynamic", bool)())
 
 
-def use_differentiable_attention(patcher: Any) -> None:
+def use_differentiable_attention(patcher: Model) -> None:
     """Make a clone use PyTorch's attention whenever a gradient is needed, whatever other backend is active."""
     options = patcher.model_options["transformer_options"]
     options["optimized_attention_override"] = differentiable_attention(
@@ -141,7 +141,7 @@ def use_differentiable_attention(patcher: Any) -> None:
     )
 
 
-def gradient_memory(model: Any, latent_shape: list[int], checkpointing: bool) -> float:
+def gradient_memory(model: Model, latent_shape: list[int], checkpointing: bool) -> float:
     """Estimated bytes for a forward and backward pass in addition to the weights, for ComfyUI's memory management.
 
     Measured by counting the elements that autograd saves: per latent pixel 89 thousand in SD1.5's UNet and 155 thousand

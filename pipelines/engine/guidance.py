@@ -8,6 +8,7 @@ from typing import Any
 import comfy.samplers
 import torch
 
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import check_areas
 
@@ -26,7 +27,7 @@ class CombiningGuider(comfy.samplers.CFGGuider):
             noise level, however ComfyUI batches them.
     """
 
-    def __init__(self, model_patcher: Any, conditionings: dict[str, Conditioning], combine: Combine) -> None:
+    def __init__(self, model_patcher: Model, conditionings: dict[str, Conditioning], combine: Combine) -> None:
         super().__init__(model_patcher)
         self.inner_set_conds(conditionings)
         self._combine = combine
@@ -48,17 +49,7 @@ class CombiningGuider(comfy.samplers.CFGGuider):
         prompts = sorted((name for name in self.conds if name != "negative"), key=lambda name: name != "positive")
         names = [prompts[0], "negative", *prompts[1:]]
         conditionings: list[Any] = [self.conds.get(name) for name in names]
-        if "sampler_calc_cond_batch_function" in options:
-            arguments = {
-                "conds": conditionings,
-                "input": x,
-                "sigma": timestep,
-                "model": self.inner_model,
-                "model_options": options,
-            }
-            results = options["sampler_calc_cond_batch_function"](arguments)
-        else:
-            results = comfy.samplers.calc_cond_batch(self.inner_model, conditionings, x, timestep, options)
+        results = estimates_of(self.inner_model, conditionings, x, timestep, options)
         estimates = {n: e for n, e, c in zip(names, results, conditionings, strict=True) if c is not None}
         self.evaluations += len(estimates)
         self._now = timestep, options
@@ -107,6 +98,17 @@ class CombiningGuider(comfy.samplers.CFGGuider):
                 }
             )
         return combined
+
+
+def estimates_of(
+    inner_model: Any, conditionings: list[Any], x: torch.Tensor, sigma: torch.Tensor, options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """The estimates of z_0 for several conditionings, by ComfyUI's function or by another node's in its place."""
+    if "sampler_calc_cond_batch_function" not in options:
+        return comfy.samplers.calc_cond_batch(inner_model, conditionings, x, sigma, options)
+    return options["sampler_calc_cond_batch_function"](
+        {"conds": conditionings, "input": x, "sigma": sigma, "model": inner_model, "model_options": options}
+    )
 
 
 def guided_estimate(

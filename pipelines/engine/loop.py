@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import comfy.model_management
@@ -13,6 +14,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, copy_outside_inference_mode, coverage_warning
 from ..shared.errors import check_areas
 from ..shared.gradients import autograd_safe_options
@@ -25,13 +27,8 @@ from .gradient_context import (
     readable_memory_errors,
     use_differentiable_attention,
 )
-from .guidance import guided_estimate
-from .model import (
-    check_prompt,
-    conditionings_with_embedding,
-    drop_step_caches,
-    to_socket_scale,
-)
+from .guidance import estimates_of, guided_estimate
+from .model import check_prompt, conditionings_with_embedding, drop_step_caches, to_socket_scale
 
 _KEY = "identity_edit"
 
@@ -103,9 +100,10 @@ class NetworkEvaluator:
 
         Without such patches: unconditional + guidance_scale * (conditional - unconditional).
         """
-        return self._guider.combine(
-            conditional, unconditional, x, _per_latent(sigma, x), guidance_scale, self._extra_args["model_options"]
-        )
+        guider, options = self._guider, self._extra_args["model_options"]
+        sides = [guider.conds["positive"], guider.conds["negative"]]
+        estimates = [conditional, unconditional]
+        return guided_estimate(guider.inner_model, sides, estimates, x, _per_latent(sigma, x), guidance_scale, options)
 
     def report(self, step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
         """Report that step `step` (from 0) of `total` is done, with a preview of `denoised`."""
@@ -119,7 +117,7 @@ class NetworkEvaluator:
 
 
 def run_loop(
-    model: Any,
+    model: Model,
     positive: Conditioning,
     negative: Conditioning | None,
     latent: torch.Tensor,
@@ -148,9 +146,6 @@ def run_loop(
         checkpointing: with gradients, recompute blocks in the backward pass instead of storing their activations.
         callback: progress with preview.
         seed: passed to conditionings that draw noise.
-
-    Raises:
-        IdentityEditError: when the model or a conditioning cannot be used.
     """
     require(model, *([Capability.GRADIENTS] if gradients else []))
     for name, side in (("The positive conditioning", positive), ("The negative conditioning", negative)):
@@ -194,7 +189,7 @@ def run_loop(
 class _LoopGuider(comfy.samplers.CFGGuider):
     """ComfyUI's guider, extended to evaluate a single side, optionally with a different embedding."""
 
-    def __init__(self, model_patcher: Any) -> None:
+    def __init__(self, model_patcher: Model) -> None:
         super().__init__(model_patcher)
         self._side: str | None = None
         self._embedding: torch.Tensor | None = None
@@ -235,50 +230,21 @@ class _LoopGuider(comfy.samplers.CFGGuider):
         index = 1 if self._side == "negative" else 0
         pair: list[Any] = [None, None]
         pair[index] = conditionings
-        if "sampler_calc_cond_batch_function" in options:
-            arguments = {
-                "conds": pair,
-                "input": x,
-                "sigma": timestep,
-                "model": self.inner_model,
-                "model_options": options,
-            }
-            return options["sampler_calc_cond_batch_function"](arguments)[index]
-        return comfy.samplers.calc_cond_batch(self.inner_model, pair, x, timestep, options)[index]
-
-    def combine(
-        self,
-        conditional: torch.Tensor,
-        unconditional: torch.Tensor,
-        x: torch.Tensor,
-        sigma: torch.Tensor,
-        guidance_scale: float,
-        options: dict[str, Any],
-    ) -> torch.Tensor:
-        """The end of ComfyUI's `sampling_function`: pre-CFG patches, the CFG rule, post-CFG patches."""
-        sides = [self.conds["positive"], self.conds["negative"]]
-        return guided_estimate(self.inner_model, sides, [conditional, unconditional], x, sigma, guidance_scale, options)
+        return estimates_of(self.inner_model, pair, x, timestep, options)[index]
 
 
+@dataclass(eq=False)
 class _LoopSampler(comfy.samplers.Sampler):
     """A ComfyUI sampler that runs a loop and stores its result."""
 
-    def __init__(
-        self,
-        loop: Callable[[NetworkEvaluator, torch.Tensor], Any],
-        latent: torch.Tensor,
-        callback: Callback | None,
-        gradients: bool,
-        checkpointing: bool,
-    ) -> None:
-        self._loop = loop
-        self._latent = latent
-        self._callback = callback
-        self._gradients = gradients
-        self._checkpointing = checkpointing
-        self._inference_mode = torch.is_inference_mode_enabled()  # of the caller
-        self._evaluator: NetworkEvaluator | None = None
-        self.result: Any = None
+    _loop: Callable[[NetworkEvaluator, torch.Tensor], Any]
+    _latent: torch.Tensor
+    _callback: Callback | None
+    _gradients: bool
+    _checkpointing: bool
+    _inference_mode: bool = field(default_factory=torch.is_inference_mode_enabled)  # of the caller
+    _evaluator: NetworkEvaluator | None = None
+    result: Any = None
 
     def sample(
         self,
@@ -318,7 +284,7 @@ class _LoopSampler(comfy.samplers.Sampler):
             self._evaluator.evaluations += len(options.get("cond_or_uncond", (0,)))
         return executor(x, *args, **kwargs)
 
-    def load_completely(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_completely(self, executor: Any, model: Model, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         """PREPARE_SAMPLING wrapper: no weight may be offloaded between the forward and the backward pass."""
         with torch.inference_mode(self._inference_mode):
             prepared = executor(model, noise_shape, *args, **kwargs)

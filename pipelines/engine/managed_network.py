@@ -10,6 +10,7 @@ import comfy.model_management as management
 import comfy.model_patcher
 import torch
 
+from ..shared.comfy_types import Model
 from .weights import stored_weights
 
 
@@ -19,7 +20,7 @@ def managed(
     load_device: torch.device | None = None,
     offload_device: torch.device | None = None,
     remake: Callable[[], torch.nn.Module] | None = None,
-) -> Any:
+) -> Model:
     """Wrap a network on the CPU in a ModelPatcher, so that ComfyUI loads, offloads and frees it.
 
     It supports dynamic VRAM: `comfy.ops` layers are then loaded one by one, plain torch layers all together.
@@ -40,7 +41,8 @@ def managed(
 
     patcher = patcher_around(network)
     if remake is not None:
-        make, reference = remake, weakref.ref(patcher)  # clones keep the patcher alive as their parent
+        make = remake
+        reference: Callable[[], Any] = weakref.ref(patcher)  # clones keep the patcher alive as their parent
 
         def again(disable_dynamic: bool = False) -> Any:
             stored = stored_weights(reference(), "")
@@ -53,7 +55,7 @@ def managed(
     return patcher
 
 
-def load_whole(patcher: Any, memory: float = 0.0) -> torch.device:
+def load_whole(patcher: Model, memory: float = 0.0) -> torch.device:
     """Load a managed network completely, freeing memory if needed, and return its device.
 
     Plain torch layers cannot be loaded partially.

@@ -12,6 +12,7 @@ import comfy.conds
 import comfy.patcher_extension
 import torch
 
+from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError, check_conditioning, check_latent, for_console
 from .families.noise import DIFFUSION, FLOW, VELOCITY, NoisePath
 from .families.registry import require
@@ -23,34 +24,25 @@ _IMAGE_SPECIFIC = ("control", "gligen", "mask")
 """Conditioning options that apply to one particular image."""
 
 
-def latent_channels(model: Any) -> int:
+def latent_channels(model: Model) -> int:
     """Channels of the model's latents (4 for Stable Diffusion), without inpainting channels."""
     return int(model.get_model_object("latent_format").latent_channels)
 
 
-def context_channels(model: Any) -> int:
+def context_channels(model: Model) -> int:
     """Width of the model's text embeddings, see `Family.text_width`."""
     return require(model).text_width
 
 
-def check_prompt(model: Any, conditioning: Any, name: str) -> None:
-    """Check that a CONDITIONING is valid (`check_conditioning`) and fits the model; SDXL and its refiner also need a
-    pooled output.
-
-    Raises:
-        IdentityEditError: when it does not.
-    """
+def check_prompt(model: Model, conditioning: Any, name: str) -> None:
+    """Raise `IdentityEditError` unless a CONDITIONING is valid and fits the model; SDXL also needs pooled outputs."""
     check_conditioning(conditioning, name)
     for embedding, options, *_ in conditioning:
         check_text_width(model, embedding, options.get("pooled_output"), name)
 
 
-def check_text_width(model: Any, embedding: torch.Tensor, pooled: torch.Tensor | None, name: str) -> None:
-    """Check the widths of an embedding [B, T, C] and a pooled output [B, P] against a model.
-
-    Raises:
-        IdentityEditError: when they do not fit.
-    """
+def check_text_width(model: Model, embedding: torch.Tensor, pooled: torch.Tensor | None, name: str) -> None:
+    """Raise `IdentityEditError` unless an embedding [B, T, C] and a pooled output [B, P] have a model's widths."""
     family = require(model)
     width, pooled_width = family.text_width, family.pooled_width
     if embedding.shape[2] != width:
@@ -66,22 +58,18 @@ def check_text_width(model: Any, embedding: torch.Tensor, pooled: torch.Tensor |
         )
 
 
-def to_socket_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
+def to_socket_scale(model: Model, latent: torch.Tensor) -> torch.Tensor:
     """Convert a latent from the model's scale to that of LATENT sockets (ComfyUI's `process_out`)."""
     return model.get_model_object("latent_format").process_out(latent)
 
 
-def model_latent(model: Any, latent: torch.Tensor, name: str = "The latent") -> torch.Tensor:
-    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32; `name` is for messages.
-
-    Raises:
-        IdentityEditError: when they are not valid latents of this model.
-    """
+def model_latent(model: Model, latent: torch.Tensor, name: str = "The latent") -> torch.Tensor:
+    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32; `name` is for messages."""
     check_latent(latent, name, latent_channels(model))
     return to_model_scale(model, latent.to(torch.float32))
 
 
-def to_model_scale(model: Any, latent: torch.Tensor) -> torch.Tensor:
+def to_model_scale(model: Model, latent: torch.Tensor) -> torch.Tensor:
     """Convert a latent from the scale of LATENT sockets to the model's (ComfyUI's `process_in`)."""
     return model.get_model_object("latent_format").process_in(latent)
 
@@ -153,7 +141,7 @@ class ModelTag:
         return None
 
 
-def model_tag(model: Any) -> ModelTag:
+def model_tag(model: Model) -> ModelTag:
     """The `ModelTag` of a model."""
     family = require(model)
     samples: list[float] = []
@@ -173,7 +161,7 @@ def model_tag(model: Any) -> ModelTag:
     )
 
 
-def drop_step_caches(clone: Any) -> None:
+def drop_step_caches(clone: Model) -> None:
     """Remove caches that reuse earlier model calls (EasyCache, LazyCache and similar) from a clone, with a log message.
 
     They assume a sampler that takes small steps in one direction, and change the result of an inversion or of a
@@ -204,13 +192,13 @@ def _is_cache(key: Any) -> bool:
 
 
 def with_wrappers(
-    model: Any,
+    model: Model,
     key: str,
     predict_noise: Callable[..., Any],
     outer_sample: Callable[..., Any] | None = None,
     *,
     replace: bool = True,
-) -> Any:
+) -> Model:
     """A clone of `model` with wrappers around guider calls and around whole sampling runs.
 
     Args:

@@ -16,19 +16,14 @@ import comfy.sampler_helpers
 import comfy.samplers
 import torch
 
+from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
 from ..shared.gradients import autograd_safe_options
 from .edit_model import input_channels, is_edit_model
 from .families.base import Capability
 from .families.registry import require
 from .gradient_context import gradient_context, gradient_memory, use_differentiable_attention
-from .model import (
-    check_text_width,
-    drop_step_caches,
-    latent_channels,
-    to_model_scale,
-    to_socket_scale,
-)
+from .model import check_text_width, drop_step_caches, latent_channels, to_model_scale, to_socket_scale
 from .weights import plain_weight, weight_shapes
 
 _BYTES_PER_VARIABLE = 16
@@ -59,7 +54,7 @@ class TrainableNetworks:
         sampling: the MODEL's noise levels.
     """
 
-    def __init__(self, patcher: Any, clip: Any, model_weights: Variables, clip_weights: Variables) -> None:
+    def __init__(self, patcher: Model, clip: Clip, model_weights: Variables, clip_weights: Variables) -> None:
         self.model_variables = {key: variable for key, (variable, _) in model_weights.items()}
         self.clip_variables = {key: variable for key, (variable, _) in clip_weights.items()}
         self._trained = model_weights, clip_weights
@@ -156,8 +151,8 @@ class TrainableNetworks:
 
 @contextlib.contextmanager
 def trainable_networks(
-    model: Any,
-    clip: Any,
+    model: Model,
+    clip: Clip,
     model_keys: Iterable[str] = (),
     clip_keys: Iterable[str] = (),
     *,

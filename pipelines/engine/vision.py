@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..shared.comfy_types import ClipVision
 from ..shared.errors import IdentityEditError, check_finite
 
 _POSITIONS = "vision_model.embeddings.position_embedding.weight"
@@ -48,7 +49,7 @@ class VisionTag:
         return None
 
 
-def vision_tag(clip_vision: Any) -> VisionTag:
+def vision_tag(clip_vision: ClipVision) -> VisionTag:
     """The tag of a CLIP_VISION.
 
     Raises:
@@ -64,7 +65,7 @@ def vision_tag(clip_vision: Any) -> VisionTag:
     return VisionTag(int(positions.shape[0]), int(positions.shape[1]), tuple(chosen.tolist()))
 
 
-def vision_tokens(clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
+def vision_tokens(clip_vision: ClipVision, images: torch.Tensor) -> torch.Tensor:
     """The image encoder's last hidden states, normalized like CLIP's class token before its projection.
 
     Args:
@@ -83,11 +84,11 @@ def vision_tokens(clip_vision: Any, images: torch.Tensor) -> torch.Tensor:
     return tokens
 
 
-def vision_projection(clip_vision: Any) -> torch.Tensor | None:
+def vision_projection(clip_vision: ClipVision) -> torch.Tensor | None:
     """CLIP's projection matrix [P, D] from a token to the joint text and image space, or None if it has none."""
     return _weight(clip_vision, _PROJECTION)
 
 
-def _weight(clip_vision: Any, name: str) -> torch.Tensor | None:
+def _weight(clip_vision: ClipVision, name: str) -> torch.Tensor | None:
     weight = clip_vision.get_sd().get(name)
     return None if weight is None else weight.detach().float().cpu()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import comfy.model_management
 import torch
+
+from ..shared.comfy_types import Clip, Model, Vae
 
 
 def weight_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
@@ -43,7 +44,7 @@ def plain_weight(module: torch.nn.Module, name: str, weight: torch.Tensor) -> to
     return weight
 
 
-def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
+def stored_weights(patcher: Model, prefix: str) -> Iterator[tuple[str, torch.Tensor | None, bool]]:
     """The parameters of a network as in its checkpoint, without LoRAs and other patches.
 
     Args:
@@ -66,7 +67,7 @@ def stored_weights(patcher: Any, prefix: str) -> Iterator[tuple[str, torch.Tenso
         yield key, None if plain is None else plain.detach(), plain is not weight
 
 
-def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[float], bool]:
+def samples_of_weights(patcher: Model, prefix: str, most: int = 64) -> tuple[list[float], bool]:
     """Up to `most` values of every matrix and kernel with a key prefix, as a checkpoint's fingerprint.
 
     Returns:
@@ -88,7 +89,7 @@ def samples_of_weights(patcher: Any, prefix: str, most: int = 64) -> tuple[list[
     return samples, any_quantized
 
 
-def first_numbers(patcher: Any, prefix: str, chosen: Callable[[str], object]) -> dict[str, list[float]]:
+def first_numbers(patcher: Model, prefix: str, chosen: Callable[[str], object]) -> dict[str, list[float]]:
     """The first value of every stored weight whose key has a prefix and is chosen, as a checkpoint's fingerprint; [] if
     only the layer can read it."""
     return {
@@ -98,7 +99,7 @@ def first_numbers(patcher: Any, prefix: str, chosen: Callable[[str], object]) ->
     }
 
 
-def checkpoint_weights(model: Any, clip: Any | None = None, vae: Any | None = None) -> dict[str, torch.Tensor]:
+def checkpoint_weights(model: Model, clip: Clip | None = None, vae: Vae | None = None) -> dict[str, torch.Tensor]:
     """All weights including LoRAs, with the names of a checkpoint file, like ComfyUI's Save Checkpoint.
 
     Args:

@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
 from ..shared.errors import IdentityEditError, check_finite
+from ..shared.input_checks import check_choice, check_number
 from ..shared.masks import masks_for
-
-if TYPE_CHECKING:
-    import numpy as np
 
 LEAST_SQUARES, GRADIENT_DESCENT = OPTIMIZERS = ("least squares", "gradient descent")
 
@@ -42,7 +41,7 @@ GRADIENT_STEPS = 500
 LEARNING_RATE = 0.1
 """[choice] L and eta of Algorithm 4, not given in the paper; lengths are in units of the mask's size."""
 
-Residuals = Callable[["np.ndarray"], "tuple[np.ndarray, np.ndarray]"]
+Residuals = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """theta [4] -> distances [n] and their derivatives [n, 4]."""
 
 REFLECT, EDGE, GENERATED, GRAY = SURROUNDINGS = ("reflect", "edge", "generated image", "gray")
@@ -71,8 +70,6 @@ class Similarity:
 
     def matrix(self) -> np.ndarray:
         """[3, 3] float64, the product of eq. 8."""
-        import numpy as np
-
         turn = np.deg2rad(self.rotation)
         scaling = np.diag([self.scale, self.scale, 1.0])
         rotation = np.array([[np.cos(turn), -np.sin(turn), 0.0], [np.sin(turn), np.cos(turn), 0.0], [0.0, 0.0, 1.0]])
@@ -130,8 +127,7 @@ def align_reference(
     Raises:
         IdentityEditError: when a mask is empty, or an option is unknown.
     """
-    if surroundings not in SURROUNDINGS:
-        raise IdentityEditError(f"surroundings is {surroundings!r}; choose one of {', '.join(SURROUNDINGS)}.")
+    check_choice(surroundings, "surroundings", SURROUNDINGS)
     if surroundings == GENERATED and generated_image is None:
         raise IdentityEditError(
             f"The surroundings '{GENERATED}' need generated_image; connect the image of generated_mask, or choose "
@@ -213,9 +209,9 @@ def align_masks(
     Raises:
         IdentityEditError: when a mask is empty or an option is out of its range.
     """
-    import numpy as np
-
-    _check_options(optimizer, scale_limit, rotation_limit, rotation_starts)
+    check_choice(optimizer, "optimizer", OPTIMIZERS)
+    check_number(scale_limit, "scale_limit", 1.0, 100.0)
+    check_number(rotation_limit, "rotation_limit", 0.0, 180.0)
     m_r = as_mask(reference, "The reference's mask").numpy()
     m_g = as_mask(generated, "The generated mask").numpy()
     masks = _Masks(m_r, m_g, symmetric)
@@ -246,7 +242,6 @@ class _Masks:
     """
 
     def __init__(self, m_r: np.ndarray, m_g: np.ndarray, symmetric: bool) -> None:
-        import numpy as np
 
         self._m_r, self._m_g, self._symmetric = m_r, m_g, symmetric
         self._center_r, self._center_g = _centroid(m_r), _centroid(m_g)
@@ -261,8 +256,6 @@ class _Masks:
 
     def residuals(self, theta: np.ndarray, p_r: np.ndarray, p_g: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Nearest distances d [n] and their derivatives [n, 4], weighted so that the sum of d^2 is s / n."""
-        import numpy as np
-
         unit = self._unit
         scale, turn, shift = self._area_ratio * np.exp(theta[0]), theta[1], theta[2:] * unit
         cos, sin = np.cos(turn), np.sin(turn)
@@ -291,8 +284,6 @@ class _Masks:
 
     def similarity(self, theta: np.ndarray, s: float) -> Similarity:
         """T_theta by eq. 8: s R (p - c_r) + c_g + shift = s R (p + translation); s: sum of the squared residuals."""
-        import numpy as np
-
         scale, turn = self._area_ratio * float(np.exp(theta[0])), float(theta[1])
         back = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]]) / scale
         x, y = (back @ (self._center_g + theta[2:] * self._unit) - self._center_r).tolist()
@@ -380,11 +371,9 @@ def subject_part(mask: torch.Tensor, name: str, parts: str = LARGEST_PART) -> tu
     Raises:
         IdentityEditError: when the mask is empty or `parts` is unknown.
     """
-    import numpy as np
     from scipy.ndimage import label
 
-    if parts not in PARTS:
-        raise IdentityEditError(f"parts is {parts!r}; choose one of {', '.join(PARTS)}.")
+    check_choice(parts, "parts", PARTS)
     inside = as_mask(mask, name)
     labels, count = label(inside.numpy(), structure=np.ones((3, 3)))
     if count == 1:
@@ -408,7 +397,6 @@ class _DistanceField:
     """
 
     def __init__(self, mask: np.ndarray) -> None:
-        import numpy as np
         from scipy.ndimage import distance_transform_edt
 
         # The field extends beyond the image by a quarter of its size, and is extrapolated linearly from there. It has
@@ -421,8 +409,6 @@ class _DistanceField:
 
     def __call__(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Points [n, 2] (x, y from the image's center) -> distances [n] and their gradients [n, 2]."""
-        import numpy as np
-
         wanted = points + self._center
         inside = wanted.clip(0.0, self._most)
         beyond = wanted - inside
@@ -444,8 +430,6 @@ class _DistanceField:
 def _points(mask: np.ndarray, most: int) -> np.ndarray:
     """P(M): coordinates [n, 2] (x, y from the image's center) of about `most` or fewer of the mask's pixels on an even
     grid; for a thin mask that the grid misses, every n-th pixel."""
-    import numpy as np
-
     rows, columns = np.nonzero(mask)
     step = max(1, int(np.ceil(np.sqrt(len(rows) / most))))
     on_grid = (rows % step == step // 2) & (columns % step == step // 2)
@@ -456,13 +440,11 @@ def _points(mask: np.ndarray, most: int) -> np.ndarray:
 
 
 def _centroid(mask: np.ndarray) -> np.ndarray:
-    import numpy as np
 
     return _points(mask, mask.size).mean(axis=0) if mask.any() else np.zeros(2)
 
 
 def _inverse(similarity: Similarity) -> Any:
-    import numpy as np
 
     return np.linalg.inv(similarity.matrix())
 
@@ -487,14 +469,3 @@ def _check_image(image: torch.Tensor, name: str) -> None:
     if image.ndim != 3 or image.shape[-1] < 3 or 0 in image.shape:
         raise IdentityEditError(f"{name} has the shape {tuple(image.shape)}; connect an image with three channels.")
     check_finite(image, name)
-
-
-def _check_options(optimizer: str, scale_limit: float, rotation_limit: float, rotation_starts: int) -> None:
-    if optimizer not in OPTIMIZERS:
-        raise IdentityEditError(f"optimizer is {optimizer!r}; choose one of {', '.join(OPTIMIZERS)}.")
-    if not 1.0 <= scale_limit <= 100.0:
-        raise IdentityEditError(f"scale_limit is {scale_limit:g}; choose a factor from 1 to 100.")
-    if not 0.0 <= rotation_limit <= 180.0:
-        raise IdentityEditError(f"rotation_limit is {rotation_limit:g}; choose degrees from 0 to 180.")
-    if rotation_starts < 1:
-        raise IdentityEditError(f"rotation_starts is {rotation_starts}; choose 1 or more.")

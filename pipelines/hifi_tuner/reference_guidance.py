@@ -17,16 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .. import engine
 from ..engine.host import stock_noise
-from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method
-from ..inversion.unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
+from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, check_sampled_latent
+from ..inversion.unconditional_embedding import GuidedStep, OptimizedStep, check_optimization, check_range, optimize
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding
 from ..shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite, check_latent
+from ..shared.input_checks import check_number
 from ..shared.masks import masks_for
 
 GUIDANCE_SCALE = 7.5
@@ -66,7 +67,7 @@ class ReferenceGuidance:
 
 
 def reference_guided_sampling(
-    model: Any,
+    model: Model,
     start: torch.Tensor,
     inversion: Inversion,
     mask: torch.Tensor,
@@ -105,91 +106,39 @@ def reference_guided_sampling(
         checkpointing: trade time for memory, see `engine.gradient_context`.
         callback: progress with preview.
 
-    Returns:
-        the latent and the losses.
-
     Raises:
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
     x_t = engine.model_latent(model, start)
-    _check_settings(guidance_scale, inner_steps, learning_rate, early_stop)
+    check_optimization(guidance_scale, inner_steps, learning_rate)
+    check_number(early_stop, "early_stop", 0.0, None)
+    check_sampled_latent(
+        inversion, start, "align the reference with the first pass's image before inverting it", "the latent"
+    )
     batch, steps = start.shape[0], inversion.steps
-    check_batch_matches(inversion.batch, batch, "The inversion")
-    if inversion.trajectory.shape[2:] != start.shape[1:]:
-        raise IdentityEditError(
-            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the latent is "
-            f"{tuple(start.shape[1:])}; align the reference with the first pass's image before inverting it."
-        )
     m_r = latent_mask(mask, batch, start.shape[-2], start.shape[-1])
     null_embedding, _ = single_embedding(negative, "The negative conditioning")
     check_batch_matches(null_embedding.shape[0], batch, "The negative conditioning")
     guided = guided_steps(steps, start_percent, end_percent)
-    total = progress_total(steps, guided, inner_steps)
+    algorithm = _Algorithm2(
+        inversion, m_r, null_embedding.expand(batch, -1, -1), guided, guidance_scale, inner_steps, learning_rate,
+        early_stop,
+    )  # fmt: skip
 
     def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> ReferenceGuidance:
-        device, noise = evaluator.device, inversion.noise
-        sigmas = inversion.sigmas.clone().to(device)
-        x_star = inversion.trajectory.clone().to(device)
-        inside = m_r.clone().to(device).unsqueeze(1) > 0.5  # [B, 1, H, W]
-        elements = inside.sum(dim=(1, 2, 3)) * x.shape[1]
-        phi = null_embedding.clone().to(device).expand(batch, -1, -1)
-        found: list[OptimizedStep] = []
-        unguided: list[torch.Tensor] = []
-        done = 0
-
-        # Algorithm 2. The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and x_star[i] is its x*_t.
-        phi_h = phi
-        for i in range(steps):
-            if guided and i == guided.start:  # t == t_s
-                phi_h = phi
-                x = torch.where(inside, x_star[i], x)  # x_t[M] = x*_t[M]
-            if i not in guided or inner_steps == 0:
-                with torch.no_grad():
-                    denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-                    x = noise.step(x, denoised, sigmas[i], sigmas[i + 1])  # x_{t-1} = F(x_t, [c, c_s^t], phi)
-                evaluator.report(done, denoised, x, total)
-                done += 1
-                continue
-            with torch.no_grad():
-                conditional = evaluator.denoised(x, sigmas[i], "positive")  # used by all evaluations of the step
-                step = GuidedStep(
-                    evaluator, noise, x, sigmas[i], sigmas[i + 1], x_star[i + 1], conditional, guidance_scale,
-                    loss=lambda residual: (inside * residual).square().sum(dim=(1, 2, 3)) / elements,
-                    progress=done, progress_total=total,
-                )  # fmt: skip
-                # F(x_t, [c, c_s^t], phi), with the model's negative side; at t_s it differs from the first evaluation
-                # of phi_h if another node has applied per-step embeddings to that side.
-                outside = step.evaluate(None)
-            # Eq. 10: minimize | x*_{t-1}[M] - F(x_t, [c, c_s^t], phi_h)[M] |^2
-            evaluation, optimized = optimize(step, phi_h, inner_steps, learning_rate, stop_below=early_stop)
-            check_range(optimized.final_loss, i, "Reference guidance")
-            # x_{t-1}[M] = F(x_t, [c, c_s^t], phi_h)[M]
-            x = torch.where(inside, evaluation.x_next, outside.x_next)
-            phi_h = optimized.phi.to(device)
-            found.append(optimized)
-            unguided.append(outside.loss.cpu())
-            step.report(inner_steps, torch.where(inside, evaluation.denoised, outside.denoised))
-            done += inner_steps + 1
-
-        z_0 = (x / noise.scale(sigmas[-1])).cpu()
+        z_0, optimized, unguided = algorithm.sample(evaluator, x)
         check_finite(z_0, "The sampled latent", f"{IN_FLOAT32}, or lower learning_rate")
-        losses = [each.losses for each in found]
-        final_losses = torch.stack([each.final_loss for each in found]) if found else torch.empty(0, batch)
-        unguided_losses = torch.stack(unguided) if found else torch.empty(0, batch)
+        embeddings = torch.stack([each.phi for each in optimized]) if optimized else algorithm.phi[None][:0]
+        losses = [each.losses for each in optimized]
+        final_losses = torch.stack([each.final_loss for each in optimized]) if optimized else torch.empty(0, batch)
+        unguided_losses = torch.stack(unguided) if optimized else torch.empty(0, batch)
         warnings = _warning_of_inputs(inversion, guided), _warning_of_losses(losses, final_losses, unguided_losses)
         return ReferenceGuidance(
-            latent=engine.to_socket_scale(model, z_0),
-            mask=m_r,
-            steps=guided,
-            embeddings=torch.stack([each.phi for each in found]) if found else phi.cpu()[None][:0],
-            losses=losses,
-            final_losses=final_losses,
-            unguided_losses=unguided_losses,
-            evaluations=evaluator.evaluations,
-            warning=" ".join(filter(None, warnings)) or None,
-        )
+            engine.to_socket_scale(model, z_0), m_r, guided, embeddings, losses, final_losses, unguided_losses,
+            evaluator.evaluations, " ".join(filter(None, warnings)) or None,
+        )  # fmt: skip
 
     return engine.run_loop(
         model,
@@ -204,8 +153,72 @@ def reference_guided_sampling(
     )
 
 
+@dataclass(frozen=True)
+class _Algorithm2:
+    """Algorithm 2 with its inputs: [x*_0, ..., x*_T], M_r* [B, H, W], phi [B, T, C], the steps from t_s to t_e, w, J,
+    the learning rate and the limit of the loss."""
+
+    inversion: Inversion
+    mask: torch.Tensor
+    phi: torch.Tensor
+    guided: range
+    guidance_scale: float
+    inner_steps: int
+    learning_rate: float
+    early_stop: float
+
+    def sample(
+        self, evaluator: engine.NetworkEvaluator, x: torch.Tensor
+    ) -> tuple[torch.Tensor, list[OptimizedStep], list[torch.Tensor]]:
+        """z_0 on the CPU from x_T, the optimized steps, and their losses with phi.
+
+        The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and x_star[i] is its x*_t.
+        """
+        device, noise, steps = evaluator.device, self.inversion.noise, self.inversion.steps
+        sigmas = self.inversion.sigmas.clone().to(device)
+        x_star = self.inversion.trajectory.clone().to(device)
+        inside = self.mask.clone().to(device).unsqueeze(1) > 0.5  # [B, 1, H, W]
+        elements = inside.sum(dim=(1, 2, 3)) * x.shape[1]
+        phi = phi_h = self.phi.clone().to(device)
+        optimized_steps: list[OptimizedStep] = []
+        unguided_losses: list[torch.Tensor] = []
+        done, total = 0, progress_total(steps, self.guided, self.inner_steps)
+        for i in range(steps):
+            if self.guided and i == self.guided.start:  # t == t_s
+                phi_h = phi
+                x = torch.where(inside, x_star[i], x)  # x_t[M] = x*_t[M]
+            if i not in self.guided or self.inner_steps == 0:
+                with torch.no_grad():
+                    denoised = evaluator.guided(x, sigmas[i], self.guidance_scale)
+                    x = noise.step(x, denoised, sigmas[i], sigmas[i + 1])  # x_{t-1} = F(x_t, [c, c_s^t], phi)
+                evaluator.report(done, denoised, x, total)
+                done += 1
+                continue
+            with torch.no_grad():
+                conditional = evaluator.denoised(x, sigmas[i], "positive")  # used by all evaluations of the step
+                step = GuidedStep(
+                    evaluator, noise, x, sigmas[i], sigmas[i + 1], x_star[i + 1], conditional, self.guidance_scale,
+                    loss=lambda residual: (inside * residual).square().sum(dim=(1, 2, 3)) / elements,
+                    progress=done, progress_total=total,
+                )  # fmt: skip
+                # F(x_t, [c, c_s^t], phi), with the model's negative side; at t_s it differs from the first evaluation
+                # of phi_h if another node has applied per-step embeddings to that side.
+                outside = step.evaluate(None)
+            # Eq. 10: minimize | x*_{t-1}[M] - F(x_t, [c, c_s^t], phi_h)[M] |^2
+            evaluation, optimized = optimize(step, phi_h, self.inner_steps, self.learning_rate, self.early_stop)
+            check_range(optimized.final_loss, i, "Reference guidance")
+            # x_{t-1}[M] = F(x_t, [c, c_s^t], phi_h)[M]
+            x = torch.where(inside, evaluation.x_next, outside.x_next)
+            phi_h = optimized.phi.to(device)
+            optimized_steps.append(optimized)
+            unguided_losses.append(outside.loss.cpu())
+            step.report(self.inner_steps, torch.where(inside, evaluation.denoised, outside.denoised))
+            done += self.inner_steps + 1
+        return (x / noise.scale(sigmas[-1])).cpu(), optimized_steps, unguided_losses
+
+
 def first_pass_latent(
-    model: Any,
+    model: Model,
     latent: torch.Tensor,
     sigmas: torch.Tensor,
     seed: int,
@@ -226,9 +239,6 @@ def first_pass_latent(
 
     Returns:
         [B, C, H, W] float32 CPU at sigmas[0], in the scale of LATENT sockets.
-
-    Raises:
-        IdentityEditError: when the model or the latent cannot be used.
     """
     sampling = engine.require(model).sampling
     check_latent(latent, "The latent", engine.latent_channels(model))
@@ -249,15 +259,9 @@ def guided_steps(steps: int, start_percent: float, end_percent: float) -> range:
     The paper counts down: guidance is from t_s to t_e, both inclusive. With N steps t_s is N - round(N * start_percent)
     and t_e is N - round(N * end_percent), so 0.2 and 0.8 of 50 steps are t_s = 40 and t_e = 10: the 31 steps from the
     11th to the 41st. A start of 1 gives none.
-
-    Raises:
-        IdentityEditError: when a fraction is outside 0 to 1.
     """
-    if not 0.0 <= start_percent <= 1.0 or not 0.0 <= end_percent <= 1.0:
-        raise IdentityEditError(
-            f"start_percent is {start_percent:g} and end_percent {end_percent:g}; choose values from 0 to 1 (0.2 and "
-            f"0.8)."
-        )
+    check_number(start_percent, "start_percent", 0.0, 1.0)
+    check_number(end_percent, "end_percent", 0.0, 1.0)
     # Robust to floating-point error, rounding halves up, as in timestep-aware injection.
     first, last = (math.floor(round(steps * share, 6) + 0.5) for share in (start_percent, end_percent))
     if first > last or first >= steps:
@@ -283,19 +287,6 @@ def latent_mask(mask: torch.Tensor, batch: int, height: int, width: int) -> torc
             "reference's subject, or grow it (GrowMask)."
         )
     return resized
-
-
-def _check_settings(guidance_scale: float, inner_steps: int, learning_rate: float, early_stop: float) -> None:
-    if guidance_scale <= 1.0:
-        raise IdentityEditError(
-            f"The guidance scale is {guidance_scale:g}, at which the unconditional embedding has no effect; choose a "
-            f"value above 1 (7.5)."
-        )
-    if inner_steps < 0 or learning_rate <= 0.0 or early_stop < 0.0:
-        raise IdentityEditError(
-            f"inner_steps is {inner_steps}, learning_rate {learning_rate:g} and early_stop {early_stop:g}; choose 0 or "
-            f"more, a value above 0, and 0 or more."
-        )
 
 
 def _warning_of_inputs(inversion: Inversion, guided: range) -> str | None:

@@ -20,7 +20,8 @@ import torch
 
 from .. import engine
 from ..engine.families.schedule import noise_levels
-from ..shared.conditioning import Conditioning, single_embedding
+from ..shared.comfy_types import Clip, Model
+from ..shared.conditioning import Conditioning, ordinary_copy, single_embedding
 from ..shared.errors import IdentityEditError
 from ..subjects.word_vectors import check_word_widths, mark_subject, with_word_vectors
 from ..subjects.words import has_word, word_pattern
@@ -101,16 +102,13 @@ class SubjectEmbedding:
         return dataclasses.replace(self, vectors=vectors, step_vectors=None, timesteps=())
 
 
-def subject_conditioning(clip: Any, subject: SubjectEmbedding, prompt: str) -> Conditioning:
+def subject_conditioning(clip: Clip, subject: SubjectEmbedding, prompt: str) -> Conditioning:
     """Encode a prompt with a subject, like CLIP Text Encode, with the shared vectors.
 
     Args:
         clip: CLIP of the model.
         subject: the subject.
         prompt: names the subject by its token and class word, or by one of them; optional for the kind OUTPUT.
-
-    Raises:
-        IdentityEditError: when the prompt does not name a subject of the kind WORD, or the CLIP has another width.
     """
     if clip is None:
         raise IdentityEditError("There is no CLIP; connect the checkpoint's CLIP.")
@@ -129,7 +127,7 @@ def subject_conditioning(clip: Any, subject: SubjectEmbedding, prompt: str) -> C
     return result
 
 
-def subject_table(model: Any, clip: Any, subject: SubjectEmbedding, prompt: str) -> StepEmbeddings:
+def subject_table(model: Model, clip: Clip, subject: SubjectEmbedding, prompt: str) -> StepEmbeddings:
     """The step-wise embeddings [c, c_s^t] of a prompt (Wang et al. 2023, equation 7).
 
     Each noise level uses the row of the nearest trained timestep. A run with the trained schedule uses each row at its
@@ -155,7 +153,7 @@ def subject_table(model: Any, clip: Any, subject: SubjectEmbedding, prompt: str)
     embedding, _ = single_embedding(conditioning, "The prompt with the subject")
     pooled = None
     if subject.kind == OUTPUT:
-        rows = _ordinary_copy(subject.step_vectors[OUTPUT])
+        rows = ordinary_copy(subject.step_vectors[OUTPUT])
         with torch.inference_mode(False), torch.no_grad():
             embeddings = with_last_rows(embedding.expand(len(rows), -1, -1), rows)[:, None]
     else:
@@ -170,7 +168,7 @@ def subject_table(model: Any, clip: Any, subject: SubjectEmbedding, prompt: str)
     return StepEmbeddings(sigmas=step_boundaries(model, subject.timesteps), embeddings=embeddings, pooled=pooled)
 
 
-def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
+def step_boundaries(model: Model, timesteps: tuple[int, ...]) -> torch.Tensor:
     """[N + 1] descending sigmas that bound the N rows of `StepEmbeddings`: halfway between the timesteps.
 
     Raises:
@@ -194,8 +192,8 @@ def step_boundaries(model: Any, timesteps: tuple[int, ...]) -> torch.Tensor:
 
 
 def apply_subject(
-    model: Any, clip: Any, subject: SubjectEmbedding, prompt: str
-) -> tuple[Any, Conditioning, str | None]:
+    model: Model, clip: Clip, subject: SubjectEmbedding, prompt: str
+) -> tuple[Model, Conditioning, str | None]:
     """A model and a CONDITIONING that generate the subject in the prompt's scene.
 
     Args:
@@ -223,7 +221,7 @@ def apply_subject(
     return patched, conditioning, " ".join(warning for warning in warnings if warning) or None
 
 
-def check_model(model: Any, subject: SubjectEmbedding) -> str | None:
+def check_model(model: Model, subject: SubjectEmbedding) -> str | None:
     """Check that a subject can be used with a model.
 
     Returns:
@@ -243,7 +241,7 @@ def check_model(model: Any, subject: SubjectEmbedding) -> str | None:
     return f"The subject was trained on another checkpoint ({difference}); it may look less like itself."
 
 
-def reach_warning(clip: Any, prompt: str, rows: int) -> str | None:
+def reach_warning(clip: Clip, prompt: str, rows: int) -> str | None:
     """A warning if a prompt's words or end token are in the last `rows` positions, which c_s replaces, or None."""
     longest = max(_last_word(chunks[-1]) for chunks in clip.tokenize(prompt, return_word_ids=True).values())
     positions = max(len(chunks[-1]) for chunks in clip.tokenize(prompt).values())
@@ -294,9 +292,3 @@ def _check_width(takes: int, has: int, subject: SubjectEmbedding) -> None:
             f"The subject '{subject.name}' was trained for text embeddings of {has} channels but this checkpoint has "
             f"{takes}; use a checkpoint of the family it was trained on."
         )
-
-
-def _ordinary_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A float32 copy that autograd can use, unlike tensors created in ComfyUI's inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.detach().to(dtype=torch.float32, copy=True)

@@ -7,7 +7,6 @@ cross-attention, which preserves the scene, while the new subject's place, pose 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,6 +14,7 @@ from ...attention.prompt_to_prompt import TokenMap
 from .. import engine
 from ..attention_control.prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
 from ..inversion.inversion import DDIM, Inversion, check_method, follow_back
+from ..shared.comfy_types import Clip, Model
 from ..shared.conditioning import Conditioning, single_embedding, with_embedding
 from ..shared.errors import IdentityEditError, check_batch_matches
 from ..shared.parsing import split_words
@@ -45,8 +45,8 @@ class SubjectReplacement:
 
 
 def subject_replacement(
-    model: Any,
-    clip: Any,
+    model: Model,
+    clip: Clip,
     inversion: Inversion,
     source_prompt: str,
     target_prompt: str,
@@ -87,9 +87,6 @@ def subject_replacement(
 
     Returns:
         the image, in 3 N model calls: at each step one for the source's attention, and two for the target.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     check_method(inversion, DDIM, "connect one from DDIM Inversion and Null-Text Optimization")
     table = inversion.embeddings
@@ -140,7 +137,7 @@ def _check_target(target: Conditioning, prompt: PromptTokens, learned: int, batc
 
 
 def _subject_tokens(
-    clip: Any, source: PromptTokens, target: PromptTokens, subject_words: str, learned: int
+    clip: Clip, source: PromptTokens, target: PromptTokens, subject_words: str, learned: int
 ) -> tuple[TokenMap, Pair]:
     """The token map, in which all tokens but [c_s^t, w_g] use the source's weights; and the tokens of both subjects."""
     mapper = token_mapper(source, target, aligned_tokens(source, target))

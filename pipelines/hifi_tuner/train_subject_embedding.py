@@ -13,7 +13,9 @@ import torch
 from .. import engine
 from ..engine.families.schedule import ddim_schedule, rows_of
 from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
+from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
+from ..shared.input_checks import check_number
 from ..subjects.word_vectors import mark_subject, with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
 from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch, guided_preview
@@ -27,14 +29,7 @@ from ..training.loop import (
     train,
     training_record,
 )
-from .subject_embedding import (
-    KINDS,
-    OUTPUT,
-    SubjectEmbedding,
-    reach_warning,
-    with_last_rows,
-    without_token,
-)
+from .subject_embedding import KINDS, OUTPUT, SubjectEmbedding, reach_warning, with_last_rows, without_token
 
 MOST_TOKENS = 64
 
@@ -81,20 +76,17 @@ class SubjectSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice("kind", KINDS)
-        for name, least in (("sampling_steps", 1), ("updates_per_step", 0)):
-            if getattr(self, name) < least:
-                raise IdentityEditError(f"{name} is {getattr(self, name)}; choose {least} or more.")
-        if not 1 <= self.tokens <= MOST_TOKENS:
-            raise IdentityEditError(f"tokens is {self.tokens}; choose a number from 1 to {MOST_TOKENS}.")
-        if not (self.regularization_weight >= 0.0 and math.isfinite(self.regularization_weight)):
-            raise IdentityEditError(f"regularization_weight is {self.regularization_weight}; choose 0 or more.")
+        check_number(self.sampling_steps, "sampling_steps", 1, None)
+        check_number(self.updates_per_step, "updates_per_step", 0, None)
+        check_number(self.tokens, "tokens", 1, MOST_TOKENS)
+        check_number(self.regularization_weight, "regularization_weight", 0.0, None)
         if not self.class_word.strip():
             raise IdentityEditError("class_word is empty; write what the subject is, such as 'dog'.")
 
 
 def train_subject_embedding(
-    model: Any,
-    clip: Any,
+    model: Model,
+    clip: Clip,
     images: TrainingImages,
     settings: SubjectSettings,
     *,
@@ -117,9 +109,6 @@ def train_subject_embedding(
 
     Returns:
         the subject and the record of both phases one after the other.
-
-    Raises:
-        IdentityEditError: when an input cannot be used, or as in `training.train`.
     """
     sampling = engine.require(model, engine.Capability.TRAINING).sampling
     tag = engine.model_tag(model)
@@ -186,12 +175,8 @@ def train_subject_embedding(
     return learned, run
 
 
-def check_training_captions(clip: Any, captions: list[str], settings: SubjectSettings) -> None:
-    """Check that every caption names the subject and leaves its positions free.
-
-    Raises:
-        IdentityEditError: for the first invalid caption.
-    """
+def check_training_captions(clip: Clip, captions: list[str], settings: SubjectSettings) -> None:
+    """Raise `IdentityEditError` for the first caption that lacks the subject's name or leaves no room for its rows."""
     words = [word for word in (settings.token, settings.class_word) if word]
     for number, caption in enumerate(captions, start=1):
         if not any(has_word(caption, word) for word in words):
@@ -213,7 +198,7 @@ class _Subject:
     """
 
     def __init__(
-        self, networks: TrainableNetworks, clip: Any, images: TrainingImages, settings: SubjectSettings
+        self, networks: TrainableNetworks, clip: Clip, images: TrainingImages, settings: SubjectSettings
     ) -> None:
         self.networks, self.images, self.settings = networks, images, settings
         self.prompt = settings.sample_prompt or f"{settings.token} {settings.class_word}".strip()
@@ -285,7 +270,7 @@ _Encode = Callable[[dict[str, torch.Tensor], Sequence[str]], Text]
 
 
 def _output_encoder(
-    networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
+    networks: TrainableNetworks, clip: Clip, settings: SubjectSettings, captions: Sequence[str]
 ) -> tuple[_Encode, dict[str, torch.Tensor]]:
     """[c, c_s]: replaces the last n rows of the text encoder's cached output; and phi_s, the last n rows of the null
     prompt's embedding."""
@@ -302,7 +287,7 @@ def _output_encoder(
 
 
 def _word_encoder(
-    networks: TrainableNetworks, clip: Any, settings: SubjectSettings, captions: Sequence[str]
+    networks: TrainableNetworks, clip: Clip, settings: SubjectSettings, captions: Sequence[str]
 ) -> tuple[_Encode, dict[str, torch.Tensor]]:
     """Encodes captions with word vectors in place of the subject's name; and phi_s, the class word's vectors,
     repeated to n."""
@@ -331,7 +316,7 @@ def _continued(progress: Progress | None, before: int, total: int) -> Progress |
 
 
 def _descriptions(
-    model: Any, clip: Any, tag: engine.ModelTag, images: TrainingImages, settings: SubjectSettings
+    model: Model, clip: Clip, tag: engine.ModelTag, images: TrainingImages, settings: SubjectSettings
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run descriptions of the first and the second phase."""
     words = {name: table.detach().flatten()[:16].float().cpu().tolist() for name, table in word_table(clip).items()}

@@ -13,30 +13,26 @@ from typing import Any
 import torch
 
 from .. import engine
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IN_FLOAT32, IdentityEditError, check_finite
+from ..shared.input_checks import check_number
 from .inversion import EDIT_FRIENDLY_DDPM, Inversion, check_inversion, check_method, check_negative, sampling_step
 
 STEPS = 100
 SOURCE_GUIDANCE_SCALE = 3.5
-TARGET_GUIDANCE_SCALE = 15.0
 SKIP = 0.36
 """36 of 100 steps in the reference implementation, as a fraction."""
 
 
 def skipped_steps(steps: int, skip: float = SKIP) -> int:
-    """The number of skipped steps for a fraction `skip` (0 to 1), rounded; at least one step remains.
-
-    Raises:
-        IdentityEditError: when the fraction is outside its range.
-    """
-    if not 0.0 <= skip <= 1.0:
-        raise IdentityEditError(f"skip is {skip:g}; choose a share of the steps from 0 to 1.")
+    """The number of skipped steps for a fraction `skip` (0 to 1), rounded; at least one step remains."""
+    check_number(skip, "skip", 0.0, 1.0)
     return min(round(skip * steps), steps - 1)
 
 
 def edit_friendly_ddpm_inversion(
-    model: Any,
+    model: Model,
     latent: torch.Tensor,
     source: Conditioning,
     negative: Conditioning | None = None,
@@ -68,9 +64,6 @@ def edit_friendly_ddpm_inversion(
     Returns:
         the inversion, in 2 N model calls (N for guidance scale 1). Its trajectory consists of the drawn latents and
         ends with the image.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     family = engine.require(model)
     schedule = family.schedule(steps, room_below=True)
@@ -126,7 +119,7 @@ def edit_friendly_ddpm_inversion(
     )
 
 
-def edit_friendly_sampler(model: Any, inversion: Inversion) -> Callable[..., torch.Tensor]:
+def edit_friendly_sampler(model: Model, inversion: Inversion) -> Callable[..., torch.Tensor]:
     """A sampler function for ComfyUI's KSAMPLER that uses the inversion's noise maps.
 
     Its sigmas must be consecutive ones of the inversion (all, or those after the skipped steps). It starts from the

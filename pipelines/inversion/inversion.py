@@ -8,13 +8,13 @@ inversion is in `edit_friendly`.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 
 from .. import engine
 from ..engine.families.schedule import SAME_LEVEL
 from ..shared import files
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, with_embedding
 from ..shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
 from ..text.step_embeddings import StepEmbeddings, apply_step_embeddings
@@ -96,7 +96,7 @@ class Inversion:
             )
         return nearest
 
-    def start_latent(self, model: Any, skip: int = 0) -> torch.Tensor:
+    def start_latent(self, model: Model, skip: int = 0) -> torch.Tensor:
         """trajectory[skip] [B, C, H, W] in the scale of LATENT sockets, to sample from without added noise.
 
         It is the noisiest latent unless the first `skip` steps are skipped.
@@ -104,19 +104,15 @@ class Inversion:
         check_skip(skip, self.steps)
         return engine.to_socket_scale(model, self.trajectory[skip].clone())
 
-    def end_latent(self, model: Any) -> torch.Tensor:
+    def end_latent(self, model: Model) -> torch.Tensor:
         """The inverted image's latent z_0 [B, C, H, W] in the scale of LATENT sockets."""
         return engine.to_socket_scale(model, self.image)
 
 
 def check_inversion(
-    inversion: Inversion, model: Any, steps: int | None = None, latent_shape: tuple[int, ...] | None = None
+    inversion: Inversion, model: Model, steps: int | None = None, latent_shape: tuple[int, ...] | None = None
 ) -> None:
-    """Check that an inversion matches a model, and optionally a step count and a latent's shape.
-
-    Raises:
-        IdentityEditError: when it does not.
-    """
+    """Raise `IdentityEditError` unless an inversion matches a model, a step count and a latent's shape (None: any)."""
     check_finite(inversion.trajectory, "The inversion", "invert the image again")
     difference = inversion.model.difference(engine.model_tag(model))
     if difference is not None:
@@ -141,17 +137,18 @@ def check_step_count(inversion: Inversion, steps: int | None) -> None:
         )
 
 
-def check_sampled_latent(inversion: Inversion, x: torch.Tensor) -> None:
-    """Check that the sampled latents [B, C, H, W] fit the inversion.
-
-    Raises:
-        IdentityEditError: for another size, or an incompatible batch size.
-    """
+def check_sampled_latent(
+    inversion: Inversion,
+    x: torch.Tensor,
+    remedy: str = "sample at the inverted image's size",
+    name: str = "the sampled one",
+) -> None:
+    """Raise `IdentityEditError` if latents [B, C, H, W] have another size or batch than the inversion."""
     check_batch_matches(inversion.batch, x.shape[0], "The inversion")
     if inversion.trajectory.shape[2:] != x.shape[1:]:
         raise IdentityEditError(
-            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but the sampled one is "
-            f"{tuple(x.shape[1:])}; sample at the inverted image's size."
+            f"The inversion holds latents {tuple(inversion.trajectory.shape[2:])} but {name} is {tuple(x.shape[1:])}; "
+            f"{remedy}."
         )
 
 
@@ -188,19 +185,14 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
     if inversion.noise_maps is None:
         sigmas = inversion.sigmas.to(x.device)
         return inversion.noise.step(x, denoised, sigmas[index], sigmas[index + 1])
-    check_batch_matches(inversion.batch, x.shape[0], "The inversion")
-    if inversion.noise_maps.shape[2:] != x.shape[1:]:
-        raise IdentityEditError(
-            f"The inversion holds latents {tuple(inversion.noise_maps.shape[2:])} but the sampled one is "
-            f"{tuple(x.shape[1:])}; sample from the inversion's latent."
-        )
+    check_sampled_latent(inversion, x, "sample from the inversion's latent")
     sigma, sigma_next = inversion.sigmas[index : index + 2].tolist()
     mean, deviation = inversion.noise.distribution(x, denoised, sigma, sigma_next, inversion.eta)
     return mean + deviation * inversion.noise_maps[index].to(x)
 
 
 def ddim_inversion(
-    model: Any,
+    model: Model,
     latent: torch.Tensor,
     positive: Conditioning,
     negative: Conditioning | None = None,
@@ -226,9 +218,6 @@ def ddim_inversion(
 
     Returns:
         the inversion, in N (guidance scale 1) or 2 N model calls.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     family = engine.require(model)
     schedule, noise = family.schedule(steps, end_at_zero), family.noise
@@ -262,7 +251,7 @@ def ddim_inversion(
 
 
 def sample_inversion(
-    model: Any,
+    model: Model,
     inversion: Inversion,
     positive: Conditioning,
     negative: Conditioning | None = None,
@@ -283,9 +272,6 @@ def sample_inversion(
 
     Returns:
         z_0 [B, C, H, W] in the scale of LATENT sockets.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     check_inversion(inversion, model)
     check_skip(skip, inversion.steps)
@@ -296,7 +282,7 @@ def sample_inversion(
 
 
 def follow_back(
-    model: Any,
+    model: Model,
     inversion: Inversion,
     positive: Conditioning,
     negative: Conditioning | None,
@@ -334,11 +320,7 @@ def check_negative(
 def negative_side(
     inversion: Inversion, positive: Conditioning, negative: Conditioning | None, guidance_scale: float
 ) -> Conditioning | None:
-    """The negative conditioning for sampling from an inversion: `negative`, or one of its per-step embeddings.
-
-    Raises:
-        IdentityEditError: when guidance needs one and there is neither.
-    """
+    """The negative conditioning for sampling from an inversion: `negative`, or one of its per-step embeddings."""
     table = inversion.embeddings
     if negative is None and guidance_scale != 1.0 and table is not None:
         return with_embedding(positive[:1], table.embeddings[0], table.pooled_row(0))
@@ -348,11 +330,7 @@ def negative_side(
 
 
 def save_inversion(inversion: Inversion, path: str) -> None:
-    """Write an inversion to a .safetensors file atomically.
-
-    Raises:
-        IdentityEditError: when the file cannot be written.
-    """
+    """Write an inversion to a .safetensors file atomically."""
     tensors = {"trajectory": inversion.trajectory, "sigmas": inversion.sigmas, "timesteps": inversion.timesteps}
     if inversion.embeddings is not None:
         tensors["embeddings.sigmas"] = inversion.embeddings.sigmas

@@ -8,16 +8,17 @@ at each step so that guided sampling stays on it. Defaults are those of the auth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .. import engine
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding
-from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.errors import check_batch_matches
+from ..shared.input_checks import check_choice
 from ..text.step_embeddings import StepEmbeddings, constant_embedding
 from .inversion import DDIM, Inversion, check_inversion, check_method
-from .unconditional_embedding import GuidedStep, OptimizedStep, check_range, optimize
+from .unconditional_embedding import GuidedStep, OptimizedStep, check_optimization, check_range, optimize
 
 GUIDANCE_SCALE = 7.5
 INNER_STEPS = 10
@@ -57,7 +58,7 @@ class NullText:
 
 
 def null_text_optimization(
-    model: Any,
+    model: Model,
     inversion: Inversion,
     positive: Conditioning,
     negative: Conditioning,
@@ -89,27 +90,15 @@ def null_text_optimization(
         checkpointing: trade time for memory, see `engine.gradient_context`.
         callback: progress with preview.
 
-    Returns:
-        embeddings, losses and the reconstruction.
-
     Raises:
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
-    if method not in METHODS:
-        raise IdentityEditError(f"The method {method!r} does not exist; choose one of {', '.join(METHODS)}.")
+    check_choice(method, "method", METHODS)
     if inner_steps is None:
         inner_steps = DEFAULT_INNER_STEPS[method]
-    if guidance_scale <= 1.0:
-        raise IdentityEditError(
-            f"The guidance scale is {guidance_scale:g}, at which the unconditional embedding has no effect; choose a "
-            f"value above 1 (7.5), or sample without null-text optimization."
-        )
-    if inner_steps < 0 or learning_rate <= 0.0:
-        raise IdentityEditError(
-            f"inner_steps is {inner_steps} and learning_rate {learning_rate:g}; choose 0 or more and a value above 0."
-        )
+    check_optimization(guidance_scale, inner_steps, learning_rate, ", or sample without null-text optimization")
     null_embedding, pooled = single_embedding(negative, "The negative conditioning")
     batch, steps = inversion.batch, inversion.steps
     check_batch_matches(null_embedding.shape[0], batch, "The negative conditioning")
@@ -146,23 +135,14 @@ def null_text_optimization(
             optimized_steps.append(optimized)
             step.report(inner_steps, evaluation.denoised)
 
-        final_losses = torch.stack([each.final_loss for each in optimized_steps])
-        converged = torch.stack([each.converged for each in optimized_steps])
-        return NullText(
-            embeddings=StepEmbeddings(
-                sigmas=inversion.sigmas.clone(),
-                embeddings=torch.stack([each.phi for each in optimized_steps]),
-                pooled=None if pooled is None else pooled.expand(batch, -1).unsqueeze(0),
-                guidance_scale=float(guidance_scale),
-            ),
-            losses=[each.losses for each in optimized_steps],
-            inner_steps=torch.stack([(~each.losses.isnan()).sum(dim=0) for each in optimized_steps]),
-            final_losses=final_losses,
-            converged=converged,
-            reconstruction=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1])).cpu()),
-            evaluations=evaluator.evaluations,
-            warning=_convergence_warning(converged, final_losses),
+        embeddings = StepEmbeddings(
+            sigmas=inversion.sigmas.clone(),
+            embeddings=torch.stack([each.phi for each in optimized_steps]),
+            pooled=None if pooled is None else pooled.expand(batch, -1).unsqueeze(0),
+            guidance_scale=float(guidance_scale),
         )
+        z_0 = engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1])).cpu())
+        return _result(embeddings, optimized_steps, z_0, evaluator.evaluations)
 
     return engine.run_loop(
         model,
@@ -198,13 +178,19 @@ def negative_prompt_inversion(inversion: Inversion, positive: Conditioning) -> S
     return constant_embedding(inversion.sigmas, embedding, pooled)
 
 
-def _convergence_warning(converged: torch.Tensor, final_losses: torch.Tensor) -> str | None:
-    missed = int((~converged).any(dim=1).sum())
-    if missed == 0:
-        return None
-    worst = int(final_losses.amax(dim=1).argmax())
-    return (
-        f"Null-text optimization did not converge at {missed} of {converged.shape[0]} steps (largest loss "
-        f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); if the "
-        f"reconstruction differs from the image, raise inner_steps or lower the guidance scale."
-    )
+def _result(
+    embeddings: StepEmbeddings, optimized_steps: list[OptimizedStep], z_0: torch.Tensor, evaluations: int
+) -> NullText:
+    losses = [each.losses for each in optimized_steps]
+    final_losses = torch.stack([each.final_loss for each in optimized_steps])
+    converged = torch.stack([each.converged for each in optimized_steps])
+    inner_steps = torch.stack([(~rows.isnan()).sum(dim=0) for rows in losses])
+    warning = None
+    if missed := int((~converged).any(dim=1).sum()):
+        worst = int(final_losses.amax(dim=1).argmax())
+        warning = (
+            f"Null-text optimization did not converge at {missed} of {converged.shape[0]} steps (largest loss "
+            f"{float(final_losses[worst].max()):.1e} at step {worst + 1}); if the "
+            f"reconstruction differs from the image, raise inner_steps or lower the guidance scale."
+        )
+    return NullText(embeddings, losses, inner_steps, final_losses, converged, z_0, evaluations, warning)

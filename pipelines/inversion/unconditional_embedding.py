@@ -14,6 +14,7 @@ import torch
 from .. import engine
 from ..shared.errors import IdentityEditError
 from ..shared.gradients import gradients_by_sample
+from ..shared.input_checks import check_above_zero, check_number
 
 _LARGEST_CHANGE_OF_LENGTH = 4.0
 
@@ -175,6 +176,17 @@ def change_of_length(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     best = (before * change).sum(dim=1) / change.square().sum(dim=1)
     best = best.clamp(1 / _LARGEST_CHANGE_OF_LENGTH, _LARGEST_CHANGE_OF_LENGTH).cpu()
     return torch.where(best.isfinite(), best, torch.ones_like(best))
+
+
+def check_optimization(guidance_scale: float, inner_steps: int, learning_rate: float, otherwise: str = "") -> None:
+    """Raise `IdentityEditError` for unusable settings; `otherwise` ends the remedy for a guidance scale up to 1."""
+    if guidance_scale <= 1.0:
+        raise IdentityEditError(
+            f"The guidance scale is {guidance_scale:g}, at which the unconditional embedding has no effect; choose a "
+            f"value above 1 (7.5){otherwise}."
+        )
+    check_number(inner_steps, "inner_steps", 0, None)
+    check_above_zero(learning_rate, "learning_rate")
 
 
 def check_range(loss: torch.Tensor, step: int, what: str) -> None:

@@ -4,17 +4,18 @@ without a segmentation network."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ...attention.capture import IdentityAttention
-from ...attention.identity_mask import identity_map
+from ...attention.identity_mask import identity_mask
 from ...attention.sites import AUTOMATIC
 from .. import engine
 from ..engine.families.schedule import noise_levels, rows_of
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError
+from ..shared.input_checks import check_number
 from .identity_prompt import IdentityPrompt, capture_identity
 
 TIMESTEPS = (1, 101, 201)
@@ -26,7 +27,7 @@ little worse, see benchmarks/results/segment_subject.md. Liu et al. 2024 give no
 
 
 def attention_masks(
-    model: Any,
+    model: Model,
     latent: torch.Tensor,
     identity: IdentityPrompt,
     conditioning: Conditioning,
@@ -53,15 +54,9 @@ def attention_masks(
 
     Returns:
         [B, height, width] float32, 0 or 1.
-
-    Raises:
-        IdentityEditError: when the model, the prompt or an option cannot be used.
     """
-    if not 0.0 <= threshold <= 1.0 or power < 0:
-        raise IdentityEditError(
-            f"threshold is {threshold:g} and self_attention_power {power}; choose a threshold from 0 to 1 and a power "
-            f"of 0 or more."
-        )
+    check_number(threshold, "threshold", 0.0, 1.0)
+    check_number(power, "self_attention_power", 0, None)
     attention = record_attention(
         model,
         latent,
@@ -73,11 +68,11 @@ def attention_masks(
         seed=seed,
         callback=callback,
     )
-    return (identity_map(attention, *size, power) > threshold).float()
+    return identity_mask(attention, *size, threshold, power)
 
 
 def record_attention(
-    model: Any,
+    model: Model,
     latent: torch.Tensor,
     identity: IdentityPrompt,
     conditioning: Conditioning,
@@ -100,9 +95,6 @@ def record_attention(
         layers: a choice of `attention.sites.choose_layers`.
         seed: noise seed.
         callback: progress with preview.
-
-    Raises:
-        IdentityEditError: when the model, the prompt or an option cannot be used.
     """
     family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
     sampling = family.sampling

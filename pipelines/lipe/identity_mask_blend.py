@@ -7,9 +7,8 @@ attention to an identity prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -18,9 +17,12 @@ from ...attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, identity
 from ...attention.masks import feathered, union
 from ...attention.sites import AUTOMATIC
 from .. import engine
+from ..inversion.edit_friendly import skipped_steps
 from ..inversion.inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError
+from ..shared.input_checks import check_choice, check_number
 from ..shared.masks import masks_for
 from ..text.step_embeddings import apply_step_embeddings
 from .identity_prompt import IdentityPrompt, capture_identity
@@ -66,7 +68,7 @@ class BlendSettings:
         power: lambda of eq. 2; 0 uses only the cross-attention.
         layers: a choice of `attention.sites.choose_layers`.
         feathering: standard deviation, in latent pixels, of the Gaussian that feathers M_t; 0 in the paper.
-        skip: fraction of the first steps to skip, 0 to below 1. 0 in the paper.
+        skip: fraction of the first steps to skip, 0 to 1; the last step is never skipped. 0 in the paper.
         blend_until: fraction of the remaining steps, from the first, in which latents are blended. 1 in the paper;
             smaller values let the last steps smooth the border but also change the background.
         given_masks: REPLACE uses connected masks instead of attention masks (and saves the reconstruction pass), UNITE
@@ -81,9 +83,16 @@ class BlendSettings:
     blend_until: float = 1.0
     given_masks: str = REPLACE
 
+    def __post_init__(self) -> None:
+        check_number(self.threshold, "threshold", 0.0, 1.0)
+        check_number(self.power, "self_attention_power", 0, None)
+        check_number(self.feathering, "feathering", 0.0, None)
+        check_number(self.blend_until, "blend_until", 0.0, 1.0)
+        check_choice(self.given_masks, "given_masks", GIVEN_MASKS)
+
 
 def identity_mask_blend(
-    model: Any,
+    model: Model,
     inversion: Inversion,
     source: Conditioning,
     target: Conditioning,
@@ -117,53 +126,39 @@ def identity_mask_blend(
     Returns:
         the edit and its masks, in N model calls for the reconstruction and 2 N for the target (N for guidance scale 1).
 
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     settings = settings or BlendSettings()
     check_inversion(inversion, model)
-    _check_settings(settings)
     table = inversion.embeddings
     if guidance_scale is None:
-        optimized_for = None if table is None else table.guidance_scale
-        guidance_scale = optimized_for or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
+        guidance_scale = _default_guidance_scale(inversion)
     negative = negative_side(inversion, target, negative, guidance_scale)
     names = ("The source mask", "The target mask") if identity else ("The mask", "The mask")  # as DiffEdit has it
     source_mask = _on_grid(inversion, source_mask, names[0])
     target_mask = _on_grid(inversion, target_mask, names[1])
-    finds_source = source_mask is None or settings.given_masks == UNITE
-    finds_target = target_mask is None or settings.given_masks == UNITE
-    if identity is None and (finds_source or finds_target):
-        raise IdentityEditError("There is no identity prompt; write one, or connect both masks.")
+    source_model, source_attention = _recorded(model, identity, settings, source_mask)
+    target_model = model if table is None else apply_step_embeddings(model, table, "negative")
+    target_model, target_attention = _recorded(target_model, identity, settings, target_mask)
 
     steps, sigmas = inversion.steps, inversion.sigmas
-    first = min(round(settings.skip * steps), steps - 1)
+    first = skipped_steps(steps, settings.skip)
     blended_until = first + round(settings.blend_until * (steps - first))
     x_first, levels = inversion.trajectory[first], sigmas[first:]
-    passes = 1 + finds_source
+    passes = 1 if source_attention is None else 2
+
+    def reconstruct(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> int:
+        for i in range(first, steps):
+            x = inversion.trajectory[i].to(x)
+            denoised = evaluator.denoised(x, sigmas[i].to(x), "positive")
+            evaluator.report(i - first, denoised, x, passes * (steps - first))
+        return evaluator.evaluations
 
     # M^s, I^s' = Sampling(x_T, G*, P^s, P^e). The inversion contains every x_t of an exact reconstruction, so one model
     # call with the source prompt at each x_t gives its attention without sampling.
-    source_attention: IdentityAttention | None = None
     evaluations = 0
-    if finds_source and identity is not None:
-        source_model, source_attention = capture_identity(model, identity, settings.layers, settings.power > 0)
-
-        def reconstruct(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> int:
-            for i in range(first, steps):
-                x = inversion.trajectory[i].to(x)
-                denoised = evaluator.denoised(x, sigmas[i].to(x), "positive")
-                evaluator.report(i - first, denoised, x, passes * (steps - first))
-            return evaluator.evaluations
-
+    if source_attention is not None:
         evaluations = engine.run_loop(source_model, source, None, x_first, levels, reconstruct, callback=callback)
-    # The source mask after the last step, used in all steps below.
-    fixed_source_mask = _mask(inversion, settings, source_attention, source_mask)
-
-    target_model = model if table is None else apply_step_embeddings(model, table, "negative")
-    target_attention: IdentityAttention | None = None
-    if finds_target and identity is not None:
-        target_model, target_attention = capture_identity(target_model, identity, settings.layers, settings.power > 0)
+    fixed_source_mask = _mask(inversion, settings, source_attention, source_mask)  # used in all steps
 
     def denoise(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> IdentityMaskBlend:
         step_masks = []
@@ -184,25 +179,40 @@ def identity_mask_blend(
                     step_masks.append(m.cpu())
             x = x_next
             evaluator.report((passes - 1) * (steps - first) + i - first, denoised, x, passes * (steps - first))
-        masks = {"source mask": fixed_source_mask, "target mask": m_target.cpu()}
         return IdentityMaskBlend(
             latent=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1].to(x))).cpu()),
-            source_mask=masks["source mask"],
-            target_mask=masks["target mask"],
+            source_mask=fixed_source_mask,
+            target_mask=m_target.cpu(),
             step_masks=torch.stack(step_masks) if step_masks else None,
             source_attention=source_attention,
             target_attention=target_attention,
             evaluations=evaluations + evaluator.evaluations,
-            warning=_warning(inversion, guidance_scale, masks if identity else {}),
+            warning=_warning(inversion, guidance_scale, (fixed_source_mask, m_target) if identity else ()),
         )
 
     return engine.run_loop(target_model, target, negative, x_first, levels, denoise, callback=callback)
+
+
+def _default_guidance_scale(inversion: Inversion) -> float:
+    optimized_for = None if inversion.embeddings is None else inversion.embeddings.guidance_scale
+    return optimized_for or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
 
 
 def _on_grid(inversion: Inversion, mask: torch.Tensor | None, name: str) -> torch.Tensor | None:
     """A connected mask at the latent's size [B, H, W]."""
     height, width = inversion.trajectory.shape[-2:]
     return None if mask is None else masks_for(mask, name, height, width, inversion.batch)
+
+
+def _recorded(
+    model: Model, identity: IdentityPrompt | None, settings: BlendSettings, given: torch.Tensor | None
+) -> tuple[Model, IdentityAttention | None]:
+    """A model that records its attention to the subject; unchanged if the connected mask is used instead."""
+    if given is not None and settings.given_masks == REPLACE:
+        return model, None
+    if identity is None:
+        raise IdentityEditError("There is no identity prompt; write one, or connect both masks.")
+    return capture_identity(model, identity, settings.layers, settings.power > 0)
 
 
 def _mask(
@@ -220,28 +230,11 @@ def _mask(
     return mask
 
 
-def _check_settings(settings: BlendSettings) -> None:
-    skip, blend_until, given_masks = settings.skip, settings.blend_until, settings.given_masks
-    if not 0.0 <= settings.threshold <= 1.0:
-        raise IdentityEditError(f"threshold is {settings.threshold:g}; choose a value from 0 to 1 (0.4).")
-    if settings.power < 0 or settings.feathering < 0:
-        raise IdentityEditError(
-            f"self_attention_power is {settings.power} and feathering {settings.feathering:g}; choose 0 or more."
-        )
-    if not 0.0 <= skip < 1.0 or not 0.0 <= blend_until <= 1.0:
-        raise IdentityEditError(
-            f"skip is {skip:g} and blend_until {blend_until:g}; choose skip from 0 to below 1 and blend_until from 0 "
-            f"to 1."
-        )
-    if given_masks not in GIVEN_MASKS:
-        raise IdentityEditError(f"given_masks is {given_masks!r}; choose one of {', '.join(GIVEN_MASKS)}.")
-
-
-def _warning(inversion: Inversion, guidance_scale: float, masks: Mapping[str, torch.Tensor]) -> str | None:
+def _warning(inversion: Inversion, guidance_scale: float, masks: Sequence[torch.Tensor]) -> str | None:
     warning = None if inversion.embeddings is None else inversion.embeddings.guidance_warning(guidance_scale)
     if warning is not None:
         return warning
-    for name, mask in masks.items():
+    for name, mask in zip(("source mask", "target mask"), masks, strict=False):
         shares = mask.mean(dim=(1, 2))
         if bool(((shares == 0) | (shares == 1)).any()):
             return (

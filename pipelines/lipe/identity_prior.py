@@ -18,8 +18,10 @@ import torch
 
 from .. import engine
 from ..engine.weights import weight_shapes
+from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
 from ..shared.files import checked_record, parsing_file, read_tensors, write_tensors
+from ..shared.input_checks import check_number
 
 KIND = "identity prior"
 CLIP_KEYS = re.compile(r"clip_\w\..+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)")
@@ -52,7 +54,7 @@ class IdentityPrior:
         return f"{self.token} {self.class_word}"
 
 
-def attention_keys(model: Any, clip: Any) -> tuple[list[str], list[str]]:
+def attention_keys(model: Model, clip: Clip) -> tuple[list[str], list[str]]:
     """Keys of the trained weights: all attention projections of the UNet and the text encoders, including biases.
 
     Raises:
@@ -68,13 +70,9 @@ def attention_keys(model: Any, clip: Any) -> tuple[list[str], list[str]]:
 
 
 def apply_identity_prior(
-    model: Any, clip: Any, prior: IdentityPrior, strength_model: float = 1.0, strength_clip: float = 1.0
-) -> tuple[Any, Any]:
-    """Clones of MODEL and CLIP with the prior as stock weight patches; strength 1 as trained.
-
-    Raises:
-        IdentityEditError: when the prior belongs to another model family.
-    """
+    model: Model, clip: Clip, prior: IdentityPrior, strength_model: float = 1.0, strength_clip: float = 1.0
+) -> tuple[Model, Clip]:
+    """Clones of MODEL and CLIP with the prior as stock weight patches; strength 1 as trained."""
     check_identity_prior(model, clip, prior)
     patched_model, patched_clip = model.clone(), clip.clone()
     if strength_model != 0.0:
@@ -84,7 +82,7 @@ def apply_identity_prior(
     return patched_model, patched_clip
 
 
-def check_identity_prior(model: Any, clip: Any, prior: IdentityPrior) -> str | None:
+def check_identity_prior(model: Model, clip: Clip, prior: IdentityPrior) -> str | None:
     """Check that a prior can be applied to a model.
 
     Returns:
@@ -115,11 +113,7 @@ def check_identity_prior(model: Any, clip: Any, prior: IdentityPrior) -> str | N
 
 
 def save_identity_prior(prior: IdentityPrior, path: str) -> None:
-    """Write a prior as safetensors atomically.
-
-    Raises:
-        IdentityEditError: when the file cannot be written.
-    """
+    """Write a prior as safetensors atomically."""
     tensors = {MODEL_PREFIX + key: tensor for key, tensor in prior.model_change.items()}
     tensors |= {CLIP_PREFIX + key: tensor for key, tensor in prior.clip_change.items()}
     description = {
@@ -133,11 +127,7 @@ def save_identity_prior(prior: IdentityPrior, path: str) -> None:
 
 
 def load_identity_prior(path: str) -> IdentityPrior:
-    """Read a prior written by `save_identity_prior`.
-
-    Raises:
-        IdentityEditError: when the file is missing, damaged, or of another kind.
-    """
+    """Read a prior written by `save_identity_prior`; raises as `files.read_tensors`."""
     tensors, description = read_tensors(path, KIND)
     with parsing_file(path, "The identity prior"):
         return IdentityPrior(
@@ -168,12 +158,8 @@ def as_lora(
         float16 or wider tensors by the keys of a LoRA file (`lora_unet_...`, `lora_te_...`; for SDXL `lora_te1_...`
         and `lora_te2_...`), and the relative error |change - approximation| / |change| in the Frobenius norm over all
         weights, rounding included.
-
-    Raises:
-        IdentityEditError: when the rank is below 1.
     """
-    if rank < 1:
-        raise IdentityEditError(f"rank is {rank}; choose 1 or more.")
+    check_number(rank, "rank", 1, None)
     both_encoders = any(key.startswith("clip_g.") for key in prior.clip_change) and any(
         key.startswith("clip_l.") for key in prior.clip_change
     )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ...attention.capture import IdentityAttention, capture_attention
 from ...attention.sites import AUTOMATIC
 from .. import engine
+from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
 from ..shared.parsing import split_words
 from ..text.prompt_tokens import positions_of, prompt_tokens
@@ -29,7 +29,7 @@ class IdentityPrompt:
     tokens: tuple[int, ...]
 
 
-def encode_identity_prompt(clip: Any, text: str, words: str = "", name: str = "identity_prompt") -> IdentityPrompt:
+def encode_identity_prompt(clip: Clip, text: str, words: str = "", name: str = "identity_prompt") -> IdentityPrompt:
     """Encode the subject's name, such as "sks cat": rare token and class noun.
 
     Args:
@@ -58,13 +58,9 @@ def encode_identity_prompt(clip: Any, text: str, words: str = "", name: str = "i
 
 
 def capture_identity(
-    model: Any, identity: IdentityPrompt, layers: str = AUTOMATIC, self_attention: bool = True
-) -> tuple[Any, IdentityAttention]:
-    """A clone of `model` that records its attention to the identity; see `attention.capture.capture_attention`.
-
-    Raises:
-        IdentityEditError: when the model or the prompt's embedding cannot be used.
-    """
+    model: Model, identity: IdentityPrompt, layers: str = AUTOMATIC, self_attention: bool = True
+) -> tuple[Model, IdentityAttention]:
+    """A clone of `model` that records its attention to the identity; see `attention.capture.capture_attention`."""
     channels = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
     if identity.embedding.shape[-1] != channels:
         raise IdentityEditError(

@@ -7,13 +7,13 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .. import engine
 from ..engine.trainable import trainable_networks
 from ..engine.weights import first_numbers
+from ..shared.comfy_types import Clip, Model
 from ..shared.files import FILE_DTYPES
 from ..training.images import Batch, TrainingImages, denoising_losses, draw_batch, guided_preview
 from ..training.loop import (
@@ -67,8 +67,8 @@ class PriorSettings(TrainingSettings):
 
 
 def train_identity_prior(
-    model: Any,
-    clip: Any,
+    model: Model,
+    clip: Clip,
     identity: TrainingImages,
     regularization: TrainingImages | None,
     settings: PriorSettings,
@@ -91,9 +91,6 @@ def train_identity_prior(
 
     Returns:
         the prior and the record of the training.
-
-    Raises:
-        IdentityEditError: when an input cannot be used, or as in `training.train`.
     """
     tag = engine.model_tag(model)
     model_keys, clip_keys = attention_keys(model, clip)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..shared.errors import IdentityEditError
 from ..shared.images import to_pillow
-from .model_folders import check_preprocessor, from_transformers, loaded, read_config
+from .model_folders import opened_folder
 
 FOLDER = "grounding-dino"
 NEEDED = (
@@ -44,21 +43,10 @@ def detect(
     words = " ".join(name.lower().replace(".", " ").split())
     if not words:
         raise IdentityEditError("subject is empty; write what to look for, such as 'dog'.")
-    config = read_config(path, NEEDED)
-    if config.get("model_type") != "grounding-dino":
-        raise IdentityEditError(
-            f"The model in {path} is '{config.get('model_type')}', not 'grounding-dino'; choose a Grounding DINO in "
-            f"transformers format."
-        )
-    check_preprocessor(path)
-
-    def load() -> tuple[Any, Any]:
-        import transformers
-
-        return from_transformers(path, transformers.GroundingDinoForObjectDetection, transformers.AutoProcessor)
-
+    otherwise = ", not 'grounding-dino'; choose a Grounding DINO in transformers format"
+    classes = "GroundingDinoForObjectDetection", "AutoProcessor"
     detections = []
-    with loaded(path, load) as (network, processor, device):
+    with opened_folder(path, NEEDED, ("grounding-dino",), otherwise, *classes) as (network, processor, device):
         for image in images:
             # Grounding DINO expects lower-case names that end with a period.
             inputs = processor(images=to_pillow(image), text=f"{words}.", return_tensors="pt").to(device)

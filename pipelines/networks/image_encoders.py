@@ -3,12 +3,14 @@ CLIP_VISION."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
 
+from ..shared.comfy_types import ClipVision
 from ..shared.errors import IdentityEditError, first_line
 from ..shared.images import to_pillow
 from .model_folders import check_preprocessor, from_transformers, loaded, read_config
@@ -27,7 +29,7 @@ Encoder = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 """Features [n, D] of n images [h, w, 3] in [0, 1] whose sizes may differ."""
 
 
-def encoder_of_clip_vision(clip_vision: Any) -> Encoder:
+def encoder_of_clip_vision(clip_vision: ClipVision) -> Encoder:
     """Image embeddings of ComfyUI's CLIP_VISION (Load CLIP Vision), or the class token for DINOv2."""
 
     def encode(images: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -98,7 +100,6 @@ def _timm_encoder(path: str, config: dict[str, Any]) -> Encoder:
             f"The model in {path} needs timm, which is not installed; run `pip install timm`, or choose a model in "
             f"transformers format."
         ) from error
-    import os
 
     def load() -> tuple[Any, Any]:
         from safetensors.torch import load_file

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -169,6 +169,36 @@ def from_transformers(path: str, network_class: Any, processor_class: Any) -> tu
             f"The weights in {path} lack {len(missing)} tensors ({missing[0]}, ...); copy the model's files again."
         )
     return network, processor
+
+
+@contextmanager
+def opened_folder(
+    path: str, needed: str, kinds: Collection[str], otherwise: str, network_class: str, processor_class: str
+) -> Iterator[tuple[Any, Any, torch.device]]:
+    """Context manager: a network of transformers from a folder with an image preprocessor, as `loaded` yields it.
+
+    Args:
+        path: the folder.
+        needed: its files, for messages.
+        kinds: the supported values of "model_type" in its config.json.
+        otherwise: end of the message for another kind.
+        network_class, processor_class: names of classes of transformers.
+
+    Raises:
+        IdentityEditError: when files are missing, or for another kind of network.
+    """
+    kind = read_config(path, needed).get("model_type")
+    if kind not in kinds:
+        raise IdentityEditError(f"The model in {path} is '{kind}'{otherwise}.")
+    check_preprocessor(path)
+
+    def load() -> tuple[Any, Any]:
+        import transformers
+
+        return from_transformers(path, getattr(transformers, network_class), getattr(transformers, processor_class))
+
+    with loaded(path, load) as opened:
+        yield opened
 
 
 def read_checkpoint(path: str) -> dict[str, torch.Tensor]:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ..shared.errors import IdentityEditError, first_line
 from ..shared.images import as_bytes, to_pillow
+from ..shared.input_checks import check_choice
 from ..shared.parsing import lines_of_numbers, numbers
-from .model_folders import check_preprocessor, from_transformers, loaded, read_checkpoint, read_config
+from .model_folders import loaded, opened_folder, read_checkpoint
 
 SAM_FOLDER = "sams"
 CHECKPOINT_ENDINGS = (".pth", ".pt", ".safetensors")
@@ -124,27 +127,14 @@ def load_segmenter(path: str) -> Iterator[Segmenter]:
     Raises:
         IdentityEditError: when files or the package are missing, or for another network.
     """
-    import os
 
     if os.path.isfile(path):
         with loaded(path, lambda: (_package_model(path), None)) as (network, _, _device):
             yield _PackageSegmenter(network)
         return
-    config = read_config(path, SAM_NEEDED)
-    if config.get("model_type") != "sam":
-        raise IdentityEditError(
-            f"The model in {path} is '{config.get('model_type')}', not 'sam'; choose a Segment Anything in "
-            f"transformers format."
-        )
-    check_preprocessor(path)
-
-    def load() -> tuple[Any, Any]:
-        import transformers
-
-        return from_transformers(path, transformers.SamModel, transformers.SamProcessor)
-
-    with loaded(path, load) as (network, processor, device):
-        yield _TransformersSegmenter(network, processor, device, path)
+    otherwise = ", not 'sam'; choose a Segment Anything in transformers format"
+    with opened_folder(path, SAM_NEEDED, ("sam",), otherwise, "SamModel", "SamProcessor") as opened:
+        yield _TransformersSegmenter(*opened, path)
 
 
 class _PackageSegmenter:
@@ -154,7 +144,6 @@ class _PackageSegmenter:
         self._network = network
 
     def by_prompt(self, image: torch.Tensor, prompt: Prompt) -> Segment:
-        import numpy as np
         from segment_anything import SamPredictor
 
         predictor = SamPredictor(self._network)
@@ -203,7 +192,6 @@ class _TransformersSegmenter:
         return Segment(masks[best].bool(), float(scores[best]))
 
     def everything(self, image: torch.Tensor) -> list[Segment]:
-        import numpy as np
         from transformers import pipeline
 
         generator = pipeline(
@@ -319,8 +307,7 @@ def _is_background(mask: torch.Tensor) -> bool:
 
 
 def _chosen(parts: Sequence[Segment], choice: str, image: torch.Tensor) -> torch.Tensor:
-    if choice not in CHOICES:
-        raise IdentityEditError(f"choice is {choice!r}; choose one of {', '.join(CHOICES)}.")
+    check_choice(choice, "choice", CHOICES)
     if not parts:
         return torch.zeros(image.shape[:2])
     if choice == UNION:

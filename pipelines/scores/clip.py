@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import normalize
 
-from ..networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
+from ..networks.model_folders import opened_folder
 from ..shared.errors import IdentityEditError
 from ..shared.images import to_pillow
 
@@ -95,21 +95,9 @@ def open_clip_folder(path: str) -> Iterator[FolderClip]:
     Raises:
         IdentityEditError: when files are missing or the folder holds another kind of network.
     """
-    kind = read_config(path, NEEDED).get("model_type")
-    if kind != "clip":
-        raise IdentityEditError(
-            f"The model in {path} is '{kind}', and CLIP scores need a CLIP with both encoders; choose one such as CLIP "
-            f"ViT-L/14."
-        )
-    check_preprocessor(path)
-
-    def load() -> tuple[Any, Any]:
-        import transformers
-
-        return from_transformers(path, transformers.CLIPModel, transformers.CLIPProcessor)
-
-    with loaded(path, load) as (network, processor, device):
-        yield FolderClip(os.path.basename(os.path.normpath(path)), network, processor, device)
+    otherwise = ", and CLIP scores need a CLIP with both encoders; choose one such as CLIP ViT-L/14"
+    with opened_folder(path, NEEDED, ("clip",), otherwise, "CLIPModel", "CLIPProcessor") as opened:
+        yield FolderClip(os.path.basename(os.path.normpath(path)), *opened)
 
 
 class SocketClip:

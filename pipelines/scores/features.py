@@ -11,8 +11,7 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from ..networks.image_encoders import IMAGENET_DEVIATION, IMAGENET_MEAN, encoder_of_folder
-from ..networks.model_folders import check_preprocessor, from_transformers, loaded, read_config
-from ..shared.errors import IdentityEditError
+from ..networks.model_folders import opened_folder, read_config
 from ..shared.images import to_pillow
 
 NEEDED_DINO = "config.json, model.safetensors and preprocessor_config.json of DINO (ViT-S/16), transformers or timm"
@@ -74,9 +73,8 @@ def open_encoder(path: str, needed: str = NEEDED_DINO) -> Iterator[ImageEncoder]
     if read_config(path, needed).get("model_type") not in _KINDS:
         yield FolderEncoder(path)
         return
-    check_preprocessor(path)
-    with loaded(path, lambda: _load_transformer(path)) as (network, processor, device):
-        yield ClassToken(_name(path), network, processor, device)
+    with opened_folder(path, needed, _KINDS, "", "AutoModel", "AutoImageProcessor") as opened:
+        yield ClassToken(_name(path), *opened)
 
 
 class Structure:
@@ -135,26 +133,15 @@ def open_structure(path: str) -> Iterator[Structure]:
     Raises:
         IdentityEditError: when files are missing or the folder holds another kind of network.
     """
-    kind = read_config(path, NEEDED_STRUCTURE).get("model_type")
-    if kind != "vit":
-        raise IdentityEditError(
-            f"The model in {path} is '{kind}', and the structure distance needs a DINO in the form of transformers; "
-            f"choose one such as DINO ViT-B/8."
-        )
-    check_preprocessor(path)
-    with loaded(path, lambda: _load_transformer(path)) as (network, _, device):
+    otherwise = ", and the structure distance needs a DINO in the form of transformers; choose one such as DINO ViT-B/8"
+    with opened_folder(path, NEEDED_STRUCTURE, ("vit",), otherwise, "AutoModel", "AutoImageProcessor") as opened:
+        network, _, device = opened
         yield Structure(_name(path), network, device)
 
 
 def _last_keys(network: Any) -> Any:
     """The layer that makes the last block's keys, by whichever name transformers has for it."""
     return [module for name, module in network.named_modules() if name.endswith(("attention.key", ".k_proj"))][-1]
-
-
-def _load_transformer(path: str) -> tuple[Any, Any]:
-    import transformers
-
-    return from_transformers(path, transformers.AutoModel, transformers.AutoImageProcessor)
 
 
 def _name(path: str) -> str:

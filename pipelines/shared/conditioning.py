@@ -41,7 +41,7 @@ def single_embedding(conditioning: Conditioning, name: str) -> tuple[torch.Tenso
     if not bool(torch.isfinite(embedding).all()):
         raise IdentityEditError(f"{name} contains NaN or infinite values; encode the prompt again.")
     pooled = options.get("pooled_output")
-    return _copy(embedding), None if pooled is None else _copy(pooled)
+    return ordinary_copy(embedding), None if pooled is None else ordinary_copy(pooled)
 
 
 def with_embedding(
@@ -121,6 +121,7 @@ def copy_outside_inference_mode(value: Any) -> Any:
     return value
 
 
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
+def ordinary_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """A float32 copy that autograd can use, unlike tensors created in ComfyUI's inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         return tensor.detach().to(dtype=torch.float32, copy=True)

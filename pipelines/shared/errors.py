@@ -22,15 +22,12 @@ LARGEST_VALUE = 1e6
 
 
 def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -> None:
-    """Check a batch of image latents.
+    """Raise `IdentityEditError` unless latents are [B, C, H, W], finite, with 1 <= B <= 64.
 
     Args:
-        latent: expected [B, C, H, W], finite, with 1 <= B <= 64.
+        latent: the latents.
         name: the input's name as the user sees it, for the message.
-        channels: the model's number of latent channels, if known.
-
-    Raises:
-        IdentityEditError: for an empty or oversized batch, a wrong shape or channel count, or NaN and infinite values.
+        channels: C, the model's number of latent channels; None for any.
     """
     if getattr(latent, "is_nested", False) or not isinstance(latent, torch.Tensor) or latent.ndim != 4:
         raise IdentityEditError(
@@ -107,15 +104,8 @@ def check_batch_matches(count: int, batch: int, name: str, what: str = "latents"
 
 
 def check_conditioning(conditioning: Any, name: str) -> None:
-    """Check a ComfyUI CONDITIONING list.
-
-    Args:
-        conditioning: expected a nonempty list of [embedding [B, T, C], options] with finite values.
-        name: the input's name as the user sees it, for the message.
-
-    Raises:
-        IdentityEditError: when it is empty or malformed, or contains NaN, infinite or huge values.
-    """
+    """Raise `IdentityEditError` unless a CONDITIONING is a nonempty list of [embedding [B, T, C], options] with finite
+    values up to `LARGEST_VALUE`; `name` is the input's name as the user sees it."""
     if not isinstance(conditioning, list) or len(conditioning) == 0:
         raise IdentityEditError(f"{name} is empty; connect a CLIP Text Encode node.")
     for entry in conditioning:
@@ -139,16 +129,15 @@ def check_conditioning(conditioning: Any, name: str) -> None:
 
 
 def check_areas(options: Iterable[dict[str, Any]], latent: torch.Tensor, name: str) -> None:
-    """Check that the areas of a conditioning start inside the latent. (ComfyUI clips them at the right and bottom.)
+    """Raise `IdentityEditError` if an area of a conditioning starts at or beyond the latent's right or bottom edge.
+
+    ComfyUI clips areas that only end there.
 
     Args:
         options: the options of every entry; "area" is (height, width, y, x) in latent pixels, or
             ("percentage", height, width, y, x) as fractions of the latent, or absent.
         latent: [B, C, H, W].
         name: the conditioning's name as the user sees it, for the message.
-
-    Raises:
-        IdentityEditError: when an area starts at or beyond the latent's right or bottom edge.
     """
     height, width = latent.shape[-2:]
     for entry in options:

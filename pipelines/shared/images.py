@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 
+from .comfy_types import Vae
 from .errors import IdentityEditError, check_finite, not_finite
 from .input_checks import BRIGHTEST_HDR, check_images
-
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
 
 PIXELS_PER_LATENT_PIXEL = 8
 """Image pixels per latent pixel, along each side."""
@@ -123,7 +121,7 @@ def matched_images(
     return images[0], images[1], note
 
 
-def encoded(vae: Any, images: torch.Tensor, name: str) -> torch.Tensor:
+def encoded(vae: Vae, images: torch.Tensor, name: str) -> torch.Tensor:
     """Encode images with a VAE.
 
     Args:
@@ -159,17 +157,13 @@ def as_bytes(image: torch.Tensor) -> np.ndarray:
     return (colors.detach().float().clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
 
 
-def to_pillow(image: torch.Tensor) -> Image:
+def to_pillow(image: torch.Tensor) -> Image.Image:
     """The same as a Pillow image."""
-    from PIL import Image
-
     return Image.fromarray(as_bytes(image))
 
 
-def from_pillow(image: Image) -> torch.Tensor:
+def from_pillow(image: Image.Image) -> torch.Tensor:
     """[H, W, channels] or, of a gray image, [H, W]; float32, 0 to 1."""
-    import numpy as np
-
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 255.0)
 
 
@@ -178,21 +172,17 @@ def image_formats() -> dict[str, str]:
 
     Other packs may add formats, as pillow_heif does.
     """
-    from PIL import Image
-
     readable = _readable()
     return {ending: name for ending, name in Image.registered_extensions().items() if name in readable}
 
 
 def _readable() -> list[str]:
     """Pillow's formats in the order in which it tries them."""
-    from PIL import Image
-
     Image.init()
     return [name for name in Image.ID if name in Image.OPEN and name not in _NO_IMAGES]
 
 
-def open_image(path: str | os.PathLike[str], name: str, remedy: str = "save it again, or delete it") -> Image:
+def open_image(path: str | os.PathLike[str], name: str, remedy: str = "save it again, or delete it") -> Image.Image:
     """Open and decode an image file: EXIF orientation applied, eight bits per channel.
 
     Args:
@@ -203,9 +193,6 @@ def open_image(path: str | os.PathLike[str], name: str, remedy: str = "save it a
     Raises:
         IdentityEditError: when it is missing, damaged, not an image, or larger than `MOST_PIXELS`.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
-
     try:
         with Image.open(path, formats=_readable()) as file:
             if file.width * file.height > MOST_PIXELS:

@@ -1,4 +1,4 @@
-"""Value checks for all node inputs (`nodes.sockets.checked`).
+"""Value checks of inputs, for all nodes (`nodes.sockets.checked`) and for the settings of techniques.
 
 ComfyUI checks the limits of values typed into a widget, but not of linked values, and for links only the socket type.
 These functions validate values. See `errors` for latents and conditionings.
@@ -7,6 +7,7 @@ These functions validate values. See `errors` for latents and conditionings.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,11 +56,7 @@ def check_images(images: Any, name: str) -> None:
 
 
 def check_mask(mask: Any, name: str) -> None:
-    """Check a MASK [B, H, W], [H, W] or [B, 1, H, W] of 0 to 1.
-
-    Raises:
-        IdentityEditError: for another shape, no pixels, NaN, or values out of range.
-    """
+    """Raise `IdentityEditError` unless a MASK is [B, H, W], [H, W] or [B, 1, H, W], not empty, finite, of 0 to 1."""
     is_mask = isinstance(mask, torch.Tensor) and (mask.ndim in (2, 3) or (mask.ndim == 4 and mask.shape[1] == 1))
     if not is_mask or 0 in mask.shape:
         shape = f", not {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else ""
@@ -78,11 +75,7 @@ def check_mask(mask: Any, name: str) -> None:
 
 
 def check_sigmas(sigmas: Any, name: str) -> None:
-    """Check SIGMAS [N + 1], N from 1: floating point, finite, not below 0.
-
-    Raises:
-        IdentityEditError: when they are not.
-    """
+    """Raise `IdentityEditError` unless SIGMAS [N + 1], N from 1, are floating point, finite and not below 0."""
     if not isinstance(sigmas, torch.Tensor) or sigmas.ndim != 1 or len(sigmas) < 2 or not sigmas.is_floating_point():
         raise IdentityEditError(f"{name} must be a list of at least two noise levels; connect a scheduler node.")
     if not bool(torch.isfinite(sigmas).all()) or float(sigmas.min()) < 0.0:
@@ -101,6 +94,18 @@ def check_number(value: Any, name: str, least: float | None, most: float | None)
         raise IdentityEditError(f"{name} is {shortened(str(value))}; choose a number{limits}.")
     if (least is not None and value < least) or (most is not None and value > most):
         raise IdentityEditError(f"{name} is {value:g}; choose a number{limits}.")
+
+
+def check_above_zero(value: float, name: str) -> None:
+    """Raise `IdentityEditError` unless `value` is above 0."""
+    if not value > 0.0:
+        raise IdentityEditError(f"{name} is {value:g}; choose a value above 0.")
+
+
+def check_choice(value: str, name: str, choices: Iterable[str]) -> None:
+    """Raise `IdentityEditError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise IdentityEditError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
 
 
 def check_text(text: Any, name: str) -> None:

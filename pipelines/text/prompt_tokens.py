@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..shared.comfy_types import Clip
 from ..shared.errors import IdentityEditError
 
 _END_OF_WORD = "</w>"
@@ -60,16 +61,8 @@ class PromptTokens:
         return tuple(position for position, _ in self.content)
 
 
-def check_clip(clip: Any, name: str) -> None:
-    """Check that a CLIP tokenizes text for the encoders of Stable Diffusion.
-
-    Args:
-        clip: CLIP.
-        name: the input's name as the user sees it.
-
-    Raises:
-        IdentityEditError: for another family's CLIP, or an object that is not a CLIP.
-    """
+def check_clip(clip: Clip, name: str) -> None:
+    """Raise `IdentityEditError` unless a CLIP tokenizes text for the encoders of Stable Diffusion."""
     if not hasattr(clip, "tokenize"):
         raise IdentityEditError(
             f"{name} is not a text encoder ({type(clip).__name__}); connect the CLIP of the same Stable Diffusion 1.x, "
@@ -84,7 +77,7 @@ def check_clip(clip: Any, name: str) -> None:
         )
 
 
-def prompt_tokens(clip: Any, text: str) -> PromptTokens:
+def prompt_tokens(clip: Clip, text: str) -> PromptTokens:
     """Tokenize a prompt with `clip`, including emphasis and textual inversions."""
     tokens: dict[int, tuple[Any, int]] = {}
     chunks: dict[int, Chunk] = {}
@@ -106,7 +99,7 @@ def prompt_tokens(clip: Any, text: str) -> PromptTokens:
     return PromptTokens(text, count, ordered, words, tuple(chunks[start] for start in sorted(chunks)))
 
 
-def positions_of(clip: Any, prompt: PromptTokens, word: str, name: str) -> Positions:
+def positions_of(clip: Clip, prompt: PromptTokens, word: str, name: str) -> Positions:
     """Token positions of every occurrence of a word or phrase in a prompt.
 
     Args:
@@ -126,12 +119,8 @@ def positions_of(clip: Any, prompt: PromptTokens, word: str, name: str) -> Posit
     return positions
 
 
-def positions_in_either(clip: Any, source: PromptTokens, target: PromptTokens, word: str) -> Pair:
-    """Token positions of a word in both prompts; one of them may be empty.
-
-    Raises:
-        IdentityEditError: when neither prompt contains it.
-    """
+def positions_in_either(clip: Clip, source: PromptTokens, target: PromptTokens, word: str) -> Pair:
+    """Token positions of a word in both prompts, of which at least one must contain it."""
     positions = _occurrences(clip, source, word), _occurrences(clip, target, word)
     if not any(positions):
         raise IdentityEditError(
@@ -142,11 +131,7 @@ def positions_in_either(clip: Any, source: PromptTokens, target: PromptTokens, w
 
 
 def paired_words(source: PromptTokens, target: PromptTokens) -> list[Pair]:
-    """Pair the words of two prompts one by one (Hertz et al. 2023, word swap).
-
-    Raises:
-        IdentityEditError: when the prompts have different numbers of words.
-    """
+    """Pair the words of two prompts of equal length one by one (Hertz et al. 2023, word swap)."""
     if len(source.words) != len(target.words):
         raise IdentityEditError(
             f"The source prompt has {len(source.words)} words (with punctuation) and the target prompt "
@@ -220,7 +205,7 @@ def _paired_special_tokens(source: PromptTokens, target: PromptTokens) -> list[P
     return pairs
 
 
-def _words(clip: Any, content: Sequence[tuple[int, Any, int]]) -> tuple[Positions, ...]:
+def _words(clip: Clip, content: Sequence[tuple[int, Any, int]]) -> tuple[Positions, ...]:
     """Group (position, token, ComfyUI's word id) into words. ComfyUI splits words at spaces only."""
     words: list[Positions] = []
     word: list[int] = []
@@ -236,7 +221,7 @@ def _words(clip: Any, content: Sequence[tuple[int, Any, int]]) -> tuple[Position
     return tuple(words + ([tuple(word)] if word else []))
 
 
-def _occurrences(clip: Any, prompt: PromptTokens, word: str) -> Positions:
+def _occurrences(clip: Clip, prompt: PromptTokens, word: str) -> Positions:
     wanted = [token for _, token in prompt_tokens(clip, word).content]
     content, positions = prompt.content, []
     for start in range(len(content) - len(wanted) + 1):

@@ -13,6 +13,7 @@ import torch
 
 from .. import engine
 from ..engine.families.schedule import step_at
+from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError, check_batch_matches, check_finite
 
 
@@ -99,7 +100,7 @@ def constant_embedding(
     )
 
 
-def apply_step_embeddings(model: Any, table: StepEmbeddings, which: str = "negative") -> Any:
+def apply_step_embeddings(model: Model, table: StepEmbeddings, which: str = "negative") -> Model:
     """A clone of `model` that uses per-step embeddings for one side.
 
     Works with any stock sampler and guider: a PREDICT_NOISE wrapper replaces the embedding of the guider's

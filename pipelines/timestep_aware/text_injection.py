@@ -23,8 +23,10 @@ import torch
 
 from .. import engine
 from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, negative_side
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding, with_embedding
 from ..shared.errors import IdentityEditError, check_conditioning
+from ..shared.input_checks import check_choice, check_number
 from ..text.step_embeddings import StepEmbeddings, apply_step_embeddings
 
 RATIO = 0.2
@@ -66,12 +68,8 @@ def source_steps(steps: int, ratio: float) -> int:
     Args:
         steps: number of sampling steps.
         ratio: 0 (never the source prompt) to 1 (always).
-
-    Raises:
-        IdentityEditError: when the ratio is outside its range.
     """
-    if not 0.0 <= ratio <= 1.0:
-        raise IdentityEditError(f"The ratio is {ratio:g}; choose a value from 0 to 1 (the paper uses 0.1 to 0.4).")
+    check_number(ratio, "ratio", 0.0, 1.0)
     return min(steps, math.floor(ratio * steps + 0.5 + 1e-9))
 
 
@@ -99,7 +97,7 @@ def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta:
     return with_embedding(target, eta * e_tgt + (1.0 - eta) * e_opt)
 
 
-def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> float:
+def switch_percent(model: Model, sigmas: torch.Tensor, first_edit_step: int) -> float:
     """The percent at which CONDITIONING ranges switch just before step `first_edit_step`.
 
     ComfyUI maps percents to noise levels and uses an entry at levels within its range, including both ends. To avoid
@@ -132,7 +130,7 @@ def switch_percent(model: Any, sigmas: torch.Tensor, first_edit_step: int) -> fl
 
 
 def injected_conditioning(
-    model: Any, sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO
+    model: Model, sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO
 ) -> Conditioning:
     """Eq. 5 as a CONDITIONING with timestep ranges, for any sampler and guider, at no cost.
 
@@ -144,9 +142,6 @@ def injected_conditioning(
         source: the source prompt's CONDITIONING.
         edit: CONDITIONING of e, from `edit_conditioning`.
         ratio: share of the steps with `source`, see `source_steps`.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     check_conditioning(source, "The source prompt")
     check_conditioning(edit, "The target prompt")
@@ -172,9 +167,6 @@ def injection_table(
         source: the source prompt's CONDITIONING, one entry.
         edit: CONDITIONING of e, one entry.
         ratio: share of the steps with `source`, see `source_steps`.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     steps = _count_steps(sigmas)
     count = source_steps(steps, ratio)
@@ -201,7 +193,7 @@ def injection_table(
 
 
 def timestep_aware_sampling(
-    model: Any,
+    model: Model,
     inversion: Inversion,
     source: Conditioning,
     edit: Conditioning,
@@ -227,14 +219,10 @@ def timestep_aware_sampling(
         sampler: "ddim" (Song et al. 2021, eq. 12, eta 0) or "heun" (Karras et al. 2022, algorithm 1), which evaluates
             the network twice a step and chooses the embedding of each evaluation by its noise level.
         callback: progress with preview.
-
-    Raises:
-        IdentityEditError: when an input cannot be used.
     """
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion or Null-Text Optimization")
-    if sampler not in SAMPLERS:
-        raise IdentityEditError(f"The sampler is {sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    check_choice(sampler, "sampler", SAMPLERS)
     table, steps = inversion.embeddings, inversion.steps
     positive = injected_conditioning(model, inversion.sigmas, source, edit, ratio)
     negative = negative_side(inversion, edit, negative, guidance_scale)

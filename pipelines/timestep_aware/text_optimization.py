@@ -7,14 +7,15 @@ between the two embeddings leads from the image to the edit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from .. import engine
+from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding
-from ..shared.errors import IdentityEditError, check_batch_matches
+from ..shared.errors import check_batch_matches
 from ..shared.gradients import gradients_by_sample
+from ..shared.input_checks import check_above_zero, check_number
 
 STEPS = 200
 LEARNING_RATE = 1e-3
@@ -36,7 +37,7 @@ class TextOptimization:
 
 
 def optimize_text_embedding(
-    model: Any,
+    model: Model,
     latent: torch.Tensor,
     target: Conditioning,
     steps: int = STEPS,
@@ -66,10 +67,8 @@ def optimize_text_embedding(
     """
     family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
     z_image = engine.model_latent(model, latent)
-    if steps < 1 or learning_rate <= 0.0:
-        raise IdentityEditError(
-            f"steps is {steps} and learning_rate {learning_rate:g}; choose 1 or more and a value above 0."
-        )
+    check_number(steps, "steps", 1, None)
+    check_above_zero(learning_rate, "learning_rate")
     target_embedding, _ = single_embedding(target, "The target prompt")
     batch = latent.shape[0]
     check_batch_matches(target_embedding.shape[0], batch, "The target prompt")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ..engine.families.noise import V, training_error
 from ..engine.trainable import Text, TrainableNetworks
+from ..shared.comfy_types import Vae
 from ..shared.errors import IdentityEditError
 from ..shared.images import encoded
 from ..shared.masks import masks_for, of_size
@@ -64,7 +64,7 @@ class Batch:
 
 
 def encode_images(
-    vae: Any,
+    vae: Vae,
     images: Sequence[torch.Tensor],
     captions: Sequence[str],
     masks: Sequence[torch.Tensor | None] | None = None,

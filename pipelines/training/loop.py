@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError, first_line
 from ..shared.files import read_tensors, write_tensors
 from .processes import OneProcess, Processes
@@ -155,7 +156,7 @@ def run_hash(description: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def run_description(settings: TrainingSettings, tag: Any, *patchers: Any, **facts: Any) -> dict[str, Any]:
+def run_description(settings: TrainingSettings, tag: Any, *patchers: Model, **facts: Any) -> dict[str, Any]:
     """Everything that affects the result of a step; a checkpoint is used only by a run with the same description.
 
     Args:

@@ -432,7 +432,7 @@ def test_bad_inputs_are_refused() -> None:
     mask = torch.ones(1, HEIGHT, WIDTH)
     with pytest.raises(IdentityEditError, match="Only one of source_mask and target_mask"):
         mutual_self_attention(model, pivot, SOURCE, source_mask=mask)
-    with pytest.raises(IdentityEditError, match="share of the steps"):
+    with pytest.raises(IdentityEditError, match="start_step is 4"):
         mutual_self_attention(model, pivot, SOURCE, start_step=4)
     with pytest.raises(IdentityEditError, match="start_layer is 99"):
         mutual_self_attention(model, pivot, SOURCE, start_layer=99)

@@ -229,7 +229,7 @@ def test_other_sigmas_latents_and_inversions_are_refused():
 def test_skip_is_a_share_of_the_steps():
     assert [edit_friendly.skipped_steps(steps) for steps in (100, 50, 10, 1)] == [36, 18, 4, 0]
     assert edit_friendly.skipped_steps(10, 1.0) == 9
-    with pytest.raises(IdentityEditError, match="share of the steps"):
+    with pytest.raises(IdentityEditError, match="skip is 36; choose a number from 0 to 1"):
         edit_friendly.skipped_steps(10, 36)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -33,7 +33,7 @@ def invert(model: Any, method: str = "ddim", batch: int = 1, height: int = 8, wi
 
 
 def blend(model: Any, inversion: Inversion, **options: Any) -> identity_mask_blend.IdentityMaskBlend:
-    of_settings = {name: options.pop(name) for name in ("skip", "blend_until", "given_masks") if name in options}
+    of_settings = {field.name: options.pop(field.name) for field in fields(BlendSettings) if field.name in options}
     settings = replace(options.pop("settings", BlendSettings()), **of_settings)
     options = {"guidance_scale": 3.0, "settings": settings, **options}
     return identity_mask_blend.identity_mask_blend(model, inversion, SOURCE, TARGET, IDENTITY, NEGATIVE, **options)
@@ -205,11 +205,11 @@ def test_a_prompt_that_begins_later_blends_with_the_source_mask_until_then() -> 
         ({"target_mask": torch.full((1, 64, 96), float("nan"))}, "The target mask contains NaN"),
         ({"source_mask": torch.zeros(1, 3, 64, 96)}, "The source mask must be a mask"),
         ({"given_masks": "both"}, "given_masks is 'both'"),
-        ({"skip": 1.0}, "skip is 1"),
-        ({"blend_until": 1.5}, "blend_until 1.5"),
-        ({"settings": BlendSettings(threshold=2.0)}, "threshold is 2"),
-        ({"settings": BlendSettings(power=-1)}, "self_attention_power is -1"),
-        ({"settings": BlendSettings(layers="8")}, "layers is '8'"),
+        ({"skip": 1.5}, "skip is 1.5"),
+        ({"blend_until": 1.5}, "blend_until is 1.5"),
+        ({"threshold": 2.0}, "threshold is 2"),
+        ({"power": -1}, "self_attention_power is -1"),
+        ({"layers": "8"}, "layers is '8'"),
     ],
 )
 def test_what_cannot_be_used_is_named(options: dict[str, Any], message: str) -> None:

@@ -410,7 +410,7 @@ def test_bad_inputs_are_refused_in_one_sentence() -> None:
         (dict(inversion=replace(pivot, method=inversion.EDIT_FRIENDLY_DDPM)), "from DDIM Inversion"),
         (dict(guidance_scale=1.0), "above 1"),
         (dict(inner_steps=-1), "inner_steps is -1"),
-        (dict(learning_rate=0.0), "learning_rate 0"),
+        (dict(learning_rate=0.0), "learning_rate is 0"),
         (dict(start_percent=1.2), "start_percent is 1.2"),
         (dict(negative=[*NEGATIVE, *POSITIVE]), "2 entries"),
         (dict(negative=tiny_models.conditioning(1, batch=3)), "3 entries for a batch of 1"),

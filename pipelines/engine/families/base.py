@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Any, ClassVar
 
+from ...shared.comfy_types import Model
 from .noise import NoisePath
 from .schedule import Schedule
 
@@ -40,7 +41,7 @@ class Family(ABC):
     noise: ClassVar[NoisePath]
     tag_weights: ClassVar[tuple[str, ...]]
 
-    def __init__(self, model: Any, sampling: Any, network: Any) -> None:
+    def __init__(self, model: Model, sampling: Any, network: Any) -> None:
         self.base = model.model
         self.sampling = sampling
         self.network = network

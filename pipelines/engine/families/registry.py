@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from ...shared.comfy_types import Model
 from ...shared.errors import IdentityEditError
 from .base import Capability, Family
 from .flow import Flow
@@ -12,7 +11,7 @@ from .unet import UNet
 FAMILIES: tuple[type[Family], ...] = (UNet, Flow)
 
 
-def family_of(model: Any) -> Family | None:
+def family_of(model: Model) -> Family | None:
     """The `Family` of a MODEL, or None if it is unsupported."""
     sampling, network = model.get_model_object("model_sampling"), model.get_model_object("diffusion_model")
     for family in FAMILIES:
@@ -21,7 +20,7 @@ def family_of(model: Any) -> Family | None:
     return None
 
 
-def require(model: Any, *capabilities: Capability) -> Family:
+def require(model: Model, *capabilities: Capability) -> Family:
     """The `Family` of a MODEL, which can be sampled and has these capabilities.
 
     Raises:

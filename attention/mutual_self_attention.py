@@ -113,6 +113,7 @@ class SourceFeatures:
         return [key for key in self.layers if all(recorded != key for recorded, _ in self.recorded)]
 
 
+@dataclass
 class MutualMasks:
     """Mask-guided mutual self-attention (Cao et al. 2023): subject attends to subject, background to background.
 
@@ -124,19 +125,18 @@ class MutualMasks:
     A block passes no mask to its self-attention, so the masked attention is computed separately and replaces the
     block's output; in these layers another pack's `attn1_replace` has no effect.
 
-    Args:
+    Attributes:
         source, target: [1 or B, H, W], 1 on the subject.
         entries: the guider's conditionings of this model call by uuid, for their areas.
         height, width: the latent's size.
     """
 
-    def __init__(
-        self, source: torch.Tensor, target: torch.Tensor, entries: Mapping[Any, dict[str, Any]], height: int, width: int
-    ) -> None:
-        self._source, self._target = source, target
-        self._entries = entries
-        self._height, self._width = height, width
-        self._attended: dict[LayerKey, torch.Tensor] = {}
+    source: torch.Tensor
+    target: torch.Tensor
+    entries: Mapping[Any, dict[str, Any]]
+    height: int
+    width: int
+    _attended: dict[LayerKey, torch.Tensor] = field(default_factory=dict)
 
     def attend(
         self,
@@ -159,8 +159,8 @@ class MutualMasks:
         forbidden = torch.finfo(n.dtype).min / 2
         biases = []
         for uuid in extra["uuids"]:
-            source = self._on_grid(self._source, uuid, shape, rows, n.device).unsqueeze(1)  # [B, 1, keys]
-            target = self._on_grid(self._target, uuid, shape, rows, n.device).unsqueeze(2)  # [B, queries, 1]
+            source = self._on_grid(self.source, uuid, shape, rows, n.device).unsqueeze(1)  # [B, 1, keys]
+            target = self._on_grid(self.target, uuid, shape, rows, n.device).unsqueeze(2)  # [B, queries, 1]
             allowed = source == target
             allowed |= ~allowed.any(dim=2, keepdim=True)
             biases.append(torch.zeros_like(allowed, dtype=n.dtype).masked_fill_(~allowed, forbidden))
@@ -180,6 +180,6 @@ class MutualMasks:
         self, mask: torch.Tensor, uuid: Any, shape: Sequence[int], rows: int, device: torch.device
     ) -> torch.Tensor:
         """[rows, positions] bool: which positions of a conditioning's region on the grid are inside the mask."""
-        region = region_of(self._entries.get(uuid, {}), self._height, self._width, shape)
+        region = region_of(self.entries.get(uuid, {}), self.height, self.width, shape)
         inside = region.part_of(mask, device).flatten(1) >= 0.5
         return inside.repeat(rows // inside.shape[0], 1)

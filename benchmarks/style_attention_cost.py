@@ -47,12 +47,12 @@ def style_attention(model: Any, kind: str, seed: int) -> StyleAttention:
     with torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(seed)
         groups = parse_row_groups(ROW_GROUPS, ROWS)
-        network = StyleNetwork(groups, WIDTH, engine.context_channels(model), layer_sizes(layers))
+        network = StyleNetwork(groups, WIDTH, engine.require(model).text_width, layer_sizes(layers))
         for key, layer in layers.items():
             for part in ("to_q", "to_k", "to_v"):
                 getattr(network.attention[key], part).weight.copy_(getattr(layer.block.attn2, part).weight)
     network.requires_grad_(False)
-    return StyleAttention(network, kind, ROWS, WIDTH, engine.context_channels(model), "random")
+    return StyleAttention(network, kind, ROWS, WIDTH, engine.require(model).text_width, "random")
 
 
 def styles(seed: int) -> WPlus:

@@ -68,7 +68,7 @@ def train_by_plain_loop(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         groups = parse_row_groups(ROW_GROUPS, ROWS)
-        own = StyleNetwork(groups, WIDTH, engine.context_channels(model), layer_sizes(layers)).to(device)
+        own = StyleNetwork(groups, WIDTH, engine.require(model).text_width, layer_sizes(layers)).to(device)
     tokens: torch.Tensor | None = None
 
     def add_style(attention: Any, key: Any, module: Any, inputs: Any, text: torch.Tensor) -> torch.Tensor:

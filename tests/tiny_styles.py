@@ -25,7 +25,7 @@ def style_attention(model: Any, kind: str = SEQUENTIAL, seed: int = 0) -> StyleA
     """Of random weights for a model; made where nodes make theirs, outside of inference mode."""
     with torch.inference_mode(False), torch.no_grad():
         sizes = layer_sizes(text_layers(model.get_model_object("diffusion_model")))
-        text_width = engine.context_channels(model)
+        text_width = engine.require(model).text_width
         network = StyleNetwork(parse_row_groups(GROUPS, ROWS), WIDTH, text_width, sizes)
         generator = torch.Generator().manual_seed(seed)
         for parameter in network.parameters():

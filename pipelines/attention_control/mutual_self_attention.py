@@ -55,9 +55,6 @@ def mutual_self_attention(
         source_mask, target_mask: MASK [1 or B, H, W] of the subject in the source and of its intended place in the
             target; subject then attends to subject and background to background. Both or neither.
 
-    Returns:
-        the clone.
-
     Raises:
         IdentityEditError: when an input cannot be used; while sampling, for another size, batch or noise level.
     """
@@ -152,9 +149,7 @@ def _source_conditionings(
     for side, conditionings in conds.items():
         if conditionings is not None and side in embeddings:
             embedding, pooled = embeddings[side]
-            conditionings = engine.conditionings_with_embedding(
-                conditionings, embedding.to(device), None if pooled is None else pooled.to(device), keep=True
-            )
+            conditionings = engine.conditionings_with_embedding(conditionings, embedding.to(device), pooled, keep=True)
         # Masks affect only the prediction, which is not used for the source.
         result[side] = None if conditionings is None else engine.conditionings_of_the_prompt(conditionings)
     return result

@@ -342,9 +342,7 @@ def _source_conditionings(
 
     For an inverted source only the positive side's attention is needed, without the target's ControlNets and masks.
     """
-    positive = engine.conditionings_with_embedding(
-        own["positive"], embedding, None if pooled is None else pooled.to(embedding.device), keep=True
-    )
+    positive = engine.conditionings_with_embedding(own["positive"], embedding, pooled, keep=True)
     if not inverted:
         return {**own, "positive": positive}
     return {**dict.fromkeys(own), "positive": engine.conditionings_of_the_prompt(positive)}

@@ -149,9 +149,6 @@ def checkpoint_tensors(
         clip, vae: CLIP and VAE to include, or None for a UNet-only file (Load Diffusion Model).
         weights: replacements for weights of the model, by keys of `model.model.state_dict()`.
         dtype: data type of all saved tensors.
-
-    Returns:
-        CPU tensors by name.
     """
     tensors = checkpoint_weights(model, clip, vae)
     sampling = require(model, Capability.TRAINING).sampling

@@ -29,11 +29,6 @@ def latent_channels(model: Model) -> int:
     return int(model.get_model_object("latent_format").latent_channels)
 
 
-def context_channels(model: Model) -> int:
-    """Width of the model's text embeddings, see `Family.text_width`."""
-    return require(model).text_width
-
-
 def check_prompt(model: Model, conditioning: Any, name: str) -> None:
     """Raise `IdentityEditError` unless a CONDITIONING is valid and fits the model; SDXL also needs pooled outputs."""
     check_conditioning(conditioning, name)
@@ -234,7 +229,7 @@ def conditionings_with_embedding(
     Args:
         conditionings: a value of `guider.conds` while sampling.
         embedding: [B, T, C].
-        pooled: [B, P] or None; in SDXL it precedes the size conditioning.
+        pooled: [B, P] on any device, or None; in SDXL it precedes the size conditioning.
         keep: protect the embedding from another node's per-step embeddings, whichever node was connected first. For
             source prompts that are evaluated alongside an edit.
     """

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -203,9 +202,6 @@ def align_masks(
         rotation_limit: maximum angle in degrees, 0 to 180; 0 disables rotation.
         rotation_starts: number of initial angles.
 
-    Returns:
-        theta.
-
     Raises:
         IdentityEditError: when a mask is empty or an option is out of its range.
     """
@@ -242,7 +238,6 @@ class _Masks:
     """
 
     def __init__(self, m_r: np.ndarray, m_g: np.ndarray, symmetric: bool) -> None:
-
         self._m_r, self._m_g, self._symmetric = m_r, m_g, symmetric
         self._center_r, self._center_g = _centroid(m_r), _centroid(m_g)
         self._area_ratio = float(np.sqrt(m_g.sum() / m_r.sum()))
@@ -339,7 +334,7 @@ def resample(image: torch.Tensor, similarity: Similarity, size: tuple[int, int],
     if similarity.scale < 1.0:
         smaller = [max(1, round(side * similarity.scale)) for side in (height, width)]
         values = interpolate(values, size=smaller, mode="bilinear", antialias=True)
-    back = torch.from_numpy(_inverse(similarity)).float()
+    back = torch.from_numpy(np.linalg.inv(similarity.matrix())).float()
     y = torch.arange(size[0]) - (size[0] - 1) / 2
     x = torch.arange(size[1]) - (size[1] - 1) / 2
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
@@ -440,13 +435,7 @@ def _points(mask: np.ndarray, most: int) -> np.ndarray:
 
 
 def _centroid(mask: np.ndarray) -> np.ndarray:
-
     return _points(mask, mask.size).mean(axis=0) if mask.any() else np.zeros(2)
-
-
-def _inverse(similarity: Similarity) -> Any:
-
-    return np.linalg.inv(similarity.matrix())
 
 
 def _limit_note(

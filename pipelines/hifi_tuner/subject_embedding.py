@@ -230,7 +230,7 @@ def check_model(model: Model, subject: SubjectEmbedding) -> str | None:
     Raises:
         IdentityEditError: when the model's text embeddings have another width.
     """
-    channels = engine.context_channels(model)
+    channels = engine.require(model).text_width
     if subject.kind == OUTPUT:
         _check_width(channels, subject.vectors[OUTPUT].shape[-1], subject)
     if subject.model is None:

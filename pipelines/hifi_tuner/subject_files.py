@@ -39,11 +39,7 @@ _ENCODER_OF_WIDTH = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 
 
 def save_subject(subject: SubjectEmbedding, path: str) -> None:
-    """Write a subject atomically, in the format described at the top of this file.
-
-    Raises:
-        IdentityEditError: when the file cannot be written.
-    """
+    """Write a subject atomically, in the format described at the top of this file."""
     tensors = {f"shared.{name}": shared.float() for name, shared in subject.vectors.items()}
     steps = subject.step_vectors or {}
     numbers = sum(tensor.numel() for tensor in (*tensors.values(), *steps.values()))

@@ -106,9 +106,6 @@ def train_subject_embedding(
         settings: see `SubjectSettings`.
         checkpoint, progress: see `training.train`, for both phases; samples are latents [1, C, h, w] in the scale of
             LATENT sockets.
-
-    Returns:
-        the subject and the record of both phases one after the other.
     """
     sampling = engine.require(model, engine.Capability.TRAINING).sampling
     tag = engine.model_tag(model)

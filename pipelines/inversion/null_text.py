@@ -38,7 +38,7 @@ class NullText:
     Attributes:
         embeddings: one unconditional embedding phi_t per step.
         losses: for each step [J', B], the loss of each latent before each update; NaN after the latent has stopped. In
-            the papers' scale (z, not x), so that values are matched_images across schedules.
+            the papers' scale (z, not x), so that values are comparable across schedules.
         inner_steps: [N, B] int64, number of updates.
         final_losses: [N, B] float32, loss of the sampled latent against the pivot after each step.
         converged: [N, B] bool, whether a loss fell below the step's threshold.

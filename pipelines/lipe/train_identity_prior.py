@@ -88,9 +88,6 @@ def train_identity_prior(
         regularization: images of its class, or None.
         settings: see `PriorSettings`.
         checkpoint, progress: see `training.train`; samples are latents [1, C, h, w] in the scale of LATENT sockets.
-
-    Returns:
-        the prior and the record of the training.
     """
     tag = engine.model_tag(model)
     model_keys, clip_keys = attention_keys(model, clip)

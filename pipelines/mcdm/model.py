@@ -152,7 +152,7 @@ def new_embedding(
 ) -> ImageEmbedding:
     """An untrained MLP(.) for a MODEL's text width and a CLIP_VISION; arguments as in `ImageEmbedding`."""
     tag = vision_tag(clip_vision)
-    made = ImageEmbedding(tag.tokens, tag.width, latent, engine.context_channels(model), image_tokens)
+    made = ImageEmbedding(tag.tokens, tag.width, latent, engine.require(model).text_width, image_tokens)
     return made.initialize(tag.tokens, vision_projection(clip_vision), generator)
 
 

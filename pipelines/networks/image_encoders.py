@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from ..shared.comfy_types import ClipVision
 from ..shared.errors import IdentityEditError, first_line
 from ..shared.images import to_pillow
-from .model_folders import check_preprocessor, from_transformers, loaded, read_config
+from .model_folders import check_preprocessor, loaded, opened_folder, read_config
 
 NEEDED = (
     "config.json, model.safetensors and preprocessor_config.json of an image encoder, such as DINO ViT-S/16, DINOv2 or "
@@ -69,16 +69,11 @@ def encoder_of_folder(path: str) -> Encoder:
             f"SigLIP or a vision transformer of timm."
         )
     check_preprocessor(path)
-
-    def load() -> tuple[Any, Any]:
-        import transformers
-
-        name = _PROJECTED.get(kind) or _POOLED.get(kind) or "AutoModel"
-        return from_transformers(path, getattr(transformers, name), transformers.AutoImageProcessor)
+    classes = _PROJECTED.get(kind) or _POOLED.get(kind) or "AutoModel", "AutoImageProcessor"
 
     def encode(images: Sequence[torch.Tensor]) -> torch.Tensor:
         found = []
-        with loaded(path, load) as (network, processor, device):
+        with opened_folder(path, NEEDED, (kind,), "", *classes) as (network, processor, device):
             for image in images:
                 output = network(**processor(images=to_pillow(image), return_tensors="pt").to(device))
                 if kind in _PROJECTED:

@@ -236,7 +236,7 @@ def check_model(style: StyleAttention, model: Any) -> str | None:
         trained_with = f" ({style.model.architecture})" if style.model is not None else ""
         raise IdentityEditError(
             f"The style attention has {len(style.network.attention.sizes)} layers for text embeddings of "
-            f"{style.text_width} channels, and this model has {len(sizes)} layers, {engine.context_channels(model)} "
+            f"{style.text_width} channels, and this model has {len(sizes)} layers, {engine.require(model).text_width} "
             f"channels, or other sizes; load a checkpoint of the family it was trained with{trained_with}."
         )
     if style.model is not None:

@@ -127,7 +127,7 @@ def train_style_attention(
     tag = engine.model_tag(model)
     groups = check_training_input(images.captions, images.masks, w_plus, settings)
     layers = text_layers(model.get_model_object("diffusion_model"))
-    text_width = engine.context_channels(model)
+    text_width = engine.require(model).text_width
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed & 0x7FFFFFFFFFFFFFFF)
         network = StyleNetwork(groups, w_plus.width, text_width, layer_sizes(layers)).requires_grad_(False)

@@ -114,13 +114,10 @@ def apply_step_embeddings(model: Model, table: StepEmbeddings, which: str = "neg
         table: the embeddings; their batch must be 1 or that of the sampled latents.
         which: the guider's name of the side: "positive", "negative", or "middle" in Dual CFG Guider.
 
-    Returns:
-        the clone.
-
     Raises:
         IdentityEditError: for an unsupported model or another embedding width; while sampling, for another batch size.
     """
-    channels = engine.context_channels(model)
+    channels = engine.require(model).text_width
     if table.embeddings.shape[-1] != channels:
         raise IdentityEditError(
             f"The per-step embeddings have {table.embeddings.shape[-1]} channels but the model takes {channels}; "
@@ -135,9 +132,7 @@ def apply_step_embeddings(model: Model, table: StepEmbeddings, which: str = "neg
             return executor(x, timestep, *args, **kwargs)
         check_batch_matches(table.batch, x.shape[0], "The per-step embeddings")
         row = table.row(float(timestep.max()))
-        exchanged = engine.conditionings_with_embedding(
-            side, table.embeddings[row].to(x.device), _on(table.pooled_row(row), x.device)
-        )
+        exchanged = engine.conditionings_with_embedding(side, table.embeddings[row].to(x.device), table.pooled_row(row))
         guider.conds = {**original, which: exchanged}
         try:
             return executor(x, timestep, *args, **kwargs)
@@ -145,7 +140,3 @@ def apply_step_embeddings(model: Model, table: StepEmbeddings, which: str = "neg
             guider.conds = original
 
     return engine.with_wrappers(model, f"identity_edit_step_embeddings_{which}", exchange_embedding)
-
-
-def _on(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 
+from ...attention.masks import blurred
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
 from ...pipelines.mcdm import edit_mask as edit_masks
@@ -322,10 +324,22 @@ class MCDMEditMask(io.ComfyNode):
                     "in Chen et al. 2024, 0.5 in DiffEdit.",
                 ),
                 seed_input("Seed of the first noise sample; the others use the following seeds."),
+                io.Float.Input(
+                    "soft_border",
+                    default=0.0,
+                    min=0.0,
+                    max=256.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Soft border: standard deviation in pixels of a Gaussian blur of the mask, for pasting "
+                    "without seams. 0 keeps the mask 0 or 1, as in Chen et al. 2024.",
+                ),
             ],
             outputs=[
                 io.Mask.Output(
-                    "mask", display_name="mask", tooltip="1 where the edit may change the image, at image size."
+                    "mask",
+                    display_name="mask",
+                    tooltip="1 where the edit may change the image, at image size; in between on a soft border.",
                 ),
                 io.Mask.Output(
                     "contrast",
@@ -355,6 +369,7 @@ class MCDMEditMask(io.ComfyNode):
         kernel: int,
         threshold: float,
         seed: int,
+        soft_border: float = 0.0,
     ) -> io.NodeOutput:
         result = edit_masks.edit_mask(
             model,
@@ -367,8 +382,11 @@ class MCDMEditMask(io.ComfyNode):
         )
         shares = ", ".join(f"{share:.0%}" for share in result.mask.mean(dim=(1, 2)).tolist())
         text = f"{result.evaluations} model calls; the mask covers {shares} of the image."
+        mask = at_image_size(result.mask)
+        if soft_border > 0.0:
+            mask = blurred(mask, soft_border, math.ceil(3.0 * soft_border), "replicate")
         return io.NodeOutput(
-            at_image_size(result.mask),
+            mask,
             at_image_size(result.contrast),
             show_text(cls, text, joined(result.warning, noise_mask_left_out(latent))),
         )

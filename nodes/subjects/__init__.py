@@ -1,5 +1,5 @@
 """Nodes of `pipelines.subjects`."""
 
-from . import captioning, images, regularization_prompts
+from . import augmentation, captioning, images, regularization_prompts
 
-NODES = [*images.NODES, *captioning.NODES, *regularization_prompts.NODES]
+NODES = [*images.NODES, *augmentation.NODES, *captioning.NODES, *regularization_prompts.NODES]

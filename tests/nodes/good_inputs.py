@@ -351,6 +351,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "images": [w.images], "captions": ["a sks cat"], "class_word": ["cat"], "token": ["sks"],
         "add_token": [False], "masks": [w.mask],
     },
+    "AugmentImages": lambda w: {"images": w.images, "mask": w.mask, "count": 2},
     "CaptionImages": lambda w: {"subject": w.subject, "captions": "a cat\na second cat"},
     "RegularizationPrompts": lambda w: {"class_word": "cat", "count": 2},
     "TrainIdentityPrior": lambda w: {**_training(w), "subject": w.subject, "regularization": w.subject},

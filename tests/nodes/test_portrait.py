@@ -212,3 +212,15 @@ def test_diffedit_keeps_what_is_outside_of_the_mask() -> None:
     kept = (edited - latent)[..., 4:]
     assert float(kept.abs().max()) < 0.05 * float(latent.abs().max())  # DDIM ends just above sigma 0
     assert float((edited - latent)[..., :4].abs().mean()) > 5 * float(kept.abs().mean())
+
+
+def test_a_soft_border_is_a_gaussian_of_the_mask_and_off_by_default() -> None:
+    from scipy.ndimage import gaussian_filter
+
+    arguments = [tiny_models.sd1(), tiny_models.conditioning(1), tiny_models.conditioning(2)]
+    arguments += [{"samples": tiny_models.latent(3)}, 20, 10, 2, 0.0, 3, 0.35, 0]
+    hard = nodes.MCDMEditMask.execute(*arguments).args[0]
+    soft = nodes.MCDMEditMask.execute(*arguments, soft_border=4.0).args[0]
+    assert set(hard.unique().tolist()) == {0.0, 1.0}
+    expected = gaussian_filter(hard[0].double().numpy(), 4.0, mode="nearest", truncate=3.0)
+    assert float((soft[0].double() - torch.from_numpy(expected)).abs().max()) < 1e-5

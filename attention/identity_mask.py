@@ -15,25 +15,21 @@ THRESHOLD = 0.4
 demo world, see benchmarks/results/lipe_edit.md."""
 
 
-def rough_mask(attention: IdentityAttention, grid: tuple[int, int] | None = None) -> torch.Tensor:
+def rough_mask(attention: IdentityAttention) -> torch.Tensor:
     """M^1, eq. 1: the identity tokens' cross-attention, averaged over layers and all model calls so far.
 
     Every layer's map is resized to one grid and has the same weight. The paper divides by (T - t) L, which is 0 at the
     first step; here the divisor is the number of maps (weighted by their conditionings).
 
-    Args:
-        attention: the attention recorded so far.
-        grid: rows and columns of the result; default: those of the self-attention, or else of the finest layer.
-
     Returns:
-        [B, h, w] float32, 0 to 1.
+        [B, h, w] float32, 0 to 1, on the grid of the self-attention, or else of the finest layer.
 
     Raises:
         IdentityEditError: when nothing has been recorded.
     """
     if not attention.cross:
         raise IdentityEditError("No attention has been recorded; sample with the model of Identity Attention first.")
-    grid = grid or attention.self_grid or max(attention.cross)
+    grid = attention.self_grid or max(attention.cross)
     total = torch.stack([resized(mean.total, grid) for mean in attention.cross.values()]).sum(dim=0)
     weight = torch.stack([resized(mean.weight, grid) for mean in attention.cross.values()]).sum(dim=0)
     return torch.where(weight > 0, total / weight.clamp(min=1e-12), torch.zeros_like(total))

@@ -58,9 +58,9 @@ def to_socket_scale(model: Model, latent: torch.Tensor) -> torch.Tensor:
     return model.get_model_object("latent_format").process_out(latent)
 
 
-def model_latent(model: Model, latent: torch.Tensor, name: str = "The latent") -> torch.Tensor:
-    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32; `name` is for messages."""
-    check_latent(latent, name, latent_channels(model))
+def model_latent(model: Model, latent: torch.Tensor) -> torch.Tensor:
+    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32."""
+    check_latent(latent, "The latent", latent_channels(model))
     return to_model_scale(model, latent.to(torch.float32))
 
 

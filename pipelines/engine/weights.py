@@ -13,6 +13,8 @@ import torch
 
 from ..shared.comfy_types import Clip, Model, Vae
 
+_SAMPLES = 64
+
 
 def weight_shapes(network: torch.nn.Module) -> dict[str, torch.Size]:
     """The logical shape of every parameter, by key.
@@ -67,8 +69,8 @@ def stored_weights(patcher: Model, prefix: str) -> Iterator[tuple[str, torch.Ten
         yield key, None if plain is None else plain.detach(), plain is not weight
 
 
-def samples_of_weights(patcher: Model, prefix: str, most: int = 64) -> tuple[list[float], bool]:
-    """Up to `most` values of every matrix and kernel with a key prefix, as a checkpoint's fingerprint.
+def samples_of_weights(patcher: Model, prefix: str) -> tuple[list[float], bool]:
+    """Up to `_SAMPLES` values of every matrix and kernel with a key prefix, as a checkpoint's fingerprint.
 
     Returns:
         the values, NaN for unreadable ones, and whether any weight is quantized.
@@ -81,11 +83,11 @@ def samples_of_weights(patcher: Model, prefix: str, most: int = 64) -> tuple[lis
             continue
         any_quantized |= is_quantized
         count = math.prod(shapes[key])
-        step = max(1, count // most)
+        step = max(1, count // _SAMPLES)
         if weight is None:
-            samples += [math.nan] * len(range(0, count, step)[:most])
+            samples += [math.nan] * len(range(0, count, step)[:_SAMPLES])
         else:
-            samples += weight.reshape(-1)[::step][:most].to(device="cpu", dtype=torch.float32).tolist()
+            samples += weight.reshape(-1)[::step][:_SAMPLES].to(device="cpu", dtype=torch.float32).tolist()
     return samples, any_quantized
 
 

@@ -15,7 +15,7 @@ from ..engine.families.schedule import ddim_schedule, rows_of
 from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
 from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
-from ..shared.input_checks import check_number
+from ..shared.input_checks import check_choice, check_number
 from ..subjects.word_vectors import mark_subject, with_word_vectors, word_table, word_vectors
 from ..subjects.words import has_word
 from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch, guided_preview
@@ -75,7 +75,7 @@ class SubjectSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("kind", KINDS)
+        check_choice(self.kind, "kind", KINDS)
         check_number(self.sampling_steps, "sampling_steps", 1, None)
         check_number(self.updates_per_step, "updates_per_step", 0, None)
         check_number(self.tokens, "tokens", 1, MOST_TOKENS)

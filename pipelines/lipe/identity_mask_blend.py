@@ -43,7 +43,6 @@ class IdentityMaskBlend:
         latent: the edited image, z_0 [B, C, H, W] in the scale of LATENT sockets.
         source_mask: M^s [B, H, W], the subject in the source image.
         target_mask: M^e [B, H, W] after the last step.
-        step_masks: [n, B, H, W], M_t of each blended step, if requested.
         source_attention, target_attention: attention the masks were computed from, or None for connected masks.
         evaluations: model calls of both passes.
         warning: a sentence about a likely problem, else None.
@@ -52,7 +51,6 @@ class IdentityMaskBlend:
     latent: torch.Tensor
     source_mask: torch.Tensor
     target_mask: torch.Tensor
-    step_masks: torch.Tensor | None
     source_attention: IdentityAttention | None
     target_attention: IdentityAttention | None
     evaluations: int
@@ -103,7 +101,6 @@ def identity_mask_blend(
     settings: BlendSettings | None = None,
     source_mask: torch.Tensor | None = None,
     target_mask: torch.Tensor | None = None,
-    keep_step_masks: bool = False,
     callback: engine.Callback | None = None,
 ) -> IdentityMaskBlend:
     """Edit an inverted image's subject and keep the rest (Liu et al. 2024, algorithm 1).
@@ -120,7 +117,6 @@ def identity_mask_blend(
             `GUIDANCE_SCALES`.
         settings: settings of masks and blending.
         source_mask, target_mask: optional masks [1 or B, h, w], 0 to 1, of any size.
-        keep_step_masks: return the mask of every step.
         callback: progress with preview.
 
     Returns:
@@ -161,7 +157,6 @@ def identity_mask_blend(
     fixed_source_mask = _mask(inversion, settings, source_attention, source_mask)  # used in all steps
 
     def denoise(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> IdentityMaskBlend:
-        step_masks = []
         m_source = fixed_source_mask.to(x)
         m_target = torch.zeros_like(m_source)
         for i in range(first, steps):  # from x^_T = x_T
@@ -175,15 +170,12 @@ def identity_mask_blend(
                 # Eq. 4, with x_{t-1} of the inversion as in algorithm 1.
                 outside = inversion.trajectory[i + 1].to(x)
                 x_next = m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside
-                if keep_step_masks:
-                    step_masks.append(m.cpu())
             x = x_next
             evaluator.report((passes - 1) * (steps - first) + i - first, denoised, x, passes * (steps - first))
         return IdentityMaskBlend(
             latent=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1].to(x))).cpu()),
             source_mask=fixed_source_mask,
             target_mask=m_target.cpu(),
-            step_masks=torch.stack(step_masks) if step_masks else None,
             source_attention=source_attention,
             target_attention=target_attention,
             evaluations=evaluations + evaluator.evaluations,

@@ -15,6 +15,7 @@ from ..engine.trainable import trainable_networks
 from ..engine.weights import first_numbers
 from ..shared.comfy_types import Clip, Model
 from ..shared.files import FILE_DTYPES
+from ..shared.input_checks import check_choice
 from ..training.images import Batch, TrainingImages, denoising_losses, draw_batch, guided_preview
 from ..training.loop import (
     BFLOAT16,
@@ -63,7 +64,7 @@ class PriorSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("file_dtype", FILE_DTYPES)
+        check_choice(self.file_dtype, "file_dtype", FILE_DTYPES)
 
 
 def train_identity_prior(

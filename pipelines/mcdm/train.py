@@ -16,6 +16,7 @@ from ..engine.edit_model import as_edit_model, set_weights, unet_keys
 from ..engine.trainable import Text, TrainableNetworks, joined_texts, trainable_networks
 from ..engine.weights import first_numbers
 from ..shared.errors import IdentityEditError
+from ..shared.input_checks import check_choice
 from ..training.images import Batch, denoising_losses, preview
 from ..training.loop import (
     BFLOAT16,
@@ -74,7 +75,7 @@ class MCDMSettings(TrainingSettings):
         for name in ("identity_share", "dropout"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise IdentityEditError(f"{name} is {getattr(self, name):g}; choose a share from 0 to 1.")
-        self.check_choice("conditions", CONDITIONS)
+        check_choice(self.conditions, "conditions", CONDITIONS)
 
     @property
     def never_used(self) -> int:

@@ -14,6 +14,7 @@ from ...attention.style_cross_attention import KINDS, SEQUENTIAL, layer_sizes, s
 from .. import engine
 from ..engine.trainable import float32_weight, trainable_networks
 from ..shared.errors import IdentityEditError
+from ..shared.input_checks import check_choice
 from ..training.images import TrainingImages, check_masks, denoising_losses, draw_batch, guided_preview
 from ..training.loop import (
     Progress,
@@ -80,7 +81,7 @@ class StyleSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("kind", KINDS)
+        check_choice(self.kind, "kind", KINDS)
         for name in ("text_drop", "style_drop"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise IdentityEditError(f"{name} is {getattr(self, name):g}; choose a share from 0 to 1.")

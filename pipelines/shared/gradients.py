@@ -110,7 +110,7 @@ def _copy_of_dictionary(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
 
 
-def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
+def modules_in(value: Any) -> list[torch.nn.Module]:
     """Modules referenced by other nodes' patches: in dictionaries, lists, closures, bound methods and attributes.
 
     For example, an adapter's projection layers are held by a patch function in the model options, not by the model.
@@ -137,7 +137,7 @@ def modules_in(value: Any, depth: int = _SEARCH_DEPTH) -> list[torch.nn.Module]:
                     search(cell.cell_contents, left - 1)
             search(getattr(item, "__dict__", None), left - 1)
 
-    search(value, depth)
+    search(value, _SEARCH_DEPTH)
     return list(found.values())
 
 

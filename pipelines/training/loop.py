@@ -30,6 +30,7 @@ import torch
 from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError, first_line
 from ..shared.files import read_tensors, write_tensors
+from ..shared.input_checks import check_above_zero, check_choice, check_number
 from .processes import OneProcess, Processes
 
 OPTIMIZERS = ("AdamW", "Adam", "SGD")
@@ -94,29 +95,20 @@ class TrainingSettings:
     sample_steps: int = 20
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("steps", 1), ("batch_size", 1), ("accumulation", 1), ("checkpoint_every", 0), ("sample_every", 0),
-            ("warmup_steps", 0),
-        ):  # fmt: skip
-            if getattr(self, name) < least:
-                raise IdentityEditError(f"{name} is {getattr(self, name)}; choose {least} or more.")
-        if not self.learning_rate > 0.0:
-            raise IdentityEditError(f"learning_rate is {self.learning_rate:g}; choose a value above 0.")
+        for name in ("steps", "batch_size", "accumulation"):
+            check_number(getattr(self, name), name, 1, None)
+        for name in ("checkpoint_every", "sample_every", "warmup_steps"):
+            check_number(getattr(self, name), name, 0, None)
+        check_above_zero(self.learning_rate, "learning_rate")
         if not 0.0 <= self.ema_decay < 1.0:
             raise IdentityEditError(f"ema_decay is {self.ema_decay:g}; choose a value from 0 to below 1.")
-        if self.optimizer not in OPTIMIZERS:
-            raise IdentityEditError(f"The optimizer {self.optimizer} is unknown; choose {', '.join(OPTIMIZERS)}.")
-        self.check_choice("precision", PRECISIONS)
-        self.check_choice("learning_rate_schedule", SCHEDULES)
+        check_choice(self.optimizer, "optimizer", OPTIMIZERS)
+        check_choice(self.precision, "precision", PRECISIONS)
+        check_choice(self.learning_rate_schedule, "learning_rate_schedule", SCHEDULES)
         if self.warmup_steps >= self.steps and self.learning_rate_schedule != CONSTANT:
             raise IdentityEditError(
                 f"warmup_steps is {self.warmup_steps}, which leaves none of the {self.steps} steps; choose fewer."
             )
-
-    def check_choice(self, name: str, choices: Iterable[str]) -> None:
-        """Raise `IdentityEditError` unless the setting `name` is one of `choices`."""
-        if getattr(self, name) not in choices:
-            raise IdentityEditError(f"{name} is {getattr(self, name)}; choose one of {', '.join(choices)}.")
 
     @property
     def dtype(self) -> torch.dtype:

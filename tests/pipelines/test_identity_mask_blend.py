@@ -83,7 +83,7 @@ def test_the_blend_is_algorithm_1(method: str) -> None:
     model = tiny_models.sd1()
     inversion = invert(model, method, batch=2)
     settings = BlendSettings(threshold=0.45, power=2, layers="1, 2", feathering=0.7)
-    result = blend(model, inversion, settings=settings, keep_step_masks=True, blend_until=0.8)
+    result = blend(model, inversion, settings=settings, blend_until=0.8)
     height, width = inversion.trajectory.shape[-2:]
     trajectory, sigmas = inversion.trajectory, inversion.sigmas
 
@@ -115,7 +115,6 @@ def test_the_blend_is_algorithm_1(method: str) -> None:
 
     x, masks = run(TARGET, NEGATIVE, denoise)
     assert torch.equal(result.latent, engine.to_socket_scale(model, x / DIFFUSION.scale(sigmas[-1])))
-    assert torch.equal(result.step_masks, torch.stack(masks[:-1]))
     assert torch.equal(result.target_mask, masks[-1])
     assert result.evaluations == 3 * STEPS and result.warning is None
 

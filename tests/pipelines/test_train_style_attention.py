@@ -349,8 +349,8 @@ def test_beside_a_patch_that_writes_in_place(checkpointing: bool) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"kind": "both"}, "kind is both; choose one of sequential, parallel"),
-        ({"precision": "float8"}, "precision is float8"),
+        ({"kind": "both"}, "kind is 'both'; choose one of sequential, parallel"),
+        ({"precision": "float8"}, "precision is 'float8'"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"text_drop": 1.5}, "text_drop is 1.5"),
         ({"style_drop": float("nan")}, "style_drop is nan"),

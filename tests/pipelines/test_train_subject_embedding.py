@@ -397,11 +397,11 @@ def test_captions_are_checked_before_the_training(settings: Any, captions: list[
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "words"}, "kind is words; choose one of output, word"),
-        ({"precision": "int8"}, "precision is int8"),
+        ({"kind": "words"}, "kind is 'words'; choose one of output, word"),
+        ({"precision": "int8"}, "precision is 'int8'"),
         ({"tokens": 0}, "tokens is 0; choose a number from 1 to"),
         ({"tokens": 70}, "tokens is 70; choose a number from 1 to"),
-        ({"batch_size": 0}, "batch_size is 0; choose 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0; choose a number from 1"),
         ({"sampling_steps": 0}, "sampling_steps is 0; choose a number from 1"),
         ({"updates_per_step": -1}, "updates_per_step is -1; choose a number from 0"),
         ({"regularization_weight": -1.0}, "regularization_weight is -1"),
@@ -415,7 +415,7 @@ def test_settings_that_cannot_be_are_refused(changes: dict[str, Any], message: s
 
 
 def test_other_bad_input():
-    with pytest.raises(IdentityEditError, match="steps is -1; choose 1 or more"):
+    with pytest.raises(IdentityEditError, match="steps is -1; choose a number from 1"):
         dataclasses.replace(SETTINGS, steps=-1)
     model, clip = make("sd1")
     with pytest.raises(IdentityEditError, match="masked_loss is on but no image has a mask"):

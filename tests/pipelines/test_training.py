@@ -298,12 +298,12 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_spoils_anything(tmp_pa
     [
         ({"steps": 0}, "steps is 0"),
         ({"learning_rate": 0.0}, "learning_rate is 0"),
-        ({"optimizer": "Lion"}, "optimizer Lion"),
+        ({"optimizer": "Lion"}, "optimizer is 'Lion'; choose one of"),
         ({"accumulation": 0}, "accumulation is 0"),
-        ({"batch_size": 0}, "batch_size is 0; choose 1 or more"),
-        ({"precision": "float8"}, "precision is float8; choose one of float32, bfloat16"),
-        ({"learning_rate_schedule": "cosin"}, "learning_rate_schedule is cosin; choose one of constant, "),
-        ({"warmup_steps": -1}, "warmup_steps is -1; choose 0 or more"),
+        ({"batch_size": 0}, "batch_size is 0; choose a number from 1"),
+        ({"precision": "float8"}, "precision is 'float8'; choose one of float32, bfloat16"),
+        ({"learning_rate_schedule": "cosin"}, "learning_rate_schedule is 'cosin'; choose one of constant, "),
+        ({"warmup_steps": -1}, "warmup_steps is -1; choose a number from 0"),
         ({"learning_rate_schedule": "linear", "warmup_steps": 12}, "warmup_steps is 12, .* none of the 12 steps"),
     ],
 )

@@ -281,8 +281,9 @@ def segment_subject(models: Models) -> None:
     models.run("SegmentSubject", images=models.images(1), subject=CLASS_WORD, **given, **settings)
 
 
-def training(models: Models) -> dict[str, Any]:
-    return {"steps": 1} if models.dtype == CHOSEN_BY_COMFYUI else {"steps": 1, "precision": models.dtype}
+def training(models: Models, **more: Any) -> dict[str, Any]:
+    chosen = {} if models.dtype == CHOSEN_BY_COMFYUI else {"precision": models.dtype}
+    return {"steps": 1, "training_settings": models.run("TrainingSettings", batch_size=1, **chosen, **more)[0]}
 
 
 def identity_prior(models: Models) -> None:
@@ -358,12 +359,13 @@ def generate_pairs(models: Models) -> None:
     sampling = {"sampler": comfy.samplers.sampler_object("euler"), "sigmas": sigmas}
     size = {"count": 1, "width": models.size, "height": models.size, "folder": models.pair_folder}
     check = {"smallest_similarity": 0.01, "attempts": 1, "clip_vision": models.clip_vision()}
-    models.run("GeneratePairs", **sampling, **size, **check)
+    nodes = {"prompts": models.run("PairPrompts")[0], "settings": models.run("PairSettings", **check)[0]}
+    models.run("GeneratePairs", **sampling, **size, **nodes)
 
 
 def identity_words(models: Models) -> None:
     subject, vision = models.subject(models.size), models.clip_vision()
-    settings = {"images": subject, "clip_vision": vision, "batch_size": 1}
+    settings = {"images": subject, "clip_vision": vision}
     path = models.run("TrainIdentityWords", **training(models), vae=models.vae, **settings)[2]
     words = models.run("LoadIdentityWords", file=in_output_folder(path))[0]
     seen = stock.CLIPVisionEncode().encode(vision, models.images(1), "none")[0]
@@ -375,8 +377,8 @@ def train_mcdm(models: Models) -> None:
     network = models.model.get_model_object("diffusion_model")
     models.check_memory(sum(weight.numel() for weight in network.parameters()))
     generate_pairs(models)
-    settings = {"folder": models.pair_folder, "batch_size": 1, "ema_decay": 0.0}
-    models.run("TrainMCDM", **training(models), clip_vision=models.clip_vision(), **settings)
+    settings = training(models, ema_decay=0.0)
+    models.run("TrainMCDM", **settings, clip_vision=models.clip_vision(), folder=models.pair_folder)
 
 
 def mcdm_editing(models: Models) -> None:
@@ -411,7 +413,7 @@ def diffedit(models: Models) -> None:
 def style_attention(models: Models) -> None:
     rows = torch.randn(2, 18, 512, generator=torch.Generator().manual_seed(4))
     person, one = (WPlus(each, torch.zeros(18, 512), "random") for each in (rows, rows[:1]))
-    settings = {"images": models.subject(models.size), "w_plus": person, "batch_size": 1}
+    settings = {"images": models.subject(models.size), "w_plus": person}
     path = models.run("TrainStyleAttention", **training(models), vae=models.vae, **settings)[3]
     loaded = models.run("LoadStyleAttention", file=in_output_folder(path))[0]
     models.sample(models.run("ApplyStyleCrossAttention", style_attention=loaded, w_plus=one)[0])

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from . import attention_control, demo, hifi_tuner, inversion, lipe, mcdm, pidiff, scores, subjects, timestep_aware
+from . import (
+    attention_control,
+    demo,
+    hifi_tuner,
+    inversion,
+    lipe,
+    mcdm,
+    pidiff,
+    scores,
+    subjects,
+    timestep_aware,
+    training,
+)
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,
     *timestep_aware.NODES,
     *subjects.NODES,
+    *training.NODES,
     *lipe.NODES,
     *hifi_tuner.NODES,
     *attention_control.NODES,

@@ -50,10 +50,6 @@ StyleAttention = io.Custom("STYLE_ATTENTION")
 """`pipelines.pidiff.style_attention.StyleAttention`: a mapping network and cross-attention layers for W+ codes."""
 
 
-RARELY_CHANGED = ("gradient_accumulation", "precision", "checkpointing", "checkpoint_every")
-"""Ids of widgets that are advanced in every node."""
-
-
 def schema(*, category: str, search_aliases: list[str], advanced: Sequence[str] = (), **fields: Any) -> io.Schema:
     """A node's schema in the pack's category, with search aliases where ComfyUI supports them (newer than 0.3.75).
 
@@ -66,10 +62,7 @@ def schema(*, category: str, search_aliases: list[str], advanced: Sequence[str] 
     if any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema)):
         fields["search_aliases"] = search_aliases
     for widget in fields.get("inputs", ()):
-        if widget.id in (
-            *advanced,
-            *RARELY_CHANGED,
-        ):  # widgets of ComfyUI 0.3.75 accept no such argument, but pass on extra fields
+        if widget.id in advanced:  # widgets of ComfyUI 0.3.75 accept no such argument, but pass on extra fields
             widget.extra_dict = {**widget.extra_dict, "advanced": True}
     return io.Schema(category=f"{CATEGORY}/{category}", hidden=[io.Hidden.unique_id], **fields)
 

@@ -1,4 +1,4 @@
-"""Shared parts of the training nodes: inputs, outputs, progress with samples, checkpoints and reports."""
+"""Shared parts of the training nodes: their settings, inputs, outputs, progress with samples, checkpoints, reports."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
-from ..pipelines.training.loop import BFLOAT16, FLOAT32, Progress, TrainingRun
+from ..pipelines.training.loop import BFLOAT16, CONSTANT, FLOAT32, OPTIMIZERS, SCHEDULES, Progress, TrainingRun
+from .idle import first_said
 from .saved_files import FILE_ENDING
+from .sockets import checked, checkpointing_input, schema, show_warnings
 
 LossMap = io.Custom("LOSS_MAP")
 """ComfyUI's socket of Train LoRA and Plot Loss Graph: {"loss": the loss of every step}."""
@@ -37,50 +39,193 @@ def learning_rate_input(default: float, tooltip: str, most: float = 0.1, step: f
     )
 
 
-def batch_size_input(default: int, most: int, tooltip: str) -> io.Int.Input:
-    return io.Int.Input("batch_size", default=default, min=1, max=most, tooltip=tooltip)
+Settings = io.Custom("TRAINING_SETTINGS")
+"""Settings by their names in `pipelines.training.loop.TrainingSettings`; those left at their default are absent."""
+_DEFAULT = "default"
 
 
-def gradient_accumulation_input() -> io.Int.Input:
-    return io.Int.Input(
-        "gradient_accumulation",
-        default=1,
-        min=1,
-        max=256,
-        tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger batch "
-        "with the memory of a small one.",
+def settings_input() -> Any:
+    return Settings.Input(
+        "training_settings",
+        optional=True,
+        tooltip="Less common settings, from Training Settings: learning rate schedule, batch size, precision, sample "
+        "images, checkpoints. Not connected: the defaults.",
     )
 
 
-def precision_input(trained: str) -> io.Combo.Input:
-    return io.Combo.Input(
-        "precision",
-        options=[BFLOAT16, FLOAT32],
-        default=BFLOAT16,
-        tooltip=f"Compute precision; {trained} are kept in float32 either way. Choose float32 on a CPU without "
-        "bfloat16 instructions, where bfloat16 is slower.",
-    )
+def settings_of(chosen: dict[str, Any] | None, every: int = 100, **defaults: Any) -> dict[str, Any]:
+    """Arguments for a technique's settings: the node's defaults, replaced by those of Training Settings.
+
+    Args:
+        chosen: the value of `settings_input`, or None.
+        every: default number of steps between checkpoints and between sample images.
+        defaults: further defaults of the node.
+    """
+    defaults |= {"precision": BFLOAT16, "checkpointing": True, "sample_every": every, "checkpoint_every": every}
+    return defaults | (chosen or {})
 
 
-def sample_every_input(last: str, default: int = 100, most: int = 100_000, what: str = "sample images") -> io.Int.Input:
-    return io.Int.Input(
-        "sample_every",
-        default=default,
-        min=0,
-        max=most,
-        tooltip=f"Steps between {what}. One is always made at {last}; 0 disables the rest.",
-    )
+class TrainingSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditTrainingSettings",
+            display_name="Training Settings",
+            category="subject",
+            search_aliases=[
+                "learning rate schedule",
+                "scheduler",
+                "warmup",
+                "EMA",
+                "optimizer",
+                "gradient accumulation",
+            ],
+            description="Less common settings of all training nodes. A training that it is not connected to uses the "
+            "defaults shown here.",
+            inputs=[
+                io.Combo.Input(
+                    "learning_rate_schedule",
+                    options=list(SCHEDULES),
+                    default=CONSTANT,
+                    tooltip="Learning rate schedule, as in diffusers: cosine and linear fall to 0, polynomial to "
+                    "0.0000001. A resumed run continues it. In Train Subject Embedding it applies to the embeddings "
+                    "shared by all steps. The papers name none.",
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    tooltip="Steps in which the learning rate rises from 0, for every schedule but 'constant'.",
+                ),
+                io.Combo.Input(
+                    "optimizer",
+                    options=[_DEFAULT, *OPTIMIZERS],
+                    default=_DEFAULT,
+                    tooltip="Optimizer. Default: Adam in Train Subject Embedding, AdamW in the others.",
+                ),
+                io.Float.Input(
+                    "weight_decay",
+                    default=-1.0,
+                    min=-1.0,
+                    max=1.0,
+                    step=0.001,
+                    tooltip="AdamW's weight decay. -1: the default, 0.01, as in Gu et al. 2025 and in diffusers; 0 in "
+                    "Train Identity Words.",
+                ),
+                io.Float.Input(
+                    "ema_decay",
+                    default=-1.0,
+                    min=-1.0,
+                    max=0.99999,
+                    step=0.0001,
+                    round=0.00001,
+                    tooltip="EMA decay; the EMA weights are the ones saved. 0.99 to 0.999 for short runs, 0 disables "
+                    "the EMA. -1: the default, 0.9999 in Train MCDM, as in the training of Stable Diffusion, and no "
+                    "EMA in the others.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Images or pairs per batch, all of one size; in Train Identity Prior from each of the two "
+                    "sets. 0: the default, 4 in Train MCDM (Chen et al. 2024), Train Style Attention (Gu et al. 2025) "
+                    "and Train Identity Words (ELITE), 1 in the others.",
+                ),
+                io.Int.Input(
+                    "gradient_accumulation",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger "
+                    "batch with the memory of a small one.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=[BFLOAT16, FLOAT32],
+                    default=BFLOAT16,
+                    tooltip="Compute precision; the trained weights are kept in float32 either way. Choose float32 on "
+                    "a CPU without bfloat16 instructions, where bfloat16 is slower.",
+                ),
+                checkpointing_input(),
+                io.Int.Input(
+                    "sample_every",
+                    default=-1,
+                    min=-1,
+                    max=1_000_000,
+                    tooltip="Steps between sample images. One is always made at the end; 0 disables the rest. -1: the "
+                    "default, 1000 in Train MCDM, 100 in the others. Train Identity Words makes none.",
+                ),
+                io.String.Input(
+                    "sample_prompt",
+                    default="",
+                    tooltip="Prompt of the sample images, with the subject's token in it. Empty: the subject's name; "
+                    "in Train Style Attention the first template. Train MCDM edits a pair instead.",
+                ),
+                io.Int.Input(
+                    "checkpoint_every",
+                    default=-1,
+                    min=-1,
+                    max=1_000_000,
+                    tooltip="Steps between checkpoints. Re-queue the node with the same settings to resume a canceled "
+                    "or killed run. 0 disables checkpoints. -1: the default, 1000 in Train MCDM, where each is four "
+                    "times the size of the UNet in float32, 200 in Train Identity Words, 100 in the others.",
+                ),
+            ],
+            outputs=[
+                Settings.Output(
+                    "training_settings",
+                    display_name="training settings",
+                    tooltip="The settings, for any training node.",
+                )
+            ],
+        )
 
-
-def checkpoint_every_input(default: int = 100, most: int = 100_000, more: str = "") -> io.Int.Input:
-    return io.Int.Input(
-        "checkpoint_every",
-        default=default,
-        min=0,
-        max=most,
-        tooltip="Steps between checkpoints. Re-queue the node with the same settings to resume a canceled or "
-        f"killed run. {more}0 disables checkpoints.",
-    )
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        learning_rate_schedule: str,
+        warmup_steps: int,
+        optimizer: str,
+        weight_decay: float,
+        ema_decay: float,
+        batch_size: int,
+        gradient_accumulation: int,
+        precision: str,
+        checkpointing: bool,
+        sample_every: int,
+        sample_prompt: str,
+        checkpoint_every: int,
+    ) -> io.NodeOutput:
+        chosen: dict[str, Any] = {
+            "learning_rate_schedule": learning_rate_schedule,
+            "warmup_steps": warmup_steps,
+            "accumulation": gradient_accumulation,
+            "precision": precision,
+            "checkpointing": checkpointing,
+        }
+        numbers = {"sample_every": sample_every, "checkpoint_every": checkpoint_every, "ema_decay": ema_decay}
+        chosen |= {name: value for name, value in (numbers | {"weight_decay": weight_decay}).items() if value >= 0}
+        if optimizer != _DEFAULT:
+            chosen["optimizer"] = optimizer
+        if batch_size:
+            chosen["batch_size"] = batch_size
+        if sample_prompt.strip():
+            chosen["sample_prompt"] = sample_prompt.strip()
+        unused = first_said(
+            (
+                warmup_steps > 0 and learning_rate_schedule == CONSTANT,
+                f"warmup_steps has no effect with the schedule {CONSTANT}; choose constant_with_warmup.",
+            ),
+            (
+                weight_decay > 0.0 and optimizer not in (_DEFAULT, "AdamW"),
+                f"weight_decay has no effect with {optimizer}; choose AdamW.",
+            ),
+        )
+        show_warnings(cls, unused)
+        return io.NodeOutput(chosen)
 
 
 def training_outputs(what: str, samples: str | None = "The sample images in order.") -> list[Any]:
@@ -157,3 +302,6 @@ def how_trained(facts: dict[str, Any]) -> str:
     if not facts.keys() >= {"steps", "learning_rate", "images"}:
         return ""
     return f"; {facts['steps']} training steps, learning rate {facts['learning_rate']:g}, {facts['images']} images"
+
+
+NODES: list[type[io.ComfyNode]] = [TrainingSettings]

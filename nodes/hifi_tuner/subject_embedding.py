@@ -31,20 +31,17 @@ from ..saved_files import (
     next_path,
     path_of,
 )
-from ..sockets import Subject, SubjectImages, checked, checkpointing_input, schema, seed_input, show_text, steps_input
+from ..sockets import Subject, SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
     Checkpoints,
-    batch_size_input,
-    checkpoint_every_input,
     checkpoint_inputs,
     first_and_last,
-    gradient_accumulation_input,
     how_trained,
     learning_rate_input,
-    precision_input,
-    sample_every_input,
+    settings_input,
+    settings_of,
     steps_of,
     training_outputs,
     training_progress,
@@ -63,14 +60,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
             display_name="Train Subject Embedding",
             category="subject",
             search_aliases=["textual inversion", "HiFi Tuner", "train embedding", "personalization", "train subject"],
-            advanced=[
-                "updates_per_step",
-                "sampling_steps",
-                "learning_rate",
-                "regularization_weight",
-                "batch_size",
-                "sample_every",
-            ],
+            advanced=["updates_per_step", "sampling_steps", "learning_rate", "regularization_weight"],
             description=(
                 "Learns a subject from three to five images as text embeddings, first shared by all "
                 "steps and then separate for each sampling step; no weight of the model changes (Wang et al. "
@@ -147,19 +137,9 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     tooltip="On: keeps the rare token in captions and prompts, for a model with an identity prior, "
                     "which knows the token. Off: the embeddings replace it.",
                 ),
-                batch_size_input(1, 64, "Images per batch, all of one size."),
-                gradient_accumulation_input(),
-                precision_input("the embeddings"),
-                checkpointing_input(),
                 seed_input(SEED_TOOLTIP),
-                sample_every_input("the end of both phases"),
-                io.String.Input(
-                    "sample_prompt",
-                    default="",
-                    tooltip="Prompt of the sample images, with the subject's name in it. Empty: the name alone.",
-                ),
-                checkpoint_every_input(),
                 filename_prefix_input(FILE_FOLDER, "subject", "Step-Wise Embedding Loader"),
+                settings_input(),
             ],
             outputs=[
                 Subject.Output("subject", display_name="subject", tooltip="Trained subject, for Apply Subject."),
@@ -184,15 +164,9 @@ class TrainSubjectEmbedding(io.ComfyNode):
         regularization_weight: float,
         masked_loss: bool,
         keep_token: bool,
-        batch_size: int,
-        gradient_accumulation: int,
-        precision: str,
-        checkpointing: bool,
         seed: int,
-        sample_every: int,
-        sample_prompt: str,
-        checkpoint_every: int,
         filename_prefix: str,
+        training_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         check_captions(images)
         check_masks(images.masks, masked_loss)
@@ -203,18 +177,12 @@ class TrainSubjectEmbedding(io.ComfyNode):
             tokens=tokens,
             steps=steps,
             learning_rate=learning_rate,
-            batch_size=batch_size,
-            accumulation=gradient_accumulation,
             regularization_weight=regularization_weight,
             masked=masked_loss,
             sampling_steps=sampling_steps,
             updates_per_step=updates_per_step,
-            precision=precision,
-            checkpointing=checkpointing,
             seed=seed,
-            sample_every=sample_every,
-            sample_prompt=sample_prompt.strip() or images.identity_prompt,
-            checkpoint_every=checkpoint_every,
+            **settings_of(training_settings, sample_prompt=images.identity_prompt),
         )
         learning.check_training_captions(clip, images.captions, settings)
         next_path(filename_prefix, f"{FILE_FOLDER}/subject")  # fail before a long training, not after it

@@ -16,19 +16,16 @@ from ...pipelines.training.images import TrainingImages, check_masks, encode_ima
 from ...pipelines.training.loop import TrainingRun
 from ..idle import first_said, joined
 from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, next_path, saved_path
-from ..sockets import SubjectImages, checked, checkpointing_input, schema, seed_input, show_text, steps_input
+from ..sockets import SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
     Checkpoints,
-    batch_size_input,
-    checkpoint_every_input,
     checkpoint_inputs,
     first_and_last,
-    gradient_accumulation_input,
     learning_rate_input,
-    precision_input,
-    sample_every_input,
+    settings_input,
+    settings_of,
     steps_of,
     training_outputs,
     training_progress,
@@ -63,7 +60,7 @@ class TrainIdentityPrior(io.ComfyNode):
             display_name="Train Identity Prior",
             category="subject",
             search_aliases=["dreambooth", "LIPE", "fine-tune", "personalization", "train subject"],
-            advanced=["learning_rate", "batch_size", "regularization_weight", "min_snr_gamma"],
+            advanced=["learning_rate", "regularization_weight", "min_snr_gamma"],
             description=(
                 "Learns a subject from three to five images by fine-tuning the attention layers of the "
                 "UNet and the text encoders, together with images of its class (Liu et al. 2024, section 2.1)."
@@ -91,12 +88,6 @@ class TrainIdentityPrior(io.ComfyNode):
                     "AdamW's learning rate for the UNet and the text encoders. 0.0005 in Liu et al. 2024 "
                     "(appendix E.2.5). Lower it when samples show odd colors or copies of the training images.",
                 ),
-                batch_size_input(
-                    1,
-                    64,
-                    "Images per batch from each of the two sets. 1 in the examples of diffusers' DreamBooth script.",
-                ),
-                gradient_accumulation_input(),
                 io.Float.Input(
                     "regularization_weight",
                     default=PriorSettings.regularization_weight,
@@ -112,8 +103,6 @@ class TrainIdentityPrior(io.ComfyNode):
                     tooltip="On: also trains the attention layers of the text encoders, as in Liu et al. 2024 "
                     "(appendix E.2.5).",
                 ),
-                precision_input("the trained weights"),
-                checkpointing_input(),
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
@@ -130,15 +119,8 @@ class TrainIdentityPrior(io.ComfyNode):
                     "timesteps equally, as in Liu et al. 2024.",
                 ),
                 seed_input(SEED_TOOLTIP),
-                sample_every_input("the end"),
-                io.String.Input(
-                    "sample_prompt",
-                    default="",
-                    tooltip="Prompt of the sample images, with the token and the class word in it. Empty: only "
-                    "these two words.",
-                ),
-                checkpoint_every_input(),
                 filename_prefix_input(FILE_FOLDER, "prior", "Load Identity Prior"),
+                settings_input(),
             ],
             outputs=[
                 *_prior_outputs(),
@@ -156,20 +138,14 @@ class TrainIdentityPrior(io.ComfyNode):
         subject: Images,
         steps: int,
         learning_rate: float,
-        batch_size: int,
-        gradient_accumulation: int,
         regularization_weight: float,
         train_text_encoder: bool,
-        precision: str,
-        checkpointing: bool,
         masked_loss: bool,
         min_snr_gamma: float,
         seed: int,
-        sample_every: int,
-        sample_prompt: str,
-        checkpoint_every: int,
         filename_prefix: str,
         regularization: Images | None = None,
+        training_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         check_captions(subject)
         check_masks(subject.masks, masked_loss)
@@ -185,18 +161,12 @@ class TrainIdentityPrior(io.ComfyNode):
                 class_word=subject.class_word,
                 steps=steps,
                 learning_rate=learning_rate,
-                batch_size=batch_size,
-                accumulation=gradient_accumulation,
                 regularization_weight=regularization_weight,
                 text_encoder=train_text_encoder,
                 masked=masked_loss,
                 min_snr_gamma=min_snr_gamma,
-                precision=precision,
-                checkpointing=checkpointing,
                 seed=seed,
-                sample_every=sample_every,
-                sample_prompt=sample_prompt.strip(),
-                checkpoint_every=checkpoint_every,
+                **settings_of(training_settings),
             ),
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps),

@@ -13,13 +13,11 @@ from ...pipelines.mcdm.identity_words import IdentityWords as Words
 from ...pipelines.mcdm.train_identity_words import IdentitySettings
 from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
-from ...pipelines.training.loop import BFLOAT16, FLOAT32
 from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, next_path, saved_path
 from ..sockets import (
     IdentityWords,
     SubjectImages,
     checked,
-    checkpointing_input,
     schema,
     seed_input,
     show_text,
@@ -28,12 +26,12 @@ from ..sockets import (
 from ..training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
-    batch_size_input,
-    checkpoint_every_input,
     checkpoint_inputs,
     first_and_last,
     how_trained,
     learning_rate_input,
+    settings_input,
+    settings_of,
     steps_of,
     training_outputs,
 )
@@ -100,27 +98,9 @@ class TrainIdentityWords(io.ComfyNode):
                     tooltip="Computes the loss only inside the masks of the images. Off, since Chen et al. 2024 do "
                     "not mention masks.",
                 ),
-                batch_size_input(
-                    IdentitySettings.batch_size, 256, "Images per batch, all of the same size. 4 per GPU in ELITE."
-                ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=1,
-                    min=1,
-                    max=256,
-                    tooltip="Batches per optimizer step; their gradients are averaged.",
-                ),
-                io.Combo.Input(
-                    "precision",
-                    options=[BFLOAT16, FLOAT32],
-                    default=BFLOAT16,
-                    tooltip="Compute precision of the frozen networks. Choose float32 on a CPU without bfloat16 "
-                    "instructions, where bfloat16 is slower.",
-                ),
-                checkpointing_input(),
                 seed_input("Seed for all randomness: initial weights, image order, timesteps and noise."),
-                checkpoint_every_input(200),
                 filename_prefix_input(FILE_FOLDER, "identity", "Load Identity Words"),
+                settings_input(),
             ],
             outputs=[
                 IdentityWords.Output(
@@ -146,13 +126,9 @@ class TrainIdentityWords(io.ComfyNode):
         learning_rate: float,
         regularization_weight: float,
         masked_loss: bool,
-        batch_size: int,
-        gradient_accumulation: int,
-        precision: str,
-        checkpointing: bool,
         seed: int,
-        checkpoint_every: int,
         filename_prefix: str,
+        training_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
@@ -161,14 +137,10 @@ class TrainIdentityWords(io.ComfyNode):
             words=words,
             steps=steps,
             learning_rate=learning_rate,
-            batch_size=batch_size,
-            accumulation=gradient_accumulation,
             regularization_weight=regularization_weight,
             masked=masked_loss,
-            precision=precision,
-            checkpointing=checkpointing,
             seed=seed,
-            checkpoint_every=checkpoint_every,
+            **settings_of(training_settings, 200),
         )
         next_path(filename_prefix, f"{FILE_FOLDER}/identity")  # fail before a long training rather than after it
         captions = [caption or f"a {images.class_word}" for caption in images.captions]

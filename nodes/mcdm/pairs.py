@@ -23,6 +23,12 @@ from ..saved_files import check_name
 from ..sockets import IdentityWords, checked, schema, seed_input, show_text, show_warnings
 
 FOLDER = "pairs"
+Prompts = io.Custom("PAIR_PROMPTS")
+"""Arguments of `pipelines.mcdm.pair_dataset.PairSettings`: the edits, the subjects and the prompts."""
+Conditions = io.Custom("PAIR_CONDITIONS")
+"""Arguments of `pipelines.mcdm.pair_dataset.generate_pairs`: identities and poses."""
+Settings = io.Custom("PAIR_SETTINGS")
+"""Further arguments of `PairSettings`, and a CLIP_VISION or None for the similarity check."""
 
 
 def _guidance_inputs() -> list[Any]:
@@ -227,48 +233,17 @@ def _validation_input(how_drawn: str) -> io.Float.Input:
     )
 
 
-class GeneratePairs(io.ComfyNode):
+class PairPrompts(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        scale, *weights = _guidance_inputs()
         return schema(
-            node_id="IdentityEditGeneratePairs",
-            display_name="Generate Pairs",
+            node_id="IdentityEditPairPrompts",
+            display_name="Pair Prompts",
             category="portrait",
-            search_aliases=["paired data", "dataset", "MCDM", "training data", "composable diffusion"],
-            advanced=[
-                "shared_prompt",
-                "negative_prompt",
-                "shared_weight",
-                "source_weight",
-                "target_weight",
-                "validation_share",
-                "part",
-                "smallest_similarity",
-                "attempts",
-                "class_word",
-                "pose_strength",
-            ],
-            description=(
-                "Generates a dataset of image pairs for an edit from text alone: one subject before and "
-                "after, with the same pose and identity (Chen et al. 2024, section 3.2). Resumes where it was "
-                "stopped."
-            ),
-            is_output_node=True,
+            search_aliases=["edits", "subjects", "paired data", "MCDM"],
+            advanced=["negative_prompt"],
+            description="Edits, subjects and prompts of a dataset of pairs, for Generate Pairs.",
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model that can draw the subjects."),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Sampler.Input(
-                    "sampler",
-                    tooltip="Sampler. Chen et al. 2024 use the stochastic sampler of Karras et al. 2022 (Heun with "
-                    "churn), which no stock node offers; the closest are SamplerDPMPP_2S_Ancestral and "
-                    "SamplerEulerAncestral.",
-                ),
-                io.Sigmas.Input(
-                    "sigmas",
-                    tooltip="Noise schedule, from a scheduler node: KarrasScheduler with 20 steps in Chen et al. 2024.",
-                ),
                 io.String.Input(
                     "edits",
                     default=datasets.EDITS,
@@ -296,6 +271,195 @@ class GeneratePairs(io.ComfyNode):
                     default="",
                     tooltip="Negative prompt for all pairs; empty in Chen et al. 2024.",
                 ),
+            ],
+            outputs=[Prompts.Output("prompts", display_name="prompts", tooltip="The prompts, for Generate Pairs.")],
+        )
+
+    @classmethod
+    @checked
+    def execute(cls, edits: str, subjects: str, shared_prompt: str, negative_prompt: str) -> io.NodeOutput:
+        return io.NodeOutput(
+            {
+                "edits": datasets.parse_edits(edits),
+                "subjects": tuple(line.strip() for line in subjects.splitlines() if line.strip()),
+                "shared_prompt": shared_prompt,
+                "negative_prompt": negative_prompt,
+            }
+        )
+
+
+class PairConditions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditPairConditions",
+            display_name="Pair Conditions",
+            category="portrait",
+            search_aliases=["pose", "ControlNet", "identity", "paired data", "MCDM"],
+            advanced=["class_word", "pose_strength"],
+            description="Poses and identities of generated pairs, for Generate Pairs: a ControlNet with pose images, "
+            "identity words with portraits, or both.",
+            inputs=[
+                io.ControlNet.Input(
+                    "control_net",
+                    optional=True,
+                    tooltip="ControlNet that gives both halves the same pose. OpenPose in Chen et al. 2024.",
+                ),
+                io.Image.Input(
+                    "poses",
+                    optional=True,
+                    tooltip="Pose images for the ControlNet, of the size of one image; one is picked at random for "
+                    "each pair. 1000 poses in Chen et al. 2024.",
+                ),
+                io.Float.Input(
+                    "pose_strength",
+                    default=1.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="ControlNet strength. 1 is ComfyUI's default; Chen et al. 2024 do not report theirs.",
+                ),
+                IdentityWords.Input(
+                    "identity_words",
+                    optional=True,
+                    tooltip="Identity word encoder, from Load Identity Words; it describes the people in "
+                    "identity_images.",
+                ),
+                io.Image.Input(
+                    "identity_images",
+                    optional=True,
+                    tooltip="Portraits of many people; one is picked at random for each pair. FFHQ faces in Chen et "
+                    "al. 2024.",
+                ),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="CLIP image encoder used to train the identity words.",
+                ),
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    tooltip="Word in front of which the identity words are inserted. Empty: in front of the subject.",
+                ),
+            ],
+            outputs=[
+                Conditions.Output(
+                    "conditions", display_name="conditions", tooltip="The poses and identities, for Generate Pairs."
+                )
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        pose_strength: float,
+        class_word: str,
+        control_net: Any | None = None,
+        poses: torch.Tensor | None = None,
+        identity_words: Words | None = None,
+        identity_images: torch.Tensor | None = None,
+        clip_vision: Any | None = None,
+    ) -> io.NodeOutput:
+        conditions = {
+            "identities": _identities(identity_words, identity_images, clip_vision, class_word),
+            "poses": _poses(control_net, poses, pose_strength),
+        }
+        return io.NodeOutput(conditions)
+
+
+class PairSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditPairSettings",
+            display_name="Pair Settings",
+            category="portrait",
+            search_aliases=["similarity check", "validation split", "paired data", "MCDM"],
+            description="Less common settings of Generate Pairs: weights of the prompts, size of the validation split, "
+            "and a similarity check of every pair. Without this node the defaults shown here are used.",
+            inputs=[
+                *_guidance_inputs()[1:],
+                _validation_input("the seed; no person of the identity images is in both splits"),
+                io.ClipVision.Input(
+                    "clip_vision",
+                    optional=True,
+                    tooltip="CLIP image encoder for the similarity of both images, which the dataset then records.",
+                ),
+                io.Float.Input(
+                    "smallest_similarity",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Minimum similarity: keeps only pairs whose two images reach this cosine similarity of "
+                    "CLIP image embeddings; needs clip_vision. 0, as in Chen et al. 2024, keeps all pairs.",
+                ),
+                io.Int.Input(
+                    "attempts",
+                    default=datasets.ATTEMPTS,
+                    min=1,
+                    max=100,
+                    tooltip="Maximum number of seeds tried per pair until one passes the similarity check (our "
+                    "default). Without a check, one is used.",
+                ),
+            ],
+            outputs=[Settings.Output("settings", display_name="settings", tooltip="The settings, for Generate Pairs.")],
+        )
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        shared_weight: float,
+        source_weight: float,
+        target_weight: float,
+        validation_share: float,
+        smallest_similarity: float,
+        attempts: int,
+        clip_vision: Any | None = None,
+    ) -> io.NodeOutput:
+        settings = {
+            "shared_weight": shared_weight,
+            "source_weight": source_weight,
+            "target_weight": target_weight,
+            "validation_share": validation_share,
+            "smallest_similarity": smallest_similarity,
+            "attempts": attempts,
+        }
+        return io.NodeOutput((settings, clip_vision))
+
+
+class GeneratePairs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditGeneratePairs",
+            display_name="Generate Pairs",
+            category="portrait",
+            search_aliases=["paired data", "dataset", "MCDM", "training data", "composable diffusion"],
+            advanced=["part"],
+            description=(
+                "Generates a dataset of image pairs for an edit from text alone: one subject before and "
+                "after, with the same pose and identity (Chen et al. 2024, section 3.2). Resumes where it was "
+                "stopped."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model that can draw the subjects."),
+                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                io.Sampler.Input(
+                    "sampler",
+                    tooltip="Sampler. Chen et al. 2024 use the stochastic sampler of Karras et al. 2022 (Heun with "
+                    "churn), which no stock node offers; the closest are SamplerDPMPP_2S_Ancestral and "
+                    "SamplerEulerAncestral.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="Noise schedule, from a scheduler node: KarrasScheduler with 20 steps in Chen et al. 2024.",
+                ),
+                Prompts.Input("prompts", tooltip="Edits, subjects and prompts, from Pair Prompts."),
                 io.Int.Input("count", default=8, min=1, max=1000000, tooltip="Total number of pairs in the dataset."),
                 seed_input(
                     "Seed for all randomness: subjects, poses, identities, noise and splits. Set it to "
@@ -317,9 +481,7 @@ class GeneratePairs(io.ComfyNode):
                     step=8,
                     tooltip="Height of one image in pixels. 512 in Chen et al. 2024.",
                 ),
-                scale,
-                *weights,
-                _validation_input("the seed; no person of the identity images is in both splits"),
+                _guidance_inputs()[0],
                 _folder_input("edits", "Existing pairs are kept; only missing ones are generated."),
                 io.String.Input(
                     "part",
@@ -327,65 +489,12 @@ class GeneratePairs(io.ComfyNode):
                     tooltip="Generates only a shard of the dataset: the number of one pair ('12') or a range "
                     "('100-199'). Empty generates all of it.",
                 ),
-                io.Float.Input(
-                    "smallest_similarity",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Minimum similarity: keeps only pairs whose two images reach this cosine similarity of "
-                    "CLIP image embeddings; needs clip_vision. 0, as in Chen et al. 2024, keeps all pairs.",
-                ),
-                io.Int.Input(
-                    "attempts",
-                    default=datasets.ATTEMPTS,
-                    min=1,
-                    max=100,
-                    tooltip="Maximum number of seeds tried per pair until one passes the similarity check (our "
-                    "default). Without a check, one is used.",
-                ),
-                io.ClipVision.Input(
-                    "clip_vision",
+                Conditions.Input("conditions", optional=True, tooltip="Poses and identities, from Pair Conditions."),
+                Settings.Input(
+                    "settings",
                     optional=True,
-                    tooltip="CLIP image encoder, for smallest_similarity and identity_words.",
-                ),
-                IdentityWords.Input(
-                    "identity_words",
-                    optional=True,
-                    tooltip="Identity word encoder, from Load Identity Words; it describes the people in "
-                    "identity_images.",
-                ),
-                io.Image.Input(
-                    "identity_images",
-                    optional=True,
-                    tooltip="Portraits of many people; one is picked at random for each pair. FFHQ faces in Chen et "
-                    "al. 2024.",
-                ),
-                io.String.Input(
-                    "class_word",
-                    default="",
-                    optional=True,
-                    tooltip="Word in front of which the identity words are inserted. Empty: in front of the subject.",
-                ),
-                io.ControlNet.Input(
-                    "control_net",
-                    optional=True,
-                    tooltip="ControlNet that gives both halves the same pose. OpenPose in Chen et al. 2024.",
-                ),
-                io.Image.Input(
-                    "poses",
-                    optional=True,
-                    tooltip="Pose images for the ControlNet, of the size of one image; one is picked at random for "
-                    "each pair. 1000 poses in Chen et al. 2024.",
-                ),
-                io.Float.Input(
-                    "pose_strength",
-                    default=1.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="ControlNet strength. 1 is ComfyUI's default; Chen et al. 2024 do not report theirs.",
+                    tooltip="Prompt weights, validation split and similarity check, from Pair Settings. Not connected: "
+                    "the defaults.",
                 ),
             ],
             outputs=[
@@ -414,47 +523,20 @@ class GeneratePairs(io.ComfyNode):
         vae: Any,
         sampler: Any,
         sigmas: torch.Tensor,
-        edits: str,
-        subjects: str,
-        shared_prompt: str,
-        negative_prompt: str,
+        prompts: dict[str, Any],
         count: int,
         seed: int,
         width: int,
         height: int,
         guidance_scale: float,
-        shared_weight: float,
-        source_weight: float,
-        target_weight: float,
-        validation_share: float,
         folder: str,
         part: str,
-        smallest_similarity: float,
-        attempts: int,
-        clip_vision: Any | None = None,
-        identity_words: Words | None = None,
-        identity_images: torch.Tensor | None = None,
-        class_word: str = "",
-        control_net: Any | None = None,
-        poses: torch.Tensor | None = None,
-        pose_strength: float = 1.0,
+        conditions: dict[str, Any] | None = None,
+        settings: tuple[dict[str, Any], Any] | None = None,
     ) -> io.NodeOutput:
-        settings = datasets.PairSettings(
-            count=count,
-            edits=datasets.parse_edits(edits),
-            subjects=tuple(line.strip() for line in subjects.splitlines() if line.strip()),
-            shared_prompt=shared_prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            width=width,
-            height=height,
-            validation_share=validation_share,
-            guidance_scale=guidance_scale,
-            shared_weight=shared_weight,
-            source_weight=source_weight,
-            target_weight=target_weight,
-            smallest_similarity=smallest_similarity,
-            attempts=attempts,
+        chosen, clip_vision = settings or ({}, None)
+        pair_settings = datasets.PairSettings(
+            count=count, seed=seed, width=width, height=height, guidance_scale=guidance_scale, **prompts, **chosen
         )
         dataset = PairFolder(_dataset_path(folder))
         done = datasets.generate_pairs(
@@ -464,9 +546,8 @@ class GeneratePairs(io.ComfyNode):
             sampler,
             sigmas,
             dataset,
-            settings,
-            identities=_identities(identity_words, identity_images, clip_vision, class_word),
-            poses=_poses(control_net, poses, pose_strength),
+            pair_settings,
+            **(conditions or {}),
             clip_vision=clip_vision,
             numbers=datasets.parse_part(part, count),
             progress=_progress(),
@@ -474,11 +555,11 @@ class GeneratePairs(io.ComfyNode):
         sheet = dataset.contact_sheet()
         if sheet is None:
             raise IdentityEditError(
-                f"None of the {done.rejected} pairs reached smallest_similarity {smallest_similarity:g}; lower it and "
-                f"choose another folder."
+                f"None of the {done.rejected} pairs reached smallest_similarity "
+                f"{pair_settings.smallest_similarity:g}; lower it and choose another folder."
             )
-        unused = _idle(guidance_scale, shared_weight, source_weight, target_weight)
-        text = show_text(cls, _report(done, dataset, settings), unused)
+        weights = pair_settings.shared_weight, pair_settings.source_weight, pair_settings.target_weight
+        text = show_text(cls, _report(done, dataset, pair_settings), _idle(guidance_scale, *weights))
         return io.NodeOutput(sheet, str(dataset.path), text, ui=ui.PreviewImage(sheet, cls=cls))
 
 
@@ -601,4 +682,6 @@ class SavePair(io.ComfyNode):
         return io.NodeOutput(str(dataset.path), text, ui=ui.PreviewText(text))
 
 
-NODES: list[type[io.ComfyNode]] = [PairGuider, SplitPair, GeneratePairs, SavePair]
+NODES: list[type[io.ComfyNode]] = [
+    PairGuider, SplitPair, PairPrompts, PairConditions, PairSettings, GeneratePairs, SavePair,
+]  # fmt: skip

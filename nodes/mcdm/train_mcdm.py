@@ -18,14 +18,12 @@ from ...pipelines.mcdm.train import MCDMSettings
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.training.loop import TrainingRun
 from ..saved_files import check_name, model_files, model_path, new_path, next_path
-from ..sockets import checked, checkpointing_input, choice_of, schema, seed_input, show_text, steps_input
+from ..sockets import checked, choice_of, schema, seed_input, show_text, steps_input
 from ..training import (
-    batch_size_input,
-    checkpoint_every_input,
     first_and_last,
     learning_rate_input,
-    precision_input,
-    sample_every_input,
+    settings_input,
+    settings_of,
     steps_of,
     training_outputs,
     training_progress,
@@ -46,7 +44,6 @@ class TrainMCDM(io.ComfyNode):
             category="portrait",
             search_aliases=["multi-conditioned diffusion model", "InstructPix2Pix", "train edit model", "pairs"],
             advanced=[
-                "gradient_accumulation",
                 "identity_share",
                 "dropout",
                 "image_tokens",
@@ -88,17 +85,6 @@ class TrainMCDM(io.ComfyNode):
                     "AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement 1.2).",
                     step=1e-6,
                 ),
-                batch_size_input(
-                    MCDMSettings.batch_size, 1024, "Pairs per batch. 4 in Chen et al. 2024 (supplement 1.2)."
-                ),
-                io.Int.Input(
-                    "gradient_accumulation",
-                    default=1,
-                    min=1,
-                    max=1024,
-                    tooltip="Batches per optimizer step; their gradients are averaged, for the effect of a larger "
-                    "batch with the memory of a small one. Chen et al. 2024 do not report any.",
-                ),
                 io.Float.Input(
                     "identity_share",
                     default=MCDMSettings.identity_share,
@@ -138,21 +124,7 @@ class TrainMCDM(io.ComfyNode):
                     tooltip="Initial weights of the image embedding: new, or those in the file of a previously "
                     "trained MCDM, to continue its training. Press R to refresh the list.",
                 ),
-                io.Float.Input(
-                    "ema_decay",
-                    default=MCDMSettings.ema_decay,
-                    min=0.0,
-                    max=0.99999,
-                    step=0.0001,
-                    round=0.00001,
-                    tooltip="EMA decay; the EMA weights are the ones saved. 0.9999 as in the training of Stable "
-                    "Diffusion; 0.99 to 0.999 for short runs, 0 disables the EMA.",
-                ),
-                precision_input("the trained weights"),
-                checkpointing_input(),
                 seed_input("Seed for all randomness: pair order, timesteps, noise and dropped conditions."),
-                sample_every_input("the end", 1000, 1_000_000, "sample edits"),
-                checkpoint_every_input(1000, 1_000_000, "Each is four times the size of the UNet in float32. "),
                 io.Combo.Input(
                     "file_contents",
                     options=[WHOLE, UNET_ALONE],
@@ -181,6 +153,7 @@ class TrainMCDM(io.ComfyNode):
                     "only' (latent) are the ablations of Chen et al. 2024 (section 4). MCDM Conditioner reads the "
                     "choice from the file.",
                 ),
+                settings_input(),
             ],
             outputs=[
                 io.Model.Output("edit_model", display_name="model", tooltip="The trained model, for MCDM Guider."),
@@ -202,23 +175,17 @@ class TrainMCDM(io.ComfyNode):
         folder: str,
         steps: int,
         learning_rate: float,
-        batch_size: int,
-        gradient_accumulation: int,
         identity_share: float,
         dropout: float,
         mirror: bool,
         image_tokens: int,
         image_embedding: str,
-        ema_decay: float,
-        precision: str,
-        checkpointing: bool,
         seed: int,
-        sample_every: int,
-        checkpoint_every: int,
         file_contents: str,
         file_dtype: str,
         filename_prefix: str,
         conditions: str = mcdms.ALL_CONDITIONS,
+        training_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
@@ -239,18 +206,12 @@ class TrainMCDM(io.ComfyNode):
             MCDMSettings(
                 steps=steps,
                 learning_rate=learning_rate,
-                batch_size=batch_size,
-                accumulation=gradient_accumulation,
                 identity_share=identity_share,
                 dropout=dropout,
                 image_tokens=image_tokens,
                 conditions=conditions,
-                ema_decay=ema_decay,
-                precision=precision,
-                checkpointing=checkpointing,
                 seed=seed,
-                sample_every=sample_every,
-                checkpoint_every=checkpoint_every,
+                **settings_of(training_settings, 1000),
             ),
             run_folder,
             start=None if image_embedding == NEW else mcdms.load_mcdm(model_path(image_embedding)),

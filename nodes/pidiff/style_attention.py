@@ -35,7 +35,6 @@ from ..sockets import (
     SubjectImages,
     WPlus,
     checked,
-    checkpointing_input,
     mask_input,
     schema,
     seed_input,
@@ -46,15 +45,12 @@ from ..training import (
     CHECKPOINT_FOLDER,
     SEED_TOOLTIP,
     Checkpoints,
-    batch_size_input,
-    checkpoint_every_input,
     checkpoint_inputs,
     first_and_last,
-    gradient_accumulation_input,
     how_trained,
     learning_rate_input,
-    precision_input,
-    sample_every_input,
+    settings_input,
+    settings_of,
     steps_of,
     training_outputs,
     training_progress,
@@ -71,7 +67,7 @@ class TrainStyleAttention(io.ComfyNode):
             display_name="Train Style Attention",
             category="face",
             search_aliases=["PIDiff", "style cross-attention", "face", "identity", "W+ adapter", "personalization"],
-            advanced=["kind", "row_groups", "weight_decay", "text_drop", "style_drop", "style_noise", "masked_loss"],
+            advanced=["kind", "row_groups", "text_drop", "style_drop", "style_noise", "masked_loss"],
             description=(
                 "Teaches a model one person from W+ codes, with about six images: a mapping network and a "
                 "style cross-attention after every text cross-attention (PIDiff, Gu et al. 2025). The model's own "
@@ -109,21 +105,10 @@ class TrainStyleAttention(io.ComfyNode):
                     "The first two are from Gu et al. 2025.",
                 ),
                 steps_input(StyleSettings.steps, 1000000, "Training steps. 600 in Gu et al. 2025."),
-                batch_size_input(
-                    StyleSettings.batch_size, 64, "Images per batch, all of the same size. 4 in Gu et al. 2025."
-                ),
                 learning_rate_input(
                     StyleSettings.learning_rate,
                     "AdamW's learning rate. Our default; Gu et al. 2025 do not report theirs.",
                     1.0,
-                ),
-                io.Float.Input(
-                    "weight_decay",
-                    default=StyleSettings.weight_decay,
-                    min=0.0,
-                    max=1.0,
-                    step=0.001,
-                    tooltip="AdamW's weight decay. 0.01 in Gu et al. 2025.",
                 ),
                 io.Float.Input(
                     "text_drop",
@@ -157,19 +142,9 @@ class TrainStyleAttention(io.ComfyNode):
                     tooltip="Computes the loss only inside the masks of the images, so that backgrounds are not "
                     "learned. Off, since Gu et al. 2025 do not mention masks.",
                 ),
-                gradient_accumulation_input(),
-                precision_input("the style attention's weights"),
-                checkpointing_input(),
                 seed_input(SEED_TOOLTIP),
-                sample_every_input("the end"),
-                io.String.Input(
-                    "sample_prompt",
-                    default="",
-                    tooltip="Prompt for the sample images, with the placeholder token in it; they use the W+ codes "
-                    "of the first image. Empty: the first template.",
-                ),
-                checkpoint_every_input(),
                 filename_prefix_input(FILE_FOLDER, "person", "Load Style Attention"),
+                settings_input(),
             ],
             outputs=[
                 StyleAttention.Output(
@@ -194,21 +169,14 @@ class TrainStyleAttention(io.ComfyNode):
         row_groups: str,
         templates: str,
         steps: int,
-        batch_size: int,
         learning_rate: float,
-        weight_decay: float,
         text_drop: float,
         style_drop: float,
         style_noise: float,
         masked_loss: bool,
-        gradient_accumulation: int,
-        precision: str,
-        checkpointing: bool,
         seed: int,
-        sample_every: int,
-        sample_prompt: str,
-        checkpoint_every: int,
         filename_prefix: str,
+        training_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         settings = StyleSettings(
             pseudo_word=images.token,
@@ -217,19 +185,12 @@ class TrainStyleAttention(io.ComfyNode):
             row_groups=row_groups,
             steps=steps,
             learning_rate=learning_rate,
-            batch_size=batch_size,
-            accumulation=gradient_accumulation,
-            weight_decay=weight_decay,
             text_drop=text_drop,
             style_drop=style_drop,
             style_noise=style_noise,
             masked=masked_loss,
-            precision=precision,
-            checkpointing=checkpointing,
             seed=seed,
-            sample_every=sample_every,
-            sample_prompt=sample_prompt.strip(),
-            checkpoint_every=checkpoint_every,
+            **settings_of(training_settings),
         )
         learning.check_training_input(images.captions, images.masks, w_plus, settings)
         next_path(filename_prefix, f"{FILE_FOLDER}/person")  # fail before a long training rather than after it

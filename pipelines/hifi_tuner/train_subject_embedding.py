@@ -141,8 +141,10 @@ def train_subject_embedding(
             second_run = train(
                 step_wise.variables,
                 step_wise.losses,
-                # A falling learning rate would train the last sampling steps less than the first.
-                dataclasses.replace(settings, steps=updates, learning_rate_schedule=CONSTANT, warmup_steps=0),
+                # A schedule or an EMA would train the last sampling steps less than the first.
+                dataclasses.replace(
+                    settings, steps=updates, learning_rate_schedule=CONSTANT, warmup_steps=0, ema_decay=0.0
+                ),
                 description=second,
                 checkpoint=checkpoint,
                 sample=lambda: subject.sample(step_wise.learned_at),

@@ -207,7 +207,7 @@ CASES: dict[str, tuple[str, Callable[[WideWorld], dict[str, Any]]]] = {
         "OptimizeTextEmbedding", lambda w: {**MUCH, "steps": 2, "target": w.with_gligen(w.conditioning(2))},
     ),
     "identity prior": ("TrainIdentityPrior", lambda w: {}),
-    "identity prior, recomputed": ("TrainIdentityPrior", lambda w: {"checkpointing": True}),
+    "identity prior, recomputed": ("TrainIdentityPrior", lambda w: {"training_settings": {"precision": "float32"}}),
     "subject, row for each step": ("TrainSubjectEmbedding", lambda w: MUCH),
     "subject, word": ("TrainSubjectEmbedding", lambda w: {**MUCH, "kind": "word"}),
     "identity words": ("TrainIdentityWords", lambda w: MUCH),

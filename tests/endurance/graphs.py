@@ -201,7 +201,9 @@ PLAIN = {"precision": "float32"}
 """The plain option of a combo by its name, where the default is slow: not every processor has bfloat16."""
 ONCE = {"SelfAttentionGuidance"}
 """Stock nodes of which two on one model fail by themselves, under KSampler too."""
-OFTEN_CONNECTED = ("negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask", "masks")
+OFTEN_CONNECTED = (
+    "negative", "model", "clip", "vae", "images", "identity_attention", "target", "mask", "masks", "training_settings",
+)  # fmt: skip
 SAMPLERS = ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc", "euler_ancestral", "dpmpp_sde", "lcm", "ddpm"]
 """The others take many evaluations a step or are like these."""
 

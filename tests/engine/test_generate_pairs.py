@@ -27,7 +27,7 @@ def workflow(count: int = COUNT):
     prompt = read_workflow("mcdm_generate_pairs")
     kept = {key: node for key, node in prompt.items() if node["class_type"] in (
         "CheckpointLoaderSimple", "ControlNetLoader", "IdentityEditDrawDemoPortraits", "KSamplerSelect",
-        "BasicScheduler", generate_pairs.NODE)}  # fmt: skip
+        "BasicScheduler", "IdentityEditPairPrompts", "IdentityEditPairConditions", generate_pairs.NODE)}  # fmt: skip
     for node in kept.values():
         if node["class_type"] == "BasicScheduler":
             node["inputs"]["steps"] = 2
@@ -122,10 +122,11 @@ def test_only_missing_pairs_are_made(on_one_worker, tmp_path) -> None:
 
 def test_a_nodes_own_error_is_told_in_one_line(tmp_path) -> None:
     prompt = workflow(count=1)
-    generate_pairs.node_of(prompt)["edits"] = "no arrow: here"
+    prompts = next(node for node in prompt.values() if node["class_type"] == "IdentityEditPairPrompts")
+    prompts["inputs"]["edits"] = "no arrow: here"
     done = command(tmp_path / "pairs", tmp_path, prompt)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: Generate Pairs: ")
+    assert done.stderr.splitlines()[-1].startswith("error: Pair Prompts: ")
     assert "cannot be read" in done.stderr.splitlines()[-1]
 
 

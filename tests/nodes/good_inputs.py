@@ -293,7 +293,7 @@ def world_in(root: Path, patch: Any) -> World:
     return World()
 
 
-TRAINING: dict[str, Any] = {"steps": 1, "precision": "float32", "checkpointing": False, "sample_every": 0}
+TRAINING: dict[str, Any] = {"precision": "float32", "checkpointing": False, "sample_every": 0, "batch_size": 1}
 PROMPTS = {"source_prompt": "a cat on the grass", "target_prompt": "a dog on the grass"}
 
 
@@ -301,8 +301,36 @@ def _edit(world: World) -> dict[str, Any]:
     return {"model": world.model, "source": world.conditioning(1), "target": world.conditioning(2)}
 
 
-def _training(world: World) -> dict[str, Any]:
-    return {"model": world.model, "clip": world.clip, "vae": world.vae, **TRAINING}
+def grouped(inputs: dict[str, Any], **nodes: str) -> dict[str, Any]:
+    """Inputs of a node, those of other nodes among them replaced by what these nodes give for them.
+
+    nodes: the node by the input that it is connected to.
+    """
+    items = {socket: CLASSES[name].define_schema().inputs for socket, name in nodes.items()}
+    taken = {item.id for each in items.values() for item in each}
+    made = {
+        socket: CLASSES[name]
+        .execute(
+            **{item.id: item.default for item in items[socket] if getattr(item, "default", None) is not None}
+            | {item.id: inputs[item.id] for item in items[socket] if item.id in inputs}
+        )
+        .args[0]
+        for socket, name in nodes.items()
+    }
+    return {name: value for name, value in inputs.items() if name not in taken} | made
+
+
+def with_training_settings(inputs: dict[str, Any]) -> dict[str, Any]:
+    return grouped(inputs, training_settings="TrainingSettings")
+
+
+def with_pair_nodes(inputs: dict[str, Any]) -> dict[str, Any]:
+    return grouped(inputs, prompts="PairPrompts", conditions="PairConditions", settings="PairSettings")
+
+
+def _training(world: World, **settings: Any) -> dict[str, Any]:
+    parts = {"model": world.model, "clip": world.clip, "vae": world.vae, "steps": 1}
+    return with_training_settings({**parts, **TRAINING, **settings})
 
 
 GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
@@ -354,6 +382,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "AugmentImages": lambda w: {"images": w.images, "mask": w.mask, "count": 2},
     "CaptionImages": lambda w: {"subject": w.subject, "captions": "a cat\na second cat"},
     "RegularizationPrompts": lambda w: {"class_word": "cat", "count": 2},
+    "TrainingSettings": lambda w: {},
     "TrainIdentityPrior": lambda w: {**_training(w), "subject": w.subject, "regularization": w.subject},
     "LoadIdentityPrior": lambda w: {"model": w.model, "clip": w.clip, "file": w.saved_prior()},
     "SaveIdentityPriorAsLoRA": lambda w: {"file": w.saved_prior(), "rank": 2},
@@ -396,15 +425,18 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         **_edit(w), "shared": w.conditioning(4), "negative": w.conditioning(3),
     },
     "SplitPair": lambda w: {"images": w.images, "latent": w.latent},
-    "GeneratePairs": lambda w: {
-        "model": w.model, "clip": w.clip, "vae": w.vae, "sampler": w.sampler, "sigmas": w.sigmas, "count": 1,
-        "width": SIDE, "height": SIDE, "folder": "pairs/made", "attempts": 1, "clip_vision": w.clip_vision,
-        "identity_words": w.identity_words, "identity_images": w.images,
+    "PairPrompts": lambda w: {},
+    "PairConditions": lambda w: {
+        "clip_vision": w.clip_vision, "identity_words": w.identity_words, "identity_images": w.images,
     },
+    "PairSettings": lambda w: {"attempts": 1, "clip_vision": w.clip_vision},
+    "GeneratePairs": lambda w: with_pair_nodes({
+        "model": w.model, "clip": w.clip, "vae": w.vae, "sampler": w.sampler, "sigmas": w.sigmas, "count": 1,
+        "width": SIDE, "height": SIDE, "folder": "pairs/made", **GOOD["PairConditions"](w), **GOOD["PairSettings"](w),
+    }),
     "SavePair": lambda w: {"source": w.images, "target": w.images, "folder": "pairs/saved"},
     "TrainIdentityWords": lambda w: {
-        "model": w.model, "clip": w.clip, "vae": w.vae, "clip_vision": w.clip_vision, "images": w.subject,
-        "steps": 1, "batch_size": 1, "precision": "float32", "checkpointing": False,
+        **_training(w), "clip_vision": w.clip_vision, "images": w.subject,
     },
     "LoadIdentityWords": lambda w: {
         "file": w.saved(
@@ -416,8 +448,8 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "prompt": "a cat",
     },
     "TrainMCDM": lambda w: {
-        **_training(w), "clip_vision": w.clip_vision, "folder": w.pair_folder(), "batch_size": 1,
-        "file_contents": train_mcdm.UNET_ALONE, "ema_decay": 0.5,
+        **_training(w, ema_decay=0.5), "clip_vision": w.clip_vision, "folder": w.pair_folder(),
+        "file_contents": train_mcdm.UNET_ALONE,
     },
     "MCDMConditioner": lambda w: {
         "model": w.edit_model, "clip": w.clip, "clip_vision": w.clip_vision, "vae": w.vae, "image": w.images,
@@ -450,7 +482,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "file": w.saved("w_plus/cat.safetensors", lambda path: w_plus_rows.save_w_plus(w.w_plus, path)),
     },
     "TrainStyleAttention": lambda w: {
-        **_training(w), "images": w.subject, "w_plus": tiny_styles.w_plus(images=2), "batch_size": 1,
+        **_training(w), "images": w.subject, "w_plus": tiny_styles.w_plus(images=2),
         "row_groups": tiny_styles.GROUPS,
     },
     "LoadStyleAttention": lambda w: {

@@ -27,7 +27,7 @@ WRITERS = {
     "SaveSubjectAsEmbedding": "name",
 }
 """Nodes that write files, and the input that says where."""
-TRAININGS = [name for name in CLASSES if name.startswith("Train")]
+TRAININGS = [name for name in CLASSES if name.startswith("Train") and name != "TrainingSettings"]
 REFUSED = {
     "empty": "",
     "blank": "  ",

@@ -16,6 +16,7 @@ from identity_edit_pack.nodes.saved_files import loadable_files
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.images import SubjectImages
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
+from identity_edit_pack.tests.nodes.good_inputs import with_training_settings
 
 SETTINGS: dict[str, Any] = {
     "steps": 3,
@@ -84,7 +85,11 @@ def models() -> tuple[Any, Any]:
 def train(models: tuple[Any, Any], subject: Any = SUBJECT, regularization: Any = CLASS, **changes: Any) -> Any:
     with torch.inference_mode():
         return nodes.TrainIdentityPrior.execute(
-            *models, Autoencoder(), subject, **{**SETTINGS, **changes}, regularization=regularization
+            *models,
+            Autoencoder(),
+            subject,
+            **with_training_settings({**SETTINGS, **changes}),
+            regularization=regularization,
         )
 
 

@@ -13,6 +13,7 @@ from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.images import from_batch
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
+from identity_edit_pack.tests.nodes.good_inputs import with_pair_nodes, with_training_settings
 
 
 class Autoencoder:
@@ -46,7 +47,7 @@ def generate(**changes):
         model=model, clip=tiny_text_encoders.clip("sd1"), vae=Autoencoder(), sigmas=sigmas,
         sampler=comfy.samplers.sampler_object("euler"), count=2, width=64, height=64,
     )  # fmt: skip
-    return pairs.GeneratePairs.execute(**defaults(pairs.GeneratePairs, **{**given, **changes}))
+    return pairs.GeneratePairs.execute(**defaults(pairs.GeneratePairs, **with_pair_nodes({**given, **changes})))
 
 
 def test_the_guider_node_gives_a_guider() -> None:
@@ -112,7 +113,8 @@ def test_identity_words_are_trained_saved_loaded_and_applied(output) -> None:
     shown = from_batch(torch.rand(3, 64, 64, 3), ["a person", "a smiling person", "an angry person"], "person", "")
     given = defaults(
         identity_words.TrainIdentityWords, model=tiny_models.sd1(), clip=clip, vae=Autoencoder(),
-        clip_vision=clip_vision, images=shown, steps=2, precision="float32", checkpoint_every=1,
+        clip_vision=clip_vision, images=shown, steps=2,
+        **with_training_settings({"precision": "float32", "checkpoint_every": 1}),
     )  # fmt: skip
     with torch.inference_mode():
         words, loss, path, report = identity_words.TrainIdentityWords.execute(**given).result

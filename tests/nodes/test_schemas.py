@@ -77,7 +77,7 @@ def test_an_optional_input_has_one_default() -> None:
                 assert own == default, f"{schema.node_id}: {item.id} is {own!r} in execute and {default!r} on the page"
 
 
-@pytest.mark.parametrize("left_out", ["seed", "guidance_scale", "pose_strength", "class_word"])
+@pytest.mark.parametrize("left_out", ["seed", "guidance_scale", "conditions", "settings"])
 def test_prompts_may_leave_out_optional_inputs_and_no_others(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As CONTRIBUTING.md says: ComfyUI itself asks for every required input, with a default or without."""
     import execution

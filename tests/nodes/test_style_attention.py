@@ -17,6 +17,7 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.images import SubjectImages
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 from identity_edit_pack.tests.attention.sampling import sample
+from identity_edit_pack.tests.nodes.good_inputs import with_training_settings
 
 SETTINGS: dict[str, Any] = {
     "kind": "sequential",
@@ -87,7 +88,7 @@ def models() -> tuple[Any, Any]:
 
 
 def train(models: tuple[Any, Any], shown: Any = None, w_plus: Any = W_PLUS, **changes: Any) -> tuple[Any, ...]:
-    settings = {**SETTINGS, **changes}
+    settings = with_training_settings({**SETTINGS, **changes})
     with torch.inference_mode():
         return nodes.TrainStyleAttention.execute(*models, Autoencoder(), shown or images(), w_plus, **settings).args
 

@@ -17,6 +17,7 @@ from identity_edit_pack.nodes.hifi_tuner import subject_embedding as nodes
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.images import SubjectImages
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
+from identity_edit_pack.tests.nodes.good_inputs import with_training_settings
 from safetensors.torch import save_file
 
 SETTINGS: dict[str, Any] = {
@@ -94,7 +95,9 @@ def models() -> tuple[Any, Any]:
 
 def train(models: tuple[Any, Any], shown: Any = SHOWN, **changes: Any) -> tuple[Any, ...]:
     with torch.inference_mode():
-        return nodes.TrainSubjectEmbedding.execute(*models, Autoencoder(), shown, **{**SETTINGS, **changes}).args
+        return nodes.TrainSubjectEmbedding.execute(
+            *models, Autoencoder(), shown, **with_training_settings({**SETTINGS, **changes})
+        ).args
 
 
 @pytest.mark.parametrize("kind", ["output", "word"])

@@ -5,6 +5,7 @@
     lipe         subjects with references, a test image and target prompts, as Liu et al. 2024 (section 3.1) describe
                  theirs; the folder form is this project's own, for that dataset is not published
     dreambooth   Ruiz et al. 2023: 30 subjects, 25 prompts each
+    people       Gu et al. 2025: 27 people with ten photos each, 12 prompts; a folder for each person
 
 Nothing is downloaded. No path that a dataset's file names leads out of the dataset's folder.
 """
@@ -217,6 +218,65 @@ def read_dreambooth(folder: Path) -> list[EditCase]:
     return cases
 
 
+PEOPLE, PHOTOS = "people", 6
+"""Photos that a person is learned from in Gu et al. 2025 (section 3.4.2), of ten."""
+PEOPLE_PROMPTS = (
+    "a photo of a {}",
+    "a {} on the beach",
+    "a {} in the snow",
+    "a {} reading a book in a library",
+    "a {} wearing a red hat",
+    "a {} wearing a suit and a tie",
+    "a {} wearing sunglasses and a leather jacket",
+    "a {} riding a bicycle",
+    "a {} sitting on a chair, arms crossed",
+    "a {} and a friend in a cafe",
+    "a {} with a dog and a cat",
+    "a {} at a table with a cake and a cup of coffee",
+)
+"""Ours, in the paper's manner: "single people, multiple people, and multiple objects, as well as requirements for
+clothing and poses" (section 3.3.1). The paper does not print its twelve."""
+
+
+def read_people(folder: Path) -> list[EditCase]:
+    """People with photos and prompts, in the form of Gu et al. 2025 (section 2.3): 27 people, ten photos, 12 prompts.
+
+        PERSON/*.jpg            photos of one person, in the order of their names
+        PERSON/class_word.txt   "woman", "man", "boy" ...; "person" without it
+        prompts.txt             a prompt a line with {} for the class word; PEOPLE_PROMPTS without it
+
+    The dataset asks for new images and has none to edit: the case's image is the person's first.
+
+    Raises:
+        IdentityEditError: naming what is missing or damaged.
+    """
+    listed = folder / "prompts.txt"
+    lines = read_text(listed, "the folder of the people").splitlines() if listed.exists() else PEOPLE_PROMPTS
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts or not all("{}" in prompt for prompt in prompts):
+        raise IdentityEditError(f"{listed} has a line without {{}}, or none; write {{}} for the class word in each.")
+    cases = []
+    for person in sorted(path for path in folder.iterdir() if path.is_dir()):
+        references, word = images_in(person), person / "class_word.txt"
+        class_word = read_text(word, "").strip() if word.exists() else "person"
+        cases += [
+            EditCase(
+                name=file_name(f"{person.name}-{number:02}"),
+                group=person.name,
+                image=references[0],
+                source_prompt=f"a {class_word}",
+                target_prompt=prompt.replace("{}", class_word),
+                references=references,
+                subject_word=TOKEN,
+                class_word=class_word,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+    if not cases:
+        raise IdentityEditError(f"{folder} holds no folder of a person; choose the folder that holds them.")
+    return cases
+
+
 def parse_prompts_and_classes(lines: Sequence[str]) -> tuple[dict[str, str], list[str], list[str]]:
     """(class word by subject, prompts for objects, prompts for live subjects); a prompt has {0} for the token and {1}
     for the class word."""
@@ -240,6 +300,7 @@ READERS: dict[str, Callable[[Path, Path], list[EditCase]]] = {
     "tedbench": lambda folder, masks: read_tedbench(folder),
     "lipe": lambda folder, masks: read_lipe(folder),
     "dreambooth": lambda folder, masks: read_dreambooth(folder),
+    PEOPLE: lambda folder, masks: read_people(folder),
 }
 """By the dataset's name: reader of (its folder, a folder for masks)."""
 

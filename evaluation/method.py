@@ -142,6 +142,12 @@ class MethodSettings:
         image_guidance_scale: of InstructPix2Pix.
         mcdm: a checkpoint of Train MCDM (eight input channels), and what its images are called before the edit.
         imagic_text_steps, imagic_model_steps: 500 and 1000 in Imagic for Stable Diffusion.
+        subject_steps, subject_learning_rate, updates_per_step, inner_steps: of textual inversion and HiFi Tuner, as in
+            Wang et al. 2023.
+        style_steps, style_learning_rate, style_strength: of PIDiff, Gu et al. 2025's but the learning rate, which they
+            do not give.
+        w_plus_encoder: file of the W+ encoder for PIDiff.
+        face_detector: FaceDetector that aligns its photos; None takes them as aligned.
         community: folder with diffusers' community pipelines.
         masactrl: folder of MasaCtrl's reference implementation.
         seed: of all noise.
@@ -166,6 +172,15 @@ class MethodSettings:
     mcdm_source_prompt: str = "a portrait of a person"
     imagic_text_steps: int = 500
     imagic_model_steps: int = 1000
+    subject_steps: int = 1000
+    subject_learning_rate: float = 5e-3
+    updates_per_step: int = 10
+    inner_steps: int = 10
+    style_steps: int = 600
+    style_learning_rate: float = 1e-4
+    style_strength: float = 0.4
+    w_plus_encoder: Path | None = None
+    face_detector: Any = None
     community: Path | None = None
     masactrl: Path | None = None
     seed: int = 0
@@ -181,8 +196,8 @@ class Method:
             "reference" (the authors').
         description: one line.
         source: paper or code.
-        needs: what it cannot do without: "references", "class word" and "instruction" of a case, "mcdm", "community"
-            and "masactrl" of the settings.
+        needs: what it cannot do without: "references", "class word" and "instruction" of a case, "mcdm",
+            "w_plus_encoder", "community" and "masactrl" of the settings.
         edit: gives the edited image [1, size, size, 3] in [0, 1].
     """
 
@@ -199,6 +214,7 @@ class Method:
             "class word": bool(case.class_word),
             "instruction": bool(case.instruction),
             "mcdm": settings.mcdm is not None,
+            "w_plus_encoder": settings.w_plus_encoder is not None,
             "community": settings.community is not None,
             "masactrl": settings.masactrl is not None,
         }

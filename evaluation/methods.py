@@ -8,6 +8,7 @@ time of a method is what it costs alone.
 from __future__ import annotations
 
 from . import diffusers_methods as edit_methods_diffusers
+from . import generating_methods
 from . import pack_methods as edit_methods_pack
 from . import stock_methods as edit_methods_stock
 from .method import SUBJECT, Checkpoint, Cost, Method, MethodSettings, SharedWork, load_checkpoint, measured
@@ -15,6 +16,7 @@ from .method import SUBJECT, Checkpoint, Cost, Method, MethodSettings, SharedWor
 METHODS: dict[str, Method] = {
     **edit_methods_stock.METHODS,
     **edit_methods_pack.METHODS,
+    **generating_methods.METHODS,
     **edit_methods_diffusers.METHODS,
 }
 

@@ -171,8 +171,8 @@ def by_lipe(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) ->
     """The same with an identity prior of the subject, learned once for all of its images."""
     case = case.named()
     key = ("subject", case.references)
-    seen = settings.work.once(("class", case.class_word), lambda: _class_images(checkpoint, case, settings), SUBJECT)
-    model, clip = settings.work.once(key, lambda: _with_prior(checkpoint, case, settings, seen), SUBJECT)
+    seen = settings.work.once(("class", case.class_word), lambda: class_images(checkpoint, case, settings), SUBJECT)
+    model, clip = settings.work.once(key, lambda: with_prior(checkpoint, case, settings, seen), SUBJECT)
     own = dataclasses.replace(checkpoint, model=model, clip=clip)
     return _by_masks(own, case, settings, f"{case.subject_word} {case.class_word}")
 
@@ -204,7 +204,7 @@ def by_edit_friendly(checkpoint: Checkpoint, case: EditCase, settings: MethodSet
 
 
 @torch.no_grad()
-def _class_images(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> TrainingImages:
+def class_images(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> TrainingImages:
     """The regularization set: images of the class that the checkpoint draws."""
     if settings.regularization is not None:
         return settings.regularization(checkpoint, case)
@@ -221,18 +221,22 @@ def _class_images(checkpoint: Checkpoint, case: EditCase, settings: MethodSettin
     return encode_images(checkpoint.vae, images, prompts)
 
 
-def _with_prior(
-    checkpoint: Checkpoint, case: EditCase, settings: MethodSettings, regularization: TrainingImages
+def described_captions(case: EditCase) -> list[str]:
+    """The captions beside the references, and "a sks dog" where there is none."""
+    named = f"a {case.subject_word} {case.class_word}"
+    files = [path.with_suffix(".txt") for path in case.references]
+    return [file.read_text(encoding="utf-8").strip() if file.exists() else named for file in files]
+
+
+def with_prior(
+    checkpoint: Checkpoint,
+    case: EditCase,
+    settings: MethodSettings,
+    regularization: TrainingImages,
+    captions: list[str] | None = None,
 ) -> tuple[Any, Any]:
-    """MODEL and CLIP with a prior learned from the case's references."""
-    captions = []
-    for path in case.references:
-        beside = path.with_suffix(".txt")
-        captions.append(
-            beside.read_text(encoding="utf-8").strip()
-            if beside.exists()
-            else f"a {case.subject_word} {case.class_word}"
-        )
+    """MODEL and CLIP with a prior learned from the case's references, with these captions or those beside them."""
+    captions = described_captions(case) if captions is None else captions
     with torch.no_grad():
         identity = encode_images(checkpoint.vae, case.load_references(checkpoint.size), captions)
     own = PriorSettings(

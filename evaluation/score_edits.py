@@ -7,7 +7,7 @@
     python -m benchmarks score_edits --dataset tedbench --folder tedbench --edited tedbench/imagic \\
         --clip clip-vit-large-patch14
 
-`--dataset` is one of pie-bench, tedbench, lipe, dreambooth (folders in their published form, see edit_datasets.py;
+`--dataset` is one of pie-bench, tedbench, lipe, dreambooth, people (folders in their published form, see datasets.py;
 nothing is downloaded) and demo, which the demo world draws: edits of subjects that nothing was trained on, with the
 true edits known. `--methods` are those of edit_methods.py; `--list` names them. `--edited` scores images that exist
 already, found by the names of the cases. Every table has the unchanged source image as a row, and the true edit where
@@ -29,7 +29,8 @@ measured them:
   .680 / .809 / .317.
 - MCDM (Chen et al. 2024, on their portraits), SSIM / LPIPS / FID: costumes .791 / .633 / 52.56, expressions .943 / .400
   / 22.09; DiffEdit .722 / .721 / 93.52.
-- PIDiff (Gu et al. 2025), ArcFace ID / LPIPS / CLIP-T: .3112 / .5936 / .1938.
+- PIDiff (Gu et al. 2025, on 27 people), ArcFace ID / LPIPS / CLIP-T: textual inversion .1123 / .6717 / .1063;
+  DreamBooth .2498 / .6778 / .1751; PIDiff .3112 / .5936 / .1938.
 
 Writes benchmarks/results/NAME.json (the values of every case), NAME.md and NAME.jpg (the first cases).
 """
@@ -61,7 +62,7 @@ from ..benchmarks import edits
 from ..benchmarks.harness import DEMO_CHECKPOINT, RESULTS, source_commit, write_results
 from . import demo_dataset as edit_dataset_demo
 from .cases import EditCase
-from .datasets import READERS, read_dataset
+from .datasets import PEOPLE, PHOTOS, READERS, read_dataset
 from .methods import METHODS, Checkpoint, Method, MethodSettings, load_checkpoint
 from .scoring import (
     SOURCE,
@@ -82,7 +83,10 @@ from .scoring import (
 DEMO = "demo"
 DEMO_SIZE, USUAL_SIZE = 128, 512
 SHEET_SIDE, SHEET_COLUMNS = 128, 12
+NEW_IMAGES = ("dreambooth", PEOPLE)
+"""Datasets that ask for new images of a subject, not for edits."""
 PARTS = {PLAIN: PLAIN_PARTS, PIE_BENCH: PIE_BENCH_PARTS}
+FILES = {"mcdm": "checkpoint", "w_plus_encoder": "file", "community": "folder", "masactrl": "folder"}
 NUMBERS = {entry.name for entry in dataclasses.fields(MethodSettings) if entry.type in ("int", "float")} - {"seed"}
 
 
@@ -101,8 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="NAME=NUMBER", help=f"any of {', '.join(sorted(NUMBERS))}"
     )
-    for name, what in (("mcdm", "checkpoint"), ("community", "folder"), ("masactrl", "folder")):
-        parser.add_argument(f"--{name}", type=Path, help=f"the {what} that some methods need")
+    for name, what in FILES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, help=f"the {what} that some methods need")
+    parser.add_argument("--references", type=int, help="a subject's images that methods learn from (all; people: 6)")
     for name in ("clip", "dino", "dinov2", "structure"):
         parser.add_argument(f"--{name}", type=Path, help="folder of the network (transformers)")
     parser.add_argument("--models", type=Path, help="a ComfyUI models folder with image_scores and insightface")
@@ -128,11 +133,15 @@ def read_cases(arguments: argparse.Namespace, temporary: Path) -> list[EditCase]
     chosen = cases[start:stop]
     if not chosen:
         raise IdentityEditError(f"--start {start} leaves none of {len(cases)} cases; choose a smaller number.")
-    return chosen
+    count = arguments.references or (PHOTOS if arguments.dataset == PEOPLE else None)
+    return [dataclasses.replace(case, references=case.references[:count]) for case in chosen]
 
 
 def method_settings(arguments: argparse.Namespace) -> MethodSettings:
-    changes: dict[str, Any] = {name: getattr(arguments, name) for name in ("mcdm", "community", "masactrl", "seed")}
+    changes: dict[str, Any] = {name: getattr(arguments, name) for name in (*FILES, "seed")}
+    if arguments.face_detector is not None and "pidiff" in arguments.methods:
+        add_model_folders(arguments)
+        changes["face_detector"] = load_detector(arguments.face_detector)
     for assignment in arguments.set:
         name, _, number = assignment.partition("=")
         try:
@@ -189,10 +198,11 @@ def settings_of_images(
     arguments: argparse.Namespace, settings: MethodSettings, checkpoint: Path, size: int
 ) -> dict[str, Any]:
     """What made images depend on."""
-    files = {name: path.name for name in ("mcdm", "community", "masactrl") if (path := getattr(arguments, name))}
+    files = {name: path.name for name in FILES if (path := getattr(arguments, name))}
     numbers = {name: getattr(settings, name) for name in sorted(NUMBERS)}
     return {
         "dataset": arguments.dataset,
+        "references": arguments.references,
         "checkpoint": checkpoint.name,
         "size": size,
         "seed": settings.seed,
@@ -212,15 +222,20 @@ def existing_images(arguments: argparse.Namespace, cases: list[EditCase], size: 
     return found
 
 
-@contextlib.contextmanager
-def networks_of(arguments: argparse.Namespace) -> Any:
-    """What scores; the demo world's CLIP for its dataset where no other is given."""
+def add_model_folders(arguments: argparse.Namespace) -> None:
+    """Make the networks of --models known by their names."""
     of_models = ("lpips", "fid", "aesthetic", "arcface", "face_detector")
     if arguments.models is None and any(getattr(arguments, name) for name in of_models):
         raise IdentityEditError("--models is missing; give the ComfyUI models folder that holds image_scores.")
     if arguments.models is not None:
         for name in ("image_scores", "insightface"):
             folder_paths.add_model_folder_path(name, str((arguments.models / name).resolve()), is_default=True)
+
+
+@contextlib.contextmanager
+def networks_of(arguments: argparse.Namespace) -> Any:
+    """What scores; the demo world's CLIP for its dataset where no other is given."""
+    add_model_folders(arguments)
     clip = arguments.clip or (CLIP_FOLDER if arguments.dataset == DEMO else None)
     folders = {name: getattr(arguments, name) for name in ("dino", "dinov2", "structure")} | {"clip": clip}
     with open_networks(
@@ -257,7 +272,7 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
                 edited = images(case)
                 if edited is None:
                     continue
-                compare_source = arguments.dataset != "dreambooth"
+                compare_source = arguments.dataset not in NEW_IMAGES
                 scores = score_case(edited, case, networks, size=size, rule=rule, compare_source=compare_source)
                 methods[name].add(case, scores)
                 if inception is not None:
@@ -272,7 +287,7 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
     lines = [title, "", f"{about} {parts}", "", *table(methods, sets)]
     by_group = list(means_by_group(methods, cases))
     shown = [name for name in ("CLIP-T", "CLIP-D", "SSIM", "PSNR outside") if any(name in row[3] for row in by_group)]
-    if by_group and arguments.dataset != "dreambooth":
+    if by_group and arguments.dataset not in NEW_IMAGES:
         lines += ["", f"| kind of edit | cases | method | {' | '.join(shown)} |", "|---" * (len(shown) + 3) + "|"]
         for group, count, name, means in by_group:
             cells = " | ".join(figure(score, means.get(score, float("nan"))) for score in shown)

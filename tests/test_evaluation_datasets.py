@@ -128,6 +128,26 @@ def test_dreambooth(tmp_path):
     assert len(read_dataset("dreambooth", tmp_path / "dataset", tmp_path)) == 6
 
 
+def test_people(tmp_path):
+    for person in range(27):
+        for number in range(10):
+            write(tmp_path / f"person{person:02}" / f"{number}.jpg")
+    (tmp_path / "person03/class_word.txt").write_text("woman\n")
+    cases = read_dataset("people", tmp_path, tmp_path / "masks")
+    assert len(cases) == 27 * 12 and all(len(case.references) == 10 for case in cases)
+    of_third = [case for case in cases if case.group == "person03"]
+    assert of_third[1].target_prompt == "a woman on the beach" and cases[1].target_prompt == "a person on the beach"
+    assert of_third[1].named().target_prompt == "a sks woman on the beach"
+    (tmp_path / "prompts.txt").write_text("{} at sea\n\na drawing of {}\n")
+    assert [case.target_prompt for case in read_dataset("people", tmp_path, tmp_path)[6:8]] == [
+        "woman at sea",
+        "a drawing of woman",
+    ]
+    (tmp_path / "prompts.txt").write_text("a person\n")
+    with pytest.raises(IdentityEditError, match=r"write \{\} for the class word"):
+        read_dataset("people", tmp_path, tmp_path)
+
+
 def test_images_are_the_center_square(tmp_path):
     pixels = np.zeros((4, 8, 3), np.uint8)
     pixels[:, 2:6] = 255
@@ -249,4 +269,4 @@ def test_the_same_seed_writes_the_same_demo_dataset(tmp_path):
 
 
 def test_every_reader_has_a_name():
-    assert list(READERS) == ["pie-bench", "tedbench", "lipe", "dreambooth"]
+    assert list(READERS) == ["pie-bench", "tedbench", "lipe", "dreambooth", "people"]

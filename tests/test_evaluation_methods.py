@@ -108,3 +108,79 @@ def test_a_method_says_what_it_lacks(tmp_path: Path):
     assert edit_methods.METHODS["mcdm"].lacks(known, settings) == ("mcdm", "instruction")
     assert edit_methods.METHODS["reference-masactrl"].lacks(known, settings) == ("masactrl",)
     assert set(edit_methods.SAME_ALGORITHM) | set(edit_methods.SAME_ALGORITHM.values()) <= set(edit_methods.METHODS)
+
+
+@pytest.fixture
+def subject(tmp_path: Path) -> tuple[Any, Any, Any]:
+    """A tiny checkpoint, a case of a subject with three references, and settings of one step of everything."""
+    import tiny_text_encoders
+    import tiny_vision
+    from identity_edit_pack.demo_world.train_w_plus import W_PLUS_PATH
+    from identity_edit_pack.evaluation.cases import EditCase, save_image
+    from identity_edit_pack.evaluation.method import Checkpoint, MethodSettings
+    from identity_edit_pack.pipelines.training.images import encode_images
+
+    generator = torch.Generator().manual_seed(0)
+    photos = [save_image(torch.rand(64, 64, 3, generator=generator), tmp_path / f"{number}.png") for number in range(3)]
+    checkpoint = Checkpoint(tiny_models.sd1(), tiny_text_encoders.clip("sd1"), tiny_vision.VAE(), tmp_path / "x", 64)
+    case = EditCase(
+        "one",
+        "",
+        photos[0],
+        "a cat",
+        "a cat in the snow",
+        references=tuple(photos),
+        subject_word="sks",
+        class_word="cat",
+    )
+
+    def regularization(checkpoint: Any, case: Any) -> Any:
+        return encode_images(checkpoint.vae, case.load_references(checkpoint.size), ["a cat"] * 3)
+
+    settings = MethodSettings(
+        steps=2, guidance_scale=2.0, training_steps=1, learning_rate=1e-2, regularization=regularization,
+        subject_steps=1, subject_learning_rate=1e-1, updates_per_step=1, inner_steps=1, style_steps=2,
+        style_learning_rate=1e-1, style_strength=1.0, w_plus_encoder=W_PLUS_PATH,
+    )  # fmt: skip
+    return checkpoint, case, settings
+
+
+@pytest.mark.usefixtures("pack")
+def test_generating_methods_learn_the_subject_once_and_draw_what_the_checkpoint_does_not(subject: Any):
+    import comfy.sample
+    from identity_edit_pack.evaluation import generating_methods
+    from identity_edit_pack.evaluation.method import SUBJECT
+
+    checkpoint, case, settings = subject
+    noise = comfy.sample.prepare_noise(torch.zeros(1, 4, 8, 8), 0)
+    prompts = [
+        checkpoint.clip.encode_from_tokens_scheduled(checkpoint.clip.tokenize(t)) for t in (case.target_prompt, "")
+    ]
+    stock = comfy.sample.sample(
+        checkpoint.model,
+        noise,
+        2,
+        2.0,
+        "ddim",
+        "ddim_uniform",
+        *prompts,
+        torch.zeros(1, 4, 8, 8),
+        disable_pbar=True,
+        seed=0,
+    )
+    plain = generating_methods.METHODS["stable-diffusion"].edit(checkpoint, case, settings)
+    assert torch.allclose(plain, checkpoint.vae.decode(stock), atol=1e-5)
+    for name, method in generating_methods.METHODS.items():
+        if name == "stable-diffusion":
+            continue
+        assert method.lacks(case, settings) == ()
+        settings.work.begin()
+        image = method.edit(checkpoint, case, settings)
+        learned = settings.work.used[SUBJECT].evaluations
+        assert image.shape == (1, 64, 64, 3) and bool(torch.isfinite(image).all()), name
+        assert float((image - plain).abs().max()) > 1e-4, name
+        made = settings.work.made.evaluations
+        settings.work.begin()
+        again = method.edit(checkpoint, case, settings)
+        assert torch.equal(again, image) and learned > 0, name
+        assert settings.work.made.evaluations == 0 and settings.work.used[SUBJECT].evaluations == learned, (name, made)

@@ -101,8 +101,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a flow's path",
-        "FLOW = NoisePath(lambda sigma: 1.0 - sigma)",
-        "FLOW = NoisePath(lambda sigma: 1.0)",
+        "FLOW = NoisePath(lambda sigma: 1.0 - sigma, alpha_slope=-1.0)",
+        "FLOW = NoisePath(lambda sigma: 1.0, alpha_slope=-1.0)",
         ("test_families.py",),
     ),
     Mutation(
@@ -119,8 +119,8 @@ MUTATIONS = [
     ),
     Mutation(
         "one noise for all steps",
-        "noise.noised(z_0, eps[i].to(z_0), sigmas[i])",
-        "noise.noised(z_0, eps[0].to(z_0), sigmas[i])",
+        "path.noised(z_0, eps[i].to(z_0), sigmas[i])",
+        "path.noised(z_0, eps[0].to(z_0), sigmas[i])",
         ("test_edit_friendly_inversion.py",),
     ),
     Mutation(

@@ -14,7 +14,7 @@ import torch
 
 from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError, check_conditioning, check_latent, for_console
-from .families.noise import DIFFUSION, FLOW, VELOCITY, NoisePath
+from .families.noise import PATH_OF, NoisePath
 from .families.registry import require
 from .weights import samples_of_weights
 
@@ -93,9 +93,9 @@ class ModelTag:
     quantized: bool = False
 
     @property
-    def noise(self) -> NoisePath:
+    def noise_path(self) -> NoisePath:
         """The model's noise path."""
-        return FLOW if self.prediction == VELOCITY else DIFFUSION
+        return PATH_OF[self.prediction]
 
     @classmethod
     def from_description(cls, description: dict[str, Any]) -> ModelTag:

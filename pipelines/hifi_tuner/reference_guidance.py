@@ -22,7 +22,7 @@ import torch
 
 from .. import engine
 from ..engine.host import stock_noise
-from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, check_sampled_latent
+from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, check_sampled_latent, sampling_step
 from ..inversion.unconditional_embedding import GuidedStep, OptimizedStep, check_optimization, check_range, optimize
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding
@@ -174,7 +174,7 @@ class _Algorithm2:
 
         The paper counts t = T, ..., 1; here i = 0, ..., N - 1, and x_star[i] is its x*_t.
         """
-        device, noise, steps = evaluator.device, self.inversion.noise, self.inversion.steps
+        device, steps = evaluator.device, self.inversion.steps
         sigmas = self.inversion.sigmas.clone().to(device)
         x_star = self.inversion.trajectory.clone().to(device)
         inside = self.mask.clone().to(device).unsqueeze(1) > 0.5  # [B, 1, H, W]
@@ -190,14 +190,14 @@ class _Algorithm2:
             if i not in self.guided or self.inner_steps == 0:
                 with torch.no_grad():
                     denoised = evaluator.guided(x, sigmas[i], self.guidance_scale)
-                    x = noise.step(x, denoised, sigmas[i], sigmas[i + 1])  # x_{t-1} = F(x_t, [c, c_s^t], phi)
+                    x = sampling_step(self.inversion, i, x, denoised)  # x_{t-1} = F(x_t, [c, c_s^t], phi)
                 evaluator.report(done, denoised, x, total)
                 done += 1
                 continue
             with torch.no_grad():
                 conditional = evaluator.denoised(x, sigmas[i], "positive")  # used by all evaluations of the step
                 step = GuidedStep(
-                    evaluator, noise, x, sigmas[i], sigmas[i + 1], x_star[i + 1], conditional, self.guidance_scale,
+                    evaluator, self.inversion, i, x, x_star[i + 1], conditional, self.guidance_scale,
                     loss=lambda residual: (inside * residual).square().sum(dim=(1, 2, 3)) / elements,
                     progress=done, progress_total=total,
                 )  # fmt: skip
@@ -214,7 +214,7 @@ class _Algorithm2:
             unguided_losses.append(outside.loss.cpu())
             step.report(self.inner_steps, torch.where(inside, evaluation.denoised, outside.denoised))
             done += self.inner_steps + 1
-        return (x / noise.scale(sigmas[-1])).cpu(), optimized_steps, unguided_losses
+        return (x / self.inversion.noise_path.scale(sigmas[-1])).cpu(), optimized_steps, unguided_losses
 
 
 def first_pass_latent(

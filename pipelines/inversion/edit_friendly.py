@@ -81,16 +81,16 @@ def edit_friendly_ddpm_inversion(
 
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sigmas = schedule.sigmas.to(evaluator.device)
-        noise = family.noise
+        path = family.noise_path
         eps = _independent_noise(steps, z_0, seed)
         # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t with independent eps_t. The last latent is the image.
-        latents = [noise.noised(z_0, eps[i].to(z_0), sigmas[i]) for i in range(steps)]
-        latents.append(z_0 * noise.scale(sigmas[-1]))
+        latents = [path.noised(z_0, eps[i].to(z_0), sigmas[i]) for i in range(steps)]
+        latents.append(z_0 * path.scale(sigmas[-1]))
         noise_maps = []
         for i in range(steps):
             denoised = evaluator.guided(latents[i], sigmas[i], guidance_scale)
             sigma, sigma_next = schedule.sigmas[i : i + 2].tolist()
-            mean, deviation = noise.distribution(latents[i], denoised, sigma, sigma_next, eta)
+            mean, deviation = path.distribution(latents[i], denoised, sigma, sigma_next, eta)
             # Eq. 5: z_t = (x_{t-1} - mu_t(x_t)) / sigma_t
             noise_map = (latents[i + 1] - mean) / deviation
             # The next latent exactly as sampling will compute it, to avoid accumulating rounding errors.
@@ -156,7 +156,7 @@ def edit_friendly_sampler(model: Model, inversion: Inversion) -> Callable[..., t
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             x = sampling_step(inversion, rows[i], x, denoised)
-        return x / inversion.noise.scale(sigmas[-1]) if rows[-1] == inversion.steps else x
+        return x / inversion.noise_path.scale(sigmas[-1]) if rows[-1] == inversion.steps else x
 
     return sample_edit_friendly_ddpm
 

@@ -7,7 +7,9 @@ inversion is in `edit_friendly`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 
@@ -67,14 +69,19 @@ class Inversion:
         return int(self.trajectory.shape[1])
 
     @property
-    def noise(self) -> engine.NoisePath:
+    def noise_path(self) -> engine.NoisePath:
         """The noise path of its model."""
-        return self.model.noise
+        return self.model.noise_path
 
     @property
     def image(self) -> torch.Tensor:
         """z_0 [B, C, H, W] of the inverted image, in the model's scale."""
-        return self.trajectory[-1] / self.noise.scale(self.sigmas[-1])
+        return self.trajectory[-1] / self.noise_path.scale(self.sigmas[-1])
+
+    def levels(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sigmas[index] and sigmas[index + 1], copied to the device of `x` so that autograd can save them."""
+        sigma, sigma_next = self.sigmas[index : index + 2].clone().to(x.device)
+        return sigma, sigma_next
 
     def with_embeddings(self, embeddings: StepEmbeddings | None) -> Inversion:
         """The same inversion with other per-step embeddings."""
@@ -183,12 +190,37 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
         IdentityEditError: when the noise maps and the latent differ in batch or size.
     """
     if inversion.noise_maps is None:
-        sigmas = inversion.sigmas.to(x.device)
-        return inversion.noise.step(x, denoised, sigmas[index], sigmas[index + 1])
+        return inversion.noise_path.step(x, denoised, *inversion.levels(index, x))
     check_sampled_latent(inversion, x, "sample from the inversion's latent")
     sigma, sigma_next = inversion.sigmas[index : index + 2].tolist()
-    mean, deviation = inversion.noise.distribution(x, denoised, sigma, sigma_next, inversion.eta)
+    mean, deviation = inversion.noise_path.distribution(x, denoised, sigma, sigma_next, inversion.eta)
     return mean + deviation * inversion.noise_maps[index].to(x)
+
+
+def inversion_step(
+    path: engine.NoisePath,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    sigma_next: torch.Tensor,
+    estimate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One step of DDIM inversion from `sigma` to the noisier `sigma_next`, the reverse of `sampling_step`.
+
+    As in the reference implementation of null-text inversion, the noise is predicted from the current (less noisy)
+    latent at the next (noisier) timestep (in the papers' scale: eps(z_t, t + 1)).
+
+    Args:
+        path: the model's noise path.
+        x: latent at sigma [B, C, H, W] in the model's scale.
+        sigma, sigma_next: noise levels.
+        estimate: (x, sigma) -> the guided estimate of z_0, one evaluation.
+
+    Returns:
+        latent at sigma_next, and the estimate.
+    """
+    z_as_next = x * (path.scale(sigma_next) / path.scale(sigma))  # the papers' z_t as an x at sigma_next
+    denoised = estimate(z_as_next, sigma_next)
+    return x + (sigma_next - sigma) * path.slope(z_as_next, denoised, sigma_next), denoised
 
 
 def ddim_inversion(
@@ -201,10 +233,7 @@ def ddim_inversion(
     end_at_zero: bool = False,
     callback: engine.Callback | None = None,
 ) -> Inversion:
-    """Invert an image with deterministic DDIM, run backwards.
-
-    As in the reference implementation of null-text inversion, the noise is predicted from the current (less noisy)
-    latent at the next (noisier) timestep (in the papers' scale: eps(z_t, t + 1)).
+    """Invert an image with deterministic DDIM, run backwards (`inversion_step`).
 
     Args:
         model: MODEL.
@@ -220,19 +249,16 @@ def ddim_inversion(
         the inversion, in N (guidance scale 1) or 2 N model calls.
     """
     family = engine.require(model)
-    schedule, noise = family.schedule(steps, end_at_zero), family.noise
+    schedule, path = family.schedule(steps, end_at_zero), family.noise_path
     check_negative(negative, guidance_scale)
 
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> torch.Tensor:
         sigmas = schedule.sigmas.flip(0).to(evaluator.device)
-        x = z_0 * noise.scale(sigmas[0])
+        x = z_0 * path.scale(sigmas[0])
         trajectory = [x.cpu()]
+        estimate = partial(evaluator.guided, guidance_scale=guidance_scale)
         for i in range(schedule.steps):
-            sigma, sigma_next = sigmas[i], sigmas[i + 1]
-            # z_t of the current level in the scale of the next: the same z as an x at sigma_next.
-            x_scaled = x * (noise.scale(sigma_next) / noise.scale(sigma))
-            denoised = evaluator.guided(x_scaled, sigma_next, guidance_scale)
-            x = x + (sigma_next - sigma) * noise.slope(x_scaled, denoised, sigma_next)
+            x, denoised = inversion_step(path, x, sigmas[i], sigmas[i + 1], estimate)
             trajectory.append(x.cpu())
             evaluator.report(i, denoised, x, schedule.steps)
         return torch.stack(trajectory[::-1])
@@ -303,7 +329,7 @@ def follow_back(
             denoised = evaluator.guided(x, sigmas[i], guidance_scale)
             x = sampling_step(inversion, i, x, denoised)
             evaluator.report(i - first, denoised, x, steps - first)
-        return engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1])).cpu()), evaluator.evaluations
+        return engine.to_socket_scale(model, (x / inversion.noise_path.scale(sigmas[-1])).cpu()), evaluator.evaluations
 
     start, sigmas = inversion.trajectory[first], inversion.sigmas[first:]
     return engine.run_loop(model, positive, negative, start, sigmas, loop, callback=callback)

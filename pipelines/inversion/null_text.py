@@ -115,7 +115,7 @@ def null_text_optimization(
             with torch.no_grad():  # once a step: it does not depend on phi
                 conditional = evaluator.denoised(x, sigmas[i], "positive")
             step = GuidedStep(
-                evaluator, inversion.noise, x, sigmas[i], sigmas[i + 1], pivot[i + 1], conditional, guidance_scale,
+                evaluator, inversion, i, x, pivot[i + 1], conditional, guidance_scale,
                 loss=lambda residual: residual.flatten(1).square().mean(dim=1),
                 progress=i * (inner_steps + 1), progress_total=steps * (inner_steps + 1),
             )  # fmt: skip
@@ -141,7 +141,7 @@ def null_text_optimization(
             pooled=None if pooled is None else pooled.expand(batch, -1).unsqueeze(0),
             guidance_scale=float(guidance_scale),
         )
-        z_0 = engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1])).cpu())
+        z_0 = engine.to_socket_scale(model, (x / inversion.noise_path.scale(sigmas[-1])).cpu())
         return _result(embeddings, optimized_steps, z_0, evaluator.evaluations)
 
     return engine.run_loop(

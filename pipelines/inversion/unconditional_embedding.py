@@ -15,6 +15,7 @@ from .. import engine
 from ..shared.errors import IdentityEditError
 from ..shared.gradients import gradients_by_sample
 from ..shared.input_checks import check_above_zero, check_number
+from .inversion import Inversion, sampling_step
 
 _LARGEST_CHANGE_OF_LENGTH = 4.0
 
@@ -40,7 +41,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class GuidedStep:
-    """A guided DDIM step from x at `sigma` toward `target` at `sigma_next`, except for the unconditional embedding.
+    """Step `index` of an inversion's sampling from x toward `target`, except for the unconditional embedding.
 
     Attributes:
         conditional: the conditional estimate of z_0, which does not depend on that embedding.
@@ -49,10 +50,9 @@ class GuidedStep:
     """
 
     evaluator: engine.NetworkEvaluator
-    noise: engine.NoisePath
+    inversion: Inversion
+    index: int
     x: torch.Tensor
-    sigma: torch.Tensor
-    sigma_next: torch.Tensor
     target: torch.Tensor
     conditional: torch.Tensor
     guidance_scale: float
@@ -62,10 +62,11 @@ class GuidedStep:
 
     def evaluate(self, phi: torch.Tensor | None) -> Evaluation:
         """One model call, with embeddings [B, T, C], or with those of the negative side."""
-        unconditional = self.evaluator.denoised(self.x, self.sigma, "negative", phi)
-        denoised = self.evaluator.combine(self.conditional, unconditional, self.x, self.sigma, self.guidance_scale)
-        x_next = self.noise.step(self.x, denoised, self.sigma, self.sigma_next)
-        residual = (x_next - self.target) / self.noise.scale(self.sigma_next)
+        sigma, sigma_next = self.inversion.levels(self.index, self.x)
+        unconditional = self.evaluator.denoised(self.x, sigma, "negative", phi)
+        denoised = self.evaluator.combine(self.conditional, unconditional, self.x, sigma, self.guidance_scale)
+        x_next = sampling_step(self.inversion, self.index, self.x, denoised)
+        residual = (x_next - self.target) / self.inversion.noise_path.scale(sigma_next)
         return Evaluation(unconditional, denoised, x_next, residual, self.loss(residual))
 
     def report(self, j: int, denoised: torch.Tensor) -> None:

@@ -107,7 +107,7 @@ def record_attention(
 
     def evaluate(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
         for i, sigma in enumerate(sigmas.to(evaluator.device)):
-            x = family.noise.noised(z_0, noise.to(z_0), sigma)
+            x = family.noise_path.noised(z_0, noise.to(z_0), sigma)
             denoised = evaluator.denoised(x, sigma, "positive")
             evaluator.report(i, denoised, x, len(sigmas))
 

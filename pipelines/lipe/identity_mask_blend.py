@@ -173,7 +173,7 @@ def identity_mask_blend(
             x = x_next
             evaluator.report((passes - 1) * (steps - first) + i - first, denoised, x, passes * (steps - first))
         return IdentityMaskBlend(
-            latent=engine.to_socket_scale(model, (x / inversion.noise.scale(sigmas[-1].to(x))).cpu()),
+            latent=engine.to_socket_scale(model, (x / inversion.noise_path.scale(sigmas[-1].to(x))).cpu()),
             source_mask=fixed_source_mask,
             target_mask=m_target.cpu(),
             source_attention=source_attention,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import engine
-from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, negative_side
+from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, negative_side, sampling_step
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding, with_embedding
 from ..shared.errors import IdentityEditError, check_conditioning
@@ -230,21 +230,21 @@ def timestep_aware_sampling(
         model = apply_step_embeddings(model, table, "negative")
 
     def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> TimestepAwareEdit:
-        sigmas, noise = inversion.sigmas.to(evaluator.device), inversion.noise
+        sigmas, path = inversion.sigmas.to(evaluator.device), inversion.noise_path
         for i in range(steps):
             # Eq. 5: the positive side is C_src in the first steps, then e, by its timestep ranges.
             denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-            x_next = noise.step(x, denoised, sigmas[i], sigmas[i + 1])
+            x_next = sampling_step(inversion, i, x, denoised)
             if sampler == "heun" and sigmas[i + 1] > 0:
                 # The mean of the slopes at both ends of the step.
                 denoised_next = evaluator.guided(x_next, sigmas[i + 1], guidance_scale)
-                slope = noise.slope(x, denoised, sigmas[i])
-                slope_next = noise.slope(x_next, denoised_next, sigmas[i + 1])
+                slope = path.slope(x, denoised, sigmas[i])
+                slope_next = path.slope(x_next, denoised_next, sigmas[i + 1])
                 x_next = x + (sigmas[i + 1] - sigmas[i]) * (slope + slope_next) / 2
             x = x_next
             evaluator.report(i, denoised, x, steps)
         return TimestepAwareEdit(
-            latent=engine.to_socket_scale(model, (x / noise.scale(sigmas[-1])).cpu()),
+            latent=engine.to_socket_scale(model, (x / path.scale(sigmas[-1])).cpu()),
             source_steps=source_steps(steps, ratio),
             evaluations=evaluator.evaluations,
             warning=None if table is None else table.guidance_warning(guidance_scale),

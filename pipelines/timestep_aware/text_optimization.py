@@ -84,9 +84,9 @@ def optimize_text_embedding(
             # Eq. 2: e_opt = argmin_e E_{t, eps} | eps - eps_theta(z_t, t, e) |^2
             t = int(torch.randint(sigmas.shape[0], (1,), generator=generator))
             eps = torch.randn(z_0[:1].shape, generator=generator).to(evaluator.device)
-            x = family.noise.noised(z_0, eps, sigmas[t])
+            x = family.noise_path.noised(z_0, eps, sigmas[t])
             denoised = evaluator.denoised(x, sigmas[t], "positive", torch.cat(e))
-            predicted_noise = family.noise.predicted_noise(x, denoised, sigmas[t])
+            predicted_noise = family.noise_path.predicted_noise(x, denoised, sigmas[t])
             loss = (predicted_noise - eps).square().flatten(1).mean(dim=1)
             for variable, gradient in zip(e, gradients_by_sample(loss.sum(), denoised, e), strict=True):
                 variable.grad = gradient

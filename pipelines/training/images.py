@@ -197,15 +197,16 @@ def denoising_losses(
     eps = batch.noise
     sigma = networks.sampling.sigmas.detach().to(device=eps.device, dtype=torch.float32)[batch.t]
     level = sigma.reshape(-1, 1, 1, 1)
-    noise, prediction = networks.family.noise, networks.family.prediction
-    x = noise.noised(batch.latents, eps, level)
+    path, prediction = networks.family.noise_path, networks.family.prediction
+    x = path.noised(batch.latents, eps, level)
     denoised = networks.denoised(x, sigma, text, source).float()
     error = training_error(prediction, batch.latents, eps, level, denoised)
     channels = error.shape[1]
     loss = (batch.masks * error.square()).sum(dim=(1, 2, 3)) / (channels * batch.masks.sum(dim=(1, 2, 3)))
     if min_snr_gamma > 0.0:
-        snr = 1.0 / sigma**2
-        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1.0 if prediction == V else snr)
+        snr = path.alpha(sigma) ** 2 / sigma**2
+        # min(snr, gamma) weights the error of z_0; those of the noise and of a velocity are 1 / sigma times as large.
+        loss = loss * snr.clamp(max=min_snr_gamma) / (snr + 1.0 if prediction == V else 1.0 / sigma**2)
     return loss
 
 
@@ -231,7 +232,7 @@ def preview(
     noise = torch.randn((1, *latent_shape), generator=generator_of(settings.seed, 0, "sample"))
     x = sigmas[0] * noise.to(networks.device)
     for t, sigma, sigma_next in zip(schedule.timesteps.tolist(), sigmas[:-1], sigmas[1:], strict=True):
-        x = networks.family.noise.step(x, estimate(x, sigma, t), sigma, sigma_next)
+        x = networks.family.noise_path.step(x, estimate(x, sigma, t), sigma, sigma_next)
     return networks.to_socket_scale(x)
 
 

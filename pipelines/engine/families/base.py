@@ -31,14 +31,14 @@ class Family(ABC):
 
     Attributes:
         capabilities: supported capabilities.
-        noise: noise path of the family.
+        noise_path: how its latents mix image and noise.
         tag_weights: key prefixes of the weights that distinguish models of the family.
         sampling: the model's noise levels (ComfyUI's `model_sampling`).
         network: the diffusion model.
     """
 
     capabilities: ClassVar[frozenset[Capability]]
-    noise: ClassVar[NoisePath]
+    noise_path: ClassVar[NoisePath]
     tag_weights: ClassVar[tuple[str, ...]]
 
     def __init__(self, model: Model, sampling: Any, network: Any) -> None:

@@ -21,7 +21,7 @@ from .schedule import Schedule, noise_levels
 
 class Flow(Family):
     capabilities = frozenset[Capability]()
-    noise = FLOW
+    noise_path = FLOW
     tag_weights = ("diffusion_model.img_in.", "diffusion_model.x_embedder.", "diffusion_model.final_layer.")
 
     @classmethod

@@ -23,9 +23,11 @@ class NoisePath:
 
     Attributes:
         alpha: the weight of the image at a noise level.
+        alpha_slope: its derivative, constant.
     """
 
     alpha: Callable[[Any], Any]
+    alpha_slope: float
 
     def scale(self, sigma: torch.Tensor) -> torch.Tensor:
         """sqrt(alpha^2 + s^2), the size of x at a noise level; x divided by it is the papers' z."""
@@ -77,8 +79,10 @@ class NoisePath:
         return (x - self.alpha(sigma) * denoised) / sigma
 
 
-DIFFUSION = NoisePath(lambda sigma: 1.0)
-FLOW = NoisePath(lambda sigma: 1.0 - sigma)
+DIFFUSION = NoisePath(lambda sigma: 1.0, alpha_slope=0.0)
+FLOW = NoisePath(lambda sigma: 1.0 - sigma, alpha_slope=-1.0)
+PATH_OF = {EPS: DIFFUSION, V: DIFFUSION, VELOCITY: FLOW}
+"""Noise path by prediction type."""
 
 
 def training_error(
@@ -92,7 +96,7 @@ def training_error(
         sigma: noise levels that broadcast to them.
         denoised: the network's estimate of z_0.
     """
-    if prediction == VELOCITY:
-        return FLOW.slope(FLOW.noised(z_0, eps, sigma), denoised, sigma) - (eps - z_0)
-    error = DIFFUSION.slope(DIFFUSION.noised(z_0, eps, sigma), denoised, sigma) - eps
-    return error * torch.sqrt(1.0 + sigma**2) if prediction == V else error
+    path = PATH_OF[prediction]
+    # dx/ds of the estimate minus alpha' z_0 + eps, that of the image and its noise.
+    error = path.slope(path.noised(z_0, eps, sigma), denoised, sigma) - (eps + path.alpha_slope * z_0)
+    return error * path.scale(sigma) if prediction == V else error

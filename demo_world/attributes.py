@@ -1,7 +1,7 @@
-"""The vocabulary of the demo world: what an image of it can show, how that is said, and which subjects are held out.
+"""The demo world's attributes, captions and held-out subjects.
 
-An image is fully described by its :class:`Attributes` and one integer seed. The seed moves things about (position,
-scale, horizon, clouds, where a stripe begins) and never changes what an attribute says.
+An image is determined by its :class:`Attributes` and an integer seed. The seed sets the layout (position, scale,
+horizon, clouds, phase of the stripes) and changes no attribute.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EYE_COLORS = ("brown", "blue", "green")
 SKINS = ("light", "tan", "dark")
 FACE_SHAPES = ("round", "long", "square")
 
-# The attributes that each framing shows, in the order in which they are drawn at random.
+# The attributes of each framing, in the order of their random draws.
 SCENE_ATTRIBUTES = {"facing": FACINGS, "expression": EXPRESSIONS, "costume": COSTUMES, "place": PLACES}
 FIGURE_ATTRIBUTES = {"species": SPECIES, "color": COLORS, "pattern": PATTERNS, "pose": POSES, **SCENE_ATTRIBUTES}
 PORTRAIT_ATTRIBUTES = {
@@ -39,19 +39,19 @@ PORTRAIT_ATTRIBUTES = {
 }
 ATTRIBUTES_OF = {"figure": FIGURE_ATTRIBUTES, "portrait": PORTRAIT_ATTRIBUTES}
 
-# Attributes that make a subject who it is; the others are what an edit may change.
+# Attributes of the identity; an edit may change the others.
 IDENTITY_OF = {
     "figure": ("species", "color", "pattern"),
     "portrait": ("hair_color", "hair_style", "eye_color", "skin", "face_shape"),
 }
-# One identity in this many is held out of training: the unseen subjects that personalisation must learn.
+# One identity in this many is held out of training, as an unseen subject for personalization.
 HELD_OUT_ONE_IN = 8
 PORTRAIT_SHARE = 0.3
 
 
 @dataclasses.dataclass(frozen=True)
 class Attributes:
-    """What one image shows. Figures ignore the portrait's own attributes, and the other way round."""
+    """The content of an image. Figures ignore the attributes of portraits only, and vice versa."""
 
     framing: str = "figure"
     species: str = "cat"
@@ -78,7 +78,7 @@ class Attributes:
 
     @property
     def visible(self) -> dict[str, str]:
-        """The attributes that the image shows, by name: those of its framing, without the color of closed eyes."""
+        """The visible attributes by name: those of the framing, without the color of closed eyes."""
         shown = {name: getattr(self, name) for name in ATTRIBUTES_OF[self.framing]}
         if self.expression == "crying":
             shown.pop("eye_color", None)
@@ -86,7 +86,7 @@ class Attributes:
 
     @property
     def identity(self) -> tuple[str, ...]:
-        """The values that make the subject who it is."""
+        """Values of the attributes in ``IDENTITY_OF``."""
         return tuple(getattr(self, name) for name in IDENTITY_OF[self.framing])
 
     @property
@@ -96,7 +96,7 @@ class Attributes:
         return digest[0] % HELD_OUT_ONE_IN == 0
 
     def replace(self, **changes: str) -> Attributes:
-        """The same image with some attributes changed: the true answer of an edit."""
+        """The image with some attributes changed, the ground truth of an edit."""
         return dataclasses.replace(self, **changes)
 
 
@@ -108,7 +108,7 @@ def random_attributes(
     Args:
         generator: source of randomness.
         framing: ``"figure"``, ``"portrait"``, or None for a mixture with ``PORTRAIT_SHARE`` portraits.
-        held_out: False for training identities only, True for held-out identities only, None for both.
+        held_out: False for training identities, True for held-out identities, None for both.
     """
     while True:
         chosen = framing or ("portrait" if generator.random() < PORTRAIT_SHARE else "figure")
@@ -119,7 +119,7 @@ def random_attributes(
 
 
 def description(attributes: Attributes) -> str:
-    """Who a portrait shows, and nothing else: "person with short brown hair, ..."."""
+    """Description of the person in a portrait: "person with short brown hair, ..."."""
     a = attributes
     hair, face = f"{a.hair_style} {a.hair_color} hair", f"a {a.face_shape} face"
     return f"person with {hair}, {a.eye_color} eyes, {a.skin} skin and {face}"
@@ -137,11 +137,11 @@ CAPTION_TEMPLATES = 5
 
 
 def caption(attributes: Attributes, template: int = 0) -> str:
-    """Say what the image shows.
+    """Caption of an image.
 
     Args:
-        attributes: what it shows.
-        template: 0 to ``CAPTION_TEMPLATES - 1``; the wording and its order vary, the meaning does not.
+        attributes: its content.
+        template: 0 to ``CAPTION_TEMPLATES - 1``; templates differ in the order of the words only.
     """
     a = attributes
     expression = "" if a.expression == "neutral" else a.expression + " "

@@ -1,4 +1,4 @@
-"""The attribute classifier that scores the demo world: which attributes does an image show? Used for nothing else."""
+"""The attribute classifier, used only to score images of the demo world."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from .images import HEADS
 
-# Not in the weights folder: ComfyUI lists what is there as checkpoints.
+# Not in the weights folder, whose files ComfyUI lists as checkpoints.
 CLASSIFIER_PATH = Path(__file__).parent / "scoring" / "attribute-classifier.safetensors"
 
 
@@ -57,7 +57,7 @@ def save_classifier(classifier: AttributeClassifier, path: Path = CLASSIFIER_PAT
 
 
 def load_classifier(path: Path = CLASSIFIER_PATH) -> AttributeClassifier:
-    """The committed classifier in float32, ready to score."""
+    """The committed classifier in float32."""
     classifier = AttributeClassifier()
     classifier.load_state_dict(load_file(path))
     return classifier.float().eval().requires_grad_(False)

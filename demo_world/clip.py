@@ -1,8 +1,7 @@
-"""The demo world's CLIP: an image and a text encoder in the folder form of transformers, to score images with.
+"""The demo world's CLIP for scoring images: an image and a text encoder in a transformers folder.
 
-The folder holds what ``CLIPModel.from_pretrained``, ``AutoTokenizer.from_pretrained`` and
-``CLIPImageProcessor.from_pretrained`` read, so that the code which scores with it is the code that scores with a
-published CLIP. The image encoder has the sizes of ``clip_vision.py``; the text encoder is smaller.
+``CLIPModel``, ``AutoTokenizer`` and ``CLIPImageProcessor`` read the folder like that of a published CLIP. The image
+encoder has the sizes of ``clip_vision.py``; the text encoder is smaller.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from .clip_vision import CLIP_VISION_CONFIG
 if TYPE_CHECKING:
     from transformers import CLIPModel, PreTrainedTokenizerBase
 
-# Beside the attribute classifier: the folder of what scores images, none of which any method may use.
+# In the folder of the networks that score images, which no editing method may use.
 CLIP_FOLDER = Path(__file__).parent / "scoring" / "identity-edit-demo-clip"
 TEXT_LENGTH = 77
 TEXT_WIDTH = 128
@@ -33,8 +32,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 def write_vocabulary(folder: Path) -> None:
     """Write the tokenizer's files: a byte-pair encoding in which every word of the captions is one token.
 
-    Learned by the `tokenizers` library's trainer from captions of every identity (words say nothing of who is held
-    out). Any other text is spelled in bytes, as CLIP's own tokenizer does with words that it does not know.
+    It is trained with the `tokenizers` library on captions of all identities. Other text is encoded as bytes, like
+    unknown words in CLIP's tokenizer.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # type: ignore[import-untyped]
 
@@ -58,7 +57,7 @@ def write_vocabulary(folder: Path) -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerBase:
-    """CLIP's own tokenizer class with the demo world's vocabulary."""
+    """CLIP's tokenizer class with the demo world's vocabulary."""
     from transformers import CLIPTokenizerFast
 
     with tempfile.TemporaryDirectory() as folder:
@@ -67,7 +66,7 @@ def make_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def make_clip(tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
-    """A CLIP of the demo world's sizes with fresh weights."""
+    """An untrained CLIP of the demo world's sizes."""
     from transformers import CLIPConfig, CLIPModel
 
     vision = {key: value for key, value in CLIP_VISION_CONFIG.items() if key != "model_type"}
@@ -89,7 +88,7 @@ def make_clip(tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
 
 
 def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path = CLIP_FOLDER) -> None:
-    """Write the folder, weights in fp16, whole or not at all."""
+    """Write the folder atomically, with weights in fp16."""
     from transformers import CLIPImageProcessor
 
     size = CLIP_VISION_CONFIG["image_size"]
@@ -106,7 +105,7 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path
         model.save_pretrained(temporary, state_dict=state)
         tokenizer.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        temporary.chmod(0o755)  # as other folders; temporary ones are private
+        temporary.chmod(0o755)  # temporary folders are private
         for path in temporary.iterdir():
             path.chmod(0o644)
         if folder.exists():
@@ -117,7 +116,7 @@ def save_clip(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 
 
 def load_clip(folder: Path = CLIP_FOLDER) -> tuple[CLIPModel, PreTrainedTokenizerBase]:
-    """The model in float32, ready to be evaluated, and its tokenizer."""
+    """The model in float32 and evaluation mode, and its tokenizer."""
     from transformers import AutoTokenizer, CLIPModel
 
     model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""The demo world's CLIP vision: ComfyUI's own CLIP image encoder at a small size, trained on the demo world's images.
+"""The demo world's CLIP vision: a small version of ComfyUI's CLIP image encoder, trained on the demo world's images.
 
-The stock "Load CLIP Vision" node knows published models by their number of layers and reads nothing smaller, so the
-demo world has a loader of its own; what it returns is the stock object that the CLIP_VISION socket carries.
+The stock "Load CLIP Vision" node recognizes published models by their number of layers and supports no smaller ones,
+so the demo world needs its own loader, which returns the stock CLIP_VISION object.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from comfy.clip_vision import ClipVisionModel
 
-# Not in the weights folder: ComfyUI lists what is there as checkpoints.
+# Not in the weights folder, whose files ComfyUI lists as checkpoints.
 CLIP_VISION_PATH = Path(__file__).parent / "vision" / "identity-edit-demo-clip-vision.safetensors"
 CONFIG_KEY = "demo_world.clip_vision_config"
 
@@ -46,7 +46,7 @@ def load_clip_vision(path: Path = CLIP_VISION_PATH) -> ClipVisionModel:
     with safe_open(path, framework="pt") as file:
         config = json.loads(file.metadata()[CONFIG_KEY])
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    # The stock class takes its configuration as the path of a JSON file.
+    # The stock class reads its configuration from a JSON file.
     with tempfile.TemporaryDirectory() as folder:
         config_path = Path(folder) / "config.json"
         config_path.write_text(json.dumps(config), encoding="utf-8")

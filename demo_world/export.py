@@ -1,4 +1,4 @@
-"""Puts the trained parts into one checkpoint that ComfyUI's stock loader reads, and takes them out again."""
+"""Combining the trained parts into one checkpoint for ComfyUI's stock loader, and splitting it again."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def write_weights(
     metadata: dict[str, str] | None = None,
     exact: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write weights in fp16, and those of ``exact`` as they are, with their title and license in the header, whole or
-    not at all."""
+    """Write weights atomically in fp16, those of ``exact`` unchanged, with title and license in the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     header = {"format": "pt", "modelspec.title": f"ComfyUI-IdentityEdit {title}", "modelspec.license": "Apache-2.0"}
@@ -35,7 +34,7 @@ def write_weights(
 
 
 def export_checkpoint(folder: Path, destination: Path = WEIGHTS_FOLDER / CHECKPOINT_NAME) -> Path:
-    """Write ``destination`` (fp16) from ``folder/autoencoder.pt`` and ``folder/unet.pt``, whole or not at all."""
+    """Write ``destination`` (fp16) from ``folder/autoencoder.pt`` and ``folder/unet.pt``."""
     autoencoder = torch.load(folder / "autoencoder.pt", weights_only=True)
     trained = torch.load(folder / "unet.pt", weights_only=True)
     rows = trained["text_encoder"]["clip." + TOKEN_TABLE.removeprefix(TEXT)].float()
@@ -49,7 +48,7 @@ def export_checkpoint(folder: Path, destination: Path = WEIGHTS_FOLDER / CHECKPO
 
 
 def unpack_checkpoint(folder: Path, source: Path = WEIGHTS_FOLDER / CHECKPOINT_NAME) -> None:
-    """The inverse of ``export_checkpoint``: write ``folder/autoencoder.pt`` and ``folder/unet.pt``, to train on."""
+    """The inverse of ``export_checkpoint``: write ``folder/autoencoder.pt`` and ``folder/unet.pt``."""
     with safe_open(source, framework="pt") as file:
         state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
         token_ids = file.get_tensor(TOKEN_IDS)

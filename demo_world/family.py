@@ -1,14 +1,12 @@
-"""Tells ComfyUI's stock checkpoint loader about the demo world's size of Stable Diffusion 1.x and of InstructPix2Pix.
+"""Registration of the demo world's Stable Diffusion 1.x and InstructPix2Pix with ComfyUI's stock checkpoint loader.
 
-``comfy.supported_models.models`` is the list that the loader asks, in order, which family a checkpoint belongs to. The
-demo world's entries are told apart from every other family by the UNet's width and its context width (128 and 128),
-which no published model has, so appending them changes nothing for other checkpoints. The one with eight input channels
-comes first, because the other would take any number of them. This beats a loader node of our own:
-every shipped workflow then starts at the node that users start from, and another checkpoint is chosen in that node.
+The loader searches the list ``comfy.supported_models.models`` in order for a checkpoint's family. The demo world's
+entries require a UNet width and a context width of 128, which no published model has, so appending them does not affect
+other checkpoints. The entry with eight input channels comes first, because the other accepts any number. With the stock
+loader, workflows start with the node that users know, in which they select their own checkpoint.
 
-The file keeps the 63 rows of CLIP's token table that were trained. The others, a fifth of the file if they were in it,
-are made again from a seed when it is loaded, in the step where every family of ComfyUI puts its text encoder's weights
-in order.
+The file contains the 63 trained rows of CLIP's token table. The other rows, which would add a fifth to its size, are
+generated from a seed while loading.
 """
 
 from __future__ import annotations
@@ -25,17 +23,16 @@ from .networks import CONTEXT_DIM, TEXT_CONFIG, UNET_CONFIG
 
 TOKEN_TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 TOKEN_IDS, TOKEN_MEAN, TOKEN_DEVIATION = (f"demo_world.token_{name}" for name in ("ids", "mean", "deviation"))
-"""Keys of the checkpoint: the table's trained rows, their token ids, and per channel the mean and the deviation of
-words that the world does not know."""
+"""Keys of the checkpoint: token ids of the trained rows, and mean and deviation of the other rows by channel."""
 
 
 def whole_token_table(
     rows: torch.Tensor, token_ids: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor
 ) -> torch.Tensor:
-    """CLIP's whole table [49408, C] from the rows [T, C] of ``token_ids`` [T].
+    """CLIP's token table [49408, C] from the trained rows [T, C] of ``token_ids`` [T].
 
-    A word that the world does not know has a small random vector of its own around ``mean`` [C], of a third of
-    ``deviation`` [C] nearly, the same ones at every call.
+    The other rows are random, with mean ``mean`` [C] and standard deviation 0.3 ``deviation`` [C]; they are the same at
+    every call.
     """
     noise = torch.randn(TEXT_CONFIG["vocab_size"], CONTEXT_DIM, generator=torch.Generator().manual_seed(0))
     table = (mean + noise * deviation * 0.3).to(rows.dtype)
@@ -44,7 +41,7 @@ def whole_token_table(
 
 
 class DemoWorldSDTokenizer(comfy.sd1_clip.SDTokenizer):
-    """CLIP's tokenizer; only the width of a textual-inversion embedding differs."""
+    """CLIP's tokenizer with another width of textual inversion embeddings."""
 
     def __init__(self, embedding_directory: str | None = None, tokenizer_data: dict | None = None) -> None:
         super().__init__(
@@ -88,7 +85,7 @@ class DemoWorld(comfy.supported_models.SD15):
     unet_extra_config = {"num_heads": UNET_CONFIG["num_heads"], "num_head_channels": -1}
 
     def process_clip_state_dict(self, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if TOKEN_IDS in state_dict:  # a checkpoint that ComfyUI has saved holds the whole table
+        if TOKEN_IDS in state_dict:  # not in checkpoints saved by ComfyUI, which contain the whole table
             kept = [state_dict.pop(key) for key in (TOKEN_IDS, TOKEN_MEAN, TOKEN_DEVIATION)]
             state_dict[TOKEN_TABLE] = whole_token_table(state_dict[TOKEN_TABLE], *kept)
         return super().process_clip_state_dict(state_dict)
@@ -98,7 +95,7 @@ class DemoWorld(comfy.supported_models.SD15):
 
 
 class DemoWorldInstructPix2Pix(DemoWorld):
-    """The same with the latent of a source image beside the noisy one, as ComfyUI's SD15_instructpix2pix."""
+    """With the latent of a source image as additional input, like ComfyUI's SD15_instructpix2pix."""
 
     unet_config = {**DemoWorld.unet_config, "in_channels": 8}
 
@@ -107,7 +104,7 @@ class DemoWorldInstructPix2Pix(DemoWorld):
 
 
 def register() -> None:
-    """Append the families once, whatever module name the pack was loaded under."""
+    """Append the families once, even if the pack is imported under several names."""
     families = comfy.supported_models.models
     for family in (DemoWorldInstructPix2Pix, DemoWorld):
         if not any(other.__name__ == family.__name__ for other in families):

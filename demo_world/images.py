@@ -1,9 +1,9 @@
-"""Renders the demo world into batches: an endless stream for training, fixed sets for evaluation."""
+"""Images of the demo world: an endless stream for training, fixed sets for evaluation."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .attributes import ATTRIBUTES_OF, FRAMINGS, Attributes, random_attributes
 from .renderer import render
 
-# Evaluation images take their seeds from here upwards, training images from below.
+# Seeds of evaluation images start here; those of training images are below.
 EVALUATION_SEED = 1 << 40
 
 # One classification head per attribute; -1 marks an attribute that the framing does not show.
@@ -28,6 +28,11 @@ def labels_of(attributes: Attributes) -> list[int]:
 def to_tensor(image: np.ndarray) -> torch.Tensor:
     """uint8 [H, W, 3] -> float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def rendered(samples: Iterable[tuple[Attributes, int]]) -> torch.Tensor:
+    """Renders [N, 3, 128, 128] in [-1, 1] of (attributes, seed) pairs."""
+    return torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in samples])
 
 
 class TrainingImages(IterableDataset):

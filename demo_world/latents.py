@@ -1,4 +1,4 @@
-"""Renders the training set once and keeps its latents and captions, so that a training step runs no autoencoder."""
+"""The encoded training set: latents and captions, so that training steps do not run the autoencoder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
@@ -20,7 +20,7 @@ MAX_TOKENS = 77
 
 
 class CaptionedImages(IterableDataset):
-    """``count`` training images [3, 128, 128] with every wording of their caption."""
+    """``count`` training images [3, 128, 128] with their captions in all templates."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed = count, seed
@@ -36,7 +36,7 @@ class CaptionedImages(IterableDataset):
 
 
 class WordTokenizer:
-    """CLIP token ids of captions, each word looked up once: CLIP's byte-pair merges never cross a space."""
+    """CLIP token ids of captions, cached by word: CLIP's byte-pair merges never cross a space."""
 
     def __init__(self) -> None:
         from comfy.sd1_clip import SDTokenizer
@@ -46,7 +46,7 @@ class WordTokenizer:
         self.start, self.end = self.tokenizer("")["input_ids"]
 
     def __call__(self, text: str) -> list[int]:
-        """Token ids with start token, padded with the end token to ``MAX_TOKENS`` as ComfyUI pads them."""
+        """Token ids with the start token, padded with end tokens to ``MAX_TOKENS`` like ComfyUI."""
         ids = [self.start]
         for word in text.split():
             if word not in self.words:
@@ -66,7 +66,7 @@ def encode_training_set(autoencoder: nn.Module, path: Path, count: int, seed: in
         with torch.autocast("cpu", torch.bfloat16):
             encoded = autoencoder.taesd_encoder(images.to(memory_format=torch.channels_last) * 0.5 + 0.5)
         latents.append(encoded.to(torch.float16).contiguous())
-        # The loader turns a batch of lists into one tuple of captions for each template.
+        # The loader collates the lists to one tuple of captions per template.
         rows = [[tokenizer(text) for text in texts] for texts in captions]
         tokens.append(torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,3 @@ def encode_training_set(autoencoder: nn.Module, path: Path, count: int, seed: in
         "empty": torch.tensor(tokenizer(""), dtype=torch.int32),
     }
     save_file(everything, path)
-
-
-def load_training_set(path: Path) -> dict[str, torch.Tensor]:
-    return load_file(path)

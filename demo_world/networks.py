@@ -1,6 +1,6 @@
-"""The demo world's networks: ComfyUI's own classes at a small size, so that its loader takes the trained weights as is.
+"""The demo world's networks: small versions of ComfyUI's own classes, whose weights its stock loader can read.
 
-- Autoencoder: the TAESD layout, the one small autoencoder that the stock checkpoint loader reads.
+- Autoencoder: the TAESD layout, the only small autoencoder that the stock checkpoint loader supports.
 - UNet and text encoder: Stable Diffusion 1.x's, narrower; the tokenizer is CLIP's own.
 
 Needs ComfyUI on ``sys.path`` (see ``demo_world/__main__.py``).
@@ -8,12 +8,14 @@ Needs ComfyUI on ``sys.path`` (see ``demo_world/__main__.py``).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 CONTEXT_DIM = 128
 LATENT_CHANNELS = 4
-# SD 1.x's latent scale: what the autoencoder gives times this has unit variance.
+# SD 1.x's latent scale: the autoencoder's output times this has unit variance.
 LATENT_SCALE = 0.18215
 
 UNET_CONFIG: dict = {
@@ -67,7 +69,7 @@ def make_autoencoder() -> nn.Module:
     from comfy.taesd.taesd import TAESD
 
     autoencoder = initialize(TAESD(latent_channels=LATENT_CHANNELS))
-    # A residual block's last convolution starts at zero, so that the untrained network passes its input on.
+    # The last convolution of a residual block starts at zero, so that the untrained block is the identity.
     for name, parameter in autoencoder.named_parameters():
         if ".conv.4." in name:
             nn.init.zeros_(parameter)
@@ -90,10 +92,29 @@ def make_unet(in_channels: int = LATENT_CHANNELS) -> nn.Module:
     return unet
 
 
-class TextEncoder(nn.Module):
-    """SD 1.x's CLIP text transformer, small, with a table of only the token ids that captions use.
+def transformer_layers(layers: Any, x: torch.Tensor, heads: int, *, is_causal: bool) -> torch.Tensor:
+    """The layers of a CLIP transformer applied to x [B, T, C], differentiable.
 
-    The table is expanded to the whole CLIP vocabulary when the checkpoint is loaded (``family.whole_token_table``).
+    Their own forward pass is for inference: it masks, casts and adds in place.
+    """
+    batch, length, _ = x.shape
+    for layer in layers:
+        h = layer.layer_norm1(x)
+        attention = layer.self_attn
+        q, k, v = (
+            project(h).view(batch, length, heads, -1).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+        x = x + attention.out_proj(h.transpose(1, 2).reshape(batch, length, -1))
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return x
+
+
+class TextEncoder(nn.Module):
+    """A small CLIP text transformer of SD 1.x whose token table has only the token ids of the captions.
+
+    Loading the checkpoint expands the table to the whole CLIP vocabulary (``family.whole_token_table``).
     """
 
     def __init__(self, token_ids: list[int]) -> None:
@@ -110,23 +131,9 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.clip.text_model.embeddings.position_embedding.weight, std=0.1)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows of the compact table [B, T] -> embeddings [B, T, CONTEXT_DIM], as SD 1.x conditions on them.
-
-        Written out over the model's own layers because its forward pass masks and casts for inference.
-        """
+        """Rows of the compact table [B, T] -> embeddings [B, T, CONTEXT_DIM], the context of SD 1.x."""
         model = self.clip.text_model
-        batch, length = rows.shape
-        heads = TEXT_CONFIG["num_attention_heads"]
         x = model.embeddings.token_embedding(rows, out_dtype=torch.float32)
-        x = x + model.embeddings.position_embedding.weight[:length]
-        for layer in model.encoder.layers:
-            h = layer.layer_norm1(x)
-            attention = layer.self_attn
-            q, k, v = (
-                project(h).view(batch, length, heads, -1).transpose(1, 2)
-                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            h = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + attention.out_proj(h.transpose(1, 2).reshape(batch, length, -1))
-            x = x + layer.mlp(layer.layer_norm2(x))
+        x = x + model.embeddings.position_embedding.weight[: rows.shape[1]]
+        x = transformer_layers(model.encoder.layers, x, TEXT_CONFIG["num_attention_heads"], is_causal=True)
         return model.final_layer_norm(x)

@@ -1,7 +1,7 @@
-"""Pose images of the demo world's portraits, in OpenPose's manner: joints as colored discs and limbs on black.
+"""Pose images of the demo world's portraits, similar to OpenPose: colored joints and limbs on black.
 
-A pose says where the shoulders, the neck, the eyes, the nose and the mouth are, and so which way a head looks; nothing
-of who it is, of its face or of its expression. The demo world's ControlNet was trained on them.
+A pose shows the positions of shoulders, neck, eyes, nose and mouth, and so the direction of the head, but not the
+identity or the expression. The demo world's ControlNet was trained with them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from .attributes import Attributes
 from .renderer import SIZE, SUPERSAMPLING, layout_of, portrait_origin
 
-# In a head's own coordinates (x the way it looks, y down); the face's are those of renderer.paint_face at its size.
+# In coordinates of the head (x in the direction it faces, y down), as in renderer.paint_face.
 JOINTS: dict[str, tuple[float, float]] = {
     "back shoulder": (-48.0, 46.0),
     "front shoulder": (48.0, 46.0),
@@ -36,7 +36,7 @@ def draw_pose(attributes: Attributes, seed: int) -> np.ndarray:
     """The pose of ``render(attributes, seed)``, uint8 [128, 128, 3].
 
     Raises:
-        ValueError: when it is no portrait.
+        ValueError: when it is not a portrait.
     """
     if attributes.framing != "portrait":
         raise ValueError("only portraits have a pose image")

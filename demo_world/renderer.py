@@ -1,8 +1,8 @@
-"""Draws the demo world: antialiased 128x128 images with a subject mask, from attributes and a seed.
+"""Renderer of the demo world: antialiased 128x128 images with a subject mask, from attributes and a seed.
 
-Every random choice of an image is drawn from its seed in one fixed order before anything is painted, so two images
-with the same seed and different attributes agree wherever the attributes do: the second is the true answer of editing
-the first. Drawn with Pillow at three times the size and averaged down.
+All random numbers are drawn from the seed in a fixed order before painting, so images with the same seed differ only
+where their attributes differ: one is the ground truth of editing the other. Images are drawn with Pillow at three times
+their size and downsampled.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FUR: dict[str, Color] = {
     "blue": (66, 118, 228),
     "green": (88, 184, 76),
 }
-# The pattern's own color is far from the fur's, and never another fur color's own look.
+# Colors of the patterns: far from the fur's color, and different from all fur colors.
 PATTERN_INK: dict[str, Color] = {
     "white": (120, 120, 130),
     "black": (190, 190, 200),
@@ -51,7 +51,7 @@ EYES: dict[str, Color] = {"brown": (110, 60, 24), "blue": (48, 120, 230), "green
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Everything about an image that the seed decides."""
+    """The random layout of an image."""
 
     horizon: float
     ornament_side: int
@@ -63,7 +63,7 @@ class Layout:
 
 
 def layout_of(seed: int) -> Layout:
-    """Draw the layout of one image; the order of the draws is part of the world and never changes."""
+    """Draw the layout of an image. The order of the draws must not change."""
     generator = random.Random(seed)
     return Layout(
         horizon=generator.uniform(76, 86),
@@ -105,7 +105,7 @@ def arc(cx: float, cy: float, rx: float, ry: float, start: float, end: float) ->
 
 
 class Canvas:
-    """An image being painted, with its subject mask and the mask of what carries the pattern."""
+    """A canvas with the subject mask and the mask of the parts that have the pattern."""
 
     def __init__(self) -> None:
         width = SIZE * SUPERSAMPLING
@@ -129,13 +129,13 @@ class Canvas:
 
 
 class Pen:
-    """Paints the subject's parts in its own coordinates: x forward (the way it faces), y down, origin at (x, y)."""
+    """Paints the subject in its own coordinates: x in the direction it faces, y down, origin at (x, y)."""
 
     def __init__(self, canvas: Canvas, x: float, y: float, scale: float, forward: int) -> None:
         self.canvas, self.x, self.y, self.scale, self.forward = canvas, x, y, scale, forward
 
     def at(self, dx: float, dy: float) -> Pen:
-        """The same pen with its origin moved: a head on its body."""
+        """The pen with its origin moved, for a head on its body."""
         return Pen(
             self.canvas, self.x + self.forward * dx * self.scale, self.y + dy * self.scale, self.scale, self.forward
         )
@@ -147,7 +147,7 @@ class Pen:
         return list(zip(x.tolist(), y.tolist(), strict=True))
 
     def part(self, points: Points, color: Color, furry: bool = False, outline: float = 1.8) -> None:
-        """A filled shape; furry parts carry the pattern, an outline of 0 draws none."""
+        """A filled shape; furry parts have the pattern, and an outline of 0 disables the outline."""
         placed = self.place(points)
         self.canvas.draw.polygon(placed, fill=color)
         self.canvas.draw_furry.polygon(placed, fill=255 if furry else 0)
@@ -170,7 +170,7 @@ def shade(color: Color, factor: float) -> Color:
 
 
 def paint_place(canvas: Canvas, place: str, layout: Layout) -> None:
-    """The background: two bands and the ornaments that tell the places apart."""
+    """The background: two bands and the ornaments of the place."""
     horizon = layout.horizon
     side = 22 if layout.ornament_side < 0 else 106
 
@@ -253,7 +253,7 @@ def paint_face(head: Pen, expression: str, iris: Color, size: float, muzzle: boo
 
 
 def paint_headwear(head: Pen, costume: str, rx: float, top: float) -> None:
-    """A hat on a head whose half width is ``rx`` and whose top lies at ``top`` (negative, upwards)."""
+    """A hat on a head of half width ``rx`` with its top at ``top`` (negative is up)."""
     s = rx / 25
     y = top + 9 * s
     if costume == "santa hat":
@@ -270,7 +270,7 @@ def paint_headwear(head: Pen, costume: str, rx: float, top: float) -> None:
 
 
 def paint_scarf(head: Pen, chin: float, half: float, size: float = 1.0) -> None:
-    """A thick purple scarf under the chin: a color that nothing else in the world has."""
+    """A thick scarf under the chin, in a color that nothing else has."""
     purple: Color = (150, 60, 190)
     head.part(capsule(-half * 0.5, chin, -half * 0.5 - 4 * size, chin + 15 * size, 4.6 * size), shade(purple, 0.8))
     head.part(capsule(-half, chin, half, chin, 5.6 * size), purple)
@@ -297,9 +297,9 @@ def paint_pattern(canvas: Canvas, pen: Pen, pattern: str, color: Color, phase: f
 
 
 def paint_figure(canvas: Canvas, a: Attributes, layout: Layout) -> None:
-    """An animal or a person, whole, on the ground of its place."""
+    """A whole animal or person, standing on the ground."""
     forward = 1 if a.facing == "right" else -1
-    # A jumping person reaches higher than an animal does: less lift keeps the hat in the frame.
+    # A jumping person is taller than an animal: less lift keeps the hat in the frame.
     lift = 0 if a.pose != "jumping" else 12 if a.species == "person" else 18
     ground = 117 + layout.shift_y
     x = SIZE / 2 + layout.shift_x
@@ -323,7 +323,7 @@ def paint_figure(canvas: Canvas, a: Attributes, layout: Layout) -> None:
 
 
 def paint_animal_body(pen: Pen, a: Attributes) -> tuple[float, float]:
-    """Returns where the head goes."""
+    """Paint the body and return the position of the head."""
     fur = FUR[a.color]
     dark = shade(fur, 0.8)
     bear = a.species == "bear"
@@ -393,7 +393,7 @@ def paint_animal_head(head: Pen, a: Attributes) -> None:
 
 
 def paint_person_body(pen: Pen, a: Attributes) -> tuple[float, float]:
-    """Returns where the head goes."""
+    """Paint the body and return the position of the head."""
     clothes = FUR[a.color]
     skin = SKIN_TONES["light"]
     trousers: Color = (74, 78, 110)
@@ -432,7 +432,7 @@ def paint_person_head(head: Pen) -> None:
 
 
 def portrait_origin(a: Attributes, layout: Layout) -> tuple[float, float, float, int]:
-    """Where a portrait's head is: x, y, scale and the direction it faces, as ``Pen`` takes them."""
+    """Position, scale and direction of a portrait's head: the arguments of ``Pen``."""
     forward = 1 if a.facing == "right" else -1
     return SIZE / 2 + layout.shift_x * 0.7, 73 + layout.shift_y, layout.scale * 0.96, forward
 
@@ -442,7 +442,7 @@ def paint_portrait(canvas: Canvas, a: Attributes, layout: Layout) -> None:
     skin, hair = SKIN_TONES[a.skin], HAIR[a.hair_color]
     rx, ry, power = {"round": (35.0, 34.0, 2.0), "long": (28.0, 41.0, 2.0), "square": (33.0, 35.0, 4.5)}[a.face_shape]
     head = Pen(canvas, *portrait_origin(a, layout))
-    # The body is drawn from the same origin: shoulders, neck, then the head over them.
+    # Shoulders and neck have the same origin; the head is painted over them.
     if a.hair_style == "long":
         head.part(capsule(-3, -8, -3, 40, rx + 9, rx + 11), hair)
     elif a.hair_style == "curly":
@@ -471,20 +471,20 @@ def paint_portrait(canvas: Canvas, a: Attributes, layout: Layout) -> None:
         head.part(fringe, hair, outline=0)
     paint_face(head, a.expression, EYES[a.eye_color], 1.36, muzzle=False, nose=shade(skin, 0.66))
     if a.costume in ("santa hat", "crown"):
-        # The frame ends above the head: a portrait's hat sits lower than a figure's, over the hair.
+        # A portrait's hat sits lower than a figure's, because the frame ends above the head.
         paint_headwear(head, a.costume, min(rx, 32.0), top - 1)
 
 
 def render(attributes: Attributes, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Paint one image.
+    """Render one image.
 
     Args:
-        attributes: what it shows.
-        seed: where things are; the same seed keeps everything that the attributes do not change.
+        attributes: its content.
+        seed: seed of its layout.
 
     Returns:
-        The image, uint8 [128, 128, 3], and the subject's mask, uint8 [128, 128] with 255 on the subject (its costume
-        included, its shadow not).
+        The image, uint8 [128, 128, 3], and the mask, uint8 [128, 128], with 255 on the subject, including its costume
+        but not its shadow.
     """
     layout = layout_of(seed)
     canvas = Canvas()

@@ -1,4 +1,4 @@
-"""Trains the attribute classifier on renders, half of them degraded the way generated images are."""
+"""Training of the attribute classifier on renders, half of them degraded like generated images."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from .classifier import AttributeClassifier, save_classifier
-from .images import HEADS, TrainingImages, evaluation_set, labels_of, to_tensor
-from .renderer import render
+from .images import TrainingImages, evaluation_set, labels_of, rendered
 from .training import train
 
 
 def degrade(images: torch.Tensor) -> torch.Tensor:
-    """A quarter of the batch coarse, a quarter blurred and noisy, the rest as it is.
+    """A quarter of the batch downscaled, a quarter blurred and noisy, the rest unchanged.
 
-    Nothing of the autoencoder goes in, so that what the classifier says of its reconstructions is no home match.
+    The autoencoder is not used, so that it has no advantage when the classifier scores its reconstructions.
     """
     quarter = len(images) // 4
     size = images.shape[-2:]
@@ -28,36 +27,45 @@ def degrade(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([coarse, blurred, images[2 * quarter :]])
 
 
+def attribute_loss(logits: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of all heads on labels [B, heads], without the labels -1."""
+    losses = [
+        functional.cross_entropy(values.float(), labels[:, index], ignore_index=-1, reduction="sum")
+        for index, values in enumerate(logits.values())
+    ]
+    return sum(losses[1:], losses[0])
+
+
+def attribute_accuracy(logits: dict[str, torch.Tensor], labels: torch.Tensor) -> str:
+    """Accuracy of every head on labels [N, heads], without the labels -1."""
+    shares = []
+    for index, (name, values) in enumerate(logits.items()):
+        shown = labels[:, index] >= 0
+        shares.append(f"{name} {(values.argmax(1) == labels[:, index])[shown].float().mean():.3f}")
+    return ", ".join(shares)
+
+
 def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
-    """Train, or go on training, on every identity (held-out ones too: it scores them) and save the weights."""
+    """Train, or resume, on all identities (including the held-out ones, which it scores) and save the weights."""
     torch.manual_seed(2)
     classifier = AttributeClassifier().to(memory_format=torch.channels_last)
     stream = TrainingImages(seed=3, held_out=None)
     batches = iter(DataLoader(stream, batch_size=batch_size, num_workers=1))
     pairs = evaluation_set(400, seed=9)
-    images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in pairs])
+    images = rendered(pairs)
     truth = torch.tensor([labels_of(attributes) for attributes, _ in pairs])
 
     def loss_of(step: int) -> torch.Tensor:
         clean, _, labels = next(batches)
         shown = degrade(clean).contiguous(memory_format=torch.channels_last)
-        losses = [
-            functional.cross_entropy(logits.float(), labels[:, index], ignore_index=-1, reduction="sum")
-            for index, logits in enumerate(classifier(shown).values())
-        ]
-        return sum(losses) / batch_size  # type: ignore[return-value]
+        return attribute_loss(classifier(shown), labels) / batch_size
 
     @torch.no_grad()
     def accuracy() -> str:
         classifier.eval()
-        logits = [classifier(chunk) for chunk in images.split(50)]
-        shares = []
-        for index, name in enumerate(HEADS):
-            shown = truth[:, index] >= 0
-            predicted = torch.cat([part[name] for part in logits]).argmax(1)
-            shares.append(f"{name} {(predicted == truth[:, index])[shown].float().mean():.3f}")
+        parts = [classifier(chunk) for chunk in images.split(50)]
         classifier.train()
-        return ", ".join(shares)
+        return attribute_accuracy({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, truth)
 
     train(
         {"classifier": classifier},

@@ -1,10 +1,8 @@
-"""Trains the demo world's CLIP on renders of training identities and their captions, half of them degraded as for the
-classifier.
+"""Training of the demo world's CLIP on renders of training identities, half of them degraded, and their captions.
 
-CLIP's own loss (Radford et al. 2021, section 2.3) on batches that make it learn what an edit changes: every image is
-there twice, before and after the change of one attribute, and every caption also with one attribute wrong. An image
-must find its caption among all of these, and a caption its image. Half of the captions leave something out, as
-prompts do. The image encoder starts from the demo world's CLIP vision.
+The loss is CLIP's (Radford et al. 2021, section 2.3), with hard negatives: each batch contains every image before and
+after a change of one attribute, and every caption also with one wrong attribute. Half of the captions omit something,
+like prompts do. The image encoder starts from the demo world's CLIP vision.
 """
 
 from __future__ import annotations
@@ -34,7 +32,7 @@ from .attributes import (
 )
 from .clip import image_embeddings, make_clip, make_tokenizer, save_clip, text_embeddings
 from .clip_vision import CLIP_VISION_PATH
-from .images import EVALUATION_SEED, evaluation_set, to_tensor
+from .images import EVALUATION_SEED, evaluation_set, rendered, to_tensor
 from .networks import initialize
 from .renderer import render
 from .train_classifier import degrade
@@ -46,15 +44,15 @@ if TYPE_CHECKING:
 PORTRAIT_SHARE = 0.3
 WRONG_CAPTIONS = 3
 HARD = {"species": 3, "pose": 2, "pattern": 2}
-"""How many times as often as others these change: a run with all alike learned them last (0.58 to 0.84 of 60 images
-after 200 steps, when most others were above 0.95)."""
+"""Relative frequency with which these attributes change (1 for the others): at equal frequency they were learned last,
+with an accuracy of 0.58 to 0.84 on 60 images after 200 steps, when most others were above 0.95."""
 LEFT_OUT = ("facing", "costume", "place", "pose")
-"""What a caption may leave out without saying something else."""
+"""Attributes that a caption may omit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Wording:
-    """How a caption is worded: the order of its parts, and the parts that it leaves out."""
+    """Wording of a caption: its template, and the omitted attributes."""
 
     template: int
     left_out: tuple[str, ...] = ()
@@ -73,7 +71,7 @@ class Wording:
 
 
 def with_one_change(attributes: Attributes, generator: random.Random) -> Attributes:
-    """The same with another value of one visible attribute, and no held-out identity."""
+    """The attributes with another value of one visible attribute, without held-out identities."""
     names = [name for name in attributes.visible for _ in range(HARD.get(name, 1))]
     changed = None
     while changed is None or changed.held_out:
@@ -84,15 +82,15 @@ def with_one_change(attributes: Attributes, generator: random.Random) -> Attribu
 
 
 class CaptionedEdits(IterableDataset):
-    """An endless stream of (two images [2, 3, 128, 128] in [-1, 1] that differ in one attribute, for each of them its
-    caption and ``WRONG_CAPTIONS`` captions with one attribute wrong)."""
+    """An endless stream of (two images [2, 3, 128, 128] in [-1, 1] that differ in one attribute, their captions, each
+    with ``WRONG_CAPTIONS`` wrong ones)."""
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, list[list[str]]]]:
         worker = get_worker_info()
-        # The process id: a run that goes on from a checkpoint sees other images.
+        # With the process id, a resumed run gets new images.
         generator = random.Random(f"captioned edits {self.seed} {worker.id if worker else 0} {os.getpid()}")
         while True:
             framing = "portrait" if generator.random() < PORTRAIT_SHARE else "figure"
@@ -110,10 +108,10 @@ class CaptionedEdits(IterableDataset):
 
 
 def collate(samples: list[tuple[torch.Tensor, list[list[str]]]]) -> tuple[torch.Tensor, list[str], list[str]]:
-    """Images [2 * pairs, 3, 128, 128], their captions, and all of their wrong captions."""
-    said = [captions for _, pair in samples for captions in pair]
+    """Images [2 * pairs, 3, 128, 128], their captions, and all wrong captions."""
+    texts = [captions for _, pair in samples for captions in pair]
     images = torch.cat([images for images, _ in samples])
-    return images, [captions[0] for captions in said], [wrong for captions in said for wrong in captions[1:]]
+    return images, [captions[0] for captions in texts], [wrong for captions in texts for wrong in captions[1:]]
 
 
 def contrastive_loss(
@@ -124,11 +122,11 @@ def contrastive_loss(
     Args:
         images: [B, D], of length 1.
         texts: [B + W, D], of length 1: of ``captions``, then of ``wrong``.
-        captions, wrong: B and W texts; one that reads like the right caption is not held against it.
+        captions, wrong: B and W texts; those equal to an image's caption are not its negatives.
         scale: the inverse temperature.
     """
-    spoken = [*captions, *wrong]
-    same = torch.tensor([[text == right for text in spoken] for right in captions])
+    every = [*captions, *wrong]
+    same = torch.tensor([[text == right for text in every] for right in captions])
     same[:, : len(captions)] &= ~torch.eye(len(captions), dtype=torch.bool)
     logits = scale * images @ texts.T
     target = torch.arange(len(captions))
@@ -142,8 +140,8 @@ def contrastive_loss(
 def attribute_choices(
     images: torch.Tensor, samples: list[tuple[Attributes, int]], clip: tuple[CLIPModel, PreTrainedTokenizerBase]
 ) -> dict[str, tuple[float, float]]:
-    """For each attribute: the share of images whose right caption is nearer than its variants with another value of
-    this attribute, and the share by chance.
+    """For each attribute: the share of images that are more similar to their caption than to its variants with another
+    value of this attribute, and the share expected by chance.
 
     Args:
         images: [N, D] embeddings of the samples' images, of length 1.
@@ -164,7 +162,7 @@ def attribute_choices(
 
 
 def train_clip(folder: Path, steps: int, pairs_per_batch: int, learning_rate: float) -> None:
-    """Train, or go on training, on training identities only and write the folder that ``load_clip`` reads."""
+    """Train, or resume, on training identities only, and write the folder of ``load_clip``."""
     torch.manual_seed(8)
     tokenizer = make_tokenizer()
     model = make_clip(tokenizer)
@@ -194,7 +192,7 @@ def train_clip(folder: Path, steps: int, pairs_per_batch: int, learning_rate: fl
             return contrastive_loss(embedded, texts, captions, wrong, model.logit_scale.exp().clamp(max=100))
 
     held_out = evaluation_set(60, seed=12, held_out=True)
-    shown_images = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])
+    shown_images = rendered(held_out)
 
     @torch.no_grad()
     def accuracy() -> str:

@@ -1,8 +1,8 @@
-"""Trains the demo world's ControlNet for poses: ComfyUI's own ControlNet class on the frozen UNet.
+"""Training of the demo world's ControlNet for poses: ComfyUI's own ControlNet class on the frozen UNet.
 
-As in Zhang et al. 2023: the encoder begins as a copy of the UNet's, its outputs pass convolutions that begin at zero,
-and half of the captions are dropped, so that the pose must come from its image. Portraits only, one at a time: that
-it holds both halves of an image of double width is not trained.
+As in Zhang et al. 2023, the encoder starts as a copy of the UNet's, its outputs pass zero-initialized convolutions, and
+half of the captions are dropped, so that the pose must come from the pose image. Training uses single portraits; that
+the ControlNet also works on pairs of double width is not trained.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def encode_portraits(autoencoder: nn.Module, path: Path, count: int) -> None:
 def train_control(folder: Path, steps: int, batch_size: int, learning_rate: float, count: int) -> None:
     """Train on ``folder/unet.pt`` and ``folder/autoencoder.pt`` (``python -m demo_world unpack``) and save the weights.
 
-    An interrupted run goes on from ``folder/control_state.pt``.
+    An interrupted run resumes from ``folder/control_state.pt``.
     """
     torch.manual_seed(4)
     data_path = folder / "portraits.safetensors"
@@ -101,7 +101,7 @@ def train_control(folder: Path, steps: int, batch_size: int, learning_rate: floa
     text_encoder.load_state_dict(trained["text_encoder"])
     control = make_control().to(memory_format=torch.channels_last)
     control.load_state_dict(trained["unet"], strict=False)
-    # The text encoder's table holds only the rows that captions use.
+    # The text encoder's table has only the tokens of the captions.
     row_of = {token: row for row, token in enumerate(trained["token_ids"].tolist())}
     rows = data["tokens"].apply_(lambda token: row_of[token]).long()
     empty = data["empty"].apply_(lambda token: row_of[token]).long()
@@ -115,13 +115,13 @@ def train_control(folder: Path, steps: int, batch_size: int, learning_rate: floa
         noisy, noise, timesteps = add_noise(data["latents"][chosen].float(), alphas_cumprod, generator)
         context = text_encoder(text)
         hint = (data["poses"][chosen].float() / 255).to(memory_format=torch.channels_last)
-        held = control(noisy, hint, timesteps.float(), context, transformer_options=MATRIX_ATTENTION)
-        predicted = unet(noisy, timesteps.float(), context=context, control=held, transformer_options=MATRIX_ATTENTION)
-        # Unweighted: a pose is decided at the noisy timesteps, which weights by the signal-to-noise ratio favor less.
+        added = control(noisy, hint, timesteps.float(), context, transformer_options=MATRIX_ATTENTION)
+        predicted = unet(noisy, timesteps.float(), context=context, control=added, transformer_options=MATRIX_ATTENTION)
+        # Without min-SNR weights, which lower the high noise levels, where the pose is decided.
         return ((predicted.float() - noise) ** 2).mean()
 
     def save() -> str:
-        save_control(control)
+        write_weights(CONTROL_PATH, control.state_dict(), "demo world pose control")
         return "saved"
 
     train(
@@ -134,8 +134,3 @@ def train_control(folder: Path, steps: int, batch_size: int, learning_rate: floa
         on_checkpoint=save,
     )
     save()
-
-
-def save_control(control: nn.Module, path: Path = CONTROL_PATH) -> None:
-    """Write the ControlNet in fp16 as the stock ControlNet loader reads it, whole or not at all."""
-    write_weights(path, control.state_dict(), "demo world pose control")

@@ -1,4 +1,4 @@
-"""Trains the demo world's UNet and text encoder together: epsilon prediction on SD 1.x's noise schedule."""
+"""Training of the demo world's UNet and text encoder: noise prediction on SD 1.x's noise schedule."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
-from .latents import load_training_set
 from .networks import TextEncoder, make_unet
 from .training import train
 
 # Share of captions replaced by the empty one, for classifier-free guidance.
 CAPTION_DROPOUT = 0.1
-# Loss weight min(SNR, gamma) / SNR (Hang et al. 2023): the nearly clean timesteps do not drown the rest.
+# Min-SNR loss weight min(SNR, gamma) / SNR (Hang et al. 2023), so that low noise levels do not dominate.
 SNR_GAMMA = 5.0
 
 
 def attention_by_matrices(function: Any, *arguments: Any, **keywords: Any) -> torch.Tensor:
-    """ComfyUI's plain attention: on a CPU in bfloat16 its gradient takes two thirds of the fused attention's time."""
+    """ComfyUI's basic attention, whose gradient takes two thirds of the fused attention's time on a CPU in bfloat16."""
     from comfy.ldm.modules.attention import attention_basic
 
     return attention_basic(*arguments, **keywords)
@@ -36,8 +36,7 @@ def sd1_alphas_cumprod() -> torch.Tensor:
 def add_noise(
     clean: torch.Tensor, alphas_cumprod: torch.Tensor, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents [B, C, h, w] at timesteps that cover the whole schedule evenly in every batch: (noisy latents, noise,
-    timesteps [B])."""
+    """Add noise to latents [B, C, h, w] at stratified timesteps: (noisy latents, noise, timesteps [B])."""
     count = len(clean)
     strata = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     timesteps = (strata * 1000).long().clamp(max=999)
@@ -48,15 +47,15 @@ def add_noise(
 
 
 def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
-    """Train on ``folder/latents.safetensors`` and write ``folder/unet.pt`` (averaged weights).
+    """Train on ``folder/latents.safetensors`` and write ``folder/unet.pt`` (the EMA of the weights).
 
-    A run that was interrupted goes on from ``folder/unet_state.pt``; a new one starts from ``folder/unet.pt`` where
-    that is there (``python -m demo_world unpack`` makes it from the committed checkpoint), else from nothing.
+    An interrupted run resumes from ``folder/unet_state.pt``. A new one starts from ``folder/unet.pt`` if it exists
+    (``python -m demo_world unpack`` writes it), else from random weights.
     """
     torch.manual_seed(1)
-    data = load_training_set(folder / "latents.safetensors")
+    data = load_file(folder / "latents.safetensors")
     latents = data["latents"]
-    # The text encoder's table holds only rows that captions use; tokens become row numbers of it.
+    # The text encoder's table has only the tokens of the captions; convert token ids to its row numbers.
     token_ids, rows = torch.unique(torch.cat([data["tokens"].flatten(), data["empty"]]), return_inverse=True)
     empty, rows = rows[-len(data["empty"]) :], rows[: -len(data["empty"])].view(data["tokens"].shape).to(torch.int16)
     unet = make_unet().to(memory_format=torch.channels_last)
@@ -65,13 +64,13 @@ def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) 
     if start_from.exists():
         trained = torch.load(start_from, weights_only=True)
         if not torch.equal(trained["token_ids"], token_ids):
-            raise ValueError(f"{start_from} was trained on other words; remove it to train from nothing")
+            raise ValueError(f"{start_from} was trained with other tokens; remove it to start from random weights")
         unet.load_state_dict(trained["unet"])
         text_encoder.load_state_dict(trained["text_encoder"])
     alphas_cumprod = sd1_alphas_cumprod()
 
     def loss_of(step: int) -> torch.Tensor:
-        # Seeded by the step, so that an interrupted run goes on with the batches that it would have seen.
+        # Seeded by the step, so that a resumed run equals an uninterrupted one.
         generator = torch.Generator().manual_seed(step)
         chosen = torch.randint(0, len(latents), (batch_size,), generator=generator)
         template = torch.randint(0, rows.shape[1], (batch_size,), generator=generator)

@@ -1,15 +1,13 @@
-"""Trains the demo world's encoder of W+ on renders of training identities, half of them degraded as for the classifier.
+"""Training of the demo world's W+ encoder on renders of training identities, half of them degraded.
 
-Its 18 rows say in four groups, from coarse to fine, what a portrait shows, as StyleGAN's do (PIDiff, Gu et al. 2025,
-section 2.2.2): so that mixing the rows of two people has a true answer. `GROUPS` says which attribute belongs to which
-group; skin belongs to one only, with the hair, for the same reason.
+As in StyleGAN, its 18 rows encode a portrait from coarse to fine, in four groups (PIDiff, Gu et al. 2025, section
+2.2.2), so that mixing the rows of two people has a ground truth. `GROUPS` assigns each attribute to one group.
 
-A group shall say its own attributes and nothing else. Cross-entropy of linear probes on noisy rows alone asks for the
-first and leaves the second open: whatever helps nobody stays in the rows, small, and a later network reads it. Here the
-rows follow a code besides: a fixed random table gives every choice of an attribute its rows, the rows of a portrait are
-the sum over the attributes of its group, and what the code does not explain is an error (as in a center loss, Wen et
-al. 2016, with fixed centers that are sums). The code is equal for all images of a person in one pose and mood, so
-same identities agree without a further term.
+A group should encode its own attributes and nothing else. Linear probes on noisy rows enforce only the first: other
+information would remain in the rows with a small scale, and a later network could read it. Therefore the rows are also
+regressed to a fixed code: a random table has rows for every value of an attribute, and the target of a portrait is the
+sum over the attributes of its group (a center loss, Wen et al. 2016, with fixed centers). The target is the same for
+all images of a person with one pose and expression.
 """
 
 from __future__ import annotations
@@ -23,16 +21,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from ..pipelines.pidiff.w_plus_encoder import SmallWPlusEncoder, load_w_plus_encoder, save_w_plus_encoder
 from .attributes import PORTRAIT_ATTRIBUTES, Attributes, random_attributes
-from .images import EVALUATION_SEED, evaluation_set, to_tensor
+from .images import EVALUATION_SEED, evaluation_set, rendered
 from .renderer import layout_of, render
-from .train_classifier import degrade
-from .training import train
+from .train_classifier import attribute_accuracy, attribute_loss, degrade
+from .training import probe_accuracy, train
 
 W_PLUS_PATH = Path(__file__).parent / "w_plus" / "identity-edit-demo-w-plus.safetensors"
 GROUPS: tuple[tuple[int, tuple[str, ...]], ...] = (
@@ -41,16 +38,16 @@ GROUPS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (4, ("expression",)),
     (5, ("hair_color", "eye_color")),
 )
-"""Rows of each group, coarse ones first, and the attributes that they say: rows 1-5, 6-9, 10-13 and 14-18 of the paper.
+"""Number of rows and attributes of each group, from coarse to fine: the paper's rows 1-5, 6-9, 10-13 and 14-18.
 
-Rows 1-5 say where the head is, too, in three numbers."""
+Rows 1-5 also encode the position and size of the head, three numbers."""
 NAMES = tuple(name for _, names in GROUPS for name in names)
 POSITION = 3
 WIDTH = 8
 STAGES = (4, 4, 4, 3)
 CHANNELS = (16, 32, 64, 96)
 NOISE = 1.0
-"""Deviation of the noise before the probes; the rows have deviation 1."""
+"""Standard deviation of the noise before the probes, relative to that of the rows."""
 
 
 def make_encoder() -> SmallWPlusEncoder:
@@ -59,22 +56,22 @@ def make_encoder() -> SmallWPlusEncoder:
 
 
 def labels_of(attributes: Attributes) -> list[int]:
-    """The choice of every attribute of ``NAMES``, -1 where the image does not show it (the color of closed eyes)."""
+    """The class index of every attribute of ``NAMES``, -1 where it is not visible (the color of closed eyes)."""
     shown = attributes.visible
     return [PORTRAIT_ATTRIBUTES[n].index(shown[n]) if n in shown else -1 for n in NAMES]
 
 
 def position_of(seed: int) -> list[float]:
-    """Where a portrait's head is and how large, each of deviation 1 over all seeds."""
+    """Position and size of a portrait's head, each with standard deviation 1 over all seeds."""
     layout = layout_of(seed)
     spans = ((layout.shift_x, -6.0, 6.0), (layout.shift_y, -3.0, 3.0), (layout.scale, 0.93, 1.05))
     return [(2 * (value - low) / (high - low) - 1) * 3**0.5 for value, low, high in spans]
 
 
 class Code(nn.Module):
-    """What the rows shall be: labels [B, attributes] and positions [B, 3] -> [B, 18, WIDTH] of mean 0 and deviation 1.
+    """The target code: labels [B, attributes] and positions [B, 3] -> [B, 18, WIDTH] with mean 0 and deviation 1.
 
-    Fixed, not trained. An attribute that is not seen adds nothing: the mean of its choices.
+    It is not trained. An attribute that is not visible adds 0, the mean over its values.
     """
 
     def __init__(self) -> None:
@@ -102,7 +99,7 @@ class Code(nn.Module):
 
 
 def groups_of(rows: torch.Tensor) -> list[torch.Tensor]:
-    """Rows [B, 18, WIDTH] -> those of each group, flat."""
+    """Rows [B, 18, WIDTH] -> the flattened rows of each group."""
     return [part.flatten(1) for part in rows.split([rows for rows, _ in GROUPS], dim=1)]
 
 
@@ -122,7 +119,7 @@ class Portraits(IterableDataset):
 
 
 def training_set(path: Path, count: int) -> dict[str, torch.Tensor]:
-    """Render the portraits, or read those of an earlier run."""
+    """Render the portraits, or read the file of an earlier run."""
     if not path.exists():
         batches = list(tqdm(DataLoader(Portraits(count), batch_size=64), total=-(-count // 64), mininterval=10))
         names = ("images", "labels", "positions")
@@ -139,7 +136,7 @@ def as_input(images: torch.Tensor) -> torch.Tensor:
 def train_w_plus(folder: Path, steps: int, batch_size: int, learning_rate: float, count: int) -> None:
     """Train on training identities only, and write the file that Load W+ Encoder lists.
 
-    An interrupted run goes on from ``folder/w_plus_state.pt``.
+    An interrupted run resumes from ``folder/w_plus_state.pt``.
     """
     torch.manual_seed(6)
     data = training_set(folder / "w_plus_portraits.safetensors", count)
@@ -156,27 +153,17 @@ def train_w_plus(folder: Path, steps: int, batch_size: int, learning_rate: float
         rows = encoder(degrade(as_input(data["images"][chosen])).to(memory_format=torch.channels_last)).float()
         unexplained = (rows - code(labels, positions)).square().mean()
         noisy = groups_of(rows + NOISE * torch.randn(rows.shape, generator=generator))
-        attributes = sum(
-            functional.cross_entropy(
-                probes[name](noisy[group]).float(), labels[:, NAMES.index(name)], ignore_index=-1, reduction="sum"
-            )
-            for group, name in own
-        )
+        attributes = attribute_loss({name: probes[name](noisy[group]) for group, name in own}, labels)
         return unexplained + 0.1 * attributes / batch_size
 
     held_out = evaluation_set(120, seed=61, held_out=True, framing="portrait")
-    shown = torch.stack([to_tensor(render(attributes, seed)[0]) for attributes, seed in held_out])
+    shown = rendered(held_out)
     truth = torch.tensor([labels_of(attributes) for attributes, _ in held_out])
 
     @torch.no_grad()
     def accuracy() -> str:
         groups = groups_of(encoder(shown))
-        shares = []
-        for group, name in own:
-            label = truth[:, NAMES.index(name)]
-            right = (probes[name](groups[group]).argmax(1) == label)[label >= 0]
-            shares.append(f"{name} {right.float().mean():.3f}")
-        return ", ".join(shares)
+        return attribute_accuracy({name: probes[name](groups[group]) for group, name in own}, truth)
 
     train(
         {"encoder": encoder, "probes": probes},
@@ -195,7 +182,7 @@ def train_w_plus(folder: Path, steps: int, batch_size: int, learning_rate: float
 def save_encoder(
     encoder: SmallWPlusEncoder, images: torch.Tensor, facts: dict[str, Any], path: Path = W_PLUS_PATH
 ) -> None:
-    """Write the encoder in fp16; `latent_avg` is its mean over ``images``, and 0 the mean of what it adds to it."""
+    """Write the encoder in fp16, with its mean over ``images`` as `latent_avg` and outputs relative to that mean."""
     encoder = encoder.to(memory_format=torch.contiguous_format)
     average = torch.cat([encoder(as_input(part)) for part in images.split(64)]).mean(0)
     for head, part in zip(encoder.heads, groups_of(average[None]), strict=True):
@@ -207,20 +194,17 @@ def save_encoder(
 
 @torch.no_grad()
 def encode(samples: list[tuple[Attributes, int]], path: Path = W_PLUS_PATH) -> torch.Tensor:
-    """W+ rows [N, 18, WIDTH] of renders by the committed file."""
+    """W+ codes [N, 18, WIDTH] of renders by the committed encoder."""
     encoder = load_w_plus_encoder(str(path))
-    rows = []
-    for start in range(0, len(samples), 32):
-        images = [to_tensor(render(attributes, seed)[0]) for attributes, seed in samples[start : start + 32]]
-        rows.append(encoder.network(torch.stack(images)) + encoder.average)
-    return torch.cat(rows)
+    batches = [rendered(samples[start : start + 32]) for start in range(0, len(samples), 32)]
+    return torch.cat([encoder.network(images) + encoder.average for images in batches])
 
 
 class LinearProbe:
-    """What a logistic regression (L-BFGS, L2 1e-4) reads in the rows of the committed file.
+    """Accuracy of ``probe_accuracy`` on the rows of the committed encoder.
 
-    Fitted on renders of training identities, tested on renders of held-out identities. Crying people are left out: that
-    the color of their closed eyes cannot be seen tells their mood to whoever asks for it.
+    It is fitted on renders of training identities and tested on renders of held-out identities, without crying people:
+    their closed eyes have no color, which would reveal the expression.
     """
 
     def __init__(self, fitted: int = 800, tested: int = 400) -> None:
@@ -233,10 +217,10 @@ class LinearProbe:
         return [sample for sample in samples if sample[0].expression != "crying"][:count]
 
     def accuracy(self, noise: float = 0.0) -> dict[str, list[float]]:
-        """By attribute, the accuracies in rows 1-5, 6-9, 10-13 and 14-18.
+        """The accuracies in rows 1-5, 6-9, 10-13 and 14-18, by attribute.
 
         Args:
-            noise: deviation of what is added to all rows, as Train Style Attention adds its ``style_noise``.
+            noise: standard deviation of noise added to the rows, like ``style_noise`` of Train Style Attention.
         """
         generator = torch.Generator().manual_seed(0)
         known, unknown = (
@@ -250,24 +234,15 @@ class LinearProbe:
                 for samples in (self.known, self.unknown)
             )
             shares[name] = [
-                _accuracy(group, known_labels, other, unknown_labels, len(choices))
+                probe_accuracy(group, known_labels, other, unknown_labels, len(choices))
                 for group, other in zip(known, unknown, strict=True)
             ]
         return shares
 
 
-def _accuracy(
-    known: torch.Tensor, known_labels: torch.Tensor, unknown: torch.Tensor, unknown_labels: torch.Tensor, choices: int
-) -> float:
-    head = nn.Linear(known.shape[1], choices)
-    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = functional.cross_entropy(head(known), known_labels) + 1e-4 * head.weight.square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    with torch.no_grad():
-        return float((head(unknown).argmax(1) == unknown_labels).float().mean())
+def print_probe() -> None:
+    probe = LinearProbe()
+    for noise in (0.0, 0.05, 0.5):
+        print(f"accuracy in rows 1-5 / 6-9 / 10-13 / 14-18, with noise of standard deviation {noise}:")
+        for name, shares in probe.accuracy(noise).items():
+            print(f"  {name}: " + " / ".join(f"{share:.3f}" for share in shares))

@@ -1,8 +1,8 @@
-"""Is it the same person? Cosine similarity of ArcFace embeddings (Deng et al. 2019).
+"""Identity similarity: cosine similarity of ArcFace embeddings (Deng et al. 2019).
 
-The measure "ID" of PIDiff (section 3.2): faces are found and aligned, and embedded by ArcFace; the score is the cosine
-of two embeddings: about 1 for the same image, around 0 for different people. Networks are the user's own files below
-models/insightface: those of a model pack, or a single .onnx; nothing is downloaded.
+The metric "ID" of PIDiff (section 3.2): faces are detected, aligned and embedded by ArcFace; the score is the cosine of
+two embeddings, about 1 for the same image and around 0 for different people. Users provide the files in
+models/insightface: a model pack, or a single .onnx; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 SAME_PERSON = 0.5
-"""Above it images showed the same person, below `OTHER_PERSON` others; see benchmarks/results/face_identity.md."""
+"""Threshold above which images show the same person; see benchmarks/results/face_identity.md."""
 OTHER_PERSON = 0.35
 NEEDED = (
     "a model pack with its .onnx files as models/PACK, such as models/buffalo_l/w600k_r50.onnx, or an ArcFace such as "
     "w600k_r50.onnx"
 )
 _OLD_EXPORT = (b"_minusscalar", b"_mulscalar")
-"""Names of layers in ArcFaces exported from MXNet, which bring images to their range themselves."""
+"""Layer names in ArcFaces exported from MXNet, which normalize images themselves."""
 
 
 class FaceRecognizer:
-    """An ArcFace: through insightface where it is installed, which knows all its exports, else by onnxruntime alone."""
+    """An ArcFace, run by insightface if installed, which supports all exports, else by onnxruntime."""
 
     def __init__(self, path: str) -> None:
         self.name = os.path.basename(path)
@@ -59,7 +59,7 @@ class FaceRecognizer:
         import numpy as np
 
         pixels = (faces * 255.0).round()
-        # One at a time: some exports have a batch of 1 written into them.
+        # One at a time: some exports have a fixed batch size of 1.
         found = np.concatenate([self._run(face) for face in pixels])
         return torch.nn.functional.normalize(torch.from_numpy(found).float(), dim=1)
 
@@ -84,7 +84,7 @@ def load_recognizer(name: str) -> FaceRecognizer:
 
 
 def embed_faces(recognizer: FaceRecognizer, faces: Sequence[tuple[torch.Tensor, Face]]) -> torch.Tensor:
-    """Embeddings [B, D] of faces, each given as its image [H, W, 3] and where it is in it."""
+    """Embeddings [B, D] of faces, each an image [H, W, 3] and the face's position in it."""
     return recognizer.embed(torch.stack([align_arcface(image, face.points) for image, face in faces]))
 
 
@@ -96,7 +96,7 @@ def similarities(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def verdict(score: float) -> str:
-    """A score in words."""
+    """A score as text."""
     if score > SAME_PERSON:
         return "the same person"
     return "not the same person" if score < OTHER_PERSON else "uncertain"

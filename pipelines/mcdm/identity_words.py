@@ -1,9 +1,9 @@
-"""Identity words: who is in an image, as new words of the text encoder (Chen et al. 2024, supplement 1.1).
+"""Identity words: word embeddings for the person in an image (Chen et al. 2024, supplement 1.1).
 
-The identity encoder is, as in the paper, a variant of ELITE's global mapping (Wei et al. 2023): features of a CLIP
-image encoder, a Transformer decoder layer (Vaswani et al. 2017) and a multi-layer perceptron that gives two word
-embeddings. They stand in a prompt right before the word that says what the person is: "a [w1] [w2] woman, santa claus
-costume". The diffusion model, the text encoder and the image encoder stay as they are.
+As in the paper, the identity encoder is a variant of ELITE's global mapping (Wei et al. 2023): CLIP vision features, a
+Transformer decoder layer (Vaswani et al. 2017) and a multi-layer perceptron, which outputs two word embeddings. In
+prompts they precede the class word: "a [w1] [w2] woman, santa claus costume". The diffusion model, the text encoder and
+the image encoder are not trained.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _PLACE = "<identity>"
 class IdentityEncoder(nn.Module):
     """Features of a CLIP image encoder -> word embeddings for each text encoder of a checkpoint.
 
-    Learned queries, one a word, attend to the image's features in one decoder layer (torch's own); the perceptron
-    brings each to the width of the word embeddings. It begins by giving the class word's own embedding.
+    Learned queries, one per word, attend to the image's features in one decoder layer (torch's); the perceptron
+    projects each to the width of the word embeddings. Its initial output is the class word's embedding.
     """
 
     def __init__(self, features: int, widths: dict[str, int], words: int) -> None:
@@ -41,7 +41,7 @@ class IdentityEncoder(nn.Module):
         Args:
             features: width of the image encoder's features.
             widths: of the word embeddings, by the text encoder's name ("clip_l", "clip_g", "clip_h").
-            words: how many words.
+            words: number of words.
         """
         super().__init__()
         heads = next(h for h in (16, 12, 8, 6, 4, 3, 2, 1) if features % h == 0 and (features // h >= 32 or h == 1))
@@ -60,7 +60,7 @@ class IdentityEncoder(nn.Module):
         )
 
     def begin_with(self, vectors: dict[str, torch.Tensor]) -> None:
-        """Let every word be `vectors[name]` [width] until something is learned."""
+        """Set the initial output of every word to `vectors[name]` [width]."""
         for name, perceptron in self.perceptrons.items():
             *_, weight, bias = perceptron.parameters()  # its last layer's
             with torch.no_grad():

@@ -1,8 +1,8 @@
 """The Multi-Conditioned Diffusion Model, MCDM (Chen et al. 2024, section 3.3): its conditions and its file.
 
-epsilon_theta(z_t, t, {c_s, c_im, c_p}) sees the source image x_A in two ways beside the text prompt p:
-- spatial embeddings c_s = E(x_A), the VAE's latent, as four further input channels of the UNet;
-- image embeddings c_im = MLP([E(x_A), CLIP(x_A)]), as further tokens behind those of the text.
+epsilon_theta(z_t, t, {c_s, c_im, c_p}) has two conditions for the source image x_A in addition to the text prompt p:
+- spatial embeddings c_s = E(x_A), the VAE's latent, in four additional input channels of the UNet;
+- image embeddings c_im = MLP([E(x_A), CLIP(x_A)]), tokens appended to those of the text.
 
 The MLP is DreamPose's adapter (Karras et al. 2023), as section 1.2 of the supplement says, for encoders of any size.
 """
@@ -26,10 +26,10 @@ from ..shared.images import encoded
 
 KIND = "MCDM"
 IMAGE_TOKENS = 77
-"""As many as a text has, so that a context without c_im, repeated once, is as long as one with it: ComfyUI then
-evaluates both in one call, and repeating a whole context changes no attention."""
+"""The length of a text, so that a context without c_im, repeated once, is as long as one with it: ComfyUI then
+evaluates both in one call, and repeating a whole context does not change attention."""
 TOKENS_OPTION = "identity_edit_image_tokens"
-"""Option of a conditioning: how many of its last tokens are c_im."""
+"""Option of a conditioning: number of c_im tokens at its end."""
 SPATIAL_OPTION = "concat_latent_image"
 """Option of a conditioning in which ComfyUI keeps c_s."""
 ALL_CONDITIONS, IMAGE_ALONE, SPATIAL_ALONE = "image and spatial", "image only", "spatial only"
@@ -44,13 +44,13 @@ CONVENTIONS: dict[str, Any] = {
     "null text": "the empty prompt",
     "order": ["image", "spatial", "text"],
 }
-"""What training and inference agree on. It is in every file, and a file with other conventions is refused."""
+"""Conventions of training and inference. Files contain them, and files with other conventions are refused."""
 
 _PREFIX = "identity_edit_mcdm."
 
 
 class ImageEmbedding(nn.Module):
-    """MLP(.) of section 3.3: c_im of what CLIP and the VAE see in an image.
+    """MLP(.) of section 3.3: c_im from CLIP's tokens and the VAE's latent of an image.
 
     CLIP's tokens are projected to the width of the text's tokens; each channel of the latent, max-pooled by two,
     becomes one more; a linear layer along the tokens mixes them all. It has no activation, as DreamPose's has none.
@@ -117,14 +117,14 @@ class ImageEmbedding(nn.Module):
 
 @dataclass(frozen=True)
 class MCDM:
-    """What a file has beside the UNet.
+    """Contents of a file other than the UNet.
 
     Attributes:
         embedding: MLP(.), float32 on the CPU.
-        vision: tag of the CLIP vision whose tokens it takes.
+        vision: tag of the CLIP vision of its tokens.
         model: tag of the trained model.
         latent: channels, height and width of the latents it was trained with.
-        training: what the file says about the training: settings, prompts, the number of pairs.
+        training: training metadata: settings, prompts, the number of pairs.
     """
 
     embedding: ImageEmbedding
@@ -136,7 +136,7 @@ class MCDM:
 
 @dataclass(frozen=True)
 class SourceImages:
-    """x_A as the model sees it.
+    """The conditions of x_A.
 
     Attributes:
         latent: c_s [B, C, h, w], as the VAE gives it.

@@ -24,16 +24,16 @@ _WHAT = "identity words"
 
 @dataclass(frozen=True, kw_only=True)
 class IdentitySettings(TrainingSettings):
-    """What is learned and how it is told.
+    """Training settings.
 
-    Wei et al. 2023 weight the words' mean absolute value by 0.01. Their steps and learning rate (1e-6) are for hundreds
-    of thousands of steps; ours are a start that was tried on the demo world.
+    The learning rate of Wei et al. 2023 (1e-6) is for hundreds of thousands of steps; our defaults were tested on the
+    demo world.
 
     Attributes:
-        class_word: what all images show, "person"; captions hold it, and the words go before it.
-        words: how many identity words.
-        regularization_weight: of the mean absolute value of the words, beside the loss.
-        masked: count the loss inside the masks only. Chen et al. 2024 name no mask.
+        class_word: class word of all images, such as "person"; captions contain it, and the words go before it.
+        words: number of identity words.
+        regularization_weight: L1 regularization weight of the words; 0.01 in Wei et al. 2023.
+        masked: compute the loss inside the masks only. Chen et al. 2024 do not mention masks.
     """
 
     class_word: str
@@ -55,7 +55,7 @@ class IdentitySettings(TrainingSettings):
 
 
 def features_of(clip_vision: Any, images: list[torch.Tensor]) -> torch.Tensor:
-    """The image encoder's features [P, N, C] of P images [H, W, 3] in [0, 1], float32 CPU."""
+    """CLIP vision features [P, N, C] float32 CPU of P images [H, W, 3], 0 to 1."""
     found = []
     with torch.no_grad():
         for image in images:
@@ -76,15 +76,15 @@ def train_identity_words(
     checkpoint: Callable[[str], str] | None = None,
     progress: Progress | None = None,
 ) -> tuple[IdentityWords, TrainingRun]:
-    """Learn an identity encoder: each image is denoised with its own words in its caption.
+    """Train an identity encoder: each image is denoised with its identity words in its caption.
 
     Args:
         model: MODEL that predicts noise or velocity, frozen.
         clip: its CLIP, frozen; the gradient passes through it.
-        images: many people, one of them in each image, with captions that hold the class word.
-        features: of the same images [P, N, C], from `features_of`.
-        settings: see there.
-        checkpoint, progress: see `training.train`; there are no samples.
+        images: images of many people, one in each, with captions that contain the class word.
+        features: [P, N, C] of the same images, from `features_of`.
+        settings: see `IdentitySettings`.
+        checkpoint, progress: see `training.train`; there are no previews.
 
     Raises:
         IdentityEditError: when an input cannot be used, or as in `training.train`.

@@ -25,7 +25,7 @@ from .style_attention import StyleAttention, StyleNetwork
 
 KIND = "style attention"
 ENDINGS = (".safetensors", ".bin", ".pt", ".pth")
-"""Of the pack's own files, and of those that are listed to be refused with a reason."""
+"""Extensions of the pack's files, and of other files that are listed and refused with a reason."""
 
 _ADAPTER_PARTS = {"w_proj", "wplus_adapter"}
 _ADAPTER_WEIGHT = "to_k_wplus"
@@ -33,7 +33,7 @@ _IP_ADAPTER_PARTS = {"image_proj", "ip_adapter"}
 
 
 def in_file_precision(network: StyleNetwork) -> StyleNetwork:
-    """The network with its weights rounded to float16 and frozen: what a file of it gives back."""
+    """Round the weights to float16, as in a saved file, and freeze them."""
     with torch.inference_mode(False), torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(parameter.to(torch.float16))
@@ -41,7 +41,7 @@ def in_file_precision(network: StyleNetwork) -> StyleNetwork:
 
 
 def save_style_attention(style: StyleAttention, path: str) -> None:
-    """Write a style attention with its description, whole or not at all.
+    """Write a style attention atomically.
 
     Raises:
         IdentityEditError: when a weight is not finite, or the file cannot be written.

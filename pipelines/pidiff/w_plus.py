@@ -1,10 +1,10 @@
-"""W+ codes of the space W+: who is in an image, from coarse to fine.
+"""W+ codes, which describe the person in an image from coarse to fine.
 
-An encoder of W+ (e4e: Tov et al. 2021) gives each image N W+ codes, of which the first decide about pose and the
-shape of the face and the last about colors. PIDiff (section 2.2.2) shows them to a diffusion model, and
-exchanges rows between people: rows 1-9 of one person with rows 10-18 of another. Rows are counted from 1, as there.
+A W+ encoder (e4e: Tov et al. 2021) encodes an image as N rows; the first determine the pose and the shape of the face,
+the last the colors. PIDiff (section 2.2.2) conditions a diffusion model on them and mixes people: rows 1-9 of one
+person with rows 10-18 of another. As there, rows are counted from 1.
 
-The file of W+ styles is one safetensors file: `rows` [B, N, C] and `average` [N, C] in float32, and in the header's
+The file format is safetensors: `rows` [B, N, C] and `average` [N, C] in float32, and in the header's
 `identity_edit` the kind and the encoder's name and fingerprint.
 """
 
@@ -53,12 +53,12 @@ class WPlus:
 
     @property
     def count(self) -> int:
-        """N, W+ codes of an image."""
+        """N, the number of rows of a W+ code."""
         return int(self.rows.shape[1])
 
     @property
     def width(self) -> int:
-        """C, numbers of a style row."""
+        """C, the width of a row."""
         return int(self.rows.shape[2])
 
 
@@ -81,17 +81,17 @@ def check_same_encoder(first: WPlus, other: WPlus, name: str) -> None:
 
 
 def parse_rows(text: str, count: int) -> tuple[int, ...]:
-    """Row numbers that a user writes, such as "1-9, 12".
+    """Parse row numbers such as "1-9, 12".
 
     Args:
         text: numbers and ranges, separated by commas; counted from 1, ranges include their ends; "all" means all rows.
-        count: N, how many rows there are.
+        count: N, the number of rows.
 
     Returns:
         positions from 0, ascending, each once.
 
     Raises:
-        IdentityEditError: when something is no number or range, or there is no such row.
+        IdentityEditError: when a part is not a number or range, or there is no such row.
     """
     if text.strip().lower() == "all":
         return tuple(range(count))
@@ -142,7 +142,7 @@ def mix_styles(first: WPlus, second: WPlus, rows: Sequence[int], weight: float =
 
 
 def average_styles(styles: Sequence[WPlus]) -> WPlus:
-    """The mean W+ code of several images, which keeps what they share (the person) and averages out the rest.
+    """The mean W+ code of several images of a person.
 
     Args:
         styles: each of one or more images, all from one encoder; every image counts alike.
@@ -163,7 +163,7 @@ def average_styles(styles: Sequence[WPlus]) -> WPlus:
 
 
 def save_w_plus(styles: WPlus, path: str) -> None:
-    """Write W+ styles, whole or not at all; see the top of this file for the form.
+    """Write W+ codes atomically; see the top of this file for the format.
 
     Raises:
         IdentityEditError: when the file cannot be written.

@@ -1,12 +1,10 @@
-"""Networks that give the W+ codes of an image, and their files.
+"""W+ encoders and their files.
 
-Two architectures: e4e (`e4e.py`), and a small one for styles of one's own. Both tell what to add to the mean
-style.
+There are two architectures: e4e (`e4e.py`) and a small one. Both predict the offset from the latent average.
 
-The pack's file is one safetensors file: the network's tensors with "encoder." before their names, `latent_avg` [N, C],
-and in the header's `identity_edit` JSON: kind, architecture ("e4e" or "small"), config (the arguments of its class),
-name, and training (whatever is known about it). Published e4e checkpoints (.pt) are read by torch's weights-only
-reader, which executes nothing.
+The pack's file format is safetensors: the network's tensors with the prefix "encoder.", `latent_avg` [N, C], and in the
+header's `identity_edit` JSON: kind, architecture ("e4e" or "small"), config (the arguments of its class), name, and
+training metadata. Published e4e checkpoints (.pt) are read with torch's weights-only reader, which executes no code.
 """
 
 from __future__ import annotations
@@ -41,7 +39,7 @@ FOLDER = "w_plus_encoders"
 ENDINGS = (".pt", ".pth", ".safetensors")
 NEEDED = "e4e_ffhq_encode.pt, or a .safetensors file of this pack"
 BYTES_A_IMAGE = 600_000_000
-"""Memory that e4e's features of one image take at most; measured on the CPU, 0.5 GB at batch 1."""
+"""Maximum memory of e4e's features per image; 0.5 GB measured on a CPU with batch size 1."""
 _FINGERPRINT_VALUES = 64
 _MOST_PARTS = 32
 
@@ -108,7 +106,7 @@ class SmallWPlusEncoder(nn.Module):
         )
 
     def config(self) -> dict[str, Any]:
-        """What it takes to build it again."""
+        """Constructor arguments."""
         return {
             "size": self.size,
             "groups": [list(group) for group in self.groups],
@@ -135,14 +133,14 @@ ARCHITECTURES: dict[str, Any] = {network.architecture: network for network in (E
 
 @dataclass(frozen=True)
 class WPlusEncoder:
-    """An encoder of W+ that is ready to be used.
+    """A loaded W+ encoder.
 
     Attributes:
         network: an `E4E` or a `SmallWPlusEncoder`, frozen, float32.
         average: [N, C] float32 CPU, the latent average.
-        name: what the user knows it by, with a fingerprint of its weights.
-        patcher: through which ComfyUI moves the network (see `engine.managed_network`).
-        training: what is known about the training.
+        name: its name and the fingerprint of its weights.
+        patcher: ModelPatcher with which ComfyUI loads the network (see `engine.managed_network`).
+        training: training metadata.
     """
 
     network: Any
@@ -153,15 +151,15 @@ class WPlusEncoder:
 
     @property
     def size(self) -> int:
-        """Pixels along a side of the images that it takes."""
+        """Side length of its input images in pixels."""
         return int(self.network.size)
 
 
 def encode_w_plus(encoder: WPlusEncoder, images: torch.Tensor) -> WPlus:
-    """The W+ codes of images: what the network says, added to the latent average.
+    """The W+ codes of images: the latent average plus the network's output.
 
     Args:
-        encoder: which one.
+        encoder: the encoder.
         images: [B, 3, S, S] in -1 to 1, S being the encoder's own size (256 for e4e); see `fitted`.
 
     Raises:
@@ -182,7 +180,7 @@ def encode_w_plus(encoder: WPlusEncoder, images: torch.Tensor) -> WPlus:
     with torch.no_grad():
         offsets = torch.cat([encoder.network(image[None].to(device)).float().cpu() for image in images])
     check_finite_styles(offsets, "The W+ styles")
-    with torch.inference_mode(False):  # so that something can be trained with them
+    with torch.inference_mode(False):  # trainings differentiate with these tensors
         return WPlus(offsets.clone() + encoder.average, encoder.average.clone(), encoder.name)
 
 

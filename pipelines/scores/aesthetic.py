@@ -1,8 +1,7 @@
-"""How beautiful people would find an image, from 1 to 10, as LAION's predictors say (Schuhmann et al. 2022).
+"""LAION's aesthetic predictors, which score images from 1 to 10 (Schuhmann et al. 2022).
 
-Two kinds are published, both on the image embedding of CLIP ViT-L/14 scaled to length 1: a linear layer
-(`sa_0_4_vit_l_14_linear.pth`) and five linear layers after one another (`sac+logos+ava1-l14-linearMSE.pth`), whose
-activations were left out by their author, so that an image's score is a weighted sum of its embedding here as there.
+Both published predictors read the normalized image embedding of CLIP ViT-L/14: `sa_0_4_vit_l_14_linear.pth` is a linear
+layer, `sac+logos+ava1-l14-linearMSE.pth` consists of five linear layers without activations.
 """
 
 from __future__ import annotations
@@ -25,24 +24,24 @@ class AestheticPredictor:
     """The layers of a predictor.
 
     Attributes:
-        name: its file's.
-        layers: (weight [out, in], bias [out]) in order; the last gives one number.
+        name: its file name.
+        layers: (weight [out, in], bias [out]) in order; the last layer has one output.
     """
 
     name: str
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
 
     def predict(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """Scores [n] float64 of image embeddings [n, D] of length 1.
+        """Scores [n] float64 of normalized image embeddings [n, D].
 
         Raises:
-            IdentityEditError: when the embeddings are of another network than CLIP ViT-L/14.
+            IdentityEditError: when the embeddings are not from CLIP ViT-L/14.
         """
         wanted = self.layers[0][0].shape[1]
         if embeddings.shape[1] != wanted:
             raise IdentityEditError(
-                f"{self.name} reads {wanted} numbers an image and this CLIP gives {embeddings.shape[1]}; choose the "
-                f"CLIP that it was trained with, ViT-L/14 of OpenAI."
+                f"{self.name} needs embeddings of {wanted} channels and this CLIP has {embeddings.shape[1]}; choose "
+                f"the CLIP that it was trained with, OpenAI's ViT-L/14."
             )
         values = embeddings.double()
         for weight, bias in self.layers:
@@ -51,10 +50,10 @@ class AestheticPredictor:
 
 
 def load_aesthetic_predictor(name: str) -> AestheticPredictor:
-    """A predictor from a file of models/image_scores.
+    """Load a predictor from models/image_scores.
 
     Raises:
-        IdentityEditError: when the file is missing or holds something else.
+        IdentityEditError: when the file is missing or is not an aesthetic predictor.
     """
     paths = files()
     if name not in paths:
@@ -68,14 +67,14 @@ def load_aesthetic_predictor(name: str) -> AestheticPredictor:
     ordered = [layers[number] for number in sorted(layers)]
     if not _fit(ordered):
         raise IdentityEditError(
-            f"{name} is no aesthetic predictor of linear layers; choose sa_0_4_vit_l_14_linear.pth or "
+            f"{name} is not an aesthetic predictor; choose sa_0_4_vit_l_14_linear.pth or "
             f"sac+logos+ava1-l14-linearMSE.pth."
         )
     return AestheticPredictor(os.path.basename(name), tuple((layer["weight"], layer["bias"]) for layer in ordered))
 
 
 def _fit(layers: list[dict[str, torch.Tensor]]) -> bool:
-    """Whether each layer reads what the one before gives, and the last gives one number."""
+    """Whether the layers fit together, and the last one has one output."""
     if not layers or any(set(layer) != {"weight", "bias"} or layer["weight"].ndim != 2 for layer in layers):
         return False
     outputs = [len(layer["weight"]) for layer in layers]

@@ -1,6 +1,6 @@
-"""What CLIP says about an edit: CLIP-T, CLIP-I and CLIP-D, cosines of its embeddings of images and prompts.
+"""CLIP-T, CLIP-I and CLIP-D: cosine similarities of CLIP's embeddings of images and prompts.
 
-Two ways lead to an embedder: a folder of CLIP in the form of transformers, or ComfyUI's CLIP and CLIP_VISION sockets.
+The embedder is a CLIP folder in transformers format, or ComfyUI's CLIP and CLIP_VISION sockets.
 """
 
 from __future__ import annotations
@@ -19,32 +19,32 @@ from ..shared.images import to_pillow
 
 NEEDED = (
     "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files of a CLIP with its text "
-    "encoder, such as CLIP ViT-L/14, in the form of transformers"
+    "encoder, such as CLIP ViT-L/14, in transformers format"
 )
 LONGEST_PROMPT = 77
-"""Tokens that CLIP reads, with its two marks; what is longer is cut, as everywhere where CLIP scores prompts."""
+"""Maximum number of tokens, including the start and end tokens; longer prompts are truncated, as is usual."""
 
 
 class ClipEmbedder(Protocol):
-    """A CLIP with both of its encoders; `name` is what the report calls it."""
+    """A CLIP with both encoders; `name` is its name in the report."""
 
     name: str
 
     def images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[n, D] float64 of length 1, of images [h, w, 3], 0 to 1: each scaled to the encoder's size along its
-        shorter side, and its middle square taken, as CLIP's authors do."""
+        """Normalized embeddings [n, D] float64 of images [h, w, 3], 0 to 1; each is resized along its shorter side and
+        center-cropped, as by CLIP's authors."""
         ...
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """[n, D] float64 of length 1."""
+        """Normalized embeddings [n, D] float64."""
         ...
 
 
 def text_similarity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-    """CLIP-T: cosine [n] of images' and prompts' embeddings [n, D] of length 1 (Ruiz et al. 2023, section 4.1).
+    """CLIP-T: cosine similarity [n] of normalized embeddings [n, D] of images and prompts (Ruiz et al. 2023, sec. 4.1).
 
-    Multiplied by 100 it is the CLIP similarity of PIE-Bench, multiplied by 2.5 the CLIPScore of Hessel et al. 2021;
-    both take 0 for what is below.
+    100 times CLIP-T is PIE-Bench's CLIP similarity, 2.5 times CLIP-T the CLIPScore of Hessel et al. 2021; both clip
+    negative values to 0.
     """
     return (images * texts).sum(dim=1)
 
@@ -52,33 +52,33 @@ def text_similarity(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
 def direction_similarity(
     edited: torch.Tensor, source: torch.Tensor, target_texts: torch.Tensor, source_texts: torch.Tensor
 ) -> torch.Tensor:
-    """CLIP-D: cosine [n] of the change between images and the change between prompts (Gal et al. 2022; Brooks et al.
-    2023, section 3.1.2).
+    """CLIP-D: cosine similarity [n] of the change between images and the change between prompts (Gal et al. 2022;
+    Brooks et al. 2023, section 3.1.2).
 
     Args:
-        edited, source, target_texts, source_texts: embeddings [n, D] of length 1.
+        edited, source, target_texts, source_texts: normalized embeddings [n, D].
 
     Returns:
-        [n] float64, -1 to 1; NaN where the images or the prompts are the same, as nothing has no direction.
+        [n] float64, -1 to 1; NaN where the images or the prompts are equal.
     """
     images, texts = edited - source, target_texts - source_texts
     return (images * texts).sum(dim=1) / (images.norm(dim=1) * texts.norm(dim=1))
 
 
 class FolderClip:
-    """A CLIP of transformers that is loaded."""
+    """A loaded CLIP of transformers."""
 
     def __init__(self, name: str, network: Any, processor: Any, device: torch.device) -> None:
         self.name = name
         self._network, self._processor, self._device = network, processor, device
 
     def images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        found = []
+        embeddings = []
         for image in images:
             prepared = self._processor.image_processor(images=to_pillow(image), return_tensors="pt")
             output = self._network.vision_model(pixel_values=prepared["pixel_values"].to(self._device))
-            found.append(self._network.visual_projection(output.pooler_output))
-        return normalize(torch.cat(found).cpu().double(), dim=1)
+            embeddings.append(self._network.visual_projection(output.pooler_output))
+        return normalize(torch.cat(embeddings).cpu().double(), dim=1)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         prepared = self._processor.tokenizer(
@@ -90,10 +90,10 @@ class FolderClip:
 
 @contextmanager
 def open_clip_folder(path: str) -> Iterator[FolderClip]:
-    """A CLIP from a local folder, for the time of a `with`.
+    """Context manager for a CLIP from a local folder.
 
     Raises:
-        IdentityEditError: when files are missing or the folder holds another kind of network.
+        IdentityEditError: when files are missing or the folder contains another kind of network.
     """
     otherwise = ", and CLIP scores need a CLIP with both encoders; choose one such as CLIP ViT-L/14"
     with opened_folder(path, NEEDED, ("clip",), otherwise, "CLIPModel", "CLIPProcessor") as opened:
@@ -101,10 +101,10 @@ def open_clip_folder(path: str) -> Iterator[FolderClip]:
 
 
 class SocketClip:
-    """ComfyUI's CLIP, whose text encoder must give projected embeddings, and the CLIP_VISION trained with it.
+    """ComfyUI's CLIP, whose text encoder must have a text projection, and the CLIP_VISION trained with it.
 
-    Those are the text encoders of SDXL (with CLIP ViT-bigG's image encoder) and of SD 2.x (with CLIP ViT-H's). That of
-    SD 1.x has no text projection in its checkpoints.
+    These are the text encoders of SDXL (with the image encoder of CLIP ViT-bigG) and of SD 2.x (with that of CLIP
+    ViT-H). SD 1.x checkpoints contain no text projection.
     """
 
     def __init__(self, clip: Any, clip_vision: Any) -> None:
@@ -113,12 +113,12 @@ class SocketClip:
         if not getattr(encoder, "return_projected_pooled", False):
             raise IdentityEditError(
                 "The text encoder of clip has no text projection, without which prompts cannot be compared with "
-                "images; choose a CLIP folder in the place of the inputs, or connect the CLIP of an SDXL checkpoint."
+                "images; choose a CLIP folder instead of the inputs, or connect the CLIP of an SDXL checkpoint."
             )
         self._clip, self._clip_vision = clip, clip_vision
 
     def images(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        found = []
+        embeddings = []
         for image in images:
             embedding = self._clip_vision.encode_image(image[None, ..., :3], crop=True)["image_embeds"]
             if embedding is None or embedding.ndim != 2:
@@ -126,20 +126,20 @@ class SocketClip:
                     "The model of clip_vision gives no image embedding; connect the CLIP image encoder that was "
                     "trained with clip."
                 )
-            found.append(embedding.cpu().double())
-        return normalize(torch.cat(found), dim=1)
+            embeddings.append(embedding.cpu().double())
+        return normalize(torch.cat(embeddings), dim=1)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        found = []
+        embeddings = []
         for text in texts:
-            plain = text.replace("(", "\\(").replace(")", "\\)")  # brackets are words here, and no weights
+            plain = text.replace("(", "\\(").replace(")", "\\)")  # in scored prompts, parentheses are not weights
             _, pooled = self._clip.encode_from_tokens(self._clip.tokenize(plain), return_pooled=True)
-            found.append(pooled[:1].cpu().double())
-        return normalize(torch.cat(found), dim=1)
+            embeddings.append(pooled[:1].cpu().double())
+        return normalize(torch.cat(embeddings), dim=1)
 
 
 def _pooling_encoder(model: Any) -> Any:
-    """The encoder whose pooled output ComfyUI gives: the G of SDXL, or the only one."""
+    """The encoder of ComfyUI's pooled output: SDXL's clip_g, or the only one."""
     return getattr(model, "clip_g", None) or getattr(model, str(getattr(model, "clip", "")), None)
 
 
@@ -147,6 +147,6 @@ def check_sizes(images: torch.Tensor, texts: torch.Tensor, name: str) -> None:
     """Raise `IdentityEditError` where embeddings of images and of prompts cannot be compared."""
     if images.shape[1] != texts.shape[1]:
         raise IdentityEditError(
-            f"{name}: the image encoder gives {images.shape[1]} numbers and the text encoder {texts.shape[1]}; use "
-            f"the two that were trained together (CLIP ViT-bigG for SDXL, ViT-H for SD 2.x)."
+            f"{name}: the image encoder has {images.shape[1]} channels and the text encoder {texts.shape[1]}; use two "
+            f"encoders that were trained together (CLIP ViT-bigG for SDXL, ViT-H for SD 2.x)."
         )

@@ -1,12 +1,12 @@
-"""What each score of an edit is, which direction is better, and where it comes from."""
+"""Definition, direction and source of each score of an edit."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 INSIDE, OUTSIDE = "inside", "outside"
-PLAIN_PARTS = "the mean over its pixels alone"
-PIE_BENCH_PARTS = "both images multiplied by it and compared as a whole, as PIE-Bench does"
+PLAIN_PARTS = "the mean over its pixels only"
+PIE_BENCH_PARTS = "both images are multiplied by it and compared as a whole, as in PIE-Bench"
 
 
 class Definition(NamedTuple):
@@ -14,10 +14,10 @@ class Definition(NamedTuple):
 
     Attributes:
         higher_is_better: the direction.
-        text: the definition, without its full stop; {other} stands for what the edited image is compared with.
+        text: the definition without its period; {other} stands for the images of the comparison.
         source: paper and section, or code.
-        network: which of `edit_scores.Networks` computes it; "" for none.
-        pie_bench: added to the definition under PIE-Bench's rule.
+        network: the attribute of `edit_scores.Networks` that computes it; "" for none.
+        pie_bench: addition to the definition under PIE-Bench's rule.
     """
 
     higher_is_better: bool
@@ -41,7 +41,7 @@ DEFINITIONS = {
     ),
     "SSIM": Definition(
         True,
-        "Mean structural similarity in Gaussian windows of 11 pixels and standard deviation 1.5, each color by itself",
+        "Mean structural similarity in Gaussian windows of 11 pixels and standard deviation 1.5, per color channel",
         "Wang et al. 2004, eq. 13",
     ),
     "LPIPS": Definition(
@@ -53,15 +53,15 @@ DEFINITIONS = {
     ),
     "structure distance": Definition(
         False,
-        "Mean squared difference of the cosines among the keys of DINO's last layer in edited image and source, at "
-        "224 pixels along the shorter side",
+        "Mean squared difference of the self-similarities (cosines of the keys of DINO's last layer) of edited image "
+        "and source, at 224 pixels along the shorter side",
         f"Tumanyan et al. 2022, structure loss; {PIE_BENCH_CODE}",
         "structure",
-        "as in PIE-Bench's code pixels from 0 to 255 enter the network, scaled without smoothing",
+        "as in PIE-Bench's code, the network gets pixels from 0 to 255, resized without antialiasing",
     ),
     "CLIP-T": Definition(
         True,
-        "Cosine of CLIP's embeddings of the edited image and of the target prompt; PIE-Bench prints 100 times it",
+        "Cosine of CLIP's embeddings of the edited image and the target prompt; PIE-Bench reports 100 times this",
         "Ruiz et al. 2023, section 4.1",
         "clip",
     ),
@@ -87,7 +87,7 @@ DEFINITIONS = {
     "DINOv2-I": Definition(
         True,
         "Cosine of DINOv2's class tokens of the edited image and {other}",
-        "Ruiz et al. 2023, section 4.1, with the network of Oquab et al. 2024, as Liu et al. 2024 (LIPE) take it",
+        "Ruiz et al. 2023, section 4.1, with the network of Oquab et al. 2024, as in Liu et al. 2024 (LIPE)",
         "dinov2",
     ),
     "ArcFace ID": Definition(
@@ -99,46 +99,46 @@ DEFINITIONS = {
     ),
     "aesthetic score": Definition(
         True,
-        "What LAION's predictor says of CLIP's embedding of the edited image, about 1 to 10",
+        "Prediction of LAION's predictor for CLIP's embedding of the edited image, about 1 to 10",
         "Schuhmann et al. 2022",
         "aesthetic",
     ),
     "FID": Definition(
         False,
-        "Fréchet distance of the Inception features of the edited images and of the references, or else of the "
-        "sources; it grows when there are few images, so compare equal numbers only",
+        "Fréchet distance of the Inception features of the edited images and the references (or the sources without "
+        "references); it is larger for few images, so compare equal numbers only",
         "Heusel et al. 2017, eq. 6",
         "inception",
     ),
     "KID": Definition(
         False,
-        "Squared maximum mean discrepancy of the same features with a cubic kernel, without bias, over all pairs",
+        "Squared maximum mean discrepancy of the same features with a cubic kernel, unbiased, over all pairs",
         "Bińkowski et al. 2018, section 4",
         "inception",
     ),
 }
-"""By name, in the order of reports. Parts and partners stand behind the name: "LPIPS outside", "CLIP-I (source)"."""
+"""Definitions by name, in the order of reports. Score names may have a suffix: "LPIPS outside", "CLIP-I (source)"."""
 
 
 def definition_of(name: str, part: str, network: str | None, *, is_pie_bench: bool) -> str:
     """The definition of a score as one sentence.
 
     Args:
-        name: of `DEFINITIONS`.
-        part: what stands behind the score's name: "inside", "outside", "(source)", "(references)" or "".
-        network: the name of the network that was used.
-        is_pie_bench: whether PIE-Bench's rule is in force.
+        name: key of `DEFINITIONS`.
+        part: suffix of the score's name: "inside", "outside", "(source)", "(references)" or "".
+        network: name of the network.
+        is_pie_bench: whether PIE-Bench's rule is used.
     """
     definition = DEFINITIONS[name]
     is_of_references = part == "(references)"
     text = definition.text.format(other="of the references" if is_of_references else "of the source")
     if is_of_references:
-        text += ", the highest of them" if definition.network == "face_recognizer" else ", the mean of them"
+        text += ", maximum over them" if definition.network == "face_recognizer" else ", mean over them"
     if network:
         text += f" ({network})"
     if part in (INSIDE, OUTSIDE):
         rule = PIE_BENCH_PARTS if is_pie_bench else PLAIN_PARTS
-        text += f", {part} the mask: {'the image multiplied by it' if definition.network == 'clip' else rule}"
+        text += f", {part} the mask: {'the image is multiplied by it' if definition.network == 'clip' else rule}"
     if is_pie_bench and definition.pie_bench:
         text += f"; {definition.pie_bench}"
     return f"{text}."

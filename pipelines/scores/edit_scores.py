@@ -1,8 +1,7 @@
-"""All scores of an edit at once: how well the source is kept, the prompt followed and the subject recognized.
+"""All scores of an edit: preservation of the source, prompt fidelity and subject identity.
 
-`score_edit` gives those that the inputs and the networks at hand allow; what is missing is left out. Each score says
-its definition, its direction and its source. How they are computed stands in image_scores, lpips_score, clip_scores,
-feature_scores, identity_similarity, aesthetic_score and frechet_distance.
+`score_edit` computes the scores for which inputs and networks are available, each with its definition, direction and
+source. The other modules of this package and `faces.similarity` implement them.
 """
 
 from __future__ import annotations
@@ -18,26 +17,14 @@ from ..engine.host import stop_if_interrupted
 from ..faces.detection import FaceDetector, detect_faces
 from ..faces.similarity import FaceRecognizer, embed_faces, similarities
 from ..shared.errors import IdentityEditError
-from . import (
-    aesthetic as aesthetic_score,
-)
-from . import (
-    clip as clip_scores,
-)
-from . import (
-    features as feature_scores,
-)
-from . import (
-    frechet as frechet_distance,
-)
-from . import (
-    lpips as lpips_score,
-)
-from . import (
-    pixels as image_scores,
-)
+from . import pixels
+from .aesthetic import AestheticPredictor, load_aesthetic_predictor
+from .clip import ClipEmbedder, check_sizes, direction_similarity, open_clip_folder, text_similarity
 from .definitions import DEFINITIONS, INSIDE, OUTSIDE, definition_of
+from .features import NEEDED_DINO, NEEDED_DINOV2, ImageEncoder, Structure, cosines, open_encoder, open_structure
+from .frechet import FEWEST, Inception, frechet_distance, kernel_distance, open_inception
 from .inputs import ScoredImages, prompt_for_each
+from .lpips import LpipsScorer, open_lpips
 
 PLAIN, PIE_BENCH = "mean over the part", "PIE-Bench"
 RULES = (PLAIN, PIE_BENCH)
@@ -49,11 +36,11 @@ class Score:
 
     Attributes:
         name: "LPIPS", "LPIPS outside", "CLIP-I (references)", ...
-        values: float64 [B], one for each edited image, or [1] for a score of them all (FID, KID). NaN where a score
-            is not defined, as for a part of an image that is empty.
-        higher_is_better: None where neither is, as inside of the mask, where an edit should change something.
+        values: float64 [B], one for each edited image, or [1] for scores of the whole set (FID, KID). NaN where a score
+            is undefined, as for an empty region.
+        higher_is_better: the direction; None inside the mask, where an edit should change the image.
         definition: one sentence.
-        source: paper and section, or the code that it follows.
+        source: paper and section, or code.
     """
 
     name: str
@@ -64,29 +51,29 @@ class Score:
 
     @property
     def mean(self) -> float:
-        """Over the images for which it is defined; NaN where it is for none."""
+        """Mean over the images for which the score is defined; NaN if there is none."""
         return float(self.values.nanmean())
 
 
 @dataclass(frozen=True)
 class Networks:
-    """Loaded networks, from `open_networks` or of one's own; None leaves out what needs it."""
+    """Loaded networks, from `open_networks` or elsewhere; None omits the scores that need the network."""
 
-    clip: clip_scores.ClipEmbedder | None = None
-    dino: feature_scores.ImageEncoder | None = None
-    dinov2: feature_scores.ImageEncoder | None = None
-    structure: feature_scores.Structure | None = None
-    lpips: lpips_score.LpipsScorer | None = None
+    clip: ClipEmbedder | None = None
+    dino: ImageEncoder | None = None
+    dinov2: ImageEncoder | None = None
+    structure: Structure | None = None
+    lpips: LpipsScorer | None = None
     face_detector: FaceDetector | None = None
     face_recognizer: FaceRecognizer | None = None
-    aesthetic: aesthetic_score.AestheticPredictor | None = None
-    inception: frechet_distance.Inception | None = None
+    aesthetic: AestheticPredictor | None = None
+    inception: Inception | None = None
 
 
 @contextmanager
 def open_networks(
     *,
-    clip: str | clip_scores.ClipEmbedder | None = None,
+    clip: str | ClipEmbedder | None = None,
     dino: str | None = None,
     dinov2: str | None = None,
     structure: str | None = None,
@@ -96,35 +83,35 @@ def open_networks(
     aesthetic: str | None = None,
     inception: str | None = None,
 ) -> Iterator[Networks]:
-    """Networks from local files for the time of a `with`, so that many edits can be scored with one loading.
+    """Context manager for networks from local files, to score many edits with the same networks.
 
-    All stay in the device's memory meanwhile, unknown to ComfyUI, so make the edits before.
+    The networks occupy device memory that ComfyUI does not manage, so make the edits first.
 
     Args:
-        clip: folder of a CLIP (transformers), or an embedder such as `clip_scores.SocketClip`.
+        clip: folder of a CLIP (transformers), or an embedder such as `clip.SocketClip`.
         dino, dinov2, structure: folders of image encoders.
-        lpips: one of `lpips_score.BACKBONES`.
-        aesthetic, inception: names of `score_files.files`.
-        face_detector, face_recognizer: of `faces.load_detector` and `identity_similarity.load_recognizer`.
+        lpips: key of `lpips.BACKBONES`.
+        aesthetic, inception: names of `files.files`.
+        face_detector, face_recognizer: from `faces.detection.load_detector` and `faces.similarity.load_recognizer`.
 
     Raises:
-        IdentityEditError: naming what is missing and where it goes.
+        IdentityEditError: naming the missing file and its folder.
     """
     with ExitStack() as opened:
 
-        def opens(opener: Callable[..., Any], given: str | None, *arguments: str) -> Any:
-            return None if given is None else opened.enter_context(opener(given, *arguments))
+        def opens(opener: Callable[..., Any], name: str | None, *arguments: str) -> Any:
+            return None if name is None else opened.enter_context(opener(name, *arguments))
 
         yield Networks(
-            clip=opens(clip_scores.open_clip_folder, clip) if isinstance(clip, str) else clip,
-            dino=opens(feature_scores.open_encoder, dino, feature_scores.NEEDED_DINO),
-            dinov2=opens(feature_scores.open_encoder, dinov2, feature_scores.NEEDED_DINOV2),
-            structure=opens(feature_scores.open_structure, structure),
-            lpips=opens(lpips_score.open_lpips, lpips),
+            clip=opens(open_clip_folder, clip) if isinstance(clip, str) else clip,
+            dino=opens(open_encoder, dino, NEEDED_DINO),
+            dinov2=opens(open_encoder, dinov2, NEEDED_DINOV2),
+            structure=opens(open_structure, structure),
+            lpips=opens(open_lpips, lpips),
             face_detector=face_detector,
             face_recognizer=face_recognizer,
-            aesthetic=None if aesthetic is None else aesthetic_score.load_aesthetic_predictor(aesthetic),
-            inception=opens(frechet_distance.open_inception, inception),
+            aesthetic=None if aesthetic is None else load_aesthetic_predictor(aesthetic),
+            inception=opens(open_inception, inception),
         )
 
 
@@ -141,25 +128,24 @@ def score_edit(
     rule: str = PLAIN,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """Every score that the inputs and the networks allow.
+    """All scores for which inputs and networks are available.
 
     Args:
         edited: [B, H, W, 3], 0 to 1.
-        source: what was edited, of the same size: one for all, or one for each.
-        mask: [B, H, W] or one for all, 1 where the edit may change the image. With it there are scores inside and
-            outside of it as well.
-        source_prompt, target_prompt: one for all, or one for each; empty ones leave out what needs them.
+        source: source images of the same size: one for all, or one for each.
+        mask: [B, H, W] or one for all, 1 where the edit may change the image; adds scores inside and outside the mask.
+        source_prompt, target_prompt: one for all, or one for each; "" omits the scores that need it.
         references: images [h, w, 3] of the subject, of any sizes; each edited image is compared with all of them.
-        networks: what is loaded.
-        rule: how parts of images are compared, one of `RULES`; see `image_scores`. "PIE-Bench" also takes the
-            structure distance as its code does (see `feature_scores.Structure.distance`).
-        progress: called as progress(images done, of how many).
+        networks: the loaded networks.
+        rule: comparison of image regions, one of `RULES`; see `pixels`. "PIE-Bench" also computes the structure
+            distance as its code does (see `Structure.distance`).
+        progress: called with (scored images, total images).
 
     Returns:
-        scores in the order of `score_definitions.DEFINITIONS`.
+        scores in the order of `definitions.DEFINITIONS`.
 
     Raises:
-        IdentityEditError: for images, masks or prompts that do not fit to one another.
+        IdentityEditError: for images, masks or prompts that do not fit together.
     """
     networks = networks or Networks()
     if rule not in RULES:
@@ -196,11 +182,11 @@ def score_edit(
     return _in_order(values, networks, rule)
 
 
-# -- what is the same for all images ---------------------------------------------------------------------------------
+# -- computed once for all images ------------------------------------------------------------------------------------
 
 
 def _of_references(case: ScoredImages, networks: Networks) -> dict[str, torch.Tensor]:
-    """What each network at hand says of the references, by its name in `Networks`."""
+    """Embeddings of the references by each network, by its name in `Networks`."""
     if not case.references:
         return {}
     encoders = {
@@ -220,7 +206,7 @@ def _of_references(case: ScoredImages, networks: Networks) -> dict[str, torch.Te
 
 
 def _image_scores(case: ScoredImages, number: int, networks: Networks, rule: str) -> dict[str, float]:
-    """MSE, PSNR, SSIM, LPIPS and structure distance of the whole and of both parts."""
+    """MSE, PSNR, SSIM, LPIPS and structure distance of the whole image, inside and outside the mask."""
     if case.source is None:
         return {}
     found: dict[str, float] = {}
@@ -229,13 +215,13 @@ def _image_scores(case: ScoredImages, number: int, networks: Networks, rule: str
         weights = case.weights(part, number)
         is_empty = weights is not None and not bool(weights.any())
         if weights is not None and rule == PIE_BENCH:
-            edited, source = (image_scores.multiplied(images, weights) for images in (edited, source))
+            edited, source = (pixels.multiplied(images, weights) for images in (edited, source))
             weights = None
-        error = image_scores.mean_squared_error(edited, source, weights)
+        error = pixels.mean_squared_error(edited, source, weights)
         scores = {
             "MSE": error,
-            "PSNR": image_scores.psnr_of_error(error),
-            "SSIM": image_scores.ssim(edited, source, weights),
+            "PSNR": pixels.psnr_of_error(error),
+            "SSIM": pixels.ssim(edited, source, weights),
         }
         if networks.lpips is not None:
             scores["LPIPS"] = networks.lpips.distance(edited, source, weights)
@@ -261,17 +247,17 @@ def _clip_scores(
     source = None if case.source is None else clip.images([case.source[number]])
     found: dict[str, float] = {}
     if target is not None:
-        clip_scores.check_sizes(image, target, clip.name)
-        found["CLIP-T"] = float(clip_scores.text_similarity(image, target))
+        check_sizes(image, target, clip.name)
+        found["CLIP-T"] = float(text_similarity(image, target))
         if case.mask is not None:
             weights = case.weights(INSIDE, number)
             assert weights is not None
-            inside = clip.images([image_scores.multiplied(case.edited[number : number + 1], weights)[0]])
-            value = float(clip_scores.text_similarity(inside, target))
+            inside = clip.images([pixels.multiplied(case.edited[number : number + 1], weights)[0]])
+            value = float(text_similarity(inside, target))
             found[_of_part("CLIP-T", INSIDE)] = value if bool(weights.any()) else torch.nan
     found |= _similarity("CLIP-I", image, source, of_references.get("clip"))
     if target is not None and origin is not None and source is not None:
-        found["CLIP-D"] = float(clip_scores.direction_similarity(image, source, target, origin))
+        found["CLIP-D"] = float(direction_similarity(image, source, target, origin))
     if networks.aesthetic is not None:
         found["aesthetic score"] = float(networks.aesthetic.predict(image))
     return found
@@ -294,11 +280,9 @@ def _feature_scores(
 def _similarity(
     name: str, image: torch.Tensor, source: torch.Tensor | None, references: torch.Tensor | None
 ) -> dict[str, float]:
-    """Cosine to the source, and the mean of those to all references."""
+    """Cosine similarity to the source, and its mean over all references."""
     pairs = {f"{name} (source)": source, f"{name} (references)": references}
-    return {
-        key: float(feature_scores.cosines(image, other).mean()) for key, other in pairs.items() if other is not None
-    }
+    return {key: float(cosines(image, other).mean()) for key, other in pairs.items() if other is not None}
 
 
 def _identity_scores(
@@ -323,7 +307,7 @@ def _identity_scores(
 
 
 def _face_embedding(image: torch.Tensor, networks: Networks) -> torch.Tensor | None:
-    """[1, D] of the largest face, or None without one."""
+    """Embedding [1, D] of the largest face, or None."""
     assert networks.face_detector is not None and networks.face_recognizer is not None
     faces = detect_faces(networks.face_detector, image)
     return embed_faces(networks.face_recognizer, [(image, faces[0])]) if faces else None
@@ -332,20 +316,20 @@ def _face_embedding(image: torch.Tensor, networks: Networks) -> torch.Tensor | N
 # -- scores of all images together -----------------------------------------------------------------------------------
 
 
-def _set_scores(case: ScoredImages, inception: frechet_distance.Inception) -> dict[str, list[float]]:
-    """FID and KID to the references, or else to the sources; none where either set has too few images."""
+def _set_scores(case: ScoredImages, inception: Inception) -> dict[str, list[float]]:
+    """FID and KID to the references, or else to the sources; none if a set has fewer than FEWEST images."""
     others = case.references or ([] if case.source is None else list(case.source[: case.sources]))
-    if min(len(case.edited), len(others)) < frechet_distance.FEWEST:
+    if min(len(case.edited), len(others)) < FEWEST:
         return {}
     first, second = inception.features(list(case.edited)), inception.features(others)
     return {
-        "FID": [frechet_distance.frechet_distance(first, second)],
-        "KID": [frechet_distance.kernel_distance(first, second)],
+        "FID": [frechet_distance(first, second)],
+        "KID": [kernel_distance(first, second)],
     }
 
 
 def _in_order(values: dict[str, list[float]], networks: Networks, rule: str) -> list[Score]:
-    """Scores with their definitions, each with its parts behind it."""
+    """Scores with their definitions, in the order of `DEFINITIONS`."""
     scores = []
     for base, definition in DEFINITIONS.items():
         name_of_network = getattr(getattr(networks, definition.network, None), "name", None)

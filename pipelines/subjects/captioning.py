@@ -1,8 +1,8 @@
-"""Captions that describe what can be edited: the identity set's half of the editing-oriented data augmentation.
+"""Captions of a subject's images: part of the editing-oriented data augmentation.
 
-Liu et al. 2024 (section 2.1) ask LLaVA for captions that name the subject's action, view and attire beside everything
-else in the image, so that the prior learns what belongs to the subject and what to the moment. Any image-text-to-text
-model of transformers can be asked here; without one, captions come from files beside the images or from typed lines.
+Liu et al. 2024 (section 2.1) caption the images with LLaVA, including the subject's action, view and attire, so that
+the prior separates the identity from what an edit may change. Any image-text-to-text model of transformers works here;
+without a model, captions come from text files or from the user.
 """
 
 from __future__ import annotations
@@ -43,23 +43,22 @@ def caption_images(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[SubjectImages, list[str]]:
-    """Give every image of a subject a caption in which the subject is called by its token and class word.
+    """Caption all images of a subject, with its token and class word in every caption.
 
-    A typed line comes first, then a caption that the image already has (with `keep_existing`), then the model's.
-    Where a caption lacks the token it is put before the class word; where it lacks the class word too, both are put at
-    the caption's beginning.
+    The user's line has priority, then the existing caption (with `keep_existing`), then the model's. The token is
+    inserted before the class word of captions that lack it; without the class word, both are put in front.
 
     Args:
         subject: the images, with or without captions; the test image is captioned like the others.
         model_path: folder of an image-text-to-text model, or None.
-        lines: captions in the images' order, the test image's last; "" leaves an image to the other two.
-        keep_existing: keep captions that are there; otherwise the model writes them anew.
-        instruction: what the model is asked.
-        max_new_tokens, temperature, seed: as for `LanguageModel.ask`.
-        progress: called as progress(number of captions the model has written, their total).
+        lines: captions in the order of the images, the test image's last; "" for none.
+        keep_existing: keep existing captions; otherwise the model replaces them.
+        instruction: the prompt for the model.
+        max_new_tokens, temperature, seed: see `LanguageModel.ask`.
+        progress: called with (captions written by the model, their total).
 
     Returns:
-        the subject with its captions, and notes for the user.
+        the subject with captions, and notes for the user.
 
     Raises:
         IdentityEditError: when an image is left without a caption, there are more lines than images, or the model
@@ -117,7 +116,7 @@ def caption_images(
 
 
 def identity_caption(caption: str, class_word: str, token: str) -> str:
-    """The caption with the subject called "<token> <class word>" in it."""
+    """The caption with "<token> <class word>" as the subject's name."""
     if not has_word(caption, class_word):
         name = class_word if not token or has_word(caption, token) else f"{token} {class_word}"
         return f"{name}, {caption}"
@@ -133,7 +132,7 @@ def _ask(
     temperature: float,
     seed: int,
 ) -> str:
-    """The model's caption as one line, without the quotation marks that models put around it."""
+    """The model's caption as one line, without quotation marks around it."""
     answer = model.ask(instruction, image, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     caption = " ".join(answer.split())
     if len(caption) > 1 and caption[0] == caption[-1] and caption[0] in "\"'":

@@ -1,16 +1,16 @@
-"""The images of a subject with their captions and masks: what the personalised identity prior is trained on.
+"""Images of a subject with captions and masks, for training.
 
-The identity dataset of Liu et al. 2024 (section 2.1): three to five images of one subject, each with a caption that
-describes what can be edited (action, view, expression), in which the subject is called by a rare token and its class
-word, "sks dog". A folder holds it like this:
+The identity dataset of Liu et al. 2024 (section 2.1) has three to five images of one subject, each with a caption that
+describes what an edit may change (action, view, expression) and names the subject by a rare token and its class word,
+"sks dog". The layout of its folder:
 
     dog/                     the subject
         1.jpg  1.txt         an image, in any format that Pillow reads, and its caption
-        2.png  2.txt  2.mask.png     perhaps with a mask: white on the subject, of any size
-        class_word.txt       perhaps: what the subject is, "dog"
-        test/9.jpg  9.txt    perhaps: the one image to edit, and its caption
+        2.png  2.txt  2.mask.png     with an optional mask: white on the subject, of any size
+        class_word.txt       optional: the class word, "dog"
+        test/9.jpg  9.txt    optional: the image to edit, and its caption
 
-Masks may also be called as other trainers call them: 2-masklabel.png, 2_mask.png, 2-mask.png, or mask/2.png and
+Masks may also have the names of other trainers: 2-masklabel.png, 2_mask.png, 2-mask.png, or mask/2.png and
 masks/2.png.
 """
 
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 MASK_MARK = ".mask"
 _MASK_MARKS = (MASK_MARK, "-masklabel", "_mask", "-mask")
-"""Ends of the names of masks, without the file's ending: this pack's, OneTrainer's, and what people write."""
+"""Suffixes of mask names, before the extension: this pack's, OneTrainer's, and common ones."""
 _ALWAYS_MASKS = (MASK_MARK, "-masklabel")
-"""The others may end an image's own name, as in dog_with_mask.png: they mark a mask where its image is there."""
+"""The others may also end an image's name, as in dog_with_mask.png; they mark a mask only if its image exists."""
 _MASK_FOLDERS = ("mask", "masks")
 _NO_IMAGE_OF_THE_SUBJECT = "-condlabel"
-"""OneTrainer's further input of an image."""
+"""OneTrainer's conditioning images."""
 TEST_FOLDER = "test"
 FEWEST, MOST = 3, 5
 """The number of reference images in Liu et al. 2024 (section 2); any number from one on is accepted, with a note."""
@@ -50,9 +50,9 @@ FEWEST, MOST = 3, 5
 _LONGEST_TEXT = 100_000
 """Characters of a caption file; captions have some hundred."""
 _PHOTO_ENDINGS = (".avif", ".heic", ".heif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".exr", ".hdr")
-"""Images that Python's list of types does not know everywhere."""
+"""Image extensions that are not in every Python's list of types."""
 _ENCODING_OF_MARK = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
-"""Notepad's "Unicode" and PowerShell's redirection write UTF-16, and say so in the first two bytes."""
+"""Notepad's "Unicode" and PowerShell's redirection write UTF-16 with a byte order mark."""
 
 CAPTION_FILES = "caption files"
 CLASS_WORD_ONLY = "class word only (DreamBooth)"
@@ -108,8 +108,8 @@ def load_subject_folder(
 ) -> SubjectImages:
     """Read a subject's folder; its form is at the top of this file.
 
-    Images are turned as their EXIF orientation says. A transparent image is laid on white, and where it has no
-    mask file its opaque part is the mask.
+    EXIF orientation is applied. Transparent images are composited over white; without a mask file, the opaque part is
+    the mask.
 
     Args:
         path: the folder.

@@ -1,9 +1,8 @@
-"""Prompts for the regularization set: the class's half of the editing-oriented data augmentation.
+"""Prompts for the regularization set: part of the editing-oriented data augmentation.
 
-A model that learns one subject forgets the subject's class. Ruiz et al. 2023 keep it by training on images of the
-class as well; Liu et al. 2024 (section 2.1) render these from detailed prompts that GPT-4 writes after two instructions
-(tables 4 and 5). Here a language model in a folder or behind an OpenAI-compatible endpoint can be asked the same, or
-the prompts are put together from a list that comes with the pack.
+A model that learns one subject forgets its class. Ruiz et al. 2023 prevent this by also training on images of the
+class; Liu et al. 2024 (section 2.1) generate these from detailed prompts that GPT-4 writes from two instructions
+(tables 4 and 5). Here the prompts come from a local language model, an OpenAI-compatible endpoint, or the shipped list.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ..shared.errors import IdentityEditError
 from .words import has_word, with_article
 
 KEYWORD = "{keyword}"
-"""Stands for the class word in an instruction."""
+"""Placeholder of the class word in an instruction."""
 
 _INTRODUCTION = (
     "You are a master of prompt engineering, it is important to create detailed prompts with as much information "
@@ -66,7 +65,7 @@ CONNECT_TIMEOUT, ANSWER_TIMEOUT = 10.0, 180.0
 """Seconds to wait for the endpoint's connection and for its answer."""
 
 _FRUITLESS_ANSWERS = 3
-"""Asking ends after so many answers in a row without a new prompt."""
+"""Maximum number of consecutive answers without a new prompt."""
 
 _LIST = Path(__file__).with_suffix(".json")
 
@@ -77,7 +76,7 @@ Ask = Callable[[str, int], str]
 def shipped_prompts(class_word: str, count: int, seed: int, kind: str = KINDS[0]) -> list[str]:
     """Prompts from the shipped list, each a style, an action, a background, a view and a quality; all different.
 
-    Every entry of a part is used once before one is used again, so that a small set is varied too.
+    Every entry of a part is used once before any is repeated, so that small sets are varied, too.
 
     Args:
         class_word: such as "dog".
@@ -188,7 +187,7 @@ def written_prompts(
 def reply_entries(reply: str) -> list[str]:
     """The entries of a list in a language model's answer: its numbered or bulleted lines, or else all of its lines.
 
-    Quotation marks and Markdown's emphasis around an entry are taken off, and what a reasoning model thinks first.
+    Removes quotation marks, Markdown emphasis, and the thinking of reasoning models.
     """
     reply = reply.rsplit("</think>", maxsplit=1)[-1]
     lines = [line.strip() for line in reply.splitlines() if line.strip()]
@@ -323,6 +322,6 @@ def _check(class_word: str, count: int) -> str:
 
 
 def _shuffled_rounds(entries: list[str], generator: random.Random) -> Iterator[str]:
-    """The entries in ever new random orders, without end: each once before one comes again."""
+    """An endless stream of the entries in random order; each occurs once before any is repeated."""
     while True:
         yield from generator.sample(entries, len(entries))

@@ -1,4 +1,4 @@
-"""Word vectors in prompts: a text encoder reads them like the vectors of its own words (Gal et al. 2022)."""
+"""Word vectors in prompts, used by a text encoder like its own token embeddings (Gal et al. 2022)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..shared.errors import IdentityEditError, shortened
 from .words import word_pattern
 
 _MARKERS = ("sks", "ufc", "nfl", "ibm", "bbc", "nba", "fifa", "gmo")
-"""Words of one token; one that a prompt lacks holds the place of the word vectors while it is tokenized."""
+"""Words of one token. One that is not in the prompt is the placeholder of the word vectors during tokenization."""
 
 
 def mark_subject(clip: Any, token: str, class_word: str, count: int, prompt: str, **options: Any) -> dict[str, Any]:

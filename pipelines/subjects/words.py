@@ -1,4 +1,4 @@
-"""Words for a subject: its class word and rare token, and captions that hold them."""
+"""The class word and rare token of a subject, and captions that contain them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from ..shared.errors import IdentityEditError, shortened
 
 CLASS_WORD_FILE = "class_word.txt"
-"""Beside a subject's images."""
+"""In the folder of a subject's images."""
 
 
 def check_words(class_word: str, token: str) -> tuple[str, str]:

@@ -52,13 +52,13 @@ def test_other_files_and_other_clips_are_named(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(IdentityEditError, match="The aesthetic score needs any.pth .*; put it into"):
         load("any.pth")
     torch.save({"weight": torch.zeros(2, 768), "bias": torch.zeros(2)}, folder / "any.pth")
-    with pytest.raises(IdentityEditError, match="any.pth is no aesthetic predictor"):
+    with pytest.raises(IdentityEditError, match="any.pth is not an aesthetic predictor"):
         load("any.pth")
     torch.save({"layers.0.weight": torch.zeros(1, 768)}, folder / "any.pth")
-    with pytest.raises(IdentityEditError, match="any.pth is no aesthetic predictor"):
+    with pytest.raises(IdentityEditError, match="any.pth is not an aesthetic predictor"):
         load("any.pth")
     torch.save(torch.nn.Linear(768, 1).state_dict(), folder / "any.pth")
-    with pytest.raises(IdentityEditError, match="reads 768 numbers an image and this CLIP gives 512"):
+    with pytest.raises(IdentityEditError, match="needs embeddings of 768 channels and this CLIP has 512"):
         load("any.pth").predict(EMBEDDINGS[:, :512])
     torch.save(torch.nn.Linear(768, 1), folder / "any.pth")
     with pytest.raises(IdentityEditError, match="cannot be read as plain weights"):

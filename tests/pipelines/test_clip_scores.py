@@ -121,5 +121,5 @@ def test_sdxls_text_encoder_gives_the_projected_embedding() -> None:
 def test_encoders_that_do_not_belong_together_are_named() -> None:
     with pytest.raises(IdentityEditError, match="no text projection, without which prompts cannot be compared"):
         clip_scores.SocketClip(tiny_text_encoders.clip("sd15"), tiny_vision.clip_vision())
-    with pytest.raises(IdentityEditError, match="image encoder gives 8 numbers and the text encoder 16; use the two"):
+    with pytest.raises(IdentityEditError, match="image encoder has 8 channels and the text encoder 16; use two"):
         clip_scores.check_sizes(torch.zeros(1, 8), torch.zeros(1, 16), "inputs")

@@ -98,7 +98,7 @@ def test_a_mask_adds_both_parts_by_the_rule_that_is_chosen() -> None:
     outside = 1.0 - MASK
     torch.testing.assert_close(plain["SSIM outside"].values, image_scores.ssim(EDITED, SOURCE, outside))
     assert plain["PSNR outside"].higher_is_better is True and plain["PSNR inside"].higher_is_better is None
-    assert "the mean over its pixels alone" in plain["PSNR inside"].definition
+    assert "the mean over its pixels only" in plain["PSNR inside"].definition
 
     theirs = by_name(EDITED, SOURCE, mask=MASK, rule=edit_scores.PIE_BENCH)
     pair = [images * outside[..., None] for images in (EDITED, SOURCE)]
@@ -182,7 +182,7 @@ def test_a_lost_face_counts_as_0_and_an_unknown_one_not_at_all() -> None:
     assert math.isnan(values[2])
     best = float((color[:1] @ color[1:].T).max())
     assert float(scores["ArcFace ID (references)"].values[0]) == pytest.approx(best, abs=1e-5)
-    assert "the highest of them" in scores["ArcFace ID (references)"].definition
+    assert "maximum over them" in scores["ArcFace ID (references)"].definition
     none = by_name(edited, None, references=[source[2]], networks=networks)
     assert bool(none["ArcFace ID (references)"].values.isnan().all())
     with pytest.raises(IdentityEditError, match="needs a face detector and a recognizer"):
@@ -256,8 +256,8 @@ def test_the_table_and_the_json_say_what_was_measured() -> None:
         is_part = score.name.endswith("side")
         assert (f"{score.name}: {score.definition} [{score.source}]" in table) != is_part
         assert score.definition.endswith(".") and score.definition.count(". ") == 0
-    assert table[-1].endswith("given by the mask: the mean over its pixels alone.")
-    assert score_table(scores, edit_scores.PIE_BENCH).endswith("compared as a whole, as PIE-Bench does.")
+    assert table[-1].endswith("given by the mask: the mean over its pixels only.")
+    assert score_table(scores, edit_scores.PIE_BENCH).endswith("compared as a whole, as in PIE-Bench.")
     assert "given by the mask" not in score_table(scores[:1], edit_scores.PLAIN)
     content = json.loads(scores_as_json(scores, edit_scores.PLAIN))
     assert content["rule"] == edit_scores.PLAIN

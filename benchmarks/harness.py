@@ -86,6 +86,8 @@ def prepare(*, cpu: bool = False, engine: bool = True) -> None:
     import load_pack
     from user_comfyui import PACK_NAME
 
+    if PACK_NAME in sys.modules:
+        return  # as in a test
     if engine:
         load_pack.prepare_engine(cpu=cpu or not load_pack.cuda_is_available())
     package = ModuleType(PACK_NAME)

@@ -23,16 +23,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.attributes import Attributes, caption
@@ -43,11 +40,13 @@ from tqdm import tqdm
 
 from ..benchmarks import edits, lipe_edit, portrait_edit
 from ..benchmarks.edits import Pair
-from ..benchmarks.harness import RESULTS, ROOT, source_commit, write_results
+from ..benchmarks.harness import CHECKPOINT, DEMO_MCDM, RESULTS, SEED, Options, markdown, means
 from .cases import EditCase, save_image
 from .methods import METHODS, SAME_ALGORITHM, SUBJECT, Checkpoint, MethodSettings, load_checkpoint, measured
+from .scoring import KeptImages
 
 SIZE = 128
+KINDS = ("figures", "portraits")
 TOKEN = "sks"
 SLOW = ("community-imagic",)
 PORTRAITS = (
@@ -212,7 +211,7 @@ def rows_of(results: Results, tasks: list[Task], score: Score) -> dict[str, dict
             "implementation": METHODS[name].implementation if name in METHODS else "",
             "description": METHODS[name].description if name in METHODS else "",
             "cases": len(made),
-            **{key: float(np.mean([row[key] for row in scored])) for key in scored[0]},
+            **means(scored),
             "seconds": statistics.median(one.seconds for one in made.values()),
             "evaluations": statistics.median(one.evaluations for one in made.values()),
             "subject_seconds": statistics.median(one.subject_seconds for one in made.values()),
@@ -232,43 +231,40 @@ def score_portraits(images: torch.Tensor, pairs: list[Pair]) -> list[dict[str, A
     return [{**{key: row[key] for key in kept}, "psnr_db": row["psnr_outside_db"]} for row in rows]
 
 
-def table(report: dict[str, dict[str, Any]], shown: str) -> list[str]:
-    lines = [
-        f"| method | implementation | edit done | identity kept | both | {shown} PSNR | SSIM to true edit | "
-        "seconds | evaluations | images |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+def methods_table(report: dict[str, dict[str, Any]], shown: str) -> list[str]:
+    rows = []
     for name, row in report.items():
-        time = f"{row['seconds']:.1f}" if row["implementation"] else ""
+        measured = bool(row["implementation"])
+        time = f"{row['seconds']:.1f}" if measured else ""
         if row["subject_seconds"]:
             time += f" + {row['subject_seconds']:.0f} for the subject"
-        count = f"{row['evaluations']:.0f}" if row["implementation"] else ""
-        lines.append(
-            f"| {name} | {row['implementation']} | {row['edit_done']:.2f} | {row['identity_kept']:.2f} | "
-            f"{row['both']:.2f} | {row['psnr_db']:.1f} dB | {row['ssim']:.3f} | {time} | {count} | {row['cases']} |"
-        )
-    return lines
+        shares = (f"{row[key]:.2f}" for key in ("edit_done", "identity_kept", "both"))
+        scores = (f"{row['psnr_db']:.1f} dB", f"{row['ssim']:.3f}", time)
+        calls = f"{row['evaluations']:.0f}" if measured else ""
+        rows.append((name, row["implementation"], *shares, *scores, calls, row["cases"]))
+    scores_of = "edit done", "identity kept", "both", f"{shown} PSNR", "SSIM to true edit"
+    return markdown(("method", "implementation", *scores_of, "seconds", "evaluations", "images"), rows)
 
 
-def same_algorithm(results: Results, report: dict[str, dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
+def same_algorithm(results: Results, report: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Two implementations of one algorithm: how alike their images are, and what they cost."""
-    lines, figures = [], []
+    figures = []
     for ours, theirs in SAME_ALGORITHM.items():
         both = sorted(set(results.get(ours, ())) & set(results.get(theirs, ())))
         if not both:
             continue
         pairs = [(results[ours][number], results[theirs][number]) for number in both]
-        alike = statistics.median(edits.mean_psnr(a.image, b.image) for a, b in pairs)
-        ratio = statistics.median(a.seconds / b.seconds for a, b in pairs)
-        evaluations = [report[name]["evaluations"] for name in (ours, theirs)]
         figures.append(
-            {"method": ours, "other": theirs, "psnr_between_db": alike, "time_ratio": ratio, "images": len(both)}
+            {
+                "method": ours,
+                "other": theirs,
+                "psnr_between_db": statistics.median(edits.mean_psnr(a.image, b.image) for a, b in pairs),
+                "time_ratio": statistics.median(a.seconds / b.seconds for a, b in pairs),
+                "images": len(both),
+                "evaluations": [report[name]["evaluations"] for name in (ours, theirs)],
+            }
         )
-        lines.append(
-            f"| {ours} | {theirs} | {alike:.1f} dB | {ratio:.2f} | {evaluations[0]:.0f} / {evaluations[1]:.0f} | "
-            f"{REASONS[ours]} |"
-        )
-    return lines, figures
+    return figures
 
 
 def sheet_rows(results: Results, tasks: list[Task]) -> list[torch.Tensor]:
@@ -280,35 +276,26 @@ def sheet_rows(results: Results, tasks: list[Task]) -> list[torch.Tensor]:
     return [*rows, torch.stack([task.pair.after for task in tasks])]
 
 
-def check_kept(folder: Path, settings: dict[str, Any]) -> None:
-    """Images of other settings are not mixed with those of this run."""
-    path, text = folder / "settings.json", json.dumps(settings, indent=2, sort_keys=True)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise SystemExit(f"{folder} holds images of other settings; name another folder, or remove it.")
-    path.write_text(text, encoding="utf-8")
+OPTIONS: Options = {
+    "cases": (15, "figures, three of each subject (15)"),
+    "portraits": (12, "portraits (12)"),
+    "slow_cases": (3, f"figures by {', '.join(SLOW)} (3)"),
+    "methods": (list(METHODS), "a part of the methods", {"choices": METHODS, "nargs": "+"}),
+    "steps": (50, "of sampling and of inversion (50)"),
+    "guidance_scale": (4.0, "of the target prompt, as in the workflows"),
+    "image_guidance_scale": (3.0, "of InstructPix2Pix, as MCDM's"),
+    "community": (None, "folder with diffusers' examples/community", {"type": Path}),
+    "masactrl": (None, "folder with MasaCtrl's code", {"type": Path}),
+    "keep": (None, "folder in which what was made is kept", {"type": Path}),
+    "only_kept": (False, "make nothing more, report what --keep holds"),
+    "threads": (1, "of PyTorch (1, so that times can be compared)"),
+    "mcdm": (DEMO_MCDM, "a checkpoint of Train MCDM (the demo world's)"),
+    **SEED,
+    **CHECKPOINT,
+}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", type=int, default=15, help="figures, three of each subject (default 15)")
-    parser.add_argument("--portraits", type=int, default=12, help="portraits (default 12)")
-    parser.add_argument("--slow-cases", type=int, default=3, help=f"figures by {', '.join(SLOW)} (default 3)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="a part of the methods")
-    parser.add_argument("--steps", type=int, default=50, help="of sampling and of inversion (default 50)")
-    parser.add_argument("--guidance-scale", type=float, default=4.0, help="of the target prompt, as in the workflows")
-    parser.add_argument("--image-guidance-scale", type=float, default=3.0, help="of InstructPix2Pix, as MCDM's")
-    parser.add_argument("--seed", type=int, default=0, help="draws subjects, images, edits and noise")
-    parser.add_argument("--community", type=Path, help="folder with diffusers' examples/community")
-    parser.add_argument("--masactrl", type=Path, help="folder with MasaCtrl's code")
-    parser.add_argument("--keep", type=Path, help="folder in which what was made is kept")
-    parser.add_argument("--only-kept", action="store_true", help="make nothing more, report what --keep holds")
-    parser.add_argument("--threads", type=int, default=1, help="default 1, so that times can be compared")
-    world = ROOT / "demo_world"
-    parser.add_argument("--checkpoint", type=Path, default=world / "weights/identity-edit-demo.safetensors")
-    parser.add_argument("--mcdm", type=Path, default=world / "diffusion_models/identity-edit-demo-mcdm.safetensors")
-
-
-def main(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(arguments.threads)
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     family.register()
     checkpoint = load_checkpoint(arguments.checkpoint, SIZE)
 
@@ -316,31 +303,22 @@ def main(arguments: argparse.Namespace) -> None:
         base = lipe_edit.Checkpoint(checkpoint.model, checkpoint.clip, checkpoint.vae)
         return lipe_edit.regularization_set(base, case.class_word, arguments.seed)
 
+    shared = ("steps", "guidance_scale", "image_guidance_scale", "mcdm", "community", "masactrl", "seed")
     settings = MethodSettings(
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
         source_guidance_scale=2.0,
-        image_guidance_scale=arguments.image_guidance_scale,
         regularization=class_images,
-        mcdm=arguments.mcdm,
         mcdm_source_prompt=portrait_edit.SOURCE_PROMPT,
-        community=arguments.community,
-        masactrl=arguments.masactrl,
-        seed=arguments.seed,
+        **{name: getattr(arguments, name) for name in shared},
     )
+    of_images = ("steps", "guidance_scale", "seed", "image_guidance_scale", "threads")
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.keep or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        check_kept(
-            folder,
-            {"steps": settings.steps, "guidance_scale": settings.guidance_scale, "seed": settings.seed,
-             "image_guidance_scale": settings.image_guidance_scale, "threads": arguments.threads},
-        )  # fmt: skip
+        KeptImages(folder, {name: getattr(arguments, name) for name in of_images})  # or this refuses the folder
         figures = figure_tasks(arguments.cases, folder, arguments.seed)
         portraits = portrait_tasks(arguments.portraits, folder, arguments.seed)
         if not arguments.only_kept:
             warm_up([*figures, *portraits][0], checkpoint, settings)
-        made: dict[str, Results] = {"figures": {}, "portraits": {}}
+        made: dict[str, Results] = {kind: {} for kind in KINDS}
         for kind, tasks, names in (
             ("figures", figures, tuple(name for name in FIGURES if name not in SLOW)),
             ("portraits", portraits, PORTRAITS),
@@ -349,54 +327,51 @@ def main(arguments: argparse.Namespace) -> None:
             chosen = tuple(name for name in names if name in arguments.methods)
             for name, number, one in edit_all(chosen, tasks, checkpoint, settings, folder, arguments.only_kept):
                 made[kind].setdefault(name, {})[number] = one
-    write_report(arguments, (figures, made["figures"]), (portraits, made["portraits"]))
-
-
-def write_report(
-    arguments: argparse.Namespace, figures: tuple[list[Task], Results], portraits: tuple[list[Task], Results]
-) -> None:
-    reports = {}
-    for kind, (tasks, results), score in (
-        ("figures", figures, score_figures),
-        ("portraits", portraits, score_portraits),
+    found: dict[str, Any] = {"seed": arguments.seed, "steps": arguments.steps, "same_algorithm": {}}
+    for kind, tasks, score, file in (
+        ("figures", figures, score_figures, "peers.jpg"),
+        ("portraits", portraits, score_portraits, "peers_portraits.jpg"),
     ):
         truth = {number: Made(task.pair.after, 0.0, 0, 0.0) for number, task in enumerate(tasks)}
-        reports[kind] = rows_of({**results, "true edit (renderer)": truth} if tasks else {}, tasks, score)
-    commit, command = source_commit(), " ".join(["python -m benchmarks peers", *recorded(sys.argv[1:])])
-    comparisons = [same_algorithm(figures[1], reports["figures"]), same_algorithm(portraits[1], reports["portraits"])]
-    seen = {line.split("|")[1] for line in comparisons[0][0]}
-    lines = [
-        "# The pack beside stock nodes, diffusers, its community and the authors' code",
-        "",
-        f"`{command}` at commit {commit}: the demo world, {arguments.steps} steps, guidance scale "
-        f"{arguments.guidance_scale:g} where a method has not its own, float32, {arguments.threads} threads, seed "
-        f"{arguments.seed}. Seconds are medians of "
-        + (
-            "elapsed time on a GPU."
-            if torch.cuda.is_available()
-            else "processor time, which other work on the machine lengthens."
-        )
-        + " An evaluation is a forward pass of one image with one prompt; backward passes are not counted. Rows of "
-        "fewer images are of the first of them."
+        found[kind] = rows_of({**made[kind], "true edit (renderer)": truth} if tasks else {}, tasks, score)
+        found["same_algorithm"][kind] = same_algorithm(made[kind], found[kind])
+        if tasks:
+            edits.save_sheet(RESULTS / file, sheet_rows(made[kind], tasks), 9)
+    return found
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    of_figures, of_portraits = ({row["method"]: row for row in figures["same_algorithm"][kind]} for kind in KINDS)
+    twice = {**of_figures, **{ours: row for ours, row in of_portraits.items() if ours not in of_figures}}
+    rows = (
+        (ours, row["other"], f"{row['psnr_between_db']:.1f} dB", f"{row['time_ratio']:.2f}",
+         " / ".join(f"{each:.0f}" for each in row["evaluations"]), REASONS[ours])
+        for ours, row in twice.items()
+    )  # fmt: skip
+    processor = "processor time, which other work on the machine lengthens"
+    return [
+        "The pack beside stock nodes, diffusers, its community and the authors' code",
+        f"the demo world, {arguments.steps} steps, guidance scale {arguments.guidance_scale:g} where a method has not "
+        f"its own, float32, {arguments.threads} threads, seed {arguments.seed}. Seconds are medians of "
+        f"{'elapsed time on a GPU' if torch.cuda.is_available() else processor}. An evaluation is a forward pass of "
+        "one image with one prompt; backward passes are not counted. Rows of fewer images are of the first of them."
         + (" Images and times were kept from runs with the same settings." if arguments.keep else ""),
-        "",
         "## Figures: pose, expression and view of unseen subjects",
         "",
-        *table(reports["figures"], "background"),
+        *methods_table(figures["figures"], "background"),
         "",
         "## Portraits: expressions and costumes of unseen people",
         "",
-        *table(reports["portraits"], "outside"),
+        *methods_table(figures["portraits"], "outside"),
         "",
         "## The same algorithm twice",
         "",
         "Time is the median of the first's relative to the second's for the same image. A PSNR of 100 dB is the "
         "highest that is given: equal to rounding.",
         "",
-        "| method | other implementation | PSNR between the images | time | evaluations | what differs |",
-        "|---|---|---|---|---|---|",
-        *comparisons[0][0],
-        *(line for line in comparisons[1][0] if line.split("|")[1] not in seen),
+        *markdown(
+            ("method", "other implementation", "PSNR between the images", "time", "evaluations", "what differs"), rows
+        ),
         "",
         "Learning a subject beside a plain loop and diffusers' loop: "
         "[identity prior](identity_prior_training.md), [subject embeddings](subject_embedding_training.md).",
@@ -406,24 +381,6 @@ def write_report(
         *(
             f"- {name}: {METHODS[name].description} ({METHODS[name].source})"
             for name in METHODS
-            if name in figures[1] or name in portraits[1]
+            if name in figures["figures"] or name in figures["portraits"]
         ),
     ]
-    everything = {
-        "command": command,
-        "commit": commit,
-        "seed": arguments.seed,
-        "steps": arguments.steps,
-        "figures": reports["figures"],
-        "portraits": reports["portraits"],
-        "same_algorithm": {"figures": comparisons[0][1], "portraits": comparisons[1][1]},
-    }
-    write_results("peers", everything, lines)
-    for name, (tasks, results) in (("peers.jpg", figures), ("peers_portraits.jpg", portraits)):
-        if tasks:
-            edits.save_sheet(RESULTS / name, sheet_rows(results, tasks), 9)
-
-
-def recorded(arguments: list[str]) -> list[str]:
-    """The command's arguments without the folders, whose places differ from machine to machine."""
-    return [Path(each).name if "/" in each else each for each in arguments]

@@ -9,9 +9,11 @@
 
 `--dataset` is one of pie-bench, tedbench, lipe, dreambooth, people (folders in their published form, see datasets.py;
 nothing is downloaded) and demo, which the demo world draws: edits of subjects that nothing was trained on, with the
-true edits known. `--methods` are those of edit_methods.py; `--list` names them. `--edited` scores images that exist
-already, found by the names of the cases. Every table has the unchanged source image as a row, and the true edit where
-it is known. With `--keep` a run that was stopped goes on. Scores need the networks that are given, local folders in the
+true edits known. `--methods` are those of methods.py; `--list` names them. `--edited` scores images that exist already,
+found by the names of the cases. Every table has the unchanged source image as a row, and the true edit where it is
+known. With `--keep` a run that was stopped goes on. `--ray` spreads the edits over several processes of this machine,
+`--ray ADDRESS` over a Ray cluster (`ray start` on every machine; the pack and the images are sent to them, the
+checkpoint and COMFYUI_PATH are in the same place on all). Scores need the networks that are given, local folders in the
 form of transformers (`--clip`, `--dino`, `--dinov2`, `--structure`) or files of `--models` (a ComfyUI models folder):
 `--lpips`, `--fid` and `--aesthetic` of its image_scores, `--arcface` and `--face-detector` of its insightface. The demo
 dataset is scored by the demo world's own CLIP, whose figures say nothing beside those of a published CLIP.
@@ -41,15 +43,11 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import folder_paths
 import torch
-from identity_edit_pack.demo_world import family
 from identity_edit_pack.demo_world.clip import CLIP_FOLDER
 from identity_edit_pack.pipelines.faces.detection import load_detector
 from identity_edit_pack.pipelines.faces.similarity import load_recognizer
@@ -59,11 +57,12 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from tqdm import tqdm
 
 from ..benchmarks import edits
-from ..benchmarks.harness import DEMO_CHECKPOINT, RESULTS, source_commit, write_results
+from ..benchmarks.harness import RESULTS, Options, made_by, markdown, write_results
 from . import demo_dataset as edit_dataset_demo
 from .cases import EditCase
 from .datasets import PEOPLE, PHOTOS, READERS, read_dataset
-from .methods import METHODS, Checkpoint, Method, MethodSettings, load_checkpoint
+from .editing import FILES, HERE, NUMBERS, Editor, Task, add_model_folders
+from .methods import METHODS
 from .scoring import (
     SOURCE,
     TARGET,
@@ -86,35 +85,34 @@ SHEET_SIDE, SHEET_COLUMNS = 128, 12
 NEW_IMAGES = ("dreambooth", PEOPLE)
 """Datasets that ask for new images of a subject, not for edits."""
 PARTS = {PLAIN: PLAIN_PARTS, PIE_BENCH: PIE_BENCH_PARTS}
-FILES = {"mcdm": "checkpoint", "w_plus_encoder": "file", "community": "folder", "masactrl": "folder"}
-NUMBERS = {entry.name for entry in dataclasses.fields(MethodSettings) if entry.type in ("int", "float")} - {"seed"}
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--list", action="store_true", help="name the methods, and stop")
-    parser.add_argument("--dataset", choices=(*READERS, DEMO), default=DEMO)
-    parser.add_argument("--folder", type=Path, help="the dataset's folder; for demo where it is written (temporary)")
-    parser.add_argument("--cases", type=int, help="how many cases (all; demo: 21)")
-    parser.add_argument("--start", type=int, default=0, help="the first of them (0)")
-    parser.add_argument("--checkpoint", type=Path, help="an SD 1.x, 2.x or XL checkpoint (the demo world's)")
-    parser.add_argument("--size", type=int, help="width and height of the images (512; demo: 128)")
-    parser.add_argument("--methods", nargs="*", default=[], metavar="METHOD", help="see --list")
-    parser.add_argument("--edited", nargs="*", default=[], type=Path, help="folders of images that exist already")
-    parser.add_argument("--keep", type=Path, help="keep the made images here, and go on with what it holds")
-    parser.add_argument("--seed", type=int, default=0, help="of all noise (0)")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="NAME=NUMBER", help=f"any of {', '.join(sorted(NUMBERS))}"
-    )
-    for name, what in FILES.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=Path, help=f"the {what} that some methods need")
-    parser.add_argument("--references", type=int, help="a subject's images that methods learn from (all; people: 6)")
-    for name in ("clip", "dino", "dinov2", "structure"):
-        parser.add_argument(f"--{name}", type=Path, help="folder of the network (transformers)")
-    parser.add_argument("--models", type=Path, help="a ComfyUI models folder with image_scores and insightface")
-    for name in ("lpips", "fid", "aesthetic", "arcface", "face-detector"):
-        parser.add_argument(f"--{name}", help="name of the network in --models")
-    parser.add_argument("--rule", choices=RULES, help="how parts are compared (pie-bench: PIE-Bench)")
-    parser.add_argument("--name", help="of the results (edits_DATASET)")
+OPTIONS: Options = {
+    "list": (False, "name the methods, and stop"),
+    "dataset": (DEMO, "what is edited", {"choices": (*READERS, DEMO)}),
+    "folder": (None, "the dataset's folder; for demo where it is written (temporary)", {"type": Path}),
+    "cases": (None, "how many cases (all; demo: 21)", {"type": int}),
+    "start": (0, "the first of them (0)"),
+    "checkpoint": (None, "an SD 1.x, 2.x or XL checkpoint (the demo world's)", {"type": Path}),
+    "size": (None, "width and height of the images (512; demo: 128)", {"type": int}),
+    "methods": ([], "see --list", {"type": str, "nargs": "*", "metavar": "METHOD"}),
+    "edited": ([], "folders of images that exist already", {"type": Path, "nargs": "*"}),
+    "keep": (None, "keep the made images here, and go on with what it holds", {"type": Path}),
+    "seed": (0, "of all noise (0)"),
+    "set": ([], f"any of {', '.join(sorted(NUMBERS))}", {"type": str, "nargs": "*", "metavar": "NAME=NUMBER"}),
+    "ray": (None, "spread edits over workers by Ray: of the cluster ADDRESS, or of this machine",
+            {"nargs": "?", "const": HERE, "metavar": "ADDRESS"}),
+    "workers": (2, "with --ray, how many at once (2)"),
+    "gpus": (0.0, "with --ray, GPUs for each worker"),
+    **{name: (None, f"the {what} that some methods need", {"type": Path}) for name, what in FILES.items()},
+    "references": (None, "a subject's images that methods learn from (all; people: 6)", {"type": int}),
+    **{name: (None, "folder of the network (transformers)", {"type": Path})
+       for name in ("clip", "dino", "dinov2", "structure")},
+    "models": (None, "a ComfyUI models folder with image_scores and insightface", {"type": Path}),
+    **dict.fromkeys(("lpips", "fid", "aesthetic", "arcface", "face_detector"), (None, "a network's name in --models")),
+    "rule": (None, "how parts are compared (pie-bench: PIE-Bench)", {"choices": RULES}),
+    "name": (None, "of the results (edits_DATASET)"),
+}  # fmt: skip
 
 
 def read_cases(arguments: argparse.Namespace, temporary: Path) -> list[EditCase]:
@@ -137,78 +135,22 @@ def read_cases(arguments: argparse.Namespace, temporary: Path) -> list[EditCase]
     return [dataclasses.replace(case, references=case.references[:count]) for case in chosen]
 
 
-def method_settings(arguments: argparse.Namespace) -> MethodSettings:
-    changes: dict[str, Any] = {name: getattr(arguments, name) for name in (*FILES, "seed")}
-    if arguments.face_detector is not None and "pidiff" in arguments.methods:
-        add_model_folders(arguments)
-        changes["face_detector"] = load_detector(arguments.face_detector)
-    for assignment in arguments.set:
-        name, _, number = assignment.partition("=")
-        try:
-            if name not in NUMBERS:
-                raise ValueError
-            changes[name] = int(number) if isinstance(getattr(MethodSettings(), name), int) else float(number)
-        except ValueError as error:
-            raise IdentityEditError(
-                f"--set {assignment} sets no number; write NAME=NUMBER with a NAME of {', '.join(sorted(NUMBERS))}."
-            ) from error
-    return MethodSettings(**changes)
-
-
 def made_images(arguments: argparse.Namespace, cases: list[EditCase], size: int, keep: Path) -> dict[str, Images]:
     """Edit all cases by all methods; what reads the images, by method."""
-    unknown = sorted(set(arguments.methods) - set(METHODS))
-    if unknown:
-        raise IdentityEditError(f"There is no method {', '.join(unknown)}; --list names those that there are.")
-    settings = method_settings(arguments)
-    path = arguments.checkpoint or DEMO_CHECKPOINT
-    if arguments.methods and not path.is_file():
-        raise IdentityEditError(f"The checkpoint {path} is missing; give a file with --checkpoint.")
-    kept = KeptImages(keep, settings_of_images(arguments, settings, path, size))
-
-    @functools.cache
-    def checkpoint() -> Checkpoint:
-        family.register()
-        return load_checkpoint(path, size)
-
-    left_out: dict[str, str] = {}
-    for case in tqdm(cases, unit="case", desc="editing", disable=not arguments.methods):
-        # One case after the other, so that methods share their work on it.
+    editor = Editor(arguments, size)
+    kept = KeptImages(keep, editor.settings_of_images())
+    tasks, left_out = [], {}
+    for case in cases:
         for name in arguments.methods:
-            method = METHODS[name]
-            own = case.named() if "references" in method.needs else case
-            lacking = method.lacks(own, settings)
-            if lacking:
+            if lacking := METHODS[name].lacks(case, editor.settings):
                 left_out[name] = ", ".join(lacking)
-            else:
-                kept.make(name, own, functools.partial(edit_case, method, checkpoint, settings))
-        settings.work.forget("case")
+            elif not kept.path(name, case).exists():
+                tasks.append(Task(name, case))
+    for task, image in tqdm(editor.images(tasks), total=len(tasks), unit="edit", disable=not tasks):
+        kept.add(task.method, task.case, image)
     for name, lacking_words in left_out.items():
         print(f"{name} is left out where it lacks {lacking_words}.")
     return {name: functools.partial(kept.load, name, size=size) for name in arguments.methods}
-
-
-def edit_case(
-    method: Method, checkpoint: Callable[[], Checkpoint], settings: MethodSettings, case: EditCase
-) -> torch.Tensor:
-    return method.edit(checkpoint(), case, settings)
-
-
-def settings_of_images(
-    arguments: argparse.Namespace, settings: MethodSettings, checkpoint: Path, size: int
-) -> dict[str, Any]:
-    """What made images depend on."""
-    files = {name: path.name for name in FILES if (path := getattr(arguments, name))}
-    numbers = {name: getattr(settings, name) for name in sorted(NUMBERS)}
-    return {
-        "dataset": arguments.dataset,
-        "references": arguments.references,
-        "checkpoint": checkpoint.name,
-        "size": size,
-        "seed": settings.seed,
-        **files,
-        **numbers,
-    }
 
 
 def existing_images(arguments: argparse.Namespace, cases: list[EditCase], size: int) -> dict[str, Images]:
@@ -220,16 +162,6 @@ def existing_images(arguments: argparse.Namespace, cases: list[EditCase], size: 
             raise IdentityEditError(f"{folder} holds no image named like a case, as {cases[0].name} is; rename them.")
         found[folder.name] = functools.partial(edited.load, size=size)
     return found
-
-
-def add_model_folders(arguments: argparse.Namespace) -> None:
-    """Make the networks of --models known by their names."""
-    of_models = ("lpips", "fid", "aesthetic", "arcface", "face_detector")
-    if arguments.models is None and any(getattr(arguments, name) for name in of_models):
-        raise IdentityEditError("--models is missing; give the ComfyUI models folder that holds image_scores.")
-    if arguments.models is not None:
-        for name in ("image_scores", "insightface"):
-            folder_paths.add_model_folder_path(name, str((arguments.models / name).resolve()), is_default=True)
 
 
 @contextlib.contextmanager
@@ -249,18 +181,10 @@ def networks_of(arguments: argparse.Namespace) -> Any:
         yield networks
 
 
-def command() -> str:
-    """The command with relative paths, as it is recorded."""
-
-    def relative(word: str) -> str:
-        return Path(word).name if Path(word).is_absolute() else word
-
-    return " ".join(["python -m benchmarks score_edits", *(relative(word) for word in sys.argv[1:])])
-
-
-def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: dict[str, Images], size: int) -> None:
-    """Score every row of images, and write the results."""
-    rule = arguments.rule or (PIE_BENCH if arguments.dataset == "pie-bench" else PLAIN)
+def scored(
+    arguments: argparse.Namespace, cases: list[EditCase], rows: dict[str, Images], size: int, rule: str
+) -> tuple[dict[str, MethodScores], dict[str, dict[str, float]]]:
+    """Score every row of images; methods without any are left out."""
     methods = {name: MethodScores() for name in rows}
     others: list[torch.Tensor] = []
     with networks_of(arguments) as networks:
@@ -277,33 +201,35 @@ def score_and_write(arguments: argparse.Namespace, cases: list[EditCase], rows: 
                 methods[name].add(case, scores)
                 if inception is not None:
                     methods[name].features.append(inception.features([edited[0]]))
-    methods = {name: scores for name, scores in methods.items() if scores.values}
+    found = {name: scores for name, scores in methods.items() if scores.values}
+    return found, {name: set_scores(scores, others) for name, scores in found.items()}
+
+
+def write_report(arguments: argparse.Namespace, cases: list[EditCase], rows: dict[str, Images], size: int) -> None:
+    """Score every row of images, and write the results."""
+    rule = arguments.rule or (PIE_BENCH if arguments.dataset == "pie-bench" else PLAIN)
+    methods, sets = scored(arguments, cases, rows, size, rule)
     rows = {name: rows[name] for name in methods}
-    sets = {name: set_scores(scores, others) for name, scores in methods.items()}
-    commit = source_commit()
-    title = f"# Edits of {arguments.dataset}, scored"
-    about = f"`{command()}` at commit {commit}: {len(cases)} cases from number {arguments.start} on, {size} pixels."
-    parts = f"Inside and outside of a mask: {PARTS[rule]}."
-    lines = [title, "", f"{about} {parts}", "", *table(methods, sets)]
+    lines = [
+        f"# Edits of {arguments.dataset}, scored",
+        "",
+        f"{made_by()}: {len(cases)} cases from number {arguments.start} on, {size} pixels. Inside and outside of a "
+        f"mask: {PARTS[rule]}.",
+        "",
+        *table(methods, sets),
+    ]
     by_group = list(means_by_group(methods, cases))
     shown = [name for name in ("CLIP-T", "CLIP-D", "SSIM", "PSNR outside") if any(name in row[3] for row in by_group)]
     if by_group and arguments.dataset not in NEW_IMAGES:
-        lines += ["", f"| kind of edit | cases | method | {' | '.join(shown)} |", "|---" * (len(shown) + 3) + "|"]
-        for group, count, name, means in by_group:
-            cells = " | ".join(figure(score, means.get(score, float("nan"))) for score in shown)
-            lines.append(f"| {group} | {count} | {name} | {cells} |")
+        groups = (
+            (group, count, name, *(figure(score, means.get(score, float("nan"))) for score in shown))
+            for group, count, name, means in by_group
+        )
+        lines += ["", *markdown(("kind of edit", "cases", "method", *shown), groups)]
     lines += ["", f"Rows of the sheet: {', '.join(rows)}; the first cases."]
-    figures = {
-        "command": command(),
-        "commit": commit,
-        "dataset": arguments.dataset,
-        "seed": arguments.seed,
-        "size": size,
-        "rule": rule,
-        "methods": figures_of(methods, sets),
-    }
+    figures = {"dataset": arguments.dataset, "seed": arguments.seed, "size": size, "rule": rule}
     name = arguments.name or f"edits_{arguments.dataset.replace('-', '_')}"
-    write_results(name, figures, lines)
+    write_results(name, {**figures, "methods": figures_of(methods, sets)}, lines)
     edits.save_sheet(RESULTS / f"{name}.jpg", sheet(rows, cases[:SHEET_COLUMNS], SHEET_SIDE), SHEET_COLUMNS)
 
 
@@ -323,4 +249,4 @@ def main(arguments: argparse.Namespace) -> None:
             pass  # what is missing is said before any image is made; the memory is free for making them
         rows |= made_images(arguments, cases, size, arguments.keep or Path(temporary) / "kept")
         rows |= existing_images(arguments, cases, size)
-        score_and_write(arguments, cases, rows, size)
+        write_report(arguments, cases, rows, size)

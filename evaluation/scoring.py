@@ -25,8 +25,6 @@ SOURCE, TARGET = "source", "true edit"
 """Rows that need no method: the image unchanged, and the answer where the dataset knows it."""
 TO_TRUE_EDIT = "to the true edit"
 
-Edit = Callable[[EditCase], torch.Tensor]
-"""Gives the edited image [1, size, size, 3] of a case."""
 Images = Callable[[EditCase], "torch.Tensor | None"]
 """Reads the image of a case that is scored, [1, size, size, 3], or None where there is none."""
 
@@ -60,11 +58,8 @@ class KeptImages:
     def path(self, method: str, case: EditCase) -> Path:
         return self.folder / file_name(method) / f"{case.name}.png"
 
-    def make(self, method: str, case: EditCase, edit: Edit) -> None:
-        """Make the image and keep it, unless it is there."""
-        if self.path(method, case).exists():
-            return
-        image = edit(case)[0]
+    def add(self, method: str, case: EditCase, image: torch.Tensor) -> None:
+        """Keep an image [size, size, 3]."""
         if not bool(torch.isfinite(image).all()):
             raise IdentityEditError(
                 f"The method {method} gave NaN for {case.name}; leave it out, or run it with another precision."

@@ -5,12 +5,7 @@ once for each pair (its Generate Pairs node with the pair's number as `part`) an
 alone writes the dataset, and asks only for pairs that are missing. A pair whose worker dies is given to another one,
 and the worker is replaced. One worker runs in this process.
 
-Across machines by Ray, of the two engines that come into question. Pairs are independent jobs of minutes for workers
-that differ (a GPU here, a CPU there) and may die: Ray places actors where a GPU is free, sets CUDA_VISIBLE_DEVICES,
-brings files back without a shared folder, and reports the death of one actor as that actor's error. Hugging Face
-accelerate starts the same program in lockstep on equal processes with a collective group between them: the death of
-one ends them all, and there is no queue. Ray is optional and in no list of requirements (`pip install ray`): one worker
-needs none.
+More than one worker needs Ray (`pip install ray`; `ray_workers.py` says why Ray).
 
 The ComfyUI is the one in whose custom_nodes the pack lies, or the one that COMFYUI_PATH names, on every machine of a
 cluster (there, start Ray on every machine with `ray start`, and give `--ray-address auto`; the pack is sent to them by
@@ -24,13 +19,13 @@ import copy
 import os
 import sys
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import ray_workers
 from api_workflows import Prompt, change_inputs, read_workflow
 from user_comfyui import PACK, ScriptError, name_pack
 
@@ -38,10 +33,6 @@ SCRIPTS = str(PACK / "scripts")
 DEFAULT_WORKFLOW = "mcdm_generate_pairs"
 NODE = "IdentityEditGeneratePairs"
 WORK_FOLDER = "pairs/work"
-MOST_LOSSES = 3
-"""Workers that may die over one pair before the run is given up: then it is the pair that kills them."""
-_NOT_SENT = [".venv", ".git", "demo_output", "node_modules", "tests", "benchmarks", "evaluation", "**/__pycache__"]
-
 Result = dict[str, bytes]
 """A pair's files by name, or `rejected.json` alone; and `dataset.json`."""
 
@@ -72,9 +63,9 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 class Worker:
     """A ComfyUI in this process that makes single pairs."""
 
-    def __init__(self, prompt: Prompt, options: list[str], scripts: str | None) -> None:
+    def __init__(self, prompt: Prompt, options: list[str], pack: str | None) -> None:
         # Ray sends the pack into the working directory of its workers on other machines.
-        sys.path.insert(0, scripts or str(Path.cwd() / "scripts"))
+        sys.path.insert(0, str(Path(pack or Path.cwd()) / "scripts"))
         # Imported here, as there is nothing to import before on another machine.
         from user_comfyui import ComfyUI
 
@@ -110,7 +101,7 @@ class Worker:
 
 def results_of_one_worker(prompt: Prompt, numbers: list[int], options: list[str]) -> Iterator[tuple[int, Result]]:
     """Make pairs one after the other in this process."""
-    worker = Worker(prompt, options, SCRIPTS)
+    worker = Worker(prompt, options, str(PACK))
     try:
         for number in numbers:
             yield number, worker.make(number)
@@ -119,14 +110,7 @@ def results_of_one_worker(prompt: Prompt, numbers: list[int], options: list[str]
 
 
 def results_of_ray(
-    prompt: Prompt,
-    numbers: list[int],
-    options: list[str],
-    *,
-    workers: int,
-    address: str | None = None,
-    gpus: float = 0.0,
-    on_worker: Callable[[int], None] | None = None,
+    prompt: Prompt, numbers: list[int], options: list[str], *, workers: int, **more: Any
 ) -> Iterator[tuple[int, Result]]:
     """Make pairs on Ray actors, in any order; those of a worker that dies are made by another.
 
@@ -135,69 +119,14 @@ def results_of_ray(
         numbers: of the pairs to make.
         options: of ComfyUI.
         workers: how many at once.
-        address: of a cluster; None starts one on this machine for the time of the run.
-        gpus: for each worker.
-        on_worker: told the process id of each worker that has started.
+        more: what else `ray_workers.results_of_ray` takes.
 
     Raises:
         ScriptError: when Ray is missing, a node fails, or workers die over one pair again and again.
     """
-    try:
-        import ray
-        from ray.exceptions import RayActorError, RayTaskError
-    except ImportError:
-        raise ScriptError("More than one worker needs Ray: 'pip install ray', or --workers 1.") from None
-    cluster: dict[str, Any]
-    if address:
-        # Run as a command, this file is sent by value; what it imports is in the working directory.
-        cluster = {"address": address, "runtime_env": {"working_dir": str(PACK), "excludes": _NOT_SENT}}
-    else:
-        path = os.pathsep.join(filter(None, (SCRIPTS, os.environ.get("PYTHONPATH"))))
-        cluster = {"num_cpus": workers, "include_dashboard": False, "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report to its makers
-    ray.init(log_to_driver=False, **cluster)
-    actor = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0)(Worker)
-    waiting, losses = deque(numbers), dict.fromkeys(numbers, 0)
-    busy: dict[Any, tuple[Any, int]] = {}
-
-    def start() -> Any:
-        started = actor.remote(prompt, options, None if address else SCRIPTS)
-        if on_worker is not None:
-            on_worker(ray.get(started.process_id.remote()))
-        return started
-
-    def lost(number: int, error: Exception) -> None:
-        losses[number] += 1
-        if losses[number] >= MOST_LOSSES:
-            raise ScriptError(f"{MOST_LOSSES} workers have died over pair {number}; the last one said: {error}")
-        waiting.appendleft(number)
-
-    try:
-        idle = deque(start() for _ in range(min(workers, len(waiting))))
-        while waiting or busy:
-            while waiting and idle:
-                worker, number = idle.popleft(), waiting.popleft()
-                busy[worker.make.remote(number)] = worker, number
-            ready, _ = ray.wait(list(busy), num_returns=1)
-            worker, number = busy.pop(ready[0])
-            try:
-                result = ray.get(ready[0])
-            except RayActorError as error:
-                lost(number, error)
-                idle.append(start())
-            except RayTaskError as error:
-                if isinstance(error.cause, ScriptError):  # a node's own error would come again on every worker
-                    raise ScriptError(f"pair {number}: {error.cause}") from None
-                ray.kill(worker)  # its ComfyUI is gone, or does not answer
-                lost(number, error)
-                idle.append(start())
-            else:
-                idle.append(worker)
-                yield number, result
-        for worker in idle:
-            ray.get(worker.stop.remote())
-    finally:
-        ray.shutdown()
+    not_sent = (*ray_workers.NOT_SENT, "benchmarks", "evaluation")
+    settings = {"count": workers, "paths": (SCRIPTS,), "not_sent": not_sent, "name_of": "pair {}".format, **more}
+    return ray_workers.results_of_ray(Worker, (prompt, options), numbers, **settings)
 
 
 def node_of(prompt: Prompt) -> dict[str, Any]:

@@ -28,7 +28,7 @@ FORBIDDEN_MODULES = {
     *("websocket", "websockets", "httpx", "pip", "ensurepip", "marshal", "shelve", "dill", "cloudpickle", "joblib"),
     *("huggingface_hub", "torch.multiprocessing", "torch.hub", "concurrent.futures.process"),
 }
-ALLOWED_MODULES = {"pipelines/subjects/regularization_prompts.py": {"requests"}, "scripts/generate_pairs.py": {"ray"}}
+ALLOWED_MODULES = {"pipelines/subjects/regularization_prompts.py": {"requests"}, "scripts/ray_workers.py": {"ray"}}
 """Those that only the named file may import."""
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__"}
 FORBIDDEN_OF_OS = ("system", "popen", "exec", "spawn", "fork", "posix_spawn", "startfile")

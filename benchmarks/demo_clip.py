@@ -8,7 +8,6 @@ back:
 - CLIP-T of the right caption, and of one with one attribute wrong;
 - CLIP-D of true edits with their own pair of captions, and with the pair of another edit.
 
-Writes benchmarks/results/demo_clip.json and .md.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ back between forward and backward pass. Given is the largest error of what a nod
 writes and of what its MODEL samples afterwards: the mean absolute difference from what plain models on the processor
 give, relative to their mean absolute value. FOLDER is a ComfyUI that has dynamic VRAM; the Python is one with what it
 needs and with pytest (`scripts/test.py --engine FOLDER` makes one below .venv/engines).
-Writes benchmarks/results/dynamic_vram.json and .md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 Random weights: they take as long as the published ones, which are the user's to have. With --published FOLDER, a copy
 of the published implementation (omertov/encoder4editing), its network gets the same weights and is compared: number,
 names and shapes of the tensors, and the largest difference of the rows. Nothing is fetched.
-Writes benchmarks/results/e4e_speed.json and .md.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ is written into it. What its requirements.txt asks for is installed into an envi
 On each version a real server is started with the pack. Asked is whether it says that the pack is loaded, whether every
 node is registered, whether shipped workflows run (with few steps), and how much their images differ from those of the
 version that the pack is developed on, `engine.ENGINE_VERSION`. `--tests` names tests to run there as well.
-Writes benchmarks/results/engines.json and engines.md.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ taken for others. tests/real_faces.py says which files the figures here are from
    side apart; the warning of Align Face says which these are.
 3. Of photos of one face: similarity to itself after FFHQ alignment to 256 pixels, and after scaling the photo down
    until its crop has fewer and fewer pixels.
-Writes benchmarks/results/face_identity.json and .md.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ Each part is a process of its own. What fails is recorded and the next is done; 
 recorded as not run. On a machine without a card the demo world's small models take the place of the wide ones and
 nothing is compiled, which shows that the script works and says nothing about a card. Peaks of memory are those of
 PyTorch's allocator on a card, without what dynamic VRAM itself holds, and of the process on a processor.
-Writes benchmarks/results/gpu_DEVICE.json and .md.
 """
 
 from __future__ import annotations

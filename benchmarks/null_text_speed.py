@@ -5,7 +5,6 @@ Both optimize the same images with the same network, in float32 and with the sam
 implementation does (weights that require gradients, guided evaluations of two at the end of each step). Given are
 medians over the runs of time, model calls and PSNR of the reconstructed image, and the highest memory use
 above that of the loaded model in a process that does one of them alone.
-Writes benchmarks/results/null_text_speed.json and null_text_speed.md.
 """
 
 from __future__ import annotations

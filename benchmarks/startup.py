@@ -2,7 +2,6 @@
 
 A real server is started with and without the pack in turn. Given are the medians of ComfyUI's own line "Import times
 for custom nodes" (which it rounds to 0.1 s) and of the time from the start of the process to the first answer.
-Writes benchmarks/results/startup.json and startup.md.
 """
 
 from __future__ import annotations

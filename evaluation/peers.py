@@ -41,6 +41,7 @@ from tqdm import tqdm
 from ..benchmarks import edits, lipe_edit, portrait_edit
 from ..benchmarks.edits import Pair
 from ..benchmarks.harness import CHECKPOINT, DEMO_MCDM, RESULTS, SEED, Options, markdown, means
+from . import generating_methods
 from .cases import EditCase, save_image
 from .methods import METHODS, SAME_ALGORITHM, SUBJECT, Checkpoint, MethodSettings, load_checkpoint, measured
 from .scoring import KeptImages
@@ -53,7 +54,9 @@ PORTRAITS = (
     "img2img", "diffusers-img2img", "sdedit", "ddim", "negative-prompt", "diffedit", "diffusers-diffedit",
     "instruct-pix2pix", "diffusers-instruct-pix2pix", "mcdm",
 )  # fmt: skip
-FIGURES = tuple(name for name, method in METHODS.items() if "mcdm" not in method.needs)
+FIGURES = tuple(
+    name for name, method in METHODS.items() if "mcdm" not in method.needs and name not in generating_methods.METHODS
+)
 REASONS = {
     "img2img": ("ComfyUI's own nodes. They end at noise level 0, diffusers' scheduler at that of the first timestep."),
     "instruct-pix2pix": (

@@ -1,7 +1,7 @@
-"""ComfyUI-IdentityEdit: what ComfyUI loads of the pack.
+"""ComfyUI-IdentityEdit: ComfyUI's entry point.
 
-A ComfyUI that is too old would stop somewhere in the middle with a traceback about a name that it lacks. So it is asked
-for its version first; it gets one sentence in its log then, and no entry point. `extension.py` has the rest.
+An old ComfyUI would fail with a traceback about a missing name. Its version is therefore checked first: it gets one
+sentence in its log and no entry point. `extension.py` has the rest.
 """
 
 import logging
@@ -13,9 +13,9 @@ OLDEST_COMFYUI = "0.3.60"
 
 
 def too_old() -> str | None:
-    """One sentence when this ComfyUI is older than OLDEST_COMFYUI, else None.
+    """The log's sentence if this ComfyUI is older than OLDEST_COMFYUI, else None.
 
-    A version that is not three numbers is nobody's release and is let through.
+    A version that is not three numbers belongs to no release and is accepted.
     """
     try:
         version = str(import_module("comfyui_version").__version__)

@@ -1,9 +1,8 @@
-"""What the pack registers with ComfyUI, which calls `comfy_entrypoint`.
+"""Registration of the pack with ComfyUI, which calls `comfy_entrypoint`.
 
-It registers the nodes, the folders of the demo checkpoint, of its MCDM, of its ControlNet, of its encoder of W+
-and of its style attention, the model families of the demo checkpoint, SD2.x with a source image, the models folders
-of learned subjects, of style attentions, of encoders of W+, of face networks, of background networks, of image encoders
-and of weights for scores, and the help pages; nothing else.
+It registers the nodes; the folders of the demo world's weights; the demo world's model families and SD2.x with a source
+image; and the models folders of learned subjects, style attentions, W+ encoders, face and background networks, image
+encoders and weights for scores. Nothing else.
 """
 
 import logging
@@ -34,7 +33,7 @@ class IdentityEditExtension(ComfyExtension):
 
 
 def warn_of_another_copy() -> None:
-    """ComfyUI lets the pack that comes last replace the nodes of the first, and says nothing about it."""
+    """Log a warning if the pack is installed twice: ComfyUI silently uses the nodes of the copy loaded last."""
     here = Path(__file__).parent
     for folder in map(Path, folder_paths.get_folder_paths("checkpoints")):
         other = folder.parent.parent
@@ -44,7 +43,7 @@ def warn_of_another_copy() -> None:
 
 
 def versions() -> str:
-    """What a report of a fault needs first, in a line."""
+    """The versions that a bug report needs, in one line."""
     text = (Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8")
     found = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
     ours = found[1] if found else "of an unknown version"

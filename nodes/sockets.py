@@ -128,7 +128,7 @@ def check_inputs(schema: io.Schema, given: dict[str, Any]) -> None:
 
 
 _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
-    "MODEL": lambda value, item, model: engine.require(value, engine.Capability.DISCRETE_TIMESTEPS),
+    "MODEL": lambda value, item, model: engine.require(value),
     "CLIP": lambda value, item, model: check_clip(value, item.id),
     "CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),
     "VAE": lambda value, item, model: _check_vae(value, item.id, _channels(model)),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
-from ..pipelines.inversion.inversion import Inversion as DDIMInversion
+from ..pipelines.inversion.inversion import Inversion as InversionData
 from ..pipelines.shared.conditioning import Conditioning, with_embedding
 from ..pipelines.text.step_embeddings import apply_step_embeddings
 from ..pipelines.timestep_aware import text_injection
@@ -42,9 +42,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
                 "so that interpolating back to the target prompt edits this image smoothly."
             ),
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
-                ),
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (noise or v-prediction)."),
                 io.Latent.Input("latent", tooltip="Image to edit, from VAE Encode."),
                 io.Conditioning.Input(
                     "target",
@@ -271,7 +269,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
                 io.Conditioning.Output(
                     "positive",
                     display_name="positive",
-                    tooltip="Connect to `positive` of the sampler that uses the output model.",
+                    tooltip="Conditioning for `positive` of the sampler that uses the output model.",
                 ),
             ],
         )
@@ -312,8 +310,8 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input(
                     "inversion",
-                    tooltip="From Null-Text Optimization (guidance scale 7.5), or directly from DDIM Inversion "
-                    "(guidance scale 1).",
+                    tooltip="Inversion from Null-Text Optimization (guidance scale 7.5), or directly from DDIM "
+                    "Inversion (guidance scale 1).",
                 ),
                 *_prompt_inputs(),
                 guidance_scale_input(
@@ -349,7 +347,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
     def execute(
         cls,
         model: Any,
-        inversion: DDIMInversion,
+        inversion: InversionData,
         source: Conditioning,
         target: Conditioning,
         ratio: float,

@@ -25,7 +25,7 @@ SEED_TOOLTIP = "Seed for all randomness: image order, timesteps and noise."
 def checkpoint_inputs() -> list[Any]:
     """MODEL, CLIP and VAE of a checkpoint."""
     return [
-        io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."),
+        io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (noise or v-prediction)."),
         io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
         io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
     ]

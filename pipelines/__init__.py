@@ -1,5 +1,5 @@
-"""What the papers do: schedules, inversion, optimization, guidance, files.
+"""The techniques: one package for each, over shared packages for inversion, training, text and files.
 
-Plain functions and small classes over tensors and ComfyUI models; no node, no widget, no file dialogue. Only
-`engine` speaks to ComfyUI (`comfy.*`); every other module is torch and arithmetic.
+Plain functions and small classes over tensors and ComfyUI models, without nodes or widgets. Only `engine` imports
+`comfy.*`.
 """

@@ -49,8 +49,8 @@ class SelectReference(io.ComfyNode):
                 io.Boolean.Input(
                     "subject_only",
                     default=True,
-                    tooltip="On: compares only the subject in images that have a mask. Off: compares whole images, "
-                    "as in Wang et al. 2023, including their backgrounds.",
+                    tooltip="Comparison of subjects. On: compares only the subject in images that have a mask. Off: "
+                    "compares whole images, as in Wang et al. 2023, including their backgrounds.",
                 ),
                 SubjectImages.Input(
                     "subject",
@@ -71,7 +71,9 @@ class SelectReference(io.ComfyNode):
                     optional=True,
                 ),
                 io.ClipVision.Input(
-                    "clip_vision", optional=True, tooltip="From Load CLIP Vision, for the encoder 'CLIP_VISION input'."
+                    "clip_vision",
+                    optional=True,
+                    tooltip="Model from Load CLIP Vision, for the encoder 'CLIP_VISION input'.",
                 ),
             ],
             outputs=[

@@ -8,7 +8,7 @@ import torch
 from comfy_api.latest import io
 
 from ...pipelines.hifi_tuner import reference_guidance as guidance
-from ...pipelines.inversion.inversion import Inversion as DDIMInversion
+from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.inversion.inversion import check_step_count
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
@@ -150,7 +150,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
         positive: Conditioning,
         negative: Conditioning,
         latent: dict[str, Any],
-        inversion: DDIMInversion,
+        inversion: InversionData,
         mask: torch.Tensor,
         seed: int,
         guidance_scale: float,

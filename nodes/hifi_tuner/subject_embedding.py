@@ -128,14 +128,14 @@ class TrainSubjectEmbedding(io.ComfyNode):
                 io.Boolean.Input(
                     "masked_loss",
                     default=True,
-                    tooltip="On: computes the loss inside the masks only, so that backgrounds are not learned, as "
-                    "in Wang et al. 2023. Images without a mask count as a whole.",
+                    tooltip="Masked loss. On: computes the loss inside the masks only, so that backgrounds are not "
+                    "learned, as in Wang et al. 2023. Images without a mask count as a whole.",
                 ),
                 io.Boolean.Input(
                     "keep_token",
                     default=False,
-                    tooltip="On: keeps the rare token in captions and prompts, for a model with an identity prior, "
-                    "which knows the token. Off: the embeddings replace it.",
+                    tooltip="Handling of the rare token. On: keeps it in captions and prompts, for a model with an "
+                    "identity prior, which knows the token. Off: the embeddings replace it.",
                 ),
                 seed_input(SEED_TOOLTIP),
                 filename_prefix_input(FILE_FOLDER, "subject", "Step-Wise Embedding Loader"),
@@ -293,7 +293,7 @@ class ApplySubject(io.ComfyNode):
                     "model", tooltip="The model that the subject was trained on, or another of the same family."
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                Subject.Input("subject", tooltip="From Train Subject Embedding or Step-Wise Embedding Loader."),
+                Subject.Input("subject", tooltip="Subject from Train Subject Embedding or Step-Wise Embedding Loader."),
                 io.String.Input(
                     "prompt",
                     multiline=True,
@@ -346,7 +346,8 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
                 io.Boolean.Input(
                     "overwrite",
                     default=False,
-                    tooltip="On: replaces a file of this name. Off: an existing file is kept, with an error.",
+                    tooltip="Overwriting. On: replaces a file of this name. Off: an existing file is kept, with an "
+                    "error.",
                 ),
             ],
             outputs=[

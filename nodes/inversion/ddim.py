@@ -36,9 +36,7 @@ class DDIMInversion(io.ComfyNode):
                 "2021). The first step of every edit of a real image."
             ),
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
-                ),
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (noise or v-prediction)."),
                 io.Conditioning.Input(
                     "source",
                     tooltip="Prompt that describes the original image. An empty prompt often preserves the "

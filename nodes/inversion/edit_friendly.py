@@ -39,9 +39,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                 "DDPM Sampler."
             ),
             inputs=[
-                io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
-                ),
+                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (noise or v-prediction)."),
                 io.Conditioning.Input("source", tooltip="Prompt that describes the original image."),
                 io.Latent.Input("latent", tooltip="Image to invert, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(
@@ -127,7 +125,7 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model used for the inversion."),
-                Inversion.Input("inversion", tooltip="From Edit-Friendly DDPM Inversion."),
+                Inversion.Input("inversion", tooltip="Inversion from Edit-Friendly DDPM Inversion."),
                 io.Float.Input(
                     "skip",
                     default=edit_friendly.SKIP,

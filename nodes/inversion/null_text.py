@@ -48,7 +48,7 @@ class NullTextOptimization(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model used for the inversion."),
-                Inversion.Input("inversion", tooltip="From DDIM Inversion with guidance scale 1."),
+                Inversion.Input("inversion", tooltip="Inversion from DDIM Inversion with guidance scale 1."),
                 io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
                 io.Conditioning.Input(
                     "negative", tooltip="Empty prompt, from which the optimization starts (Mokady et al. 2023)."
@@ -57,10 +57,11 @@ class NullTextOptimization(io.ComfyNode):
                     "method",
                     options=list(_METHODS),
                     default=NULL_TEXT_OPTIMIZATION,
-                    tooltip="Inversion method. Null-text optimization reconstructs the image most closely (Jung et "
-                    "al. 2024, figure 7) and follows its reference implementation update by update. The adaptive "
-                    "form aims at the same reconstruction with fewer model calls. Negative-prompt inversion "
-                    "optimizes nothing and reconstructs as well as DDIM without guidance (Miyake et al. 2023).",
+                    tooltip="Method. How the unconditional embeddings are computed. Null-text optimization "
+                    "reconstructs the image most closely (Jung et al. 2024, figure 7) and follows its reference "
+                    "implementation update by update. The adaptive form aims at the same reconstruction with fewer "
+                    "model calls. Negative-prompt inversion optimizes nothing and reconstructs as well as DDIM "
+                    "without guidance (Miyake et al. 2023).",
                 ),
                 guidance_scale_input(
                     null_text.GUIDANCE_SCALE,
@@ -107,7 +108,7 @@ class NullTextOptimization(io.ComfyNode):
                 io.Conditioning.Output(
                     "null_text",
                     display_name="negative",
-                    tooltip="Connect to `negative` of the sampler that uses the output model.",
+                    tooltip="Conditioning for `negative` of the sampler that uses the output model.",
                 ),
                 Inversion.Output(
                     "optimized_inversion",

@@ -27,7 +27,8 @@ class SaveInversion(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 Inversion.Input(
-                    "inversion", tooltip="From DDIM Inversion, Null-Text Optimization or Edit-Friendly DDPM Inversion."
+                    "inversion",
+                    tooltip="Inversion from DDIM Inversion, Null-Text Optimization or Edit-Friendly DDPM Inversion.",
                 ),
                 filename_prefix_input(FILE_FOLDER, "inversion", "Load Inversion"),
             ],

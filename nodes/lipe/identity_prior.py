@@ -100,14 +100,14 @@ class TrainIdentityPrior(io.ComfyNode):
                 io.Boolean.Input(
                     "train_text_encoder",
                     default=True,
-                    tooltip="On: also trains the attention layers of the text encoders, as in Liu et al. 2024 "
-                    "(appendix E.2.5).",
+                    tooltip="Training of the text encoders. On: also trains the attention layers of the text "
+                    "encoders, as in Liu et al. 2024 (appendix E.2.5).",
                 ),
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
-                    tooltip="On: computes the loss of the subject's images inside their masks only, so that "
-                    "backgrounds are not learned. Off in Liu et al. 2024. Images without a mask count as a whole.",
+                    tooltip="Masked loss. On: computes the loss of the subject's images inside their masks only, so "
+                    "that backgrounds are not learned. Off in Liu et al. 2024. Images without a mask count as a whole.",
                 ),
                 io.Float.Input(
                     "min_snr_gamma",
@@ -340,7 +340,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
     def execute(cls, file: str, rank: int, filename_prefix: str) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
-        next_path(filename_prefix, f"{FILE_FOLDER}/prior")  # fail before long work, not after it
+        next_path(filename_prefix, f"{LORA_FOLDER}/prior")  # fail before long work, not after it
         prior = priors.load_identity_prior(saved_path(file))
         bars: list[Any] = []
 
@@ -350,7 +350,7 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
             bars[0].update_absolute(done, total)
 
         tensors, error = priors.as_lora(prior, rank, progress)
-        with new_path(filename_prefix, f"{FILE_FOLDER}/prior") as path:
+        with new_path(filename_prefix, f"{LORA_FOLDER}/prior") as path:
             priors.save_lora(prior, tensors, rank, error, path)
         mebibytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
         text = f"LoRA of rank {rank}: relative error {error:.3f}, {mebibytes:.1f} MiB.\nSaved as {path}"

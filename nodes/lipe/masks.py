@@ -156,8 +156,8 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint, for the identity prompt."),
                 Inversion.Input(
                     "inversion",
-                    tooltip="From Edit-Friendly DDPM Inversion, as in the paper, or from DDIM Inversion, best with "
-                    "Null-Text Optimization.",
+                    tooltip="Inversion from Edit-Friendly DDPM Inversion, as in the paper, or from DDIM Inversion, "
+                    "best with Null-Text Optimization.",
                 ),
                 io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
                 io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
@@ -203,7 +203,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     "given_masks",
                     options=list(_GIVEN_MASKS),
                     default=next(iter(_GIVEN_MASKS)),
-                    tooltip="How connected masks are used. Instead: the attention mask is skipped entirely. "
+                    tooltip="Use of connected masks. Instead: the attention mask is skipped entirely. "
                     "United: both masks are combined. A mask that is not connected is unaffected.",
                 ),
                 io.Conditioning.Input(
@@ -366,7 +366,8 @@ class AttentionHeatmap(io.ComfyNode):
                 IdentityAttentionSocket.Input(
                     "identity_attention",
                     optional=True,
-                    tooltip="From Identity Attention or Identity-Aware Mask Blend; without it only the mask is drawn.",
+                    tooltip="Attention from Identity Attention or Identity-Aware Mask Blend; without it only the mask "
+                    "is drawn.",
                 ),
                 mask_input(
                     "mask",

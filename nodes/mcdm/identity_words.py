@@ -95,7 +95,7 @@ class TrainIdentityWords(io.ComfyNode):
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
-                    tooltip="Computes the loss only inside the masks of the images. Off, since Chen et al. 2024 do "
+                    tooltip="Masked loss: computed only inside the masks of the images. Off, since Chen et al. 2024 do "
                     "not mention masks.",
                 ),
                 seed_input("Seed for all randomness: initial weights, image order, timesteps and noise."),

@@ -108,7 +108,7 @@ class MCDMConditioner(io.ComfyNode):
                 io.String.Output(
                     "report",
                     display_name="report",
-                    tooltip="How the model was trained, and whether it matches the connected model.",
+                    tooltip="Training of the model, and whether it matches the connected model.",
                 ),
             ],
         )

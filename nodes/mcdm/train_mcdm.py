@@ -106,8 +106,8 @@ class TrainMCDM(io.ComfyNode):
                 io.Boolean.Input(
                     "mirror",
                     default=False,
-                    tooltip="Also trains on every pair mirrored: twice the pairs, for edits and prompts without left "
-                    "and right. Chen et al. 2024 do not report it.",
+                    tooltip="Mirroring. Also trains on every pair mirrored: twice the pairs, for edits and prompts "
+                    "without left and right. Chen et al. 2024 do not report it.",
                 ),
                 io.Int.Input(
                     "image_tokens",

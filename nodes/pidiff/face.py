@@ -102,14 +102,14 @@ class AlignFace(io.ComfyNode):
                     "method",
                     options=list(METHODS),
                     default=BY_DETECTOR,
-                    tooltip="How faces are located: by a face detector, by the five landmarks in points, or not at "
+                    tooltip="Method that locates faces: by a face detector, by the five landmarks in points, or not at "
                     "all: whole image is for images that are already aligned, or for drawings.",
                 ),
                 io.Combo.Input(
                     "choice",
                     options=list(pipeline.CHOICES),
                     default=pipeline.LARGEST,
-                    tooltip="Which face to use when an image has several: the largest, the one at an index, or all "
+                    tooltip="Face to use when an image has several: the largest, the one at an index, or all "
                     "of them as a batch, from left to right.",
                 ),
                 io.Int.Input(
@@ -319,7 +319,7 @@ class IdentitySimilarity(io.ComfyNode):
                     "choice",
                     options=[pipeline.LARGEST, MOST_SIMILAR],
                     default=pipeline.LARGEST,
-                    tooltip="Which face to use when an image has several: the largest, or the one most similar to "
+                    tooltip="Face to use when an image has several: the largest, or the one most similar to "
                     "the reference.",
                 ),
                 io.Combo.Input(

@@ -139,7 +139,7 @@ class TrainStyleAttention(io.ComfyNode):
                 io.Boolean.Input(
                     "masked_loss",
                     default=False,
-                    tooltip="Computes the loss only inside the masks of the images, so that backgrounds are not "
+                    tooltip="Masked loss: computed only inside the masks of the images, so that backgrounds are not "
                     "learned. Off, since Gu et al. 2025 do not mention masks.",
                 ),
                 seed_input(SEED_TOOLTIP),

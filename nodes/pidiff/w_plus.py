@@ -176,7 +176,9 @@ class MixWPlus(io.ComfyNode):
             ],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="The mixed W+ codes."),
-                io.String.Output("report", display_name="report", tooltip="Which codes come from which face."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="Origin of each code: which face it comes from."
+                ),
             ],
         )
 

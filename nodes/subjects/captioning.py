@@ -57,13 +57,14 @@ class CaptionImages(io.ComfyNode):
                 io.Boolean.Input(
                     "keep_existing",
                     default=True,
-                    tooltip="On: the model captions only images without a caption. Off: it rewrites all captions.",
+                    tooltip="Existing captions. On: the model captions only images without a caption. Off: it "
+                    "rewrites all captions.",
                 ),
                 io.Combo.Input(
                     "save",
                     options=list(SAVE_CHOICES),
                     default=DO_NOT_SAVE,
-                    tooltip="Save captions as text files next to the images, where you can edit them. Existing "
+                    tooltip="Text files of the captions, saved next to the images, where you can edit them. Existing "
                     "files are replaced only with overwrite.",
                 ),
                 io.Int.Input(

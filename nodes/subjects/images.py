@@ -34,7 +34,7 @@ def _add_token_input() -> io.Boolean.Input:
     return io.Boolean.Input(
         "add_token",
         default=False,
-        tooltip="On: the token is inserted before the class word in captions that lack it. Off: such "
+        tooltip="Token insertion. On: the token is inserted before the class word in captions that lack it. Off: such "
         "captions are refused.",
     )
 

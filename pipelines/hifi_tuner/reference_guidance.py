@@ -109,6 +109,7 @@ def reference_guided_sampling(
     Raises:
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
+    engine.require(model, engine.Capability.GRADIENTS)
     check_inversion(inversion, model)
     check_method(inversion, DDIM, "connect one from DDIM Inversion")
     x_t = engine.model_latent(model, start)

@@ -104,8 +104,8 @@ def train_subject_embedding(
         clip: its CLIP.
         images: images of the subject, with masks and captions that name it.
         settings: see `SubjectSettings`.
-        checkpoint, progress: see `training.train`, for both phases; samples are latents [1, C, h, w] in the scale of
-            LATENT sockets.
+        checkpoint, progress: see `training.loop.train`, for both phases; samples are latents [1, C, h, w] in the scale
+            of LATENT sockets.
     """
     sampling = engine.require(model, engine.Capability.TRAINING).sampling
     tag = engine.model_tag(model)

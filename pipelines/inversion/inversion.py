@@ -410,7 +410,7 @@ def load_inversion(path: str) -> Inversion:
     if not schedule_fits or inversion.trajectory.ndim != 5 or inversion.trajectory.shape[0] != inversion.steps + 1:
         raise IdentityEditError(f"The file {path} is damaged (inconsistent trajectory); save the inversion again.")
     maps, expected = inversion.noise_maps, (inversion.steps, *inversion.trajectory.shape[1:])
-    if (maps is None) != (inversion.method == DDIM) or (maps is not None and tuple(maps.shape) != expected):
+    if (maps is None) != (inversion.eta == 0.0) or (maps is not None and tuple(maps.shape) != expected):
         raise IdentityEditError(f"The file {path} is damaged (inconsistent noise maps); save the inversion again.")
     check_finite(inversion.trajectory, f"The file {path}", _SAVE_AGAIN)
     check_finite(inversion.sigmas, f"The file {path}", _SAVE_AGAIN)

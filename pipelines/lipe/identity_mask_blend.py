@@ -124,6 +124,7 @@ def identity_mask_blend(
 
     """
     settings = settings or BlendSettings()
+    engine.require(model, engine.Capability.CROSS_ATTENTION)
     check_inversion(inversion, model)
     table = inversion.embeddings
     if guidance_scale is None:

@@ -50,6 +50,7 @@ class PriorSettings(TrainingSettings):
         file_dtype: data type of the saved weight difference, a key of FILE_DTYPES.
     """
 
+    changes_no_step = TrainingSettings.changes_no_step | {"file_dtype"}
     token: str
     class_word: str
     steps: int = 1000
@@ -88,7 +89,8 @@ def train_identity_prior(
         identity: images of the subject.
         regularization: images of its class, or None.
         settings: see `PriorSettings`.
-        checkpoint, progress: see `training.train`; samples are latents [1, C, h, w] in the scale of LATENT sockets.
+        checkpoint, progress: see `training.loop.train`; samples are latents [1, C, h, w] in the scale of LATENT
+            sockets.
     """
     tag = engine.model_tag(model)
     model_keys, clip_keys = attention_keys(model, clip)

@@ -102,7 +102,7 @@ def edit_mask(
         IdentityEditError: when an input cannot be used.
     """
     settings = settings or EditMaskSettings()
-    family = engine.require(model)
+    family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
     table = family.sampling.sigmas.detach().float().cpu()
     sigma = table[round((table.shape[0] - 1) * settings.noise_steps / settings.steps)]
 

@@ -168,15 +168,15 @@ def train_mcdm(
         folder: folder of the encoded pairs and the checkpoints, the same for all processes.
         start: the MCDM in the file of `model`, to continue training its image embedding; None starts a new one.
         sample_pair: pair whose source the previews edit; None for the first of `pairs`.
-        progress: see `training.train`; previews are latents [1, C, h, w] in the scale of LATENT sockets.
+        progress: see `training.loop.train`; previews are latents [1, C, h, w] in the scale of LATENT sockets.
         encoding_progress: called with (encoded pairs, total pairs).
-        processes: see `training.train`.
+        processes: see `training.loop.train`.
 
     Returns:
         the trained model and the record of the training.
 
     Raises:
-        IdentityEditError: when an input cannot be used, or as in `training.train`.
+        IdentityEditError: when an input cannot be used, or as in `training.loop.train`.
     """
     processes = processes or OneProcess()
     edit_model = as_edit_model(model)

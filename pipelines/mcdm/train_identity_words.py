@@ -79,15 +79,15 @@ def train_identity_words(
     """Train an identity encoder: each image is denoised with its identity words in its caption.
 
     Args:
-        model: MODEL that predicts noise or velocity, frozen.
+        model: MODEL that predicts noise or v, frozen.
         clip: its CLIP, frozen; the gradient passes through it.
         images: images of many people, one in each, with captions that contain the class word.
         features: [P, N, C] of the same images, from `features_of`.
         settings: see `IdentitySettings`.
-        checkpoint, progress: see `training.train`; there are no previews.
+        checkpoint, progress: see `training.loop.train`; there are no previews.
 
     Raises:
-        IdentityEditError: when an input cannot be used, or as in `training.train`.
+        IdentityEditError: when an input cannot be used, or as in `training.loop.train`.
     """
     tag = engine.model_tag(model)
     _check(images, features, settings)

@@ -63,6 +63,7 @@ class StyleSettings(TrainingSettings):
         sample_strength: lambda of the previews; it is 1 in training.
     """
 
+    changes_no_step = TrainingSettings.changes_no_step | {"sample_strength"}
     pseudo_word: str
     templates: tuple[str, ...] = TEMPLATES
     kind: str = SEQUENTIAL
@@ -119,11 +120,11 @@ def train_style_attention(
         images: images of one person, six in the paper; images of another person add their style (section 2.2.2).
         w_plus: W+ codes of the same images, in the same order.
         settings: see `StyleSettings`.
-        checkpoint, progress: see `training.train`; previews are latents [1, C, h, w] in the scale of LATENT sockets,
-            of the first image's W+ code.
+        checkpoint, progress: see `training.loop.train`; previews are latents [1, C, h, w] in the scale of LATENT
+            sockets, of the first image's W+ code.
 
     Raises:
-        IdentityEditError: when an input cannot be used, or as in `training.train`.
+        IdentityEditError: when an input cannot be used, or as in `training.loop.train`.
     """
     tag = engine.model_tag(model)
     groups = check_training_input(images.captions, images.masks, w_plus, settings)

@@ -16,7 +16,7 @@ _NO_MASK = (64, 64)
 """Size of the zero MASK that Load Image outputs for an image without transparency, whatever the image's size."""
 _A_LEVEL = 1.0 / 255.0
 
-CUT_OUT = "Load Image's MASK of a cut-out is 1 where it is transparent: put Invert Mask between."
+CUT_OUT = "Load Image's mask marks the transparent part; for a cut-out, insert Invert Mask."
 """End of the tooltip of every MASK input."""
 
 

@@ -23,7 +23,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,12 +40,6 @@ SCHEDULES = (CONSTANT, "constant_with_warmup", "cosine", "linear", "polynomial")
 FLOAT32, BFLOAT16 = "float32", "bfloat16"
 PRECISIONS = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 _CHECKPOINT = "training checkpoint"
-_CHANGES_NO_STEP = {
-    "steps", "checkpointing", "checkpoint_every", "sample_every", "sample_prompt", "sample_guidance_scale",
-    "sample_strength", "sample_steps", "file_dtype", "learning_rate_schedule", "warmup_steps",
-}  # fmt: skip
-"""Settings that do not affect the result of a step: a run can be resumed after changing them. A schedule other than
-CONSTANT does affect it, see `run_description`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +47,8 @@ class TrainingSettings:
     """Settings common to all trainings; each technique derives its own with its paper's defaults.
 
     Attributes:
+        changes_no_step: names of the settings that do not affect the result of a step: a run can be resumed after
+            changing them. A schedule other than CONSTANT does affect it, see `run_description`.
         steps: number of optimizer steps.
         learning_rate: learning rate, multiplied by the schedule's factor at each step.
         learning_rate_schedule: one of SCHEDULES, as in diffusers: "cosine" and "linear" fall to 0 from the end of the
@@ -75,6 +71,10 @@ class TrainingSettings:
             default prompt.
     """
 
+    changes_no_step: ClassVar[frozenset[str]] = frozenset({
+        "steps", "checkpointing", "checkpoint_every", "sample_every", "sample_prompt", "sample_guidance_scale",
+        "sample_steps", "learning_rate_schedule", "warmup_steps",
+    })  # fmt: skip
     steps: int
     learning_rate: float
     learning_rate_schedule: str = CONSTANT
@@ -158,7 +158,9 @@ def run_description(settings: TrainingSettings, tag: Any, *patchers: Model, **fa
             strengths of every patch and of the weight. The patch tensors themselves are too large to hash.
         facts: the training data and other entries.
     """
-    chosen = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _CHANGES_NO_STEP}
+    chosen = {
+        name: value for name, value in dataclasses.asdict(settings).items() if name not in settings.changes_no_step
+    }
     if settings.learning_rate_schedule != CONSTANT:
         end = None if settings.learning_rate_schedule == "constant_with_warmup" else settings.steps
         facts["schedule"] = [settings.learning_rate_schedule, settings.warmup_steps, end]

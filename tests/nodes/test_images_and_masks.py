@@ -121,9 +121,7 @@ def test_a_mask_of_the_transparent_part_is_warned_of(
 @pytest.mark.parametrize(("name", "input_name"), MASKS)
 def test_every_mask_says_what_to_do_with_the_mask_of_a_cut_out(name: str, input_name: str) -> None:
     item = next(item for item in CLASSES[name].define_schema().inputs if item.id == input_name)
-    assert item.tooltip.endswith(
-        "Load Image's MASK of a cut-out is 1 where it is transparent: put Invert Mask between."
-    )
+    assert item.tooltip.endswith("Load Image's mask marks the transparent part; for a cut-out, insert Invert Mask.")
 
 
 @pytest.mark.parametrize(("name", "input_name"), IMAGES)

@@ -12,6 +12,9 @@ from help_pages import PAGES, with_tables
 from identity_edit_pack.nodes import NODE_CLASSES
 
 SCHEMAS = [node.define_schema() for node in NODE_CLASSES]
+NOT_NOUNS = {
+    "From", "On", "Off", "Computes", "Also", "Which", "How", "Connect", "Of", "In", "What", "Whether", "Save", "Keeps",
+}  # fmt: skip
 SMALL_WORDS = {"a", "and", "as", "from", "of", "the", "to", "with"}
 CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "portrait", "face", "evaluation", "demo")
 
@@ -42,6 +45,8 @@ def test_everything_is_explained_in_sentences() -> None:
         texts |= {f"output {item.id}": item.tooltip for item in schema.outputs}
         for what, text in texts.items():
             assert text and text[0] == text[0].upper() and text.endswith("."), f"{schema.node_id}: {what}: {text}"
+            if what != "description":  # the thing's noun comes first
+                assert text.replace(":", " ").split()[0] not in NOT_NOUNS, f"{schema.node_id}: {what}: {text}"
 
 
 def test_input_and_output_ids_are_all_different() -> None:

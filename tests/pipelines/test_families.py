@@ -11,8 +11,6 @@ import pytest
 import tiny_flow_models
 import tiny_models
 import torch
-from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
-from identity_edit_pack.nodes.sockets import check_inputs
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.engine.families import noise
@@ -206,7 +204,7 @@ def test_what_flow_models_lack_is_refused_by_name(model: Any, pivot: Inversion) 
         (lambda: mutual_self_attention(model, pivot, SOURCE), "no text cross-attention"),
         (lambda: capture_identity(model, identity), "no text cross-attention"),
         (lambda: engine.require(model, engine.Capability.TRAINING), "cannot be trained"),
-        (lambda: check_inputs(DDIMInversion.define_schema(), {"model": model}), "is not a noise-predicting UNet"),
+        (lambda: engine.require(model, engine.Capability.DISCRETE_TIMESTEPS), "is not a noise-predicting UNet"),
     ]
     for call, words in refused:
         with pytest.raises(IdentityEditError, match=f"The model {name} .*{words}.*; load a Stable Diffusion"):

@@ -12,11 +12,11 @@ from .schedule import Schedule
 
 
 class Capability(Enum):
-    """What a technique needs beyond sampling. Each value is the rest of the error message "The model NAME ..."."""
+    """What a technique needs beyond sampling. Each value is the rest of the error message "The model NAME ...",
+    and names the family that has every capability."""
 
     DISCRETE_TIMESTEPS = (
-        "is not a noise-predicting UNet with discrete timesteps; load a Stable Diffusion 1.x, 2.x or XL checkpoint "
-        "(flow and EDM models cannot be inverted by this node)"
+        "is not a noise-predicting UNet with discrete timesteps; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
     )
     CROSS_ATTENTION = (
         "has no text cross-attention that this node could read or change; load a Stable Diffusion 1.x, 2.x or XL "

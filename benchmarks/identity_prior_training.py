@@ -65,7 +65,8 @@ def train_by_plain_loop(model: Any, clip: Any, sets: Sets, settings: PriorSettin
 
     def loss_of(step: int) -> torch.Tensor:
         latents, captions, timesteps, noises = [], [], [], []
-        for what, images in zip(("identity", "regularization"), sets, strict=True):
+        # The names of the pack's seeds, the second in the spelling that it began with.
+        for what, images in zip(("identity", "regularisation"), sets, strict=True):
             chosen = training_images.batch_indices(images, SETTINGS.batch_size, step, settings.seed, what)
             latents += [engine.to_model_scale(model, images.latents[number]) for number in chosen]
             captions += [images.captions[number] for number in chosen]

@@ -51,7 +51,7 @@ def draw_images(vae: Any, seed: int) -> TrainingImages:
     for number, one in enumerate(shown):
         image, mask = render(one, seed + number)
         images.append(torch.from_numpy(np.array(image)).float() / 255)
-        masks.append(torch.from_numpy(np.array(mask)).float())
+        masks.append(torch.from_numpy(mask != 0).float())
     return training_images.encode_images(vae, images, captions, masks)
 
 

@@ -50,7 +50,7 @@ class GuidanceScales:
         )
 
 
-def guided_estimate(
+def mcdm_estimate(
     estimates: dict[str, torch.Tensor], scales: GuidanceScales, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """e~ of eq. 1, or with a mask that of eq. 3.
@@ -128,6 +128,6 @@ def mcdm_guider(
         if mask is not None:
             check_batch_matches(mask.shape[0], x.shape[0], "The mask")
             latent_mask = of_size(mask, x.shape[2], x.shape[3]).to(x.device)
-        return guider.after_guidance(guided_estimate(estimates, scales, latent_mask), estimates, x)
+        return guider.after_guidance(mcdm_estimate(estimates, scales, latent_mask), estimates, x)
 
     return engine.CombiningGuider(model, conditionings, combine)

@@ -30,7 +30,7 @@ from ..training.loop import (
 )
 from ..training.processes import OneProcess, Processes
 from .encoded_pairs import EncodedPairs, PairFiles, encode_pairs, remove_encoded
-from .guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, guided_estimate
+from .guidance import IMAGE, NEGATIVE, POSITIVE, UNCONDITIONAL, GuidanceScales, mcdm_estimate
 from .model import ALL_CONDITIONS, CONDITIONS, IMAGE_TOKENS, MCDM, ImageEmbedding, new_embedding
 
 SPATIAL_BIT, IMAGE_BIT, TEXT_BIT = 1, 2, 4
@@ -270,7 +270,7 @@ def _sample(
 
     def estimate(x: torch.Tensor, sigma: torch.Tensor, t: int) -> torch.Tensor:
         each = networks.denoised(x.expand(count, -1, -1, -1), sigma.expand(count), text, spatial).float()
-        return guided_estimate(dict(zip(names, each.split(1), strict=True)), scales)
+        return mcdm_estimate(dict(zip(names, each.split(1), strict=True)), scales)
 
     return preview(networks, pairs.latent_shape, settings, estimate)
 

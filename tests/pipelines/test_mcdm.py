@@ -25,7 +25,7 @@ from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.engine.vision import vision_projection, vision_tag, vision_tokens
 from identity_edit_pack.pipelines.mcdm import guidance as mcdm_guidance
 from identity_edit_pack.pipelines.mcdm import model as mcdm
-from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, guided_estimate
+from identity_edit_pack.pipelines.mcdm.guidance import GuidanceScales, mcdm_estimate
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 SIGMAS = torch.tensor([8.0, 3.0, 1.0, 0.0])
@@ -224,7 +224,7 @@ def test_guidance_is_the_formula_on_random_predictions(scales: GuidanceScales, m
     expected = in_float64(estimates, scales, mask)
     unused = {name for name, value in scales.coefficients().items() if value == 0.0}
     given = {name: value for name, value in estimates.items() if name not in unused}
-    assert torch.allclose(guided_estimate(given, scales, mask).double(), expected, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(mcdm_estimate(given, scales, mask).double(), expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scales", SCALES)

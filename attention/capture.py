@@ -47,12 +47,18 @@ class IdentityAttention:
         cross: for each grid (rows, columns), the running mean of the identity tokens' cross-attention over layers and
             model calls, as a weighted sum and its weights (see `identity_mask.rough_mask`).
         self_grid: the grid of the self-attention maps, or None if none were recorded.
+        steps: cross-attention of every step (from 0) with its tokens apart, if `by_step`: the maps of the first image's
+            tokens, then those of the second and so on, in place of the batch.
+        step_count: number of steps of the run.
     """
 
-    def __init__(self, columns: Sequence[int], choice: str = AUTOMATIC, self_attention: bool = True) -> None:
+    def __init__(
+        self, columns: Sequence[int], choice: str = AUTOMATIC, self_attention: bool = True, by_step: bool = False
+    ) -> None:
         self.columns = tuple(columns)
         self.choice = choice
         self.reads_self_attention = self_attention
+        self.by_step = by_step
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IdentityAttention:
@@ -64,6 +70,12 @@ class IdentityAttention:
         self.cross: dict[Grid, MeanMap] = {}
         self.self_grid: Grid | None = None
         self._self: MeanMap | None = None
+        self.steps: dict[int, IdentityAttention] = {}
+        self.step_count = 0
+
+    def at_step(self, step: int) -> IdentityAttention:
+        """The entry of `steps`, new if needed."""
+        return self.steps.setdefault(step, IdentityAttention(self.columns, self.choice, False))
 
     def self_attention(self) -> torch.Tensor:
         """Mean self-attention [B, N, N] float32 over the positions of `self_grid`; each row sums to 1.
@@ -108,6 +120,8 @@ class IdentityAttention:
 
     def to_cpu(self) -> None:
         """Move the maps to the CPU."""
+        for attention in self.steps.values():
+            attention.to_cpu()
         self.cross = {grid: mean.cpu() for grid, mean in self.cross.items()}
         self._self = None if self._self is None else self._self.cpu()
 
@@ -123,6 +137,8 @@ class _Run:
     self_layers: dict[LayerKey, AttentionLayer]
     fired: set[tuple[str, LayerKey]] = field(default_factory=set)
     context: torch.Tensor | None = None
+    sigmas: Sequence[float] = ()
+    step: int = 0
     guider: Any = None  # set until the model call's first batch of conditionings
     side: int | None = None  # index of the positive side while its rows are recorded
     entries: dict[Any, dict[str, Any]] = field(default_factory=dict)
@@ -132,8 +148,10 @@ class _Run:
         expected = [("cross", key) for key in self.cross_layers] + [("self", key) for key in self.self_layers]
         return [item[1] for item in expected if item not in self.fired]
 
-    def rows_to_read(self, n: torch.Tensor, extra: dict[str, Any]) -> list[tuple[torch.Tensor, Region, torch.Tensor]]:
-        """The positive side's rows of a batch of conditionings: (activations [B, positions, C], region, weight).
+    def rows_to_read(
+        self, n: torch.Tensor, extra: dict[str, Any]
+    ) -> list[tuple[torch.Tensor, Region, torch.Tensor, dict[str, Any]]]:
+        """The positive side's rows of a batch of conditionings: (activations [B, positions, C], region, weight, entry).
 
         ComfyUI concatenates the conditionings of both sides into one batch, in any order, or evaluates them in separate
         calls; `cond_or_uncond` and `uuids` identify the rows.
@@ -147,16 +165,17 @@ class _Run:
             if side == self.side:
                 entry = self.entries.get(uuid, {})
                 region = region_of(entry, self.height, self.width, shape)
-                result.append((rows, region, region.weight(entry, n.device, self.batch)))
+                result.append((rows, region, region.weight(entry, n.device, self.batch), entry))
         return result
 
 
 def capture_attention(
     model: Any,
-    context: torch.Tensor,
+    context: torch.Tensor | None,
     columns: Sequence[int],
     layers: str = AUTOMATIC,
     self_attention: bool = True,
+    by_step: bool = False,
 ) -> tuple[Any, IdentityAttention]:
     """A clone of `model` that records where it attends to the identity prompt's tokens during sampling.
 
@@ -166,10 +185,13 @@ def capture_attention(
 
     Args:
         model: MODEL (a ModelPatcher) with a Stable Diffusion 1.x, 2.x or XL UNet; not modified.
-        context: [B or 1, T, C], the identity prompt's embedding. The softmax runs over all T tokens.
-        columns: the tokens whose attention is summed; never start, end or padding tokens.
+        context: [B or 1, T, C], the identity prompt's embedding. The softmax runs over all T tokens. None reads the
+            prompt that is sampled, with each step's own embedding where it has one.
+        columns: the tokens whose attention is summed, from 0, or from -1 for the last; of an identity prompt never
+            start, end or padding tokens.
         layers: see `sites.choose_layers`.
         self_attention: also record self-attention, on one grid (see `MAXIMUM_SELF_ATTENTION_POSITIONS`).
+        by_step: also keep the map of every token at every step (`IdentityAttention.steps`).
 
     Returns:
         the clone, and the object that its runs fill.
@@ -179,19 +201,25 @@ def capture_attention(
     """
     all_layers = attention_layers(model.get_model_object("diffusion_model"))
     choose_layers(all_layers, 64, 64, layers)  # raises early for invalid choices
-    if len(columns) == 0 or not all(0 <= column < context.shape[1] for column in columns):
+    if context is not None:
+        _check_columns(columns, context, "identity prompt")
+    attention = IdentityAttention(columns, layers, self_attention, by_step)
+    return _Recorder(attention, None if context is None else context.detach()).on(model), attention
+
+
+def _check_columns(columns: Sequence[int], context: torch.Tensor, name: str) -> None:
+    count = context.shape[1]
+    if len(columns) == 0 or not all(-count <= column < count for column in columns):
         raise IdentityEditError(
-            f"The identity tokens {list(columns)} are not among the {context.shape[1]} tokens of the identity prompt; "
-            f"choose at least one of its words."
+            f"The identity tokens {list(columns)} are not among the {count} tokens of the {name}; choose at least one "
+            f"of its words."
         )
-    attention = IdentityAttention(columns, layers, self_attention)
-    return _Recorder(attention, context.detach()).on(model), attention
 
 
 class _Recorder:
     """Fills an `IdentityAttention` during sampling: wrappers track the model calls, patches read the layers."""
 
-    def __init__(self, attention: IdentityAttention, context: torch.Tensor) -> None:
+    def __init__(self, attention: IdentityAttention, context: torch.Tensor | None) -> None:
         self._attention = attention
         self._context = context
         self._run: _Run | None = None
@@ -214,6 +242,8 @@ class _Recorder:
         network = executor.class_obj.model_patcher.get_model_object("diffusion_model")
         self._attention.clear()
         self._run = run = self._begin(network, noise)
+        run.sigmas = args[2].tolist() if len(args) > 2 else kwargs["sigmas"].tolist()
+        self._attention.step_count = len(run.sigmas) - 1
         try:
             result = executor(noise, *args, **kwargs)
             missing = run.missing()
@@ -231,7 +261,7 @@ class _Recorder:
 
     def _begin(self, network: Any, noise: torch.Tensor) -> _Run:
         batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
-        if self._context.shape[0] not in (1, batch):
+        if self._context is not None and self._context.shape[0] not in (1, batch):
             raise IdentityEditError(
                 f"The identity prompt has {self._context.shape[0]} embeddings for a batch of {batch} latents; give one "
                 f"for all, or one for each."
@@ -249,6 +279,9 @@ class _Recorder:
         if run is None:
             return executor(*args, **kwargs)
         run.guider = executor.class_obj
+        sigma = float((args[1] if len(args) > 1 else kwargs["timestep"]).max())
+        # A call between two steps' noise levels belongs to the earlier step.
+        run.step = max(0, sum(level > sigma * (1 - 1e-4) for level in run.sigmas) - 1)
         try:
             return executor(*args, **kwargs)
         finally:
@@ -277,15 +310,29 @@ class _Recorder:
         run = self._run
         layer = None if run is None or run.side is None else run.cross_layers.get(layer_key(extra))
         if run is not None and layer is not None:
-            for rows, region, weight in run.rows_to_read(n, extra):
-                if run.context is None:
-                    run.context = self._context.to(device=n.device, dtype=n.dtype)
-                query, key = layer.block.attn2.to_q(rows), layer.block.attn2.to_k(run.context)
+            for rows, region, weight, entry in run.rows_to_read(n, extra):
+                query, key = layer.block.attn2.to_q(rows), layer.block.attn2.to_k(self._context_of(run, entry, n))
                 query, key = (heads_apart(each, extra["n_heads"]) for each in (query, key))
-                maps = Attended(query, key, region.shape).to_text(self._attention.columns)
-                self._attention.add_cross_attention(maps, region, weight, run.batch)
+                attended = Attended(query, key, region.shape)
+                columns = [column % key.shape[-2] for column in self._attention.columns]
+                self._attention.add_cross_attention(attended.to_text(columns), region, weight, run.batch)
+                if self._attention.by_step:
+                    each = torch.stack([attended.to_text([column]) for column in columns], dim=1).flatten(0, 1)
+                    weights = weight.expand(run.batch, -1, -1).repeat_interleave(len(columns), dim=0)
+                    at_step = self._attention.at_step(run.step)
+                    at_step.add_cross_attention(each, region, weights, len(each))
                 run.fired.add(("cross", layer.key))
         return n, context, value
+
+    def _context_of(self, run: _Run, entry: dict[str, Any], n: torch.Tensor) -> torch.Tensor:
+        """The embedding whose tokens are attended to: of the identity prompt, or of the sampled conditioning."""
+        if self._context is None:
+            sampled = entry["model_conds"]["c_crossattn"].cond
+            _check_columns(self._attention.columns, sampled, "prompt")
+            return sampled.to(device=n.device, dtype=n.dtype)
+        if run.context is None:
+            run.context = self._context.to(device=n.device, dtype=n.dtype)
+        return run.context
 
     @torch.no_grad()
     def _read_self_attention(
@@ -294,7 +341,7 @@ class _Recorder:
         run = self._run
         layer = None if run is None or run.side is None else run.self_layers.get(layer_key(extra))
         if run is not None and layer is not None:
-            for rows, region, weight in run.rows_to_read(n, extra):
+            for rows, region, weight, _ in run.rows_to_read(n, extra):
                 if self._attention.self_grid not in (None, region.grid):
                     continue
                 query, key = layer.block.attn1.to_q(rows), layer.block.attn1.to_k(rows)

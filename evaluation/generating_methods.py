@@ -73,8 +73,8 @@ def by_textual_inversion(checkpoint: Checkpoint, case: EditCase, settings: Metho
 def by_hifi_tuner(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -> torch.Tensor:
     """Wang et al. 2023 in whole: masked per-step embeddings, and guidance by the most similar reference."""
     subject = _subject(
-        checkpoint, case, settings, kind=OUTPUT, masked=True, regularization_weight=1e-4,
-        updates_per_step=settings.updates_per_step, sampling_steps=settings.steps,
+        checkpoint, case, settings, kind=OUTPUT, masked=True, updates_per_step=settings.updates_per_step,
+        sampling_steps=settings.steps,
     )  # fmt: skip
     with torch.no_grad():
         applied = apply_subject(checkpoint.model, checkpoint.clip, subject, case.named().target_prompt)

@@ -12,6 +12,8 @@ from ..pipelines.shared.conditioning import Conditioning, with_embedding
 from ..pipelines.text.step_embeddings import apply_step_embeddings
 from ..pipelines.timestep_aware import text_injection
 from ..pipelines.timestep_aware import text_optimization as optimization
+from ..pipelines.timestep_aware.model_fine_tuning import FineTuningSettings, fine_tune_model
+from ..pipelines.training.weights import ALL
 from .idle import first_said, joined, noise_mask_left_out, same_prompt
 from .sockets import (
     Inversion,
@@ -25,6 +27,16 @@ from .sockets import (
     show_text,
     show_warnings,
     steps_input,
+)
+from .training import (
+    LossMap,
+    first_and_last,
+    learning_rate_input,
+    settings_input,
+    settings_of,
+    steps_of,
+    training_progress,
+    weights_inputs,
 )
 
 
@@ -107,6 +119,84 @@ class OptimizeTextEmbedding(io.ComfyNode):
         )
         text = show_text(cls, text, noise_mask_left_out(latent))
         return io.NodeOutput(with_embedding(target, found.embedding), text)
+
+
+class ImagicFineTuning(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditImagicFineTuning",
+            display_name="Imagic Fine-Tuning",
+            category="text",
+            search_aliases=["Imagic", "fine-tune", "single image", "overfit"],
+            advanced=["learning_rate", "weights", "rank"],
+            description=(
+                "Fine-tunes the model to one image with its optimized embedding (Imagic, Kawar et al. 2023), so that "
+                "it samples the image from that embedding, and edits of it from interpolated ones."
+            ),
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (predicts noise or velocity)."
+                ),
+                io.Latent.Input("latent", tooltip="Image to edit, from VAE Encode; the same as for the embedding."),
+                io.Conditioning.Input("optimized", tooltip="Optimized embedding, from Optimize Text Embedding."),
+                steps_input(
+                    FineTuningSettings.steps,
+                    10000,
+                    "Number of training steps. 1000 in diffusers' Imagic pipeline, 500 in Liu et al. 2024 (appendix "
+                    "E.2.2).",
+                ),
+                learning_rate_input(
+                    FineTuningSettings.learning_rate,
+                    "Adam's learning rate. 0.000002 in diffusers' Imagic pipeline, 0.0005 in Liu et al. 2024 (appendix "
+                    "E.2.2). Lower it when the result shows odd colors.",
+                    step=1e-6,
+                ),
+                seed_input("Seed for the timesteps and the noise."),
+                *weights_inputs(
+                    ALL, "All weights of the UNet: Imagic; see the help page for the memory.", optional=False
+                ),
+                settings_input(),
+            ],
+            outputs=[
+                io.Model.Output(
+                    "fine_tuned", display_name="model", tooltip="Model fine-tuned to the image, for any sampler."
+                ),
+                LossMap.Output("loss", display_name="loss", tooltip="Loss of every step, for Plot Loss Graph."),
+                io.String.Output(
+                    "report",
+                    display_name="report",
+                    tooltip="Number of steps, and the losses at the start and at the end.",
+                ),
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        model: Any,
+        latent: dict[str, Any],
+        optimized: Conditioning,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        weights: str,
+        rank: int,
+        training_settings: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        settings = FineTuningSettings(
+            steps=steps,
+            learning_rate=learning_rate,
+            seed=seed,
+            weights=weights,
+            rank=rank,
+            **settings_of(training_settings),
+        )
+        samples = latent_samples(latent, "The latent")
+        patched, run = fine_tune_model(model, samples, optimized, settings, training_progress(model, steps))
+        text = f"Imagic fine-tuning: {steps_of(run)}; loss {first_and_last(run.losses)}."
+        return io.NodeOutput(patched, {"loss": run.losses}, show_text(cls, text, noise_mask_left_out(latent)))
 
 
 def _prompt_inputs() -> list[io.Input]:
@@ -379,6 +469,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
 
 NODES: list[type[io.ComfyNode]] = [
     OptimizeTextEmbedding,
+    ImagicFineTuning,
     TimestepAwareTextInjection,
     TimestepAwareTextInjectionModel,
     TimestepAwareTextInjectionSampler,

@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..pipelines import engine
 from ..pipelines.training.loop import BFLOAT16, CONSTANT, FLOAT32, OPTIMIZERS, SCHEDULES, Progress, TrainingRun
+from ..pipelines.training.weights import MOST_RANK, RANK, WEIGHTS
 from .idle import first_said
 from .saved_files import FILE_ENDING
 from .sockets import checked, checkpointing_input, schema, show_warnings
@@ -102,7 +103,8 @@ class TrainingSettings(io.ComfyNode):
                     "optimizer",
                     options=[_DEFAULT, *OPTIMIZERS],
                     default=_DEFAULT,
-                    tooltip="Optimizer. Default: Adam in Train Subject Embedding, AdamW in the others.",
+                    tooltip="Optimizer. Default: Adam in Train Subject Embedding and Imagic Fine-Tuning, AdamW in the "
+                    "others.",
                 ),
                 io.Float.Input(
                     "weight_decay",
@@ -226,6 +228,29 @@ class TrainingSettings(io.ComfyNode):
         )
         show_warnings(cls, unused)
         return io.NodeOutput(chosen)
+
+
+def weights_inputs(default: str, tooltip: str, optional: bool = True) -> list[Any]:
+    """The inputs `weights` and `rank`: what a fine-tuning changes."""
+    return [
+        io.Combo.Input(
+            "weights",
+            options=list(WEIGHTS),
+            default=default,
+            optional=optional,
+            tooltip=f"Trained weights. {tooltip} Low rank: changes of rank `rank` to the attention layers (LoRA), "
+            "with a fraction of the memory.",
+        ),
+        io.Int.Input(
+            "rank",
+            default=RANK,
+            min=1,
+            max=MOST_RANK,
+            optional=optional,
+            tooltip="Rank of the changes when `weights` is low rank. 4 in diffusers' DreamBooth LoRA script; more "
+            "learns more detail.",
+        ),
+    ]
 
 
 def training_outputs(what: str, samples: str | None = "The sample images in order.") -> list[Any]:

@@ -189,6 +189,18 @@ MUTATIONS = [
         ("pipelines/test_identity_prior.py",),
     ),
     Mutation(
+        "tie of c_s as a mean",
+        "(c_s[name] - self.phi_s[name]).square().sum()",
+        "(c_s[name] - self.phi_s[name]).square().mean()",
+        ("pipelines/test_train_subject_embedding.py",),
+    ),
+    Mutation(
+        "low rank twice as strong",
+        "linear(linear(inputs[0].to(down.dtype), down), up)",
+        "linear(linear(inputs[0].to(down.dtype), down), 2 * up)",
+        ("pipelines/test_identity_prior.py",),
+    ),
+    Mutation(
         "W+ codes with their mean",
         "difference = rows - average",
         "difference = rows",

@@ -126,6 +126,40 @@ def save_blip(folder: Path, seed: int = 0) -> None:
     BlipProcessor(BlipImageProcessor(size={"height": 16, "width": 16}), words).save_pretrained(folder)
 
 
+def save_blip2(folder: Path, seed: int = 0) -> None:
+    """A BLIP-2: a vision model, a Q-Former and OPT, and no chat template."""
+    from transformers import (
+        Blip2Config,
+        Blip2ForConditionalGeneration,
+        Blip2Processor,
+        Blip2QFormerConfig,
+        Blip2VisionConfig,
+        BlipImageProcessor,
+        OPTConfig,
+    )
+
+    words = tokenizer()
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Blip2Config(
+        Blip2VisionConfig(intermediate_size=16, image_size=16, patch_size=8, **small).to_dict(),
+        Blip2QFormerConfig(vocab_size=8, intermediate_size=16, encoder_hidden_size=16, **small).to_dict(),
+        OPTConfig(
+            vocab_size=len(words), ffn_dim=16, word_embed_proj_dim=16, max_position_embeddings=512,
+            bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id, **small,
+        ).to_dict(),
+        num_query_tokens=2,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    network = Blip2ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(8.0)
+    network.save_pretrained(folder)
+    square = {"height": 16, "width": 16}
+    Blip2Processor(BlipImageProcessor(size=square), words, num_query_tokens=2).save_pretrained(folder)
+
+
 def save_gpt2(folder: Path, *, words: Sequence[str] = WORDS, template: str | None = None, seed: int = 0) -> None:
     """A GPT-2 with two layers."""
     from transformers import GPT2Config, GPT2LMHeadModel

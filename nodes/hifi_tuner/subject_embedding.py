@@ -119,11 +119,11 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     default=SubjectSettings.regularization_weight,
                     min=0.0,
                     max=100.0,
-                    step=0.0001,
-                    round=0.000001,
-                    tooltip="Loss weight of the mean squared distance from the initial embeddings, those of the "
-                    "empty prompt or the class word: w_s in Wang et al. 2023, who do not report its value. 0 "
-                    "disables it.",
+                    step=1e-7,
+                    round=1e-10,
+                    tooltip="Loss weight of the squared distance from the initial embeddings, those of the empty "
+                    "prompt or the class word: w_s in Wang et al. 2023, eq. 6, who do not report its value. 1e-6 is "
+                    "our default and acts mildly; 1e-4 holds the embeddings at their start. 0 disables it.",
                 ),
                 io.Boolean.Input(
                     "masked_loss",

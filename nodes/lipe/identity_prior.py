@@ -14,6 +14,7 @@ from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.subjects.images import check_captions
 from ...pipelines.training.images import TrainingImages, check_masks, encode_images
 from ...pipelines.training.loop import TrainingRun
+from ...pipelines.training.weights import ATTENTION, RANK
 from ..idle import first_said, joined
 from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, next_path, saved_path
 from ..sockets import SubjectImages, checked, schema, seed_input, show_text, steps_input
@@ -29,6 +30,7 @@ from ..training import (
     steps_of,
     training_outputs,
     training_progress,
+    weights_inputs,
 )
 
 FILE_FOLDER = "identity_priors"
@@ -59,11 +61,12 @@ class TrainIdentityPrior(io.ComfyNode):
             node_id="IdentityEditTrainIdentityPrior",
             display_name="Train Identity Prior",
             category="subject",
-            search_aliases=["dreambooth", "LIPE", "fine-tune", "personalization", "train subject"],
-            advanced=["learning_rate", "regularization_weight", "min_snr_gamma"],
+            search_aliases=["dreambooth", "LoRA training", "LIPE", "fine-tune", "personalization", "train subject"],
+            advanced=["learning_rate", "regularization_weight", "min_snr_gamma", "weights", "rank"],
             description=(
                 "Learns a subject from three to five images by fine-tuning the attention layers of the "
-                "UNet and the text encoders, together with images of its class (Liu et al. 2024, section 2.1)."
+                "UNet and the text encoders, or all weights, together with images of its class (Liu et al. 2024, "
+                "section 2.1)."
             ),
             is_output_node=True,
             inputs=[
@@ -81,12 +84,17 @@ class TrainIdentityPrior(io.ComfyNode):
                     "token is removed from their captions.",
                 ),
                 steps_input(
-                    PriorSettings.steps, 100000, "Number of training steps. 1000 in Liu et al. 2024 (appendix E.2.5)."
+                    PriorSettings.steps,
+                    100000,
+                    "Number of training steps. Liu et al. 2024 (appendix E.2.5) report 1000 epochs, each of which is "
+                    "one step per image at batch size 1; 1000 steps are our default. 400 in Wang et al. 2023, with all "
+                    "weights.",
                 ),
                 learning_rate_input(
                     PriorSettings.learning_rate,
                     "AdamW's learning rate for the UNet and the text encoders. 0.0005 in Liu et al. 2024 "
-                    "(appendix E.2.5). Lower it when samples show odd colors or copies of the training images.",
+                    "(appendix E.2.5), 0.000005 for their baseline DreamCtrl with all weights. Lower it when samples "
+                    "show odd colors or copies of the training images.",
                 ),
                 io.Float.Input(
                     "regularization_weight",
@@ -100,8 +108,8 @@ class TrainIdentityPrior(io.ComfyNode):
                 io.Boolean.Input(
                     "train_text_encoder",
                     default=True,
-                    tooltip="Training of the text encoders. On: also trains the attention layers of the text "
-                    "encoders, as in Liu et al. 2024 (appendix E.2.5).",
+                    tooltip="Training of the text encoders. On: also trains them, with the same choice of weights as "
+                    "the UNet, as in Liu et al. 2024 (appendix E.2.5).",
                 ),
                 io.Boolean.Input(
                     "masked_loss",
@@ -120,6 +128,11 @@ class TrainIdentityPrior(io.ComfyNode):
                 ),
                 seed_input(SEED_TOOLTIP),
                 filename_prefix_input(FILE_FOLDER, "prior", "Load Identity Prior"),
+                *weights_inputs(
+                    ATTENTION,
+                    "Attention layers: Liu et al. 2024. All weights: DreamBooth (Ruiz et al. 2023), as in Wang et al. "
+                    "2023 and the baseline DreamCtrl of Liu et al. 2024; see the help page for the memory.",
+                ),
                 settings_input(),
             ],
             outputs=[
@@ -144,6 +157,8 @@ class TrainIdentityPrior(io.ComfyNode):
         min_snr_gamma: float,
         seed: int,
         filename_prefix: str,
+        weights: str = ATTENTION,
+        rank: int = RANK,
         regularization: Images | None = None,
         training_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
@@ -163,6 +178,8 @@ class TrainIdentityPrior(io.ComfyNode):
                 learning_rate=learning_rate,
                 regularization_weight=regularization_weight,
                 text_encoder=train_text_encoder,
+                weights=weights,
+                rank=rank,
                 masked=masked_loss,
                 min_snr_gamma=min_snr_gamma,
                 seed=seed,

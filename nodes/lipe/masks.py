@@ -8,15 +8,16 @@ import torch
 from comfy_api.latest import io
 
 from ...attention import identity_mask as masks
-from ...attention.capture import IdentityAttention
+from ...attention.capture import IdentityAttention, capture_attention
 from ...attention.sites import AUTOMATIC, LAYER_CHOICES
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.lipe import heatmap, identity_mask_blend
-from ...pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt
+from ...pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt, token_positions
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color
 from ...pipelines.shared.masks import masks_for
+from ...pipelines.shared.parsing import whole_numbers
 from ..idle import first_said, joined, same_prompt, takes_no_part
 from ..sockets import (
     Inversion,
@@ -95,6 +96,17 @@ def _power_input() -> io.Input:
     )
 
 
+def _opacity_input() -> io.Input:
+    return io.Float.Input(
+        "opacity",
+        default=0.6,
+        min=0.0,
+        max=1.0,
+        step=0.05,
+        tooltip="Opacity of the map; 0.6 leaves shapes visible.",
+    )
+
+
 class IdentityAttentionNode(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -103,7 +115,7 @@ class IdentityAttentionNode(io.ComfyNode):
             display_name="Identity Attention",
             category="masks",
             search_aliases=["attention map", "cross-attention", "DAAM", "attention capture"],
-            advanced=["identity_words", "layers"],
+            advanced=["identity_words", "layers", "token_numbers"],
             description=(
                 "Records the model's attention to the subject while any sampler runs it; the image "
                 "stays bit-identical (Liu et al. 2024, figure 4). View it with Attention Heatmap."
@@ -115,6 +127,21 @@ class IdentityAttentionNode(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 *_identity_inputs(),
                 _layers_input(),
+                io.String.Input(
+                    "token_numbers",
+                    default="",
+                    optional=True,
+                    tooltip="Positions of tokens of the sampled prompt, whose attention is used in place of the "
+                    "identity prompt's: 0 is the start token, -1 the last. The five tokens of a subject from Apply "
+                    "Subject are 72-76, or -5, -4, -3, -2, -1 in a longer prompt. Empty: the identity prompt.",
+                ),
+                io.Boolean.Input(
+                    "by_step",
+                    default=False,
+                    optional=True,
+                    tooltip="Maps by step. On: also keeps the map of every token at every step, for Attention Maps by "
+                    "Step.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -123,16 +150,28 @@ class IdentityAttentionNode(io.ComfyNode):
                 IdentityAttentionSocket.Output(
                     "identity_attention",
                     display_name="identity attention",
-                    tooltip="Recorded attention of that model's last run, for Attention Heatmap.",
+                    tooltip="Recorded attention of that model's last run, for Attention Heatmap and Attention Maps by "
+                    "Step.",
                 ),
             ],
         )
 
     @classmethod
     @checked
-    def execute(cls, model: Any, clip: Any, identity_prompt: str, identity_words: str, layers: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        identity_prompt: str,
+        identity_words: str,
+        layers: str,
+        token_numbers: str = "",
+        by_step: bool = False,
+    ) -> io.NodeOutput:
+        if positions := token_positions(token_numbers):
+            return io.NodeOutput(*capture_attention(model, None, positions, layers, by_step=by_step))
         identity = encode_identity_prompt(clip, identity_prompt, identity_words)
-        return io.NodeOutput(*capture_identity(model, identity, layers))
+        return io.NodeOutput(*capture_identity(model, identity, layers, by_step=by_step))
 
 
 class IdentityAwareMaskBlend(io.ComfyNode):
@@ -248,6 +287,13 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 io.String.Output(
                     "report", display_name="report", tooltip="Model calls, sizes of the masks, and warnings."
                 ),
+                io.Mask.Output(
+                    "step_masks",
+                    display_name="step masks",
+                    tooltip="Mask of the blend in every blended step, in order: the union of both masks at that step "
+                    "(Liu et al. 2024, figure 3 and eq. 3), one pixel per latent pixel. For a batch of images, the "
+                    "masks of one step are next to each other.",
+                ),
             ],
         )
 
@@ -310,6 +356,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             result.source_attention or IdentityAttention(()),
             result.target_attention or IdentityAttention(()),
             show_text(cls, text, joined(_idle(source, target, skip, blend_until, inversion.steps), result.warning)),
+            result.step_masks.flatten(0, 1) if len(result.step_masks) else torch.zeros_like(result.target_mask),
         )
 
 
@@ -355,14 +402,7 @@ class AttentionHeatmap(io.ComfyNode):
                 ),
                 _threshold_input(),
                 _power_input(),
-                io.Float.Input(
-                    "opacity",
-                    default=0.6,
-                    min=0.0,
-                    max=1.0,
-                    step=0.05,
-                    tooltip="Opacity of the map; 0.6 leaves shapes visible.",
-                ),
+                _opacity_input(),
                 IdentityAttentionSocket.Input(
                     "identity_attention",
                     optional=True,
@@ -423,4 +463,63 @@ class AttentionHeatmap(io.ComfyNode):
         return io.NodeOutput(drawn, heatmap.enlarged(values, drawn))
 
 
-NODES: list[type[io.ComfyNode]] = [IdentityAttentionNode, IdentityAwareMaskBlend, AttentionHeatmap]
+class AttentionMapsByStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditAttentionMapsByStep",
+            display_name="Attention Maps by Step",
+            category="masks",
+            search_aliases=["attention map", "token attention", "cross-attention", "DAAM", "timestep", "HiFi Tuner"],
+            description=(
+                "Shows where each token is attended to at chosen steps of a run, as one labeled image each "
+                "(Wang et al. 2023, figure 3)."
+            ),
+            inputs=[
+                io.Image.Input(
+                    "image",
+                    tooltip="Decoded result of the sampler that recorded the attention, so that this node runs after "
+                    "it.",
+                ),
+                IdentityAttentionSocket.Input(
+                    "identity_attention", tooltip="Attention from Identity Attention, with by_step on."
+                ),
+                io.String.Input(
+                    "steps",
+                    default="",
+                    tooltip="Steps to show, separated by commas; 1 is the first, with the most noise (Wang et al. 2023 "
+                    "count down from 50). Empty: up to five, from the first to the last.",
+                ),
+                _opacity_input(),
+            ],
+            outputs=[
+                io.Image.Output(
+                    "maps",
+                    display_name="maps",
+                    tooltip="Image with the map of one token at one step, for each step and token. Each map is divided "
+                    "by its maximum, from black (none) to yellow (most).",
+                ),
+                io.String.Output(
+                    "labels", display_name="labels", tooltip="Step and token of each image, one per line."
+                ),
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(
+        cls, image: torch.Tensor, identity_attention: IdentityAttention, steps: str, opacity: float
+    ) -> io.NodeOutput:
+        chosen = whole_numbers(steps)
+        if chosen is None:
+            raise IdentityEditError(f"steps is '{steps}'; write whole numbers, such as 1, 10, 20.")
+        shown, labels = heatmap.maps_by_step(identity_attention, as_color(image, "image"), chosen, opacity)
+        return io.NodeOutput(shown, "\n".join(labels))
+
+
+NODES: list[type[io.ComfyNode]] = [
+    IdentityAttentionNode,
+    IdentityAwareMaskBlend,
+    AttentionHeatmap,
+    AttentionMapsByStep,
+]

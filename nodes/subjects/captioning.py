@@ -45,7 +45,9 @@ class CaptionImages(io.ComfyNode):
                     "instruction",
                     default=captioning.INSTRUCTION,
                     multiline=True,
-                    tooltip="Prompt for the model; Liu et al. 2024, table 3.",
+                    tooltip="Prompt for the model; Liu et al. 2024, table 3. A plain captioner without a chat "
+                    "template, such as BLIP-2, captions without it, and takes your own text as the start of each "
+                    "caption.",
                 ),
                 io.String.Input(
                     "captions",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.conds
@@ -15,6 +16,7 @@ import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
+from torch.nn.functional import linear
 
 from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
@@ -29,8 +31,8 @@ from .weights import plain_weight, weight_shapes
 _BYTES_PER_VARIABLE = 16
 """Per trained parameter: its value, its gradient and AdamW's two moments, each in float32."""
 
-Variables = dict[str, tuple[torch.nn.Parameter, torch.Tensor]]
-"""By key: the float32 parameter that replaces a weight, and the original weight."""
+Trained = tuple[dict[str, torch.nn.Parameter], dict[str, Callable[[], torch.Tensor]]]
+"""The float32 variables by name, and the change of each weight learned so far by its key."""
 
 Text = tuple[torch.Tensor, torch.Tensor | None]
 """Cross-attention embeddings [B, T, C] and pooled outputs [B, P] of a batch of captions."""
@@ -47,22 +49,21 @@ class TrainableNetworks:
     """The networks during training; created by `trainable_networks`.
 
     Attributes:
-        model_variables: trained weights of the MODEL by key, float32 leaves that require a gradient.
+        model_variables: trained weights of the MODEL by key, float32 leaves that require a gradient; for low-rank
+            changes their factors, by the key with ".down" or ".up" behind it.
         clip_variables: likewise for the CLIP's text encoders.
         device: required device of latents.
         family: the MODEL's family.
         sampling: the MODEL's noise levels.
     """
 
-    def __init__(self, patcher: Model, clip: Clip, model_weights: Variables, clip_weights: Variables) -> None:
-        self.model_variables = {key: variable for key, (variable, _) in model_weights.items()}
-        self.clip_variables = {key: variable for key, (variable, _) in clip_weights.items()}
-        self._trained = model_weights, clip_weights
+    def __init__(self, patcher: Model, clip: Clip | None, trained: Sequence[Trained]) -> None:
+        (self.model_variables, _), (self.clip_variables, _) = self._trained = trained
         self.device: torch.device = patcher.load_device
         self.family = require(patcher, Capability.TRAINING)
         self.sampling = self.family.sampling
         self._patcher = patcher
-        self._clip = clip
+        self._clip: Any = clip
         self._frozen_texts: dict[str, Text] = {}
         self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         # Other nodes' attention patches and wrappers apply in training as in sampling.
@@ -71,14 +72,10 @@ class TrainableNetworks:
         self._options = autograd_safe_options(self._options)
 
     def changes(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """The changes learned so far, on the CPU: variables minus their initial weights, of MODEL and of CLIP."""
-
-        def change(variable: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-            before = before.detach() if type(before.data) is torch.Tensor else before.dequantize()
-            # PyTorch cannot subtract float8 tensors (`--fp8_e4m3fn-unet`).
-            return (variable.detach() - before.to(variable.dtype)).to("cpu", dtype)
-
-        model, clip = ({key: change(*pair) for key, pair in weights.items()} for weights in self._trained)
+        """The changes of weights learned so far, on the CPU, of MODEL and of CLIP."""
+        model, clip = (
+            {key: change().to("cpu", dtype) for key, change in changes.items()} for _, changes in self._trained
+        )
         return model, clip
 
     def to_model_scale(self, latent: torch.Tensor) -> torch.Tensor:
@@ -152,7 +149,7 @@ class TrainableNetworks:
 @contextlib.contextmanager
 def trainable_networks(
     model: Model,
-    clip: Clip,
+    clip: Clip | None,
     model_keys: Iterable[str] = (),
     clip_keys: Iterable[str] = (),
     *,
@@ -160,6 +157,8 @@ def trainable_networks(
     latent_shape: list[int],
     checkpointing: bool = False,
     modules: Sequence[torch.nn.Module] = (),
+    rank: int = 0,
+    seed: int = 0,
 ) -> Iterator[TrainableNetworks]:
     """Load a MODEL and a CLIP and make selected weights trainable, on clones; everything is restored at the end.
 
@@ -168,7 +167,7 @@ def trainable_networks(
 
     Args:
         model: MODEL that predicts noise or v.
-        clip: CLIP.
+        clip: CLIP, or None to train on embeddings.
         model_keys: keys of `model.model.state_dict()`.
         clip_keys: keys of `clip.patcher.model.state_dict()`; empty freezes the text encoders.
         dtype: compute dtype of the networks, whatever that of the weights. The caller sets up autocast accordingly.
@@ -177,9 +176,12 @@ def trainable_networks(
         modules: additional networks to train, such as those that the MODEL's patches run. Their parameters must be
             float32 and created outside inference mode. Within this context they are on the MODEL's device and require
             gradients; afterwards they are frozen and back on the CPU.
+        rank: r of low-rank changes W + B A of the keys' linear layers (Hu et al. 2022); 0 trains whole weights.
+        seed: seed of the initial A.
 
     Raises:
-        IdentityEditError: for an unsupported model or weights that cannot be trained.
+        IdentityEditError: for an unsupported model, weights that cannot be trained, or more of them than the device's
+            memory holds.
     """
     require(model, Capability.TRAINING)
     if input_channels(model) != latent_channels(model) and not is_edit_model(model):
@@ -187,29 +189,48 @@ def trainable_networks(
             f"The model takes {input_channels(model)} input channels and cannot be trained on images alone; load a "
             f"text-to-image checkpoint, not an inpainting model."
         )
-    patcher, text_encoder = model.clone(), clip.clone()
+    patcher, text_encoder = model.clone(), None if clip is None else clip.clone()
     compute_dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
     if compute_dtype != dtype or model.model_dtype() != dtype:
         patcher.set_model_compute_dtype(dtype)
     drop_step_caches(patcher)
     use_differentiable_attention(patcher)
     model_keys, clip_keys = list(model_keys), list(clip_keys)
-    shapes = weight_shapes(patcher.model) | weight_shapes(text_encoder.patcher.model)
-    trained = sum(math.prod(shapes[key]) for key in (*model_keys, *clip_keys))
+    patchers = [patcher] if text_encoder is None else [patcher, text_encoder.patcher]
+    shapes = {key: shape for each in patchers for key, shape in weight_shapes(each.model).items()}
+    trained = sum(rank * sum(shapes[key]) if rank else math.prod(shapes[key]) for key in (*model_keys, *clip_keys))
     trained += sum(parameter.numel() for module in modules for parameter in module.parameters())
+    _check_fits(patchers, trained)
     memory = gradient_memory(patcher, latent_shape, checkpointing) + _BYTES_PER_VARIABLE * trained
-    patchers = [patcher, text_encoder.patcher]
     with contextlib.ExitStack() as stack:
         stack.enter_context(gradient_context(patchers, memory_required=memory, checkpointing=checkpointing))
-        stack.enter_context(_inputs_survive_changes_in_place(text_encoder.patcher.model))
-        model_weights = stack.enter_context(_float32_variables(patcher.model, model_keys))
-        clip_weights = stack.enter_context(_float32_variables(text_encoder.patcher.model, clip_keys))
+        trained_parts: list[Trained] = [
+            stack.enter_context(
+                _low_rank_variables(part.model, keys, rank, seed) if rank else _float32_variables(part.model, keys)
+            )
+            for part, keys in zip(patchers, (model_keys, clip_keys), strict=False)
+        ]
+        if text_encoder is not None:
+            stack.enter_context(_inputs_survive_changes_in_place(text_encoder.patcher.model))
         stack.enter_context(_trained_modules(modules, patcher.load_device))
         patcher.pre_run()
         try:
-            yield TrainableNetworks(patcher, text_encoder, model_weights, clip_weights)
+            yield TrainableNetworks(patcher, text_encoder, [*trained_parts, ({}, {})][:2])
         finally:
             patcher.cleanup()
+
+
+def _check_fits(patchers: Sequence[Any], trained: int) -> None:
+    """Raise `IdentityEditError` if the networks and the trained weights alone exceed the device's memory."""
+    device = patchers[0].load_device
+    needed = _BYTES_PER_VARIABLE * trained + sum(patcher.model_size() for patcher in patchers)
+    memory = comfy.model_management.get_total_memory(device)
+    if needed > memory:
+        raise IdentityEditError(
+            f"Training {trained / 1e6:.0f} million weights takes {needed / 1e9:.1f} GB with the model, and the device "
+            f"has {memory / 1e9:.1f} GB; train fewer weights ('low rank', where the node offers it), or use a device "
+            f"with more memory."
+        )
 
 
 def float32_weight(module: torch.nn.Module, name: str, key: str, *, in_use: bool = False) -> torch.Tensor:
@@ -252,22 +273,66 @@ def _trained_modules(modules: Sequence[torch.nn.Module], device: torch.device) -
 
 
 @contextlib.contextmanager
-def _float32_variables(model: torch.nn.Module, keys: Iterable[str]) -> Iterator[Variables]:
+def _float32_variables(model: torch.nn.Module, keys: Iterable[str]) -> Iterator[Trained]:
     """Replace each parameter by a float32 copy that requires a gradient."""
-    variables: Variables = {}
+    variables: dict[str, torch.nn.Parameter] = {}
+    originals: dict[str, torch.Tensor] = {}
+
+    def change(key: str) -> torch.Tensor:
+        before = originals[key]
+        before = before.detach() if type(before.data) is torch.Tensor else before.dequantize()
+        # PyTorch cannot subtract float8 tensors (`--fp8_e4m3fn-unet`).
+        return variables[key].detach() - before.to(torch.float32)
+
     try:
         for key in keys:
             path, _, name = key.rpartition(".")
             module = model.get_submodule(path)
-            before = getattr(module, name)
-            variable = torch.nn.Parameter(float32_weight(module, name, key))
-            setattr(module, name, variable)
-            variables[key] = variable, before
-        yield variables
+            originals[key] = getattr(module, name)
+            variables[key] = torch.nn.Parameter(float32_weight(module, name, key))
+            setattr(module, name, variables[key])
+        yield variables, {key: partial(change, key) for key in variables}
     finally:
-        for key, (_, before) in variables.items():
+        for key, before in originals.items():
             path, _, name = key.rpartition(".")
             setattr(model.get_submodule(path), name, before)
+
+
+@contextlib.contextmanager
+def _low_rank_variables(model: torch.nn.Module, keys: Iterable[str], rank: int, seed: int) -> Iterator[Trained]:
+    """Add B A x to the output W x of each weight's linear layer, with B = 0 and A ~ N(0, 1 / r^2) at the start, as
+    diffusers initializes LoRAs; alpha is r.
+
+    The layer computes W x itself, so W may have any format.
+    """
+    variables: dict[str, torch.nn.Parameter] = {}
+    changes: dict[str, Callable[[], torch.Tensor]] = {}
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    handles = []
+    try:
+        for key in keys:
+            layer = model.get_submodule(key.removesuffix(".weight"))
+            device = next(layer.parameters()).device
+            outputs, inputs = weight_shapes(layer)["weight"]
+            down = torch.nn.Parameter((torch.randn(rank, inputs, generator=generator) / rank).to(device))
+            up = torch.nn.Parameter(torch.zeros(outputs, rank, device=device))
+            variables |= {f"{key}.down": down, f"{key}.up": up}
+            changes[key] = partial(_product, up, down)
+            handles.append(layer.register_forward_hook(partial(_add_product, up, down)))
+        yield variables, changes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    return up.detach() @ down.detach()
+
+
+def _add_product(
+    up: torch.Tensor, down: torch.Tensor, _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    return output + linear(linear(inputs[0].to(down.dtype), down), up).to(output.dtype)
 
 
 @contextlib.contextmanager

@@ -1,11 +1,16 @@
-"""Visualization of attention maps and masks: heat colors and outlines over an image."""
+"""Visualization of attention maps and masks: heat colors and outlines over an image, and maps by step."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import interpolate, max_pool2d
 
+from ...attention.capture import IdentityAttention
+from ...attention.identity_mask import rough_mask
 from ..shared.errors import IdentityEditError
+from ..shared.images import from_pillow
 
 # Black, purple, red, yellow, white: brightness increases with the value, also in grayscale and for the color-blind.
 _COLORS = ((0.0, 0.0, 0.02), (0.34, 0.06, 0.43), (0.73, 0.21, 0.33), (0.98, 0.56, 0.04), (0.99, 1.0, 0.64))
@@ -34,6 +39,65 @@ def outlined(image: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     grown = max_pool2d(inside, width, stride=1, padding=width // 2)
     line = (grown - inside).squeeze(1).unsqueeze(-1)
     return image[..., :3] * (1 - line) + torch.tensor(_OUTLINE, device=image.device) * line
+
+
+def maps_by_step(
+    attention: IdentityAttention, image: torch.Tensor, steps: Sequence[int], opacity: float = 0.6
+) -> tuple[torch.Tensor, list[str]]:
+    """Every token's map at some steps over an IMAGE, as in figure 3 of Wang et al. 2023, each divided by its maximum as
+    in Hertz et al. 2023.
+
+    Args:
+        attention: recorded with `by_step`.
+        image: IMAGE [B, H, W, 3] that was sampled.
+        steps: steps from 1, the first of the run; empty for up to five from the first to the last.
+        opacity: see `lay_over`.
+
+    Returns:
+        [steps * B * tokens, H + strip, W, 3] with a label below each, in this order, and the labels.
+
+    Raises:
+        IdentityEditError: when no maps by step were recorded, or a step has none.
+    """
+    recorded, count = sorted(attention.steps), attention.step_count
+    if not recorded:
+        raise IdentityEditError(
+            "identity_attention has no maps by step; turn on by_step in Identity Attention, sample with its model "
+            "first, and connect the result to image."
+        )
+    if not steps:
+        places = sorted({round(place * (len(recorded) - 1) / 4) for place in range(5)})
+        steps = [recorded[place] + 1 for place in places]
+    shown, labels = [], []
+    for step in steps:
+        if step - 1 not in attention.steps:
+            raise IdentityEditError(
+                f"steps has {step}, but the maps are of steps {recorded[0] + 1} to {recorded[-1] + 1}."
+            )
+        maps = rough_mask(attention.steps[step - 1])
+        maps = maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)
+        for number, token_map in enumerate(maps):
+            of_image, token = divmod(number, len(attention.columns))
+            if of_image >= len(image):
+                raise IdentityEditError(
+                    f"The maps are of more images than the {len(image)} connected; connect the images that were "
+                    f"sampled with it."
+                )
+            labels.append(f"step {step} of {count}, token {attention.columns[token]}")
+            shown.append(labeled(lay_over(image[of_image : of_image + 1], token_map[None], opacity)[0], labels[-1]))
+    return torch.stack(shown), labels
+
+
+def labeled(image: torch.Tensor, text: str) -> torch.Tensor:
+    """An image [H, W, 3] with a line of text in a strip below it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height = max(14, image.shape[0] // 16)
+    strip = Image.new("RGB", (image.shape[1], height))
+    font = ImageFont.load_default(0.7 * height)
+    fits = min(1.0, (image.shape[1] - 4) / font.getlength(text))
+    ImageDraw.Draw(strip).text((2, height / 2), text, "white", ImageFont.load_default(0.7 * height * fits), anchor="lm")
+    return torch.cat([image.cpu(), from_pillow(strip)])
 
 
 def enlarged(values: torch.Tensor, image: torch.Tensor) -> torch.Tensor:

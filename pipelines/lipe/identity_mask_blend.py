@@ -43,6 +43,7 @@ class IdentityMaskBlend:
         latent: the edited image, z_0 [B, C, H, W] in the scale of LATENT sockets.
         source_mask: M^s [B, H, W], the subject in the source image.
         target_mask: M^e [B, H, W] after the last step.
+        step_masks: [n, B, H, W], M_t of each of the n blended steps.
         source_attention, target_attention: attention the masks were computed from, or None for connected masks.
         evaluations: model calls of both passes.
         warning: a sentence about a likely problem, else None.
@@ -51,6 +52,7 @@ class IdentityMaskBlend:
     latent: torch.Tensor
     source_mask: torch.Tensor
     target_mask: torch.Tensor
+    step_masks: torch.Tensor
     source_attention: IdentityAttention | None
     target_attention: IdentityAttention | None
     evaluations: int
@@ -158,6 +160,7 @@ def identity_mask_blend(
     fixed_source_mask = _mask(inversion, settings, source_attention, source_mask)  # used in all steps
 
     def denoise(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> IdentityMaskBlend:
+        step_masks = []
         m_source = fixed_source_mask.to(x)
         m_target = torch.zeros_like(m_source)
         for i in range(first, steps):  # from x^_T = x_T
@@ -171,12 +174,14 @@ def identity_mask_blend(
                 # Eq. 4, with x_{t-1} of the inversion as in algorithm 1.
                 outside = inversion.trajectory[i + 1].to(x)
                 x_next = m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside
+                step_masks.append(m.cpu())
             x = x_next
             evaluator.report((passes - 1) * (steps - first) + i - first, denoised, x, passes * (steps - first))
         return IdentityMaskBlend(
             latent=engine.to_socket_scale(model, (x / inversion.noise_path.scale(sigmas[-1].to(x))).cpu()),
             source_mask=fixed_source_mask,
             target_mask=m_target.cpu(),
+            step_masks=torch.stack(step_masks) if step_masks else fixed_source_mask[None][:0],
             source_attention=source_attention,
             target_attention=target_attention,
             evaluations=evaluations + evaluator.evaluations,

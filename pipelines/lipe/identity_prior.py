@@ -1,9 +1,9 @@
 """The personalized identity prior of LIPE (Liu et al. 2024, section 2.1 and appendix E.2.5).
 
-The attention layers of the UNet and the text encoders are fine-tuned on a few images of one subject, whose captions
-name it by a rare token V* and its class word ("sks dog") and describe what it does, together with general images of the
-class, which preserve the model's prior (prior preservation, Ruiz et al. 2023). The result is a weight difference: a
-patch for stock MODEL and CLIP, and a file.
+The attention layers of the UNet and the text encoders (or all their weights, as in DreamBooth) are fine-tuned on a few
+images of one subject, whose captions name it by a rare token V* and its class word ("sks dog") and describe what it
+does, together with general images of the class, which preserve the model's prior (prior preservation, Ruiz et al.
+2023). The result is a weight difference: a patch for stock MODEL and CLIP, and a file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
 from ..shared.files import checked_record, parsing_file, read_tensors, write_tensors
 from ..shared.input_checks import check_number
+from ..training.weights import ATTENTION, clip_keys, model_keys
 
 KIND = "identity prior"
-CLIP_KEYS = re.compile(r"clip_\w\..+\.self_attn\.(q|k|v|out)_proj\.(weight|bias)")
-_MODEL_KEYS = re.compile(r"diffusion_model\..+\.attn[12]\.to_(q|k|v|out\.0)\.(weight|bias)")
+_IN_LORA_FILES = re.compile(r".+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
+"""Layers of text encoders that LoRA files call `lora_te...`."""
 MODEL_PREFIX, CLIP_PREFIX = "model.", "clip."
 
 
@@ -54,19 +55,19 @@ class IdentityPrior:
         return f"{self.token} {self.class_word}"
 
 
-def attention_keys(model: Model, clip: Clip) -> tuple[list[str], list[str]]:
-    """Keys of the trained weights: all attention projections of the UNet and the text encoders, including biases.
+def attention_keys(model: Model, clip: Clip, weights: str = ATTENTION) -> tuple[list[str], list[str]]:
+    """Keys of the trained weights: all attention projections of the UNet and the text encoders, including biases, or
+    another choice of `training.weights`.
 
     Raises:
         IdentityEditError: when the CLIP has no such layers.
     """
-    model_keys = [key for key in weight_shapes(model.model) if _MODEL_KEYS.fullmatch(key)]
-    clip_keys = [key for key in weight_shapes(clip.patcher.model) if CLIP_KEYS.fullmatch(key)]
-    if not model_keys or not clip_keys:
+    of_model, of_clip = model_keys(model, weights), clip_keys(clip, weights)
+    if not of_model or not of_clip:
         raise IdentityEditError(
             "The CLIP has no CLIP text encoder to train; use the CLIP of a Stable Diffusion 1.x, 2.x or XL checkpoint."
         )
-    return model_keys, clip_keys
+    return of_model, of_clip
 
 
 def apply_identity_prior(
@@ -147,7 +148,8 @@ def as_lora(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Convert the prior to a LoRA for stock loaders: the best low-rank approximation of each weight difference.
 
-    Each is truncated to the `rank` largest singular values (Eckart and Young 1936); biases are kept exactly.
+    Each matrix or kernel is truncated to the `rank` largest singular values (Eckart and Young 1936); biases and the
+    weights of norms are kept exactly.
 
     Args:
         prior: the prior to approximate.
@@ -156,8 +158,8 @@ def as_lora(
 
     Returns:
         float16 or wider tensors by the keys of a LoRA file (`lora_unet_...`, `lora_te_...`; for SDXL `lora_te1_...`
-        and `lora_te2_...`), and the relative error |change - approximation| / |change| in the Frobenius norm over all
-        weights, rounding included.
+        and `lora_te2_...`; `text_encoders....` for norms and embeddings), and the relative error
+        |change - approximation| / |change| in the Frobenius norm over all weights, rounding included.
     """
     check_number(rank, "rank", 1, None)
     both_encoders = any(key.startswith("clip_g.") for key in prior.clip_change) and any(
@@ -172,15 +174,17 @@ def as_lora(
         if progress is not None:
             progress(done, len(named))
         name, _, part = key.rpartition(".")
-        if part == "bias":
-            tensors[f"{name}.diff_b"] = change
+        if change.ndim == 1:
+            tensors[f"{name}.diff_b" if part == "bias" else f"{name}.diff"] = change
             continue
-        exact = change.float()
+        exact = change.float().flatten(1)
         u, s, v = torch.linalg.svd(exact, full_matrices=False)
         kept = min(rank, s.shape[0])
         root = s[:kept].sqrt()
         up, down = (u[:, :kept] * root).to(change.dtype), (root[:, None] * v[:kept]).to(change.dtype)
-        tensors |= {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+        kernel = change.shape[2:]  # of a convolution
+        tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *(1 for _ in kernel))
+        tensors[f"{name}.lora_down.weight"] = down.reshape(kept, -1, *kernel)
         tensors[f"{name}.alpha"] = torch.tensor(float(kept))
         error += float((exact - up.float() @ down.float()).square().sum())
         size += float(exact.square().sum())
@@ -204,6 +208,8 @@ def _lora_key(key: str, both_encoders: bool) -> str:
     name, _, part = key.rpartition(".")
     if name.startswith("diffusion_model."):
         return f"lora_unet_{name.removeprefix('diffusion_model.').replace('.', '_')}.{part}"
+    if not _IN_LORA_FILES.fullmatch(name):  # ComfyUI's form for any other weight
+        return f"text_encoders.{key}"
     encoder, _, layer = name.partition(".transformer.")
     number = {"clip_l": "1", "clip_g": "2"}.get(encoder, "") if both_encoders else ""
     return f"lora_te{number}_{layer.replace('.', '_')}.{part}"

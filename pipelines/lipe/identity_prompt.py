@@ -11,7 +11,7 @@ from ...attention.sites import AUTOMATIC
 from .. import engine
 from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
-from ..shared.parsing import split_words
+from ..shared.parsing import as_range, split_words, whole_numbers
 from ..text.prompt_tokens import positions_of, prompt_tokens
 
 
@@ -57,8 +57,28 @@ def encode_identity_prompt(clip: Clip, text: str, words: str = "", name: str = "
     return IdentityPrompt(embedding, inside)
 
 
+def token_positions(text: str) -> tuple[int, ...]:
+    """Positions of tokens in a prompt's embedding from a text such as "1, 72-76" or "-5 -4": from 0, the start token,
+    or from -1 for the last.
+
+    Raises:
+        IdentityEditError: when a part is not a position or a range.
+    """
+    positions: list[int] = []
+    for part in split_words(text):
+        single, (first, last) = whole_numbers(part), as_range(part) or (1, 0)
+        if single is None and first > last:
+            raise IdentityEditError(f"token_numbers has '{part}'; write positions such as 72-76, or -1 for the last.")
+        positions += range(first, last + 1) if single is None else single
+    return tuple(dict.fromkeys(positions))
+
+
 def capture_identity(
-    model: Model, identity: IdentityPrompt, layers: str = AUTOMATIC, self_attention: bool = True
+    model: Model,
+    identity: IdentityPrompt,
+    layers: str = AUTOMATIC,
+    self_attention: bool = True,
+    by_step: bool = False,
 ) -> tuple[Model, IdentityAttention]:
     """A clone of `model` that records its attention to the identity; see `attention.capture.capture_attention`."""
     channels = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
@@ -67,4 +87,4 @@ def capture_identity(
             f"clip has embeddings of {identity.embedding.shape[-1]} channels but the model takes {channels}; connect "
             f"the CLIP of the same checkpoint."
         )
-    return capture_attention(model, identity.embedding, identity.tokens, layers, self_attention)
+    return capture_attention(model, identity.embedding, identity.tokens, layers, self_attention, by_step)

@@ -15,7 +15,7 @@ from ..engine.trainable import trainable_networks
 from ..engine.weights import first_numbers
 from ..shared.comfy_types import Clip, Model
 from ..shared.files import FILE_DTYPES
-from ..shared.input_checks import check_choice
+from ..shared.input_checks import check_choice, check_number
 from ..training.images import Batch, TrainingImages, denoising_losses, draw_batch, guided_preview
 from ..training.loop import (
     BFLOAT16,
@@ -27,7 +27,8 @@ from ..training.loop import (
     train,
     training_record,
 )
-from .identity_prior import CLIP_KEYS, CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
+from ..training.weights import ATTENTION, CLIP_ATTENTION, LOW_RANK, RANK, WEIGHTS
+from .identity_prior import CLIP_PREFIX, MODEL_PREFIX, IdentityPrior, attention_keys
 
 _REGULARIZATION = "regularisation"
 """Names the draws for the regularization set. The seed depends on it: in another spelling the draws would differ."""
@@ -44,6 +45,9 @@ class PriorSettings(TrainingSettings):
         weight_decay: torch's and diffusers' default for AdamW; not given in the paper.
         regularization_weight: weight of the class images' loss; 1 in Ruiz et al. 2023.
         text_encoder: whether to train the text encoders.
+        weights: one of `training.weights.WEIGHTS`. ATTENTION is LIPE's; ALL is DreamBooth (Ruiz et al. 2023) as in its
+            baseline DreamCtrl (learning rate 5e-6) and in HiFi Tuner (400 steps).
+        rank: r of the changes for LOW_RANK.
         masked: compute the identity images' loss only inside their masks.
         min_snr_gamma: see `denoising_losses`; 0 disables it.
         sample_prompt: "" for the token and the class word.
@@ -59,6 +63,8 @@ class PriorSettings(TrainingSettings):
     precision: str = BFLOAT16
     regularization_weight: float = 1.0
     text_encoder: bool = True
+    weights: str = ATTENTION
+    rank: int = RANK
     masked: bool = False
     min_snr_gamma: float = 0.0
     file_dtype: str = "float16"
@@ -66,6 +72,8 @@ class PriorSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.file_dtype, "file_dtype", FILE_DTYPES)
+        check_choice(self.weights, "weights", WEIGHTS)
+        check_number(self.rank, "rank", 1, None)
 
 
 def train_identity_prior(
@@ -93,11 +101,11 @@ def train_identity_prior(
             sockets.
     """
     tag = engine.model_tag(model)
-    model_keys, clip_keys = attention_keys(model, clip)
+    model_keys, clip_keys = attention_keys(model, clip, settings.weights)
     sets = {"identity": (identity, 1.0)}
     if regularization is not None and settings.regularization_weight > 0.0:
         sets[_REGULARIZATION] = (regularization, settings.regularization_weight)
-    encoder = first_numbers(clip.patcher, "clip_", CLIP_KEYS.fullmatch)
+    encoder = first_numbers(clip.patcher, "clip_", CLIP_ATTENTION.fullmatch)
     description = run_description(
         settings,
         tag,
@@ -116,6 +124,8 @@ def train_identity_prior(
         dtype=settings.dtype,
         latent_shape=[settings.batch_size * len(sets), *largest],
         checkpointing=settings.checkpointing,
+        rank=settings.rank if settings.weights == LOW_RANK else 0,
+        seed=settings.seed,
     ) as networks:
 
         def losses(index: int) -> Iterator[torch.Tensor]:

@@ -40,6 +40,21 @@ class LanguageModel:
     path: str
     device: torch.device
 
+    @property
+    def follows_instructions(self) -> bool:
+        """Whether the model answers an instruction, as its processor tells: by a chat template, by an image token for
+        the prompt (LLaVA 1.5), or by a tokenizer for instructions (InstructBLIP). A plain captioner, such as BLIP and
+        BLIP-2, only continues a text."""
+        processor = self.processor
+        has_template = getattr(processor, "chat_template", None) is not None
+        return has_template or self._prompt_token is not None or hasattr(processor, "qformer_tokenizer")
+
+    @property
+    def _prompt_token(self) -> str | None:
+        """The token that stands for the image in the prompt; None if the processor inserts its own query tokens."""
+        token = getattr(self.processor, "image_token", None)
+        return token if isinstance(token, str) and not hasattr(self.processor, "num_query_tokens") else None
+
     def ask(
         self, question: str, image: torch.Tensor | None = None, *, max_new_tokens: int, temperature: float, seed: int
     ) -> str:
@@ -103,9 +118,8 @@ class LanguageModel:
                 return_tensors="pt",
             )
         else:
-            token = getattr(self.processor, "image_token", None)
-            if isinstance(token, str):  # the prompt of LLaVA 1.5, whose older folders have no template
-                question = f"USER: {token}\n{question} ASSISTANT:"
+            if self._prompt_token is not None:  # the prompt of LLaVA 1.5, whose older folders have no template
+                question = f"USER: {self._prompt_token}\n{question} ASSISTANT:"
             inputs = self.processor(images=pillow, text=question or None, return_tensors="pt")
         return inputs.to(self.device, dtype=self.network.dtype)  # casts only floating-point tensors
 

@@ -53,7 +53,8 @@ def caption_images(
         model_path: folder of an image-text-to-text model, or None.
         lines: captions in the order of the images, the test image's last; "" for none.
         keep_existing: keep existing captions; otherwise the model replaces them.
-        instruction: the prompt for the model.
+        instruction: the prompt for the model. `INSTRUCTION` is left out for a plain captioner
+            (`LanguageModel.follows_instructions`), which would continue it; any other text starts its captions.
         max_new_tokens, temperature, seed: see `LanguageModel.ask`.
         progress: called with (captions written by the model, their total).
 
@@ -133,6 +134,8 @@ def _ask(
     seed: int,
 ) -> str:
     """The model's caption as one line, without quotation marks around it."""
+    if instruction.strip() == INSTRUCTION and not model.follows_instructions:
+        instruction = ""
     answer = model.ask(instruction, image, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     caption = " ".join(answer.split())
     if len(caption) > 1 and caption[0] == caption[-1] and caption[0] in "\"'":

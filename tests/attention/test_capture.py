@@ -11,10 +11,21 @@ import comfy.ldm.modules.attention as engine_attention
 import comfy.samplers
 import pytest
 import torch
-from identity_edit_pack.attention import capture, sites, unet
+from identity_edit_pack.attention import capture, identity_mask, sites, unet
+from identity_edit_pack.attention.capture import capture_attention
 from identity_edit_pack.attention.maps import MeanMap
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.tests import tiny_models
-from identity_edit_pack.tests.attention.sampling import COLUMNS, IDENTITY, NEGATIVE, POSITIVE, Reference, sample
+from identity_edit_pack.tests.attention.sampling import (
+    COLUMNS,
+    IDENTITY,
+    NEGATIVE,
+    POSITIVE,
+    SIGMAS,
+    Reference,
+    sample,
+)
 
 BACKENDS = ["attention_basic", "attention_sub_quad", "attention_split", "attention_pytorch"]
 EMBEDDING = IDENTITY[0][0]
@@ -305,3 +316,43 @@ def test_wrong_tokens_and_layers_are_refused_at_once() -> None:
         capture.capture_attention(model, EMBEDDING, (tiny_models.TOKENS,))
     with pytest.raises(ValueError, match="choose from 1, 2"):
         record(model, "8")
+
+
+@pytest.mark.parametrize("step_wise", [False, True])
+def test_maps_of_every_token_at_every_step(step_wise: bool) -> None:
+    """Of the sampled prompt, counted from both ends; with per-step embeddings, each step's own."""
+    latent, model = tiny_models.latent(4, batch=2), tiny_models.sd1()
+    rows = torch.stack([tiny_models.conditioning(seed)[0][0] for seed in ((11, 12, 13) if step_wise else (1, 1, 1))])
+    if step_wise:
+        model = apply_step_embeddings(model, StepEmbeddings(sigmas=SIGMAS, embeddings=rows), "positive")
+    columns = (3, -1)
+    recording, attention = capture_attention(model, None, columns, "2", by_step=True)
+    assert torch.equal(sample(recording, latent), sample(model, latent))
+    assert sorted(attention.steps) == [0, 1, 2] and attention.step_count == 3
+    whole = torch.zeros(2, 4, 4, dtype=torch.float64)
+    for step, row in enumerate(rows):
+        expected = []
+        for column in columns:
+            reference = Reference(model, row, (column,))
+            reference.run(latent)
+            maps = torch.stack(reference.cross[4, 4]).unflatten(0, (3, -1))  # steps, layers
+            expected.append(maps[step].mean(0))
+        whole += torch.stack(expected).sum(0) / 3
+        found = identity_mask.rough_mask(attention.steps[step]).unflatten(0, (2, 2))
+        torch.testing.assert_close(found.double(), torch.stack(expected, dim=1), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(identity_mask.rough_mask(attention).double(), whole, rtol=1e-4, atol=1e-7)
+
+
+def test_tokens_outside_of_the_prompt_are_refused() -> None:
+    for column in (tiny_models.TOKENS, -tiny_models.TOKENS - 1):
+        recording, _ = capture_attention(tiny_models.sd1(), None, (column,), "2")
+        with pytest.raises(IdentityEditError, match="8 tokens of the prompt"):
+            sample(recording, tiny_models.latent(4))
+
+
+def test_a_call_between_two_steps_belongs_to_the_earlier() -> None:
+    recording, attention = capture_attention(tiny_models.sd1(), None, (1,), "2", by_step=True)
+    sample(recording, tiny_models.latent(4), sampler="dpm_2")  # its second call lies between the noise levels
+    assert sorted(attention.steps) == [0, 1, 2] and attention.evaluations == 5
+    weights = [float(attention.steps[step].cross[4, 4].weight.max()) for step in range(3)]
+    assert weights[0] == weights[1] == 2 * weights[2]

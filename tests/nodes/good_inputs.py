@@ -201,7 +201,7 @@ class World:
     @functools.cached_property
     def identity_attention(self) -> IdentityAttention:
         identity = identity_prompt.encode_identity_prompt(self.clip, "a cat", "cat")
-        model, attention = identity_prompt.capture_identity(self.model, identity, "all")
+        model, attention = identity_prompt.capture_identity(self.model, identity, "all", by_step=True)
         sample(model, self.latent["samples"])
         return attention
 
@@ -354,6 +354,9 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "OptimizeTextEmbedding": lambda w: {
         "model": w.model, "latent": w.latent, "target": w.conditioning(2), "steps": 1,
     },
+    "ImagicFineTuning": lambda w: {
+        "model": w.model, "latent": w.latent, "optimized": w.conditioning(2), "steps": 1, "weights": "low rank",
+    },
     "TimestepAwareTextInjection": lambda w: {**_edit(w), "sigmas": w.sigmas, "optimized": w.conditioning(5)},
     "TimestepAwareTextInjectionModel": lambda w: {**_edit(w), "sigmas": w.sigmas, "optimized": w.conditioning(5)},
     "TimestepAwareTextInjectionSampler": lambda w: {
@@ -370,6 +373,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "AttentionHeatmap": lambda w: {
         "image": w.images, "identity_attention": w.identity_attention, "mask": w.mask,
     },
+    "AttentionMapsByStep": lambda w: {"image": w.images, "identity_attention": w.identity_attention},
     "SegmentSubject": lambda w: {
         "images": w.images, "subject": "cat", "timesteps": "101", "layers": "all", "model": w.model,
         "clip": w.clip, "vae": w.vae, "sam": segmentation.NO_MODEL, "grounding_dino": segmentation.NO_MODEL,

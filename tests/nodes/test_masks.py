@@ -12,9 +12,10 @@ import torch
 from identity_edit_pack.attention import identity_mask
 from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.attention.maps import MeanMap
+from identity_edit_pack.attention.masks import union
 from identity_edit_pack.nodes.lipe import masks
 from identity_edit_pack.pipelines.inversion import inversion
-from identity_edit_pack.pipelines.lipe import identity_mask_blend, identity_prompt
+from identity_edit_pack.pipelines.lipe import heatmap, identity_mask_blend, identity_prompt
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.attention.sampling import NEGATIVE, POSITIVE, sample
@@ -100,9 +101,10 @@ def test_identity_aware_mask_blend_gives_edit_masks_and_attention() -> None:
     model = tiny_models.sd1()
     inverted = invert(model, batch=2)
     target = tiny_models.conditioning(5)
-    edited, source_mask, target_mask, source_attention, target_attention, report = masks.IdentityAwareMaskBlend.execute(
+    *outputs, step_masks = masks.IdentityAwareMaskBlend.execute(
         model, CLIP, inverted, POSITIVE, target, "sks cat", "cat", **SETTINGS, negative=NEGATIVE
     ).args
+    edited, source_mask, target_mask, source_attention, target_attention, report = outputs
     expected = identity_mask_blend.identity_mask_blend(
         model,
         inverted,
@@ -121,6 +123,8 @@ def test_identity_aware_mask_blend_gives_edit_masks_and_attention() -> None:
     assert torch.equal(identity_mask.identity_mask(source_attention, 8, 8, 0.4, 2), expected.source_mask)
     assert torch.equal(identity_mask.identity_mask(target_attention, 8, 8, 0.4, 2), expected.target_mask)
     assert report.startswith("9 model calls; the source mask covers ")
+    assert torch.equal(step_masks, expected.step_masks.flatten(0, 1)) and step_masks.shape == (6, 8, 8)
+    assert torch.equal(step_masks[-2:], union(source_mask, target_mask)[:, ::8, ::8])
 
 
 def test_the_nodes_run_in_inference_mode_as_comfyui_runs_them() -> None:
@@ -145,7 +149,7 @@ def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixtur
     model = tiny_models.sd1()
     inverted = invert(model)
     nothing = torch.zeros(1, 128, 128)
-    edited, source_mask, _, source_attention, _, report = masks.IdentityAwareMaskBlend.execute(
+    edited, source_mask, _, source_attention, _, report, _ = masks.IdentityAwareMaskBlend.execute(
         model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE, source_mask=nothing,
         target_mask=nothing,
     ).args  # fmt: skip
@@ -229,3 +233,41 @@ def test_every_node_is_listed() -> None:
     assert ids == [
         f"IdentityEdit{name}" for name in ("IdentityAttention", "IdentityAwareMaskBlend", "AttentionHeatmap")
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "positions"),
+    [("72-76", (72, 73, 74, 75, 76)), ("-2, -1", (-2, -1)), ("1 1,5\uff0c3", (1, 5, 3)), ("", ())],
+)
+def test_token_positions_are_read(text: str, positions: tuple[int, ...]) -> None:
+    assert identity_prompt.token_positions(text) == positions
+
+
+@pytest.mark.parametrize("text", ["5-3", "cat", "1.5"])
+def test_other_token_positions_are_refused(text: str) -> None:
+    with pytest.raises(IdentityEditError, match=f"token_numbers has '{text}'"):
+        identity_prompt.token_positions(text)
+
+
+def test_maps_by_step_are_labeled_images() -> None:
+    recording, attention = masks.IdentityAttentionNode.execute(
+        tiny_models.sd1(), CLIP, "", "", "2", token_numbers="3, -1", by_step=True
+    ).args
+    image = torch.zeros(2, 64, 64, 3)
+    with pytest.raises(IdentityEditError, match="no maps by step"):
+        masks.AttentionMapsByStep.execute(image, attention, "", 1.0)
+    sample(recording, tiny_models.latent(4, batch=2))
+    maps, labels = masks.AttentionMapsByStep.execute(image, attention, "3, 1", 1.0).args
+    assert maps.shape == (8, 78, 64, 3)  # two steps, images and tokens; a strip of 14 pixels
+    assert labels.splitlines() == [
+        f"step {step} of 3, token {token}" for step in (3, 1) for _ in range(2) for token in (3, -1)
+    ]
+    assert all(float(strip.max()) > 0.5 for strip in maps[:, 64:]) and not torch.equal(maps[0, 64:], maps[1, 64:])
+    expected = identity_mask.rough_mask(attention.steps[2])[1]
+    shown = heatmap.heat_colors(heatmap.enlarged((expected / expected.max())[None], image[:1]))[0]
+    torch.testing.assert_close(maps[1, :64], shown)
+    assert len(masks.AttentionMapsByStep.execute(image, attention, "", 0.5).args[0]) == 12
+    with pytest.raises(IdentityEditError, match="steps has 4"):
+        masks.AttentionMapsByStep.execute(image, attention, "4", 1.0)
+    with pytest.raises(IdentityEditError, match="whole numbers"):
+        masks.AttentionMapsByStep.execute(image, attention, "first", 1.0)

@@ -15,7 +15,7 @@ SCHEMAS = [node.define_schema() for node in NODE_CLASSES]
 NOT_NOUNS = {
     "From", "On", "Off", "Computes", "Also", "Which", "How", "Connect", "Of", "In", "What", "Whether", "Save", "Keeps",
 }  # fmt: skip
-SMALL_WORDS = {"a", "and", "as", "from", "of", "the", "to", "with"}
+SMALL_WORDS = {"a", "and", "as", "by", "from", "of", "the", "to", "with"}
 CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "portrait", "face", "evaluation", "demo")
 
 

@@ -87,6 +87,35 @@ def test_an_encoder_decoder_is_asked_too(tmp_path: Path) -> None:
     assert said and said == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
 
 
+@pytest.mark.parametrize("kind", ["blip", "blip2"])
+def test_a_plain_captioner_gets_no_instruction(kind: str, tmp_path: Path) -> None:
+    getattr(tiny, f"save_{kind}")(tmp_path)
+    with load_language_model(str(tmp_path), IMAGE_AND_TEXT) as model:
+        assert not model.follows_instructions
+        pillow = Image.fromarray((images()[0] * 255).round().byte().numpy())
+        with torch.no_grad():  # transformers' own call for captioning
+            ids = model.network.generate(
+                **model.processor(pillow, return_tensors="pt"), max_new_tokens=TOKENS, do_sample=False
+            )
+        expected = model.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+        begun = model.ask("photo of", images()[0], max_new_tokens=TOKENS, temperature=0.0, seed=0)
+    options = {"model_path": str(tmp_path), "max_new_tokens": TOKENS}
+    captioned, _ = captioning.caption_images(subject(), **options)
+    assert expected and captioned.captions[0] == captioning.identity_caption(expected, "dog", "sks")
+    own, _ = captioning.caption_images(subject(), **options, instruction="photo of")
+    assert own.captions[0] == captioning.identity_caption(begun, "dog", "sks") != captioned.captions[0]
+
+
+def test_a_chat_model_gets_the_instruction(llava: Path) -> None:
+    with load_language_model(str(llava), IMAGE_AND_TEXT) as model:
+        assert model.follows_instructions
+        options = {"max_new_tokens": TOKENS, "temperature": 0.0, "seed": 0}
+        expected = model.ask(captioning.INSTRUCTION, images()[0], **options)
+        assert expected != model.ask("", images()[0], **options)
+    captioned, _ = captioning.caption_images(subject(), model_path=str(llava), max_new_tokens=TOKENS)
+    assert captioned.captions[0] == captioning.identity_caption(expected, "dog", "sks")
+
+
 def test_the_seed_draws_and_nothing_outside_notices(llava: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(1)

@@ -24,6 +24,7 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.training import images as training_images
 from identity_edit_pack.pipelines.training.images import Batch, TrainingImages
 from identity_edit_pack.pipelines.training.loop import generator_of
+from identity_edit_pack.pipelines.training.weights import ALL, LOW_RANK
 
 SETTINGS = PriorSettings(
     token="sks", class_word="cat", steps=4, learning_rate=1e-3, precision="float32", seed=7, checkpoint_every=1,
@@ -95,12 +96,18 @@ TRAINED = {
             "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
         "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_out.0.bias":
             "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0.bias",
+        "diffusion_model.out.2.weight": "conv_out.weight",
+        "diffusion_model.input_blocks.1.0.in_layers.0.weight": "down_blocks.0.resnets.0.norm1.weight",
     },
     "clip": {
         "clip_l.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight":
             "text_model.encoder.layers.0.self_attn.q_proj.weight",
         "clip_l.transformer.text_model.encoder.layers.2.self_attn.out_proj.weight":
             "text_model.encoder.layers.2.self_attn.out_proj.weight",
+        "clip_l.transformer.text_model.encoder.layers.1.layer_norm2.weight":
+            "text_model.encoder.layers.1.layer_norm2.weight",
+        "clip_l.transformer.text_model.embeddings.token_embedding.weight":
+            "text_model.embeddings.token_embedding.weight",
     },
 }  # fmt: skip
 
@@ -177,6 +184,82 @@ def test_gradients_of_other_families_against_differences(family: str):
                         for key, value in gradient.items():
                             part[key].sub_(sign * 1e-2 / norm * value)
                 assert (values[0] - values[1]) / 2e-2 == pytest.approx(norm, rel=0.02)
+
+
+def test_low_rank_gradients_follow_from_those_of_the_weights():
+    """d loss / d B = G A^T and d loss / d A = B^T G, with G the gradient of the whole weight W + B A."""
+    model, clip = make("sd1")
+    keys = priors.attention_keys(model, clip, LOW_RANK)
+    batch = both_images(model, torch.tensor([300, 800]))
+    options: dict[str, Any] = {"dtype": torch.float32, "latent_shape": [2, 4, 8, 8]}
+
+    def gradients(networks: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = training_images.denoising_losses(networks, batch, networks.encode(CAPTIONS)).sum()
+        loss.backward()
+        variables = {**networks.model_variables, **networks.clip_variables}
+        return loss.detach(), {key: variable.grad for key, variable in variables.items() if variable.grad is not None}
+
+    with trainable_networks(model, clip, *keys, rank=3, seed=5, **options) as networks:
+        factors = {**networks.model_variables, **networks.clip_variables}
+        assert all(float(value.abs().max()) == 0.0 for key, value in factors.items() if key.endswith(".up"))
+        generator = torch.Generator().manual_seed(8)
+        with torch.no_grad():
+            for value in factors.values():
+                value.copy_(0.1 * torch.randn(value.shape, generator=generator))
+        factors = {key: value.detach().clone() for key, value in factors.items()}
+        changes = networks.changes(torch.float32)
+        loss, found = gradients(networks)
+    with trainable_networks(model, clip, *keys, **options) as networks:
+        with torch.no_grad():
+            for part, change in zip((networks.model_variables, networks.clip_variables), changes, strict=True):
+                for key, variable in part.items():
+                    torch.testing.assert_close(change[key], factors[f"{key}.up"] @ factors[f"{key}.down"])
+                    variable.add_(change[key])
+        expected_loss, whole = gradients(networks)
+    assert float(loss) == pytest.approx(float(expected_loss), rel=1e-5)
+    assert len(found) == 2 * len(whole) and len(whole) > 20
+    for key, gradient in whole.items():
+        up, down = factors[f"{key}.up"], factors[f"{key}.down"]
+        assert tiny_models.relative_error(found[f"{key}.up"], gradient @ down.T) < 1e-4, key
+        assert tiny_models.relative_error(found[f"{key}.down"], up.T @ gradient) < 1e-4, key
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("weights", [LOW_RANK, ALL])
+def test_the_chosen_weights_are_trained_and_applied(weights: str, checkpointing: bool):
+    with torch.inference_mode():
+        model, clip = make("sdxl")
+        before = {key: value.clone() for key, value in all_tensors(model, clip).items()}
+        settings = dataclasses.replace(SETTINGS, weights=weights, rank=2, checkpointing=checkpointing)
+        prior, run = train(model, clip, settings)
+        assert all(torch.equal(value, before[key]) for key, value in all_tensors(model, clip).items())
+        patched, _ = priors.apply_identity_prior(model, clip, prior)
+        base, changed = loaded_weights(model), loaded_weights(patched)
+    assert len(run.losses) == SETTINGS.steps
+    unet = [key for key in dict(model.model.named_parameters()) if key.startswith("diffusion_model.")]
+    if weights == ALL:
+        assert sorted(prior.model_change) == sorted(unet)
+        assert any("token_embedding" in key for key in prior.clip_change)
+    else:
+        assert all(key.endswith(".weight") and ".attn" in key for key in prior.model_change)
+        for change in prior.model_change.values():
+            singular = torch.linalg.svdvals(change.double())
+            assert float(singular[2]) < 1e-5 * float(singular[0])
+    for key, change in prior.model_change.items():
+        assert float(change.abs().max()) > 0.0, key
+        torch.testing.assert_close(changed[key] - base[key], change, rtol=1e-3, atol=1e-6)
+
+
+def test_weights_that_do_not_fit_the_device_are_refused(monkeypatch: pytest.MonkeyPatch):
+    model, clip = make("sd1")
+    count = sum(weight.numel() for key, weight in model.model.named_parameters() if key.startswith("diffusion_model."))
+    needed = model.model_size() + clip.patcher.model_size() + 16 * count
+    settings = dataclasses.replace(SETTINGS, weights=ALL, text_encoder=False, steps=1)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: needed - 1)
+    with pytest.raises(IdentityEditError, match="train fewer weights"):
+        train(model, clip, settings)
+    monkeypatch.setattr(comfy.model_management, "get_total_memory", lambda device: needed)
+    train(model, clip, settings)
 
 
 def test_checkpointing_changes_no_training_step():
@@ -566,6 +649,13 @@ def test_a_lora_of_full_rank_is_the_prior(learned: Any):
             for key in ours.patches:
                 assert float((exact[key] - found[key]).norm()) <= 1e-4 * float(exact[key].norm()) + 1e-7
             assert base.keys() == found.keys()
+
+
+def test_a_lora_of_all_weights_is_the_prior():
+    with torch.inference_mode():
+        model, clip = make("sdxl")
+        prior, _ = train(model, clip, dataclasses.replace(SETTINGS, weights=ALL, steps=1))
+    test_a_lora_of_full_rank_is_the_prior(("sdxl", model, clip, prior))
 
 
 @pytest.mark.parametrize("rank", [1, 4])

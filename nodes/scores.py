@@ -29,6 +29,8 @@ from .sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
 ENCODER_FOLDER = "image_encoders"
+Models = io.Custom("SCORE_MODELS")
+"""Arguments of `pipelines.scores.edit_scores.open_networks`."""
 NONE, INPUTS = "none", "CLIP and CLIP_VISION inputs"
 
 
@@ -80,66 +82,19 @@ class ReconstructionCheck(io.ComfyNode):
         return io.NodeOutput(float(values.min()), text, ui=ui.PreviewText(text))
 
 
-class ScoreEdit(io.ComfyNode):
+class ScoreModels(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         encoders = [*list_models(ENCODER_FOLDER)]
         weights = [*score_files.files()]
         return schema(
-            node_id="IdentityEditScoreEdit",
-            display_name="Score Edit",
+            node_id="IdentityEditScoreModels",
+            display_name="Score Models",
             category="evaluation",
-            search_aliases=[
-                "CLIP score",
-                "CLIP similarity",
-                "LPIPS",
-                "SSIM",
-                "PSNR",
-                "MSE",
-                "DINO",
-                "DINOv2",
-                "FID",
-                "KID",
-                "ArcFace",
-                "aesthetic score",
-                "PIE-Bench",
-                "metrics",
-                "evaluate",
-                "compare images",
-            ],
-            advanced=["rule", "dinov2", "structure", "aesthetic", "inception"],
-            description=(
-                "Scores edited images: preservation of the source, prompt fidelity and subject identity. "
-                "PSNR and SSIM need no files; every other score needs local network files."
-            ),
-            is_output_node=True,
+            search_aliases=["CLIP score", "LPIPS", "DINO", "DINOv2", "FID", "KID", "ArcFace", "aesthetic score"],
+            advanced=["dinov2", "structure", "aesthetic", "inception"],
+            description="Networks for Score Edit, from local files. Each adds its scores; 'none' leaves them out.",
             inputs=[
-                io.Image.Input("edited", tooltip="Edited images, one or more."),
-                io.Image.Input(
-                    "source",
-                    tooltip="Source image, one for all or one per edited image, of the same size.",
-                ),
-                io.String.Input(
-                    "target_prompt",
-                    default="",
-                    multiline=True,
-                    tooltip="Prompt for the edited image, for CLIP-T and CLIP-D. Empty skips them.",
-                ),
-                io.String.Input(
-                    "source_prompt",
-                    default="",
-                    multiline=True,
-                    tooltip="Prompt for the source image, for CLIP-D. Empty skips it.",
-                ),
-                io.Combo.Input(
-                    "rule",
-                    options=list(edit_scores.RULES),
-                    default=edit_scores.PLAIN,
-                    tooltip="Comparison rule inside and outside the mask. Mean over the part: only the pixels of "
-                    "the region count. PIE-Bench: both images are multiplied by the mask and compared as a whole, "
-                    "and the structure distance follows its code; required for scores comparable with the "
-                    "published tables.",
-                ),
                 io.Combo.Input(
                     "lpips",
                     options=[NONE, *BACKBONES],
@@ -201,18 +156,6 @@ class ScoreEdit(io.ComfyNode):
                     f"models/{score_files.FOLDER}. They need at least {FEWEST} edited images and as many "
                     "references (or sources).",
                 ),
-                mask_input(
-                    "mask",
-                    "Mask of the edit: 1 where it may change the image, of any size. Adds scores inside and "
-                    "outside the mask.",
-                    optional=True,
-                ),
-                io.Image.Input(
-                    "references",
-                    optional=True,
-                    tooltip="Other images of the subject: CLIP-I, DINO-I and DINOv2-I are the mean over them, "
-                    "ArcFace ID the maximum. For FID and KID, the comparison set instead of the sources.",
-                ),
                 io.Clip.Input(
                     "clip",
                     optional=True,
@@ -227,6 +170,145 @@ class ScoreEdit(io.ComfyNode):
                 ),
                 FaceDetector.Input(
                     "face_detector", optional=True, tooltip="Face detector for ArcFace ID, from Load Face Detector."
+                ),
+            ],
+            outputs=[Models.Output("models", display_name="models", tooltip="The networks, for Score Edit.")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        clip_model: str = NONE,
+        dino: str = NONE,
+        dinov2: str = NONE,
+        structure: str = NONE,
+        recognizer: str = NONE,
+        aesthetic: str = NONE,
+        inception: str = NONE,
+    ) -> bool | str:
+        folders = [
+            (NONE if clip_model == INPUTS else clip_model, clip_scores.NEEDED),
+            (dino, feature_scores.NEEDED_DINO),
+            (dinov2, feature_scores.NEEDED_DINOV2),
+            (structure, feature_scores.NEEDED_STRUCTURE),
+        ]
+        encoders = list_models(ENCODER_FOLDER)
+        for name, needed in folders:
+            if name not in (NONE, *encoders):
+                return missing_model(ENCODER_FOLDER, name, needed)
+        if recognizer != NONE and recognizer not in list_detectors():
+            return missing_file(recognizer, RECOGNIZER_NEEDED)
+        weights = score_files.files()
+        if aesthetic not in (NONE, *weights):
+            return score_files.missing_file(aesthetic, AESTHETIC_PURPOSE, AESTHETIC_NEEDED)
+        if inception not in (NONE, *weights):
+            return score_files.missing_file(inception, INCEPTION_PURPOSE, INCEPTION_NEEDED)
+        return True
+
+    @classmethod
+    @checked
+    def execute(
+        cls,
+        lpips: str,
+        clip_model: str,
+        dino: str,
+        dinov2: str,
+        structure: str,
+        recognizer: str,
+        aesthetic: str,
+        inception: str,
+        clip: Any = None,
+        clip_vision: Any = None,
+        face_detector: Any = None,
+    ) -> io.NodeOutput:
+        models = {
+            "clip": _clip(clip_model, clip, clip_vision),
+            "dino": _folder(dino, feature_scores.NEEDED_DINO),
+            "dinov2": _folder(dinov2, feature_scores.NEEDED_DINOV2),
+            "structure": _folder(structure, feature_scores.NEEDED_STRUCTURE),
+            "lpips": None if lpips == NONE else lpips,
+            "face_detector": None if recognizer == NONE else face_detector,
+            "face_recognizer": None if recognizer == NONE else load_recognizer(recognizer),
+            "aesthetic": None if aesthetic == NONE else aesthetic,
+            "inception": None if inception == NONE else inception,
+        }
+        return io.NodeOutput(models)
+
+
+class ScoreEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditScoreEdit",
+            display_name="Score Edit",
+            category="evaluation",
+            search_aliases=[
+                "CLIP score",
+                "CLIP similarity",
+                "LPIPS",
+                "SSIM",
+                "PSNR",
+                "MSE",
+                "DINO",
+                "DINOv2",
+                "FID",
+                "KID",
+                "ArcFace",
+                "aesthetic score",
+                "PIE-Bench",
+                "metrics",
+                "evaluate",
+                "compare images",
+            ],
+            advanced=["rule"],
+            description=(
+                "Scores edited images: preservation of the source, prompt fidelity and subject identity. "
+                "PSNR and SSIM need no files; every other score needs a network, from Score Models."
+            ),
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("edited", tooltip="Edited images, one or more."),
+                io.Image.Input(
+                    "source",
+                    tooltip="Source image, one for all or one per edited image, of the same size.",
+                ),
+                io.String.Input(
+                    "target_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompt for the edited image, for CLIP-T and CLIP-D. Empty skips them.",
+                ),
+                io.String.Input(
+                    "source_prompt",
+                    default="",
+                    multiline=True,
+                    tooltip="Prompt for the source image, for CLIP-D. Empty skips it.",
+                ),
+                io.Combo.Input(
+                    "rule",
+                    options=list(edit_scores.RULES),
+                    default=edit_scores.PLAIN,
+                    tooltip="Comparison rule inside and outside the mask. Mean over the part: only the pixels of "
+                    "the region count. PIE-Bench: both images are multiplied by the mask and compared as a whole, "
+                    "and the structure distance follows its code; required for scores comparable with the "
+                    "published tables.",
+                ),
+                mask_input(
+                    "mask",
+                    "Mask of the edit: 1 where it may change the image, of any size. Adds scores inside and "
+                    "outside the mask.",
+                    optional=True,
+                ),
+                io.Image.Input(
+                    "references",
+                    optional=True,
+                    tooltip="Other images of the subject: CLIP-I, DINO-I and DINOv2-I are the mean over them, "
+                    "ArcFace ID the maximum. For FID and KID, the comparison set instead of the sources.",
+                ),
+                Models.Input(
+                    "models",
+                    optional=True,
+                    tooltip="Networks for all scores but MSE, PSNR and SSIM, from Score Models.",
                 ),
             ],
             outputs=[
@@ -268,36 +350,6 @@ class ScoreEdit(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        clip_model: str = NONE,
-        dino: str = NONE,
-        dinov2: str = NONE,
-        structure: str = NONE,
-        recognizer: str = NONE,
-        aesthetic: str = NONE,
-        inception: str = NONE,
-    ) -> bool | str:
-        folders = [
-            (NONE if clip_model == INPUTS else clip_model, clip_scores.NEEDED),
-            (dino, feature_scores.NEEDED_DINO),
-            (dinov2, feature_scores.NEEDED_DINOV2),
-            (structure, feature_scores.NEEDED_STRUCTURE),
-        ]
-        encoders = list_models(ENCODER_FOLDER)
-        for name, needed in folders:
-            if name not in (NONE, *encoders):
-                return missing_model(ENCODER_FOLDER, name, needed)
-        if recognizer != NONE and recognizer not in list_detectors():
-            return missing_file(recognizer, RECOGNIZER_NEEDED)
-        weights = score_files.files()
-        if aesthetic not in (NONE, *weights):
-            return score_files.missing_file(aesthetic, AESTHETIC_PURPOSE, AESTHETIC_NEEDED)
-        if inception not in (NONE, *weights):
-            return score_files.missing_file(inception, INCEPTION_PURPOSE, INCEPTION_NEEDED)
-        return True
-
-    @classmethod
     @checked
     def execute(
         cls,
@@ -306,35 +358,16 @@ class ScoreEdit(io.ComfyNode):
         target_prompt: str,
         source_prompt: str,
         rule: str,
-        lpips: str,
-        clip_model: str,
-        dino: str,
-        dinov2: str,
-        structure: str,
-        recognizer: str,
-        aesthetic: str,
-        inception: str,
         mask: torch.Tensor | None = None,
         references: torch.Tensor | None = None,
-        clip: Any = None,
-        clip_vision: Any = None,
-        face_detector: Any = None,
+        models: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
         _, _, cut = matched_images(edited, source, ("edited", "source"))
         bar = ProgressBar(len(edited))
-        with edit_scores.open_networks(
-            clip=_clip(clip_model, clip, clip_vision),
-            dino=_folder(dino, feature_scores.NEEDED_DINO),
-            dinov2=_folder(dinov2, feature_scores.NEEDED_DINOV2),
-            structure=_folder(structure, feature_scores.NEEDED_STRUCTURE),
-            lpips=None if lpips == NONE else lpips,
-            face_detector=None if recognizer == NONE else face_detector,
-            face_recognizer=None if recognizer == NONE else load_recognizer(recognizer),
-            aesthetic=None if aesthetic == NONE else aesthetic,
-            inception=None if inception == NONE else inception,
-        ) as networks:
+        models = models or {}
+        with edit_scores.open_networks(**models) as networks:
             scores = edit_scores.score_edit(
                 edited,
                 source,
@@ -347,7 +380,7 @@ class ScoreEdit(io.ComfyNode):
                 progress=bar.update_absolute,
             )
         others = source if references is None else references
-        warning = _few_images(len(edited), len(others)) if inception != NONE else None
+        warning = _few_images(len(edited), len(others)) if models.get("inception") else None
         table = score_report.score_table(scores, rule)
         text = show_text(cls, table if cut is None else f"{table}\n{cut}", warning)
         means = {score.name: score.mean for score in scores}
@@ -401,4 +434,4 @@ def _or_blocked(means: dict[str, float], name: str) -> Any:
     return ExecutionBlocker(None)
 
 
-NODES: list[type[io.ComfyNode]] = [ReconstructionCheck, ScoreEdit]
+NODES: list[type[io.ComfyNode]] = [ReconstructionCheck, ScoreModels, ScoreEdit]

@@ -36,16 +36,19 @@ def prompt_with(**inputs: Any) -> dict[str, Any]:
     }
     settings = {
         item.id: item.default
-        for item in measure.ScoreEdit.define_schema().inputs
+        for node in (measure.ScoreEdit, measure.ScoreModels)
+        for item in node.define_schema().inputs
         if not item.optional and item.id not in ("edited", "source")
     }
-    links = {"edited": ["jumping", 0], "source": ["standing", 0], "mask": ["jumping", 1]}
-    scores = {"class_type": "IdentityEditScoreEdit", "inputs": {**settings, **links, **inputs}}
+    links = {"edited": ["jumping", 0], "source": ["standing", 0], "mask": ["jumping", 1], "models": ["models", 0]}
+    given = {**settings, **links, **inputs}
+    models = {item.id: given.pop(item.id) for item in measure.ScoreModels.define_schema().inputs if item.id in given}
+    scores = {"class_type": "IdentityEditScoreEdit", "inputs": given}
     shown = {
         f"output {number}": {"class_type": "PreviewAny", "inputs": {"source": ["scores", number]}}
         for number in range(7)
     }
-    return {**drawn, "scores": scores, **shown}
+    return {**drawn, "models": {"class_type": "IdentityEditScoreModels", "inputs": models}, "scores": scores, **shown}
 
 
 def expected(**options: Any) -> dict[str, list[float]]:

@@ -449,6 +449,11 @@ def clip_vision_output(good: Any) -> Variants:
     }
 
 
+def settings(**wrong: Any) -> Callable[[Any], Variants]:
+    """A dictionary of the pack with one entry replaced at a time; its node checks the others."""
+    return lambda good: {name: {**good, name: value} for name, value in wrong.items()}
+
+
 BY_SOCKET: dict[str, Callable[[Any], Variants]] = {
     "IMAGE": image,
     "MASK": mask,
@@ -472,6 +477,13 @@ BY_SOCKET: dict[str, Callable[[Any], Variants]] = {
     "STYLE_ATTENTION": style_attention,
     "FACE_DETECTOR": face_detector,
     "IDENTITY_ATTENTION": identity_attention,
+    "TRAINING_SETTINGS": settings(
+        optimizer="Lion", precision="float8", learning_rate_schedule="cosin", ema_decay=1.0, accumulation=0
+    ),
+    "PAIR_PROMPTS": settings(edits=(), subjects=()),
+    "PAIR_CONDITIONS": settings(identities=None, poses=None),
+    "PAIR_SETTINGS": lambda good: {"a check without an encoder": ({**good[0], "smallest_similarity": 0.5}, None)},
+    "SCORE_MODELS": settings(lpips="AlexNet", clip="gone"),
 }
 """Widgets (INT, FLOAT, BOOLEAN, COMBO) are in `variants`, as they need their limits."""
 

@@ -501,8 +501,9 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "ReconstructionCheck": lambda w: {"image": w.images, "reconstruction": 0.5 * w.images},
     "ScoreEdit": lambda w: {
         "edited": 0.5 * w.images, "source": w.images, "mask": w.mask, "target_prompt": "a cat",
-        "references": w.images, "clip": w.clip, "clip_vision": w.clip_vision, "face_detector": Detector(),
+        "references": w.images, "models": {},
     },
+    "ScoreModels": lambda w: {"clip": w.clip, "clip_vision": w.clip_vision, "face_detector": Detector()},
     "DrawDemoImage": lambda w: {"seed": 1},
     "DrawDemoPortraits": lambda w: {"count": 1},
     "LoadDemoClipVision": lambda w: {},

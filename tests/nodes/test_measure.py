@@ -15,18 +15,20 @@ from identity_edit_pack.pipelines.scores import files as score_files
 from identity_edit_pack.pipelines.scores import pixels as image_scores
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_scorers, tiny_text_encoders, tiny_vision
+from identity_edit_pack.tests.nodes.good_inputs import grouped
 
 SOURCE = torch.rand(2, 64, 48, 3, generator=torch.Generator().manual_seed(0))
 EDITED = (SOURCE + 0.1 * torch.randn(SOURCE.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
 SETTINGS: dict[str, Any] = {
     item.id: item.default
-    for item in nodes.ScoreEdit.define_schema().inputs
+    for node in (nodes.ScoreEdit, nodes.ScoreModels)
+    for item in node.define_schema().inputs
     if not item.optional and item.id not in ("edited", "source")
 }
 
 
 def score(edited: torch.Tensor = EDITED, source: torch.Tensor = SOURCE, **inputs: Any) -> Any:
-    return nodes.ScoreEdit.execute(edited, source, **{**SETTINGS, **inputs})
+    return nodes.ScoreEdit.execute(edited, source, **grouped({**SETTINGS, **inputs}, models="ScoreModels"))
 
 
 @pytest.fixture
@@ -68,11 +70,11 @@ def test_folders_and_files_of_models_are_offered_and_used(models: Path) -> None:
     folder = models / score_files.FOLDER / "lpips ö"
     tiny_scorers.save_lpips(folder, "SqueezeNet", tiny_scorers.lpips_of_the_authors("SqueezeNet"))
     torch.save(torch.nn.Linear(network.config.projection_dim, 1).state_dict(), folder / "linear.pth")
-    inputs = {item.id: item for item in nodes.ScoreEdit.define_schema().inputs}
+    inputs = {item.id: item for item in nodes.ScoreModels.define_schema().inputs}
     assert inputs["clip_model"].options == [nodes.NONE, nodes.INPUTS, "author/clip ö"]
     assert "lpips ö/linear.pth" in inputs["aesthetic"].options
     chosen = dict(clip_model="author/clip ö", dinov2="author/clip ö", aesthetic="lpips ö/linear.pth")
-    assert nodes.ScoreEdit.validate_inputs(**chosen) is True
+    assert nodes.ScoreModels.validate_inputs(**chosen) is True
     prompts = dict(target_prompt="a dog jumping", source_prompt="a dog")
     _, content, _, _, lpips, clip_t, clip_d = score(lpips="SqueezeNet", **chosen, **prompts).args
     scores = json.loads(content)["scores"]
@@ -123,7 +125,7 @@ def test_too_few_images_for_a_set_are_warned_of(models: Path, monkeypatch: pytes
 
 
 def test_missing_models_are_named_before_anything_runs(models: Path) -> None:
-    check = nodes.ScoreEdit.validate_inputs
+    check = nodes.ScoreModels.validate_inputs
     assert check() is True and check(clip_model=nodes.INPUTS) is True
     assert "'clip' is not in" in str(check(clip_model="clip")) and "tokenizer" in str(check(clip_model="clip"))
     assert "DINO (ViT-S/16)" in str(check(dino="dino")) and "image_encoders" in str(check(structure="dino"))
@@ -140,4 +142,4 @@ def test_missing_models_are_named_before_anything_runs(models: Path) -> None:
 
 def test_every_node_is_listed() -> None:
     ids = [node.define_schema().node_id for node in nodes.NODES]
-    assert ids == ["IdentityEditReconstructionCheck", "IdentityEditScoreEdit"]
+    assert ids == ["IdentityEditReconstructionCheck", "IdentityEditScoreModels", "IdentityEditScoreEdit"]

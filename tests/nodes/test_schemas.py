@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -122,6 +123,12 @@ def test_help_pages_have_the_schemas_tables() -> None:
         assert with_tables(page, schema) == page, f"{schema.node_id}: run `python3 scripts/help_pages.py`"
         first = schema.inputs[0].id if schema.inputs else schema.outputs[0].display_name
         assert f"\n| {first} |" in page, schema.node_id
+
+
+def test_the_images_of_help_pages_are_there_small_and_shown() -> None:
+    shown = [name for path in PAGES.glob("*.md") for name in re.findall(r"!\[.+\]\((.+)\)", path.read_text("utf-8"))]
+    assert len(shown) >= 10 and set(shown) == {path.name for path in PAGES.glob("*.webp")}
+    assert all((PAGES / name).stat().st_size <= 40_000 for name in shown)
 
 
 def test_search_aliases_are_set_where_comfyui_has_them(monkeypatch: Any) -> None:

@@ -109,7 +109,7 @@ def test_every_node_alone_shows_its_names(page: Page, server: RunningServer) -> 
     assert faults == []
 
 
-@pytest.mark.parametrize("node_type", ["IdentityEditDDIMInversion", "IdentityEditTrainMCDM"])
+@pytest.mark.parametrize("node_type", ["IdentityEditDDIMInversion", "IdentityEditTrainMCDM", "IdentityEditMCDMGuider"])
 def test_the_help_button_shows_our_page(node_type: str, page: Page) -> None:
     node_alone(page, node_type)
     # In the middle of the page, as the help opens over its left side.
@@ -125,4 +125,7 @@ def test_the_help_button_shows_our_page(node_type: str, page: Page) -> None:
     shown.get_by_role("heading", name=title).first.wait_for()
     words = [word for word in text.split("\n\n")[1].split() if word.isalpha()][:5]
     assert words and all(word in shown.inner_text() for word in words)
+    images = shown.locator("img")
+    images.evaluate_all("images => Promise.all(images.map((image) => image.decode()))")  # fails for a broken image
+    assert images.count() == text.count("![")
     page.get_by_test_id("info-button").click()  # closes it

@@ -94,7 +94,7 @@ def test_comfyuis_own_clips_are_used() -> None:
     with pytest.raises(IdentityEditError, match="needs both clip and clip_vision; connect them"):
         score(clip_model=nodes.INPUTS, clip=clip)
     other = tiny_vision.clip_vision(projection=tiny_models.POOLED // 2)
-    with pytest.raises(IdentityEditError, match="use the two that were trained together"):
+    with pytest.raises(IdentityEditError, match="use two encoders that were trained together"):
         score(clip_model=nodes.INPUTS, clip=clip, clip_vision=other, target_prompt="a dog")
 
 

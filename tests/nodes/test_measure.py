@@ -113,9 +113,7 @@ def test_too_few_images_for_a_set_are_warned_of(models: Path, monkeypatch: pytes
 
     import contextlib
 
-    monkeypatch.setattr(
-        edit_scores.frechet_distance, "open_inception", lambda name: contextlib.nullcontext(Inception())
-    )
+    monkeypatch.setattr(edit_scores, "open_inception", lambda name: contextlib.nullcontext(Inception()))
     report = score(inception="any.pth").args[0]
     assert "FID and KID are skipped: they need 50 edited images" in report and "there are 2 and 2" in report
     many = torch.rand(50, 12, 12, 3)

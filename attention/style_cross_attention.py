@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import comfy.ops
@@ -34,6 +35,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from .capture import IdentityAttention
 from .errors import IdentityEditError
 from .regions import Region, region_of
 from .sites import LayerKey
@@ -68,7 +70,12 @@ class StyleCrossAttention(nn.Module):
         return self.to_q.in_features, self.to_q.out_features, self.to_k.in_features
 
     def forward(
-        self, query: torch.Tensor, tokens: torch.Tensor, heads: int, to_out: Callable[[torch.Tensor], torch.Tensor]
+        self,
+        query: torch.Tensor,
+        tokens: torch.Tensor,
+        heads: int,
+        to_out: Callable[[torch.Tensor], torch.Tensor],
+        record: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """to_out(SCA) - to_out(0).
 
@@ -77,6 +84,7 @@ class StyleCrossAttention(nn.Module):
             tokens: v [B, n, text channels], the style tokens of each row.
             heads: h, the layer's number of heads.
             to_out: the text cross-attention's output projection.
+            record: called with the attention [B, N, h, n] in float32.
 
         Returns:
             [B, N, C].
@@ -89,7 +97,10 @@ class StyleCrossAttention(nn.Module):
             w_q = rearrange(w_q, "(h d) c -> h d c", h=heads)
             to_scores = torch.einsum("bnhd,hdc->bchn", keys * d**-0.5, w_q).flatten(2)
         scores = (query @ to_scores).unflatten(-1, (heads, n))
-        attention = scores.float().softmax(dim=-1).to(query.dtype).flatten(2)  # [B, N, h n]
+        probabilities = scores.float().softmax(dim=-1)
+        if record is not None:
+            record(probabilities)
+        attention = probabilities.to(query.dtype).flatten(2)  # [B, N, h n]
         # to_out(softmax(.) V') = softmax(.) to_out(V'), per head: its values, with zeros for all other heads
         diagonal = torch.eye(heads, dtype=values.dtype, device=values.device)[:, None, :, None]
         head_values = rearrange(values * diagonal, "b h n k d -> b (h n) (k d)")
@@ -167,6 +178,7 @@ def style_patches(
     style_layers: StyleLayers,
     styles: Callable[[torch.Tensor, Mapping[str, Any]], tuple[torch.Tensor, float | torch.Tensor] | None],
     kind: str = SEQUENTIAL,
+    record: Callable[[LayerKey, torch.Tensor, Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Callable[..., Any]]:
     """The patches that add SCA to a UNet, by patch list.
 
@@ -180,6 +192,8 @@ def style_patches(
             [B, n, C] of each row, with the rows' dtype and device, and lambda, a number or [B, N, 1]; or None for no
             style.
         kind: SEQUENTIAL or PARALLEL.
+        record: called with a layer's key, its attention to the style tokens [B, N, h, n], and the block's
+            `transformer_options`.
     """
     to_out = {key: layer.block.attn2.to_out for key, layer in text_layers(network).items()}
 
@@ -199,7 +213,8 @@ def style_patches(
             return n
         tokens, strength = style
         query = text_output if kind == SEQUENTIAL else extra[_HIDDEN_STATE]
-        added = style_layers[key](query, tokens, extra["n_heads"], to_out[key])
+        seen = None if record is None else partial(record, key, extra=extra)
+        added = style_layers[key](query, tokens, extra["n_heads"], to_out[key], seen)
         return n + strength * added  # Out_final = Out + lambda SCA                                          eq. 4
 
     patches: dict[str, Callable[..., Any]] = {"attn2_output_patch": add_style}
@@ -264,6 +279,19 @@ class SubjectStyles:
         if self.mask is None:
             return tokens, strength
         return tokens, strength * self._mask_weights(self.mask, rows, uuids, extra["activations_shape"][2:])
+
+    def record(self, attention: IdentityAttention, probabilities: torch.Tensor, extra: Mapping[str, Any]) -> None:
+        """Add one layer's attention [B, N, h, n] to the style tokens `attention.columns`, of the positive side."""
+        grid = int(extra["activations_shape"][2]), int(extra["activations_shape"][3])
+        if self.evaluation is None or probabilities.shape[1] != grid[0] * grid[1]:
+            return  # another patch merged or tiled the positions
+        each = probabilities.shape[0] // len(extra["uuids"])
+        maps = probabilities[..., list(attention.columns)].sum(dim=-1).mean(dim=-1).unflatten(1, grid)
+        for rows, side, uuid in zip(maps.split(each), extra["cond_or_uncond"], extra["uuids"], strict=True):
+            if not self._is_null(side, uuid):
+                region = self._region(uuid, grid)
+                weight = region.weight(dict(self.evaluation.entries.get(uuid, {})), rows.device, each)
+                attention.add_cross_attention(rows, region, weight, each)
 
     def _is_null(self, side: int, uuid: Any) -> bool:
         if self.evaluation is not None and uuid in self.evaluation.entries:

@@ -46,6 +46,8 @@ WPlusEncoder = io.Custom("W_PLUS_ENCODER")
 FaceDetector = io.Custom("FACE_DETECTOR")
 """`pipelines.faces.detection.FaceDetector`: a detector of faces and five facial landmarks."""
 
+IdentityAttention = io.Custom("IDENTITY_ATTENTION")
+"""`attention.capture.IdentityAttention`: attention to the identity recorded in a model's last run."""
 StyleAttention = io.Custom("STYLE_ATTENTION")
 """`pipelines.pidiff.style_attention.StyleAttention`: a mapping network and cross-attention layers for W+ codes."""
 

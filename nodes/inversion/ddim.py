@@ -40,7 +40,7 @@ class DDIMInversion(io.ComfyNode):
                 io.Conditioning.Input(
                     "source",
                     tooltip="Prompt that describes the original image. An empty prompt often preserves the "
-                    "structure better (Jung et al. 2024, section 5.4).",
+                    "structure better ('NTI - w/o src' in Jung et al. 2024, section 5.4).",
                 ),
                 io.Latent.Input("latent", tooltip="Image to invert, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(
@@ -52,7 +52,8 @@ class DDIMInversion(io.ComfyNode):
                 guidance_scale_input(
                     1.0,
                     "Classifier-free guidance scale during inversion. 1 in the reference implementation of "
-                    "null-text inversion; higher values reconstruct worse (Jung et al. 2024, appendix B.1).",
+                    "null-text inversion. Jung et al. 2024 state 1 for plain DDIM, and 7.5 for inversion and "
+                    "sampling with null-text inversion (section 5.1); higher values reconstruct worse (appendix B.1).",
                 ),
                 io.Boolean.Input(
                     "end_at_zero",

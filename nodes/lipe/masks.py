@@ -19,6 +19,7 @@ from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color
 from ...pipelines.shared.masks import masks_for
 from ...pipelines.shared.parsing import whole_numbers
 from ..idle import first_said, joined, same_prompt, takes_no_part
+from ..sockets import IdentityAttention as IdentityAttentionSocket
 from ..sockets import (
     Inversion,
     at_image_size,
@@ -30,9 +31,6 @@ from ..sockets import (
     schema,
     show_text,
 )
-
-IdentityAttentionSocket = io.Custom("IDENTITY_ATTENTION")
-"""`attention.capture.IdentityAttention`: attention to the identity recorded in a model's last run."""
 
 CROSS_ATTENTION, REFINED, MASK = "cross-attention (eq. 1)", "refined by self-attention (eq. 2)", "mask"
 _GIVEN_MASKS = {

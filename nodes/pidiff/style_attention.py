@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
+from ...attention.capture import IdentityAttention as RecordedAttention
 from ...attention.style_cross_attention import KINDS, SEQUENTIAL
 from ...pipelines.pidiff import style_attention as styles
 from ...pipelines.pidiff import style_attention_files as files
@@ -31,6 +32,7 @@ from ..saved_files import (
     path_of,
 )
 from ..sockets import (
+    IdentityAttention,
     StyleAttention,
     SubjectImages,
     WPlus,
@@ -78,8 +80,8 @@ class TrainStyleAttention(io.ComfyNode):
                 *checkpoint_inputs(),
                 SubjectImages.Input(
                     "images",
-                    tooltip="Images of one person; 6 worked best in Gu et al. 2025 (table 2). Their token is the "
-                    "placeholder token of the person.",
+                    tooltip="Images of one person; of 4, 6, 8 and 10 images 6 worked best in Gu et al. 2025 (table 2), "
+                    "10 in the demo world. Their token is the placeholder token of the person.",
                 ),
                 WPlus.Input("w_plus", tooltip="W+ codes of the same images, in the same order."),
                 io.Combo.Input(
@@ -287,7 +289,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             display_name="Apply Style Cross-Attention",
             category="face",
             search_aliases=["PIDiff", "SCA", "face", "identity", "IPAdapter", "W+ adapter"],
-            advanced=["start_percent", "end_percent", "schedule"],
+            advanced=["start_percent", "end_percent", "schedule", "recorded_token"],
             description=(
                 "Conditions the model on a person's W+ codes, with any sampler and guider (PIDiff, Gu et "
                 "al. 2025). Use one node per person, with masks for several people in one image."
@@ -309,8 +311,9 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                     min=-2.0,
                     max=4.0,
                     step=0.01,
-                    tooltip="Style strength, the paper's lambda. Higher preserves more of the person, lower follows "
-                    "the text more. 0.4 in Gu et al. 2025 (figure 10); 1 = strength used in training, 0 = disabled.",
+                    tooltip="Style strength, the paper's lambda. Higher preserves more of the person. 0.4 in Gu et "
+                    "al. 2025 (figure 10); with the demo checkpoint 0.4 keeps nobody and 1 is needed. 1 = strength "
+                    "used in training, 0 = disabled.",
                 ),
                 io.Float.Input(
                     "start_percent",
@@ -342,6 +345,15 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                     "mask the whole image is used.",
                     optional=True,
                 ),
+                io.Int.Input(
+                    "recorded_token",
+                    default=0,
+                    min=0,
+                    max=512,
+                    optional=True,
+                    tooltip="Style token whose attention is recorded, from 1 (coarse) to 4 (fine) in Gu et al. 2025 "
+                    "(figure 3). 0 records none.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -349,6 +361,11 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                 ),
                 io.String.Output(
                     "report", display_name="report", tooltip="The style attention and strength in use, and mismatches."
+                ),
+                IdentityAttention.Output(
+                    "token_attention",
+                    display_name="identity attention",
+                    tooltip="Attention of that model's last run to recorded_token, for Attention Heatmap.",
                 ),
             ],
         )
@@ -365,7 +382,9 @@ class ApplyStyleCrossAttention(io.ComfyNode):
         end_percent: float,
         schedule: str,
         mask: torch.Tensor | None = None,
+        recorded_token: int = 0,
     ) -> io.NodeOutput:
+        attention = RecordedAttention((recorded_token - 1,), self_attention=False) if recorded_token else None
         styled = styles.apply_style_attention(
             model,
             style_attention,
@@ -375,6 +394,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             end_percent=end_percent,
             schedule=styles.parse_schedule(schedule),
             mask=mask,
+            attention=attention,
         )
         unused = first_said(
             (strength == 0.0, "strength is 0, so the person is not drawn; choose another value."),
@@ -393,7 +413,10 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             unused, styles.check_model(style_attention, model), styles.check_styles(style_attention, w_plus)
         )
         text = f"{styles.described(style_attention)}; strength {strength:g}"
-        return io.NodeOutput(styled, show_text(cls, f"{text}.", warning))
+        from comfy_execution.graph import ExecutionBlocker
+
+        recorded = attention or ExecutionBlocker("No style token is recorded; set recorded_token from 1 on.")
+        return io.NodeOutput(styled, show_text(cls, f"{text}.", warning), recorded)
 
 
 NODES: list[type[io.ComfyNode]] = [TrainStyleAttention, LoadStyleAttention, ApplyStyleCrossAttention]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...attention.capture import IdentityAttention
+from ...attention.sites import choose_layers
 from ...attention.style_cross_attention import (
     KINDS,
     Evaluation,
@@ -28,6 +30,7 @@ from ...attention.style_cross_attention import (
     style_patches,
     text_layers,
 )
+from ...attention.unet import attention_layers
 from .. import engine
 from ..shared.errors import IdentityEditError, check_batch_matches
 from ..shared.masks import as_masks, cut_to
@@ -293,6 +296,7 @@ def apply_style_attention(
     end_percent: float = 1.0,
     schedule: Sequence[float] = (),
     mask: torch.Tensor | None = None,
+    attention: IdentityAttention | None = None,
 ) -> Any:
     """A clone of MODEL conditioned on a person's W+ code (Gu et al. 2025, section 2.2.5), for any sampler and guider.
 
@@ -306,6 +310,8 @@ def apply_style_attention(
         strength: lambda; 0 disables it.
         start_percent, end_percent, schedule: see `strength_at`.
         mask: [1 or B, H, W], 0 to 1, of the person; of any size, stretched to the latent.
+        attention: filled by every run with the attention to the style tokens `attention.columns` (figure 3), the mean
+            over heads, steps and the layers of `attention.choice`; None records none.
 
     Raises:
         IdentityEditError: when an input cannot be used.
@@ -318,10 +324,21 @@ def apply_style_attention(
         )
     if not bool(torch.isfinite(torch.tensor(strength))):
         raise IdentityEditError(f"strength is {strength}; choose a number, such as {STRENGTH}.")
+    if attention is not None and max(attention.columns) >= tokens.shape[1]:
+        raise IdentityEditError(
+            f"recorded_token is {max(attention.columns) + 1}, but the style attention has {tokens.shape[1]} style "
+            f"tokens; choose one of them, or 0."
+        )
     if strength == 0.0:
         return model.clone()
     person_mask = None if mask is None else as_masks(mask, "mask")
     styles = SubjectStyles(tokens, null, strength, person_mask)
+    network = model.get_model_object("diffusion_model")
+    recorded_layers: set[Any] = set()
+
+    def record(key: Any, probabilities: torch.Tensor, extra: Any) -> None:
+        if attention is not None and key in recorded_layers:
+            styles.record(attention, probabilities, extra)
 
     def predict_noise(
         executor: Any, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None
@@ -348,14 +365,21 @@ def apply_style_attention(
         finally:
             styles.evaluation = before
 
-    def outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    def outer_sample(executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if attention is not None:
+            attention.clear()
+            chosen = choose_layers(attention_layers(network), noise.shape[-2], noise.shape[-1], attention.choice)
+            recorded_layers.clear()
+            recorded_layers.update(layer.key for layer in chosen)
         try:
-            return executor(*args, **kwargs)
+            return executor(noise, *args, **kwargs)
         finally:
             styles.forget()
+            if attention is not None:
+                attention.to_cpu()
 
     patcher = style.patcher(model)
-    patches = style_patches(model.get_model_object("diffusion_model"), patcher.model, styles, style.kind)
+    patches = style_patches(network, patcher.model, styles, style.kind, None if attention is None else record)
     clone = engine.with_wrappers(model, _KEY, predict_noise, outer_sample, replace=False)
     for name, patch in patches.items():
         clone.set_model_patch(patch, name)

@@ -10,6 +10,9 @@ import pytest
 import tiny_models
 import tiny_styles
 import torch
+from identity_edit_pack.attention.capture import IdentityAttention
+from identity_edit_pack.attention.errors import IdentityEditError
+from identity_edit_pack.attention.sites import ALL
 from identity_edit_pack.attention.style_cross_attention import PARALLEL, SEQUENTIAL
 from identity_edit_pack.attention.unet import attention_layers, layer_key
 from identity_edit_pack.pipelines.pidiff.style_attention import StyleAttention, apply_style_attention, style_tokens
@@ -355,3 +358,32 @@ def test_low_precision_stays_near_and_finite(dtype: torch.dtype) -> None:
         results.append(sample(styled, latent, cfg=1.0) - sample(model, latent, cfg=1.0))
     assert torch.isfinite(results[1]).all()
     assert float((results[1] - results[0]).norm() / results[0].norm()) < 0.15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_attention_is_the_mean_softmax_and_changes_no_bit(kind: str) -> None:
+    model, latent = tiny_models.sd1(), tiny_models.latent(3, batch=2)
+    style, w_plus = tiny_styles.style_attention(model, kind), tiny_styles.w_plus(images=2)
+    attention = IdentityAttention((2,), choice=ALL, self_attention=False)
+    recorder = Recorder(apply_style_attention(model, style, w_plus, strength=0.7, attention=attention))
+    recorded = recorder.run(latent, cfg=3.0)
+    assert torch.equal(recorded, sample(apply_style_attention(model, style, w_plus, strength=0.7), latent, cfg=3.0))
+    tokens = literal_mapping(style, w_plus.rows, w_plus.average)
+    totals: dict[int, list[torch.Tensor]] = {}
+    for key, calls in recorder.calls.items():
+        layer = style.network.attention[key]
+        for call in calls:
+            each = call["text"].shape[0] // len(call["sides"])
+            query = (call["text"] if kind == SEQUENTIAL else call["hidden"]).double()
+            q = (query @ layer.to_q.weight.double().T).split(each)[list(call["sides"]).index(0)]
+            k = tokens.double() @ layer.to_k.weight.double().T
+            heads = call["heads"]
+            q, k = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k))
+            maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[..., 2].mean(1)
+            totals.setdefault(maps.shape[1], []).append(maps)
+    assert {grid[0] * grid[1] for grid in attention.cross} == set(totals)
+    for grid, mean in attention.cross.items():
+        expected_mean = torch.stack(totals[grid[0] * grid[1]]).mean(0).unflatten(1, grid)
+        assert float((mean.total / mean.weight - expected_mean).abs().max()) < 1e-5
+    with pytest.raises(IdentityEditError, match="recorded_token is 9, but the style attention has"):
+        apply_style_attention(model, style, w_plus, attention=IdentityAttention((8,)))

@@ -11,6 +11,7 @@ import folder_paths
 import pytest
 import tiny_styles
 import torch
+from comfy_execution.graph import ExecutionBlocker
 from identity_edit_pack.nodes.pidiff import style_attention as nodes
 from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -123,10 +124,11 @@ def test_training_saves_the_style_attention_that_it_gives(models: Any, own_folde
 def test_apply_warns_of_what_does_not_quite_fit(models: Any) -> None:
     style = tiny_styles.style_attention(models[0])
     one = tiny_styles.w_plus()
-    _, report = nodes.ApplyStyleCrossAttention.execute(models[0], style, one, **APPLIED).args
+    _, report, nothing = nodes.ApplyStyleCrossAttention.execute(models[0], style, one, **APPLIED).args
     assert "strength 0.4" in report and "Warning" not in report
+    assert isinstance(nothing, ExecutionBlocker) and "set recorded_token" in nothing.message
     renamed = WPlus(one.rows, one.average, "another")
-    _, report = nodes.ApplyStyleCrossAttention.execute(tiny_models.sd1(seed=4), style, renamed, **APPLIED).args
+    _, report, _ = nodes.ApplyStyleCrossAttention.execute(tiny_models.sd1(seed=4), style, renamed, **APPLIED).args
     assert "Warning" in report and "another checkpoint" in report and "from the encoder another" in report
     with pytest.raises(IdentityEditError, match="schedule is 'up'"):
         nodes.ApplyStyleCrossAttention.execute(models[0], style, one, **{**APPLIED, "schedule": "up"})

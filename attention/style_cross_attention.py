@@ -178,7 +178,7 @@ def style_patches(
     style_layers: StyleLayers,
     styles: Callable[[torch.Tensor, Mapping[str, Any]], tuple[torch.Tensor, float | torch.Tensor] | None],
     kind: str = SEQUENTIAL,
-    record: Callable[[LayerKey, torch.Tensor, Mapping[str, Any]], None] | None = None,
+    record: Callable[[LayerKey, Mapping[str, Any], torch.Tensor], None] | None = None,
 ) -> dict[str, Callable[..., Any]]:
     """The patches that add SCA to a UNet, by patch list.
 
@@ -192,8 +192,8 @@ def style_patches(
             [B, n, C] of each row, with the rows' dtype and device, and lambda, a number or [B, N, 1]; or None for no
             style.
         kind: SEQUENTIAL or PARALLEL.
-        record: called with a layer's key, its attention to the style tokens [B, N, h, n], and the block's
-            `transformer_options`.
+        record: called with a layer's key, the block's `transformer_options`, and the attention to the style tokens
+            [B, N, h, n].
     """
     to_out = {key: layer.block.attn2.to_out for key, layer in text_layers(network).items()}
 
@@ -213,7 +213,7 @@ def style_patches(
             return n
         tokens, strength = style
         query = text_output if kind == SEQUENTIAL else extra[_HIDDEN_STATE]
-        seen = None if record is None else partial(record, key, extra=extra)
+        seen = None if record is None else partial(record, key, extra)
         added = style_layers[key](query, tokens, extra["n_heads"], to_out[key], seen)
         return n + strength * added  # Out_final = Out + lambda SCA                                          eq. 4
 

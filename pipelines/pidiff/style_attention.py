@@ -336,7 +336,7 @@ def apply_style_attention(
     network = model.get_model_object("diffusion_model")
     recorded_layers: set[Any] = set()
 
-    def record(key: Any, probabilities: torch.Tensor, extra: Any) -> None:
+    def record(key: Any, extra: Any, probabilities: torch.Tensor) -> None:
         if attention is not None and key in recorded_layers:
             styles.record(attention, probabilities, extra)
 

@@ -60,6 +60,24 @@ MUTATIONS = [
         ("test_identity_mask.py",),
     ),
     Mutation(
+        "recorded style token",
+        "probabilities[..., list(attention.columns)].sum(dim=-1)",
+        "probabilities[..., 0]",
+        ("test_style_cross_attention.py",),
+    ),
+    Mutation(
+        "a condition that is not trained with",
+        "* drops | settings.never_used",
+        "* drops",
+        ("test_train_mcdm.py",),
+    ),
+    Mutation(
+        "direction of an augmentation",
+        "quads * size, (corners * size).expand_as(quads)",
+        "(corners * size).expand_as(quads), quads * size",
+        ("test_augmentation.py",),
+    ),
+    Mutation(
         "lambda of the style", "return n + strength * added", "return n + added", ("test_style_cross_attention.py",)
     ),
     Mutation(

@@ -196,3 +196,17 @@ def test_what_cannot_be_trained_is_refused_before_the_training(
     with pytest.raises(IdentityEditError, match=message):
         train(models, shown, w_plus, **changes)
     assert not [file for file in (own_folders / "output").rglob("*") if file.is_file()]
+
+
+def test_the_attention_to_a_style_token_is_drawn_by_attention_heatmap(models: Any) -> None:
+    from identity_edit_pack.nodes.lipe.masks import CROSS_ATTENTION, AttentionHeatmap
+
+    style, one = tiny_styles.style_attention(models[0]), tiny_styles.w_plus()
+    styled, _, attention = nodes.ApplyStyleCrossAttention.execute(
+        models[0], style, one, **APPLIED, recorded_token=2
+    ).args
+    sample(styled, tiny_models.latent(3))
+    image = torch.zeros(1, 64, 64, 3)
+    arguments = {"opacity": 1.0, "show": CROSS_ATTENTION, "threshold": 0.4, "self_attention_power": 1}
+    drawn = AttentionHeatmap.execute(image, **arguments, identity_attention=attention).args[0]
+    assert drawn.shape == (1, 64, 64, 3) and float(drawn.std()) > 0.0

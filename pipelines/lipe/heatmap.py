@@ -94,9 +94,9 @@ def labeled(image: torch.Tensor, text: str) -> torch.Tensor:
 
     height = max(14, image.shape[0] // 16)
     strip = Image.new("RGB", (image.shape[1], height))
-    font = ImageFont.load_default(0.7 * height)
-    fits = min(1.0, (image.shape[1] - 4) / font.getlength(text))
-    ImageDraw.Draw(strip).text((2, height / 2), text, "white", ImageFont.load_default(0.7 * height * fits), anchor="lm")
+    fits = (image.shape[1] - 4) / ImageFont.load_default(0.7 * height).getlength(text)
+    font = ImageFont.load_default(max(1.0, 0.7 * height * min(1.0, fits)))
+    ImageDraw.Draw(strip).text((2, height / 2), text, "white", font, anchor="lm")
     return torch.cat([image.cpu(), from_pillow(strip)])
 
 

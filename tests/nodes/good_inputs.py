@@ -354,9 +354,10 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "OptimizeTextEmbedding": lambda w: {
         "model": w.model, "latent": w.latent, "target": w.conditioning(2), "steps": 1,
     },
-    "ImagicFineTuning": lambda w: {
-        "model": w.model, "latent": w.latent, "optimized": w.conditioning(2), "steps": 1, "weights": "low rank",
-    },
+    "ImagicFineTuning": lambda w: with_training_settings({
+        **TRAINING, "model": w.model, "latent": w.latent, "optimized": w.conditioning(2), "steps": 1,
+        "weights": "low rank",
+    }),
     "TimestepAwareTextInjection": lambda w: {**_edit(w), "sigmas": w.sigmas, "optimized": w.conditioning(5)},
     "TimestepAwareTextInjectionModel": lambda w: {**_edit(w), "sigmas": w.sigmas, "optimized": w.conditioning(5)},
     "TimestepAwareTextInjectionSampler": lambda w: {

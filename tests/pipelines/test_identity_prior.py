@@ -280,7 +280,7 @@ class Known:
 
     def __init__(self, prediction: str, latents: torch.Tensor, noise: torch.Tensor, error: torch.Tensor) -> None:
         self.prediction, self.latents, self.noise, self.error = prediction, latents, noise, error
-        self.family = SimpleNamespace(noise=DIFFUSION, prediction=prediction)
+        self.family = SimpleNamespace(noise_path=DIFFUSION, prediction=prediction)
 
     def denoised(self, x: torch.Tensor, sigma: torch.Tensor, text: str, source: None) -> torch.Tensor:
         assert text == "text"

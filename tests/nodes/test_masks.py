@@ -231,7 +231,8 @@ def test_heatmap_outlines_masks() -> None:
 def test_every_node_is_listed() -> None:
     ids = [node.define_schema().node_id for node in masks.NODES]
     assert ids == [
-        f"IdentityEdit{name}" for name in ("IdentityAttention", "IdentityAwareMaskBlend", "AttentionHeatmap")
+        f"IdentityEdit{name}"
+        for name in ("IdentityAttention", "IdentityAwareMaskBlend", "AttentionHeatmap", "AttentionMapsByStep")
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Any
 
 import folder_paths
@@ -14,7 +15,7 @@ from ..pipelines import engine
 from ..pipelines.training.loop import BFLOAT16, CONSTANT, FLOAT32, OPTIMIZERS, SCHEDULES, Progress, TrainingRun
 from ..pipelines.training.weights import MOST_RANK, RANK, WEIGHTS
 from .idle import first_said
-from .saved_files import FILE_ENDING
+from .saved_files import FILE_ENDING, new_path
 from .sockets import checked, checkpointing_input, schema, show_warnings
 
 LossMap = io.Custom("LOSS_MAP")
@@ -271,18 +272,45 @@ class Checkpoints:
 
     def __init__(self, folder: str) -> None:
         self._folder = os.path.join(folder_paths.get_output_directory(), folder, CHECKPOINT_FOLDER)
-        self._paths: list[str] = []
+        self._names: list[str] = []
 
     def path(self, run: str) -> str:
         """Path of a run's checkpoint; the same settings are the same run."""
-        self._paths.append(os.path.join(self._folder, run + FILE_ENDING))
-        return self._paths[-1]
+        self._names.append(run + FILE_ENDING)
+        return os.path.join(self._folder, self._names[-1])
 
-    def remove(self) -> None:
-        """Delete the checkpoints, once the result is saved."""
-        for path in self._paths:
-            with contextlib.suppress(OSError):
-                os.remove(path)
+    def save(self, run: TrainingRun, filename_prefix: str, example: str, write: Callable[[str], None]) -> str:
+        """Save a finished run with `write` and return the path; a run that was saved before is not saved again.
+
+        Its checkpoints stay, so that the same training is not repeated and more steps continue it. A text file with the
+        file name prefix, the saved file and the checkpoints marks them; those of the folder's other finished runs are
+        deleted.
+        """
+        mark = os.path.join(self._folder, f"{run.name}.txt")
+        if run.resumed_at == len(run.losses) and os.path.exists(mark):
+            prefix, path, *_ = self._lines(mark)
+            if prefix == filename_prefix and os.path.isfile(path):
+                return path
+        with new_path(filename_prefix, example) as path:
+            write(path)
+        if os.path.isdir(self._folder):  # else checkpoints are off
+            for name in os.listdir(self._folder):
+                if name.endswith(".txt"):
+                    self._forget(os.path.join(self._folder, name))
+            with open(mark, "w", encoding="utf-8") as file:
+                file.write("\n".join([filename_prefix, path, *self._names]))
+        return path
+
+    def _lines(self, mark: str) -> list[str]:
+        with open(mark, encoding="utf-8") as file:
+            return file.read().split("\n")
+
+    def _forget(self, mark: str) -> None:
+        """Delete a finished run's checkpoints and its mark."""
+        with contextlib.suppress(OSError):  # in use, on Windows: the next training deletes them
+            for name in set(self._lines(mark)[2:]) - set(self._names):
+                os.remove(os.path.join(self._folder, os.path.basename(name)))
+            os.remove(mark)
 
 
 def training_progress(model: Any, steps: int) -> Progress:

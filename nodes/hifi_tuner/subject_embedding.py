@@ -27,7 +27,6 @@ from ..saved_files import (
     filename_prefix_input,
     loadable_files,
     model_folder_files,
-    new_path,
     next_path,
     path_of,
 )
@@ -196,9 +195,9 @@ class TrainSubjectEmbedding(io.ComfyNode):
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps + sampling_steps * updates_per_step),
         )
-        with new_path(filename_prefix, f"{FILE_FOLDER}/subject") as path:
-            subject_files.save_subject(subject, path)
-        checkpoints.remove()
+        path = checkpoints.save(
+            run, filename_prefix, f"{FILE_FOLDER}/subject", lambda path: subject_files.save_subject(subject, path)
+        )
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         fewer = fewer_steps(sampling_steps, len(subject.timesteps)) if updates_per_step else None
         text = show_text(cls, _report(subject, run, steps, path), fewer)

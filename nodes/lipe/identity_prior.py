@@ -188,9 +188,9 @@ class TrainIdentityPrior(io.ComfyNode):
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps),
         )
-        with new_path(filename_prefix, f"{FILE_FOLDER}/prior") as path:
-            priors.save_identity_prior(prior, path)
-        checkpoints.remove()
+        path = checkpoints.save(
+            run, filename_prefix, f"{FILE_FOLDER}/prior", lambda path: priors.save_identity_prior(prior, path)
+        )
         patched_model, patched_clip = priors.apply_identity_prior(model, clip, prior)
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         warning = None

@@ -13,7 +13,7 @@ from ...pipelines.mcdm.identity_words import IdentityWords as Words
 from ...pipelines.mcdm.train_identity_words import IdentitySettings
 from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
-from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, next_path, saved_path
+from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, next_path, saved_path
 from ..sockets import (
     IdentityWords,
     SubjectImages,
@@ -157,9 +157,9 @@ class TrainIdentityWords(io.ComfyNode):
             checkpoint=checkpoints.path,
             progress=lambda done, total, loss, sample: bar.update_absolute(done, total),
         )
-        with new_path(filename_prefix, f"{FILE_FOLDER}/identity") as path:
-            words_of.save_identity_words(learned, path)
-        checkpoints.remove()
+        path = checkpoints.save(
+            run, filename_prefix, f"{FILE_FOLDER}/identity", lambda path: words_of.save_identity_words(learned, path)
+        )
         text = show_text(
             cls,
             f"{_describe(learned)}: {steps_of(run)} on {len(encoded)} images.\n"

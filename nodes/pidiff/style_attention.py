@@ -27,7 +27,6 @@ from ..saved_files import (
     filename_prefix_input,
     loadable_files,
     model_folder_files,
-    new_path,
     next_path,
     path_of,
 )
@@ -207,9 +206,9 @@ class TrainStyleAttention(io.ComfyNode):
             checkpoint=checkpoints.path,
             progress=training_progress(model, steps),
         )
-        with new_path(filename_prefix, f"{FILE_FOLDER}/person") as path:
-            files.save_style_attention(style, path)
-        checkpoints.remove()
+        path = checkpoints.save(
+            run, filename_prefix, f"{FILE_FOLDER}/person", lambda path: files.save_style_attention(style, path)
+        )
         samples = torch.cat([vae.decode(latent) for _, latent in run.samples])
         text = show_text(cls, _report(style, run, len(encoded), path))
         return io.NodeOutput(style, samples, {"loss": run.losses}, path, text, ui=ui.PreviewImage(samples, cls=cls))

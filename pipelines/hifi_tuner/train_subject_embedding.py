@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,12 +126,10 @@ def train_subject_embedding(
         subject = _Subject(networks, clip, images, settings)
         first, second = _descriptions(model, clip, tag, images, settings)
         c_s = {name: phi.clone().requires_grad_(True) for name, phi in subject.phi_s.items()}
-        # Also checkpoint the last step of the first phase, for resuming in the second.
-        every = math.gcd(settings.checkpoint_every, settings.steps) if settings.checkpoint_every else 0
         run = train(
             c_s,
             lambda index: [subject.loss(c_s, index, "shared vectors")],
-            dataclasses.replace(settings, checkpoint_every=every),
+            settings,
             description=first,
             checkpoint=checkpoint,
             sample=lambda: subject.sample(lambda t: c_s),

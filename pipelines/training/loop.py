@@ -214,9 +214,9 @@ def train(
             `generator_of(seed, index)`.
         settings: see `TrainingSettings`.
         description: identifies the run for its checkpoint, see `run_description`.
-        checkpoint: returns the checkpoint file for a run's hash. It is written every `checkpoint_every` steps and when
-            the run is interrupted; a run with the same description resumes from it. Checkpoints of other runs, or of
-            more steps than requested, are ignored.
+        checkpoint: returns the checkpoint file for a run's hash. It is written every `checkpoint_every` steps, when the
+            run is interrupted, and at the end; a run with the same description resumes from it, so the same run is not
+            trained again. Checkpoints of other runs, or of more steps than requested, are ignored.
         sample: makes a preview, without gradients; always called at the end.
         progress: called after every step, in the first process.
         processes: the processes that train together; None for this one alone. Only the first makes previews, reports
@@ -264,6 +264,8 @@ def train(
                 written = step + 1
             if progress is not None:
                 progress(step + 1, settings.steps, loss, new_sample)
+        if path is not None and settings.checkpoint_every and written < settings.steps:
+            _write_checkpoint(path, variables, optimizer, average, done)
     except IdentityEditError:  # such as a full disk or a NaN loss: keep the last checkpoint
         raise
     except BaseException:  # ComfyUI's interrupt is not an Exception since 0.19.4

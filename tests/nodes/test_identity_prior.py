@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from identity_edit_pack.nodes.lipe import identity_prior as nodes
 from identity_edit_pack.nodes.saved_files import loadable_files
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.subjects.images import SubjectImages
+from identity_edit_pack.pipelines.training import loop as training_loop
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders
 from identity_edit_pack.tests.nodes.good_inputs import with_training_settings
 
@@ -100,8 +102,8 @@ def test_training_gives_a_model_that_the_saved_file_gives_too(models: Any, own_f
     assert list(loss) == ["loss"] and len(loss["loss"]) == 3
     assert Path(path).name == "prior_00001_.safetensors" and path in report
     assert "3 steps, " in report and "Warning" not in report
-    saved = sorted(file.name for file in (own_folders / "output" / "identity_priors").rglob("*") if file.is_file())
-    assert saved == ["prior_00001_.safetensors"], "a finished run leaves no checkpoint"
+    saved = sorted(file.name for file in (own_folders / "output" / "identity_priors").glob("*.*"))
+    assert saved == ["prior_00001_.safetensors"]
     listed = [item for item in nodes.LoadIdentityPrior.define_schema().inputs if item.id == "file"][0].options
     assert listed == ["identity_priors/prior_00001_.safetensors [output]"]
     assert nodes.LoadIdentityPrior.validate_inputs(listed[0]) is True
@@ -126,6 +128,9 @@ def test_an_interrupted_run_goes_on_when_queued_again(
 ) -> None:
     whole = train(models).args[4]
 
+    shutil.rmtree(own_folders / "output")
+    (own_folders / "output").mkdir()
+
     def stop(*_: Any) -> Any:
         def report(done: int, *_: Any) -> None:
             if done == 2:
@@ -142,7 +147,26 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     assert not any("checkpoints" in name for name in loadable_files(nodes.FILE_FOLDER, nodes.CHECKPOINT_FOLDER))
     *_, loss, _, report = train(models).args
     assert "2 of them from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-    assert list(folder.iterdir()) == []
+    assert sorted(file.suffix for file in folder.iterdir()) == [".safetensors", ".txt"], "the result and its mark"
+
+
+def test_the_same_training_is_not_repeated(models: Any, own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _, samples, loss, path, _ = train(models).args
+    with monkeypatch.context() as patch:
+        patch.setattr(training_loop, "_gradients", lambda *_: pytest.fail("it trains again"))
+        again, _, _, same_samples, same_loss, same_path, report = train(models).args
+        with pytest.raises(pytest.fail.Exception, match="it trains again"):
+            train(models, seed=1)
+    assert same_path == path and same_loss == loss and torch.equal(same_samples, samples)
+    assert "3 steps, 3 of them from a checkpoint" in report
+    weights = [each.patches for each in (model, again)]
+    for key, [(_, patch, *_)] in weights[0].items():
+        assert torch.equal(patch[1][0], weights[1][key][0][1][1][0])
+    Path(path).unlink()
+    assert Path(train(models).args[5]).is_file(), "a deleted file is written again"
+    train(models, seed=1)
+    folder = own_folders / "output" / "identity_priors" / "checkpoints"
+    assert len(list(folder.glob("*.safetensors"))) == 1, "only the last result is kept"
 
 
 def test_progress_shows_samples_even_where_previews_are_off(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:

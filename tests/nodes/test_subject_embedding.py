@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -106,8 +107,8 @@ def test_training_saves_the_subject_that_it_gives(models: Any, own_folders: Path
     assert (subject.kind, subject.timesteps, subject.name) == (kind, (501, 1), "sks cat")
     assert samples.shape == (3, 64, 64, 3), "two of the first phase, one of the second"
     assert len(loss["loss"]) == 3 + 2 and path in report and "5 steps" in report and "kB" in report
-    saved = sorted(file.name for file in (own_folders / "output").rglob("*") if file.is_file())
-    assert saved == ["subject_00001_.safetensors"], "a finished run leaves no checkpoint"
+    saved = sorted(file.name for file in (own_folders / "output" / nodes.FILE_FOLDER).glob("*.*"))
+    assert saved == ["subject_00001_.safetensors"]
     options = nodes.StepWiseEmbeddingLoader.define_schema().inputs[0].options
     assert options == [SAVED] and nodes.StepWiseEmbeddingLoader.validate_inputs(SAVED) is True
     loaded, name, text = nodes.StepWiseEmbeddingLoader.execute(SAVED).args
@@ -135,6 +136,9 @@ def test_an_interrupted_run_goes_on_when_queued_again(
 ) -> None:
     whole = train(models)[2]
 
+    shutil.rmtree(own_folders / "output")
+    (own_folders / "output").mkdir()
+
     def stop(*_: Any) -> Any:
         def report(done: int, *_: Any) -> None:
             if done == 4:
@@ -149,9 +153,11 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     folder = own_folders / "output" / nodes.FILE_FOLDER / "checkpoints"
     assert len(list(folder.iterdir())) == 2, "one for each phase"
     assert not any("checkpoints" in name for name in nodes._files())
-    _, _, loss, _, report = train(models)
+    _, _, loss, path, report = train(models)
     assert "4 of them from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-    assert list(folder.iterdir()) == []
+    assert len(list(folder.glob("*.safetensors"))) == 2 and len(list(folder.glob("*.txt"))) == 1
+    _, _, same_loss, same_path, report = train(models)
+    assert same_loss == loss and same_path == path and "5 of them from a checkpoint" in report
 
 
 def test_progress_runs_over_both_phases(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:

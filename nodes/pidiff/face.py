@@ -23,6 +23,7 @@ from ...pipelines.networks.model_folders import list_models, missing_model, mode
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
+from ..idle import first_said
 from ..sockets import FaceDetector, checked, mask_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
@@ -49,7 +50,8 @@ class LoadFaceDetector(io.ComfyNode):
                     "detector",
                     options=[NO_MODEL, *pipeline.list_detectors(), pipeline.MTCNN],
                     tooltip=f"Detector in models/{pipeline.FOLDER}: an insightface model pack (models/PACK), a single "
-                    "SCRFD file, or OpenCV's YuNet. Nothing is downloaded. MTCNN includes its weights in its package.",
+                    "SCRFD file, or OpenCV's YuNet. Nothing is downloaded. MTCNN includes its weights in its package. "
+                    "No model: Align Face uses the images as they are, and Identity Similarity measures nothing.",
                 ),
                 io.Float.Input(
                     "score",
@@ -72,14 +74,14 @@ class LoadFaceDetector(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, detector: str) -> bool | str:
-        if detector == pipeline.MTCNN or detector in pipeline.list_detectors():
+        if detector in (NO_MODEL, pipeline.MTCNN, *pipeline.list_detectors()):
             return True
         return pipeline.missing_file(detector)
 
     @classmethod
     @checked
     def execute(cls, detector: str, score: float) -> io.NodeOutput:
-        return io.NodeOutput(pipeline.load_detector(detector, score))
+        return io.NodeOutput(None if detector == NO_MODEL else pipeline.load_detector(detector, score))
 
 
 class AlignFace(io.ComfyNode):
@@ -103,7 +105,8 @@ class AlignFace(io.ComfyNode):
                     options=list(METHODS),
                     default=BY_DETECTOR,
                     tooltip="Method that locates faces: by a face detector, by the five landmarks in points, or not at "
-                    "all: whole image is for images that are already aligned, or for drawings.",
+                    "all: whole image is for images that are already aligned, or for drawings. Detector without a "
+                    "face detector is the same.",
                 ),
                 io.Combo.Input(
                     "choice",
@@ -240,6 +243,9 @@ class AlignFace(io.ComfyNode):
                 _check_mask(masks, number)
                 usable.append(number)
         detected: list[list[pipeline.Face]] = [[] for _ in images]
+        if method == BY_DETECTOR and face_detector is None:
+            method = WHOLE
+            notes.append("There is no face detector, so the images count as aligned; select one in Load Face Detector.")
         if method == WHOLE:
             faults.stop_if_none(usable)
             faces, face_masks = _whole_images(images[usable], None if masks is None else masks[usable], size)
@@ -308,12 +314,16 @@ class IdentitySimilarity(io.ComfyNode):
                     tooltip="Images of the person; the largest face in each is used. Every image is compared with "
                     "its most similar reference, as in Gu et al. 2025 (section 3.3.1).",
                 ),
-                FaceDetector.Input("face_detector", tooltip="Face detector, from Load Face Detector."),
+                FaceDetector.Input(
+                    "face_detector",
+                    optional=True,
+                    tooltip="Face detector, from Load Face Detector. Without one, identity is not measured.",
+                ),
                 io.Combo.Input(
                     "recognizer",
                     options=[NO_MODEL, *pipeline.list_detectors()],
                     tooltip=f"ArcFace model in models/{pipeline.FOLDER}: an insightface model pack (models/PACK) or a "
-                    "single .onnx, such as w600k_r50.onnx. Nothing is downloaded.",
+                    "single .onnx, such as w600k_r50.onnx. Nothing is downloaded. No model: identity is not measured.",
                 ),
                 io.Combo.Input(
                     "choice",
@@ -352,7 +362,7 @@ class IdentitySimilarity(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, recognizer: str) -> bool | str:
-        if recognizer in pipeline.list_detectors():
+        if recognizer in (NO_MODEL, *pipeline.list_detectors()):
             return True
         return pipeline.missing_file(recognizer, identity_similarity.NEEDED)
 
@@ -362,13 +372,23 @@ class IdentitySimilarity(io.ComfyNode):
         cls,
         images: torch.Tensor,
         reference: torch.Tensor,
-        face_detector: Any,
         recognizer: str,
         choice: str,
         without_face: str,
+        face_detector: Any = None,
         reference_without_face: str = LEAVE_OUT,
     ) -> io.NodeOutput:
         images, reference = as_color(images), as_color(reference, "reference")
+        missing = first_said(
+            (face_detector is None, "a face detector in Load Face Detector"),
+            (recognizer == NO_MODEL, "a recognizer"),
+        )
+        if missing:
+            text = show_text(cls, "Identity was not measured.", f"It needs {missing}.")
+            from comfy_execution.graph_utils import ExecutionBlocker
+
+            unknown = ExecutionBlocker(None)  # nodes that use the scores do not run, all others do
+            return io.NodeOutput(unknown, unknown, text, ui=ui.PreviewText(text))
         network = identity_similarity.load_recognizer(recognizer)
         notes: list[str] = []
         known = []
@@ -469,11 +489,6 @@ def _find(
         return ordered, choice if several else pipeline.LARGEST
     if method != BY_DETECTOR:
         raise IdentityEditError(f"method is {method!r}; choose one of {', '.join(METHODS)}.")
-    if detector is None:
-        raise IdentityEditError(
-            "The method 'detector' needs a face detector; connect Load Face Detector, or choose 'points' or 'whole "
-            "image'."
-        )
     detected = []
     for image in images:
         stop_if_interrupted()

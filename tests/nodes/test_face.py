@@ -10,6 +10,7 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 from identity_edit_pack.nodes.pidiff import face as nodes
 from identity_edit_pack.pipelines.faces import detection as pipeline
 from identity_edit_pack.pipelines.faces import similarity as identity_similarity
@@ -106,8 +107,6 @@ def test_what_cannot_be_aligned_is_named() -> None:
         align(face_detector=Detector(0.0, 40.0), choice=pipeline.INDEX, index=3)
     with pytest.raises(IdentityEditError, match="face in image 1 is too small"):
         align(face_detector=Detector(0.0), smallest_face=400)
-    with pytest.raises(IdentityEditError, match="connect Load Face Detector"):
-        align()
     with pytest.raises(IdentityEditError, match="points is empty"):
         align(method=nodes.BY_POINTS)
     with pytest.raises(IdentityEditError, match="needs a mask or a background_model"):
@@ -116,6 +115,20 @@ def test_what_cannot_be_aligned_is_named() -> None:
         align(method=nodes.WHOLE, mask=torch.zeros(1, 200, 180))
     with pytest.raises(IdentityEditError, match="mask holds 3 masks for 2 images"):
         align(method=nodes.WHOLE, mask=torch.ones(3, 200, 180))
+
+
+def test_without_a_face_detector_images_count_as_aligned_and_identity_is_not_measured() -> None:
+    loaded = nodes.LoadFaceDetector.execute(nodes.NO_MODEL, 0.6)[0]
+    assert loaded is None and nodes.LoadFaceDetector.validate_inputs(nodes.NO_MODEL) is True
+    faces, mask, *_, report = align(face_detector=loaded, size=64)
+    expected, expected_mask, *_ = align(method=nodes.WHOLE, size=64)
+    assert torch.equal(faces, expected) and torch.equal(mask, expected_mask)
+    assert "no face detector" in report
+    settings = dict(recognizer=nodes.NO_MODEL, choice=pipeline.LARGEST, without_face=nodes.STOP)
+    assert nodes.IdentitySimilarity.validate_inputs(nodes.NO_MODEL) is True
+    score, lowest, report = nodes.IdentitySimilarity.execute(IMAGES, IMAGES, face_detector=loaded, **settings).args
+    assert isinstance(score, ExecutionBlocker) and isinstance(lowest, ExecutionBlocker)
+    assert "a face detector" in report
 
 
 def test_profiles_and_small_faces_are_warned_of() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from user_comfyui import PACK, ScriptError
 
 API_WORKFLOWS = PACK / "workflows" / "api"
+
+DEMO_VALUES = PACK / "workflows" / "layout" / "demo_values.json"
+"""For each workflow that begins with the user's photos: the values that it needs for the demo checkpoint and the photos
+of `demo_photos`, and the workflows whose saved files it loads."""
 
 Prompt = dict[str, dict[str, Any]]
 """Node id -> class_type, inputs and perhaps _meta."""
@@ -30,6 +35,23 @@ def read_workflow(name: str) -> Prompt:
 
 def workflow_names() -> list[str]:
     return sorted(path.stem for path in API_WORKFLOWS.glob("*.json"))
+
+
+def demo_values() -> dict[str, dict[str, Any]]:
+    """`DEMO_VALUES`, by workflow; a published pack has none."""
+    return json.loads(DEMO_VALUES.read_text(encoding="utf-8")) if DEMO_VALUES.is_file() else {}
+
+
+def with_demo_values(name: str, prompt: Prompt) -> Prompt:
+    """The workflow for the demo checkpoint: NODE.INPUT is a value, NODE.class_type another node in its place."""
+    prompt = copy.deepcopy(prompt)
+    for target, value in demo_values().get(name, {}).get("values", {}).items():
+        node, _, key = target.partition(".")
+        if key == "class_type":
+            prompt[node] |= {"class_type": value, "inputs": {}}
+        else:
+            prompt[node]["inputs"][key] = value
+    return prompt
 
 
 def change_inputs(prompt: Prompt, changes: list[str]) -> None:

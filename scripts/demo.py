@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import environment
-from api_workflows import Prompt, change_inputs, node_title, read_workflow, workflow_names
+from api_workflows import (
+    Prompt,
+    change_inputs,
+    demo_values,
+    node_title,
+    read_workflow,
+    with_demo_values,
+    workflow_names,
+)
 from engine import Server
 from environment import ROOT, VENV, ScriptError
 
@@ -126,7 +134,7 @@ def main() -> None:
         print("\n".join(workflow_names()))
         return
     environment.enter()
-    prompt = {} if arguments.serve else read_workflow(arguments.workflow)
+    prompt = {} if arguments.serve else with_demo_values(arguments.workflow, read_workflow(arguments.workflow))
     change_inputs(prompt, arguments.set)
     # A polite end of this process must end the server too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -134,6 +142,13 @@ def main() -> None:
     from api_client import Client
 
     server = Server(VENV / "comfyui-base")
+    needs_photos = demo_values().get(arguments.workflow)
+    if needs_photos is not None:
+        from demo_photos import draw_photos
+
+        draw_photos(server.base / "input")
+        if "needs" in needs_photos:
+            print(f"It loads files that {' and '.join(needs_photos['needs'])} saves; run that first.", flush=True)
     print(f"Starting ComfyUI (log: {server.log}) ...", flush=True)
     with server:
         if server.pack_failure():

@@ -52,6 +52,36 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
     return note;
   };
 
+  // Columns stand side by side, each from top to bottom. An entry is a node's id or a folded part's node.
+  const place = (columns, left, top) => {
+    let right = left, bottom = top;
+    for (const column of columns) {
+      let y = top, width = 0;
+      for (const entry of column) {
+        const node = folded.get(entry) ?? graph.getNodeById(entry);
+        node.pos = [right, y + titleHeight];
+        y += titleHeight + heightOf(node) + gap;
+        width = Math.max(width, node.size[0]);
+      }
+      bottom = Math.max(bottom, y);
+      right += width + gap;
+    }
+    return { right, bottom };
+  };
+
+  // Folded parts become subgraphs, whose inputs and outputs are the links that cross their border.
+  const folded = new Map();
+  for (const entry of layout.groups.flatMap((group) => group.columns.flat())) {
+    if (typeof entry !== "object") continue;
+    place(entry.columns, 0, 0);
+    const { node } = graph.convertToSubgraph(new Set(entry.columns.flat().map((key) => graph.getNodeById(key))));
+    node.title = node.subgraph.name = entry.fold;
+    node.properties.proxyWidgets = (entry.show ?? []).map((name) => name.split("."));
+    const width = Math.max(minimumWidth, ruler.measureText(entry.fold).width + widgetPadding);
+    node.setSize([roundUp(width), roundUp(node.computeSize()[1])]);
+    folded.set(entry, node);
+  }
+
   // Groups stand side by side in rows; in a group, columns stand side by side over an optional note.
   const rows = new Map();
   for (const group of layout.groups) {
@@ -63,18 +93,7 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   for (const row of [...rows.keys()].sort((a, b) => a - b)) {
     let left = 0, rowBottom = top;
     for (const group of rows.get(row)) {
-      let x = left + gap, bottom = top + groupTitle;
-      for (const column of group.columns) {
-        let y = top + groupTitle, width = 0;
-        for (const key of column) {
-          const node = graph.getNodeById(key);
-          node.pos = [x, y + titleHeight];
-          y += titleHeight + heightOf(node) + gap;
-          width = Math.max(width, node.size[0]);
-        }
-        bottom = Math.max(bottom, y);
-        x += width + gap;
-      }
+      let { right: x, bottom } = place(group.columns, left + gap, top + groupTitle);
       if (group.note) {
         const note = addNote(group.note, Math.max(x - left - 2 * gap, 400));
         note.pos = [left + gap, bottom + titleHeight];
@@ -82,6 +101,8 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
         x = Math.max(x, left + note.size[0] + 2 * gap);
       }
       const box = new LiteGraph.LGraphGroup(group.title);
+      ruler.font = `${box.font_size}px Arial`;
+      x = Math.max(x, left + roundUp(ruler.measureText(group.title).width) + 2 * gap);
       box.color = group.color ?? "#3f789e";
       box.pos = [left, top];
       box.size = [x - left, bottom - top];

@@ -6,7 +6,10 @@ A workflow is written once:
 
       groups:                        # side by side, from left to right
         - title: The image
-          columns: [["1", "2"], ["3"]]   # node ids: columns from left to right, each from top to bottom
+          columns: [["1", "2"], ["3"]]   # node ids: columns from left to right, each from top to bottom;
+                                     # {fold: Title, columns: [...]} in the place of an id folds nodes into a subgraph,
+                                     which shows their widgets of show: ["1.steps", ...]; with blueprint: true it
+                                     becomes subgraphs/Title.json too, a node of the page's library
           note: Markdown text, shown below the columns    # optional
           color: "#3f789e"          # optional
           row: 0                     # optional: a further row of groups below the first
@@ -22,6 +25,7 @@ usage (after `python3 scripts/demo.py` or `test.py` has made .venv):
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -36,6 +40,7 @@ import environment
 from engine import ENGINE_VERSION
 
 WORKFLOWS = environment.ROOT / "workflows"
+BLUEPRINTS = environment.ROOT / "subgraphs"
 THUMBNAIL_SIZE = 512
 THUMBNAIL_BACKGROUND = "#202020"
 
@@ -54,15 +59,31 @@ def read_layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
 
     path = WORKFLOWS / "layout" / f"{name}.yaml"
     layout = yaml.safe_load(path.read_text(encoding="utf-8"))
-    placed = [str(node) for group in layout["groups"] for column in group["columns"] for node in column]
+    entries = [entry for group in layout["groups"] for column in group["columns"] for entry in column]
+    folded = [entry["columns"] if isinstance(entry, dict) else [[entry]] for entry in entries]
+    placed = [str(node) for columns in folded for column in columns for node in column]
     if sorted(placed) != sorted(prompt):
         wrong = sorted(set(placed) ^ set(prompt)) or sorted({node for node in placed if placed.count(node) > 1})
         raise environment.ScriptError(f"{path.name} must place every node once; look at {', '.join(wrong)}.")
     return layout
 
 
+def unfolded(page_prompt: dict[str, Any]) -> dict[str, Any]:
+    """The prompt that the page would queue, with the nodes of its subgraphs ("12:3") under their own ids ("3")."""
+
+    def unfold(value: Any) -> Any:
+        is_link = isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)
+        return [value[0].rsplit(":", 1)[-1], value[1]] if is_link else value
+
+    return {
+        key.rsplit(":", 1)[-1]: node | {"inputs": {name: unfold(value) for name, value in node["inputs"].items()}}
+        for key, node in page_prompt.items()
+    }
+
+
 def differences(page_prompt: dict[str, Any], api_prompt: dict[str, Any]) -> list[str]:
     """Where the prompt that the page would queue differs from the API form: one sentence for each node or input."""
+    page_prompt, api_prompt = unfolded(page_prompt), unfolded(api_prompt)
     found = [f"node {node} is only on the page" for node in sorted(set(page_prompt) - set(api_prompt))]
     found += [f"node {node} is only in the API form" for node in sorted(set(api_prompt) - set(page_prompt))]
     for node in sorted(set(page_prompt) & set(api_prompt)):
@@ -86,10 +107,10 @@ def pack_release() -> dict[str, str]:
     return {"id": name, "version": version}
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, ascii_only: bool = False) -> None:
     """Write the whole file or nothing."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=ascii_only) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 
@@ -107,11 +128,48 @@ def build(page: Any, name: str, output_nodes: list[str]) -> None:
     }
     script = (Path(__file__).parent / "page_layout.js").read_text(encoding="utf-8")
     made = json.loads(page.evaluate(script, arguments))
+    made["output"] = unfolded(made["output"])
     lost = [line for line in differences(made["output"], prompt) if "absent in the API form" not in line]
     if lost:
         raise environment.ScriptError(f"{name}: the page does not keep the API form: {'; '.join(lost)}")
     write_json(api_path(name), {key: made["output"][key] for key in prompt})
-    write_json(page_path(name), made["workflow"])
+    workflow = with_fixed_ids(made["workflow"], name)
+    write_json(page_path(name), workflow)
+    entries = [entry for group in arguments["layout"]["groups"] for column in group["columns"] for entry in column]
+    for entry in entries:
+        if isinstance(entry, dict) and entry.get("blueprint"):
+            write_blueprint(workflow, entry["fold"])
+
+
+def write_blueprint(workflow: dict[str, Any], title: str) -> None:
+    """Write one folded part of a page workflow as a blueprint: a workflow of that node alone, without its links."""
+    [part] = [part for part in workflow["definitions"]["subgraphs"] if part["name"] == title]
+    [node] = [copy.deepcopy(node) for node in workflow["nodes"] if node["type"] == part["id"]]
+    for socket in node["inputs"]:
+        socket["link"] = None
+    for socket in node["outputs"]:
+        socket["links"] = None
+    blueprint = {key: workflow[key] for key in ("revision", "version", "config") if key in workflow} | {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"identity-edit/{title}")),
+        "last_node_id": node["id"],
+        "last_link_id": 0,
+        "nodes": [node],
+        "links": [],
+        "groups": [],
+        "definitions": {"subgraphs": [part]},
+        "extra": {"identityEdit": workflow["extra"]["identityEdit"]},
+    }
+    BLUEPRINTS.mkdir(exist_ok=True)
+    write_json(BLUEPRINTS / f"{title}.json", blueprint, ascii_only=True)  # ComfyUI reads it in the system's encoding
+
+
+def with_fixed_ids(workflow: dict[str, Any], name: str) -> dict[str, Any]:
+    """The workflow with ids of its subgraphs that are the same each time it is built."""
+    text = json.dumps(workflow)
+    for subgraph in workflow.get("definitions", {}).get("subgraphs", []):
+        fixed = uuid.uuid5(uuid.NAMESPACE_URL, f"identity-edit/{name}/{subgraph['name']}")
+        text = text.replace(subgraph["id"], str(fixed))
+    return json.loads(text)
 
 
 def check(page: Any, name: str) -> list[str]:
@@ -126,12 +184,17 @@ def check(page: Any, name: str) -> list[str]:
 
 def thumbnail(client: Any, name: str) -> None:
     """Run the workflow and put the images that its layout names into one square image."""
+    from api_workflows import demo_values, with_demo_values
     from PIL import Image, ImageOps
 
-    prompt = json.loads(api_path(name).read_text(encoding="utf-8"))
+    for needed in demo_values().get(name, {}).get("needs", []):
+        client.run(with_demo_values(needed, json.loads(api_path(needed).read_text(encoding="utf-8"))))
+    prompt = with_demo_values(name, json.loads(api_path(name).read_text(encoding="utf-8")))
     run = client.run(prompt)
     nodes = read_layout(name, prompt)["thumbnail"]
     images = [image.convert("RGB") for node in nodes for image in client.images(run, str(node))]
+    if not images:  # it only saves files
+        images = [Image.open(environment.ROOT / "images" / "icon.png").convert("RGB")]
     columns = math.ceil(math.sqrt(len(images)))
     cell = THUMBNAIL_SIZE // columns
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
@@ -171,6 +234,9 @@ def main() -> int:
             raise environment.ScriptError(f"ComfyUI could not load the pack: {failure}")
         client = Client(server.address)
         if arguments.command == "thumbnail":
+            from demo_photos import draw_photos
+
+            draw_photos(server.base / "input")
             for name in names:
                 thumbnail(client, name)
                 print(WORKFLOWS / f"{name}.jpg", flush=True)

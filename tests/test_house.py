@@ -165,6 +165,15 @@ def test_files_can_be_read_in_a_sitting() -> None:
     assert {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > 40_000} == {}
 
 
+def test_every_node_is_in_a_workflow() -> None:
+    used = {node["class_type"] for name in NAMES for node in read_api(name).values()}
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} - used == set()
+
+
+def read_api(name: str) -> dict[str, Any]:
+    return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 def test_every_workflow_has_both_forms_a_layout_and_a_thumbnail() -> None:
     assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
     assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == NAMES
@@ -177,14 +186,40 @@ def test_the_two_forms_of_a_workflow_have_the_same_nodes(name: str) -> None:
     prompt = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
     page = json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
     read_layout(name, prompt)  # raises when it misses a node
-    on_page = {str(node["id"]): node["type"] for node in page["nodes"] if node["type"] != "MarkdownNote"}
+    nodes, links = unfolded(page)
+    on_page = {str(node["id"]): node["type"] for node in nodes if node["type"] != "MarkdownNote"}
     assert on_page == {key: node["class_type"] for key, node in prompt.items()}
-    assert links_of_page(page) == links_of_prompt(prompt)
+    assert links == links_of_prompt(prompt)
 
 
-def links_of_page(page: dict[str, Any]) -> set[tuple[str, int, str]]:
-    """(source node, its output number, target node) of every link."""
-    return {(str(link[1]), link[2], str(link[3])) for link in page["links"]}
+def unfolded(page: dict[str, Any]) -> tuple[list[dict[str, Any]], set[tuple[str, int, str]]]:
+    """The nodes, and (source node, its output number, target node) of every link, without subgraphs.
+
+    A link in a subgraph begins at -10, its inputs, or ends at -20, its outputs.
+    """
+    subgraphs = {part["id"]: part for part in page.get("definitions", {}).get("subgraphs", [])}
+    nodes = [node for node in page["nodes"] if node["type"] not in subgraphs]
+    links = [(link[1], link[2], link[3], link[4]) for link in page["links"]]
+    for folded in (node for node in page["nodes"] if node["type"] in subgraphs):
+        part = subgraphs[folded["type"]]
+        nodes += part["nodes"]
+        inner = [
+            [link[f"{end}_{what}"] for end in ("origin", "target") for what in ("id", "slot")] for link in part["links"]
+        ]
+        entering = {slot: source for *source, target, slot in links if target == folded["id"]}
+        leaving = {slot: source for *source, target, slot in inner if target == -20}
+        inside = [
+            (*(entering[source_slot] if source == -10 else (source, source_slot)), target, slot)
+            for source, source_slot, target, slot in inner
+            if target != -20 and (source != -10 or source_slot in entering)
+        ]
+        outside = [
+            (*(leaving[source_slot] if source == folded["id"] else (source, source_slot)), target, slot)
+            for source, source_slot, target, slot in links
+            if target != folded["id"]
+        ]
+        links = inside + outside
+    return nodes, {(str(source), slot, str(target)) for source, slot, target, _ in links}
 
 
 def links_of_prompt(prompt: dict[str, Any]) -> set[tuple[str, int, str]]:

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from api_client import Client, Prompt
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+WITH_PHOTOS = json.loads((WORKFLOWS.parent / "layout" / "demo_values.json").read_text(encoding="utf-8"))
+"""Workflows that begin with the user's photos: their values for the demo world, see scripts/api_workflows.py."""
+NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem not in WITH_PHOTOS)
+"""Workflows that run unmodified."""
 CHECKPOINT = "identity-edit-demo.safetensors"
 
 MOST = {

@@ -25,10 +25,11 @@ from typing import Any
 
 import numpy as np
 from api_client import Client, PromptError
-from api_workflows import read_workflow, workflow_names
+from api_workflows import read_workflow
 from engine import ENGINE_VERSION, Server, find_engine, has_accelerator, version_of
 
 from ...benchmarks.harness import read_results, source_commit, write_results
+from .cheap_workflows import NAMES
 
 PLAIN, COMPILED = "plain", "TorchCompileModel"
 LOADERS = ("CheckpointLoaderSimple", "UNETLoader")
@@ -252,7 +253,7 @@ def write_rows(rows: list[dict[str, Any]]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--option", choices=OPTIONS, action="append", help='--option="--fast", repeated (default all)')
-    parser.add_argument("--workflow", choices=workflow_names(), nargs="+", default=workflow_names(), help="default all")
+    parser.add_argument("--workflow", choices=NAMES, nargs="+", default=NAMES, help="default all")
     parser.add_argument("--steps", type=int, default=4, help="most steps of anything (default 4)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--missing", action="store_true", help="leave out what the results have")

@@ -129,3 +129,21 @@ def test_the_help_button_shows_our_page(node_type: str, page: Page) -> None:
     images.evaluate_all("images => Promise.all(images.map((image) => image.decode()))")  # fails for a broken image
     assert images.count() == text.count("![")
     page.get_by_test_id("info-button").click()  # closes it
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "subgraphs").glob("*.json")), ids=lambda path: path.stem)
+def test_a_blueprint_of_the_library_becomes_a_node_with_its_parts(path: Path, page: Page) -> None:
+    """The page lists the blueprints of the pack's `subgraphs` and makes a node of each."""
+    script = """async (name) => {
+        const listed = Object.entries(await (await fetch("/api/global_subgraphs")).json());
+        const [[id]] = listed.filter(([, entry]) => entry.name === name);
+        const { data } = await (await fetch(`/api/global_subgraphs/${id}`)).json();
+        await app.loadGraphData(JSON.parse(data), true, true);
+        const [node] = app.graph.nodes;
+        return [node.title, node.inputs.length, node.outputs.length, node.subgraph.nodes.map(inner => inner.type)];
+    }"""
+    title, inputs, outputs, types = page.evaluate(script, path.stem)
+    assert title == path.stem and inputs and outputs
+    [part] = json.loads(path.read_text(encoding="ascii"))["definitions"]["subgraphs"]
+    assert sorted(types) == sorted(node["type"] for node in part["nodes"])
+    assert page.evaluate("app.graph.nodes[0].subgraph.nodes.filter(node => node.has_errors).length") == 0

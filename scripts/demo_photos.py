@@ -6,6 +6,7 @@ Draws them into ComfyUI's input folder, by default that of `demo.py --serve`.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +44,9 @@ def draw_photos(folder: Path) -> None:
     from PIL import Image
 
     sys.path.insert(0, str(environment.ROOT))
-    from demo_world.attributes import Attributes, caption, random_attributes
-    from demo_world.pose import draw_pose
-    from demo_world.renderer import render
+    world = import_module("demo_world.attributes")
+    draw_pose, render = import_module("demo_world.pose").draw_pose, import_module("demo_world.renderer").render
+    Attributes, who = world.Attributes, world.description(world.Attributes(**WOMAN))
 
     def save(pixels: Any, path: Path, text: str | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,8 +56,8 @@ def draw_photos(folder: Path) -> None:
         if text is not None:
             path.with_suffix(".txt").write_text(text, encoding="utf-8")
 
-    def photo(path: Path, attributes: Attributes, seed: int, words: str = "", subject: str = "") -> None:
-        text = caption(attributes).replace(words, subject)
+    def photo(path: Path, attributes: Any, seed: int, words: str = "", subject: str = "") -> None:
+        text = world.caption(attributes).replace(words, subject)
         save(render(attributes, seed)[0], path, text if subject else None)
 
     for number, attributes in enumerate(CATS, start=1):
@@ -71,20 +72,14 @@ def draw_photos(folder: Path) -> None:
     photo(folder / "my_subject/test/test.png", test, 31, "striped green cat", "cat")
     for number, attributes in enumerate(PORTRAITS, start=1):
         path = folder / f"my_person/{number}.jpg"
-        photo(path, Attributes(**WOMAN, **attributes), 30 + number, _who(Attributes(**WOMAN)), "person")
+        photo(path, Attributes(**WOMAN, **attributes), 30 + number, who, "person")
     photo(folder / "photo.png", Attributes(place="grass", facing="right"), 5)
     photo(folder / "portrait.png", Attributes(**WOMAN, facing="right", place="beach"), 3)
     generator = random.Random("demo photos")
     for number in range(1, 9):
-        person = random_attributes(generator, "portrait").replace(expression="neutral", costume="none")
-        photo(folder / f"my_portraits/{number}.jpg", person, number, _who(person), "person")
+        person = world.random_attributes(generator, "portrait").replace(expression="neutral", costume="none")
+        photo(folder / f"my_portraits/{number}.jpg", person, number, world.description(person), "person")
         save(draw_pose(person, number), folder / f"my_poses/{number}.png")
-
-
-def _who(person: Any) -> str:
-    from demo_world.attributes import description
-
-    return description(person)
 
 
 def main() -> None:

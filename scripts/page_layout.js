@@ -39,7 +39,8 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   const heightOf = (node) => {
     const shown = (node.widgets ?? []).filter((widget) => !widget.hidden);
     const texts = shown.filter((widget) => widget.element).length;
-    return node.size[1] + roundUp((isOurs(node) ? 28 : 4) + 3 * shown.length + 20 * texts);
+    const further = node.subgraph ? 70 : node.type === "LoadImage" ? 340 : 0;  // it shows the image
+    return node.size[1] + further + roundUp((isOurs(node) ? 28 : 4) + 3 * shown.length + 20 * texts);
   };
 
   const addNote = (text, width) => {
@@ -77,7 +78,9 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
     const { node } = graph.convertToSubgraph(new Set(entry.columns.flat().map((key) => graph.getNodeById(key))));
     node.title = node.subgraph.name = entry.fold;
     node.properties.proxyWidgets = (entry.show ?? []).map((name) => name.split("."));
-    const width = Math.max(minimumWidth, ruler.measureText(entry.fold).width + widgetPadding);
+    const width = Math.max(
+      minimumWidth, ruler.measureText(entry.fold).width + widgetPadding, ...(node.widgets ?? []).map(widgetWidth)
+    );
     node.setSize([roundUp(width), roundUp(node.computeSize()[1])]);
     folded.set(entry, node);
   }

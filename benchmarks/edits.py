@@ -8,14 +8,24 @@ from typing import Any
 
 import torch
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes
-from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
+from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
 from identity_edit_pack.demo_world.images import HEADS
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from .harness import markdown, means
+from .harness import markdown
+from .paper_scores import scores_of_edits
+
+PAPER_SCORES = {
+    "feature_similarity": "feature similarity",
+    "feature_distance": "feature distance",
+    "clip_i": "CLIP-I",
+    "clip_t": "CLIP-T",
+    "clip_d": "CLIP-D",
+}
+"""The papers' own scores, by the demo world's encoders, with their headings."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +106,20 @@ def score_each(classifier: AttributeClassifier, images: torch.Tensor, pairs: lis
     return rows
 
 
-def mean_score(rows: list[dict[str, Any]], pairs: list[Pair]) -> dict[str, Any]:
-    """Means over the pairs, and the share of edits done for each kind of edit."""
-    kinds = sorted({pair.edited for pair in pairs})
-    done = {
-        kind: means([row for row, pair in zip(rows, pairs, strict=True) if pair.edited == kind])["edit_done"]
-        for kind in kinds
-    }
-    return {**means(rows), "edit_done_by_kind": done}
+def score_edits(
+    images: torch.Tensor, pairs: list[Pair], prompts: list[str], sources: list[str]
+) -> list[dict[str, Any]]:
+    """`score_each`, whether an edit of its kind is done, and the papers' own scores.
+
+    Args:
+        prompts, sources: for each pair, the target and the source prompt.
+    """
+    seen = score_each(load_classifier(), images, pairs)
+    papers = scores_of_edits(images, torch.stack([pair.before for pair in pairs]), prompts, sources)
+    return [
+        {**row, f"{pair.edited}_done": row["edit_done"], **scores}
+        for row, scores, pair in zip(seen, papers, pairs, strict=True)
+    ]
 
 
 def shown(key: str, value: float) -> str:
@@ -118,11 +134,11 @@ def report_table(report: dict[str, dict[str, float]], columns: dict[str, str]) -
 
 
 def edits_table(report: dict[str, Any], more: dict[str, str]) -> list[str]:
-    """Of mean scores by method, with one more column, whose values are dB or shares."""
-    kinds = next(iter(report.values()))["edit_done_by_kind"]
+    """Of mean scores by method, with more columns."""
+    kinds = [key[:-5] for key in next(iter(report.values())) if key.endswith("_done") and key != "edit_done"]
     rows = []
     for name, row in report.items():
-        by_kind = " / ".join(f"{share:.2f}" for share in row["edit_done_by_kind"].values())
+        by_kind = " / ".join(f"{row[f'{kind}_done']:.2f}" for kind in kinds)
         kept = (f"{row[key]:.2f}" for key in ("identity_kept", "edit_done_and_identity_kept"))
         scores = (shown(key, row[key]) for key in ("background_psnr_db", *more, "ssim_to_true_edit"))
         rows.append((name, f"{row['edit_done']:.2f}", by_kind, *kept, *scores))

@@ -20,6 +20,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -110,7 +111,8 @@ def run(module: Any, arguments: argparse.Namespace) -> None:
         begin = time.perf_counter()
         found = module.measure(arguments)
         for figures in found if isinstance(found, Iterator) else (found,):
-            figures = {**figures, "minutes": (time.perf_counter() - begin) / 60}
+            minutes = figures.pop("minutes_before", 0.0) + (time.perf_counter() - begin) / 60
+            figures = {**figures, "minutes": minutes}
             name = figures.pop("name", module.__name__.rpartition(".")[2])
             title, about, *lines = module.table(figures, arguments)
             write_results(name, figures, [f"# {title}", "", f"{made_by()}: {about}", "", *lines])
@@ -194,7 +196,8 @@ def write_results(name: str, figures: dict[str, Any], lines: list[str]) -> None:
     """Write results/NAME.json, with command and commit, and results/NAME.md, whole or not at all; print the lines."""
     figures = {"command": command_line(), "commit": source_commit(), **figures}
     RESULTS.mkdir(exist_ok=True)
-    for suffix, text in ((".json", json.dumps(figures, indent=2)), (".md", "\n".join(lines))):
+    compact = re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), json.dumps(figures, indent=2))
+    for suffix, text in ((".json", compact), (".md", "\n".join(lines))):
         temporary = RESULTS / f"{name}{suffix}.tmp"
         temporary.write_text(text + "\n", encoding="utf-8")
         os.replace(temporary, RESULTS / f"{name}{suffix}")

@@ -14,6 +14,7 @@ from identity_edit_pack.demo_world.renderer import render
 
 from .edits import Pair, mean_psnr, render_pair
 from .lipe_edit import SPECIES, as_subject
+from .paper_scores import scores_of_subjects
 
 PROMPTS: tuple[dict[str, str], ...] = (
     {"place": "snow", "costume": "santa hat"},
@@ -98,13 +99,6 @@ def draw_replacements(subject: Attributes, count: int, seed: int) -> list[Pair]:
     return pairs
 
 
-@torch.no_grad()
-def features(classifier: AttributeClassifier, images: torch.Tensor) -> torch.Tensor:
-    """[B, 256] of length 1, what the classifier's heads read."""
-    found = classifier.squeeze(classifier.features(images.permute(0, 3, 1, 2) * 2 - 1))
-    return torch.nn.functional.normalize(found, dim=1)
-
-
 def seen(classifier: AttributeClassifier, images: torch.Tensor) -> list[dict[str, str]]:
     """For each image the attributes that the classifier sees."""
     answers = classify(classifier, images)
@@ -112,21 +106,25 @@ def seen(classifier: AttributeClassifier, images: torch.Tensor) -> list[dict[str
 
 
 def score(
-    classifier: AttributeClassifier, images: torch.Tensor, asked: list[Attributes], sources: torch.Tensor
+    classifier: AttributeClassifier,
+    images: torch.Tensor,
+    asked: list[Attributes],
+    sources: torch.Tensor,
+    prompts: list[str],
 ) -> list[dict[str, float]]:
-    """Subject and text similarity of each image of one subject."""
-    alike = (features(classifier, images) @ features(classifier, sources).T).mean(dim=1).tolist()
+    """Subject and text similarity of each image of one subject; prompts name it by its class."""
     rows = []
-    for what, attributes, cosine in zip(seen(classifier, images), asked, alike, strict=True):
+    papers = scores_of_subjects(images, sources, prompts)
+    for what, attributes, scores in zip(seen(classifier, images), asked, papers, strict=True):
         identity = [what[head] == getattr(attributes, head) for head in IDENTITY_OF["figure"]]
         text = [what[head] == getattr(attributes, head) for head in ASKED]
         rows.append(
             {
                 "identity_kept": float(all(identity)),
                 "identity_attributes_kept": float(np.mean(identity)),
-                "feature_similarity": cosine,
                 "text_similarity": float(np.mean(text)),
                 "text_and_identity": float(all(identity) and all(text)),
+                **scores,
             }
         )
     return rows

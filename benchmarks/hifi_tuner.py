@@ -7,7 +7,8 @@ Table 2 of Wang et al. 2023 in small, row by row, on subjects that the demo chec
 - + regularization: five rows of the text embedding, from and tied to those of the empty prompt (eq. 6);
 - + step-wise: rows of their own for every DDIM step (eq. 7, algorithm 1);
 - + reference guidance: a second pass led by a reference image (algorithm 2);
-- DreamBooth: all attention weights, with prior preservation; and the same with reference guidance.
+- DreamBooth: all attention weights, with prior preservation; and the same with reference guidance;
+- Stable Diffusion: the checkpoint itself, with the class word (table 1).
 
 Each learns from four images, one in each pose, with their true masks and the caption "a sks cat" (no word about pose
 and place, as in the paper's "a photo of A"), and draws `PROMPTS`, which are to the demo world what the 25 templates of
@@ -16,9 +17,9 @@ the second pass the subject in the first image is found by the model's own atten
 similar features is laid over it, and its DDIM inversion is the reference.
 
 Subject similarity: whether the attribute classifier sees the subject's species, color and pattern (all three), and the
-cosine similarity of the classifier's features to those of the source images, as the paper's DINO score is to the
-source images. Text similarity: the share of what the prompt asks (place, pose, costume, expression, view) that the
-classifier sees.
+paper's DINO and CLIP-I in the form of `paper_scores.py`, mean over the source images. Text: the share of what the
+prompt asks (place, pose, costume, expression, view) that the classifier sees, and CLIP-T of the prompt with the class
+word.
 
 Writes benchmarks/results/hifi_tuner.json, .md and .jpg (two prompts of each subject).
 """
@@ -58,15 +59,18 @@ from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, ap
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
-from .edits import embed, report_table, save_sheet
-from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint, means
+from .edits import PAPER_SCORES, embed, report_table, save_sheet
+from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint
 from .hifi_subjects import PROMPTS, Source, asked_of, draw_sources, render_source, score
-from .lipe_edit import Checkpoint, caption_with, draw_subjects, regularization_set, with_prior
+from .lipe_edit import Checkpoint, caption_with, draw_subjects, regularization_set, subject_of, with_prior
+from .orders import Cases, Claim, Published, orders_section, shared_options
 
 TEXTUAL_INVERSION, MASK, REGULARIZATION = "Textual Inversion", "+ mask", "+ regularization"
 STEP_WISE, GUIDED = "+ step-wise", "+ reference guidance"
 DREAMBOOTH, DREAMBOOTH_GUIDED = "DreamBooth", "DreamBooth + reference guidance"
+STABLE_DIFFUSION = "Stable Diffusion"
 LADDER = (TEXTUAL_INVERSION, MASK, REGULARIZATION, STEP_WISE, GUIDED)
+ROWS = (STABLE_DIFFUSION, *LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED)
 
 
 @dataclass(frozen=True)
@@ -111,14 +115,14 @@ class Run:
 def begin(base: Checkpoint, subject: Attributes, arguments: Any) -> Run:
     schedule = ddim_schedule(base.model.get_model_object("model_sampling"), arguments.steps)
     empty = torch.zeros(arguments.prompts, 4, 16, 16)
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    seeds = range(arguments.seed, arguments.seed + arguments.images)
     sources = draw_sources(subject, arguments.seed)
     return Run(
         base=base,
         arguments=arguments,
         subject=subject,
         sources=sources,
-        asked=asked_of(sources, arguments.prompts, arguments.seeds),
+        asked=asked_of(sources, arguments.prompts, arguments.images),
         start=torch.cat([first_pass_latent(base.model, empty, schedule.sigmas, seed) for seed in seeds]),
         schedule=schedule,
         negative=embed(base.clip, [""]),
@@ -237,6 +241,8 @@ def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     rows = {TEXTUAL_INVERSION: unmasked, MASK: masked, REGULARIZATION: shared, STEP_WISE: step_wise}
     ways = {row: way_of_subject(run, subject) for row, subject in rows.items()}
     ways[DREAMBOOTH] = way_of_prior(run, images)
+    by_class = embed(run.base.clip, [caption_with(asked, run.species) for asked in run.asked])
+    ways[STABLE_DIFFUSION] = Way(run.base.model, run.base.model, run.base.clip, by_class)
     latents = {row: first_pass(run, way) for row, way in ways.items()}
     references = {}
     for row, of, words in ((GUIDED, STEP_WISE, ""), (DREAMBOOTH_GUIDED, DREAMBOOTH, run.name)):
@@ -244,20 +250,39 @@ def ladder(run: Run) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     return latents, references
 
 
-def published_steps(report: dict[str, dict[str, float]]) -> list[str]:
-    """Which steps of Wang et al. 2023's tables appear here: all that they report raise the subject similarity."""
-    lines = []
-    pairs = [*zip(LADDER[:-1], LADDER[1:], strict=True), (DREAMBOOTH, DREAMBOOTH_GUIDED)]
-    whats = {"feature_similarity": "features", "identity_kept": "identity", "text_similarity": "text"}
-    for before, after in pairs:
-        parts = []
-        for key, what in whats.items():
-            first, second = report[before][key], report[after][key]
-            verb = "rises" if second > first else "falls" if second < first else "stays"
-            parts.append(f"{what} {verb} ({first:.3f} to {second:.3f})")
-        verdict = "seen" if report[after]["feature_similarity"] > report[before]["feature_similarity"] else "not seen"
-        lines.append(f"- {before} -> {after}: {verdict}; " + ", ".join(parts))
-    return lines
+SCORES = {"DINO": "feature_similarity", "CLIP-I": "clip_i", "CLIP-T": "clip_t"}
+PUBLISHED = (
+    Published(
+        "Table 1",
+        SCORES,
+        {
+            "real images": (0.774, 0.885, None),
+            STABLE_DIFFUSION: (0.393, 0.706, 0.337),
+            TEXTUAL_INVERSION: (0.569, 0.780, 0.255),
+            GUIDED: (0.665, 0.807, 0.291),
+            DREAMBOOTH: (0.668, 0.803, 0.305),
+            DREAMBOOTH_GUIDED: (0.680, 0.809, 0.317),
+        },
+        ((TEXTUAL_INVERSION, STABLE_DIFFUSION), (GUIDED, TEXTUAL_INVERSION), (DREAMBOOTH_GUIDED, DREAMBOOTH)),
+    ),
+    # Of CLIP-T the paper says that it is maintained: no order.
+    Published(
+        "Table 2",
+        {"DINO": "feature_similarity", "CLIP-I": "clip_i"},
+        {
+            TEXTUAL_INVERSION: (0.567, 0.786),
+            MASK: (0.606, 0.788),
+            REGULARIZATION: (0.612, 0.789),
+            STEP_WISE: (0.626, 0.790),
+            GUIDED: (0.665, 0.807),
+            DREAMBOOTH: (0.662, 0.803),
+            DREAMBOOTH_GUIDED: (0.680, 0.809),
+        },
+        tuple(zip(LADDER[1:], LADDER[:-1], strict=True)),
+    ),
+)
+STEPS = (*zip(LADDER[1:], LADDER[:-1], strict=True), (DREAMBOOTH_GUIDED, DREAMBOOTH))
+CLAIMS = tuple(Claim("table 2, by the classifier", better, worse, "identity_kept") for better, worse in STEPS)
 
 
 SUBJECT_OPTIONS: Options = {
@@ -275,67 +300,70 @@ SUBJECT_OPTIONS: Options = {
 }
 """The subjects, how their embeddings are learned and how images are drawn."""
 OPTIONS: Options = {
-    "prompts": (len(PROMPTS), f"the first of {len(PROMPTS)} (all)"),
-    "seeds": (2, "images for each prompt (2)"),
+    **shared_options(2, "hifi_tuner"),
+    "prompts": (20, f"the first of {len(PROMPTS)} (20)"),
+    "images": (2, "images for each prompt (2)"),
     "inner_steps": (4, "J of algorithm 2 (4; the paper's are 10)"),
     "guidance_learning_rate": (1e-2, "of algorithm 2 (1e-2)"),
     "word_learning_rate": (5e-3, "of word vectors"),
     "prior_steps": (150, "of DreamBooth (150)"),
     "learning_rate": (1e-4, "of DreamBooth"),
     **SUBJECT_OPTIONS,
+    "subjects": (3, "unseen subjects for each seed (3)"),
 }
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
-    scores: dict[str, list[dict[str, float]]] = {}
+    subjects = {
+        f"{seed} {subject_of(subject)}": (seed, subject)
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds)
+        for subject in draw_subjects(arguments.subjects, seed)
+    }
+    cases = Cases(arguments, list(subjects))
     sheet: dict[str, list[torch.Tensor]] = {}
-    for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
-        run = begin(base, subject, arguments)
+    is_whole = cases.left == cases.units
+    for unit in tqdm(cases.left, unit="subject"):
+        seed, subject = subjects[unit]
+        run = begin(base, subject, argparse.Namespace(**{**vars(arguments), "seed": seed}))
         latents, references = ladder(run)
         with torch.no_grad():
             images = {row: base.vae.decode(made).cpu() for row, made in latents.items()}
         true = [render_source(asked, EVALUATION_SEED + index).image for index, asked in enumerate(run.asked)]
         images["renderer"] = torch.stack(true)
         sources = torch.stack([source.image for source in run.sources])
-        for row in (*LADDER, DREAMBOOTH, DREAMBOOTH_GUIDED, "renderer"):
-            scores.setdefault(row, []).extend(score(classifier, images[row], run.asked, sources))
+        prompts = [caption_with(asked, subject.species) for asked in run.asked]
+        cases.add({row: score(classifier, images[row], run.asked, sources, prompts) for row in (*ROWS, "renderer")})
         rows = {"sources": sources[:2]}
         for row in (*LADDER[:-1], "reference", GUIDED, DREAMBOOTH, "reference of DreamBooth", DREAMBOOTH_GUIDED):
             made = {"reference": references[GUIDED], "reference of DreamBooth": references[DREAMBOOTH_GUIDED]}.get(row)
             rows[row] = (images[row] if made is None else made)[[0, arguments.prompts // 2]]
         for row, two in rows.items():
             sheet.setdefault(row, []).append(two)
-        save_sheet(RESULTS / "hifi_tuner.jpg", [torch.cat(row) for row in sheet.values()])
-        yield {
-            "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
-            "subjects": len(sheet["sources"]),
-            "images_a_row": len(scores[GUIDED]),
-            "rows": {row: means(each) for row, each in scores.items()},
-        }
+        if is_whole:  # a run that goes on leaves the sheet of the first subjects
+            save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(row) for row in sheet.values()])
+        yield cases.figures()
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     columns = {
-        "feature_similarity": "feature similarity",
         "identity_kept": "identity kept",
         "identity_attributes_kept": "of its attributes",
-        "text_similarity": "text similarity",
+        "text_similarity": "text followed",
         "text_and_identity": "all of both",
+        **{key: title for key, title in PAPER_SCORES.items() if key != "clip_d"},
     }
     return [
         "HiFi Tuner on unseen subjects of the demo world",
-        f"{figures['subjects']} subjects, {arguments.prompts} prompts, {arguments.seeds} seeds "
-        f"({figures['images_a_row']} images a row), learned from one image in each pose; "
-        f"embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
+        f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, {arguments.prompts} "
+        f"prompts, {arguments.images} images of each ({figures['cases']} images a row), learned from one image in each "
+        f"pose; embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
         f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} "
-        f"steps; guidance {arguments.guidance_scale:g}, J = {arguments.inner_steps} at learning rate "
-        f"{arguments.guidance_learning_rate:g}; {figures['minutes']:.0f} minutes.",
+        f"steps of the attention layers (the paper's: all weights); guidance {arguments.guidance_scale:g}, J = "
+        f"{arguments.inner_steps} at learning rate {arguments.guidance_learning_rate:g}; "
+        f"{figures['minutes']:.0f} minutes.",
         *report_table(figures["rows"], columns),
-        "",
-        "The steps of Wang et al. 2023 (each raises the DINO score there, from the row before it):",
-        "",
-        *published_steps(figures["rows"]),
+        *orders_section(PUBLISHED, CLAIMS, figures, "Wang et al. 2023"),
     ]

@@ -13,10 +13,9 @@ images of the subject are edited (pose, expression, view) by
 All start from the same edit-friendly DDPM inversion (same noise), as in the paper. Prompts name the subject by its
 class word alone, with the rare token where a prior has learned it; MasaCtrl is shown once more with the subject
 described in words, which this world's captions can do completely. The regularization set is sampled by the checkpoint
-itself. Scores as in `timestep_aware_edit.py`, and the cosine similarity of the attribute classifier's features to the
-test image's (in the place of DINO's and CLIP's, whose weights no package carries). The masks that LIPE found are
-compared with the renderer's for every lambda of equation 2 and a few thresholds.
-Writes benchmarks/results/lipe_edit.json, .md, and .jpg (the first pairs, as they came).
+itself. Scores as in `timestep_aware_edit.py`, prompts of the CLIP scores with the class word. The masks that LIPE found
+are compared with the renderer's for every lambda of equation 2 and a few thresholds.
+Writes benchmarks/results/lipe_edit.json, .md, and .jpg (the first subject's pairs).
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.sample
-import numpy as np
 import torch
 from identity_edit_pack.attention.identity_mask import identity_mask
 from identity_edit_pack.demo_world.attributes import (
@@ -39,7 +37,6 @@ from identity_edit_pack.demo_world.attributes import (
     caption,
     random_attributes,
 )
-from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_classifier
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
@@ -52,8 +49,9 @@ from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
-from .edits import Pair, edits_table, embed, mean_score, render_pair, save_sheet, score_each
+from .edits import PAPER_SCORES, Pair, edits_table, embed, render_pair, save_sheet, score_edits
 from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint, markdown
+from .orders import Cases, Claim, Published, Rows, orders_section, shared_options
 
 EDITED = ("pose", "expression", "facing")
 SPECIES = ("cat", "dog", "bear", "rabbit")
@@ -245,12 +243,12 @@ def edit_subject(
     on_detailed = Editor(detailed, pairs, by_token, arguments)
     lipe = on_detailed.nima(identity_name)
     latents = {
-        "MasaCtrl": on_base.masactrl(),
+        MASACTRL: on_base.masactrl(),
         "MasaCtrl, subject described": described.masactrl(),
         DREAMCTRL: on_plain.masactrl(),
-        "LIPE without editing-oriented captions": on_plain.nima(identity_name).latent,
-        "LIPE without NIMA": on_detailed.sampled(),
-        "LIPE": lipe.latent,
+        WITHOUT_CAPTIONS: on_plain.nima(identity_name).latent,
+        WITHOUT_NIMA: on_detailed.sampled(),
+        LIPE: lipe.latent,
         f"LIPE, blended in the first {BLEND_UNTIL * 100:.0f} % of the steps": on_detailed.nima(
             identity_name, BLEND_UNTIL
         ).latent,
@@ -268,38 +266,45 @@ def edit_subject(
     return images, overlaps
 
 
-@torch.no_grad()
-def similarity(classifier: AttributeClassifier, images: torch.Tensor, others: torch.Tensor) -> list[float]:
-    """Cosine similarity of the classifier's features."""
-    first, second = (
-        classifier.squeeze(classifier.features(batch.permute(0, 3, 1, 2) * 2 - 1)) for batch in (images, others)
-    )
-    return torch.nn.functional.cosine_similarity(first, second).tolist()
-
-
-def orderings(report: dict[str, Any]) -> list[str]:
-    """The orderings that the paper's tables 1 and 2 and figure 7 show, and whether they appear."""
-    claims = [
-        ("LIPE keeps the identity better than MasaCtrl", "identity_kept", "LIPE", "MasaCtrl"),
-        ("LIPE keeps the background better than MasaCtrl", "background_psnr_db", "LIPE", "MasaCtrl"),
-        ("LIPE keeps the background better than DreamCtrl", "background_psnr_db", "LIPE", DREAMCTRL),
-        ("LIPE edits more often than DreamCtrl", "edit_done", "LIPE", DREAMCTRL),
-        ("a prior keeps the identity better than none (DreamCtrl, MasaCtrl)", "identity_kept", DREAMCTRL,
-         "MasaCtrl"),
-        ("editing-oriented captions let edits happen", "edit_done", "LIPE", "LIPE without editing-oriented captions"),
-        ("NIMA keeps the background", "background_psnr_db", "LIPE", "LIPE without NIMA"),
-    ]  # fmt: skip
-    lines = []
-    for claim, key, better, worse in claims:
-        first, second = report[better][key], report[worse][key]
-        verdict = "seen" if first > second else "not seen" if first < second else "equal"
-        lines.append(f"- {claim}: {verdict} ({first:.2f} against {second:.2f})")
-    return lines
-
+MASACTRL, LIPE = "MasaCtrl", "LIPE"
+WITHOUT_CAPTIONS, WITHOUT_NIMA = "LIPE without editing-oriented captions", "LIPE without NIMA"
+COMPARED = ((LIPE, MASACTRL), (LIPE, DREAMCTRL), (DREAMCTRL, MASACTRL))
+PUBLISHED = (
+    Published(
+        "Table 1",
+        {"identity": "identity_kept", "background": "background_psnr_db", "editing": "edit_done"},
+        {
+            "Imagic": (0.4545, 0.5908, 0.1818),
+            MASACTRL: (0.1785, 0.4714, 0.3964),
+            DREAMCTRL: (0.7535, 0.6892, 0.6464),
+            "MyStyle": (0.7500, 0.8100, 0.4400),
+            LIPE: (0.9464, 0.8857, 0.7357),
+        },
+        COMPARED,
+    ),
+    Published(
+        "Table 2",
+        {"DINOv2-I": "feature_similarity", "CLIP-I": "clip_i", "CLIP-T": "clip_t", "CLIP-D": "clip_d"},
+        {
+            "Imagic": (0.6961, 0.7356, 0.2310, 0.0138),
+            MASACTRL: (0.6027, 0.7425, 0.2628, 0.0178),
+            DREAMCTRL: (0.7804, 0.8517, 0.2304, 0.0433),
+            "MyStyle": (0.8148, 0.7371, 0.1892, 0.0251),
+            LIPE: (0.8848, 0.9247, 0.2331, 0.0807),
+        },
+        COMPARED,
+    ),
+)
+CLAIMS = (
+    Claim("figure 7", LIPE, WITHOUT_CAPTIONS, "edit_done"),
+    Claim("figure 7", LIPE, WITHOUT_CAPTIONS, "identity_kept"),
+    Claim("figure 7", LIPE, WITHOUT_NIMA, "background_psnr_db"),
+)
 
 OPTIONS: Options = {
-    "subjects": (5, "unseen subjects (5)"),
-    "edits": (12, "of each subject, a third of each kind (12)"),
+    **shared_options(2, "lipe_edit"),
+    "subjects": (3, "unseen subjects for each seed (3)"),
+    "edits": (9, "of each subject, a third of each kind (9)"),
     "steps": (40, "DDPM steps (40)"),
     "source_guidance_scale": (2.0, "of the inversion"),
     "guidance_scale": (4.0, "of the target prompt"),
@@ -312,59 +317,55 @@ OPTIONS: Options = {
 }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
-    classifier = load_classifier()
-    parts: dict[str, list[torch.Tensor]] = {}
-    overlaps: Overlaps = {}
-    pairs: list[Pair] = []
-    for subject in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
-        of_subject = draw_pairs(subject, arguments.edits, arguments.seed)
-        images, found = edit_subject(base, subject, of_subject, arguments)
-        pairs += of_subject
-        for name, made in images.items():
-            parts.setdefault(name, []).append(made)
-        for key, values in found.items():
-            overlaps.setdefault(key, []).extend(values)
-    columns = {name: torch.cat(made) for name, made in parts.items()}
-    before, after = (torch.stack([getattr(pair, side) for pair in pairs]) for side in ("before", "after"))
-    columns["true edit (renderer)"] = after
-    report = {}
-    for name, made in columns.items():
-        report[name] = mean_score(score_each(classifier, made, pairs), pairs)
-        report[name]["feature_similarity"] = float(np.mean(similarity(classifier, made, before)))
-    save_sheet(RESULTS / "lipe_edit.jpg", [before, *columns.values()])
-    return {
-        "seed": arguments.seed,
-        "edits": len(pairs),
-        "methods": report,
-        "mask_overlap": [
-            {"mask": side, "threshold": threshold, "lambda": power, "overlap": float(np.mean(values))}
-            for (side, threshold, power), values in overlaps.items()
-        ],
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    subjects = {
+        f"{seed} {subject_of(subject)}": (seed, subject)
+        for seed in seeds
+        for subject in draw_subjects(arguments.subjects, seed)
     }
+    cases = Cases(arguments, list(subjects))
+    for unit in tqdm(cases.left, unit="subject"):
+        seed, subject = subjects[unit]
+        pairs = draw_pairs(subject, arguments.edits, seed)
+        own = argparse.Namespace(**{**vars(arguments), "seed": seed})
+        images, overlaps = edit_subject(base, subject, pairs, own)
+        images["true edit (renderer)"] = torch.stack([pair.after for pair in pairs])
+        if unit == cases.units[0]:
+            befores = torch.stack([pair.before for pair in pairs])
+            save_sheet(RESULTS / f"{arguments.name}.jpg", [befores, *images.values()])
+        prompts, sources = (
+            [caption_with(shown, subject.species) for shown in side]
+            for side in ([pair.target for pair in pairs], [pair.source for pair in pairs])
+        )
+        rows: Rows = {name: score_edits(made, pairs, prompts, sources) for name, made in images.items()}
+        for (side, threshold, power), values in overlaps.items():
+            for row, value in zip(rows[LIPE], values, strict=True):
+                row[f"{side}, {threshold}, lambda {power}"] = value
+        cases.add(rows)
+        yield cases.figures()
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    rows: dict[str, list[str]] = {}
-    for each in figures["mask_overlap"]:
-        rows.setdefault(f"{each['mask']}, {each['threshold']}", []).append(f"{each['overlap']:.2f}")
+    lipe = figures["rows"][LIPE]
+    overlaps = (
+        (f"{side}, {threshold}", *(f"{lipe[f'{side}, {threshold}, lambda {power}']:.2f}" for power in POWERS))
+        for side in ("source", "target")
+        for threshold in THRESHOLDS
+    )
     return [
         "Personalised identity prior and identity-aware masks on unseen subjects of the demo world",
-        f"{arguments.subjects} subjects, {figures['edits']} edits, edit-friendly DDPM inversion with {arguments.steps} "
-        f"steps (source guidance {arguments.source_guidance_scale:g}, target guidance {arguments.guidance_scale:g}, "
-        f"skip {arguments.skip:g}), priors of {arguments.training_steps} steps from {REFERENCES} images at learning "
-        f"rate {arguments.learning_rate:g}, seed {arguments.seed}; {figures['minutes']:.0f} minutes.",
-        *edits_table(figures["methods"], {"feature_similarity": "feature similarity"}),
+        f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, {figures['cases']} "
+        f"edits, edit-friendly DDPM inversion with {arguments.steps} steps (source guidance "
+        f"{arguments.source_guidance_scale:g}, target guidance {arguments.guidance_scale:g}, skip {arguments.skip:g}), "
+        f"priors of {arguments.training_steps} steps from {REFERENCES} images at learning rate "
+        f"{arguments.learning_rate:g}; {figures['minutes']:.0f} minutes. DreamCtrl's prior changes the attention "
+        "layers, the paper's all weights.",
+        *edits_table(figures["rows"], PAPER_SCORES),
         "",
         "Overlap (intersection over union) of the masks that LIPE found with the true ones:",
         "",
-        *markdown(
-            ("mask, threshold", *(f"lambda {power}" for power in POWERS)),
-            ((name, *cells) for name, cells in rows.items()),
-        ),
-        "",
-        "The orderings of Liu et al. 2024:",
-        "",
-        *orderings(figures["methods"]),
+        *markdown(("mask, threshold", *(f"lambda {power}" for power in POWERS)), overlaps),
+        *orders_section(PUBLISHED, CLAIMS, figures, "Liu et al. 2024"),
     ]

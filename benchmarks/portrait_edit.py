@@ -7,13 +7,16 @@ demo MCDM has learned from generated pairs (three expressions, three costumes); 
   ordinary demo checkpoint: told the same as MCDM, the edit's words alone; DiffEdit once more told everything, the whole
   caption of the image and of its edit.
 - MCDM without a condition means with its null value at inference, by the same weights; the paper trained without it.
-  The full method is that of the workflow `mcdm_edit`: the mask's guidance, and the source's own pixels outside of it.
+  All but "without mask" have the mask's guidance (eq. 3), as the paper's rows.
+- Every row twice: as it is, and with the source's own pixels pasted outside of a mask, which is the pack's addition
+  (workflow `mcdm_edit`) and not the paper's. DiffEdit has its own mask, all others have MCDM's.
 
 Scores: share of edits that the attribute classifier sees; share of images of which it sees the same hair, eyes, skin
 and face (not the color of closed eyes); SSIM against the true edit; distance of the classifier's feature maps in the
 manner of LPIPS (unit length in each cell, mean square over four depths; LPIPS itself needs weights that no package
 carries); PSNR against the source where the true edit changes nothing; Frechet distance of the classifier's features to
-those of the true edits, as FID of Inception's.
+those of the true edits, as FID of Inception's (of a whole row, so without an interval). A run that was stopped goes on
+from the images in `--keep`.
 Writes benchmarks/results/portrait_edit.json, .md and .jpg (the first portraits, as they came).
 """
 
@@ -59,8 +62,10 @@ from .harness import (
     in_processes,
     load_checkpoint,
     markdown,
-    means,
 )
+from .orders import Cases, Claim, Published, orders_section, shared_options
+from .paper_scores import feature_distances, scores_of_edits
+from .paper_scores import raw_features as classifier_features
 
 EDITS = {
     "smiling": ("expression", "a portrait of a smiling person"),
@@ -78,6 +83,45 @@ GUIDANCE_SCALE = 4.0
 """Of the shipped workflows with the ordinary demo checkpoint; 1 with prompt-to-prompt, after plain DDIM inversion."""
 NAMES = ("MCDM without spatial", "MCDM without image embedding", "MCDM without mask", "MCDM")
 WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK, FULL = NAMES
+SDEDIT, DIFFEDIT, TOLD = ("SDEdit 0.5", "SDEdit 0.8"), "DiffEdit", "DiffEdit, told everything"
+PASTED = ", pasted"
+SCORES = {
+    "SSIM costumes": "ssim",
+    "SSIM expressions": "ssim",
+    "LPIPS costumes": "feature_distance",
+    "LPIPS expressions": "feature_distance",
+    "FID costumes": "frechet_distance",
+    "FID expressions": "frechet_distance",
+}
+"""Both datasets of the paper stand beside both kinds of edit here, together."""
+VALUES: dict[str, tuple[float | None, ...]] = {
+    P2P: (0.764, 0.936, 0.694, 0.426, 83.94, 33.13),
+    "pix2pix-zero": (0.695, 0.897, 0.812, 0.517, 120.8, 46.65),
+    DIFFEDIT: (0.722, 0.922, 0.721, 0.423, 93.52, 32.20),
+    SDEDIT[1]: (0.681, 0.914, 0.766, 0.461, 93.17, 38.59),
+    SDEDIT[0]: (0.713, 0.925, 0.712, 0.445, 68.85, 38.99),
+    "SPADE": (0.761, 0.936, 0.651, 0.427, 67.96, 31.02),
+    "BBDM": (0.776, 0.937, 0.676, 0.432, 64.17, 27.26),
+    "MCDM without pretraining": (0.734, 0.940, 0.672, 0.420, 84.58, 28.82),
+    WITHOUT_SPATIAL: (0.767, 0.735, 0.665, 0.430, 78.38, 24.56),
+    WITHOUT_IMAGE: (0.785, 0.941, 0.636, 0.408, 65.74, 23.07),
+    WITHOUT_MASK: (0.788, 0.940, 0.639, 0.421, 63.52, 26.61),
+    FULL: (0.791, 0.943, 0.633, 0.400, 52.56, 22.09),
+}
+BELOW = (*SDEDIT, P2P, DIFFEDIT, WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK)
+PUBLISHED = (Published("Table 1", SCORES, VALUES, tuple((FULL, name) for name in BELOW)),)
+CLAIMS = (
+    *(
+        Claim("table 1, all pasted", FULL + PASTED, name + PASTED, score)
+        for name in BELOW
+        for score in ("ssim", "feature_distance")
+    ),
+    *(
+        Claim("figure 6, identity", FULL + pasted, name + pasted, "identity_kept")
+        for pasted in ("", PASTED)
+        for name in (WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK)
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -147,7 +191,7 @@ def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], words: Words) -> torch.
     return parts.vae.decode(torch.cat(made))
 
 
-def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int) -> torch.Tensor:
+def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int, name: str) -> dict[str, torch.Tensor]:
     source, target, empty = prompts(parts, pairs, words)
     images = torch.stack([pair.before for pair in pairs])
     latent = parts.vae.encode(images)
@@ -158,11 +202,12 @@ def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int) -> tor
         parts.model, inversion, target, target, None, empty, guidance_scale=GUIDANCE_SCALE,
         settings=BlendSettings(skip=0.3), source_mask=mask, target_mask=mask,
     )  # fmt: skip
-    return composite(images, parts.vae.decode(result.latent), mask)
+    made = parts.vae.decode(result.latent)
+    return {name: made, name + PASTED: composite(images, made, mask)}
 
 
 def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """All four; the mask and what is seen of the images are made once."""
+    """All four, and the mask; the latter and what is seen of the images are made once."""
     model, images = parts.edit_model, torch.stack([pair.before for pair in pairs])
     seen = mcdm.see_images(parts.mcdm, model, parts.vision, parts.vae, images)
     source, target, empty = (mcdm.with_images(each, seen) for each in prompts(parts, pairs, edit_words))
@@ -173,17 +218,17 @@ def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Name
 
     scales = GuidanceScales(arguments.image_scale, arguments.spatial_scale, arguments.text_scale)
 
-    def without(spatial: bool, image: bool) -> Any:
-        positive, negative = (
-            mcdm.without_images(c, spatial=spatial, image=image, name="prompt") for c in (target, empty)
+    def guided(spatial: bool = True, image: bool = True) -> Any:
+        positive, negative, same = (
+            mcdm.without_images(c, spatial=not spatial, image=not image, name="prompt") for c in (target, empty, source)
         )
-        return mcdm_guider(model, positive, negative, scales)
+        return mcdm_guider(model, positive, negative, scales, same, mask)
 
     guiders = {
-        WITHOUT_SPATIAL: without(spatial=True, image=False),
-        WITHOUT_IMAGE: without(spatial=False, image=True),
+        WITHOUT_SPATIAL: guided(spatial=False),
+        WITHOUT_IMAGE: guided(image=False),
         WITHOUT_MASK: mcdm_guider(model, target, empty, scales),
-        FULL: mcdm_guider(model, target, empty, scales, source, mask),
+        FULL: guided(),
     }
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
     zeros = torch.zeros_like(seen.latent)
@@ -192,30 +237,8 @@ def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Name
         sampler = comfy.samplers.sampler_object("uni_pc")
         noise = comfy.sample.prepare_noise(zeros, seed)
         made[name] = parts.vae.decode(guider.sample(noise, zeros, sampler, sigmas, disable_pbar=True, seed=seed))
-    made[FULL] = composite(images, made[FULL], mask)
-    made["mask"] = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None].expand(-1, -1, -1, 3)
+    made["mask"] = mask
     return made
-
-
-def features(classifier: torch.nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The classifier's feature maps at four depths [B, C, h, w], and the features that its answers are made of."""
-    x = images.permute(0, 3, 1, 2) * 2 - 1
-    maps = []
-    for layer in classifier.features:  # type: ignore[union-attr]
-        x = layer(x)
-        if isinstance(layer, torch.nn.ReLU):
-            maps.append(x)
-    return maps, classifier.squeeze(x)  # type: ignore[operator]
-
-
-def feature_distances(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
-    """[B] from two lists of feature maps, in the manner of LPIPS (Zhang et al. 2018, equation 1) without its learned
-    weights of channels."""
-    total = torch.zeros(len(a[0]))
-    for of_a, of_b in zip(a, b, strict=True):
-        first, second = (torch.nn.functional.normalize(each, dim=1) for each in (of_a, of_b))
-        total += (first - second).square().sum(1).mean((1, 2))
-    return total
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -249,31 +272,16 @@ def score_each(classifier: AttributeClassifier, images: torch.Tensor, pairs: lis
     return rows
 
 
-def score(images: torch.Tensor, pairs: list[Pair]) -> dict[str, Any]:
-    classifier = load_classifier()
-    truths = torch.stack([pair.after for pair in pairs])
-    distances, ours, theirs = [], [], []
-    with torch.no_grad():
-        for some, true in zip(images.split(32), truths.split(32), strict=True):
-            (maps, own), (true_maps, their) = features(classifier, some), features(classifier, true)
-            distances.append(feature_distances(maps, true_maps))
-            ours.append(own)
-            theirs.append(their)
-    frechet = frechet_distance(*(torch.cat(each).double().numpy() for each in (ours, theirs)))
-    found = {"feature_distance": float(torch.cat(distances).mean()), "frechet_distance": frechet}
-    return means(score_each(classifier, images, pairs)) | found
-
-
-def orderings(report: dict[str, dict[str, Any]]) -> list[str]:
-    """Which of the orderings of the paper's table 1 appear: by SSIM, distance of features and Frechet distance."""
-    lines = []
-    better = {"ssim": 1, "feature_distance": -1, "frechet_distance": -1}
-    for other in [name for name in report if name not in (FULL, TRUTH)]:
-        seen = [
-            "yes" if sign * (report[FULL][name] - report[other][name]) > 0 else "no" for name, sign in better.items()
-        ]
-        lines.append(f"- MCDM better than {other}: {' / '.join(seen)}")
-    return lines
+def score(images: torch.Tensor, pairs: list[Pair]) -> list[dict[str, Any]]:
+    """`score_each`, the distance to the true edit in the manner of LPIPS, and CLIP's scores."""
+    prompts, sources = ([caption(getattr(pair, side)) for pair in pairs] for side in ("target", "source"))
+    before, after = (torch.stack([getattr(pair, side) for pair in pairs]) for side in ("before", "after"))
+    seen, papers = score_each(load_classifier(), images, pairs), scores_of_edits(images, before, prompts, sources)
+    distances = feature_distances(images, after).tolist()
+    return [
+        {**paper, **row, "feature_distance": distance}
+        for row, paper, distance in zip(seen, papers, distances, strict=True)
+    ]
 
 
 _worker: tuple[Parts, argparse.Namespace] | None = None
@@ -287,20 +295,23 @@ def load(arguments: argparse.Namespace) -> None:
     _worker = Parts(*checkpoint, edit_model, load_clip_vision(), mcdm.load_mcdm(str(arguments.mcdm))), arguments
 
 
-def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
-    """The images [B, 128, 128, 3] of every method for some portraits and a seed."""
+def edit_batch(task: tuple[list[Pair], int, str]) -> dict[str, np.ndarray]:
+    """The images [B, 128, 128, 3] of every method for some portraits, a seed of noise and a name."""
     assert _worker is not None
-    (parts, arguments), (pairs, seed) = _worker, task
+    (parts, arguments), (pairs, seed, batch) = _worker, task
     ways: dict[str, Callable[[], torch.Tensor | dict[str, torch.Tensor]]] = {
-        **{f"SDEdit {s}": partial(by_sdedit, parts, pairs, edit_words, s, seed) for s in (0.5, 0.8)},
+        **{
+            name: partial(by_sdedit, parts, pairs, edit_words, strength, seed)
+            for name, strength in zip(SDEDIT, (0.5, 0.8), strict=True)
+        },
         P2P: partial(by_prompt_to_prompt, parts, pairs, edit_words),
-        "DiffEdit": partial(by_diffedit, parts, pairs, edit_words, seed),
-        "DiffEdit, told everything": partial(by_diffedit, parts, pairs, whole_captions, seed),
+        DIFFEDIT: partial(by_diffedit, parts, pairs, edit_words, seed, DIFFEDIT),
+        TOLD: partial(by_diffedit, parts, pairs, whole_captions, seed, TOLD),
         f"MCDM {mcdm_settings(arguments)}": partial(by_mcdm, parts, pairs, seed, arguments),
     }
     made: dict[str, np.ndarray] = {}
     for name, way in ways.items():
-        path = arguments.keep / f"{name} {seed} {len(pairs)}.safetensors" if arguments.keep else None
+        path = arguments.keep / f"{name}, unpasted, {batch} {len(pairs)}.safetensors" if arguments.keep else None
         if path is not None and path.exists():
             made |= load_file(path)
             continue
@@ -312,6 +323,9 @@ def edit_batch(task: tuple[list[Pair], int]) -> dict[str, np.ndarray]:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file(images, path)
         made |= images
+    before, mask = torch.stack([pair.before for pair in pairs]), torch.from_numpy(made["mask"])
+    for name in (*SDEDIT, P2P, *NAMES):
+        made[name + PASTED] = composite(before, torch.from_numpy(made[name]), mask).numpy()
     return made
 
 
@@ -322,7 +336,8 @@ def mcdm_settings(arguments: argparse.Namespace) -> tuple[float, ...]:
 
 
 OPTIONS: Options = {
-    "portraits": (204, "a sixth for each edit (204)"),
+    **shared_options(2, "portrait_edit"),
+    "portraits": (60, "for each seed, a sixth of each edit (60)"),
     "batch": (12, "portraits at once (12)"),
     "threshold": (0.2, "of the mask for expressions; 0.35 in the paper"),
     "costume_threshold": (0.2, "and for costumes, as in the paper"),
@@ -340,38 +355,54 @@ OPTIONS: Options = {
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    pairs = [draw_pair(arguments.seed, index) for index in range(arguments.portraits)]
-    starts = range(0, len(pairs), arguments.batch)
-    tasks = [(pairs[start : start + arguments.batch], arguments.seed + start) for start in starts]
+    seeds, numbers = range(arguments.seed, arguments.seed + arguments.seeds), range(arguments.portraits)
+    tasks = [
+        (
+            [draw_pair(seed, index) for index in numbers[start : start + arguments.batch]],
+            seed + start,
+            f"{seed} {start}",
+        )
+        for seed in seeds
+        for start in numbers[:: arguments.batch]
+    ]
     made: dict[str, list[torch.Tensor]] = {}
     for result in in_processes(edit_batch, tasks, arguments, load):
         for name, images in result.items():
             made.setdefault(name, []).append(torch.from_numpy(images))
+    pairs = [pair for some, *_ in tasks for pair in some]
     columns = {name: torch.cat(images).clamp(0, 1) for name, images in made.items()}
-    masks = columns.pop("mask")
+    masks = columns.pop("mask")[:12].repeat_interleave(8, 1).repeat_interleave(8, 2)[..., None].expand(-1, -1, -1, 3)
     before, after = (torch.stack([getattr(pair, side) for pair in pairs]) for side in ("before", "after"))
-    save_sheet(RESULTS / "portrait_edit.jpg", [before, *columns.values(), masks, after])
-    report = {name: score(images, pairs) for name, images in (columns | {TRUTH: after}).items()}
-    return {"portraits": len(pairs), "methods": report}
+    save_sheet(RESULTS / f"{arguments.name}.jpg", [before, *columns.values(), masks, after])
+    columns[TRUTH] = after
+    cases = Cases(arguments, ["all portraits"], resume=False)
+    cases.add({name: score(images, pairs) for name, images in columns.items()}, independent=True)
+    figures = cases.figures()
+    for name, images in columns.items():
+        found, true = (classifier_features(each).double().numpy() for each in (images, after))
+        figures["rows"][name]["frechet_distance"] = frechet_distance(found, true)
+    return figures
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     rows = [
         (name, f"{row['edit_done']:.2f}", f"{row['expression_done']:.2f} / {row['costume_done']:.2f}",
          f"{row['identity_kept']:.2f}", f"{row['both']:.2f}", f"{row['ssim']:.3f}", f"{row['feature_distance']:.3f}",
-         f"{row['psnr_outside_db']:.1f} dB", f"{row['frechet_distance']:.1f}")
-        for name, row in figures["methods"].items()
+         f"{row['psnr_outside_db']:.1f} dB", f"{row['frechet_distance']:.1f}",
+         *(f"{row[key]:.3f}" for key in ("feature_similarity", "clip_i", "clip_t", "clip_d")))
+        for name, row in figures["rows"].items()
     ]  # fmt: skip
     scores = "SSIM", "feature distance", "PSNR outside", "Frechet distance"
+    papers = "feature similarity", "CLIP-I", "CLIP-T", "CLIP-D"
     return [
         "Portrait edits of held-out identities of the demo world",
-        f"{arguments.portraits} portraits, six edits, seed {arguments.seed}; MCDM with scales "
+        f"{arguments.seeds} seeds from {arguments.seed} on, {figures['cases']} portraits, six edits; MCDM with scales "
         f"{arguments.image_scale:g}, {arguments.spatial_scale:g}, {arguments.text_scale:g}, {STEPS} steps of UniPC, "
         f"mask thresholds {arguments.threshold:g} and {arguments.costume_threshold:g} (costumes), kernel "
-        f"{arguments.kernel}" + (f"; {figures['minutes']:.0f} minutes." if arguments.keep is None else "."),
-        *markdown(("method", "edit done", "expression / costume", "identity kept", "both", *scores), rows),
-        "",
-        "The paper's orderings, by SSIM / feature distance / Frechet distance:",
-        "",
-        *orderings(figures["methods"]),
+        f"{arguments.kernel}"
+        + (f"; {figures['minutes']:.0f} minutes." if arguments.keep is None else ".")
+        + " *pasted*: with the source's pixels outside of the mask, which the paper does not do. MCDM without a "
+        "condition has its null value at inference; the paper's was trained without it.",
+        *markdown(("method", "edit done", "expression / costume", "identity kept", "both", *scores, *papers), rows),
+        *orders_section(PUBLISHED, CLAIMS, figures, "Chen et al. 2024"),
     ]

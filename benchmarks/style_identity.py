@@ -9,8 +9,9 @@ person "sks person" and say the rest. Four ways learn the person from the same p
 - parallel attention (PCA) and style cross-attention (SCA): this paper's, with the photos' W+ styles.
 
 All draw `PROMPTS` from the same noise. Both attentions get the photos' mean styles, which leave mood and direction to
-the text. Identity: whether the attribute classifier sees all five attributes of the person, their mean share, and the
-cosine similarity of its features to the photos'. Text: the share of what the prompt asks that it sees.
+the text. Identity: whether the attribute classifier sees all five attributes of the person, and their mean share.
+Text: the share of what the prompt asks that it sees. CLIP's scores and those in place of DINO's and LPIPS are those of
+`paper_scores.py`, prompts with the class word.
 
 - `--parts methods` is table 1;
 - `strength` draws SCA for lambda 0 to 1 (figure 10);
@@ -25,7 +26,7 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.sample
@@ -57,9 +58,11 @@ from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from identity_edit_pack.pipelines.training.loop import FLOAT32, PRECISIONS
 
-from .edits import embed, report_table, save_sheet
-from .harness import CHECKPOINT, RESULTS, SEED, THREADS, Options, in_processes, load_checkpoint, means
-from .hifi_subjects import features, seen
+from .edits import PAPER_SCORES, embed, report_table, save_sheet
+from .harness import CHECKPOINT, RESULTS, SEED, THREADS, Options, in_processes, load_checkpoint
+from .hifi_subjects import seen
+from .orders import Cases, Claim, Published, Rows, orders_section, shared_options
+from .paper_scores import scores_of_subjects
 
 PROMPTS: tuple[dict[str, str], ...] = (
     {"place": "snow", "costume": "santa hat", "facing": "left"},
@@ -85,7 +88,49 @@ STRENGTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 PARTS = ("methods", "strength", "photos")
 REGULARIZATION = 16
 
-Rows = dict[str, list[dict[str, float]]]
+SCORES = {"ID": "identity_kept", "LPIPS": "feature_distance", "CLIP-T": "clip_t"}
+OF_SCA, OF_PCA, OF_PRIOR, OF_WORD = (f"methods: {name}" for name in (SCA, PCA, PRIOR, TEXTUAL_INVERSION))
+OF_SIX = "photos: 6"
+PUBLISHED = (
+    Published(
+        "Table 1",
+        SCORES,
+        {
+            OF_WORD: (0.1123, 0.6717, 0.1063),
+            "Custom Diffusion": (0.1284, 0.7331, 0.1557),
+            "BLIP-Diffusion": (0.0947, 0.6159, 0.0859),
+            OF_PRIOR: (0.2498, 0.6778, 0.1751),
+            "ViCo": (0.2325, 0.6873, 0.1430),
+            "IP-Adapter": (0.2858, 0.5947, 0.1623),
+            "W+ adapter": (0.2668, 0.6774, 0.1935),
+            OF_SCA: (0.3112, 0.5936, 0.1938),
+        },
+        ((OF_SCA, OF_WORD), (OF_SCA, OF_PRIOR)),
+    ),
+    Published(
+        "Table 2, number of images",
+        {"ID": "identity_kept", "CLIP-T": "clip_t"},
+        {
+            "photos: 4": (0.2457, 0.1410),
+            OF_SIX: (0.3112, 0.1938),
+            "photos: 8": (0.2888, 0.1663),
+            "photos: 10": (0.2883, 0.1477),
+        },
+        ((OF_SIX, "photos: 4"), (OF_SIX, "photos: 8"), (OF_SIX, "photos: 10")),
+    ),
+    Published(
+        "Table 2, structure",
+        {"ID": "identity_kept", "CLIP-T": "clip_t"},
+        {OF_PCA: (0.2235, 0.1468), OF_SCA: (0.3112, 0.1938)},
+        ((OF_SCA, OF_PCA),),
+    ),
+)
+"""The paper's DreamBooth stands beside the identity prior, which is DreamBooth on the attention layers."""
+CLAIMS = (
+    Claim("figure 10, the person is lost below 0.4", "strength: 0.4", "strength: 0.2", "identity_kept"),
+    Claim("figure 10, the person is lost below 0.4", "strength: 0.4", "strength: 0.2", "feature_similarity"),
+    Claim("figure 10, CLIP-T falls above 0.4", "strength: 0.4", "strength: 1", "clip_t"),
+)
 
 
 @dataclass(frozen=True)
@@ -202,19 +247,18 @@ def by_prior(parts: Parts, person: Person, prompts: list[str]) -> torch.Tensor:
 
 
 def score(images: torch.Tensor, asked: list[Attributes], photos: torch.Tensor) -> list[dict[str, float]]:
-    classifier = load_classifier()
-    alike = (features(classifier, images) @ features(classifier, photos).T).mean(dim=1).tolist()
     rows = []
-    for what, attributes, cosine in zip(seen(classifier, images), asked, alike, strict=True):
+    papers = scores_of_subjects(images, photos, [caption_calling(each) for each in asked])
+    for what, attributes, scores in zip(seen(load_classifier(), images), asked, papers, strict=True):
         identity = [what[name] == getattr(attributes, name) for name in IDENTITY_OF["portrait"]]
         text = [what[name] == getattr(attributes, name) for name in ASKED]
         rows.append(
             {
                 "identity_kept": float(all(identity)),
                 "identity_attributes": float(np.mean(identity)),
-                "feature_similarity": cosine,
                 "text_followed": float(np.mean(text)),
                 "all_of_both": float(all(identity) and all(text)),
+                **scores,
             }
         )
     return rows
@@ -229,10 +273,11 @@ def load(arguments: argparse.Namespace) -> None:
     _worker = Parts(*load_checkpoint(arguments.checkpoint), load_w_plus_encoder(str(arguments.encoder)), arguments)
 
 
-def measure_person(identity: Attributes) -> tuple[Rows, dict[str, np.ndarray]]:
-    """Scores by row of the tables, and two images of each row of table 1."""
+def measure_person(task: tuple[int, Attributes]) -> tuple[Rows, dict[str, np.ndarray]]:
+    """Scores by row of the tables, and two images of each row of table 1, for a seed and a person."""
     assert _worker is not None
-    parts = _worker
+    seed, identity = task
+    parts = replace(_worker, arguments=argparse.Namespace(**{**vars(_worker.arguments), "seed": seed}))
     arguments = parts.arguments
     person = photograph(parts, identity, 6)
     asked = asked_of(identity, arguments.prompts)
@@ -276,7 +321,7 @@ def part_table(rows: dict[str, dict[str, float]], part: str, heading: str) -> li
     found = {name.removeprefix(f"{part}: "): each for name, each in rows.items() if name.startswith(f"{part}: ")}
     if not found:
         return []
-    columns = {key: key.replace("_", " ") for key in next(iter(found.values()))}
+    columns = {key: PAPER_SCORES.get(key, key.replace("_", " ")) for key in next(iter(found.values()))}
     return ["", f"## {heading}", "", *report_table(found, columns)]
 
 
@@ -290,11 +335,11 @@ SAMPLING: Options = {
     **THREADS,
 }
 OPTIONS: Options = {
-    "people": (8, "held-out people (8)"),
+    **shared_options(2, "style_identity"),
+    "people": (3, "held-out people for each seed (3)"),
     "prompts": (len(PROMPTS), f"the first of {len(PROMPTS)} (all)"),
     "parts": (list(PARTS), "what is measured (all)", {"choices": PARTS}),
     "photos": ([4, 6, 8, 10], "numbers of photos (4 6 8 10)"),
-    "name": ("style_identity", "of the files of results (style_identity)"),
     "training_steps": (600, "of both attentions (the paper's 600)"),
     "learning_rate": (1e-3, "of both attentions (1e-3)"),
     "precision": (FLOAT32, "of all trainings (float32)", {"choices": tuple(PRECISIONS)}),
@@ -309,29 +354,32 @@ OPTIONS: Options = {
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    people = draw_people(arguments.people, arguments.seed)
-    rows: Rows = {}
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    people = [(seed, identity) for seed in seeds for identity in draw_people(arguments.people, seed)]
+    units = {f"{seed} {' '.join(identity.identity)}": (seed, identity) for seed, identity in people}
+    cases = Cases(arguments, list(units))
     sheet: dict[str, list[torch.Tensor]] = {}
-    for number, (scores, images) in enumerate(in_processes(measure_person, people, arguments, load), start=1):
-        for name, each in scores.items():
-            rows.setdefault(name, []).extend(each)
+    is_whole = cases.left == cases.units
+    for scores, images in in_processes(measure_person, [units[unit] for unit in cases.left], arguments, load):
+        cases.add(scores)
         for name, made in images.items():
             sheet.setdefault(name, []).append(torch.from_numpy(made))
-        if len(sheet) > 1:
+        if len(sheet) > 1 and is_whole:  # a run that goes on leaves the sheet of the first people
             save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(each) for each in sheet.values()], columns=16)
-        yield {"name": arguments.name, "people": number, "rows": {n: means(each) for n, each in rows.items()}}
+        yield cases.figures()
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     return [
         "Style cross-attention on unseen people of the demo world",
-        f"{figures['people']} people, {arguments.prompts} prompts, seed {arguments.seed}; "
-        f"attentions {arguments.training_steps} steps of batch 4 at learning rate {arguments.learning_rate:g}, lambda "
-        f"{arguments.strength:g}; textual inversion {arguments.word_steps} "
+        f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.people} people each, {arguments.prompts} "
+        f"prompts; attentions {arguments.training_steps} steps of batch 4 at learning rate "
+        f"{arguments.learning_rate:g}, lambda {arguments.strength:g}; textual inversion {arguments.word_steps} "
         f"steps at {arguments.word_learning_rate:g}, identity prior {arguments.prior_steps} at "
         f"{arguments.prior_learning_rate:g}; {arguments.precision}; {arguments.steps} steps of DDIM, guidance "
         f"{arguments.guidance_scale:g}; {figures['minutes']:.0f} minutes.",
         *part_table(figures["rows"], "methods", "Ways to learn a person from six photos")[1:],
         *part_table(figures["rows"], "strength", "Lambda"),
         *part_table(figures["rows"], "photos", "Number of photos"),
+        *orders_section(PUBLISHED, CLAIMS, figures, "Gu et al. 2025"),
     ]

@@ -84,7 +84,7 @@ OPTIONS: Options = {
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    arguments.prompts = arguments.seeds = 1  # of `begin`; nothing is drawn from prompts here
+    arguments.prompts = arguments.images = 1  # of `begin`; nothing is drawn from prompts here
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
     scores: dict[str, list[dict[str, float]]] = {}

@@ -1,0 +1,181 @@
+"""Each paper's published tables beside ours in small: `python -m benchmarks evidence` writes docs/evidence.md.
+
+The page is made of the tables in the benchmarks of the papers' claims and of the figures in benchmarks/results; measure
+those again first.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from . import hifi_tuner, lipe_edit, portrait_edit, style_identity, timestep_aware_edit
+from .harness import ROOT, markdown, read_results
+from .orders import NOT_MEASURED, ONCE, Published, orders_table
+
+PAGE = ROOT / "docs" / "evidence.md"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A paper's part of the page.
+
+    Attributes:
+        title: authors, year and method.
+        module: the benchmark.
+        results: names of its results, the first that of its default run.
+        renamed: by their names in results without values of every case, rows that have another name now.
+        notes: reasons that were found, and what is left out.
+    """
+
+    title: str
+    module: ModuleType
+    results: tuple[str, ...]
+    notes: tuple[str, ...]
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+PAPERS = (
+    Paper(
+        "Liu et al. 2024 (LIPE)",
+        lipe_edit,
+        ("lipe_edit",),
+        (
+            "The user study of table 1 stands beside what the attribute classifier and the true background say.",
+            "Imagic and MyStyle are not measured: Imagic trains on every image, MyStyle is no diffusion model.",
+            "DreamCtrl here changes the attention layers, in the paper all weights.",
+        ),
+    ),
+    Paper(
+        "Wang et al. 2023 (HiFi Tuner)",
+        hifi_tuner,
+        ("hifi_tuner",),
+        (
+            "*+ regularization* also turns word vectors into rows of the text embedding, with another learning rate. "
+            "The tie itself is inert at the weight in use, so this row does not test it.",
+            "The classifier sees all that the prompts ask in every row, so that score cannot show what a technique "
+            "does to prompt fidelity.",
+            "DreamBooth here changes the attention layers, in the paper all weights.",
+        ),
+    ),
+    Paper(
+        "Jung et al. 2024 (timestep-aware sampling)",
+        timestep_aware_edit,
+        ("timestep_aware_edit",),
+        (
+            "The paper prints no table: the orders are those of its figures. Figure 6 compares at equal LPIPS over "
+            "many settings; here each method has one setting, and both scores. The aesthetic score has no counterpart.",
+            "DDIM is sampled with guidance scale 1, as in the paper. The demo checkpoint follows captions at that "
+            "scale except for poses, so null-text inversion has little to add in this world.",
+            "Imagic and DDS are not measured.",
+        ),
+    ),
+    Paper(
+        "Chen et al. 2024 (MCDM)",
+        portrait_edit,
+        ("portrait_edit",),
+        (
+            "*Pasted* rows have the source's pixels outside the mask, which is the pack's addition; the paper's rows "
+            "are those without. In a table without values of every case only *MCDM* and *DiffEdit* are pasted, so they "
+            "are not compared with its other rows.",
+            "MCDM without a condition has the condition's null value, by weights trained with it; the paper trained "
+            "without it. Training from scratch, pix2pix-zero, SPADE and BBDM are not measured.",
+            "FID's counterpart, the Fréchet distance of the classifier's features, belongs to a whole row and has no "
+            "interval.",
+        ),
+        {name: f"{name}, pasted" for name in (portrait_edit.FULL, portrait_edit.DIFFEDIT, portrait_edit.TOLD)},
+    ),
+    Paper(
+        "Gu et al. 2025 (PIDiff)",
+        style_identity,
+        ("style_identity", "style_photos"),
+        (
+            "The paper's DreamBooth stands beside the identity prior, which trains attention layers alone.",
+            "Lambda 0.4 keeps nobody in the demo world; the person appears from 0.6 and is kept best at 1, where the "
+            "text is still followed.",
+            "Custom Diffusion, BLIP-Diffusion, ViCo, IP-Adapter and W+ adapter are not part of the pack.",
+        ),
+    ),
+)  # fmt: skip
+
+
+def figures_of(paper: Paper) -> dict[str, Any]:
+    """The results of a paper, those of several runs together where none has values of every case."""
+    first = read_results(paper.results[0])
+    if "values" in first:
+        return first
+    rows: dict[str, Any] = {}
+    for name in paper.results:
+        found = read_results(name)
+        for row, scores in (found.get("rows") or found["methods"]).items():
+            row = row.replace("isation", "ization")  # as results of before spell it
+            rows[paper.renamed.get(row, row)] = scores
+    if "photos: 4" in rows:
+        rows.setdefault("photos: 6", rows["methods: SCA"])  # one training
+    return {**first, "rows": rows}
+
+
+def beside(table: Published, rows: dict[str, Any]) -> list[str]:
+    """A published table with our figure beside each of its own."""
+    headings = [cell for title in table.scores for cell in (title, "here")]
+    lines = []
+    for row, values in table.values.items():
+        here = [rows.get(row, {}).get(score) for score in table.scores.values()]
+        pairs = zip(values, here, strict=True)
+        cells = [
+            cell
+            for published, own in pairs
+            for cell in ("-" if published is None else f"{published:g}", "-" if own is None else f"{own:.3f}")
+        ]
+        lines.append((row, *cells))
+    return markdown(("", *headings), lines)
+
+
+def part_of(paper: Paper) -> list[str]:
+    figures, module = figures_of(paper), paper.module
+    measured = "values" in figures
+    runs = [(name, read_results(name)) for name in (paper.results[:1] if measured else paper.results)]
+    tables = ", ".join(
+        f"[{name}.md](../benchmarks/results/{name}.md) by `{run['command']}` at commit {run['commit']}"
+        for name, run in runs
+    )
+    lines = ["", f"## {paper.title}", "", f"{tables}."]
+    if not measured:
+        lines += [
+            "",
+            "These figures are of one run with one seed, without values of every case, so every order is "
+            f"*{ONCE}* or *{NOT_MEASURED}*. `python -m benchmarks {paper.results[0]}` measures them again, with "
+            "several seeds and intervals.",
+        ]
+    for table in module.PUBLISHED:
+        lines += ["", f"{table.name}:", "", *beside(table, figures["rows"])]
+    claims = [*(claim for table in module.PUBLISHED for claim in table.claims()), *module.CLAIMS]
+    return [
+        *lines, "", "Order by order:", "", *orders_table(claims, figures), "", *(f"- {note}" for note in paper.notes),
+    ]  # fmt: skip
+
+
+def page() -> str:
+    """The text of docs/evidence.md."""
+    lines = [
+        "# The papers' tables, order by order",
+        "",
+        "`python -m benchmarks evidence` writes this page from `benchmarks/results`. The papers measure photographs "
+        "with published networks. The demo world is measured with its own networks, so its figures are not comparable "
+        "with the papers'; only orders are. CLIP-I, CLIP-T and CLIP-D are those of the demo world's CLIP; *feature "
+        "similarity* (in place of DINO's) and *feature distance* (in place of LPIPS) are those of its attribute "
+        "classifier, which also decides *edit done* and *identity kept*.",
+        "",
+        "An order is *seen* where the 95 % bootstrap interval of the paired difference lies above 0 in the paper's "
+        "direction, *not seen* where it lies below 0 or below a gain that counts as none, and *open* else. Subjects "
+        "that share a training count as one.",
+    ]
+    for paper in PAPERS:
+        lines += part_of(paper)
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: argparse.Namespace) -> None:
+    PAGE.write_text(page(), encoding="utf-8")

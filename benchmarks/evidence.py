@@ -166,7 +166,8 @@ def page() -> str:
         "with published networks. The demo world is measured with its own networks, so its figures are not comparable "
         "with the papers'; only orders are. CLIP-I, CLIP-T and CLIP-D are those of the demo world's CLIP; *feature "
         "similarity* (in place of DINO's) and *feature distance* (in place of LPIPS) are those of its attribute "
-        "classifier, which also decides *edit done* and *identity kept*.",
+        "classifier, which also decides *edit done* and *identity kept*. CLIP-T of a perfect image is that of the "
+        "renderer's row in each table, not 1.",
         "",
         "An order is *seen* where the 95 % bootstrap interval of the paired difference lies above 0 in the paper's "
         "direction, *not seen* where it lies below 0 or below a gain that counts as none, and *open* else. Subjects "

@@ -2,6 +2,9 @@
 
 Its CLIP gives CLIP-I, CLIP-T and CLIP-D. The attribute classifier stands for networks whose weights no package carries:
 the cosine similarity of its features for DINO's, the distance of its feature maps for LPIPS.
+
+A prompt that names a subject by its class, as in the papers, leaves out the color that captions of the demo world have.
+So CLIP-T of the renderer's images, not 1, is what a perfect image reaches.
 """
 
 from __future__ import annotations

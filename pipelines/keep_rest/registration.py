@@ -1,0 +1,400 @@
+"""Registration of an edited image with its original, estimated from the part of the image that was not edited.
+
+Instruction editors return an image that is shifted, zoomed, stretched or slightly rotated, with other colors. The
+transform is found in two steps. The coarse step correlates the images' edge orientations (orientation correlation,
+Fitch et al. 2002: the phase correlation of images whose values are edge directions), which survive recoloring, over a
+grid of zooms and rotations. The fine step is Gauss-Newton on locally normalized brightness with weights from the local
+correlation of the images (a robust form of ECC, Evangelidis and Psarakis 2008), from coarse to fine: edited parts do
+not correlate and lose their weight.
+
+Coordinates are pixels of the original relative to its center, x to the right and y down.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import grid_sample, interpolate
+
+from ..shared.images import as_color
+
+if TYPE_CHECKING:
+    import numpy as np
+
+LONGEST_SIDE = 1024
+"""[choice] Longest side of the images that are compared; editors work at about one megapixel."""
+FIRST_SIDE = 256
+"""[choice] The same for the first level of the fine step."""
+COARSE_SIDE = 128
+"""[choice] The same for the coarse step."""
+ZOOMS = 0.16
+"""[choice] Largest zoom of the coarse step, as a logarithm, beyond what the sizes of the images say."""
+ZOOM_STEP = 0.02
+ROTATIONS = (-1.5, 0.0, 1.5)
+"""[choice] Rotations of the coarse step in degrees."""
+STARTS = 4
+"""[choice] Transforms of the coarse step that are refined."""
+SMALLEST_SIDE = 32
+"""[choice] Shorter images have too few edges."""
+AGREES = 0.6
+"""[choice] Local correlation from which the images show the same."""
+LEAST_SUPPORT = 0.15
+"""[choice] Smallest share of the structure that must agree, beyond the share that agrees by chance."""
+LARGEST_DOUBT = 1.0
+"""[choice] Largest difference, in pixels of the compared images, of the transforms that two halves of the image give."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """The movement of the image content by an editor: p to rotation(zoom p) + shift.
+
+    Attributes:
+        zoom_x, zoom_y: 1 for none.
+        rotation: degrees, clockwise on the screen.
+        shift_x, shift_y: pixels of the original, right and down.
+    """
+
+    zoom_x: float = 1.0
+    zoom_y: float = 1.0
+    rotation: float = 0.0
+    shift_x: float = 0.0
+    shift_y: float = 0.0
+
+    def matrix(self) -> np.ndarray:
+        """[2, 3] float64: from centered pixels of the original to centered pixels of the edit at that size."""
+        import numpy as np
+
+        angle = np.deg2rad(self.rotation)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        return np.column_stack([turn * [self.zoom_x, self.zoom_y], [self.shift_x, self.shift_y]])
+
+    def scaled(self, factor: float) -> Transform:
+        """The same in pixels of images enlarged by a factor."""
+        return Transform(self.zoom_x, self.zoom_y, self.rotation, self.shift_x * factor, self.shift_y * factor)
+
+    def __str__(self) -> str:
+        return (
+            f"shift {self.shift_x:+.2f}, {self.shift_y:+.2f} pixels, zoom {self.zoom_x:.4f} x {self.zoom_y:.4f}, "
+            f"rotation {self.rotation:+.2f} degrees"
+        )
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A transform and how far it can be trusted.
+
+    Attributes:
+        transform: of the content, by the editor.
+        support: share of the original's structure that is found again, 0 to 1, less the share found by chance.
+        doubt: corner distance in pixels of the original between the transforms of two halves of the image.
+        fault: a sentence if the transform cannot be trusted, else None.
+    """
+
+    transform: Transform
+    support: float = 0.0
+    doubt: float = float("inf")
+    fault: str | None = None
+
+
+def register(original: torch.Tensor, edited: torch.Tensor) -> Registration:
+    """Find the transform from an original to its edit.
+
+    Args:
+        original: [H, W, C], 0 to 1; 1 to 4 channels.
+        edited: [h, w, C], likewise, of any size and aspect.
+
+    Returns:
+        the transform in pixels of the original. Check `fault` before using it.
+    """
+    height, width = original.shape[:2]
+    if min(height, width, *edited.shape[:2]) < SMALLEST_SIDE:
+        return Registration(Transform(), fault=f"The images are smaller than {SMALLEST_SIDE} pixels.")
+    pixels = min(height * width, edited.shape[0] * edited.shape[1])
+    factor = min(1.0, LONGEST_SIDE / max(height, width), (pixels / (height * width)) ** 0.5)
+    size = (max(1, round(height * factor)), max(1, round(width * factor)))
+    pyramid = [(brightness(original, size), brightness(edited, size))]
+    while max(pyramid[-1][0].shape) > FIRST_SIDE:
+        half = tuple(-(-side // 2) for side in pyramid[-1][0].shape)
+        pyramid.append((_resized(pyramid[-1][0], half), _resized(pyramid[-1][1], half)))
+    small = min(1.0, COARSE_SIDE / max(pyramid[-1][0].shape))
+    coarse = tuple(round(side * small) for side in pyramid[-1][0].shape)
+    starts = _coarse(*(_resized(each, coarse) for each in pyramid[-1]), _frames((height, width), edited.shape[:2]))
+    fits = [_refine(*pyramid[-1], start.scaled(1.0 / small), 6) for start in starts]
+    best = max(fits, key=lambda fit: fit.agrees)
+    best = _refine(*pyramid[-1], best.transform, 10)
+    for level in range(len(pyramid) - 2, -1, -1):
+        ratio = pyramid[level][0].shape[1] / pyramid[level + 1][0].shape[1]
+        best = _refine(*pyramid[level], best.transform.scaled(ratio), 6 if level else 4)
+    scale = width / size[1]
+    support = best.agrees - _chance(*best.images)
+    return Registration(best.transform.scaled(scale), support, best.doubt * scale, _fault(support, best.doubt))
+
+
+def _fault(support: float, doubt: float) -> str | None:
+    if support < LEAST_SUPPORT:
+        return (
+            f"Only {max(support, 0.0):.0%} of the original's structure is found again in the edit, too little to "
+            f"register them."
+        )
+    if not doubt <= LARGEST_DOUBT:
+        return f"Two halves of the image give transforms that differ by {doubt:.1f} pixels."
+    return None
+
+
+def _frames(original: tuple[int, int], edited: tuple[int, int]) -> list[tuple[float, float]]:
+    """Zooms [x, y] of an edit that was stretched, cropped or padded to its aspect."""
+    ratio = (edited[1] / edited[0]) / (original[1] / original[0])
+    if abs(ratio - 1.0) < 0.02:
+        return [(1.0, 1.0)]
+    cropped = (1.0, ratio) if ratio > 1.0 else (1.0 / ratio, 1.0)
+    padded = (1.0 / ratio, 1.0) if ratio > 1.0 else (1.0, ratio)
+    return [(1.0, 1.0), cropped, padded]
+
+
+# -- features ----------------------------------------------------------------------------------------------------------
+
+
+def brightness(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Brightness [height, width] float32 of an image [H, W, C] at a size, transparent parts in gray."""
+    opacity = image[..., -1:].float().clamp(0.0, 1.0) if image.shape[-1] in (2, 4) else None
+    colors = as_color(image[None])[0]
+    if opacity is not None:
+        colors = colors * opacity + 0.5 * (1.0 - opacity)
+    return _resized(colors @ torch.tensor([0.299, 0.587, 0.114]), size)
+
+
+def _resized(map_: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    if tuple(map_.shape) == tuple(size):
+        return map_
+    return interpolate(map_[None, None], size=size, mode="bicubic", antialias=True)[0, 0]
+
+
+def _box(map_: np.ndarray, window: int) -> np.ndarray:
+    from scipy.ndimage import uniform_filter
+
+    return uniform_filter(map_, window, mode="nearest")
+
+
+def _gradient(map_: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    import numpy as np
+
+    along_y, along_x = np.gradient(map_)
+    return along_x, along_y
+
+
+def _window(shape: tuple[int, ...]) -> int:
+    """Side of the windows of local statistics."""
+    return max(9, min(33, max(shape) // 24)) | 1
+
+
+def normalized(map_: np.ndarray) -> np.ndarray:
+    """Brightness with local mean 0 and local deviation 1, less in flat parts."""
+    window = _window(map_.shape)
+    centered = map_ - _box(map_, window)
+    return centered / ((_box(centered * centered, window).clip(0.0)) ** 0.5 + 0.02)
+
+
+# -- coarse ------------------------------------------------------------------------------------------------------------
+
+
+def _coarse(original: torch.Tensor, edited: torch.Tensor, frames: list[tuple[float, float]]) -> list[Transform]:
+    """The transforms of the highest orientation correlation that differ from each other, and no movement at all."""
+    import numpy as np
+    from scipy.fft import fft2, ifft2, next_fast_len
+
+    height, width = original.shape
+    padded = [next_fast_len(side * 5 // 4) for side in (height, width)]
+
+    def orientation(map_: torch.Tensor) -> torch.Tensor:
+        """[2, H, W]: the doubled angle of the gradient, less where the gradient is weak."""
+        along_x, along_y = _gradient(map_.numpy())
+        scale = along_x**2 + along_y**2 + 0.02**2
+        taper = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1]) ** 0.25
+        parts = np.stack([(along_x**2 - along_y**2) / scale, 2.0 * along_x * along_y / scale]) * taper
+        return torch.from_numpy(parts.astype(np.float32))
+
+    first, second = orientation(original).numpy(), orientation(edited)
+    spectrum = np.conj(fft2(first[0] + 1j * first[1], padded))
+    found = []
+    for frame in frames:
+        for log_zoom in np.arange(-ZOOMS, ZOOMS + 1e-6, ZOOM_STEP):
+            for rotation in ROTATIONS:
+                zoom = float(np.exp(log_zoom))
+                matrix = Transform(frame[0] * zoom, frame[1] * zoom, rotation).matrix()
+                moved = _warp(second, matrix, (height, width), "bilinear")[0].numpy()
+                score = ifft2(spectrum * fft2(moved[0] + 1j * moved[1], padded)).real
+                peak = np.unravel_index(int(score.argmax()), score.shape)
+                # The original at p is the warped edit at p + offset, and the edit at matrix (p + offset).
+                offset = [at - side if at > side // 2 else at for at, side in zip(peak, padded, strict=True)]
+                shift = matrix[:, :2] @ [offset[1], offset[0]]
+                start = Transform(frame[0] * zoom, frame[1] * zoom, rotation, float(shift[0]), float(shift[1]))
+                found.append((float(score[peak]) / (float((moved**2).sum()) ** 0.5 + 1e-6), start))
+    found.sort(key=lambda each: -each[0])
+    starts = [Transform(*frames[0])]
+    for _, start in found:
+        steps = [_corner_distance(start, other, width, height) for other in starts[1:]]
+        if min(steps, default=np.inf) > 0.04 * max(height, width):
+            starts.append(start)
+        if len(starts) > STARTS:
+            break
+    return starts
+
+
+def _warp(
+    maps: torch.Tensor, matrix: np.ndarray, size: tuple[int, int], mode: str = "bicubic", offset: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maps [C, h, w], a whole frame at any size, seen through a transform.
+
+    Args:
+        matrix: `Transform.matrix` in pixels of `size`.
+        size: height and width of the result.
+
+    Returns:
+        [C, height, width], and [height, width] bool where the maps reach.
+    """
+    grid = sampling_grid(matrix, size, (0, size[0]))
+    warped = grid_sample(maps[None], grid[None], mode=mode, padding_mode="border", align_corners=False)[0]
+    return warped, reached(grid)
+
+
+def sampling_grid(matrix: np.ndarray, size: tuple[int, int], rows: tuple[int, int]) -> torch.Tensor:
+    """Places [rows, width, 2] for `grid_sample`, of rows of the original in the edit's frame of -1 to 1."""
+    height, width = size
+    half = torch.tensor([width / 2.0, height / 2.0])
+    x = torch.arange(width, dtype=torch.float32) + 0.5 - half[0]
+    y = torch.arange(*rows, dtype=torch.float32)[:, None] + 0.5 - half[1]
+    a = torch.from_numpy(matrix).float()
+    places = [a[i, 0] * x + a[i, 1] * y + a[i, 2] for i in (0, 1)]
+    return torch.stack([places[0] / half[0], places[1] / half[1]], dim=-1)
+
+
+def reached(grid: torch.Tensor) -> torch.Tensor:
+    """Where a sampling grid lies inside of the edit's frame."""
+    return (grid.abs() <= 1.0).all(dim=-1)
+
+
+# -- fine --------------------------------------------------------------------------------------------------------------
+
+
+def agreement(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Local correlation of normalized brightness, -1 to 1."""
+    window = _window(first.shape)
+    product = _box(first * second, window)
+    energy = _box(first * first, window).clip(1e-6) * _box(second * second, window).clip(1e-6)
+    return product / energy**0.5
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A refined transform in pixels of the level's images.
+
+    Attributes:
+        agrees: share of the original's structure that the warped edit shows too.
+        doubt: corner distance of the transforms of two halves of the image, or of the last step if that is longer.
+        images: both images' normalized brightness, the edit's warped.
+    """
+
+    transform: Transform
+    agrees: float
+    doubt: float
+    images: tuple[np.ndarray, np.ndarray]
+
+
+def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iterations: int) -> _Fit:
+    """Gauss-Newton from a start on normalized brightness, with the mean gradient of both images."""
+    import numpy as np
+
+    height, width = original.shape
+    first = normalized(original.numpy())
+    gradient = _gradient(first)
+    second = torch.from_numpy(normalized(edited.numpy()))[None]
+    structure = _structure(first)
+    x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2.0)[None, :]
+    y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2.0)[:, None]
+    tile = max(16, max(height, width) // 8)
+    is_first_half = ((x + width) // tile + (y + height) // tile) % 2 == 0
+    scale = np.array([width / 2.0, height / 2.0, max(width, height) / 2.0, 1.0, 1.0], dtype=np.float32)
+    transform = start
+    for _ in range(iterations):
+        matrix = transform.matrix()
+        warped_, inside = _warp(second, matrix, (height, width))
+        warped = warped_[0].numpy()
+        local = agreement(first, warped)
+        weight = (local - 0.3).clip(0.0) ** 2 * structure * inside.numpy()
+        residual = first - warped
+        used = np.abs(residual[weight > 0.05])
+        spread = 1.5 * float(np.median(used)) + 0.05 if used.size else 1.0
+        weight /= 1.0 + (residual / spread) ** 2
+        back = np.linalg.inv(matrix[:, :2]).T.astype(np.float32)
+        mean = [0.5 * (ours + theirs) for ours, theirs in zip(gradient, _gradient(warped), strict=True)]
+        along_x, along_y = (back[i, 0] * mean[0] + back[i, 1] * mean[1] for i in (0, 1))
+        unit_x, unit_y = (matrix[:, i].astype(np.float32) for i in (0, 1))
+        derivatives = [
+            (along_x * unit_x[0] + along_y * unit_x[1]) * x,  # log zoom_x
+            (along_x * unit_y[0] + along_y * unit_y[1]) * y,  # log zoom_y
+            (along_y * unit_x[0] - along_x * unit_x[1]) * x + (along_y * unit_y[0] - along_x * unit_y[1]) * y,
+            along_x,
+            along_y,
+        ]
+        columns = np.stack([each.reshape(-1) for each in derivatives]) / scale[:, None]
+        sides = []
+        for part in (is_first_half, ~is_first_half):
+            weighted = columns * (weight * part).reshape(1, -1)
+            sides.append((weighted @ columns.T, weighted @ residual.reshape(-1)))
+        step = _solve(sides[0][0] + sides[1][0], sides[0][1] + sides[1][1]) / scale
+        halves = [_moved(transform, _solve(*side) / scale) for side in sides]
+        before, transform = transform, _moved(transform, step)
+        length = _corner_distance(before, transform, width, height)
+        if length < 0.005:
+            break
+    agrees = float((structure * inside.numpy() * (local > AGREES)).sum()) / (float(structure.sum()) + 1e-6)
+    doubt = max(_corner_distance(*halves, width, height), length)
+    return _Fit(transform, agrees, doubt, (first, warped))
+
+
+def _chance(first: np.ndarray, second: np.ndarray) -> float:
+    """Share of the structure that agrees when the images are displaced, and so by chance."""
+    import numpy as np
+
+    structure, distance = _structure(first), _window(first.shape) * 3 // 2
+    shares = [
+        float((structure * (agreement(first, np.roll(second, move, axis)) > AGREES)).sum()) / float(structure.sum() + 1)
+        for axis in (0, 1)
+        for move in (-distance, distance)
+    ]
+    return float(np.mean(shares))
+
+
+def _structure(normalized_: np.ndarray) -> np.ndarray:
+    """1 where there is enough texture to compare, else 0."""
+    return (_box(normalized_ * normalized_, _window(normalized_.shape)) > 0.25).astype("float32")
+
+
+def _solve(normal: np.ndarray, side: np.ndarray) -> np.ndarray:
+    import numpy as np
+
+    return np.linalg.solve(normal + np.eye(5) * (1e-6 * np.trace(normal) + 1e-9), side)
+
+
+def _corner_distance(first: Transform, second: Transform, width: int, height: int) -> float:
+    """Largest distance in pixels between where two transforms move a corner."""
+    import numpy as np
+
+    corners = np.array([[x, y, 1.0] for x in (-width / 2, width / 2) for y in (-height / 2, height / 2)])
+    return float(np.linalg.norm(corners @ (first.matrix() - second.matrix()).T, axis=1).max())
+
+
+def _moved(transform: Transform, step: np.ndarray) -> Transform:
+    """A transform changed by a step of log zoom_x, log zoom_y, rotation in radians, shift_x and shift_y."""
+    import math
+
+    zoom_x, zoom_y, turn, shift_x, shift_y = (float(value) for value in step)
+    return Transform(
+        transform.zoom_x * math.exp(max(-0.2, min(0.2, zoom_x))),
+        transform.zoom_y * math.exp(max(-0.2, min(0.2, zoom_y))),
+        transform.rotation + math.degrees(max(-0.2, min(0.2, turn))),
+        transform.shift_x + shift_x,
+        transform.shift_y + shift_y,
+    )

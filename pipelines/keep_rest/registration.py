@@ -34,14 +34,22 @@ ZOOMS = 0.16
 ZOOM_STEP = 0.02
 ROTATIONS = (-1.5, 0.0, 1.5)
 """[choice] Rotations of the coarse step in degrees."""
-STARTS = 4
+STARTS = 6
 """[choice] Transforms of the coarse step that are refined."""
 SMALLEST_SIDE = 32
 """[choice] Shorter images have too few edges."""
 AGREES = 0.6
 """[choice] Local correlation from which the images show the same."""
+TILES = 12
+"""[choice] Tiles along a side."""
+ROWS = 512
+"""[choice] Rows that are warped at a time, which bounds the memory of large images."""
 LEAST_SUPPORT = 0.15
 """[choice] Smallest share of the structure that must agree, beyond the share that agrees by chance."""
+LIKELY_DRIFT = 0.12
+"""[choice] Movement of a corner, in parts of the longest side, that halves the belief in a transform."""
+CLOSEST_RIVAL = 0.8
+"""[choice] Largest score of another transform, relative to the best."""
 LARGEST_DOUBT = 1.0
 """[choice] Largest difference, in pixels of the compared images, of the transforms that two halves of the image give."""
 
@@ -120,19 +128,39 @@ def register(original: torch.Tensor, edited: torch.Tensor) -> Registration:
         pyramid.append((_resized(pyramid[-1][0], half), _resized(pyramid[-1][1], half)))
     small = min(1.0, COARSE_SIDE / max(pyramid[-1][0].shape))
     coarse = tuple(round(side * small) for side in pyramid[-1][0].shape)
-    starts = _coarse(*(_resized(each, coarse) for each in pyramid[-1]), _frames((height, width), edited.shape[:2]))
+    frames = _frames((height, width), edited.shape[:2])
+    starts = _coarse(*(_resized(each, coarse) for each in pyramid[-1]), frames)
     fits = [_refine(*pyramid[-1], start.scaled(1.0 / small), 6) for start in starts]
-    best = max(fits, key=lambda fit: fit.agrees)
+    best, rival = _two_best(fits, [Transform(*frame) for frame in frames], *pyramid[-1][0].shape)
     best = _refine(*pyramid[-1], best.transform, 10)
     for level in range(len(pyramid) - 2, -1, -1):
         ratio = pyramid[level][0].shape[1] / pyramid[level + 1][0].shape[1]
         best = _refine(*pyramid[level], best.transform.scaled(ratio), 6 if level else 4)
     scale = width / size[1]
     support = best.agrees - _chance(*best.images)
-    return Registration(best.transform.scaled(scale), support, best.doubt * scale, _fault(support, best.doubt))
+    return Registration(best.transform.scaled(scale), support, best.doubt * scale, _fault(support, best.doubt, rival))
 
 
-def _fault(support: float, doubt: float) -> str | None:
+def _two_best(fits: list[_Fit], frames: list[Transform], height: int, width: int) -> tuple[_Fit, float]:
+    """The best fit, and the score of the best other one relative to it, 0 to 1.
+
+    The subject of an edit may have moved by itself, all of its structure with it. Drift is small, and it moves the
+    structure of most of the image.
+    """
+    longest = max(height, width)
+
+    def score(fit: _Fit) -> float:
+        drift = min(_corner_distance(fit.transform, frame, width, height) for frame in frames)
+        return fit.votes / (1.0 + (drift / (LIKELY_DRIFT * longest)) ** 2)
+
+    best = max(fits, key=score)
+    others = [
+        score(fit) for fit in fits if _corner_distance(fit.transform, best.transform, width, height) > 0.02 * longest
+    ]
+    return best, max(others, default=0.0) / (score(best) + 1e-6)
+
+
+def _fault(support: float, doubt: float, rival: float) -> str | None:
     if support < LEAST_SUPPORT:
         return (
             f"Only {max(support, 0.0):.0%} of the original's structure is found again in the edit, too little to "
@@ -140,6 +168,8 @@ def _fault(support: float, doubt: float) -> str | None:
         )
     if not doubt <= LARGEST_DOUBT:
         return f"Two halves of the image give transforms that differ by {doubt:.1f} pixels."
+    if rival > CLOSEST_RIVAL:
+        return "Two movements explain the edit about equally well, as when its subject moved through a plain scene."
     return None
 
 
@@ -292,12 +322,14 @@ class _Fit:
 
     Attributes:
         agrees: share of the original's structure that the warped edit shows too.
+        votes: share of the image's tiles whose structure agrees.
         doubt: corner distance of the transforms of two halves of the image, or of the last step if that is longer.
         images: both images' normalized brightness, the edit's warped.
     """
 
     transform: Transform
     agrees: float
+    votes: float
     doubt: float
     images: tuple[np.ndarray, np.ndarray]
 
@@ -349,9 +381,10 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
         length = _corner_distance(before, transform, width, height)
         if length < 0.005:
             break
-    agrees = float((structure * inside.numpy() * (local > AGREES)).sum()) / (float(structure.sum()) + 1e-6)
+    agreeing = structure * inside.numpy() * (local > AGREES)
+    agrees = float(agreeing.sum()) / (float(structure.sum()) + 1e-6)
     doubt = max(_corner_distance(*halves, width, height), length)
-    return _Fit(transform, agrees, doubt, (first, warped))
+    return _Fit(transform, agrees, _votes(structure, agreeing), doubt, (first, warped))
 
 
 def _chance(first: np.ndarray, second: np.ndarray) -> float:
@@ -365,6 +398,16 @@ def _chance(first: np.ndarray, second: np.ndarray) -> float:
         for move in (-distance, distance)
     ]
     return float(np.mean(shares))
+
+
+def _votes(structure: np.ndarray, agreeing: np.ndarray) -> float:
+    """Share of the tiles with structure in which more than half of it agrees."""
+    sums = [
+        torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(each)[None], (TILES, TILES))[0]
+        for each in (structure, agreeing)
+    ]
+    has = sums[0] > 0.03
+    return float(((sums[1] > 0.5 * sums[0]) & has).sum()) / (float(has.sum()) + 1e-6)
 
 
 def _structure(normalized_: np.ndarray) -> np.ndarray:
@@ -398,3 +441,39 @@ def _moved(transform: Transform, step: np.ndarray) -> Transform:
         transform.shift_x + shift_x,
         transform.shift_y + shift_y,
     )
+
+
+# -- applying ----------------------------------------------------------------------------------------------------------
+
+
+def apply(transform: Transform, original: torch.Tensor, edited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move an edit back onto its original, at the original's size.
+
+    Args:
+        transform: from `register`.
+        original: [H, W, C], 0 to 1.
+        edited: [h, w, C], likewise, of any size.
+
+    Returns:
+        the registered edit [H, W, 3] float32, with the original's pixels where the edit does not reach, and
+        [H, W] float32, 1 where it reaches.
+    """
+    height, width = original.shape[:2]
+    base = as_color(original[None])[0]
+    maps = as_color(edited[None])[0].movedim(-1, 0)
+    # An edit with more pixels than the original is reduced first, so that the warp skips none.
+    size = [min(side, max(1, round(wanted))) for side, wanted in zip(edited.shape[:2], (height, width), strict=True)]
+    if list(maps.shape[1:]) != size:
+        maps = interpolate(maps[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+    registered = torch.empty_like(base)
+    covered = torch.empty(height, width)
+    for start in range(0, height, ROWS):
+        rows = (start, min(height, start + ROWS))
+        grid = sampling_grid(transform.matrix(), (height, width), rows)
+        strip = grid_sample(maps[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0]
+        inside = reached(grid)
+        registered[rows[0] : rows[1]] = torch.where(
+            inside[..., None], strip.movedim(0, -1).clamp(0.0, 1.0), base[rows[0] : rows[1]]
+        )
+        covered[rows[0] : rows[1]] = inside.float()
+    return registered, covered

@@ -1,0 +1,163 @@
+"""Where an edit changed its original, beyond the noise that a VAE and an editor leave everywhere.
+
+The difference is compared with its noise at several scales. The noise of a scale grows with the local contrast of the
+image, because softening and small shifts act on edges; both terms are estimated from the difference itself, by low
+quantiles, so that the change may cover half of the image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from .registration import agreement, normalized
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SCALES = (0.7, 1.5, 3.0, 6.0)
+"""[choice] Standard deviations in pixels at which differences are compared."""
+FINE = 1
+"""Scale that decides where a change ends."""
+BINS = 12
+FLAT = 0.01
+"""[choice] Gradient per pixel below which the image is flat."""
+OF_QUANTILE = 1.4
+"""Root mean square of a color difference with normal noise, in units of its 0.3 quantile."""
+SEED_DEVIATIONS = 5.0
+"""[choice] Deviations of the noise, in its logarithm, from which a pixel has certainly changed."""
+GROW_DEVIATIONS = 2.6
+"""[choice] The same for pixels connected with such a pixel."""
+LEAST_NOISE = 1.0 / 255.0
+"""Rounding to eight bits; smaller differences are none."""
+SEED_LEAST, GROW_LEAST = 0.05, 0.025
+"""[choice] The same as differences, 0 to 1, which no color correction is better than."""
+EVERYTHING = 0.85
+"""[choice] Share of changed pixels from which nothing is left to keep."""
+SMALLEST_ISLAND = 1e-4
+"""[choice] Share of the image below which a change is noise."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of an edit.
+
+    Attributes:
+        mask: [H, W] bool.
+        evidence: [H, W] float32, differences in units of the threshold; 1 and more has changed.
+        noise: typical difference of what was not changed, 0 to 1.
+    """
+
+    mask: torch.Tensor
+    evidence: torch.Tensor
+    noise: float
+
+
+def likely_unchanged(original: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
+    """[H, W], 0 to 1: where the local structure of two images [H, W, 3] agrees; one half where there is none."""
+    gray = torch.tensor([0.299, 0.587, 0.114])
+    first, second = (normalized((each @ gray).numpy()) for each in (original, edited))
+    local = torch.from_numpy(agreement(first, second)).clamp(0.0, 1.0)
+    structure = torch.from_numpy(_smooth(first * first, 4.0)).clamp(0.0, 1.0)
+    return structure * local.square() + (1.0 - structure) * 0.5
+
+
+def find_change(
+    original: torch.Tensor, edited: torch.Tensor, covered: torch.Tensor, sensitivity: float = 0.0
+) -> Change:
+    """The change between an original and its registered edit.
+
+    Args:
+        original, edited: [H, W, 3] float32, 0 to 1, with the color cast undone.
+        covered: [H, W] bool, where the edit shows the original's place at all.
+        sensitivity: -1 finds only strong changes and keeps more of the original, 1 also weak ones.
+    """
+    import numpy as np
+    from scipy import ndimage
+
+    first, second = original.numpy(), edited.numpy()
+    contrast = _contrast(first)
+    seeds = np.zeros(first.shape[:2], bool)
+    evidence = np.zeros(first.shape[:2], np.float32)
+    reached = covered.numpy()
+    unchanged = reached.copy()
+    factor = 2.0**-sensitivity
+    for _ in range(2):  # the second time, the noise is estimated outside of the change
+        seeds[:] = False
+        ends = []
+        for number, scale in enumerate(SCALES):
+            size = np.sqrt((_smooth(first - second, scale) ** 2).mean(axis=-1))
+            noise = _noise(size, _smooth(contrast, scale), unchanged)
+            ratio = np.log(np.sqrt(size**2 + LEAST_NOISE**2 / 4) / noise)
+            low, middle = np.quantile(ratio[unchanged], (0.15, 0.4))
+            deviation = min(max((middle - low) / 0.783, 0.35), 0.5)  # of a normal distribution
+            center = middle + 0.253 * deviation
+            surely, perhaps = (np.exp(center + each * deviation) * factor for each in (SEED_DEVIATIONS, GROW_DEVIATIONS))
+            seeds |= size > np.maximum(noise * surely, SEED_LEAST * factor)
+            ends.append(size / np.maximum(noise * perhaps, GROW_LEAST * factor))
+            if number == 0:
+                level = float(np.median(size[unchanged]))
+        evidence = np.maximum(ends[FINE], ends[FINE + 1])
+        mask = _cleaned(seeds & reached, (evidence > 1.0) & reached)
+        unchanged = ~ndimage.binary_dilation(mask, iterations=3) & reached
+        if unchanged.mean() < 0.1:
+            break
+    return Change(torch.from_numpy(mask), torch.from_numpy(evidence.astype(np.float32)), level)
+
+
+def _cleaned(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+    """Candidates connected with seeds, without small islands and holes."""
+    import numpy as np
+    from scipy import ndimage
+
+    least = max(4.0, SMALLEST_ISLAND * seeds.size)
+    joined = ndimage.binary_closing(candidates | seeds, iterations=2, border_value=0) | candidates | seeds
+    labels, count = ndimage.label(joined, np.ones((3, 3)))
+    if not count:
+        return joined
+    areas, hits = (ndimage.sum_labels(each, labels, np.arange(count + 1)) for each in (joined, seeds))
+    kept = (areas >= least) & (hits >= least / 4)
+    kept[0] = False
+    mask = kept[labels]
+    holes, count = ndimage.label(~mask)
+    areas = ndimage.sum_labels(~mask, holes, np.arange(count + 1))
+    filled = areas < max(16.0, areas.sum() * 0.002)
+    filled[0] = False
+    return mask | filled[holes]
+
+
+def _noise(size: np.ndarray, contrast: np.ndarray, unchanged: np.ndarray) -> np.ndarray:
+    """Expected difference at each pixel, sqrt(a^2 + b^2 contrast^2), from the quantiles of bins of equal contrast."""
+    import numpy as np
+
+    sizes, contrasts = size[unchanged], contrast[unchanged]
+    is_flat = contrasts < FLAT
+    if is_flat.mean() < 0.1:
+        is_flat = contrasts <= np.quantile(contrasts, 0.1)
+    flat = max(LEAST_NOISE, float(np.quantile(sizes[is_flat], 0.3)) * OF_QUANTILE)
+    sizes, contrasts = sizes[~is_flat], contrasts[~is_flat]
+    if not len(sizes):
+        return np.full_like(size, flat)
+    order = np.argsort(contrasts)
+    slopes = []
+    for part in np.array_split(order, BINS):
+        if len(part):
+            level = float(np.quantile(sizes[part], 0.3)) * OF_QUANTILE
+            slopes.append(max(level**2 - flat**2, 0.0) ** 0.5 / float(np.median(contrasts[part])))
+    return np.sqrt(flat**2 + (float(np.median(slopes)) * contrast) ** 2)
+
+
+def _contrast(image: np.ndarray) -> np.ndarray:
+    """Root mean square gradient [H, W] of an image [H, W, 3], with its neighborhood."""
+    import numpy as np
+
+    along_y, along_x = np.gradient(image, axis=(0, 1))
+    return np.sqrt(_smooth((along_x**2 + along_y**2).mean(axis=-1), 1.0).clip(0.0))
+
+
+def _smooth(map_: np.ndarray, deviation: float) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(map_, (deviation, deviation) + (0,) * (map_.ndim - 2), mode="nearest", truncate=3.0)

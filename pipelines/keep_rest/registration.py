@@ -44,7 +44,7 @@ TILES = 12
 """[choice] Tiles along a side."""
 ROWS = 512
 """[choice] Rows that are warped at a time, which bounds the memory of large images."""
-LEAST_SUPPORT = 0.15
+LEAST_SUPPORT = 0.2
 """[choice] Smallest share of the structure that must agree, beyond the share that agrees by chance."""
 LIKELY_DRIFT = 0.12
 """[choice] Movement of a corner, in parts of the longest side, that halves the belief in a transform."""
@@ -95,7 +95,7 @@ class Registration:
 
     Attributes:
         transform: of the content, by the editor.
-        support: share of the original's structure that is found again, 0 to 1, less the share found by chance.
+        support: share of the original's structure that is found again, less the share found by chance, 0 to 1.
         doubt: corner distance in pixels of the original between the transforms of two halves of the image.
         fault: a sentence if the transform cannot be trusted, else None.
     """
@@ -137,7 +137,7 @@ def register(original: torch.Tensor, edited: torch.Tensor) -> Registration:
         ratio = pyramid[level][0].shape[1] / pyramid[level + 1][0].shape[1]
         best = _refine(*pyramid[level], best.transform.scaled(ratio), 6 if level else 4)
     scale = width / size[1]
-    support = best.agrees - _chance(*best.images)
+    support = best.votes - _chance(*best.images)
     return Registration(best.transform.scaled(scale), support, best.doubt * scale, _fault(support, best.doubt, rival))
 
 
@@ -151,13 +151,18 @@ def _two_best(fits: list[_Fit], frames: list[Transform], height: int, width: int
 
     def score(fit: _Fit) -> float:
         drift = min(_corner_distance(fit.transform, frame, width, height) for frame in frames)
-        return fit.votes / (1.0 + (drift / (LIKELY_DRIFT * longest)) ** 2)
+        return fit.votes * _likelihood(drift / longest)
 
     best = max(fits, key=score)
     others = [
         score(fit) for fit in fits if _corner_distance(fit.transform, best.transform, width, height) > 0.02 * longest
     ]
     return best, max(others, default=0.0) / (score(best) + 1e-6)
+
+
+def _likelihood(drift: float) -> float:
+    """Belief in the movement of a corner, in parts of the longest side."""
+    return 1.0 / (1.0 + (drift / LIKELY_DRIFT) ** 2)
 
 
 def _fault(support: float, doubt: float, rival: float) -> str | None:
@@ -238,12 +243,12 @@ def _coarse(original: torch.Tensor, edited: torch.Tensor, frames: list[tuple[flo
     padded = [next_fast_len(side * 5 // 4) for side in (height, width)]
 
     def orientation(map_: torch.Tensor) -> torch.Tensor:
-        """[2, H, W]: the doubled angle of the gradient, less where the gradient is weak."""
+        """[2, H, W]: the doubled angle of the gradient, less where the gradient is weak or edges are dense."""
         along_x, along_y = _gradient(map_.numpy())
         scale = along_x**2 + along_y**2 + 0.02**2
-        taper = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1]) ** 0.25
-        parts = np.stack([(along_x**2 - along_y**2) / scale, 2.0 * along_x * along_y / scale]) * taper
-        return torch.from_numpy(parts.astype(np.float32))
+        parts = np.stack([(along_x**2 - along_y**2) / scale, 2.0 * along_x * along_y / scale])
+        density = _box((parts**2).sum(axis=0), max(height, width) // 4)
+        return torch.from_numpy((parts / (density + 0.02) ** 0.5 * _frame_weight(height, width)).astype(np.float32))
 
     first, second = orientation(original).numpy(), orientation(edited)
     spectrum = np.conj(fft2(first[0] + 1j * first[1], padded))
@@ -260,12 +265,14 @@ def _coarse(original: torch.Tensor, edited: torch.Tensor, frames: list[tuple[flo
                 offset = [at - side if at > side // 2 else at for at, side in zip(peak, padded, strict=True)]
                 shift = matrix[:, :2] @ [offset[1], offset[0]]
                 start = Transform(frame[0] * zoom, frame[1] * zoom, rotation, float(shift[0]), float(shift[1]))
-                found.append((float(score[peak]) / (float((moved**2).sum()) ** 0.5 + 1e-6), start))
+                drift = _corner_distance(start, Transform(*frame), width, height) / max(height, width)
+                energy = float((moved**2).sum()) ** 0.5 + 1e-6
+                found.append((float(score[peak]) / energy * _likelihood(drift), start))
     found.sort(key=lambda each: -each[0])
     starts = [Transform(*frames[0])]
     for _, start in found:
         steps = [_corner_distance(start, other, width, height) for other in starts[1:]]
-        if min(steps, default=np.inf) > 0.04 * max(height, width):
+        if min(steps, default=np.inf) > 0.06 * max(height, width):
             starts.append(start)
         if len(starts) > STARTS:
             break
@@ -321,14 +328,12 @@ class _Fit:
     """A refined transform in pixels of the level's images.
 
     Attributes:
-        agrees: share of the original's structure that the warped edit shows too.
-        votes: share of the image's tiles whose structure agrees.
+        votes: share of the image's tiles whose structure the warped edit shows too.
         doubt: corner distance of the transforms of two halves of the image, or of the last step if that is longer.
         images: both images' normalized brightness, the edit's warped.
     """
 
     transform: Transform
-    agrees: float
     votes: float
     doubt: float
     images: tuple[np.ndarray, np.ndarray]
@@ -382,22 +387,21 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
         if length < 0.005:
             break
     agreeing = structure * inside.numpy() * (local > AGREES)
-    agrees = float(agreeing.sum()) / (float(structure.sum()) + 1e-6)
     doubt = max(_corner_distance(*halves, width, height), length)
-    return _Fit(transform, agrees, _votes(structure, agreeing), doubt, (first, warped))
+    return _Fit(transform, _votes(structure, agreeing), doubt, (first, warped))
 
 
 def _chance(first: np.ndarray, second: np.ndarray) -> float:
-    """Share of the structure that agrees when the images are displaced, and so by chance."""
+    """Share of the tiles that agree when the images are displaced, and so by chance."""
     import numpy as np
 
     structure, distance = _structure(first), _window(first.shape) * 3 // 2
-    shares = [
-        float((structure * (agreement(first, np.roll(second, move, axis)) > AGREES)).sum()) / float(structure.sum() + 1)
+    votes = [
+        _votes(structure, structure * (agreement(first, np.roll(second, move, axis)) > AGREES))
         for axis in (0, 1)
         for move in (-distance, distance)
     ]
-    return float(np.mean(shares))
+    return float(np.mean(votes))
 
 
 def _votes(structure: np.ndarray, agreeing: np.ndarray) -> float:
@@ -406,8 +410,16 @@ def _votes(structure: np.ndarray, agreeing: np.ndarray) -> float:
         torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(each)[None], (TILES, TILES))[0]
         for each in (structure, agreeing)
     ]
-    has = sums[0] > 0.03
-    return float(((sums[1] > 0.5 * sums[0]) & has).sum()) / (float(has.sum()) + 1e-6)
+    has = (sums[0] > 0.03) * torch.from_numpy(_frame_weight(TILES, TILES))
+    return float(((sums[1] > 0.5 * sums[0]) * has).sum()) / (float(has.sum()) + 1e-6)
+
+
+def _frame_weight(height: int, width: int) -> np.ndarray:
+    """[height, width]: 1 in the middle, 3 at the frame, where there is less of a subject that moved by itself."""
+    import numpy as np
+
+    across, along = (np.abs(np.linspace(-1.0, 1.0, side)) for side in (width, height))
+    return 1.0 + 2.0 * np.maximum(across[None, :], along[:, None]) ** 2
 
 
 def _structure(normalized_: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from . import (
     demo,
     hifi_tuner,
     inversion,
+    keep_rest,
     lipe,
     mcdm,
     pidiff,
@@ -28,6 +29,7 @@ NODE_CLASSES: list[type[io.ComfyNode]] = [
     *attention_control.NODES,
     *mcdm.NODES,
     *pidiff.NODES,
+    *keep_rest.NODES,
     *scores.NODES,
     *demo.NODES,
 ]

@@ -94,7 +94,9 @@ def find_change(
             low, middle = np.quantile(ratio[unchanged], (0.15, 0.4))
             deviation = min(max((middle - low) / 0.783, 0.35), 0.5)  # of a normal distribution
             center = middle + 0.253 * deviation
-            surely, perhaps = (np.exp(center + each * deviation) * factor for each in (SEED_DEVIATIONS, GROW_DEVIATIONS))
+            surely, perhaps = (
+                np.exp(center + each * deviation) * factor for each in (SEED_DEVIATIONS, GROW_DEVIATIONS)
+            )
             seeds |= size > np.maximum(noise * surely, SEED_LEAST * factor)
             ends.append(size / np.maximum(noise * perhaps, GROW_LEAST * factor))
             if number == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import avg_pool2d, grid_sample, interpolate
 
 from ..scores.pixels import mean_squared_error, psnr_of_error, ssim
 from ..shared.errors import IdentityEditError
@@ -14,6 +14,7 @@ from ..shared.masks import of_size
 from .blending import LARGEST_STEP, ROWS, membrane, soft_mask
 from .change import EVERYTHING, _smooth, find_change, likely_unchanged
 from .colors import LARGEST_CAST, ColorMap, fit_colors, no_change
+from .registration import Transform, matching, sampling_grid
 
 CLIPPED = 0.99
 """Value from which a color counts as clipped."""
@@ -23,6 +24,12 @@ GROW = 0.3
 """[choice] Growth of the mask in percent of the longest side: three pixels of an image of a megapixel."""
 FEATHER = 0.6
 """[choice] The same of the soft border around it."""
+LEAST_MATCHING = 0.5
+"""[choice] Smallest share of the tiles outside of the change that must agree."""
+NOT_REGISTERED = (
+    "Outside of the change the edit does not match the original, so it is returned as it is; connect Register Edit "
+    "before, or paint a mask of the edit."
+)
 ONLY_INSIDE, GROWN, AS_GIVEN = MASK_USES = ("change inside the mask", "changes that touch the mask", "the mask itself")
 
 
@@ -96,18 +103,12 @@ def keep_rest(
         corrected = colors(second)
         change = find_change(first, _unclipped(first, second, corrected), covered, balance)
     hard = change.mask if mask is None else _with_mask(change.mask, of_size(mask[None], *size)[0] > 0.5, mask_use)
-    if mask is None and float(hard.float().mean()) > EVERYTHING:
-        share = float(hard.float().mean())
-        return Kept(
-            registered.float(),
-            torch.ones(height, width),
-            share,
-            0.0,
-            float("nan"),
-            float("nan"),
-            change.noise,
-            f"The edit changed {share:.0%} of the image, so there is nothing to keep, and it is returned as it is.",
-        )
+    share = float(hard.float().mean())
+    if mask is None and share > EVERYTHING:
+        reason = f"The edit changed {share:.0%} of the image, so there is nothing to keep, and it is returned as it is."
+        return _as_it_is(registered, change.noise, reason)
+    if matching(first, corrected, covered & ~hard) < LEAST_MATCHING:
+        return _as_it_is(registered, change.noise, NOT_REGISTERED)
     side = max(size) / 100.0
     soft = soft_mask(hard, grow * side, feather * side)
     outside = (soft == 0.0).float()
@@ -124,6 +125,13 @@ def keep_rest(
         change.noise,
         warning,
     )
+
+
+def _as_it_is(registered: torch.Tensor, noise: float, reason: str) -> Kept:
+    """An edit in which nothing can be kept."""
+    image = registered.float() if registered.shape[-1] in (3, 4) else _with_colors(registered)
+    ones = torch.ones(image.shape[:2])
+    return Kept(image, ones, 1.0, 0.0, float("nan"), float("nan"), noise, reason)
 
 
 def _reduced(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -208,11 +216,7 @@ def _blend(
     maps = torch.cat([soft[..., None], seam], dim=-1).movedim(-1, 0)[None]
     for start in range(0, height, ROWS):
         rows = slice(start, min(height, start + ROWS))
-        strip = maps if maps.shape[2:] == (height, width) else None
-        if strip is not None:
-            strip = maps[:, :, rows]
-        else:
-            strip = _rows(maps, (height, width), rows)
+        strip = maps[:, :, rows] if maps.shape[2:] == (height, width) else _rows(maps, (height, width), rows)
         share, offset = strip[0, 0], strip[0, 1:].movedim(0, -1)
         inside = share > 0.0
         if not bool(inside.any()):
@@ -227,12 +231,8 @@ def _blend(
 
 def _rows(maps: torch.Tensor, size: tuple[int, int], rows: slice) -> torch.Tensor:
     """Rows of maps [1, C, h, w] enlarged to a size."""
-    from .registration import Transform, sampling_grid
-
     grid = sampling_grid(Transform().matrix(), size, (rows.start, rows.stop))
-    return torch.nn.functional.grid_sample(
-        maps, grid[None], mode="bilinear", padding_mode="border", align_corners=False
-    )
+    return grid_sample(maps, grid[None], mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def _with_colors(original: torch.Tensor) -> torch.Tensor:

@@ -200,6 +200,12 @@ def brightness(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return _resized(colors @ torch.tensor([0.299, 0.587, 0.114]), size)
 
 
+def at_size(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """An image [H, W, C] stretched to a size."""
+    maps = interpolate(image.movedim(-1, 0)[None], size=size, mode="bicubic", antialias=True)
+    return maps[0].movedim(0, -1).clamp(0.0, 1.0)
+
+
 def _resized(map_: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     if tuple(map_.shape) == tuple(size):
         return map_
@@ -455,6 +461,36 @@ def _moved(transform: Transform, step: np.ndarray) -> Transform:
     )
 
 
+def common(found: list[Registration]) -> list[Registration]:
+    """The median of the trusted transforms for all of a batch; unchanged if there are none."""
+    from dataclasses import fields, replace
+    from statistics import median
+
+    trusted = [each.transform for each in found if each.fault is None]
+    if not trusted:
+        return found
+    middle = Transform(*(median(getattr(each, field.name) for each in trusted) for field in fields(Transform)))
+    return [replace(each, transform=middle, fault=None) for each in found]
+
+
+def matching(original: torch.Tensor, edited: torch.Tensor, where: torch.Tensor) -> float:
+    """Share of the tiles, with structure inside of a mask, in which two registered images agree.
+
+    Args:
+        original, edited: [H, W, 3], 0 to 1.
+        where: [H, W] bool.
+
+    Returns:
+        0 to 1; 1 where there is no structure to compare.
+    """
+    gray = torch.tensor([0.299, 0.587, 0.114])
+    first, second = (normalized((each @ gray).numpy()) for each in (original, edited))
+    structure = _structure(first) * where.numpy()
+    if not structure.any():
+        return 1.0
+    return _votes(structure, structure * (agreement(first, second) > AGREES))
+
+
 # -- applying ----------------------------------------------------------------------------------------------------------
 
 
@@ -476,7 +512,7 @@ def apply(transform: Transform, original: torch.Tensor, edited: torch.Tensor) ->
     # An edit with more pixels than the original is reduced first, so that the warp skips none.
     size = [min(side, max(1, round(wanted))) for side, wanted in zip(edited.shape[:2], (height, width), strict=True)]
     if list(maps.shape[1:]) != size:
-        maps = interpolate(maps[None], size=size, mode="bicubic", antialias=True, align_corners=False)[0]
+        maps = interpolate(maps[None], size=size, mode="bicubic", antialias=True)[0]
     registered = torch.empty_like(base)
     covered = torch.empty(height, width)
     for start in range(0, height, ROWS):

@@ -42,8 +42,8 @@ class RegisterEdit(io.ComfyNode):
             category="keep the rest",
             search_aliases=["align images", "image registration", "pixel shift", "zoom drift", "Kontext", "Qwen Edit"],
             advanced=["batch"],
-            description="Moves an edited image back onto its original: undoes the shift, zoom, stretch, crop and small "
-            "rotation of an image editor, measured in the part that was not edited. The result has the original's size.",
+            description="Moves an edited image back onto its original: undoes shift, zoom, stretch, crop and small "
+            "rotation, measured in the part that was not edited. The result has the original's size.",
             is_output_node=True,
             inputs=[
                 io.Image.Input("original", tooltip="Original image before the edit, one for all or one for each edit."),
@@ -128,7 +128,7 @@ class KeepTheRest(io.ComfyNode):
             search_aliases=["difference mask", "paste back", "restore background", "color match", "composite", "merge"],
             advanced=["grow", "feather", "mask_use", "boxes"],
             description="Takes from a registered edit only what changed, and the original everywhere else, bit for "
-            "bit. Undoes the color cast of the edit, finds the change against the noise of the editor and closes the seams.",
+            "bit. Undoes the color cast, finds the change against the noise of the editor and closes the seams.",
             is_output_node=True,
             inputs=[
                 io.Image.Input("original", tooltip="Original image before the edit, one for all or one for each edit."),

@@ -34,6 +34,10 @@ LEAST_NOISE = 1.0 / 255.0
 """Rounding to eight bits; smaller differences are none."""
 SEED_LEAST, GROW_LEAST = 0.05, 0.025
 """[choice] The same as differences, 0 to 1, which no color correction is better than."""
+BESIDE = 0.3
+"""[choice] Smallest difference relative to the largest one beside it."""
+REACH = 0.02
+"""[choice] Distance of connected pixels from certain ones, in parts of the longest side."""
 EVERYTHING = 0.85
 """[choice] Share of changed pixels from which nothing is left to keep."""
 SMALLEST_ISLAND = 1e-4
@@ -98,11 +102,14 @@ def find_change(
                 np.exp(center + each * deviation) * factor for each in (SEED_DEVIATIONS, GROW_DEVIATIONS)
             )
             seeds |= size > np.maximum(noise * surely, SEED_LEAST * factor)
-            ends.append(size / np.maximum(noise * perhaps, GROW_LEAST * factor))
+            # Blurred differences reach beyond the change, but there they are weaker than beside it.
+            beside = ndimage.maximum_filter(size, 2 * round(2.5 * scale) + 1) * BESIDE
+            ends.append(size / np.maximum(np.maximum(noise * perhaps, GROW_LEAST * factor), beside))
             if number == 0:
                 level = float(np.median(size[unchanged]))
         evidence = np.maximum(ends[FINE], ends[FINE + 1])
-        mask = _cleaned(seeds & reached, (evidence > 1.0) & reached)
+        near = ndimage.distance_transform_edt(~(seeds & reached)) <= REACH * max(seeds.shape)
+        mask = _cleaned(seeds & reached, (evidence > 1.0) & reached & near) if seeds.any() else np.zeros_like(seeds)
         unchanged = ~ndimage.binary_dilation(mask, iterations=3) & reached
         if unchanged.mean() < 0.1:
             break

@@ -16,7 +16,7 @@ from .change import EVERYTHING, _smooth, find_change, likely_unchanged
 from .colors import LARGEST_CAST, ColorMap, fit_colors, no_change
 from .registration import Transform, matching, sampling_grid
 
-CLIPPED = 0.99
+CLIPPED = 0.975
 """Value from which a color counts as clipped."""
 MOST_PIXELS = 2_000_000
 """[choice] Pixels of the images in which the change is looked for; editors return one to two megapixels."""

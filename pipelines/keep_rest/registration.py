@@ -51,7 +51,7 @@ LIKELY_DRIFT = 0.12
 CLOSEST_RIVAL = 0.8
 """[choice] Largest score of another transform, relative to the best."""
 LARGEST_DOUBT = 1.0
-"""[choice] Largest difference, in pixels of the compared images, of the transforms that two halves of the image give."""
+"""[choice] Largest difference of the transforms from two halves of the image, in pixels of the compared images."""
 
 
 @dataclass(frozen=True)

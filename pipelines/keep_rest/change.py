@@ -34,7 +34,7 @@ LEAST_NOISE = 1.0 / 255.0
 """Rounding to eight bits; smaller differences are none."""
 SEED_LEAST, GROW_LEAST = 0.05, 0.025
 """[choice] The same as differences, 0 to 1, which no color correction is better than."""
-BESIDE = 0.3
+BESIDE = 0.4
 """[choice] Smallest difference relative to the largest one beside it."""
 REACH = 0.02
 """[choice] Distance of connected pixels from certain ones, in parts of the longest side."""
@@ -122,11 +122,11 @@ def _cleaned(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     least = max(4.0, SMALLEST_ISLAND * seeds.size)
-    joined = ndimage.binary_closing(candidates | seeds, iterations=2, border_value=0) | candidates | seeds
+    joined = ndimage.binary_closing(candidates, iterations=2) | candidates
     labels, count = ndimage.label(joined, np.ones((3, 3)))
     if not count:
         return joined
-    areas, hits = (ndimage.sum_labels(each, labels, np.arange(count + 1)) for each in (joined, seeds))
+    areas, hits = (ndimage.sum_labels(each, labels, np.arange(count + 1)) for each in (joined, joined & seeds))
     kept = (areas >= least) & (hits >= least / 4)
     kept[0] = False
     mask = kept[labels]

@@ -24,6 +24,8 @@ GROW = 0.3
 """[choice] Growth of the mask in percent of the longest side: three pixels of an image of a megapixel."""
 FEATHER = 0.6
 """[choice] The same of the soft border around it."""
+COMPOSITED = 0.4
+"""[choice] Share of equal pixels from which the editor itself kept the rest; a zoom leaves fewer."""
 LEAST_MATCHING = 0.5
 """[choice] Smallest share of the tiles outside of the change that must agree."""
 NOT_REGISTERED = (
@@ -92,8 +94,6 @@ def keep_rest(
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     first, second = (_reduced(each, size) for each in (original, registered))
     covered = _covered(original, registered, size)
-    if not bool(covered.any()):
-        return Kept(original.float(), torch.zeros(height, width), 0.0, 0.0, float("inf"), 1.0, 0.0, "Nothing changed.")
     colors, warning = no_change(), None
     change = None
     for _ in range(2):  # the second time, without what is then known to have changed
@@ -107,7 +107,7 @@ def keep_rest(
     if mask is None and share > EVERYTHING:
         reason = f"The edit changed {share:.0%} of the image, so there is nothing to keep, and it is returned as it is."
         return _as_it_is(registered, change.noise, reason)
-    if matching(first, corrected, covered & ~hard) < LEAST_MATCHING:
+    if matching(first, corrected, covered & ~hard & ~change.mask) < LEAST_MATCHING:
         return _as_it_is(registered, change.noise, NOT_REGISTERED)
     side = max(size) / 100.0
     soft = soft_mask(hard, grow * side, feather * side)
@@ -155,6 +155,8 @@ def _covered(original: torch.Tensor, registered: torch.Tensor, size: tuple[int, 
 
     equal = (as_color(original[None])[0] == as_color(registered[None])[0]).all(dim=-1)
     equal = torch.from_numpy(binary_opening(equal.numpy(), iterations=2))
+    if float(equal.float().mean()) > COMPOSITED:
+        return torch.ones(size, dtype=torch.bool)
     share = of_size((~equal).float()[None], *size)[0]
     return torch.from_numpy(binary_erosion((share > 0.99).numpy(), iterations=2, border_value=1))
 

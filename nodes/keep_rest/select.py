@@ -103,7 +103,7 @@ class SelectEdit(io.ComfyNode):
         colors, first, cut = matched_images(edits, original, ("edits", "original"))
         masks = None if mask is None else masks_for(mask, "mask", colors.shape[1], colors.shape[2], len(colors))
         has_faces = face_detector is not None and recognizer != NONE
-        has_clip = clip is not None and clip_vision is not None
+        has_clip = clip is not None and clip_vision is not None and bool(prompt.strip())
         scores = score_edits(
             first[0],
             colors,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..shared.errors import IdentityEditError
@@ -16,7 +18,7 @@ def mask_of_boxes(text: str, height: int, width: int) -> torch.Tensor:
     """
     mask = torch.zeros(1, height, width)
     for line, numbers in lines_of_numbers(text):
-        if numbers is None or len(numbers) != 4:
+        if numbers is None or len(numbers) != 4 or not all(map(math.isfinite, numbers)):
             raise IdentityEditError(f"boxes has the line '{line}'; write left, top, right, bottom in pixels.")
         left, top, right, bottom = (round(number) for number in numbers)
         if not (0 <= left < right and 0 <= top < bottom and left < width and top < height):

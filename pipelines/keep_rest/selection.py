@@ -10,7 +10,7 @@ import torch
 
 from ..faces.detection import FaceDetector
 from ..faces.similarity import FaceRecognizer
-from ..scores.clip import SocketClip, text_similarity
+from ..scores.clip import SocketClip, check_sizes, text_similarity
 from ..scores.pixels import ssim
 from .identity import FaceKept, compare_faces, lowest
 
@@ -54,13 +54,12 @@ def score_edits(
         faces: detector and recognizer, or None.
         weights: of identity, prompt and rest.
     """
-    asked = None if clip is None or not prompt.strip() else clip.texts([prompt])
     raw = []
     for number, edit in enumerate(edits):
         kept = [] if faces is None else compare_faces(original, edit, *faces)
         identity = lowest(kept)
         outside = None if masks is None else (masks[number : number + 1] == 0).float()
-        follows = math.nan if asked is None or clip is None else float(text_similarity(clip.images([edit]), asked))
+        follows = math.nan if clip is None else _follows(edit, prompt, clip)
         rest = float(ssim(edit[None], original[None], outside))
         raw.append((math.nan if identity is None else identity, follows, rest, tuple(kept)))
     spread = [_spread([each[column] for each in raw]) for column in range(3)]
@@ -69,6 +68,12 @@ def score_edits(
         for number in range(len(raw))
     ]
     return [EditScores(*each, total=value) for each, value in zip(raw, total, strict=True)]
+
+
+def _follows(edit: torch.Tensor, prompt: str, clip: SocketClip) -> float:
+    image, text = clip.images([edit]), clip.texts([prompt])
+    check_sizes(image, text, clip.name)
+    return float(text_similarity(image, text))
 
 
 def _spread(values: list[float]) -> list[float]:

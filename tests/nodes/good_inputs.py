@@ -502,8 +502,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "RegisterEdit": lambda w: {"original": w.images, "edited": 0.9 * w.images},
     "KeepTheRest": lambda w: {"original": w.images, "registered": 0.9 * w.images, "mask": w.mask},
     "SelectEdit": lambda w: {
-        "original": w.images, "edits": 0.9 * w.images, "mask": w.mask, "prompt": "a cat", "clip": w.clip,
-        "clip_vision": w.clip_vision, "face_detector": Detector(),
+        "original": w.images, "edits": 0.9 * w.images, "mask": w.mask, "face_detector": Detector(),
     },
     "ReconstructionCheck": lambda w: {"image": w.images, "reconstruction": 0.5 * w.images},
     "ScoreEdit": lambda w: {

@@ -17,7 +17,10 @@ NOT_NOUNS = {
     "From", "On", "Off", "Computes", "Also", "Which", "How", "Connect", "Of", "In", "What", "Whether", "Save", "Keeps",
 }  # fmt: skip
 SMALL_WORDS = {"a", "and", "as", "by", "from", "of", "the", "to", "with"}
-CATEGORIES = ("inversion", "text", "masks", "subject", "attention control", "portrait", "face", "evaluation", "demo")
+CATEGORIES = (
+    "inversion", "text", "masks", "subject", "attention control", "portrait", "face", "keep the rest", "evaluation",
+    "demo",
+)  # fmt: skip
 
 
 def test_ids_are_unique_and_prefixed() -> None:

@@ -22,6 +22,8 @@ SCALES = (0.7, 1.5, 3.0, 6.0)
 FINE = 1
 """Scale that decides where a change ends."""
 BINS = 12
+SAMPLES = 200_000
+"""[choice] Pixels from which the noise is estimated."""
 FLAT = 0.01
 """[choice] Gradient per pixel below which the image is flat."""
 OF_QUANTILE = 1.4
@@ -69,13 +71,18 @@ def likely_unchanged(original: torch.Tensor, edited: torch.Tensor) -> torch.Tens
 
 
 def find_change(
-    original: torch.Tensor, edited: torch.Tensor, covered: torch.Tensor, sensitivity: float = 0.0
+    original: torch.Tensor,
+    edited: torch.Tensor,
+    covered: torch.Tensor,
+    sensitivity: float = 0.0,
+    guess: torch.Tensor | None = None,
 ) -> Change:
     """The change between an original and its registered edit.
 
     Args:
         original, edited: [H, W, 3] float32, 0 to 1, with the color cast undone.
         covered: [H, W] bool, where the edit shows the original's place at all.
+        guess: [H, W] bool, a first idea of the mask, outside of which the noise is estimated.
         sensitivity: -1 finds only strong changes and keeps more of the original, 1 also weak ones.
     """
     import numpy as np
@@ -86,16 +93,17 @@ def find_change(
     seeds = np.zeros(first.shape[:2], bool)
     evidence = np.zeros(first.shape[:2], np.float32)
     reached = covered.numpy()
-    unchanged = reached.copy()
+    unchanged = reached if guess is None else reached & ~guess.numpy()
     factor = 2.0**-sensitivity
-    for _ in range(2):  # the second time, the noise is estimated outside of the change
+    for _ in range(2 if guess is None else 1):  # the second time, the noise is estimated outside of the change
         seeds[:] = False
+        step = max(1, round((unchanged.sum() / SAMPLES) ** 0.5))
         ends = []
         for number, scale in enumerate(SCALES):
             size = np.sqrt((_smooth(first - second, scale) ** 2).mean(axis=-1))
             noise = _noise(size, _smooth(contrast, scale), unchanged)
             ratio = np.log(np.sqrt(size**2 + LEAST_NOISE**2 / 4) / noise)
-            low, middle = np.quantile(ratio[unchanged], (0.15, 0.4))
+            low, middle = np.quantile(ratio[::step, ::step][unchanged[::step, ::step]], (0.15, 0.4))
             deviation = min(max((middle - low) / 0.783, 0.35), 0.5)  # of a normal distribution
             center = middle + 0.253 * deviation
             surely, perhaps = (
@@ -141,7 +149,8 @@ def _noise(size: np.ndarray, contrast: np.ndarray, unchanged: np.ndarray) -> np.
     """Expected difference at each pixel, sqrt(a^2 + b^2 contrast^2), from the quantiles of bins of equal contrast."""
     import numpy as np
 
-    sizes, contrasts = size[unchanged], contrast[unchanged]
+    step = max(1, round((unchanged.sum() / SAMPLES) ** 0.5))
+    sizes, contrasts = (each[::step, ::step][unchanged[::step, ::step]] for each in (size, contrast))
     is_flat = contrasts < FLAT
     if is_flat.mean() < 0.1:
         is_flat = contrasts <= np.quantile(contrasts, 0.1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -95,13 +96,16 @@ def keep_rest(
     first, second = (_reduced(each, size) for each in (original, registered))
     covered = _covered(original, registered, size)
     colors, warning = no_change(), None
-    change = None
-    for _ in range(2):  # the second time, without what is then known to have changed
+    guess, sides = None, [-(-side // 2) for side in size]
+    halves = [_reduced(first, sides), _reduced(second, sides)], [first, second]
+    for ours, theirs in halves:  # at half the size at first, then without what is known to have changed
+        here = of_size(covered[None].float(), *ours.shape[:2])[0] == 1.0
         if undo_cast and warning is None:
-            likely = likely_unchanged(first, second) if change is None else (~change.mask).float()
-            colors, warning = _colors(first, second, likely * covered)
-        corrected = colors(second)
-        change = find_change(first, _unclipped(first, second, corrected), covered, balance)
+            likely = likely_unchanged(ours, theirs) if guess is None else (~guess).float()
+            colors, warning = _colors(ours, theirs, likely * here)
+        corrected = torch.where(here[..., None], colors(theirs), ours)
+        change = find_change(ours, _unclipped(ours, theirs, corrected), here, balance, guess)
+        guess = of_size(change.mask[None].float(), *size)[0] > 0.0
     hard = change.mask if mask is None else _with_mask(change.mask, of_size(mask[None], *size)[0] > 0.5, mask_use)
     share = float(hard.float().mean())
     if mask is None and share > EVERYTHING:
@@ -134,18 +138,18 @@ def _as_it_is(registered: torch.Tensor, noise: float, reason: str) -> Kept:
     return Kept(image, ones, 1.0, 0.0, float("nan"), float("nan"), noise, reason)
 
 
-def _reduced(image: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _reduced(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Colors [h, w, 3] of an image at a smaller size, transparent parts in gray."""
     colors = as_color(image[None])[0]
     if image.shape[-1] in (2, 4):
         opacity = image[..., -1:].float().clamp(0.0, 1.0)
         colors = colors * opacity + 0.5 * (1.0 - opacity)
-    if tuple(colors.shape[:2]) == size:
+    if tuple(colors.shape[:2]) == tuple(size):
         return colors
     maps = colors.movedim(-1, 0)[None]
     while maps.shape[2] >= 2 * size[0] and maps.shape[3] >= 2 * size[1]:
         maps = avg_pool2d(maps, 2)
-    maps = interpolate(maps, size=size, mode="bilinear", antialias=True)
+    maps = interpolate(maps, size=tuple(size), mode="bilinear", antialias=True)
     return maps[0].movedim(0, -1).contiguous()
 
 

@@ -299,6 +299,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--megapixels", type=float, nargs="*", default=[1.0, 4.0, 24.0])
 
 
+@torch.inference_mode()
 def main(arguments: argparse.Namespace) -> None:
     import comfy.utils
     from comfy.sd import VAE

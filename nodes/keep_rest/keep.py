@@ -114,8 +114,8 @@ def stacked(images: list[torch.Tensor], both: list[tuple[torch.Tensor, ...]]) ->
     """Images as a batch; if their sizes differ, all at the size of the first original."""
     if len({image.shape for image in images}) == 1:
         return torch.stack(images)
-    size = tuple(both[0][0].shape[:2])
-    return torch.stack([registrations.at_size(image, size) for image in images])
+    height, width = both[0][0].shape[:2]
+    return torch.stack([registrations.at_size(image, (height, width)) for image in images])
 
 
 class KeepTheRest(io.ComfyNode):

@@ -66,7 +66,7 @@ def likely_unchanged(original: torch.Tensor, edited: torch.Tensor) -> torch.Tens
     gray = torch.tensor([0.299, 0.587, 0.114])
     first, second = (normalized((each @ gray).numpy()) for each in (original, edited))
     local = torch.from_numpy(agreement(first, second)).clamp(0.0, 1.0)
-    structure = torch.from_numpy(_smooth(first * first, 4.0)).clamp(0.0, 1.0)
+    structure = torch.from_numpy(smooth(first * first, 4.0)).clamp(0.0, 1.0)
     return structure * local.square() + (1.0 - structure) * 0.5
 
 
@@ -100,8 +100,8 @@ def find_change(
         step = max(1, round((unchanged.sum() / SAMPLES) ** 0.5))
         ends = []
         for number, scale in enumerate(SCALES):
-            size = np.sqrt((_smooth(first - second, scale) ** 2).mean(axis=-1))
-            noise = _noise(size, _smooth(contrast, scale), unchanged)
+            size = np.sqrt((smooth(first - second, scale) ** 2).mean(axis=-1))
+            noise = _noise(size, smooth(contrast, scale), unchanged)
             ratio = np.log(np.sqrt(size**2 + LEAST_NOISE**2 / 4) / noise)
             low, middle = np.quantile(ratio[::step, ::step][unchanged[::step, ::step]], (0.15, 0.4))
             deviation = min(max((middle - low) / 0.783, 0.35), 0.5)  # of a normal distribution
@@ -172,10 +172,11 @@ def _contrast(image: np.ndarray) -> np.ndarray:
     import numpy as np
 
     along_y, along_x = np.gradient(image, axis=(0, 1))
-    return np.sqrt(_smooth((along_x**2 + along_y**2).mean(axis=-1), 1.0).clip(0.0))
+    return np.sqrt(smooth((along_x**2 + along_y**2).mean(axis=-1), 1.0).clip(0.0))
 
 
-def _smooth(map_: np.ndarray, deviation: float) -> np.ndarray:
+def smooth(map_: np.ndarray, deviation: float) -> np.ndarray:
+    """A map [H, W, ...] blurred by a Gaussian of a standard deviation in pixels, border values replicated."""
     from scipy.ndimage import gaussian_filter
 
     return gaussian_filter(map_, (deviation, deviation) + (0,) * (map_.ndim - 2), mode="nearest", truncate=3.0)

@@ -13,7 +13,7 @@ from ..shared.errors import IdentityEditError
 from ..shared.images import as_color
 from ..shared.masks import of_size
 from .blending import LARGEST_STEP, ROWS, membrane, soft_mask
-from .change import EVERYTHING, _smooth, find_change, likely_unchanged
+from .change import EVERYTHING, find_change, likely_unchanged, smooth
 from .colors import LARGEST_CAST, ColorMap, fit_colors, no_change
 from .registration import Transform, matching, sampling_grid
 
@@ -173,7 +173,7 @@ def _unclipped(first: torch.Tensor, second: torch.Tensor, corrected: torch.Tenso
 
 
 def _colors(first: torch.Tensor, second: torch.Tensor, unchanged: torch.Tensor) -> tuple[ColorMap, str | None]:
-    blurred = [torch.from_numpy(_smooth(each.numpy(), 1.5)) for each in (first, second)]
+    blurred = [torch.from_numpy(smooth(each.numpy(), 1.5)) for each in (first, second)]
     colors = fit_colors(blurred[0], blurred[1], unchanged)
     if colors.cast > LARGEST_CAST:
         return no_change(), (
@@ -216,8 +216,8 @@ def _blend(
         return image, alpha
     difference = first - corrected
     known = (soft == 0.0) & (difference.abs().amax(dim=-1) < LARGEST_STEP)
-    weight = torch.from_numpy(_smooth(known.float().numpy(), 2.0))[..., None].clamp(min=1e-6)
-    difference = torch.from_numpy(_smooth((difference * known[..., None]).numpy(), 2.0)) / weight
+    weight = torch.from_numpy(smooth(known.float().numpy(), 2.0))[..., None].clamp(min=1e-6)
+    difference = torch.from_numpy(smooth((difference * known[..., None]).numpy(), 2.0)) / weight
     seam = membrane(difference, known.float())
     maps = torch.cat([soft[..., None], seam], dim=-1).movedim(-1, 0)[None]
     for start in range(0, height, ROWS):

@@ -128,8 +128,9 @@ def register(original: torch.Tensor, edited: torch.Tensor) -> Registration:
         pyramid.append((_resized(pyramid[-1][0], half), _resized(pyramid[-1][1], half)))
     small = min(1.0, COARSE_SIDE / max(pyramid[-1][0].shape))
     coarse = tuple(round(side * small) for side in pyramid[-1][0].shape)
-    frames = _frames((height, width), edited.shape[:2])
-    starts = _coarse(*(_resized(each, coarse) for each in pyramid[-1]), frames)
+    frames = _frames((height, width), (edited.shape[0], edited.shape[1]))
+    first, second = (_resized(each, coarse) for each in pyramid[-1])
+    starts = _coarse(first, second, frames)
     fits = [_refine(*pyramid[-1], start.scaled(1.0 / small), 6) for start in starts]
     best, rival = _two_best(fits, [Transform(*frame) for frame in frames], *pyramid[-1][0].shape)
     best = _refine(*pyramid[-1], best.transform, 10)
@@ -393,7 +394,7 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
         if length < 0.005:
             break
     agreeing = structure * inside.numpy() * (local > AGREES)
-    doubt = max(_corner_distance(*halves, width, height), length)
+    doubt = max(_corner_distance(halves[0], halves[1], width, height), length)
     return _Fit(transform, _votes(structure, agreeing), doubt, (first, warped))
 
 

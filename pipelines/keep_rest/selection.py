@@ -62,7 +62,7 @@ def score_edits(
         follows = math.nan if clip is None else _follows(edit, prompt, clip)
         rest = float(ssim(edit[None], original[None], outside))
         raw.append((math.nan if identity is None else identity, follows, rest, tuple(kept)))
-    spread = [_spread([each[column] for each in raw]) for column in range(3)]
+    spread = [_spread(list(values)) for values in list(zip(*raw, strict=True))[:3]]
     total = [
         sum(weight * spread[column][number] for column, weight in enumerate(weights)) / max(sum(weights), 1e-6)
         for number in range(len(raw))

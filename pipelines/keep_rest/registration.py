@@ -40,6 +40,10 @@ SMALLEST_SIDE = 32
 """[choice] Shorter images have too few edges."""
 AGREES = 0.6
 """[choice] Local correlation from which the images show the same."""
+STRETCH = 0.01
+"""[choice] Typical difference of the zooms in x and y."""
+CORRELATED = 25.0
+"""[choice] Pixels of normalized brightness that count as one observation."""
 TILES = 12
 """[choice] Tiles along a side."""
 ROWS = 512
@@ -50,7 +54,7 @@ LIKELY_DRIFT = 0.12
 """[choice] Movement of a corner, in parts of the longest side, that halves the belief in a transform."""
 CLOSEST_RIVAL = 0.8
 """[choice] Largest score of another transform, relative to the best."""
-LARGEST_DOUBT = 1.0
+LARGEST_DOUBT = 0.25
 """[choice] Largest difference of the transforms from two halves of the image, in pixels of the compared images."""
 
 
@@ -131,12 +135,12 @@ def register(original: torch.Tensor, edited: torch.Tensor) -> Registration:
     frames = _frames((height, width), (edited.shape[0], edited.shape[1]))
     first, second = (_resized(each, coarse) for each in pyramid[-1])
     starts = _coarse(first, second, frames)
-    fits = [_refine(*pyramid[-1], start.scaled(1.0 / small), 6) for start in starts]
+    fits = [_refine(*pyramid[-1], start.scaled(1.0 / small), 6, start.zoom_x / start.zoom_y) for start in starts]
     best, rival = _two_best(fits, [Transform(*frame) for frame in frames], *pyramid[-1][0].shape)
-    best = _refine(*pyramid[-1], best.transform, 10)
+    best = _refine(*pyramid[-1], best.transform, 10, best.ratio)
     for level in range(len(pyramid) - 2, -1, -1):
         ratio = pyramid[level][0].shape[1] / pyramid[level + 1][0].shape[1]
-        best = _refine(*pyramid[level], best.transform.scaled(ratio), 6 if level else 4)
+        best = _refine(*pyramid[level], best.transform.scaled(ratio), 6 if level else 4, best.ratio)
     scale = width / size[1]
     support = best.votes - _chance(*best.images)
     return Registration(best.transform.scaled(scale), support, best.doubt * scale, _fault(support, best.doubt, rival))
@@ -335,19 +339,25 @@ class _Fit:
     """A refined transform in pixels of the level's images.
 
     Attributes:
+        ratio: zoom_x / zoom_y that the frames of the images suggest.
         votes: share of the image's tiles whose structure the warped edit shows too.
         doubt: corner distance of the transforms of two halves of the image, or of the last step if that is longer.
         images: both images' normalized brightness, the edit's warped.
     """
 
     transform: Transform
+    ratio: float
     votes: float
     doubt: float
     images: tuple[np.ndarray, np.ndarray]
 
 
-def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iterations: int) -> _Fit:
-    """Gauss-Newton from a start on normalized brightness, with the mean gradient of both images."""
+def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iterations: int, ratio: float) -> _Fit:
+    """Gauss-Newton from a start on normalized brightness, with the mean gradient of both images.
+
+    Args:
+        ratio: zoom_x / zoom_y that the frames of the images suggest.
+    """
     import numpy as np
 
     height, width = original.shape
@@ -360,6 +370,7 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
     tile = max(16, max(height, width) // 8)
     is_first_half = ((x + width) // tile + (y + height) // tile) % 2 == 0
     scale = np.array([width / 2.0, height / 2.0, max(width, height) / 2.0, 1.0, 1.0], dtype=np.float32)
+    unequal = np.array([1.0, -1.0, 0.0, 0.0, 0.0]) / scale
     transform = start
     for _ in range(iterations):
         matrix = transform.matrix()
@@ -387,6 +398,13 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
         for part in (is_first_half, ~is_first_half):
             weighted = columns * (weight * part).reshape(1, -1)
             sides.append((weighted @ columns.T, weighted @ residual.reshape(-1)))
+        # Editors hardly stretch, which decides the zooms where only one end of the image has structure.
+        variance = float((weight * residual**2).sum()) / (float(weight.sum()) + 1e-6)
+        belief = variance * CORRELATED / STRETCH**2
+        missing = np.log(ratio * transform.zoom_y / transform.zoom_x)
+        sides = [
+            (normal + belief * np.outer(unequal, unequal), side + belief * missing * unequal) for normal, side in sides
+        ]
         step = _solve(sides[0][0] + sides[1][0], sides[0][1] + sides[1][1]) / scale
         halves = [_moved(transform, _solve(*side) / scale) for side in sides]
         before, transform = transform, _moved(transform, step)
@@ -395,7 +413,7 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
             break
     agreeing = structure * inside.numpy() * (local > AGREES)
     doubt = max(_corner_distance(halves[0], halves[1], width, height), length)
-    return _Fit(transform, _votes(structure, agreeing), doubt, (first, warped))
+    return _Fit(transform, ratio, _votes(structure, agreeing), doubt, (first, warped))
 
 
 def _chance(first: np.ndarray, second: np.ndarray) -> float:

@@ -239,13 +239,11 @@ def measure(case: Case, kind: str, generator: np.random.Generator, vae: Any, pee
     return row
 
 
-def sheet(rows: list[dict[str, Any]]) -> Image.Image:
+def sheet(cases: list[tuple[np.ndarray, ...]]) -> Image.Image:
     """Original, distorted edit, result, mask and true edit of some cases."""
     lines = []
-    for row in rows:
-        images = [
-            Image.fromarray((each.clip(0, 1) * 255).astype(np.uint8)).resize((192, 192)) for each in row["images"]
-        ]
+    for case in cases:
+        images = [Image.fromarray((each.clip(0, 1) * 255).astype(np.uint8)).resize((192, 192)) for each in case]
         lines.append(np.concatenate([np.asarray(each) for each in images], axis=1))
     return Image.fromarray(np.concatenate(lines))
 
@@ -311,6 +309,7 @@ def main(arguments: argparse.Namespace) -> None:
     vae = VAE(sd={key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)})
     generator = np.random.default_rng(0)
     groups: dict[str, list[dict[str, Any]]] = {}
+    pictured: list[tuple[np.ndarray, ...]] = []
     for group, cases in (
         ("renderer", rendered_cases(arguments.rendered, generator)),
         ("photos", photo_cases(arguments.photos, generator)),
@@ -321,12 +320,10 @@ def main(arguments: argparse.Namespace) -> None:
             kind = kinds[number // 2 % len(kinds)] if number % 2 else "all"
             peers = group == "photos" and number < arguments.peers
             rows.append(measure(case, kind, generator, vae, peers))
-            if number >= 8:
-                rows[-1].pop("images", None)
-    pictured = [row for rows in groups.values() for row in rows if "images" in row][:14]
+            images = rows[-1].pop("images", None)
+            if images is not None and number < 7:
+                pictured.append(images)
     sheet(pictured).save(RESULTS / "keep_rest.jpg", quality=88)
-    for row in pictured:
-        del row["images"]
     unrelated = []
     for number, (_, first, second) in enumerate(rendered_cases(arguments.unrelated // 2, generator)):
         other = photo(PHOTOS[number % 4])[: first.shape[0], : first.shape[1]]

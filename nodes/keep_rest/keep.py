@@ -68,7 +68,9 @@ class RegisterEdit(io.ComfyNode):
                     "transform", display_name="transform", tooltip="JSON with shift, zoom and rotation of every edit."
                 ),
                 io.Boolean.Output(
-                    "trusted", display_name="trusted", tooltip="Trust in the result: true if every edit of the batch was registered."
+                    "trusted",
+                    display_name="trusted",
+                    tooltip="Trust in the result: true if every edit of the batch was registered.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="Transforms, and warnings."),
             ],

@@ -185,7 +185,7 @@ def test_files_of_the_models_folder_are_listed_and_foreign_ones_refused(own_fold
     "shown, w_plus, changes, message",
     [
         (images(token=""), W_PLUS, {}, "pseudo-word is empty"),
-        (images(), tiny_styles.w_plus(), {}, "3 images and W\\+ styles of 1"),
+        (images(), tiny_styles.w_plus(), {}, "3 images and W\\+ codes of 1"),
         (images(), W_PLUS, {"row_groups": "1-5, 6-9, 10-13, 14-18"}, "have 7 rows"),
         (images(), W_PLUS, {"templates": " \n"}, "Image 1 has no caption"),
         (images(), W_PLUS, {"templates": "a photo"}, "no place for the pseudo-word"),

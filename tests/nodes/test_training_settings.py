@@ -51,7 +51,7 @@ def start(name: str, world: World, **changes: Any) -> None:
 
 
 def test_all_trainings_take_them() -> None:
-    assert len(TRAININGS) == 5
+    assert len(TRAININGS) == 6
 
 
 @pytest.mark.parametrize("name", TRAININGS)

@@ -41,6 +41,7 @@ from engine import ENGINE_VERSION
 
 WORKFLOWS = environment.ROOT / "workflows"
 BLUEPRINTS = environment.ROOT / "subgraphs"
+RANDOM_ID = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")
 THUMBNAIL_SIZE = 512
 THUMBNAIL_BACKGROUND = "#202020"
 
@@ -59,13 +60,17 @@ def read_layout(name: str, prompt: dict[str, Any]) -> dict[str, Any]:
 
     path = WORKFLOWS / "layout" / f"{name}.yaml"
     layout = yaml.safe_load(path.read_text(encoding="utf-8"))
-    entries = [entry for group in layout["groups"] for column in group["columns"] for entry in column]
-    folded = [entry["columns"] if isinstance(entry, dict) else [[entry]] for entry in entries]
+    folded = [entry["columns"] if isinstance(entry, dict) else [[entry]] for entry in entries_of(layout)]
     placed = [str(node) for columns in folded for column in columns for node in column]
     if sorted(placed) != sorted(prompt):
         wrong = sorted(set(placed) ^ set(prompt)) or sorted({node for node in placed if placed.count(node) > 1})
         raise environment.ScriptError(f"{path.name} must place every node once; look at {', '.join(wrong)}.")
     return layout
+
+
+def entries_of(layout: dict[str, Any]) -> list[Any]:
+    """What a layout places: node ids, and folded parts with ids of their own."""
+    return [entry for group in layout["groups"] for column in group["columns"] for entry in column]
 
 
 def unfolded(page_prompt: dict[str, Any]) -> dict[str, Any]:
@@ -117,9 +122,10 @@ def write_json(path: Path, value: Any, ascii_only: bool = False) -> None:
 def build(page: Any, name: str, output_nodes: list[str]) -> None:
     """Lay the API form out on the page and write both forms."""
     prompt = json.loads(api_path(name).read_text(encoding="utf-8"))
+    layout = read_layout(name, prompt)
     arguments = {
         "prompt": prompt,
-        "layout": read_layout(name, prompt),
+        "layout": layout,
         "outputNodes": output_nodes,
         "name": name,
         "pack": pack_release(),
@@ -135,8 +141,7 @@ def build(page: Any, name: str, output_nodes: list[str]) -> None:
     write_json(api_path(name), {key: made["output"][key] for key in prompt})
     workflow = with_fixed_ids(made["workflow"], name)
     write_json(page_path(name), workflow)
-    entries = [entry for group in arguments["layout"]["groups"] for column in group["columns"] for entry in column]
-    for entry in entries:
+    for entry in entries_of(layout):
         if isinstance(entry, dict) and entry.get("blueprint"):
             write_blueprint(workflow, entry["fold"])
 
@@ -164,11 +169,10 @@ def write_blueprint(workflow: dict[str, Any], title: str) -> None:
 
 
 def with_fixed_ids(workflow: dict[str, Any], name: str) -> dict[str, Any]:
-    """The workflow with ids of its subgraphs that are the same each time it is built."""
+    """The workflow with the same ids each time it is built: the page draws those of subgraphs and their sockets."""
     text = json.dumps(workflow)
-    for subgraph in workflow.get("definitions", {}).get("subgraphs", []):
-        fixed = uuid.uuid5(uuid.NAMESPACE_URL, f"identity-edit/{name}/{subgraph['name']}")
-        text = text.replace(subgraph["id"], str(fixed))
+    for number, drawn in enumerate(dict.fromkeys(RANDOM_ID.findall(text))):
+        text = text.replace(drawn, str(uuid.uuid5(uuid.NAMESPACE_URL, f"identity-edit/{name}/{number}")))
     return json.loads(text)
 
 

@@ -12,6 +12,7 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
+from ..pipelines.shared.files import atomic_write
 from ..pipelines.training.loop import BFLOAT16, CONSTANT, FLOAT32, OPTIMIZERS, SCHEDULES, Progress, TrainingRun
 from ..pipelines.training.weights import MOST_RANK, RANK, WEIGHTS
 from .idle import first_said
@@ -297,7 +298,7 @@ class Checkpoints:
             for name in os.listdir(self._folder):
                 if name.endswith(".txt"):
                     self._forget(os.path.join(self._folder, name))
-            with open(mark, "w", encoding="utf-8") as file:
+            with atomic_write(mark) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.write("\n".join([filename_prefix, path, *self._names]))
         return path
 

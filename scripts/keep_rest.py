@@ -13,6 +13,7 @@ import argparse
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from user_comfyui import ScriptError, name_pack
@@ -60,16 +61,16 @@ def main() -> None:
         row = {"edit": path.name, "original": source.name, "transform": str(found.transform), "note": found.fault or ""}
         rows.append(row)
         if found.fault:
-            Image.open(path).save(arguments.output / f"{path.stem}.png")
+            save(Image.open(path), arguments.output / f"{path.stem}.png")
             continue
         registered, _ = registration.apply(found.transform, original, edited)
         kept = keep.keep_rest(original, registered, balance=arguments.balance)
         row |= {name: f"{getattr(kept, name):.4f}" for name in ("changed", "cast", "psnr", "ssim", "noise")}
         row["note"] = kept.warning or ""
-        save(kept.image, arguments.output / f"{path.stem}.png")
+        save(picture(kept.image), arguments.output / f"{path.stem}.png")
         if arguments.comparisons:
             sheet = pictures.sheet(original, registered, kept.image, kept.mask)
-            save(sheet, arguments.output / f"{path.stem}_comparison.png")
+            save(picture(sheet), arguments.output / f"{path.stem}_comparison.png")
     columns = ["edit", "original", "transform", "changed", "cast", "psnr", "ssim", "noise", "note"]
     with open(arguments.output / "report.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -78,11 +79,19 @@ def main() -> None:
     print(f"{len(edits)} edits; the table is {arguments.output / 'report.csv'}.")
 
 
-def save(image: torch.Tensor, path: Path) -> None:
-    """An image [H, W, 3 or 4], 0 to 1, with its alpha."""
+def picture(image: torch.Tensor) -> Any:
+    """A Pillow image of an image [H, W, 3 or 4], 0 to 1, with its alpha."""
     from PIL import Image
 
-    Image.fromarray((image.clamp(0.0, 1.0) * 255.0).round().byte().numpy()).save(path)
+    return Image.fromarray((image.clamp(0.0, 1.0) * 255.0).round().byte().numpy())
+
+
+def save(image: Any, path: Path) -> None:
+    """Write the whole PNG file or nothing."""
+    from identity_edit_pack.pipelines.shared.files import atomic_write
+
+    with atomic_write(str(path)) as temporary:
+        image.save(temporary, format="PNG")
 
 
 if __name__ == "__main__":

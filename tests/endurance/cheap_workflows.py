@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from api_workflows import demo_values, workflow_names
 
 if TYPE_CHECKING:
     from api_client import Client, Prompt
 
-WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
-WITH_PHOTOS = json.loads((WORKFLOWS.parent / "layout" / "demo_values.json").read_text(encoding="utf-8"))
-"""Workflows that begin with the user's photos: their values for the demo world, see scripts/api_workflows.py."""
-NAMES = sorted(path.stem for path in WORKFLOWS.glob("*.json") if path.stem not in WITH_PHOTOS)
+WITH_PHOTOS = demo_values()
+"""Workflows that begin with the user's photos, and what they need for the demo world."""
+NAMES = [name for name in workflow_names() if name not in WITH_PHOTOS]
 """Workflows that run unmodified."""
 CHECKPOINT = "identity-edit-demo.safetensors"
 
@@ -37,11 +36,6 @@ MOST = {
 
 SEEDS = ("seed", "noise_seed")
 REFERENCE_IMAGE = "image"
-
-
-def read(name: str) -> Prompt:
-    """A shipped workflow in the API format."""
-    return json.loads((WORKFLOWS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def cheap(prompt: Prompt, most: dict[str, int] = MOST) -> Prompt:

@@ -23,6 +23,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from api_client import Client, Interrupted, PromptError
+from api_workflows import read_workflow
 from engine import Server
 from tqdm import tqdm
 
@@ -70,7 +71,7 @@ class Moment:
 
 def interrupt_once(client: Client, base: Path, name: str, seconds: float, seed: int) -> dict[str, Any]:
     """Run a workflow and interrupt it; says what came of it."""
-    prompt = cheap_workflows.with_seed(cheap_workflows.cheap(cheap_workflows.read(name), LONG), seed)
+    prompt = cheap_workflows.with_seed(cheap_workflows.cheap(read_workflow(name), LONG), seed)
     for node in prompt.values():
         if node["class_type"] == "IdentityEditGeneratePairs":  # goes on with pairs, but not with those of another seed
             shutil.rmtree(base / "output" / node["inputs"]["folder"], ignore_errors=True)

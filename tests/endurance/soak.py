@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 from api_client import Client
+from api_workflows import read_workflow
 from engine import Server
 from scipy.stats import theilslopes
 from tqdm import tqdm
@@ -38,7 +39,7 @@ UNFINISHED = (".tmp", ".part")
 
 
 def trains(name: str) -> bool:
-    nodes = cheap_workflows.read(name).values()
+    nodes = read_workflow(name).values()
     return any(node["class_type"].startswith("IdentityEditTrain") for node in nodes)
 
 
@@ -248,7 +249,7 @@ def main(arguments: argparse.Namespace) -> None:
                 names = without_training if number % TRAININGS_EVERY else cheap_workflows.NAMES
                 for name in draws.sample(names, len(names)):
                     seed = 1 + len(samples)
-                    prompt = cheap_workflows.with_seed(cheap_workflows.cheap(cheap_workflows.read(name)), seed)
+                    prompt = cheap_workflows.with_seed(cheap_workflows.cheap(read_workflow(name)), seed)
                     seconds, error = 0.0, ""
                     try:
                         seconds = client.run(prompt, timeout=900).seconds

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from api_workflows import read_workflow
 from engine import make_base
 from identity_edit_pack.tests.endurance import cheap_workflows
 from safetensors import safe_open
@@ -50,7 +51,7 @@ def both(servers: tuple[RunningServer, RunningServer], work: Callable[[RunningSe
 
 def small(name: str) -> dict[str, Any]:
     """The workflow without what only shows images, with one step."""
-    prompt = cheap_workflows.cheap(cheap_workflows.read(name), {**cheap_workflows.MOST, "steps": 1})
+    prompt = cheap_workflows.cheap(read_workflow(name), {**cheap_workflows.MOST, "steps": 1})
     shows = ("PreviewImage", "SaveImage", "LossGraphNode", "MaskPreview")
     return {key: node for key, node in prompt.items() if node["class_type"] not in shows}
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from api_workflows import with_demo_values
+from api_workflows import read_workflow, with_demo_values
 from demo_photos import draw_photos
-from identity_edit_pack.tests.endurance.cheap_workflows import NAMES, WITH_PHOTOS, cheap, read
+from identity_edit_pack.tests.endurance.cheap_workflows import NAMES, WITH_PHOTOS, cheap
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ def test_workflows_are_shipped() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_workflow_gives_images(name: str, server: RunningServer) -> None:
-    check_images(server, server.run(cheap(read(name)), timeout=900))
+    check_images(server, server.run(cheap(read_workflow(name)), timeout=900))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def run_with_photos(server: RunningServer) -> Callable[[str], Run]:
         for needed in WITH_PHOTOS[name].get("needs", []):
             run(needed)
         if name not in done:
-            done[name] = server.run(cheap(with_demo_values(name, read(name))), timeout=900)
+            done[name] = server.run(cheap(with_demo_values(name, read_workflow(name))), timeout=900)
         return done[name]
 
     return run

@@ -1,26 +1,32 @@
-"""Attention sites of transformers with joint attention over text and image in one sequence (Flux, Stable Diffusion 3):
-text tokens first, then the image's 2x2 patches row by row, then any reference images.
+"""Attention sites of transformers with joint attention over text and image in one sequence: Flux, Chroma, Stable
+Diffusion 3, Qwen-Image, Lumina 2, Z-Image, AuraFlow and HiDream.
 
 The hook is `optimized_attention_override` of the transformer options: every block calls it with queries and keys after
 norms and rotary embeddings, and values, and projects its output. There is only one slot, so a previous override is
 called in place of the model's attention. The override is set during one network call, by an APPLY_MODEL wrapper, where
-the latent's size and the number of text tokens are known. Flux passes the block's index; Stable Diffusion 3 does not,
-so its calls are counted.
+the latent's size and the number of text tokens are known. Joint calls are recognized by their length and counted,
+because most networks do not say which block calls; where a network does, the count follows its block indices.
 
-Read on ComfyUI 0.3.75 and 0.33.0: comfy/ldm/modules/attention.py (wrap_attn), comfy/ldm/flux/model.py and layers.py,
-comfy/ldm/modules/diffusionmodules/mmdit.py, comfy/model_base.py.
+Read on ComfyUI 0.3.75 and 0.33.0: comfy/ldm/modules/attention.py (wrap_attn), the networks imported below,
+comfy/model_base.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from comfy.ldm.aura.mmdit import MMDiT as AuraFlow
+from comfy.ldm.chroma.model import Chroma
 from comfy.ldm.flux.model import Flux
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT
-from comfy.patcher_extension import WrappersMP
+from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel as HiDream
+from comfy.ldm.lumina.model import NextDiT
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT as StableDiffusion3
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel as QwenImage
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from einops import rearrange
 
 from .errors import IdentityEditError
@@ -28,6 +34,20 @@ from .maps import heads_apart
 from .sites import Attended, Site
 
 _OVERRIDE = "optimized_attention_override"
+
+_BLOCKS: tuple[tuple[type, dict[str, str]], ...] = (
+    (Flux, {"double": "double_blocks", "single": "single_blocks"}),
+    (Chroma, {"double": "double_blocks", "single": "single_blocks"}),
+    (StableDiffusion3, {"double": "joint_blocks"}),
+    (QwenImage, {"double": "transformer_blocks"}),
+    (NextDiT, {"double": "layers"}),
+    (AuraFlow, {"double": "double_layers", "single": "single_layers"}),
+    (HiDream, {"double": "double_stream_blocks", "single": "single_stream_blocks"}),
+)
+"""By network class, the lists of blocks with joint attention in the order in which they run."""
+
+_SKIPPED_BLOCKS = {"double": "skip_mmdit", "single": "skip_dit"}
+"""Attributes of Chroma with the numbers of the blocks that it does not run."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """The model's attention of queries, keys and values [B, heads, N, d]; returns [B, N, heads * d] before projection."""
@@ -38,23 +58,30 @@ and the transformer options (`cond_or_uncond`, `uuids`); returns the attention o
 returns `attend(attended.query, attended.key, value)`, which is bit-identical."""
 
 
+def has_joint_attention(network: Any) -> bool:
+    """Whether `joint_sites` supports a network."""
+    return isinstance(network, tuple(kind for kind, _ in _BLOCKS))
+
+
 def joint_sites(network: Any) -> list[Site]:
-    """All blocks with joint attention in the order in which they run, with ComfyUI's keys ("double" or "single",
+    """All blocks with joint attention in the order in which they run, with keys like ComfyUI's ("double" or "single",
     number, 0).
 
     Raises:
         IdentityEditError: for an unsupported network.
     """
-    if isinstance(network, Flux):
-        blocks = {"double": len(network.double_blocks), "single": len(network.single_blocks)}
-    elif isinstance(network, MMDiT):
-        blocks = {"double": len(network.joint_blocks)}
-    else:
+    lists = next((lists for kind, lists in _BLOCKS if isinstance(network, kind)), None)
+    if lists is None:
         raise IdentityEditError(
-            f"The model's network is a {type(network).__name__}, whose joint attention cannot be read; load a Flux or "
-            f"Stable Diffusion 3 checkpoint."
+            f"The model's network is a {type(network).__name__}, whose joint attention cannot be read; load a Flux, "
+            f"Chroma, Stable Diffusion 3, Qwen-Image, Lumina 2, Z-Image, AuraFlow or HiDream checkpoint."
         )
-    return [Site((kind, number, 0), network.patch_size) for kind, count in blocks.items() for number in range(count)]
+    return [
+        Site((kind, number, 0), network.patch_size)
+        for kind, name in lists.items()
+        for number in range(len(getattr(network, name)))
+        if number not in getattr(network, _SKIPPED_BLOCKS[kind], ())
+    ]
 
 
 def with_tap(model: Any, key: str, tap: Tap) -> Any:
@@ -63,14 +90,31 @@ def with_tap(model: Any, key: str, tap: Tap) -> Any:
     Args:
         model: MODEL; not modified.
         key: name of the wrapper.
-        tap: see `Tap`. Separate attention of the image or the text, as in some blocks of Stable Diffusion 3.5, is not
-            affected.
+        tap: see `Tap`. Separate attention of the image or the text, as in some blocks of Stable Diffusion 3.5 and in
+            the refiners of Lumina 2, is not affected.
 
     Raises:
-        IdentityEditError: for an unsupported network; while sampling, when another node skips blocks without indices or
-            masks the attention.
+        IdentityEditError: for an unsupported network; while sampling, when another node skips or repeats blocks without
+            indices, or for inputs whose place in the sequence is unknown.
     """
-    sites = joint_sites(model.get_model_object("diffusion_model"))
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _tapping(model.get_model_object("diffusion_model"), tap))
+    return clone
+
+
+def options_with_tap(model_options: dict[str, Any] | None, network: Any, key: str, tap: Tap) -> dict[str, Any]:
+    """A copy of model options for one model call in which every joint attention is replaced by `tap`."""
+    options = dict(model_options or {})
+    transformer = dict(options.get("transformer_options", {}))
+    wrappers = {kind: dict(by_key) for kind, by_key in transformer.get("wrappers", {}).items()}
+    transformer["wrappers"] = wrappers
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _tapping(network, tap), transformer)
+    return {**options, "transformer_options": transformer}
+
+
+def _tapping(network: Any, tap: Tap) -> Callable[..., torch.Tensor]:
+    """An APPLY_MODEL wrapper that sets the attention override."""
+    sites = joint_sites(network)
 
     def apply_model(
         executor: Any,
@@ -82,42 +126,90 @@ def with_tap(model: Any, key: str, tap: Tap) -> Any:
         transformer_options: dict[str, Any],
         **kwargs: Any,
     ) -> torch.Tensor:
-        previous = transformer_options.get(_OVERRIDE)
-        call = _NetworkCall(sites, tap, previous, c_crossattn.shape[1], (x.shape[-2], x.shape[-1]))
-        options = {**transformer_options, _OVERRIDE: call}
-        result = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        call.check_count()
+        layout = _layout(network, x, c_crossattn.shape[1], kwargs)
+        call = _NetworkCall(sites, layout, tap, transformer_options)
+        result = executor(x, t, c_concat, c_crossattn, control, {**transformer_options, _OVERRIDE: call}, **kwargs)
+        call.check_end()
         return result
 
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, apply_model)
-    return clone
+    return apply_model
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The joint sequence of one network call.
+
+    Attributes:
+        grid: rows and columns of the image positions.
+        text: slice of the conditioning's tokens, without register and padding tokens.
+        image: slice of the image positions.
+        references: slices of the reference images.
+        length: length of the whole sequence.
+    """
+
+    grid: tuple[int, int]
+    text: slice
+    image: slice
+    references: tuple[slice, ...]
+    length: int
+
+
+def _layout(network: Any, x: torch.Tensor, text: int, conditions: Mapping[str, Any]) -> _Layout:
+    """The joint sequence for latents x [B, C, h, w] or [B, C, 1, h, w] and `text` tokens.
+
+    Flux, Chroma, Stable Diffusion 3 and Qwen-Image: text, image, reference images (not Chroma and Stable Diffusion 3).
+    AuraFlow: register tokens, text, image. Lumina 2 and Z-Image: text, image, each padded to a multiple. HiDream:
+    image, T5 tokens, then two texts of the language model.
+    """
+    if x.ndim == 5 and x.shape[2] != 1:
+        raise IdentityEditError(
+            f"The latent is a video of {x.shape[2]} frames, whose joint attention cannot be read; sample one image at "
+            f"a time."
+        )
+    grid = -(-x.shape[-2] // network.patch_size), -(-x.shape[-1] // network.patch_size)
+    count = grid[0] * grid[1]
+    references = conditions.get("ref_latents") or ()
+    unknown = references and isinstance(network, NextDiT)
+    if unknown or (isinstance(network, HiDream) and conditions.get("image_cond") is not None):
+        raise IdentityEditError(
+            f"The place of reference images in the attention of a {type(network).__name__} is not known; remove the "
+            f"reference image from the conditioning."
+        )
+    if isinstance(network, HiDream):
+        language_model = conditions["encoder_hidden_states_llama3"].shape[2]
+        image, after = slice(0, count), count + text
+        return _Layout(grid, slice(count, after), image, (), after + 2 * language_model)
+    before = network.register_tokens.shape[1] if isinstance(network, AuraFlow) else 0
+    multiple = (network.pad_tokens_multiple or 1) if isinstance(network, NextDiT) else 1
+    start = before + text + -text % multiple
+    end = start + count + -count % multiple
+    slices = []
+    if isinstance(network, (Flux, QwenImage)):
+        for reference in references:
+            frames = reference.shape[2] if reference.ndim == 5 else 1
+            rows, columns = (-(-size // network.patch_size) for size in reference.shape[-2:])
+            slices.append(slice(end, end + frames * rows * columns))
+            end = slices[-1].stop
+    return _Layout(grid, slice(before, before + text), slice(start, start + count), tuple(slices), end)
 
 
 class _NetworkCall:
     """The attention override of one network call."""
 
-    def __init__(self, sites: Sequence[Site], tap: Tap, previous: Any, text: int, size: tuple[int, int]) -> None:
-        self._sites = list(sites)
-        self._by_key = {site.key: site for site in sites}
-        self._tap, self._previous = tap, previous
-        self._text, self._size = text, size
-        self._counted: int | None = None
+    def __init__(self, sites: Sequence[Site], layout: _Layout, tap: Tap, options: Mapping[str, Any]) -> None:
+        self._sites, self._layout, self._tap, self._options = list(sites), layout, tap, options
+        self._numbers = {site.key: number for number, site in enumerate(sites)}
+        self._previous = options.get(_OVERRIDE)
+        self._last = -1  # number of the last block
+        self._is_counted = False  # a block had no index
 
     def __call__(
         self, function: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         original = function if self._previous is None else partial(self._previous, function)
-        heads_are_split = kwargs.get("skip_reshape", False)
-        grid = self._sites[0].grid(*self._size)
-        image = slice(self._text, self._text + grid[0] * grid[1])
-        if q.shape[-2] < image.stop:
+        if not q.shape[-2] == k.shape[-2] == self._layout.length:
             return original(q, k, v, heads, *args, **kwargs)
-        if (args[0] if args else kwargs.get("mask")) is not None:
-            raise IdentityEditError(
-                "The joint attention of text and image is masked and cannot be read; remove the node that masks it."
-            )
-        options = kwargs.get("transformer_options") or {}
+        heads_are_split = kwargs.get("skip_reshape", False)
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
             if not heads_are_split:
@@ -125,24 +217,50 @@ class _NetworkCall:
             return original(query, key, value, heads, *args, **kwargs)
 
         if not heads_are_split:  # Stable Diffusion 3 passes values [B, N, heads, d] beside queries [B, N, heads * d]
-            q, k, v = (heads_apart(each.flatten(2), heads) for each in (q, k, v))
-        attended = Attended(q, k, grid, text=slice(0, self._text), image=image)
+            width = q.shape[-1] // heads
+            q, k, v = (heads_apart(each.flatten(2), each.flatten(2).shape[-1] // width) for each in (q, k, v))
+        layout, options = self._layout, {**self._options, **(kwargs.get("transformer_options") or {})}
+        bias = _bias(args[0] if args else kwargs.get("mask"), q, k)
+        attended = Attended(q, k, layout.grid, layout.text, layout.image, layout.references, bias)
         return self._tap(self._site(options), attended, v, attend, options)
 
     def _site(self, options: Mapping[str, Any]) -> Site:
-        if "block_type" in options:
-            return self._by_key[options["block_type"], options["block_index"], 0]
-        number = self._counted = 0 if self._counted is None else self._counted + 1
-        self.check_count(at_the_end=False)
+        """The block that calls: by its index if the network sets one, else the next."""
+        number = self._numbers.get((options.get("block_type", ""), options.get("block_index", -1), 0), -1)
+        if number < 0:
+            self._is_counted = True
+            number = self._last + 1
+        if number <= self._last or number >= len(self._sites):
+            raise self._wrong_count(max(self._last + 2, len(self._sites) + 1))
+        self._last = number
         return self._sites[number]
 
-    def check_count(self, at_the_end: bool = True) -> None:
-        """Raise `IdentityEditError` if calls were counted and their number differs from the network's."""
-        if self._counted is None:
-            return
-        count = self._counted + 1
-        if count > len(self._sites) or (at_the_end and count < len(self._sites)):
-            raise IdentityEditError(
-                f"The model has {len(self._sites)} blocks with joint attention but {count} ran, so they cannot be "
-                f"identified; remove the node that skips or repeats blocks (such as skip layer guidance)."
-            )
+    def check_end(self) -> None:
+        """Raise `IdentityEditError` if blocks were counted and fewer ran than the network has."""
+        if self._is_counted and self._last + 1 < len(self._sites):
+            raise self._wrong_count(self._last + 1)
+
+    def _wrong_count(self, count: int) -> IdentityEditError:
+        return IdentityEditError(
+            f"The model has {len(self._sites)} blocks with joint attention but {count} ran, so they cannot be "
+            f"identified; remove the node that skips or repeats blocks (such as skip layer guidance)."
+        )
+
+
+def _bias(mask: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """An attention mask (boolean or additive) in PyTorch's meaning as a bias [B or 1, heads or 1, N or 1, M] of the
+    logits, or None."""
+    if mask is None:
+        return None
+    if mask.ndim < 4:
+        mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+        mask = mask.unsqueeze(1)
+    full = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
+    if mask.ndim != 4 or any(size not in (1, whole) for size, whole in zip(mask.shape, full, strict=True)):
+        raise IdentityEditError(
+            f"The joint attention of text and image has a mask of shape {tuple(mask.shape)}, which cannot be read; "
+            f"remove the node that masks it."
+        )
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
+    return mask.float()

@@ -1,24 +1,24 @@
 """Attention sites: the layers of a network that attend to text or to the image, for any model family.
 
 A UNet attends to text in cross-attention layers and to the image in self-attention layers (`unet`). A transformer with
-joint attention (Flux, Stable Diffusion 3) has one sequence of text and image in every block (`joint`). Both describe a
-layer as a `Site` and its queries and keys as `Attended`.
+joint attention, such as Flux, has one sequence of text and image in every block (`joint`). Both describe a layer as a
+`Site` and its queries and keys as `Attended`.
 
 This hides the differences between families from the techniques: the position of text among the keys (the only keys of
-a UNet's cross-attention; before the image in a joint sequence), the grid (down to 1/8 of the latent in a UNet; 2x2
-patches of the latent in joint attention), and the hook (patch lists, or `optimized_attention_override`).
+a UNet's cross-attention; before or after the image in a joint sequence), the grid (down to 1/8 of the latent in a UNet;
+2x2 patches of the latent in joint attention), and the hook (patch lists, or `optimized_attention_override`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 
 from .errors import IdentityEditError
-from .maps import cross_attention_columns, self_attention_map
+from .maps import cross_attention_columns, reduced_attention_map, self_attention_map
 
 AUTOMATIC, ALL = "automatic", "all"
 LAYER_CHOICES = (AUTOMATIC, "1", "2", "4", "8", "1, 2", "2, 4", "4, 8", "1, 2, 4", ALL)
@@ -56,10 +56,12 @@ class Attended:
     """Queries and keys of one layer in one model call, after norms and position embeddings.
 
     Attributes:
-        query, key: [B, heads, N, d] and [B or 1, heads, M, d].
+        query, key: [B, heads, N, d] and [B or 1, heads, M, d]; in grouped-query attention the keys have fewer heads.
         grid: rows and columns of the image positions.
         text: slice of the text tokens among the keys.
         image: slice of the image positions (row by row) among the queries, and among the keys if they include them.
+        references: slices of reference images in a joint sequence.
+        bias: [B or 1, heads or 1, N or 1, M] added to the logits (an attention mask), or None.
     """
 
     query: torch.Tensor
@@ -67,17 +69,36 @@ class Attended:
     grid: tuple[int, int]
     text: slice = field(default_factory=lambda: slice(0, None))
     image: slice = field(default_factory=lambda: slice(0, None))
+    references: tuple[slice, ...] = ()
+    bias: torch.Tensor | None = None
 
     def to_text(self, tokens: Sequence[int]) -> torch.Tensor:
         """[B, rows, columns] float32, 0 to 1: attention of each image position to some text tokens; softmax over all
         keys, mean over heads, sum over the tokens."""
         columns = [self.text.start + token for token in tokens]
-        return cross_attention_columns(self.query[:, :, self.image], self.key, columns).unflatten(1, self.grid)
+        of_image = cross_attention_columns(*self._image_queries_and_keys(), columns, self._image_bias())
+        return of_image.unflatten(1, self.grid)
 
-    def to_image(self) -> torch.Tensor:
+    def to_image(self, factor: int = 1) -> torch.Tensor:
         """[B, n, n] float32: attention between image positions, mean over heads. Rows sum to 1, or to less in a joint
-        sequence, where the text has the rest."""
-        return self_attention_map(self.query[:, :, self.image], self.key)[..., self.image]
+        sequence, where the text has the rest. With a factor, between cells of `factor` x `factor` positions."""
+        query, key = self._image_queries_and_keys()
+        if factor > 1:
+            return reduced_attention_map(query, key, self._image_bias(), self.image, self.grid, factor)
+        return self_attention_map(query, key, self._image_bias())[..., self.image]
+
+    def part(self, rows: slice) -> Attended:
+        """Part of the batch."""
+        bias = self.bias if self.bias is None or self.bias.shape[0] == 1 else self.bias[rows]
+        return replace(self, query=self.query[rows], key=self.key[rows], bias=bias)
+
+    def _image_queries_and_keys(self) -> tuple[torch.Tensor, torch.Tensor]:
+        shared_by = self.query.shape[1] // self.key.shape[1]  # heads that share a key, in grouped-query attention
+        key = self.key if shared_by == 1 else self.key.repeat_interleave(shared_by, dim=1)
+        return self.query[:, :, self.image], key
+
+    def _image_bias(self) -> torch.Tensor | None:
+        return self.bias if self.bias is None or self.bias.shape[2] == 1 else self.bias[:, :, self.image]
 
 
 def automatic_factors(sites: Sequence[Site], height: int, width: int) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 Scores, by the committed attribute classifier, clean renders (how far it can be trusted), the autoencoder's
 reconstructions of them (the ceiling of everything the demo checkpoint makes) and images sampled for captions drawn at
 random, with DDIM and the best of a few guidance scales. The checkpoint is loaded and sampled by ComfyUI's own code.
-Writes benchmarks/results/demo_world.json, demo_world.md and two sheets of images.
+Writes benchmarks/results/demo_world.json, demo_world.md and two sheets of images; with `--checkpoint` of the flow
+checkpoint, which is sampled with Euler's method, demo_world_flow.json and so on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import comfy.model_sampling
 import comfy.sample
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ GOALS = {
     "pattern": 0.80,
     "expression": 0.80,
 }
+FLOW_GOALS, FLOW_MEAN_GOAL = dict.fromkeys(HEADS, 0.97), 0.99
 RENDER_GOAL = 0.97
 PSNR_GOAL = 26.0
 
@@ -61,7 +64,7 @@ def sample(
 ) -> torch.Tensor:
     """One image [128, 128, 3] in [0, 1] for the caption of each pair; its noise is drawn from its own seed."""
     model, clip, vae = checkpoint
-
+    sampler = ("euler", "simple") if is_flow(model) else ("ddim", "ddim_uniform")
     made = []
     for start in tqdm(range(0, len(pairs), batch), desc=f"guidance {guidance_scale}", unit="batch"):
         chosen = pairs[start : start + batch]
@@ -69,17 +72,21 @@ def sample(
         noise = torch.stack([torch.randn(4, 16, 16, generator=generator) for generator in generators])
         positive = embed(clip, [caption(attributes, seed % CAPTION_TEMPLATES) for attributes, seed in chosen])
         latents = comfy.sample.sample(
-            model, noise, steps, guidance_scale, "ddim", "ddim_uniform", positive, embed(clip, [""]),
+            model, noise, steps, guidance_scale, *sampler, positive, embed(clip, [""]),
             torch.zeros_like(noise), disable_pbar=True, seed=0,
         )  # fmt: skip
         made.append(vae.decode(latents).cpu())
     return torch.cat(made)
 
 
+def is_flow(model: Any) -> bool:
+    return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
+
+
 OPTIONS: Options = {
     "captions": (500, "captions to sample (500)"),
     "tuning": (100, "captions on which the guidance scale is chosen"),
-    "steps": (50, "DDIM steps (50)"),
+    "steps": (50, "sampling steps (50)"),
     "batch": (20, "images sampled at once (20)"),
     **SEED,
     **CHECKPOINT,
@@ -104,10 +111,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     best = max(tried, key=lambda scale: tried[scale])
     samples = sample(checkpoint, pairs, best, arguments.steps, arguments.batch)
     rows = [renders[:12], decoded[:12], renders[12:24], decoded[12:24]]
-    save_sheet(RESULTS / "demo_world_reconstructions.jpg", rows)
-    save_sheet(RESULTS / "demo_world_samples.jpg", [samples[start : start + 12] for start in range(0, 48, 12)])
+    name = "demo_world_flow" if is_flow(checkpoint[0]) else "demo_world"
+    save_sheet(RESULTS / f"{name}_reconstructions.jpg", rows)
+    save_sheet(RESULTS / f"{name}_samples.jpg", [samples[start : start + 12] for start in range(0, 48, 12)])
     images = {"renders": renders, "reconstructions": decoded, "samples": samples}
     return {
+        "name": name,
+        "flow": is_flow(checkpoint[0]),
         "seed": arguments.seed,
         "captions": arguments.captions,
         "steps": arguments.steps,
@@ -120,18 +130,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     columns, rows = figures["shares"], []
+    goals, sampler = (FLOW_GOALS, "Euler") if figures["flow"] else (GOALS, "DDIM")
     for name in HEADS:
-        goal = GOALS.get(name)
+        goal = goals.get(name)
         reached = "" if goal is None else "yes" if columns["samples"][name] >= goal else "no"
         shown = (f"{column[name]:.3f}" for column in columns.values())
         rows.append((name.replace("_", " "), *shown, "" if goal is None else f"{goal:.2f}", reached))
     of_columns = f"renders (goal {RENDER_GOAL:.2f})", "reconstructions", "samples", "goal for samples", "reached"
     return [
         "The demo world, scored by its attribute classifier",
-        f"{arguments.captions} captions drawn at random (seed {arguments.seed}), DDIM {arguments.steps} steps, "
+        f"{arguments.captions} captions drawn at random (seed {arguments.seed}), {sampler} {arguments.steps} steps, "
         f"guidance scale {figures['guidance_scale']} (the best of {', '.join(map(str, GUIDANCE_SCALES))} on "
         f"{arguments.tuning} other captions).",
         f"Autoencoder: {figures['autoencoder_psnr_db']:.2f} dB on the renders (goal {PSNR_GOAL} dB).",
+        f"Mean of the samples: {np.mean(list(columns['samples'].values())):.3f}"
+        + (f" (goal {FLOW_MEAN_GOAL})." if figures["flow"] else "."),
         "",
         *markdown(("attribute", *of_columns), rows),
     ]

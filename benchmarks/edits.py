@@ -68,8 +68,10 @@ def render_pair(source: Attributes, target: Attributes, edited: str, seed: int) 
 
 @torch.no_grad()
 def embed(clip: Any, texts: list[str]) -> Conditioning:
-    """One CONDITIONING with an embedding for each latent of a batch."""
-    return [[torch.cat([clip.encode_from_tokens(clip.tokenize(text)) for text in texts]), {}]]
+    """One CONDITIONING with an embedding and a pooled output for each latent of a batch."""
+    encoded = [clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in texts]
+    embeddings, pooled = (torch.cat(parts) for parts in zip(*encoded, strict=True))
+    return [[embeddings, {"pooled_output": pooled}]]
 
 
 def mean_psnr(a: torch.Tensor, b: torch.Tensor) -> float:

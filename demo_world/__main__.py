@@ -13,6 +13,7 @@ from typing import Any
 TRAININGS: dict[str, tuple[str, int, int, float]] = {
     "autoencoder": ("train the autoencoder", 2000, 8, 3e-3),
     "unet": ("train the UNet and the text encoder", 6000, 32, 3e-3),
+    "flow": ("train the flow transformer on the unpacked checkpoint's text encoder", 3000, 32, 3e-3),
     "classifier": ("train the attribute classifier", 1500, 32, 3e-3),
     "clip_vision": ("train the CLIP image encoder", 1400, 16, 3e-3),
     "clip": ("train the CLIP that scores images, starting from the committed CLIP vision", 1000, 16, 2e-3),
@@ -22,6 +23,15 @@ TRAININGS: dict[str, tuple[str, int, int, float]] = {
 }
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "autoencoder": {"--decoder-only": {"action": "store_true", "help": "train only the decoder"}},
+    "flow": {
+        "--decay-steps": {"type": int, "default": 600, "help": "steps of the learning rate's decay to zero"},
+        "--patch-size": {
+            "type": int,
+            "choices": (1, 2),
+            "default": 1,
+            "help": "latent pixels per token: 2, then 1",
+        },
+    },
     "clip_vision": {"--probe": {"action": "store_true", "help": "only print the committed encoder's probe accuracy"}},
     "control": {"--count": {"type": int, "default": 6000, "help": "number of training portraits"}},
     "w_plus": {
@@ -52,21 +62,18 @@ def main() -> None:
         for option, keywords in OPTIONS.get(name, {}).items():
             command.add_argument(option, **keywords)
     encode = commands.add_parser("encode", help="render the training set and encode it")
-    encode.add_argument("--count", type=int, default=48_000)
-    commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
+    encode.add_argument("--count", type=int, default=48_000, help="number of images, in whole shards of 1024")
+    export = commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
+    export.add_argument("--network", choices=("unet", "flow"), default="unet")
     commands.add_parser("unpack", help="split the committed checkpoint into its parts, for further training")
     options = vars(parser.parse_args())
     command_name, threads = options.pop("command"), options.pop("threads")
 
-    sys.path.insert(0, os.environ["COMFYUI_PATH"])
     import torch
 
     torch.set_num_threads(threads)
-    if not torch.cuda.is_available():
-        # By default ComfyUI requires a GPU.
-        from comfy.cli_args import args
-
-        args.cpu = True
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+    importlib.import_module("load_pack").prepare_engine(cpu=not torch.cuda.is_available())
     run(command_name, options)
 
 
@@ -80,7 +87,7 @@ def run(command: str, options: dict[str, Any]) -> None:
         folder = options["folder"]
         trained = make_autoencoder()
         trained.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
-        encode_training_set(trained, folder / "latents.safetensors", options["count"])
+        encode_training_set(trained, folder, options["count"])
     elif command == "export":
         from .export import export_checkpoint
 
@@ -101,10 +108,8 @@ def run(command: str, options: dict[str, Any]) -> None:
 
 def pack_module(name: str) -> Any:
     """A module of the pack, imported like ComfyUI does."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-    load_pack = importlib.import_module("load_pack")
-    load_pack.prepare_engine(cpu=not load_pack.cuda_is_available())
-    return importlib.import_module(f"{load_pack.load_pack().__name__}.{name}")
+    pack = importlib.import_module("load_pack").load_pack()
+    return importlib.import_module(f"{pack.__name__}.{name}")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from .family import TOKEN_DEVIATION, TOKEN_IDS, TOKEN_MEAN, TOKEN_TABLE
 from .networks import CONTEXT_DIM
 
-CHECKPOINT_NAME = "identity-edit-demo.safetensors"
-UNET, TEXT, AUTOENCODER = "model.diffusion_model.", "cond_stage_model.transformer.", "first_stage_model."
+CHECKPOINT_NAME, FLOW_NAME = "identity-edit-demo.safetensors", "identity-edit-demo-flow.safetensors"
+NETWORK, TEXT, AUTOENCODER = "model.diffusion_model.", "cond_stage_model.transformer.", "first_stage_model."
 WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
@@ -33,17 +33,30 @@ def write_weights(
     os.replace(temporary, path)
 
 
-def export_checkpoint(folder: Path, destination: Path = WEIGHTS_FOLDER / CHECKPOINT_NAME) -> Path:
-    """Write ``destination`` (fp16) from ``folder/autoencoder.pt`` and ``folder/unet.pt``."""
+def export_checkpoint(folder: Path, network: str = "unet", destination: Path | None = None) -> Path:
+    """Write one fp16 checkpoint from ``folder``: autoencoder, text encoder and the UNet or the flow transformer.
+
+    Args:
+        folder: folder with ``autoencoder.pt``, ``unet.pt`` (which has the text encoder) and, for the flow, ``flow.pt``.
+        network: ``"unet"`` or ``"flow"``.
+        destination: the file; ``CHECKPOINT_NAME`` or ``FLOW_NAME`` in the weights folder by default.
+    """
     autoencoder = torch.load(folder / "autoencoder.pt", weights_only=True)
     trained = torch.load(folder / "unet.pt", weights_only=True)
     rows = trained["text_encoder"]["clip." + TOKEN_TABLE.removeprefix(TEXT)].float()
-    state = {UNET + name: value for name, value in trained["unet"].items()}
+    if network == "flow":
+        flow = torch.load(folder / "flow.pt", weights_only=True)
+        # Newer engines call the norms' scales weights; all of them read the older name.
+        denoiser = {name.replace("_norm.weight", "_norm.scale"): value for name, value in flow.items()}
+    else:
+        denoiser = trained["unet"]
+    state = {NETWORK + name: value for name, value in denoiser.items()}
     state |= {TEXT + name.removeprefix("clip."): value for name, value in trained["text_encoder"].items()}
     state |= {AUTOENCODER + name: value for name, value in autoencoder.items()}
     state = {name: value for name, value in state.items() if "text_projection" not in name}
     table = {TOKEN_IDS: trained["token_ids"].int(), TOKEN_MEAN: rows.mean(0), TOKEN_DEVIATION: rows.std(0)}
-    write_weights(destination, state, "demo world", exact=table)
+    destination = destination or WEIGHTS_FOLDER / (FLOW_NAME if network == "flow" else CHECKPOINT_NAME)
+    write_weights(destination, state, "demo world flow" if network == "flow" else "demo world", exact=table)
     return destination
 
 
@@ -61,4 +74,4 @@ def unpack_checkpoint(folder: Path, source: Path = WEIGHTS_FOLDER / CHECKPOINT_N
     text_encoder["clip.text_projection.weight"] = torch.eye(CONTEXT_DIM)
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(part(AUTOENCODER), folder / "autoencoder.pt")
-    torch.save({"unet": part(UNET), "text_encoder": text_encoder, "token_ids": token_ids}, folder / "unet.pt")
+    torch.save({"unet": part(NETWORK), "text_encoder": text_encoder, "token_ids": token_ids}, folder / "unet.pt")

@@ -1,9 +1,10 @@
-"""Registration of the demo world's Stable Diffusion 1.x and InstructPix2Pix with ComfyUI's stock checkpoint loader.
+"""Registration of the demo world's Stable Diffusion 1.x, InstructPix2Pix and Flux with ComfyUI's stock loader.
 
 The loader searches the list ``comfy.supported_models.models`` in order for a checkpoint's family. The demo world's
-entries require a UNet width and a context width of 128, which no published model has, so appending them does not affect
-other checkpoints. The entry with eight input channels comes first, because the other accepts any number. With the stock
-loader, workflows start with the node that users know, in which they select their own checkpoint.
+entries require a context width of 128, which no published model has, so they do not affect other checkpoints. The entry
+with eight input channels comes before its base, which accepts any number, and all come before Flux Schnell, which
+accepts any width. With the stock loader, workflows start with the node that users know, in which they select their own
+checkpoint.
 
 The file contains the 63 trained rows of CLIP's token table. The other rows, which would add a fifth to its size, are
 generated from a seed while loading.
@@ -19,7 +20,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import torch
 
-from .networks import CONTEXT_DIM, TEXT_CONFIG, UNET_CONFIG
+from .networks import CONTEXT_DIM, FLOW_CONFIG, FLOW_TOKENS, TEXT_CONFIG, UNET_CONFIG
 
 TOKEN_TABLE = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 TOKEN_IDS, TOKEN_MEAN, TOKEN_DEVIATION = (f"demo_world.token_{name}" for name in ("ids", "mean", "deviation"))
@@ -72,6 +73,18 @@ class DemoWorldClipModel(comfy.sd1_clip.SD1ClipModel):
         super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=DemoWorldSDClipModel)
 
 
+class DemoWorldFlowClipModel(DemoWorldClipModel):
+    """With the tokens that the flow transformer was trained on: as many as the prompt has, at least ``FLOW_TOKENS``."""
+
+    def encode_token_weights(self, token_weight_pairs: dict[str, list]) -> tuple:
+        embeddings, *rest = super().encode_token_weights(token_weight_pairs)
+        chunks = token_weight_pairs[self.clip_name]
+        if len(chunks) == 1:
+            is_end = [isinstance(token, int) and token == TEXT_CONFIG["eos_token_id"] for token, *_ in chunks[0]]
+            embeddings = embeddings[:, : max(FLOW_TOKENS, is_end.index(True) + 1)]
+        return embeddings, *rest
+
+
 class DemoWorld(comfy.supported_models.SD15):
     """SD 1.x (epsilon prediction, its noise schedule and latent format) with a narrower UNet and text encoder."""
 
@@ -103,9 +116,24 @@ class DemoWorldInstructPix2Pix(DemoWorld):
         return comfy.model_base.SD15_instructpix2pix(self, device=device)
 
 
+class DemoWorldFlow(DemoWorld, comfy.supported_models.FluxSchnell):
+    """Flux without guidance embedding, narrower, with Stable Diffusion's text encoder, latents and key prefixes."""
+
+    unet_config = {key: FLOW_CONFIG[key] for key in ("image_model", "guidance_embed", "context_in_dim", "hidden_size")}
+    unet_extra_config = {
+        key: FLOW_CONFIG[key] for key in ("in_channels", "out_channels", "patch_size", "num_heads", "axes_dim")
+    }
+    vae_key_prefix = DemoWorld.vae_key_prefix
+    text_encoder_key_prefix = DemoWorld.text_encoder_key_prefix
+    supported_inference_dtypes = DemoWorld.supported_inference_dtypes
+
+    def clip_target(self, state_dict: dict | None = None) -> comfy.supported_models_base.ClipTarget:
+        return comfy.supported_models_base.ClipTarget(DemoWorldTokenizer, DemoWorldFlowClipModel)
+
+
 def register() -> None:
-    """Append the families once, even if the pack is imported under several names."""
+    """Insert the families once, even if the pack is imported under several names."""
     families = comfy.supported_models.models
-    for family in (DemoWorldInstructPix2Pix, DemoWorld):
+    for family in (DemoWorldInstructPix2Pix, DemoWorld, DemoWorldFlow):
         if not any(other.__name__ == family.__name__ for other in families):
-            families.append(family)
+            families.insert(families.index(comfy.supported_models.FluxSchnell), family)

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .attributes import CAPTION_TEMPLATES, caption, random_attributes
 from .images import EVALUATION_SEED, to_tensor
 from .renderer import render
+from .training import fast_precision
 
 MAX_TOKENS = 77
+SHARD, BATCH = 1024, 32
 
 
-class CaptionedImages(IterableDataset):
-    """``count`` training images [3, 128, 128] with their captions in all templates."""
+class CaptionedImages(Dataset):
+    """Training images [3, 128, 128] of these indices with their captions in all templates."""
 
-    def __init__(self, count: int, seed: int) -> None:
-        self.count, self.seed = count, seed
+    def __init__(self, indices: range, seed: int) -> None:
+        self.indices, self.seed = indices, seed
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, list[str]]]:
-        worker = get_worker_info()
-        first, stride = (worker.id, worker.num_workers) if worker else (0, 1)
-        for index in range(first, self.count, stride):
-            generator = random.Random(f"caption {self.seed} {index}")
-            attributes = random_attributes(generator)
-            image, _ = render(attributes, generator.randrange(EVALUATION_SEED))
-            yield to_tensor(image), [caption(attributes, template) for template in range(CAPTION_TEMPLATES)]
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> tuple[torch.Tensor, list[str]]:
+        generator = random.Random(f"caption {self.seed} {self.indices[position]}")
+        attributes = random_attributes(generator)
+        image, _ = render(attributes, generator.randrange(EVALUATION_SEED))
+        return to_tensor(image), [caption(attributes, template) for template in range(CAPTION_TEMPLATES)]
 
 
 class WordTokenizer:
@@ -56,23 +58,39 @@ class WordTokenizer:
 
 
 @torch.no_grad()
-def encode_training_set(autoencoder: nn.Module, path: Path, count: int, seed: int = 0) -> None:
-    """Write ``latents`` [N, 4, 16, 16] (unit variance, fp16), ``tokens`` [N, templates, 77] and ``empty`` [77]."""
+def encode_training_set(autoencoder: nn.Module, folder: Path, count: int, seed: int = 0) -> None:
+    """Write the first ``count`` images, rounded up to whole shards; existing shards are kept.
+
+    Shards have ``latents`` [N, 4, 16, 16] (unit variance, fp16), ``tokens`` [N, templates, 77] and ``empty`` [77].
+    """
     tokenizer = WordTokenizer()
-    latents, tokens = [], []
     autoencoder.to(memory_format=torch.channels_last).eval()
-    loader = DataLoader(CaptionedImages(count, seed), batch_size=32, num_workers=1)
-    for images, captions in tqdm(loader, total=-(-count // 32), mininterval=5, unit="batch"):
-        with torch.autocast("cpu", torch.bfloat16):
-            encoded = autoencoder.taesd_encoder(images.to(memory_format=torch.channels_last) * 0.5 + 0.5)
-        latents.append(encoded.to(torch.float16).contiguous())
-        # The loader collates the lists to one tuple of captions per template.
-        rows = [[tokenizer(text) for text in texts] for texts in captions]
-        tokens.append(torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    everything = {
-        "latents": torch.cat(latents),
-        "tokens": torch.cat(tokens),
-        "empty": torch.tensor(tokenizer(""), dtype=torch.int32),
-    }
-    save_file(everything, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    for shard in tqdm(range(-(-count // SHARD)), unit="shard"):
+        path = folder / f"latents_{shard:04d}.safetensors"
+        if path.exists():
+            continue
+        latents, tokens = [], []
+        for images, captions in DataLoader(CaptionedImages(range(shard * SHARD, (shard + 1) * SHARD), seed), BATCH):
+            with fast_precision("cpu"):
+                encoded = autoencoder.taesd_encoder(images.to(memory_format=torch.channels_last) * 0.5 + 0.5)
+            latents.append(encoded.to(torch.float16).contiguous())
+            # The loader collates the lists to one tuple of captions per template.
+            rows = [[tokenizer(text) for text in texts] for texts in captions]
+            tokens.append(torch.tensor(rows, dtype=torch.int32).transpose(0, 1).contiguous())
+        everything = {
+            "latents": torch.cat(latents),
+            "tokens": torch.cat(tokens),
+            "empty": torch.tensor(tokenizer(""), dtype=torch.int32),
+        }
+        save_file(everything, path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_training_set(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents [N, 4, 16, 16], token ids [N, templates, 77] and those of the empty caption [77] of all shards."""
+    shards = [load_file(path) for path in sorted(folder.glob("latents_*.safetensors"))]
+    if not shards:
+        raise FileNotFoundError(f"{folder} has no training set: run `python -m demo_world encode`")
+    latents, tokens = (torch.cat([shard[name] for shard in shards]) for name in ("latents", "tokens"))
+    return latents, tokens, shards[0]["empty"]

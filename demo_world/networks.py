@@ -2,6 +2,7 @@
 
 - Autoencoder: the TAESD layout, the only small autoencoder that the stock checkpoint loader supports.
 - UNet and text encoder: Stable Diffusion 1.x's, narrower; the tokenizer is CLIP's own.
+- Flow transformer: Flux's without its guidance embedding, narrower.
 
 Needs ComfyUI on ``sys.path`` (see ``demo_world/__main__.py``).
 """
@@ -37,6 +38,25 @@ UNET_CONFIG: dict = {
     "use_temporal_attention": False,
     "legacy": False,
 }
+FLOW_CONFIG: dict = {
+    "image_model": "flux",
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "patch_size": 1,  # 16x16 image tokens: as fine as the UNet's attention, since masks are read from it
+    "hidden_size": 192,
+    "num_heads": 6,
+    "axes_dim": [8, 12, 12],
+    "depth": 2,
+    "depth_single_blocks": 5,
+    "context_in_dim": CONTEXT_DIM,
+    "vec_in_dim": CONTEXT_DIM,
+    "mlp_ratio": 4.0,
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": False,
+}
+FLOW_TOKENS = 32
+"""Least number of text tokens of the flow transformer; every caption of the training set fits in them."""
 TEXT_CONFIG: dict = {
     "hidden_size": CONTEXT_DIM,
     "num_attention_heads": 4,
@@ -90,6 +110,27 @@ def make_unet(in_channels: int = LATENT_CHANNELS) -> nn.Module:
         if ".out_layers.3." in name or ".proj_out." in name or name.startswith("out.2."):
             nn.init.zeros_(parameter)
     return unet
+
+
+def make_flow(**changes: Any) -> nn.Module:
+    """Flux's transformer at the demo world's size; modulations and output start at zero (Peebles and Xie 2023)."""
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux, FluxParams
+
+    config = {**FLOW_CONFIG, **changes}
+    if "txt_ids_dims" in FluxParams.__annotations__:  # newer engines: axes that count text tokens, none in Flux.1
+        config["txt_ids_dims"] = []
+    flow = Flux(**config, dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init)
+    for name, parameter in flow.named_parameters():
+        if "_norm." in name:
+            nn.init.ones_(parameter)
+        elif parameter.ndim == 1 or ".lin." in name or name.startswith("final_layer."):
+            nn.init.zeros_(parameter)
+        elif name.startswith(("time_in.", "vector_in.")):
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.xavier_uniform_(parameter)
+    return flow.requires_grad_(True)
 
 
 def transformer_layers(layers: Any, x: torch.Tensor, heads: int, *, is_causal: bool) -> torch.Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
+from .latents import load_training_set
 from .networks import TextEncoder, make_unet
 from .training import train
 
@@ -53,11 +53,10 @@ def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) 
     (``python -m demo_world unpack`` writes it), else from random weights.
     """
     torch.manual_seed(1)
-    data = load_file(folder / "latents.safetensors")
-    latents = data["latents"]
+    latents, tokens, empty = load_training_set(folder)
     # The text encoder's table has only the tokens of the captions; convert token ids to its row numbers.
-    token_ids, rows = torch.unique(torch.cat([data["tokens"].flatten(), data["empty"]]), return_inverse=True)
-    empty, rows = rows[-len(data["empty"]) :], rows[: -len(data["empty"])].view(data["tokens"].shape).to(torch.int16)
+    token_ids, rows = torch.unique(torch.cat([tokens.flatten(), empty]), return_inverse=True)
+    empty, rows = rows[-len(empty) :], rows[: -len(empty)].view(tokens.shape).to(torch.int16)
     unet = make_unet().to(memory_format=torch.channels_last)
     text_encoder = TextEncoder(token_ids.tolist())
     start_from = folder / "unet.pt"

@@ -15,7 +15,8 @@ Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/ldm/modules/attention.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -127,14 +128,14 @@ class IdentityAttention:
 
 
 @dataclass
-class _Run:
+class Run:
     """State of one sampling run."""
 
     batch: int
     height: int
     width: int
-    cross_layers: dict[LayerKey, AttentionLayer]
-    self_layers: dict[LayerKey, AttentionLayer]
+    cross_layers: Mapping[LayerKey, Any]
+    self_layers: Mapping[LayerKey, Any]
     fired: set[tuple[str, LayerKey]] = field(default_factory=set)
     context: torch.Tensor | None = None
     sigmas: Sequence[float] = ()
@@ -148,25 +149,20 @@ class _Run:
         expected = [("cross", key) for key in self.cross_layers] + [("self", key) for key in self.self_layers]
         return [item[1] for item in expected if item not in self.fired]
 
-    def rows_to_read(
-        self, n: torch.Tensor, extra: dict[str, Any]
-    ) -> list[tuple[torch.Tensor, Region, torch.Tensor, dict[str, Any]]]:
-        """The positive side's rows of a batch of conditionings: (activations [B, positions, C], region, weight, entry).
+    def rows_to_read(self, options: Mapping[str, Any]) -> Iterator[tuple[slice, dict[str, Any]]]:
+        """The positive side's rows of a batch of conditionings, and the conditioning of each.
 
         ComfyUI concatenates the conditionings of both sides into one batch, in any order, or evaluates them in separate
         calls; `cond_or_uncond` and `uuids` identify the rows.
         """
-        sides, uuids = extra["cond_or_uncond"], extra["uuids"]
-        shape = tuple(extra["activations_shape"][2:])
-        if n.shape[0] != self.batch * len(sides) or n.shape[1] != shape[0] * shape[1]:
-            return []  # another patch merged or tiled the positions
-        result = []
-        for rows, side, uuid in zip(n.split(self.batch), sides, uuids, strict=True):
+        for number, (side, uuid) in enumerate(zip(options["cond_or_uncond"], options["uuids"], strict=True)):
             if side == self.side:
-                entry = self.entries.get(uuid, {})
-                region = region_of(entry, self.height, self.width, shape)
-                result.append((rows, region, region.weight(entry, n.device, self.batch), entry))
-        return result
+                yield slice(number * self.batch, (number + 1) * self.batch), self.entries.get(uuid, {})
+
+    def region(self, entry: dict[str, Any], shape: Sequence[int], device: torch.device) -> tuple[Region, torch.Tensor]:
+        """Region of a conditioning on a layer's grid, and its weights [1 or B, h, w]."""
+        region = region_of(entry, self.height, self.width, shape)
+        return region, region.weight(entry, device, self.batch)
 
 
 def capture_attention(
@@ -202,12 +198,13 @@ def capture_attention(
     all_layers = attention_layers(model.get_model_object("diffusion_model"))
     choose_layers(all_layers, 64, 64, layers)  # raises early for invalid choices
     if context is not None:
-        _check_columns(columns, context, "identity prompt")
+        check_columns(columns, context, "identity prompt")
     attention = IdentityAttention(columns, layers, self_attention, by_step)
-    return _Recorder(attention, None if context is None else context.detach()).on(model), attention
+    return _UNetRecorder(attention, None if context is None else context.detach()).on(model), attention
 
 
-def _check_columns(columns: Sequence[int], context: torch.Tensor, name: str) -> None:
+def check_columns(columns: Sequence[int], context: torch.Tensor, name: str) -> None:
+    """Raise `IdentityEditError` unless there are tokens and all are in an embedding [B, T, C]."""
     count = context.shape[1]
     if len(columns) == 0 or not all(-count <= column < count for column in columns):
         raise IdentityEditError(
@@ -216,27 +213,31 @@ def _check_columns(columns: Sequence[int], context: torch.Tensor, name: str) -> 
         )
 
 
-class _Recorder:
-    """Fills an `IdentityAttention` during sampling: wrappers track the model calls, patches read the layers."""
+class Recorder(ABC):
+    """Fills an `IdentityAttention` during sampling: wrappers track the model calls, hooks read the layers."""
 
-    def __init__(self, attention: IdentityAttention, context: torch.Tensor | None) -> None:
+    def __init__(self, attention: IdentityAttention) -> None:
         self._attention = attention
-        self._context = context
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Recorder:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorder:
         return self  # cloning a model deep-copies its options, which contain these bound methods
 
     def on(self, model: Any) -> Any:
         """A clone of a model with this recorder attached."""
-        clone = model.clone()
-        clone.set_model_attn2_patch(self._read_cross_attention)
-        if self._attention.reads_self_attention:
-            clone.set_model_attn1_patch(self._read_self_attention)
+        clone = self._with_hooks(model)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _KEY, self._outer_sample)
         clone.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, _KEY, self._predict_noise)
         clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, self._calc_cond_batch)
         return clone
+
+    @abstractmethod
+    def _with_hooks(self, model: Any) -> Any:
+        """A clone of a model whose chosen layers this recorder reads."""
+
+    @abstractmethod
+    def _begin(self, network: Any, noise: torch.Tensor) -> Run:
+        """The state of a run for these latents."""
 
     def _outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         network = executor.class_obj.model_patcher.get_model_object("diffusion_model")
@@ -259,21 +260,6 @@ class _Recorder:
             self._run = None
             self._attention.to_cpu()
 
-    def _begin(self, network: Any, noise: torch.Tensor) -> _Run:
-        batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
-        if self._context is not None and self._context.shape[0] not in (1, batch):
-            raise IdentityEditError(
-                f"The identity prompt has {self._context.shape[0]} embeddings for a batch of {batch} latents; give one "
-                f"for all, or one for each."
-            )
-        chosen = choose_layers(attention_layers(network), height, width, self._attention.choice)
-        cross = {layer.key: layer for layer in chosen if layer.attends_to_text}
-        self_layers: list[AttentionLayer] = []
-        if self._attention.reads_self_attention:
-            factor = _self_attention_factor(chosen, height, width)
-            self_layers = [layer for layer in chosen if layer.attends_to_itself and layer.downsampling == factor]
-        return _Run(batch, height, width, cross, {layer.key: layer for layer in self_layers})
-
     def _predict_noise(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         run = self._run
         if run is None:
@@ -292,16 +278,53 @@ class _Recorder:
     ) -> Any:
         run = self._run
         side = None if run is None or run.guider is None else _positive_side(run.guider, conds)
-        if run is None or side is None or tuple(x.shape[0:1] + x.shape[2:]) != (run.batch, run.height, run.width):
+        size = (x.shape[0], x.shape[-2], x.shape[-1])
+        if run is None or side is None or size != (run.batch, run.height, run.width):
             return executor(network, conds, x, *args, **kwargs)
-        run.guider = None
+        guider, run.guider = run.guider, None
+        return self._evaluate(run, guider, side, executor, network, conds, x, *args, **kwargs)
+
+    def _evaluate(
+        self, run: Run, guider: Any, side: int, executor: Any, network: Any, conds: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """A model call in which the layers of one side are read."""
         run.side, run.entries = side, {entry["uuid"]: entry for entry in conds[side]}
         try:
-            result = executor(network, conds, x, *args, **kwargs)
+            result = executor(network, conds, *args, **kwargs)
             self._attention.evaluations += 1
             return result
         finally:
             run.side, run.entries = None, {}
+
+
+class _UNetRecorder(Recorder):
+    """Reads cross-attention and self-attention layers by patches."""
+
+    def __init__(self, attention: IdentityAttention, context: torch.Tensor | None) -> None:
+        super().__init__(attention)
+        self._context = context
+
+    def _with_hooks(self, model: Any) -> Any:
+        clone = model.clone()
+        clone.set_model_attn2_patch(self._read_cross_attention)
+        if self._attention.reads_self_attention:
+            clone.set_model_attn1_patch(self._read_self_attention)
+        return clone
+
+    def _begin(self, network: Any, noise: torch.Tensor) -> Run:
+        batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
+        if self._context is not None and self._context.shape[0] not in (1, batch):
+            raise IdentityEditError(
+                f"The identity prompt has {self._context.shape[0]} embeddings for a batch of {batch} latents; give one "
+                f"for all, or one for each."
+            )
+        chosen = choose_layers(attention_layers(network), height, width, self._attention.choice)
+        cross = {layer.key: layer for layer in chosen if layer.attends_to_text}
+        self_layers: list[AttentionLayer] = []
+        if self._attention.reads_self_attention:
+            factor = _self_attention_factor(chosen, height, width)
+            self_layers = [layer for layer in chosen if layer.attends_to_itself and layer.downsampling == factor]
+        return Run(batch, height, width, cross, {layer.key: layer for layer in self_layers})
 
     @torch.no_grad()
     def _read_cross_attention(
@@ -310,7 +333,7 @@ class _Recorder:
         run = self._run
         layer = None if run is None or run.side is None else run.cross_layers.get(layer_key(extra))
         if run is not None and layer is not None:
-            for rows, region, weight, entry in run.rows_to_read(n, extra):
+            for rows, region, weight, entry in _read_rows(run, n, extra):
                 query, key = layer.block.attn2.to_q(rows), layer.block.attn2.to_k(self._context_of(run, entry, n))
                 query, key = (heads_apart(each, extra["n_heads"]) for each in (query, key))
                 attended = Attended(query, key, region.shape)
@@ -324,11 +347,11 @@ class _Recorder:
                 run.fired.add(("cross", layer.key))
         return n, context, value
 
-    def _context_of(self, run: _Run, entry: dict[str, Any], n: torch.Tensor) -> torch.Tensor:
+    def _context_of(self, run: Run, entry: dict[str, Any], n: torch.Tensor) -> torch.Tensor:
         """The embedding whose tokens are attended to: of the identity prompt, or of the sampled conditioning."""
         if self._context is None:
             sampled = entry["model_conds"]["c_crossattn"].cond
-            _check_columns(self._attention.columns, sampled, "prompt")
+            check_columns(self._attention.columns, sampled, "prompt")
             return sampled.to(device=n.device, dtype=n.dtype)
         if run.context is None:
             run.context = self._context.to(device=n.device, dtype=n.dtype)
@@ -341,7 +364,7 @@ class _Recorder:
         run = self._run
         layer = None if run is None or run.side is None else run.self_layers.get(layer_key(extra))
         if run is not None and layer is not None:
-            for rows, region, weight, _ in run.rows_to_read(n, extra):
+            for rows, region, weight, _ in _read_rows(run, n, extra):
                 if self._attention.self_grid not in (None, region.grid):
                     continue
                 query, key = layer.block.attn1.to_q(rows), layer.block.attn1.to_k(rows)
@@ -350,6 +373,17 @@ class _Recorder:
                 self._attention.add_self_attention(maps, region, weight, run.batch)
                 run.fired.add(("self", layer.key))
         return n, context, value
+
+
+def _read_rows(
+    run: Run, n: torch.Tensor, extra: dict[str, Any]
+) -> Iterator[tuple[torch.Tensor, Region, torch.Tensor, dict[str, Any]]]:
+    """The positive side's rows of a layer's activations: (activations [B, positions, C], region, weight, entry)."""
+    shape = tuple(extra["activations_shape"][2:])
+    if n.shape[0] != run.batch * len(extra["cond_or_uncond"]) or n.shape[1] != shape[0] * shape[1]:
+        return  # another patch merged or tiled the positions
+    for rows, entry in run.rows_to_read(extra):
+        yield n[rows], *run.region(entry, shape, n.device), entry
 
 
 def _self_attention_factor(layers: Sequence[AttentionLayer], height: int, width: int) -> int:

@@ -21,8 +21,10 @@ from .errors import IdentityEditError
 from .maps import cross_attention_columns, reduced_attention_map, self_attention_map
 
 AUTOMATIC, ALL = "automatic", "all"
-LAYER_CHOICES = (AUTOMATIC, "1", "2", "4", "8", "1, 2", "2, 4", "4, 8", "1, 2, 4", ALL)
-"""Options for users: `automatic_factors`, downsampling factors relative to the latent, or all layers."""
+FIRST, MIDDLE, LAST = "first third", "middle third", "last third"
+LAYER_CHOICES = (AUTOMATIC, "1", "2", "4", "8", "1, 2", "2, 4", "4, 8", "1, 2, 4", FIRST, MIDDLE, LAST, ALL)
+"""Options for users: automatic or all layers; of UNets, downsampling factors relative to the latent; of joint
+attention, thirds of the blocks in execution order."""
 
 SMALLEST_AUTOMATIC_GRID = 16
 """Minimum positions along the long side for a grid that can outline a subject."""
@@ -141,3 +143,29 @@ def choose_layers(sites: Sequence[AnySite], height: int, width: int, choice: str
             f"latent's size; choose from {', '.join(map(str, sorted(present)))}, or automatic."
         )
     return [site for site in sites if site.downsampling in factors]
+
+
+def choose_blocks(sites: Sequence[Site], choice: str) -> list[Site]:
+    """The blocks with joint attention selected by `choice`: a third, all, or the middle third for "automatic", where
+    text and image are related best.
+
+    Args:
+        sites: all blocks in execution order.
+        choice: one of `LAYER_CHOICES`.
+
+    Raises:
+        IdentityEditError: when the choice is for UNets.
+    """
+    third = len(sites) // 3
+    ranges = {
+        FIRST: slice(0, max(1, third)),
+        MIDDLE: slice(third, len(sites) - third),
+        LAST: slice(-max(1, third), None),
+        ALL: slice(0, None),
+    }
+    if choice != AUTOMATIC and choice not in ranges:
+        raise IdentityEditError(
+            f"layers is {choice!r} but all {len(sites)} blocks of this model have the same grid; choose "
+            f"{', '.join(ranges)} or automatic."
+        )
+    return list(sites[ranges[MIDDLE if choice == AUTOMATIC else choice]])

@@ -66,6 +66,30 @@ MUTATIONS = [
         ("test_style_cross_attention.py",),
     ),
     Mutation(
+        "padding before the image",
+        "start = before + text + -text % multiple",
+        "start = before + text",
+        ("test_joint.py",),
+    ),
+    Mutation(
+        "mask of joint attention",
+        "bias = _bias(args[0] if args else kwargs.get(\"mask\"), q, k)",
+        "bias = None",
+        ("test_joint.py",),
+    ),
+    Mutation(
+        "direction of a contrast",
+        "standardized((subject - other)",
+        "standardized((other - subject)",
+        ("test_joint_capture.py",),
+    ),
+    Mutation(
+        "tokens of a text padded at its start",
+        "before = sampled.shape[1] - count",
+        "before = 0",
+        ("test_joint_capture.py",),
+    ),
+    Mutation(
         "a condition that is not trained with",
         "* drops | settings.never_used",
         "* drops",

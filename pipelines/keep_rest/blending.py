@@ -31,13 +31,13 @@ def membrane(difference: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
     """Continue a map from where it is known.
 
     Args:
-        difference: [H, W, C].
+        difference: [C, H, W].
         known: [H, W], 0 to 1.
 
     Returns:
-        [H, W, C], smooth.
+        [C, H, W], smooth.
     """
-    values, weight = difference.movedim(-1, 0)[None], known[None, None].float()
+    values, weight = difference[None], known[None, None].float()
     levels = []
     values = values * weight
     while True:
@@ -54,4 +54,4 @@ def membrane(difference: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         size = values.shape[2:]
         doubled = interpolate(filled, size=(2 * filled.shape[2], 2 * filled.shape[3]), mode="bilinear")
         filled = values + (1.0 - weight) * doubled[..., : size[0], : size[1]]
-    return filled[0].movedim(0, -1)
+    return filled[0]

@@ -7,6 +7,7 @@ quantiles, so that the change may cover half of the image.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
 SCALES = (0.7, 1.5, 3.0, 6.0)
 """[choice] Standard deviations in pixels at which differences are compared."""
 FINE = 1
-"""Scale that decides where a change ends."""
+"""Scale that decides where a change ends, with the next one."""
+WIDE = 2
+"""Scale from which differences are compared at half of the size."""
 BINS = 12
-SAMPLES = 200_000
+SAMPLES = 60_000
 """[choice] Pixels from which the noise is estimated."""
 FLAT = 0.01
 """[choice] Gradient per pixel below which the image is flat."""
@@ -52,12 +55,10 @@ class Change:
 
     Attributes:
         mask: [H, W] bool.
-        evidence: [H, W] float32, differences in units of the threshold; 1 and more has changed.
         noise: typical difference of what was not changed, 0 to 1.
     """
 
     mask: torch.Tensor
-    evidence: torch.Tensor
     noise: float
 
 
@@ -88,40 +89,84 @@ def find_change(
     import numpy as np
     from scipy import ndimage
 
-    first, second = original.numpy(), edited.numpy()
-    contrast = _contrast(first)
-    seeds = np.zeros(first.shape[:2], bool)
-    evidence = np.zeros(first.shape[:2], np.float32)
     reached = covered.numpy()
+    maps = list(_at_scales(original.numpy(), edited.numpy()))
     unchanged = reached if guess is None else reached & ~guess.numpy()
     factor = 2.0**-sensitivity
-    for _ in range(2 if guess is None else 1):  # the second time, the noise is estimated outside of the change
-        seeds[:] = False
-        step = max(1, round((unchanged.sum() / SAMPLES) ** 0.5))
-        ends = []
-        for number, scale in enumerate(SCALES):
-            size = np.sqrt((smooth(first - second, scale) ** 2).mean(axis=-1))
-            noise = _noise(size, smooth(contrast, scale), unchanged)
-            ratio = np.log(np.sqrt(size**2 + LEAST_NOISE**2 / 4) / noise)
-            low, middle = np.quantile(ratio[::step, ::step][unchanged[::step, ::step]], (0.15, 0.4))
+    mask = np.zeros(reached.shape, bool)
+    for time in range(2 if guess is None else 1):  # the second time, the noise is estimated outside of the change
+        if time and unchanged.mean() < 0.1:
+            break
+        seeds, ends = np.zeros(reached.shape, bool), []
+        for scale, size, contrast, beside in maps:
+            is_half = size.shape != reached.shape
+            here = _halved(unchanged.astype(np.float32)) == 1.0 if is_half else unchanged
+            here = here if here.any() else np.ones_like(here)
+            step = max(1, round((here.sum() / SAMPLES) ** 0.5))
+            sizes, contrasts = (each[::step, ::step][here[::step, ::step]] for each in (size, contrast))
+            flat, slope = _noise(sizes, contrasts)
+            ratio = np.log((sizes**2 + LEAST_NOISE**2 / 4) / (flat**2 + (slope * contrasts) ** 2)) / 2
+            low, middle = np.quantile(ratio, (0.15, 0.4))
             deviation = min(max((middle - low) / 0.783, 0.35), 0.5)  # of a normal distribution
             center = middle + 0.253 * deviation
             surely, perhaps = (
                 np.exp(center + each * deviation) * factor for each in (SEED_DEVIATIONS, GROW_DEVIATIONS)
             )
-            seeds |= size > np.maximum(noise * surely, SEED_LEAST * factor)
-            # Blurred differences reach beyond the change, but there they are weaker than beside it.
-            beside = ndimage.maximum_filter(size, 2 * round(2.5 * scale) + 1) * BESIDE
-            ends.append(size / np.maximum(np.maximum(noise * perhaps, GROW_LEAST * factor), beside))
-            if number == 0:
-                level = float(np.median(size[unchanged]))
-        evidence = np.maximum(ends[FINE], ends[FINE + 1])
+            noise = np.sqrt(flat**2 + (slope * contrast) ** 2)
+            seed = size > np.maximum(noise * surely, SEED_LEAST * factor)
+            seeds |= _doubled(seed.astype(np.float32), reached.shape) > 0.5 if is_half else seed
+            if beside is not None:
+                end = size / np.maximum(np.maximum(noise * perhaps, GROW_LEAST * factor), beside)
+                ends.append(_doubled(end, reached.shape) if is_half else end)
+            if scale == SCALES[0]:
+                level = float(np.median(sizes))
+        if not (seeds & reached).any():
+            return Change(torch.from_numpy(mask), level)
         near = ndimage.distance_transform_edt(~(seeds & reached)) <= REACH * max(seeds.shape)
-        mask = _cleaned(seeds & reached, (evidence > 1.0) & reached & near) if seeds.any() else np.zeros_like(seeds)
+        mask = _cleaned(seeds & reached, (np.maximum(*ends) > 1.0) & reached & near)
         unchanged = ~ndimage.binary_dilation(mask, iterations=3) & reached
-        if unchanged.mean() < 0.1:
-            break
-    return Change(torch.from_numpy(mask), torch.from_numpy(evidence.astype(np.float32)), level)
+    return Change(torch.from_numpy(mask), level)
+
+
+def _at_scales(
+    first: np.ndarray, second: np.ndarray
+) -> Iterator[tuple[float, np.ndarray, np.ndarray, np.ndarray | None]]:
+    """Blurred differences of two images [H, W, 3], the wide scales at half of the size.
+
+    Yields:
+        standard deviation; size of the difference; contrast of the first image; the largest size beside, for the
+        scales that decide where a change ends.
+    """
+    import numpy as np
+    from scipy import ndimage
+
+    difference, contrast = np.ascontiguousarray(np.moveaxis(first - second, -1, 0)), _contrast(first)
+    for number, scale in enumerate(SCALES):
+        if number == WIDE:
+            difference, contrast = _halved(difference), _halved(contrast)
+        # A mean of two pixels has a variance of 1/4.
+        blur = scale if number < WIDE else ((scale**2 - 0.25) / 4) ** 0.5
+        size = np.sqrt((smooth(difference, blur) ** 2).mean(axis=0))
+        # Blurred differences reach beyond the change, but there they are weaker than beside it.
+        decides = number in (FINE, FINE + 1)
+        beside = ndimage.maximum_filter(size, 2 * round(2.5 * blur) + 1) * BESIDE if decides else None
+        yield scale, size, smooth(contrast, blur), beside
+
+
+def _halved(maps: np.ndarray) -> np.ndarray:
+    """Maps [..., H, W] by means of two by two pixels; the last row and column count twice if they are odd."""
+    import numpy as np
+
+    odd = [(0, 0)] * (maps.ndim - 2) + [(0, side % 2) for side in maps.shape[-2:]]
+    maps = np.pad(maps, odd, mode="edge")
+    rows = maps[..., ::2, :] + maps[..., 1::2, :]
+    return 0.25 * (rows[..., ::2] + rows[..., 1::2])
+
+
+def _doubled(map_: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A halved map at its full shape."""
+    full = torch.nn.functional.interpolate(torch.from_numpy(map_)[None, None], scale_factor=2.0, mode="bilinear")
+    return full[0, 0, : shape[0], : shape[1]].numpy()
 
 
 def _cleaned(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -145,38 +190,39 @@ def _cleaned(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     return mask | filled[holes]
 
 
-def _noise(size: np.ndarray, contrast: np.ndarray, unchanged: np.ndarray) -> np.ndarray:
-    """Expected difference at each pixel, sqrt(a^2 + b^2 contrast^2), from the quantiles of bins of equal contrast."""
+def _noise(sizes: np.ndarray, contrasts: np.ndarray) -> tuple[float, float]:
+    """a and b of the expected difference sqrt(a^2 + b^2 contrast^2), from the quantiles of bins of equal contrast.
+
+    Args:
+        sizes, contrasts: [N], of pixels of which most are unchanged.
+    """
     import numpy as np
 
-    step = max(1, round((unchanged.sum() / SAMPLES) ** 0.5))
-    sizes, contrasts = (each[::step, ::step][unchanged[::step, ::step]] for each in (size, contrast))
     is_flat = contrasts < FLAT
     if is_flat.mean() < 0.1:
         is_flat = contrasts <= np.quantile(contrasts, 0.1)
     flat = max(LEAST_NOISE, float(np.quantile(sizes[is_flat], 0.3)) * OF_QUANTILE)
     sizes, contrasts = sizes[~is_flat], contrasts[~is_flat]
-    if not len(sizes):
-        return np.full_like(size, flat)
     order = np.argsort(contrasts)
-    slopes = []
+    slopes = [0.0] if not len(order) else []
     for part in np.array_split(order, BINS):
         if len(part):
             level = float(np.quantile(sizes[part], 0.3)) * OF_QUANTILE
             slopes.append(max(level**2 - flat**2, 0.0) ** 0.5 / float(np.median(contrasts[part])))
-    return np.sqrt(flat**2 + (float(np.median(slopes)) * contrast) ** 2)
+    return flat, float(np.median(slopes))
 
 
 def _contrast(image: np.ndarray) -> np.ndarray:
     """Root mean square gradient [H, W] of an image [H, W, 3], with its neighborhood."""
     import numpy as np
 
-    along_y, along_x = np.gradient(image, axis=(0, 1))
-    return np.sqrt(smooth((along_x**2 + along_y**2).mean(axis=-1), 1.0).clip(0.0))
+    along_y, along_x = np.gradient(np.ascontiguousarray(np.moveaxis(image, -1, 0)), axis=(1, 2))
+    return np.sqrt(smooth((along_x**2 + along_y**2).mean(axis=0), 1.0).clip(0.0))
 
 
-def smooth(map_: np.ndarray, deviation: float) -> np.ndarray:
-    """A map [H, W, ...] blurred by a Gaussian of a standard deviation in pixels, border values replicated."""
+def smooth(maps: np.ndarray, deviation: float) -> np.ndarray:
+    """Maps [..., H, W] blurred by a Gaussian of a standard deviation in pixels, border values replicated."""
     from scipy.ndimage import gaussian_filter
 
-    return gaussian_filter(map_, (deviation, deviation) + (0,) * (map_.ndim - 2), mode="nearest", truncate=3.0)
+    blur = (0,) * (maps.ndim - 2) + (deviation, deviation)
+    return gaussian_filter(maps, blur, mode="nearest", truncate=3.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-SAMPLES = 40_000
+SAMPLES = 20_000
 """[choice] Pixels of the fit."""
 ITERATIONS = 10
 """[choice] Refits of the line, each without the pixels that fit worst."""

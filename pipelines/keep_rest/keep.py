@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import avg_pool2d, grid_sample, interpolate
+from torch.nn.functional import grid_sample, interpolate, max_pool2d
 
-from ..scores.pixels import mean_squared_error, psnr_of_error, ssim
+from ..scores.pixels import psnr_of_error, ssim
 from ..shared.errors import IdentityEditError
 from ..shared.images import as_color
 from ..shared.masks import of_size
 from .blending import LARGEST_STEP, ROWS, membrane, soft_mask
 from .change import EVERYTHING, find_change, likely_unchanged, smooth
 from .colors import LARGEST_CAST, ColorMap, fit_colors, no_change
-from .registration import Transform, matching, sampling_grid
+from .registration import Transform, matching, planes, sampling_grid
 
 CLIPPED = 0.975
 """Value from which a color counts as clipped."""
@@ -25,6 +24,8 @@ GROW = 0.3
 """[choice] Growth of the mask in percent of the longest side: three pixels of an image of a megapixel."""
 FEATHER = 0.6
 """[choice] The same of the soft border around it."""
+SSIM_SIDE = 256
+"""Shortest side from which halved images are compared by SSIM."""
 COMPOSITED = 0.4
 """[choice] Share of equal pixels from which the editor itself kept the rest; a zoom leaves fewer."""
 LEAST_MATCHING = 0.5
@@ -95,30 +96,39 @@ def keep_rest(
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
     first, second = (_reduced(each, size) for each in (original, registered))
     covered = _covered(original, registered, size)
+    # At half of the size at first, then without what is known to have changed.
+    half = tuple(-(-side // 2) for side in size)
+    small = _reduced(first, half), _reduced(second, half)
+    here = of_size(covered[None].float(), *half)[0] == 1.0
     colors, warning = no_change(), None
-    guess, sides = None, [-(-side // 2) for side in size]
-    halves = [_reduced(first, sides), _reduced(second, sides)], [first, second]
-    for ours, theirs in halves:  # at half the size at first, then without what is known to have changed
-        here = of_size(covered[None].float(), *ours.shape[:2])[0] == 1.0
-        if undo_cast and warning is None:
-            likely = likely_unchanged(ours, theirs) if guess is None else (~guess).float()
-            colors, warning = _colors(ours, theirs, likely * here)
-        corrected = torch.where(here[..., None], colors(theirs), ours)
-        change = find_change(ours, _unclipped(ours, theirs, corrected), here, balance, guess)
-        guess = of_size(change.mask[None].float(), *size)[0] > 0.0
+    if undo_cast:
+        colors, warning = _colors(*small, likely_unchanged(*small) * here)
+    corrected = _corrected(*small, here, colors)
+    guess = find_change(small[0], _unclipped(*small, corrected), here, balance).mask
+    if undo_cast and warning is None:
+        near = max_pool2d(guess[None].float(), 7, 1, 3)[0]  # blurred with the change
+        colors, warning = _colors(*small, here * (1.0 - near))
+    guess = of_size(guess[None].float(), *size)[0] > 0.0
+    corrected = _corrected(first, second, covered, colors)
+    change = find_change(first, _unclipped(first, second, corrected), covered, balance, guess)
+    small_corrected = _corrected(*small, here, colors)
     hard = change.mask if mask is None else _with_mask(change.mask, of_size(mask[None], *size)[0] > 0.5, mask_use)
     share = float(hard.float().mean())
     if mask is None and share > EVERYTHING:
         reason = f"The edit changed {share:.0%} of the image, so there is nothing to keep, and it is returned as it is."
         return _as_it_is(registered, change.noise, reason)
-    if matching(first, corrected, covered & ~hard & ~change.mask) < LEAST_MATCHING:
+    outside = of_size((hard | change.mask | ~covered)[None].float(), *half)[0] == 0.0
+    if matching(small[0], small_corrected, outside) < LEAST_MATCHING:
         return _as_it_is(registered, change.noise, NOT_REGISTERED)
     side = max(size) / 100.0
     soft = soft_mask(hard, grow * side, feather * side)
-    outside = (soft == 0.0).float()
-    error = mean_squared_error(second[None], first[None], outside[None])
-    structure = ssim(second[None], first[None], outside[None])
-    blended, alpha = _blend(original, registered, first, corrected, soft, colors)
+    outside = soft == 0.0
+    error = (second[outside] - first[outside]).square().mean()
+    # The authors of SSIM advise images of about 256 pixels.
+    compared = small if min(half) >= SSIM_SIDE else (first, second)
+    counts = of_size(soft[None], *compared[0].shape[:2]) == 0.0
+    structure = ssim(compared[1][None], compared[0][None], counts.float())
+    blended, alpha = _blend(original, registered, small[0] - small_corrected, soft, colors)
     return Kept(
         blended,
         alpha,
@@ -138,31 +148,27 @@ def _as_it_is(registered: torch.Tensor, noise: float, reason: str) -> Kept:
     return Kept(image, ones, 1.0, 0.0, float("nan"), float("nan"), noise, reason)
 
 
-def _reduced(image: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def _reduced(image: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """Colors [h, w, 3] of an image at a smaller size, transparent parts in gray."""
-    colors = as_color(image[None])[0]
-    if image.shape[-1] in (2, 4):
-        opacity = image[..., -1:].float().clamp(0.0, 1.0)
-        colors = colors * opacity + 0.5 * (1.0 - opacity)
-    if tuple(colors.shape[:2]) == tuple(size):
-        return colors
-    maps = colors.movedim(-1, 0)[None]
-    while maps.shape[2] >= 2 * size[0] and maps.shape[3] >= 2 * size[1]:
-        maps = avg_pool2d(maps, 2)
-    maps = interpolate(maps, size=tuple(size), mode="bilinear", antialias=True)
-    return maps[0].movedim(0, -1).contiguous()
+    maps = planes(image)
+    if tuple(maps.shape[1:]) != size:
+        maps = interpolate(maps[None], size=size, mode="bilinear", antialias=True)[0]
+    return maps.movedim(0, -1).contiguous()
 
 
-def _covered(original: torch.Tensor, registered: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def _covered(original: torch.Tensor, registered: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
     """[h, w] bool: where the edit reaches; elsewhere a registered edit has the original's own pixels."""
     from scipy.ndimage import binary_erosion, binary_opening
 
-    equal = (as_color(original[None])[0] == as_color(registered[None])[0]).all(dim=-1)
+    strips = []
+    for start in range(0, len(original), ROWS):
+        rows = slice(start, start + ROWS)
+        strips.append((as_color(original[None, rows])[0] == as_color(registered[None, rows])[0]).all(dim=-1))
+    equal = of_size(torch.cat(strips)[None].float(), *size)[0] > 0.5
     equal = torch.from_numpy(binary_opening(equal.numpy(), iterations=2))
     if float(equal.float().mean()) > COMPOSITED:
         return torch.ones(size, dtype=torch.bool)
-    share = of_size((~equal).float()[None], *size)[0]
-    return torch.from_numpy(binary_erosion((share > 0.99).numpy(), iterations=2, border_value=1))
+    return torch.from_numpy(binary_erosion(~equal.numpy(), iterations=2, border_value=1))
 
 
 def _unclipped(first: torch.Tensor, second: torch.Tensor, corrected: torch.Tensor) -> torch.Tensor:
@@ -172,8 +178,13 @@ def _unclipped(first: torch.Tensor, second: torch.Tensor, corrected: torch.Tenso
     return torch.where(is_lost & is_near, first, corrected)
 
 
+def _corrected(first: torch.Tensor, second: torch.Tensor, covered: torch.Tensor, colors: ColorMap) -> torch.Tensor:
+    """The edit's colors where it reaches, else the original's."""
+    return torch.where(covered[..., None], colors(second), first)
+
+
 def _colors(first: torch.Tensor, second: torch.Tensor, unchanged: torch.Tensor) -> tuple[ColorMap, str | None]:
-    blurred = [torch.from_numpy(smooth(each.numpy(), 1.5)) for each in (first, second)]
+    blurred = [torch.from_numpy(smooth(each.movedim(-1, 0).numpy(), 1.0)).movedim(0, -1) for each in (first, second)]
     colors = fit_colors(blurred[0], blurred[1], unchanged)
     if colors.cast > LARGEST_CAST:
         return no_change(), (
@@ -203,35 +214,39 @@ def _with_mask(found: torch.Tensor, given: torch.Tensor, use: str) -> torch.Tens
 def _blend(
     original: torch.Tensor,
     registered: torch.Tensor,
-    first: torch.Tensor,
-    corrected: torch.Tensor,
+    difference: torch.Tensor,
     soft: torch.Tensor,
     colors: ColorMap,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The original with the edit inside of a soft mask of the compared images, a strip of rows at a time."""
+    """The original with the edit inside of a soft mask, a strip of rows at a time.
+
+    Args:
+        difference: [h, w, 3], original less corrected edit at half of the size of the mask, which closes the seam.
+    """
     height, width = original.shape[:2]
     image = original.float().clone() if original.shape[-1] in (3, 4) else _with_colors(original)
     alpha = torch.zeros(height, width)
     if not bool(soft.any()):
         return image, alpha
-    difference = first - corrected
-    known = (soft == 0.0) & (difference.abs().amax(dim=-1) < LARGEST_STEP)
-    weight = torch.from_numpy(smooth(known.float().numpy(), 2.0))[..., None].clamp(min=1e-6)
-    difference = torch.from_numpy(smooth((difference * known[..., None]).numpy(), 2.0)) / weight
-    seam = membrane(difference, known.float())
-    maps = torch.cat([soft[..., None], seam], dim=-1).movedim(-1, 0)[None]
+    difference = difference.movedim(-1, 0)
+    known = (of_size(soft[None], *difference.shape[1:])[0] == 0.0) & (difference.abs().amax(dim=0) < LARGEST_STEP)
+    weight = torch.from_numpy(smooth(known.float().numpy(), 1.0)).clamp(min=1e-6)
+    difference = torch.from_numpy(smooth((difference * known).numpy(), 1.0)) / weight
+    seam = interpolate(membrane(difference, known.float())[None], size=soft.shape, mode="bilinear")
+    maps = torch.cat([soft[None, None], seam], dim=1)
     for start in range(0, height, ROWS):
         rows = slice(start, min(height, start + ROWS))
         strip = maps[:, :, rows] if maps.shape[2:] == (height, width) else _rows(maps, (height, width), rows)
         share, offset = strip[0, 0], strip[0, 1:].movedim(0, -1)
-        inside = share > 0.0
-        if not bool(inside.any()):
+        columns = (share > 0.0).any(dim=0).nonzero()
+        if not len(columns):
             continue
-        target = image[rows, :, :3]
-        edit = (colors(as_color(registered[None, rows])[0]) + offset).clamp(0.0, 1.0)
-        mixed = target + share[..., None] * (edit - target)
-        image[rows, :, :3] = torch.where(inside[..., None], mixed, target)
-        alpha[rows] = share
+        part = slice(int(columns[0]), int(columns[-1]) + 1)
+        share, offset = share[:, part, None], offset[:, part]
+        target = image[rows, part, :3]
+        edit = (colors(as_color(registered[None, rows, part])[0]) + offset).clamp(0.0, 1.0)
+        image[rows, part, :3] = torch.where(share > 0.0, target + share * (edit - target), target)
+        alpha[rows, part] = share[..., 0]
     return image, alpha
 
 

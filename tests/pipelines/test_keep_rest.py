@@ -201,9 +201,9 @@ def test_a_membrane_is_exact_for_a_constant_and_near_for_a_plane() -> None:
     y, x = torch.meshgrid(torch.arange(61.0), torch.arange(83.0), indexing="ij")
     known = torch.ones(61, 83)
     known[20:50, 30:] = 0.0  # reaches the frame
-    constant = torch.full((61, 83, 3), 0.3)
+    constant = torch.full((3, 61, 83), 0.3)
     assert torch.allclose(blending.membrane(constant, known), constant, atol=1e-5)
-    plane = (0.002 * y)[..., None].expand(-1, -1, 3)
+    plane = (0.002 * y)[None].expand(3, -1, -1)
     assert float((blending.membrane(plane, known) - plane).abs().max()) < 0.03
 
 

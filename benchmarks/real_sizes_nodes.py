@@ -276,9 +276,8 @@ def mask_blend(models: Models) -> None:
 
 
 def segment_subject(models: Models) -> None:
-    settings = {"timesteps": "101", "longest_side": models.size, "sam": "no model", "grounding_dino": "no model"}
-    given = {"model": models.model, "clip": models.clip, "vae": models.vae}
-    models.run("SegmentSubject", images=models.images(1), subject=CLASS_WORD, **given, **settings)
+    settings = {"subject": CLASS_WORD, "timesteps": "101", "longest_side": models.size}
+    models.run("SegmentSubject", images=models.images(1), vae=models.vae, **settings)
 
 
 def training(models: Models, **more: Any) -> dict[str, Any]:

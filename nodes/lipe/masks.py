@@ -34,26 +34,29 @@ from ..sockets import (
 
 CROSS_ATTENTION, REFINED, MASK = "cross-attention (eq. 1)", "refined by self-attention (eq. 2)", "mask"
 _GIVEN_MASKS = {
-    "instead of the found ones": identity_mask_blend.REPLACE,
-    "united with the found ones": identity_mask_blend.UNITE,
+    "instead of attention masks": identity_mask_blend.REPLACE,
+    "united with attention masks": identity_mask_blend.UNITE,
 }
+BlendSettings = io.Custom("MASK_BLEND_SETTINGS")
+"""Less common settings of `identity_mask_blend.BlendSettings` by name, and `identity_words`."""
 
 
-def _identity_inputs() -> list[io.Input]:
-    return [
-        io.String.Input(
-            "identity_prompt",
-            default="",
-            tooltip="Prompt of the subject: its class word, such as cat, preceded by the rare token of a "
-            "trained identity prior, such as sks cat (Liu et al. 2024, section 2.2).",
-        ),
-        io.String.Input(
-            "identity_words",
-            default="",
-            tooltip="Words of the identity prompt whose attention is used, separated by spaces or commas. "
-            "Empty: all words. Start, end and padding tokens are never used.",
-        ),
-    ]
+def _identity_prompt_input() -> io.Input:
+    return io.String.Input(
+        "identity_prompt",
+        default="",
+        tooltip="Prompt of the subject: its class word, such as cat, preceded by the rare token of a "
+        "trained identity prior, such as sks cat (Liu et al. 2024, section 2.2).",
+    )
+
+
+def _identity_words_input() -> io.Input:
+    return io.String.Input(
+        "identity_words",
+        default="",
+        tooltip="Words of the identity prompt whose attention is used, separated by spaces or commas. "
+        "Empty: all words. Start, end and padding tokens are never used.",
+    )
 
 
 def _layers_input() -> io.Input:
@@ -123,7 +126,8 @@ class IdentityAttentionNode(io.ComfyNode):
                     "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model; a copy of it records its attention."
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
-                *_identity_inputs(),
+                _identity_prompt_input(),
+                _identity_words_input(),
                 _layers_input(),
                 io.String.Input(
                     "token_numbers",
@@ -172,6 +176,60 @@ class IdentityAttentionNode(io.ComfyNode):
         return io.NodeOutput(*capture_identity(model, identity, layers, by_step=by_step))
 
 
+class MaskBlendSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditMaskBlendSettings",
+            display_name="Mask Blend Settings",
+            category="masks",
+            search_aliases=["NIMA", "LIPE", "feathering", "attention layers", "combine masks"],
+            description="Less common settings of Identity-Aware Mask Blend. Without this node the defaults shown here "
+            "are used.",
+            inputs=[
+                _identity_words_input(),
+                _power_input(),
+                _layers_input(),
+                io.Float.Input(
+                    "feathering",
+                    default=0.0,
+                    min=0.0,
+                    max=32.0,
+                    step=0.1,
+                    tooltip="Softness of the mask edges, in latent pixels (8 image pixels each). 0 in Liu et al. 2024.",
+                ),
+                io.Combo.Input(
+                    "given_masks",
+                    options=list(_GIVEN_MASKS),
+                    default=next(iter(_GIVEN_MASKS)),
+                    tooltip="Use of connected masks. Instead: the attention mask is skipped entirely. "
+                    "United: both masks are combined. A mask that is not connected is unaffected.",
+                ),
+            ],
+            outputs=[
+                BlendSettings.Output(
+                    "blend_settings",
+                    display_name="blend settings",
+                    tooltip="The settings, for Identity-Aware Mask Blend.",
+                )
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(
+        cls, identity_words: str, self_attention_power: int, layers: str, feathering: float, given_masks: str
+    ) -> io.NodeOutput:
+        settings = {
+            "identity_words": identity_words,
+            "power": self_attention_power,
+            "layers": layers,
+            "feathering": feathering,
+            "given_masks": choice_of(_GIVEN_MASKS, given_masks, "given_masks"),
+        }
+        return io.NodeOutput(settings)
+
+
 class IdentityAwareMaskBlend(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -181,7 +239,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             display_name="Identity-Aware Mask Blend",
             category="masks",
             search_aliases=["NIMA", "LIPE", "non-rigid editing", "edit sampler", "local blend"],
-            advanced=["identity_words", "self_attention_power", "layers", "blend_until", "feathering", "given_masks"],
+            advanced=["blend_until"],
             description=(
                 "Samples the edit of an inverted image and keeps everything outside the subject, which "
                 "it locates by the model's attention (Liu et al. 2024, algorithm 1)."
@@ -198,7 +256,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 ),
                 io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
                 io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
-                *_identity_inputs(),
+                _identity_prompt_input(),
                 guidance_scale_input(
                     0.0,
                     "Guidance scale of the target prompt. 0 uses the inversion's default: "
@@ -207,8 +265,6 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023).",
                 ),
                 _threshold_input(),
-                _power_input(),
-                _layers_input(),
                 io.Float.Input(
                     "skip",
                     default=0.0,
@@ -228,21 +284,6 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     tooltip="Fraction of the steps, from the first, in which the background is restored. 1 in Liu "
                     "et al. 2024, algorithm 1; slightly less smooths the border of the subject.",
                 ),
-                io.Float.Input(
-                    "feathering",
-                    default=0.0,
-                    min=0.0,
-                    max=32.0,
-                    step=0.1,
-                    tooltip="Softness of the mask edges, in latent pixels (8 image pixels each). 0 in Liu et al. 2024.",
-                ),
-                io.Combo.Input(
-                    "given_masks",
-                    options=list(_GIVEN_MASKS),
-                    default=next(iter(_GIVEN_MASKS)),
-                    tooltip="Use of connected masks. Instead: the attention mask is skipped entirely. "
-                    "United: both masks are combined. A mask that is not connected is unaffected.",
-                ),
                 io.Conditioning.Input(
                     "negative",
                     optional=True,
@@ -258,6 +299,12 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     "target_mask",
                     "Mask of the area where the subject may be in the edited image.",
                     optional=True,
+                ),
+                BlendSettings.Input(
+                    "blend_settings",
+                    optional=True,
+                    tooltip="Layers, self-attention power and feathering of the masks, and the use of connected masks, "
+                    "from Mask Blend Settings. Not connected: the defaults.",
                 ),
             ],
             outputs=[
@@ -305,35 +352,26 @@ class IdentityAwareMaskBlend(io.ComfyNode):
         source: Conditioning,
         target: Conditioning,
         identity_prompt: str,
-        identity_words: str,
         guidance_scale: float,
         threshold: float,
-        self_attention_power: int,
-        layers: str,
         skip: float,
         blend_until: float,
-        feathering: float,
-        given_masks: str,
         negative: Conditioning | None = None,
         source_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
+        blend_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
+        chosen = {"identity_words": "", **(blend_settings or {})}
         result = identity_mask_blend.identity_mask_blend(
             model,
             inversion,
             source,
             target,
-            encode_identity_prompt(clip, identity_prompt, identity_words),
+            encode_identity_prompt(clip, identity_prompt, chosen.pop("identity_words")),
             negative,
             guidance_scale=guidance_scale or None,
             settings=identity_mask_blend.BlendSettings(
-                threshold,
-                self_attention_power,
-                layers,
-                feathering,
-                skip,
-                blend_until,
-                choice_of(_GIVEN_MASKS, given_masks, "given_masks"),
+                threshold=threshold, skip=skip, blend_until=blend_until, **chosen
             ),
             source_mask=source_mask,
             target_mask=target_mask,
@@ -518,6 +556,7 @@ class AttentionMapsByStep(io.ComfyNode):
 NODES: list[type[io.ComfyNode]] = [
     IdentityAttentionNode,
     IdentityAwareMaskBlend,
+    MaskBlendSettings,
     AttentionHeatmap,
     AttentionMapsByStep,
 ]

@@ -1,4 +1,4 @@
-"""The node that trains an MCDM on image pairs."""
+"""Nodes that train an MCDM on image pairs, and its less common settings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,82 @@ from ..training import (
 RUN_FOLDER = "mcdm"
 NEW = "new"
 WHOLE, UNET_ALONE = "whole checkpoint", "UNet alone"
+FILE_DTYPE = "float16"
 EXAMPLE_PREFIX = "checkpoints/mcdm"
+Settings = io.Custom("MCDM_TRAINING_SETTINGS")
+"""Less common settings of `pipelines.mcdm.train.MCDMSettings` and of the saved file, by name."""
+
+
+class MCDMTrainingSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditMCDMTrainingSettings",
+            display_name="MCDM Training Settings",
+            category="portrait",
+            search_aliases=["condition dropout", "identity pairs", "image tokens", "UNet alone", "file precision"],
+            description="Less common settings of Train MCDM: dropped conditions, image tokens, and what the file "
+            "contains. Without this node the defaults shown here are used.",
+            inputs=[
+                io.Float.Input(
+                    "identity_share",
+                    default=MCDMSettings.identity_share,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the pairs whose source is also the target, so that the model learns to "
+                    "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
+                ),
+                io.Float.Input(
+                    "dropout",
+                    default=MCDMSettings.dropout,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Probability that one, two or all three conditions of a pair are dropped, for "
+                    "classifier-free guidance. 0.2 in Chen et al. 2024 (section 3.3).",
+                ),
+                io.Int.Input(
+                    "image_tokens",
+                    default=mcdms.IMAGE_TOKENS,
+                    min=0,
+                    max=4096,
+                    tooltip="Number of image embedding tokens. With 77, the length of a prompt, all guidance terms "
+                    "fit into one model call. 0 uses all tokens of the image encoder, as Karras et al. 2023 do.",
+                ),
+                io.Combo.Input(
+                    "conditions",
+                    options=list(mcdms.CONDITIONS),
+                    default=mcdms.ALL_CONDITIONS,
+                    tooltip="Image conditions to train with, beside the prompt. 'image only' (embedding) and 'spatial "
+                    "only' (latent) are the ablations of Chen et al. 2024 (section 4). MCDM Conditioner reads the "
+                    "choice from the file.",
+                ),
+                io.Combo.Input(
+                    "file_contents",
+                    options=[WHOLE, UNET_ALONE],
+                    default=WHOLE,
+                    tooltip="Contents of the saved file. A whole checkpoint is for Load Checkpoint; the UNet alone "
+                    "is for Load Diffusion Model: start the file name prefix in Train MCDM with diffusion_models.",
+                ),
+                io.Combo.Input(
+                    "file_dtype",
+                    options=list(mcdms.FILE_DTYPES),
+                    default=FILE_DTYPE,
+                    tooltip="Precision of the saved weights. float16, as in Stable Diffusion checkpoints.",
+                ),
+            ],
+            outputs=[
+                Settings.Output("mcdm_settings", display_name="MCDM settings", tooltip="The settings, for Train MCDM.")
+            ],
+        )
+
+    @classmethod
+    @checked
+    def execute(cls, **settings: Any) -> io.NodeOutput:
+        choice_of(mcdms.CONDITIONS, settings["conditions"], "conditions")
+        choice_of(mcdms.FILE_DTYPES, settings["file_dtype"], "file_dtype")
+        return io.NodeOutput(settings)
 
 
 class TrainMCDM(io.ComfyNode):
@@ -43,15 +118,7 @@ class TrainMCDM(io.ComfyNode):
             display_name="Train MCDM",
             category="portrait",
             search_aliases=["multi-conditioned diffusion model", "InstructPix2Pix", "train edit model", "pairs"],
-            advanced=[
-                "identity_share",
-                "dropout",
-                "image_tokens",
-                "image_embedding",
-                "conditions",
-                "file_contents",
-                "file_dtype",
-            ],
+            advanced=["image_embedding"],
             description=(
                 "Trains an image editing model on generated pairs: all weights of the UNet, which also "
                 "receives the source image, and the image embedding (Chen et al. 2024, section 3.3). Load "
@@ -85,37 +152,11 @@ class TrainMCDM(io.ComfyNode):
                     "AdamW's learning rate. 0.000005 in Chen et al. 2024 (supplement 1.2).",
                     step=1e-6,
                 ),
-                io.Float.Input(
-                    "identity_share",
-                    default=MCDMSettings.identity_share,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the pairs whose source is also the target, so that the model learns to "
-                    "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
-                ),
-                io.Float.Input(
-                    "dropout",
-                    default=MCDMSettings.dropout,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Probability that one, two or all three conditions of a pair are dropped, for "
-                    "classifier-free guidance. 0.2 in Chen et al. 2024 (section 3.3).",
-                ),
                 io.Boolean.Input(
                     "mirror",
                     default=False,
                     tooltip="Mirroring. Also trains on every pair mirrored: twice the pairs, for edits and prompts "
                     "without left and right. Chen et al. 2024 do not report it.",
-                ),
-                io.Int.Input(
-                    "image_tokens",
-                    default=mcdms.IMAGE_TOKENS,
-                    min=0,
-                    max=4096,
-                    tooltip="Number of image embedding tokens. With 77, the length of a prompt, all guidance terms "
-                    "fit into one model call. 0 uses all tokens of the image encoder, as Karras et al. 2023 do.",
                 ),
                 io.Combo.Input(
                     "image_embedding",
@@ -125,33 +166,17 @@ class TrainMCDM(io.ComfyNode):
                     "trained MCDM, to continue its training. Press R to refresh the list.",
                 ),
                 seed_input("Seed for all randomness: pair order, timesteps, noise and dropped conditions."),
-                io.Combo.Input(
-                    "file_contents",
-                    options=[WHOLE, UNET_ALONE],
-                    default=WHOLE,
-                    tooltip="Contents of the saved file. A whole checkpoint is for Load Checkpoint; the UNet alone "
-                    "is for Load Diffusion Model, with a filename_prefix that starts with diffusion_models.",
-                ),
-                io.Combo.Input(
-                    "file_dtype",
-                    options=list(mcdms.FILE_DTYPES),
-                    default="float16",
-                    tooltip="Precision of the saved weights. float16, as in Stable Diffusion checkpoints.",
-                ),
                 io.String.Input(
                     "filename_prefix",
                     default=EXAMPLE_PREFIX,
                     tooltip="Folder and start of the file name, below the output folder. Load Checkpoint lists the "
                     "files in 'checkpoints' there.",
                 ),
-                io.Combo.Input(
-                    "conditions",
-                    options=list(mcdms.CONDITIONS),
-                    default=mcdms.ALL_CONDITIONS,
+                Settings.Input(
+                    "mcdm_settings",
                     optional=True,
-                    tooltip="Image conditions to train with, beside the prompt. 'image only' (embedding) and 'spatial "
-                    "only' (latent) are the ablations of Chen et al. 2024 (section 4). MCDM Conditioner reads the "
-                    "choice from the file.",
+                    tooltip="Dropped conditions, image tokens, and contents and precision of the file, from MCDM "
+                    "Training Settings. Not connected: the defaults.",
                 ),
                 settings_input(),
             ],
@@ -175,23 +200,18 @@ class TrainMCDM(io.ComfyNode):
         folder: str,
         steps: int,
         learning_rate: float,
-        identity_share: float,
-        dropout: float,
         mirror: bool,
-        image_tokens: int,
         image_embedding: str,
         seed: int,
-        file_contents: str,
-        file_dtype: str,
         filename_prefix: str,
-        conditions: str = mcdms.ALL_CONDITIONS,
+        mcdm_settings: dict[str, Any] | None = None,
         training_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
         next_path(filename_prefix, EXAMPLE_PREFIX)  # fail before a long training rather than after it
-        choice_of(mcdms.FILE_DTYPES, file_dtype, "file_dtype")
-        choice_of(mcdms.CONDITIONS, conditions, "conditions")
+        chosen = {"file_contents": WHOLE, "file_dtype": FILE_DTYPE, **(mcdm_settings or {})}
+        file_contents, file_dtype = chosen.pop("file_contents"), chosen.pop("file_dtype")
         pairs, held_out = pairs_in_folder(find_folder(folder))
         if mirror:
             pairs = with_mirrored(pairs)
@@ -206,11 +226,8 @@ class TrainMCDM(io.ComfyNode):
             MCDMSettings(
                 steps=steps,
                 learning_rate=learning_rate,
-                identity_share=identity_share,
-                dropout=dropout,
-                image_tokens=image_tokens,
-                conditions=conditions,
                 seed=seed,
+                **chosen,
                 **settings_of(training_settings, 1000),
             ),
             run_folder,
@@ -260,4 +277,4 @@ def _training_report(trained: train_mcdm.TrainedMCDM, run: TrainingRun, path: st
     )
 
 
-NODES: list[type[io.ComfyNode]] = [TrainMCDM]
+NODES: list[type[io.ComfyNode]] = [TrainMCDM, MCDMTrainingSettings]

@@ -15,7 +15,6 @@ import comfy.ops
 import imitation
 import tiny_vision
 import torch
-from identity_edit_pack.nodes.mcdm import train_mcdm
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import World, good
@@ -213,7 +212,7 @@ CASES: dict[str, tuple[str, Callable[[WideWorld], dict[str, Any]]]] = {
     "identity words": ("TrainIdentityWords", lambda w: MUCH),
     "style attention": ("TrainStyleAttention", lambda w: MUCH),
     "MCDM, UNet alone": ("TrainMCDM", lambda w: MODERATE),
-    "MCDM, whole checkpoint": ("TrainMCDM", lambda w: {**MODERATE, "file_contents": train_mcdm.WHOLE}),
+    "MCDM, whole checkpoint": ("TrainMCDM", lambda w: {**MODERATE, "mcdm_settings": {}}),
 }  # fmt: skip
 """Nodes with gradients, and what is different from their good inputs."""
 WITHOUT_GRADIENT = "k_proj.bias"

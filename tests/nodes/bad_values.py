@@ -480,6 +480,8 @@ BY_SOCKET: dict[str, Callable[[Any], Variants]] = {
     "TRAINING_SETTINGS": settings(
         optimizer="Lion", precision="float8", learning_rate_schedule="cosin", ema_decay=1.0, accumulation=0
     ),
+    "MASK_BLEND_SETTINGS": settings(power=-1, layers="7", feathering=-1.0, given_masks="both"),
+    "MCDM_TRAINING_SETTINGS": settings(identity_share=2.0, dropout=-1.0, image_tokens=-1, conditions="none"),
     "PAIR_PROMPTS": settings(edits=(), subjects=()),
     "PAIR_CONDITIONS": settings(identities=None, poses=None),
     "PAIR_SETTINGS": lambda good: {"a check without an encoder": ({**good[0], "smallest_similarity": 0.5}, None)},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +59,19 @@ class Recognizer:
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.normalize(images[:, 40:80, 40:80].mean(dim=(1, 2)), dim=1)
+
+
+class Segmenter:
+    """Segments the middle of any image."""
+
+    def by_prompt(self, image: torch.Tensor, prompt: Any) -> segmentation.pipeline.Segment:
+        mask = torch.zeros(image.shape[:2], dtype=torch.bool)
+        height, width = mask.shape
+        mask[height // 4 : -(height // 4), width // 4 : -(width // 4)] = True
+        return segmentation.pipeline.Segment(mask, 0.9)
+
+    def everything(self, image: torch.Tensor) -> list[segmentation.pipeline.Segment]:
+        return [self.by_prompt(image, None)]
 
 
 class VAE(tiny_vision.VAE):
@@ -290,6 +304,9 @@ def world_in(root: Path, patch: Any) -> World:
     # Their networks are files that a test has not; what the nodes do with them is tested.
     patch.setattr(face.pipeline, "load_detector", lambda name, score: Detector())
     patch.setattr(identity_similarity, "load_recognizer", lambda name: Recognizer())
+    (root / "models" / "sams").mkdir()
+    (root / "models" / "sams" / "given.pth").touch()
+    patch.setattr(segmentation.pipeline, "load_segmenter", lambda path: contextlib.nullcontext(Segmenter()))
     return World()
 
 
@@ -322,6 +339,14 @@ def grouped(inputs: dict[str, Any], **nodes: str) -> dict[str, Any]:
 
 def with_training_settings(inputs: dict[str, Any]) -> dict[str, Any]:
     return grouped(inputs, training_settings="TrainingSettings")
+
+
+def with_mcdm_settings(inputs: dict[str, Any]) -> dict[str, Any]:
+    return grouped(inputs, mcdm_settings="MCDMTrainingSettings")
+
+
+def with_blend_settings(inputs: dict[str, Any]) -> dict[str, Any]:
+    return grouped(inputs, blend_settings="MaskBlendSettings")
 
 
 def with_pair_nodes(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -366,18 +391,22 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "IdentityAttention": lambda w: {
         "model": w.model, "clip": w.clip, "identity_prompt": "a cat", "identity_words": "cat", "layers": "all",
     },
-    "IdentityAwareMaskBlend": lambda w: {
+    "IdentityAwareMaskBlend": lambda w: with_blend_settings({
         **_edit(w), "clip": w.clip, "inversion": w.inversion_of_words, "identity_prompt": "a cat", "layers": "all",
         "source": w.conditioning(1, 77), "target": w.conditioning(2, 77), "negative": w.conditioning(3, 77),
-        "source_mask": w.mask, "target_mask": w.mask, "given_masks": "united with the found ones",
-    },
+        "source_mask": w.mask, "target_mask": w.mask, "given_masks": "united with attention masks",
+    }),
+    "MaskBlendSettings": lambda w: {},
     "AttentionHeatmap": lambda w: {
         "image": w.images, "identity_attention": w.identity_attention, "mask": w.mask,
     },
     "AttentionMapsByStep": lambda w: {"image": w.images, "identity_attention": w.identity_attention},
     "SegmentSubject": lambda w: {
         "images": w.images, "subject": "cat", "timesteps": "101", "layers": "all", "model": w.model,
-        "clip": w.clip, "vae": w.vae, "sam": segmentation.NO_MODEL, "grounding_dino": segmentation.NO_MODEL,
+        "clip": w.clip, "vae": w.vae,
+    },
+    "SegmentSubjectWithSAM": lambda w: {
+        "images": w.images, "sam": "given.pth", "grounding_dino": segmentation.NO_MODEL, "points": "20, 20",
     },
     "LoadSubjectImages": lambda w: {"folder": w.image_folder(), "class_word": "cat", "size": 32},
     "SubjectFromImages": lambda w: {
@@ -452,10 +481,11 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "clip": w.clip, "identity_words": w.identity_words, "clip_vision_output": w.clip_vision_output,
         "prompt": "a cat",
     },
-    "TrainMCDM": lambda w: {
+    "MCDMTrainingSettings": lambda w: {},
+    "TrainMCDM": lambda w: with_mcdm_settings({
         **_training(w, ema_decay=0.5), "clip_vision": w.clip_vision, "folder": w.pair_folder(),
         "file_contents": train_mcdm.UNET_ALONE,
-    },
+    }),
     "MCDMConditioner": lambda w: {
         "model": w.edit_model, "clip": w.clip, "clip_vision": w.clip_vision, "vae": w.vae, "image": w.images,
         "file": w.saved_mcdm(), **PROMPTS,

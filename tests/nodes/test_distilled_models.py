@@ -9,13 +9,14 @@ from typing import Any
 import comfy_extras.nodes_model_advanced
 import pytest
 import torch
-from identity_edit_pack.nodes.hifi_tuner import segmentation, subject_embedding
+from identity_edit_pack.nodes.hifi_tuner import subject_embedding
 from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
 from identity_edit_pack.nodes.inversion.edit_friendly import EditFriendlyDDPMInversion
 from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import step_boundaries
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.shared.parsing import whole_numbers
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in
@@ -99,7 +100,7 @@ def test_timesteps_are_those_of_the_training() -> None:
     assert (rows * 20 + 19 - torch.tensor(asked)).abs().max() <= 19 and rows.tolist()[-2:] == [0, 0]
     assert schedule.rows_of(full, asked).tolist() == asked
     for text in ("1, 101 201", "1\uff0c101\u3001201,"):
-        assert segmentation._timesteps(text) == (1, 101, 201)
+        assert whole_numbers(text) == [1, 101, 201]
 
 
 @pytest.mark.parametrize("steps", [10, 50, 100, 1000])

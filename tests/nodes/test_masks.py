@@ -20,15 +20,17 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.attention.sampling import NEGATIVE, POSITIVE, sample
 
+
+def blend_settings(words: str = "") -> dict[str, Any]:
+    return masks.MaskBlendSettings.execute(words, 2, "automatic", 0.0, "instead of attention masks").args[0]
+
+
 SETTINGS: dict[str, Any] = {
     "guidance_scale": 3.0,
     "threshold": 0.4,
-    "self_attention_power": 2,
-    "layers": "automatic",
     "skip": 0.0,
     "blend_until": 1.0,
-    "feathering": 0.0,
-    "given_masks": "instead of the found ones",
+    "blend_settings": blend_settings(),
 }
 
 
@@ -62,6 +64,19 @@ CLIP = TinyClip()
 
 def invert(model: Any, batch: int = 1) -> inversion.Inversion:
     return inversion.ddim_inversion(model, tiny_models.latent(4, batch), POSITIVE, steps=3)
+
+
+def test_without_settings_the_defaults_are_used() -> None:
+    model = tiny_models.sd1()
+    inverted = invert(model)
+    shown = {item.id: item.default for item in masks.MaskBlendSettings.define_schema().inputs}
+    results = [
+        masks.IdentityAwareMaskBlend.execute(
+            model, CLIP, inverted, POSITIVE, NEGATIVE, "sks cat", 3.0, 0.4, 0.0, 1.0, NEGATIVE, blend_settings=settings
+        ).args[0]["samples"]
+        for settings in (None, masks.MaskBlendSettings.execute(**shown).args[0])
+    ]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("clip", [TinyClip(), TwoEncoders()])
@@ -102,8 +117,9 @@ def test_identity_aware_mask_blend_gives_edit_masks_and_attention() -> None:
     inverted = invert(model, batch=2)
     target = tiny_models.conditioning(5)
     *outputs, step_masks = masks.IdentityAwareMaskBlend.execute(
-        model, CLIP, inverted, POSITIVE, target, "sks cat", "cat", **SETTINGS, negative=NEGATIVE
-    ).args
+        model, CLIP, inverted, POSITIVE, target, "sks cat", **{**SETTINGS, "blend_settings": blend_settings("cat")},
+        negative=NEGATIVE,
+    ).args  # fmt: skip
     edited, source_mask, target_mask, source_attention, target_attention, report = outputs
     expected = identity_mask_blend.identity_mask_blend(
         model,
@@ -135,12 +151,12 @@ def test_the_nodes_run_in_inference_mode_as_comfyui_runs_them() -> None:
         sample(recording, latent)
         inside = masks.AttentionHeatmap.execute(image, masks.REFINED, 0.3, 4, 0.6, attention).args[1]
         blended = masks.IdentityAwareMaskBlend.execute(
-            model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE
+            model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", **SETTINGS, negative=NEGATIVE
         ).args[0]["samples"]
     sample(recording, latent)
     assert torch.equal(inside, masks.AttentionHeatmap.execute(image, masks.REFINED, 0.3, 4, 0.6, attention).args[1])
     expected = masks.IdentityAwareMaskBlend.execute(
-        model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE
+        model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", **SETTINGS, negative=NEGATIVE
     ).args[0]["samples"]
     assert torch.equal(blended, expected)
 
@@ -150,7 +166,7 @@ def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixtur
     inverted = invert(model)
     nothing = torch.zeros(1, 128, 128)
     edited, source_mask, _, source_attention, _, report, _ = masks.IdentityAwareMaskBlend.execute(
-        model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", "", **SETTINGS, negative=NEGATIVE, source_mask=nothing,
+        model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", **SETTINGS, negative=NEGATIVE, source_mask=nothing,
         target_mask=nothing,
     ).args  # fmt: skip
     assert torch.equal(edited["samples"], inverted.end_latent(model))
@@ -166,7 +182,7 @@ def test_guidance_scale_0_is_the_inversions_own() -> None:
     inverted = invert(model)
     results = [
         masks.IdentityAwareMaskBlend.execute(
-            model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", "", **{**SETTINGS, "guidance_scale": scale},
+            model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", **{**SETTINGS, "guidance_scale": scale},
             negative=NEGATIVE,
         ).args[0]["samples"]
         for scale in (0.0, 7.5)
@@ -232,7 +248,13 @@ def test_every_node_is_listed() -> None:
     ids = [node.define_schema().node_id for node in masks.NODES]
     assert ids == [
         f"IdentityEdit{name}"
-        for name in ("IdentityAttention", "IdentityAwareMaskBlend", "AttentionHeatmap", "AttentionMapsByStep")
+        for name in (
+            "IdentityAttention",
+            "IdentityAwareMaskBlend",
+            "MaskBlendSettings",
+            "AttentionHeatmap",
+            "AttentionMapsByStep",
+        )
     ]
 
 

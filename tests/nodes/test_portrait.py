@@ -19,7 +19,7 @@ from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
 from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision
-from identity_edit_pack.tests.nodes.good_inputs import with_training_settings
+from identity_edit_pack.tests.nodes.good_inputs import with_mcdm_settings, with_training_settings
 from PIL import Image
 
 SETTINGS: dict[str, Any] = {
@@ -84,7 +84,9 @@ def parts() -> tuple[Any, Any, Any, Any]:
 
 
 def train(parts: tuple[Any, Any, Any, Any], **changes: Any) -> Any:
-    return train_mcdm.TrainMCDM.execute(*parts, **with_training_settings({**SETTINGS, **changes})).args
+    return train_mcdm.TrainMCDM.execute(
+        *parts, **with_mcdm_settings(with_training_settings({**SETTINGS, **changes}))
+    ).args
 
 
 def image() -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Segment Subject as the graph calls it: by attention on the demo checkpoint, by the other methods on tiny networks."""
+"""The segmentation nodes as the graph calls them: by attention on the demo checkpoint, with SAM on tiny networks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as align
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
 CHECKPOINT = Path(__file__).resolve().parents[2] / "demo_world" / "weights" / "identity-edit-demo.safetensors"
-SETTINGS: dict[str, Any] = {
-    item.id: item.default if getattr(item, "default", None) is not None else nodes.NO_MODEL
-    for item in nodes.SegmentSubject.define_schema().inputs
-    if item.id not in ("images", "model", "clip", "vae")
-}
+
+
+def defaults(node: Any) -> dict[str, Any]:
+    return {item.id: item.default for item in node.define_schema().inputs if getattr(item, "default", None) is not None}
+
+
+SETTINGS = defaults(nodes.SegmentSubject)
+SAM_SETTINGS = {"grounding_dino": nodes.NO_MODEL, **defaults(nodes.SegmentSubjectWithSAM)}
 CATS = [Attributes(species="cat", color="blue", pose=pose) for pose in ("standing", "sitting")]
 DRAWN = [tuple(torch.from_numpy(np.array(part)).float() / 255 for part in render(cat, 5)) for cat in CATS]
 IMAGES, MASKS = (torch.stack(part) for part in zip(*DRAWN, strict=True))
@@ -29,6 +32,10 @@ IMAGES, MASKS = (torch.stack(part) for part in zip(*DRAWN, strict=True))
 
 def segment(images: torch.Tensor = IMAGES, **inputs: Any) -> tuple[Any, ...]:
     return nodes.SegmentSubject.execute(images, **{**SETTINGS, **inputs}).args
+
+
+def segment_with_sam(images: torch.Tensor = IMAGES, **inputs: Any) -> tuple[Any, ...]:
+    return nodes.SegmentSubjectWithSAM.execute(images, **{**SAM_SETTINGS, **inputs}).args
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +76,7 @@ def test_attention_takes_images_of_any_size(checkpoint: dict[str, Any]) -> None:
     assert mask.shape == (1, 301, 299) and overlap(mask, true) > 0.7
 
 
-def test_attention_needs_a_checkpoint_and_a_subject(checkpoint: dict[str, Any]) -> None:
-    with pytest.raises(IdentityEditError, match="needs model, clip and vae"):
-        segment(subject="cat")
+def test_attention_needs_a_subject_and_timesteps(checkpoint: dict[str, Any]) -> None:
     with pytest.raises(IdentityEditError, match="subject is empty"):
         segment(**checkpoint)
     with pytest.raises(IdentityEditError, match="timesteps is 'early'"):
@@ -82,45 +87,49 @@ def test_attention_needs_a_checkpoint_and_a_subject(checkpoint: dict[str, Any]) 
 
 def test_segment_anything_from_a_folder(models: Path) -> None:
     tiny.save_sam(models / "sams" / "tiny")
-    mask, _, _ = segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="64, 64")
+    mask, _, _ = segment_with_sam(sam="tiny", points="64, 64")
     assert mask.shape == (2, 128, 128) and set(mask.unique().tolist()) <= {0.0, 1.0}
-    assert "tiny" in nodes.SegmentSubject.define_schema().inputs[10].options
+    assert "tiny" in nodes.SegmentSubjectWithSAM.define_schema().inputs[1].options
     with pytest.raises(IdentityEditError, match="lies outside the image"):
-        segment(method=nodes.SEGMENT_ANYTHING, sam="tiny", points="640, 64")
+        segment_with_sam(sam="tiny", points="640, 64")
 
 
 def test_grounding_dino_and_segment_anything_by_name(models: Path) -> None:
     tiny.save_sam(models / "sams" / "author" / "tiny")
     tiny.save_grounding_dino(models / "grounding-dino" / "tiny")
-    chosen = dict(method=nodes.BY_NAME, sam="author/tiny", grounding_dino="tiny", subject="cat")
-    mask = segment(**chosen, box_threshold=0.0)[0]
+    chosen = dict(sam="author/tiny", grounding_dino="tiny", subject="cat")
+    mask = segment_with_sam(**chosen, box_threshold=0.0)[0]
     assert mask.shape == (2, 128, 128)
-    report = segment(**chosen, box_threshold=1.0)[2]
+    with pytest.raises(IdentityEditError, match="subject is empty"):
+        segment_with_sam(**{**chosen, "subject": ""})
+    report = segment_with_sam(**chosen, box_threshold=1.0)[2]
     assert "of image 1, 2 is empty or covers everything" in report
 
 
 def test_missing_models_are_named_with_their_folder(models: Path) -> None:
-    validate = nodes.SegmentSubject.validate_inputs
-    assert validate(nodes.ATTENTION, nodes.NO_MODEL, nodes.NO_MODEL) is True
-    message = str(validate(nodes.SEGMENT_ANYTHING, "sam_vit_b.pth", nodes.NO_MODEL))
+    validate = nodes.SegmentSubjectWithSAM.validate_inputs
+    message = str(validate("sam_vit_b.pth", nodes.NO_MODEL))
     assert str(models / "sams") in message and "sam_vit_b_01ec64.pth" in message
     tiny.save_sam(models / "sams" / "tiny")
-    assert validate(nodes.SEGMENT_ANYTHING, "tiny", nodes.NO_MODEL) is True
-    assert str(models / "grounding-dino") in str(validate(nodes.BY_NAME, "tiny", nodes.NO_MODEL))
+    assert validate("tiny", nodes.NO_MODEL) is True
+    assert str(models / "grounding-dino") in str(validate("tiny", "other"))
     with pytest.raises(IdentityEditError, match="'other' is not in"):
-        segment(method=nodes.SEGMENT_ANYTHING, sam="other")
+        segment_with_sam(sam="other")
 
 
 def test_only_the_largest_part_is_kept_where_asked(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    two = torch.zeros(2, 128, 128)
-    two[:, 10:60, 10:60] = 1
-    two[:, 90:110, 90:110] = 1
-    monkeypatch.setattr(nodes, "_by_segment_anything", lambda *_: two.clone())
-    chosen = dict(method=nodes.SEGMENT_ANYTHING, sam="any")
-    assert torch.equal(segment(**chosen)[0], two)
-    mask, _, report = segment(**chosen, parts=alignment.LARGEST_PART)
+    two = torch.zeros(128, 128)
+    two[10:60, 10:60] = 1
+    two[90:110, 90:110] = 1
+    tiny.save_sam(models / "sams" / "tiny")
+    monkeypatch.setattr(nodes.pipeline, "segment_anything", lambda *_: two.clone())
+    assert torch.equal(segment_with_sam(sam="tiny")[0], two.expand(2, -1, -1))
+    mask, _, report = segment_with_sam(sam="tiny", parts=alignment.LARGEST_PART)
     assert float(mask.sum()) == 2 * 50 * 50 and "The mask of image 2 has 2 separate parts" in report
 
 
 def test_every_node_is_listed() -> None:
-    assert [node.define_schema().node_id for node in nodes.NODES] == ["IdentityEditSegmentSubject"]
+    assert [node.define_schema().node_id for node in nodes.NODES] == [
+        "IdentityEditSegmentSubject",
+        "IdentityEditSegmentSubjectWithSAM",
+    ]

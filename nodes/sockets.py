@@ -131,7 +131,7 @@ def check_inputs(schema: io.Schema, given: dict[str, Any]) -> None:
 
 _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "MODEL": lambda value, item, model: engine.require(value),
-    "CLIP": lambda value, item, model: check_clip(value, item.id),
+    "CLIP": lambda value, item, model: _check_clip(value, item, model),
     "CLIP_VISION": lambda value, item, model: _check_clip_vision(value, item.id),
     "VAE": lambda value, item, model: _check_vae(value, item.id, _channels(model)),
     "IMAGE": lambda value, item, model: check_images(value, item.id),
@@ -144,6 +144,15 @@ _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "STRING": lambda value, item, model: check_text(value, item.id),
 }
 """Checks by socket type; arguments are the value, its input, and the MODEL among the inputs before it."""
+
+
+class ClipOfAnyFamily(io.Clip.Input):
+    """CLIP input of a node that supports the text encoders of flow models, too."""
+
+
+def _check_clip(clip: Any, item: Any, model: Any) -> None:
+    of_any_family = isinstance(item, ClipOfAnyFamily) and model is not None and engine.is_joint(model)
+    check_clip(clip, item.id, of_any_family)
 
 
 def _check_clip_vision(clip_vision: Any, name: str) -> None:

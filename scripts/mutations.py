@@ -73,7 +73,7 @@ MUTATIONS = [
     ),
     Mutation(
         "mask of joint attention",
-        "bias = _bias(args[0] if args else kwargs.get(\"mask\"), q, k)",
+        'bias = _bias(args[0] if args else kwargs.get("mask"), q, k)',
         "bias = None",
         ("test_joint.py",),
     ),

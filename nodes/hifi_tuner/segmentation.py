@@ -12,14 +12,14 @@ from ...attention.sites import AUTOMATIC, LAYER_CHOICES
 from ...pipelines.engine.host import stop_if_interrupted
 from ...pipelines.hifi_tuner import reference_alignment as alignment
 from ...pipelines.lipe import attention_segmentation, heatmap
-from ...pipelines.lipe.identity_prompt import encode_identity_prompt
+from ...pipelines.lipe.identity_prompt import contrast_for, encode_identity_prompt
 from ...pipelines.networks import grounding_dino as dino
 from ...pipelines.networks import segment_anything as pipeline
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color, encoded
 from ...pipelines.shared.parsing import whole_numbers
-from ..sockets import checked, progress, schema, seed_input, show_text
+from ..sockets import ClipOfAnyFamily, checked, progress, schema, seed_input, show_text
 
 NO_MODEL = "no model"
 
@@ -64,8 +64,8 @@ class SegmentSubject(io.ComfyNode):
             ),
             inputs=[
                 _images_input(),
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model."),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                io.Model.Input("model", tooltip="Model of a checkpoint, of a family that Identity Attention supports."),
+                ClipOfAnyFamily("clip", tooltip="The text encoders of the same checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.String.Input(
                     "subject",
@@ -86,14 +86,14 @@ class SegmentSubject(io.ComfyNode):
                     "caption",
                     default="",
                     tooltip="Caption of the image, if known. Empty uses the subject alone, which worked as well in "
-                    "the demo world (benchmarks/results/segment_subject.md).",
+                    "the demo world (benchmarks/results/segment_subject.md). Ignored by flow models.",
                 ),
                 io.String.Input(
                     "timesteps",
                     default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
                     tooltip="Noise levels at which the model sees the image, 0 to 999, separated by commas; one "
-                    "model call each. Low ones overlapped best with the true masks of the demo world "
-                    "(benchmarks/results/segment_subject.md).",
+                    "model call each. Of flow models, thousandths of the noise. Low ones overlapped best with the true "
+                    "masks of the demo world (benchmarks/results/segment_subject.md).",
                 ),
                 io.Int.Input(
                     "self_attention_power",
@@ -108,7 +108,7 @@ class SegmentSubject(io.ComfyNode):
                     options=list(LAYER_CHOICES),
                     default=AUTOMATIC,
                     tooltip="Attention layers that are read, by the downsampling of their grid relative to the "
-                    "latent; see Identity Attention.",
+                    "latent, or for flow models a third of the blocks; see Identity Attention.",
                 ),
                 io.Int.Input(
                     "longest_side",
@@ -121,6 +121,13 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 seed_input("Noise seed. The same seed gives the same mask."),
                 _parts_input(),
+                io.String.Input(
+                    "contrast",
+                    default="",
+                    optional=True,
+                    tooltip="Flow models: what is around the subject, such as grass, whose score is subtracted from "
+                    "the subject's. Empty: the first token of an empty prompt.",
+                ),
             ],
             outputs=_outputs(),
         )
@@ -142,6 +149,7 @@ class SegmentSubject(io.ComfyNode):
         longest_side: int,
         seed: int,
         parts: str,
+        contrast: str = "",
     ) -> io.NodeOutput:
         images = as_color(images)
         steps = whole_numbers(timesteps)
@@ -150,7 +158,7 @@ class SegmentSubject(io.ComfyNode):
                 f"timesteps is '{timesteps}'; write whole numbers from 0 to 999, separated by commas, such as '1, 101, "
                 f"201'."
             )
-        identity = encode_identity_prompt(clip, subject, name="subject")
+        identity = encode_identity_prompt(clip, subject, name="subject", contrast=contrast_for(model, contrast))
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(caption.strip() or subject))
         height, width = images.shape[1:3]
         # The VAE takes multiples of 8 pixels; scaling the image to them aligns the mask to a fraction of a pixel.

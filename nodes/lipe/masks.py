@@ -8,19 +8,25 @@ import torch
 from comfy_api.latest import io
 
 from ...attention import identity_mask as masks
-from ...attention.capture import IdentityAttention, capture_attention
+from ...attention.capture import IdentityAttention
 from ...attention.sites import AUTOMATIC, LAYER_CHOICES
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.lipe import heatmap, identity_mask_blend
-from ...pipelines.lipe.identity_prompt import capture_identity, encode_identity_prompt, token_positions
+from ...pipelines.lipe.identity_prompt import (
+    capture_identity,
+    capture_tokens,
+    contrast_for,
+    encode_identity_prompt,
+    token_positions,
+)
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color
 from ...pipelines.shared.masks import masks_for
 from ...pipelines.shared.parsing import whole_numbers
 from ..idle import first_said, joined, same_prompt, takes_no_part
-from ..sockets import IdentityAttention as IdentityAttentionSocket
 from ..sockets import (
+    ClipOfAnyFamily,
     Inversion,
     at_image_size,
     checked,
@@ -31,6 +37,7 @@ from ..sockets import (
     schema,
     show_text,
 )
+from ..sockets import IdentityAttention as IdentityAttentionSocket
 
 CROSS_ATTENTION, REFINED, MASK = "cross-attention (eq. 1)", "refined by self-attention (eq. 2)", "mask"
 _GIVEN_MASKS = {
@@ -38,7 +45,7 @@ _GIVEN_MASKS = {
     "united with attention masks": identity_mask_blend.UNITE,
 }
 BlendSettings = io.Custom("MASK_BLEND_SETTINGS")
-"""Less common settings of `identity_mask_blend.BlendSettings` by name, and `identity_words`."""
+"""Less common settings of `identity_mask_blend.BlendSettings` by name, `identity_words` and `contrast`."""
 
 
 def _identity_prompt_input() -> io.Input:
@@ -59,15 +66,26 @@ def _identity_words_input() -> io.Input:
     )
 
 
+def _contrast_input() -> io.Input:
+    return io.String.Input(
+        "contrast",
+        default="",
+        optional=True,
+        tooltip="Flow models (Flux, Stable Diffusion 3 and others): what is around the subject, such as grass, whose "
+        "score is subtracted from the subject's. Empty: the first token of an empty prompt. Ignored by Stable "
+        "Diffusion 1.x, 2.x and XL.",
+    )
+
+
 def _layers_input() -> io.Input:
     return io.Combo.Input(
         "layers",
         options=list(LAYER_CHOICES),
         default=AUTOMATIC,
-        tooltip="Attention layers that are read, by the downsampling of their grid relative to the "
-        "latent. Automatic: 2 and 4 (32x32 and 16x16 of SD1.5 at 512x512, 64x64 and 32x32 of SDXL at "
-        "1024x1024), or the finest two for a latent below 32x32. Not specified in the paper; other "
-        "layers outline the subject less well.",
+        tooltip="Attention layers that are read. For Stable Diffusion 1.x, 2.x and XL, by the downsampling of their "
+        "grid relative to the latent; automatic: 2 and 4 (32x32 and 16x16 of SD1.5 at 512x512, 64x64 and 32x32 of "
+        "SDXL at 1024x1024), or the finest two for a latent below 32x32. For flow models, a third of the blocks; "
+        "automatic: the middle third. Not specified in the paper; other layers outline the subject less well.",
     )
 
 
@@ -123,9 +141,12 @@ class IdentityAttentionNode(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input(
-                    "model", tooltip="A Stable Diffusion 1.x, 2.x or XL model; a copy of it records its attention."
+                    "model",
+                    tooltip="Model whose attention is recorded, on a copy: Stable Diffusion, Flux, Chroma, "
+                    "Qwen-Image, Lumina 2, Z-Image, AuraFlow or HiDream. Flow models are also evaluated with the "
+                    "identity prompt, in four steps of a run (in all with by_step).",
                 ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                ClipOfAnyFamily("clip", tooltip="The text encoders of the same checkpoint."),
                 _identity_prompt_input(),
                 _identity_words_input(),
                 _layers_input(),
@@ -135,7 +156,8 @@ class IdentityAttentionNode(io.ComfyNode):
                     optional=True,
                     tooltip="Positions of tokens of the sampled prompt, whose attention is used in place of the "
                     "identity prompt's: 0 is the start token, -1 the last. The five tokens of a subject from Apply "
-                    "Subject are 72-76, or -5, -4, -3, -2, -1 in a longer prompt. Empty: the identity prompt.",
+                    "Subject are 72-76, or -5, -4, -3, -2, -1 in a longer prompt. Empty: the identity prompt. On flow "
+                    "models this attention has no contrast and hardly outlines a subject.",
                 ),
                 io.Boolean.Input(
                     "by_step",
@@ -144,6 +166,7 @@ class IdentityAttentionNode(io.ComfyNode):
                     tooltip="Maps by step. On: also keeps the map of every token at every step, for Attention Maps by "
                     "Step.",
                 ),
+                _contrast_input(),
             ],
             outputs=[
                 io.Model.Output(
@@ -169,10 +192,11 @@ class IdentityAttentionNode(io.ComfyNode):
         layers: str,
         token_numbers: str = "",
         by_step: bool = False,
+        contrast: str = "",
     ) -> io.NodeOutput:
         if positions := token_positions(token_numbers):
-            return io.NodeOutput(*capture_attention(model, None, positions, layers, by_step=by_step))
-        identity = encode_identity_prompt(clip, identity_prompt, identity_words)
+            return io.NodeOutput(*capture_tokens(model, positions, layers, by_step))
+        identity = encode_identity_prompt(clip, identity_prompt, identity_words, contrast=contrast_for(model, contrast))
         return io.NodeOutput(*capture_identity(model, identity, layers, by_step=by_step))
 
 
@@ -205,6 +229,7 @@ class MaskBlendSettings(io.ComfyNode):
                     tooltip="Use of connected masks. Instead: the attention mask is skipped entirely. "
                     "United: both masks are combined. A mask that is not connected is unaffected.",
                 ),
+                _contrast_input(),
             ],
             outputs=[
                 BlendSettings.Output(
@@ -218,10 +243,17 @@ class MaskBlendSettings(io.ComfyNode):
     @classmethod
     @checked
     def execute(
-        cls, identity_words: str, self_attention_power: int, layers: str, feathering: float, given_masks: str
+        cls,
+        identity_words: str,
+        self_attention_power: int,
+        layers: str,
+        feathering: float,
+        given_masks: str,
+        contrast: str = "",
     ) -> io.NodeOutput:
         settings = {
             "identity_words": identity_words,
+            "contrast": contrast,
             "power": self_attention_power,
             "layers": layers,
             "feathering": feathering,
@@ -248,7 +280,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 io.Model.Input(
                     "model", tooltip="The model used for the inversion, with its identity prior if it has one."
                 ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint, for the identity prompt."),
+                ClipOfAnyFamily("clip", tooltip="The text encoders of the same checkpoint, for the identity prompt."),
                 Inversion.Input(
                     "inversion",
                     tooltip="Inversion from Edit-Friendly DDPM Inversion, as in the paper, or from DDIM Inversion, "
@@ -361,13 +393,14 @@ class IdentityAwareMaskBlend(io.ComfyNode):
         target_mask: torch.Tensor | None = None,
         blend_settings: dict[str, Any] | None = None,
     ) -> io.NodeOutput:
-        chosen = {"identity_words": "", **(blend_settings or {})}
+        chosen = {"identity_words": "", "contrast": "", **(blend_settings or {})}
+        contrast = contrast_for(model, chosen.pop("contrast"))
         result = identity_mask_blend.identity_mask_blend(
             model,
             inversion,
             source,
             target,
-            encode_identity_prompt(clip, identity_prompt, chosen.pop("identity_words")),
+            encode_identity_prompt(clip, identity_prompt, chosen.pop("identity_words"), contrast=contrast),
             negative,
             guidance_scale=guidance_scale or None,
             settings=identity_mask_blend.BlendSettings(

@@ -9,7 +9,7 @@ Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model
 
 from .families.base import Capability, Family
 from .families.noise import NoisePath
-from .families.registry import require
+from .families.registry import is_joint, require
 from .guidance import CombiningGuider
 from .loop import Callback, NetworkEvaluator, run_loop
 from .managed_network import managed
@@ -39,6 +39,7 @@ __all__ = [
     "check_prompt",
     "conditionings_of_the_prompt",
     "conditionings_with_embedding",
+    "is_joint",
     "latent_channels",
     "managed",
     "model_latent",

@@ -20,6 +20,7 @@ from .identity_prompt import IdentityPrompt, capture_identity
 
 TIMESTEPS = (1, 101, 201)
 """Timesteps, of 1000, at which attention is recorded, one model call each."""
+FLOW_TIMESTEPS = 1000
 THRESHOLD = 0.45
 POWER = 2
 """This combination overlapped best with the true masks of the demo world; a single timestep (101) and higher ones are
@@ -89,28 +90,40 @@ def record_attention(
         model: MODEL.
         latent: [B, C, h, w] of the images, in the scale of LATENT sockets.
         identity: the subject's prompt, such as "cat".
-        conditioning: CONDITIONING of the model calls: a caption, or the identity prompt itself.
-        timesteps: training timesteps, from 0; one model call each, at the model's nearest noise level.
+        conditioning: CONDITIONING of the model calls: a caption, or the identity prompt itself. Joint attention is
+            always evaluated with the identity prompt.
+        timesteps: training timesteps, from 0; one model call each, at the model's nearest noise level. Of flow models,
+            thousandths of the noise levels.
         self_attention: also record the self-attention, for eq. 2 of Liu et al. 2024.
         layers: a choice of `attention.sites.choose_layers`.
         seed: noise seed.
         callback: progress with preview.
     """
-    family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
-    sampling = family.sampling
-    most = int(sampling.num_timesteps) - 1
-    if len(timesteps) == 0 or not all(0 <= timestep <= most for timestep in timesteps):
-        raise IdentityEditError(f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {most}.")
-    capturing, attention = capture_identity(model, identity, layers, self_attention=self_attention)
+    family = engine.require(model, engine.Capability.TEXT_ATTENTION)
+    sigmas = _noise_levels(family, timesteps)
+    capturing, attention = capture_identity(model, identity, layers, self_attention=self_attention, sampled=True)
+    if engine.is_joint(model):
+        conditioning = identity.conditioning
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
-    sigmas = noise_levels(sampling)[rows_of(sampling, sorted(timesteps, reverse=True))]
 
     def evaluate(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
         for i, sigma in enumerate(sigmas.to(evaluator.device)):
-            x = family.noise_path.noised(z_0, noise.to(z_0), sigma)
+            x = family.noise_path.noised(z_0, noise.to(z_0).view_as(z_0), sigma)
             denoised = evaluator.denoised(x, sigma, "positive")
             evaluator.report(i, denoised, x, len(sigmas))
 
     z_image = engine.model_latent(model, latent)
     engine.run_loop(capturing, conditioning, None, z_image, sigmas, evaluate, callback=callback)
     return attention
+
+
+def _noise_levels(family: engine.Family, timesteps: Sequence[int]) -> torch.Tensor:
+    """Descending noise levels of timesteps."""
+    is_discrete = engine.Capability.DISCRETE_TIMESTEPS in family.capabilities
+    most = int(family.sampling.num_timesteps) - 1 if is_discrete else FLOW_TIMESTEPS - 1
+    if len(timesteps) == 0 or not all(0 <= timestep <= most for timestep in timesteps):
+        raise IdentityEditError(f"timesteps is {list(timesteps)}; write one or more whole numbers from 0 to {most}.")
+    descending = sorted(timesteps, reverse=True)
+    if is_discrete:
+        return noise_levels(family.sampling)[rows_of(family.sampling, descending)]
+    return (torch.tensor(descending) + 1) / FLOW_TIMESTEPS

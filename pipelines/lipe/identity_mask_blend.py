@@ -126,7 +126,7 @@ def identity_mask_blend(
 
     """
     settings = settings or BlendSettings()
-    engine.require(model, engine.Capability.CROSS_ATTENTION)
+    engine.require(model)
     check_inversion(inversion, model)
     table = inversion.embeddings
     if guidance_scale is None:
@@ -170,11 +170,11 @@ def identity_mask_blend(
             if i < blended_until or i == steps - 1:
                 m_target = _mask(inversion, settings, target_attention, target_mask, x.device)
             if i < blended_until:
-                m = feathered(union(m_source, m_target), settings.feathering)  # M_t, eq. 3
+                mask = feathered(union(m_source, m_target), settings.feathering)  # M_t, eq. 3
+                m = mask.view(len(mask), *[1] * (x.ndim - 3), *mask.shape[1:])
                 # Eq. 4, with x_{t-1} of the inversion as in algorithm 1.
-                outside = inversion.trajectory[i + 1].to(x)
-                x_next = m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside
-                step_masks.append(m.cpu())
+                x_next = m * x_next + (1 - m) * inversion.trajectory[i + 1].to(x)
+                step_masks.append(mask.cpu())
             x = x_next
             evaluator.report((passes - 1) * (steps - first) + i - first, denoised, x, passes * (steps - first))
         return IdentityMaskBlend(

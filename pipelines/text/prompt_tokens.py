@@ -19,6 +19,9 @@ from ..shared.errors import IdentityEditError
 _END_OF_WORD = "</w>"
 """Marks the last token of a word in CLIP's byte-pair encoding."""
 
+_TWO_TEXTS = {"l", "g", "t5xxl"}
+"""ComfyUI's names of the text encoders of Stable Diffusion 3, which concatenates the tokens of CLIP and T5."""
+
 _ENCODERS = ({"l"}, {"h"}, {"l", "g"})
 """ComfyUI's names of the text encoders of Stable Diffusion 1.x, 2.x and XL."""
 
@@ -61,15 +64,15 @@ class PromptTokens:
         return tuple(position for position, _ in self.content)
 
 
-def check_clip(clip: Clip, name: str) -> None:
-    """Raise `IdentityEditError` unless a CLIP tokenizes text for the encoders of Stable Diffusion."""
+def check_clip(clip: Clip, name: str, of_any_family: bool = False) -> None:
+    """Raise `IdentityEditError` unless a CLIP tokenizes text for the encoders of Stable Diffusion, or of any family."""
     if not hasattr(clip, "tokenize"):
         raise IdentityEditError(
             f"{name} is not a text encoder ({type(clip).__name__}); connect the CLIP of the same Stable Diffusion 1.x, "
             f"2.x or XL checkpoint."
         )
     encoders = clip.tokenize("")
-    if set(encoders) not in _ENCODERS:
+    if not of_any_family and set(encoders) not in _ENCODERS:
         family = type(clip.tokenizer).__name__.removesuffix("Tokenizer")
         raise IdentityEditError(
             f"{name} belongs to another model family ({family}: {', '.join(encoders)}); connect the CLIP of the same "
@@ -128,6 +131,67 @@ def positions_in_either(clip: Clip, source: PromptTokens, target: PromptTokens, 
             f"of them."
         )
     return positions
+
+
+def embedded_tokens(clip: Clip, text: str, length: int) -> Positions:
+    """Positions of a prompt's tokens in its embedding, for the text encoders of any model family.
+
+    They are the tokens that an empty prompt does not have: no start, end and padding tokens, and no template of a
+    language model. A word of Stable Diffusion 3 is in the embedding twice, as tokens of CLIP and of T5.
+
+    Args:
+        clip: CLIP.
+        text: the prompt.
+        length: T of its embedding [B, T, C], which may be shorter at the start than the tokenized template.
+    """
+    return tuple(position for content in _embedded(clip, text, length) for position, _ in content)
+
+
+def embedded_words(clip: Clip, text: str, length: int, word: str, name: str) -> Positions:
+    """Positions of every occurrence of a word or phrase in an embedding; see `embedded_tokens` and `positions_of`.
+
+    Raises:
+        IdentityEditError: when the prompt does not contain it.
+    """
+    positions: set[int] = set()
+    for written in (word, f" {word}"):  # tokens of some language models include the space before a word
+        for content, of_word in zip(_embedded(clip, text, length), _embedded(clip, written, length), strict=True):
+            positions.update(_matches(content, [token for _, token in of_word]))
+    if not positions:
+        raise IdentityEditError(
+            f"{name} {text!r} does not contain the word {word!r}; write it exactly as in the prompt."
+        )
+    return tuple(sorted(positions))
+
+
+def _embedded(clip: Clip, text: str, length: int) -> list[list[tuple[int, Any]]]:
+    """(position, token) of a prompt's tokens in an embedding of `length` tokens, for each encoder that makes it."""
+    of_text, of_nothing = (clip.tokenize(each, return_word_ids=True) for each in (text, ""))
+    # The embedding is T5's if there is one; CLIPs beside it make pooled outputs, except in Stable Diffusion 3.
+    main = "t5xxl" if "t5xxl" in of_text else next(iter(of_text))
+    names = ["l", main] if set(of_text) == _TWO_TEXTS else [main]
+    lengths = {name: sum(map(len, of_text[name])) for name in names}
+    if length in lengths.values():  # all, or the only encoder that was loaded
+        names = [next(name for name in names if lengths[name] == length)]
+    start = length - sum(lengths[name] for name in names)
+    contents = []
+    for name in names:
+        empty = [token for chunk in of_nothing[name] for token, _, word in chunk if word != 0]
+        pairs = [pair for chunk in of_text[name] for pair in chunk]
+        content = [(start + i, token) for i, (token, _, word) in enumerate(pairs) if word != 0]
+        before = _common(empty, [token for _, token in content])
+        after = _common(empty[before:][::-1], [token for _, token in content[before:]][::-1])
+        contents.append(
+            [(position, token) for position, token in content[before : len(content) - after] if position >= 0]
+        )
+        start += lengths[name]
+    return contents
+
+
+def _common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Number of tokens at the start that are the same."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if not _same_token(a, b)), min(len(first), len(second)))
 
 
 def paired_words(source: PromptTokens, target: PromptTokens) -> list[Pair]:
@@ -222,8 +286,11 @@ def _words(clip: Clip, content: Sequence[tuple[int, Any, int]]) -> tuple[Positio
 
 
 def _occurrences(clip: Clip, prompt: PromptTokens, word: str) -> Positions:
-    wanted = [token for _, token in prompt_tokens(clip, word).content]
-    content, positions = prompt.content, []
+    return _matches(prompt.content, [token for _, token in prompt_tokens(clip, word).content])
+
+
+def _matches(content: Sequence[tuple[int, Any]], wanted: Sequence[Any]) -> Positions:
+    positions: list[int] = []
     for start in range(len(content) - len(wanted) + 1):
         span = content[start : start + len(wanted)]
         if wanted and all(_same_token(token, other) for (_, token), other in zip(span, wanted, strict=True)):

@@ -22,6 +22,10 @@ class Capability(Enum):
         "has no text cross-attention that this node could read or change; load a Stable Diffusion 1.x, 2.x or XL "
         "checkpoint"
     )
+    TEXT_ATTENTION = (
+        "has no attention between image and text that this node could read or change; load a Stable Diffusion, Flux, "
+        "Chroma, Qwen-Image, Lumina 2, Z-Image, AuraFlow or HiDream checkpoint"
+    )
     GRADIENTS = "does not support gradients; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
     TRAINING = "cannot be trained here; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
 

@@ -1,7 +1,7 @@
 """Flow models (ComfyUI's CONST) with the architecture of Flux or SD3, which predict the velocity eps - z_0 at any noise
 level from 0 to 1.
 
-Inversion, sampling and per-step embeddings support them; attention, gradients and training do not yet.
+Inversion, sampling, per-step embeddings and attention maps support them; gradients and training do not yet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .schedule import Schedule, noise_levels
 
 
 class Flow(Family):
-    capabilities = frozenset[Capability]()
+    capabilities = frozenset({Capability.TEXT_ATTENTION})
     noise_path = FLOW
     tag_weights = ("diffusion_model.img_in.", "diffusion_model.x_embedder.", "diffusion_model.final_layer.")
 

@@ -34,3 +34,9 @@ def require(model: Model, *capabilities: Capability) -> Family:
         needed = missing[0] if missing else Capability.DISCRETE_TIMESTEPS
         raise IdentityEditError(f"The model {type(model.model).__name__} {needed.value}.")
     return family
+
+
+def is_joint(model: Model) -> bool:
+    """Whether a supported model has joint attention over text and image instead of cross-attention."""
+    capabilities = require(model).capabilities
+    return Capability.TEXT_ATTENTION in capabilities and Capability.CROSS_ATTENTION not in capabilities

@@ -58,6 +58,9 @@ CLOSEST_RIVAL = 0.8
 """[choice] Largest score of another transform, relative to the best."""
 LARGEST_DOUBT = 0.25
 """[choice] Largest difference of the transforms from two halves of the image, in pixels of the compared images."""
+EXTENDED = 3.5
+"""[choice] So many times more the transforms of left and right, or of top and bottom, may differ, because each is
+extended over the other half."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +362,8 @@ class _Fit:
     Attributes:
         ratio: zoom_x / zoom_y that the frames of the images suggest.
         votes: share of the image's tiles whose structure the warped edit shows too.
-        doubt: corner distance of the transforms of two halves of the image, or of the last step if that is longer.
+        doubt: corner distance of the transforms of two halves of the image, the largest of three divisions, or of the
+            last step if that is longer.
         images: both images' normalized brightness, the edit's warped.
     """
 
@@ -416,26 +420,33 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
             along_y,
         ]
         columns = np.stack(derivatives) / scale[:, None]
-        is_first_half = (column // tile + row // tile) % 2 == 0
-        sides = []
-        for part in (is_first_half, ~is_first_half):
-            weighted = columns * (weight * part)
-            sides.append((weighted @ columns.T, weighted @ residual))
+        cell = (column // tile + row // tile) % 2 + 2 * (column >= width // 2) + 4 * (row >= height // 2)
+        normals, rights = np.zeros((8, 5, 5)), np.zeros((8, 5))
+        for number in range(8):
+            chosen = cell == number
+            part = columns[:, chosen]
+            weighted = part * weight[chosen]
+            normals[number], rights[number] = weighted @ part.T, weighted @ residual[chosen]
         # Editors hardly stretch, which decides the zooms where only one end of the image has structure.
         variance = float((weight * residual**2).sum()) / (float(weight.sum()) + 1e-6)
         belief = variance * CORRELATED / STRETCH**2
         missing = np.log(ratio * transform.zoom_y / transform.zoom_x)
-        sides = [
-            (normal + belief * np.outer(unequal, unequal), side + belief * missing * unequal) for normal, side in sides
-        ]
-        step = _solve(sides[0][0] + sides[1][0], sides[0][1] + sides[1][1]) / scale
-        halves = [_moved(transform, _solve(*side) / scale) for side in sides]
+        prior, pull = belief * np.outer(unequal, unequal), belief * missing * unequal
+        step = _solve(normals.sum(axis=0) + prior, rights.sum(axis=0) + pull) / scale
         before, transform = transform, _moved(transform, step)
         length = _corner_distance(before, transform, width, height)
         if length < 0.005:
             break
     agreeing = structure * inside.numpy() * (local > AGREES)
-    doubt = max(_corner_distance(halves[0], halves[1], width, height), length)
+    # Halves by rows, by columns, and by a checkerboard of tiles.
+    distances = []
+    for others in ((1, 2), (0, 2), (0, 1)):
+        pair = normals.reshape(2, 2, 2, 5, 5).sum(axis=others), rights.reshape(2, 2, 2, 5).sum(axis=others)
+        halves = [
+            _moved(before, _solve(normal + prior, right + pull) / scale) for normal, right in zip(*pair, strict=True)
+        ]
+        distances.append(_corner_distance(*halves, width, height))
+    doubt = max(distances[2], max(distances[:2]) / EXTENDED, length)
     return _Fit(transform, ratio, _votes(structure, agreeing), doubt, (first, warped))
 
 

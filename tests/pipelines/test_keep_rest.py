@@ -101,6 +101,15 @@ def test_another_image_is_not_registered(pair: tuple[str, str]) -> None:
     assert found.fault is not None and found.fault.endswith(".")
 
 
+@pytest.mark.parametrize("shift", [(3, 0), (0, -2)])
+def test_a_compromise_between_halves_that_moved_differently_is_not_trusted(shift: tuple[int, int]) -> None:
+    image = photo("coffee")
+    edited = image.copy()
+    edited[:, :150] = np.roll(image, shift, (0, 1))[:, :150]
+    found = registrations.register(tensor(image), tensor(edited))
+    assert found.fault is not None and "halves" in found.fault
+
+
 def test_flat_and_tiny_images_are_not_registered() -> None:
     assert registrations.register(torch.ones(64, 64, 3), torch.zeros(64, 64, 3)).fault is not None
     assert registrations.register(torch.rand(1, 1, 3), torch.rand(80, 80, 3)).fault is not None

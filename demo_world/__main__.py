@@ -65,6 +65,7 @@ def main() -> None:
     encode.add_argument("--count", type=int, default=48_000, help="number of images, in whole shards of 1024")
     export = commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
     export.add_argument("--network", choices=("unet", "flow"), default="unet")
+    export.add_argument("--destination", type=Path, help="the file (in demo_world/weights by default)")
     commands.add_parser("unpack", help="split the committed checkpoint into its parts, for further training")
     options = vars(parser.parse_args())
     command_name, threads = options.pop("command"), options.pop("threads")

@@ -67,8 +67,8 @@ def centers(patch_size: int) -> dict[str, float]:
 
 
 def from_patches(state: dict[str, torch.Tensor], patch_size: int) -> dict[str, torch.Tensor]:
-    """Weights for patches of one latent pixel from those for patches of ``patch_size``: input weights are summed over
-    a patch, output weights averaged."""
+    """Convert weights for patches of ``patch_size`` to patches of one latent pixel: input weights are summed over a
+    patch, output weights averaged."""
     area, head = patch_size**2, "final_layer.linear."
     return state | {
         "img_in.weight": state["img_in.weight"].unflatten(1, (-1, area)).sum(2),
@@ -102,9 +102,9 @@ def train_flow(
     text_encoder.load_state_dict(trained["text_encoder"])
     text_encoder.requires_grad_(False)
     flow = make_flow(patch_size=patch_size)
-    name, start_from = ("flow", folder / "flow_patches.pt") if patch_size == 1 else ("flow_patches", None)
-    if start_from is not None and start_from.exists():
-        flow.load_state_dict(from_patches(torch.load(start_from, weights_only=True), 2))
+    name, coarse = "flow" if patch_size == 1 else "flow_patches", folder / "flow_patches.pt"
+    if patch_size == 1 and coarse.exists():
+        flow.load_state_dict(from_patches(torch.load(coarse, weights_only=True), 2))
     options = {**FUSED_ATTENTION, "rope_options": centers(patch_size)}
     copy_norm_inputs(flow)
 

@@ -45,7 +45,7 @@ class MuonAndAdamW:
     A convolution kernel counts as the matrix [out channels, everything else]; ``torch.optim.Muon`` accepts only
     matrices, so it gets views of the kernels. Embedding tables and layers with fewer than 16 outputs use AdamW. With
     batch size 8 the autoencoder reached 19.1 dB in 145 steps (learning rate 6e-3), and 14.9 dB in 172 steps of AdamW
-    alone. ``rows_of`` returns the numbers of rows of a parameter's matrices; without any, the parameter uses AdamW.
+    alone. ``rows_of`` splits a parameter into matrices by row counts; a parameter without matrices uses AdamW.
     """
 
     def __init__(

@@ -442,10 +442,10 @@ def _refine(original: torch.Tensor, edited: torch.Tensor, start: Transform, iter
     distances = []
     for others in ((1, 2), (0, 2), (0, 1)):
         pair = normals.reshape(2, 2, 2, 5, 5).sum(axis=others), rights.reshape(2, 2, 2, 5).sum(axis=others)
-        halves = [
+        first_half, second_half = (
             _moved(before, _solve(normal + prior, right + pull) / scale) for normal, right in zip(*pair, strict=True)
-        ]
-        distances.append(_corner_distance(*halves, width, height))
+        )
+        distances.append(_corner_distance(first_half, second_half, width, height))
     doubt = max(distances[2], max(distances[:2]) / EXTENDED, length)
     return _Fit(transform, ratio, _votes(structure, agreeing), doubt, (first, warped))
 

@@ -16,6 +16,7 @@ import torch
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_classifier
 from identity_edit_pack.demo_world.clip import image_embeddings, load_clip, text_embeddings
 from identity_edit_pack.pipelines.scores.clip import direction_similarity, text_similarity
+from identity_edit_pack.pipelines.scores.features import cosines
 
 clip = lru_cache(load_clip)
 classifier = lru_cache(load_classifier)
@@ -64,11 +65,6 @@ def raw_features(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([feature_maps(classifier(), some)[1] for some in images.split(32)])
 
 
-def features(images: torch.Tensor) -> torch.Tensor:
-    """[B, 256] of length 1, the classifier's."""
-    return torch.nn.functional.normalize(raw_features(images), dim=1)
-
-
 def as_rows(columns: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     lists = {name: column.tolist() for name, column in columns.items()}
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
@@ -82,9 +78,9 @@ def scores_of_edits(
     edited, source, target = clip_images(images), clip_images(sources), clip_texts(prompts)
     return as_rows(
         {
-            "feature_similarity": (features(images) * features(sources)).sum(dim=1),
+            "feature_similarity": cosines(raw_features(images), raw_features(sources)).diagonal(),
             "feature_distance": feature_distances(images, sources),
-            "clip_i": (edited * source).sum(dim=1),
+            "clip_i": cosines(edited, source).diagonal(),
             "clip_t": text_similarity(edited, target),
             "clip_d": direction_similarity(edited, source, target, clip_texts(source_prompts)),
         }
@@ -98,9 +94,9 @@ def scores_of_subjects(images: torch.Tensor, references: torch.Tensor, prompts: 
     distances = [feature_distances(images, one.expand_as(images)) for one in references]
     return as_rows(
         {
-            "feature_similarity": (features(images) @ features(references).T).mean(dim=1),
+            "feature_similarity": cosines(raw_features(images), raw_features(references)).mean(dim=1),
             "feature_distance": torch.stack(distances).amin(dim=0),
-            "clip_i": (drawn @ clip_images(references).T).mean(dim=1),
+            "clip_i": cosines(drawn, clip_images(references)).mean(dim=1),
             "clip_t": text_similarity(drawn, clip_texts(prompts)),
         }
     )

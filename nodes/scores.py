@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ..pipelines.faces.detection import list_detectors, missing_file
-from ..pipelines.faces.similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.faces.similarity import load_recognizer
 from ..pipelines.inversion import reconstruction as reconstructions
 from ..pipelines.networks.model_folders import list_models, missing_model, model_path
@@ -25,7 +23,7 @@ from ..pipelines.scores.frechet import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.scores.lpips import BACKBONES
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.images import matched_images
-from .sockets import FaceDetector, checked, mask_input, schema, show_text
+from .sockets import FaceDetector, checked, mask_input, recognizer_exists, recognizer_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
 ENCODER_FOLDER = "image_encoders"
@@ -132,13 +130,7 @@ class ScoreModels(io.ComfyNode):
                     tooltip="DINO model for the structure distance: a folder in transformers format in "
                     f"models/{ENCODER_FOLDER}. PIE-Bench uses DINO ViT-B/8.",
                 ),
-                io.Combo.Input(
-                    "recognizer",
-                    options=[NONE, *list_detectors()],
-                    default=NONE,
-                    tooltip="ArcFace model for ArcFace ID: an insightface model pack or a single .onnx in "
-                    "models/insightface. It also needs face_detector.",
-                ),
+                recognizer_input(NONE),
                 io.Combo.Input(
                     "aesthetic",
                     options=[NONE, *weights],
@@ -196,14 +188,12 @@ class ScoreModels(io.ComfyNode):
         for name, needed in folders:
             if name not in (NONE, *encoders):
                 return missing_model(ENCODER_FOLDER, name, needed)
-        if recognizer != NONE and recognizer not in list_detectors():
-            return missing_file(recognizer, RECOGNIZER_NEEDED)
         weights = score_files.files()
         if aesthetic not in (NONE, *weights):
             return score_files.missing_file(aesthetic, AESTHETIC_PURPOSE, AESTHETIC_NEEDED)
         if inception not in (NONE, *weights):
             return score_files.missing_file(inception, INCEPTION_PURPOSE, INCEPTION_NEEDED)
-        return True
+        return recognizer_exists(recognizer, NONE)
 
     @classmethod
     @checked

@@ -14,6 +14,8 @@ import torch
 from comfy_api.latest import io
 
 from ..pipelines import engine
+from ..pipelines.faces import detection
+from ..pipelines.faces.similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.shared.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
 from ..pipelines.shared.images import PIXELS_PER_LATENT_PIXEL
 from ..pipelines.shared.input_checks import (
@@ -249,6 +251,24 @@ def guidance_scale_input(default: float, tooltip: str, *, least: float = 0.0) ->
 def mask_input(name: str, tooltip: str, *, optional: bool = False) -> io.Mask.Input:
     """A MASK input, whose tooltip explains how to use the mask of a cut-out."""
     return io.Mask.Input(name, optional=optional, tooltip=f"{tooltip} {CUT_OUT}")
+
+
+def recognizer_input(none: str) -> io.Combo.Input:
+    """The input `recognizer`: an ArcFace, or the option `none`."""
+    return io.Combo.Input(
+        "recognizer",
+        options=[none, *detection.list_detectors()],
+        default=none,
+        tooltip=f"ArcFace model in models/{detection.FOLDER} for the identity of faces: an insightface model pack "
+        "(models/PACK) or a single .onnx, such as w600k_r50.onnx. Nothing is downloaded. It also needs face_detector; "
+        "without both, identity is not measured.",
+    )
+
+
+def recognizer_exists(name: str, none: str) -> bool | str:
+    """For `validate_inputs`: True for an option of `recognizer_input`, else the error message."""
+    known = name == none or name in detection.list_detectors()
+    return known or detection.missing_file(name, RECOGNIZER_NEEDED)
 
 
 def _check_vae(vae: Any, name: str, channels: int | None) -> None:

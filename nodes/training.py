@@ -22,6 +22,8 @@ from .sockets import checked, checkpointing_input, schema, show_warnings
 LossMap = io.Custom("LOSS_MAP")
 """ComfyUI's socket of Train LoRA and Plot Loss Graph: {"loss": the loss of every step}."""
 CHECKPOINT_FOLDER = "checkpoints"
+MARK_ENDING = ".finished"
+"""Of the text file that marks the checkpoints of a finished training."""
 SEED_TOOLTIP = "Seed for all randomness: image order, timesteps and noise."
 
 
@@ -287,7 +289,7 @@ class Checkpoints:
         file name prefix, the saved file and the checkpoints marks them; those of the folder's other finished runs are
         deleted.
         """
-        mark = os.path.join(self._folder, f"{run.name}.txt")
+        mark = os.path.join(self._folder, run.name + MARK_ENDING)
         if run.resumed_at == len(run.losses) and os.path.exists(mark):
             prefix, path, *_ = self._lines(mark)
             if prefix == filename_prefix and os.path.isfile(path):
@@ -296,7 +298,7 @@ class Checkpoints:
             write(path)
         if os.path.isdir(self._folder):  # else checkpoints are off
             for name in os.listdir(self._folder):
-                if name.endswith(".txt"):
+                if name.endswith(MARK_ENDING):
                     self._forget(os.path.join(self._folder, name))
             with atomic_write(mark) as temporary, open(temporary, "w", encoding="utf-8") as file:
                 file.write("\n".join([filename_prefix, path, *self._names]))

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from comfy_api.latest import io, ui
 
-from ...pipelines.faces.detection import list_detectors, missing_file
 from ...pipelines.faces.similarity import NEEDED, load_recognizer
 from ...pipelines.keep_rest.selection import EditScores, score_edits
 from ...pipelines.scores.clip import SocketClip
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import matched_images
 from ...pipelines.shared.masks import masks_for
-from ..sockets import FaceDetector, checked, mask_input, schema, show_text
+from ..sockets import FaceDetector, checked, mask_input, recognizer_exists, recognizer_input, schema, show_text
 
 NONE = "none"
 
@@ -40,13 +39,7 @@ class SelectEdit(io.ComfyNode):
             inputs=[
                 io.Image.Input("original", tooltip="Original image before the edit."),
                 io.Image.Input("edits", tooltip="Registered edits of the original, or results of Keep the Rest."),
-                io.Combo.Input(
-                    "recognizer",
-                    options=[NONE, *list_detectors()],
-                    default=NONE,
-                    tooltip="ArcFace model in models/insightface for the identity of faces. It also needs "
-                    "face_detector.",
-                ),
+                recognizer_input(NONE),
                 io.String.Input(
                     "prompt",
                     default="",
@@ -80,7 +73,7 @@ class SelectEdit(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, recognizer: str = NONE) -> bool | str:
-        return True if recognizer in (NONE, *list_detectors()) else missing_file(recognizer, NEEDED)
+        return recognizer_exists(recognizer, NONE)
 
     @classmethod
     @checked

@@ -24,7 +24,7 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
 from ..idle import first_said
-from ..sockets import FaceDetector, checked, mask_input, schema, show_text
+from ..sockets import FaceDetector, checked, mask_input, recognizer_exists, recognizer_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"
@@ -319,12 +319,7 @@ class IdentitySimilarity(io.ComfyNode):
                     optional=True,
                     tooltip="Face detector, from Load Face Detector. Without one, identity is not measured.",
                 ),
-                io.Combo.Input(
-                    "recognizer",
-                    options=[NO_MODEL, *pipeline.list_detectors()],
-                    tooltip=f"ArcFace model in models/{pipeline.FOLDER}: an insightface model pack (models/PACK) or a "
-                    "single .onnx, such as w600k_r50.onnx. Nothing is downloaded. No model: identity is not measured.",
-                ),
+                recognizer_input(NO_MODEL),
                 io.Combo.Input(
                     "choice",
                     options=[pipeline.LARGEST, MOST_SIMILAR],
@@ -362,9 +357,7 @@ class IdentitySimilarity(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, recognizer: str) -> bool | str:
-        if recognizer in (NO_MODEL, *pipeline.list_detectors()):
-            return True
-        return pipeline.missing_file(recognizer, identity_similarity.NEEDED)
+        return recognizer_exists(recognizer, NO_MODEL)
 
     @classmethod
     @checked

@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     assert not any("checkpoints" in name for name in loadable_files(nodes.FILE_FOLDER, nodes.CHECKPOINT_FOLDER))
     *_, loss, _, report = train(models).args
     assert "2 of them from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-    assert sorted(file.suffix for file in folder.iterdir()) == [".safetensors", ".txt"], "the result and its mark"
+    assert sorted(file.suffix for file in folder.iterdir()) == [".finished", ".safetensors"], "the result and its mark"
 
 
 def test_the_same_training_is_not_repeated(models: Any, own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:

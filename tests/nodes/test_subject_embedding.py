@@ -155,7 +155,7 @@ def test_an_interrupted_run_goes_on_when_queued_again(
     assert not any("checkpoints" in name for name in nodes._files())
     _, _, loss, path, report = train(models)
     assert "4 of them from a checkpoint" in report and loss["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-    assert len(list(folder.glob("*.safetensors"))) == 2 and len(list(folder.glob("*.txt"))) == 1
+    assert len(list(folder.glob("*.safetensors"))) == 2 and len(list(folder.glob("*.finished"))) == 1
     _, _, same_loss, same_path, report = train(models)
     assert same_loss == loss and same_path == path and "5 of them from a checkpoint" in report
 

@@ -168,7 +168,7 @@ class LoadDemoClipVision(io.ComfyNode):
                     "clip_vision",
                     display_name="clip vision",
                     tooltip="The image encoder, for CLIP Vision Encode and other nodes with a CLIP_VISION input.",
-                ),
+                )
             ],
         )
 

@@ -47,10 +47,7 @@ def takes_all(share: float, steps: int) -> bool:
 def blend_idle(blends: bool, threshold: float, start: float, steps: int) -> str | None:
     """Warning for a local blend that never starts or preserves the whole source, else None."""
     return first_said(
-        (
-            blends and takes_all(start, steps),
-            f"blend_start is {start:g}, so the local blend never starts; lower it.",
-        ),
+        (blends and takes_all(start, steps), f"blend_start is {start:g}, so the local blend never starts; lower it."),
         (
             blends and threshold >= 1.0,
             "blend_threshold is 1, which no attention exceeds, so the local blend returns the source image; lower it.",

@@ -23,7 +23,7 @@ from ..pipelines.scores.frechet import PURPOSE as INCEPTION_PURPOSE
 from ..pipelines.scores.lpips import BACKBONES
 from ..pipelines.shared.errors import IdentityEditError
 from ..pipelines.shared.images import matched_images
-from .sockets import FaceDetector, checked, mask_input, recognizer_exists, recognizer_input, schema, show_text
+from .sockets import FaceDetector, blocked, checked, mask_input, recognizer_exists, recognizer_input, schema, show_text
 
 MODEL_FOLDERS = (score_files.FOLDER,)
 ENCODER_FOLDER = "image_encoders"
@@ -259,8 +259,7 @@ class ScoreEdit(io.ComfyNode):
             inputs=[
                 io.Image.Input("edited", tooltip="Edited images, one or more."),
                 io.Image.Input(
-                    "source",
-                    tooltip="Source image, one for all or one per edited image, of the same size.",
+                    "source", tooltip="Source image, one for all or one per edited image, of the same size."
                 ),
                 io.String.Input(
                     "target_prompt",
@@ -303,9 +302,7 @@ class ScoreEdit(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Table of all scores with their definitions, and warnings.",
+                    "report", display_name="report", tooltip="Table of all scores with their definitions, and warnings."
                 ),
                 io.String.Output(
                     "scores",
@@ -379,7 +376,7 @@ class ScoreEdit(io.ComfyNode):
             score_report.scores_as_json(scores, rule),
             means["PSNR"],
             means["SSIM"],
-            *(_or_blocked(means, name) for name in ("LPIPS", "CLIP-T", "CLIP-D")),
+            *(means[name] if name in means else blocked() for name in ("LPIPS", "CLIP-T", "CLIP-D")),
             ui=ui.PreviewText(text),
         )
 
@@ -413,15 +410,6 @@ def _few_images(edited: int, others: int) -> str | None:
             f"compare it only with FIDs of equally many images, or use KID."
         )
     return None
-
-
-def _or_blocked(means: dict[str, float], name: str) -> Any:
-    """A mean, or a blocker that keeps the nodes connected to this output from running, without an error."""
-    if name in means:
-        return means[name]
-    from comfy_execution.graph_utils import ExecutionBlocker
-
-    return ExecutionBlocker(None)
 
 
 NODES: list[type[io.ComfyNode]] = [ReconstructionCheck, ScoreModels, ScoreEdit]

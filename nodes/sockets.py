@@ -18,14 +18,7 @@ from ..pipelines.faces import detection
 from ..pipelines.faces.similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.shared.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
 from ..pipelines.shared.images import PIXELS_PER_LATENT_PIXEL
-from ..pipelines.shared.input_checks import (
-    BRIGHTEST,
-    check_images,
-    check_mask,
-    check_number,
-    check_sigmas,
-    check_text,
-)
+from ..pipelines.shared.input_checks import BRIGHTEST, check_images, check_mask, check_number, check_sigmas, check_text
 from ..pipelines.shared.masks import CUT_OUT, as_masks, is_placeholder_mask, is_transparency
 from ..pipelines.text.prompt_tokens import check_clip
 
@@ -244,6 +237,11 @@ def checkpointing_input(default: bool = True) -> io.Boolean.Input:
     )
 
 
+def fraction_input(name: str, default: float, tooltip: str, *, optional: bool = False) -> io.Float.Input:
+    """A FLOAT from 0 to 1."""
+    return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, optional=optional, tooltip=tooltip)
+
+
 def guidance_scale_input(default: float, tooltip: str, *, least: float = 0.0) -> io.Float.Input:
     return io.Float.Input("guidance_scale", default=default, min=least, max=30.0, step=0.1, tooltip=tooltip)
 
@@ -346,6 +344,13 @@ def show_warnings(node: type[io.ComfyNode], *warnings: str | None) -> None:
     """`show_text` for a node that shows only warnings; None is skipped."""
     if text := " ".join(warning for warning in warnings if warning is not None):
         show_text(node, "", text)
+
+
+def blocked(message: str | None = None) -> Any:
+    """A result that keeps the nodes connected to it from running: with an error, or without one."""
+    from comfy_execution.graph_utils import ExecutionBlocker
+
+    return ExecutionBlocker(message)
 
 
 def choice_of(table: dict[str, Any], choice: str, name: str) -> Any:

@@ -19,6 +19,7 @@ from .sockets import (
     Inversion,
     checked,
     checkpointing_input,
+    fraction_input,
     guidance_scale_input,
     latent_samples,
     progress,
@@ -204,13 +205,10 @@ def _prompt_inputs() -> list[io.Input]:
     return [
         io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
         io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
-        io.Float.Input(
+        fraction_input(
             "ratio",
-            default=text_injection.RATIO,
-            min=0.0,
-            max=1.0,
-            step=0.01,
-            tooltip="Fraction of the steps, from the first, that use the source prompt (rounded to whole "
+            text_injection.RATIO,
+            "Fraction of the steps, from the first, that use the source prompt (rounded to whole "
             "steps). 0.1 for large structural changes, up to 0.4 for small ones (Jung et al. 2024, "
             "appendix E.1).",
         ),
@@ -228,12 +226,7 @@ def _prompt_inputs() -> list[io.Input]:
 
 
 def _idle(
-    source: Conditioning,
-    edit: Conditioning,
-    optimized: Conditioning | None,
-    ratio: float,
-    eta: float,
-    steps: int,
+    source: Conditioning, edit: Conditioning, optimized: Conditioning | None, ratio: float, eta: float, steps: int
 ) -> str | None:
     """Warning about settings without any effect, shared by the three injection nodes; None if there are none."""
     return joined(
@@ -257,7 +250,7 @@ def _idle(
             (
                 optimized is not None and eta == 1.0,
                 "eta is 1, so the optimized embedding has no effect; choose a smaller value.",
-            ),
+            )
         ),
     )
 
@@ -299,7 +292,7 @@ class TimestepAwareTextInjection(io.ComfyNode):
                     "positive",
                     display_name="positive",
                     tooltip="Both prompts, each with its range of steps; the switch is exact for these sigmas.",
-                ),
+                )
             ],
         )
 
@@ -328,12 +321,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
             node_id="IdentityEditTimestepAwareTextInjectionModel",
             display_name="Timestep-Aware Text Injection (Model)",
             category="text",
-            search_aliases=[
-                "non-rigid editing",
-                "per-step embeddings",
-                "prompt scheduling",
-                "source prompt injection",
-            ],
+            search_aliases=["non-rigid editing", "per-step embeddings", "prompt scheduling", "source prompt injection"],
             description=(
                 "The same as Timestep-Aware Text Injection, stored in the model: for sigmas outside "
                 "the model's range, and where the positive conditioning must stay a single entry."

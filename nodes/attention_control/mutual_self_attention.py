@@ -12,7 +12,7 @@ from ...pipelines.attention_control import mutual_self_attention
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.shared.conditioning import Conditioning
 from ..idle import takes_all
-from ..sockets import Inversion, checked, mask_input, schema, show_warnings
+from ..sockets import Inversion, checked, fraction_input, mask_input, schema, show_warnings
 
 
 class MutualSelfAttention(io.ComfyNode):
@@ -45,13 +45,10 @@ class MutualSelfAttention(io.ComfyNode):
                     tooltip="Prompt that describes the original image, the same as for the inversion (Liu et al. "
                     "2024, appendix E.2.1); empty in the reference implementation.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "start_step",
-                    default=mutual_self_attention.START_STEP,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the inversion's steps before it starts, in which the target forms its "
+                    mutual_self_attention.START_STEP,
+                    "Fraction of the inversion's steps before it starts, in which the target forms its "
                     "layout: larger changes more. 0.08, 4 of 50 steps, in the reference implementation.",
                 ),
                 io.Int.Input(
@@ -85,7 +82,7 @@ class MutualSelfAttention(io.ComfyNode):
                     "model_with_attention",
                     display_name="model",
                     tooltip="Model that attends to the image, for any stock sampler and guider.",
-                ),
+                )
             ],
         )
 

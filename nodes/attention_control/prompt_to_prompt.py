@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ...pipelines.attention_control import prompt_to_prompt as control
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ..idle import blend_idle, first_said, takes_no_part
-from ..sockets import Inversion, checked, schema, show_warnings
+from ..sockets import Inversion, checked, fraction_input, schema, show_warnings
 
 _ANY = 1000
 """Assumed number of steps of a run without an inversion."""
@@ -67,22 +67,16 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="Type of edit. Replace swaps word for word: a new word takes over the attention of the "
                     "word in its place. Refine is for added or removed words: new words keep their own attention.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "cross_replace_steps",
-                    default=control.CROSS_REPLACE_STEPS,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps, from the first, that use the source's cross-attention: larger "
+                    control.CROSS_REPLACE_STEPS,
+                    "Fraction of the steps, from the first, that use the source's cross-attention: larger "
                     "keeps more of the image. 0.8 in the notebook of Hertz et al. 2023.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "self_replace_steps",
-                    default=control.SELF_REPLACE_STEPS,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps, from the first, that use the source's self-attention: larger "
+                    control.SELF_REPLACE_STEPS,
+                    "Fraction of the steps, from the first, that use the source's self-attention: larger "
                     "keeps more of the shapes. 0.4 in the notebook of Hertz et al. 2023.",
                 ),
                 io.Combo.Input(
@@ -105,22 +99,16 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="Local blend: words of either prompt, such as: cat, dog. The image changes only where "
                     "it attends to these words. Empty: everywhere.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "blend_threshold",
-                    default=control.BLEND_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Local blend: fraction of the words' maximum attention above which the image may "
+                    control.BLEND_THRESHOLD,
+                    "Local blend: fraction of the words' maximum attention above which the image may "
                     "change; lower changes a larger area. 0.3 in the reference implementation.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "blend_start",
-                    default=control.BLEND_START,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Local blend: fraction of the steps, from the first, before it starts, in which the "
+                    control.BLEND_START,
+                    "Local blend: fraction of the steps, from the first, before it starts, in which the "
                     "words find their place. 0.2 in the reference implementation.",
                 ),
                 Inversion.Input(

@@ -15,7 +15,7 @@ from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
 from ...pipelines.subjects.images import SubjectImages as SubjectImagesData
-from ..sockets import SubjectImages, checked, mask_input, schema, show_text
+from ..sockets import SubjectImages, blocked, checked, mask_input, schema, show_text
 
 MODEL_FOLDER = "image_encoders"
 BUILT_IN, CLIP_VISION = "colors and edges (no model)", "CLIP_VISION input"
@@ -163,10 +163,7 @@ class AlignReference(io.ComfyNode):
             ),
             inputs=[
                 io.Image.Input("reference", tooltip="The reference image, from Select Reference."),
-                mask_input(
-                    "reference_mask",
-                    "Mask of the subject in the reference, of any size.",
-                ),
+                mask_input("reference_mask", "Mask of the subject in the reference, of any size."),
                 mask_input(
                     "generated_mask",
                     "Mask of the subject in the generated image, as from Segment Subject. The result has "
@@ -221,9 +218,7 @@ class AlignReference(io.ComfyNode):
                     "and second subjects. All parts: for a subject that is occluded in the middle.",
                 ),
                 io.Image.Input(
-                    "generated",
-                    optional=True,
-                    tooltip="Generated image, for the surroundings 'generated image'.",
+                    "generated", optional=True, tooltip="Generated image, for the surroundings 'generated image'."
                 ),
             ],
             outputs=[
@@ -364,9 +359,7 @@ def _encoder(name: str, clip_vision: Any) -> image_encoders.Encoder:
 def _mask_output(mask: torch.Tensor | None, name: str) -> Any:
     if mask is not None:
         return mask.unsqueeze(0)
-    from comfy_execution.graph_utils import ExecutionBlocker
-
-    return ExecutionBlocker(f"The selected reference, {name}, has no mask; connect Segment Subject instead.")
+    return blocked(f"The selected reference, {name}, has no mask; connect Segment Subject instead.")
 
 
 NODES: list[type[io.ComfyNode]] = [SelectReference, AlignReference]

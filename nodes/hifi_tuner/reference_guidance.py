@@ -17,6 +17,7 @@ from ..sockets import (
     Inversion,
     checked,
     checkpointing_input,
+    fraction_input,
     guidance_scale_input,
     latent_samples,
     mask_input,
@@ -63,10 +64,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     tooltip="Inversion of the aligned reference, from DDIM Inversion with guidance scale 1; its "
                     "number of steps is used.",
                 ),
-                mask_input(
-                    "mask",
-                    "Mask of the subject in the aligned reference, from Align Reference; of any size.",
-                ),
+                mask_input("mask", "Mask of the subject in the aligned reference, from Align Reference; of any size."),
                 seed_input(
                     "Seed of the first pass: the same seed gives the same noise as in KSampler and "
                     "RandomNoise. Set it to fixed in both."
@@ -76,22 +74,16 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     "Guidance scale (cfg) of the first pass, above 1. 7.5 as in Mokady et al. 2023; Wang "
                     "et al. 2023 do not report theirs.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "start_percent",
-                    default=guidance.START_PERCENT,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps before guidance starts. 0.2 in Wang et al. 2023 (t_s = 40 of 50 "
+                    guidance.START_PERCENT,
+                    "Fraction of the steps before guidance starts. 0.2 in Wang et al. 2023 (t_s = 40 of 50 "
                     "steps remain); an earlier start changes the image's structure. 1 disables guidance.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "end_percent",
-                    default=guidance.END_PERCENT,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps after which guidance ends. 0.8 in Wang et al. 2023 (t_e = 10 of "
+                    guidance.END_PERCENT,
+                    "Fraction of the steps after which guidance ends. 0.8 in Wang et al. 2023 (t_e = 10 of "
                     "50 steps remain).",
                 ),
                 io.Int.Input(

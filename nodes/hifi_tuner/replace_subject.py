@@ -11,7 +11,7 @@ from ...pipelines.hifi_tuner import subject_replacement as replacement
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.shared.conditioning import Conditioning
 from ..idle import blend_idle, first_said, joined, takes_no_part
-from ..sockets import Inversion, checked, guidance_scale_input, progress, schema, show_text
+from ..sockets import Inversion, checked, fraction_input, guidance_scale_input, progress, schema, show_text
 
 
 class ReplaceSubject(io.ComfyNode):
@@ -68,22 +68,16 @@ class ReplaceSubject(io.ComfyNode):
                     "Guidance scale of the edit. 0 is automatic: the scale that the null-text embeddings "
                     "were optimized for.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "cross_replace_steps",
-                    default=replacement.CROSS_REPLACE_STEPS,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps, from the first, that use the image's cross-attention. 1 in "
+                    replacement.CROSS_REPLACE_STEPS,
+                    "Fraction of the steps, from the first, that use the image's cross-attention. 1 in "
                     "Wang et al. 2023 (algorithm 3); lower gives the subject more freedom.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "self_replace_steps",
-                    default=replacement.SELF_REPLACE_STEPS,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps, from the first, that use the image's self-attention. 0 in Wang "
+                    replacement.SELF_REPLACE_STEPS,
+                    "Fraction of the steps, from the first, that use the image's self-attention. 0 in Wang "
                     "et al. 2023 (algorithm 3); higher keeps more of the old subject's shape.",
                 ),
                 io.Boolean.Input(
@@ -92,13 +86,10 @@ class ReplaceSubject(io.ComfyNode):
                     tooltip="Local blend of prompt-to-prompt: keeps the image outside both subjects. Not used in "
                     "Wang et al. 2023.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "blend_threshold",
-                    default=BLEND_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Local blend: fraction of the subjects' maximum attention above which the image may "
+                    BLEND_THRESHOLD,
+                    "Local blend: fraction of the subjects' maximum attention above which the image may "
                     "change. 0.3 in the reference implementation of prompt-to-prompt.",
                 ),
                 io.Conditioning.Input(

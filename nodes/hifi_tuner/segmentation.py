@@ -19,7 +19,7 @@ from ...pipelines.networks.model_folders import list_models, missing_model, mode
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color, encoded
 from ...pipelines.shared.parsing import whole_numbers
-from ..sockets import ClipOfAnyFamily, checked, progress, schema, seed_input, show_text
+from ..sockets import ClipOfAnyFamily, checked, fraction_input, progress, schema, seed_input, show_text
 
 NO_MODEL = "no model"
 
@@ -73,13 +73,10 @@ class SegmentSubject(io.ComfyNode):
                     tooltip="Subject to segment: a class word such as dog, preceded by the rare token if the model "
                     "has learned one (sks dog).",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "threshold",
-                    default=attention_segmentation.THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the normalized map above which a pixel belongs to the subject; lower gives a "
+                    attention_segmentation.THRESHOLD,
+                    "Fraction of the normalized map above which a pixel belongs to the subject; lower gives a "
                     "larger mask. Measured like the timesteps.",
                 ),
                 io.String.Input(
@@ -231,13 +228,10 @@ class SegmentSubjectWithSAM(io.ComfyNode):
                     tooltip="Choice among several segments (without points and box) or several detected subjects. "
                     "Segments along most of the image's border are background and ignored.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "box_threshold",
-                    default=dino.BOX_THRESHOLD,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Minimum confidence of a detection by Grounding DINO. 0.25 is its default.",
+                    dino.BOX_THRESHOLD,
+                    "Minimum confidence of a detection by Grounding DINO. 0.25 is its default.",
                 ),
                 _parts_input(),
             ],

@@ -238,7 +238,7 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
                     tooltip=f"Files of Train Subject Embedding in the input folder itself and in '{FILE_FOLDER}' "
                     "below the output, the input or the models folder, and ComfyUI's embeddings. Press R to "
                     "refresh the list.",
-                ),
+                )
             ],
             outputs=[
                 Subject.Output("subject", display_name="subject", tooltip="Loaded subject, for Apply Subject."),

@@ -63,9 +63,7 @@ class DDIMInversion(io.ComfyNode):
                     "the schedule is then KSampler's ddim_uniform.",
                 ),
                 io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Negative prompt. Needed only for a guidance scale other than 1.",
+                    "negative", optional=True, tooltip="Negative prompt. Needed only for a guidance scale other than 1."
                 ),
             ],
             outputs=[

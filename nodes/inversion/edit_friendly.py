@@ -14,6 +14,7 @@ from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
     checked,
+    fraction_input,
     guidance_scale_input,
     latent_samples,
     progress,
@@ -76,7 +77,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Inversion.Output("inversion", display_name="inversion", tooltip="Latents and noise maps of all steps."),
+                Inversion.Output("inversion", display_name="inversion", tooltip="Latents and noise maps of all steps.")
             ],
         )
 
@@ -126,13 +127,10 @@ class EditFriendlyDDPMSampler(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input("inversion", tooltip="Inversion from Edit-Friendly DDPM Inversion."),
-                io.Float.Input(
+                fraction_input(
                     "skip",
-                    default=edit_friendly.SKIP,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Fraction of the steps skipped at the start: larger keeps more of the image, smaller "
+                    edit_friendly.SKIP,
+                    "Fraction of the steps skipped at the start: larger keeps more of the image, smaller "
                     "changes more. 0.36, 36 of 100 steps, in the reference implementation.",
                 ),
             ],

@@ -123,9 +123,7 @@ class NullTextOptimization(io.ComfyNode):
                     "are lost in every edit.",
                 ),
                 io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Model calls, losses, and steps that failed to converge.",
+                    "report", display_name="report", tooltip="Model calls, losses, and steps that failed to converge."
                 ),
             ],
         )

@@ -32,9 +32,7 @@ class SaveInversion(io.ComfyNode):
                 ),
                 filename_prefix_input(FILE_FOLDER, "inversion", "Load Inversion"),
             ],
-            outputs=[
-                io.String.Output("file", display_name="file", tooltip="Path of the saved inversion."),
-            ],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved inversion.")],
         )
 
     @classmethod

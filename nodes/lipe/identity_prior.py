@@ -135,10 +135,7 @@ class TrainIdentityPrior(io.ComfyNode):
                 ),
                 settings_input(),
             ],
-            outputs=[
-                *_prior_outputs(),
-                *training_outputs("the prior"),
-            ],
+            outputs=[*_prior_outputs(), *training_outputs("the prior")],
         )
 
     @classmethod
@@ -300,7 +297,7 @@ class LoadIdentityPrior(io.ComfyNode):
             (
                 strength_model == 0.0 and strength_clip == 0.0,
                 "strength_model and strength_clip are 0, so model and clip are unchanged; raise one of them.",
-            ),
+            )
         )
         text = show_text(cls, text, joined(unused, warning))
         return io.NodeOutput(patched_model, patched_clip, prior.identity_prompt, text)

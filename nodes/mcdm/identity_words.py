@@ -14,15 +14,7 @@ from ...pipelines.mcdm.train_identity_words import IdentitySettings
 from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
 from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, next_path, saved_path
-from ..sockets import (
-    IdentityWords,
-    SubjectImages,
-    checked,
-    schema,
-    seed_input,
-    show_text,
-    steps_input,
-)
+from ..sockets import IdentityWords, SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
     Checkpoints,
@@ -182,9 +174,7 @@ class LoadIdentityWords(io.ComfyNode):
             category="portrait",
             search_aliases=["identity encoder", "MCDM", "face words"],
             description="Loads an identity word encoder saved by Train Identity Words.",
-            inputs=[
-                file_input("Train Identity Words", FILE_FOLDER, CHECKPOINT_FOLDER),
-            ],
+            inputs=[file_input("Train Identity Words", FILE_FOLDER, CHECKPOINT_FOLDER)],
             outputs=[
                 IdentityWords.Output(
                     "identity_words",

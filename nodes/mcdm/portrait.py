@@ -24,6 +24,7 @@ from ..sockets import (
     Inversion,
     at_image_size,
     checked,
+    fraction_input,
     guidance_scale_input,
     latent_samples,
     mask_input,
@@ -58,8 +59,7 @@ class MCDMConditioner(io.ComfyNode):
                 io.Model.Input("model", tooltip="The trained model, from Load Checkpoint with the same file."),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 io.ClipVision.Input(
-                    "clip_vision",
-                    tooltip="The image encoder used in training; another one is refused.",
+                    "clip_vision", tooltip="The image encoder used in training; another one is refused."
                 ),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Image.Input("image", tooltip="Source image, or a batch of them."),
@@ -201,9 +201,7 @@ class MCDMGuider(io.ComfyNode):
                     **scale,
                 ),
                 io.Conditioning.Input(
-                    "source",
-                    optional=True,
-                    tooltip="Source prompt, from MCDM Conditioner; used outside the mask.",
+                    "source", optional=True, tooltip="Source prompt, from MCDM Conditioner; used outside the mask."
                 ),
                 mask_input(
                     "mask",
@@ -240,10 +238,7 @@ class MCDMGuider(io.ComfyNode):
                 "All scales are 0, so neither the image nor a prompt has an effect; raise them.",
             ),
             (text_scale == 0.0, "text_scale is 0, so the target prompt has no effect; raise it."),
-            (
-                is_empty(mask),
-                "The mask is empty, so nothing is edited; connect another, or none.",
-            ),
+            (is_empty(mask), "The mask is empty, so nothing is edited; connect another, or none."),
             (
                 source is not None and same_prompt(source, positive),
                 "source and positive are the same prompt, so nothing is edited; write a different target prompt.",
@@ -314,13 +309,10 @@ class MCDMEditMask(io.ComfyNode):
                     tooltip="Gaussian blur kernel size in latent pixels, odd. 5 in Chen et al. 2024 (supplement "
                     "1.3); 1 disables the blur.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "threshold",
-                    default=default.threshold,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Mask threshold. Higher gives a smaller mask. 0.35 for expressions and 0.2 for costumes "
+                    default.threshold,
+                    "Mask threshold. Higher gives a smaller mask. 0.35 for expressions and 0.2 for costumes "
                     "in Chen et al. 2024, 0.5 in DiffEdit.",
                 ),
                 seed_input("Seed of the first noise sample; the others use the following seeds."),
@@ -412,10 +404,7 @@ class DiffEdit(io.ComfyNode):
                 ),
                 io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
                 io.Conditioning.Input("negative", tooltip="Empty prompt, or a negative prompt."),
-                mask_input(
-                    "mask",
-                    "Mask of the region that may change, from MCDM Edit Mask or painted, of any size.",
-                ),
+                mask_input("mask", "Mask of the region that may change, from MCDM Edit Mask or painted, of any size."),
                 io.Float.Input(
                     "encoding_ratio",
                     default=0.5,

@@ -18,7 +18,7 @@ from ...pipelines.mcdm.train import MCDMSettings
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.training.loop import TrainingRun
 from ..saved_files import check_name, model_files, model_path, new_path, next_path
-from ..sockets import checked, choice_of, schema, seed_input, show_text, steps_input
+from ..sockets import checked, choice_of, fraction_input, schema, seed_input, show_text, steps_input
 from ..training import (
     first_and_last,
     learning_rate_input,
@@ -49,22 +49,16 @@ class MCDMTrainingSettings(io.ComfyNode):
             description="Less common settings of Train MCDM: dropped conditions, image tokens, and what the file "
             "contains. Without this node the defaults shown here are used.",
             inputs=[
-                io.Float.Input(
+                fraction_input(
                     "identity_share",
-                    default=MCDMSettings.identity_share,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Share of the pairs whose source is also the target, so that the model learns to "
+                    MCDMSettings.identity_share,
+                    "Share of the pairs whose source is also the target, so that the model learns to "
                     "reconstruct; masks need it. 0.05 in Chen et al. 2024 (section 3.3).",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "dropout",
-                    default=MCDMSettings.dropout,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Probability that one, two or all three conditions of a pair are dropped, for "
+                    MCDMSettings.dropout,
+                    "Probability that one, two or all three conditions of a pair are dropped, for "
                     "classifier-free guidance. 0.2 in Chen et al. 2024 (section 3.3).",
                 ),
                 io.Int.Input(
@@ -182,10 +176,7 @@ class TrainMCDM(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output("edit_model", display_name="model", tooltip="The trained model, for MCDM Guider."),
-                *training_outputs(
-                    "the model",
-                    "Sample edits in order, of the first validation pair if there is one.",
-                ),
+                *training_outputs("the model", "Sample edits in order, of the first validation pair if there is one."),
             ],
         )
 
@@ -224,11 +215,7 @@ class TrainMCDM(io.ComfyNode):
             clip_vision,
             pairs,
             MCDMSettings(
-                steps=steps,
-                learning_rate=learning_rate,
-                seed=seed,
-                **chosen,
-                **settings_of(training_settings, 1000),
+                steps=steps, learning_rate=learning_rate, seed=seed, **chosen, **settings_of(training_settings, 1000)
             ),
             run_folder,
             start=None if image_embedding == NEW else mcdms.load_mcdm(model_path(image_embedding)),

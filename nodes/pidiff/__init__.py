@@ -1,5 +1,5 @@
 """Nodes of `pipelines.pidiff` and `pipelines.faces`."""
 
-from . import face, style_attention, w_plus
+from . import face, identity_similarity, style_attention, w_plus
 
-NODES = [*face.NODES, *style_attention.NODES, *w_plus.NODES]
+NODES = [*face.NODES, *identity_similarity.NODES, *style_attention.NODES, *w_plus.NODES]

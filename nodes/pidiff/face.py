@@ -1,4 +1,4 @@
-"""Nodes that detect and align faces, and measure whether two images show the same person."""
+"""Nodes that detect and align faces."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from torch.nn.functional import interpolate
 from ...pipelines.engine.host import stop_if_interrupted
 from ...pipelines.faces import alignment as face_alignment
 from ...pipelines.faces import detection as pipeline
-from ...pipelines.faces import similarity as identity_similarity
 from ...pipelines.faces.background import ENDINGS as BACKGROUND_ENDINGS
 from ...pipelines.faces.background import FOLDER as BACKGROUND_FOLDER
 from ...pipelines.faces.background import NEEDED as BACKGROUND_NEEDED
@@ -23,16 +22,14 @@ from ...pipelines.networks.model_folders import list_models, missing_model, mode
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
-from ..idle import first_said
-from ..sockets import FaceDetector, checked, mask_input, recognizer_exists, recognizer_input, schema, show_text
+from ..sockets import FaceDetector, checked, fraction_input, mask_input, schema, show_text
 
 MODEL_FOLDERS = (pipeline.FOLDER, BACKGROUND_FOLDER)
 NO_MODEL = "no model"
 BY_DETECTOR, BY_POINTS, WHOLE = "detector", "points", "whole image"
 METHODS = (BY_DETECTOR, BY_POINTS, WHOLE)
 KEEP, REMOVE = "keep", "remove"
-MOST_SIMILAR = "most similar"
-STOP, ZERO, LEAVE_OUT = "stop with an error", "count as 0", "leave out"
+STOP, LEAVE_OUT = "stop with an error", "leave out"
 
 
 class LoadFaceDetector(io.ComfyNode):
@@ -53,13 +50,10 @@ class LoadFaceDetector(io.ComfyNode):
                     "SCRFD file, or OpenCV's YuNet. Nothing is downloaded. MTCNN includes its weights in its package. "
                     "No model: Align Face uses the images as they are, and Identity Similarity measures nothing.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "score",
-                    default=pipeline.SCORE,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Minimum detection confidence. 0.6 found all faces in the photos of "
+                    pipeline.SCORE,
+                    "Minimum detection confidence. 0.6 found all faces in the photos of "
                     "benchmarks/results/face_identity.md, and nothing else.",
                 ),
             ],
@@ -68,7 +62,7 @@ class LoadFaceDetector(io.ComfyNode):
                     "face_detector",
                     display_name="face detector",
                     tooltip="Face detector for Align Face and Identity Similarity.",
-                ),
+                )
             ],
         )
 
@@ -152,13 +146,10 @@ class AlignFace(io.ComfyNode):
                     tooltip=f"Salient-object network in models/{BACKGROUND_FOLDER} ({BACKGROUND_NEEDED}), for images "
                     "without a mask. Nothing is downloaded.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "gray",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Gray level of the removed background: 0 is black, 1 is white. Gu et al. 2025 do not "
+                    0.5,
+                    "Gray level of the removed background: 0 is black, 1 is white. Gu et al. 2025 do not "
                     "report theirs; 0.5 is the middle of the encoders' input range.",
                 ),
                 io.String.Input(
@@ -236,7 +227,7 @@ class AlignFace(io.ComfyNode):
         images = as_color(images)
         masks = None if mask is None else masks_for(mask, "mask", images.shape[1], images.shape[2], len(images))
         notes: list[str] = []
-        faults = _Faults(without_face)
+        faults = Faults(without_face)
         usable = []
         for number in range(len(images)):
             with faults.of_one_image():
@@ -256,10 +247,10 @@ class AlignFace(io.ComfyNode):
             for number in usable:
                 chosen: list[pipeline.Face] = []
                 with faults.of_one_image():
-                    chosen = pipeline.choose_faces(candidates[number], choice, index, _name(number))
+                    chosen = pipeline.choose_faces(candidates[number], choice, index, name_of(number))
                 for face in chosen:
                     with faults.of_one_image():
-                        note = pipeline.check_face(face, _name(number), smallest_face)
+                        note = pipeline.check_face(face, name_of(number), smallest_face)
                         face_mask = None if masks is None else masks[number]
                         aligned.append(face_alignment.align_ffhq(images[number], face.points, size, face_mask))
                         detected[number].append(face)
@@ -293,142 +284,7 @@ class AlignFace(io.ComfyNode):
         )
 
 
-class IdentitySimilarity(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="IdentityEditIdentitySimilarity",
-            display_name="Identity Similarity",
-            category="face",
-            search_aliases=["ArcFace", "face similarity", "ID score", "same person", "insightface", "cosine"],
-            advanced=["reference_without_face"],
-            description=(
-                "Measures how similar the people in two sets of images are: the cosine similarity of the "
-                "ArcFace embeddings of their faces (PIDiff, Gu et al. 2025, section 3.2, metric ID)."
-            ),
-            is_output_node=True,
-            inputs=[
-                io.Image.Input("images", tooltip="Images to score, such as generated ones; each gets its own score."),
-                io.Image.Input(
-                    "reference",
-                    tooltip="Images of the person; the largest face in each is used. Every image is compared with "
-                    "its most similar reference, as in Gu et al. 2025 (section 3.3.1).",
-                ),
-                FaceDetector.Input(
-                    "face_detector",
-                    optional=True,
-                    tooltip="Face detector, from Load Face Detector. Without one, identity is not measured.",
-                ),
-                recognizer_input(NO_MODEL),
-                io.Combo.Input(
-                    "choice",
-                    options=[pipeline.LARGEST, MOST_SIMILAR],
-                    default=pipeline.LARGEST,
-                    tooltip="Face to use when an image has several: the largest, or the one most similar to "
-                    "the reference.",
-                ),
-                io.Combo.Input(
-                    "without_face",
-                    options=[STOP, ZERO, LEAVE_OUT],
-                    default=STOP,
-                    tooltip="Handling of images in which no face is found. Counting them as 0 keeps a long "
-                    "comparison running; leave out excludes them from the mean and lists them in the report.",
-                ),
-                io.Combo.Input(
-                    "reference_without_face",
-                    options=[LEAVE_OUT, STOP],
-                    default=LEAVE_OUT,
-                    optional=True,
-                    tooltip="Handling of references in which no face is found. Leave out continues with the other "
-                    "references and lists the skipped ones in the report.",
-                ),
-            ],
-            outputs=[
-                io.Float.Output(
-                    "score",
-                    display_name="score",
-                    tooltip="Mean score of the images, -1 to 1. Above 0.5 is the same person, below 0.35 a different "
-                    "person (benchmarks/results/face_identity.md).",
-                ),
-                io.Float.Output("lowest", display_name="lowest", tooltip="Score of the least similar image."),
-                io.String.Output("report", display_name="report", tooltip="Score of every image, and warnings."),
-            ],
-        )
-
-    @classmethod
-    def validate_inputs(cls, recognizer: str) -> bool | str:
-        return recognizer_exists(recognizer, NO_MODEL)
-
-    @classmethod
-    @checked
-    def execute(
-        cls,
-        images: torch.Tensor,
-        reference: torch.Tensor,
-        recognizer: str,
-        choice: str,
-        without_face: str,
-        face_detector: Any = None,
-        reference_without_face: str = LEAVE_OUT,
-    ) -> io.NodeOutput:
-        images, reference = as_color(images), as_color(reference, "reference")
-        missing = first_said(
-            (face_detector is None, "a face detector in Load Face Detector"),
-            (recognizer == NO_MODEL, "a recognizer"),
-        )
-        if missing:
-            text = show_text(cls, "Identity was not measured.", f"It needs {missing}.")
-            from comfy_execution.graph_utils import ExecutionBlocker
-
-            unknown = ExecutionBlocker(None)  # nodes that use the scores do not run, all others do
-            return io.NodeOutput(unknown, unknown, text, ui=ui.PreviewText(text))
-        network = identity_similarity.load_recognizer(recognizer)
-        notes: list[str] = []
-        known = []
-        faults = _Faults(reference_without_face)
-        for number, image in enumerate(reference):
-            name = f"reference {number + 1}"
-            faces = pipeline.detect_faces(face_detector, image)
-            with faults.of_one_image():
-                face = pipeline.choose_faces(faces, pipeline.LARGEST, 1, name)[0]
-                notes += _warning(face, name)
-                known.append((image, face))
-        faults.stop_if_none(known)
-        notes += faults.note()
-        references = identity_similarity.embed_faces(network, known)
-
-        scores, lines = [], []
-        faults = _Faults(without_face)
-        for number, image in enumerate(images):
-            stop_if_interrupted()
-            detected = pipeline.detect_faces(face_detector, image)
-            if not detected and without_face == ZERO:
-                scores.append(0.0)
-                lines.append(f"{_name(number)}: 0 (no face)")
-                continue
-            candidates: list[pipeline.Face] = []
-            with faults.of_one_image():
-                candidates = pipeline.choose_faces(
-                    detected, pipeline.ALL if choice == MOST_SIMILAR else pipeline.LARGEST, 1, _name(number)
-                )
-            if not candidates:
-                lines.append(f"{_name(number)}: left out (no face)")
-                continue
-            embeddings = identity_similarity.embed_faces(network, [(image, face) for face in candidates])
-            best = identity_similarity.similarities(embeddings, references).amax(dim=1)
-            chosen = int(best.argmax())
-            notes += _warning(candidates[chosen], _name(number))
-            scores.append(float(best[chosen]))
-            lines.append(f"{_name(number)}: {scores[-1]:.3f} ({identity_similarity.verdict(scores[-1])})")
-        faults.stop_if_none(scores)
-        notes += faults.note()
-        mean = sum(scores) / len(scores)
-        text = f"Identity similarity {mean:.3f}\n" + "\n".join(lines)
-        text = show_text(cls, text, " ".join(notes) or None)
-        return io.NodeOutput(mean, min(scores), text, ui=ui.PreviewText(text))
-
-
-class _Faults:
+class Faults:
     """Images that cannot be used: the first one stops the node, or all are skipped.
 
     Args:
@@ -463,7 +319,8 @@ class _Faults:
 def _check_mask(masks: torch.Tensor | None, number: int) -> None:
     if masks is not None and not bool((masks[number] > 0).any()):
         raise IdentityEditError(
-            f"The mask of {_name(number)} is empty; paint the person, connect Segment Subject, or disconnect the mask."
+            f"The mask of {name_of(number)} is empty; paint the person, connect Segment Subject, or disconnect the "
+            f"mask."
         )
 
 
@@ -511,13 +368,8 @@ def _background_model(name: str) -> str:
     return model_path(BACKGROUND_FOLDER, name, BACKGROUND_NEEDED, BACKGROUND_ENDINGS)
 
 
-def _warning(face: pipeline.Face, name: str) -> list[str]:
-    note = pipeline.check_face(face, name, smallest=0.0)
-    return [note] if note else []
-
-
-def _name(number: int) -> str:
+def name_of(number: int) -> str:
     return f"image {number + 1}"
 
 
-NODES: list[type[io.ComfyNode]] = [LoadFaceDetector, AlignFace, IdentitySimilarity]
+NODES: list[type[io.ComfyNode]] = [LoadFaceDetector, AlignFace]

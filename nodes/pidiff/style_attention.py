@@ -35,7 +35,9 @@ from ..sockets import (
     StyleAttention,
     SubjectImages,
     WPlus,
+    blocked,
     checked,
+    fraction_input,
     mask_input,
     schema,
     seed_input,
@@ -111,21 +113,15 @@ class TrainStyleAttention(io.ComfyNode):
                     "AdamW's learning rate. Our default; Gu et al. 2025 do not report theirs.",
                     1.0,
                 ),
-                io.Float.Input(
+                fraction_input(
                     "text_drop",
-                    default=StyleSettings.text_drop,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Probability that an image is trained without its caption. 0.5 in Gu et al. 2025.",
+                    StyleSettings.text_drop,
+                    "Probability that an image is trained without its caption. 0.5 in Gu et al. 2025.",
                 ),
-                io.Float.Input(
+                fraction_input(
                     "style_drop",
-                    default=StyleSettings.style_drop,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Probability that an image is trained with the encoder's latent average instead of its "
+                    StyleSettings.style_drop,
+                    "Probability that an image is trained with the encoder's latent average instead of its "
                     "W+ codes. 0.5 in Gu et al. 2025.",
                 ),
                 io.Float.Input(
@@ -237,7 +233,7 @@ class LoadStyleAttention(io.ComfyNode):
                     options=_files(),
                     tooltip=f"Files saved by Train Style Attention: in the input folder itself and in '{FILE_FOLDER}' "
                     "below the output, input or models folder. Press R to refresh the list.",
-                ),
+                )
             ],
             outputs=[
                 StyleAttention.Output(
@@ -412,9 +408,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
             unused, styles.check_model(style_attention, model), styles.check_styles(style_attention, w_plus)
         )
         text = f"{styles.described(style_attention)}; strength {strength:g}"
-        from comfy_execution.graph import ExecutionBlocker
-
-        recorded = attention or ExecutionBlocker("No style token is recorded; set recorded_token from 1 on.")
+        recorded = attention or blocked("No style token is recorded; set recorded_token from 1 on.")
         return io.NodeOutput(styled, show_text(cls, f"{text}.", warning), recorded)
 
 

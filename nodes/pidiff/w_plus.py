@@ -40,7 +40,7 @@ class LoadWPlusEncoder(io.ComfyNode):
                     options=[NO_MODEL, *list_models(ENCODER_FOLDER, encoders.ENDINGS)],
                     tooltip=f"Encoder in models/{ENCODER_FOLDER}: the official e4e_ffhq_encode.pt, or a .safetensors "
                     "from Save W+ Encoder. Nothing is downloaded.",
-                ),
+                )
             ],
             outputs=[
                 WPlusEncoder.Output("encoder", display_name="encoder", tooltip="The encoder, for Encode W+."),
@@ -276,9 +276,7 @@ class LoadWPlus(io.ComfyNode):
             category="face",
             search_aliases=["load style", "load identity", "w plus"],
             description="Loads W+ codes saved by Save W+.",
-            inputs=[
-                file_input("Save W+", FILE_FOLDER),
-            ],
+            inputs=[file_input("Save W+", FILE_FOLDER)],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="The W+ codes."),
                 io.String.Output("report", display_name="report", tooltip="Number of faces, and their encoder."),

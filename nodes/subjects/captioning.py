@@ -90,9 +90,7 @@ class CaptionImages(io.ComfyNode):
             ],
             outputs=[
                 SubjectImages.Output(
-                    "captioned",
-                    display_name="subject",
-                    tooltip="Images with their captions, for training.",
+                    "captioned", display_name="subject", tooltip="Images with their captions, for training."
                 ),
                 io.String.Output(
                     "caption_list",

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 from ...pipelines.shared.errors import for_console
 from ...pipelines.subjects import images as subjects
 from ..saved_files import IN_OUTPUT_FOLDER, folders_below, path_below
-from ..sockets import SubjectImages, checked, mask_input, schema, show_text
+from ..sockets import SubjectImages, blocked, checked, mask_input, schema, show_text
 from .inputs import class_word_input
 
 REGULARIZATION_FOLDER = "regularization"
@@ -88,9 +88,7 @@ class LoadSubjectImages(io.ComfyNode):
                     "subject", display_name="subject", tooltip="Images with captions and masks, for training."
                 ),
                 io.Image.Output(
-                    "images",
-                    display_name="images",
-                    tooltip="All images as one batch, at the size of the first.",
+                    "images", display_name="images", tooltip="All images as one batch, at the size of the first."
                 ),
                 io.String.Output(
                     "caption_list",
@@ -231,9 +229,7 @@ def _subfolders(path: str) -> list[str]:
 def _test_image(subject: subjects.SubjectImages, folder: str) -> Any:
     if subject.test_image is not None:
         return subject.test_image.unsqueeze(0)
-    from comfy_execution.graph_utils import ExecutionBlocker
-
-    return ExecutionBlocker(f"The folder {folder} has no test image; put the image to edit into {folder}/test.")
+    return blocked(f"The folder {folder} has no test image; put the image to edit into {folder}/test.")
 
 
 def _report(subject: subjects.SubjectImages) -> str:

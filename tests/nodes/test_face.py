@@ -12,6 +12,7 @@ import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from identity_edit_pack.nodes.pidiff import face as nodes
+from identity_edit_pack.nodes.pidiff import identity_similarity as score_nodes
 from identity_edit_pack.pipelines.faces import detection as pipeline
 from identity_edit_pack.pipelines.faces import similarity as identity_similarity
 from identity_edit_pack.pipelines.faces.alignment import align_ffhq
@@ -125,8 +126,10 @@ def test_without_a_face_detector_images_count_as_aligned_and_identity_is_not_mea
     assert torch.equal(faces, expected) and torch.equal(mask, expected_mask)
     assert "no face detector" in report
     settings = dict(recognizer=nodes.NO_MODEL, choice=pipeline.LARGEST, without_face=nodes.STOP)
-    assert nodes.IdentitySimilarity.validate_inputs(nodes.NO_MODEL) is True
-    score, lowest, report = nodes.IdentitySimilarity.execute(IMAGES, IMAGES, face_detector=loaded, **settings).args
+    assert score_nodes.IdentitySimilarity.validate_inputs(nodes.NO_MODEL) is True
+    score, lowest, report = score_nodes.IdentitySimilarity.execute(
+        IMAGES, IMAGES, face_detector=loaded, **settings
+    ).args
     assert isinstance(score, ExecutionBlocker) and isinstance(lowest, ExecutionBlocker)
     assert "a face detector" in report
 
@@ -145,7 +148,7 @@ def test_missing_files_are_named_before_the_run(tmp_path: Path, monkeypatch: pyt
         monkeypatch.delitem(folder_paths.folder_names_and_paths, folder, raising=False)
     message = str(nodes.LoadFaceDetector.validate_inputs("models/buffalo_l"))
     assert str(tmp_path / "insightface") in message and "det_10g.onnx" in message
-    assert "w600k_r50.onnx" in str(nodes.IdentitySimilarity.validate_inputs("arcface.onnx"))
+    assert "w600k_r50.onnx" in str(score_nodes.IdentitySimilarity.validate_inputs("arcface.onnx"))
     assert str(tmp_path / "rembg") in str(nodes.AlignFace.validate_inputs(nodes.REMOVE, "u2net.onnx"))
     assert nodes.AlignFace.validate_inputs(nodes.KEEP, "u2net.onnx") is True
     assert nodes.LoadFaceDetector.validate_inputs(pipeline.MTCNN) is True
@@ -171,7 +174,7 @@ def uniform(*colors: tuple[float, float, float]) -> torch.Tensor:
 def score(monkeypatch: pytest.MonkeyPatch, images: torch.Tensor, reference: torch.Tensor, **inputs: Any) -> Any:
     monkeypatch.setattr(identity_similarity, "load_recognizer", lambda name: Recognizer())
     settings = dict(face_detector=Detector(0.0), recognizer="x", choice=pipeline.LARGEST, without_face=nodes.STOP)
-    return nodes.IdentitySimilarity.execute(images, reference, **{**settings, **inputs}).args
+    return score_nodes.IdentitySimilarity.execute(images, reference, **{**settings, **inputs}).args
 
 
 def test_every_image_is_compared_with_the_reference_most_like_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,10 +189,10 @@ def test_images_without_a_face(monkeypatch: pytest.MonkeyPatch) -> None:
     images = uniform((1, 0, 0), (0, 0, 0))
     with pytest.raises(IdentityEditError, match="No face was found in image 2"):
         score(monkeypatch, images, uniform((1, 0, 0)))
-    mean, lowest, report = score(monkeypatch, images, uniform((1, 0, 0)), without_face=nodes.ZERO)
+    mean, lowest, report = score(monkeypatch, images, uniform((1, 0, 0)), without_face=score_nodes.ZERO)
     assert (round(mean, 4), lowest) == (0.5, 0.0) and "image 2: 0 (no face)" in report
     with pytest.raises(IdentityEditError, match="No face was found in reference 1"):
-        score(monkeypatch, images, uniform((0, 0, 0)), without_face=nodes.ZERO)
+        score(monkeypatch, images, uniform((0, 0, 0)), without_face=score_nodes.ZERO)
 
 
 def test_the_face_most_like_the_reference_can_count(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +200,7 @@ def test_the_face_most_like_the_reference_can_count(monkeypatch: pytest.MonkeyPa
     image[:, :, 100:] = torch.tensor((1.0, 0.0, 0.0))
     two = Detector(-45.0, 60.0)
     largest = score(monkeypatch, image, uniform((1, 0, 0)), face_detector=two)[0]
-    best = score(monkeypatch, image, uniform((1, 0, 0)), face_detector=two, choice=nodes.MOST_SIMILAR)[0]
+    best = score(monkeypatch, image, uniform((1, 0, 0)), face_detector=two, choice=score_nodes.MOST_SIMILAR)[0]
     assert largest < 0.2 and best > 0.9
 
 
@@ -223,6 +226,6 @@ def test_the_whole_way_on_real_photos(tmp_path: Path, monkeypatch: pytest.Monkey
     assert 0.2 < float(mask.mean()) < 0.9 and bool((faces[mask == 0] == 0.5).all())
     first, second = real_photo("obama.jpg")[None], real_photo("obama2.jpg")[None]
     settings = dict(recognizer="fr_feature.onnx", choice=pipeline.LARGEST, without_face=nodes.STOP)
-    same = nodes.IdentitySimilarity.execute(first, second, detector, **settings).args
-    other = nodes.IdentitySimilarity.execute(first, real_photo("biden.jpg")[None], detector, **settings).args
+    same = score_nodes.IdentitySimilarity.execute(first, second, detector, **settings).args
+    other = score_nodes.IdentitySimilarity.execute(first, real_photo("biden.jpg")[None], detector, **settings).args
     assert same[0] > 0.5 and other[0] < 0.35

@@ -13,7 +13,8 @@ from identity_edit_pack.attention import identity_mask
 from identity_edit_pack.attention.capture import IdentityAttention
 from identity_edit_pack.attention.maps import MeanMap
 from identity_edit_pack.attention.masks import union
-from identity_edit_pack.nodes.lipe import masks
+from identity_edit_pack.nodes.lipe import identity_attention as nodes
+from identity_edit_pack.nodes.lipe import mask_blend
 from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.lipe import heatmap, identity_mask_blend, identity_prompt
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -22,7 +23,7 @@ from identity_edit_pack.tests.attention.sampling import NEGATIVE, POSITIVE, samp
 
 
 def blend_settings(words: str = "") -> dict[str, Any]:
-    return masks.MaskBlendSettings.execute(words, 2, "automatic", 0.0, "instead of attention masks").args[0]
+    return mask_blend.MaskBlendSettings.execute(words, 2, "automatic", 0.0, "instead of attention masks").args[0]
 
 
 SETTINGS: dict[str, Any] = {
@@ -69,12 +70,12 @@ def invert(model: Any, batch: int = 1) -> inversion.Inversion:
 def test_without_settings_the_defaults_are_used() -> None:
     model = tiny_models.sd1()
     inverted = invert(model)
-    shown = {item.id: item.default for item in masks.MaskBlendSettings.define_schema().inputs}
+    shown = {item.id: item.default for item in mask_blend.MaskBlendSettings.define_schema().inputs}
     results = [
-        masks.IdentityAwareMaskBlend.execute(
+        mask_blend.IdentityAwareMaskBlend.execute(
             model, CLIP, inverted, POSITIVE, NEGATIVE, "sks cat", 3.0, 0.4, 0.0, 1.0, NEGATIVE, blend_settings=settings
         ).args[0]["samples"]
-        for settings in (None, masks.MaskBlendSettings.execute(**shown).args[0])
+        for settings in (None, mask_blend.MaskBlendSettings.execute(**shown).args[0])
     ]
     assert torch.equal(*results)
 
@@ -99,7 +100,7 @@ def test_only_words_count_never_begin_end_and_padding(clip: Any) -> None:
 
 def test_identity_attention_records_any_stock_sampling() -> None:
     model, latent = tiny_models.sd1(), tiny_models.latent(4)
-    recording, attention = masks.IdentityAttentionNode.execute(model, CLIP, "sks cat", "", "automatic").args
+    recording, attention = nodes.IdentityAttentionNode.execute(model, CLIP, "sks cat", "", "automatic").args
     assert torch.equal(sample(recording, latent), sample(model, latent))
     assert attention.evaluations == 3 and set(attention.cross) == {(8, 8), (4, 4)}
     assert attention.columns == (1, 2)
@@ -107,16 +108,16 @@ def test_identity_attention_records_any_stock_sampling() -> None:
 
 def test_identity_attention_refuses_what_it_cannot_read() -> None:
     with pytest.raises(IdentityEditError, match="identity_prompt is empty"):
-        masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "", "", "automatic")
+        nodes.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "", "", "automatic")
     with pytest.raises(IdentityEditError, match="layers is '4' but this model has attention at 1/1, 1/2"):
-        masks.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "cat", "", "4")
+        nodes.IdentityAttentionNode.execute(tiny_models.sd1(), CLIP, "cat", "", "4")
 
 
 def test_identity_aware_mask_blend_gives_edit_masks_and_attention() -> None:
     model = tiny_models.sd1()
     inverted = invert(model, batch=2)
     target = tiny_models.conditioning(5)
-    *outputs, step_masks = masks.IdentityAwareMaskBlend.execute(
+    *outputs, step_masks = mask_blend.IdentityAwareMaskBlend.execute(
         model, CLIP, inverted, POSITIVE, target, "sks cat", **{**SETTINGS, "blend_settings": blend_settings("cat")},
         negative=NEGATIVE,
     ).args  # fmt: skip
@@ -147,15 +148,18 @@ def test_the_nodes_run_in_inference_mode_as_comfyui_runs_them() -> None:
     model = tiny_models.sd1()
     latent, image = tiny_models.latent(4), torch.zeros(1, 64, 64, 3)
     with torch.inference_mode():
-        recording, attention = masks.IdentityAttentionNode.execute(model, CLIP, "cat", "", "automatic").args
+        recording, attention = nodes.IdentityAttentionNode.execute(model, CLIP, "cat", "", "automatic").args
         sample(recording, latent)
-        inside = masks.AttentionHeatmap.execute(image, masks.REFINED, 0.3, 4, 0.6, attention).args[1]
-        blended = masks.IdentityAwareMaskBlend.execute(
+        inside = nodes.AttentionHeatmap.execute(image, nodes.REFINED, 0.3, 4, 0.6, attention).args[1]
+        blended = mask_blend.IdentityAwareMaskBlend.execute(
             model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", **SETTINGS, negative=NEGATIVE
         ).args[0]["samples"]
     sample(recording, latent)
-    assert torch.equal(inside, masks.AttentionHeatmap.execute(image, masks.REFINED, 0.3, 4, 0.6, attention).args[1])
-    expected = masks.IdentityAwareMaskBlend.execute(
+    assert torch.equal(
+        inside,
+        nodes.AttentionHeatmap.execute(image, nodes.REFINED, 0.3, 4, 0.6, attention).args[1],
+    )
+    expected = mask_blend.IdentityAwareMaskBlend.execute(
         model, CLIP, invert(model), POSITIVE, NEGATIVE, "cat", **SETTINGS, negative=NEGATIVE
     ).args[0]["samples"]
     assert torch.equal(blended, expected)
@@ -165,7 +169,7 @@ def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixtur
     model = tiny_models.sd1()
     inverted = invert(model)
     nothing = torch.zeros(1, 128, 128)
-    edited, source_mask, _, source_attention, _, report, _ = masks.IdentityAwareMaskBlend.execute(
+    edited, source_mask, _, source_attention, _, report, _ = mask_blend.IdentityAwareMaskBlend.execute(
         model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", **SETTINGS, negative=NEGATIVE, source_mask=nothing,
         target_mask=nothing,
     ).args  # fmt: skip
@@ -174,14 +178,14 @@ def test_the_blend_takes_masks_instead_and_warns(caplog: pytest.LogCaptureFixtur
     assert "6 model calls" in report and "Warning: The source mask is empty" in report
     assert "The source mask is empty" in caplog.text
     with pytest.raises(ValueError, match="No attention has been recorded"):
-        masks.AttentionHeatmap.execute(torch.zeros(1, 64, 64, 3), masks.REFINED, 0.3, 4, 0.6, source_attention)
+        nodes.AttentionHeatmap.execute(torch.zeros(1, 64, 64, 3), nodes.REFINED, 0.3, 4, 0.6, source_attention)
 
 
 def test_guidance_scale_0_is_the_inversions_own() -> None:
     model = tiny_models.sd1()
     inverted = invert(model)
     results = [
-        masks.IdentityAwareMaskBlend.execute(
+        mask_blend.IdentityAwareMaskBlend.execute(
             model, CLIP, inverted, POSITIVE, NEGATIVE, "cat", **{**SETTINGS, "guidance_scale": scale},
             negative=NEGATIVE,
         ).args[0]["samples"]
@@ -203,58 +207,58 @@ def recorded() -> IdentityAttention:
 
 def test_heatmap_of_what_nobody_sampled_is_refused() -> None:
     with pytest.raises(IdentityEditError, match="^No attention has been recorded in identity_attention; sample with"):
-        masks.AttentionHeatmap.execute(
-            torch.zeros(1, 32, 32, 3), masks.CROSS_ATTENTION, 0.3, 4, 0.5, IdentityAttention((1,))
+        nodes.AttentionHeatmap.execute(
+            torch.zeros(1, 32, 32, 3), nodes.CROSS_ATTENTION, 0.3, 4, 0.5, IdentityAttention((1,))
         )
 
 
 def test_heatmap_lays_the_map_over_the_image() -> None:
     image = torch.rand(2, 32, 32, 3, generator=torch.Generator().manual_seed(0))
-    show = masks.AttentionHeatmap.execute
-    untouched, values = show(image, masks.CROSS_ATTENTION, 0.3, 4, 0.0, recorded()).args
+    show = nodes.AttentionHeatmap.execute
+    untouched, values = show(image, nodes.CROSS_ATTENTION, 0.3, 4, 0.0, recorded()).args
     assert torch.equal(untouched, image)
     assert values.shape == (2, 32, 32)
     assert torch.equal(values[:, :, :8], torch.ones(2, 32, 8)) and float(values[:, :, 24:].abs().max()) == 0
-    opaque, _ = show(image, masks.CROSS_ATTENTION, 0.3, 4, 1.0, recorded()).args
+    opaque, _ = show(image, nodes.CROSS_ATTENTION, 0.3, 4, 1.0, recorded()).args
     assert torch.equal(opaque[0], opaque[1]), "the image still shows"
     brightness = opaque.mean(dim=-1)
     assert float(brightness[:, :, :8].min()) > float(brightness[:, :, 24:].max())
     # Self-attention that sees everything alike leaves nothing to tell apart.
-    _, even = show(image, masks.REFINED, 0.3, 4, 0.5, recorded()).args
+    _, even = show(image, nodes.REFINED, 0.3, 4, 0.5, recorded()).args
     assert float(even.max()) == 0
 
 
 def test_heatmap_outlines_masks() -> None:
     image = torch.full((1, 64, 64, 3), 0.5)
-    show = masks.AttentionHeatmap.execute
+    show = nodes.AttentionHeatmap.execute
     given = torch.zeros(1, 64, 64)
     given[:, 16:48, 16:48] = 1
-    drawn, values = show(image, masks.MASK, 0.3, 0, 0.6, None, given).args
+    drawn, values = show(image, nodes.MASK, 0.3, 0, 0.6, None, given).args
     changed = (drawn != image).any(dim=-1)[0].numpy()
     expected = np.zeros((64, 64), bool)
     expected[15:49, 15:49] = True
     expected[16:48, 16:48] = False
     assert np.array_equal(changed, expected) and torch.equal(values, given)
-    drawn, values = show(image, masks.MASK, 0.3, 0, 0.6, recorded()).args
+    drawn, values = show(image, nodes.MASK, 0.3, 0, 0.6, recorded()).args
     assert set(values.unique().tolist()) <= {0.0, 1.0} or float(values.max()) == 1.0
     assert (drawn != image).any(), "no outline"
     with pytest.raises(IdentityEditError, match="nothing to draw"):
-        show(image, masks.MASK, 0.3, 0, 0.6)
+        show(image, nodes.MASK, 0.3, 0, 0.6)
     with pytest.raises(IdentityEditError, match="mask holds 3 masks for 1 image"):
-        show(image, masks.MASK, 0.3, 0, 0.6, None, given.expand(3, -1, -1))
+        show(image, nodes.MASK, 0.3, 0, 0.6, None, given.expand(3, -1, -1))
 
 
 def test_every_node_is_listed() -> None:
-    ids = [node.define_schema().node_id for node in masks.NODES]
+    ids = [node.define_schema().node_id for node in (*nodes.NODES, *mask_blend.NODES)]
     assert ids == [
         f"IdentityEdit{name}"
         for name in (
             "IdentityAttention",
-            "IdentityAwareMaskBlend",
-            "MaskBlendSettings",
             "AttentionHeatmap",
             "AttentionMapsByStep",
-        )
+            "IdentityAwareMaskBlend",
+            "MaskBlendSettings",
+        )  # fmt: skip
     ]
 
 
@@ -273,14 +277,14 @@ def test_other_token_positions_are_refused(text: str) -> None:
 
 
 def test_maps_by_step_are_labeled_images() -> None:
-    recording, attention = masks.IdentityAttentionNode.execute(
+    recording, attention = nodes.IdentityAttentionNode.execute(
         tiny_models.sd1(), CLIP, "", "", "2", token_numbers="3, -1", by_step=True
     ).args
     image = torch.zeros(2, 64, 64, 3)
     with pytest.raises(IdentityEditError, match="no maps by step"):
-        masks.AttentionMapsByStep.execute(image, attention, "", 1.0)
+        nodes.AttentionMapsByStep.execute(image, attention, "", 1.0)
     sample(recording, tiny_models.latent(4, batch=2))
-    maps, labels = masks.AttentionMapsByStep.execute(image, attention, "3, 1", 1.0).args
+    maps, labels = nodes.AttentionMapsByStep.execute(image, attention, "3, 1", 1.0).args
     assert maps.shape == (8, 78, 64, 3)  # two steps, images and tokens; a strip of 14 pixels
     assert labels.splitlines() == [
         f"step {step} of 3, token {token}" for step in (3, 1) for _ in range(2) for token in (3, -1)
@@ -289,8 +293,8 @@ def test_maps_by_step_are_labeled_images() -> None:
     expected = identity_mask.rough_mask(attention.steps[2])[1]
     shown = heatmap.heat_colors(heatmap.enlarged((expected / expected.max())[None], image[:1]))[0]
     torch.testing.assert_close(maps[1, :64], shown)
-    assert len(masks.AttentionMapsByStep.execute(image, attention, "", 0.5).args[0]) == 12
+    assert len(nodes.AttentionMapsByStep.execute(image, attention, "", 0.5).args[0]) == 12
     with pytest.raises(IdentityEditError, match="steps has 4"):
-        masks.AttentionMapsByStep.execute(image, attention, "4", 1.0)
+        nodes.AttentionMapsByStep.execute(image, attention, "4", 1.0)
     with pytest.raises(IdentityEditError, match="whole numbers"):
-        masks.AttentionMapsByStep.execute(image, attention, "first", 1.0)
+        nodes.AttentionMapsByStep.execute(image, attention, "first", 1.0)

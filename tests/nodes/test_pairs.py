@@ -7,7 +7,7 @@ import folder_paths
 import pytest
 import torch
 from comfy_execution.graph import ExecutionBlocker
-from identity_edit_pack.nodes.mcdm import identity_words, pairs
+from identity_edit_pack.nodes.mcdm import identity_words, pair_guider, pairs
 from identity_edit_pack.pipelines.engine import CombiningGuider
 from identity_edit_pack.pipelines.mcdm.pair_folder import PairFolder
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -52,22 +52,24 @@ def generate(**changes):
 
 def test_the_guider_node_gives_a_guider() -> None:
     given = {name: tiny_models.conditioning(i) for i, name in enumerate(("shared", "source", "target", "negative"))}
-    guider = pairs.PairGuider.execute(model=tiny_models.sd1(), **defaults(pairs.PairGuider, **given)).result[0]
+    guider = pair_guider.PairGuider.execute(
+        model=tiny_models.sd1(), **defaults(pair_guider.PairGuider, **given)
+    ).result[0]
     assert isinstance(guider, CombiningGuider) and isinstance(guider, comfy.samplers.CFGGuider)
 
 
 def test_split_pair_gives_halves_of_what_is_connected() -> None:
     images = torch.rand(2, 8, 12, 3)
     latent = {"samples": torch.rand(2, 4, 3, 6), "noise_mask": torch.rand(2, 24, 48), "batch_index": [4, 5]}
-    left, right, left_latent, right_latent = pairs.SplitPair.execute(images=images, latent=latent).result
+    left, right, left_latent, right_latent = pair_guider.SplitPair.execute(images=images, latent=latent).result
     assert torch.equal(torch.cat([left, right], dim=2), images)
     assert torch.equal(torch.cat([left_latent["samples"], right_latent["samples"]], dim=3), latent["samples"])
     assert right_latent["noise_mask"].shape == (2, 24, 24) and left_latent["batch_index"] == [4, 5]
     assert latent["samples"].shape == (2, 4, 3, 6)
-    only = pairs.SplitPair.execute(images=images).result
+    only = pair_guider.SplitPair.execute(images=images).result
     assert isinstance(only[2], ExecutionBlocker) and torch.equal(only[0], left)
     with pytest.raises(IdentityEditError, match="Split Pair has no input"):
-        pairs.SplitPair.execute()
+        pair_guider.SplitPair.execute()
 
 
 def test_generate_pairs_makes_the_dataset_once(output) -> None:

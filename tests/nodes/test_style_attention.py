@@ -203,7 +203,7 @@ def test_what_cannot_be_trained_is_refused_before_the_training(
 
 
 def test_the_attention_to_a_style_token_is_drawn_by_attention_heatmap(models: Any) -> None:
-    from identity_edit_pack.nodes.lipe.masks import CROSS_ATTENTION, AttentionHeatmap
+    from identity_edit_pack.nodes.lipe.identity_attention import CROSS_ATTENTION, AttentionHeatmap
 
     style, one = tiny_styles.style_attention(models[0]), tiny_styles.w_plus()
     styled, _, attention = nodes.ApplyStyleCrossAttention.execute(

@@ -47,6 +47,10 @@ EVERYTHING = 0.85
 """[choice] Share of changed pixels from which nothing is left to keep."""
 SMALLEST_ISLAND = 1e-4
 """[choice] Share of the image below which a change is noise."""
+SMALL_ISLAND = 5e-3
+"""[choice] The same below which a change must be certain in most places."""
+SURE = 1 / 3
+"""[choice] Certain share of a small change."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,8 @@ def _cleaned(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     if not count:
         return joined
     areas, hits = (ndimage.sum_labels(each, labels, np.arange(count + 1)) for each in (joined, joined & seeds))
-    kept = (areas >= least) & (hits >= least / 4)
+    is_sure = (hits >= areas * SURE) | (areas >= SMALL_ISLAND * seeds.size)
+    kept = (areas >= least) & (hits >= least / 4) & is_sure
     kept[0] = False
     mask = kept[labels]
     holes, count = ndimage.label(~mask)

@@ -27,7 +27,7 @@ from identity_edit_pack.demo_world.attributes import POSES, Attributes, caption,
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.inversion import invert_image, sample_inversion
 from identity_edit_pack.pipelines.lipe import heatmap
 from PIL import Image
 from scipy.spatial import cKDTree
@@ -139,7 +139,7 @@ def inverted_psnr(pairs: list[Any], steps: int) -> dict[str, float]:
         ]
         images = torch.stack([each.image for each in aligned])
         with torch.no_grad():
-            inverted = ddim_inversion(model, vae.encode(images), texts, steps=steps)
+            inverted = invert_image(model, vae.encode(images), texts, steps=steps)
         with torch.no_grad():
             sampled = vae.decode(sample_inversion(model, inverted, texts))
         result[surroundings] = statistics.mean(

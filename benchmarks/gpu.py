@@ -294,7 +294,7 @@ def null_text_rows(part: Part, arguments: argparse.Namespace) -> Iterator[dict[s
     cells = (arguments.size or SIZES[width]) // 8
     latent = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(0))
     positive, negative = (embed(clip, [text]) for text in ("a photo of a cat on a sofa", ""))
-    pivot = speed.inversion.ddim_inversion(model, latent, positive, steps=NULL_TEXT_STEPS[width])
+    pivot = speed.inversion.invert_image(model, latent, positive, steps=NULL_TEXT_STEPS[width])
     seconds: dict[str, float] = {}
     distances: dict[str, float] = {}
     for name, method in speed.METHODS.items():

@@ -51,7 +51,7 @@ from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import (
     subject_table,
 )
 from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
+from identity_edit_pack.pipelines.inversion.inversion import invert_image
 from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_masks
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
@@ -217,7 +217,7 @@ def second_pass(run: Run, way: Way, latents: torch.Tensor, words: str) -> tuple[
     stacked = torch.stack(references).clamp(0, 1)
     with torch.no_grad():
         encoded = run.base.vae.encode(stacked)
-    inversion = ddim_inversion(way.inverting, encoded, embed(way.clip, captions), steps=arguments.steps)
+    inversion = invert_image(way.inverting, encoded, embed(way.clip, captions), steps=arguments.steps)
     found = reference_guided_sampling(
         way.model, run.start, inversion, torch.stack(masks), way.positive, run.negative,
         guidance_scale=arguments.guidance_scale, inner_steps=arguments.inner_steps,

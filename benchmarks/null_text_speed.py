@@ -22,6 +22,7 @@ from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
+from identity_edit_pack.pipelines.engine.families.schedule import ddim_timesteps
 from identity_edit_pack.pipelines.inversion import inversion, null_text
 from identity_edit_pack.pipelines.inversion.reconstruction import psnr
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
@@ -48,7 +49,7 @@ def by_reference(
     sampling = engine.require(model).sampling
     device = next(network.parameters()).device
     alphas_cumprod = (1.0 / (1.0 + sampling.sigmas.double() ** 2)).float().to(device)
-    scale = reference_null_text.DdimScale(alphas_cumprod, pivot.timesteps.tolist())
+    scale = reference_null_text.DdimScale(alphas_cumprod, ddim_timesteps(pivot.steps).tolist())
     pivots = [(x / DIFFUSION.scale(sigma)).to(device) for x, sigma in zip(pivot.trajectory, pivot.sigmas, strict=True)]
     v_prediction = pivot.model.prediction == "v"
 
@@ -103,7 +104,7 @@ def images_of(arguments: argparse.Namespace, count: int) -> Iterator[tuple[Any, 
             latent = vae.encode(image)
             decoded = vae.decode(latent).cpu()
         positive, negative = (embed(clip, [text]) for text in (caption(attributes, seed % CAPTION_TEMPLATES), ""))
-        pivot = inversion.ddim_inversion(model, latent, positive, steps=arguments.steps)
+        pivot = inversion.invert_image(model, latent, positive, steps=arguments.steps)
         yield image, decoded, vae, (model, pivot, positive, negative, arguments.guidance_scale)
 
 

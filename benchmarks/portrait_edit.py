@@ -42,7 +42,7 @@ from identity_edit_pack.demo_world.classifier import AttributeClassifier, classi
 from identity_edit_pack.demo_world.clip_vision import load_clip_vision
 from identity_edit_pack.demo_world.images import EVALUATION_SEED, HEADS
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.inversion import invert_image, sample_inversion
 from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.mcdm.edit_mask import EditMaskSettings, edit_mask
@@ -182,7 +182,7 @@ def by_sdedit(parts: Parts, pairs: list[Pair], words: Words, strength: float, se
 def by_prompt_to_prompt(parts: Parts, pairs: list[Pair], words: Words) -> torch.Tensor:
     source, _, _ = prompts(parts, pairs, words)
     latent = parts.vae.encode(torch.stack([pair.before for pair in pairs]))
-    inversion = ddim_inversion(parts.model, latent, source, steps=INVERSION_STEPS)
+    inversion = invert_image(parts.model, latent, source, steps=INVERSION_STEPS)
     made = []
     for index, pair in enumerate(pairs):
         own = dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1])
@@ -197,7 +197,7 @@ def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int, name: 
     latent = parts.vae.encode(images)
     settings = EditMaskSettings(outliers=3.0)
     mask = edit_mask(parts.model, target, source, latent, settings, seed=seed).mask
-    inversion = ddim_inversion(parts.model, latent, empty, steps=INVERSION_STEPS)
+    inversion = invert_image(parts.model, latent, empty, steps=INVERSION_STEPS)
     result = identity_mask_blend(
         parts.model, inversion, target, target, None, empty, guidance_scale=GUIDANCE_SCALE,
         settings=BlendSettings(skip=0.3), source_mask=mask, target_mask=mask,

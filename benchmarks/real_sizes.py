@@ -41,7 +41,7 @@ GIB_NEEDED = {"sd15": 6.0, "sd21": 6.5, "sdxl": 10.0}
 OK, REFUSED, TOO_LARGE, STOPPED, FAILED = RESULTS_OF_A_ROW = ("ok", "refused", "not run", "stopped", "failed")
 ROWS = {
     "plain sampling, for comparison": "plain",
-    "DDIM Inversion": "ddim_inversion",
+    "Noise Inversion": "invert_image",
     "Edit-Friendly DDPM": "edit_friendly",
     "Null-Text Optimization": "null_text",
     "Null-Text Optimization without checkpointing": "null_text_without_checkpointing",

@@ -110,7 +110,7 @@ class Models:
         return self.run("SubjectFromImages", **images, **settings, masks=[self.mask(size).expand(2, -1, -1)])[0]
 
     def inversion(self, steps: int = 1) -> Any:
-        return self.run("DDIMInversion", steps=steps)[0]
+        return self.run("NoiseInversion", steps=steps)[0]
 
     def null_text(self, checkpointing: bool = True, **settings: Any) -> tuple[Any, ...]:
         settings |= {"inner_steps": 1, "checkpointing": checkpointing}
@@ -217,14 +217,14 @@ def in_output_folder(path: str) -> str:
     return f"{folder.name}/{Path(path).name} [output]"
 
 
-def ddim_inversion(models: Models) -> None:
+def invert_image(models: Models) -> None:
     path = models.run("SaveInversion", inversion=models.inversion())[0]
     models.run("LoadInversion", file=in_output_folder(path))
 
 
 def edit_friendly(models: Models) -> None:
     inversion = models.run("EditFriendlyDDPMInversion", steps=2, negative=models.prompt(""))[0]
-    sampler, sigmas, start = models.run("EditFriendlyDDPMSampler", inversion=inversion, skip=0.5)
+    sampler, sigmas, start = models.run("InversionSampler", inversion=inversion, skip=0.5)
     models.sample(models.model, latent=start, sigmas=sigmas, sampler=sampler, add_noise=False)
 
 

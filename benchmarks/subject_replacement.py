@@ -20,7 +20,7 @@ import torch
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT, SubjectEmbedding, apply_subject
 from identity_edit_pack.pipelines.hifi_tuner.subject_replacement import subject_replacement
-from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.inversion import Inversion, invert_image, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import ADAPTIVE, null_text_optimization
 from tqdm import tqdm
 
@@ -45,7 +45,7 @@ def replace_subjects(
     with torch.no_grad():
         encoded = base.vae.encode(torch.stack([pair.before for pair in pairs]))
     positive, negative = embed(base.clip, source_prompts), embed(base.clip, [""])
-    plain = ddim_inversion(base.model, encoded, positive, steps=arguments.steps)
+    plain = invert_image(base.model, encoded, positive, steps=arguments.steps)
     null_text = null_text_optimization(
         base.model, plain, positive, negative, guidance_scale=arguments.guidance_scale, method=ADAPTIVE
     )

@@ -21,7 +21,7 @@ import torch
 from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, caption, random_attributes
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.inversion import invert_image, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import METHODS as NULL_TEXT_METHODS
 from identity_edit_pack.pipelines.inversion.null_text import null_text_optimization
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
@@ -82,7 +82,7 @@ def edit_batch(
     target = embed(clip, [caption(pair.target) for pair in pairs])
     scale = arguments.guidance_scale
 
-    inversion = ddim_inversion(model, latent, source, steps=arguments.steps)
+    inversion = invert_image(model, latent, source, steps=arguments.steps)
     null_text = null_text_optimization(
         model, inversion, source, embed(clip, [""]), guidance_scale=scale, method=arguments.null_text
     )
@@ -90,7 +90,7 @@ def edit_batch(
     optimized: Conditioning = [[optimize_text_embedding(model, latent, target).embedding, {}]]
     edit = edit_conditioning(target, optimized, arguments.eta)
     without = embed(clip, [""] * len(pairs))
-    unnamed = ddim_inversion(model, latent, without, steps=arguments.steps)
+    unnamed = invert_image(model, latent, without, steps=arguments.steps)
     of_unnamed = null_text_optimization(
         model, unnamed, without, embed(clip, [""]), guidance_scale=scale, method=arguments.null_text
     )

@@ -24,7 +24,7 @@ from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import (
     subject_conditioning,
 )
 from identity_edit_pack.pipelines.hifi_tuner.train_subject_embedding import SubjectSettings, train_subject_embedding
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
+from identity_edit_pack.pipelines.inversion.inversion import invert_image
 from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_masks
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.pidiff.style_attention import StyleAttention, apply_style_attention
@@ -136,7 +136,7 @@ def _guided(
     aligned = align_reference(sources[choice.index], masks[choice.index], generated, image)
     with torch.no_grad():
         latent = plain.vae.encode(aligned.image[None])
-    inversion = ddim_inversion(inverting.model, latent, embed(inverting.clip, [caption]), steps=settings.steps)
+    inversion = invert_image(inverting.model, latent, embed(inverting.clip, [caption]), steps=settings.steps)
     schedule = ddim_schedule(plain.model.get_model_object("model_sampling"), settings.steps)
     start = first_pass_latent(plain.model, torch.zeros_like(latent), schedule.sigmas, settings.seed)
     found = reference_guided_sampling(

@@ -11,7 +11,7 @@ import torch
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
-from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion
+from identity_edit_pack.pipelines.inversion.inversion import Inversion, invert_image, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import (
     ADAPTIVE,
     GUIDANCE_SCALE,
@@ -71,7 +71,7 @@ def inverted(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings) -
 
     def make() -> Inversion:
         begin = start(checkpoint, case)
-        return ddim_inversion(checkpoint.model, begin.latent, begin.source, steps=settings.steps)
+        return invert_image(checkpoint.model, begin.latent, begin.source, steps=settings.steps)
 
     return settings.work.once(("case", "inversion", case.image, case.source_prompt, settings.steps), make)
 
@@ -153,7 +153,7 @@ def by_diffedit(checkpoint: Checkpoint, case: EditCase, settings: MethodSettings
     begin = start(checkpoint, case)
     of_mask = EditMaskSettings(seeds=settings.mask_seeds, outliers=3.0, kernel=1, threshold=0.5)
     mask = edit_mask(checkpoint.model, begin.target, begin.source, begin.latent, of_mask, seed=settings.seed).mask
-    inversion = ddim_inversion(checkpoint.model, begin.latent, begin.empty, steps=settings.steps)
+    inversion = invert_image(checkpoint.model, begin.latent, begin.empty, steps=settings.steps)
     made = identity_mask_blend(
         checkpoint.model, inversion, begin.target, begin.target, None, begin.empty,
         guidance_scale=settings.guidance_scale, settings=BlendSettings(skip=1.0 - settings.encoding_ratio),

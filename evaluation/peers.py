@@ -66,7 +66,7 @@ REASONS = {
         "diffusers guides the two predictions whose difference makes the mask: twice the evaluations for the same "
         "difference but for a factor, which normalizing takes away. Its noise is drawn in another order, and each of "
         "its steps is blended with the inverted latent of the step before, the pack's with that of the same noise "
-        "level. It inverts only as far as the edit goes back, DDIM Inversion the whole way."
+        "level. It inverts only as far as the edit goes back, Noise Inversion the whole way."
     ),
     "masactrl": (
         "The same image to rounding. The reference evaluates source and target as one batch; the pack one after the "

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from . import (
     attention_control,
     demo,
+    flow_editing,
     hifi_tuner,
     inversion,
     keep_rest,
@@ -21,6 +22,7 @@ from . import (
 
 NODE_CLASSES: list[type[io.ComfyNode]] = [
     *inversion.NODES,
+    *flow_editing.NODES,
     *timestep_aware.NODES,
     *subjects.NODES,
     *training.NODES,

@@ -131,7 +131,7 @@ _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "VAE": lambda value, item, model: _check_vae(value, item.id, _channels(model)),
     "IMAGE": lambda value, item, model: check_images(value, item.id),
     "MASK": lambda value, item, model: check_mask(value, item.id),
-    "LATENT": lambda value, item, model: check_latent(latent_samples(value, item.id), item.id, _channels(model)),
+    "LATENT": lambda value, item, model: _check_latent(value, item.id, model),
     "CONDITIONING": lambda value, item, model: _check_conditioning(value, item.id, model),
     "SIGMAS": lambda value, item, model: check_sigmas(value, item.id),
     "INT": lambda value, item, model: check_number(value, item.id, item.min, item.max),
@@ -153,6 +153,10 @@ def _check_clip(clip: Any, item: Any, model: Any) -> None:
 def _check_clip_vision(clip_vision: Any, name: str) -> None:
     if not hasattr(clip_vision, "encode_image"):
         raise IdentityEditError(f"{name} is not a CLIP vision model; connect a Load CLIP Vision node.")
+
+
+def _check_latent(latent: Any, name: str, model: Any) -> None:
+    check_latent(latent_samples(latent, name), name, _channels(model), model is not None and engine.has_frames(model))
 
 
 def _channels(model: Any) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ..pipelines import engine
 from ..pipelines.inversion.inversion import Inversion as InversionData
 from ..pipelines.shared.conditioning import Conditioning, with_embedding
 from ..pipelines.text.step_embeddings import apply_step_embeddings
@@ -281,7 +282,7 @@ class TimestepAwareTextInjection(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that will sample; only its noise schedule is used."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="Sigmas of the sampling run: from DDIM Inversion, or from Basic Scheduler with "
+                    tooltip="Sigmas of the sampling run: from Noise Inversion, or from Basic Scheduler with "
                     "KSampler's scheduler and steps.",
                 ),
                 *_prompt_inputs(),
@@ -332,7 +333,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
                 ),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="Sigmas of the sampling run: from DDIM Inversion, or from Basic Scheduler with "
+                    tooltip="Sigmas of the sampling run: from Noise Inversion, or from Basic Scheduler with "
                     "KSampler's scheduler and steps.",
                 ),
                 *_prompt_inputs(),
@@ -365,7 +366,8 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
         optimized: Conditioning | None = None,
     ) -> io.NodeOutput:
         edit = text_injection.edit_conditioning(target, optimized, eta)
-        table = text_injection.injection_table(sigmas, source, edit, ratio)
+        repeats = engine.Capability.CROSS_ATTENTION in engine.require(model).capabilities
+        table = text_injection.injection_table(sigmas, source, edit, ratio, repeats_texts=repeats)
         show_warnings(cls, _idle(source, edit, optimized, ratio, eta, len(sigmas) - 1))
         return io.NodeOutput(apply_step_embeddings(model, table, "positive"), edit)
 
@@ -395,7 +397,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                 guidance_scale_input(
                     7.5,
                     "Guidance scale. 7.5 with Null-Text Optimization, which must use the same value; 1 "
-                    "with DDIM Inversion alone (Jung et al. 2024, section 5.1).",
+                    "with Noise Inversion alone (Jung et al. 2024, section 5.1).",
                 ),
                 io.Combo.Input(
                     "sampler",

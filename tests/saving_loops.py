@@ -79,7 +79,7 @@ def in_one_file(save: Callable[[str, int], None], read: Callable[[str], torch.Te
 def save_inversion(path: str, version: int) -> None:
     trajectory = large(version).reshape(2, 1, 4, 250, 500)
     made = inversion.Inversion(
-        trajectory, torch.tensor([1.0, 0.0]), torch.tensor([500]), inversion.DDIM, 1.0, TAG
+        trajectory, torch.tensor([1.0, 0.0]), inversion.DDIM, 1.0, TAG
     )  # fmt: skip
     inversion.save_inversion(made, path)
 

@@ -1,12 +1,14 @@
 """Flow models with joint attention at a size that a test runs in milliseconds, with random weights: ComfyUI's own
-classes in float32 on the CPU, like Flux (double and single blocks, rotary embeddings) and like Stable Diffusion 3.5
-medium (joint blocks, the first with attention of the image alone beside it)."""
+classes in float32 on the CPU. Flux has double and single blocks and rotary embeddings; Stable Diffusion 3.5 medium has
+an attention of the image alone beside its first joint attention; Qwen-Image's latents have frames; Lumina 2 and Z-Image
+refine the text first; AuraFlow has register tokens; HiDream reads several texts."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import comfy.ldm.chroma.model
 import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_patcher
@@ -15,18 +17,30 @@ import torch
 from tiny_models import CONTEXT, POOLED, _draw_weights
 
 CHANNELS = 16
+_FLUX = {
+    "in_channels": CHANNELS, "out_channels": CHANNELS, "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0,
+    "num_heads": 2, "depth": 2, "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2,
+    "qkv_bias": True,
+}  # fmt: skip
+_LUMINA = {
+    "image_model": "lumina2", "patch_size": 2, "in_channels": CHANNELS, "n_layers": 2, "n_refiner_layers": 1,
+    "multiple_of": 32, "qk_norm": True, "cap_feat_dim": CONTEXT, "axes_dims": [8, 12, 12], "axes_lens": [300, 512, 512],
+}  # fmt: skip
 
 
-def flux(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
-    network = {
-        "image_model": "flux", "in_channels": CHANNELS, "out_channels": CHANNELS, "vec_in_dim": POOLED,
-        "context_in_dim": CONTEXT, "hidden_size": 64, "mlp_ratio": 4.0, "num_heads": 2, "depth": 2,
-        "depth_single_blocks": 2, "axes_dim": [8, 12, 12], "theta": 10000, "patch_size": 2, "qkv_bias": True,
-        "guidance_embed": True,
-    }  # fmt: skip
-    if any(field.name == "txt_ids_dims" for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)):
-        network["txt_ids_dims"] = []  # newer than 0.3.75
-    return _patcher(comfy.supported_models.Flux, comfy.model_base.Flux, network, seed, output_gain)
+def flux(
+    seed: int = 0, output_gain: float = 1.0, guidance_embed: bool = True, base: Any = comfy.model_base.Flux
+) -> comfy.model_patcher.ModelPatcher:
+    network = {**_FLUX, "image_model": "flux", "vec_in_dim": POOLED, "guidance_embed": guidance_embed}
+    network |= _newer_than_0_3_75(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[])
+    return _patcher(comfy.supported_models.Flux, base, network, seed, output_gain)
+
+
+def chroma(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {**_FLUX, "image_model": "chroma", "in_dim": 64, "out_dim": 64, "hidden_dim": 32, "n_layers": 1}
+    network |= {"in_channels": 4 * CHANNELS, "out_channels": 4 * CHANNELS}
+    network |= _newer_than_0_3_75(comfy.ldm.chroma.model.ChromaParams, txt_ids_dims=[], vec_in_dim=None)
+    return _patcher(comfy.supported_models.Chroma, comfy.model_base.Chroma, network, seed, output_gain)
 
 
 def sd3(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
@@ -41,12 +55,58 @@ def sd3(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPat
     return _patcher(comfy.supported_models.SD3, comfy.model_base.SD3, network, seed, output_gain)
 
 
+def qwen_image(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {
+        "image_model": "qwen_image", "patch_size": 2, "in_channels": 4 * CHANNELS, "out_channels": CHANNELS,
+        "num_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": CONTEXT,
+        "axes_dims_rope": (8, 12, 12),
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.QwenImage, comfy.model_base.QwenImage, network, seed, output_gain)
+
+
+def lumina2(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {**_LUMINA, "dim": 64, "n_heads": 2, "n_kv_heads": 1}
+    return _patcher(comfy.supported_models.Lumina2, comfy.model_base.Lumina2, network, seed, output_gain)
+
+
+def z_image(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {**_LUMINA, "dim": 256, "n_heads": 8, "n_kv_heads": 8, "z_image_modulation": True}
+    network |= {"pad_tokens_multiple": 32, "time_scale": 1000.0}
+    return _patcher(comfy.supported_models.ZImage, comfy.model_base.Lumina2, network, seed, output_gain)
+
+
+def aura_flow(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {
+        "in_channels": 4, "out_channels": 4, "patch_size": 2, "dim": 64, "n_layers": 2,
+        "n_double_layers": 1, "n_heads": 2, "global_conddim": 64, "cond_seq_dim": CONTEXT, "max_seq": 64,
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.AuraFlow, comfy.model_base.AuraFlow, network, seed, output_gain)
+
+
 FAMILIES: dict[str, Any] = {"flux": flux, "sd3": sd3}
+"""Two families with all that tests of a technique need to meet."""
+ALL: dict[str, Any] = {
+    **FAMILIES, "chroma": chroma, "qwen_image": qwen_image, "lumina2": lumina2, "z_image": z_image,
+    "aura_flow": aura_flow,
+}  # fmt: skip
 
 
-def latent(seed: int, batch: int = 1, height: int = 8, width: int = 8) -> torch.Tensor:
+def latent(seed: int, batch: int = 1, height: int = 8, width: int = 8, channels: int = CHANNELS) -> torch.Tensor:
     """An image's latent in the scale of LATENT sockets."""
-    return torch.randn(batch, CHANNELS, height, width, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def latent_for(model: Any, seed: int, batch: int = 1) -> torch.Tensor:
+    """An image's latent with the model's channels and frames."""
+    latent_format = model.get_model_object("latent_format")
+    made = latent(seed, batch, channels=latent_format.latent_channels)
+    return made.unsqueeze(2) if latent_format.latent_dimensions == 3 else made
+
+
+def _newer_than_0_3_75(parameters: Any, **fields: Any) -> dict[str, Any]:
+    """The fields that this engine's class has."""
+    known = {field.name for field in dataclasses.fields(parameters)}
+    return {name: value for name, value in fields.items() if name in known}
 
 
 def _patcher(
@@ -58,12 +118,21 @@ def _patcher(
     _draw_weights(model, seed)
     with torch.no_grad():
         for name, parameter in model.diffusion_model.named_parameters():
-            if any(norm in name for norm in ("query_norm", "key_norm", "ln_q", "ln_k")):
+            if any(norm in name for norm in ("query_norm", "key_norm", "ln_q", "ln_k", "q_norm", "k_norm")):
                 parameter.fill_(2.0)  # so that attention is not even
         for name, buffer in model.diffusion_model.named_buffers():
             if name == "pos_embed":
                 buffer.normal_(generator=torch.Generator().manual_seed(seed))
-        for parameter in model.diffusion_model.final_layer.linear.parameters():
+        for parameter in _last_layer(model.diffusion_model).parameters():
             parameter.mul_(output_gain)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model.eval(), load_device=cpu, offload_device=cpu)
+
+
+def _last_layer(network: Any) -> torch.nn.Module:
+    for name in ("final_layer.linear", "proj_out", "final_linear"):
+        try:
+            return network.get_submodule(name)
+        except AttributeError:
+            continue
+    raise LookupError(f"the last layer of {type(network).__name__} is unknown")

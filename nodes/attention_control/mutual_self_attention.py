@@ -38,7 +38,7 @@ class MutualSelfAttention(io.ComfyNode):
                 Inversion.Input(
                     "inversion",
                     tooltip="Inversion of the image. Sample at its size with its sigmas, using a sampler without "
-                    "intermediate steps (euler, ddim, Edit-Friendly DDPM Sampler).",
+                    "intermediate steps (euler, ddim, Inversion Sampler).",
                 ),
                 io.Conditioning.Input(
                     "source",

@@ -61,7 +61,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                 ),
                 Inversion.Input(
                     "inversion",
-                    tooltip="Inversion of the aligned reference, from DDIM Inversion with guidance scale 1; its "
+                    tooltip="Inversion of the aligned reference, from Noise Inversion with guidance scale 1; its "
                     "number of steps is used.",
                 ),
                 mask_input("mask", "Mask of the subject in the aligned reference, from Align Reference; of any size."),

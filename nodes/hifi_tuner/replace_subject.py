@@ -35,7 +35,7 @@ class ReplaceSubject(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
                 Inversion.Input(
-                    "inversion", tooltip="Inversion of the image, from DDIM Inversion and Null-Text Optimization."
+                    "inversion", tooltip="Inversion of the image, from Noise Inversion and Null-Text Optimization."
                 ),
                 io.String.Input(
                     "source_prompt",

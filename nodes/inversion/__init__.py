@@ -1,5 +1,11 @@
 """Nodes of `pipelines.inversion`."""
 
-from . import ddim, edit_friendly, null_text, saved_inversions
+from . import edit_friendly, inversion_sampler, noise_inversion, null_text, saved_inversions
 
-NODES = [*ddim.NODES, *edit_friendly.NODES, *null_text.NODES, *saved_inversions.NODES]
+NODES = [
+    *noise_inversion.NODES,
+    *edit_friendly.NODES,
+    *inversion_sampler.NODES,
+    *null_text.NODES,
+    *saved_inversions.NODES,
+]

@@ -8,7 +8,6 @@ from comfy_api.latest import io
 
 from ...pipelines.engine.families.schedule import fewer_steps
 from ...pipelines.inversion import edit_friendly
-from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.shared.conditioning import Conditioning
 from ..idle import noise_mask_left_out
 from ..sockets import (
@@ -60,7 +59,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     tooltip="Noise of each step, relative to DDPM. 1 (DDPM) in Huberman-Spiegelglas et al. 2024; "
-                    "for 0, use DDIM Inversion.",
+                    "for 0, use Noise Inversion.",
                 ),
                 seed_input("Noise seed. Different seeds give different inversions, hence different edits."),
                 io.Boolean.Input(
@@ -111,63 +110,4 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
         return io.NodeOutput(result)
 
 
-class EditFriendlyDDPMSampler(io.ComfyNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="IdentityEditEditFriendlyDDPMSampler",
-            display_name="Edit-Friendly DDPM Sampler",
-            category="inversion",
-            search_aliases=["DDPM inversion", "noise maps", "skip", "sampler"],
-            description=(
-                "Samples an edit from the noise maps of Edit-Friendly DDPM Inversion: sampler, sigmas "
-                "and start latent for SamplerCustomAdvanced. Use them with DisableNoise and CFGGuider "
-                "(guidance scale 15 in the reference implementation)."
-            ),
-            inputs=[
-                io.Model.Input("model", tooltip="The model used for the inversion."),
-                Inversion.Input("inversion", tooltip="Inversion from Edit-Friendly DDPM Inversion."),
-                fraction_input(
-                    "skip",
-                    edit_friendly.SKIP,
-                    "Fraction of the steps skipped at the start: larger keeps more of the image, smaller "
-                    "changes more. 0.36, 36 of 100 steps, in the reference implementation.",
-                ),
-            ],
-            outputs=[
-                io.Sampler.Output(
-                    "sampler",
-                    display_name="sampler",
-                    tooltip="Sampler that uses the inversion's noise maps as the noise of each step.",
-                ),
-                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Sigmas for the remaining steps."),
-                io.Latent.Output(
-                    "start_latent",
-                    display_name="start latent",
-                    tooltip="Latent of the inversion at the first remaining step. Sample from it WITHOUT adding "
-                    "noise (DisableNoise).",
-                ),
-            ],
-        )
-
-    @classmethod
-    @checked
-    def execute(cls, model: Any, inversion: InversionData, skip: float) -> io.NodeOutput:
-        import comfy.samplers
-
-        sampler = edit_friendly.edit_friendly_sampler(model, inversion)
-        first = edit_friendly.skipped_steps(inversion.steps, skip)
-        if first < round(skip * inversion.steps):
-            show_warnings(
-                cls,
-                f"skip is {skip:g}, so all {inversion.steps} steps but the last are skipped and the image hardly "
-                f"changes; choose a smaller value.",
-            )
-        return io.NodeOutput(
-            comfy.samplers.KSAMPLER(sampler),
-            inversion.sigmas[first:].clone(),
-            {"samples": inversion.start_latent(model, first)},
-        )
-
-
-NODES: list[type[io.ComfyNode]] = [EditFriendlyDDPMInversion, EditFriendlyDDPMSampler]
+NODES: list[type[io.ComfyNode]] = [EditFriendlyDDPMInversion]

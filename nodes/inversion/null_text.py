@@ -48,7 +48,7 @@ class NullTextOptimization(io.ComfyNode):
             ),
             inputs=[
                 io.Model.Input("model", tooltip="The model used for the inversion."),
-                Inversion.Input("inversion", tooltip="Inversion from DDIM Inversion with guidance scale 1."),
+                Inversion.Input("inversion", tooltip="Inversion from Noise Inversion with guidance scale 1."),
                 io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),
                 io.Conditioning.Input(
                     "negative", tooltip="Empty prompt, from which the optimization starts (Mokady et al. 2023)."

@@ -7,6 +7,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from ...pipelines.inversion import inversion as inversions
+from ...pipelines.inversion.inverted_noise import InvertedNoise
 from ...pipelines.text.step_embeddings import apply_step_embeddings
 from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, saved_path
 from ..sockets import Inversion, checked, latent_samples, schema, show_text, steps_input
@@ -28,7 +29,7 @@ class SaveInversion(io.ComfyNode):
             inputs=[
                 Inversion.Input(
                     "inversion",
-                    tooltip="Inversion from DDIM Inversion, Null-Text Optimization or Edit-Friendly DDPM Inversion.",
+                    tooltip="Inversion from Noise Inversion, Null-Text Optimization or Edit-Friendly DDPM Inversion.",
                 ),
                 filename_prefix_input(FILE_FOLDER, "inversion", "Load Inversion"),
             ],
@@ -84,6 +85,12 @@ class LoadInversion(io.ComfyNode):
                     tooltip="The model, with the null-text embeddings as its negative conditioning if the file has "
                     "them.",
                 ),
+                io.Noise.Output(
+                    "noise",
+                    display_name="noise",
+                    tooltip="Noise with which SamplerCustomAdvanced starts at the inversion's noisiest latent. The "
+                    "only form that works on flow models.",
+                ),
             ],
         )
 
@@ -104,7 +111,7 @@ class LoadInversion(io.ComfyNode):
         if inversion.embeddings is not None:
             model = apply_step_embeddings(model, inversion.embeddings, "negative")
         start = {"samples": inversion.start_latent(model)}
-        return io.NodeOutput(inversion, start, inversion.sigmas.clone(), model)
+        return io.NodeOutput(inversion, start, inversion.sigmas.clone(), model, InvertedNoise(model, inversion))
 
 
 NODES: list[type[io.ComfyNode]] = [SaveInversion, LoadInversion]

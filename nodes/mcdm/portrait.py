@@ -400,7 +400,7 @@ class DiffEdit(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input(
                     "inversion",
-                    tooltip="Inversion of the image, from DDIM Inversion with an empty prompt and guidance scale 1.",
+                    tooltip="Inversion of the image, from Noise Inversion with an empty prompt and guidance scale 1.",
                 ),
                 io.Conditioning.Input("target", tooltip="Prompt that describes the edited image."),
                 io.Conditioning.Input("negative", tooltip="Empty prompt, or a negative prompt."),

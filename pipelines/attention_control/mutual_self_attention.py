@@ -87,7 +87,7 @@ def mutual_self_attention(
         conds = guider.conds
         # Evaluate the source at the same noise level, only to record its activations.
         features = SourceFeatures(layers)
-        guider.conds = _source_conditionings(conds, embeddings, x.device)
+        guider.conds = _source_conditionings(guider.inner_model, conds, embeddings, x.device)
         try:
             with torch.no_grad():
                 executor(
@@ -142,14 +142,19 @@ def _mutual_masks(source: torch.Tensor, target: torch.Tensor, x: torch.Tensor, c
 
 
 def _source_conditionings(
-    conds: dict[str, Any], embeddings: dict[str, tuple[torch.Tensor, torch.Tensor | None]], device: torch.device
+    base: Any,
+    conds: dict[str, Any],
+    embeddings: dict[str, tuple[torch.Tensor, torch.Tensor | None]],
+    device: torch.device,
 ) -> dict[str, Any]:
     """The guider's conditionings with the source's prompts; uuids are kept to match them with the target's."""
     result = {}
     for side, conditionings in conds.items():
         if conditionings is not None and side in embeddings:
             embedding, pooled = embeddings[side]
-            conditionings = engine.conditionings_with_embedding(conditionings, embedding.to(device), pooled, keep=True)
+            conditionings = engine.conditionings_with_embedding(
+                base, conditionings, embedding.to(device), pooled, keep=True
+            )
         # Masks affect only the prediction, which is not used for the source.
         result[side] = None if conditionings is None else engine.conditionings_of_the_prompt(conditionings)
     return result

@@ -293,7 +293,9 @@ class _SourceAndTarget:
         if run.mask is not None:
             x_target = torch.where(run.mask, x_target, x_source)
         try:
-            guider.conds = _source_conditionings(own, self.embedding.to(x.device), self.pooled, inversion is not None)
+            guider.conds = _source_conditionings(
+                guider.inner_model, own, self.embedding.to(x.device), self.pooled, inversion is not None
+            )
             options = model_options if inversion is None else without_guidance_functions(model_options)
             with torch.no_grad():
                 source_denoised = executor(x_source, source_sigmas, control.recording(options), seed)
@@ -336,13 +338,13 @@ def _chosen_layers(
 
 
 def _source_conditionings(
-    own: dict[str, Any], embedding: torch.Tensor, pooled: torch.Tensor | None, inverted: bool
+    base: Any, own: dict[str, Any], embedding: torch.Tensor, pooled: torch.Tensor | None, inverted: bool
 ) -> dict[str, Any]:
     """The guider's conditionings with the source prompt; uuids are kept to match them with the target's.
 
     For an inverted source only the positive side's attention is needed, without the target's ControlNets and masks.
     """
-    positive = engine.conditionings_with_embedding(own["positive"], embedding, pooled, keep=True)
+    positive = engine.conditionings_with_embedding(base, own["positive"], embedding, pooled, keep=True)
     if not inverted:
         return {**own, "positive": positive}
     return {**dict.fromkeys(own), "positive": engine.conditionings_of_the_prompt(positive)}

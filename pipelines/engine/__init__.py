@@ -7,8 +7,9 @@ Everything works on a clone of the model; no global state is touched, and tempor
 Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model_patcher.py, execution.py.
 """
 
+from .editing import EditGuider, EditRun, EditSampler
 from .families.base import Capability, Family
-from .families.noise import NoisePath
+from .families.noise import FLOW, NoisePath
 from .families.registry import is_joint, require
 from .guidance import CombiningGuider
 from .loop import Callback, NetworkEvaluator, run_loop
@@ -19,6 +20,7 @@ from .model import (
     check_prompt,
     conditionings_of_the_prompt,
     conditionings_with_embedding,
+    has_frames,
     latent_channels,
     model_latent,
     model_tag,
@@ -28,10 +30,14 @@ from .model import (
 )
 
 __all__ = [
+    "FLOW",
     "KEEPS_EMBEDDING",
     "Callback",
     "Capability",
     "CombiningGuider",
+    "EditGuider",
+    "EditRun",
+    "EditSampler",
     "Family",
     "ModelTag",
     "NetworkEvaluator",
@@ -39,6 +45,7 @@ __all__ = [
     "check_prompt",
     "conditionings_of_the_prompt",
     "conditionings_with_embedding",
+    "has_frames",
     "is_joint",
     "latent_channels",
     "managed",

@@ -225,7 +225,7 @@ class _LoopGuider(comfy.samplers.CFGGuider):
             return super().predict_noise(x, timestep, options, seed)
         conditionings = self.conds[self._side]
         if self._embedding is not None:
-            conditionings = conditionings_with_embedding(conditionings, self._embedding)
+            conditionings = conditionings_with_embedding(self.inner_model, conditionings, self._embedding)
         # ComfyUI numbers the sides: 0 is the conditional one, 1 the unconditional. Attention patches rely on it.
         index = 1 if self._side == "negative" else 0
         pair: list[Any] = [None, None]

@@ -40,7 +40,7 @@ def check_text_width(model: Model, embedding: torch.Tensor, pooled: torch.Tensor
     """Raise `IdentityEditError` unless an embedding [B, T, C] and a pooled output [B, P] have a model's widths."""
     family = require(model)
     width, pooled_width = family.text_width, family.pooled_width
-    if embedding.shape[2] != width:
+    if width and embedding.shape[2] != width:
         raise IdentityEditError(
             f"{name} has {embedding.shape[2]} channels but the model takes {width}; encode the prompt with this "
             f"checkpoint's CLIP."
@@ -58,9 +58,17 @@ def to_socket_scale(model: Model, latent: torch.Tensor) -> torch.Tensor:
     return model.get_model_object("latent_format").process_out(latent)
 
 
+def has_frames(model: Model) -> bool:
+    """Whether the model's latents are [B, C, frames, H, W], as of Qwen-Image and video models."""
+    return int(model.get_model_object("latent_format").latent_dimensions) == 3
+
+
 def model_latent(model: Model, latent: torch.Tensor) -> torch.Tensor:
-    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32."""
-    check_latent(latent, "The latent", latent_channels(model))
+    """The samples of a LATENT [B, C, H, W], checked, in the model's scale in float32; [B, C, 1, H, W] if the model's
+    latents have frames."""
+    check_latent(latent, "The latent", latent_channels(model), has_frames(model))
+    if has_frames(model) and latent.ndim == 4:
+        latent = latent.unsqueeze(2)
     return to_model_scale(model, latent.to(torch.float32))
 
 
@@ -219,6 +227,7 @@ KEEPS_EMBEDDING = "identity_edit_keeps_embedding"
 
 
 def conditionings_with_embedding(
+    base: Any,
     conditionings: list[dict[str, Any]],
     embedding: torch.Tensor,
     pooled: torch.Tensor | None = None,
@@ -227,6 +236,7 @@ def conditionings_with_embedding(
     """A copy of a guider's conditionings of one side with a different text embedding.
 
     Args:
+        base: the guider's `inner_model` (BaseModel) while sampling.
         conditionings: a value of `guider.conds` while sampling.
         embedding: [B, T, C].
         pooled: [B, P] on any device, or None; in SDXL it precedes the size conditioning.
@@ -236,18 +246,39 @@ def conditionings_with_embedding(
     result = []
     for conditioning in conditionings:
         model_conds = dict(conditioning["model_conds"])
-        # Keep the class that ComfyUI uses for this model: CONDCrossAttn repeats shorter texts, which others must not.
-        kind = type(model_conds.get("c_crossattn", comfy.conds.CONDCrossAttn(embedding)))
-        model_conds["c_crossattn"] = kind(embedding)
-        if pooled is not None and "y" in model_conds:
-            vector = model_conds["y"].cond
-            count = max(vector.shape[0], pooled.shape[0])
-            sizes = vector[:, pooled.shape[1] :].expand(count, -1)
-            pooled_rows = pooled.to(vector).expand(count, -1)
-            model_conds["y"] = comfy.conds.CONDRegular(torch.cat([pooled_rows, sizes], dim=1))
+        if isinstance(model_conds.get("c_crossattn"), comfy.conds.CONDCrossAttn) or "c_crossattn" not in model_conds:
+            model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(embedding)
+            if pooled is not None and "y" in model_conds:
+                vector = model_conds["y"].cond
+                count = max(vector.shape[0], pooled.shape[0])
+                sizes = vector[:, pooled.shape[1] :].expand(count, -1)
+                pooled_rows = pooled.to(vector).expand(count, -1)
+                model_conds["y"] = comfy.conds.CONDRegular(torch.cat([pooled_rows, sizes], dim=1))
+        else:
+            model_conds = _with_joint_text(base, model_conds, embedding, pooled)
         marked = {KEEPS_EMBEDDING: True} if keep else {}
         result.append({**conditioning, "model_conds": model_conds, **marked})
     return result
+
+
+def _with_joint_text(
+    base: Any, model_conds: dict[str, Any], embedding: torch.Tensor, pooled: torch.Tensor | None
+) -> dict[str, Any]:
+    """The inputs of a network with joint attention for another text, padded and counted by the model itself.
+
+    A text is never repeated here: in joint attention repeated tokens count twice.
+    """
+    shape = (1, base.latent_format.latent_channels, *[1] * (base.latent_format.latent_dimensions - 2), 8, 8)
+    noise = torch.zeros(shape, device=embedding.device)
+    if pooled is not None:
+        pooled = pooled.to(embedding)
+    made = base.extra_conds(cross_attn=embedding, pooled_output=pooled, noise=noise, device=embedding.device)
+    changed = {name: made[name] for name in ("c_crossattn", "num_tokens", "y") if name in made}
+    if made["c_crossattn"].cond.shape[1] != model_conds["c_crossattn"].cond.shape[1]:
+        model_conds.pop("attention_mask", None)
+    elif "attention_mask" in model_conds:
+        changed.pop("num_tokens", None)  # counts the unmasked tokens
+    return {**model_conds, **changed}
 
 
 def conditionings_of_the_prompt(conditionings: list[dict[str, Any]]) -> list[dict[str, Any]]:

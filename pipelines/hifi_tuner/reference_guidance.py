@@ -22,7 +22,7 @@ import torch
 
 from .. import engine
 from ..engine.host import stock_noise
-from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, check_sampled_latent, sampling_step
+from ..inversion.inversion import Inversion, check_deterministic, check_inversion, check_sampled_latent, sampling_step
 from ..inversion.unconditional_embedding import GuidedStep, OptimizedStep, check_optimization, check_range, optimize
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding
@@ -90,7 +90,7 @@ def reference_guided_sampling(
     Args:
         model: MODEL. Per-step embeddings on its positive side are [c, c_s^t] of eq. 7.
         start: x_T [B, C, H, W] at inversion.sigmas[0] in the scale of LATENT sockets, see `first_pass_latent`.
-        inversion: [x*_0, ..., x*_T] of the aligned reference from `inversion.ddim_inversion` with guidance scale 1, for
+        inversion: [x*_0, ..., x*_T] of the aligned reference from `inversion.invert_image` with guidance scale 1, for
             one image, or one for each latent. Its noise levels are used for sampling.
         mask: M_r* [1 or B, h, w] in [0, 1] of the aligned reference's subject, of any size. A latent pixel belongs to
             the subject if at least half of it is covered.
@@ -111,7 +111,7 @@ def reference_guided_sampling(
     """
     engine.require(model, engine.Capability.GRADIENTS)
     check_inversion(inversion, model)
-    check_method(inversion, DDIM, "connect one from DDIM Inversion")
+    check_deterministic(inversion, "connect one from Noise Inversion")
     x_t = engine.model_latent(model, start)
     check_optimization(guidance_scale, inner_steps, learning_rate)
     check_number(early_stop, "early_stop", 0.0, None)
@@ -215,7 +215,7 @@ class _Algorithm2:
             unguided_losses.append(outside.loss.cpu())
             step.report(self.inner_steps, torch.where(inside, evaluation.denoised, outside.denoised))
             done += self.inner_steps + 1
-        return (x / self.inversion.noise_path.scale(sigmas[-1])).cpu(), optimized_steps, unguided_losses
+        return (x / self.inversion.noise_path.image_scale(sigmas[-1])).cpu(), optimized_steps, unguided_losses
 
 
 def first_pass_latent(
@@ -229,7 +229,7 @@ def first_pass_latent(
 
     The noise is ComfyUI's (`comfy.sample.prepare_noise`), scaled like in its samplers: by sigma, or by
     sqrt(1 + sigma^2) at the model's highest noise level. KSampler's scheduler ddim_uniform starts at the same noise
-    level as DDIM Inversion for step counts that divide 1000.
+    level as Noise Inversion for step counts that divide 1000.
 
     Args:
         model: MODEL.
@@ -296,7 +296,7 @@ def _warning_of_inputs(inversion: Inversion, guided: range) -> str | None:
     if abs(inversion.guidance_scale - 1.0) > 1e-6:
         return (
             f"The reference was inverted with guidance scale {inversion.guidance_scale:g}, so its trajectory is less "
-            f"exact; set it to 1 in DDIM Inversion."
+            f"exact; set it to 1 in Noise Inversion."
         )
     return None
 

@@ -13,7 +13,7 @@ import torch
 from ...attention.prompt_to_prompt import TokenMap
 from .. import engine
 from ..attention_control.prompt_to_prompt import BLEND_THRESHOLD, ControlSettings, encode, with_attention_control
-from ..inversion.inversion import DDIM, Inversion, check_method, follow_back
+from ..inversion.inversion import Inversion, check_deterministic, follow_back
 from ..shared.comfy_types import Clip, Model
 from ..shared.conditioning import Conditioning, single_embedding, with_embedding
 from ..shared.errors import IdentityEditError, check_batch_matches
@@ -63,7 +63,7 @@ def subject_replacement(
 ) -> SubjectReplacement:
     """Replace an image's subject (Wang et al. 2023, algorithm 3).
 
-    The algorithm's first two loops, x_0^r* to x_T^r* and phi_T to phi_1, are `ddim_inversion` and
+    The algorithm's first two loops, x_0^r* to x_T^r* and phi_T to phi_1, are `invert_image` and
     `null_text_optimization`; the inversion contains both results.
 
     Args:
@@ -88,11 +88,11 @@ def subject_replacement(
     Returns:
         the image, in 3 N model calls: at each step one for the source's attention, and two for the target.
     """
-    check_method(inversion, DDIM, "connect one from DDIM Inversion and Null-Text Optimization")
+    check_deterministic(inversion, "connect one from Noise Inversion and Null-Text Optimization")
     table = inversion.embeddings
     if table is None:
         raise IdentityEditError(
-            "The inversion has no null-text embeddings; put Null-Text Optimization between DDIM Inversion and Replace "
+            "The inversion has no null-text embeddings; put Null-Text Optimization between Noise Inversion and Replace "
             "Subject."
         )
     if guidance_scale is None:

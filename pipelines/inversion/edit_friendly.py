@@ -17,7 +17,7 @@ from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IN_FLOAT32, IdentityEditError, check_finite
 from ..shared.input_checks import check_number
-from .inversion import EDIT_FRIENDLY_DDPM, Inversion, check_inversion, check_method, check_negative, sampling_step
+from .inversion import EDIT_FRIENDLY_DDPM, Inversion, check_inversion, check_negative, sampling_step
 
 STEPS = 100
 SOURCE_GUIDANCE_SCALE = 3.5
@@ -75,17 +75,17 @@ def edit_friendly_ddpm_inversion(
     steps = schedule.steps
     if not 0.0 < eta <= 1.0:
         raise IdentityEditError(
-            f"eta is {eta:g}; choose a value above 0 up to 1, or use DDIM Inversion, which is the method for eta 0."
+            f"eta is {eta:g}; choose a value above 0 up to 1, or use Noise Inversion, which is the method for eta 0."
         )
     check_negative(negative, guidance_scale)
 
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sigmas = schedule.sigmas.to(evaluator.device)
         path = family.noise_path
-        eps = _independent_noise(steps, z_0, seed)
+        eps = independent_noise(steps, z_0, seed)
         # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t with independent eps_t. The last latent is the image.
         latents = [path.noised(z_0, eps[i].to(z_0), sigmas[i]) for i in range(steps)]
-        latents.append(z_0 * path.scale(sigmas[-1]))
+        latents.append(z_0 * path.image_scale(sigmas[-1]))
         noise_maps = []
         for i in range(steps):
             denoised = evaluator.guided(latents[i], sigmas[i], guidance_scale)
@@ -110,7 +110,6 @@ def edit_friendly_ddpm_inversion(
     return Inversion(
         trajectory=trajectory,
         sigmas=schedule.sigmas,
-        timesteps=schedule.timesteps,
         method=EDIT_FRIENDLY_DDPM,
         guidance_scale=float(guidance_scale),
         model=engine.model_tag(model),
@@ -131,7 +130,11 @@ def edit_friendly_sampler(model: Model, inversion: Inversion) -> Callable[..., t
             another latent.
     """
     check_inversion(inversion, model)
-    check_method(inversion, EDIT_FRIENDLY_DDPM, "connect one from Edit-Friendly DDPM Inversion")
+    if inversion.noise_maps is None:
+        raise IdentityEditError(
+            f"The inversion was made by {inversion.method} inversion, not by {EDIT_FRIENDLY_DDPM}; connect one from "
+            f"Edit-Friendly DDPM Inversion."
+        )
 
     def sample_edit_friendly_ddpm(
         model: Any,
@@ -143,20 +146,15 @@ def edit_friendly_sampler(model: Model, inversion: Inversion) -> Callable[..., t
     ) -> torch.Tensor:
         from tqdm.auto import trange
 
-        first = inversion.row(float(sigmas[0]))
-        rows = [inversion.row(float(sigma)) for sigma in sigmas]
-        if rows != list(range(first, first + len(rows))):
-            raise IdentityEditError(
-                "The sigmas skip noise levels of the inversion; connect those of Edit-Friendly DDPM Sampler."
-            )
-        x = _without_rounding(x, inversion.trajectory[first].to(x))
+        rows = inversion.rows(sigmas)
+        x = _without_rounding(x, inversion.trajectory[rows[0]].to(x))
         per_latent = x.new_ones([x.shape[0]])
         for i in trange(len(rows) - 1, disable=disable):
             denoised = model(x, sigmas[i] * per_latent, **(extra_args or {}))
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             x = sampling_step(inversion, rows[i], x, denoised)
-        return x / inversion.noise_path.scale(sigmas[-1]) if rows[-1] == inversion.steps else x
+        return x / inversion.noise_path.image_scale(sigmas[-1]) if rows[-1] == inversion.steps else x
 
     return sample_edit_friendly_ddpm
 
@@ -170,7 +168,7 @@ def _without_rounding(x: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
     return original if same else x
 
 
-def _independent_noise(steps: int, z_0: torch.Tensor, seed: int) -> torch.Tensor:
+def independent_noise(steps: int, z_0: torch.Tensor, seed: int) -> torch.Tensor:
     """Noise [steps, B, C, H, W] on the CPU, drawn image by image, so that it does not depend on the batch size."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     rows = [torch.randn((steps, *z_0.shape[1:]), generator=generator) for _ in range(z_0.shape[0])]

@@ -1,32 +1,32 @@
-"""The `Inversion` data type, DDIM inversion, sampling from an inversion, and files.
+"""The `Inversion` data type, deterministic inversion, sampling from an inversion, and files.
 
-An inversion is the trajectory of an image from its latent to noise, in ComfyUI's scale, x = z_0 + sigma * eps. DDIM
-inversion is that of Song et al. 2021 (section 4.3), the pivot of Mokady et al. 2023 (section 3.2); edit-friendly DDPM
-inversion is in `edit_friendly`.
+An inversion is the trajectory of an image from its latent to noise, in ComfyUI's scale, x = alpha z_0 + sigma * eps.
+The deterministic methods are in `methods`; with DDIM it is the pivot of Mokady et al. 2023 (section 3.2). RF-Inversion
+is in `rf_inversion`, edit-friendly DDPM inversion in `edit_friendly`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
 
 from .. import engine
-from ..engine.families.schedule import SAME_LEVEL
+from ..engine.families.schedule import SAME_LEVEL, given_schedule
 from ..shared import files
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, with_embedding
 from ..shared.errors import IN_FLOAT32, IdentityEditError, check_batch_matches, check_finite
+from ..shared.input_checks import check_choice, check_number
 from ..text.step_embeddings import StepEmbeddings, apply_step_embeddings
+from .methods import DDIM, ITERATIONS, METHODS, OWN_SAMPLERS, steps_of
 
-DDIM = "ddim"
 EDIT_FRIENDLY_DDPM = "edit-friendly ddpm"
 
 _KIND = "inversion"
-_FORMAT = 2
-"""Format 1 had no noise maps and no eta; such files can still be read."""
+_FORMAT = 3
+"""Format 1 had no noise maps and no eta; formats 1 and 2 had timesteps, which are not needed. Both can be read."""
 _SAVE_AGAIN = "make and save the inversion again"
 
 
@@ -36,10 +36,9 @@ class Inversion:
 
     Attributes:
         trajectory: [N + 1, B, C, H, W] float32 CPU in the model's scale, in sampling order: trajectory[0] is the
-            noisiest latent, trajectory[N] the image's.
+            noisiest latent, trajectory[N] the image's. [N + 1, B, C, 1, H, W] for models whose latents have frames.
         sigmas: [N + 1] float32 CPU, descending: trajectory[i] is at noise level sigmas[i].
-        timesteps: [N] int64, descending: the timestep at which the network was evaluated between i + 1 and i.
-        method: `DDIM` or `EDIT_FRIENDLY_DDPM`.
+        method: one of `methods.METHODS`, `rf_inversion.RF_INVERSION` or `EDIT_FRIENDLY_DDPM`.
         guidance_scale: guidance scale of the inversion.
         model: tag of the inverting model.
         embeddings: its per-step embeddings (from null-text optimization), or None.
@@ -50,7 +49,6 @@ class Inversion:
 
     trajectory: torch.Tensor
     sigmas: torch.Tensor
-    timesteps: torch.Tensor
     method: str
     guidance_scale: float
     model: engine.ModelTag
@@ -61,7 +59,7 @@ class Inversion:
     @property
     def steps(self) -> int:
         """N, the number of steps."""
-        return int(self.timesteps.shape[0])
+        return int(self.sigmas.shape[0]) - 1
 
     @property
     def batch(self) -> int:
@@ -76,7 +74,7 @@ class Inversion:
     @property
     def image(self) -> torch.Tensor:
         """z_0 [B, C, H, W] of the inverted image, in the model's scale."""
-        return self.trajectory[-1] / self.noise_path.scale(self.sigmas[-1])
+        return self.trajectory[-1] / self.noise_path.image_scale(self.sigmas[-1])
 
     def levels(self, index: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sigmas[index] and sigmas[index + 1], copied to the device of `x` so that autograd can save them."""
@@ -103,12 +101,28 @@ class Inversion:
             )
         return nearest
 
-    def start_latent(self, model: Model, skip: int = 0) -> torch.Tensor:
-        """trajectory[skip] [B, C, H, W] in the scale of LATENT sockets, to sample from without added noise.
+    def rows(self, sigmas: torch.Tensor) -> list[int]:
+        """The indices of consecutive noise levels.
 
-        It is the noisiest latent unless the first `skip` steps are skipped.
+        Raises:
+            IdentityEditError: when one is not the inversion's, or the next one is missing.
+        """
+        rows = [self.row(float(sigma)) for sigma in sigmas]
+        if rows != list(range(rows[0], rows[0] + len(rows))):
+            raise IdentityEditError(
+                "The sigmas skip noise levels of the inversion; connect those of Inversion Sampler."
+            )
+        return rows
+
+    def start_latent(self, model: Model, skip: int = 0) -> torch.Tensor:
+        """The LATENT [B, C, H, W] to sample from, without added noise, after the first `skip` steps.
+
+        It is trajectory[skip] in the scale of LATENT sockets. On a flow model it is the image: ComfyUI multiplies a
+        LATENT by 1 - sigma, so that an inversion reaches the sampler only as noise (`inverted_noise`).
         """
         check_skip(skip, self.steps)
+        if self.noise_path is engine.FLOW:
+            return self.end_latent(model)
         return engine.to_socket_scale(model, self.trajectory[skip].clone())
 
     def end_latent(self, model: Model) -> torch.Tensor:
@@ -165,17 +179,17 @@ def check_skip(skip: int, steps: int) -> None:
         raise IdentityEditError(f"skip is {skip} of {steps} steps; choose a number from 0 to {steps - 1}.")
 
 
-def check_method(inversion: Inversion, method: str, remedy: str) -> None:
-    """Raise `IdentityEditError`, ending in `remedy`, unless the inversion was made by `method`."""
-    if inversion.method != method:
-        raise IdentityEditError(f"The inversion was made by {inversion.method} inversion, not by {method}; {remedy}.")
+def check_deterministic(inversion: Inversion, remedy: str) -> None:
+    """Raise `IdentityEditError`, ending in `remedy`, for an inversion with noise maps."""
+    if inversion.noise_maps is not None:
+        raise IdentityEditError(f"The inversion was made by {inversion.method} inversion, not by ddim; {remedy}.")
 
 
 def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: torch.Tensor) -> torch.Tensor:
     """One sampling step from sigmas[index] to sigmas[index + 1] with the inversion's method.
 
-    DDIM (eta 0) for a deterministic inversion; for one with noise maps, the step of Huberman-Spiegelglas et al. 2024
-    (eq. 3 and 4) with the map as noise, see `NoisePath.distribution`.
+    Euler's step, which is DDIM (eta 0), for a deterministic inversion; for one with noise maps, the step of
+    Huberman-Spiegelglas et al. 2024 (eq. 3 and 4) with the map as noise, see `NoisePath.distribution`.
 
     Args:
         inversion: inversion of one image, or of as many as `x` has latents.
@@ -197,33 +211,7 @@ def sampling_step(inversion: Inversion, index: int, x: torch.Tensor, denoised: t
     return mean + deviation * inversion.noise_maps[index].to(x)
 
 
-def inversion_step(
-    path: engine.NoisePath,
-    x: torch.Tensor,
-    sigma: torch.Tensor,
-    sigma_next: torch.Tensor,
-    estimate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of DDIM inversion from `sigma` to the noisier `sigma_next`, the reverse of `sampling_step`.
-
-    As in the reference implementation of null-text inversion, the noise is predicted from the current (less noisy)
-    latent at the next (noisier) timestep (in the papers' scale: eps(z_t, t + 1)).
-
-    Args:
-        path: the model's noise path.
-        x: latent at sigma [B, C, H, W] in the model's scale.
-        sigma, sigma_next: noise levels.
-        estimate: (x, sigma) -> the guided estimate of z_0, one evaluation.
-
-    Returns:
-        latent at sigma_next, and the estimate.
-    """
-    z_as_next = x * (path.scale(sigma_next) / path.scale(sigma))  # the papers' z_t as an x at sigma_next
-    denoised = estimate(z_as_next, sigma_next)
-    return x + (sigma_next - sigma) * path.slope(z_as_next, denoised, sigma_next), denoised
-
-
-def ddim_inversion(
+def invert_image(
     model: Model,
     latent: torch.Tensor,
     positive: Conditioning,
@@ -232,8 +220,12 @@ def ddim_inversion(
     guidance_scale: float = 1.0,
     end_at_zero: bool = False,
     callback: engine.Callback | None = None,
+    *,
+    method: str = DDIM,
+    iterations: int = ITERATIONS,
+    sigmas: torch.Tensor | None = None,
 ) -> Inversion:
-    """Invert an image with deterministic DDIM, run backwards (`inversion_step`).
+    """Invert an image with a deterministic method (`methods`).
 
     Args:
         model: MODEL.
@@ -242,38 +234,49 @@ def ddim_inversion(
         negative: CONDITIONING of the negative side; required for a guidance scale other than 1.
         steps: N, 1 to 1000; fewer on a distilled model (`schedule.ddim_schedule`). The papers use 50.
         guidance_scale: 1 in the reference implementation; larger values make the inversion less exact.
-        end_at_zero: place the image at sigma 0 instead of the sigma of timestep 0 (see `schedule.ddim_schedule`).
+        end_at_zero: place the image at sigma 0 instead of the lowest level of the model (see `Family.schedule`).
         callback: progress with preview.
+        method: one of `methods.METHODS`.
+        iterations: model calls per step of the fixed point, from 1.
+        sigmas: [N + 1] descending noise levels to use instead of the model's schedule; `steps` and `end_at_zero` then
+            have no effect.
 
     Returns:
-        the inversion, in N (guidance scale 1) or 2 N model calls.
+        the inversion. Model calls, doubled unless guidance scale is 1: N (DDIM), N + 1 (Uni-Inv, FireFlow), 2 N
+        (midpoint), N * iterations (fixed point).
     """
-    family = engine.require(model)
-    schedule, path = family.schedule(steps, end_at_zero), family.noise_path
+    path = engine.require(model).noise_path
+    check_choice(method, "method", METHODS)
+    check_number(iterations, "iterations", 1, None)
+    levels = levels_of(model, steps, end_at_zero, sigmas)
     check_negative(negative, guidance_scale)
 
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> torch.Tensor:
-        sigmas = schedule.sigmas.flip(0).to(evaluator.device)
-        x = z_0 * path.scale(sigmas[0])
-        trajectory = [x.cpu()]
+        ascending = levels.flip(0).to(evaluator.device)
+        start = z_0 * path.image_scale(ascending[0])
+        trajectory = [start.cpu()]
         estimate = partial(evaluator.guided, guidance_scale=guidance_scale)
-        for i in range(schedule.steps):
-            x, denoised = inversion_step(path, x, sigmas[i], sigmas[i + 1], estimate)
+        for i, (x, denoised) in enumerate(steps_of(method, path, start, ascending, estimate, iterations)):
             trajectory.append(x.cpu())
-            evaluator.report(i, denoised, x, schedule.steps)
+            evaluator.report(i, denoised, x, len(levels) - 1)
         return torch.stack(trajectory[::-1])
 
     z_0 = engine.model_latent(model, latent)
-    trajectory = engine.run_loop(model, positive, negative, z_0, schedule.sigmas, loop, callback=callback)
+    trajectory = engine.run_loop(model, positive, negative, z_0, levels, loop, callback=callback)
     check_finite(trajectory, "The inversion's trajectory", IN_FLOAT32)
     return Inversion(
         trajectory=trajectory,
-        sigmas=schedule.sigmas,
-        timesteps=schedule.timesteps,
-        method=DDIM,
+        sigmas=levels,
+        method=method,
         guidance_scale=float(guidance_scale),
         model=engine.model_tag(model),
     )
+
+
+def levels_of(model: Model, steps: int, end_at_zero: bool, sigmas: torch.Tensor | None) -> torch.Tensor:
+    """[N + 1] descending noise levels: the model's schedule, or `sigmas`."""
+    family = engine.require(model)
+    return family.schedule(steps, end_at_zero).sigmas if sigmas is None else given_schedule(family, sigmas)
 
 
 def sample_inversion(
@@ -285,7 +288,7 @@ def sample_inversion(
     skip: int = 0,
     callback: engine.Callback | None = None,
 ) -> torch.Tensor:
-    """Sample from an inversion with its method's step (`sampling_step`) and its per-step embeddings, if any.
+    """Sample from an inversion with its method's step and its per-step embeddings, if any.
 
     Args:
         model: MODEL, the one that made the inversion.
@@ -323,13 +326,20 @@ def follow_back(
     """
     steps = inversion.steps
 
-    def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> tuple[torch.Tensor, int]:
-        sigmas = inversion.sigmas.to(evaluator.device)
-        for i in range(first, steps):
-            denoised = evaluator.guided(x, sigmas[i], guidance_scale)
-            x = sampling_step(inversion, i, x, denoised)
-            evaluator.report(i - first, denoised, x, steps - first)
-        return engine.to_socket_scale(model, (x / inversion.noise_path.scale(sigmas[-1])).cpu()), evaluator.evaluations
+    path = inversion.noise_path
+
+    def loop(evaluator: engine.NetworkEvaluator, x_start: torch.Tensor) -> tuple[torch.Tensor, int]:
+        x, levels = x_start, sigmas.to(evaluator.device)
+        estimate = partial(evaluator.guided, guidance_scale=guidance_scale)
+        if inversion.method in OWN_SAMPLERS:
+            for i, (x, denoised) in enumerate(steps_of(inversion.method, path, x_start, levels, estimate)):
+                evaluator.report(i, denoised, x, steps - first)
+        else:
+            for i in range(first, steps):
+                denoised = estimate(x, levels[i - first])
+                x = sampling_step(inversion, i, x, denoised)
+                evaluator.report(i - first, denoised, x, steps - first)
+        return engine.to_socket_scale(model, (x / path.image_scale(levels[-1])).cpu()), evaluator.evaluations
 
     start, sigmas = inversion.trajectory[first], inversion.sigmas[first:]
     return engine.run_loop(model, positive, negative, start, sigmas, loop, callback=callback)
@@ -357,7 +367,7 @@ def negative_side(
 
 def save_inversion(inversion: Inversion, path: str) -> None:
     """Write an inversion to a .safetensors file atomically."""
-    tensors = {"trajectory": inversion.trajectory, "sigmas": inversion.sigmas, "timesteps": inversion.timesteps}
+    tensors = {"trajectory": inversion.trajectory, "sigmas": inversion.sigmas}
     if inversion.embeddings is not None:
         tensors["embeddings.sigmas"] = inversion.embeddings.sigmas
         tensors["embeddings.embeddings"] = inversion.embeddings.embeddings
@@ -398,7 +408,6 @@ def load_inversion(path: str) -> Inversion:
         inversion = Inversion(
             trajectory=tensors["trajectory"],
             sigmas=tensors["sigmas"],
-            timesteps=tensors["timesteps"],
             method=str(description["method"]),
             guidance_scale=float(description["guidance_scale"]),
             model=engine.ModelTag.from_description(description["model"]),
@@ -406,8 +415,8 @@ def load_inversion(path: str) -> Inversion:
             noise_maps=tensors.get("noise_maps"),
             eta=float(description.get("eta", 0.0)),
         )
-    schedule_fits = inversion.timesteps.ndim == 1 and inversion.sigmas.shape == (inversion.steps + 1,)
-    if not schedule_fits or inversion.trajectory.ndim != 5 or inversion.trajectory.shape[0] != inversion.steps + 1:
+    trajectory, sigmas = inversion.trajectory, inversion.sigmas
+    if sigmas.ndim != 1 or len(sigmas) < 2 or trajectory.ndim not in (5, 6) or len(trajectory) != len(sigmas):
         raise IdentityEditError(f"The file {path} is damaged (inconsistent trajectory); save the inversion again.")
     maps, expected = inversion.noise_maps, (inversion.steps, *inversion.trajectory.shape[1:])
     if (maps is None) != (inversion.eta == 0.0) or (maps is not None and tuple(maps.shape) != expected):

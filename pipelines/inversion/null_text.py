@@ -17,7 +17,7 @@ from ..shared.conditioning import Conditioning, single_embedding
 from ..shared.errors import check_batch_matches
 from ..shared.input_checks import check_choice
 from ..text.step_embeddings import StepEmbeddings, constant_embedding
-from .inversion import DDIM, Inversion, check_inversion, check_method
+from .inversion import Inversion, check_deterministic, check_inversion
 from .unconditional_embedding import GuidedStep, OptimizedStep, check_optimization, check_range, optimize
 
 GUIDANCE_SCALE = 7.5
@@ -76,7 +76,7 @@ def null_text_optimization(
 
     Args:
         model: MODEL, the one that made the inversion.
-        inversion: the pivot, from `inversion.ddim_inversion` with guidance scale 1.
+        inversion: the pivot, from `inversion.invert_image` with guidance scale 1.
         positive: CONDITIONING of the source prompt, as in the inversion; one entry for all latents or one for each.
         negative: CONDITIONING of the empty prompt, the initial embedding. One entry.
         guidance_scale: w > 1, the guidance scale for editing. 7.5 in the paper.
@@ -94,7 +94,7 @@ def null_text_optimization(
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
     check_inversion(inversion, model)
-    check_method(inversion, DDIM, "connect one from DDIM Inversion")
+    check_deterministic(inversion, "connect one from Noise Inversion")
     check_choice(method, "method", METHODS)
     if inner_steps is None:
         inner_steps = DEFAULT_INNER_STEPS[method]
@@ -141,7 +141,7 @@ def null_text_optimization(
             pooled=None if pooled is None else pooled.expand(batch, -1).unsqueeze(0),
             guidance_scale=float(guidance_scale),
         )
-        z_0 = engine.to_socket_scale(model, (x / inversion.noise_path.scale(sigmas[-1])).cpu())
+        z_0 = engine.to_socket_scale(model, (x / inversion.noise_path.image_scale(sigmas[-1])).cpu())
         return _result(embeddings, optimized_steps, z_0, evaluator.evaluations)
 
     return engine.run_loop(

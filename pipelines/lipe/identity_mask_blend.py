@@ -18,7 +18,8 @@ from ...attention.masks import feathered, union
 from ...attention.sites import AUTOMATIC
 from .. import engine
 from ..inversion.edit_friendly import skipped_steps
-from ..inversion.inversion import DDIM, EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
+from ..inversion.inversion import EDIT_FRIENDLY_DDPM, Inversion, check_inversion, negative_side, sampling_step
+from ..inversion.methods import DDIM
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError
@@ -178,7 +179,7 @@ def identity_mask_blend(
             x = x_next
             evaluator.report((passes - 1) * (steps - first) + i - first, denoised, x, passes * (steps - first))
         return IdentityMaskBlend(
-            latent=engine.to_socket_scale(model, (x / inversion.noise_path.scale(sigmas[-1].to(x))).cpu()),
+            latent=engine.to_socket_scale(model, (x / inversion.noise_path.image_scale(sigmas[-1].to(x))).cpu()),
             source_mask=fixed_source_mask,
             target_mask=m_target.cpu(),
             step_masks=torch.stack(step_masks) if step_masks else fixed_source_mask[None][:0],
@@ -193,7 +194,7 @@ def identity_mask_blend(
 
 def _default_guidance_scale(inversion: Inversion) -> float:
     optimized_for = None if inversion.embeddings is None else inversion.embeddings.guidance_scale
-    return optimized_for or GUIDANCE_SCALES.get(inversion.method, GUIDANCE_SCALES[DDIM])
+    return optimized_for or GUIDANCE_SCALES[DDIM if inversion.noise_maps is None else EDIT_FRIENDLY_DDPM]
 
 
 def _on_grid(inversion: Inversion, mask: torch.Tensor | None, name: str) -> torch.Tensor | None:

@@ -21,15 +21,24 @@ LARGEST_VALUE = 1e6
 (sigma 4500); networks overflow far beyond."""
 
 
-def check_latent(latent: torch.Tensor, name: str, channels: int | None = None) -> None:
+def check_latent(latent: torch.Tensor, name: str, channels: int | None = None, has_frames: bool = False) -> None:
     """Raise `IdentityEditError` unless latents are [B, C, H, W], finite, with 1 <= B <= 64.
 
     Args:
         latent: the latents.
         name: the input's name as the user sees it, for the message.
         channels: C, the model's number of latent channels; None for any.
+        has_frames: also accept [B, C, 1, H, W], a single frame of a model whose latents have frames.
     """
-    if getattr(latent, "is_nested", False) or not isinstance(latent, torch.Tensor) or latent.ndim != 4:
+    is_batch = isinstance(latent, torch.Tensor) and not getattr(latent, "is_nested", False)
+    if is_batch and has_frames and latent.ndim == 5:
+        if latent.shape[2] != 1:
+            raise IdentityEditError(
+                f"{name} is a video of {latent.shape[2]} latent frames, but one image is edited at a time; connect a "
+                f"VAE Encode node with a single image."
+            )
+        latent = latent[:, :, 0]
+    if not is_batch or latent.ndim != 4:
         raise IdentityEditError(
             f"{name} must be a batch of image latents [batch, channels, height, width]; connect a VAE Encode node."
         )

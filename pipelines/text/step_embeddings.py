@@ -27,12 +27,14 @@ class StepEmbeddings:
         embeddings: [N, B, T, C] float32, B either 1 (the same for all latents of a batch) or the batch size.
         pooled: [1 or N, B, P] float32, the pooled outputs of the embeddings (SDXL), or None to keep the conditioning's.
         guidance_scale: the guidance scale they were optimized for, or None for any.
+        lengths: [N] tokens of each row, followed by padding that is not used; or None for T.
     """
 
     sigmas: torch.Tensor
     embeddings: torch.Tensor
     pooled: torch.Tensor | None = None
     guidance_scale: float | None = None
+    lengths: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.embeddings.ndim != 4 or self.embeddings.shape[0] < 1:
@@ -70,6 +72,10 @@ class StepEmbeddings:
     def row(self, sigma: float) -> int:
         """The row for a noise level, see `schedule.step_at`."""
         return step_at(self.sigmas, sigma)
+
+    def embedding_row(self, row: int) -> torch.Tensor:
+        """The embedding [B, T', C] of a row."""
+        return self.embeddings[row] if self.lengths is None else self.embeddings[row, :, : self.lengths[row]]
 
     def pooled_row(self, row: int) -> torch.Tensor | None:
         """The pooled output [B, P] of a row, or None."""
@@ -117,8 +123,8 @@ def apply_step_embeddings(model: Model, table: StepEmbeddings, which: str = "neg
     Raises:
         IdentityEditError: for an unsupported model or another embedding width; while sampling, for another batch size.
     """
-    channels = engine.require(model).text_width
-    if table.embeddings.shape[-1] != channels:
+    channels = engine.require(model, engine.Capability.ONE_TEXT).text_width
+    if channels and table.embeddings.shape[-1] != channels:
         raise IdentityEditError(
             f"The per-step embeddings have {table.embeddings.shape[-1]} channels but the model takes {channels}; "
             "use the model they were made with."
@@ -132,7 +138,9 @@ def apply_step_embeddings(model: Model, table: StepEmbeddings, which: str = "neg
             return executor(x, timestep, *args, **kwargs)
         check_batch_matches(table.batch, x.shape[0], "The per-step embeddings")
         row = table.row(float(timestep.max()))
-        exchanged = engine.conditionings_with_embedding(side, table.embeddings[row].to(x.device), table.pooled_row(row))
+        exchanged = engine.conditionings_with_embedding(
+            guider.inner_model, side, table.embedding_row(row).to(x.device), table.pooled_row(row)
+        )
         guider.conds = {**original, which: exchanged}
         try:
             return executor(x, timestep, *args, **kwargs)

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from .. import engine
-from ..inversion.inversion import DDIM, Inversion, check_inversion, check_method, negative_side, sampling_step
+from ..inversion.inversion import Inversion, check_deterministic, check_inversion, negative_side, sampling_step
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding, with_embedding
 from ..shared.errors import IdentityEditError, check_conditioning
@@ -156,24 +157,25 @@ def injected_conditioning(
 
 
 def injection_table(
-    sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO
+    sigmas: torch.Tensor, source: Conditioning, edit: Conditioning, ratio: float = RATIO, repeats_texts: bool = True
 ) -> StepEmbeddings:
     """Eq. 5 as per-step embeddings, for `apply_step_embeddings(model, table, "positive")`.
-
-    Prompts of different lengths are repeated to a common length, as in ComfyUI, which does not change the attention.
 
     Args:
         sigmas: [N + 1] descending noise levels of the run.
         source: the source prompt's CONDITIONING, one entry.
         edit: CONDITIONING of e, one entry.
         ratio: share of the steps with `source`, see `source_steps`.
+        repeats_texts: whether prompts of different lengths are repeated to a common length, as in ComfyUI. This does
+            not change a cross-attention; in joint attention each prompt keeps its length.
     """
     steps = _count_steps(sigmas)
     count = source_steps(steps, ratio)
     source_embedding, source_pooled = single_embedding(source, "The source prompt")
     edit_embedding, edit_pooled = single_embedding(edit, "The target prompt")
     batch = max(source_embedding.shape[0], edit_embedding.shape[0])
-    tokens = math.lcm(source_embedding.shape[1], edit_embedding.shape[1])
+    lengths = (source_embedding.shape[1], edit_embedding.shape[1])
+    tokens = math.lcm(*lengths) if repeats_texts else max(lengths)
 
     def row(embedding: torch.Tensor) -> torch.Tensor:
         if embedding.shape[0] not in (1, batch):
@@ -181,7 +183,8 @@ def injection_table(
                 f"The source prompt has {source_embedding.shape[0]} embeddings and the target prompt "
                 f"{edit_embedding.shape[0]}; give one for all latents, or one for each."
             )
-        return embedding.repeat(1, tokens // embedding.shape[1], 1).expand(batch, -1, -1)
+        repeated = embedding.repeat(1, tokens // embedding.shape[1], 1)
+        return pad(repeated, (0, 0, 0, tokens - repeated.shape[1])).expand(batch, -1, -1)
 
     rows = [row(source_embedding)] * count + [row(edit_embedding)] * (steps - count)
     pooled = None
@@ -189,7 +192,12 @@ def injection_table(
         sides = [source_pooled.expand(batch, -1)] * count + [edit_pooled.expand(batch, -1)] * (steps - count)
         pooled = torch.stack(sides)
     levels = sigmas.detach().to(device="cpu", dtype=torch.float32).clone()
-    return StepEmbeddings(sigmas=levels, embeddings=torch.stack(rows), pooled=pooled)
+    return StepEmbeddings(
+        sigmas=levels,
+        embeddings=torch.stack(rows),
+        pooled=pooled,
+        lengths=None if repeats_texts else (lengths[0],) * count + (lengths[1],) * (steps - count),
+    )
 
 
 def timestep_aware_sampling(
@@ -221,7 +229,7 @@ def timestep_aware_sampling(
         callback: progress with preview.
     """
     check_inversion(inversion, model)
-    check_method(inversion, DDIM, "connect one from DDIM Inversion or Null-Text Optimization")
+    check_deterministic(inversion, "connect one from Noise Inversion or Null-Text Optimization")
     check_choice(sampler, "sampler", SAMPLERS)
     table, steps = inversion.embeddings, inversion.steps
     positive = injected_conditioning(model, inversion.sigmas, source, edit, ratio)
@@ -244,21 +252,22 @@ def timestep_aware_sampling(
             x = x_next
             evaluator.report(i, denoised, x, steps)
         return TimestepAwareEdit(
-            latent=engine.to_socket_scale(model, (x / path.scale(sigmas[-1])).cpu()),
+            latent=engine.to_socket_scale(model, (x / path.image_scale(sigmas[-1])).cpu()),
             source_steps=source_steps(steps, ratio),
             evaluations=evaluator.evaluations,
             warning=None if table is None else table.guidance_warning(guidance_scale),
         )
 
-    # x_T with the rounding of a LATENT, as for stock samplers.
-    x_start = engine.to_model_scale(model, inversion.start_latent(model))
+    # x_T with the rounding of a LATENT, as for stock samplers. A flow model's inversion leaves as noise.
+    is_flow = inversion.noise_path is engine.FLOW
+    x_start = inversion.trajectory[0] if is_flow else engine.to_model_scale(model, inversion.start_latent(model))
     return engine.run_loop(model, positive, negative, x_start, inversion.sigmas, loop, callback=callback)
 
 
 def _count_steps(sigmas: torch.Tensor) -> int:
     if sigmas.ndim != 1 or sigmas.shape[0] < 2:
         raise IdentityEditError(
-            "The sigmas contain no step; connect those of DDIM Inversion, or a scheduler with at least one step."
+            "The sigmas contain no step; connect those of Noise Inversion, or a scheduler with at least one step."
         )
     if not bool((sigmas[:-1] > sigmas[1:]).all()):
         raise IdentityEditError("The sigmas do not descend; connect a scheduler's output directly (no FlipSigmas).")

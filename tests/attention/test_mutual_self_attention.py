@@ -28,7 +28,7 @@ HEIGHT, WIDTH = 8, 12
 
 def inverted(model: Any, batch: int = 1, steps: int = 6, seed: int = 4) -> inversion.Inversion:
     latent = tiny_models.latent(seed, batch, HEIGHT, WIDTH)
-    return inversion.ddim_inversion(model, latent, SOURCE, steps=steps)
+    return inversion.invert_image(model, latent, SOURCE, steps=steps)
 
 
 def evaluate(

@@ -190,9 +190,9 @@ FITTING: dict[tuple[str, str], tuple[str, int, dict[str, Any]]] = {
     ("IdentityEditMCDMGuider", "positive"): ("IdentityEditMCDMConditioner", 0, {}),
     ("IdentityEditReplaceSubject", "inversion"): ("IdentityEditNullTextOptimization", 2, {}),
     ("IdentityEditAttentionHeatmap", "identity_attention"): ("IdentityEditIdentityAwareMaskBlend", 3, {}),
-    ("IdentityEditEditFriendlyDDPMSampler", "inversion"): ("IdentityEditEditFriendlyDDPMInversion", 0, {}),
-    ("IdentityEditDiffEdit", "inversion"): ("IdentityEditDDIMInversion", 0, {}),
-    ("IdentityEditNullTextOptimization", "inversion"): ("IdentityEditDDIMInversion", 0, {}),
+    ("IdentityEditInversionSampler", "inversion"): ("IdentityEditEditFriendlyDDPMInversion", 0, {}),
+    ("IdentityEditDiffEdit", "inversion"): ("IdentityEditNoiseInversion", 0, {}),
+    ("IdentityEditNullTextOptimization", "inversion"): ("IdentityEditNoiseInversion", 0, {}),
     ("IdentityEditSaveSubjectAsEmbedding", "subject"): ("IdentityEditTrainSubjectEmbedding", 0, {"kind": "word"}),
 }
 """What some inputs need of all that their type allows, by class and input: (class, output, widgets). Three times of

@@ -55,7 +55,7 @@ def test_the_folders_may_have_any_name(name: str, tmp_path: Path, node_classes: 
         if " " in name:
             return  # ComfyUI serves no file of a pack whose folder's name a URL must escape
         assert client.get(f"/api/workflow_templates/{name}/reconstruct.json").json()["nodes"]
-        page = client.get(f"/extensions/{name}/docs/IdentityEditDDIMInversion.md")
+        page = client.get(f"/extensions/{name}/docs/IdentityEditNoiseInversion.md")
         assert page.text.startswith("#")
 
 

@@ -56,7 +56,7 @@ def inversion_prompt() -> Prompt:
         "target": node("CLIPTextEncode", text="a smiling orange cat standing on the grass", clip=["model", 1]),
         "empty": node("CLIPTextEncode", text="", clip=["model", 1]),
         "inversion": node(
-            "IdentityEditDDIMInversion",
+            "IdentityEditNoiseInversion",
             model=["model", 0],
             source=["source", 0],
             latent=["latent", 0],

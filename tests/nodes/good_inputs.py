@@ -136,7 +136,7 @@ class World:
 
     @functools.cached_property
     def inversion(self) -> inversions.Inversion:
-        return inversions.ddim_inversion(self.model, self.latent["samples"], self.conditioning(1), steps=2)
+        return inversions.invert_image(self.model, self.latent["samples"], self.conditioning(1), steps=2)
 
     @functools.cached_property
     def inversion_with_embeddings(self) -> inversions.Inversion:
@@ -149,7 +149,7 @@ class World:
     def inversion_of_words(self) -> inversions.Inversion:
         """With CLIP's own 77 tokens, for nodes that encode prompts."""
         empty = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(""))
-        made = inversions.ddim_inversion(self.model, self.latent["samples"], empty, steps=2)
+        made = inversions.invert_image(self.model, self.latent["samples"], empty, steps=2)
         embedding = empty[0][0]
         table = step_embeddings.StepEmbeddings(
             sigmas=made.sigmas, embeddings=embedding[None].expand(2, -1, -1, -1).clone(), guidance_scale=3.0
@@ -359,14 +359,14 @@ def _training(world: World, **settings: Any) -> dict[str, Any]:
 
 
 GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
-    "DDIMInversion": lambda w: {
+    "NoiseInversion": lambda w: {
         "model": w.model, "source": w.conditioning(1), "latent": w.latent, "steps": 2, "guidance_scale": 2.0,
         "negative": w.conditioning(3),
     },
     "EditFriendlyDDPMInversion": lambda w: {
         "model": w.model, "source": w.conditioning(1), "latent": w.latent, "steps": 2, "negative": w.conditioning(3),
     },
-    "EditFriendlyDDPMSampler": lambda w: {"model": w.model, "inversion": w.ddpm_inversion},
+    "InversionSampler": lambda w: {"model": w.model, "inversion": w.ddpm_inversion},
     "NullTextOptimization": lambda w: {
         "model": w.model, "inversion": w.inversion, "source": w.conditioning(1), "negative": w.conditioning(3),
         "inner_steps": 1,

@@ -10,7 +10,7 @@ import comfy_extras.nodes_model_advanced
 import pytest
 import torch
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding
-from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
+from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.nodes.inversion.edit_friendly import EditFriendlyDDPMInversion
 from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import step_boundaries
@@ -68,11 +68,11 @@ def test_steps_are_spread_as_lcms_own_sampler_does(steps: int, taken: int) -> No
     assert bool((ours.sigmas[:-1] > ours.sigmas[1:]).all())
 
 
-@pytest.mark.parametrize("node", [DDIMInversion, EditFriendlyDDPMInversion])
+@pytest.mark.parametrize("node", [NoiseInversion, EditFriendlyDDPMInversion])
 def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pytest.LogCaptureFixture) -> None:
     latent, model = {"samples": tiny_models.latent(4)}, lcm(tiny_models.sd1())
     more: dict[str, Any] = {"guidance_scale": 1.0}
-    if node is DDIMInversion:
+    if node is NoiseInversion:
         more |= {"end_at_zero": False}
     else:
         more |= {"eta": 1.0, "seed": 0, "zero_last_noise_map": False}

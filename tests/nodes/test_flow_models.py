@@ -17,7 +17,7 @@ from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, wor
 from identity_edit_pack.tests.nodes.test_bad_inputs import as_comfyui_gives, complaint_about_message
 
 WORKING = {
-    "DDIMInversion", "EditFriendlyDDPMInversion", "EditFriendlyDDPMSampler", "TimestepAwareTextInjection",
+    "NoiseInversion", "EditFriendlyDDPMInversion", "InversionSampler", "TimestepAwareTextInjection",
     "TimestepAwareTextInjectionModel", "TimestepAwareTextInjectionSampler", "IdentityAttention",
     "IdentityAwareMaskBlend", "SegmentSubject", "DiffEdit",
     "ApplySubject",
@@ -57,7 +57,7 @@ def of_flux(world: World) -> dict[str, Any]:
     return {
         "MODEL": model, "CONDITIONING": prompt, "LATENT": {"samples": latent}, "VAE": SixteenChannelVAE(),
         "CLIP": FluxClip(world.clip),
-        "ddim": inversion.ddim_inversion(model, latent, prompt, steps=3),
+        "ddim": inversion.invert_image(model, latent, prompt, steps=3),
         "edit-friendly ddpm": edit_friendly.edit_friendly_ddpm_inversion(model, latent, prompt, prompt, steps=3),
     }  # fmt: skip
 

@@ -31,11 +31,11 @@ EMPTY = torch.zeros(1, 48, 80)
 SAME = {"source_prompt": "a cat on the grass", "target_prompt": "a cat on the grass"}
 NO_ATTENTION = {"cross_replace_steps": 0.0, "self_replace_steps": 0.0, "reweight": "", "blend_words": ""}
 IDLE: list[tuple[str, dict[str, Any], str]] = [
-    ("DDIMInversion", {"latent": "masked"}, "noise mask"),
+    ("NoiseInversion", {"latent": "masked"}, "noise mask"),
     ("EditFriendlyDDPMInversion", {"latent": "masked"}, "noise mask"),
     ("OptimizeTextEmbedding", {"latent": "masked"}, "noise mask"),
     ("MCDMEditMask", {"latent": "masked"}, "noise mask"),
-    ("EditFriendlyDDPMSampler", {"skip": 1.0}, "skip is 1"),
+    ("InversionSampler", {"skip": 1.0}, "skip is 1"),
     *(
         (f"TimestepAwareTextInjection{form}", change, said)
         for form in ("", "Model", "Sampler")

@@ -64,7 +64,7 @@ CLIP = TinyClip()
 
 
 def invert(model: Any, batch: int = 1) -> inversion.Inversion:
-    return inversion.ddim_inversion(model, tiny_models.latent(4, batch), POSITIVE, steps=3)
+    return inversion.invert_image(model, tiny_models.latent(4, batch), POSITIVE, steps=3)
 
 
 def test_without_settings_the_defaults_are_used() -> None:

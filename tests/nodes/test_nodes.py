@@ -15,7 +15,7 @@ from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes import demo, scores, timestep_aware
 from identity_edit_pack.nodes.inversion import null_text as null_text_nodes
-from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
+from identity_edit_pack.nodes.inversion.ddim import NoiseInversion
 from identity_edit_pack.nodes.inversion.saved_inversions import LoadInversion, SaveInversion
 from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.inversion import null_text
@@ -42,14 +42,14 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def invert(model: Any, steps: int = 4, batch: int = 1) -> tuple[Any, ...]:
     latent = {"samples": tiny_models.latent(4, batch), "noise_mask": torch.ones(1, 8, 8)}
-    return DDIMInversion.execute(model, SOURCE, latent, steps, 1.0, False).args
+    return NoiseInversion.execute(model, SOURCE, latent, steps, 1.0, False).args
 
 
 def test_ddim_inversion_gives_what_a_sampler_needs() -> None:
     model = tiny_models.sd1()
     result, start, sigmas = invert(model, batch=2)
     assert list(start) == ["samples"], "a noise mask would make the sampler blend with noise"
-    expected = inversions.ddim_inversion(model, tiny_models.latent(4, 2), SOURCE, steps=4)
+    expected = inversions.invert_image(model, tiny_models.latent(4, 2), SOURCE, steps=4)
     assert torch.equal(start["samples"], expected.start_latent(model))
     assert torch.equal(sigmas, expected.sigmas) and sigmas.shape == (5,)
     assert torch.equal(result.trajectory, expected.trajectory)

@@ -15,7 +15,7 @@ import torch
 from identity_edit_pack.nodes.mcdm import portrait as nodes
 from identity_edit_pack.nodes.mcdm import train_mcdm
 from identity_edit_pack.pipelines.engine import edit_model
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
+from identity_edit_pack.pipelines.inversion.inversion import invert_image
 from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models, tiny_text_encoders, tiny_vision
@@ -206,7 +206,7 @@ def test_what_cannot_be_used_is_said(parts: Any, own_folders: Path) -> None:
 def test_diffedit_keeps_what_is_outside_of_the_mask() -> None:
     model = tiny_models.sd1(output_gain=0.1)
     latent, empty = tiny_models.latent(3), tiny_models.conditioning(2)
-    inversion = ddim_inversion(model, latent, empty, steps=10)
+    inversion = invert_image(model, latent, empty, steps=10)
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :32] = 1.0
     result, report = nodes.DiffEdit.execute(model, inversion, tiny_models.conditioning(1), empty, mask, 0.5, 4.0).args

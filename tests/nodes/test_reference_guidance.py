@@ -39,7 +39,7 @@ def arguments(model: Any, batch: int = 1, **changes: Any) -> dict[str, Any]:
         **changes,
     }
     if "inversion" not in given:
-        given["inversion"] = inversion.ddim_inversion(model, tiny_models.latent(4), POSITIVE, steps=5, end_at_zero=True)
+        given["inversion"] = inversion.invert_image(model, tiny_models.latent(4), POSITIVE, steps=5, end_at_zero=True)
     return given
 
 
@@ -75,7 +75,7 @@ def test_it_guides_and_reports() -> None:
 
 def test_a_reference_inverted_with_guidance_is_used_with_a_warning() -> None:
     model = tiny_models.sd1(output_gain=0.05)
-    guided = inversion.ddim_inversion(model, tiny_models.latent(4), POSITIVE, NEGATIVE, steps=3, guidance_scale=3.0)
+    guided = inversion.invert_image(model, tiny_models.latent(4), POSITIVE, NEGATIVE, steps=3, guidance_scale=3.0)
     _, report = ReferenceGuidedNullTextOptimizer.execute(**arguments(model, inversion=guided)).args
     assert "Warning: The reference was inverted with guidance scale 3" in report
 

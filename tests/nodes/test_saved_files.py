@@ -12,7 +12,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import NODE_CLASSES, saved_files
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding
-from identity_edit_pack.nodes.inversion.ddim import DDIMInversion
+from identity_edit_pack.nodes.inversion.ddim import NoiseInversion
 from identity_edit_pack.nodes.inversion.saved_inversions import LoadInversion, SaveInversion
 from identity_edit_pack.nodes.lipe import identity_prior
 from identity_edit_pack.nodes.mcdm import identity_words
@@ -58,7 +58,7 @@ def age(folder: Path) -> None:
 
 def invert(model: Any) -> Any:
     latent = {"samples": tiny_models.latent(4, 1)}
-    return DDIMInversion.execute(model, tiny_models.conditioning(1), latent, 2, 1.0, False).args[0]
+    return NoiseInversion.execute(model, tiny_models.conditioning(1), latent, 2, 1.0, False).args[0]
 
 
 def test_a_list_holds_the_input_folder_itself_and_the_nodes_own_folders(inputs: Path) -> None:
@@ -138,10 +138,10 @@ def test_links_to_folders_are_no_folders_of_images_as_in_comfyui(inputs: Path, t
 
 
 def test_a_run_makes_no_schema(monkeypatch: pytest.MonkeyPatch) -> None:
-    DDIMInversion.GET_SCHEMA()
+    NoiseInversion.GET_SCHEMA()
 
     def define_schema(cls: Any) -> Any:
         raise AssertionError("made again")
 
-    monkeypatch.setattr(DDIMInversion, "define_schema", classmethod(define_schema))
+    monkeypatch.setattr(NoiseInversion, "define_schema", classmethod(define_schema))
     assert invert(tiny_models.sd1()).steps == 2

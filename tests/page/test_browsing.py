@@ -109,7 +109,7 @@ def test_every_node_alone_shows_its_names(page: Page, server: RunningServer) -> 
     assert faults == []
 
 
-@pytest.mark.parametrize("node_type", ["IdentityEditDDIMInversion", "IdentityEditTrainMCDM", "IdentityEditMCDMGuider"])
+@pytest.mark.parametrize("node_type", ["IdentityEditNoiseInversion", "IdentityEditTrainMCDM", "IdentityEditMCDMGuider"])
 def test_the_help_button_shows_our_page(node_type: str, page: Page) -> None:
     node_alone(page, node_type)
     # In the middle of the page, as the help opens over its left side.

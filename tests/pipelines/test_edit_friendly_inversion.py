@@ -143,7 +143,7 @@ def test_every_step_is_diffusers_ddpm_step(steps: int):
 
 def test_a_deterministic_inversion_steps_with_euler():
     patcher = tiny_models.sd1()
-    made = inversion.ddim_inversion(patcher, tiny_models.latent(2), POSITIVE, steps=4)
+    made = inversion.invert_image(patcher, tiny_models.latent(2), POSITIVE, steps=4)
     assert made.noise_maps is None and made.eta == 0.0
     x, denoised = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     expected = denoised + (x - denoised) / made.sigmas[1] * made.sigmas[2]
@@ -219,7 +219,7 @@ def test_other_sigmas_latents_and_inversions_are_refused():
         sample(made.sigmas, tiny_models.latent(2, batch=3))
     with pytest.raises(IdentityEditError, match="inversion's latent"):
         sample(made.sigmas, tiny_models.latent(2, batch=2, width=16))
-    plain = inversion.ddim_inversion(patcher, tiny_models.latent(2), POSITIVE, steps=4)
+    plain = inversion.invert_image(patcher, tiny_models.latent(2), POSITIVE, steps=4)
     with pytest.raises(IdentityEditError, match="connect one from Edit-Friendly DDPM Inversion"):
         edit_friendly.edit_friendly_sampler(patcher, plain)
     with pytest.raises(IdentityEditError, match="skip is 8 of 8"):
@@ -236,7 +236,7 @@ def test_skip_is_a_share_of_the_steps():
 def test_bad_settings_are_refused():
     patcher, latent = tiny_models.sd1(), tiny_models.latent(2)
     for eta in (0.0, -1.0, 1.1, math.nan):
-        with pytest.raises(IdentityEditError, match="DDIM Inversion"):
+        with pytest.raises(IdentityEditError, match="Noise Inversion"):
             edit_friendly.edit_friendly_ddpm_inversion(patcher, latent, POSITIVE, NEGATIVE, steps=2, eta=eta)
     with pytest.raises(IdentityEditError, match="needs a negative"):
         edit_friendly.edit_friendly_ddpm_inversion(patcher, latent, POSITIVE, steps=2)
@@ -262,7 +262,7 @@ def test_save_and_load_keep_the_noise_maps(tmp_path: Path):
 
 
 def test_files_without_noise_maps_and_eta_still_load(tmp_path: Path):
-    made = inversion.ddim_inversion(tiny_models.sd1(), tiny_models.latent(2), POSITIVE, steps=3)
+    made = inversion.invert_image(tiny_models.sd1(), tiny_models.latent(2), POSITIVE, steps=3)
     path = str(tmp_path / "image.safetensors")
     inversion.save_inversion(made, path)
     tensors, description = files.read_tensors(path, "inversion")

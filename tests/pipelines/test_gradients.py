@@ -304,14 +304,14 @@ def test_a_device_without_memory_is_said_with_what_helps(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("node", ["EasyCacheNode", "LazyCacheNode"])
 def test_caches_of_steps_are_left_out_and_the_log_says_so(node: str, caplog: pytest.LogCaptureFixture):
     from comfy_extras import nodes_easycache
-    from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion
+    from identity_edit_pack.pipelines.inversion.inversion import invert_image
 
     plain = tiny_models.sd1(output_gain=0.05)
     cached = getattr(nodes_easycache, node).execute(plain, 0.5, 0.0, 1.0, False).args[0]
     sides = tiny_models.latent(3), tiny_models.conditioning(1)
-    expected = ddim_inversion(plain, *sides, steps=6).trajectory
+    expected = invert_image(plain, *sides, steps=6).trajectory
     assert not caplog.text
-    assert torch.equal(ddim_inversion(cached, *sides, steps=6).trajectory, expected)
+    assert torch.equal(invert_image(cached, *sides, steps=6).trajectory, expected)
     assert "cache is disabled here" in caplog.text
     assert "easycache" in cached.model_options["transformer_options"], "the given model keeps it"
 

@@ -14,7 +14,7 @@ from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
 from identity_edit_pack.pipelines.inversion import null_text
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion
-from identity_edit_pack.pipelines.inversion.inversion import Inversion, ddim_inversion, sample_inversion, sampling_step
+from identity_edit_pack.pipelines.inversion.inversion import Inversion, invert_image, sample_inversion, sampling_step
 from identity_edit_pack.pipelines.lipe import identity_mask_blend
 from identity_edit_pack.pipelines.lipe.identity_mask_blend import REPLACE, UNITE, BlendSettings
 from identity_edit_pack.pipelines.lipe.identity_prompt import IdentityPrompt, capture_identity
@@ -28,7 +28,7 @@ STEPS = 5
 def invert(model: Any, method: str = "ddim", batch: int = 1, height: int = 8, width: int = 12) -> Inversion:
     latent = tiny_models.latent(4, batch, height, width)
     if method == "ddim":
-        return ddim_inversion(model, latent, SOURCE, steps=STEPS)
+        return invert_image(model, latent, SOURCE, steps=STEPS)
     return edit_friendly_ddpm_inversion(model, latent, SOURCE, NEGATIVE, steps=STEPS, seed=3)
 
 

@@ -55,7 +55,7 @@ def test_the_twin_predicts_the_same_noise():
 def test_inversion_agrees_with_the_reference(steps: int):
     patcher = tiny_models.sd1()
     positive, latent = tiny_models.conditioning(1), tiny_models.latent(2, height=8, width=12)
-    ours = inversion.ddim_inversion(patcher, latent, positive, steps=steps)
+    ours = inversion.invert_image(patcher, latent, positive, steps=steps)
     predict_noise, scale = diffusers_loop(patcher, steps)
     expected = reference_null_text.invert(predict_noise, scale, latent * SD_SCALE, positive[0][0])
     for i in range(steps + 1):
@@ -68,7 +68,7 @@ def test_sampling_agrees_with_diffusers_ddim():
 
     patcher, steps = tiny_models.sd1(), 20
     positive, negative = tiny_models.conditioning(1), tiny_models.conditioning(2)
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(2), positive, steps=steps)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(2), positive, steps=steps)
     ours = inversion.sample_inversion(patcher, pivot, positive, negative, guidance_scale=3.0)
 
     twin = tiny_models.diffusers_twin(patcher)
@@ -88,7 +88,7 @@ def test_sampling_agrees_with_diffusers_ddim():
 def test_guided_inversion_agrees_with_the_reference():
     patcher, steps, scale_of_guidance = tiny_models.sd1(), 10, 2.5
     positive, negative = tiny_models.conditioning(1), tiny_models.conditioning(2)
-    ours = inversion.ddim_inversion(patcher, tiny_models.latent(2), positive, negative, steps, scale_of_guidance)
+    ours = inversion.invert_image(patcher, tiny_models.latent(2), positive, negative, steps, scale_of_guidance)
     predict_noise, scale = diffusers_loop(patcher, steps)
 
     def guided(z: torch.Tensor, t: int, _: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ def network_loop(patcher, family: str, positive, steps: int):
 def test_every_family_agrees_with_the_papers_formulas(family: str):
     patcher, steps = tiny_models.FAMILIES[family](), 10
     positive, latent = tiny_models.conditioning(1, batch=2), tiny_models.latent(2, batch=2, width=12)
-    ours = inversion.ddim_inversion(patcher, latent, positive, steps=steps)
+    ours = inversion.invert_image(patcher, latent, positive, steps=steps)
     predict_noise, scale = network_loop(patcher, family, positive, steps)
     z_0 = engine.to_model_scale(patcher, latent)
     expected = reference_null_text.invert(predict_noise, scale, z_0, positive[0][0])
@@ -143,7 +143,7 @@ def test_zero_terminal_snr_starts_from_the_last_timestep():
     start = engine.to_model_scale(patcher, sigmas[-1] * tiny_models.latent(2))
     run = inversion.Inversion(
         trajectory=start.expand(5, *start.shape), sigmas=torch.cat([sigmas[timesteps], torch.zeros(1)]),
-        timesteps=timesteps, method=inversion.DDIM, guidance_scale=1.0, model=engine.model_tag(patcher),
+        method=inversion.DDIM, guidance_scale=1.0, model=engine.model_tag(patcher),
     )  # fmt: skip
     z_0 = inversion.sample_inversion(patcher, run, tiny_models.conditioning(1))
     assert bool(torch.isfinite(z_0).all()) and float(z_0.std()) < 100
@@ -152,17 +152,17 @@ def test_zero_terminal_snr_starts_from_the_last_timestep():
 def test_a_batch_is_its_latents_one_by_one():
     patcher = tiny_models.sd1()
     positive, latent = tiny_models.conditioning(1, batch=2), tiny_models.latent(2, batch=2)
-    both = inversion.ddim_inversion(patcher, latent, positive, steps=10)
+    both = inversion.invert_image(patcher, latent, positive, steps=10)
     for b in range(2):
         own = [[positive[0][0][b : b + 1], {}]]
-        alone = inversion.ddim_inversion(patcher, latent[b : b + 1], own, steps=10)
+        alone = inversion.invert_image(patcher, latent[b : b + 1], own, steps=10)
         assert relative_error(both.trajectory[:, b : b + 1], alone.trajectory) < 1e-5
 
 
 def test_the_stock_sampler_follows_the_same_path():
     patcher = tiny_models.sd1()
     positive, negative = tiny_models.conditioning(1), tiny_models.conditioning(2)
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(2), positive, steps=12, end_at_zero=True)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(2), positive, steps=12, end_at_zero=True)
     start = pivot.start_latent(patcher)
     stock = comfy.sample.sample_custom(
         patcher, torch.zeros_like(start), 4.0, comfy.samplers.sampler_object("euler"), pivot.sigmas, positive, negative,
@@ -176,7 +176,7 @@ def test_a_patch_that_wants_both_sides_gets_them_without_a_negative_prompt():
     """Stock Self-Attention Guidance blurs by the attention of the negative side, at guidance scale 1 too."""
     patcher = nodes_sag.SelfAttentionGuidance.execute(tiny_models.sd1(), 2.0, 1.0).result[0]
     positive = tiny_models.conditioning(1)
-    pivot = inversion.ddim_inversion(tiny_models.sd1(), tiny_models.latent(2), positive, steps=4, end_at_zero=True)
+    pivot = inversion.invert_image(tiny_models.sd1(), tiny_models.latent(2), positive, steps=4, end_at_zero=True)
     start = pivot.start_latent(patcher)
     ours = inversion.sample_inversion(patcher, pivot, positive)
     stock = comfy.sample.sample_custom(
@@ -196,7 +196,7 @@ def test_evaluations_progress_and_preview_are_reported():
             counts.append(len(given["cond_or_uncond"])) or apply(given["input"], given["timestep"], **given["c"])
         )
     )
-    inversion.ddim_inversion(
+    inversion.invert_image(
         patcher, tiny_models.latent(2), tiny_models.conditioning(1), steps=7,
         callback=lambda step, denoised, x, total: seen.append((step, total)),
     )  # fmt: skip
@@ -213,7 +213,7 @@ def test_an_interrupt_stops_at_the_next_evaluation():
             comfy.model_management.interrupt_current_processing()
 
     with pytest.raises(comfy.model_management.InterruptProcessingException):
-        inversion.ddim_inversion(
+        inversion.invert_image(
             tiny_models.sd1(), tiny_models.latent(2), tiny_models.conditioning(1), steps=9, callback=cancel_at_third
         )
     assert calls == [0, 1, 2]
@@ -222,21 +222,21 @@ def test_an_interrupt_stops_at_the_next_evaluation():
 def test_it_works_in_the_inference_mode_of_a_prompt():
     with torch.inference_mode():
         patcher = tiny_models.sd1()
-        prompt = inversion.ddim_inversion(patcher, tiny_models.latent(2), tiny_models.conditioning(1), steps=5)
-    plain = inversion.ddim_inversion(tiny_models.sd1(), tiny_models.latent(2), tiny_models.conditioning(1), steps=5)
+        prompt = inversion.invert_image(patcher, tiny_models.latent(2), tiny_models.conditioning(1), steps=5)
+    plain = inversion.invert_image(tiny_models.sd1(), tiny_models.latent(2), tiny_models.conditioning(1), steps=5)
     assert torch.equal(prompt.trajectory, plain.trajectory)
 
 
 def test_save_and_load_give_the_same_inversion(tmp_path: Path):
     patcher = tiny_models.sdxl()
     positive = tiny_models.conditioning(1, batch=2)
-    made = inversion.ddim_inversion(patcher, tiny_models.latent(2, batch=2), positive, steps=4)
+    made = inversion.invert_image(patcher, tiny_models.latent(2, batch=2), positive, steps=4)
     table = constant_embedding(made.sigmas, positive[0][0], positive[0][1]["pooled_output"])
     made = made.with_embeddings(replace(table, guidance_scale=6.5))
     path = tmp_path / "new folder" / "image.safetensors"
     inversion.save_inversion(made, str(path))
     loaded = inversion.load_inversion(str(path))
-    for name in ("trajectory", "sigmas", "timesteps"):
+    for name in ("trajectory", "sigmas"):
         assert torch.equal(getattr(loaded, name), getattr(made, name))
     assert loaded.embeddings is not None and made.embeddings is not None
     assert torch.equal(loaded.embeddings.embeddings, made.embeddings.embeddings)
@@ -249,7 +249,7 @@ def test_save_and_load_give_the_same_inversion(tmp_path: Path):
 
 @pytest.fixture(scope="module")
 def made():
-    return inversion.ddim_inversion(tiny_models.sd1(), tiny_models.latent(2), tiny_models.conditioning(1), steps=3)
+    return inversion.invert_image(tiny_models.sd1(), tiny_models.latent(2), tiny_models.conditioning(1), steps=3)
 
 
 @pytest.mark.parametrize(
@@ -331,15 +331,15 @@ def test_an_unwritable_folder_is_refused(made: inversion.Inversion, tmp_path: Pa
 )
 def test_bad_latents_are_refused(latent: torch.Tensor, words: str):
     with pytest.raises(IdentityEditError, match=words):
-        inversion.ddim_inversion(tiny_models.sd1(), latent, tiny_models.conditioning(1), steps=2)
+        inversion.invert_image(tiny_models.sd1(), latent, tiny_models.conditioning(1), steps=2)
 
 
 def test_bad_conditionings_and_models_are_refused():
     patcher, latent = tiny_models.sd1(), tiny_models.latent(2)
     with pytest.raises(IdentityEditError, match="positive conditioning is empty"):
-        inversion.ddim_inversion(patcher, latent, [], steps=2)
+        inversion.invert_image(patcher, latent, [], steps=2)
     with pytest.raises(IdentityEditError, match="needs a negative"):
-        inversion.ddim_inversion(patcher, latent, tiny_models.conditioning(1), steps=2, guidance_scale=3.0)
+        inversion.invert_image(patcher, latent, tiny_models.conditioning(1), steps=2, guidance_scale=3.0)
     flow = patcher.clone()
 
     class FlowSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
@@ -361,7 +361,7 @@ def test_nothing_keeps_the_model_after_a_run():
     before = clones()
     gc.disable()
     try:
-        inversion.ddim_inversion(model, tiny_models.latent(3), tiny_models.conditioning(4), steps=2)
+        inversion.invert_image(model, tiny_models.latent(3), tiny_models.conditioning(4), steps=2)
         assert clones() == before
     finally:
         gc.enable()
@@ -373,6 +373,6 @@ def test_an_area_outside_of_the_image_is_refused(area: tuple):
     latent, conditioning = tiny_models.latent(2, height=8, width=12), tiny_models.conditioning(1)
     outside = [[conditioning[0][0], {**conditioning[0][1], "area": area, "strength": 1.0}]]
     with pytest.raises(IdentityEditError, match="The positive conditioning has an area that starts outside"):
-        inversion.ddim_inversion(tiny_models.sd1(), latent, outside, steps=2)
+        inversion.invert_image(tiny_models.sd1(), latent, outside, steps=2)
     inside = [[conditioning[0][0], {**conditioning[0][1], "area": (4, 20, 4, 8), "strength": 1.0}]]
-    inversion.ddim_inversion(tiny_models.sd1(), latent, conditioning + inside, steps=2)
+    inversion.invert_image(tiny_models.sd1(), latent, conditioning + inside, steps=2)

@@ -45,7 +45,7 @@ def test_it_reproduces_the_reference(steps: int, output_gain: float):
     latent = tiny_models.latent(3, height=8, width=6)
     with torch.inference_mode():
         patcher = tiny_models.sd1(output_gain=output_gain)
-        pivot = inversion.ddim_inversion(patcher, latent, POSITIVE, steps=steps)
+        pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=steps)
         ours = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE)
     expected, trajectory = reference(tiny_models.sd1(output_gain=output_gain), latent, steps)
 
@@ -67,10 +67,10 @@ def test_a_batch_is_its_latents_one_by_one():
     patcher, steps = tiny_models.sd1(output_gain=0.006), 8
     latent = torch.cat([tiny_models.latent(3), 0.3 * tiny_models.latent(4)])
     negative = torch.cat([tiny_models.near(POSITIVE, distance, 2)[0][0] for distance in (0.2, 0.02)])
-    pivot = inversion.ddim_inversion(patcher, latent, POSITIVE, steps=steps)
+    pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=steps)
     both = null_text.null_text_optimization(patcher, pivot, POSITIVE, [[negative, {}]])
     for b in range(2):
-        own = inversion.ddim_inversion(patcher, latent[b : b + 1], POSITIVE, steps=steps)
+        own = inversion.invert_image(patcher, latent[b : b + 1], POSITIVE, steps=steps)
         alone = null_text.null_text_optimization(patcher, own, POSITIVE, [[negative[b : b + 1], {}]])
         assert both.inner_steps[:, b].tolist() == alone.inner_steps[:, 0].tolist()
         assert both.converged[:, b].tolist() == alone.converged[:, 0].tolist()
@@ -82,7 +82,7 @@ def test_a_batch_is_its_latents_one_by_one():
 def test_it_brings_every_family_back_to_the_image(family: str):
     patcher = tiny_models.FAMILIES[family](output_gain=0.05)
     latent = tiny_models.latent(3, batch=2)
-    pivot = inversion.ddim_inversion(patcher, latent, POSITIVE, steps=5)
+    pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=5)
     before = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=0)
     after = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=10)
     assert bool((after.final_losses[-1] < 0.7 * before.final_losses[-1]).all())
@@ -95,7 +95,7 @@ def test_it_brings_every_family_back_to_the_image(family: str):
 def test_the_adaptive_method_comes_nearer_with_no_more_evaluations():
     patcher = tiny_models.sd1(output_gain=0.05)
     latent = tiny_models.latent(3, batch=2)
-    pivot = inversion.ddim_inversion(patcher, latent, POSITIVE, steps=10)
+    pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=10)
     paper, adaptive = (
         null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=10, method=method)
         for method in null_text.METHODS
@@ -109,7 +109,7 @@ def test_the_adaptive_method_comes_nearer_with_no_more_evaluations():
 def test_the_adaptive_method_does_nothing_where_nothing_is_to_be_done():
     """Below the threshold from the start: one conditional and one unconditional evaluation a step, phi as it was."""
     patcher, steps = tiny_models.sd1(), 4
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=steps)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=steps)
     idle = null_text.null_text_optimization(
         patcher, pivot, POSITIVE, NEGATIVE, early_stop=1e9, method=null_text.ADAPTIVE
     )
@@ -136,7 +136,7 @@ def test_half_precision_reaches_the_same_embeddings():
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         patcher = tiny_models.sd1(dtype=dtype, output_gain=0.05)
-        pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=4)
+        pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=4)
         results.append(null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=3))
     full, half = results
     assert half.embeddings.embeddings.dtype == torch.float32
@@ -147,7 +147,7 @@ def test_half_precision_reaches_the_same_embeddings():
 
 def test_negative_prompt_inversion_is_independent_of_the_guidance_scale():
     patcher = tiny_models.sd1()
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=6)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=6)
     table = null_text.negative_prompt_inversion(pivot, POSITIVE)
     plain = inversion.sample_inversion(patcher, pivot, POSITIVE)
     guided = inversion.sample_inversion(patcher, pivot.with_embeddings(table), POSITIVE, NEGATIVE, guidance_scale=7.5)
@@ -161,7 +161,7 @@ def test_more_than_a_hundred_steps_keep_a_positive_learning_rate():
 
 def test_it_says_where_it_did_not_converge():
     patcher = tiny_models.sd1()
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=3)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=3)
     bad = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=1)
     assert bad.warning is not None and "3 of 3 steps" in bad.warning
     good = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=1, early_stop=1e9)
@@ -171,7 +171,7 @@ def test_it_says_where_it_did_not_converge():
 def test_progress_counts_every_inner_step_and_ends_at_the_total():
     seen: list[tuple[int, int]] = []
     patcher = tiny_models.sd1()
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=2)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=2)
     null_text.null_text_optimization(
         patcher, pivot, POSITIVE, NEGATIVE, inner_steps=3,
         callback=lambda step, denoised, x, total: seen.append((step, total)),
@@ -182,7 +182,7 @@ def test_progress_counts_every_inner_step_and_ends_at_the_total():
 def test_an_interrupt_stops_within_one_evaluation_and_leaves_the_model_as_it_was():
     with torch.inference_mode():
         patcher = tiny_models.sd1()
-        pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=4)
+        pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=4)
         parameters = {name: id(value) for name, value in patcher.model.named_parameters()}
         forwards = sum("forward" in vars(module) for module in patcher.model.modules())
         steps: list[int] = []
@@ -203,7 +203,7 @@ def test_live_tensors_do_not_grow_with_the_inner_steps():
     import gc
 
     patcher = tiny_models.sd1()
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=1)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=1)
     counts: list[int] = []
 
     def count(step: int, denoised: torch.Tensor, x: torch.Tensor, total: int) -> None:
@@ -217,7 +217,7 @@ def test_live_tensors_do_not_grow_with_the_inner_steps():
 
 def test_bad_inputs_are_refused_in_one_sentence():
     patcher = tiny_models.sd1()
-    pivot = inversion.ddim_inversion(patcher, tiny_models.latent(3), POSITIVE, steps=2)
+    pivot = inversion.invert_image(patcher, tiny_models.latent(3), POSITIVE, steps=2)
     cases: list[tuple[dict[str, Any], str]] = [
         (dict(guidance_scale=1.0), "above 1"),
         (dict(inner_steps=-1), "inner_steps is -1"),

@@ -213,7 +213,7 @@ def test_the_latents_of_a_batch_are_edited_one_by_one(clip: Any) -> None:
 
 
 def inverted(model: Any, clip: Any, batch: int = 1) -> inversion.Inversion:
-    return inversion.ddim_inversion(model, tiny_models.latent(4, batch, HEIGHT, WIDTH), p2p.encode(clip, CAT), steps=6)
+    return inversion.invert_image(model, tiny_models.latent(4, batch, HEIGHT, WIDTH), p2p.encode(clip, CAT), steps=6)
 
 
 def sampled(model: Any, pivot: inversion.Inversion, positive: Any, negative: Any, cfg: float = 4.0) -> torch.Tensor:

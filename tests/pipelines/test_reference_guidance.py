@@ -42,9 +42,7 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def reference_inversion(model: Any, steps: int, batch: int = 1, end_at_zero: bool = False) -> Inversion:
-    return inversion.ddim_inversion(
-        model, tiny_models.latent(3, batch), REFERENCE, steps=steps, end_at_zero=end_at_zero
-    )
+    return inversion.invert_image(model, tiny_models.latent(3, batch), REFERENCE, steps=steps, end_at_zero=end_at_zero)
 
 
 def noise_start(model: Any, of: Inversion, batch: int = 1, seed: int = 7) -> torch.Tensor:
@@ -273,7 +271,7 @@ def test_a_mask_of_ones_holds_everything() -> None:
 def test_a_batch_is_its_latents_one_by_one() -> None:
     """Each with its own noise, reference, mask and embedding, and each stops by itself."""
     model = tiny_models.sd1(output_gain=0.02)
-    pivot = inversion.ddim_inversion(
+    pivot = inversion.invert_image(
         model, torch.cat([tiny_models.latent(3), 0.2 * tiny_models.latent(4)]), REFERENCE, steps=6
     )
     masks = torch.cat([MASK, MASK.flip(2)])
@@ -354,7 +352,7 @@ def test_it_warns_where_the_loss_does_not_fall() -> None:
     start = noise_start(model, pivot)
     found = reference_guided_sampling(model, start, pivot, MASK, POSITIVE, NEGATIVE, inner_steps=3, learning_rate=50.0)
     assert found.warning is not None and "did not reduce the loss" in found.warning
-    guided_inversion = inversion.ddim_inversion(
+    guided_inversion = inversion.invert_image(
         model, tiny_models.latent(3), REFERENCE, NEGATIVE, steps=6, guidance_scale=2.0
     )
     found = reference_guided_sampling(model, start, guided_inversion, MASK, POSITIVE, NEGATIVE, inner_steps=1)
@@ -407,7 +405,7 @@ def test_bad_inputs_are_refused_in_one_sentence() -> None:
         (dict(start=torch.zeros(1, 4, 8, 6)), "align the reference"),
         (dict(start=start * math.inf), "NaN or infinite"),
         (dict(model=tiny_models.sd1(seed=5)), "another model"),
-        (dict(inversion=replace(pivot, method=inversion.EDIT_FRIENDLY_DDPM)), "from DDIM Inversion"),
+        (dict(inversion=replace(pivot, method=inversion.EDIT_FRIENDLY_DDPM)), "from Noise Inversion"),
         (dict(guidance_scale=1.0), "above 1"),
         (dict(inner_steps=-1), "inner_steps is -1"),
         (dict(learning_rate=0.0), "learning_rate is 0"),

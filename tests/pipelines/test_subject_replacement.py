@@ -28,7 +28,7 @@ def clip() -> Any:
 
 
 def inverted(model: Any, clip: Any, batch: int = 1) -> inversion.Inversion:
-    pivot = inversion.ddim_inversion(model, tiny_models.latent(4, batch, 8, 12), encode(clip, CAT), steps=STEPS)
+    pivot = inversion.invert_image(model, tiny_models.latent(4, batch, 8, 12), encode(clip, CAT), steps=STEPS)
     found = null_text.null_text_optimization(model, pivot, encode(clip, CAT), encode(clip, ""), 3.0, inner_steps=1)
     table = found.embeddings
     return pivot.with_embeddings(StepEmbeddings(table.sigmas, table.embeddings, table.pooled, guidance_scale=3.0))

@@ -190,7 +190,7 @@ def test_prompts_of_different_lengths_give_the_same_in_a_table() -> None:
 
 def make_inversion(model: Any, steps: int, end_at_zero: bool = False, batch: int = 1) -> inversions.Inversion:
     latent = tiny_models.latent(4, batch=batch)
-    return inversions.ddim_inversion(model, latent, SOURCE, steps=steps, end_at_zero=end_at_zero)
+    return inversions.invert_image(model, latent, SOURCE, steps=steps, end_at_zero=end_at_zero)
 
 
 @pytest.mark.parametrize(

@@ -28,20 +28,29 @@ class Capability(Enum):
     )
     GRADIENTS = "does not support gradients; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
     TRAINING = "cannot be trained here; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
+    TRUE_GUIDANCE = (
+        "has distilled guidance and no unconditional side; use Edit-Friendly DDPM Inversion or the FlowEdit Sampler, "
+        "or load a model with classifier-free guidance (Stable Diffusion, Chroma, Qwen-Image, Z-Image Base)"
+    )
+    VELOCITY = "is not a flow model; choose another method, or load Flux, Stable Diffusion 3 or Qwen-Image"
+    ONE_TEXT = (
+        "reads the texts of several encoders, which cannot be exchanged for a learned one; use Timestep-Aware Text "
+        "Injection, which switches whole prompts, or load another model"
+    )
 
 
 class Family(ABC):
     """One MODEL as a member of its family.
 
     Attributes:
-        capabilities: supported capabilities.
+        capabilities: supported capabilities; of the family, or of one model.
         noise_path: how its latents mix image and noise.
         tag_weights: key prefixes of the weights that distinguish models of the family.
         sampling: the model's noise levels (ComfyUI's `model_sampling`).
         network: the diffusion model.
     """
 
-    capabilities: ClassVar[frozenset[Capability]]
+    capabilities: frozenset[Capability]
     noise_path: ClassVar[NoisePath]
     tag_weights: ClassVar[tuple[str, ...]]
 
@@ -71,12 +80,13 @@ class Family(ABC):
     @property
     @abstractmethod
     def text_width(self) -> int:
-        """Channels of the model's text embeddings (768 for SD1.x, 1024 for SD2.x, 2048 for SDXL)."""
+        """Channels of the model's text embeddings (768 for SD1.x, 1024 for SD2.x, 2048 for SDXL), or 0 if the
+        architecture is unknown."""
 
     @property
     @abstractmethod
     def pooled_width(self) -> int | None:
-        """Channels of the pooled output, or None if the model takes none."""
+        """Channels of the pooled output, or None if the model takes none or its architecture is unknown."""
 
     @property
     @abstractmethod

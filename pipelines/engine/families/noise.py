@@ -19,15 +19,21 @@ EPS, V, VELOCITY = "eps", "v", "flow"
 
 @dataclass(frozen=True)
 class NoisePath:
-    """A noise path. Latents are [B, C, H, W]; noise levels are tensors that broadcast to them, or floats.
+    """A noise path. Latents are [B, C, H, W] or [B, C, 1, H, W]; noise levels are tensors that broadcast to them, or
+    floats.
 
     Attributes:
         alpha: the weight of the image at a noise level.
         alpha_slope: its derivative, constant.
+        network_scale: x divided by it is what the network receives.
+        image_scale: x at the last level of a schedule divided by it is the image. For models that predict noise or v,
+            the papers take z_t of timestep 0 as the image; for flow models, x is alpha z_0 there.
     """
 
     alpha: Callable[[Any], Any]
     alpha_slope: float
+    network_scale: Callable[[torch.Tensor], torch.Tensor]
+    image_scale: Callable[[torch.Tensor], torch.Tensor]
 
     def scale(self, sigma: torch.Tensor) -> torch.Tensor:
         """sqrt(alpha^2 + s^2), the size of x at a noise level; x divided by it is the papers' z."""
@@ -79,8 +85,12 @@ class NoisePath:
         return (x - self.alpha(sigma) * denoised) / sigma
 
 
-DIFFUSION = NoisePath(lambda sigma: 1.0, alpha_slope=0.0)
-FLOW = NoisePath(lambda sigma: 1.0 - sigma, alpha_slope=-1.0)
+def _unit_scale(sigma: torch.Tensor) -> torch.Tensor:
+    return torch.sqrt(1.0 + sigma * sigma)
+
+
+DIFFUSION = NoisePath(lambda sigma: 1.0, 0.0, network_scale=_unit_scale, image_scale=_unit_scale)
+FLOW = NoisePath(lambda sigma: 1.0 - sigma, -1.0, network_scale=torch.ones_like, image_scale=lambda sigma: 1.0 - sigma)
 PATH_OF = {EPS: DIFFUSION, V: DIFFUSION, VELOCITY: FLOW}
 """Noise path by prediction type."""
 

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import torch
 
-from ...shared.errors import check_steps
+from ...shared.errors import IdentityEditError, check_steps
 
 
 class DiscreteSampling(Protocol):
@@ -35,6 +35,12 @@ class DiscreteSampling(Protocol):
     def sigma(self, timestep: torch.Tensor) -> torch.Tensor: ...
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor: ...
+
+
+class HasSampling(Protocol):
+    """A `base.Family`, for its noise levels."""
+
+    sampling: DiscreteSampling
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,22 @@ def ddim_schedule(
         rows = timesteps = ddim_timesteps(steps, levels)
     end = torch.zeros(1) if end_at_zero or int(rows[-1]) == 0 else table[:1]
     return Schedule(timesteps=timesteps, sigmas=torch.cat([table[rows], end]))
+
+
+def given_schedule(family: HasSampling, sigmas: torch.Tensor) -> torch.Tensor:
+    """A SIGMAS input [N + 1] as float32 on the CPU, checked: descending, from at most the model's highest noise level.
+
+    Raises:
+        IdentityEditError: when an inversion cannot follow it.
+    """
+    levels = sigmas.detach().to(device="cpu", dtype=torch.float32).clone()
+    highest = float(noise_levels(family.sampling)[-1])
+    if not bool((levels[:-1] > levels[1:]).all()) or float(levels[0]) > highest * (1 + SAME_LEVEL):
+        raise IdentityEditError(
+            f"sigmas must descend from at most {highest:.4g}, the model's highest noise level, but run from "
+            f"{float(levels[0]):.4g} to {float(levels[-1]):.4g}; connect Basic Scheduler with this model."
+        )
+    return levels
 
 
 def fewer_steps(requested: int, used: int) -> str | None:

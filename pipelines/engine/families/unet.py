@@ -20,7 +20,7 @@ _BEHIND_THE_POOLED_OUTPUT = ((comfy.model_base.SDXL, 6 * 256), (comfy.model_base
 
 
 class UNet(Family):
-    capabilities = frozenset(Capability)
+    capabilities = frozenset(Capability) - {Capability.VELOCITY}
     noise_path = DIFFUSION
     tag_weights = ("diffusion_model.time_embed.", "diffusion_model.input_blocks.0.", "diffusion_model.out.")
 

@@ -224,7 +224,7 @@ def invert_image(models: Models) -> None:
 
 def edit_friendly(models: Models) -> None:
     inversion = models.run("EditFriendlyDDPMInversion", steps=2, negative=models.prompt(""))[0]
-    sampler, sigmas, start = models.run("InversionSampler", inversion=inversion, skip=0.5)
+    sampler, sigmas, start, _ = models.run("InversionSampler", inversion=inversion, skip=0.5)
     models.sample(models.model, latent=start, sigmas=sigmas, sampler=sampler, add_noise=False)
 
 

@@ -144,7 +144,7 @@ class NoiseInversion(io.ComfyNode):
                     "latent, and the inversion is in the noise output.",
                 ),
                 io.Sigmas.Output(
-                    "sigmas",
+                    "schedule",
                     display_name="sigmas",
                     tooltip="Schedule of the inversion, for SamplerCustomAdvanced with the euler or ddim sampler.",
                 ),

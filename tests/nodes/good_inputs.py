@@ -367,6 +367,14 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
         "model": w.model, "source": w.conditioning(1), "latent": w.latent, "steps": 2, "negative": w.conditioning(3),
     },
     "InversionSampler": lambda w: {"model": w.model, "inversion": w.ddpm_inversion},
+    "RFInversionSampler": lambda w: {},
+    "SourceTargetGuider": lambda w: {
+        "model": w.model, "source": w.conditioning(1), "target": w.conditioning(2), "negative": w.conditioning(3),
+        "target_guidance_scale": 3.0,
+    },
+    "FlowEditSampler": lambda w: {},
+    "UniEditSampler": lambda w: {},
+    "DirectInversionSampler": lambda w: {"model": w.model, "inversion": w.inversion},
     "NullTextOptimization": lambda w: {
         "model": w.model, "inversion": w.inversion, "source": w.conditioning(1), "negative": w.conditioning(3),
         "inner_steps": 1,

@@ -8,12 +8,12 @@ import pytest
 import torch
 from comfy_extras import nodes_custom_sampler as stock
 from identity_edit_pack.nodes.attention_control import mutual_self_attention as attention_control
-from identity_edit_pack.nodes.inversion.ddim import NoiseInversion
-from identity_edit_pack.nodes.inversion.edit_friendly import EditFriendlyDDPMInversion, InversionSampler
+from identity_edit_pack.nodes.inversion.edit_friendly import EditFriendlyDDPMInversion
+from identity_edit_pack.nodes.inversion.inversion_sampler import InversionSampler
+from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.inversion import edit_friendly
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion
-from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
@@ -47,7 +47,7 @@ def test_the_inversion_node_finds_the_noise_maps() -> None:
 def test_the_stock_sampler_node_gives_what_the_function_gives(skip: float, skipped: int) -> None:
     model = tiny_models.sd1()
     made = invert(model)
-    sampler, sigmas, start = InversionSampler.execute(model, made, skip).args
+    sampler, sigmas, start, _ = InversionSampler.execute(model, made, skip).args
     assert list(start) == ["samples"] and sigmas.shape == (7 - skipped,)
     edited = sample(model, sampler, sigmas, start, TARGET, 6.0)
     expected = sample_inversion(model, made, TARGET, NEGATIVE, 6.0, skipped)
@@ -56,17 +56,22 @@ def test_the_stock_sampler_node_gives_what_the_function_gives(skip: float, skipp
     assert float((again - LATENT["samples"]).norm() / LATENT["samples"].norm()) < 1e-4
 
 
-def test_the_sampler_node_refuses_a_deterministic_inversion() -> None:
+def test_the_sampler_node_gives_each_inversion_its_sampler() -> None:
     model = tiny_models.sd1()
-    plain = NoiseInversion.execute(model, SOURCE, LATENT, 4, 1.0, False).args[0]
-    with pytest.raises(IdentityEditError, match="Edit-Friendly DDPM Inversion"):
-        InversionSampler.execute(model, plain, 0.3)
+    for method, function in (("DDIM", "sample_euler"), ("FireFlow", "sample")):
+        made = NoiseInversion.execute(model, SOURCE, LATENT, method, 4, 1.0, False, 5, 0.5, 0).args[0]
+        sampler, sigmas, start, _ = InversionSampler.execute(model, made, 0.25).args
+        assert sampler.sampler_function.__name__ == function
+        edited = sample(model, sampler, sigmas, start, TARGET, 1.0)
+        scale = made.noise_path.image_scale(made.sigmas[-1])
+        expected = sample_inversion(model, made, TARGET, None, 1.0, 1)
+        assert tiny_models.relative_error(edited / scale, expected) < 1e-5
 
 
 def test_the_attention_node_hands_everything_on() -> None:
     model = tiny_models.sd1()
     made = invert(model)
-    sampler, sigmas, start = InversionSampler.execute(model, made, 0.2).args
+    sampler, sigmas, start, _ = InversionSampler.execute(model, made, 0.2).args
     mask = torch.zeros(1, 8, 12)
     mask[:, 2:6, 3:8] = 1.0
     masks = {"source_mask": mask, "target_mask": mask.flip(-1)}
@@ -81,7 +86,7 @@ def test_the_attention_node_hands_everything_on() -> None:
 def test_a_dual_guider_runs_it() -> None:
     model = tiny_models.sd1()
     made = invert(model)
-    sampler, sigmas, start = InversionSampler.execute(model, made, 0.0).args
+    sampler, sigmas, start, _ = InversionSampler.execute(model, made, 0.0).args
     patched = attention_control.MutualSelfAttention.execute(model, made, SOURCE, 0.0, 0).args[0]
     noise = stock.DisableNoise.execute().args[0]
 

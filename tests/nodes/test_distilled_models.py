@@ -10,8 +10,8 @@ import comfy_extras.nodes_model_advanced
 import pytest
 import torch
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding
-from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.nodes.inversion.edit_friendly import EditFriendlyDDPMInversion
+from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.pipelines.engine.families import schedule
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import step_boundaries
 from identity_edit_pack.pipelines.inversion.inversion import sample_inversion
@@ -73,7 +73,7 @@ def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pyte
     latent, model = {"samples": tiny_models.latent(4)}, lcm(tiny_models.sd1())
     more: dict[str, Any] = {"guidance_scale": 1.0}
     if node is NoiseInversion:
-        more |= {"end_at_zero": False}
+        more |= {"method": "DDIM", "end_at_zero": False, "iterations": 5, "gamma": 0.5, "seed": 0}
     else:
         more |= {"eta": 1.0, "seed": 0, "zero_last_noise_map": False}
     for steps in (10, 100):

@@ -21,6 +21,7 @@ WORKING = {
     "TimestepAwareTextInjectionModel", "TimestepAwareTextInjectionSampler", "IdentityAttention",
     "IdentityAwareMaskBlend", "SegmentSubject", "DiffEdit",
     "ApplySubject",
+    "SourceTargetGuider", "DirectInversionSampler",
 }  # fmt: skip
 
 

@@ -36,6 +36,9 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("OptimizeTextEmbedding", {"latent": "masked"}, "noise mask"),
     ("MCDMEditMask", {"latent": "masked"}, "noise mask"),
     ("InversionSampler", {"skip": 1.0}, "skip is 1"),
+    ("RFInversionSampler", {"eta": 0.0}, "eta is 0"),
+    ("RFInversionSampler", {"stop": 0.0}, "stop is not above start"),
+    ("SourceTargetGuider", {"target": "source", "target_guidance_scale": 1.0}, "are the same"),
     *(
         (f"TimestepAwareTextInjection{form}", change, said)
         for form in ("", "Model", "Sampler")

@@ -21,7 +21,7 @@ from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in
 pytestmark = pytest.mark.slow
 
 LITTLE, NOTHING = "a little of the model", "nothing of it"
-RUN_NO_NETWORK = {"ScoreModels", "SelectEdit", "InversionSampler"}
+RUN_NO_NETWORK = {"ScoreModels", "SelectEdit", "InversionSampler", "SourceTargetGuider", "DirectInversionSampler"}
 TRAINS = {name for name in CLASSES if name.startswith("Train")} | {"ImagicFineTuning"}
 """Nodes whose trained weights are in memory even where little of the model is."""
 NODES = [

@@ -9,18 +9,20 @@ from typing import Any
 import folder_paths
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from from_noise import sample_from
 from identity_edit_pack.demo_world.attributes import Attributes
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes import demo, scores, timestep_aware
+from identity_edit_pack.nodes.inversion import noise_inversion
 from identity_edit_pack.nodes.inversion import null_text as null_text_nodes
-from identity_edit_pack.nodes.inversion.ddim import NoiseInversion
+from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.nodes.inversion.saved_inversions import LoadInversion, SaveInversion
 from identity_edit_pack.pipelines.inversion import inversion as inversions
-from identity_edit_pack.pipelines.inversion import null_text
+from identity_edit_pack.pipelines.inversion import methods, null_text, rf_inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.tests import tiny_models
+from identity_edit_pack.tests import tiny_flow_models
 
 SOURCE, TARGET, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 2, 3))
 NULL_TEXT_SETTINGS: dict[str, Any] = {
@@ -42,17 +44,38 @@ def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def invert(model: Any, steps: int = 4, batch: int = 1) -> tuple[Any, ...]:
     latent = {"samples": tiny_models.latent(4, batch), "noise_mask": torch.ones(1, 8, 8)}
-    return NoiseInversion.execute(model, SOURCE, latent, steps, 1.0, False).args
+    return NoiseInversion.execute(model, SOURCE, latent, "DDIM", steps, 1.0, False, 5, 0.5, 0).args
 
 
 def test_ddim_inversion_gives_what_a_sampler_needs() -> None:
     model = tiny_models.sd1()
-    result, start, sigmas = invert(model, batch=2)
+    result, start, sigmas, noise = invert(model, batch=2)
     assert list(start) == ["samples"], "a noise mask would make the sampler blend with noise"
     expected = inversions.invert_image(model, tiny_models.latent(4, 2), SOURCE, steps=4)
     assert torch.equal(start["samples"], expected.start_latent(model))
     assert torch.equal(sigmas, expected.sigmas) and sigmas.shape == (5,)
     assert torch.equal(result.trajectory, expected.trajectory)
+    x = engine_start(model, noise, sigmas, {"samples": tiny_models.latent(4, 2)})
+    assert tiny_models.relative_error(x, result.trajectory[0]) < 1e-6
+
+
+def engine_start(model: Any, noise: Any, sigmas: torch.Tensor, latent: dict[str, Any]) -> torch.Tensor:
+    """Where ComfyUI starts a run with this NOISE, LATENT and SIGMAS."""
+    z_0 = model.get_model_object("latent_format").process_in(latent["samples"])
+    return model.get_model_object("model_sampling").noise_scaling(sigmas[0], noise.generate_noise(latent), z_0)
+
+
+@pytest.mark.parametrize("choice", noise_inversion._METHODS)
+def test_each_method_of_the_inversion_node_is_the_pipelines(choice: str) -> None:
+    model = tiny_flow_models.flux(output_gain=0.2)
+    latent = tiny_flow_models.latent(4)
+    made = NoiseInversion.execute(model, SOURCE, {"samples": latent}, choice, 4, 1.0, False, 2, 0.5, 7).args[0]
+    if choice == "RF-Inversion":
+        expected = rf_inversion.rf_inversion(model, latent, SOURCE, steps=4, end_at_zero=False, gamma=0.5, seed=7)
+    else:
+        method = {"automatic": methods.FIXED_POINT}.get(choice, noise_inversion._METHODS[choice])
+        expected = inversions.invert_image(model, latent, SOURCE, steps=4, method=method, iterations=2)
+    assert made.method == expected.method and torch.equal(made.trajectory, expected.trajectory)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +126,7 @@ def test_saved_inversions_are_numbered_listed_and_loaded() -> None:
     assert listed == ["inversions/cat_00001_.safetensors [output]", "inversions/cat_00002_.safetensors [output]"]
     assert LoadInversion.validate_inputs(listed[0]) is True
     assert "no longer exists" in str(LoadInversion.validate_inputs("inversions/dog.safetensors [output]"))
-    loaded, start, sigmas, same_model = LoadInversion.execute(model, listed[1], 4).args
+    loaded, start, sigmas, same_model, _ = LoadInversion.execute(model, listed[1], 4).args
     assert torch.equal(loaded.trajectory, result.trajectory) and torch.equal(sigmas, result.sigmas)
     assert torch.equal(start["samples"], result.start_latent(model)) and same_model is model
     before = LoadInversion.fingerprint_inputs(listed[1])

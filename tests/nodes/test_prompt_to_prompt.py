@@ -9,7 +9,7 @@ import torch
 from comfy_extras import nodes_custom_sampler as stock
 from identity_edit_pack.nodes.attention_control.prompt_to_prompt import PromptToPrompt
 from identity_edit_pack.nodes.hifi_tuner.replace_subject import ReplaceSubject
-from identity_edit_pack.nodes.inversion.ddim import NoiseInversion
+from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.nodes.inversion.null_text import NullTextOptimization
 from identity_edit_pack.pipelines.attention_control import prompt_to_prompt as p2p
 from identity_edit_pack.pipelines.hifi_tuner import subject_replacement as replacement
@@ -79,7 +79,7 @@ def test_under_ksampler_with_partial_denoising_and_a_mask(clip: Any) -> None:
 
 def with_null_text(model: Any, clip: Any) -> Any:
     source, empty = p2p.encode(clip, CAT), p2p.encode(clip, "")
-    pivot = NoiseInversion.execute(model, source, LATENT, 3, 1.0, False).args[0]
+    pivot = NoiseInversion.execute(model, source, LATENT, "DDIM", 3, 1.0, False, 5, 0.5, 0).args[0]
     node = NullTextOptimization
     given = defaults(node, model=model, inversion=pivot, source=source, negative=empty, inner_steps=1)
     found = node.execute(**given).args

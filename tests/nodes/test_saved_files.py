@@ -12,7 +12,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes import NODE_CLASSES, saved_files
 from identity_edit_pack.nodes.hifi_tuner import subject_embedding
-from identity_edit_pack.nodes.inversion.ddim import NoiseInversion
+from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.nodes.inversion.saved_inversions import LoadInversion, SaveInversion
 from identity_edit_pack.nodes.lipe import identity_prior
 from identity_edit_pack.nodes.mcdm import identity_words
@@ -58,7 +58,7 @@ def age(folder: Path) -> None:
 
 def invert(model: Any) -> Any:
     latent = {"samples": tiny_models.latent(4, 1)}
-    return NoiseInversion.execute(model, tiny_models.conditioning(1), latent, 2, 1.0, False).args[0]
+    return NoiseInversion.execute(model, tiny_models.conditioning(1), latent, "DDIM", 2, 1.0, False, 5, 0.5, 0).args[0]
 
 
 def test_a_list_holds_the_input_folder_itself_and_the_nodes_own_folders(inputs: Path) -> None:

@@ -14,7 +14,7 @@ import comfy.text_encoders.qwen_image
 import comfy.text_encoders.sd3_clip
 import pytest
 import torch
-from identity_edit_pack.nodes.inversion.ddim import NoiseInversion
+from identity_edit_pack.nodes.inversion.noise_inversion import NoiseInversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
@@ -89,11 +89,11 @@ def test_the_refiner_needs_a_pooled_output() -> None:
     model = tiny_models.sdxl_refiner()
     prompt = tiny_models.conditioning(1)
     latent = {"samples": tiny_models.latent(4)}
-    made = NoiseInversion.execute(model, prompt, latent, 2, 1.0, False).args[0]
+    made = NoiseInversion.execute(model, prompt, latent, "DDIM", 2, 1.0, False, 5, 0.5, 0).args[0]
     assert bool(torch.isfinite(made.trajectory).all())
     for options in ({}, {"pooled_output": torch.zeros(1, tiny_models.POOLED + 256)}):  # as of SDXL's own width
         with pytest.raises(IdentityEditError, match="source has .*pooled output.* takes one of 16;"):
-            NoiseInversion.execute(model, [[prompt[0][0], options]], latent, 2, 1.0, False)
+            NoiseInversion.execute(model, [[prompt[0][0], options]], latent, "DDIM", 2, 1.0, False, 5, 0.5, 0)
 
 
 @pytest.mark.parametrize(

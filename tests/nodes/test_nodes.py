@@ -164,7 +164,7 @@ def test_no_file_is_written_where_none_may_be(prefix: str, own_folders: Path) ->
 def test_text_nodes_agree_with_each_other() -> None:
     """Optimized, interpolated and injected: the sampler node and its two stock routes."""
     model = tiny_models.sd1()
-    result, start, sigmas = invert(model, steps=6)
+    result, start, sigmas, _ = invert(model, steps=6)
     latent = {"samples": tiny_models.latent(4)}
     optimized, report = timestep_aware.OptimizeTextEmbedding.execute(model, latent, TARGET, 4, 0.01, 7, False).args
     assert "4 steps, 4 model calls" in report

@@ -22,7 +22,7 @@ import torch
 from identity_edit_pack.attention.identity_mask import identity_mask
 from identity_edit_pack.attention.joint_capture import capture_joint_attention
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.inversion.inversion import ddim_inversion, sampling_step
+from identity_edit_pack.pipelines.inversion.inversion import invert_image, sampling_step
 from identity_edit_pack.pipelines.lipe import attention_segmentation
 from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.lipe.identity_prompt import (
@@ -178,7 +178,7 @@ def test_segmentation_reads_the_identity_prompt_in_noised_images(model: Any) -> 
 
 def test_the_blend_is_algorithm_1(model: Any) -> None:
     """Every step written out with two runs of the capture, one step longer each time."""
-    inversion = ddim_inversion(model, tiny_flow_models.latent(4, 2), SOURCE, steps=STEPS)
+    inversion = invert_image(model, tiny_flow_models.latent(4, 2), SOURCE, steps=STEPS)
     settings = BlendSettings(threshold=0.45, power=1)
     result = identity_mask_blend(
         model, inversion, SOURCE, TARGET, IDENTITY, NEGATIVE, guidance_scale=3.0, settings=settings

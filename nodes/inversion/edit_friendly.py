@@ -13,7 +13,6 @@ from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
     checked,
-    fraction_input,
     guidance_scale_input,
     latent_samples,
     progress,

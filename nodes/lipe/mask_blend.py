@@ -127,7 +127,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 ClipOfAnyFamily("clip", tooltip="The text encoders of the same checkpoint, for the identity prompt."),
                 Inversion.Input(
                     "inversion",
-                    tooltip="Inversion from Edit-Friendly DDPM Inversion, as in the paper, or from DDIM Inversion, "
+                    tooltip="Inversion from Edit-Friendly DDPM Inversion, as in the paper, or from Noise Inversion, "
                     "best with Null-Text Optimization.",
                 ),
                 io.Conditioning.Input("source", tooltip="Source prompt, the same as for the inversion."),

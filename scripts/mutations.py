@@ -326,6 +326,37 @@ MUTATIONS = [
         'costume = ""',
         ("test_attributes.py",),
     ),
+    # pipelines/keep_rest/, nodes/keep_rest/
+    Mutation(
+        "registration by edited pixels too",
+        "weight = (local - 0.3).clip(0.0) ** 2 * structure * inside.numpy()",
+        "weight = structure * inside.numpy()",
+        ("pipelines/test_keep_rest.py",),
+    ),
+    Mutation(
+        "trust of halves",
+        "max(distances[:2]) / EXTENDED, length)",
+        "length)",
+        ("pipelines/test_keep_rest.py",),
+    ),
+    Mutation(
+        "original outside of the change",
+        "torch.where(share > 0.0, target + share * (edit - target), target)",
+        "edit",
+        ("pipelines/test_keep_rest.py",),
+    ),
+    Mutation(
+        "color cast undone",
+        "(colors + self.offset + self.gain * colors + bend)",
+        "(colors + self.offset)",
+        ("pipelines/test_keep_rest.py",),
+    ),
+    Mutation(
+        "best edit",
+        "best = max(range(len(scores))",
+        "best = min(range(len(scores))",
+        ("nodes/test_keep_rest.py",),
+    ),
 ]
 
 

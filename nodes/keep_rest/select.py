@@ -12,7 +12,7 @@ from ...pipelines.faces.similarity import NEEDED, load_recognizer
 from ...pipelines.keep_rest.selection import EditScores, score_edits
 from ...pipelines.scores.clip import SocketClip
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.images import matched_images
+from ...pipelines.shared.images import as_color, matched_images
 from ...pipelines.shared.masks import masks_for
 from ..sockets import FaceDetector, checked, mask_input, recognizer_exists, recognizer_input, schema, show_text
 
@@ -61,6 +61,12 @@ class SelectEdit(io.ComfyNode):
                     "Mask of the change, from Keep the Rest; preservation is measured outside of it.",
                     optional=True,
                 ),
+                io.Image.Input(
+                    "before",
+                    optional=True,
+                    tooltip="Edits before Keep the Rest, one for each of edits. The report compares the identity of "
+                    "every face before and after.",
+                ),
             ],
             outputs=[
                 io.Image.Output("best", display_name="best", tooltip="Edit with the highest total score."),
@@ -90,9 +96,14 @@ class SelectEdit(io.ComfyNode):
         clip: Any = None,
         clip_vision: Any = None,
         mask: torch.Tensor | None = None,
+        before: torch.Tensor | None = None,
     ) -> io.NodeOutput:
         if len(original) != 1:
             raise IdentityEditError(f"original holds {len(original)} images; connect the one that was edited.")
+        if before is not None and len(before) != len(edits):
+            raise IdentityEditError(
+                f"before holds {len(before)} images and edits {len(edits)}; connect one before Keep the Rest for each."
+            )
         colors, first, cut = matched_images(edits, original, ("edits", "original"))
         masks = None if mask is None else masks_for(mask, "mask", colors.shape[1], colors.shape[2], len(colors))
         has_faces = face_detector is not None and recognizer != NONE
@@ -104,6 +115,7 @@ class SelectEdit(io.ComfyNode):
             prompt=prompt,
             clip=SocketClip(clip, clip_vision) if has_clip else None,
             faces=(face_detector, load_recognizer(recognizer)) if has_faces else None,
+            before=None if before is None else as_color(before, "before"),
             weights=(identity_weight, prompt_weight, rest_weight),
         )
         best = max(range(len(scores)), key=lambda number: scores[number].total)
@@ -128,7 +140,10 @@ def table_line(number: int, scores: EditScores) -> str:
     known = [f"{name} {value:{form}}" for name, value, form in figures if not math.isnan(value)]
     drifted = [str(face) for face in scores.faces if face.drifted]
     text = f"Edit {number}: {', '.join(known)}; total {scores.total:.2f}."
-    return f"{text} Drifted: {'; '.join(drifted)}." if drifted else text
+    text = f"{text} Drifted: {'; '.join(drifted)}." if drifted else text
+    pairs = zip(scores.faces_before, scores.faces, strict=False)
+    faces = [f"{earlier.figure} before and {face.figure} after for face {face.number}" for earlier, face in pairs]
+    return f"{text} Identity {', '.join(faces)}." if faces else text
 
 
 NODES: list[type[io.ComfyNode]] = [SelectEdit]

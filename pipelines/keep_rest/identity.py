@@ -27,9 +27,11 @@ class FaceKept:
 
     def __str__(self) -> str:
         where = f"face {self.number} at {self.place[0]:.0%}, {self.place[1]:.0%}"
-        if self.similarity is None:
-            return f"{where}: gone"
-        return f"{where}: {self.similarity:.2f}, {verdict(self.similarity)}"
+        return f"{where}: {self.figure}" + ("" if self.similarity is None else f", {verdict(self.similarity)}")
+
+    @property
+    def figure(self) -> str:
+        return "gone" if self.similarity is None else f"{self.similarity:.2f}"
 
     @property
     def drifted(self) -> bool:

@@ -24,6 +24,7 @@ class EditScores:
         prompt: CLIP similarity to the prompt.
         rest: SSIM to the original outside of the mask.
         faces: every face of the original.
+        faces_before: the same in the edit before the rest was kept; empty if it was not given.
         total: weighted mean of the scores, each from 0 for the worst edit to 1 for the best.
     """
 
@@ -31,6 +32,7 @@ class EditScores:
     prompt: float
     rest: float
     faces: tuple[FaceKept, ...]
+    faces_before: tuple[FaceKept, ...] = ()
     total: float = 0.0
 
 
@@ -42,6 +44,7 @@ def score_edits(
     prompt: str = "",
     clip: SocketClip | None = None,
     faces: tuple[FaceDetector, FaceRecognizer] | None = None,
+    before: torch.Tensor | None = None,
     weights: Sequence[float] = (1.0, 1.0, 1.0),
 ) -> list[EditScores]:
     """Score edits of one original.
@@ -52,6 +55,7 @@ def score_edits(
         masks: [B, H, W], 0 to 1, where each edit may differ; None compares whole images.
         prompt, clip: the edited image in words; both or neither.
         faces: detector and recognizer, or None.
+        before: [B, h, w, 3], each edit before the rest was kept, whose faces are compared too; it enters no score.
         weights: of identity, prompt and rest.
     """
     raw = []
@@ -61,7 +65,8 @@ def score_edits(
         outside = None if masks is None else (masks[number : number + 1] == 0).float()
         follows = math.nan if clip is None else _follows(edit, prompt, clip)
         rest = float(ssim(edit[None], original[None], outside))
-        raw.append((math.nan if identity is None else identity, follows, rest, tuple(kept)))
+        earlier = [] if faces is None or before is None else compare_faces(original, before[number], *faces)
+        raw.append((math.nan if identity is None else identity, follows, rest, tuple(kept), tuple(earlier)))
     spread = [_spread(list(values)) for values in list(zip(*raw, strict=True))[:3]]
     total = [
         sum(weight * spread[column][number] for column, weight in enumerate(weights)) / max(sum(weights), 1e-6)

@@ -540,7 +540,8 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     "RegisterEdit": lambda w: {"original": w.images, "edited": 0.9 * w.images},
     "KeepTheRest": lambda w: {"original": w.images, "registered": 0.9 * w.images, "mask": w.mask},
     "SelectEdit": lambda w: {
-        "original": w.images, "edits": 0.9 * w.images, "mask": w.mask, "face_detector": Detector(),
+        "original": w.images, "edits": 0.9 * w.images, "mask": w.mask, "before": 0.8 * w.images,
+        "face_detector": Detector(),
     },
     "ReconstructionCheck": lambda w: {"image": w.images, "reconstruction": 0.5 * w.images},
     "ScoreEdit": lambda w: {

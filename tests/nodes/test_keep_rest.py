@@ -70,4 +70,6 @@ def test_the_best_edit_keeps_the_rest_and_the_report_says_what_is_missing() -> N
     better = (photo() * 0.98).clamp(0.0, 1.0)
     best, number, report = SelectEdit.execute(photo(), torch.cat([noisy, better]), **SELECT).args
     assert number == 2 and torch.equal(best, better)
+    with pytest.raises(IdentityEditError, match="before holds 1 images and edits 2"):
+        SelectEdit.execute(photo(), torch.cat([noisy, better]), **SELECT, before=photo())
     assert "Identity was not checked" in report and "insightface" not in report.split("\n")[0]

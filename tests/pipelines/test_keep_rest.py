@@ -7,7 +7,8 @@ import pytest
 import torch
 from identity_edit_pack.demo_world import attributes as world
 from identity_edit_pack.demo_world.renderer import render
-from identity_edit_pack.pipelines.keep_rest import blending, boxes, colors, identity
+from identity_edit_pack.nodes.keep_rest.select import table_line
+from identity_edit_pack.pipelines.keep_rest import blending, boxes, colors, identity, selection
 from identity_edit_pack.pipelines.keep_rest import keep as pipeline
 from identity_edit_pack.pipelines.keep_rest import registration as registrations
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -262,3 +263,17 @@ def test_the_face_that_drifted_is_named() -> None:
     assert identity.lowest(found) == found[1].similarity
     gone = identity.compare_faces(original, edited, Faces([[80.0, 250.0], [80.0]]), Colors())
     assert gone[1].similarity is None and "gone" in str(gone[1])
+
+
+def test_identity_is_compared_before_and_after() -> None:
+    original = torch.zeros(160, 320, 3)
+    original[:, :160, 0], original[:, 160:, 1] = 1.0, 1.0
+    drifted = original.clone()
+    drifted[:, 160:] = torch.tensor([0.0, 0.0, 1.0])
+    places = [[80.0, 250.0] for _ in range(4)]  # of the original and of the edit, after and before
+    scores = selection.score_edits(
+        original, original[None], None, before=drifted[None], faces=(Faces(places), Colors())
+    )[0]
+    after, before = scores.faces, scores.faces_before
+    assert [face.drifted for face in after] == [False, False] and [face.drifted for face in before] == [False, True]
+    assert f"{before[1].figure} before and {after[1].figure} after for face 2" in table_line(1, scores)

@@ -74,6 +74,15 @@ def draw_photos(folder: Path) -> None:
         path = folder / f"my_person/{number}.jpg"
         photo(path, Attributes(**WOMAN, **attributes), 30 + number, who, "person")
     photo(folder / "photo.png", Attributes(place="grass", facing="right"), 5)
+    # The photo as an image editor returns it: a crown, other colors, zoomed, shifted and softened.
+    photo(folder / "edited.png", Attributes(place="grass", facing="right", costume="crown"), 5)
+    edited = Image.open(folder / "edited.png")
+    width, height = edited.size
+    box = (6, 4, width - 3, height - 6)
+    edited = edited.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    Image.fromarray((np.asarray(edited) * (0.95, 1.0, 0.92) + 5.0).clip(0, 255).astype(np.uint8)).save(
+        folder / "edited.png"
+    )
     photo(folder / "portrait.png", Attributes(**WOMAN, facing="right", place="beach"), 3)
     generator = random.Random("demo photos")
     for number in range(1, 9):

@@ -6,7 +6,7 @@ person "sks person" and say the rest. Four ways learn the person from the same p
 
 - textual inversion: one word vector;
 - identity prior: the attention's low-rank change of LIPE, with regularization images;
-- parallel attention (PCA) and style cross-attention (SCA): this paper's, with the photos' W+ styles.
+- parallel attention (PCA) and style cross-attention (SCA): this paper's, with the photos' W+ codes.
 
 All draw `PROMPTS` from the same noise. Both attentions get the photos' mean styles, which leave mood and direction to
 the text. Identity: whether the attribute classifier sees all five attributes of the person, and their mean share.

@@ -1,6 +1,6 @@
 """People that nobody trained on, and mixes of two: `python -m benchmarks style_mixing`.
 
-The committed demo style attention knows many people and none of these: a person is nothing but the W+ styles of photos
+The committed demo style attention knows many people and none of these: a person is nothing but the W+ codes of photos
 here (Gu et al. 2025, section 2.2.2).
 
 - Lambda: the mean styles of six photos of each person, drawn at the prompts of `style_identity` for lambda
@@ -127,7 +127,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     }
     training = figures["training"]
     return [
-        "People that nobody trained on, by their W+ styles",
+        "People that nobody trained on, by their W+ codes",
         f"{arguments.people} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style attention of "
         f"{training['steps']} steps and {training['images']} portraits; {arguments.steps} steps of DDIM, guidance "
         f"{arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; {figures['minutes']:.0f} minutes.",

@@ -55,7 +55,7 @@ class DrawDemoImage(io.ComfyNode):
                     tooltip="Caption template; all of them mean the same.",
                 ),
                 seed_input(
-                    "Randomizes layout: position, size, horizon. The same seed with another attribute gives "
+                    "Layout seed: position, size, horizon. The same seed with another attribute gives "
                     "the ground truth of an edit."
                 ),
             ],
@@ -106,7 +106,7 @@ class DrawDemoPortraits(io.ComfyNode):
                     default="training",
                     tooltip="People from the training set of the demo checkpoint, or people held out from it.",
                 ),
-                seed_input("Randomizes people, places and layout."),
+                seed_input("Seed for people, places and layout."),
             ],
             outputs=[
                 io.Image.Output(

@@ -85,7 +85,7 @@ def test_the_last_image_of_a_strip_is_the_edited_one(tmp_path, case):
 
 
 def test_a_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(IdentityEditError, match="holds no images"):
+    with pytest.raises(IdentityEditError, match="contains no images"):
         EditedFolder(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""W+ styles and style attentions of random weights, as small as the models of `tiny_models`."""
+"""W+ codes and style attentions of random weights, as small as the models of `tiny_models`."""
 
 from __future__ import annotations
 

@@ -199,8 +199,8 @@ class AlignReference(io.ComfyNode):
                     min=1.0,
                     max=100.0,
                     step=0.01,
-                    tooltip="Maximum factor, up or down, by which the scale may differ from the size ratio of the "
-                    "two subjects. 1 fixes it. Not in the paper, whose sum is smallest for a vanishing reference.",
+                    tooltip="Maximum factor, up or down, by which the scale may differ from the size ratio of the two "
+                    "subjects. 1 fixes it. Not in the paper, whose objective is smallest for a vanishing reference.",
                 ),
                 io.Float.Input(
                     "rotation_limit",

@@ -88,8 +88,8 @@ class SegmentSubject(io.ComfyNode):
                 io.String.Input(
                     "timesteps",
                     default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
-                    tooltip="Noise levels at which the model sees the image, 0 to 999, separated by commas; one "
-                    "model call each. Of flow models, thousandths of the noise. Low ones overlapped best with the true "
+                    tooltip="Noise levels at which the model sees the image, 0 to 999, separated by commas; one model "
+                    "call each. For flow models, thousandths of the noise. Low ones overlapped best with the true "
                     "masks of the demo world (benchmarks/results/segment_subject.md).",
                 ),
                 io.Int.Input(
@@ -122,8 +122,8 @@ class SegmentSubject(io.ComfyNode):
                     "contrast",
                     default="",
                     optional=True,
-                    tooltip="Flow models: what is around the subject, such as grass, whose score is subtracted from "
-                    "the subject's. Empty: the first token of an empty prompt.",
+                    tooltip="Contrast for flow models: the surroundings of the subject, such as grass; their score is "
+                    "subtracted from the subject's. Empty: the first token of an empty prompt.",
                 ),
             ],
             outputs=_outputs(),

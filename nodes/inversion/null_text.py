@@ -57,7 +57,7 @@ class NullTextOptimization(io.ComfyNode):
                     "method",
                     options=list(_METHODS),
                     default=NULL_TEXT_OPTIMIZATION,
-                    tooltip="Method. How the unconditional embeddings are computed. Null-text optimization "
+                    tooltip="Method that computes the unconditional embeddings. Null-text optimization "
                     "reconstructs the image most closely (Jung et al. 2024, figure 7) and follows its reference "
                     "implementation update by update. The adaptive form aims at the same reconstruction with fewer "
                     "model calls. Negative-prompt inversion optimizes nothing and reconstructs as well as DDIM "

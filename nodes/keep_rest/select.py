@@ -122,7 +122,8 @@ class SelectEdit(io.ComfyNode):
         lines = [table_line(number, each) for number, each in enumerate(scores, start=1)]
         if not has_faces:
             lines.append(
-                f"Identity was not checked; connect Load Face Detector and choose a recognizer: put there {NEEDED}."
+                f"Identity was not checked; connect Load Face Detector and choose a recognizer in models/insightface: "
+                f"{NEEDED}."
             )
         if prompt.strip() and not has_clip:
             lines.append("The prompt was not checked; connect clip and clip_vision.")

@@ -51,9 +51,9 @@ def contrast_input() -> io.Input:
         "contrast",
         default="",
         optional=True,
-        tooltip="Flow models (Flux, Stable Diffusion 3 and others): what is around the subject, such as grass, whose "
-        "score is subtracted from the subject's. Empty: the first token of an empty prompt. Ignored by Stable "
-        "Diffusion 1.x, 2.x and XL.",
+        tooltip="Contrast for flow models (Flux, Stable Diffusion 3 and others): the surroundings of the subject, "
+        "such as grass; their score is subtracted from the subject's. Empty: the first token of an empty prompt. "
+        "Ignored by Stable Diffusion 1.x, 2.x and XL.",
     )
 
 

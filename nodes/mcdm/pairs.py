@@ -84,7 +84,7 @@ class GeneratePairs(io.ComfyNode):
                 io.String.Input(
                     "part",
                     default="",
-                    tooltip="Generates only a shard of the dataset: the number of one pair ('12') or a range "
+                    tooltip="Shard of the dataset to generate: the number of one pair ('12') or a range "
                     "('100-199'). Empty generates all of it.",
                 ),
                 Conditions.Input("conditions", optional=True, tooltip="Poses and identities, from Pair Conditions."),

@@ -243,8 +243,8 @@ class LoadStyleAttention(io.ComfyNode):
                 ),
                 io.String.Output(
                     "pseudo_word",
-                    display_name="pseudo-word",
-                    tooltip="Placeholder token (pseudo-word) of the person; write it in prompts.",
+                    display_name="placeholder token",
+                    tooltip="Placeholder token of the person; write it in prompts.",
                 ),
                 io.String.Output(
                     "report", display_name="report", tooltip="Contents of the file and training settings."
@@ -307,7 +307,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                     max=4.0,
                     step=0.01,
                     tooltip="Style strength, the paper's lambda. Higher preserves more of the person. 0.4 in Gu et "
-                    "al. 2025 (figure 10); with the demo checkpoint 0.4 keeps nobody and 1 is needed. 1 = strength "
+                    "al. 2025 (figure 10); the demo checkpoint needs 1. 1 = strength "
                     "used in training, 0 = disabled.",
                 ),
                 io.Float.Input(

@@ -214,7 +214,7 @@ class AverageWPlus(io.ComfyNode):
             inputs=[
                 WPlus.Input("first", tooltip="W+ codes of one or more faces; every face has the same weight."),
                 *(
-                    WPlus.Input(name, optional=True, tooltip="More faces, of the same encoder.")
+                    WPlus.Input(name, optional=True, tooltip="More W+ codes, from the same encoder.")
                     for name in ("second", "third", "fourth")
                 ),
             ],

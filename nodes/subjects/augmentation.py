@@ -20,8 +20,8 @@ class AugmentImages(io.ComfyNode):
             category="subject",
             search_aliases=["data augmentation", "random crop", "homography", "perspective", "sticker pack"],
             description=(
-                "Makes more training images of a few: random crops, seen from other directions (homographies), as "
-                "before the DreamBooth of a sticker pack (Chen et al. 2024, section 4)."
+                "Makes more training images from a few, by random crops and changes of perspective (homographies), as "
+                "for the DreamBooth of a sticker pack in Chen et al. 2024 (section 4)."
             ),
             inputs=[
                 io.Image.Input("images", tooltip="Images of one person or subject; a single photo is enough."),
@@ -30,7 +30,8 @@ class AugmentImages(io.ComfyNode):
                     default=8,
                     min=1,
                     max=1000,
-                    tooltip="Images made of each, the first of them unchanged. Chen et al. 2024 do not report theirs.",
+                    tooltip="Number of images made from each one; the first is the unchanged image. Chen et al. 2024 "
+                    "do not report theirs.",
                 ),
                 io.Float.Input(
                     "smallest_crop",
@@ -55,12 +56,14 @@ class AugmentImages(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output(
-                    "augmented", display_name="images", tooltip="All images of the first photo, then of the second ..."
+                    "augmented",
+                    display_name="images",
+                    tooltip="All images made from the first photo, then those from the second, and so on.",
                 ),
                 io.Mask.Output(
                     "augmented_mask",
                     display_name="mask",
-                    tooltip="The masks, warped as the images; without mask 1 everywhere.",
+                    tooltip="Masks, warped like the images; 1 everywhere if mask is not connected.",
                 ),
                 io.String.Output("report", display_name="report", tooltip="Number of images."),
             ],

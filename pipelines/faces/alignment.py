@@ -72,7 +72,7 @@ def ffhq_quad(points: Any) -> np.ndarray:
     x = eye_to_eye - np.flipud(eye_to_mouth) * [-1, 1]
     length = np.hypot(*x)
     if length < 1e-9:
-        raise IdentityEditError("The points of the face lie on one another; give eyes, nose and corners of the mouth.")
+        raise IdentityEditError("The points of the face coincide; enter eyes, nose and corners of the mouth.")
     x = x / length * max(np.hypot(*eye_to_eye) * 2.0, np.hypot(*eye_to_mouth) * 1.8)
     y = np.flipud(x) * [-1, 1]
     center = eyes + eye_to_mouth * 0.1
@@ -200,7 +200,7 @@ def arcface_transform(points: Any) -> np.ndarray:
     centered, wanted = source - source_mean, target - target_mean
     variance = (centered**2).sum() / 5
     if variance < 1e-9:
-        raise IdentityEditError("The points of the face lie on one another; give eyes, nose and corners of the mouth.")
+        raise IdentityEditError("The points of the face coincide; enter eyes, nose and corners of the mouth.")
     left, values, right = np.linalg.svd(wanted.T @ centered / 5)
     signs = np.array([1.0, np.sign(np.linalg.det(left) * np.linalg.det(right)) or 1.0])  # rotation without reflection
     rotation = left @ np.diag(signs) @ right

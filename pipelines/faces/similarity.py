@@ -91,7 +91,7 @@ def embed_faces(recognizer: FaceRecognizer, faces: Sequence[tuple[torch.Tensor, 
 def similarities(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Cosine similarity [B1, B2] of embeddings [B1, D] and [B2, D] of length 1."""
     if first.shape[1] != second.shape[1]:
-        raise IdentityEditError("The faces were embedded by different networks; embed both by the same.")
+        raise IdentityEditError("The faces were embedded by different networks; use the same network for both.")
     return (first.double() @ second.double().T).clamp(-1.0, 1.0).float()
 
 

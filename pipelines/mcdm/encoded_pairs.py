@@ -113,7 +113,7 @@ def pairs_in_folder(folder: Path) -> tuple[list[PairFiles], list[PairFiles]]:
             splits[0 if entry.get("split", TRAIN) == TRAIN else 1].append(pair)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise IdentityEditError(
-                f"Line {number} of {index} is invalid ({error!r}); remove it, or make the pairs again."
+                f"Line {number} of {index} is invalid ({error!r}); remove it, or generate the pairs again."
             ) from error
     return splits
 
@@ -157,7 +157,7 @@ def encode_pairs(
         IdentityEditError: when an image cannot be read or has another size, or the file cannot be written.
     """
     if not pairs:
-        raise IdentityEditError("There is no pair to train on; make pairs first, or choose another folder.")
+        raise IdentityEditError("There is no pair to train on; generate pairs first, or choose another folder.")
     processes = processes or OneProcess()
     vision = vision_tag(clip_vision)
     height, width = read_image(pairs[0].source).shape[:2]
@@ -230,7 +230,7 @@ def read_image(path: Path) -> torch.Tensor:
     Raises:
         IdentityEditError: when the file is missing or damaged.
     """
-    image = open_image(path, str(path), "make its pair again, or take it out of the index")
+    image = open_image(path, str(path), "generate its pair again, or remove it from the index")
     return middle(from_pillow(image.convert("RGB"))[None])[0]
 
 
@@ -292,7 +292,7 @@ def _fingerprint(pairs: Sequence[PairFiles], size: tuple[int, int], vae: Any, vi
                 status = path.stat()
             except OSError as error:
                 raise IdentityEditError(
-                    f"The image {path} is missing; make its pair again, or take it out of the index."
+                    f"The image {path} is missing; generate its pair again, or remove it from the index."
                 ) from error
             digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} ".encode())
         digest.update(f"{pair.source_prompt}\0{pair.target_prompt}\0{'mirrored' * pair.mirrored}".encode())

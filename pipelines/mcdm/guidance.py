@@ -106,7 +106,7 @@ def mcdm_guider(
             without_images(conditioning, spatial=False, image=False, name=name)  # raises if there is none
     if mask is not None:
         if source is None:
-            raise IdentityEditError("A mask needs source, the prompt of the image as it is; connect it as well.")
+            raise IdentityEditError("A mask needs source, the prompt for the unedited image; connect it, too.")
         mask = as_masks(mask, "mask")
     candidates: dict[str, Conditioning | None] = {
         POSITIVE: positive,

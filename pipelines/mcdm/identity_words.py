@@ -98,7 +98,7 @@ class IdentityWords:
 
 
 def image_features(output: Any, name: str = "The CLIP vision output") -> torch.Tensor:
-    """What the identity encoder reads of a CLIP_VISION_OUTPUT: the last layer but one [B, N, C] float32 CPU.
+    """Input of the identity encoder from a CLIP_VISION_OUTPUT: the penultimate layer [B, N, C] float32 CPU.
 
     Raises:
         IdentityEditError: when there are no such features.
@@ -125,15 +125,15 @@ def identity_vectors(words: IdentityWords, features: torch.Tensor) -> dict[str, 
 
 
 def mark_identity(clip: Any, class_word: str, count: int, prompt: str, **options: Any) -> dict[str, Any]:
-    """Tokenize a prompt with `count` empty places right before its first class word; see `mark_subject`.
+    """Tokenize a prompt with `count` placeholders right before its first class word; see `mark_subject`.
 
     Raises:
-        IdentityEditError: when the prompt does not hold the class word.
+        IdentityEditError: when the prompt does not contain the class word.
     """
     if not class_word.strip() or not has_word(prompt, class_word):
         raise IdentityEditError(
-            f"The prompt '{prompt}' does not hold the class word '{class_word}', before which the identity words go; "
-            f"write it there, or choose another class_word."
+            f"The prompt '{prompt}' does not contain the class word '{class_word}', in front of which the identity "
+            f"words go; add it, or choose another class_word."
         )
     return mark_subject(clip, _PLACE, "", count, with_token(prompt, class_word, _PLACE), **options)
 
@@ -175,7 +175,7 @@ def identity_conditioning(clip: Any, vectors: dict[str, torch.Tensor], prompt: s
 
 
 def save_identity_words(words: IdentityWords, path: str) -> None:
-    """Write the encoder in float32 with its description, whole or not at all.
+    """Write the encoder in float32 with its description, completely or not at all.
 
     Raises:
         IdentityEditError: when the file cannot be written.

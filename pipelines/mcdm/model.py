@@ -179,8 +179,8 @@ def see_images(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, images: torch
     latent = encoded(vae, images, "The image")
     if latent.shape[1] != mcdm.latent[0]:
         raise IdentityEditError(
-            f"The VAE gives latents {tuple(latent.shape)} but the MCDM takes {mcdm.latent[0]} channels; use the VAE of "
-            f"its checkpoint."
+            f"The VAE returns latents {tuple(latent.shape)} but the MCDM takes {mcdm.latent[0]} channels; use the VAE "
+            f"of its checkpoint."
         )
     with torch.no_grad():
         tokens = vision_tokens(clip_vision, images)
@@ -189,7 +189,7 @@ def see_images(mcdm: MCDM, model: Any, clip_vision: Any, vae: Any, images: torch
 
 
 def with_images(conditioning: Conditioning, images: SourceImages) -> Conditioning:
-    """A CONDITIONING of a prompt, with c_im behind its tokens and c_s for the further input channels."""
+    """A CONDITIONING of a prompt, with c_im appended to its tokens and c_s for the additional input channels."""
     check_conditioning(conditioning, "The prompt's conditioning")
     result: Conditioning = []
     for text, options in conditioning:
@@ -201,8 +201,8 @@ def with_images(conditioning: Conditioning, images: SourceImages) -> Conditionin
 
 
 def without_images(conditioning: Conditioning, *, spatial: bool, image: bool, name: str) -> Conditioning:
-    """A CONDITIONING of `with_images` with c_s and c_im replaced by their null values where `spatial` and `image`
-    say so.
+    """A CONDITIONING of `with_images` with c_s and c_im replaced by their null values if `spatial` and `image` are
+    false.
 
     Raises:
         IdentityEditError: when it has none of them.
@@ -221,7 +221,7 @@ def without_images(conditioning: Conditioning, *, spatial: bool, image: bool, na
 
 
 def only_with(conditioning: Conditioning, mcdm: MCDM, conditions: str) -> Conditioning:
-    """A CONDITIONING of `with_images` with those image conditions that are chosen and that the MCDM was trained with.
+    """A CONDITIONING of `with_images` reduced to the chosen image conditions that the MCDM was trained with.
 
     Args:
         conditioning: from `with_images`.
@@ -275,7 +275,7 @@ def save_mcdm(
     mcdm: MCDM, path: str, model: Any, clip: Any | None, vae: Any | None, weights: dict[str, torch.Tensor], dtype: str
 ) -> None:
     """Write one file that ComfyUI's own loaders read as a model of the InstructPix2Pix family, with MLP(.) and the
-    conventions beside it; whole or not at all.
+    conventions; completely or not at all.
 
     Args:
         mcdm: what the file has beside the UNet.
@@ -303,7 +303,7 @@ def save_mcdm(
 
 
 def load_mcdm(path: str) -> MCDM:
-    """Read what `save_mcdm` put beside the UNet.
+    """Read what `save_mcdm` stores beside the UNet.
 
     Raises:
         IdentityEditError: when the file is missing, damaged, an ordinary checkpoint, or of other conventions.
@@ -314,7 +314,8 @@ def load_mcdm(path: str) -> MCDM:
         raise IdentityEditError(f"{error} The checkpoints of Train MCDM hold one.") from error
     if description.get("conventions") != CONVENTIONS:
         raise IdentityEditError(
-            f"The MCDM in {path} was trained with other conventions than this version of the pack has; train it again."
+            f"The MCDM in {path} was trained with conventions that this version of the pack does not use; train it "
+            f"again."
         )
     with parsing_file(path, "The MCDM in", "train it again"):
         vision = VisionTag.from_description(description["vision"])

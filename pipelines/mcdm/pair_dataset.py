@@ -1,4 +1,4 @@
-"""Generating a dataset of pairs: what is made, and making it (Chen et al. 2024, section 3.2 and supplement 1.1).
+"""Datasets of generated pairs: plan and generation (Chen et al. 2024, section 3.2 and supplement 1.1).
 
 Which edit, subject, pose and noise a pair has depends on the seed and the pair's number alone, so that any part of a
 dataset can be made anywhere, in any order, and again.
@@ -55,7 +55,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What a dataset is made of.
+    """Settings of a dataset.
 
     Attributes:
         count: N pairs.
@@ -94,12 +94,12 @@ class PairSettings:
         if self.count < 1:
             raise IdentityEditError(f"count is {self.count}; choose 1 or more.")
         if not self.subjects:
-            raise IdentityEditError("subjects is empty; write one a line, such as 'man' and 'woman'.")
+            raise IdentityEditError("subjects is empty; write one per line, such as 'man' and 'woman'.")
         for subject in self.subjects:
             if not all(part.strip() for part in subject.split(NAME_MARK)) or subject.count(NAME_MARK) > 1:
                 raise IdentityEditError(f"The subject '{subject}' cannot be read; write 'words' or 'words | name'.")
         if not self.edits:
-            raise IdentityEditError("edits is empty; write one a line, as 'name: source prompt -> target prompt'.")
+            raise IdentityEditError("edits is empty; write one per line, as 'name: source prompt -> target prompt'.")
         names = [edit.name for edit in self.edits]
         if len(set(names)) != len(names):
             raise IdentityEditError(f"Two edits are called {max(names, key=names.count)}; give each its own name.")
@@ -115,8 +115,8 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class PairPlan:
-    """What one pair is to show: the prompts by which it is drawn, and those that the dataset gives it. `identity` and
-    `pose` are numbers of images, None where there are none."""
+    """Plan of one pair: the prompts that draw it, and the prompts recorded in the dataset. `identity` and `pose` are
+    image numbers, or None."""
 
     number: int
     edit: str
@@ -133,8 +133,8 @@ class PairPlan:
 
 @dataclass(frozen=True)
 class Identities:
-    """Who the people are: an identity encoder, features [M, N, C] of M portraits, and the class word before which the
-    words go ("" for the subject itself)."""
+    """People of the pairs: an identity encoder, features [M, N, C] of M portraits, and the class word in front of which
+    the words are inserted ("" for the subject itself)."""
 
     words: IdentityWords
     features: torch.Tensor
@@ -143,7 +143,7 @@ class Identities:
 
 @dataclass(frozen=True)
 class Poses:
-    """A ControlNet and pose images [K, H, W, 3], one of which both halves of a pair get."""
+    """A ControlNet and pose images [K, H, W, 3]; both halves of a pair get the same pose."""
 
     control_net: Any
     images: torch.Tensor
@@ -154,7 +154,7 @@ class Poses:
 
 @dataclass
 class PairsMade:
-    """What a run did: new pairs, pairs that were there, pairs that did not pass, and model calls."""
+    """Result of a run: new pairs, existing pairs, rejected pairs, and model calls."""
 
     made: int = 0
     present: int = 0
@@ -163,7 +163,7 @@ class PairsMade:
 
 
 def parse_edits(text: str) -> tuple[Edit, ...]:
-    """Read edits, one a line: "name: source prompt -> target prompt". Empty lines and those after # are left out.
+    """Parse edits, one per line: "name: source prompt -> target prompt". Empty lines and those after # are ignored.
 
     Raises:
         IdentityEditError: naming the line that cannot be read.
@@ -182,7 +182,7 @@ def parse_edits(text: str) -> tuple[Edit, ...]:
 
 
 def parse_part(text: str, count: int) -> range:
-    """The pairs of a part: "" is all of them, "12" one, "100-199" those from 100 to 199, both inclusive.
+    """The pairs of a shard: "" is all of them, "12" one, "100-199" those from 100 to 199, both inclusive.
 
     Raises:
         IdentityEditError: when it names no part of `count` pairs.
@@ -198,7 +198,7 @@ def parse_part(text: str, count: int) -> range:
 
 
 def plan(settings: PairSettings, number: int, identities: int = 0, poses: int = 0) -> PairPlan:
-    """What pair `number` is to show, with so many identity images and poses to draw from."""
+    """The plan of pair `number`, drawn from the given numbers of identity images and poses."""
     generator = random.Random(f"pair {settings.seed} {number}")
     edit = settings.edits[number % len(settings.edits)]
     identity = generator.randrange(identities) if identities else None
@@ -231,7 +231,7 @@ def plan(settings: PairSettings, number: int, identities: int = 0, poses: int = 
 
 
 def noise_seed(settings: PairSettings, number: int, attempt: int) -> int:
-    """The seed of a pair's noise, another one for each attempt."""
+    """The seed of a pair's noise, different for each attempt."""
     digest = hashlib.sha256(f"noise {settings.seed} {number} {attempt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -251,7 +251,7 @@ def generate_pairs(
     numbers: Iterable[int] | None = None,
     progress: Callable[[int, int, torch.Tensor | None], None] | None = None,
 ) -> PairsMade:
-    """Make the pairs that are missing.
+    """Generate the missing pairs.
 
     Args:
         model, clip, vae: of a checkpoint that draws such images.
@@ -267,7 +267,9 @@ def generate_pairs(
         IdentityEditError: when an input cannot be used, or a pair cannot be written; what was made is kept.
     """
     if settings.smallest_similarity > 0.0 and clip_vision is None:
-        raise IdentityEditError("smallest_similarity is above 0 but there is no clip_vision; connect one, or set it 0.")
+        raise IdentityEditError(
+            "smallest_similarity is above 0 but there is no clip_vision; connect one, or set it to 0."
+        )
     wanted = list(numbers if numbers is not None else range(settings.count))
     folder.claim(_description(model, sigmas, settings, identities, poses))
     finished, rejected = folder.finished(), folder.rejected()
@@ -316,7 +318,7 @@ def generate_pairs(
 
 
 def _encoder(clip: Any, identities: Identities | None) -> Callable[..., Conditioning]:
-    """What encodes a prompt: with the identity words of a pair, or plain, which is done once."""
+    """A function that encodes a prompt: with a pair's identity words, or plain (once per prompt)."""
     texts: dict[str, Conditioning] = {}
     words = None if identities is None else identity_vectors(identities.words, identities.features)
 
@@ -340,7 +342,7 @@ def _draw(
     guider: engine.CombiningGuider,
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Source and target [H, W, 3] by the noise of a seed."""
+    """Source and target [H, W, 3] from the noise of a seed."""
     height, width = settings.height // PIXELS_PER_LATENT_PIXEL, 2 * settings.width // PIXELS_PER_LATENT_PIXEL
     latent = torch.zeros(1, engine.latent_channels(model), height, width)
     noise = stock_noise(latent, seed)
@@ -355,7 +357,8 @@ def _make(
     draw: Callable[[int], tuple[torch.Tensor, torch.Tensor]],
     features: Callable[[list[torch.Tensor]], torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-    """The first drawing that is alike enough, or the last one: source and target [H, W, 3], and the description."""
+    """The first attempt that passes the similarity check, or the last one: source and target [H, W, 3], and the
+    description."""
     similarity = None
     for attempt in range(settings.attempts if settings.smallest_similarity > 0.0 else 1):
         seed = noise_seed(settings, pair.number, attempt)
@@ -433,7 +436,7 @@ def with_pose(poses: Poses, number: int, vae: Any, conditionings: list[Condition
 def _description(
     model: Any, sigmas: torch.Tensor, settings: PairSettings, identities: Identities | None, poses: Poses | None
 ) -> dict[str, Any]:
-    """How the dataset is made; the model by a hash of its tag."""
+    """The dataset's description; it contains the model as a hash of its tag."""
     weights = ", ".join(f"{weight:.3g}" for weight in engine.model_tag(model).weights)
     found: dict[str, Any] = {
         **dataclasses.asdict(settings),

@@ -1,4 +1,4 @@
-"""A folder of pairs: what a model learns an edit from (Chen et al. 2024, section 3.2).
+"""A folder of pairs, the training data of an MCDM (Chen et al. 2024, section 3.2).
 
     pairs/                    the dataset
         dataset.json          how it was made; pairs of other settings are refused
@@ -46,7 +46,7 @@ _MAY_DIFFER = ("count",)
 
 
 class PairFolder:
-    """One dataset on disk; the folder is made when it is missing."""
+    """One dataset on disk; the folder is created when it is missing."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -54,7 +54,7 @@ class PairFolder:
             (self.path / "pairs").mkdir(parents=True, exist_ok=True)
 
     def claim(self, settings: dict[str, Any]) -> None:
-        """Say how the dataset is made, or check that it is made like this.
+        """Record the dataset's description, or check that the recorded one is the same.
 
         Raises:
             IdentityEditError: when the folder holds a dataset of other settings.
@@ -69,13 +69,13 @@ class PairFolder:
             ]
             if differing:
                 raise IdentityEditError(
-                    f"The folder {self.path} holds pairs made with another {', '.join(differing)}; choose another "
-                    f"folder, or the settings of before."
+                    f"The folder {self.path} contains pairs generated with another {', '.join(differing)}; choose "
+                    f"another folder, or the previous settings."
                 )
         self._write(file, json.dumps(settings, indent=1, ensure_ascii=False).encode())
 
     def finished(self) -> dict[int, dict[str, Any]]:
-        """The descriptions of all whole pairs by their number; damaged ones are moved to `damaged`.
+        """The descriptions of all complete pairs by number; damaged ones are moved to `damaged`.
 
         Raises:
             IdentityEditError: when the folder cannot be read.
@@ -96,7 +96,7 @@ class PairFolder:
         return found
 
     def rejected(self) -> dict[int, dict[str, Any]]:
-        """The descriptions of pairs that did not pass the check."""
+        """The descriptions of pairs that failed the similarity check."""
         files = sorted((self.path / "rejected").glob("*.json"))
         return {int(file.stem): _read_json(file) for file in files if _NAME.fullmatch(file.stem)}
 
@@ -119,7 +119,7 @@ class PairFolder:
         return self.adopt(number, {**files, DESCRIPTION: json.dumps(facts, indent=1, ensure_ascii=False).encode()})
 
     def adopt(self, number: int, files: dict[str, bytes]) -> bool:
-        """Write one pair of which the files' contents are given, by name; see `add`."""
+        """Write one pair from its files' contents by name; see `add`."""
         final = self.path / "pairs" / f"{number:06}"
         if final.exists():
             return False
@@ -141,12 +141,12 @@ class PairFolder:
         return True
 
     def reject(self, number: int, facts: dict[str, Any]) -> None:
-        """Note that a pair did not pass the check."""
+        """Record that a pair failed the similarity check."""
         file = self.path / "rejected" / f"{number:06}.json"
         self._write(file, json.dumps({"number": number, **facts}, indent=1, ensure_ascii=False).encode())
 
     def write_index(self) -> int:
-        """Write the index of all pairs, whole or not at all, and return their number."""
+        """Write the index of all pairs, completely or not at all, and return their number."""
         lines = []
         for number, facts in sorted(self.finished().items()):
             paths = {"source": f"pairs/{number:06}/{SOURCE}", "target": f"pairs/{number:06}/{TARGET}"}
@@ -190,7 +190,7 @@ def read_pair(folder: Path) -> dict[str, Any]:
         files = facts.get("files")
         for name in (SOURCE, TARGET):
             if not isinstance(files, dict) or files.get(name) != _facts_of((folder / name).read_bytes()):
-                raise IdentityEditError(f"The image {folder / name} is damaged; delete the pair to make it again.")
+                raise IdentityEditError(f"The image {folder / name} is damaged; delete the pair to generate it again.")
     return facts
 
 

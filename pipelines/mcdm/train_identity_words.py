@@ -155,7 +155,7 @@ def _check(images: TrainingImages, features: torch.Tensor, settings: IdentitySet
     for number, caption in enumerate(images.captions, start=1):
         if not has_word(caption, settings.class_word):
             raise IdentityEditError(
-                f"The caption of image {number}, '{caption}', does not hold the class word '{settings.class_word}'; "
+                f"The caption of image {number}, '{caption}', does not contain the class word '{settings.class_word}'; "
                 f"write it there, or choose another class word."
             )
     check_masks(images.masks, settings.masked)

@@ -183,7 +183,7 @@ def from_published(content: dict[str, Any], path: str) -> tuple[E4E, torch.Tenso
         )
     state = content.get("state_dict", content)
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
+        raise IdentityEditError(f"The file {path} contains no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
     tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     average = content.get("latent_avg", tensors.pop("latent_avg", None))
     if any(name.startswith("encoder.") for name in tensors):
@@ -195,7 +195,7 @@ def from_published(content: dict[str, Any], path: str) -> tuple[E4E, torch.Tenso
         if name.startswith("styles.") and name.split(".")[1].isdecimal() and len(name.split(".")[1]) < 6
     }
     if "input_layer.0.weight" not in tensors or not numbers:
-        raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
+        raise IdentityEditError(f"The file {path} contains no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
     rows = max(numbers) + 1
     if (
         not isinstance(average, torch.Tensor)

@@ -49,7 +49,8 @@ def save_style_attention(style: StyleAttention, path: str) -> None:
     tensors = {name: tensor.to(torch.float16) for name, tensor in style.network.state_dict().items()}
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
         raise IdentityEditError(
-            "The style attention holds NaN or infinite values and was not saved; train it with a lower learning rate."
+            "The style attention contains NaN or infinite values and was not saved; train it with a lower learning "
+            "rate."
         )
     description = {
         "kind": KIND,
@@ -116,7 +117,7 @@ def _refuse_others(path: str) -> None:
         names = {str(name) for name in content} if isinstance(content, dict) else set()
     if any(_ADAPTER_WEIGHT in name for name in names) or names >= _ADAPTER_PARTS:
         raise IdentityEditError(
-            f"The file {path} is a w-plus-adapter, whose layers and groups of rows are others; train a style attention "
+            f"The file {path} is a w-plus-adapter, whose layers and row groups differ; train a style attention "
             f"of your own with Train Style Attention."
         )
     if names >= _IP_ADAPTER_PARTS or any(name.startswith("ip_adapter.") for name in names):

@@ -49,8 +49,8 @@ class StyleSettings(TrainingSettings):
 
     Attributes:
         pseudo_word: placeholder token of the person in captions.
-        templates: captions with PLACE for the pseudo-word; one is drawn for each image of a batch. () uses the images'
-            captions.
+        templates: captions with PLACE for the placeholder token; one is drawn for each image of a batch. () uses the
+            images' captions.
         kind: SEQUENTIAL, or PARALLEL for the paper's ablation (section 3.4.3).
         row_groups: groups of W+ code rows, one token each; see `parse_row_groups`.
         learning_rate: our default; not reported in the paper.
@@ -89,11 +89,13 @@ class StyleSettings(TrainingSettings):
         if not (self.style_noise >= 0.0 and math.isfinite(self.style_noise)):
             raise IdentityEditError(f"style_noise is {self.style_noise}; choose 0 or more.")
         if self.templates and not self.pseudo_word.strip():
-            raise IdentityEditError("The pseudo-word is empty; write one rare word for the person, such as 'sks'.")
+            raise IdentityEditError(
+                "The placeholder token is empty; write one rare word for the person, such as 'sks'."
+            )
         for template in self.templates:
             if PLACE not in template:
                 raise IdentityEditError(
-                    f"The template '{template}' has no place for the pseudo-word; write {PLACE} where it belongs."
+                    f"The template '{template}' has no place for the placeholder token; write {PLACE} where it belongs."
                 )
 
     def caption(self, template: str) -> str:

@@ -41,14 +41,14 @@ class WPlus:
     def __post_init__(self) -> None:
         if self.rows.ndim != 3 or min(self.rows.shape) < 1:
             raise IdentityEditError(
-                f"W+ styles need rows [images, rows, channels], not {tuple(self.rows.shape)}; encode an image."
+                f"W+ codes need the shape [images, rows, channels], not {tuple(self.rows.shape)}; encode an image."
             )
         if tuple(self.average.shape) != tuple(self.rows.shape[1:]):
             raise IdentityEditError(
                 f"The latent average {tuple(self.average.shape)} does not match W+ codes {tuple(self.rows.shape)}; "
                 f"take both from the same encoder."
             )
-        check_finite_styles(self.rows, "The W+ styles")
+        check_finite_styles(self.rows, "The W+ codes")
         check_finite_styles(self.average, "The latent average")
 
     @property
@@ -103,7 +103,7 @@ def parse_rows(text: str, count: int) -> tuple[int, ...]:
         first, last = ends
         if not 1 <= first <= last <= count:
             raise IdentityEditError(
-                f"rows has '{part}', but these styles have rows 1 to {count}; write ranges in ascending order "
+                f"rows has '{part}', but the W+ codes have rows 1 to {count}; write ranges in ascending order "
                 f"within them."
             )
         found |= set(range(first - 1, last))
@@ -154,7 +154,7 @@ def average_styles(styles: Sequence[WPlus]) -> WPlus:
         IdentityEditError: when there are none, or they come from different encoders.
     """
     if not styles:
-        raise IdentityEditError("There are no W+ styles to average; connect at least one.")
+        raise IdentityEditError("There are no W+ codes to average; connect at least one face.")
     for number, other in enumerate(styles[1:], start=2):
         check_same_encoder(styles[0], other, f"W+ input {number}")
     rows = torch.cat([each.rows for each in styles])
@@ -178,5 +178,5 @@ def load_w_plus(path: str) -> WPlus:
         IdentityEditError: when the file is missing, damaged, or holds something else.
     """
     tensors, description = read_tensors(path, KIND)
-    with parsing_file(path, "The file of W+ styles", "encode and save them again"):
+    with parsing_file(path, "The file of W+ codes", "encode and save them again"):
         return WPlus(tensors["rows"].float(), tensors["average"].float(), str(description["encoder"]))

@@ -54,7 +54,7 @@ class SmallWPlusEncoder(nn.Module):
     Args:
         size: pixels along a side of the image, a multiple of 2 to the number of stages.
         groups: (number of rows, stage from 1) of each group, coarse rows first: ((3, 5), (4, 4), (11, 3)) is as in e4e.
-        width: C, numbers of a style row.
+        width: C, the width of a W+ code.
         channels: of the stages' features, multiples of 8.
         hidden: width between the two linear layers.
         grid: places along a side to which features are pooled.
@@ -169,17 +169,17 @@ def encode_w_plus(encoder: WPlusEncoder, images: torch.Tensor) -> WPlus:
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
         raise IdentityEditError(
             f"The W+ encoder takes color images of {size}x{size} pixels [B, 3, {size}, {size}], not "
-            f"{tuple(images.shape)}; resize them before."
+            f"{tuple(images.shape)}; resize them first."
         )
     if float(images.min()) < -1.001 or float(images.max()) > 1.001:
-        raise IdentityEditError("The W+ encoder takes images in -1 to 1; bring them to this range before.")
+        raise IdentityEditError("The W+ encoder takes images in -1 to 1; scale them to this range first.")
     device = torch.device("cpu")
     if encoder.patcher is not None:
         device = load_whole(encoder.patcher, memory=BYTES_A_IMAGE)
     # An image at a time: e4e's features of one take half a gigabyte, and more at once is no faster on a CPU.
     with torch.no_grad():
         offsets = torch.cat([encoder.network(image[None].to(device)).float().cpu() for image in images])
-    check_finite_styles(offsets, "The W+ styles")
+    check_finite_styles(offsets, "The W+ codes")
     with torch.inference_mode(False):  # trainings differentiate with these tensors
         return WPlus(offsets.clone() + encoder.average, encoder.average.clone(), encoder.name)
 
@@ -196,7 +196,7 @@ def fitted(images: torch.Tensor, size: int) -> torch.Tensor:
     if height != width:
         raise IdentityEditError(
             f"The images are {width}x{height}, and the encoder was trained on square images of aligned faces; use "
-            f"Align Face before."
+            f"Align Face first."
         )
     moved = images.movedim(-1, 1).float()
     if height != size:
@@ -261,7 +261,7 @@ def load_w_plus_encoder(path: str) -> WPlusEncoder:
         instead = "download e4e_ffhq_encode.pt from its authors, or choose a .safetensors file"
         content = load_external(path, "download it again", instead, (Namespace,), mmap=_is_zip(path))
         if not isinstance(content, dict):
-            raise IdentityEditError(f"The file {path} holds no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
+            raise IdentityEditError(f"The file {path} contains no e4e encoder; choose one such as e4e_ffhq_encode.pt.")
         network, average = from_published(content, path)
     if tuple(average.shape) != (network.rows, network.width):
         raise IdentityEditError(

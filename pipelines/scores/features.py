@@ -1,4 +1,4 @@
-"""What vision transformers see of two images: DINO-I and DINOv2-I, and the distance of their structure."""
+"""DINO-I, DINOv2-I and the structure distance, from features of vision transformers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cosines(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 class ClassToken:
-    """A vision transformer of transformers that is loaded: its class token after the last layer."""
+    """A loaded vision transformer of transformers; gives its class token after the last layer."""
 
     def __init__(self, name: str, network: Any, processor: Any, device: torch.device) -> None:
         self.name = name
@@ -52,7 +52,7 @@ class ClassToken:
 
 
 class FolderEncoder:
-    """An encoder of any other kind that `image_encoders.encoder_of_folder` reads, loaded whenever it is used."""
+    """An encoder of any other kind that `image_encoders.encoder_of_folder` reads, loaded at each use."""
 
     def __init__(self, path: str) -> None:
         self.name = _name(path)
@@ -64,8 +64,8 @@ class FolderEncoder:
 
 @contextmanager
 def open_encoder(path: str, needed: str = NEEDED_DINO) -> Iterator[ImageEncoder]:
-    """An image encoder from a local folder for the time of a `with`, as DINO-I and DINOv2-I have it (Ruiz et al. 2023,
-    section 4.1).
+    """Context manager for an image encoder from a local folder, for DINO-I and DINOv2-I (Ruiz et al. 2023, section
+    4.1).
 
     Raises:
         IdentityEditError: when files are missing or the folder holds another kind of network.
@@ -78,7 +78,7 @@ def open_encoder(path: str, needed: str = NEEDED_DINO) -> Iterator[ImageEncoder]
 
 
 class Structure:
-    """How the parts of an image lie to one another, as a DINO's keys say it (Tumanyan et al. 2022, section 3)."""
+    """Self-similarity of an image's patches by a DINO's keys (Tumanyan et al. 2022, section 3)."""
 
     def __init__(self, name: str, network: Any, device: torch.device) -> None:
         self.name = name
@@ -99,7 +99,7 @@ class Structure:
         return torch.stack(found).cpu().double()
 
     def _self_similarity(self, image: torch.Tensor, as_pie_bench: bool) -> torch.Tensor:
-        """Cosines [t, t] of the last layer's keys, all heads side by side, of the class token and every patch."""
+        """Cosines [t, t] of the last layer's keys, all heads concatenated, of the class token and every patch."""
         scaled = image.float().permute(2, 0, 1)[None].to(self._device)
         scaled = interpolate(
             scaled, size=structure_size(*scaled.shape[2:]), mode="bilinear", antialias=not as_pie_bench
@@ -118,7 +118,7 @@ class Structure:
 
 
 def structure_size(height: int, width: int) -> tuple[int, int]:
-    """The size at which structures are compared: the shorter side 224 pixels, the longer one at most 480."""
+    """Size at which structures are compared: the shorter side 224 pixels, the longer one at most 480."""
     short, long = sorted((height, width))
     new_short, new_long = STRUCTURE_SIDE, int(STRUCTURE_SIDE * long / short)
     if new_long > LONGEST_STRUCTURE_SIDE:
@@ -128,7 +128,7 @@ def structure_size(height: int, width: int) -> tuple[int, int]:
 
 @contextmanager
 def open_structure(path: str) -> Iterator[Structure]:
-    """A DINO from a folder in the form of transformers, for the time of a `with`.
+    """Context manager for a DINO from a folder in transformers format.
 
     Raises:
         IdentityEditError: when files are missing or the folder holds another kind of network.
@@ -140,7 +140,7 @@ def open_structure(path: str) -> Iterator[Structure]:
 
 
 def _last_keys(network: Any) -> Any:
-    """The layer that makes the last block's keys, by whichever name transformers has for it."""
+    """The layer that computes the last block's keys, under any of its names in transformers."""
     return [module for name, module in network.named_modules() if name.endswith(("attention.key", ".k_proj"))][-1]
 
 

@@ -1,4 +1,4 @@
-"""The files that scores are computed with: where they are looked for, and networks of torchvision made from them.
+"""Weight files for scores: their folder, and torchvision networks loaded from them.
 
 All are the user's own below models/image_scores; nothing is downloaded. Files keep the names under which their authors
 publish them, so that no choice has to be made among them, and may be converted to .safetensors.
@@ -32,7 +32,7 @@ def files() -> dict[str, str]:
 
 
 def find_file(beginning: str, example: str, purpose: str, what: str, *, whole_name: bool = False) -> str:
-    """The path of the file whose name begins so, or is so but for its ending.
+    """Path of the file whose name starts with `beginning`; with `whole_name`, the rest is only an extension.
 
     Args:
         beginning: of the file's name; capitals do not matter.
@@ -52,7 +52,7 @@ def find_file(beginning: str, example: str, purpose: str, what: str, *, whole_na
 
 
 def missing_file(name: str, purpose: str, what: str) -> str:
-    """The sentence that says which file goes where."""
+    """Error message for a missing file, with its expected location."""
     return for_console(f"{purpose} needs {name} ({what}); put it into {model_roots(FOLDER)[0]}, and press R.")
 
 
@@ -69,7 +69,7 @@ def backbone_of_torchvision(path: str, architecture: str) -> Any:
 
 
 def torchvision_network(make: Callable[[Any], Any]) -> Any:
-    """A network of torchvision without memory for its weights, which `with_weights` gives it.
+    """A torchvision network on the meta device; `with_weights` fills it.
 
     Args:
         make: makes it from the module torchvision.models.

@@ -1,4 +1,4 @@
-"""How far two sets of images are from each other: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
+"""Distance of two sets of images: FID (Heusel et al. 2017) and KID (Bińkowski et al. 2018).
 
 Both compare features of an Inception v3, 2048 numbers an image. Two files of it are in use, and their values must not
 be mixed: the one that published FIDs were computed with (`pt_inception-2015-12-05-6726825d.pth` of pytorch-fid, whose
@@ -102,7 +102,7 @@ class Inception:
 
 @contextmanager
 def open_inception(name: str) -> Iterator[Inception]:
-    """An Inception v3 from a file of models/image_scores for the time of a `with`.
+    """Context manager for an Inception v3 from a file in models/image_scores.
 
     Raises:
         IdentityEditError: when the file is missing or holds something else.
@@ -120,7 +120,8 @@ def open_inception(name: str) -> Iterator[Inception]:
 
 
 def inception_of(state: dict[str, torch.Tensor], path: str) -> Any:
-    """Inception v3 that gives its pooled features, from the tensors of either file (told apart by their classes)."""
+    """Inception v3 that returns its pooled features, from the tensors of either file (distinguished by the number of
+    classes)."""
     head = state.get("fc.weight")
     is_of_fid = head is not None and len(head) == CLASSES_OF_FID
     # Neither the classifier nor the second one of training is needed.
@@ -147,7 +148,7 @@ def _largest(values: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(inception: Any) -> list[Any]:
-    """torchvision's blocks with the pooling of the network of published FIDs: the last branch is taken anew."""
+    """torchvision's blocks with the pooling of the network of published FIDs; its last pooling branch differs."""
 
     class PooledAnew:
         pool = staticmethod(_average)

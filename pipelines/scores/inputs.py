@@ -1,4 +1,4 @@
-"""The images, masks and prompts that are scored, checked and brought to one form."""
+"""Checked and normalized inputs of the scores: images, masks and prompts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ScoredImages:
         return cls(edited, source, mask, known, sources)
 
     def weights(self, part: str, number: int) -> torch.Tensor | None:
-        """[1, H, W] of a part of one image; None for the whole."""
+        """[1, H, W] of a region of one image; None for the whole image."""
         if not part:
             return None
         assert self.mask is not None

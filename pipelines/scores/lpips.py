@@ -1,4 +1,4 @@
-"""LPIPS: how different two images look to a network (Zhang et al. 2018), version 0.1.
+"""LPIPS: perceptual distance of two images (Zhang et al. 2018), version 0.1.
 
 Two files, both the user's own below models/image_scores: the backbone as torchvision publishes it, and the linear heads
 as the authors publish them (a few kilobytes). They are the same weights that the package `lpips` and torchmetrics use.
@@ -129,7 +129,7 @@ class LpipsScorer:
 
 @contextmanager
 def open_lpips(name: str) -> Iterator[LpipsScorer]:
-    """LPIPS on a backbone of `BACKBONES`, from files below models/image_scores, for the time of a `with`.
+    """Context manager for LPIPS on a backbone of `BACKBONES`, from files in models/image_scores.
 
     Raises:
         IdentityEditError: naming the file that is missing or holds something else.

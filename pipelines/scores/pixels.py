@@ -1,4 +1,4 @@
-"""How far two images differ pixel by pixel: mean squared error, PSNR and SSIM, of whole images or of a part.
+"""Pixel-wise differences of two images: mean squared error, PSNR and SSIM, of whole images or of a region.
 
 A part is given by weights, 1 where pixels count. Two rules are in use for it:
 
@@ -63,7 +63,7 @@ def ssim(edited: torch.Tensor, source: torch.Tensor, weights: torch.Tensor | Non
 
 
 def multiplied(images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Images [B, H, W, 3] times weights [B, H, W]: black where nothing counts."""
+    """Images [B, H, W, 3] times weights [B, H, W]: black where the weight is 0."""
     return images * weights.unsqueeze(-1).to(images)
 
 

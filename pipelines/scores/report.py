@@ -1,4 +1,4 @@
-"""Scores as people and programs read them: a table with definitions, and JSON."""
+"""Reports of scores: a table with definitions, and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SMALL = ("MSE", "structure distance", "KID")
 
 
 def score_table(scores: Sequence[Score], rule: str) -> str:
-    """A table of name, mean, lowest and highest value and the better direction, and below it what each score is.
+    """A table of name, mean, lowest and highest value and the better direction, followed by the definitions.
 
     Args:
         scores: of `edit_scores.score_edit`.
@@ -44,8 +44,8 @@ def score_table(scores: Sequence[Score], rule: str) -> str:
 
 
 def scores_as_json(scores: Sequence[Score], rule: str) -> str:
-    """All values by name, with what they are. null stands for a value that is not defined, and "infinite" for the PSNR
-    of equal images, as JSON has neither."""
+    """All values by name, with their definitions. null stands for an undefined value, and "infinite" for the PSNR of
+    equal images, as JSON has neither."""
     content = {
         "rule": rule,
         "scores": {
@@ -63,7 +63,7 @@ def scores_as_json(scores: Sequence[Score], rule: str) -> str:
 
 
 def _is_part(name: str) -> bool:
-    """Whether the definition of the whole and the rule say what it is; CLIP-T has a rule of its own."""
+    """Whether the whole image's definition and the rule define the score; CLIP-T has a rule of its own."""
     return name.endswith((f" {INSIDE}", f" {OUTSIDE}")) and not name.startswith("CLIP")
 
 

@@ -108,8 +108,8 @@ def caption_images(
         captions[number] = identity_caption(caption, subject.class_word, subject.token)
         if not has_word(caption, subject.class_word):
             notes.append(
-                f"The caption of {name} did not say '{subject.class_word}': '{subject.identity_prompt}' was put at its "
-                f"beginning; see that it reads well."
+                f"The caption of {name} did not contain '{subject.class_word}': '{subject.identity_prompt}' was "
+                f"inserted at its beginning; check that it reads well."
             )
     count = len(subject.images)
     test_caption = captions[count] if subject.test_image is not None else ""
@@ -142,7 +142,7 @@ def _ask(
         caption = caption[1:-1].strip()
     if not caption:
         raise IdentityEditError(
-            f"The model answered nothing for {name}; change the instruction, choose another model, or write the "
+            f"The model returned nothing for {name}; change the instruction, choose another model, or write the "
             f"caption's line."
         )
     return caption

@@ -134,7 +134,7 @@ def load_subject_folder(
         unreadable = _unreadable(names)
         of_them = f", but {', '.join(unreadable)}, which Pillow cannot read here" if unreadable else ""
         raise IdentityEditError(
-            f"The folder {path} holds no image{of_them}; put {FEWEST} to {MOST} images of the subject into it, "
+            f"The folder {path} contains no image{of_them}; put {FEWEST} to {MOST} images of the subject into it, "
             f"such as .png or .jpg."
         )
     class_word, token = check_words(class_word.strip() or _read_class_word(path), token)
@@ -189,8 +189,8 @@ def from_batch(
     names = [f"image {number}" for number in range(1, len(singles) + 1)]
     if len(captions) not in (0, 1, len(singles)):
         raise IdentityEditError(
-            f"There are {len(captions)} captions for {len(singles)} images; write one caption a line for each "
-            f"image, one for all, or none."
+            f"There are {len(captions)} captions for {len(singles)} images; write one caption per line, one for all "
+            f"images, or none."
         )
     texts = [""] * len(singles)
     if captions:
@@ -421,7 +421,7 @@ def _with_test_image(
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     images, _ = _images_and_masks(folder, names)
     if not images:
-        return replace(subject, notes=(*notes, f"The folder {TEST_FOLDER} holds no image."))
+        return replace(subject, notes=(*notes, f"The folder {TEST_FOLDER} contains no image."))
     if len(images) > 1:
         raise IdentityEditError(
             f"The folder {TEST_FOLDER} holds {len(images)} images ({', '.join(images)}); keep the one to edit."

@@ -124,7 +124,7 @@ def own_prompts(text: str, class_word: str, count: int) -> list[str]:
                 f"The prompt '{line}' of own_prompts lacks the class word '{class_word}'; write it where it belongs."
             )
     if not lines:
-        raise IdentityEditError("own_prompts is empty; write one prompt a line, or choose another source.")
+        raise IdentityEditError("own_prompts is empty; write one prompt per line, or choose another source.")
     return [lines[number % len(lines)] for number in range(count)]
 
 
@@ -173,7 +173,7 @@ def written_prompts(
             progress(min(len(prompts), count), count)
     if not prompts:
         raise IdentityEditError(
-            f"None of the language model's {answers} answers held a prompt with the word '{class_word}'; choose "
+            f"None of the language model's {answers} answers contained a prompt with the word '{class_word}'; choose "
             f"another model, or the shipped list."
         )
     notes = [f"{answers} answers of the language model; {dropped} of their prompts lacked '{class_word}'."]
@@ -267,13 +267,13 @@ def ask_endpoint(instruction: str, seed: int, temperature: float, timeout: tuple
         response = requests.post(url, json=body, auth=authorize, timeout=timeout, allow_redirects=False)
     except requests.Timeout as error:
         raise IdentityEditError(
-            f"The endpoint {url} did not answer within {timeout[1]:g} seconds; see that it runs, or take a smaller "
-            f"model."
+            f"The endpoint {url} did not answer within {timeout[1]:g} seconds; check that it is running, or choose a "
+            f"smaller model."
         ) from error
     except requests.RequestException as error:
         raise IdentityEditError(
-            f"The endpoint {url} cannot be reached ({type(error).__name__}); see that it runs and that {URL_VARIABLE} "
-            f"is right."
+            f"The endpoint {url} cannot be reached ({type(error).__name__}); check that it is running and that "
+            f"{URL_VARIABLE} is right."
         ) from error
     if response.status_code != 200:
         said = " ".join(response.text.split())[:200]

@@ -112,7 +112,7 @@ def _free_marker(clip: Any, prompt: str) -> tuple[str, dict[str, int]]:
         }
         if all(len(found) == 1 and found[0] not in of_prompt for found in tokens.values()):
             return marker, {encoder: found[0] for encoder, found in tokens.items()}
-    raise IdentityEditError(f"The prompt holds all of {', '.join(_MARKERS)}; leave one of these words out.")
+    raise IdentityEditError(f"The prompt contains all of {', '.join(_MARKERS)}; leave one of these words out.")
 
 
 def _is(token: Any, token_id: int) -> bool:

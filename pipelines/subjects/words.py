@@ -14,7 +14,7 @@ def check_words(class_word: str, token: str) -> tuple[str, str]:
     """The class word and the token without spaces around them.
 
     Raises:
-        IdentityEditError: when the class word is empty or holds the token, or the token is several words.
+        IdentityEditError: when the class word is empty or contains the token, or the token is several words.
     """
     class_word, token = one_line(class_word), token.strip()
     if not class_word:
@@ -26,7 +26,7 @@ def check_words(class_word: str, token: str) -> tuple[str, str]:
         raise IdentityEditError(f"token is '{token}'; write one rare word that stands for the subject, such as 'sks'.")
     if token and has_word(class_word, token):
         raise IdentityEditError(
-            f"class_word '{class_word}' holds the token '{token}'; write only what the subject is, such as 'dog'."
+            f"class_word '{class_word}' contains the token '{token}'; write only what the subject is, such as 'dog'."
         )
     return class_word, token
 

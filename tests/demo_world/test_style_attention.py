@@ -1,4 +1,4 @@
-"""The demo world's style attention draws people that nobody trained on by their W+ styles, as the classifier sees."""
+"""The demo world's style attention draws people that nobody trained on by their W+ codes, as the classifier sees."""
 
 from __future__ import annotations
 

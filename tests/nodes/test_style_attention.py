@@ -177,18 +177,18 @@ def test_files_of_the_models_folder_are_listed_and_foreign_ones_refused(own_fold
     torch.save(adapter, own_folders / "models" / nodes.FILE_FOLDER / "wplus_adapter.bin")
     name = "wplus_adapter.bin [style_attention]"
     assert nodes._files() == [name] and nodes.LoadStyleAttention.validate_inputs(name) is True
-    with pytest.raises(IdentityEditError, match="is a w-plus-adapter, whose layers and groups of rows are others"):
+    with pytest.raises(IdentityEditError, match="is a w-plus-adapter, whose layers and row groups differ"):
         nodes.LoadStyleAttention.execute(name)
 
 
 @pytest.mark.parametrize(
     "shown, w_plus, changes, message",
     [
-        (images(token=""), W_PLUS, {}, "pseudo-word is empty"),
+        (images(token=""), W_PLUS, {}, "placeholder token is empty"),
         (images(), tiny_styles.w_plus(), {}, "3 images and W\\+ codes of 1"),
         (images(), W_PLUS, {"row_groups": "1-5, 6-9, 10-13, 14-18"}, "have 7 rows"),
         (images(), W_PLUS, {"templates": " \n"}, "Image 1 has no caption"),
-        (images(), W_PLUS, {"templates": "a photo"}, "no place for the pseudo-word"),
+        (images(), W_PLUS, {"templates": "a photo"}, "no place for the placeholder token"),
         (images(), W_PLUS, {"masked_loss": True}, "no image has a mask"),
         (images(), W_PLUS, {"filename_prefix": "../x"}, "points outside the output folder"),
         (dataclasses.replace(images(), images=[]), W_PLUS, {}, "no image to train on"),

@@ -142,7 +142,7 @@ def test_lines_come_before_files_and_files_before_the_model(llava: Path) -> None
     assert all_anew.captions == model_says[:2]
     typed, notes = captioning.caption_images(given, lines=["a kitten", "", "sks dog asleep"])
     assert typed.captions == ["sks dog, a kitten", "an old sks dog, the dog's bed"]
-    assert typed.test_caption == "sks dog asleep" and "image 1 did not say 'dog'" in notes[0] and len(notes) == 1
+    assert typed.test_caption == "sks dog asleep" and "image 1 did not contain 'dog'" in notes[0] and len(notes) == 1
     assert given.captions == ["", "an old dog, the dog's bed"], "the input stays as it is"
 
 
@@ -169,7 +169,7 @@ def test_missing_and_surplus_captions_are_named() -> None:
 
 def test_a_silent_model_is_named(llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captioning.LanguageModel, "ask", lambda *_, **__: ' "" ')
-    with pytest.raises(IdentityEditError, match="answered nothing for image 1"):
+    with pytest.raises(IdentityEditError, match="returned nothing for image 1"):
         captioning.caption_images(subject(), model_path=str(llava))
 
 

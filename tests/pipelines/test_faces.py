@@ -117,7 +117,7 @@ def test_points_in_every_form() -> None:
         (json.dumps([POINTS.tolist()] * 3), "for each of 2"),
         (json.dumps([{"image": 3, "points": POINTS.tolist()}]), "image 3"),
         (json.dumps([{"image": 1, "points": POINTS.tolist()}]), "none for image 2"),
-        (json.dumps([[1, 1]] * 5), "on one another"),
+        (json.dumps([[1, 1]] * 5), "coincide"),
         ('{"points": 1}', "points must be"),
         ("7", "points"),
     ],

@@ -81,7 +81,7 @@ def test_several_images_make_a_batch() -> None:
 
 def test_a_prompt_without_the_class_word_is_refused() -> None:
     clip = tiny_text_encoders.clip("sd1")
-    with pytest.raises(IdentityEditError, match="does not hold the class word 'woman'"):
+    with pytest.raises(IdentityEditError, match="does not contain the class word 'woman'"):
         words_of.identity_conditioning(clip, vectors_of(clip, "old happy"), "a womanly thing", "woman")
     with pytest.raises(IdentityEditError, match="channels"):
         words_of.identity_conditioning(clip, {"clip_l": torch.randn(1, 2, 7)}, "a woman", "woman")

@@ -122,7 +122,7 @@ def remove_images(folder: Path) -> None:
 
 BAD = {
     "no folder": (shutil.rmtree, "does not exist; put 3 to 5 images"),
-    "no image": (remove_images, "holds no image"),
+    "no image": (remove_images, "contains no image"),
     "half an image": (break_image, "The image 2.png cannot be read"),
     "no image at all": (lambda path: (path / "3.png").write_text("hello"), "The image 3.png cannot be read"),
     "0-byte caption": (lambda path: (path / "2.txt").write_bytes(b""), "The caption file 2.txt is empty; write what"),
@@ -156,7 +156,7 @@ def test_a_bad_folder_is_named_exactly(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("class_word", "token", "message"),
-    [("", "sks", "class_word is empty"), ("dog", "s ks", "token is 's ks'"), ("sks dog", "sks", "holds the token")],
+    [("", "sks", "class_word is empty"), ("dog", "s ks", "token is 's ks'"), ("sks dog", "sks", "contains the token")],
 )
 def test_bad_words_are_refused(class_word: str, token: str, message: str, folder: Path) -> None:
     with pytest.raises(IdentityEditError, match=message):
@@ -260,7 +260,7 @@ def test_images_that_pillow_cannot_read_are_called_images(folder: Path) -> None:
     assert not any("neither image" in note for note in notes)
     for path in folder.glob("*.png"):
         path.unlink()
-    with pytest.raises(IdentityEditError, match=r"holds no image, but 4\.heic, which Pillow cannot read here"):
+    with pytest.raises(IdentityEditError, match=r"contains no image, but 4\.heic, which Pillow cannot read here"):
         load(folder)
 
 

@@ -355,7 +355,7 @@ def test_beside_a_patch_that_writes_in_place(checkpointing: bool) -> None:
         ({"text_drop": 1.5}, "text_drop is 1.5"),
         ({"style_drop": float("nan")}, "style_drop is nan"),
         ({"style_noise": -1.0}, "style_noise is -1"),
-        ({"pseudo_word": " "}, "The pseudo-word is empty"),
+        ({"pseudo_word": " "}, "The placeholder token is empty"),
         ({"templates": ("a photo",)}, "The template 'a photo' has no place"),
     ],
 )

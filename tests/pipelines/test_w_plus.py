@@ -68,7 +68,7 @@ def test_the_average_counts_every_image_alike() -> None:
     mean = w_plus.average_styles(parts)
     torch.testing.assert_close(mean.rows[0], torch.cat([part.rows for part in parts]).mean(dim=0))
     assert torch.equal(w_plus.average_styles(parts[:1]).rows, parts[0].rows)
-    with pytest.raises(IdentityEditError, match="no W\\+ styles"):
+    with pytest.raises(IdentityEditError, match="no W\\+ codes"):
         w_plus.average_styles([])
 
 

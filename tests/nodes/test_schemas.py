@@ -18,7 +18,8 @@ NOT_NOUNS = {
 }  # fmt: skip
 SMALL_WORDS = {"a", "and", "as", "by", "from", "of", "the", "to", "with"}
 CATEGORIES = (
-    "inversion", "text", "masks", "subject", "attention control", "portrait", "face", "keep the rest", "evaluation",
+    "inversion", "editing without inversion", "text", "masks", "subject", "attention control", "portrait", "face",
+    "keep the rest", "evaluation",
     "demo",
 )  # fmt: skip
 

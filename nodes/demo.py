@@ -60,13 +60,9 @@ class DrawDemoImage(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("image", display_name="image", tooltip="The image, 128x128."),
-                io.Mask.Output("mask", display_name="mask", tooltip="1 on the subject, costume included."),
-                io.String.Output(
-                    "caption",
-                    display_name="caption",
-                    tooltip="Caption of the image, worded like the training captions.",
-                ),
+                io.Image.Output("image", tooltip="The image, 128x128."),
+                io.Mask.Output("mask", tooltip="1 on the subject, costume included."),
+                io.String.Output("caption", tooltip="Caption of the image, worded like the training captions."),
             ],
         )
 
@@ -109,22 +105,11 @@ class DrawDemoPortraits(io.ComfyNode):
                 seed_input("Seed for people, places and layout."),
             ],
             outputs=[
-                io.Image.Output(
-                    "portraits", display_name="portraits", tooltip="Neutral faces without a costume, 128x128."
-                ),
-                io.Image.Output(
-                    "poses",
-                    display_name="poses",
-                    tooltip="Pose of each person, for the ControlNet identity-edit-demo-pose.",
-                ),
-                io.String.Output(
-                    "captions",
-                    display_name="captions",
-                    tooltip="Captions, one per line, worded like the training captions.",
-                ),
+                io.Image.Output("portraits", tooltip="Neutral faces without a costume, 128x128."),
+                io.Image.Output("poses", tooltip="Pose of each person, for the ControlNet identity-edit-demo-pose."),
+                io.String.Output("captions", tooltip="Captions, one per line, worded like the training captions."),
                 io.String.Output(
                     "subjects",
-                    display_name="subjects",
                     tooltip="One line per person: who they are and where, for the subjects of Generate Pairs; the "
                     "dataset calls all of them 'person'.",
                 ),
@@ -166,7 +151,6 @@ class LoadDemoClipVision(io.ComfyNode):
             outputs=[
                 io.ClipVision.Output(
                     "clip_vision",
-                    display_name="clip vision",
                     tooltip="The image encoder, for CLIP Vision Encode and other nodes with a CLIP_VISION input.",
                 )
             ],

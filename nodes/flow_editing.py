@@ -61,12 +61,10 @@ class SourceTargetGuider(io.ComfyNode):
                     "prompt to 5.5.",
                 ),
                 io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Negative prompt. Needed only for a guidance scale other than 1.",
+                    "negative", optional=True, tooltip="Negative prompt. Needed only for a guidance scale other than 1."
                 ),
             ],
-            outputs=[io.Guider.Output("guider", display_name="guider", tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Guider.Output("guider", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod
@@ -129,7 +127,7 @@ class FlowEditSampler(io.ComfyNode):
                     tooltip="Noise samples per step (n_avg). 1 in the paper; more are smoother and slower.",
                 ),
             ],
-            outputs=[io.Sampler.Output("sampler", display_name="sampler", tooltip=_SAMPLER)],
+            outputs=[io.Sampler.Output("sampler", tooltip=_SAMPLER)],
         )
 
     @classmethod
@@ -170,7 +168,7 @@ class UniEditSampler(io.ComfyNode):
                     tooltip="Strength of the edit. 5 in the published code.",
                 ),
             ],
-            outputs=[io.Sampler.Output("sampler", display_name="sampler", tooltip=_SAMPLER)],
+            outputs=[io.Sampler.Output("sampler", tooltip=_SAMPLER)],
         )
 
     @classmethod
@@ -197,9 +195,9 @@ class DirectInversionSampler(io.ComfyNode):
                 Inversion.Input("inversion", tooltip="Inversion from Noise Inversion."),
             ],
             outputs=[
-                io.Sampler.Output("sampler", display_name="sampler", tooltip=_SAMPLER),
-                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Sigmas of the inversion."),
-                io.Noise.Output("noise", display_name="noise", tooltip="Noise of the inversion."),
+                io.Sampler.Output("sampler", tooltip=_SAMPLER),
+                io.Sigmas.Output("sigmas", tooltip="Sigmas of the inversion."),
+                io.Noise.Output("noise", tooltip="Noise of the inversion."),
             ],
         )
 

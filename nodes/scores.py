@@ -61,11 +61,9 @@ class ReconstructionCheck(io.ComfyNode):
             ],
             outputs=[
                 io.Float.Output(
-                    "psnr",
-                    display_name="psnr",
-                    tooltip="Peak signal-to-noise ratio in dB, of the worst image in a batch; higher is better.",
+                    "psnr", tooltip="Peak signal-to-noise ratio in dB, of the worst image in a batch; higher is better."
                 ),
-                io.String.Output("report", display_name="report", tooltip="PSNR of every image, and warnings."),
+                io.String.Output("report", tooltip="PSNR of every image, and warnings."),
             ],
         )
 
@@ -164,7 +162,7 @@ class ScoreModels(io.ComfyNode):
                     "face_detector", optional=True, tooltip="Face detector for ArcFace ID, from Load Face Detector."
                 ),
             ],
-            outputs=[Models.Output("models", display_name="models", tooltip="The networks, for Score Edit.")],
+            outputs=[Models.Output("models", tooltip="The networks, for Score Edit.")],
         )
 
     @classmethod
@@ -301,20 +299,13 @@ class ScoreEdit(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output(
-                    "report", display_name="report", tooltip="Table of all scores with their definitions, and warnings."
-                ),
+                io.String.Output("report", tooltip="Table of all scores with their definitions, and warnings."),
                 io.String.Output(
                     "scores",
-                    display_name="scores",
                     tooltip="JSON with the mean and all values of every score, its direction, definition and source.",
                 ),
-                io.Float.Output(
-                    "psnr", display_name="psnr", tooltip="Mean PSNR of the whole images in dB; higher is better."
-                ),
-                io.Float.Output(
-                    "ssim", display_name="ssim", tooltip="Mean SSIM of the whole images, up to 1; higher is better."
-                ),
+                io.Float.Output("psnr", tooltip="Mean PSNR of the whole images in dB; higher is better."),
+                io.Float.Output("ssim", tooltip="Mean SSIM of the whole images, up to 1; higher is better."),
                 io.Float.Output(
                     "lpips_distance",
                     display_name="lpips",

@@ -54,13 +54,15 @@ def schema(*, category: str, search_aliases: list[str], advanced: Sequence[str] 
         category: the category below "identity edit/".
         search_aliases: other terms that users may search for.
         advanced: ids of widgets that few users change; the page hides them until asked.
-        fields: all other fields of `io.Schema`.
+        fields: all other fields of `io.Schema`. An output without a display name gets its id, with spaces.
     """
     if any(field.name == "search_aliases" for field in dataclasses.fields(io.Schema)):
         fields["search_aliases"] = search_aliases
     for widget in fields.get("inputs", ()):
         if widget.id in advanced:  # widgets of ComfyUI 0.3.75 accept no such argument, but pass on extra fields
             widget.extra_dict = {**widget.extra_dict, "advanced": True}
+    for output in fields["outputs"]:
+        output.display_name = output.display_name or output.id.replace("_", " ")
     return io.Schema(category=f"{CATEGORY}/{category}", hidden=[io.Hidden.unique_id], **fields)
 
 

@@ -83,11 +83,9 @@ class OptimizeTextEmbedding(io.ComfyNode):
             ],
             outputs=[
                 io.Conditioning.Output(
-                    "optimized",
-                    display_name="optimized",
-                    tooltip="Optimized embedding e_opt, for the nodes of Timestep-Aware Text Injection.",
+                    "optimized", tooltip="Optimized embedding e_opt, for the nodes of Timestep-Aware Text Injection."
                 ),
-                io.String.Output("report", display_name="report", tooltip="Model calls and losses."),
+                io.String.Output("report", tooltip="Model calls and losses."),
             ],
         )
 
@@ -164,12 +162,8 @@ class ImagicFineTuning(io.ComfyNode):
                 io.Model.Output(
                     "fine_tuned", display_name="model", tooltip="Model fine-tuned to the image, for any sampler."
                 ),
-                LossMap.Output("loss", display_name="loss", tooltip="Loss of every step, for Plot Loss Graph."),
-                io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Number of steps, and the losses at the start and at the end.",
-                ),
+                LossMap.Output("loss", tooltip="Loss of every step, for Plot Loss Graph."),
+                io.String.Output("report", tooltip="Number of steps, and the losses at the start and at the end."),
             ],
         )
 
@@ -291,7 +285,6 @@ class TimestepAwareTextInjection(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output(
                     "positive",
-                    display_name="positive",
                     tooltip="Both prompts, each with its range of steps; the switch is exact for these sigmas.",
                 )
             ],
@@ -346,9 +339,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
                     tooltip="Model with the per-step embeddings as its positive conditioning.",
                 ),
                 io.Conditioning.Output(
-                    "positive",
-                    display_name="positive",
-                    tooltip="Conditioning for `positive` of the sampler that uses the output model.",
+                    "positive", tooltip="Conditioning for `positive` of the sampler that uses the output model."
                 ),
             ],
         )
@@ -415,10 +406,8 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="Edited image; decode it with the VAE."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Number of steps with the source prompt, and model calls."
-                ),
+                io.Latent.Output("edited", tooltip="Edited image; decode it with the VAE."),
+                io.String.Output("report", tooltip="Number of steps with the source prompt, and model calls."),
             ],
         )
 

@@ -179,13 +179,7 @@ class TrainingSettings(io.ComfyNode):
                     "times the size of the UNet in float32, 200 in Train Identity Words, 100 in the others.",
                 ),
             ],
-            outputs=[
-                Settings.Output(
-                    "training_settings",
-                    display_name="training settings",
-                    tooltip="The settings, for any training node.",
-                )
-            ],
+            outputs=[Settings.Output("training_settings", tooltip="The settings, for any training node.")],
         )
 
     @classmethod
@@ -259,14 +253,12 @@ def weights_inputs(default: str, tooltip: str, optional: bool = True) -> list[An
 
 def training_outputs(what: str, samples: str | None = "The sample images in order.") -> list[Any]:
     """Sample images (none when `samples` is None), losses, path of the saved `what`, and the report."""
-    shown = [] if samples is None else [io.Image.Output("samples", display_name="samples", tooltip=samples)]
+    shown = [] if samples is None else [io.Image.Output("samples", tooltip=samples)]
     return [
         *shown,
-        LossMap.Output("loss", display_name="loss", tooltip="Loss of every step, for Plot Loss Graph."),
-        io.String.Output("file", display_name="file", tooltip=f"Path where {what} was saved."),
-        io.String.Output(
-            "report", display_name="report", tooltip="Training summary, with the losses at the start and at the end."
-        ),
+        LossMap.Output("loss", tooltip="Loss of every step, for Plot Loss Graph."),
+        io.String.Output("file", tooltip=f"Path where {what} was saved."),
+        io.String.Output("report", tooltip="Training summary, with the losses at the start and at the end."),
     ]
 
 

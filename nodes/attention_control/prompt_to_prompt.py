@@ -126,9 +126,7 @@ class PromptToPrompt(io.ComfyNode):
                     tooltip="Model for a stock sampler without added noise, such as euler or dpmpp_2m. Without an "
                     "inversion, the result is the source images followed by the target images.",
                 ),
-                io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="Target prompt, for the sampler's positive input."
-                ),
+                io.Conditioning.Output("positive", tooltip="Target prompt, for the sampler's positive input."),
             ],
         )
 

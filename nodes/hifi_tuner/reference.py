@@ -77,23 +77,19 @@ class SelectReference(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("reference", display_name="reference", tooltip="Selected image, at its own size."),
+                io.Image.Output("reference", tooltip="Selected image, at its own size."),
                 io.Mask.Output(
                     "reference_mask",
-                    display_name="reference mask",
                     tooltip="Mask of the selected image. If it has none, nodes connected to this output do not run.",
                 ),
                 io.String.Output(
                     "caption",
-                    display_name="caption",
                     tooltip="Caption of the selected image, for the inversion. Empty if it has none; Caption "
                     "Images writes it.",
                 ),
-                io.Int.Output("index", display_name="index", tooltip="Index of the selected image, counted from 0."),
+                io.Int.Output("index", tooltip="Index of the selected image, counted from 0."),
                 io.String.Output(
-                    "scores",
-                    display_name="scores",
-                    tooltip="Cosine similarity of each image, one per line, with the selected one marked.",
+                    "scores", tooltip="Cosine similarity of each image, one per line, with the selected one marked."
                 ),
             ],
         )
@@ -223,30 +219,21 @@ class AlignReference(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output("aligned", display_name="aligned reference", tooltip="Warped reference image."),
-                io.Mask.Output(
-                    "aligned_mask", display_name="aligned mask", tooltip="Mask of the subject in the warped reference."
-                ),
-                io.Float.Output("scale", display_name="scale", tooltip="Scale factor of the reference."),
-                io.Float.Output(
-                    "rotation",
-                    display_name="rotation",
-                    tooltip="Rotation about the reference's center in degrees, clockwise.",
-                ),
+                io.Mask.Output("aligned_mask", tooltip="Mask of the subject in the warped reference."),
+                io.Float.Output("scale", tooltip="Scale factor of the reference."),
+                io.Float.Output("rotation", tooltip="Rotation about the reference's center in degrees, clockwise."),
                 io.Float.Output(
                     "translation_x",
-                    display_name="translation x",
                     tooltip="Shift to the right in pixels of the reference, before scaling and rotation (Wang et "
                     "al. 2023, eq. 8).",
                 ),
                 io.Float.Output(
                     "translation_y",
-                    display_name="translation y",
                     tooltip="Shift down in pixels of the reference, before scaling and rotation (Wang et al. 2023, "
                     "eq. 8).",
                 ),
                 io.String.Output(
                     "report",
-                    display_name="report",
                     tooltip="Scale, rotation and translation of each image, overlap of the masks, and warnings.",
                 ),
             ],

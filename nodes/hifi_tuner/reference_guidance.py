@@ -126,11 +126,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                 io.Latent.Output(
                     "guided_latent", display_name="latent", tooltip="Guided image; decode it with the VAE."
                 ),
-                io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Guided steps, model calls, losses inside the mask, and warnings.",
-                ),
+                io.String.Output("report", tooltip="Guided steps, model calls, losses inside the mask, and warnings."),
             ],
         )
 

@@ -100,10 +100,8 @@ class ReplaceSubject(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="Edited image; decode it with the VAE."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Tokens with their own attention, and model calls."
-                ),
+                io.Latent.Output("edited", tooltip="Edited image; decode it with the VAE."),
+                io.String.Output("report", tooltip="Tokens with their own attention, and model calls."),
             ],
         )
 

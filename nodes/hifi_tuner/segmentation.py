@@ -39,13 +39,9 @@ def _parts_input() -> io.Input:
 
 def _outputs() -> list[Any]:
     return [
-        io.Mask.Output(
-            "mask", display_name="mask", tooltip="Mask of the subject (1 on the subject), at the images' size."
-        ),
-        io.Image.Output("overlay", display_name="overlay", tooltip="Images with the outline of the mask."),
-        io.String.Output(
-            "report", display_name="report", tooltip="Share of each image that the mask covers, and warnings."
-        ),
+        io.Mask.Output("mask", tooltip="Mask of the subject (1 on the subject), at the images' size."),
+        io.Image.Output("overlay", tooltip="Images with the outline of the mask."),
+        io.String.Output("report", tooltip="Share of each image that the mask covers, and warnings."),
     ]
 
 

@@ -141,7 +141,7 @@ class TrainSubjectEmbedding(io.ComfyNode):
                 settings_input(),
             ],
             outputs=[
-                Subject.Output("subject", display_name="subject", tooltip="Trained subject, for Apply Subject."),
+                Subject.Output("subject", tooltip="Trained subject, for Apply Subject."),
                 *training_outputs("the subject"),
             ],
         )
@@ -241,15 +241,11 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
                 )
             ],
             outputs=[
-                Subject.Output("subject", display_name="subject", tooltip="Loaded subject, for Apply Subject."),
+                Subject.Output("subject", tooltip="Loaded subject, for Apply Subject."),
                 io.String.Output(
-                    "name",
-                    display_name="name",
-                    tooltip="Name of the subject in prompts: its token and class word, or the embedding's name.",
+                    "name", tooltip="Name of the subject in prompts: its token and class word, or the embedding's name."
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Contents of the file and its training settings."
-                ),
+                io.String.Output("report", tooltip="Contents of the file and its training settings."),
             ],
         )
 
@@ -308,12 +304,8 @@ class ApplySubject(io.ComfyNode):
                     tooltip="Copy of the model that replaces its positive conditioning with each sampling step's "
                     "own embeddings.",
                 ),
-                io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="The prompt with the embeddings shared by all steps."
-                ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Applied subject, and warnings about the prompt."
-                ),
+                io.Conditioning.Output("positive", tooltip="The prompt with the embeddings shared by all steps."),
+                io.String.Output("report", tooltip="Applied subject, and warnings about the prompt."),
             ],
         )
 
@@ -351,11 +343,7 @@ class SaveSubjectAsEmbedding(io.ComfyNode):
             ],
             outputs=[
                 io.String.Output("saved_file", display_name="file", tooltip="Path of the saved embedding."),
-                io.String.Output(
-                    "embedding_prompt",
-                    display_name="embedding prompt",
-                    tooltip="Text that uses the subject in a prompt.",
-                ),
+                io.String.Output("embedding_prompt", tooltip="Text that uses the subject in a prompt."),
             ],
         )
 

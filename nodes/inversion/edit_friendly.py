@@ -74,9 +74,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                     tooltip="Negative prompt, empty in the reference implementation. Not needed for guidance scale 1.",
                 ),
             ],
-            outputs=[
-                Inversion.Output("inversion", display_name="inversion", tooltip="Latents and noise maps of all steps.")
-            ],
+            outputs=[Inversion.Output("inversion", tooltip="Latents and noise maps of all steps.")],
         )
 
     @classmethod

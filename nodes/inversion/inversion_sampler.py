@@ -45,20 +45,17 @@ class InversionSampler(io.ComfyNode):
             outputs=[
                 io.Sampler.Output(
                     "sampler",
-                    display_name="sampler",
                     tooltip="Sampler that reverses the inversion: with noise maps, it uses them as the noise of each "
                     "step.",
                 ),
-                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Sigmas for the remaining steps."),
+                io.Sigmas.Output("sigmas", tooltip="Sigmas for the remaining steps."),
                 io.Latent.Output(
                     "start_latent",
-                    display_name="start latent",
                     tooltip="Latent of the inversion at the first remaining step. Sample from it WITHOUT adding "
                     "noise (DisableNoise). On flow models it is the image's latent; connect the noise output with it.",
                 ),
                 io.Noise.Output(
                     "noise",
-                    display_name="noise",
                     tooltip="Noise with which SamplerCustomAdvanced starts at the inversion's latent of the first "
                     "remaining step, whichever latent_image of the same size is connected.",
                 ),
@@ -133,7 +130,7 @@ class RFInversionSampler(io.ComfyNode):
                     "values keep more of the image.",
                 ),
             ],
-            outputs=[io.Sampler.Output("sampler", display_name="sampler", tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Sampler.Output("sampler", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod

@@ -120,9 +120,7 @@ class NoiseInversion(io.ComfyNode):
                 ),
                 seed_input("Seed of RF-Inversion's noise. It has no effect on the other methods."),
                 io.Conditioning.Input(
-                    "negative",
-                    optional=True,
-                    tooltip="Negative prompt. Needed only for a guidance scale other than 1.",
+                    "negative", optional=True, tooltip="Negative prompt. Needed only for a guidance scale other than 1."
                 ),
                 io.Sigmas.Input(
                     "sigmas",
@@ -133,12 +131,9 @@ class NoiseInversion(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Inversion.Output(
-                    "inversion", display_name="inversion", tooltip="Latents of all steps, with their sigmas."
-                ),
+                Inversion.Output("inversion", tooltip="Latents of all steps, with their sigmas."),
                 io.Latent.Output(
                     "inverted_latent",
-                    display_name="inverted latent",
                     tooltip="Noisiest latent, x_T. Sample from it WITHOUT adding noise: SamplerCustomAdvanced with "
                     "DisableNoise, or KSampler (Advanced) with add_noise off. On flow models it is the image's "
                     "latent, and the inversion is in the noise output.",
@@ -150,7 +145,6 @@ class NoiseInversion(io.ComfyNode):
                 ),
                 io.Noise.Output(
                     "noise",
-                    display_name="noise",
                     tooltip="Noise with which SamplerCustomAdvanced starts at the inversion's noisiest latent, "
                     "whichever latent_image of the same size is connected. The only form that works on flow models.",
                 ),

@@ -118,13 +118,10 @@ class NullTextOptimization(io.ComfyNode):
                 ),
                 io.Latent.Output(
                     "reconstruction",
-                    display_name="reconstruction",
                     tooltip="Image reconstructed with the source prompt. Decode it and check it: details lost here "
                     "are lost in every edit.",
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Model calls, losses, and steps that failed to converge."
-                ),
+                io.String.Output("report", tooltip="Model calls, losses, and steps that failed to converge."),
             ],
         )
 

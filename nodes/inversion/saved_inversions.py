@@ -33,7 +33,7 @@ class SaveInversion(io.ComfyNode):
                 ),
                 filename_prefix_input(FILE_FOLDER, "inversion", "Load Inversion"),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved inversion.")],
+            outputs=[io.String.Output("file", tooltip="Path of the saved inversion.")],
         )
 
     @classmethod
@@ -72,13 +72,11 @@ class LoadInversion(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Inversion.Output("inversion", display_name="inversion", tooltip="The loaded inversion."),
+                Inversion.Output("inversion", tooltip="The loaded inversion."),
                 io.Latent.Output(
-                    "inverted_latent",
-                    display_name="inverted latent",
-                    tooltip="Noisiest latent, x_T. Sample from it WITHOUT adding noise.",
+                    "inverted_latent", tooltip="Noisiest latent, x_T. Sample from it WITHOUT adding noise."
                 ),
-                io.Sigmas.Output("sigmas", display_name="sigmas", tooltip="Schedule of the inversion."),
+                io.Sigmas.Output("sigmas", tooltip="Schedule of the inversion."),
                 io.Model.Output(
                     "model_with_embeddings",
                     display_name="model",
@@ -87,7 +85,6 @@ class LoadInversion(io.ComfyNode):
                 ),
                 io.Noise.Output(
                     "noise",
-                    display_name="noise",
                     tooltip="Noise with which SamplerCustomAdvanced starts at the inversion's noisiest latent. The "
                     "only form that works on flow models.",
                 ),

@@ -59,20 +59,15 @@ class RegisterEdit(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     "registered",
-                    display_name="registered",
                     tooltip="Registered edit at the original's size. It shows the original where the edit does not "
                     "reach. An edit that cannot be registered is unchanged.",
                 ),
-                io.Mask.Output("covered", display_name="covered", tooltip="Area that the edit covers: 1 inside."),
-                io.String.Output(
-                    "transform", display_name="transform", tooltip="JSON with shift, zoom and rotation of every edit."
-                ),
+                io.Mask.Output("covered", tooltip="Area that the edit covers: 1 inside."),
+                io.String.Output("transform", tooltip="JSON with shift, zoom and rotation of every edit."),
                 io.Boolean.Output(
-                    "trusted",
-                    display_name="trusted",
-                    tooltip="Trust in the result: true if every edit of the batch was registered.",
+                    "trusted", tooltip="Trust in the result: true if every edit of the batch was registered."
                 ),
-                io.String.Output("report", display_name="report", tooltip="Transforms, and warnings."),
+                io.String.Output("report", tooltip="Transforms, and warnings."),
             ],
         )
 
@@ -187,21 +182,14 @@ class KeepTheRest(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "image",
-                    display_name="image",
-                    tooltip="Original with the change; equal to the original where mask is 0.",
-                ),
+                io.Image.Output("image", tooltip="Original with the change; equal to the original where mask is 0."),
                 io.Mask.Output("change", display_name="mask", tooltip="Share of the edit in each pixel, 0 to 1."),
                 io.Image.Output(
                     "comparison",
-                    display_name="comparison",
                     tooltip="Original, registered edit, result, and the mask in red over the result, side by side.",
                 ),
                 io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Share changed, color cast, and PSNR and SSIM outside of the change.",
+                    "report", tooltip="Share changed, color cast, and PSNR and SSIM outside of the change."
                 ),
             ],
         )

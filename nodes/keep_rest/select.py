@@ -69,11 +69,9 @@ class SelectEdit(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("best", display_name="best", tooltip="Edit with the highest total score."),
-                io.Int.Output("number", display_name="number", tooltip="Number of that edit in the batch, from 1."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Scores of every edit, and faces that drifted."
-                ),
+                io.Image.Output("best", tooltip="Edit with the highest total score."),
+                io.Int.Output("number", tooltip="Number of that edit in the batch, from 1."),
+                io.String.Output("report", tooltip="Scores of every edit, and faces that drifted."),
             ],
         )
 

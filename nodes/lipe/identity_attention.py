@@ -146,7 +146,6 @@ class IdentityAttentionNode(io.ComfyNode):
                 ),
                 IdentityAttentionSocket.Output(
                     "identity_attention",
-                    display_name="identity attention",
                     tooltip="Recorded attention of that model's last run, for Attention Heatmap and Attention Maps by "
                     "Step.",
                 ),
@@ -210,11 +209,7 @@ class AttentionHeatmap(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output("overlay", display_name="image", tooltip="Image with the map or outline."),
-                io.Mask.Output(
-                    "map",
-                    display_name="map",
-                    tooltip="Displayed map or mask, as a MASK of the image's size from 0 to 1.",
-                ),
+                io.Mask.Output("map", tooltip="Displayed map or mask, as a MASK of the image's size from 0 to 1."),
             ],
         )
 
@@ -288,13 +283,10 @@ class AttentionMapsByStep(io.ComfyNode):
             outputs=[
                 io.Image.Output(
                     "maps",
-                    display_name="maps",
                     tooltip="Image with the map of one token at one step, for each step and token. Each map is divided "
                     "by its maximum, from black (none) to yellow (most).",
                 ),
-                io.String.Output(
-                    "labels", display_name="labels", tooltip="Step and token of each image, one per line."
-                ),
+                io.String.Output("labels", tooltip="Step and token of each image, one per line."),
             ],
         )
 

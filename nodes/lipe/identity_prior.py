@@ -46,11 +46,7 @@ def _prior_outputs() -> list[io.Output]:
             display_name="clip",
             tooltip="Text encoders with the identity prior applied, for all prompts.",
         ),
-        io.String.Output(
-            "identity_prompt",
-            display_name="identity prompt",
-            tooltip="Token and class word, the name of the subject in prompts.",
-        ),
+        io.String.Output("identity_prompt", tooltip="Token and class word, the name of the subject in prompts."),
     ]
 
 
@@ -263,11 +259,7 @@ class LoadIdentityPrior(io.ComfyNode):
             ],
             outputs=[
                 *_prior_outputs(),
-                io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Training settings of the prior, and whether it fits the model.",
-                ),
+                io.String.Output("report", tooltip="Training settings of the prior, and whether it fits the model."),
             ],
         )
 
@@ -334,10 +326,9 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
                 io.String.Output("saved_file", display_name="file", tooltip="Path of the saved LoRA."),
                 io.Float.Output(
                     "relative_error",
-                    display_name="relative error",
                     tooltip="Approximation error, relative to the full weight change (Frobenius norm).",
                 ),
-                io.String.Output("report", display_name="report", tooltip="Rank, error and size."),
+                io.String.Output("report", tooltip="Rank, error and size."),
             ],
         )
 

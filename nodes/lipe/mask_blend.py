@@ -75,13 +75,7 @@ class MaskBlendSettings(io.ComfyNode):
                 ),
                 contrast_input(),
             ],
-            outputs=[
-                BlendSettings.Output(
-                    "blend_settings",
-                    display_name="blend settings",
-                    tooltip="The settings, for Identity-Aware Mask Blend.",
-                )
-            ],
+            outputs=[BlendSettings.Output("blend_settings", tooltip="The settings, for Identity-Aware Mask Blend.")],
         )
 
     @classmethod
@@ -175,7 +169,7 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Latent.Output("edited", display_name="edited", tooltip="Edited image; decode it with the VAE."),
+                io.Latent.Output("edited", tooltip="Edited image; decode it with the VAE."),
                 io.Mask.Output(
                     "found_source_mask",
                     display_name="source mask",
@@ -187,21 +181,14 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     tooltip="Mask of the subject in the edited image, after the last step.",
                 ),
                 IdentityAttentionSocket.Output(
-                    "source_attention",
-                    display_name="source attention",
-                    tooltip="Attention behind the source mask, for Attention Heatmap.",
+                    "source_attention", tooltip="Attention behind the source mask, for Attention Heatmap."
                 ),
                 IdentityAttentionSocket.Output(
-                    "target_attention",
-                    display_name="target attention",
-                    tooltip="Attention behind the target mask, for Attention Heatmap.",
+                    "target_attention", tooltip="Attention behind the target mask, for Attention Heatmap."
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Model calls, sizes of the masks, and warnings."
-                ),
+                io.String.Output("report", tooltip="Model calls, sizes of the masks, and warnings."),
                 io.Mask.Output(
                     "step_masks",
-                    display_name="step masks",
                     tooltip="Mask of the blend in every blended step, in order: the union of both masks at that step "
                     "(Liu et al. 2024, figure 3 and eq. 3), one pixel per latent pixel. For a batch of images, the "
                     "masks of one step are next to each other.",

@@ -96,9 +96,7 @@ class TrainIdentityWords(io.ComfyNode):
             ],
             outputs=[
                 IdentityWords.Output(
-                    "identity_words",
-                    display_name="identity words",
-                    tooltip="The encoder, for Apply Identity Words and Generate Pairs.",
+                    "identity_words", tooltip="The encoder, for Apply Identity Words and Generate Pairs."
                 ),
                 *training_outputs("it", None),
             ],
@@ -177,13 +175,9 @@ class LoadIdentityWords(io.ComfyNode):
             inputs=[file_input("Train Identity Words", FILE_FOLDER, CHECKPOINT_FOLDER)],
             outputs=[
                 IdentityWords.Output(
-                    "identity_words",
-                    display_name="identity words",
-                    tooltip="The encoder, for Apply Identity Words and Generate Pairs.",
+                    "identity_words", tooltip="The encoder, for Apply Identity Words and Generate Pairs."
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Contents of the file and training settings."
-                ),
+                io.String.Output("report", tooltip="Contents of the file and training settings."),
             ],
         )
 
@@ -241,7 +235,6 @@ class ApplyIdentityWords(io.ComfyNode):
             outputs=[
                 io.Conditioning.Output(
                     "conditioning",
-                    display_name="conditioning",
                     tooltip="The prompt with identity words; with several images, one entry per image of the batch.",
                 )
             ],

@@ -73,7 +73,6 @@ class PairGuider(io.ComfyNode):
             outputs=[
                 io.Guider.Output(
                     "guider",
-                    display_name="guider",
                     tooltip="Guider for SamplerCustomAdvanced; use an empty latent twice as wide as one image.",
                 )
             ],
@@ -136,14 +135,10 @@ class SplitPair(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("source", display_name="source", tooltip="The left halves of the images."),
-                io.Image.Output("target", display_name="target", tooltip="The right halves of the images."),
-                io.Latent.Output(
-                    "source_latent", display_name="source latent", tooltip="The left halves of the latents."
-                ),
-                io.Latent.Output(
-                    "target_latent", display_name="target latent", tooltip="The right halves of the latents."
-                ),
+                io.Image.Output("source", tooltip="The left halves of the images."),
+                io.Image.Output("target", tooltip="The right halves of the images."),
+                io.Latent.Output("source_latent", tooltip="The left halves of the latents."),
+                io.Latent.Output("target_latent", tooltip="The right halves of the latents."),
             ],
         )
 

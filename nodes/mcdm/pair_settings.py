@@ -72,7 +72,7 @@ class PairPrompts(io.ComfyNode):
                     "negative_prompt", default="", tooltip="Negative prompt for all pairs; empty in Chen et al. 2024."
                 ),
             ],
-            outputs=[Prompts.Output("prompts", display_name="prompts", tooltip="The prompts, for Generate Pairs.")],
+            outputs=[Prompts.Output("prompts", tooltip="The prompts, for Generate Pairs.")],
         )
 
     @classmethod
@@ -134,11 +134,7 @@ class PairConditions(io.ComfyNode):
                     tooltip="Word in front of which the identity words are inserted. Empty: in front of the subject.",
                 ),
             ],
-            outputs=[
-                Conditions.Output(
-                    "conditions", display_name="conditions", tooltip="The poses and identities, for Generate Pairs."
-                )
-            ],
+            outputs=[Conditions.Output("conditions", tooltip="The poses and identities, for Generate Pairs.")],
         )
 
     @classmethod
@@ -217,7 +213,7 @@ class PairSettings(io.ComfyNode):
                     "default). Without a check, one is used.",
                 ),
             ],
-            outputs=[Settings.Output("settings", display_name="settings", tooltip="The settings, for Generate Pairs.")],
+            outputs=[Settings.Output("settings", tooltip="The settings, for Generate Pairs.")],
         )
 
     @classmethod

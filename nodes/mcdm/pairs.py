@@ -96,15 +96,9 @@ class GeneratePairs(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(
-                    "contact_sheet",
-                    display_name="contact sheet",
-                    tooltip="The first 24 pairs, labeled with their edits.",
-                ),
-                io.String.Output("dataset", display_name="dataset", tooltip="Path of the dataset folder."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Number of pairs generated, and the model calls they took."
-                ),
+                io.Image.Output("contact_sheet", tooltip="The first 24 pairs, labeled with their edits."),
+                io.String.Output("dataset", tooltip="Path of the dataset folder."),
+                io.String.Output("report", tooltip="Number of pairs generated, and the model calls they took."),
             ],
         )
 
@@ -211,8 +205,8 @@ class SavePair(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.String.Output("dataset", display_name="dataset", tooltip="Path of the dataset folder."),
-                io.String.Output("report", display_name="report", tooltip="Numbers of the saved pairs."),
+                io.String.Output("dataset", tooltip="Path of the dataset folder."),
+                io.String.Output("report", tooltip="Numbers of the saved pairs."),
             ],
         )
 

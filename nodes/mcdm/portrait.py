@@ -93,22 +93,12 @@ class MCDMConditioner(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(
-                    "positive", display_name="positive", tooltip="The target prompt with the source image."
-                ),
-                io.Conditioning.Output(
-                    "negative", display_name="negative", tooltip="The empty prompt with the source image."
-                ),
-                io.Conditioning.Output(
-                    "source", display_name="source", tooltip="The source prompt with the source image."
-                ),
-                io.Latent.Output(
-                    "latent", display_name="latent", tooltip="The source image's latent, for MCDM Edit Mask."
-                ),
+                io.Conditioning.Output("positive", tooltip="The target prompt with the source image."),
+                io.Conditioning.Output("negative", tooltip="The empty prompt with the source image."),
+                io.Conditioning.Output("source", tooltip="The source prompt with the source image."),
+                io.Latent.Output("latent", tooltip="The source image's latent, for MCDM Edit Mask."),
                 io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Training of the model, and whether it matches the connected model.",
+                    "report", tooltip="Training of the model, and whether it matches the connected model."
                 ),
             ],
         )
@@ -211,8 +201,8 @@ class MCDMGuider(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Guider.Output("guider", display_name="guider", tooltip="Guider for SamplerCustomAdvanced."),
-                io.String.Output("report", display_name="report", tooltip="Number of model calls per step."),
+                io.Guider.Output("guider", tooltip="Guider for SamplerCustomAdvanced."),
+                io.String.Output("report", tooltip="Number of model calls per step."),
             ],
         )
 
@@ -329,19 +319,13 @@ class MCDMEditMask(io.ComfyNode):
             ],
             outputs=[
                 io.Mask.Output(
-                    "mask",
-                    display_name="mask",
-                    tooltip="1 where the edit may change the image, at image size; in between on a soft border.",
+                    "mask", tooltip="1 where the edit may change the image, at image size; in between on a soft border."
                 ),
                 io.Mask.Output(
-                    "contrast",
-                    display_name="contrast",
-                    tooltip="The map before thresholding, 0 to 1; use it to choose a threshold.",
+                    "contrast", tooltip="The map before thresholding, 0 to 1; use it to choose a threshold."
                 ),
                 io.String.Output(
-                    "report",
-                    display_name="report",
-                    tooltip="Model calls, share of the image covered by the mask, and warnings.",
+                    "report", tooltip="Model calls, share of the image covered by the mask, and warnings."
                 ),
             ],
         )
@@ -422,7 +406,7 @@ class DiffEdit(io.ComfyNode):
                 io.Latent.Output(
                     "edited_latent", display_name="latent", tooltip="The edited latent; decode it with the VAE."
                 ),
-                io.String.Output("report", display_name="report", tooltip="Model calls and warnings."),
+                io.String.Output("report", tooltip="Model calls and warnings."),
             ],
         )
 

@@ -58,11 +58,7 @@ class LoadFaceDetector(io.ComfyNode):
                 ),
             ],
             outputs=[
-                FaceDetector.Output(
-                    "face_detector",
-                    display_name="face detector",
-                    tooltip="Face detector for Align Face and Identity Similarity.",
-                )
+                FaceDetector.Output("face_detector", tooltip="Face detector for Align Face and Identity Similarity.")
             ],
         )
 
@@ -181,21 +177,19 @@ class AlignFace(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("faces", display_name="faces", tooltip="The aligned faces as one batch."),
+                io.Image.Output("faces", tooltip="The aligned faces as one batch."),
                 io.Mask.Output(
                     "face_mask",
                     display_name="mask",
                     tooltip="Mask of the person in the aligned faces; without a mask, the area inside the image.",
                 ),
-                io.Image.Output(
-                    "preview", display_name="preview", tooltip="The images with landmarks and crops drawn in."
-                ),
+                io.Image.Output("preview", tooltip="The images with landmarks and crops drawn in."),
                 io.String.Output(
                     "face_points",
                     display_name="points",
                     tooltip="JSON with the image number, landmarks, box and score of each face.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="Faces found, and warnings."),
+                io.String.Output("report", tooltip="Faces found, and warnings."),
             ],
         )
 

@@ -72,12 +72,11 @@ class IdentitySimilarity(io.ComfyNode):
             outputs=[
                 io.Float.Output(
                     "score",
-                    display_name="score",
                     tooltip="Mean score of the images, -1 to 1. Above 0.5 is the same person, below 0.35 a different "
                     "person (benchmarks/results/face_identity.md).",
                 ),
-                io.Float.Output("lowest", display_name="lowest", tooltip="Score of the least similar image."),
-                io.String.Output("report", display_name="report", tooltip="Score of every image, and warnings."),
+                io.Float.Output("lowest", tooltip="Score of the least similar image."),
+                io.String.Output("report", tooltip="Score of every image, and warnings."),
             ],
         )
 

@@ -145,9 +145,7 @@ class TrainStyleAttention(io.ComfyNode):
             ],
             outputs=[
                 StyleAttention.Output(
-                    "style_attention",
-                    display_name="style attention",
-                    tooltip="The trained style attention, for Apply Style Cross-Attention.",
+                    "style_attention", tooltip="The trained style attention, for Apply Style Cross-Attention."
                 ),
                 *training_outputs("it"),
             ],
@@ -237,18 +235,14 @@ class LoadStyleAttention(io.ComfyNode):
             ],
             outputs=[
                 StyleAttention.Output(
-                    "style_attention",
-                    display_name="style attention",
-                    tooltip="The style attention, for Apply Style Cross-Attention.",
+                    "style_attention", tooltip="The style attention, for Apply Style Cross-Attention."
                 ),
                 io.String.Output(
                     "pseudo_word",
                     display_name="placeholder token",
                     tooltip="Placeholder token of the person; write it in prompts.",
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Contents of the file and training settings."
-                ),
+                io.String.Output("report", tooltip="Contents of the file and training settings."),
             ],
         )
 
@@ -354,9 +348,7 @@ class ApplyStyleCrossAttention(io.ComfyNode):
                 io.Model.Output(
                     "model_with_style", display_name="model", tooltip="The model conditioned on the person."
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="The style attention and strength in use, and mismatches."
-                ),
+                io.String.Output("report", tooltip="The style attention and strength in use, and mismatches."),
                 IdentityAttention.Output(
                     "token_attention",
                     display_name="identity attention",

@@ -43,10 +43,8 @@ class LoadWPlusEncoder(io.ComfyNode):
                 )
             ],
             outputs=[
-                WPlusEncoder.Output("encoder", display_name="encoder", tooltip="The encoder, for Encode W+."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Name of the encoder, shape of its codes, and input size."
-                ),
+                WPlusEncoder.Output("encoder", tooltip="The encoder, for Encode W+."),
+                io.String.Output("report", tooltip="Name of the encoder, shape of its codes, and input size."),
             ],
         )
 
@@ -86,7 +84,7 @@ class SaveWPlusEncoder(io.ComfyNode):
                 WPlusEncoder.Input("encoder", tooltip="Encoder, from Load W+ Encoder."),
                 filename_prefix_input(ENCODER_FOLDER, "encoder", "Load W+ Encoder"),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved encoder.")],
+            outputs=[io.String.Output("file", tooltip="Path of the saved encoder.")],
         )
 
     @classmethod
@@ -121,9 +119,7 @@ class EncodeWPlus(io.ComfyNode):
             ],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="W+ codes, one set per face."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Number of codes, and faces that were resized."
-                ),
+                io.String.Output("report", tooltip="Number of codes, and faces that were resized."),
             ],
         )
 
@@ -176,9 +172,7 @@ class MixWPlus(io.ComfyNode):
             ],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="The mixed W+ codes."),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Origin of each code: which face it comes from."
-                ),
+                io.String.Output("report", tooltip="Origin of each code: which face it comes from."),
             ],
         )
 
@@ -220,7 +214,7 @@ class AverageWPlus(io.ComfyNode):
             ],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="One face: the mean of all faces."),
-                io.String.Output("report", display_name="report", tooltip="Number of faces, and how much they differ."),
+                io.String.Output("report", tooltip="Number of faces, and how much they differ."),
             ],
         )
 
@@ -255,7 +249,7 @@ class SaveWPlus(io.ComfyNode):
                 WPlus.Input("w_plus", tooltip="The W+ codes of one or more faces."),
                 filename_prefix_input(FILE_FOLDER, "person", "Load W+"),
             ],
-            outputs=[io.String.Output("file", display_name="file", tooltip="Path of the saved W+ codes.")],
+            outputs=[io.String.Output("file", tooltip="Path of the saved W+ codes.")],
         )
 
     @classmethod
@@ -279,7 +273,7 @@ class LoadWPlus(io.ComfyNode):
             inputs=[file_input("Save W+", FILE_FOLDER)],
             outputs=[
                 WPlus.Output("w_plus", display_name="w+", tooltip="The W+ codes."),
-                io.String.Output("report", display_name="report", tooltip="Number of faces, and their encoder."),
+                io.String.Output("report", tooltip="Number of faces, and their encoder."),
             ],
         )
 

@@ -65,7 +65,7 @@ class AugmentImages(io.ComfyNode):
                     display_name="mask",
                     tooltip="Masks, warped like the images; 1 everywhere if mask is not connected.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="Number of images."),
+                io.String.Output("report", tooltip="Number of images."),
             ],
         )
 

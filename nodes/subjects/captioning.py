@@ -100,13 +100,10 @@ class CaptionImages(io.ComfyNode):
                 ),
                 io.String.Output(
                     "test_caption",
-                    display_name="test caption",
                     tooltip="Caption of the test image: the source prompt of an edit. Empty if there is none.",
                 ),
                 io.String.Output(
-                    "caption_text",
-                    display_name="caption text",
-                    tooltip="All captions, one per line, to copy into `captions` and edit.",
+                    "caption_text", tooltip="All captions, one per line, to copy into `captions` and edit."
                 ),
             ],
         )

@@ -84,12 +84,8 @@ class LoadSubjectImages(io.ComfyNode):
                 ),
             ],
             outputs=[
-                SubjectImages.Output(
-                    "subject", display_name="subject", tooltip="Images with captions and masks, for training."
-                ),
-                io.Image.Output(
-                    "images", display_name="images", tooltip="All images as one batch, at the size of the first."
-                ),
+                SubjectImages.Output("subject", tooltip="Images with captions and masks, for training."),
+                io.Image.Output("images", tooltip="All images as one batch, at the size of the first."),
                 io.String.Output(
                     "caption_list",
                     display_name="captions",
@@ -98,18 +94,14 @@ class LoadSubjectImages(io.ComfyNode):
                 ),
                 io.Image.Output(
                     "test_image",
-                    display_name="test image",
                     tooltip="Image to edit, from the folder's test folder. Without one, nodes connected to this "
                     "output do not run.",
                 ),
                 io.String.Output(
                     "test_caption",
-                    display_name="test caption",
                     tooltip="Caption of the test image: the source prompt of an edit. Empty without a caption file.",
                 ),
-                io.String.Output(
-                    "report", display_name="report", tooltip="Loaded images, and ignored files in the folder."
-                ),
+                io.String.Output("report", tooltip="Loaded images, and ignored files in the folder."),
             ],
         )
 
@@ -183,10 +175,8 @@ class SubjectFromImages(io.ComfyNode):
                 ),
             ],
             outputs=[
-                SubjectImages.Output(
-                    "subject", display_name="subject", tooltip="Images with captions and masks, for training."
-                ),
-                io.String.Output("report", display_name="report", tooltip="Sizes, captions and masks of the images."),
+                SubjectImages.Output("subject", tooltip="Images with captions and masks, for training."),
+                io.String.Output("report", tooltip="Sizes, captions and masks of the images."),
             ],
         )
 

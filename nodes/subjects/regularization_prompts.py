@@ -106,7 +106,7 @@ class RegularizationPrompts(io.ComfyNode):
                     tooltip="Noise seed of each prompt, for the sampler's seed; without it, all images start from "
                     "the same noise.",
                 ),
-                io.String.Output("report", display_name="report", tooltip="The prompts and their source."),
+                io.String.Output("report", tooltip="The prompts and their source."),
             ],
         )
 

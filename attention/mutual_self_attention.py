@@ -19,7 +19,7 @@ import torch
 from .errors import IdentityEditError
 from .regions import region_of
 from .sites import LayerKey
-from .unet import AttentionLayer, Patched, attention_layers, by_conditioning, keys_and_values, layer_key
+from .unet import AttentionLayer, Patched, attention_layers, by_conditioning, keys_and_values, layer_key, with_patches
 
 AUTOMATIC = -1
 
@@ -61,11 +61,13 @@ class SourceFeatures:
 
     Attributes:
         layers: the layers to record and inject.
+        masks: masks of the subject, or None.
         recorded: (input to keys, input to values), each [rows, tokens, channels], by layer and conditioning (ComfyUI's
             uuid, which is the same in both calls, whatever the batching order).
     """
 
     layers: Mapping[LayerKey, AttentionLayer]
+    masks: MutualMasks | None = None
     recorded: dict[tuple[LayerKey, Any], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def recording_patch(self) -> Patch:
@@ -107,6 +109,17 @@ class SourceFeatures:
             return n, to_keys, to_values
 
         return inject
+
+    def recording(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
+        """Model options for the source's model call; they do not change its result."""
+        return with_patches(model_options, attn1_patch=self.recording_patch())
+
+    def injecting(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
+        """Model options for the target's model call, after the source's."""
+        patches: dict[str, Any] = {"attn1_patch": self.injecting_patch(self.masks)}
+        if self.masks is not None:
+            patches["attn1_output_patch"] = self.masks.output_patch()
+        return with_patches(model_options, **patches)
 
     def missing(self) -> list[LayerKey]:
         """Layers that should have been recorded but were not."""
@@ -159,8 +172,8 @@ class MutualMasks:
         forbidden = torch.finfo(n.dtype).min / 2
         biases = []
         for uuid in extra["uuids"]:
-            source = self._on_grid(self.source, uuid, shape, rows, n.device).unsqueeze(1)  # [B, 1, keys]
-            target = self._on_grid(self.target, uuid, shape, rows, n.device).unsqueeze(2)  # [B, queries, 1]
+            source = self.on_grid(self.source, uuid, shape, rows, n.device).unsqueeze(1)  # [B, 1, keys]
+            target = self.on_grid(self.target, uuid, shape, rows, n.device).unsqueeze(2)  # [B, queries, 1]
             allowed = source == target
             allowed |= ~allowed.any(dim=2, keepdim=True)
             biases.append(torch.zeros_like(allowed, dtype=n.dtype).masked_fill_(~allowed, forbidden))
@@ -176,7 +189,7 @@ class MutualMasks:
 
         return put
 
-    def _on_grid(
+    def on_grid(
         self, mask: torch.Tensor, uuid: Any, shape: Sequence[int], rows: int, device: torch.device
     ) -> torch.Tensor:
         """[rows, positions] bool: which positions of a conditioning's region on the grid are inside the mask."""

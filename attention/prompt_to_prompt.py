@@ -33,7 +33,7 @@ from torch.nn.functional import max_pool2d
 
 from .errors import IdentityEditError
 from .maps import MeanMap, cross_attention_columns, heads_apart
-from .masks import resized
+from .masks import blurred, resized
 from .regions import region_of
 from .sites import LayerKey
 from .unet import AttentionLayer, Patched, by_conditioning, keys_and_values, layer_key, with_patches
@@ -44,7 +44,7 @@ blend: a quarter of the latent's 64x64."""
 
 Replace = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], torch.Tensor]
 
-_SOURCE, _TARGET = "source", "target"
+SOURCE, TARGET = "source", "target"
 
 
 def automatic_factor(layers: Sequence[AttentionLayer], height: int, width: int) -> int:
@@ -100,10 +100,15 @@ class LocalBlend:
     Args:
         source_columns, target_columns: the words' tokens in each prompt; one of them may be empty.
         threshold: fraction of the largest attention above which a latent pixel belongs to a word.
+        smoothed: blur the maps first, with a Gaussian of standard deviation 1 and 7 positions, as Shin et al. 2025 do
+            for joint attention, whose maps are noisier.
     """
 
-    def __init__(self, source_columns: Sequence[int], target_columns: Sequence[int], threshold: float) -> None:
-        self.columns = {_SOURCE: tuple(source_columns), _TARGET: tuple(target_columns)}
+    def __init__(
+        self, source_columns: Sequence[int], target_columns: Sequence[int], threshold: float, smoothed: bool = False
+    ) -> None:
+        self._smoothed = smoothed
+        self.columns = {SOURCE: tuple(source_columns), TARGET: tuple(target_columns)}
         self._threshold = threshold
         self._means: dict[tuple[str, tuple[int, int]], MeanMap] = {}
 
@@ -130,7 +135,10 @@ class LocalBlend:
                     torch.stack([resized(getattr(mean, part), (rows, columns_of_grid)) for mean in means]).sum(dim=0)
                     for part in ("total", "weight")
                 )
-                spread = max_pool2d((total / weight.clamp(min=1e-12)).unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
+                mean_map = total / weight.clamp(min=1e-12)
+                if self._smoothed:
+                    mean_map = blurred(mean_map, 1.0, 3, "constant")
+                spread = max_pool2d(mean_map.unsqueeze(1), 3, stride=1, padding=1).squeeze(1)
                 enlarged = resized(spread, (height, width))
                 masks.append(enlarged > self._threshold * enlarged.amax(dim=(1, 2), keepdim=True))
         if not masks:
@@ -218,8 +226,8 @@ class AttentionControl:
         for uuid, *rows in by_conditioning(extra, q, k):
             if uuid in self.entries:
                 self._cross.setdefault((key, uuid), (rows[0], rows[1]))
-                count = _check_tokens(k, self.tokens.mapper.shape[0], _SOURCE)
-                self._add_to_blend(_SOURCE, rows[0], rows[1][:, :count], uuid, extra)
+                count = _check_tokens(k, self.tokens.mapper.shape[0], SOURCE)
+                self._add_to_blend(SOURCE, rows[0], rows[1][:, :count], uuid, extra)
         return (previous or _attention)(q, k, v, extra)
 
     def _inject_cross(
@@ -239,7 +247,7 @@ class AttentionControl:
                 q, k = self._from_source(self._cross, key, extra, q, k)
             for uuid, queries, keys in by_conditioning(extra, q, k):
                 if uuid in self.entries:
-                    self._add_to_blend(_TARGET, queries, keys[:, : self._target_tokens(keys)], uuid, extra)
+                    self._add_to_blend(TARGET, queries, keys[:, : self._target_tokens(keys)], uuid, extra)
             return _attention(q, k, v, extra)
         outputs = []
         for uuid, queries, keys, values, plain in by_conditioning(extra, q, k, v, _attention(q, k, v, extra)):
@@ -248,7 +256,7 @@ class AttentionControl:
                 continue
             output, maps = self._mapped(self._cross[key, uuid], queries, keys, values, extra["n_heads"])
             outputs.append(output)
-            self._add_maps(_TARGET, maps, uuid, extra)
+            self._add_maps(TARGET, maps, uuid, extra)
         return torch.cat(outputs)
 
     def _mapped(
@@ -260,9 +268,9 @@ class AttentionControl:
         heads: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """M' V computed in float32 [B, N, C], and the blend words' sum of M' [B, N]; image by image, to save memory."""
-        source_tokens = _check_tokens(source[1], self.tokens.mapper.shape[0], _SOURCE)
+        source_tokens = _check_tokens(source[1], self.tokens.mapper.shape[0], SOURCE)
         target_tokens = self._target_tokens(k)
-        columns = [] if self.blend is None else list(self.blend.columns[_TARGET])
+        columns = [] if self.blend is None else list(self.blend.columns[TARGET])
         outputs, maps = [], []
         for b in range(q.shape[0]):
             b_source = b % source[0].shape[0]
@@ -296,7 +304,7 @@ class AttentionControl:
         return [torch.cat(replaced) for replaced in result]
 
     def _target_tokens(self, k: torch.Tensor) -> int:
-        return _check_tokens(k, self.tokens.mapper.shape[1], _TARGET)
+        return _check_tokens(k, self.tokens.mapper.shape[1], TARGET)
 
     def _add_to_blend(self, of: str, q: torch.Tensor, k: torch.Tensor, uuid: Any, extra: dict[str, Any]) -> None:
         if self.blend is not None and self.blend.columns[of] and layer_key(extra) in self.blend_layers:

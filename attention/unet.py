@@ -89,7 +89,7 @@ def keys_and_values(
     return to_keys, to_keys if value is None else value
 
 
-def by_conditioning(extra: dict[str, Any], *tensors: torch.Tensor) -> list[tuple[Any, ...]]:
+def by_conditioning(extra: Mapping[str, Any], *tensors: torch.Tensor) -> list[tuple[Any, ...]]:
     """Split a batch of conditionings: (uuid, rows of each tensor)."""
     uuids = extra["uuids"]
     return list(zip(uuids, *(tensor.chunk(len(uuids)) for tensor in tensors), strict=True))

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from ...attention.joint import joint_sites
+from ...attention.joint_exchange import JointMutualAttention
 from ...attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeatures, mutual_layers
-from ...attention.unet import with_patches, without_guidance_functions
+from ...attention.sites import LAST, LayerKey, Site, choose_blocks
+from ...attention.unet import without_guidance_functions
 from .. import engine
 from ..inversion.inversion import Inversion, check_inversion, check_sampled_latent
 from ..shared.comfy_types import Model
@@ -39,6 +42,8 @@ def mutual_self_attention(
 ) -> Model:
     """A clone of `model` whose self-attention takes its keys and values from an inverted image.
 
+    With joint attention, the keys and values of image positions are the source's, those of text the target's own.
+
     Works with any guider, and with any sampler that evaluates the network at the inversion's noise levels. From
     `start_step` on, a step costs twice the model calls. The last one applied to a model is used. Apply it after nodes
     that change the prompt step by step (Timestep-Aware Text Injection (Model)).
@@ -51,17 +56,17 @@ def mutual_self_attention(
         negative: the source's negative CONDITIONING, one entry; None for that of the sampler.
         start_step: fraction of the inversion's steps sampled without it, 0 to 1, in which the target forms its layout
             (4 of 50 in the reference implementation).
-        start_layer: see `mutual_layers`.
+        start_layer: see `mutual_layers`; with joint attention `mutual_blocks`.
         source_mask, target_mask: MASK [1 or B, H, W] of the subject in the source and of its intended place in the
             target; subject then attends to subject and background to background. Both or neither.
 
     Raises:
         IdentityEditError: when an input cannot be used; while sampling, for another size, batch or noise level.
     """
-    width = engine.require(model, engine.Capability.CROSS_ATTENTION).text_width
+    engine.require(model, engine.Capability.TEXT_ATTENTION)
     check_inversion(inversion, model)
     check_number(start_step, "start_step", 0.0, 1.0)
-    embeddings = _source_embeddings(source, negative, width, inversion.batch)
+    prompts = _source_prompts(model, source, negative, inversion.batch)
     if (source_mask is None) != (target_mask is None):
         raise IdentityEditError(
             "Only one of source_mask and target_mask is connected; connect both, or neither for edits without masks."
@@ -69,7 +74,9 @@ def mutual_self_attention(
     masks = None
     if source_mask is not None and target_mask is not None:
         masks = as_masks(source_mask, "source_mask"), as_masks(target_mask, "target_mask")
-    layers = mutual_layers(model.get_model_object("diffusion_model"), start_layer)
+    network, is_joint = model.get_model_object("diffusion_model"), engine.is_joint(model)
+    layers = {} if is_joint else mutual_layers(network, start_layer)
+    blocks = mutual_blocks(network, start_layer) if is_joint else {}
     first_step = round(start_step * inversion.steps)
 
     def attend_to_source(
@@ -85,15 +92,19 @@ def mutual_self_attention(
         check_sampled_latent(inversion, x)
         guider = executor.class_obj
         conds = guider.conds
+        masks_now = None if masks is None else _mutual_masks(*masks, x, conds)
+        features: SourceFeatures | JointMutualAttention = (
+            JointMutualAttention(network, blocks, masks_now) if is_joint else SourceFeatures(layers, masks_now)
+        )
         # Evaluate the source at the same noise level, only to record its activations.
-        features = SourceFeatures(layers)
-        guider.conds = _source_conditionings(guider.inner_model, conds, embeddings, x.device)
+        base = guider.inner_model
+        guider.conds = _source_conditionings(base, conds, prompts, x.device, is_joint)
         try:
             with torch.no_grad():
                 executor(
                     inversion.trajectory[row].to(x),
                     timestep[: inversion.batch],
-                    with_patches(without_guidance_functions(model_options), attn1_patch=features.recording_patch()),
+                    features.recording(without_guidance_functions(model_options)),
                     seed,
                 )
         finally:
@@ -103,34 +114,56 @@ def mutual_self_attention(
                 f"Mutual self-attention could not record the layers {features.missing()}; remove the node that skips "
                 f"them (such as DeepCache), or choose a later start_layer."
             )
-        guiding = None if masks is None else _mutual_masks(*masks, x, conds)
-        patches: dict[str, Any] = {}
-        if guiding is not None:
-            patches["attn1_output_patch"] = guiding.output_patch()
-        patches["attn1_patch"] = features.injecting_patch(guiding)
-        return executor(x, timestep, with_patches(model_options, **patches), seed)
+        return executor(x, timestep, features.injecting(model_options), seed)
 
-    return engine.with_wrappers(model, _KEY, attend_to_source)
+    def with_source_prompts(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        with engine.side_prompts(executor.class_obj, {_KEY + side: prompt for side, prompt in prompts.items()}):
+            return executor(*args, **kwargs)
+
+    return engine.with_wrappers(model, _KEY, attend_to_source, outer_sample=with_source_prompts if is_joint else None)
 
 
-def _source_embeddings(
-    source: Conditioning, negative: Conditioning | None, width: int, batch: int
-) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-    """Embedding and pooled output of the source by the guider's sides, checked against the model and the inversion."""
-    prompts = {"The source prompt": (source, _SOURCE_SIDES)}
+def mutual_blocks(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, Site]:
+    """The blocks with joint attention in which the target takes keys and values from the source.
+
+    Args:
+        network: the transformer.
+        start_layer: index of the first one, from 0 in execution order. `AUTOMATIC` is the last third: in a small model
+            of the demo world, earlier blocks kept less of the identity in edits of pose and expression.
+
+    Raises:
+        IdentityEditError: when the network has no such block.
+    """
+    sites = joint_sites(network)
+    if start_layer == AUTOMATIC:
+        return {site.key: site for site in choose_blocks(sites, LAST)}
+    if not 0 <= start_layer < len(sites):
+        raise IdentityEditError(
+            f"start_layer is {start_layer} but the model has {len(sites)} blocks with joint attention; choose a number "
+            f"from 0 to {len(sites) - 1}, or {AUTOMATIC} for automatic."
+        )
+    return {site.key: site for site in sites[start_layer:]}
+
+
+def _source_prompts(
+    model: Model, source: Conditioning, negative: Conditioning | None, batch: int
+) -> dict[str, Conditioning]:
+    """The source's prompts by the guider's sides, checked against the model and the inversion."""
+    given = {"The source prompt": (source, _SOURCE_SIDES)}
     if negative is not None:
-        prompts["The negative prompt"] = negative, ("negative",)
-    embeddings: dict[str, tuple[torch.Tensor, torch.Tensor | None]] = {}
-    for name, (conditioning, sides) in prompts.items():
-        embedding, pooled = single_embedding(conditioning, name)
+        given["The negative prompt"] = negative, ("negative",)
+    prompts: dict[str, Conditioning] = {}
+    for name, (conditioning, sides) in given.items():
+        embedding, _ = single_embedding(conditioning, name)
         check_batch_matches(embedding.shape[0], batch, name)
-        if embedding.shape[-1] != width:
+        width = engine.require(model).text_width
+        if width and embedding.shape[-1] != width:
             raise IdentityEditError(
                 f"A prompt has {embedding.shape[-1]} channels but the model takes {width}; encode it with this "
                 f"checkpoint's CLIP."
             )
-        embeddings |= dict.fromkeys(sides, (embedding, pooled))
-    return embeddings
+        prompts |= dict.fromkeys(sides, conditioning)
+    return prompts
 
 
 def _mutual_masks(source: torch.Tensor, target: torch.Tensor, x: torch.Tensor, conds: dict[str, Any]) -> MutualMasks:
@@ -142,19 +175,19 @@ def _mutual_masks(source: torch.Tensor, target: torch.Tensor, x: torch.Tensor, c
 
 
 def _source_conditionings(
-    base: Any,
-    conds: dict[str, Any],
-    embeddings: dict[str, tuple[torch.Tensor, torch.Tensor | None]],
-    device: torch.device,
+    base: Any, conds: dict[str, Any], prompts: dict[str, Conditioning], device: torch.device, is_joint: bool
 ) -> dict[str, Any]:
     """The guider's conditionings with the source's prompts; uuids are kept to match them with the target's."""
     result = {}
     for side, conditionings in conds.items():
-        if conditionings is not None and side in embeddings:
-            embedding, pooled = embeddings[side]
-            conditionings = engine.conditionings_with_embedding(
-                base, conditionings, embedding.to(device), pooled, keep=True
-            )
+        if conditionings is not None and side in prompts:
+            if is_joint:
+                conditionings = engine.conditionings_with_text(conditionings, conds[_KEY + side])
+            else:
+                embedding, pooled = single_embedding(prompts[side], "The source prompt")
+                conditionings = engine.conditionings_with_embedding(
+                    base, conditionings, embedding.to(device), pooled, keep=True
+                )
         # Masks affect only the prediction, which is not used for the source.
         result[side] = None if conditionings is None else engine.conditionings_of_the_prompt(conditionings)
     return result

@@ -9,19 +9,26 @@ sampler and guider:
   negative side (Mokady et al. 2023). Only the source's positive side is needed, so a controlled step costs three model
   calls instead of two. For equal prompts and an exact inversion the target equals the source up to rounding, which
   depends on the batch size.
+
+Transformers with joint attention have no cross-attention whose weights could be mapped. There the target takes the
+source's queries and keys of image positions in the first steps (Shin et al. 2025, who call this q_i k_i and use it in a
+fifth of the steps), whatever the difference between the prompts.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...attention.prompt_to_prompt import AttentionControl, LocalBlend, TokenMap, automatic_factor
-from ...attention.sites import AUTOMATIC, LayerKey
+from ...attention.joint import joint_sites
+from ...attention.joint_exchange import JointControl
+from ...attention.prompt_to_prompt import SOURCE, TARGET, AttentionControl, LocalBlend, TokenMap, automatic_factor
+from ...attention.sites import AUTOMATIC, LayerKey, choose_blocks
 from ...attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from .. import engine
 from ..engine.families.schedule import step_at
@@ -33,7 +40,9 @@ from ..shared.input_checks import check_choice, check_number
 from ..shared.parsing import split_parts, split_words
 from ..text.prompt_tokens import (
     Pair,
+    Positions,
     aligned_tokens,
+    embedded_words,
     paired_words,
     positions_in_either,
     positions_of,
@@ -54,6 +63,8 @@ BLEND_START = 0.2
 FACTORS = (AUTOMATIC, "1", "2", "4", "8")
 
 _KEY = "identity_edit_prompt_to_prompt"
+
+_Control = AttentionControl | JointControl
 _WORD_AND_FACTOR = re.compile(r"(?P<word>\S.*?)\s*:\s*(?P<factor>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)(?=\s|$)", re.I)
 
 
@@ -96,7 +107,7 @@ def prompt_to_prompt(
     """A MODEL that samples the target prompt with the attention of the source prompt, and the target's CONDITIONING.
 
     Args:
-        model: MODEL of Stable Diffusion 1.x, 2.x or XL; not modified.
+        model: MODEL of Stable Diffusion 1.x, 2.x or XL, or with joint attention; not modified.
         clip: CLIP of the same checkpoint.
         source_prompt: prompt of the source image.
         target_prompt: the source prompt with words exchanged, added or removed.
@@ -118,6 +129,14 @@ def prompt_to_prompt(
         IdentityEditError: when an input cannot be used; while sampling, for another size, batch or noise level.
     """
     check_choice(edit, "edit", EDITS)
+    settings = settings or ControlSettings()
+    if engine.is_joint(model):
+        if reweight:
+            raise IdentityEditError(
+                "reweight is not possible with a flow model, whose text and image share one attention; leave it empty, "
+                "and weight the word in the target prompt, such as (fluffy:1.3)."
+            )
+        return _with_joint_control(model, clip, source_prompt, target_prompt, blend_words, settings, inversion)
     source, target = prompt_tokens(clip, source_prompt), prompt_tokens(clip, target_prompt)
     pairs = paired_words(source, target) if edit == REPLACE else aligned_tokens(source, target)
     mapper = token_mapper(source, target, pairs)
@@ -129,10 +148,52 @@ def prompt_to_prompt(
     blend: Pair | None = None
     if words:
         blend = tuple(p for first, _ in words for p in first), tuple(p for _, second in words for p in second)
-    controlled = with_attention_control(
-        model, tokens, encode(clip, source_prompt), settings or ControlSettings(), blend, inversion
-    )
+    controlled = with_attention_control(model, tokens, encode(clip, source_prompt), settings, blend, inversion)
     return controlled, encode(clip, target_prompt)
+
+
+def _with_joint_control(
+    model: Model,
+    clip: Clip,
+    source_prompt: str,
+    target_prompt: str,
+    blend_words: str,
+    settings: ControlSettings,
+    inversion: Inversion | None,
+) -> tuple[Model, Conditioning]:
+    """`prompt_to_prompt` with joint attention."""
+    source, target = encode(clip, source_prompt), encode(clip, target_prompt)
+    for name, conditioning in (("The source prompt", source), ("The target prompt", target)):
+        single_embedding(conditioning, name)
+        engine.check_prompt(model, conditioning, name)
+    counts = {SOURCE: source[0][0].shape[1], TARGET: target[0][0].shape[1]}
+    columns: dict[str, list[int]] = {SOURCE: [], TARGET: []}
+    for word in split_words(blend_words):
+        found = {of: _embedded(clip, prompt, counts[of], word)
+                 for of, prompt in ((SOURCE, source_prompt), (TARGET, target_prompt))}  # fmt: skip
+        if not any(found.values()):
+            raise IdentityEditError(
+                f"Neither the source prompt nor the target prompt contains the word {word!r}; write it exactly as in "
+                f"one of them."
+            )
+        for of, positions in found.items():
+            columns[of] += positions
+    blend = (tuple(columns[SOURCE]), tuple(columns[TARGET])) if split_words(blend_words) else None
+    if inversion is not None:
+        check_inversion(inversion, model)
+        if inversion.embeddings is not None:
+            model = apply_step_embeddings(model, inversion.embeddings, "negative")
+    network = model.get_model_object("diffusion_model")
+    both = _OnJoint(network, source, counts, settings=settings, blend=blend, inversion=inversion)
+    return engine.with_wrappers(model, _KEY, both.evaluate, outer_sample=both.begin), target
+
+
+def _embedded(clip: Clip, prompt: str, count: int, word: str) -> Positions:
+    """Positions of a word in a prompt's embedding; none if the prompt does not contain it."""
+    try:
+        return embedded_words(clip, prompt, count, word, "The prompt")
+    except IdentityEditError:
+        return ()
 
 
 def parse_reweight(text: str) -> dict[str, float]:
@@ -200,7 +261,7 @@ def with_attention_control(
         if inversion.embeddings is not None:
             model = apply_step_embeddings(model, inversion.embeddings, "negative")
     layers = attention_layers(model.get_model_object("diffusion_model"))
-    both = _SourceAndTarget(tokens, embedding, pooled, settings, blend, inversion, layers)
+    both = _OnUNet(tokens, embedding, pooled, layers, settings=settings, blend=blend, inversion=inversion)
     return engine.with_wrappers(model, _KEY, both.evaluate, outer_sample=both.begin)
 
 
@@ -221,21 +282,29 @@ class _Run:
     mask: torch.Tensor | None = None
 
 
-@dataclass
-class _SourceAndTarget:
+@dataclass(kw_only=True)
+class _SourceAndTarget(ABC):
     """Source and target sampled together, by wrappers around a run and around each of its model calls."""
 
-    tokens: TokenMap
-    embedding: torch.Tensor
-    pooled: torch.Tensor | None
     settings: ControlSettings
     blend: Pair | None
     inversion: Inversion | None
-    layers: list[AttentionLayer]
     run: _Run | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SourceAndTarget:
         return self  # shared by all clones of a model
+
+    @abstractmethod
+    def local_blend(self, source: Positions, target: Positions) -> LocalBlend:
+        """The empty local blend of a run."""
+
+    @abstractmethod
+    def control(self, own: dict[str, Any], step: int, steps: int, x: torch.Tensor) -> _Control | None:
+        """The control of a model call of the target with the conditionings `own`, or None if there is none."""
+
+    @abstractmethod
+    def source_positive(self, base: Any, own: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        """The positive conditionings with the source prompt; uuids are kept to match them with the target's."""
 
     def begin(
         self,
@@ -248,7 +317,7 @@ class _SourceAndTarget:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        words = None if self.blend is None else LocalBlend(*self.blend, self.settings.blend_threshold)
+        words = None if self.blend is None else self.local_blend(*self.blend)
         self.run = _Run(noise.shape[0], sigmas.detach().to(device="cpu", dtype=torch.float32), words)
         if self.inversion is None:  # duplicate the latents and the noise: first the sources, then the targets
             # Versions newer than 0.3.75 pass one mask per latent.
@@ -271,41 +340,25 @@ class _SourceAndTarget:
         assert run is not None
         step, steps, x_source, x_target = self._at(run, x, float(timestep.max()))
         source_sigmas, target_sigmas = timestep[: x_source.shape[0]], timestep[: x_target.shape[0]]
-        controls_cross = step < round(settings.cross_replace_steps * steps)
-        controls_self = step < round(settings.self_replace_steps * steps)
-        if inversion is not None and not (controls_cross or controls_self or run.blend):
-            return executor(x, timestep, model_options, seed)
-
         guider = executor.class_obj
         own = guider.conds
-        height, width = x.shape[-2:]
-        cross, with_self, blended = _chosen_layers(self.layers, settings, height, width)
-        control = AttentionControl(
-            tokens=self.tokens,
-            cross_layers=cross if controls_cross else {},
-            self_layers=with_self if controls_self else {},
-            entries={entry["uuid"]: entry for entry in own["positive"]},
-            height=height,
-            width=width,
-            blend=run.blend,
-            blend_layers=blended if run.blend else {},
-        )
+        control = self.control(own, step, steps, x)
+        if control is None:
+            return executor(x, timestep, model_options, seed)
         if run.mask is not None:
-            x_target = torch.where(run.mask, x_target, x_source)
+            x_target = torch.where(_as_latent(run.mask, x), x_target, x_source)
         try:
-            guider.conds = _source_conditionings(
-                guider.inner_model, own, self.embedding.to(x.device), self.pooled, inversion is not None
-            )
+            guider.conds = self._source_conditionings(guider.inner_model, own, x.device)
             options = model_options if inversion is None else without_guidance_functions(model_options)
             with torch.no_grad():
                 source_denoised = executor(x_source, source_sigmas, control.recording(options), seed)
             guider.conds = own
             target_denoised = executor(x_target, target_sigmas, control.injecting(model_options), seed)
             if run.blend is not None and step >= round(settings.blend_start * steps):
-                run.mask = run.blend.mask(height, width)
+                run.mask = run.blend.mask(x.shape[-2], x.shape[-1])
                 if inversion is not None:
                     source_denoised = inversion.image.to(x)
-                target_denoised = torch.where(run.mask, target_denoised, source_denoised)
+                target_denoised = torch.where(_as_latent(run.mask, x), target_denoised, source_denoised)
         finally:
             guider.conds = own
         return target_denoised if inversion is not None else torch.cat([source_denoised, target_denoised])
@@ -324,6 +377,87 @@ class _SourceAndTarget:
         x_source, x_target = x.chunk(2)
         return step_at(run.sigmas, sigma), run.sigmas.shape[0] - 1, x_source, x_target
 
+    def _source_conditionings(self, base: Any, own: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """The guider's conditionings with the source prompt. For an inverted source only the positive side's attention
+        is needed, without the target's ControlNets and masks."""
+        positive = self.source_positive(base, own, device)
+        if self.inversion is None:
+            return {**own, "positive": positive}
+        return {**dict.fromkeys(own), "positive": engine.conditionings_of_the_prompt(positive)}
+
+
+@dataclass
+class _OnUNet(_SourceAndTarget):
+    tokens: TokenMap
+    embedding: torch.Tensor
+    pooled: torch.Tensor | None
+    layers: list[AttentionLayer]
+
+    def local_blend(self, source: Positions, target: Positions) -> LocalBlend:
+        return LocalBlend(source, target, self.settings.blend_threshold)
+
+    def control(self, own: dict[str, Any], step: int, steps: int, x: torch.Tensor) -> AttentionControl | None:
+        assert self.run is not None
+        controls_cross = step < round(self.settings.cross_replace_steps * steps)
+        controls_self = step < round(self.settings.self_replace_steps * steps)
+        if self.inversion is not None and not (controls_cross or controls_self or self.run.blend):
+            return None
+        height, width = x.shape[-2:]
+        cross, with_self, blended = _chosen_layers(self.layers, self.settings, height, width)
+        return AttentionControl(
+            tokens=self.tokens,
+            cross_layers=cross if controls_cross else {},
+            self_layers=with_self if controls_self else {},
+            entries={entry["uuid"]: entry for entry in own["positive"]},
+            height=height,
+            width=width,
+            blend=self.run.blend,
+            blend_layers=blended if self.run.blend else {},
+        )
+
+    def source_positive(self, base: Any, own: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        embedding = self.embedding.to(device)
+        return engine.conditionings_with_embedding(base, own["positive"], embedding, self.pooled, keep=True)
+
+
+@dataclass
+class _OnJoint(_SourceAndTarget):
+    network: Any
+    source: Conditioning
+    counts: Mapping[str, int]
+
+    def begin(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with engine.side_prompts(executor.class_obj, {_KEY: self.source}):
+            return super().begin(executor, noise, *args, **kwargs)
+
+    def local_blend(self, source: Positions, target: Positions) -> LocalBlend:
+        return LocalBlend(source, target, self.settings.blend_threshold, smoothed=True)
+
+    def control(self, own: dict[str, Any], step: int, steps: int, x: torch.Tensor) -> JointControl | None:
+        assert self.run is not None
+        exchanges = step < round(self.settings.self_replace_steps * steps)
+        if self.inversion is not None and not (exchanges or self.run.blend):
+            return None
+        sites = joint_sites(self.network)
+        return JointControl(
+            network=self.network,
+            sites={site.key: site for site in sites} if exchanges else {},
+            entries={entry["uuid"]: entry for entry in own["positive"]},
+            height=x.shape[-2],
+            width=x.shape[-1],
+            blend=self.run.blend,
+            blend_sites={site.key: site for site in choose_blocks(sites, AUTOMATIC)} if self.run.blend else {},
+            counts=self.counts,
+        )
+
+    def source_positive(self, base: Any, own: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
+        return engine.conditionings_with_text(own["positive"], own[_KEY])
+
+
+def _as_latent(mask: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A mask [B, 1, H, W] for latents with or without a dimension of frames."""
+    return mask.view(mask.shape[0], *[1] * (x.ndim - 3), *mask.shape[-2:])
+
 
 def _chosen_layers(
     layers: list[AttentionLayer], settings: ControlSettings, height: int, width: int
@@ -335,16 +469,3 @@ def _chosen_layers(
     cross = {layer.key: layer for layer in layers if layer.attends_to_text}
     with_self = {layer.key: layer for layer in layers if layer.attends_to_itself and layer.downsampling >= smallest}
     return cross, with_self, {key: layer for key, layer in cross.items() if layer.downsampling == automatic}
-
-
-def _source_conditionings(
-    base: Any, own: dict[str, Any], embedding: torch.Tensor, pooled: torch.Tensor | None, inverted: bool
-) -> dict[str, Any]:
-    """The guider's conditionings with the source prompt; uuids are kept to match them with the target's.
-
-    For an inverted source only the positive side's attention is needed, without the target's ControlNets and masks.
-    """
-    positive = engine.conditionings_with_embedding(base, own["positive"], embedding, pooled, keep=True)
-    if not inverted:
-        return {**own, "positive": positive}
-    return {**dict.fromkeys(own), "positive": engine.conditionings_of_the_prompt(positive)}

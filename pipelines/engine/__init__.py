@@ -28,6 +28,7 @@ from .model import (
     to_socket_scale,
     with_wrappers,
 )
+from .side_prompts import conditionings_with_text, side_prompts
 
 __all__ = [
     "FLOW",
@@ -45,6 +46,7 @@ __all__ = [
     "check_prompt",
     "conditionings_of_the_prompt",
     "conditionings_with_embedding",
+    "conditionings_with_text",
     "has_frames",
     "is_joint",
     "latent_channels",
@@ -53,6 +55,7 @@ __all__ = [
     "model_tag",
     "require",
     "run_loop",
+    "side_prompts",
     "to_model_scale",
     "to_socket_scale",
     "with_wrappers",

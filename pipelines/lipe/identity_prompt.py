@@ -77,12 +77,12 @@ def _encode_with_contrast(clip: Clip, text: str, words: str, name: str, contrast
         embedding, options = clip.encode_from_tokens_scheduled(clip.tokenize(text))[0]
         other, _ = clip.encode_from_tokens_scheduled(clip.tokenize(contrast))[0]
     count = embedding.shape[1]
-    positions = {position for position in embedded_tokens(clip, text, count) if position < count}
+    positions = set(embedded_tokens(clip, text, count))
     if not positions:
         raise _empty(name)
     if separate := split_words(words):
         positions = {p for word in separate for p in embedded_words(clip, text, count, word, name)}
-    of_contrast = [p for p in embedded_tokens(clip, contrast, other.shape[1]) if p < other.shape[1]] or [0]
+    of_contrast = list(embedded_tokens(clip, contrast, other.shape[1])) or [0]
     options = dict(options)
     if options.get("attention_mask") is not None:
         mask = options["attention_mask"]
@@ -142,7 +142,7 @@ def capture_identity(
         sampled: with joint attention, the identity prompt is the sampled one and needs no model calls of its own.
     """
     channels = engine.require(model, engine.Capability.TEXT_ATTENTION).text_width
-    if channels is not None and identity.embedding.shape[-1] != channels:
+    if channels and identity.embedding.shape[-1] != channels:
         raise IdentityEditError(
             f"clip has embeddings of {identity.embedding.shape[-1]} channels but the model takes {channels}; connect "
             f"the CLIP of the same checkpoint."

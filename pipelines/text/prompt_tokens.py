@@ -142,7 +142,8 @@ def embedded_tokens(clip: Clip, text: str, length: int) -> Positions:
     Args:
         clip: CLIP.
         text: the prompt.
-        length: T of its embedding [B, T, C], which may be shorter at the start than the tokenized template.
+        length: T of its embedding [B, T, C]. It may be shorter than the tokenized prompt, by the start of a language
+            model's template or by padding at the end.
     """
     return tuple(position for content in _embedded(clip, text, length) for position, _ in content)
 
@@ -173,17 +174,16 @@ def _embedded(clip: Clip, text: str, length: int) -> list[list[tuple[int, Any]]]
     lengths = {name: sum(map(len, of_text[name])) for name in names}
     if length in lengths.values():  # all, or the only encoder that was loaded
         names = [next(name for name in names if lengths[name] == length)]
-    start = length - sum(lengths[name] for name in names)
+    templates = [[token for chunk in of_nothing[name] for token, _, word in chunk if word != 0] for name in names]
+    start = length - sum(lengths[name] for name in names) if any(templates) else 0
     contents = []
-    for name in names:
-        empty = [token for chunk in of_nothing[name] for token, _, word in chunk if word != 0]
+    for name, empty in zip(names, templates, strict=True):
         pairs = [pair for chunk in of_text[name] for pair in chunk]
         content = [(start + i, token) for i, (token, _, word) in enumerate(pairs) if word != 0]
         before = _common(empty, [token for _, token in content])
         after = _common(empty[before:][::-1], [token for _, token in content[before:]][::-1])
-        contents.append(
-            [(position, token) for position, token in content[before : len(content) - after] if position >= 0]
-        )
+        content = content[before : len(content) - after]
+        contents.append([(position, token) for position, token in content if 0 <= position < length])
         start += lengths[name]
     return contents
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from comfy.model_sampling import CONST
 
+from ....attention.joint import has_joint_attention
 from ...shared.comfy_types import Model
 from ...shared.errors import check_steps
 from .base import Capability, Family
@@ -45,7 +46,7 @@ class Flow(Family):
             capability
             for capability, offered in (
                 (Capability.VELOCITY, True),
-                (Capability.TEXT_ATTENTION, True),
+                (Capability.TEXT_ATTENTION, has_joint_attention(network)),
                 (Capability.TRUE_GUIDANCE, not self.has_distilled_guidance),
                 (Capability.ONE_TEXT, not hasattr(network, _SEVERAL_TEXTS)),
             )

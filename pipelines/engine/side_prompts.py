@@ -1,0 +1,49 @@
+"""Prompts that are evaluated beside those of a guider.
+
+ComfyUI makes a model's inputs of a CONDITIONING when a run begins: text embedding, pooled output, masks, lengths, texts
+of further encoders. A prompt that is among the guider's conditionings then gets all of them, in any model family.
+
+Read on ComfyUI 0.3.75 and 0.33.0: comfy/samplers.py (process_conds), comfy/model_base.py (extra_conds).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from comfy.sampler_helpers import convert_cond
+
+from ..shared.conditioning import Conditioning
+from .model import KEEPS_EMBEDDING
+
+_TEXT = ("c_crossattn", "y", "attention_mask", "num_tokens", "encoder_hidden_states_llama3")
+"""Inputs that belong to a text, and not to the sampled image or its guidance."""
+
+
+@contextlib.contextmanager
+def side_prompts(guider: Any, prompts: Mapping[str, Conditioning]) -> Iterator[None]:
+    """Add prompts by name to a guider's conditionings, inside an OUTER_SAMPLE wrapper."""
+    guider.conds.update({name: convert_cond(prompt) for name, prompt in prompts.items()})
+    try:
+        yield
+    finally:
+        for name in prompts:
+            guider.conds.pop(name, None)
+
+
+def conditionings_with_text(conditionings: list[dict[str, Any]], prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A copy of a guider's conditionings of one side with the text of a side prompt of one entry; per-step embeddings
+    do not replace it."""
+    text = {name: value for name, value in prompt[0]["model_conds"].items() if name in _TEXT}
+    return [
+        {
+            **conditioning,
+            "model_conds": {
+                **{name: value for name, value in conditioning["model_conds"].items() if name not in _TEXT},
+                **text,
+            },
+            KEEPS_EMBEDDING: True,
+        }
+        for conditioning in conditionings
+    ]

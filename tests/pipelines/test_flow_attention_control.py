@@ -1,0 +1,221 @@
+"""Prompt-to-Prompt and Mutual Self-Attention on flow models, against loops that evaluate source and target by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+import pytest
+import tiny_flow_models
+import tiny_models
+import tiny_text_encoders
+import torch
+from identity_edit_pack.attention.joint import joint_sites
+from identity_edit_pack.attention.joint_exchange import JointControl, JointMutualAttention
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
+from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import ControlSettings, encode, prompt_to_prompt
+from identity_edit_pack.pipelines.inversion.inversion import Inversion, invert_image
+from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from tiny_models import relative_error
+
+SIGMAS = torch.tensor([1.0, 0.8, 0.6, 0.3, 0.0])
+SOURCE, TARGET = "a cat on the grass", "a black dog on the grass"
+STEPS = 4
+
+
+class Clip:
+    """Tiny CLIP of one encoder with a pooled output as wide as the flow models take, and as many tokens as the prompt
+    has, like the demo world's flow model: the prompts differ in length."""
+
+    def __init__(self) -> None:
+        self._clip = tiny_text_encoders.clip("sd1")
+        self.tokenizer, self.tokenize = self._clip.tokenizer, self._clip.tokenize
+
+    def encode_from_tokens_scheduled(self, tokens: Any) -> Any:
+        embedding, options = self._clip.encode_from_tokens_scheduled(tokens)[0]
+        length = [token for token, _ in tokens["l"][0]].index(49407) + 1
+        pooled = options["pooled_output"][:, : tiny_models.POOLED]
+        return [[embedding[:, :length], {**options, "pooled_output": pooled}]]
+
+
+CLIP = Clip()
+
+
+@pytest.fixture(scope="module", params=tiny_flow_models.ALL)
+def model(request: pytest.FixtureRequest) -> Any:
+    return tiny_flow_models.ALL[request.param](output_gain=0.2)
+
+
+NEGATIVE = tiny_models.conditioning(3)
+
+
+def empty(model: Any, batch: int, height: int = 8, width: int = 8) -> torch.Tensor:
+    """An empty latent with the model's channels and frames."""
+    of_model = tiny_flow_models.latent_for(model, 1)
+    return torch.zeros(batch, *of_model.shape[1:-2], height, width)
+
+
+def noise_of(latent: torch.Tensor) -> torch.Tensor:
+    return torch.randn(latent.shape, generator=torch.Generator().manual_seed(7))
+
+
+def guided(model: Any, positive: Any, kind: Any = comfy.samplers.CFGGuider) -> Any:
+    guider = kind(model)
+    guider.inner_set_conds({"positive": positive, "negative": NEGATIVE})
+    guider.set_cfg(3.0)
+    return guider
+
+
+def sample(guider: Any, noise: torch.Tensor, latent: torch.Tensor, sigmas: torch.Tensor = SIGMAS) -> torch.Tensor:
+    euler = comfy.samplers.sampler_object("euler")
+    return guider.sample(noise, latent, euler, sigmas, disable_pbar=True, seed=7)
+
+
+class ByHand(comfy.samplers.CFGGuider):
+    """Evaluates the source at its own latents, then the target with the exchange, in the first steps."""
+
+    source_prompt: Any
+    source_latents: list[torch.Tensor]
+    exchange: Any
+    steps: range
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        step = self.step = getattr(self, "step", -1) + 1
+        if step not in self.steps:
+            return super().predict_noise(x, timestep, model_options, seed)
+        own, exchange = self.conds, self.exchange(self.conds)
+        sources = [{**self.conds["source"][0], "uuid": entry["uuid"]} for entry in own["positive"]]
+        self.conds = {**own, "positive": sources}
+        super().predict_noise(self.source_latents[step].to(x), timestep, exchange.recording(model_options))
+        self.conds = own
+        return super().predict_noise(x, timestep, exchange.injecting(model_options))
+
+
+def by_hand(model: Any, latents: list[torch.Tensor], target: Any, exchange: Any, steps: range) -> ByHand:
+    guider = guided(model, target, ByHand)
+    guider.inner_set_conds({"positive": target, "negative": NEGATIVE, "source": encode(CLIP, SOURCE)})
+    guider.source_latents, guider.exchange, guider.steps = latents, exchange, steps
+    return guider
+
+
+def test_the_target_takes_queries_and_keys_of_a_generated_source(model: Any) -> None:
+    latent = empty(model, 2)
+    noise = noise_of(latent)
+    settings = ControlSettings(self_replace_steps=0.5)
+    controlled, target = prompt_to_prompt(model, CLIP, SOURCE, TARGET, "replace", settings=settings)
+    both = sample(guided(controlled, target), noise, latent)
+    plain = [sample(guided(model, encode(CLIP, prompt)), noise, latent) for prompt in (SOURCE, TARGET)]
+    assert torch.equal(both[:2], plain[0]), "the source changed"
+    path: list[torch.Tensor] = []
+    source = guided(model, encode(CLIP, SOURCE))
+    euler = comfy.samplers.sampler_object("euler")
+    source.sample(noise, latent, euler, SIGMAS, callback=lambda i, d, x, n: path.append(x.clone()),
+                  disable_pbar=True, seed=7)  # fmt: skip
+    network = model.model.diffusion_model
+    sites = {site.key: site for site in joint_sites(network)}
+
+    def exchange(conds: Any) -> JointControl:
+        return JointControl(network, sites, {entry["uuid"]: entry for entry in conds["positive"]}, 8, 8)
+
+    expected = sample(by_hand(model, path, target, exchange, range(2)), noise, latent)
+    assert relative_error(both[2:], expected) < 1e-5
+    assert relative_error(plain[1], expected) > 3e-5
+    free, target = prompt_to_prompt(model, CLIP, SOURCE, TARGET, settings=ControlSettings(self_replace_steps=0.0))
+    assert torch.equal(sample(guided(free, target), noise, latent), torch.cat(plain))
+
+
+@pytest.fixture(scope="module")
+def pivot(model: Any) -> Inversion:
+    return invert_image(model, tiny_flow_models.latent_for(model, 4, 2), encode(CLIP, SOURCE), steps=STEPS)
+
+
+def from_inversion(model: Any, pivot: Inversion, positive: Any) -> torch.Tensor:
+    """Sampling on from the inversion's noise, whose level is 1."""
+    start = pivot.trajectory[0] / pivot.noise_path.scale(pivot.sigmas[0])
+    return sample(guided(model, positive), start, torch.zeros_like(start), pivot.sigmas)
+
+
+def test_the_target_takes_queries_and_keys_of_an_inverted_source(model: Any, pivot: Inversion) -> None:
+    settings = ControlSettings(self_replace_steps=0.5)
+    controlled, target = prompt_to_prompt(model, CLIP, SOURCE, TARGET, settings=settings, inversion=pivot)
+    found = from_inversion(controlled, pivot, target)
+    network = model.model.diffusion_model
+    sites = {site.key: site for site in joint_sites(network)}
+
+    def exchange(conds: Any) -> JointControl:
+        return JointControl(network, sites, {entry["uuid"]: entry for entry in conds["positive"]}, 8, 8)
+
+    guider = by_hand(model, list(pivot.trajectory), target, exchange, range(2))
+    start = pivot.trajectory[0] / pivot.noise_path.scale(pivot.sigmas[0])
+    expected = sample(guider, start, torch.zeros_like(start), pivot.sigmas)
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(found, from_inversion(model, pivot, target)) > 1e-3
+
+
+def test_the_image_changes_only_where_it_attends_to_the_words(model: Any) -> None:
+    latent = empty(model, 1, 32, 24)
+    noise = noise_of(latent)
+    settings = ControlSettings(self_replace_steps=0.25, blend_threshold=0.97, blend_start=0.0)
+    controlled, target = prompt_to_prompt(model, CLIP, SOURCE, TARGET, "refine", None, "cat, dog", settings)
+    source, edited = sample(guided(controlled, target), noise, latent).chunk(2)
+    changed = ((edited - source).abs() > 1e-4).any(dim=1)
+    assert 0 < float(changed.float().mean()) < 1
+    assert torch.equal(source, sample(guided(model, encode(CLIP, SOURCE)), noise, latent))
+
+
+def test_what_prompt_to_prompt_cannot_do_on_flow_models_is_named(model: Any) -> None:
+    with pytest.raises(IdentityEditError, match=r"reweight is not possible with a flow model.*fluffy:1\.3"):
+        prompt_to_prompt(model, CLIP, SOURCE, TARGET, reweight={"dog": 2.0})
+    with pytest.raises(IdentityEditError, match="Neither the source prompt nor the target prompt contains .*'horse'"):
+        prompt_to_prompt(model, CLIP, SOURCE, TARGET, blend_words="horse")
+    if engine.require(model).pooled_width:
+        with pytest.raises(IdentityEditError, match="The source prompt has a pooled output of 32 channels"):
+            prompt_to_prompt(model, tiny_text_encoders.clip("sd1"), SOURCE, TARGET)
+
+
+@pytest.mark.parametrize("start_layer", [-1, 1])
+def test_keys_and_values_come_from_the_inverted_image(model: Any, pivot: Inversion, start_layer: int) -> None:
+    target = encode(CLIP, TARGET)
+    attending = mutual_self_attention(model, pivot, encode(CLIP, SOURCE), start_step=0.25, start_layer=start_layer)
+    found = from_inversion(attending, pivot, target)
+    network = model.model.diffusion_model
+    sites = joint_sites(network)
+    chosen = sites[-1:] if start_layer == -1 else sites[1:]  # a third of 2 or 4 blocks
+
+    def exchange(_: Any) -> JointMutualAttention:
+        return JointMutualAttention(network, {site.key: site for site in chosen})
+
+    guider = by_hand(model, list(pivot.trajectory), target, exchange, range(1, STEPS))
+    start = pivot.trajectory[0] / pivot.noise_path.scale(pivot.sigmas[0])
+    expected = sample(guider, start, torch.zeros_like(start), pivot.sigmas)
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(found, from_inversion(model, pivot, target)) > 1e-3
+    assert "identity_edit" not in str(sorted(guided(attending, target).original_conds))
+
+
+def test_masks_of_mutual_self_attention(model: Any, pivot: Inversion) -> None:
+    """Full masks on both sides are no masks; others change the edit."""
+    target, mask = encode(CLIP, TARGET), torch.ones(1, 64, 64)
+    half = mask.clone()
+    half[:, :, 32:] = 0
+    results = [
+        from_inversion(
+            mutual_self_attention(model, pivot, encode(CLIP, SOURCE), encode(CLIP, ""), 0.0, -1, *masks), pivot, target
+        )
+        for masks in ((None, None), (mask, mask), (half, 1 - half))
+    ]
+    assert relative_error(results[1], results[0]) < 1e-5 and relative_error(results[2], results[0]) > 1e-3
+
+
+def test_what_mutual_self_attention_cannot_do_is_named(model: Any, pivot: Inversion) -> None:
+    count = len(joint_sites(model.model.diffusion_model))
+    refused = [
+        ({"start_layer": count}, f"start_layer is {count} but the model has {count} blocks with joint attention"),
+        ({"source_mask": torch.ones(1, 64, 64)}, "Only one of source_mask and target_mask"),
+    ]
+    for options, words in refused:
+        with pytest.raises(IdentityEditError, match=words):
+            mutual_self_attention(model, pivot, encode(CLIP, SOURCE), **options)
+    with pytest.raises(IdentityEditError, match="A prompt has 4 channels but the model takes 32"):
+        mutual_self_attention(model, pivot, [[torch.zeros(1, 8, 4), {}]])

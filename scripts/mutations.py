@@ -78,6 +78,24 @@ MUTATIONS = [
         ("test_joint.py",),
     ),
     Mutation(
+        "keys and values of a joint source",
+        "(key[:, :, attended.image], values[:, :, attended.image])",
+        "(values[:, :, attended.image], key[:, :, attended.image])",
+        ("test_joint_exchange.py",),
+    ),
+    Mutation(
+        "source prompt of joint control",
+        'return engine.conditionings_with_text(own["positive"], own[_KEY])',
+        'return own["positive"]',
+        ("test_flow_attention_control.py",),
+    ),
+    Mutation(
+        "an embedding cut at its end",
+        "if any(templates) else 0",
+        "",
+        ("test_flow_masks.py",),
+    ),
+    Mutation(
         "direction of a contrast",
         "standardized((subject - other)",
         "standardized((other - subject)",

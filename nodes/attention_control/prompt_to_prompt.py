@@ -10,10 +10,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ...pipelines import engine
 from ...pipelines.attention_control import prompt_to_prompt as control
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ..idle import blend_idle, first_said, takes_no_part
-from ..sockets import Inversion, checked, fraction_input, schema, show_warnings
+from ..sockets import ClipOfAnyFamily, Inversion, checked, fraction_input, schema, show_warnings
 
 _ANY = 1000
 """Assumed number of steps of a run without an inversion."""
@@ -43,10 +44,11 @@ class PromptToPrompt(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="A Stable Diffusion 1.x, 2.x or XL model. Apply nodes that change the prompt per step "
-                    "before this one.",
+                    tooltip="Model: Stable Diffusion, Flux, Chroma, Qwen-Image, Lumina 2, Z-Image, AuraFlow or "
+                    "HiDream. In flow models, the target takes the source's queries and keys of the image (Shin et al. "
+                    "2025). Apply nodes that change the prompt per step before this one.",
                 ),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                ClipOfAnyFamily("clip", tooltip="The text encoders of the same checkpoint."),
                 io.String.Input(
                     "source_prompt",
                     default="",
@@ -65,19 +67,21 @@ class PromptToPrompt(io.ComfyNode):
                     options=list(control.EDITS),
                     default=control.REPLACE,
                     tooltip="Type of edit. Replace swaps word for word: a new word takes over the attention of the "
-                    "word in its place. Refine is for added or removed words: new words keep their own attention.",
+                    "word in its place. Refine is for added or removed words: new words keep their own attention. "
+                    "Ignored by flow models.",
                 ),
                 fraction_input(
                     "cross_replace_steps",
                     control.CROSS_REPLACE_STEPS,
                     "Fraction of the steps, from the first, that use the source's cross-attention: larger "
-                    "keeps more of the image. 0.8 in the notebook of Hertz et al. 2023.",
+                    "keeps more of the image. 0.8 in the notebook of Hertz et al. 2023. Ignored by flow models.",
                 ),
                 fraction_input(
                     "self_replace_steps",
                     control.SELF_REPLACE_STEPS,
                     "Fraction of the steps, from the first, that use the source's self-attention: larger "
-                    "keeps more of the shapes. 0.4 in the notebook of Hertz et al. 2023.",
+                    "keeps more of the shapes. 0.4 in the notebook of Hertz et al. 2023. In flow models, the source's "
+                    "queries and keys of the image; 0.2 in Shin et al. 2025.",
                 ),
                 io.Combo.Input(
                     "self_attention_grid",
@@ -85,13 +89,13 @@ class PromptToPrompt(io.ComfyNode):
                     default=control.FACTORS[0],
                     tooltip="Minimum downsampling of a layer's grid, relative to the latent, for its "
                     "self-attention to be replaced. Automatic is 4 at 512x512 (grids of at most 16x16, as in the "
-                    "reference implementation) and above, and less for small images.",
+                    "reference implementation) and above, and less for small images. Ignored by flow models.",
                 ),
                 io.String.Input(
                     "reweight",
                     default="",
                     tooltip="Attention weights of words in the target prompt, such as: fluffy: 2, hat: 0.5. Below "
-                    "1 weakens, below 0 inverts. Empty: none.",
+                    "1 weakens, below 0 inverts. Empty: none. Not possible with flow models.",
                 ),
                 io.String.Input(
                     "blend_words",
@@ -164,6 +168,7 @@ class PromptToPrompt(io.ComfyNode):
         )
         steps = _ANY if inversion is None else inversion.steps
         factors = control.parse_reweight(reweight)
+        replaced = self_replace_steps if engine.is_joint(model) else max(cross_replace_steps, self_replace_steps)
         show_warnings(
             cls,
             first_said(
@@ -173,7 +178,7 @@ class PromptToPrompt(io.ComfyNode):
                     "edited; change the target prompt, or set weights in reweight.",
                 ),
                 (
-                    takes_no_part(max(cross_replace_steps, self_replace_steps), steps) and not blend_words.strip(),
+                    takes_no_part(replaced, steps) and not blend_words.strip(),
                     "cross_replace_steps and self_replace_steps are 0, so the target prompt is sampled as without this "
                     "node; raise one of them.",
                 ),

@@ -20,7 +20,7 @@ WORKING = {
     "NoiseInversion", "EditFriendlyDDPMInversion", "InversionSampler", "TimestepAwareTextInjection",
     "TimestepAwareTextInjectionModel", "TimestepAwareTextInjectionSampler", "IdentityAttention",
     "IdentityAwareMaskBlend", "SegmentSubject", "DiffEdit",
-    "ApplySubject",
+    "ApplySubject", "MutualSelfAttention",
     "SourceTargetGuider", "DirectInversionSampler",
 }  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_a_node_works_or_refuses_by_its_technique(name: str, world: World, of_fl
         assert name in WORKING
 
 
-@pytest.mark.parametrize("name", ["IdentityAttention", "IdentityAwareMaskBlend", "SegmentSubject"])
+@pytest.mark.parametrize("name", ["IdentityAttention", "IdentityAwareMaskBlend", "SegmentSubject", "PromptToPrompt"])
 def test_text_encoders_of_flow_models_serve_where_their_tokens_are_known(
     name: str, world: World, of_flux: dict[str, Any]
 ) -> None:
@@ -104,7 +104,9 @@ def test_text_encoders_of_flow_models_serve_where_their_tokens_are_known(
 
     inputs = {**good(world, name), **{key: of_flux[kind] for key, kind in (("model", "MODEL"), ("vae", "VAE"))
                                       if key in good(world, name)}}  # fmt: skip
-    if name != "IdentityAwareMaskBlend":
+    if name == "PromptToPrompt":
+        inputs |= {"reweight": "", "inversion": of_flux["ddim"]}
+    elif name != "IdentityAwareMaskBlend":
         inputs["contrast"] = "grass"
     else:
         inputs |= {"blend_settings": {"contrast": "grass"},

@@ -12,7 +12,6 @@ import tiny_flow_models
 import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
 from identity_edit_pack.pipelines.engine.families import noise
 from identity_edit_pack.pipelines.inversion import edit_friendly as edit_friendly_inversion
 from identity_edit_pack.pipelines.inversion import inversion, null_text
@@ -192,7 +191,7 @@ def test_what_flow_models_lack_is_refused_by_name(model: Any, pivot: Inversion) 
     name = type(model.model).__name__
     refused = [
         (lambda: null_text.null_text_optimization(model, pivot, SOURCE, NEGATIVE), "does not support gradients"),
-        (lambda: mutual_self_attention(model, pivot, SOURCE), "no text cross-attention"),
+        (lambda: engine.require(model, engine.Capability.CROSS_ATTENTION), "no text cross-attention"),
         (lambda: engine.require(model, engine.Capability.TRAINING), "cannot be trained"),
         (lambda: engine.require(model, engine.Capability.DISCRETE_TIMESTEPS), "is not a noise-predicting UNet"),
     ]

@@ -61,7 +61,7 @@ def schema(*, category: str, search_aliases: list[str], advanced: Sequence[str] 
     for widget in fields.get("inputs", ()):
         if widget.id in advanced:  # widgets of ComfyUI 0.3.75 accept no such argument, but pass on extra fields
             widget.extra_dict = {**widget.extra_dict, "advanced": True}
-    for output in fields["outputs"]:
+    for output in fields.get("outputs", ()):
         output.display_name = output.display_name or output.id.replace("_", " ")
     return io.Schema(category=f"{CATEGORY}/{category}", hidden=[io.Hidden.unique_id], **fields)
 

@@ -12,11 +12,21 @@ from collections.abc import Iterable, Iterator
 import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, get_attention_function
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
 from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError
-from ..shared.gradients import checkpointed_blocks, differentiable_attention, modules_in, plain_frozen_tensors
+from ..shared.gradients import (
+    checkpointed_blocks,
+    differentiable_attention,
+    inputs_survive_changes_in_place,
+    modules_in,
+    plain_frozen_tensors,
+)
+from .families.registry import require
+
+_TEXT_TOKENS = 512
+"""Text tokens of a transformer, for estimates of memory."""
 
 
 @contextlib.contextmanager
@@ -55,9 +65,50 @@ def gradient_context(
                 modules.append(patcher.model)
                 modules += modules_in(getattr(patcher, "model_options", None))
             stack.enter_context(plain_frozen_tensors(modules))
+            transformers = [network for network in map(_diffusion_transformer, patchers) if network is not None]
+            if transformers:
+                stack.enter_context(_differentiable_kernels())
+            for network in transformers:
+                stack.enter_context(inputs_survive_changes_in_place(network))
+                if checkpointing:
+                    stack.enter_context(checkpointed_blocks(_blocks_of(network), change_inputs=True))
             if checkpointing:
-                stack.enter_context(checkpointed_blocks(modules, (SpatialTransformer, ResBlock)))
+                stack.enter_context(checkpointed_blocks(_unet_blocks(modules)))
             yield
+
+
+def _diffusion_transformer(patcher: Model) -> torch.nn.Module | None:
+    """The diffusion model of a MODEL if it is not a UNet."""
+    network = getattr(patcher.model, "diffusion_model", None)
+    return None if isinstance(network, UNetModel) else network
+
+
+def _blocks_of(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer blocks: the entries of the network's own lists of modules."""
+    lists = [child for child in network.children() if isinstance(child, torch.nn.ModuleList)]
+    return [block for each in lists for block in each]
+
+
+def _unet_blocks(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
+    parts = {id(part): part for root in modules for part in root.modules()}.values()
+    return [part for part in parts if isinstance(part, (SpatialTransformer, ResBlock))]
+
+
+@contextlib.contextmanager
+def _differentiable_kernels() -> Iterator[None]:
+    """Set the flag with which newer engines choose kernels that have a backward pass, as their own training nodes do.
+
+    It is global, and is restored at the end; ComfyUI runs one prompt at a time.
+    """
+    before = getattr(comfy.model_management, "in_training", None)
+    if before is None:
+        yield
+        return
+    comfy.model_management.in_training = True
+    try:
+        yield
+    finally:
+        comfy.model_management.in_training = before
 
 
 @contextlib.contextmanager
@@ -145,7 +196,8 @@ def gradient_memory(model: Model, latent_shape: list[int], checkpointing: bool) 
     """Estimated bytes for a forward and backward pass in addition to the weights, for ComfyUI's memory management.
 
     Measured by counting the elements that autograd saves: per latent pixel 89 thousand in SD1.5's UNet and 155 thousand
-    in SDXL's (320 model channels); with checkpointing a twentieth to a tenth of that, plus one block's activations.
+    in SDXL's (320 model channels); with checkpointing a twentieth to a tenth of that, plus one block's activations. In
+    a transformer about 40 times its width per block and token; with checkpointing 3, plus one block's.
 
     Args:
         model: MODEL.
@@ -153,5 +205,10 @@ def gradient_memory(model: Model, latent_shape: list[int], checkpointing: bool) 
         checkpointing: whether blocks are recomputed in the backward pass.
     """
     dtype = model.get_model_object("manual_cast_dtype") or model.model_dtype()
-    elements = model.get_model_object("diffusion_model").model_channels * (100 if checkpointing else 500)
-    return float(latent_shape[0] * math.prod(latent_shape[2:]) * elements * dtype.itemsize)
+    network = model.get_model_object("diffusion_model")
+    pixels = latent_shape[0] * math.prod(latent_shape[2:])
+    if isinstance(network, UNetModel):
+        return float(pixels * network.model_channels * (100 if checkpointing else 500) * dtype.itemsize)
+    blocks, width = len(_blocks_of(network)), require(model).width
+    tokens = pixels / 4 + latent_shape[0] * _TEXT_TOKENS  # of 2x2 latent pixels
+    return float(tokens * width * (3 * blocks + 40 if checkpointing else 40 * blocks) * dtype.itemsize)

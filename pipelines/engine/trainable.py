@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 from ..shared.comfy_types import Clip, Model
 from ..shared.errors import IdentityEditError
-from ..shared.gradients import autograd_safe_options
+from ..shared.gradients import autograd_safe_options, inputs_survive_changes_in_place
 from .edit_model import input_channels, is_edit_model
 from .families.base import Capability
 from .families.registry import require
@@ -211,7 +211,7 @@ def trainable_networks(
             for part, keys in zip(patchers, (model_keys, clip_keys), strict=False)
         ]
         if text_encoder is not None:
-            stack.enter_context(_inputs_survive_changes_in_place(text_encoder.patcher.model))
+            stack.enter_context(inputs_survive_changes_in_place(text_encoder.patcher.model))
         stack.enter_context(_trained_modules(modules, patcher.load_device))
         patcher.pre_run()
         try:
@@ -333,25 +333,3 @@ def _add_product(
     up: torch.Tensor, down: torch.Tensor, _: torch.nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
 ) -> torch.Tensor:
     return output + linear(linear(inputs[0].to(down.dtype), down), up).to(output.dtype)
-
-
-@contextlib.contextmanager
-def _inputs_survive_changes_in_place(model: torch.nn.Module) -> Iterator[None]:
-    """Make text encoders differentiable that add to their residual stream in place (`x += ...`).
-
-    A normalization saves its input for the backward pass, and autograd raises an error if it was modified since; each
-    normalization therefore gets a copy.
-    """
-
-    def copy_input(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not (torch.is_grad_enabled() and inputs[0].requires_grad):
-            return None
-        return (inputs[0].clone(), *inputs[1:])
-
-    normalizations = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
-    handles = [module.register_forward_pre_hook(copy_input) for module in normalizations]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -109,7 +109,7 @@ def reference_guided_sampling(
     Raises:
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
-    engine.require(model, engine.Capability.GRADIENTS)
+    engine.require(model, engine.Capability.GRADIENTS, engine.Capability.DISCRETE_TIMESTEPS)
     check_inversion(inversion, model)
     check_deterministic(inversion, "connect one from Noise Inversion")
     x_t = engine.model_latent(model, start)

@@ -181,7 +181,7 @@ def check_skip(skip: int, steps: int) -> None:
 
 def check_deterministic(inversion: Inversion, remedy: str) -> None:
     """Raise `IdentityEditError`, ending in `remedy`, for an inversion with noise maps."""
-    if inversion.noise_maps is not None:
+    if inversion.method == EDIT_FRIENDLY_DDPM:
         raise IdentityEditError(f"The inversion was made by {inversion.method} inversion, not by ddim; {remedy}.")
 
 

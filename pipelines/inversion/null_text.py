@@ -93,6 +93,8 @@ def null_text_optimization(
     Raises:
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
+    needed = engine.Capability.GRADIENTS, engine.Capability.TRUE_GUIDANCE, engine.Capability.ONE_TEXT
+    engine.require(model, *needed)
     check_inversion(inversion, model)
     check_deterministic(inversion, "connect one from Noise Inversion")
     check_choice(method, "method", METHODS)

@@ -61,25 +61,46 @@ def _plain_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def checkpointed_blocks(
-    modules: Iterable[torch.nn.Module], block_types: tuple[type[torch.nn.Module], ...]
-) -> Iterator[None]:
-    """Gradient checkpointing: recompute blocks of these types in the backward pass instead of storing activations.
+def inputs_survive_changes_in_place(model: torch.nn.Module) -> Iterator[None]:
+    """Make networks differentiable that add to their residual stream in place (`x += ...`): Flux, Chroma, and some text
+    encoders.
+
+    A normalization saves its input for the backward pass, and autograd raises an error if it was modified since; each
+    normalization therefore gets a copy. The context must last until after the backward pass: with checkpointing, blocks
+    run again there.
+    """
+
+    def copy_input(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not (torch.is_grad_enabled() and inputs[0].requires_grad):
+            return None
+        return (inputs[0].clone(), *inputs[1:])
+
+    normalizations = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    handles = [module.register_forward_pre_hook(copy_input) for module in normalizations]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def checkpointed_blocks(blocks: Iterable[torch.nn.Module], *, change_inputs: bool = False) -> Iterator[None]:
+    """Gradient checkpointing: recompute these blocks in the backward pass instead of storing activations.
 
     A UNet writes its current position ("block", "transformer_index"...) into the options dictionary that it passes to
     its blocks, so in the backward pass every block would read the last position. Each block therefore stores a copy of
     its dictionaries from the forward pass.
+
+    Args:
+        blocks: modules of one network, none inside another.
+        change_inputs: whether they may change their input tensors in place; they then work on copies.
     """
-    blocks = [
-        part
-        for part in {id(part): part for root in modules for part in root.modules()}.values()
-        if isinstance(part, block_types)
-    ]
     originals: list[tuple[torch.nn.Module, bool, Any]] = []
     try:
         for block in blocks:
             originals.append((block, "forward" in vars(block), block.forward))
-            block.forward = _checkpointed(block.forward)
+            block.forward = _checkpointed(block.forward, _copied if change_inputs else _copy_of_dictionary)
         yield
     finally:
         for block, was_replaced, forward in originals:
@@ -89,7 +110,7 @@ def checkpointed_blocks(
                 del block.forward
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(forward: Callable[..., Any], copied: Callable[[Any], Any]) -> Callable[..., Any]:
     def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -98,8 +119,8 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
         def run(*tensors_and_options: Any) -> Any:
             # Runs in the forward and again in the backward pass, each time with fresh copies: blocks write into them.
-            copies = {key: _copy_of_dictionary(value) for key, value in kwargs_then.items()}
-            return forward(*[_copy_of_dictionary(value) for value in tensors_and_options], **copies)
+            copies = {key: copied(value) for key, value in kwargs_then.items()}
+            return forward(*[copied(value) for value in tensors_and_options], **copies)
 
         return checkpoint(run, *args_then, use_reentrant=False)
 
@@ -108,6 +129,10 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _copy_of_dictionary(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else _copy_of_dictionary(value)
 
 
 def modules_in(value: Any) -> list[torch.nn.Module]:
@@ -202,7 +227,9 @@ def gradients_by_sample(loss: torch.Tensor, output: torch.Tensor, variables: lis
     largest = at_output.flatten(1).abs().amax(dim=1)
     exponent = torch.floor(torch.log2(largest.clamp(min=torch.finfo(torch.float32).tiny)))
     scale = torch.exp2(-torch.where(largest > 0, exponent, torch.zeros_like(exponent)))
-    scaled = torch.autograd.grad(output, variables, grad_outputs=at_output * scale.reshape(-1, 1, 1, 1))
+    scaled = torch.autograd.grad(
+        output, variables, grad_outputs=at_output * scale.view(-1, *[1] * (at_output.ndim - 1))
+    )
     gradients = [gradient.float() / scale[index] for index, gradient in enumerate(scaled)]
     if not all(bool(torch.isfinite(gradient).all()) for gradient in gradients):
         raise IdentityEditError(

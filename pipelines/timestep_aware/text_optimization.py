@@ -53,7 +53,7 @@ def optimize_text_embedding(
     of the others. For SDXL the embeddings of both text encoders are optimized; the pooled output is kept.
 
     Args:
-        model: MODEL that predicts noise or v.
+        model: MODEL of any family.
         latent: the image [B, C, H, W] in the scale of LATENT sockets.
         target: CONDITIONING of the target prompt, one entry.
         steps: 200 in Jung et al. 2024, 500 in Imagic.
@@ -65,13 +65,15 @@ def optimize_text_embedding(
     Raises:
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
-    family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
+    family = engine.require(model, engine.Capability.GRADIENTS, engine.Capability.ONE_TEXT)
     z_image = engine.model_latent(model, latent)
     check_number(steps, "steps", 1, None)
     check_above_zero(learning_rate, "learning_rate")
     target_embedding, _ = single_embedding(target, "The target prompt")
     batch = latent.shape[0]
     check_batch_matches(target_embedding.shape[0], batch, "The target prompt")
+
+    path = family.noise_path
 
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> TextOptimization:
         sigmas = family.sampling.sigmas.detach().float().clone().to(evaluator.device)
@@ -84,10 +86,11 @@ def optimize_text_embedding(
             # Eq. 2: e_opt = argmin_e E_{t, eps} | eps - eps_theta(z_t, t, e) |^2
             t = int(torch.randint(sigmas.shape[0], (1,), generator=generator))
             eps = torch.randn(z_0[:1].shape, generator=generator).to(evaluator.device)
-            x = family.noise_path.noised(z_0, eps, sigmas[t])
+            x = path.noised(z_0, eps, sigmas[t])
             denoised = evaluator.denoised(x, sigmas[t], "positive", torch.cat(e))
-            predicted_noise = family.noise_path.predicted_noise(x, denoised, sigmas[t])
-            loss = (predicted_noise - eps).square().flatten(1).mean(dim=1)
+            # The predicted noise minus eps; on a flow model the velocity minus eps - z_0.
+            error = path.slope(x, denoised, sigmas[t]) - (eps + path.alpha_slope * z_0)
+            loss = error.square().flatten(1).mean(dim=1)
             for variable, gradient in zip(e, gradients_by_sample(loss.sum(), denoised, e), strict=True):
                 variable.grad = gradient
             optimizer.step()

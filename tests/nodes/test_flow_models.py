@@ -21,7 +21,7 @@ WORKING = {
     "TimestepAwareTextInjectionModel", "TimestepAwareTextInjectionSampler", "IdentityAttention",
     "IdentityAwareMaskBlend", "SegmentSubject", "DiffEdit",
     "ApplySubject", "MutualSelfAttention",
-    "SourceTargetGuider", "DirectInversionSampler",
+    "SourceTargetGuider", "DirectInversionSampler", "OptimizeTextEmbedding",
 }  # fmt: skip
 
 

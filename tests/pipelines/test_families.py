@@ -14,7 +14,7 @@ import torch
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine.families import noise
 from identity_edit_pack.pipelines.inversion import edit_friendly as edit_friendly_inversion
-from identity_edit_pack.pipelines.inversion import inversion, null_text
+from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.inversion.inversion import Inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings, constant_embedding
@@ -190,7 +190,6 @@ def test_another_model_is_refused(model: Any, pivot: Inversion) -> None:
 def test_what_flow_models_lack_is_refused_by_name(model: Any, pivot: Inversion) -> None:
     name = type(model.model).__name__
     refused = [
-        (lambda: null_text.null_text_optimization(model, pivot, SOURCE, NEGATIVE), "does not support gradients"),
         (lambda: engine.require(model, engine.Capability.CROSS_ATTENTION), "no text cross-attention"),
         (lambda: engine.require(model, engine.Capability.TRAINING), "cannot be trained"),
         (lambda: engine.require(model, engine.Capability.DISCRETE_TIMESTEPS), "is not a noise-predicting UNet"),

@@ -26,7 +26,10 @@ class Capability(Enum):
         "has no attention between image and text that this node could read or change; load a Stable Diffusion, Flux, "
         "Chroma, Qwen-Image, Lumina 2, Z-Image, AuraFlow or HiDream checkpoint"
     )
-    GRADIENTS = "does not support gradients; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
+    GRADIENTS = (
+        "is of an architecture whose gradients are not supported; load a Stable Diffusion, Flux, Chroma, Qwen-Image, "
+        "Lumina 2, Z-Image or AuraFlow checkpoint"
+    )
     TRAINING = "cannot be trained here; load a Stable Diffusion 1.x, 2.x or XL checkpoint"
     TRUE_GUIDANCE = (
         "has distilled guidance and no unconditional side; use Edit-Friendly DDPM Inversion or the FlowEdit Sampler, "
@@ -87,6 +90,11 @@ class Family(ABC):
     @abstractmethod
     def pooled_width(self) -> int | None:
         """Channels of the pooled output, or None if the model takes none or its architecture is unknown."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Channels of the network's blocks, for estimates of memory; 0 if the architecture is unknown."""
 
     @property
     @abstractmethod

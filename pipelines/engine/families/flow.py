@@ -47,6 +47,7 @@ class Flow(Family):
             for capability, offered in (
                 (Capability.VELOCITY, True),
                 (Capability.TEXT_ATTENTION, has_joint_attention(network)),
+                (Capability.GRADIENTS, self.text_width > 0),
                 (Capability.TRUE_GUIDANCE, not self.has_distilled_guidance),
                 (Capability.ONE_TEXT, not hasattr(network, _SEVERAL_TEXTS)),
             )
@@ -82,11 +83,15 @@ class Flow(Family):
 
     @property
     def text_width(self) -> int:
-        return _input_width(self.network, _TEXT_INPUTS) or 0
+        return _size_of(self.network, _TEXT_INPUTS, "in_features") or 0
 
     @property
     def pooled_width(self) -> int | None:
-        return _input_width(self.network, _POOLED_INPUTS)
+        return _size_of(self.network, _POOLED_INPUTS, "in_features")
+
+    @property
+    def width(self) -> int:
+        return _size_of(self.network, _TEXT_INPUTS, "out_features") or 0
 
     @property
     def architecture(self) -> str:
@@ -95,11 +100,11 @@ class Flow(Family):
         return f"{type(self.base).__name__}-{size}-{self.base.latent_format.latent_channels}-{self.text_width}"
 
 
-def _input_width(network: Any, layers: tuple[str, ...]) -> int | None:
-    """Input channels of the first of these layers that a network has, or None."""
+def _size_of(network: Any, layers: tuple[str, ...], side: str) -> int | None:
+    """Channels on one side of the first of these linear layers that a network has, or None."""
     for name in layers:
         try:
-            width = getattr(network.get_submodule(name), "in_features", None)
+            width = getattr(network.get_submodule(name), side, None)
         except AttributeError:
             continue
         if width is not None:

@@ -52,6 +52,10 @@ class UNet(Family):
         return None
 
     @property
+    def width(self) -> int:
+        return int(self.network.model_channels)
+
+    @property
     def architecture(self) -> str:
         in_channels = self.network.input_blocks[0][0].in_channels
         return f"{type(self.base).__name__}-{self.network.model_channels}-{in_channels}-{self.text_width}"

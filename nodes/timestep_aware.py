@@ -56,7 +56,11 @@ class OptimizeTextEmbedding(io.ComfyNode):
                 "so that interpolating back to the target prompt edits this image smoothly."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (noise or v-prediction)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion "
+                    "3, Qwen-Image, Z-Image and similar).",
+                ),
                 io.Latent.Input("latent", tooltip="Image to edit, from VAE Encode."),
                 io.Conditioning.Input(
                     "target",

@@ -38,7 +38,11 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                 "DDPM Sampler."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (noise or v-prediction)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion "
+                    "3, Qwen-Image, Z-Image and similar).",
+                ),
                 io.Conditioning.Input("source", tooltip="Prompt that describes the original image."),
                 io.Latent.Input("latent", tooltip="Image to invert, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(

@@ -76,7 +76,7 @@ def draw_photos(folder: Path) -> None:
     photo(folder / "photo.png", Attributes(place="grass", facing="right"), 5)
     # The photo as an image editor returns it: a crown, other colors, zoomed, shifted and softened.
     photo(folder / "edited.png", Attributes(place="grass", facing="right", costume="crown"), 5)
-    edited = Image.open(folder / "edited.png")
+    edited: Image.Image = Image.open(folder / "edited.png")
     width, height = edited.size
     box = (6, 4, width - 3, height - 6)
     edited = edited.resize((width, height), Image.Resampling.BICUBIC, box=box)

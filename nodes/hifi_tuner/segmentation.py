@@ -12,7 +12,7 @@ from ...attention.sites import AUTOMATIC, LAYER_CHOICES
 from ...pipelines.engine.host import stop_if_interrupted
 from ...pipelines.hifi_tuner import reference_alignment as alignment
 from ...pipelines.lipe import attention_segmentation, heatmap
-from ...pipelines.lipe.identity_prompt import contrast_for, encode_identity_prompt
+from ...pipelines.lipe.identity_prompt import contrast_for, encode_identity_prompt, identity_in_caption
 from ...pipelines.networks import grounding_dino as dino
 from ...pipelines.networks import segment_anything as pipeline
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
@@ -79,7 +79,8 @@ class SegmentSubject(io.ComfyNode):
                     "caption",
                     default="",
                     tooltip="Caption of the image, if known. Empty uses the subject alone, which worked as well in "
-                    "the demo world (benchmarks/results/segment_subject.md). Ignored by flow models.",
+                    "the demo world (benchmarks/results/segment_subject.md). Of flow models, the subject's words "
+                    "in the caption are read if it contains them, which outlined it better in a small model.",
                 ),
                 io.String.Input(
                     "timesteps",
@@ -119,7 +120,8 @@ class SegmentSubject(io.ComfyNode):
                     default="",
                     optional=True,
                     tooltip="Contrast for flow models: the surroundings of the subject, such as grass; their score is "
-                    "subtracted from the subject's. Empty: the first token of an empty prompt.",
+                    "subtracted from the subject's. Best a word of the caption. Empty: the first token of an empty "
+                    "prompt.",
                 ),
             ],
             outputs=_outputs(),
@@ -151,7 +153,11 @@ class SegmentSubject(io.ComfyNode):
                 f"timesteps is '{timesteps}'; write whole numbers from 0 to 999, separated by commas, such as '1, 101, "
                 f"201'."
             )
-        identity = encode_identity_prompt(clip, subject, name="subject", contrast=contrast_for(model, contrast))
+        against = contrast_for(model, contrast)
+        if against is None or not caption.strip():
+            identity = encode_identity_prompt(clip, subject, name="subject", contrast=against)
+        else:
+            identity = identity_in_caption(clip, subject, caption.strip(), against)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(caption.strip() or subject))
         height, width = images.shape[1:3]
         # The VAE takes multiples of 8 pixels; scaling the image to them aligns the mask to a fraction of a pixel.

@@ -42,7 +42,7 @@ from ..text.prompt_tokens import (
     Pair,
     Positions,
     aligned_tokens,
-    embedded_words,
+    occurrences,
     paired_words,
     positions_in_either,
     positions_of,
@@ -169,7 +169,7 @@ def _with_joint_control(
     counts = {SOURCE: source[0][0].shape[1], TARGET: target[0][0].shape[1]}
     columns: dict[str, list[int]] = {SOURCE: [], TARGET: []}
     for word in split_words(blend_words):
-        found = {of: _embedded(clip, prompt, counts[of], word)
+        found = {of: occurrences(clip, prompt, counts[of], word)
                  for of, prompt in ((SOURCE, source_prompt), (TARGET, target_prompt))}  # fmt: skip
         if not any(found.values()):
             raise IdentityEditError(
@@ -186,14 +186,6 @@ def _with_joint_control(
     network = model.get_model_object("diffusion_model")
     both = _OnJoint(network, source, counts, settings=settings, blend=blend, inversion=inversion)
     return engine.with_wrappers(model, _KEY, both.evaluate, outer_sample=both.begin), target
-
-
-def _embedded(clip: Clip, prompt: str, count: int, word: str) -> Positions:
-    """Positions of a word in a prompt's embedding; none if the prompt does not contain it."""
-    try:
-        return embedded_words(clip, prompt, count, word, "The prompt")
-    except IdentityEditError:
-        return ()
 
 
 def parse_reweight(text: str) -> dict[str, float]:

@@ -15,7 +15,7 @@ from ..shared.comfy_types import Clip, Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError
 from ..shared.parsing import as_range, split_words, whole_numbers
-from ..text.prompt_tokens import embedded_tokens, embedded_words, positions_of, prompt_tokens
+from ..text.prompt_tokens import embedded_tokens, embedded_words, occurrences, positions_of, prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ def encode_identity_prompt(
             Start, end and padding tokens are never included.
         name: the prompt's name as the user sees it.
         contrast: None for models with cross-attention. For joint attention, what is beside the subject, such as the
-            place; empty for the first token of an empty prompt (of CLIP, the start token).
+            place: these words of the prompt, or tokens appended to it; empty for the first token of an empty prompt (of
+            CLIP, the start token).
 
     Raises:
         IdentityEditError: when the prompt is empty or lacks one of the words.
@@ -82,6 +83,8 @@ def _encode_with_contrast(clip: Clip, text: str, words: str, name: str, contrast
         raise _empty(name)
     if separate := split_words(words):
         positions = {p for word in separate for p in embedded_words(clip, text, count, word, name)}
+    if contrast and (inside := occurrences(clip, text, count, contrast)):
+        return IdentityPrompt(embedding, tuple(sorted(positions)), inside, dict(options))
     of_contrast = list(embedded_tokens(clip, contrast, other.shape[1])) or [0]
     options = dict(options)
     if options.get("attention_mask") is not None:
@@ -93,6 +96,16 @@ def _encode_with_contrast(clip: Clip, text: str, words: str, name: str, contrast
         contrast=tuple(range(count, count + len(of_contrast))),
         options=options,
     )
+
+
+def identity_in_caption(clip: Clip, subject: str, caption: str, contrast: str) -> IdentityPrompt:
+    """For joint attention, the subject's words in a caption of the image, which outline it better than a prompt of the
+    subject alone; that prompt if the caption does not contain them."""
+    count = clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0][0].shape[1]
+    words = split_words(subject)
+    if words and all(occurrences(clip, caption, count, word) for word in words):
+        return encode_identity_prompt(clip, caption, subject, "caption", contrast)
+    return encode_identity_prompt(clip, subject, name="subject", contrast=contrast)
 
 
 def _empty(name: str) -> IdentityEditError:

@@ -154,14 +154,20 @@ def embedded_words(clip: Clip, text: str, length: int, word: str, name: str) -> 
     Raises:
         IdentityEditError: when the prompt does not contain it.
     """
-    positions: set[int] = set()
-    for written in (word, f" {word}"):  # tokens of some language models include the space before a word
-        for content, of_word in zip(_embedded(clip, text, length), _embedded(clip, written, length), strict=True):
-            positions.update(_matches(content, [token for _, token in of_word]))
+    positions = occurrences(clip, text, length, word)
     if not positions:
         raise IdentityEditError(
             f"{name} {text!r} does not contain the word {word!r}; write it exactly as in the prompt."
         )
+    return positions
+
+
+def occurrences(clip: Clip, text: str, length: int, word: str) -> Positions:
+    """Like `embedded_words`, but empty when the prompt does not contain the word."""
+    positions: set[int] = set()
+    for written in (word, f" {word}"):  # tokens of some language models include the space before a word
+        for content, of_word in zip(_embedded(clip, text, length), _embedded(clip, written, length), strict=True):
+            positions.update(_matches(content, [token for _, token in of_word]))
     return tuple(sorted(positions))
 
 

@@ -30,6 +30,7 @@ from identity_edit_pack.pipelines.lipe.identity_prompt import (
     capture_identity,
     contrast_for,
     encode_identity_prompt,
+    identity_in_caption,
 )
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.text.prompt_tokens import embedded_tokens, embedded_words
@@ -130,6 +131,22 @@ def test_an_identity_prompt_with_its_contrast() -> None:
     for words, text in (("dog", "does not contain the word 'dog'"), ("", "identity_prompt is empty")):
         with pytest.raises(IdentityEditError, match=text):
             encode_identity_prompt(clip, "red cat" if words else " ", words, contrast="")
+
+
+def test_the_words_of_a_caption() -> None:
+    """Subject and contrast are read where they stand; what the caption lacks is appended, or replaces it."""
+    clip = tiny_text_encoders.clip("sd1")
+    caption = "a red cat on the grass"
+    whole = clip.encode_from_tokens(clip.tokenize(caption))
+    inside = identity_in_caption(clip, "red cat", caption, "grass")
+    assert torch.equal(inside.embedding, whole)
+    assert (inside.tokens, inside.contrast) == ((2, 3), (6,))
+    appended = identity_in_caption(clip, "cat", caption, "snow")
+    assert torch.equal(appended.embedding[:, :77], whole) and (appended.tokens, appended.contrast) == ((3,), (77,))
+    other = identity_in_caption(clip, "dog", caption, "")
+    assert torch.equal(other.embedding[:, :77], clip.encode_from_tokens(clip.tokenize("dog"))) and other.tokens == (1,)
+    with pytest.raises(IdentityEditError, match="subject is empty"):
+        identity_in_caption(clip, " ", caption, "")
 
 
 def test_masked_prompts_keep_their_contrast() -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
+from .change import distance_to
+
 ROWS = 512
 """[choice] Rows that are blended at a time, which bounds the memory of large images."""
 LARGEST_STEP = 0.25
@@ -18,11 +20,9 @@ LARGEST_STEP = 0.25
 
 def soft_mask(mask: torch.Tensor, grow: float, feather: float) -> torch.Tensor:
     """A mask [H, W] bool, grown and feathered outward: 1 inside, 0 from `grow` + `feather` pixels on."""
-    from scipy.ndimage import distance_transform_edt
-
     if not bool(mask.any()):
         return torch.zeros(mask.shape)
-    distance = torch.from_numpy(distance_transform_edt(~mask.numpy())).float()
+    distance = torch.from_numpy(distance_to(mask.numpy(), grow + feather + 1.0))
     ramp = ((grow + feather + 1.0 - distance) / (feather + 1.0)).clamp(0.0, 1.0)
     return ramp * ramp * (3.0 - 2.0 * ramp)
 

@@ -98,9 +98,11 @@ def find_change(
     unchanged = reached if guess is None else reached & ~guess.numpy()
     factor = 2.0**-sensitivity
     mask = np.zeros(reached.shape, bool)
-    for time in range(2 if guess is None else 1):  # the second time, the noise is estimated outside of the change
-        if time and unchanged.mean() < 0.1:
-            break
+    for time in range(2 if guess is None else 1):
+        if time:  # the noise is estimated outside of the change
+            unchanged = ~ndimage.binary_dilation(mask, iterations=3) & reached
+            if unchanged.mean() < 0.1:
+                break
         seeds, ends = np.zeros(reached.shape, bool), []
         for scale, size, contrast, beside in maps:
             is_half = size.shape != reached.shape
@@ -126,9 +128,8 @@ def find_change(
                 level = float(np.median(sizes))
         if not (seeds & reached).any():
             return Change(torch.from_numpy(mask), level)
-        near = ndimage.distance_transform_edt(~(seeds & reached)) <= REACH * max(seeds.shape)
+        near = distance_to(seeds & reached, REACH * max(seeds.shape)) <= REACH * max(seeds.shape)
         mask = _cleaned(seeds & reached, (np.maximum(*ends) > 1.0) & reached & near)
-        unchanged = ~ndimage.binary_dilation(mask, iterations=3) & reached
     return Change(torch.from_numpy(mask), level)
 
 
@@ -171,6 +172,20 @@ def _doubled(map_: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A halved map at its full shape."""
     full = torch.nn.functional.interpolate(torch.from_numpy(map_)[None, None], scale_factor=2.0, mode="bilinear")
     return full[0, 0, : shape[0], : shape[1]].numpy()
+
+
+def distance_to(mask: np.ndarray, reach: float) -> np.ndarray:
+    """Distance [H, W] in pixels to a mask [H, W] bool that is not empty, up to a reach; beyond it infinity."""
+    import numpy as np
+    from scipy.ndimage import distance_transform_edt
+
+    box = []
+    for axis in (1, 0):
+        places = np.flatnonzero(mask.any(axis=axis))
+        box.append(slice(max(0, places[0] - int(reach) - 1), places[-1] + int(reach) + 2))
+    distance = np.full(mask.shape, np.inf, np.float32)
+    distance[tuple(box)] = distance_transform_edt(~mask[tuple(box)])
+    return distance
 
 
 def _cleaned(seeds: np.ndarray, candidates: np.ndarray) -> np.ndarray:

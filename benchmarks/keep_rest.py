@@ -334,8 +334,8 @@ def unrelated_registered(count: int, seed: int) -> int:
         _, first, second = rendered_case(number, np.random.default_rng([seed, 2, number]))
         other = photo(PHOTOS[number % 4])[: first.shape[0], : first.shape[1]]
         for pair in ((first, other), (other, second[::-1])):
-            images = (torch.from_numpy(np.ascontiguousarray(each)).float() for each in pair)
-            registered += registration.register(*images).fault is None
+            one, two = (torch.from_numpy(np.ascontiguousarray(each)).float() for each in pair)
+            registered += registration.register(one, two).fault is None
     return registered
 
 

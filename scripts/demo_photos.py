@@ -76,13 +76,11 @@ def draw_photos(folder: Path) -> None:
     photo(folder / "photo.png", Attributes(place="grass", facing="right"), 5)
     # The photo as an image editor returns it: a crown, other colors, zoomed, shifted and softened.
     photo(folder / "edited.png", Attributes(place="grass", facing="right", costume="crown"), 5)
-    edited: Image.Image = Image.open(folder / "edited.png")
-    width, height = edited.size
-    box = (6, 4, width - 3, height - 6)
-    edited = edited.resize((width, height), Image.Resampling.BICUBIC, box=box)
-    Image.fromarray((np.asarray(edited) * (0.95, 1.0, 0.92) + 5.0).clip(0, 255).astype(np.uint8)).save(
-        folder / "edited.png"
-    )
+    drawn = Image.open(folder / "edited.png")
+    width, height = drawn.size
+    moved = drawn.resize((width, height), Image.Resampling.BICUBIC, box=(6, 4, width - 3, height - 6))
+    cast = np.asarray(moved) * (0.95, 1.0, 0.92) + 5.0
+    Image.fromarray(cast.clip(0, 255).astype(np.uint8)).save(folder / "edited.png")
     photo(folder / "portrait.png", Attributes(**WOMAN, facing="right", place="beach"), 3)
     generator = random.Random("demo photos")
     for number in range(1, 9):

@@ -41,7 +41,7 @@ class RegisterEdit(io.ComfyNode):
             display_name="Register Edit",
             category="keep the rest",
             search_aliases=["align images", "image registration", "pixel shift", "zoom drift", "Kontext", "Qwen Edit"],
-            advanced=["batch"],
+            advanced=["batch", "flow"],
             description="Moves an edited image back onto its original: undoes shift, zoom, stretch, crop and small "
             "rotation, measured in the part that was not edited. The result has the original's size.",
             is_output_node=True,
@@ -54,6 +54,13 @@ class RegisterEdit(io.ComfyNode):
                     default=EACH,
                     tooltip="Transform of a batch. One transform for all uses the median of the edits, which keeps "
                     "video frames steady.",
+                ),
+                io.Boolean.Input(
+                    "flow",
+                    default=False,
+                    optional=True,
+                    tooltip="Dense flow. Also undoes small smooth movements that differ over the image, up to 1.5 % of "
+                    "its sides; not with one transform for all.",
                 ),
             ],
             outputs=[
@@ -73,7 +80,9 @@ class RegisterEdit(io.ComfyNode):
 
     @classmethod
     @checked
-    def execute(cls, original: torch.Tensor, edited: torch.Tensor, batch: str = EACH) -> io.NodeOutput:
+    def execute(
+        cls, original: torch.Tensor, edited: torch.Tensor, batch: str = EACH, flow: bool = False
+    ) -> io.NodeOutput:
         from comfy.utils import ProgressBar
 
         choice_of(dict.fromkeys(BATCHES), batch, "batch")
@@ -82,7 +91,7 @@ class RegisterEdit(io.ComfyNode):
         found = []
         for first, second in both:
             stop_if_interrupted()
-            found.append(registrations.register(first, second))
+            found.append(registrations.register(first, second, flow and batch == EACH))
             bar.update(1)
         if batch == COMMON:
             found = registrations.common(found)
@@ -90,8 +99,8 @@ class RegisterEdit(io.ComfyNode):
         for number, ((first, second), each) in enumerate(zip(both, found, strict=True), start=1):
             name = f"Edit {number}" if len(both) > 1 else "The edit"
             if each.fault is None:
-                results.append(registrations.apply(each.transform, first, second))
-                lines.append(f"{name}: {each.transform}; {each.support:.0%} of the structure agrees.")
+                results.append(registrations.apply(each.transform, first, second, each.flow))
+                lines.append(f"{name}: {each}; {each.support:.0%} of the structure agrees.")
             else:
                 results.append((as_color(second[None])[0], torch.ones(second.shape[:2])))
                 warnings.append(f"{name} was not registered and is unchanged. {each.fault}")

@@ -58,6 +58,16 @@ CLOSEST_RIVAL = 0.8
 """[choice] Largest score of another transform, relative to the best."""
 LARGEST_DOUBT = 0.25
 """[choice] Largest difference of the transforms from two halves of the image, in pixels of the compared images."""
+FLOW_SIDE = 48
+"""[choice] Longest side of a flow."""
+FLOW_WINDOW = 0.04
+"""[choice] Standard deviation of the windows of the flow in parts of the longest side, at the largest level."""
+FLOW_STEPS = 3
+"""[choice] Steps of the flow at every level."""
+FLOW_RIDGE = 0.02
+"""[choice] Pull towards no movement, in parts of the mean structure."""
+LARGEST_FLOW = 0.03
+"""[choice] Largest movement of the flow in halves of the side; what moves farther was edited."""
 EXTENDED = 3.5
 """[choice] So many times more the transforms of left and right, or of top and bottom, may differ, because each is
 extended over the other half."""
@@ -107,20 +117,29 @@ class Registration:
         support: share of the original's structure that is found again, less the share found by chance, 0 to 1.
         doubt: corner distance in pixels of the original between the transforms of two halves of the image.
         fault: a sentence if the transform cannot be trusted, else None.
+        flow: [2, h, w], what remains to be undone of movements that differ over the image, x and y in halves of width
+            and height; None if it was not asked for.
     """
 
     transform: Transform
     support: float = 0.0
     doubt: float = float("inf")
     fault: str | None = None
+    flow: torch.Tensor | None = None
+
+    def __str__(self) -> str:
+        if self.flow is None:
+            return str(self.transform)
+        return f"{self.transform}, flow up to {float(self.flow.abs().max()) / 2.0:.2%} of the side"
 
 
-def register(original: torch.Tensor, edited: torch.Tensor) -> Registration:
+def register(original: torch.Tensor, edited: torch.Tensor, with_flow: bool = False) -> Registration:
     """Find the transform from an original to its edit.
 
     Args:
         original: [H, W, C], 0 to 1; 1 to 4 channels.
         edited: [h, w, C], likewise, of any size and aspect.
+        with_flow: also small smooth movements that differ over the image.
 
     Returns:
         the transform in pixels of the original. Check `fault` before using it.
@@ -147,8 +166,15 @@ def register(original: torch.Tensor, edited: torch.Tensor) -> Registration:
         ratio = pyramid[level][0].shape[1] / pyramid[level + 1][0].shape[1]
         best = _refine(*pyramid[level], best.transform.scaled(ratio), 6 if level else 4, best.ratio)
     scale = width / size[1]
-    support = best.votes - _chance(*best.images)
-    return Registration(best.transform.scaled(scale), support, best.doubt * scale, _fault(support, best.doubt, rival))
+    flow, rest = None, best
+    if with_flow:
+        flow = _dense_flow(pyramid, best.transform)
+        # What a transform of the moved edit would still change, and how far its halves differ, is the doubt.
+        moved, _ = _warp(pyramid[0][1][None], best.transform.matrix(), size, flow=flow)
+        rest = _refine(pyramid[0][0], moved[0], Transform(), 1, 1.0)
+    support = rest.votes - _chance(*rest.images)
+    fault = _fault(support, rest.doubt, rival)
+    return Registration(best.transform.scaled(scale), support, rest.doubt * scale, fault, flow)
 
 
 def _two_best(fits: list[_Fit], frames: list[Transform], height: int, width: int) -> tuple[_Fit, float]:
@@ -305,23 +331,30 @@ def _coarse(original: torch.Tensor, edited: torch.Tensor, frames: list[tuple[flo
 
 
 def _warp(
-    maps: torch.Tensor, matrix: np.ndarray, size: tuple[int, int], mode: str = "bicubic", offset: float = 0.0
+    maps: torch.Tensor,
+    matrix: np.ndarray,
+    size: tuple[int, int],
+    mode: str = "bicubic",
+    flow: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps [C, h, w], a whole frame at any size, seen through a transform.
 
     Args:
         matrix: `Transform.matrix` in pixels of `size`.
         size: height and width of the result.
+        flow: as in `Registration`.
 
     Returns:
         [C, height, width], and [height, width] bool where the maps reach.
     """
-    grid = sampling_grid(matrix, size, (0, size[0]))
+    grid = sampling_grid(matrix, size, (0, size[0]), flow)
     warped = grid_sample(maps[None], grid[None], mode=mode, padding_mode="border", align_corners=False)[0]
     return warped, reached(grid)
 
 
-def sampling_grid(matrix: np.ndarray, size: tuple[int, int], rows: tuple[int, int]) -> torch.Tensor:
+def sampling_grid(
+    matrix: np.ndarray, size: tuple[int, int], rows: tuple[int, int], flow: torch.Tensor | None = None
+) -> torch.Tensor:
     """Places [rows, width, 2] for `grid_sample`, of rows of the original in the edit's frame of -1 to 1."""
     height, width = size
     half = torch.tensor([width / 2.0, height / 2.0])
@@ -329,7 +362,12 @@ def sampling_grid(matrix: np.ndarray, size: tuple[int, int], rows: tuple[int, in
     y = torch.arange(*rows, dtype=torch.float32)[:, None] + 0.5 - half[1]
     a = torch.from_numpy(matrix).float()
     places = [a[i, 0] * x + a[i, 1] * y + a[i, 2] for i in (0, 1)]
-    return torch.stack([places[0] / half[0], places[1] / half[1]], dim=-1)
+    grid = torch.stack([places[0] / half[0], places[1] / half[1]], dim=-1)
+    if flow is None:
+        return grid
+    own = torch.stack(torch.broadcast_tensors(x / half[0], y / half[1]), dim=-1)
+    moved = grid_sample(flow[None], own[None], mode="bicubic", padding_mode="border", align_corners=False)[0]
+    return grid + moved.movedim(0, -1)
 
 
 def reached(grid: torch.Tensor) -> torch.Tensor:
@@ -516,6 +554,57 @@ def _moved(transform: Transform, step: np.ndarray) -> Transform:
     )
 
 
+def _dense_flow(pyramid: list[tuple[torch.Tensor, torch.Tensor]], transform: Transform) -> torch.Tensor:
+    """Small smooth movements that a transform leaves, by Lucas and Kanade (1981) with Gaussian windows.
+
+    From small images and wide windows to large images and narrower ones, so that edited parts, which do not correlate
+    and have no weight, move with what surrounds them.
+
+    Args:
+        pyramid: brightness of both images at every level, the largest first.
+        transform: in pixels of the largest.
+
+    Returns:
+        as `Registration.flow`.
+    """
+    import numpy as np
+    from scipy.ndimage import gaussian_filter
+
+    height, width = pyramid[0][0].shape
+    size = tuple(max(1, round(FLOW_SIDE * side / max(height, width))) for side in (height, width))
+    flow = torch.zeros(2, *size)
+    for level in (2, 1, 0):
+        original, edited = pyramid[min(level, len(pyramid) - 1)]
+        height, width = original.shape
+        matrix = transform.scaled(width / pyramid[0][0].shape[1]).matrix()
+        back = np.linalg.inv(matrix[:, :2]).T.astype(np.float32)
+        first, second = normalized(original.numpy()), torch.from_numpy(normalized(edited.numpy()))[None]
+        gradient, structure = _gradient(first), _structure(first)
+        window = FLOW_WINDOW * FLOW_SIDE * 2.0**level
+        for _ in range(FLOW_STEPS):
+            warped_, inside = _warp(second, matrix, (height, width), flow=flow)
+            warped = warped_[0].numpy()
+            residual = first - warped
+            weight = (agreement(first, warped) - 0.3).clip(0.0) ** 2 * structure * inside.numpy()
+            weight /= 1.0 + (residual / 0.5) ** 2
+            mean = [0.5 * (ours + theirs) for ours, theirs in zip(gradient, _gradient(warped), strict=True)]
+            x, y = (back[i, 0] * mean[0] + back[i, 1] * mean[1] for i in (0, 1))
+            products = torch.from_numpy(np.stack([x * x, x * y, y * y, x * residual, y * residual]) * weight)
+            xx, xy, yy, right_x, right_y = (
+                gaussian_filter(each, window, mode="nearest")
+                for each in torch.nn.functional.adaptive_avg_pool2d(products[None], (size[0], size[1]))[0]
+                .double()
+                .numpy()
+            )
+            ridge = FLOW_RIDGE * float((xx + yy).mean()) + 1e-9
+            xx, yy = xx + ridge, yy + ridge
+            determinant = xx * yy - xy * xy
+            step = np.stack([yy * right_x - xy * right_y, xx * right_y - xy * right_x]) / determinant
+            step *= np.array([2.0 / width, 2.0 / height])[:, None, None]
+            flow = (flow + torch.from_numpy(step).float()).clamp(-LARGEST_FLOW, LARGEST_FLOW)
+    return flow
+
+
 def common(found: list[Registration]) -> list[Registration]:
     """The median of the trusted transforms for all of a batch; unchanged if there are none."""
     from dataclasses import fields, replace
@@ -525,7 +614,7 @@ def common(found: list[Registration]) -> list[Registration]:
     if not trusted:
         return found
     middle = Transform(*(median(getattr(each, field.name) for each in trusted) for field in fields(Transform)))
-    return [replace(each, transform=middle, fault=None) for each in found]
+    return [replace(each, transform=middle, fault=None, flow=None) for each in found]
 
 
 def matching(original: torch.Tensor, edited: torch.Tensor, where: torch.Tensor) -> float:
@@ -549,11 +638,13 @@ def matching(original: torch.Tensor, edited: torch.Tensor, where: torch.Tensor) 
 # -- applying ----------------------------------------------------------------------------------------------------------
 
 
-def apply(transform: Transform, original: torch.Tensor, edited: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def apply(
+    transform: Transform, original: torch.Tensor, edited: torch.Tensor, flow: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Move an edit back onto its original, at the original's size.
 
     Args:
-        transform: from `register`.
+        transform, flow: from `register`.
         original: [H, W, C], 0 to 1.
         edited: [h, w, C], likewise, of any size.
 
@@ -571,7 +662,7 @@ def apply(transform: Transform, original: torch.Tensor, edited: torch.Tensor) ->
     covered = torch.empty(height, width)
     for start in range(0, height, ROWS):
         rows = (start, min(height, start + ROWS))
-        grid = sampling_grid(transform.matrix(), (height, width), rows)
+        grid = sampling_grid(transform.matrix(), (height, width), rows, flow)
         strip = grid_sample(maps[None], grid[None], mode="bicubic", padding_mode="border", align_corners=False)[0]
         inside = reached(grid)
         base = as_color(original[None, rows[0] : rows[1]])[0]

@@ -40,6 +40,12 @@ def test_every_edit_of_a_batch_is_moved_back_and_kept() -> None:
     assert sheet.shape == (2, 256, 1024, 3) and text.count("equal to the original") == 2
 
 
+def test_flow_is_reported_and_leaves_an_edit_without_drift_alone() -> None:
+    plain, with_flow = (RegisterEdit.execute(photo(), edits()[:1], EACH, flow).args for flow in (False, True))
+    assert "flow up to" in with_flow[4] and "flow" not in plain[4]
+    assert (plain[0] - with_flow[0]).abs().mean() < 0.01
+
+
 def test_one_transform_for_all_is_the_median() -> None:
     _, _, transforms, _, _ = RegisterEdit.execute(photo(), edits(), COMMON).args
     first, second = json.loads(transforms)

@@ -67,6 +67,41 @@ def test_a_transform_is_found_although_a_third_was_edited_and_the_colors_changed
     assert corner_error(found.transform, TRUE, image.shape[1], image.shape[0]) < 0.2
 
 
+def smooth_drift(height: int, width: int, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Movement of 1.5 pixels, down and to the right, that no transform undoes."""
+    return (
+        1.5 * np.sin(2 * np.pi * x / width + 0.5) * np.cos(np.pi * y / height),
+        1.5 * np.cos(2 * np.pi * y / height) * np.sin(np.pi * x / width),
+    )
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee"])
+def test_dense_flow_undoes_a_known_smooth_warp_beside_an_edit(name: str) -> None:
+    image = photo(name)
+    edited, mask = with_disc(image, 0.2, (0.5, 0.5))
+    height, width = mask.shape
+    y, x = np.mgrid[:height, :width].astype(np.float64)
+    from_y, from_x = y, x
+    for _ in range(20):  # the place that moved here
+        down, right = smooth_drift(height, width, from_y, from_x)
+        from_y, from_x = y - down, x - right
+    planes = [
+        ndimage.map_coordinates(plane, [from_y, from_x], order=3, mode="reflect") for plane in edited.transpose(2, 0, 1)
+    ]
+    seen = tensor(np.stack(planes, axis=-1).clip(0.0, 1.0) ** 1.1 * 0.95 + 0.02)
+    down, right = smooth_drift(height, width, y, x)
+    outside = ~ndimage.binary_dilation(mask, iterations=8)
+    errors = {}
+    for with_flow in (False, True):
+        found = registrations.register(tensor(image), seen, with_flow)
+        grid = registrations.sampling_grid(found.transform.matrix(), (height, width), (0, height), found.flow).numpy()
+        places = (grid + 1.0) * (width / 2, height / 2) - 0.5
+        errors[with_flow] = np.hypot(places[..., 0] - x - right, places[..., 1] - y - down)[outside].mean()
+    assert found.fault is None and errors[False] > 0.6 and errors[True] < 0.15
+    exact = registrations.register(tensor(image), tensor(edited), True)
+    assert exact.flow is not None and float(exact.flow.abs().max()) * width / 2 < 0.5
+
+
 def test_a_pure_shift_is_what_scikit_image_finds() -> None:
     image = photo("astronaut")
     true = registrations.Transform(shift_x=3.4, shift_y=-2.6)
@@ -98,8 +133,9 @@ def test_an_edit_cropped_to_another_aspect_and_size_returns_to_the_original() ->
 
 @pytest.mark.parametrize("pair", [("astronaut", "coffee"), ("cat", "rocket"), ("rocket", "astronaut")])
 def test_another_image_is_not_registered(pair: tuple[str, str]) -> None:
-    found = registrations.register(*(tensor(photo(name)) for name in pair))
-    assert found.fault is not None and found.fault.endswith(".")
+    for with_flow in (False, True):
+        found = registrations.register(tensor(photo(pair[0])), tensor(photo(pair[1])), with_flow)
+        assert found.fault is not None and found.fault.endswith(".")
 
 
 @pytest.mark.parametrize("shift", [(3, 0), (0, -2)])

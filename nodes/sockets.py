@@ -62,7 +62,8 @@ def schema(*, category: str, search_aliases: list[str], advanced: Sequence[str] 
         if widget.id in advanced:  # widgets of ComfyUI 0.3.75 accept no such argument, but pass on extra fields
             widget.extra_dict = {**widget.extra_dict, "advanced": True}
     for output in fields.get("outputs", ()):
-        output.display_name = output.display_name or output.id.replace("_", " ")
+        if output.display_name in (None, output.id):  # ComfyUI 0.33 fills in the id
+            output.display_name = output.id.replace("_", " ")
     return io.Schema(category=f"{CATEGORY}/{category}", hidden=[io.Hidden.unique_id], **fields)
 
 

@@ -1,6 +1,6 @@
 """Nodes of `pipelines.mcdm`."""
 
-from . import identity_words, pair_guider, pair_settings, pairs, portrait, train_mcdm
+from . import edit_mask, identity_words, pair_guider, pair_settings, pairs, portrait, train_mcdm
 
 NODES = [
     *identity_words.NODES,
@@ -8,5 +8,6 @@ NODES = [
     *pair_settings.NODES,
     *pairs.NODES,
     *portrait.NODES,
+    *edit_mask.NODES,
     *train_mcdm.NODES,
 ]

@@ -12,8 +12,8 @@ import folder_paths
 import numpy as np
 import pytest
 import torch
+from identity_edit_pack.nodes.mcdm import edit_mask, train_mcdm
 from identity_edit_pack.nodes.mcdm import portrait as nodes
-from identity_edit_pack.nodes.mcdm import train_mcdm
 from identity_edit_pack.pipelines.engine import edit_model
 from identity_edit_pack.pipelines.inversion.inversion import invert_image
 from identity_edit_pack.pipelines.mcdm import model as mcdm
@@ -111,7 +111,7 @@ def test_a_model_is_trained_saved_listed_and_edits_an_image(parts: Any, own_fold
     positive, negative, source, latent, about = condition(model, parts, name)
     assert "3 steps on 3 pairs" in about and "Warning" not in about
     assert latent["samples"].shape == (1, 4, 8, 8)
-    mask, contrast, mask_report = nodes.MCDMEditMask.execute(
+    mask, contrast, mask_report = edit_mask.MCDMEditMask.execute(
         model, positive, source, latent, 20, 10, 2, 0.0, 3, 0.35, 0
     ).args
     assert mask.shape == contrast.shape == (1, 64, 64) and "4 model calls" in mask_report
@@ -209,7 +209,9 @@ def test_diffedit_keeps_what_is_outside_of_the_mask() -> None:
     inversion = invert_image(model, latent, empty, steps=10)
     mask = torch.zeros(1, 64, 64)
     mask[:, :, :32] = 1.0
-    result, report = nodes.DiffEdit.execute(model, inversion, tiny_models.conditioning(1), empty, mask, 0.5, 4.0).args
+    result, report = edit_mask.DiffEdit.execute(
+        model, inversion, tiny_models.conditioning(1), empty, mask, 0.5, 4.0
+    ).args
     edited = result["samples"]
     assert "10 model calls; the mask covers 50%" in report
     kept = (edited - latent)[..., 4:]
@@ -222,8 +224,8 @@ def test_a_soft_border_is_a_gaussian_of_the_mask_and_off_by_default() -> None:
 
     arguments = [tiny_models.sd1(), tiny_models.conditioning(1), tiny_models.conditioning(2)]
     arguments += [{"samples": tiny_models.latent(3)}, 20, 10, 2, 0.0, 3, 0.35, 0]
-    hard = nodes.MCDMEditMask.execute(*arguments).args[0]
-    soft = nodes.MCDMEditMask.execute(*arguments, soft_border=4.0).args[0]
+    hard = edit_mask.MCDMEditMask.execute(*arguments).args[0]
+    soft = edit_mask.MCDMEditMask.execute(*arguments, soft_border=4.0).args[0]
     assert set(hard.unique().tolist()) == {0.0, 1.0}
     expected = gaussian_filter(hard[0].double().numpy(), 4.0, mode="nearest", truncate=3.0)
     assert float((soft[0].double() - torch.from_numpy(expected)).abs().max()) < 1e-5

@@ -63,11 +63,14 @@ class JointMutualAttention:
         network: the transformer.
         sites: the blocks in which keys and values are exchanged.
         masks: masks of the subject, see `MutualMasks`, or None. Text attends and is attended to as without masks.
+        keeps_background: instead of masking the attention, exchange keys and values outside the target's mask alone
+            (KV-Edit, Zhu et al. 2025).
     """
 
     network: Any
     sites: Mapping[LayerKey, Site]
     masks: MutualMasks | None = None
+    keeps_background: bool = False
     _recorded: _Recorded = field(default_factory=_Recorded)
 
     def recording(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
@@ -99,9 +102,15 @@ class JointMutualAttention:
         for uuid, *target in by_conditioning(options, key[:, :, attended.image], value[:, :, attended.image]):
             rows = self._recorded.of(site.key, uuid, tuple(target))
             for own, source in zip(target, rows, strict=True):
+                if self.keeps_background and self.masks is not None:
+                    mask, (count, device) = self.masks.target, (own.shape[0], own.device)
+                    edited = self.masks.on_grid(mask, uuid, attended.grid, count, device)
+                    source = torch.where(edited[:, None, :, None], own, source)
                 own.copy_(source)  # a view of the clones
         output = attend(attended.query, key, value)
-        return output if self.masks is None else self._masked(output, attended, key, value, attend, options)
+        if self.masks is None or self.keeps_background:
+            return output
+        return self._masked(output, attended, key, value, attend, options)
 
     def _masked(
         self,

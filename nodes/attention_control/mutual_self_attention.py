@@ -23,7 +23,7 @@ class MutualSelfAttention(io.ComfyNode):
             display_name="Mutual Self-Attention",
             category="attention control",
             search_aliases=["MasaCtrl", "non-rigid editing", "consistent editing", "reference attention"],
-            advanced=["start_layer"],
+            advanced=["start_layer", "exchange"],
             description=(
                 "Lets the self-attention of an edit attend to the inverted image (MasaCtrl, Cao et al. "
                 "2023): the layout follows the target prompt, the appearance comes from the image. No "
@@ -78,6 +78,15 @@ class MutualSelfAttention(io.ComfyNode):
                     "Mask of the subject's area in the edit. Connect both masks or neither.",
                     optional=True,
                 ),
+                io.Combo.Input(
+                    "exchange",
+                    options=list(mutual_self_attention.EXCHANGES),
+                    default=mutual_self_attention.IMAGE,
+                    optional=True,
+                    tooltip="Keys and values that come from the image. Background: outside target_mask alone, for flow "
+                    "models (KV-Edit, Zhu et al. 2025); with start_step and start_layer 0, and Identity-Aware Mask "
+                    "Blend as the sampler, which restores the background in each step.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -100,6 +109,7 @@ class MutualSelfAttention(io.ComfyNode):
         negative: Conditioning | None = None,
         source_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
+        exchange: str = mutual_self_attention.IMAGE,
     ) -> io.NodeOutput:
         if takes_all(start_step, inversion.steps):
             show_warnings(
@@ -117,6 +127,7 @@ class MutualSelfAttention(io.ComfyNode):
                 start_layer=start_layer,
                 source_mask=source_mask,
                 target_mask=target_mask,
+                exchange=exchange,
             )
         )
 

@@ -20,11 +20,14 @@ from ..inversion.inversion import Inversion, check_inversion, check_sampled_late
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, single_embedding
 from ..shared.errors import IdentityEditError, check_batch_matches
-from ..shared.input_checks import check_number
+from ..shared.input_checks import check_choice, check_number
 from ..shared.masks import as_masks, cut_to
 
 START_STEP = 0.08
 """4 of 50 steps in the reference implementation, as a fraction."""
+
+IMAGE, BACKGROUND = "image", "background"
+EXCHANGES = (IMAGE, BACKGROUND)
 
 _KEY = "identity_edit_mutual_self_attention"
 _SOURCE_SIDES: tuple[str, ...] = ("positive", "middle")
@@ -39,6 +42,7 @@ def mutual_self_attention(
     start_layer: int = AUTOMATIC,
     source_mask: torch.Tensor | None = None,
     target_mask: torch.Tensor | None = None,
+    exchange: str = IMAGE,
 ) -> Model:
     """A clone of `model` whose self-attention takes its keys and values from an inverted image.
 
@@ -59,6 +63,9 @@ def mutual_self_attention(
         start_layer: see `mutual_layers`; with joint attention `mutual_blocks`.
         source_mask, target_mask: MASK [1 or B, H, W] of the subject in the source and of its intended place in the
             target; subject then attends to subject and background to background. Both or neither.
+        exchange: IMAGE, or with joint attention BACKGROUND, which takes keys and values outside `target_mask` alone
+            from the source (KV-Edit, Zhu et al. 2025). KV-Edit does so in all blocks and steps, and resets the latent
+            there in each step, as Identity-Aware Mask Blend does.
 
     Raises:
         IdentityEditError: when an input cannot be used; while sampling, for another size, batch or noise level.
@@ -67,6 +74,17 @@ def mutual_self_attention(
     check_inversion(inversion, model)
     check_number(start_step, "start_step", 0.0, 1.0)
     prompts = _source_prompts(model, source, negative, inversion.batch)
+    check_choice(exchange, "exchange", EXCHANGES)
+    keeps_background = exchange == BACKGROUND
+    if keeps_background and not engine.is_joint(model):
+        raise IdentityEditError(
+            "exchange is background, which needs a model with joint attention (such as Flux); choose image, or load "
+            "another checkpoint."
+        )
+    if keeps_background and target_mask is None:
+        raise IdentityEditError("exchange is background but there is no target_mask; connect one, or choose image.")
+    if keeps_background:
+        source_mask = target_mask
     if (source_mask is None) != (target_mask is None):
         raise IdentityEditError(
             "Only one of source_mask and target_mask is connected; connect both, or neither for edits without masks."
@@ -94,7 +112,9 @@ def mutual_self_attention(
         conds = guider.conds
         masks_now = None if masks is None else _mutual_masks(*masks, x, conds)
         features: SourceFeatures | JointMutualAttention = (
-            JointMutualAttention(network, blocks, masks_now) if is_joint else SourceFeatures(layers, masks_now)
+            JointMutualAttention(network, blocks, masks_now, keeps_background)
+            if is_joint
+            else SourceFeatures(layers, masks_now)
         )
         # Evaluate the source at the same noise level, only to record its activations.
         base = guider.inner_model

@@ -161,6 +161,30 @@ def test_masks_part_subject_and_background(network: Network, called: list[Call])
     assert torch.allclose(target[0].output, attention(target[0].q, k, v, allowed), atol=1e-4)
 
 
+def test_the_background_alone_is_kept(network: Network, called: list[Call]) -> None:
+    """Keys and values outside the edited area are the source's, inside the target's own."""
+    model, latent = network.model(), network.latent(3, 2)
+    height, width = latent.shape[-2:]
+    mask = torch.zeros(1, height, width)
+    mask[:, 2:5, 4:10] = 1  # rows 1 and 2, columns 2 to 4 of the grid
+
+    def exchange(conds: dict[str, Any]) -> JointMutualAttention:
+        entries = {entry["uuid"]: entry for side in conds.values() for entry in side}
+        masks = MutualMasks(mask, mask, entries, height, width)
+        return JointMutualAttention(model.model.diffusion_model, sites_of(model, 0), masks, keeps_background=True)
+
+    run(model, latent, exchange)
+    source, target = source_and_target(called, network)
+    inside = [network.image + 6 * row + column for row in (1, 2) for column in (2, 3, 4)]
+    image = slice(network.image, network.image + CELLS)
+    mixed = []
+    for own, other in ((target[0].k, source[0].k), (target[0].v, source[0].v)):
+        rows = with_image_rows(own, other, image, slice(None))
+        rows[:, :, inside] = own[:, :, inside]
+        mixed.append(rows)
+    assert torch.allclose(target[0].output, attention(target[0].q, *mixed), atol=1e-4)
+
+
 def control(model: Any, conds: Any, sites: Any, network: Network, **options: Any) -> JointControl:
     entries = {entry["uuid"]: entry for entry in conds["positive"]}
     return JointControl(model.model.diffusion_model, sites, entries, 7, 12, **options)

@@ -432,6 +432,8 @@ def test_bad_inputs_are_refused() -> None:
     mask = torch.ones(1, HEIGHT, WIDTH)
     with pytest.raises(IdentityEditError, match="Only one of source_mask and target_mask"):
         mutual_self_attention(model, pivot, SOURCE, source_mask=mask)
+    with pytest.raises(IdentityEditError, match="exchange is background, which needs a model with joint attention"):
+        mutual_self_attention(model, pivot, SOURCE, target_mask=mask, exchange="background")
     with pytest.raises(IdentityEditError, match="start_step is 4"):
         mutual_self_attention(model, pivot, SOURCE, start_step=4)
     with pytest.raises(IdentityEditError, match="start_layer is 99"):

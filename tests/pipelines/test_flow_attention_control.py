@@ -13,9 +13,14 @@ import torch
 from identity_edit_pack.attention.joint import joint_sites
 from identity_edit_pack.attention.joint_exchange import JointControl, JointMutualAttention
 from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
+from identity_edit_pack.pipelines.attention_control.mutual_self_attention import (
+    BACKGROUND,
+    IMAGE,
+    mutual_self_attention,
+)
 from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import ControlSettings, encode, prompt_to_prompt
 from identity_edit_pack.pipelines.inversion.inversion import Inversion, invert_image
+from identity_edit_pack.pipelines.lipe.identity_mask_blend import identity_mask_blend
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from tiny_models import relative_error
 
@@ -208,11 +213,47 @@ def test_masks_of_mutual_self_attention(model: Any, pivot: Inversion) -> None:
     assert relative_error(results[1], results[0]) < 1e-5 and relative_error(results[2], results[0]) > 1e-3
 
 
+def test_the_kept_background_of_an_edit(model: Any, pivot: Inversion) -> None:
+    """All of the image edited: nothing is exchanged; nothing edited: the whole image is."""
+    target, mask = encode(CLIP, TARGET), torch.ones(1, 64, 64)
+
+    def edited(exchange: str, area: Any, source_mask: Any = None) -> torch.Tensor:
+        attending = mutual_self_attention(model, pivot, encode(CLIP, SOURCE), None, 0.0, 0, source_mask, area, exchange)
+        return from_inversion(attending, pivot, target)
+
+    assert relative_error(edited(BACKGROUND, mask), from_inversion(model, pivot, target)) < 1e-5
+    assert relative_error(edited(BACKGROUND, 0 * mask), edited(IMAGE, None)) < 1e-5
+    mask[:, :, 32:] = 0
+    assert relative_error(edited(BACKGROUND, mask), edited(IMAGE, None)) > 3e-5
+
+
+def test_an_edit_with_the_kept_background_of_every_step(model: Any, pivot: Inversion) -> None:
+    """KV-Edit: the mask blend restores the background's latent, the exchange its keys and values."""
+    target, mask = encode(CLIP, TARGET), torch.zeros(1, 64, 64)
+    mask[:, :32] = 1
+    attending = mutual_self_attention(
+        model, pivot, encode(CLIP, SOURCE), None, 0.0, 0, target_mask=mask, exchange=BACKGROUND
+    )
+    results = [
+        identity_mask_blend(
+            each, pivot, encode(CLIP, SOURCE), target, None, NEGATIVE, guidance_scale=3.0, source_mask=mask,
+            target_mask=mask,
+        ).latent
+        for each in (attending, model)
+    ]  # fmt: skip
+    image = pivot.end_latent(model)
+    assert torch.equal(results[0][..., 4:, :], image[..., 4:, :]) and torch.equal(
+        results[1][..., 4:, :], image[..., 4:, :]
+    )
+    assert relative_error(results[0][..., :4, :], results[1][..., :4, :]) > 3e-5
+
+
 def test_what_mutual_self_attention_cannot_do_is_named(model: Any, pivot: Inversion) -> None:
     count = len(joint_sites(model.model.diffusion_model))
     refused = [
         ({"start_layer": count}, f"start_layer is {count} but the model has {count} blocks with joint attention"),
         ({"source_mask": torch.ones(1, 64, 64)}, "Only one of source_mask and target_mask"),
+        ({"exchange": BACKGROUND}, "exchange is background but there is no target_mask"),
     ]
     for options, words in refused:
         with pytest.raises(IdentityEditError, match=words):

@@ -35,6 +35,8 @@ SEED_DEVIATIONS = 5.0
 """[choice] Deviations of the noise, in its logarithm, from which a pixel has certainly changed."""
 GROW_DEVIATIONS = 2.6
 """[choice] The same for pixels connected with such a pixel."""
+OBVIOUS = 0.1
+"""[choice] Difference, 0 to 1, that is no noise."""
 LEAST_NOISE = 1.0 / 255.0
 """Rounding to eight bits; smaller differences are none."""
 SEED_LEAST, GROW_LEAST = 0.05, 0.025
@@ -95,7 +97,11 @@ def find_change(
 
     reached = covered.numpy()
     maps = list(_at_scales(original.numpy(), edited.numpy()))
-    unchanged = reached if guess is None else reached & ~guess.numpy()
+    if guess is None:  # without obvious changes, of which there may be more than of everything else
+        size = maps[FINE][1]
+        unchanged = reached & (size < max(OBVIOUS, 5.0 * float(np.quantile(size[reached], 0.2))))
+    else:
+        unchanged = reached & ~guess.numpy()
     factor = 2.0**-sensitivity
     mask = np.zeros(reached.shape, bool)
     for time in range(2 if guess is None else 1):

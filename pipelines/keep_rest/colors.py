@@ -16,6 +16,10 @@ CURVATURE = 0.06
 """[choice] Largest distance of the curve from the line, 0 to 1. A freer one colors a new object like what it hides."""
 RIDGE = 5e-5
 """[choice] Pull of the curve towards the line, which decides colors that the unchanged part does not have."""
+SAME_COLOR = 0.02
+"""[choice] Largest difference of a color that did not change."""
+CONTRADICTED = 0.1
+"""[choice] Share of pixels that have their colors still, and would lose them, which no cast leaves."""
 LARGEST_CAST = 0.15
 """[choice] Largest mean change that is a cast; a larger one was asked for ("make it night")."""
 
@@ -45,8 +49,9 @@ def no_change() -> ColorMap:
     return ColorMap(torch.zeros(3), torch.zeros(3), torch.zeros(10, 3), 0.0)
 
 
-def fit_colors(original: torch.Tensor, edited: torch.Tensor, weight: torch.Tensor) -> ColorMap:
-    """The map from an edit's colors to the original's.
+def fit_colors(original: torch.Tensor, edited: torch.Tensor, weight: torch.Tensor) -> ColorMap | None:
+    """The map from an edit's colors to the original's; None if much has its colors still, so that an edit of most of
+    the image looks like a cast.
 
     Args:
         original, edited: [H, W, 3], 0 to 1, registered; slightly blurred, so that noise does not flatten the map.
@@ -69,6 +74,9 @@ def fit_colors(original: torch.Tensor, edited: torch.Tensor, weight: torch.Tenso
         gain = gain.clamp(-0.6, 1.5)
         offset = centers[1] - gain * centers[0]
     error = (offset + gain * colors - change).abs().amax(dim=-1)
+    has_its_color = (change.abs().amax(dim=-1) < SAME_COLOR) & (error > 2.0 * SAME_COLOR)
+    if float(weight[has_its_color].sum()) > CONTRADICTED * float(weight.sum()):
+        return None
     kept = weight * (1.0 - (error / (2.0 * CURVATURE)).square()).clamp(min=0.0).square() + 1e-9
     basis = _basis(colors)
     scaled = basis * kept[:, None] / kept.sum()

@@ -13,7 +13,7 @@ from ..shared.images import as_color
 from ..shared.masks import of_size
 from .blending import LARGEST_STEP, ROWS, membrane, soft_mask
 from .change import EVERYTHING, find_change, likely_unchanged, smooth
-from .colors import LARGEST_CAST, ColorMap, fit_colors, no_change
+from .colors import LARGEST_CAST, SAME_COLOR, ColorMap, fit_colors, no_change
 from .registration import Transform, matching, planes, sampling_grid
 
 CLIPPED = 0.975
@@ -100,14 +100,19 @@ def keep_rest(
     half = tuple(-(-side // 2) for side in size)
     small = _reduced(first, half), _reduced(second, half)
     here = of_size(covered[None].float(), *half)[0] == 1.0
-    colors, warning = no_change(), None
+    colors, warning, guess = no_change(), None, None
     if undo_cast:
-        colors, warning = _colors(*small, likely_unchanged(*small) * here)
+        found, warning = _colors(*small, likely_unchanged(*small) * here)
+        if found is None:
+            guess, undo_cast = (small[0] - small[1]).abs().amax(dim=-1) > 2.0 * SAME_COLOR, False
+        else:
+            colors = found
     corrected = _corrected(*small, here, colors)
-    guess = find_change(small[0], _unclipped(*small, corrected), here, balance).mask
+    guess = find_change(small[0], _unclipped(*small, corrected), here, balance, guess).mask
     if undo_cast and warning is None:
         near = max_pool2d(guess[None].float(), 7, 1, 3)[0]  # blurred with the change
-        colors, warning = _colors(*small, here * (1.0 - near))
+        found, warning = _colors(*small, here * (1.0 - near))
+        colors = found or no_change()
     guess = of_size(guess[None].float(), *size)[0] > 0.0
     corrected = _corrected(first, second, covered, colors)
     change = find_change(first, _unclipped(first, second, corrected), covered, balance, guess)
@@ -183,10 +188,10 @@ def _corrected(first: torch.Tensor, second: torch.Tensor, covered: torch.Tensor,
     return torch.where(covered[..., None], colors(second), first)
 
 
-def _colors(first: torch.Tensor, second: torch.Tensor, unchanged: torch.Tensor) -> tuple[ColorMap, str | None]:
+def _colors(first: torch.Tensor, second: torch.Tensor, unchanged: torch.Tensor) -> tuple[ColorMap | None, str | None]:
     blurred = [torch.from_numpy(smooth(each.movedim(-1, 0).numpy(), 1.0)).movedim(0, -1) for each in (first, second)]
     colors = fit_colors(blurred[0], blurred[1], unchanged)
-    if colors.cast > LARGEST_CAST:
+    if colors is not None and colors.cast > LARGEST_CAST:
         return no_change(), (
             f"The colors of the whole image changed by {colors.cast:.0%}, more than an editor's cast, and are left as "
             f"the edit has them."

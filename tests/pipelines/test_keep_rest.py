@@ -191,6 +191,16 @@ def test_an_edit_that_changed_everything_is_returned_with_a_warning() -> None:
     assert torch.equal(result.image, other) and result.warning
 
 
+def test_an_edit_of_more_than_half_of_the_image_is_found() -> None:
+    image = photo("rocket")
+    height, width = image.shape[:2]
+    edited, mask = image.copy(), np.zeros((height, width), bool)
+    mask[:, : width * 3 // 5] = True
+    edited[mask] = np.resize(photo("coffee"), image.shape)[mask]
+    result = pipeline.keep_rest(tensor(image), tensor(edited * 0.99 + 0.004))
+    assert result.mask.numpy()[mask].mean() > 0.98 and result.mask.numpy()[~mask].mean() < 0.1
+
+
 def test_alpha_and_gray_are_kept() -> None:
     image = photo("astronaut")
     edited, _ = with_disc(image, 0.15, (0.5, 0.5))

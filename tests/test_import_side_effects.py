@@ -191,9 +191,9 @@ def test_only_the_documented_folders_are_registered(noted: Any) -> None:
         assert after["extensions"][name] == before["extensions"][name]
 
 
-def test_only_three_model_families_are_added(noted: Any) -> None:
+def test_only_four_model_families_are_added(noted: Any) -> None:
     before, after, _ = (one["families"] for one in noted)
-    added = ["SD20InstructPix2Pix", "DemoWorldInstructPix2Pix", "DemoWorld"]
+    added = ["SD20InstructPix2Pix", "DemoWorldInstructPix2Pix", "DemoWorld", "DemoWorldFlow"]
     assert [family for family in after if family not in added] == before
     assert [family for family in after if family in added] == added
 

@@ -35,7 +35,7 @@ REFUSED: dict[str, set[str]] = {
         *NOT_FINITE, "no tokens", "no batch", "without a batch", "four dimensions", "empty", "no embedding",
         "an entry without options", "an empty entry", "pooled nan", "a tuple", "None",
     },
-    "MODEL": {"a flow model", "like SD3", "None"},
+    "MODEL": {"None"},
     "CLIP": {"None"},
     "VAE": {"None"},
     "CLIP_VISION": {"None"},

@@ -83,6 +83,18 @@ def aura_flow(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.Mo
     return _patcher(comfy.supported_models.AuraFlow, comfy.model_base.AuraFlow, network, seed, output_gain)
 
 
+def hidream(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    """Takes a text of a language model with three layers beside the embedding."""
+    network = {
+        "image_model": "hidream", "patch_size": 2, "in_channels": CHANNELS, "out_channels": CHANNELS, "num_layers": 1,
+        "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
+        "caption_channels": [CONTEXT, CONTEXT], "text_emb_dim": POOLED, "num_routed_experts": 2,
+        "num_activated_experts": 1, "axes_dims_rope": (8, 12, 12), "max_resolution": (32, 32),
+        "llama_layers": [0, 1, 2],
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.HiDream, comfy.model_base.HiDream, network, seed, output_gain)
+
+
 FAMILIES: dict[str, Any] = {"flux": flux, "sd3": sd3}
 """Two families with all that tests of a technique need to meet."""
 ALL: dict[str, Any] = {

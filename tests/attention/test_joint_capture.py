@@ -4,11 +4,13 @@ and recording changes no bit of what is sampled."""
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import comfy.model_base
 import comfy.samplers
 import pytest
+import tiny_flow_models
 import tiny_joint_networks
 import tiny_models
 import torch
@@ -183,7 +185,7 @@ def test_few_steps_are_evaluated(called: list[Call]) -> None:
 
 def test_texts_padded_at_the_start() -> None:
     """Flux.2 gets texts of at least 512 tokens, whose last ones are the prompt's."""
-    network = replace(NETWORKS["flux"], base=comfy.model_base.Flux2)
+    network = replace(NETWORKS["flux"], make=partial(tiny_flow_models.flux, base=comfy.model_base.Flux2))
     model, latent = network.model(), network.latent(4)
     padded = [[torch.nn.functional.pad(IDENTITY[0][0], (0, 0, 512 - TOKENS, 0)), IDENTITY[0][1]]]
     found = []

@@ -161,8 +161,8 @@ MUTATIONS = [
     ),
     Mutation(
         "a flow's path",
-        "FLOW = NoisePath(lambda sigma: 1.0 - sigma, alpha_slope=-1.0)",
-        "FLOW = NoisePath(lambda sigma: 1.0, alpha_slope=-1.0)",
+        "FLOW = NoisePath(lambda sigma: 1.0 - sigma, -1.0,",
+        "FLOW = NoisePath(lambda sigma: 1.0, -1.0,",
         ("test_families.py",),
     ),
     Mutation(
@@ -173,7 +173,7 @@ MUTATIONS = [
     ),
     Mutation(
         "text twice in joint attention",
-        'model_conds["c_crossattn"] = kind(embedding)',
+        "model_conds = _with_joint_text(base, model_conds, embedding, pooled)",
         'model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(embedding)',
         ("test_families.py",),
     ),
@@ -209,8 +209,8 @@ MUTATIONS = [
     ),
     Mutation(
         "blend inside out",
-        "m.unsqueeze(1) * x_next + (1 - m.unsqueeze(1)) * outside",
-        "(1 - m.unsqueeze(1)) * x_next + m.unsqueeze(1) * outside",
+        "m * x_next + (1 - m) * inversion.trajectory[i + 1].to(x)",
+        "(1 - m) * x_next + m * inversion.trajectory[i + 1].to(x)",
         ("test_identity_mask_blend.py",),
     ),
     Mutation(

@@ -173,9 +173,39 @@ MUTATIONS = [
     ),
     Mutation(
         "text twice in joint attention",
-        "model_conds = _with_joint_text(base, model_conds, embedding, pooled)",
-        'model_conds["c_crossattn"] = comfy.conds.CONDCrossAttn(embedding)',
-        ("test_families.py",),
+        'changed = {name: made[name] for name in ("c_crossattn", "num_tokens", "y") if name in made}',
+        'changed = {"c_crossattn": comfy.conds.CONDCrossAttn(embedding)}',
+        ("test_inversion_methods.py",),
+    ),
+    Mutation(
+        "the level of a fixed point",
+        "denoised = estimate(y, s_next)",
+        "denoised = estimate(y, s)",
+        ("test_inversion_methods.py",),
+    ),
+    Mutation(
+        "FlowEdit's latent of the target",
+        "z_tar = z + z_src - x_src",
+        "z_tar = z_src",
+        ("test_flow_editing.py",),
+    ),
+    Mutation(
+        "drift of the source in direct inversion",
+        "s, s_next) + deviation",
+        "s, s_next)",
+        ("test_flow_editing.py",),
+    ),
+    Mutation(
+        "an inversion as noise at full weight",
+        "return (x - start(zero.clone(), latent)) / weight",
+        "return x - start(zero.clone(), latent)",
+        ("test_inversion_methods.py",),
+    ),
+    Mutation(
+        "inputs of a recomputed block",
+        "_copied if change_inputs else _copy_of_dictionary",
+        "_copy_of_dictionary",
+        ("test_flow_gradients.py",),
     ),
     Mutation(
         "one noise for all steps",

@@ -246,7 +246,7 @@ def models() -> Variants:
 def _flow_model(channels: int) -> Any:
     config = comfy.supported_models.SD15(tiny_models._unet_config(in_channels=channels, out_channels=channels))
     if channels == 16:
-        config.latent_format = comfy.latent_formats.SD3
+        config.latent_format = comfy.latent_formats.SD3()
     config.set_inference_dtype(torch.float32, None)
     flow = comfy.model_base.ModelType.FLOW
     return tiny_models._patcher(comfy.model_base.BaseModel(config, flow, device=torch.device("cpu")), 0, 1.0)

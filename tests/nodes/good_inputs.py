@@ -225,7 +225,8 @@ class World:
 
     def example(self, kind: str) -> Any:
         """A value for a socket that a node's good inputs leave free."""
-        return {"IMAGE": self.images, "W_PLUS": self.w_plus, "SUBJECT_IMAGES": self.subject}.get(kind)
+        examples = {"IMAGE": self.images, "W_PLUS": self.w_plus, "SUBJECT_IMAGES": self.subject}
+        return {**examples, "SIGMAS": torch.tensor([14.0, 3.0, 0.0])}.get(kind)
 
     # -- files ---------------------------------------------------------------------------------------------------------
 

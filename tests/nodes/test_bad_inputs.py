@@ -78,6 +78,9 @@ def use(name: str, outputs: tuple[Any, ...], world: World) -> tuple[Any, ...]:
     latent = world.inversion.start_latent(world.model)
     if name == "PairGuider":
         latent = torch.cat([latent, latent], dim=3)
+    channels = guider.model_patcher.get_model_object("latent_format").latent_channels
+    if latent.shape[1] != channels:  # a model of another family, with a latent of its own
+        latent = latent[:, :1].expand(-1, channels, -1, -1)
     sampler = comfy.samplers.sampler_object("euler")
     return (guider.sample(torch.zeros_like(latent), latent, sampler, world.sigmas, disable_pbar=True, seed=7),)
 

@@ -46,7 +46,7 @@ class MCDMEditMask(io.ComfyNode):
                 "checkpoint this is DiffEdit's mask (Couairon et al. 2023)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A trained MCDM, or any Stable Diffusion 1.x, 2.x or XL model."),
+                io.Model.Input("model", tooltip="A trained MCDM, or any Stable Diffusion or flow model."),
                 io.Conditioning.Input(
                     "target", tooltip="Prompt for the edited image: positive of MCDM Conditioner, or CLIP Text Encode."
                 ),

@@ -57,7 +57,11 @@ class PairGuider(io.ComfyNode):
                 "width: composable guidance with a shared, a source and a target prompt (Chen et al. 2024, eq. 2)."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model (noise or v-prediction)."),
+                io.Model.Input(
+                    "model",
+                    tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion "
+                    "3, Qwen-Image, Z-Image and similar).",
+                ),
                 io.Conditioning.Input(
                     "shared", tooltip="Prompt for both halves, p: 'the same woman on the left and right'."
                 ),

@@ -102,20 +102,20 @@ def edit_mask(
         IdentityEditError: when an input cannot be used.
     """
     settings = settings or EditMaskSettings()
-    family = engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
+    family = engine.require(model)
     table = family.sampling.sigmas.detach().float().cpu()
     sigma = table[round((table.shape[0] - 1) * settings.noise_steps / settings.steps)]
 
     def find(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> EditMask:
         level = sigma.to(evaluator.device)
-        total = torch.zeros_like(z_0[:, 0])
+        total = torch.zeros_like(z_0.mean(dim=1))
         for i in range(settings.seeds):
             noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(seed + i))
             x = family.noise_path.noised(z_0, noise.to(z_0), level)
             with_target, with_source = evaluator.both(x, level)
             total += (with_target - with_source).abs().mean(dim=1)  # over the channels
             evaluator.report(i, with_target, x, settings.seeds)
-        difference = (total / settings.seeds).cpu()
+        difference = (total / settings.seeds).cpu().reshape(-1, *z_0.shape[-2:])  # a single frame, if it has frames
         if settings.outliers > 0.0:
             mean = difference.mean(dim=(1, 2), keepdim=True)
             difference = torch.minimum(difference, settings.outliers * mean)

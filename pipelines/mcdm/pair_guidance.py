@@ -85,7 +85,7 @@ def pair_guider(
     Raises:
         IdentityEditError: when an input cannot be used; while sampling, for a latent of odd width.
     """
-    engine.require(model, engine.Capability.DISCRETE_TIMESTEPS)
+    engine.require(model)
     weights = {SHARED: shared_weight, SOURCE: source_weight, TARGET: target_weight}
     for name, value in {"guidance_scale": guidance_scale, **weights}.items():
         if not math.isfinite(value):

@@ -22,6 +22,7 @@ WORKING = {
     "IdentityAwareMaskBlend", "SegmentSubject", "DiffEdit",
     "ApplySubject", "MutualSelfAttention",
     "SourceTargetGuider", "DirectInversionSampler", "OptimizeTextEmbedding",
+    "MCDMEditMask", "PairGuider",
 }  # fmt: skip
 
 

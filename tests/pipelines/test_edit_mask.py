@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_flow_models
 import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.mcdm import edit_mask as edit_masks
 from identity_edit_pack.pipelines.mcdm.edit_mask import EditMaskSettings, edit_mask
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+
+from .test_inversion_methods import velocity_of
 
 
 def unipc_masks(
@@ -59,6 +62,26 @@ def test_masks_are_those_of_the_papers_steps(settings: EditMaskSettings):
     assert float((found.mask == expected).float().mean()) >= 0.999
     assert 0.02 < float(found.mask.mean()) < 0.98
     assert found.evaluations == 2 * settings.seeds and found.warning is None
+
+
+@pytest.mark.parametrize("family", tiny_flow_models.ALL)
+def test_masks_of_a_flow_model_are_differences_of_velocities(family: str):
+    """At half of the model's own levels, averaged over three noise samples; the velocities differ as the estimates."""
+    model = tiny_flow_models.ALL[family]()
+    latent = tiny_flow_models.latent_for(model, 3, 2)
+    target, source = tiny_models.conditioning(1), tiny_models.conditioning(2)
+    found = edit_mask(model, target, source, latent, EditMaskSettings(seeds=3, kernel=1), seed=5)
+    levels = model.get_model_object("model_sampling").sigmas
+    sigma = levels[round((len(levels) - 1) / 2)].double()
+    z_0 = engine.to_model_scale(model, latent).double()
+    total = torch.zeros(2, *latent.shape[-2:], dtype=torch.float64)
+    for i in range(3):
+        noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(5 + i)).double()
+        x = (1 - sigma) * z_0 + sigma * noise
+        with_target, with_source = (velocity_of(model, prompt)(x, sigma) for prompt in (target, source))
+        total += (with_target - with_source).abs().mean(dim=1).reshape(total.shape)
+    low, high = (total.amin(dim=(1, 2), keepdim=True), total.amax(dim=(1, 2), keepdim=True))
+    torch.testing.assert_close(found.contrast.double(), (total - low) / (high - low), atol=1e-3, rtol=0)
 
 
 def test_a_mask_is_the_same_again_and_another_for_another_seed():

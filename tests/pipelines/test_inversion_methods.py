@@ -38,11 +38,10 @@ def image(model: Any, batch: int = 1) -> torch.Tensor:
 
 def velocity_of(model: Any, prompt: Any) -> Any:
     """(x, sigma) -> v in float64, from ComfyUI's own estimate of z_0."""
-    noise = torch.zeros_like(image(model))
     results: list[torch.Tensor] = []
 
     def velocity(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        sigma = sigma.clamp(min=1e-3)
+        sigma, noise = sigma.clamp(min=1e-3), torch.zeros(x.shape)
 
         def evaluate(wrap: Any, x_: Any, sigmas: Any, extra_args: Any = None, **_: Any) -> torch.Tensor:
             results.append(wrap(x.float(), sigma.float().expand(x.shape[0]), **extra_args))

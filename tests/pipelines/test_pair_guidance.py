@@ -10,7 +10,7 @@ from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.mcdm.pair_dataset import Poses, with_pose
 from identity_edit_pack.pipelines.mcdm.pair_guidance import doubled, halves, pair_estimate, pair_guider
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.tests import tiny_models
+from identity_edit_pack.tests import tiny_flow_models, tiny_models
 
 NAMES = ("shared", "source", "target", "negative")
 
@@ -75,25 +75,31 @@ def test_random_predictions_are_combined_by_the_formula(weights) -> None:
     assert denoised.dtype == torch.float32 and guider.evaluations == 4
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+FAMILIES = {**tiny_models.FAMILIES, **tiny_flow_models.ALL}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_it_equals_four_evaluations_of_ones_own(family) -> None:
-    model = tiny_models.FAMILIES[family]()
+    model = FAMILIES[family]()
     given = conditionings()
-    x, denoised = evaluate(pair_guider(model, **given))
+    is_flow = family in tiny_flow_models.ALL
+    latent = tiny_flow_models.latent_for(model, 2, 2) if is_flow else tiny_models.latent(2, 2)
+    sigma, shape = 0.6 if is_flow else 3.0, (*latent.shape[:-2], 6, 20)
+    x, denoised = evaluate(pair_guider(model, **given), shape, sigma)
     estimates = {}
     for name, conditioning in given.items():
 
         def alone(evaluator, latent):
-            return evaluator.denoised(x, torch.tensor(3.0))
+            return evaluator.denoised(x, torch.tensor(sigma))
 
         estimates[name] = engine.run_loop(
-            model, conditioning, None, torch.zeros_like(x), torch.tensor([3.0, 0.0]), alone
+            model, conditioning, None, torch.zeros_like(x), torch.tensor([sigma, 0.0]), alone
         )
-    expected = literal(x, estimates, 3.0, 7.5, (0.1, 0.9, 0.9))
+    expected = literal(x, estimates, sigma, 7.5, (0.1, 0.9, 0.9))
     assert torch.allclose(denoised.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
     # Each half depends on its own prompt and the other's prompt not at all, but through the network.
     other = {**given, "target": tiny_models.conditioning(9)}
-    _, changed = evaluate(pair_guider(model, **other))
+    _, changed = evaluate(pair_guider(model, **other), shape, sigma)
     left, right = (changed - denoised).chunk(2, dim=-1)
     assert float(left.abs().max()) < 1e-4 * float(right.abs().max())
 

@@ -392,5 +392,5 @@ def images_in(folder: Path) -> tuple[Path, ...]:
     """The images of a folder by name, at least one."""
     found = sorted(path for path in folder.glob("*") if path.suffix.lower() in IMAGES and path.is_file())
     if not found:
-        raise IdentityEditError(f"{folder} holds no images; add the subject's.")
+        raise IdentityEditError(f"{folder} contains no images; add the subject's.")
     return tuple(found)

@@ -84,7 +84,7 @@ class EditedFolder:
         found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES and path.is_file())
         self.paths = {path.stem: path for path in reversed(found)}
         if not self.paths:
-            raise IdentityEditError(f"{folder} holds no images; choose the folder of edited images.")
+            raise IdentityEditError(f"{folder} contains no images; choose the folder of edited images.")
 
     def load(self, case: EditCase, size: int) -> torch.Tensor | None:
         """[1, size, size, 3], or None where the folder has no image of this case."""

@@ -83,7 +83,7 @@ def test_adaptive_null_text_keeps_guided_sampling_on_the_inversion(name: str) ->
     adaptive = error(null_text.ADAPTIVE, null_text.LEARNING_RATE)
     assert adaptive < 0.85 * relative_error(drifted, latent)
     assert adaptive < 0.9 * error(null_text.PAPER, null_text.LEARNING_RATE)
-    assert 0.8 * adaptive < error(null_text.ADAPTIVE, 10 * null_text.LEARNING_RATE) < 1.2 * adaptive
+    assert 0.6 * adaptive < error(null_text.ADAPTIVE, 10 * null_text.LEARNING_RATE) < 1.4 * adaptive
 
 
 def test_distilled_guidance_has_no_null_text() -> None:

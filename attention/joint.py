@@ -13,7 +13,8 @@ comfy/model_base.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT as StableDiffusion3
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel as QwenImage
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.sampler_helpers import convert_cond
 from einops import rearrange
 
 from .errors import IdentityEditError
@@ -110,6 +112,18 @@ def options_with_tap(model_options: dict[str, Any] | None, network: Any, key: st
     transformer["wrappers"] = wrappers
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _tapping(network, tap), transformer)
     return {**options, "transformer_options": transformer}
+
+
+@contextlib.contextmanager
+def side_prompts(guider: Any, prompts: Mapping[str, list[Any]]) -> Iterator[None]:
+    """Add CONDITIONINGs by name to a guider's, inside an OUTER_SAMPLE wrapper: ComfyUI prepares them like the sampled
+    prompts."""
+    guider.conds.update({name: convert_cond(prompt) for name, prompt in prompts.items()})
+    try:
+        yield
+    finally:
+        for name in prompts:
+            guider.conds.pop(name, None)
 
 
 def _tapping(network: Any, tap: Tap) -> Callable[..., torch.Tensor]:

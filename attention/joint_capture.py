@@ -15,11 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from comfy.sampler_helpers import convert_cond
 
 from .capture import MAXIMUM_SELF_ATTENTION_POSITIONS, IdentityAttention, Recorder, Run, check_columns
 from .errors import IdentityEditError
-from .joint import Attend, joint_sites, with_tap
+from .joint import Attend, joint_sites, side_prompts, with_tap
 from .maps import output_scores, standardized
 from .sites import AUTOMATIC, Attended, Site, choose_blocks
 
@@ -96,13 +95,8 @@ class _JointRecorder(Recorder):
         return Run(batch, height, width, chosen, chosen if self._attention.reads_self_attention else {})
 
     def _outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        guider = executor.class_obj
-        if self._prompt is not None:
-            guider.conds[_SIDE] = convert_cond(self._prompt)  # ComfyUI prepares it like the sampled prompts
-        try:
+        with side_prompts(executor.class_obj, {} if self._prompt is None else {_SIDE: self._prompt}):
             return super()._outer_sample(executor, noise, *args, **kwargs)
-        finally:
-            guider.conds.pop(_SIDE, None)
 
     def _evaluate(
         self, run: Run, guider: Any, side: int, executor: Any, network: Any, conds: Any, *args: Any, **kwargs: Any

@@ -36,7 +36,7 @@ from tqdm import tqdm
 from .edits import Pair, embed, mean_psnr, report_table, save_sheet, score_edits
 from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint
 from .orders import Cases, shared_options
-from .timestep_aware_edit import draw_pair
+from .timestep_aware_edit import batches_of_pairs
 
 COLUMNS = {
     "edit_done": "edit done",
@@ -201,12 +201,7 @@ def edit_batch(
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     checkpoint = load_checkpoint(arguments.checkpoint)
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    pairs = [draw_pair(seed, index) for seed in seeds for index in range(arguments.pairs)]
-    batches = {
-        f"pairs from {start} on": pairs[start : start + arguments.batch]
-        for start in range(0, len(pairs), arguments.batch)
-    }
+    batches = batches_of_pairs(arguments)
     cases = Cases(arguments, list(batches))
     for unit in tqdm(cases.left, unit="batch"):
         batch = batches[unit]

@@ -72,6 +72,14 @@ def draw_pair(seed: int, index: int) -> Pair:
     return render_pair(source, target, edited, EVALUATION_SEED + index)
 
 
+def batches_of_pairs(arguments: argparse.Namespace) -> dict[str, list[Pair]]:
+    """The pairs of all seeds, by the name of their batch."""
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    pairs = [draw_pair(seed, index) for seed in seeds for index in range(arguments.pairs)]
+    starts = range(0, len(pairs), arguments.batch)
+    return {f"pairs from {start} on": pairs[start : start + arguments.batch] for start in starts}
+
+
 def edit_batch(
     model: Any, clip: Any, vae: Any, pairs: list[Pair], arguments: argparse.Namespace
 ) -> dict[str, torch.Tensor]:
@@ -140,12 +148,7 @@ OPTIONS: Options = {
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     checkpoint = load_checkpoint(arguments.checkpoint)
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    pairs = [draw_pair(seed, index) for seed in seeds for index in range(arguments.pairs)]
-    batches = {
-        f"pairs from {start} on": pairs[start : start + arguments.batch]
-        for start in range(0, len(pairs), arguments.batch)
-    }
+    batches = batches_of_pairs(arguments)
     cases = Cases(arguments, list(batches))
     for unit in tqdm(cases.left, unit="batch"):
         batch = batches[unit]

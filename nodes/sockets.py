@@ -229,6 +229,15 @@ def seed_input(tooltip: str) -> io.Int.Input:
     return io.Int.Input("seed", default=0, min=0, max=SEED_MAXIMUM, control_after_generate=True, tooltip=tooltip)
 
 
+def any_model_input() -> io.Model.Input:
+    """The input `model` of nodes that work with every supported family."""
+    return io.Model.Input(
+        "model",
+        tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion 3, "
+        "Qwen-Image, Z-Image and similar).",
+    )
+
+
 def steps_input(default: int, most: int, tooltip: str, *, least: int = 1) -> io.Int.Input:
     return io.Int.Input("steps", default=default, min=least, max=most, tooltip=tooltip)
 

@@ -18,6 +18,7 @@ from ..pipelines.training.weights import ALL
 from .idle import first_said, joined, noise_mask_left_out, same_prompt
 from .sockets import (
     Inversion,
+    any_model_input,
     checked,
     checkpointing_input,
     fraction_input,
@@ -56,11 +57,7 @@ class OptimizeTextEmbedding(io.ComfyNode):
                 "so that interpolating back to the target prompt edits this image smoothly."
             ),
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion "
-                    "3, Qwen-Image, Z-Image and similar).",
-                ),
+                any_model_input(),
                 io.Latent.Input("latent", tooltip="Image to edit, from VAE Encode."),
                 io.Conditioning.Input(
                     "target",

@@ -197,8 +197,8 @@ MUTATIONS = [
     ),
     Mutation(
         "an inversion as noise at full weight",
-        "return (x - start(zero.clone(), latent)) / weight",
-        "return x - start(zero.clone(), latent)",
+        "return (x - start(zero.clone(), engine.image_of_run(self.model, latent))) / weight",
+        "return x - start(zero.clone(), engine.image_of_run(self.model, latent))",
         ("test_inversion_methods.py",),
     ),
     Mutation(

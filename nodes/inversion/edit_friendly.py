@@ -12,6 +12,7 @@ from ...pipelines.shared.conditioning import Conditioning
 from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
+    any_model_input,
     checked,
     guidance_scale_input,
     latent_samples,
@@ -38,11 +39,7 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
                 "DDPM Sampler."
             ),
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion "
-                    "3, Qwen-Image, Z-Image and similar).",
-                ),
+                any_model_input(),
                 io.Conditioning.Input("source", tooltip="Prompt that describes the original image."),
                 io.Latent.Input("latent", tooltip="Image to invert, from VAE Encode with the same checkpoint's VAE."),
                 steps_input(

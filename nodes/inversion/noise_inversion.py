@@ -17,6 +17,7 @@ from ...pipelines.shared.conditioning import Conditioning
 from ..idle import noise_mask_left_out
 from ..sockets import (
     Inversion,
+    any_model_input,
     checked,
     choice_of,
     guidance_scale_input,
@@ -63,11 +64,7 @@ class NoiseInversion(io.ComfyNode):
                 "a real image."
             ),
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion "
-                    "3, Qwen-Image, Z-Image and similar).",
-                ),
+                any_model_input(),
                 io.Conditioning.Input(
                     "source",
                     tooltip="Prompt that describes the original image. An empty prompt often preserves the "

@@ -11,7 +11,7 @@ from ...pipelines.mcdm import pair_guidance as guidance
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
 from ..idle import first_said, same_prompt
-from ..sockets import blocked, checked, schema, show_warnings
+from ..sockets import any_model_input, blocked, checked, schema, show_warnings
 
 
 def guidance_inputs() -> list[Any]:
@@ -57,11 +57,7 @@ class PairGuider(io.ComfyNode):
                 "width: composable guidance with a shared, a source and a target prompt (Chen et al. 2024, eq. 2)."
             ),
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="A Stable Diffusion 1.x, 2.x or XL model, or a flow model (Flux, Chroma, Stable Diffusion "
-                    "3, Qwen-Image, Z-Image and similar).",
-                ),
+                any_model_input(),
                 io.Conditioning.Input(
                     "shared", tooltip="Prompt for both halves, p: 'the same woman on the left and right'."
                 ),

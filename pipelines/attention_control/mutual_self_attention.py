@@ -75,8 +75,8 @@ def mutual_self_attention(
     check_number(start_step, "start_step", 0.0, 1.0)
     prompts = _source_prompts(model, source, negative, inversion.batch)
     check_choice(exchange, "exchange", EXCHANGES)
-    keeps_background = exchange == BACKGROUND
-    if keeps_background and not engine.is_joint(model):
+    keeps_background, is_joint = exchange == BACKGROUND, engine.is_joint(model)
+    if keeps_background and not is_joint:
         raise IdentityEditError(
             "exchange is background, which needs a model with joint attention (such as Flux); choose image, or load "
             "another checkpoint."
@@ -92,7 +92,7 @@ def mutual_self_attention(
     masks = None
     if source_mask is not None and target_mask is not None:
         masks = as_masks(source_mask, "source_mask"), as_masks(target_mask, "target_mask")
-    network, is_joint = model.get_model_object("diffusion_model"), engine.is_joint(model)
+    network = model.get_model_object("diffusion_model")
     layers = {} if is_joint else mutual_layers(network, start_layer)
     blocks = mutual_blocks(network, start_layer) if is_joint else {}
     first_step = round(start_step * inversion.steps)

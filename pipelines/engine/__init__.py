@@ -7,7 +7,7 @@ Everything works on a clone of the model; no global state is touched, and tempor
 Read on ComfyUI 0.3.75: comfy/samplers.py, comfy/sampler_helpers.py, comfy/model_patcher.py, execution.py.
 """
 
-from .editing import EditGuider, EditRun, EditSampler
+from .editing import EditGuider, EditRun, EditSampler, Estimate
 from .families.base import Capability, Family
 from .families.noise import FLOW, NoisePath
 from .families.registry import is_joint, require
@@ -21,9 +21,11 @@ from .model import (
     conditionings_of_the_prompt,
     conditionings_with_embedding,
     has_frames,
+    image_of_run,
     latent_channels,
     model_latent,
     model_tag,
+    start_of_run,
     to_model_scale,
     to_socket_scale,
     with_wrappers,
@@ -39,6 +41,7 @@ __all__ = [
     "EditGuider",
     "EditRun",
     "EditSampler",
+    "Estimate",
     "Family",
     "ModelTag",
     "NetworkEvaluator",
@@ -48,6 +51,7 @@ __all__ = [
     "conditionings_with_embedding",
     "conditionings_with_text",
     "has_frames",
+    "image_of_run",
     "is_joint",
     "latent_channels",
     "managed",
@@ -56,6 +60,7 @@ __all__ = [
     "require",
     "run_loop",
     "side_prompts",
+    "start_of_run",
     "to_model_scale",
     "to_socket_scale",
     "with_wrappers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_areas
 from .families.noise import NoisePath
 from .families.registry import require
+from .model import start_of_run
 
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x, sigma) -> the guided estimate of z_0 [B, C, H, W], with sigma a scalar tensor."""
@@ -138,8 +138,6 @@ class EditSampler(comfy.samplers.Sampler):
 
         family = require(model_wrap.model_patcher)
         sampling = model_wrap.inner_model.model_sampling
-        highest, first = float(sampling.sigma_max), float(sigmas[0])
-        full = first > highest or math.isclose(highest, first, rel_tol=1e-5)
         image = latent_image.to(torch.float32)
 
         def target(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -158,7 +156,7 @@ class EditSampler(comfy.samplers.Sampler):
             sigmas=sigmas,
             image=image,
             noise=noise,
-            start=sampling.noise_scaling(sigmas[0], noise.clone(), image, full),
+            start=start_of_run(sampling, sigmas[0], noise.clone(), image),
             seed=int(extra_args.get("seed") or 0),
             target=target,
             source=source,

@@ -77,6 +77,27 @@ def to_model_scale(model: Model, latent: torch.Tensor) -> torch.Tensor:
     return model.get_model_object("latent_format").process_in(latent)
 
 
+def image_of_run(model: Model, latent: torch.Tensor) -> torch.Tensor:
+    """A LATENT's samples as ComfyUI's samplers use them: in the model's scale, except that an empty latent is not
+    scaled."""
+    return to_model_scale(model, latent) if bool(torch.count_nonzero(latent)) else latent
+
+
+def start_of_run(sampling: Any, sigma: torch.Tensor, noise: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """x at the first noise level of a run, as every stock sampler starts.
+
+    Args:
+        sampling: the model's `model_sampling`.
+        sigma: the noise level, a scalar tensor.
+        noise: [B, C, H, W]; may be changed in place.
+        image: [B, C, H, W] in the model's scale, see `image_of_run`.
+    """
+    highest, level = float(sampling.sigma_max), float(sigma)
+    # As in comfy.samplers.Sampler.max_denoise.
+    max_denoise = math.isclose(highest, level, rel_tol=1e-5) or level > highest
+    return sampling.noise_scaling(sigma, noise, image, max_denoise)
+
+
 @dataclass(frozen=True)
 class ModelTag:
     """Fingerprint of a model, stored in files made with it so that other models can be rejected.

@@ -8,28 +8,13 @@ Read on ComfyUI 0.3.75 and 0.33.0: comfy/samplers.py (process_conds), comfy/mode
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from typing import Any
 
-from comfy.sampler_helpers import convert_cond
-
-from ..shared.conditioning import Conditioning
+from ...attention.joint import side_prompts as side_prompts
 from .model import KEEPS_EMBEDDING
 
 _TEXT = ("c_crossattn", "y", "attention_mask", "num_tokens", "encoder_hidden_states_llama3")
 """Inputs that belong to a text, and not to the sampled image or its guidance."""
-
-
-@contextlib.contextmanager
-def side_prompts(guider: Any, prompts: Mapping[str, Conditioning]) -> Iterator[None]:
-    """Add prompts by name to a guider's conditionings, inside an OUTER_SAMPLE wrapper."""
-    guider.conds.update({name: convert_cond(prompt) for name, prompt in prompts.items()})
-    try:
-        yield
-    finally:
-        for name in prompts:
-            guider.conds.pop(name, None)
 
 
 def conditionings_with_text(conditionings: list[dict[str, Any]], prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -245,12 +245,7 @@ def first_pass_latent(
     check_latent(latent, "The latent", engine.latent_channels(model))
     latent = latent.detach().to(device="cpu", dtype=torch.float32)
     noise = stock_noise(latent, seed, batch_index)
-    if bool(torch.count_nonzero(latent)):  # ComfyUI does not scale an empty latent
-        latent = engine.to_model_scale(model, latent)
-    highest, sigma = float(sampling.sigma_max), float(sigmas[0])
-    # As in comfy.samplers.Sampler.max_denoise.
-    max_denoise = math.isclose(highest, sigma, rel_tol=1e-5) or sigma > highest
-    x = sampling.noise_scaling(sigmas[0].detach().cpu(), noise, latent, max_denoise)
+    x = engine.start_of_run(sampling, sigmas[0].detach().cpu(), noise, engine.image_of_run(model, latent))
     return engine.to_socket_scale(model, x)
 
 

@@ -6,8 +6,8 @@ the noise alone, so that a LATENT without noise cannot carry their inversion.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,16 +54,8 @@ class InvertedNoise:
                 f"The latent is {tuple(latent.shape)} but the inversion {tuple(x.shape)}; connect the latent of the "
                 f"inverted image to latent_image."
             )
-        if bool(latent.any()):  # ComfyUI does not scale an empty latent
-            latent = engine.to_model_scale(self.model, latent)
-        sampling = self.model.get_model_object("model_sampling")
-        highest = float(sampling.sigma_max)
-        full = float(sigma) > highest or math.isclose(highest, float(sigma), rel_tol=1e-5)
-
-        def start(noise: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-            return sampling.noise_scaling(sigma, noise, image, full)
-
+        start = partial(engine.start_of_run, self.model.get_model_object("model_sampling"), sigma)
         # The start is linear in the noise: without noise it is the image's part, and one unit of noise weighs `weight`.
         zero = torch.zeros_like(x)
         weight = start(torch.ones_like(x), zero)
-        return (x - start(zero.clone(), latent)) / weight
+        return (x - start(zero.clone(), engine.image_of_run(self.model, latent))) / weight

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..engine import NoisePath
+from ..engine import Estimate, NoisePath
 
 DDIM = "ddim"
 FIXED_POINT = "fixed point"
@@ -32,8 +32,6 @@ ITERATIONS = 5
 LOWEST_LEVEL = 1e-3
 """Noise level at which the velocity at the image itself is taken, since (x - denoised) / s has no value at s = 0."""
 
-Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(x, sigma) -> the guided estimate of z_0, one evaluation."""
 Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]
 """After each step: x and the last estimate of z_0, both [B, C, H, W]."""
 

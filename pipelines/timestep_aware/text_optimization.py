@@ -89,7 +89,7 @@ def optimize_text_embedding(
             x = path.noised(z_0, eps, sigmas[t])
             denoised = evaluator.denoised(x, sigmas[t], "positive", torch.cat(e))
             # The predicted noise minus eps; on a flow model the velocity minus eps - z_0.
-            error = path.slope(x, denoised, sigmas[t]) - (eps + path.alpha_slope * z_0)
+            error = path.slope_error(x, denoised, sigmas[t], z_0, eps)
             loss = error.square().flatten(1).mean(dim=1)
             for variable, gradient in zip(e, gradients_by_sample(loss.sum(), denoised, e), strict=True):
                 variable.grad = gradient

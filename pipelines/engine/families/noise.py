@@ -49,6 +49,12 @@ class NoisePath:
         for alpha = 1 - s."""
         return (x - denoised) / sigma
 
+    def slope_error(
+        self, x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, z_0: torch.Tensor, eps: torch.Tensor
+    ) -> torch.Tensor:
+        """dx/ds toward the estimate minus alpha' z_0 + eps, that of the image and the noise of which x is made."""
+        return self.slope(x, denoised, sigma) - (eps + self.alpha_slope * z_0)
+
     def step(
         self, x: torch.Tensor, denoised: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
     ) -> torch.Tensor:
@@ -107,6 +113,5 @@ def training_error(
         denoised: the network's estimate of z_0.
     """
     path = PATH_OF[prediction]
-    # dx/ds of the estimate minus alpha' z_0 + eps, that of the image and its noise.
-    error = path.slope(path.noised(z_0, eps, sigma), denoised, sigma) - (eps + path.alpha_slope * z_0)
+    error = path.slope_error(path.noised(z_0, eps, sigma), denoised, sigma, z_0, eps)
     return error * path.scale(sigma) if prediction == V else error

@@ -3,16 +3,18 @@
 Non-rigid edits (pose, expression, costume) of images of subjects that the checkpoint has never seen, by methods with
 and without inversion that were published for flow models, on any checkpoint of the demo world: fresh noise and
 image-to-image as bounds, inversions by every method of Noise Inversion, RF-Inversion with its sampler, edit-friendly
-DDPM inversion, direct inversion, FlowEdit, Uni-Edit, negative-prompt inversion, null-text optimization (adaptive) and
-timestep-aware injection. The renderer knows the true edit. Scores: share of edits that the attribute classifier sees,
-share of images whose species, color and pattern it all sees kept, PSNR of the background and to the true edit, and
-model calls per image, inversion included.
+DDPM inversion, with and without the identity-aware mask blend, direct inversion, FlowEdit, Uni-Edit, negative-prompt
+inversion, null-text optimization (adaptive), timestep-aware injection, with and without the mask blend, mutual
+self-attention and Prompt-to-Prompt. The renderer knows the true edit.
+Scores: share of edits that the attribute classifier sees, share of images whose species, color and pattern it all sees
+kept, PSNR of the background and to the true edit, and model calls per image, inversion included.
 Writes benchmarks/results/flow_editing.json, .md and .jpg (the first pairs, as they came).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +22,10 @@ from typing import Any
 import comfy.patcher_extension
 import comfy.samplers
 import torch
-from identity_edit_pack.demo_world.attributes import caption
+from identity_edit_pack.demo_world.attributes import PLACE_PHRASES, caption
 from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.attention_control.mutual_self_attention import mutual_self_attention
+from identity_edit_pack.pipelines.attention_control.prompt_to_prompt import REFINE, prompt_to_prompt
 from identity_edit_pack.pipelines.flow_editing.direct_inversion import direct_inversion_sampler
 from identity_edit_pack.pipelines.flow_editing.flow_edit import flow_edit_sampler
 from identity_edit_pack.pipelines.flow_editing.uni_edit import uni_edit_sampler
@@ -29,8 +33,10 @@ from identity_edit_pack.pipelines.inversion import inversion as inversions
 from identity_edit_pack.pipelines.inversion import methods, null_text, rf_inversion
 from identity_edit_pack.pipelines.inversion.edit_friendly import edit_friendly_ddpm_inversion, skipped_steps
 from identity_edit_pack.pipelines.inversion.inverted_noise import InvertedNoise
+from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
+from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt, identity_in_caption
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
-from identity_edit_pack.pipelines.timestep_aware.text_injection import timestep_aware_sampling
+from identity_edit_pack.pipelines.timestep_aware.text_injection import injected_conditioning, timestep_aware_sampling
 from tqdm import tqdm
 
 from .edits import Pair, embed, mean_psnr, report_table, save_sheet, score_edits
@@ -66,16 +72,19 @@ class Editor:
     """
 
     model: Any
+    clip: Any
+    pairs: list[Pair]
     latent: torch.Tensor
-    source: Conditioning
-    target: Conditioning
-    empty: Conditioning
     steps: int
     scale: float
     seed: int
     calls: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
+        self.source, self.target = (
+            embed(self.clip, [caption(getattr(pair, side)) for pair in self.pairs]) for side in ("source", "target")
+        )
+        self.empty = embed(self.clip, [""] * len(self.pairs))
         self.model = self.model.clone()
         self.model.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "count", self._count)
         self.sigmas = engine.require(self.model).schedule(self.steps, end_at_zero=True).sigmas
@@ -114,6 +123,10 @@ class Editor:
             "FlowEdit": lambda: self.edited(flow_edit_sampler(0.34)),
             "Uni-Edit": lambda: self.edited(uni_edit_sampler(), guided=False),
             **injected,
+            "edit-friendly DDPM + mask blend": lambda: self.each(Editor.masked),
+            "timestep-aware injection, 25 % + mask blend": lambda: self.each(Editor.injected_and_masked),
+            "mutual self-attention": self.mutual,
+            "Prompt-to-Prompt": lambda: self.each(Editor.controlled),
         }
         capabilities = engine.require(self.model).capabilities
         if engine.Capability.VELOCITY in capabilities:
@@ -173,6 +186,49 @@ class Editor:
         pivot = self.inverted(methods.DDIM)
         return self.edited(direct_inversion_sampler(self.model, pivot))
 
+    def mutual(self) -> torch.Tensor:
+        pivot = self.inverted(methods.FIXED_POINT)
+        model = mutual_self_attention(self.model, pivot, self.source, self.empty)
+        return inversions.sample_inversion(model, pivot, self.target, self.empty, self.scale)
+
+    def each(self, edit: Callable[[Editor], torch.Tensor]) -> torch.Tensor:
+        """Of methods whose words are one image's: every image alone."""
+        edited = []
+        for row, pair in enumerate(self.pairs):
+            alone = dataclasses.replace(self, pairs=[pair], latent=self.latent[row : row + 1])
+            edited.append(edit(alone))
+            self.calls = alone.calls
+        return torch.cat(edited)
+
+    def controlled(self) -> torch.Tensor:
+        pivot, pair = self.inverted(methods.FIXED_POINT), self.pairs[0]
+        prompts = caption(pair.source), caption(pair.target)
+        model, target = prompt_to_prompt(self.model, self.clip, *prompts, REFINE, inversion=pivot)
+        return inversions.sample_inversion(model, pivot, target, self.empty, self.scale)
+
+    def masked(self) -> torch.Tensor:
+        made = edit_friendly_ddpm_inversion(
+            self.model, self.latent, self.source, self.empty, self.steps, 1.0, seed=self.seed
+        )
+        return self.blended(made, self.target, skip=0.2)
+
+    def injected_and_masked(self) -> torch.Tensor:
+        pivot = self.inverted(methods.FIXED_POINT)
+        injected = injected_conditioning(self.model, pivot.sigmas, self.source, self.target, 0.25)
+        return self.blended(pivot, injected)
+
+    def blended(self, made: inversions.Inversion, target: Conditioning, skip: float = 0.0) -> torch.Tensor:
+        shown = self.pairs[0].source
+        if engine.is_joint(self.model):
+            place = PLACE_PHRASES[shown.place]
+            identity = identity_in_caption(self.clip, shown.species, caption(shown), place)
+        else:
+            identity = encode_identity_prompt(self.clip, shown.species)
+        settings = BlendSettings(skip=skip, blend_until=0.8)
+        return identity_mask_blend(
+            self.model, made, self.source, target, identity, self.empty, guidance_scale=self.scale, settings=settings
+        ).latent
+
     def edited(self, sampler: engine.EditSampler, guided: bool = True) -> torch.Tensor:
         scales = (1.5, self.scale) if guided else (1.0, 1.0)
         guider = engine.EditGuider(self.model, self.source, self.target, self.empty, *scales)
@@ -187,9 +243,7 @@ def edit_batch(
     with torch.no_grad():
         latent = vae.encode(torch.stack([pair.before for pair in pairs]))
         true_edit = vae.encode(torch.stack([pair.after for pair in pairs]))
-    source, target = (embed(clip, [caption(getattr(pair, side)) for pair in pairs]) for side in ("source", "target"))
-    empty = embed(clip, [""] * len(pairs))
-    editor = Editor(model, latent, source, target, empty, arguments.steps, arguments.guidance_scale, arguments.seed)
+    editor = Editor(model, clip, pairs, latent, arguments.steps, arguments.guidance_scale, arguments.seed)
     latents, calls = {"source, autoencoded": latent, "true edit, autoencoded": true_edit}, {}
     for name, edit in editor.methods().items():
         editor.calls = 0

@@ -4,7 +4,8 @@ The masks of `attention_segmentation.attention_masks` against those of the rende
 images of held-out identities of the demo world that no training has seen. The network looks at each image once at
 every timestep of a grid; every set of timesteps, threshold and lambda of equation 2 (Liu et al. 2024) is then cut out
 of the same recordings. Half of the images choose, the other half is what is reported. The network is evaluated with
-the class word alone ("a cat") and with the caption.
+the class word alone ("a cat") and with the caption; a model with joint attention with the class word against an empty
+prompt, and with the class word of the caption against the caption's place.
 Writes benchmarks/results/segment_subject.json, .md and .jpg (the first images of the reported half, as they came).
 """
 
@@ -17,15 +18,20 @@ from typing import Any
 
 import torch
 from identity_edit_pack.attention import identity_mask as masks
-from identity_edit_pack.demo_world.attributes import caption
+from identity_edit_pack.demo_world.attributes import PLACE_PHRASES, caption
 from identity_edit_pack.demo_world.images import evaluation_set
 from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.lipe import attention_segmentation as by_attention
 from identity_edit_pack.pipelines.lipe import heatmap
-from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
+from identity_edit_pack.pipelines.lipe.identity_prompt import (
+    IdentityPrompt,
+    encode_identity_prompt,
+    identity_in_caption,
+)
 
 from .edits import embed, save_sheet
-from .harness import RESULTS, Options, load_checkpoint, markdown
+from .harness import CHECKPOINT, RESULTS, Options, load_checkpoint, markdown
 
 TIMESTEPS = (1, 101, 201, 301, 401, 501, 601, 701, 801)
 SETS = [
@@ -45,23 +51,28 @@ def overlap(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
     return both / either.clamp(min=1)
 
 
-def record(model: Any, clip: Any, latents: torch.Tensor, names: list[str], texts: list[str]) -> dict[int, Any]:
-    """By timestep: rough mask [B, h, w] and self-attention [B, N, N]."""
+def record(
+    model: Any, clip: Any, latents: torch.Tensor, identities: list[IdentityPrompt], texts: list[str]
+) -> dict[int, Any]:
+    """By timestep: rough mask [B, h, w] and self-attention [B, N, N]. Images with the same identity prompt are
+    evaluated together."""
+    together: dict[int, list[int]] = {}
+    for row, identity in enumerate(identities):
+        together.setdefault(id(identity), []).append(row)
     found: dict[int, Any] = {}
     for timestep in TIMESTEPS:
         rough, own = [], []
-        for name in sorted(set(names)):
-            rows = [i for i, other in enumerate(names) if other == name]
+        for rows in together.values():
             attention = by_attention.record_attention(
                 model,
                 latents[rows],
-                encode_identity_prompt(clip, name),
-                embed(clip, [texts[i] for i in rows]),
+                identities[rows[0]],
+                embed(clip, [texts[row] for row in rows]),
                 timesteps=(timestep,),
             )
             rough.append((rows, masks.rough_mask(attention)))
             own.append((rows, attention.self_attention()))
-        found[timestep] = tuple(_in_order(parts, len(names)) for parts in (rough, own))
+        found[timestep] = tuple(_in_order(parts, len(identities)) for parts in (rough, own))
     return found
 
 
@@ -80,11 +91,15 @@ def cut(recorded: dict[int, Any], chosen: tuple[int, ...], power: int) -> torch.
     return masks.resized(masks.normalized(rough), (128, 128))
 
 
-OPTIONS: Options = {"images": (40, "half of them choose, half are reported")}
+OPTIONS: Options = {
+    "images": (40, "half of them choose, half are reported"),
+    "name": ("segment_subject", "of the files of results"),
+    **CHECKPOINT,
+}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, clip, vae = load_checkpoint()
+    model, clip, vae = load_checkpoint(arguments.checkpoint)
     shown = evaluation_set(arguments.images, seed=SEED, held_out=True)
     drawn = [render(attributes, seed) for attributes, seed in shown]
     images = torch.stack([torch.from_numpy(image.copy()).float() / 255 for image, _ in drawn])
@@ -92,13 +107,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     names = ["person" if a.framing == "portrait" else a.species for a, _ in shown]
     latents = vae.encode(images)
     half = arguments.images // 2
-    figures: dict[str, Any] = {"images": arguments.images, "reported": arguments.images - half}
+    figures: dict[str, Any] = {
+        "images": arguments.images, "reported": arguments.images - half, "name": arguments.name
+    }  # fmt: skip
     sheets = [images[half:]]
-    for label, texts in (
-        ("class word", [f"a {name}" for name in names]),
-        ("caption", [caption(attributes) for attributes, _ in shown]),
+    is_joint = engine.is_joint(model)
+    by_name = {name: encode_identity_prompt(clip, name, contrast="" if is_joint else None) for name in set(names)}
+    by_class = by_caption = [by_name[name] for name in names]
+    captions = [caption(attributes) for attributes, _ in shown]
+    if is_joint:
+        places = [PLACE_PHRASES[attributes.place] for attributes, _ in shown]
+        by_caption = [
+            identity_in_caption(clip, name, text, place)
+            for name, text, place in zip(names, captions, places, strict=True)
+        ]
+    for label, identities, texts in (
+        ("class word", by_class, [f"a {name}" for name in names]),
+        ("caption", by_caption, captions),
     ):
-        recorded = record(model, clip, latents, names, texts)
+        recorded = record(model, clip, latents, identities, texts)
         rows = []
         for chosen, power in itertools.product(SETS, POWERS):
             values = cut(recorded, chosen, power)
@@ -119,11 +146,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             }
         sheets.append(heatmap.outlined(images, (cut(recorded, own[1], own[3]) > own[2]).float())[half:])
     start = time.perf_counter()
-    by_attention.attention_masks(
-        model, latents[:1], encode_identity_prompt(clip, names[0]), embed(clip, [f"a {names[0]}"]), (128, 128)
-    )
+    by_attention.attention_masks(model, latents[:1], by_class[0], embed(clip, [f"a {names[0]}"]), (128, 128))
     figures["seconds_an_image"] = time.perf_counter() - start
-    save_sheet(RESULTS / "segment_subject.jpg", sheets)
+    save_sheet(RESULTS / f"{arguments.name}.jpg", sheets)
     return figures
 
 
@@ -144,5 +169,5 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         f"One image with the defaults: {figures['seconds_an_image']:.2f} s on this machine's "
         f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(by_attention.TIMESTEPS)} model calls.",
         "",
-        "![images; masks with the class word; masks with the caption](segment_subject.jpg)",
+        f"![images; masks with the class word; masks with the caption]({arguments.name}.jpg)",
     ]

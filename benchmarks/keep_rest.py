@@ -33,7 +33,10 @@ import numpy as np
 import torch
 from identity_edit_pack.demo_world import attributes as world
 from identity_edit_pack.demo_world import renderer
-from identity_edit_pack.pipelines.keep_rest import keep, registration
+from identity_edit_pack.pipelines.keep_rest import keep
+from identity_edit_pack.pipelines.keep_rest.registration import register
+from identity_edit_pack.pipelines.keep_rest.structure import at_size
+from identity_edit_pack.pipelines.keep_rest.transform import Transform, moved_back
 from PIL import Image
 from scipy import ndimage
 
@@ -132,9 +135,7 @@ def changed(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.abs(first - second).max(axis=-1) > 8 / 255
 
 
-def distorted(
-    image: np.ndarray, kind: str, generator: np.random.Generator, vae: Any
-) -> tuple[np.ndarray, registration.Transform]:
+def distorted(image: np.ndarray, kind: str, generator: np.random.Generator, vae: Any) -> tuple[np.ndarray, Transform]:
     """An edit as an editor returns it, and the movement of its content."""
     has = {each: kind.startswith("all") or kind == each for each in DISTORTIONS}
     scale = image.shape[1] / 512
@@ -142,7 +143,7 @@ def distorted(
     unequal = generator.uniform(0.99, 1.01, 2) if has["zoom"] else (1.0, 1.0)
     shift = generator.uniform(-16.0, 16.0, 2) * scale if has["shift"] else (0.0, 0.0)
     turn = generator.uniform(-1.0, 1.0) if has["rotation"] else 0.0
-    transform = registration.Transform(zoom * unequal[0], zoom * unequal[1], turn, *map(float, shift))
+    transform = Transform(zoom * unequal[0], zoom * unequal[1], turn, *map(float, shift))
     seen = moved(image, transform.matrix())
     if has["colors"]:
         seen = seen ** generator.uniform(0.8, 1.25) * generator.uniform(0.85, 1.15, 3) + generator.uniform(
@@ -238,7 +239,7 @@ def measured(case: Case, kind: str, generator: np.random.Generator, vae: Any, pe
     height, width = original.shape[:2]
     first, second = (torch.from_numpy(each).float() for each in (original, seen))
     start = time.process_time()
-    found = registration.register(first, second)
+    found = register(first, second)
     middle = time.process_time()
     row: dict[str, Any] = {"edit": name, "distortion": kind, "share": float(changed(original, edited).mean())}
     row |= {"error": corner_error(found.transform.matrix(), true.matrix(), width, height), "fault": found.fault}
@@ -250,7 +251,7 @@ def measured(case: Case, kind: str, generator: np.random.Generator, vae: Any, pe
     if found.fault:
         return row
     start = time.process_time()
-    registered, covered = registration.apply(found.transform, first, second)
+    registered, covered = moved_back(found.transform, first, second)
     result = keep.keep_rest(first, registered)
     row["keep_seconds"] = time.process_time() - start
     share = result.mask.numpy()
@@ -298,12 +299,12 @@ def alone(arguments: argparse.Namespace) -> dict[str, float]:
     original = torch.nn.functional.interpolate(base, size=(side, side), mode="bicubic")[0].movedim(0, -1).clamp(0, 1)
     original = original.contiguous()
     small = min(side, 1000)
-    edited = registration.at_size(original, (small, small))
+    edited = at_size(original, (small, small))
     edited[small // 4 : small // 2, small // 4 : small // 2] = torch.tensor([0.1, 0.8, 0.2])
     for _ in range(2 if side < 2000 else 1):  # libraries are loaded at first
         wall, start = time.perf_counter(), time.process_time()
-        found = registration.register(original, edited)
-        registered, _ = registration.apply(found.transform, original, edited)
+        found = register(original, edited)
+        registered, _ = moved_back(found.transform, original, edited)
         middle = time.process_time()
         keep.keep_rest(original, registered)
         end, whole = time.process_time(), time.perf_counter() - wall
@@ -335,7 +336,7 @@ def unrelated_registered(count: int, seed: int) -> int:
         other = photo(PHOTOS[number % 4])[: first.shape[0], : first.shape[1]]
         for pair in ((first, other), (other, second[::-1])):
             one, two = (torch.from_numpy(np.ascontiguousarray(each)).float() for each in pair)
-            registered += registration.register(one, two).fault is None
+            registered += register(one, two).fault is None
     return registered
 
 

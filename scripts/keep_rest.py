@@ -38,7 +38,9 @@ def original_of(edit: Path, originals: dict[str, Path]) -> Path | None:
 def main() -> None:
     arguments = parse_arguments()
     name_pack()
-    from identity_edit_pack.pipelines.keep_rest import keep, pictures, registration
+    from identity_edit_pack.pipelines.keep_rest import keep, pictures
+    from identity_edit_pack.pipelines.keep_rest.registration import register
+    from identity_edit_pack.pipelines.keep_rest.transform import moved_back
     from identity_edit_pack.pipelines.shared.images import image_formats, read_image
     from PIL import Image
     from tqdm import tqdm
@@ -57,13 +59,13 @@ def main() -> None:
             rows.append({"edit": path.name, "note": "no original of this name"})
             continue
         original, edited = (read_image(each, each.name)[0] for each in (source, path))
-        found = registration.register(original, edited)
+        found = register(original, edited)
         row = {"edit": path.name, "original": source.name, "transform": str(found.transform), "note": found.fault or ""}
         rows.append(row)
         if found.fault:
             save(Image.open(path), arguments.output / f"{path.stem}.png")
             continue
-        registered, _ = registration.apply(found.transform, original, edited)
+        registered, _ = moved_back(found.transform, original, edited)
         kept = keep.keep_rest(original, registered, balance=arguments.balance)
         row |= {name: f"{getattr(kept, name):.4f}" for name in ("changed", "cast", "psnr", "ssim", "noise")}
         row["note"] = kept.warning or ""

@@ -15,6 +15,8 @@ from ...pipelines.keep_rest import pictures
 from ...pipelines.keep_rest import registration as registrations
 from ...pipelines.keep_rest.boxes import mask_of_boxes
 from ...pipelines.keep_rest.keep import keep_rest
+from ...pipelines.keep_rest.structure import at_size
+from ...pipelines.keep_rest.transform import moved_back
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
@@ -99,7 +101,7 @@ class RegisterEdit(io.ComfyNode):
         for number, ((first, second), each) in enumerate(zip(both, found, strict=True), start=1):
             name = f"Edit {number}" if len(both) > 1 else "The edit"
             if each.fault is None:
-                results.append(registrations.apply(each.transform, first, second, each.flow))
+                results.append(moved_back(each.transform, first, second, each.flow))
                 lines.append(f"{name}: {each}; {each.support:.0%} of the structure agrees.")
             else:
                 results.append((as_color(second[None])[0], torch.ones(second.shape[:2])))
@@ -121,7 +123,7 @@ def stacked(images: list[torch.Tensor], both: list[tuple[torch.Tensor, ...]]) ->
     if len({image.shape for image in images}) == 1:
         return torch.stack(images)
     height, width = both[0][0].shape[:2]
-    return torch.stack([registrations.at_size(image, (height, width)) for image in images])
+    return torch.stack([at_size(image, (height, width)) for image in images])
 
 
 class KeepTheRest(io.ComfyNode):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .registration import agreement, normalized
+from .structure import agreement, normalized
 
 if TYPE_CHECKING:
     import numpy as np

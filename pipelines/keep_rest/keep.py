@@ -14,7 +14,8 @@ from ..shared.masks import of_size
 from .blending import LARGEST_STEP, ROWS, membrane, soft_mask
 from .change import EVERYTHING, find_change, likely_unchanged, smooth
 from .colors import LARGEST_CAST, SAME_COLOR, ColorMap, fit_colors, no_change
-from .registration import Transform, matching, planes, sampling_grid
+from .structure import matching, planes
+from .transform import Transform, sampling_grid
 
 CLIPPED = 0.975
 """Value from which a color counts as clipped."""
@@ -76,7 +77,7 @@ def keep_rest(
 
     Args:
         original: [H, W, C], 0 to 1, 1 to 4 channels. Its alpha is kept.
-        registered: [H, W, C], likewise, of the same size (`registration.apply`).
+        registered: [H, W, C], likewise, of the same size (`transform.moved_back`).
         mask: [h, w], 0 to 1, where the edit was asked for.
         mask_use: one of `MASK_USES`.
         balance: -1 keeps more of the original, 1 more of the edit.

@@ -10,7 +10,8 @@ from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes.keep_rest.select import table_line
 from identity_edit_pack.pipelines.keep_rest import blending, boxes, colors, identity, selection
 from identity_edit_pack.pipelines.keep_rest import keep as pipeline
-from identity_edit_pack.pipelines.keep_rest import registration as registrations
+from identity_edit_pack.pipelines.keep_rest.registration import register
+from identity_edit_pack.pipelines.keep_rest.transform import Transform, moved_back, sampling_grid
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from scipy import ndimage
 from skimage import data
@@ -39,7 +40,7 @@ def tensor(image: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(image)).float()
 
 
-def corner_error(found: registrations.Transform, true: registrations.Transform, width: int, height: int) -> float:
+def corner_error(found: Transform, true: Transform, width: int, height: int) -> float:
     corners = np.array([[x, y, 1.0] for x in (-width / 2, width / 2) for y in (-height / 2, height / 2)])
     return float(np.linalg.norm(corners @ (found.matrix() - true.matrix()).T, axis=1).max())
 
@@ -54,7 +55,7 @@ def with_disc(image: np.ndarray, radius: float, center: tuple[float, float]) -> 
     return edited, mask
 
 
-TRUE = registrations.Transform(1.03, 1.015, 0.6, 4.3, -5.7)
+TRUE = Transform(1.03, 1.015, 0.6, 4.3, -5.7)
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee"])
@@ -62,7 +63,7 @@ def test_a_transform_is_found_although_a_third_was_edited_and_the_colors_changed
     image = photo(name)
     edited, _ = with_disc(image, 0.36, (0.5, 0.5))
     seen = moved(edited, TRUE.matrix()) ** 1.2 * (0.9, 1.0, 0.85) + 0.04
-    found = registrations.register(tensor(image), tensor(seen))
+    found = register(tensor(image), tensor(seen))
     assert found.fault is None
     assert corner_error(found.transform, TRUE, image.shape[1], image.shape[0]) < 0.2
 
@@ -93,27 +94,27 @@ def test_dense_flow_undoes_a_known_smooth_warp_beside_an_edit(name: str) -> None
     outside = ~ndimage.binary_dilation(mask, iterations=8)
     errors = {}
     for with_flow in (False, True):
-        found = registrations.register(tensor(image), seen, with_flow)
-        grid = registrations.sampling_grid(found.transform.matrix(), (height, width), (0, height), found.flow).numpy()
+        found = register(tensor(image), seen, with_flow)
+        grid = sampling_grid(found.transform.matrix(), (height, width), (0, height), found.flow).numpy()
         places = (grid + 1.0) * (width / 2, height / 2) - 0.5
         errors[with_flow] = np.hypot(places[..., 0] - x - right, places[..., 1] - y - down)[outside].mean()
     assert found.fault is None and errors[False] > 0.6 and errors[True] < 0.15
-    exact = registrations.register(tensor(image), tensor(edited), True)
+    exact = register(tensor(image), tensor(edited), True)
     assert exact.flow is not None and float(exact.flow.abs().max()) * width / 2 < 0.5
 
 
 def test_a_pure_shift_is_what_scikit_image_finds() -> None:
     image = photo("astronaut")
-    true = registrations.Transform(shift_x=3.4, shift_y=-2.6)
+    true = Transform(shift_x=3.4, shift_y=-2.6)
     seen = moved(image, true.matrix())
     shift, _, _ = phase_cross_correlation(image.mean(-1), seen.mean(-1), upsample_factor=20)
-    found = registrations.register(tensor(image), tensor(seen)).transform
+    found = register(tensor(image), tensor(seen)).transform
     assert [found.shift_y, found.shift_x] == pytest.approx([-value for value in shift], abs=0.15)
 
 
 def test_applying_a_transform_undoes_it() -> None:
     image = ndimage.gaussian_filter(photo("coffee"), (2.0, 2.0, 0.0))
-    registered, covered = registrations.apply(TRUE, tensor(image), tensor(moved(image, TRUE.matrix())))
+    registered, covered = moved_back(TRUE, tensor(image), tensor(moved(image, TRUE.matrix())))
     inside = ndimage.binary_erosion(covered.numpy() > 0, iterations=6)
     assert np.abs(registered.numpy() - image)[inside].max() < 0.02
     assert torch.equal(registered[covered == 0], tensor(image)[covered == 0])
@@ -124,17 +125,17 @@ def test_an_edit_cropped_to_another_aspect_and_size_returns_to_the_original() ->
     image = photo("coffee", 1)
     square = tensor(image[:, 100:500]).movedim(-1, 0)[None]
     edited = torch.nn.functional.interpolate(square, size=(320, 320), mode="bicubic", antialias=True)[0].movedim(0, -1)
-    found = registrations.register(tensor(image), edited)
+    found = register(tensor(image), edited)
     assert found.fault is None
     # The crop of 400 of 600 columns is stretched by 1.5 to the frame.
-    true = registrations.Transform(1.5, 1.0)
+    true = Transform(1.5, 1.0)
     assert corner_error(found.transform, true, 400, 400) < 1.0
 
 
 @pytest.mark.parametrize("pair", [("astronaut", "coffee"), ("cat", "rocket"), ("rocket", "astronaut")])
 def test_another_image_is_not_registered(pair: tuple[str, str]) -> None:
     for with_flow in (False, True):
-        found = registrations.register(tensor(photo(pair[0])), tensor(photo(pair[1])), with_flow)
+        found = register(tensor(photo(pair[0])), tensor(photo(pair[1])), with_flow)
         assert found.fault is not None and found.fault.endswith(".")
 
 
@@ -143,13 +144,13 @@ def test_a_compromise_between_halves_that_moved_differently_is_not_trusted(shift
     image = photo("coffee")
     edited = image.copy()
     edited[:, :150] = np.roll(image, shift, (0, 1))[:, :150]
-    found = registrations.register(tensor(image), tensor(edited))
+    found = register(tensor(image), tensor(edited))
     assert found.fault is not None and "halves" in found.fault
 
 
 def test_flat_and_tiny_images_are_not_registered() -> None:
-    assert registrations.register(torch.ones(64, 64, 3), torch.zeros(64, 64, 3)).fault is not None
-    assert registrations.register(torch.rand(1, 1, 3), torch.rand(80, 80, 3)).fault is not None
+    assert register(torch.ones(64, 64, 3), torch.zeros(64, 64, 3)).fault is not None
+    assert register(torch.rand(1, 1, 3), torch.rand(80, 80, 3)).fault is not None
 
 
 def kept_disc(
@@ -236,11 +237,11 @@ def test_the_renderers_edits_are_found(attribute: str, value: str) -> None:
         render(each, 5)[0].astype(np.float64) / 255 for each in (source, source.replace(**{attribute: value}))
     )
     true = np.abs(original - edited).max(axis=-1) > 8 / 255
-    transform = registrations.Transform(1.02, 1.02, 0.0, 2.3, -1.4)
+    transform = Transform(1.02, 1.02, 0.0, 2.3, -1.4)
     seen = moved(edited, transform.matrix()) * (0.95, 1.0, 0.93) + 0.02
-    found = registrations.register(tensor(original), tensor(seen))
+    found = register(tensor(original), tensor(seen))
     assert found.fault is None and corner_error(found.transform, transform, 128, 128) < 0.5
-    registered, _ = registrations.apply(found.transform, tensor(original), tensor(seen))
+    registered, _ = moved_back(found.transform, tensor(original), tensor(seen))
     result = pipeline.keep_rest(tensor(original), registered)
     change = np.abs(edited - original).sum(axis=-1)
     lost = (change * (1.0 - result.mask.numpy()))[true].sum() / change[true].sum()
@@ -272,8 +273,8 @@ def test_large_images_are_compared_small_and_kept_at_full_size() -> None:
     image = np.kron(photo("coffee", 1), np.ones((4, 5, 1)))  # 4.8 megapixels
     edited, mask = with_disc(image, 0.2, (0.5, 0.5))
     small = torch.nn.functional.interpolate(tensor(edited).movedim(-1, 0)[None], size=(800, 1000), mode="area")
-    found = registrations.register(tensor(image), small[0].movedim(0, -1))
-    registered, _ = registrations.apply(found.transform, tensor(image), small[0].movedim(0, -1))
+    found = register(tensor(image), small[0].movedim(0, -1))
+    registered, _ = moved_back(found.transform, tensor(image), small[0].movedim(0, -1))
     result = pipeline.keep_rest(tensor(image), registered)
     assert result.image.shape == image.shape
     assert torch.equal(result.image[result.mask == 0.0], tensor(image)[result.mask == 0.0])

@@ -68,6 +68,7 @@ class Editor:
     """The images of one batch, edited by every method.
 
     Attributes:
+        inverted_by: inversions by method, each with its model calls; several methods begin with the same one.
         calls: model calls of the method that ran last, on each image.
     """
 
@@ -78,6 +79,7 @@ class Editor:
     steps: int
     scale: float
     seed: int
+    inverted_by: dict[str, tuple[inversions.Inversion, int]] = field(default_factory=dict)
     calls: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -151,10 +153,16 @@ class Editor:
         sampler = sampler or comfy.samplers.sampler_object("euler")
         return guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=self.seed).cpu()
 
-    def inverted(self, method: str, scale: float = 1.0) -> inversions.Inversion:
-        return inversions.invert_image(
-            self.model, self.latent, self.source, self.empty, self.steps, scale, end_at_zero=True, method=method
-        )
+    def inverted(self, method: str) -> inversions.Inversion:
+        if method not in self.inverted_by:
+            before = self.calls
+            made = inversions.invert_image(
+                self.model, self.latent, self.source, self.empty, self.steps, end_at_zero=True, method=method
+            )
+            self.inverted_by[method], self.calls = (made, self.calls - before), before
+        made, calls = self.inverted_by[method]
+        self.calls += calls
+        return made
 
     def sampled(self, inversion: inversions.Inversion) -> torch.Tensor:
         return inversions.sample_inversion(self.model, inversion, self.target, self.empty, self.scale)
@@ -195,7 +203,12 @@ class Editor:
         """Of methods whose words are one image's: every image alone."""
         edited = []
         for row, pair in enumerate(self.pairs):
-            alone = dataclasses.replace(self, pairs=[pair], latent=self.latent[row : row + 1])
+            one = slice(row, row + 1)
+            inverted_by = {
+                method: (dataclasses.replace(made, trajectory=made.trajectory[:, one]), calls)
+                for method, (made, calls) in self.inverted_by.items()
+            }
+            alone = dataclasses.replace(self, pairs=[pair], latent=self.latent[one], inverted_by=inverted_by)
             edited.append(edit(alone))
             self.calls = alone.calls
         return torch.cat(edited)

@@ -86,6 +86,10 @@ def unfolded(page_prompt: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+SHOWN_BY_THE_PAGE = {"PreviewAny": "preview"}
+"""By node, what an older page queues beside the node's inputs."""
+
+
 def differences(page_prompt: dict[str, Any], api_prompt: dict[str, Any]) -> list[str]:
     """Where the prompt that the page would queue differs from the API form: one sentence for each node or input."""
     page_prompt, api_prompt = unfolded(page_prompt), unfolded(api_prompt)
@@ -96,7 +100,8 @@ def differences(page_prompt: dict[str, Any], api_prompt: dict[str, Any]) -> list
         if ours["class_type"] != theirs["class_type"]:
             found.append(f"node {node} is {ours['class_type']} on the page, {theirs['class_type']} in the API form")
         missing = object()
-        for key in sorted(set(ours["inputs"]) | set(theirs["inputs"])):
+        shown_by_the_page = {SHOWN_BY_THE_PAGE.get(theirs["class_type"])}
+        for key in sorted((set(ours["inputs"]) | set(theirs["inputs"])) - shown_by_the_page):
             on_page, in_api = ours["inputs"].get(key, missing), theirs["inputs"].get(key, missing)
             if on_page != in_api:
                 shown = ["absent" if value is missing else json.dumps(value) for value in (on_page, in_api)]

@@ -1,16 +1,23 @@
-"""The node that captions the images of a subject."""
+"""Nodes that caption the images of a subject, and that save images with their captions."""
 
 from __future__ import annotations
 
+import os
+
+import folder_paths
+import torch
 from comfy_api.latest import io, ui
 
 from ...pipelines.shared.errors import IdentityEditError
+from ...pipelines.shared.files import atomic_write
 from ...pipelines.subjects import captioning
 from ...pipelines.subjects import images as subjects
+from ..saved_files import next_path
 from ..sockets import SubjectImages, checked, schema, seed_input, show_text
 from .inputs import check_model, list_models, model_path, progress_bar
 
 NO_MODEL = "no model"
+EXAMPLE = "regularization/cat/cat"
 DO_NOT_SAVE, SAVE_NEW, OVERWRITE = SAVE_CHOICES = ("no", "new files only", "overwrite")
 
 
@@ -156,4 +163,46 @@ class CaptionImages(io.ComfyNode):
         )
 
 
-NODES: list[type[io.ComfyNode]] = [CaptionImages]
+class SaveImagesWithCaptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="IdentityEditSaveImagesWithCaptions",
+            display_name="Save Images with Captions",
+            category="subject",
+            search_aliases=["save dataset", "caption file", "regularization images", "save text", "training images"],
+            description="Saves images as PNG files, each with its caption in a .txt file of the same name, as Load "
+            "Subject Images and other trainers read them.",
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="Images to save; a list of images is saved one by one."),
+                io.String.Input(
+                    "caption",
+                    default="",
+                    multiline=True,
+                    tooltip="Caption of the images, such as from Regularization Prompts: from a list, one for each "
+                    "image.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default=EXAMPLE,
+                    tooltip="Folder and start of the file names below the output folder; a number follows. Load "
+                    "Subject Images finds folders below output/regularization.",
+                ),
+            ],
+            outputs=[],
+        )
+
+    @classmethod
+    @checked
+    def execute(cls, images: torch.Tensor, caption: str, filename_prefix: str) -> io.NodeOutput:
+        next_path(filename_prefix, EXAMPLE)  # a sentence where the folder cannot be used
+        saved = ui.ImageSaveHelper.get_save_images_ui(images, filename_prefix=filename_prefix, cls=cls)
+        for image in saved.results:
+            path = os.path.join(folder_paths.get_output_directory(), image.subfolder, image.filename)
+            with atomic_write(os.path.splitext(path)[0] + ".txt") as temporary, open(temporary, "wb") as file:
+                file.write(caption.strip().encode())
+        return io.NodeOutput(ui=saved)
+
+
+NODES: list[type[io.ComfyNode]] = [CaptionImages, SaveImagesWithCaptions]

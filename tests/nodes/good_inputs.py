@@ -424,6 +424,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     },
     "AugmentImages": lambda w: {"images": w.images, "mask": w.mask, "count": 2},
     "CaptionImages": lambda w: {"subject": w.subject, "captions": "a cat\na second cat"},
+    "SaveImagesWithCaptions": lambda w: {"images": w.images, "caption": "a cat", "filename_prefix": "captioned/cat"},
     "RegularizationPrompts": lambda w: {"class_word": "cat", "count": 2},
     "TrainingSettings": lambda w: {},
     "TrainIdentityPrior": lambda w: {**_training(w), "subject": w.subject, "regularization": w.subject},

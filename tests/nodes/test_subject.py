@@ -10,7 +10,14 @@ import folder_paths
 import pytest
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
-from identity_edit_pack.nodes.subjects.captioning import DO_NOT_SAVE, NO_MODEL, OVERWRITE, SAVE_NEW, CaptionImages
+from identity_edit_pack.nodes.subjects.captioning import (
+    DO_NOT_SAVE,
+    NO_MODEL,
+    OVERWRITE,
+    SAVE_NEW,
+    CaptionImages,
+    SaveImagesWithCaptions,
+)
 from identity_edit_pack.nodes.subjects.images import LoadSubjectImages, SubjectFromImages
 from identity_edit_pack.nodes.subjects.regularization_prompts import ENDPOINT, SHIPPED_LIST, RegularizationPrompts
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -148,6 +155,19 @@ def test_captions_are_not_lost_when_they_cannot_be_saved(own_folders: Path, monk
     result = CaptionImages.execute(load()[0], NO_MODEL, "", "", True, OVERWRITE, 1, 0.0, 0)
     assert result.args[1] == ["sks dog 0", "sks dog 1", "sks dog 2"]
     assert "No space left" in str(result.ui.as_dict())
+
+
+def test_saved_images_are_loaded_with_their_captions() -> None:
+    """The prompts of a list, each saved with its image, as the workflow regularization_images does it."""
+    levels = torch.arange(256).view(16, 16, 1).expand(-1, -1, 3) / 255
+    images = {"a dog lying, 狗": levels, "a dog running": levels.flip(0)}
+    for text, image in images.items():
+        SaveImagesWithCaptions.execute(image[None], text, "regularization/dog/dog")
+    loaded = LoadSubjectImages.execute("regularization/dog [output]", "dog", "", CAPTION_FILES, False, 16).args
+    assert tuple(loaded[0].captions) == tuple(images)
+    assert torch.equal(loaded[1], torch.stack(list(images.values())))
+    with pytest.raises(IdentityEditError, match="outside the output folder"):
+        SaveImagesWithCaptions.execute(levels[None], "a dog", "../dog")
 
 
 def test_images_without_a_folder_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,21 +81,48 @@ def expected_source_steps(steps: int, ratio: float) -> int:
     return (round(ratio * 100) * steps + 50) // 100
 
 
-@pytest.mark.parametrize("steps", range(1, 101))
-def test_the_right_step_switches(steps: int) -> None:
-    model = tiny_models.sd1()
-    schedule = ddim_schedule(model.get_model_object("model_sampling"), steps)
-    for ratio in (0.1, 0.29, 0.4):
-        count = expected_source_steps(steps, ratio)
-        expected = ["source"] * count + ["target"] * (steps - count)
-        ranges = text_injection.injected_conditioning(model, schedule.sigmas, SOURCE, TARGET, ratio)
-        assert [text for _, text in texts_seen(model, ranges, schedule.sigmas)] == expected
-        table = text_injection.injection_table(schedule.sigmas, SOURCE, TARGET, ratio)
-        rows = [table.embeddings[table.row(float(sigma))] for sigma in schedule.sigmas[:-1]]
-        assert all(
-            torch.equal(row, {"source": SOURCE, "target": TARGET}[text][0][0])
-            for row, text in zip(rows, expected, strict=True)
+def test_the_source_prompts_steps_are_rounded_in_whole_hundredths() -> None:
+    for steps in range(1, 101):
+        for hundredths in range(101):
+            ratio = hundredths / 100
+            assert text_injection.source_steps(steps, ratio) == expected_source_steps(steps, ratio), (steps, ratio)
+
+
+def texts_of_ranges(ranges: Any, sampling: Any, sigmas: torch.Tensor) -> list[str]:
+    """Which text is in its range at every step, by ComfyUI's rule: from the start's noise level to the end's."""
+    names = {float(text[0][0].sum()): word for text, word in ((SOURCE, "source"), (TARGET, "target"))}
+    limits = [
+        (
+            float(sampling.percent_to_sigma(options.get("start_percent", 0.0))),
+            float(sampling.percent_to_sigma(options.get("end_percent", 1.0))),
+            names[float(embedding.sum())],
         )
+        for embedding, options in ranges
+    ]
+    used = [[name for start, end, name in limits if end <= float(sigma) <= start] for sigma in sigmas[:-1]]
+    assert all(len(each) == 1 for each in used)
+    return [name for (name,) in used]
+
+
+def test_the_right_step_switches() -> None:
+    """Ranges and rows of every number of steps; that ComfyUI follows the ranges is seen on a few."""
+    model = tiny_models.sd1()
+    sampling = model.get_model_object("model_sampling")
+    for steps in range(1, 101):
+        sigmas = ddim_schedule(sampling, steps).sigmas
+        for ratio in (0.1, 0.29, 0.4):
+            count = expected_source_steps(steps, ratio)
+            expected = ["source"] * count + ["target"] * (steps - count)
+            ranges = text_injection.injected_conditioning(model, sigmas, SOURCE, TARGET, ratio)
+            assert texts_of_ranges(ranges, sampling, sigmas) == expected
+            table = text_injection.injection_table(sigmas, SOURCE, TARGET, ratio)
+            rows = [table.embeddings[table.row(float(sigma))] for sigma in sigmas[:-1]]
+            assert all(
+                torch.equal(row, {"source": SOURCE, "target": TARGET}[text][0][0])
+                for row, text in zip(rows, expected, strict=True)
+            )
+        if steps in (1, 2, 3, 10, 29, 100):
+            assert [text for _, text in texts_seen(model, ranges, sigmas)] == expected
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.34, 1.0])
@@ -195,7 +222,7 @@ def make_inversion(model: Any, steps: int, end_at_zero: bool = False, batch: int
 
 @pytest.mark.parametrize(
     ("sampler", "steps"),
-    [("ddim", steps) for steps in range(1, 101)] + [("heun", steps) for steps in (1, 2, 3, 10, 25)],
+    [("ddim", steps) for steps in (1, 2, 3, 7, 10, 25, 100)] + [("heun", steps) for steps in (1, 2, 3, 10)],
 )
 def test_all_routes_give_the_loop_of_the_paper(sampler: str, steps: int) -> None:
     """The all-in-one and the stock sampler with ranges, against eq. 5 in float64."""
@@ -238,12 +265,16 @@ def test_all_routes_give_the_loop_of_the_paper(sampler: str, steps: int) -> None
     assert relative_error(by_ranges / DIFFUSION.scale(inversion.sigmas[-1]), z_0) < 1e-4
 
 
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
-@pytest.mark.parametrize("sampler", ["ddim", "heun"])
-@pytest.mark.parametrize("end_at_zero", [False, True])
+@pytest.mark.parametrize(
+    ("family", "sampler", "end_at_zero"),
+    [
+        ("sd1", "ddim", False), ("sd1", "ddim", True), ("sd1", "heun", False), ("sd1", "heun", True),
+        ("sd2_v", "heun", False), ("sdxl", "ddim", False),
+    ],
+)  # fmt: skip
 def test_routes_agree_on_a_network(family: str, sampler: str, end_at_zero: bool) -> None:
     model = tiny_models.FAMILIES[family]()
-    inversion = make_inversion(model, 10, end_at_zero, batch=2)
+    inversion = make_inversion(model, 5, end_at_zero, batch=2)
     result = text_injection.timestep_aware_sampling(
         model, inversion, SOURCE, TARGET, NEGATIVE, ratio=0.3, guidance_scale=5.0, sampler=sampler
     )
@@ -257,7 +288,7 @@ def test_routes_agree_on_a_network(family: str, sampler: str, end_at_zero: bool)
     assert relative_error(by_table, result.latent) < 1e-5
     target_only = stock_sample(model, TARGET, NEGATIVE, 5.0, sampler, sigmas, start) / DIFFUSION.scale(sigmas[-1])
     assert relative_error(target_only, result.latent) > 1e-2, "the injection has no effect"
-    evaluations = 2 * 10 if sampler == "ddim" else 4 * 10 - 2 * end_at_zero
+    evaluations = 2 * 5 if sampler == "ddim" else 4 * 5 - 2 * end_at_zero
     assert result.evaluations == evaluations
 
 

@@ -3,7 +3,9 @@
 Attention to the subject's word alone does not outline it in these networks. What does is a contrast in the space of
 the attention's outputs (ConceptAttention, Helbling et al. 2025): the scalar product of the outputs at an image position
 and at the subject's tokens, minus that with the tokens of another concept. The map of a block is standardized, because
-outputs of different blocks differ in size, and the mean of the maps is refined by self-attention as in a UNet.
+outputs of different blocks differ in size, and the mean of the maps is refined by self-attention as in a UNet. By
+default the maps are those of all blocks and the self-attention that of the last third, whose image positions attend
+within one object: in the demo world this outlines a subject best (benchmarks/results/segment_subject_flow.md).
 
 The identity prompt has to run through the blocks to have outputs, so it is evaluated as a prompt of its own, in a few
 additional model calls on the sampled latent. Read on ComfyUI 0.3.75 and 0.33.0: comfy/samplers.py.
@@ -20,7 +22,7 @@ from .capture import MAXIMUM_SELF_ATTENTION_POSITIONS, IdentityAttention, Record
 from .errors import IdentityEditError
 from .joint import Attend, joint_sites, side_prompts, with_tap
 from .maps import output_scores, standardized
-from .sites import AUTOMATIC, Attended, Site, choose_blocks
+from .sites import AUTOMATIC, LAST, Attended, Site, choose_blocks
 
 _KEY = "identity_edit_joint_attention"
 _SIDE = "identity_edit_identity"
@@ -90,9 +92,16 @@ class _JointRecorder(Recorder):
                 f"The identity prompt has {self._prompt[0][0].shape[0]} embeddings for a batch of {batch} latents; "
                 f"give one for all, or one for each."
             )
-        chosen = {site.key: site for site in choose_blocks(joint_sites(network), self._attention.choice)}
+        sites, choice = joint_sites(network), self._attention.choice
+        mapped, refining = choose_blocks(sites, choice), choose_blocks(sites, LAST if choice == AUTOMATIC else choice)
         self._evaluated = set()
-        return Run(batch, height, width, chosen, chosen if self._attention.reads_self_attention else {})
+        return Run(
+            batch,
+            height,
+            width,
+            {site.key: site for site in mapped},
+            {site.key: site for site in refining} if self._attention.reads_self_attention else {},
+        )
 
     def _outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with side_prompts(executor.class_obj, {} if self._prompt is None else {_SIDE: self._prompt}):

@@ -146,8 +146,7 @@ def choose_layers(sites: Sequence[AnySite], height: int, width: int, choice: str
 
 
 def choose_blocks(sites: Sequence[Site], choice: str) -> list[Site]:
-    """The blocks with joint attention selected by `choice`: a third, all, or the middle third for "automatic", where
-    text and image are related best.
+    """The blocks with joint attention selected by `choice`: a third, or all, also for "automatic".
 
     Args:
         sites: all blocks in execution order.
@@ -162,10 +161,11 @@ def choose_blocks(sites: Sequence[Site], choice: str) -> list[Site]:
         MIDDLE: slice(third, len(sites) - third),
         LAST: slice(-max(1, third), None),
         ALL: slice(0, None),
+        AUTOMATIC: slice(0, None),
     }
-    if choice != AUTOMATIC and choice not in ranges:
+    if choice not in ranges:
         raise IdentityEditError(
             f"layers is {choice!r} but all {len(sites)} blocks of this model have the same grid; choose "
-            f"{', '.join(ranges)} or automatic."
+            f"{', '.join(ranges)}."
         )
-    return list(sites[ranges[MIDDLE if choice == AUTOMATIC else choice]])
+    return list(sites[ranges[choice]])

@@ -65,7 +65,8 @@ def layers_input() -> io.Input:
         tooltip="Attention layers that are read. For Stable Diffusion 1.x, 2.x and XL, by the downsampling of their "
         "grid relative to the latent; automatic: 2 and 4 (32x32 and 16x16 of SD1.5 at 512x512, 64x64 and 32x32 of "
         "SDXL at 1024x1024), or the finest two for a latent below 32x32. For flow models, a third of the blocks; "
-        "automatic: the middle third. Not specified in the paper; other layers outline the subject less well.",
+        "automatic: all of them, with the self-attention of the last third. Not specified in the paper; other layers "
+        "outline the subject less well.",
     )
 
 
@@ -88,7 +89,7 @@ def power_input() -> io.Input:
         tooltip="Lambda in Liu et al. 2024, eq. 2: how many times the map is propagated along the "
         "self-attention. 0 uses the cross-attention alone. Not given in the paper; 1 overlapped best "
         "with the true masks of the demo world (benchmarks/results/lipe_edit.md), similar work uses up "
-        "to 4.",
+        "to 4. On flow models 6 is better.",
     )
 
 

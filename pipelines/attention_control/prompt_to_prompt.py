@@ -28,7 +28,7 @@ import torch
 from ...attention.joint import joint_sites
 from ...attention.joint_exchange import JointControl
 from ...attention.prompt_to_prompt import SOURCE, TARGET, AttentionControl, LocalBlend, TokenMap, automatic_factor
-from ...attention.sites import AUTOMATIC, LayerKey, choose_blocks
+from ...attention.sites import AUTOMATIC, MIDDLE, LayerKey, choose_blocks
 from ...attention.unet import AttentionLayer, attention_layers, without_guidance_functions
 from .. import engine
 from ..engine.families.schedule import step_at
@@ -438,7 +438,7 @@ class _OnJoint(_SourceAndTarget):
             height=x.shape[-2],
             width=x.shape[-1],
             blend=self.run.blend,
-            blend_sites={site.key: site for site in choose_blocks(sites, AUTOMATIC)} if self.run.blend else {},
+            blend_sites={site.key: site for site in choose_blocks(sites, MIDDLE)} if self.run.blend else {},
             counts=self.counts,
         )
 

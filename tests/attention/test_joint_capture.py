@@ -66,9 +66,8 @@ def image_map(call: Call, network: Network, rows: slice) -> torch.Tensor:
     return maps / maps.sum(-1, keepdim=True)
 
 
-def middle(network: Network) -> slice:
-    third = len(network.blocks) // 3
-    return slice(third, len(network.blocks) - third)
+def last(network: Network) -> slice:
+    return slice(-max(1, len(network.blocks) // 3), None)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -83,12 +82,13 @@ def test_means_of_an_identity_prompt_equal_a_literal_computation(
     assert attention.evaluations == 2
     sampled_and_identity = model_calls(called, network)
     assert len(sampled_and_identity) == 4
-    read = [call for calls in sampled_and_identity[1::2] for call in calls[middle(network)]]
+    read = [call for calls in sampled_and_identity[1::2] for call in calls]
+    refining = [call for calls in sampled_and_identity[1::2] for call in calls[last(network)]]
     mean = attention.cross[GRID].total / attention.cross[GRID].weight
     literal = torch.stack([contrast_map(call, network, slice(None)) for call in read]).mean(0)
     assert torch.allclose(mean.double(), literal, atol=1e-4, rtol=0)
     assert attention.self_grid == GRID
-    own = torch.stack([image_map(call, network, slice(None)) for call in read]).mean(0)
+    own = torch.stack([image_map(call, network, slice(None)) for call in refining]).mean(0)
     assert torch.allclose(attention.self_attention().double(), own, atol=1e-5, rtol=0)
     assert torch.allclose(identity_mask.rough_mask(attention).double(), literal, atol=1e-4, rtol=0)
     refined = (own @ literal.flatten(1).unsqueeze(-1)).view_as(literal)
@@ -96,8 +96,8 @@ def test_means_of_an_identity_prompt_equal_a_literal_computation(
     found = identity_mask.identity_map(attention, *GRID, power=1)
     assert torch.allclose(found.double(), (refined - low) / (high - low), atol=1e-3, rtol=0)
     of_step = attention.steps[1].cross[GRID]
-    tokens = [torch.stack([contrast_map(call, network, slice(None), (column,)) for call in sampled_and_identity[3]
-                           [middle(network)]]).mean(0) for column in COLUMNS]  # fmt: skip
+    tokens = [torch.stack([contrast_map(call, network, slice(None), (column,)) for call in sampled_and_identity[3]])
+              .mean(0) for column in COLUMNS]  # fmt: skip
     assert torch.allclose((of_step.total / of_step.weight).double(), torch.stack(tokens, 1).flatten(0, 1), atol=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_sampled_prompts_are_read_on_the_positive_side(choice: str, called: list
     """In any order of the sides, without additional model calls; without a contrast, attention probabilities."""
     network = NETWORKS["flux"]
     model, latent = network.model(), network.latent(4, 2)
-    chosen = {"first third": [0], "last third": [3], "all": [0, 1, 2, 3]}.get(choice, [1, 2])
+    chosen = {"first third": [0], "middle third": [1, 2], "last third": [3]}.get(choice, [0, 1, 2, 3])
     sides: list[tuple[int, ...]] = []
 
     class Reversed(comfy.samplers.CFGGuider):

@@ -86,7 +86,7 @@ def joint_sites(network: Any) -> list[Site]:
     ]
 
 
-def with_tap(model: Any, key: str, tap: Tap) -> Any:
+def with_tap(model: Any, key: str, tap: Tap, is_needed: Callable[[], bool] = lambda: True) -> Any:
     """A clone of a MODEL in which every joint attention is replaced by `tap`.
 
     Args:
@@ -94,13 +94,19 @@ def with_tap(model: Any, key: str, tap: Tap) -> Any:
         key: name of the wrapper.
         tap: see `Tap`. Separate attention of the image or the text, as in some blocks of Stable Diffusion 3.5 and in
             the refiners of Lumina 2, is not affected.
+        is_needed: whether a model call is tapped; all others run as without it, with any number of blocks.
 
     Raises:
         IdentityEditError: for an unsupported network; while sampling, when another node skips or repeats blocks without
             indices, or for inputs whose place in the sequence is unknown.
     """
     clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _tapping(model.get_model_object("diffusion_model"), tap))
+    tapping = _tapping(model.get_model_object("diffusion_model"), tap)
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return tapping(executor, *args, **kwargs) if is_needed() else executor(*args, **kwargs)
+
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, apply_model)
     return clone
 
 

@@ -83,7 +83,7 @@ class _JointRecorder(Recorder):
         self._evaluated: set[int] = set()  # steps with an additional model call
 
     def _with_hooks(self, model: Any) -> Any:
-        return with_tap(model, _KEY, self._read)
+        return with_tap(model, _KEY, self._read, lambda: self._run is not None and self._run.side is not None)
 
     def _begin(self, network: Any, noise: torch.Tensor) -> Run:
         batch, height, width = noise.shape[0], noise.shape[-2], noise.shape[-1]
@@ -115,7 +115,8 @@ class _JointRecorder(Recorder):
         result = executor(network, conds, *args, **kwargs)
         if run.step not in self._evaluated and (self._attention.by_step or run.step in _evaluated_steps(run)):
             self._evaluated.add(run.step)
-            super()._evaluate(run, guider, 0, executor, network, [guider.conds[_SIDE]], *args, **kwargs)
+            whole = guider.conds[_SIDE][:1]  # ComfyUI adds an entry for each area of the sampled prompt
+            super()._evaluate(run, guider, 0, executor, network, [whole], *args, **kwargs)
         return result
 
     def _read(
@@ -128,7 +129,7 @@ class _JointRecorder(Recorder):
     ) -> torch.Tensor:
         output = attend(attended.query, attended.key, value)
         run = self._run
-        if run is not None and run.side is not None and site.key in run.cross_layers:
+        if run is not None and site.key in run.cross_layers:
             with torch.no_grad():
                 for rows, entry in run.rows_to_read(options):
                     self._add(run, site, attended.part(rows), output[rows], entry)

@@ -109,7 +109,8 @@ def mutual_self_attention(
             return executor(x, timestep, model_options, seed)
         check_sampled_latent(inversion, x)
         guider = executor.class_obj
-        conds = guider.conds
+        original = guider.conds
+        conds = engine.with_own_uuids(original)
         masks_now = None if masks is None else _mutual_masks(*masks, x, conds)
         features: SourceFeatures | JointMutualAttention = (
             JointMutualAttention(network, blocks, masks_now, keeps_background)
@@ -127,20 +128,24 @@ def mutual_self_attention(
                     features.recording(without_guidance_functions(model_options)),
                     seed,
                 )
-        finally:
+            if features.missing():
+                raise IdentityEditError(
+                    f"Mutual self-attention could not record the layers {features.missing()}; remove the node that "
+                    f"skips them (such as DeepCache), or choose a later start_layer."
+                )
             guider.conds = conds
-        if features.missing():
-            raise IdentityEditError(
-                f"Mutual self-attention could not record the layers {features.missing()}; remove the node that skips "
-                f"them (such as DeepCache), or choose a later start_layer."
-            )
-        return executor(x, timestep, features.injecting(model_options), seed)
+            return executor(x, timestep, features.injecting(model_options), seed)
+        finally:
+            guider.conds = original
 
-    def with_source_prompts(executor: Any, *args: Any, **kwargs: Any) -> Any:
-        with engine.side_prompts(executor.class_obj, {_KEY + side: prompt for side, prompt in prompts.items()}):
+    side_prompts = {_KEY + side: prompt for side, prompt in prompts.items()} if is_joint else {}
+
+    def begin(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        engine.stop_step_caches(executor.class_obj)
+        with engine.side_prompts(executor.class_obj, side_prompts):
             return executor(*args, **kwargs)
 
-    return engine.with_wrappers(model, _KEY, attend_to_source, outer_sample=with_source_prompts if is_joint else None)
+    return engine.with_wrappers(model, _KEY, attend_to_source, outer_sample=begin)
 
 
 def mutual_blocks(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, Site]:

@@ -309,6 +309,7 @@ class _SourceAndTarget(ABC):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        engine.stop_step_caches(executor.class_obj)
         words = None if self.blend is None else self.local_blend(*self.blend)
         self.run = _Run(noise.shape[0], sigmas.detach().to(device="cpu", dtype=torch.float32), words)
         if self.inversion is None:  # duplicate the latents and the noise: first the sources, then the targets
@@ -333,7 +334,8 @@ class _SourceAndTarget(ABC):
         step, steps, x_source, x_target = self._at(run, x, float(timestep.max()))
         source_sigmas, target_sigmas = timestep[: x_source.shape[0]], timestep[: x_target.shape[0]]
         guider = executor.class_obj
-        own = guider.conds
+        original = guider.conds
+        own = engine.with_own_uuids(original)
         control = self.control(own, step, steps, x)
         if control is None:
             return executor(x, timestep, model_options, seed)
@@ -352,7 +354,7 @@ class _SourceAndTarget(ABC):
                     source_denoised = inversion.image.to(x)
                 target_denoised = torch.where(_as_latent(run.mask, x), target_denoised, source_denoised)
         finally:
-            guider.conds = own
+            guider.conds = original
         return target_denoised if inversion is not None else torch.cat([source_denoised, target_denoised])
 
     def _at(self, run: _Run, x: torch.Tensor, sigma: float) -> tuple[int, int, torch.Tensor, torch.Tensor]:

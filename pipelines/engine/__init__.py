@@ -26,11 +26,12 @@ from .model import (
     model_latent,
     model_tag,
     start_of_run,
+    stop_step_caches,
     to_model_scale,
     to_socket_scale,
     with_wrappers,
 )
-from .side_prompts import conditionings_with_text, side_prompts
+from .side_prompts import conditionings_with_text, side_prompts, with_own_uuids
 
 __all__ = [
     "FLOW",
@@ -61,7 +62,9 @@ __all__ = [
     "run_loop",
     "side_prompts",
     "start_of_run",
+    "stop_step_caches",
     "to_model_scale",
     "to_socket_scale",
+    "with_own_uuids",
     "with_wrappers",
 ]

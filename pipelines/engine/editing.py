@@ -15,7 +15,8 @@ from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_areas
 from .families.noise import NoisePath
 from .families.registry import require
-from .model import start_of_run
+from .families.schedule import given_schedule
+from .model import start_of_run, stop_step_caches
 
 Estimate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(x, sigma) -> the guided estimate of z_0 [B, C, H, W], with sigma a scalar tensor."""
@@ -48,6 +49,11 @@ class EditGuider(comfy.samplers.CFGGuider):
         for name, conditioning in self.original_conds.items():
             check_areas(conditioning, latent_image, f"The {name} conditioning")
         return super().sample(noise, latent_image, *arguments, **named)
+
+    def outer_sample(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """Called by `sample` inside the OUTER_SAMPLE wrappers."""
+        stop_step_caches(self)
+        return super().outer_sample(*arguments, **named)
 
     @contextlib.contextmanager
     def at_source(self) -> Iterator[None]:
@@ -136,7 +142,10 @@ class EditSampler(comfy.samplers.Sampler):
         """Called by ComfyUI between loading and cleanup."""
         from tqdm.auto import tqdm
 
+        if len(sigmas) < 2:  # no step, as after Split Sigmas at the last one
+            return latent_image
         family = require(model_wrap.model_patcher)
+        given_schedule(family, sigmas)  # raises unless they descend
         sampling = model_wrap.inner_model.model_sampling
         image = latent_image.to(torch.float32)
 

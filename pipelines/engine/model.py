@@ -211,6 +211,29 @@ def drop_step_caches(clone: Model) -> None:
         )
 
 
+def stop_step_caches(guider: Any) -> None:
+    """Disable the caches of `drop_step_caches` in one run, wherever their node was connected. For an OUTER_SAMPLE
+    wrapper of a technique that evaluates another latent or prompt beside the sampled one, which they cannot tell apart.
+
+    Their wrappers around the whole run stay, because they read the cache's options at its end.
+    """
+    transformer = guider.model_options.get("transformer_options", {})
+    runs = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+    wrappers = transformer.get("wrappers", {})
+    stopped = {key for kind, by_key in wrappers.items() for key in by_key if kind != runs and _is_cache(key)}
+    if not stopped:
+        return
+    logging.warning(
+        "IdentityEdit: the model's %s is disabled in this run, which evaluates other latents or prompts in between.",
+        for_console(" and ".join(sorted(stopped))),
+    )
+    wrappers = {
+        kind: {key: each for key, each in by_key.items() if kind == runs or key not in stopped}
+        for kind, by_key in wrappers.items()
+    }
+    guider.model_options = {**guider.model_options, "transformer_options": {**transformer, "wrappers": wrappers}}
+
+
 def _is_cache(key: Any) -> bool:
     return isinstance(key, str) and "cache" in key.lower()
 

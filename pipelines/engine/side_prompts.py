@@ -8,6 +8,7 @@ Read on ComfyUI 0.3.75 and 0.33.0: comfy/samplers.py (process_conds), comfy/mode
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from ...attention.joint import side_prompts as side_prompts
@@ -32,3 +33,11 @@ def conditionings_with_text(conditionings: list[dict[str, Any]], prompt: list[di
         }
         for conditioning in conditionings
     ]
+
+
+def with_own_uuids(conds: dict[str, Any]) -> dict[str, Any]:
+    """A guider's conditionings in which every entry has a uuid of its own.
+
+    For an area on one side ComfyUI adds an entry to the others, with the uuid of the entry that has the area.
+    """
+    return {side: entries and [{**entry, "uuid": uuid.uuid4()} for entry in entries] for side, entries in conds.items()}

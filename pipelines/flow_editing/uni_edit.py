@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 
 from .. import engine
+from ..engine.families.schedule import check_ends_at_image
 from ..inversion.methods import uni_inv
 from ..shared.input_checks import check_number
 
@@ -30,6 +31,7 @@ def uni_edit_sampler(alpha: float = ALPHA, omega: float = OMEGA) -> engine.EditS
     check_number(alpha, "alpha", 0.0, 1.0)
 
     def edit(run: engine.EditRun) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        check_ends_at_image(run.path, run.sigmas)
         levels = run.sigmas[run.steps - max(1, round(alpha * run.steps)) :]
         path = run.path
         inverted = run.image * path.image_scale(levels[-1])

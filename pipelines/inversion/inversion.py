@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from .. import engine
-from ..engine.families.schedule import SAME_LEVEL, given_schedule
+from ..engine.families.schedule import SAME_LEVEL, check_ends_at_image, given_schedule
 from ..shared import files
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, with_embedding
@@ -276,7 +276,11 @@ def invert_image(
 def levels_of(model: Model, steps: int, end_at_zero: bool, sigmas: torch.Tensor | None) -> torch.Tensor:
     """[N + 1] descending noise levels: the model's schedule, or `sigmas`."""
     family = engine.require(model)
-    return family.schedule(steps, end_at_zero).sigmas if sigmas is None else given_schedule(family, sigmas)
+    if sigmas is None:
+        return family.schedule(steps, end_at_zero).sigmas
+    levels = given_schedule(family, sigmas)
+    check_ends_at_image(family.noise_path, levels)
+    return levels
 
 
 def sample_inversion(

@@ -216,6 +216,27 @@ def test_areas_are_parts_of_the_grid() -> None:
     assert bool((weight[:, :3] == 2 * weight[:, 3:]).all()), "both conditionings on the left half"
 
 
+def test_an_identity_prompt_is_read_in_the_whole_image() -> None:
+    """Whatever the areas of the sampled prompt, for which ComfyUI adds entries to every other prompt."""
+    network = NETWORKS["flux"]
+    part = [[POSITIVE[0][0], {**POSITIVE[0][1], "area": (5, 3, 1, 2)}]]
+    recording, attention = record(network.model())
+    sample(recording, network.latent(4), [*part, *POSITIVE])
+    assert set(attention.cross) == {GRID}
+    assert attention.cross[GRID].weight.unique().tolist() == [2 * attention.evaluations], "twice: two blocks"
+
+
+def test_blocks_are_counted_only_in_the_call_that_is_read() -> None:
+    """Skip Layer Guidance evaluates the sampled prompt once more without some blocks."""
+    from comfy_extras import nodes_sd3
+
+    network = NETWORKS["sd3"]
+    model = nodes_sd3.SkipLayerGuidanceSD3.execute(network.model(), "0", 3.0, 0.0, 1.0)
+    recording, attention = record(getattr(model, "args", model)[0])
+    sample(recording, network.latent(4))
+    assert attention.evaluations == len(SIGMAS) - 1
+
+
 def test_what_cannot_be_recorded_is_refused() -> None:
     network = NETWORKS["flux"]
     model, latent = network.model(), network.latent(4, 3)

@@ -248,6 +248,49 @@ def test_an_edit_with_the_kept_background_of_every_step(model: Any, pivot: Inver
     assert relative_error(results[0][..., :4, :], results[1][..., :4, :]) > 3e-5
 
 
+@pytest.fixture
+def flux_pivot() -> tuple[Any, Inversion]:
+    model = tiny_flow_models.flux(output_gain=0.05)
+    return model, invert_image(model, tiny_flow_models.latent_for(model, 4, 1), encode(CLIP, SOURCE), steps=8)
+
+
+def techniques(pivot: Inversion) -> dict[str, Any]:
+    return {
+        "mutual self-attention": lambda model: mutual_self_attention(model, pivot, encode(CLIP, SOURCE), None, 0.0),
+        "prompt-to-prompt": lambda model: prompt_to_prompt(model, CLIP, SOURCE, TARGET, inversion=pivot)[0],
+    }
+
+
+@pytest.mark.parametrize("technique", ["mutual self-attention", "prompt-to-prompt"])
+@pytest.mark.parametrize("node", ["EasyCacheNode", "LazyCacheNode"])
+def test_caches_of_steps_do_not_mix_source_and_target(flux_pivot: Any, node: str, technique: str) -> None:
+    from comfy_extras import nodes_easycache
+
+    model, pivot = flux_pivot
+    apply, target = techniques(pivot)[technique], encode(CLIP, TARGET)
+
+    def cached(model: Any) -> Any:
+        return getattr(nodes_easycache, node).execute(model, 0.8, 0.0, 1.0, False).args[0]
+
+    expected = from_inversion(apply(model), pivot, target)
+    for both in (apply(cached(model)), cached(apply(model))):
+        assert torch.equal(from_inversion(both, pivot, target), expected)
+
+
+@pytest.mark.parametrize("technique", ["mutual self-attention", "prompt-to-prompt"])
+def test_an_area_of_the_prompt_does_not_mix_it_with_the_negative(flux_pivot: Any, technique: str) -> None:
+    """ComfyUI adds an entry for the area to the negative side, with the uuid of the prompt's entry; with an area of its
+    own, the negative side gets none."""
+    model, pivot = flux_pivot
+    apply, prompt = techniques(pivot)[technique], encode(CLIP, TARGET)[0]
+    positive = [[prompt[0], {**prompt[1], "area": (8, 4, 0, 0)}], prompt]
+    found = from_inversion(apply(model), pivot, positive)
+    same = guided(apply(model), positive)
+    same.inner_set_conds({"negative": [*NEGATIVE, [NEGATIVE[0][0], {**NEGATIVE[0][1], "area": (8, 4, 0, 0)}]]})
+    start = pivot.trajectory[0] / pivot.noise_path.scale(pivot.sigmas[0])
+    assert torch.equal(found, sample(same, start, torch.zeros_like(start), pivot.sigmas))
+
+
 def test_what_mutual_self_attention_cannot_do_is_named(model: Any, pivot: Inversion) -> None:
     count = len(joint_sites(model.model.diffusion_model))
     refused = [

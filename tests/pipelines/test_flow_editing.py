@@ -192,3 +192,33 @@ def test_other_samplers_see_the_target_prompt() -> None:
         for guider in (plain, ours)
     )
     assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("node", ["EasyCacheNode", "LazyCacheNode"])
+@pytest.mark.parametrize("make", [uni_edit_sampler, lambda: flow_edit_sampler(last_steps=0.3)])
+def test_caches_of_steps_do_not_mix_source_and_target(node: str, make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    from comfy_extras import nodes_easycache
+
+    model = tiny_flow_models.flux(output_gain=0.05)
+    cached = getattr(nodes_easycache, node).execute(model, 0.8, 0.0, 1.0, False).args[0]
+    plain = run(model, make(), schedule(model))
+    assert "cache" not in caplog.text
+    assert torch.equal(run(cached, make(), schedule(model)), plain)
+    assert "cache is disabled in this run" in caplog.text
+
+
+@pytest.mark.parametrize("make", [flow_edit_sampler, uni_edit_sampler, rf_inversion.rf_inversion_sampler])
+def test_schedules_without_a_step_or_in_another_order(make: Any) -> None:
+    """Split Sigmas at the last step, Flip Sigmas, and a scheduler of another kind of model."""
+    model = tiny_flow_models.sd3(output_gain=0.2)
+    sigmas = schedule(model)
+    assert relative_error(run(model, make(), sigmas[-1:]), image(model)) < 1e-6
+    for wrong in (sigmas.flip(0), torch.tensor([14.6, 1.0, 0.0])):
+        with pytest.raises(IdentityEditError, match="sigmas must descend from at most 1"):
+            run(model, make(), wrong)
+
+
+def test_uni_edit_inverts_an_image_without_noise() -> None:
+    model = tiny_flow_models.sd3(output_gain=0.2)
+    with pytest.raises(IdentityEditError, match="sigmas end at .*, where an image would still be noisy"):
+        run(model, uni_edit_sampler(), schedule(model)[:4])

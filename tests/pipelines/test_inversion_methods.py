@@ -191,6 +191,8 @@ def test_a_given_schedule_is_followed(model: Any) -> None:
     for wrong in (sigmas.flip(0), sigmas * 1.5):
         with pytest.raises(IdentityEditError, match="sigmas must descend from at most"):
             inversion.invert_image(model, z_0, SOURCE, sigmas=wrong)
+    with pytest.raises(IdentityEditError, match="where an image would still be noisy; let them end at 0"):
+        inversion.invert_image(model, z_0, SOURCE, sigmas=sigmas[:4])  # the high_sigmas of Split Sigmas
 
 
 def test_another_text_is_exchanged_with_all_that_goes_with_it(model: Any) -> None:

@@ -23,6 +23,7 @@ from typing import Protocol
 import torch
 
 from ...shared.errors import IdentityEditError, check_steps
+from .noise import NoisePath
 
 
 class DiscreteSampling(Protocol):
@@ -128,6 +129,20 @@ def given_schedule(family: HasSampling, sigmas: torch.Tensor) -> torch.Tensor:
             f"{float(levels[0]):.4g} to {float(levels[-1]):.4g}; connect Basic Scheduler with this model."
         )
     return levels
+
+
+LARGEST_END = 0.1
+"""Largest share of noise at the end of a schedule that starts or ends with an image."""
+
+
+def check_ends_at_image(path: NoisePath, sigmas: torch.Tensor) -> None:
+    """Raise `IdentityEditError` if the image would still be noisy at the end of a schedule [N + 1]."""
+    end = sigmas[-1]
+    if float(end / path.scale(end)) > LARGEST_END:
+        raise IdentityEditError(
+            f"sigmas end at {float(end):.4g}, where an image would still be noisy; let them end at 0 (Basic Scheduler, "
+            f"or the low_sigmas of Split Sigmas)."
+        )
 
 
 def fewer_steps(requested: int, used: int) -> str | None:

@@ -27,7 +27,7 @@ def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def reference(patcher, latent: torch.Tensor, steps: int) -> tuple[reference_null_text.ReferenceNullText, list]:
-    twin = tiny_models.diffusers_twin(patcher)
+    twin = tiny_models.diffusers_twin(patcher).requires_grad_(False)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     scale = reference_null_text.DdimScale(torch.cumprod(1 - betas, 0).float(), ddim_timesteps(steps).tolist())
 
@@ -39,7 +39,7 @@ def reference(patcher, latent: torch.Tensor, steps: int) -> tuple[reference_null
 
 
 # The output gains make some steps stop early and others not, at each step count.
-@pytest.mark.parametrize(("steps", "output_gain"), [(10, 0.012), (30, 0.025), (50, 0.04)])
+@pytest.mark.parametrize(("steps", "output_gain"), [(10, 0.012), (30, 0.025)])
 def test_it_reproduces_the_reference(steps: int, output_gain: float):
     """Trajectory, embeddings, losses and inner-step counts, in the inference mode in which ComfyUI runs a prompt."""
     latent = tiny_models.latent(3, height=8, width=6)
@@ -82,11 +82,11 @@ def test_a_batch_is_its_latents_one_by_one():
 def test_it_brings_every_family_back_to_the_image(family: str):
     patcher = tiny_models.FAMILIES[family](output_gain=0.05)
     latent = tiny_models.latent(3, batch=2)
-    pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=5)
+    pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=3)
     before = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=0)
     after = null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=10)
     assert bool((after.final_losses[-1] < 0.7 * before.final_losses[-1]).all())
-    assert (before.evaluations, after.evaluations) == (10, 5 * 12)
+    assert (before.evaluations, after.evaluations) == (6, 3 * 12)
     # The per-step embeddings give the same image through ComfyUI's own guidance.
     again = inversion.sample_inversion(patcher, pivot.with_embeddings(after.embeddings), POSITIVE, NEGATIVE, 7.5)
     assert relative_error(again, after.reconstruction) < 1e-4
@@ -95,7 +95,7 @@ def test_it_brings_every_family_back_to_the_image(family: str):
 def test_the_adaptive_method_comes_nearer_with_no_more_evaluations():
     patcher = tiny_models.sd1(output_gain=0.05)
     latent = tiny_models.latent(3, batch=2)
-    pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=10)
+    pivot = inversion.invert_image(patcher, latent, POSITIVE, steps=5)
     paper, adaptive = (
         null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=10, method=method)
         for method in null_text.METHODS
@@ -211,8 +211,12 @@ def test_live_tensors_do_not_grow_with_the_inner_steps():
         large = [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor) and value.numel() > 200]
         counts.append(len(large))
 
-    null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=12, callback=count)
-    assert max(counts[2:]) <= counts[1] + 2
+    gc.freeze()  # only what is new from here on is counted, and looked through
+    try:
+        null_text.null_text_optimization(patcher, pivot, POSITIVE, NEGATIVE, inner_steps=12, callback=count)
+    finally:
+        gc.unfreeze()
+    assert max(counts[2:]) <= counts[1] + 2 and min(counts) > 0
 
 
 def test_bad_inputs_are_refused_in_one_sentence():

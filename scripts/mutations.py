@@ -250,6 +250,18 @@ MUTATIONS = [
         ("test_reference_guidance.py",),
     ),
     Mutation(
+        "estimate that leads to the reference",
+        "return x - sigma * (x - x_next) / (sigma - sigma_next)",
+        "return x - sigma_next * (x - x_next) / (sigma - sigma_next)",
+        ("test_flow_reference_guidance.py",),
+    ),
+    Mutation(
+        "reference guidance with the paper's constant step on flow models",
+        "lengths = torch.ones(len(x))",
+        "lengths = None",
+        ("test_flow_reference_guidance.py",),
+    ),
+    Mutation(
         "guidance coefficients",
         "NEGATIVE: self.spatial - self.text",
         "NEGATIVE: self.text - self.spatial",

@@ -37,11 +37,12 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             display_name="Reference-Guided Null-Text Optimizer",
             category="subject",
             search_aliases=["HiFi Tuner", "reference guidance", "subject details", "null-text", "second pass"],
-            advanced=["learning_rate", "early_stop", "steps"],
+            advanced=["learning_rate", "early_stop", "steps", "blending"],
             description=(
                 "Samples an image again from the same noise and guides its subject along the inversion "
                 "of a reference image (HiFi Tuner, Wang et al. 2023, algorithm 2): the same place and pose, "
-                "with the reference's details."
+                "with the reference's details. On models with distilled guidance it blends the reference in instead of "
+                "optimizing."
             ),
             inputs=[
                 io.Model.Input(
@@ -72,7 +73,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                 guidance_scale_input(
                     guidance.GUIDANCE_SCALE,
                     "Guidance scale (cfg) of the first pass, above 1. 7.5 as in Mokady et al. 2023; Wang "
-                    "et al. 2023 do not report theirs.",
+                    "et al. 2023 do not report theirs. 1 for flow models with distilled guidance.",
                 ),
                 fraction_input(
                     "start_percent",
@@ -101,7 +102,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     max=1.0,
                     step=0.0001,
                     round=0.00001,
-                    tooltip="Adam's learning rate. 0.01 in Wang et al. 2023.",
+                    tooltip="Adam's learning rate. 0.01 in Wang et al. 2023; on flow models the step size adapts.",
                 ),
                 io.Float.Input(
                     "early_stop",
@@ -121,6 +122,14 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     least=0,
                 ),
                 checkpointing_input(default=False),
+                fraction_input(
+                    "blending",
+                    guidance.BLENDING,
+                    "Share of the reference blended into each guided step on flow models where no embedding can be "
+                    "optimized: with distilled guidance, or at guidance scale 1. 0 only pastes the reference into the "
+                    "first guided step, 1 follows it exactly.",
+                    optional=True,
+                ),
             ],
             outputs=[
                 io.Latent.Output(
@@ -149,6 +158,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
         early_stop: float,
         steps: int,
         checkpointing: bool,
+        blending: float = guidance.BLENDING,
     ) -> io.NodeOutput:
         check_step_count(inversion, steps or None)
         empty = latent_samples(latent, "The latent")
@@ -158,6 +168,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                 "Image."
             )
         guided = guidance.guided_steps(inversion.steps, start_percent, end_percent)
+        optimized = guidance.optimizes(model, guidance_scale)
+        updates = inner_steps if optimized else 0
         found = guidance.reference_guided_sampling(
             model,
             guidance.first_pass_latent(model, empty, inversion.sigmas, seed, latent.get("batch_index")),
@@ -172,12 +184,17 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             learning_rate=learning_rate,
             early_stop=early_stop,
             checkpointing=checkpointing,
-            callback=progress(model, guidance.progress_total(inversion.steps, guided, inner_steps)),
+            callback=progress(model, guidance.progress_total(inversion.steps, guided, updates)),
+            blending=blending,
         )
         unused = first_said(
             (
-                inner_steps == 0,
+                optimized and inner_steps == 0,
                 "inner_steps is 0, so the reference is pasted once and no step is guided; choose 1 or more.",
+            ),
+            (
+                not optimized and blending == 0.0,
+                "blending is 0, so the reference is pasted once and no step is guided; choose a larger share.",
             ),
             (not bool(found.mask.any()), "The mask is empty, so this repeats the first pass; connect another mask."),
             (
@@ -185,16 +202,19 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                 "No step was guided because every loss started below early_stop; lower it.",
             ),
         )
-        text = show_text(cls, _report(found, inversion.steps), joined(unused, found.warning))
+        text = show_text(
+            cls, _report(found, inversion.steps, None if optimized else blending), joined(unused, found.warning)
+        )
         return io.NodeOutput({**latent, "samples": found.latent}, text)
 
 
-def _report(found: guidance.ReferenceGuidance, steps: int) -> str:
+def _report(found: guidance.ReferenceGuidance, steps: int, blending: float | None) -> str:
     share = float(found.mask.mean()) * 100
     updates = sum(int((~rows.isnan()).sum()) for rows in found.losses)
+    how = f"{updates} updates" if blending is None else f"{blending:.0%} blended in"
     lines = [
-        f"Reference guidance: {len(found.steps)} of {steps} steps guided in {share:.0f} % of the image, {updates} "
-        f"updates, {found.evaluations} model calls."
+        f"Reference guidance: {len(found.steps)} of {steps} steps guided in {share:.0f} % of the image, {how}, "
+        f"{found.evaluations} model calls."
     ]
     if found.losses:
         pairs = zip(found.unguided_losses.mean(dim=1).tolist(), found.final_losses.mean(dim=1).tolist(), strict=True)

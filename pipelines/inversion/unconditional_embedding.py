@@ -6,6 +6,7 @@ it; they differ in the loss and the stopping condition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ class Evaluation:
         unconditional: the unconditional estimate of z_0 [B, C, H, W].
         denoised: the guided estimate of z_0 [B, C, H, W].
         x_next: the latent after the step [B, C, H, W].
-        residual: its difference from the target, in the papers' scale [B, C, H, W].
+        residual: its difference from the target, in the papers' scale, inside the mask [B, C, H, W].
         loss: [B].
     """
 
@@ -47,6 +48,7 @@ class GuidedStep:
         conditional: the conditional estimate of z_0, which does not depend on that embedding.
         loss: residual [B, C, H, W] -> [B].
         progress, progress_total: progress count at the start of this step, and in total.
+        mask: where the step is compared with the target, 1 or True; broadcasts to x.
     """
 
     evaluator: engine.NetworkEvaluator
@@ -59,6 +61,7 @@ class GuidedStep:
     loss: Callable[[torch.Tensor], torch.Tensor]
     progress: int
     progress_total: int
+    mask: torch.Tensor | float = 1.0
 
     def evaluate(self, phi: torch.Tensor | None) -> Evaluation:
         """One model call, with embeddings [B, T, C], or with those of the negative side."""
@@ -66,7 +69,7 @@ class GuidedStep:
         unconditional = self.evaluator.denoised(self.x, sigma, "negative", phi)
         denoised = self.evaluator.combine(self.conditional, unconditional, self.x, sigma, self.guidance_scale)
         x_next = sampling_step(self.inversion, self.index, self.x, denoised)
-        residual = (x_next - self.target) / self.inversion.noise_path.scale(sigma_next)
+        residual = self.mask * ((x_next - self.target) / self.inversion.noise_path.scale(sigma_next))
         return Evaluation(unconditional, denoised, x_next, residual, self.loss(residual))
 
     def report(self, j: int, denoised: torch.Tensor) -> None:
@@ -100,6 +103,7 @@ def optimize(
     *,
     stop_after_update: bool = False,
     lengths: torch.Tensor | None = None,
+    longest: float = math.inf,
 ) -> tuple[Evaluation, OptimizedStep]:
     """Optimize the embeddings with a fresh Adam optimizer, and evaluate the step with the result.
 
@@ -116,6 +120,7 @@ def optimize(
             again.
         lengths: [B], adaptive step sizes relative to Adam's; updated in place for the next step. After each update they
             are set to the step size that would have been optimal, see `change_of_length`.
+        longest: their maximum.
 
     Returns:
         the evaluated step without gradients, and the optimized embeddings.
@@ -133,7 +138,8 @@ def optimize(
         loss = evaluation.loss.detach().cpu()
         below = running & (loss < stop_below)
         if lengths is not None and before is not None:
-            lengths.copy_(torch.where(running, lengths * change_of_length(before, evaluation.residual), lengths))
+            changed = (lengths * change_of_length(before, evaluation.residual)).clamp(max=longest)
+            lengths.copy_(torch.where(running, changed, lengths))
         if not stop_after_update:
             converged |= below
             running = running & (loss >= stop_below)

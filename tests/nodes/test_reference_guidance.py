@@ -10,7 +10,7 @@ from identity_edit_pack.nodes.hifi_tuner.reference_guidance import ReferenceGuid
 from identity_edit_pack.pipelines.hifi_tuner.reference_guidance import first_pass_latent, reference_guided_sampling
 from identity_edit_pack.pipelines.inversion import inversion
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
-from identity_edit_pack.tests import tiny_models
+from identity_edit_pack.tests import tiny_flow_models, tiny_models
 
 import nodes as stock_nodes
 
@@ -78,6 +78,22 @@ def test_a_reference_inverted_with_guidance_is_used_with_a_warning() -> None:
     guided = inversion.invert_image(model, tiny_models.latent(4), POSITIVE, NEGATIVE, steps=3, guidance_scale=3.0)
     _, report = ReferenceGuidedNullTextOptimizer.execute(**arguments(model, inversion=guided)).args
     assert "Warning: The reference was inverted with guidance scale 3" in report
+
+
+def test_distilled_guidance_is_guided_by_blending() -> None:
+    model = tiny_flow_models.flux(output_gain=0.1)
+    pivot = inversion.invert_image(model, tiny_flow_models.latent(4), POSITIVE, steps=5, end_at_zero=True)
+    empty = {"samples": torch.zeros(1, 16, 8, 8)}
+    given = arguments(model, inversion=pivot, latent=empty, guidance_scale=1.0)
+    latent, report = ReferenceGuidedNullTextOptimizer.execute(**given, blending=0.25).args
+    start = first_pass_latent(model, empty["samples"], pivot.sigmas, SEED)
+    expected = reference_guided_sampling(model, start, pivot, MASK, POSITIVE, NEGATIVE, 1.0, blending=0.25)
+    assert torch.equal(latent["samples"], expected.latent)
+    assert report == "Reference guidance: 4 of 5 steps guided in 25 % of the image, 25% blended in, 5 model calls."
+    pasted = ReferenceGuidedNullTextOptimizer.execute(**given, blending=0.0).args
+    assert "Warning: blending is 0, so the reference is pasted once" in pasted[1]
+    twice = ReferenceGuidedNullTextOptimizer.execute(**{**given, "guidance_scale": 3.0}).args
+    assert "Warning: The model has distilled guidance" in twice[1]
 
 
 @pytest.mark.parametrize(

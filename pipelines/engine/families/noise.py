@@ -62,6 +62,12 @@ class NoisePath:
         Euler's step, since x is linear in s for a constant estimate."""
         return x + (sigma_next - sigma) * self.slope(x, denoised, sigma)
 
+    def estimate_between(
+        self, x: torch.Tensor, x_next: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor
+    ) -> torch.Tensor:
+        """The estimate of z_0 with which `step` leads from x at `sigma` to x_next at `sigma_next`."""
+        return x - sigma * (x - x_next) / (sigma - sigma_next)
+
     def distribution(
         self, x: torch.Tensor, denoised: torch.Tensor, sigma: float, sigma_next: float, eta: float
     ) -> tuple[torch.Tensor, float]:

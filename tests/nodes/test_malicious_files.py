@@ -6,6 +6,7 @@ the user sees is one sentence.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -208,6 +209,7 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
     return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
 
 
+@functools.cache
 def broken_headers() -> dict[str, bytes]:
     eight = b"\0" * 8
 
@@ -269,8 +271,10 @@ VALUES: dict[str, Any] = {
 
 
 def description_of(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors and description of a file, without a UNet's weights beside them, which only ComfyUI's own nodes read."""
     with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in list(file.keys())}, json.loads(file.metadata()["identity_edit"])
+        names = [name for name in list(file.keys()) if not name.startswith("model.diffusion_model.")]
+        return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["identity_edit"])
 
 
 def content_of(tensors: dict[str, torch.Tensor], description: str, path: Path) -> bytes:
@@ -324,9 +328,8 @@ def test_a_description_that_is_no_description(name: str, world: World, tmp_path:
 def test_tensors_may_be_of_any_form(name: str, world: World, tmp_path: Path, bounded: None) -> None:
     tensors, description = description_of(good_file(world, name))
     text = json.dumps(description)
-    chosen = [key for key in tensors if not key.startswith("model.diffusion_model.")][:6]
     faults = []
-    for key in chosen:
+    for key in list(tensors)[:6]:
         good_one = tensors[key]
         for kind, value in {
             "missing": None,

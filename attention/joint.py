@@ -1,5 +1,5 @@
 """Attention sites of transformers with joint attention over text and image in one sequence: Flux, Chroma, Stable
-Diffusion 3, Qwen-Image, Lumina 2, Z-Image, AuraFlow and HiDream.
+Diffusion 3, Qwen-Image, Lumina 2, Z-Image, OmniGen 2, AuraFlow, HiDream, Mage-Flow, Krea 2, JoyImage and Ideogram 4.
 
 The hook is `optimized_attention_override` of the transformer options: every block calls it with queries and keys after
 norms and rotary embeddings, and values, and projects its output. There is only one slot, so a previous override is
@@ -7,7 +7,7 @@ called in place of the model's attention. The override is set during one network
 the latent's size and the number of text tokens are known. Joint calls are recognized by their length and counted,
 because most networks do not say which block calls; where a network does, the count follows its block indices.
 
-Read on ComfyUI 0.3.75 and 0.33.0: comfy/ldm/modules/attention.py (wrap_attn), the networks imported below,
+Read on ComfyUI 0.3.75, 0.33.0 and 0.38.1: comfy/ldm/modules/attention.py (wrap_attn), the networks named below,
 comfy/model_base.py.
 """
 
@@ -20,13 +20,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from comfy.ldm.aura.mmdit import MMDiT as AuraFlow
-from comfy.ldm.chroma.model import Chroma
-from comfy.ldm.flux.model import Flux
-from comfy.ldm.hidream.model import HiDreamImageTransformer2DModel as HiDream
-from comfy.ldm.lumina.model import NextDiT
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT as StableDiffusion3
-from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel as QwenImage
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from comfy.sampler_helpers import convert_cond
 from einops import rearrange
@@ -37,16 +30,46 @@ from .sites import Attended, Site
 
 _OVERRIDE = "optimized_attention_override"
 
-_BLOCKS: tuple[tuple[type, dict[str, str]], ...] = (
-    (Flux, {"double": "double_blocks", "single": "single_blocks"}),
-    (Chroma, {"double": "double_blocks", "single": "single_blocks"}),
-    (StableDiffusion3, {"double": "joint_blocks"}),
-    (QwenImage, {"double": "transformer_blocks"}),
-    (NextDiT, {"double": "layers"}),
-    (AuraFlow, {"double": "double_layers", "single": "single_layers"}),
-    (HiDream, {"double": "double_stream_blocks", "single": "single_stream_blocks"}),
-)
-"""By network class, the lists of blocks with joint attention in the order in which they run."""
+
+@dataclass(frozen=True)
+class _Architecture:
+    """A class of networks.
+
+    Attributes:
+        blocks: by kind, the attribute with its list of blocks with joint attention, in the order in which they run.
+        sequence: the parts of the joint sequence in order; "" if they are padded (`_padded_layout`).
+        patch: attribute with the side of an image position in latent pixels; "" if it is one pixel.
+    """
+
+    blocks: dict[str, str]
+    sequence: str = "text image"
+    patch: str = "patch_size"
+
+
+_DOUBLE_AND_SINGLE = {"double": "double_blocks", "single": "single_blocks"}
+_ARCHITECTURES = {
+    "flux.model.Flux": _Architecture(_DOUBLE_AND_SINGLE, "text image references"),
+    "chroma.model.Chroma": _Architecture(_DOUBLE_AND_SINGLE),
+    "modules.diffusionmodules.mmdit.MMDiT": _Architecture({"double": "joint_blocks"}),
+    "qwen_image.model.QwenImageTransformer2DModel": _Architecture(
+        {"double": "transformer_blocks"}, "text image references"
+    ),
+    "mage_flow.model.MageFlowTransformer2DModel": _Architecture(
+        {"double": "transformer_blocks"}, "text image references"
+    ),
+    "krea2.model.SingleStreamDiT": _Architecture({"single": "blocks"}, "text image references", "patch"),
+    "lumina.model.NextDiT": _Architecture({"double": "layers"}, ""),
+    "omnigen.omnigen2.OmniGen2Transformer2DModel": _Architecture({"double": "layers"}, "text references image"),
+    "aura.mmdit.MMDiT": _Architecture(
+        {"double": "double_layers", "single": "single_layers"}, "registers text image"
+    ),
+    "hidream.model.HiDreamImageTransformer2DModel": _Architecture(
+        {"double": "double_stream_blocks", "single": "single_stream_blocks"}, "image text language_model"
+    ),
+    "joyimage.model.JoyImageTransformer3DModel": _Architecture({"double": "double_blocks"}, "image references text"),
+    "ideogram4.model.Ideogram4Transformer2DModel": _Architecture({"double": "layers"}, patch=""),
+}  # fmt: skip
+"""By class below comfy.ldm; by name, because an engine need not have all of them."""
 
 _SKIPPED_BLOCKS = {"double": "skip_mmdit", "single": "skip_dit"}
 """Attributes of Chroma with the numbers of the blocks that it does not run."""
@@ -60,9 +83,24 @@ and the transformer options (`cond_or_uncond`, `uuids`); returns the attention o
 returns `attend(attended.query, attended.key, value)`, which is bit-identical."""
 
 
+def _known_architecture(network: Any) -> _Architecture | None:
+    names = (f"{kind.__module__}.{kind.__qualname__}".removeprefix("comfy.ldm.") for kind in type(network).__mro__)
+    return next((_ARCHITECTURES[name] for name in names if name in _ARCHITECTURES), None)
+
+
+def _architecture(network: Any) -> _Architecture:
+    architecture = _known_architecture(network)
+    if architecture is None:
+        raise IdentityEditError(
+            f"The model's network is a {type(network).__name__}, whose joint attention cannot be read; load a Flux, "
+            f"Chroma, Stable Diffusion 3, Qwen-Image, Lumina 2, Z-Image, AuraFlow or HiDream checkpoint."
+        )
+    return architecture
+
+
 def has_joint_attention(network: Any) -> bool:
     """Whether `joint_sites` supports a network."""
-    return isinstance(network, tuple(kind for kind, _ in _BLOCKS))
+    return _known_architecture(network) is not None
 
 
 def joint_sites(network: Any) -> list[Site]:
@@ -72,15 +110,9 @@ def joint_sites(network: Any) -> list[Site]:
     Raises:
         IdentityEditError: for an unsupported network.
     """
-    lists = next((lists for kind, lists in _BLOCKS if isinstance(network, kind)), None)
-    if lists is None:
-        raise IdentityEditError(
-            f"The model's network is a {type(network).__name__}, whose joint attention cannot be read; load a Flux, "
-            f"Chroma, Stable Diffusion 3, Qwen-Image, Lumina 2, Z-Image, AuraFlow or HiDream checkpoint."
-        )
     return [
-        Site((kind, number, 0), network.patch_size)
-        for kind, name in lists.items()
+        Site((kind, number, 0), _patch_side(network))
+        for kind, name in _architecture(network).blocks.items()
         for number in range(len(getattr(network, name)))
         if number not in getattr(network, _SKIPPED_BLOCKS[kind], ())
     ]
@@ -175,42 +207,99 @@ class _Layout:
 
 
 def _layout(network: Any, x: torch.Tensor, text: int, conditions: Mapping[str, Any]) -> _Layout:
-    """The joint sequence for latents x [B, C, h, w] or [B, C, 1, h, w] and `text` tokens.
-
-    Flux, Chroma, Stable Diffusion 3 and Qwen-Image: text, image, reference images (not Chroma and Stable Diffusion 3).
-    AuraFlow: register tokens, text, image. Lumina 2 and Z-Image: text, image, each padded to a multiple. HiDream:
-    image, T5 tokens, then two texts of the language model.
-    """
+    """The joint sequence for latents x [B, C, h, w] or [B, C, 1, h, w] and `text` tokens."""
+    sequence = _architecture(network).sequence
     if x.ndim == 5 and x.shape[2] != 1:
         raise IdentityEditError(
             f"The latent is a video of {x.shape[2]} frames, whose joint attention cannot be read; sample one image at "
             f"a time."
         )
-    grid = -(-x.shape[-2] // network.patch_size), -(-x.shape[-1] // network.patch_size)
-    count = grid[0] * grid[1]
-    references = conditions.get("ref_latents") or ()
-    unknown = references and isinstance(network, NextDiT)
-    if unknown or (isinstance(network, HiDream) and conditions.get("image_cond") is not None):
+    if "language_model" in sequence and conditions.get("image_cond") is not None:
         raise IdentityEditError(
             f"The place of reference images in the attention of a {type(network).__name__} is not known; remove the "
             f"reference image from the conditioning."
         )
-    if isinstance(network, HiDream):
-        language_model = conditions["encoder_hidden_states_llama3"].shape[2]
-        image, after = slice(0, count), count + text
-        return _Layout(grid, slice(count, after), image, (), after + 2 * language_model)
-    before = network.register_tokens.shape[1] if isinstance(network, AuraFlow) else 0
-    multiple = (network.pad_tokens_multiple or 1) if isinstance(network, NextDiT) else 1
-    start = before + text + -text % multiple
-    end = start + count + -count % multiple
-    slices = []
-    if isinstance(network, (Flux, QwenImage)):
-        for reference in references:
-            frames = reference.shape[2] if reference.ndim == 5 else 1
-            rows, columns = (-(-size // network.patch_size) for size in reference.shape[-2:])
-            slices.append(slice(end, end + frames * rows * columns))
-            end = slices[-1].stop
-    return _Layout(grid, slice(before, before + text), slice(start, start + count), tuple(slices), end)
+    if not sequence:
+        return _padded_layout(network, x, text, conditions)
+    references = conditions.get("ref_latents") or ()
+    if conditions.get("ref_latents_method", getattr(network, "default_ref_method", "")) is None:
+        references = ()  # Krea 2 has checkpoints that take none
+    lengths: dict[str, Callable[[], list[int]]] = {
+        "text": lambda: [text],
+        "image": lambda: [_positions(network, x)],
+        "references": lambda: [_positions(network, reference) for reference in references],
+        "registers": lambda: [network.register_tokens.shape[1]],
+        "language_model": lambda: [2 * conditions["encoder_hidden_states_llama3"].shape[2]],
+    }
+    cursor = _Cursor()
+    places = {part: [cursor.take(length) for length in lengths[part]()] for part in sequence.split()}
+    of_references = tuple(places.get("references", ()))
+    return _Layout(_grid(network, x), places["text"][0], places["image"][0], of_references, cursor.end)
+
+
+def _padded_layout(network: Any, x: torch.Tensor, text: int, conditions: Mapping[str, Any]) -> _Layout:
+    """The joint sequence of Lumina 2 and Z-Image, each part padded to a multiple: texts of the reference images, text,
+    other texts, image features of each reference and of the image, reference images, image.
+
+    Newer engines have tokens of a second text encoder behind the text (`direct_context`), and reference images behind
+    the image (`ref_frames`), both padded with it (Ming-Image).
+    """
+    multiple = network.pad_tokens_multiple or 1
+    references = conditions.get("ref_latents") or ()
+    contexts = (conditions.get("ref_contexts") or ()) if references else ()
+    features = (conditions.get("siglip_feats") or ())[: len(references)]
+    more_text, frames = conditions.get("direct_context"), conditions.get("ref_frames") or ()
+    cursor = _Cursor()
+    for number in range(len(references)):
+        cursor.take(contexts[number].shape[1] if number < len(contexts) else multiple, multiple)
+    of_text = cursor.take(text)
+    cursor.take(0 if more_text is None else more_text.shape[1])
+    cursor.pad(of_text.start, multiple)
+    for context in contexts[len(references) :]:
+        cursor.take(context.shape[1], multiple)
+    if references and network.siglip_embedder is not None:
+        for number in range(len(references) + 1):
+            size = features[number].shape[1] * features[number].shape[2] if number < len(features) else multiple
+            cursor.take(size, multiple)
+    of_references = [cursor.take(_positions(network, reference), multiple) for reference in references]
+    of_image = cursor.take(_positions(network, x))
+    of_references += [cursor.take(_positions(network, frame)) for frame in frames]
+    cursor.pad(of_image.start, multiple)
+    return _Layout(_grid(network, x), of_text, of_image, tuple(of_references), cursor.end)
+
+
+class _Cursor:
+    """Takes one part of a sequence after the other."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, length: int, multiple: int = 1) -> slice:
+        """The place of the next part, with padding to a multiple behind it."""
+        place = slice(self.end, self.end + length)
+        self.end = place.stop
+        self.pad(place.start, multiple)
+        return place
+
+    def pad(self, start: int, multiple: int) -> None:
+        """Pad what begins at `start` to a multiple."""
+        self.end += -(self.end - start) % multiple
+
+
+def _patch_side(network: Any) -> int:
+    name = _architecture(network).patch
+    side = getattr(network, name) if name else 1
+    return int(side[-1]) if isinstance(side, (list, tuple)) else int(side)
+
+
+def _grid(network: Any, latent: torch.Tensor) -> tuple[int, int]:
+    side = _patch_side(network)
+    return -(-latent.shape[-2] // side), -(-latent.shape[-1] // side)
+
+
+def _positions(network: Any, latent: torch.Tensor) -> int:
+    rows, columns = _grid(network, latent)
+    return rows * columns * (latent.shape[2] if latent.ndim == 5 else 1)
 
 
 class _NetworkCall:

@@ -67,8 +67,8 @@ MUTATIONS = [
     ),
     Mutation(
         "padding before the image",
-        "start = before + text + -text % multiple",
-        "start = before + text",
+        "cursor.pad(of_text.start, multiple)",
+        "pass",
         ("test_joint.py",),
     ),
     Mutation(
@@ -173,8 +173,8 @@ MUTATIONS = [
     ),
     Mutation(
         "text twice in joint attention",
-        'changed = {name: made[name] for name in ("c_crossattn", "num_tokens", "y") if name in made}',
-        'changed = {"c_crossattn": comfy.conds.CONDCrossAttn(embedding)}',
+        '("c_crossattn", "num_tokens", "y", "clip_text_pooled") if name in made}',
+        '()} | {"c_crossattn": comfy.conds.CONDCrossAttn(embedding)}',
         ("test_inversion_methods.py",),
     ),
     Mutation(

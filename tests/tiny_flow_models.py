@@ -1,7 +1,8 @@
 """Flow models with joint attention at a size that a test runs in milliseconds, with random weights: ComfyUI's own
 classes in float32 on the CPU. Flux has double and single blocks and rotary embeddings; Stable Diffusion 3.5 medium has
 an attention of the image alone beside its first joint attention; Qwen-Image's latents have frames; Lumina 2 and Z-Image
-refine the text first; AuraFlow has register tokens; HiDream reads several texts."""
+refine the text first; AuraFlow has register tokens; HiDream reads several texts. OmniGen 2 has reference images before
+the image, JoyImage the text behind both; Mage-Flow's and Ideogram 4's image positions are latent pixels."""
 
 from __future__ import annotations
 
@@ -69,9 +70,9 @@ def lumina2(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.Mode
     return _patcher(comfy.supported_models.Lumina2, comfy.model_base.Lumina2, network, seed, output_gain)
 
 
-def z_image(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+def z_image(seed: int = 0, output_gain: float = 1.0, **changes: Any) -> comfy.model_patcher.ModelPatcher:
     network = {**_LUMINA, "dim": 256, "n_heads": 8, "n_kv_heads": 8, "z_image_modulation": True}
-    network |= {"pad_tokens_multiple": 32, "time_scale": 1000.0}
+    network |= {"pad_tokens_multiple": 32, "time_scale": 1000.0, **changes}
     return _patcher(comfy.supported_models.ZImage, comfy.model_base.Lumina2, network, seed, output_gain)
 
 
@@ -95,6 +96,65 @@ def hidream(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.Mode
     return _patcher(comfy.supported_models.HiDream, comfy.model_base.HiDream, network, seed, output_gain)
 
 
+def omnigen2(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    class WithAMask(comfy.model_base.Omnigen2):
+        """The text encoder returns a mask, without which the model does not run."""
+
+        def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+            ones = torch.ones(kwargs["cross_attn"].shape[:2], dtype=torch.int64)
+            return super().extra_conds(**{"attention_mask": ones[:1], **kwargs})
+
+    network = {
+        "image_model": "omnigen2", "patch_size": 2, "in_channels": CHANNELS, "hidden_size": 128, "num_layers": 2,
+        "num_refiner_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2, "multiple_of": 32,
+        "axes_dim_rope": (8, 12, 12), "text_feat_dim": CONTEXT,
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.Omnigen2, WithAMask, network, seed, output_gain)
+
+
+def mage_flow(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {
+        "image_model": "mage_flow", "in_channels": 128, "out_channels": 128, "num_layers": 2, "attention_head_dim": 32,
+        "num_attention_heads": 2, "joint_attention_dim": CONTEXT, "axes_dims_rope": (8, 12, 12),
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.MageFlow, comfy.model_base.MageFlow, network, seed, output_gain)
+
+
+def krea2(seed: int = 0, output_gain: float = 1.0, **changes: Any) -> comfy.model_patcher.ModelPatcher:
+    network = {
+        "image_model": "krea2", "features": 64, "tdim": 32, "txtdim": CONTEXT // 2, "txtlayers": 2, "heads": 2,
+        "kvheads": 1, "multiplier": 2, "layers": 2, "patch": 2, "channels": CHANNELS, "txtheads": 2, "txtkvheads": 2,
+        **changes,
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.Krea2, comfy.model_base.Krea2, network, seed, output_gain)
+
+
+def joyimage(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {
+        "image_model": "joyimage", "in_channels": CHANNELS, "hidden_size": 64, "num_attention_heads": 2,
+        "text_dim": CONTEXT, "num_layers": 2, "rope_dim_list": [8, 12, 12],
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.JoyImage, comfy.model_base.JoyImage, network, seed, output_gain)
+
+
+def ideogram4(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    network = {
+        "image_model": "ideogram4", "in_channels": 128, "num_layers": 2, "num_attention_heads": 2,
+        "attention_head_dim": 32, "intermediate_size": 64, "adaln_dim": 32, "llm_features_dim": CONTEXT,
+        "mrope_section": [6, 5, 5],
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.Ideogram4, comfy.model_base.Ideogram4, network, seed, output_gain)
+
+
+NEWER: dict[str, Any] = {
+    name: make
+    for name, make, base in (
+        ("mage_flow", mage_flow, "MageFlow"), ("krea2", krea2, "Krea2"), ("joyimage", joyimage, "JoyImage"),
+        ("ideogram4", ideogram4, "Ideogram4"),
+    )
+    if hasattr(comfy.model_base, base)
+}  # fmt: skip
+"""Families that an engine need not have."""
 FAMILIES: dict[str, Any] = {"flux": flux, "sd3": sd3}
 """Two families with all that tests of a technique need to meet."""
 ALL: dict[str, Any] = {
@@ -125,6 +185,7 @@ def _patcher(
     supported: Any, base: Any, network: dict[str, Any], seed: int, output_gain: float
 ) -> comfy.model_patcher.ModelPatcher:
     config = supported(network)
+    config.unet_config.update(network)  # in place of the family's own sizes
     config.set_inference_dtype(torch.float32, None)
     model = base(config, device=torch.device("cpu"))
     _draw_weights(model, seed)
@@ -142,7 +203,7 @@ def _patcher(
 
 
 def _last_layer(network: Any) -> torch.nn.Module:
-    for name in ("final_layer.linear", "proj_out", "final_linear"):
+    for name in ("final_layer.linear", "proj_out", "final_linear", "last.linear", "norm_out.linear_2"):
         try:
             return network.get_submodule(name)
         except AttributeError:

@@ -316,8 +316,11 @@ def _with_joint_text(
     noise = torch.zeros(shape, device=embedding.device)
     if pooled is not None:
         pooled = pooled.to(embedding)
-    made = base.extra_conds(cross_attn=embedding, pooled_output=pooled, noise=noise, device=embedding.device)
-    changed = {name: made[name] for name in ("c_crossattn", "num_tokens", "y") if name in made}
+    every_token = torch.ones((1, embedding.shape[1]), dtype=torch.int64)  # without it OmniGen 2 counts none
+    made = base.extra_conds(
+        cross_attn=embedding, pooled_output=pooled, attention_mask=every_token, noise=noise, device=embedding.device
+    )
+    changed = {name: made[name] for name in ("c_crossattn", "num_tokens", "y", "clip_text_pooled") if name in made}
     if made["c_crossattn"].cond.shape[1] != model_conds["c_crossattn"].cond.shape[1]:
         model_conds.pop("attention_mask", None)
     elif "attention_mask" in model_conds:

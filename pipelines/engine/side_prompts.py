@@ -3,7 +3,7 @@
 ComfyUI makes a model's inputs of a CONDITIONING when a run begins: text embedding, pooled output, masks, lengths, texts
 of further encoders. A prompt that is among the guider's conditionings then gets all of them, in any model family.
 
-Read on ComfyUI 0.3.75 and 0.33.0: comfy/samplers.py (process_conds), comfy/model_base.py (extra_conds).
+Read on ComfyUI 0.3.75, 0.33.0 and 0.38.1: comfy/samplers.py (process_conds), comfy/model_base.py (extra_conds).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Any
 from ...attention.joint import side_prompts as side_prompts
 from .model import KEEPS_EMBEDDING
 
-_TEXT = ("c_crossattn", "y", "attention_mask", "num_tokens", "encoder_hidden_states_llama3")
+_TEXT = (
+    "c_crossattn", "y", "attention_mask", "num_tokens", "encoder_hidden_states_llama3", "clip_text_pooled",
+    "txt_byt5", "direct_context",
+)  # fmt: skip
 """Inputs that belong to a text, and not to the sampled image or its guidance."""
 
 

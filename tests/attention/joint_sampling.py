@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import comfy.ldm.flux.math
 import comfy.ldm.hidream.model
 import comfy.ldm.lumina.model
 import comfy.ldm.modules.diffusionmodules.mmdit
+import comfy.ldm.omnigen.omnigen2
 import comfy.ldm.qwen_image.model
 import comfy.samplers
 import pytest
@@ -25,6 +27,16 @@ _ATTENTION = (
     (comfy.ldm.lumina.model, "optimized_attention_masked"),
     (comfy.ldm.aura.mmdit, "optimized_attention"),
     (comfy.ldm.hidream.model, "optimized_attention"),
+    (comfy.ldm.omnigen.omnigen2, "optimized_attention_masked"),
+    *(
+        (sys.modules[module], name)
+        for module, name in (
+            ("comfy.ldm.krea2.model", "optimized_attention_masked"),
+            ("comfy.ldm.joyimage.model", "optimized_attention"),
+            ("comfy.ldm.ideogram4.model", "optimized_attention_masked"),
+        )
+        if module in sys.modules  # newer engines import them
+    ),
 )
 
 
@@ -53,6 +65,7 @@ def calls_noted_by(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
             output = function(q, k, v, heads, mask=mask, **kwargs)
             apart = [each if kwargs.get("skip_reshape") else each.flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)
                      for each in (q, k, v)]  # fmt: skip
+            apart = [each.repeat_interleave(apart[0].shape[1] // each.shape[1], dim=1) for each in apart]
             calls.append(Call(*(each.detach().double() for each in apart), mask, output.detach().double()))
             return output
 

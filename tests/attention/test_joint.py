@@ -3,20 +3,26 @@ to their attention function, and reading it changes no bit of what is sampled.""
 
 from __future__ import annotations
 
+import inspect
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_flow_models
 import tiny_models
 import torch
+from comfy.ldm.lumina.model import NextDiT
+from einops import rearrange
 from identity_edit_pack.attention import joint
 from identity_edit_pack.attention.maps import output_scores, standardized
 from identity_edit_pack.tests.attention.joint_sampling import POSITIVE, Call, calls_noted_by, noise_of, sample
-from tiny_joint_networks import CELLS, NETWORKS, TOKENS, Network
+from tiny_joint_networks import BEHIND, CELLS, NETWORKS, NEWER, TOKENS, Network
+from tiny_models import CONTEXT
 
 
-@pytest.fixture(params=list(NETWORKS))
+@pytest.fixture(params=[*NETWORKS, *NEWER])
 def network(request: pytest.FixtureRequest) -> Network:
-    return NETWORKS[request.param]
+    return {**NETWORKS, **NEWER}[request.param]
 
 
 @pytest.fixture
@@ -92,7 +98,7 @@ def test_text_stands_where_a_changed_token_changes_the_keys(network: Network, ca
     text, image = spans[0]
     assert all(span == spans[0] for span in spans)
     assert (text, image) == (slice(network.text, network.text + TOKENS), slice(network.image, network.image + CELLS))
-    if len(difference) > 1:  # Lumina's text attends to itself before the first block
+    if len(difference) > 1:  # the text attends to itself before the first block
         assert set(difference) <= set(range(network.image))
     else:
         assert difference == [text.start + 3]
@@ -105,43 +111,158 @@ def test_a_changed_latent_pixel_changes_the_keys_of_its_position(network: Networ
     for change in (0.0, 1.0):
         called.clear()
         noise = noise_of(latent)
-        noise[..., 5, 8] += change  # row 2, column 4 of the grid
+        noise[..., 3 * network.patch - 1, 4 * network.patch] += change  # row 2, column 4 of the grid
         sample(reader, latent, cfg=1.0, noise=noise)
         keys.append(next(call.k for call in called if call.q.shape[2] == network.length))
     difference = (keys[1] - keys[0]).abs().sum(dim=(0, 1, 3)).nonzero().flatten().tolist()
-    if len(difference) > 1:  # Lumina's image attends to itself before the first block
+    if len(difference) > 1:  # the image attends to itself before the first block
         assert set(difference) <= set(range(network.image, network.length))
     else:
         assert difference == [network.image + 2 * 6 + 4]
 
 
-def test_reference_images_follow_the_image(network: Network) -> None:
-    """A changed reference changes its own keys; networks that take none have no such slices."""
-    model, latent = network.model(), network.latent(3)
+def spans_and_keys(model: Any, latent: torch.Tensor, runs: list[Any]) -> tuple[Any, list[torch.Tensor]]:
+    """The places of text, image and references, and the keys of the first block for each prompt and noise."""
     spans, keys = [], []
+    first = joint.joint_sites(model.model.diffusion_model)[0]
 
     def read(site, attended, output, options):
-        if site.key == network.blocks[0]:
-            spans.append((attended.image, attended.references))
+        if site == first:
+            spans.append((attended.text, attended.image, attended.references))
             keys.append(attended.key.clone())
 
-    for change in (0.0, 1.0):
-        references = [network.latent(4, height=4, width=6), network.latent(5, height=6, width=3)]
-        references[1] = references[1] + change
-        prompt = [[POSITIVE[0][0], {**POSITIVE[0][1], "reference_latents": references}]]
-        try:
-            sample(reading(model, read), latent, prompt, cfg=1.0)
-        except ValueError as error:  # newer ComfyUI's Lumina takes references, in another order
-            assert network in (NETWORKS["lumina"], NETWORKS["z_image"]) and "reference images" in str(error)
-            return
-    image, slices = spans[0]
-    assert image == slice(network.image, network.image + CELLS)
-    if not network.references:
-        assert slices == ()
+    for prompt, noise in runs:
+        sample(reading(model, read), latent, prompt, cfg=1.0, noise=noise, sigmas=torch.tensor([1.0, 0.0]))
+    assert len(spans) == len(runs) and all(each == spans[0] for each in spans)
+    return spans[0], keys
+
+
+def changed_positions(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    return (after - before).abs().sum(dim=(0, 1, 3)).nonzero().flatten().tolist()
+
+
+def test_reference_images_are_where_a_changed_one_changes_the_keys(network: Network) -> None:
+    """Networks that take none have no such slices; for Lumina, see below."""
+    if network in (NETWORKS["lumina"], NETWORKS["z_image"]):
         return
-    assert slices == (slice(image.stop, image.stop + 6), slice(image.stop + 6, image.stop + 12))
-    difference = (keys[2] - keys[0]).abs().sum(dim=(0, 1, 3)).nonzero().flatten().tolist()
-    assert difference == list(range(slices[1].start, slices[1].stop))
+    prompts, side = [], network.patch
+    for change in (0.0, 1.0):
+        first = network.latent(4, height=2 * side, width=3 * side)
+        second = network.latent(5, height=3 * side, width=side + 1) + change
+        prompts.append([[POSITIVE[0][0], {**POSITIVE[0][1], "reference_latents": [first, second]}]])
+    latent = network.latent(3)
+    (_, image, slices), keys = spans_and_keys(network.model(), latent, [(each, noise_of(latent)) for each in prompts])
+    if network.references is None:
+        assert (image, slices) == (slice(network.image, network.image + CELLS), ())
+        return
+    start = network.image + CELLS if network.references == BEHIND else network.image
+    assert slices == (slice(start, start + 6), slice(start + 6, start + 12))
+    start = network.image if network.references == BEHIND else network.image + 12
+    assert image == slice(start, start + CELLS)
+    difference = changed_positions(*keys)
+    if len(difference) > 6:  # the references attend to each other before the first block
+        assert set(difference) == set(range(slices[0].start, slices[1].stop))
+    else:
+        assert difference == list(range(slices[1].start, slices[1].stop))
+
+
+@pytest.mark.skipif("krea2" not in NEWER, reason="an engine without Krea 2")
+def test_krea_2_has_checkpoints_without_reference_images() -> None:
+    latent = NEWER["krea2"].latent(3)
+    prompt = [[POSITIVE[0][0], {**POSITIVE[0][1], "reference_latents": [latent]}]]
+    (_, image, references), _ = spans_and_keys(tiny_flow_models.krea2(), latent, [(prompt, noise_of(latent))])
+    assert (image, references) == (slice(TOKENS, TOKENS + CELLS), ())
+
+
+@pytest.mark.skipif(
+    "siglip_feat_dim" not in inspect.signature(NextDiT.__init__).parameters, reason="an engine without Z-Image Omni"
+)
+@pytest.mark.parametrize("features", [0, 96], ids=["latents alone", "with image features"])
+def test_reference_images_of_z_image(features: int) -> None:
+    """Texts of the references, text, a text more, image features, references, image, each padded to 32."""
+    changes = {"siglip_feat_dim": 16} if features else {}
+    model = tiny_flow_models.z_image(n_refiner_layers=0, **changes)
+    latent, draw = NETWORKS["z_image"].latent(3), torch.Generator().manual_seed(8)
+    vision = SimpleNamespace(image_sizes=[(3, 32, 48)], last_hidden_state=torch.randn(1, 6, 16, generator=draw))
+    options = {
+        "reference_latents_text_embeds": [torch.randn(1, tokens, CONTEXT, generator=draw) for tokens in (5, 40, 3)],
+        **({"clip_vision_outputs": [vision]} if features else {}),
+    }
+
+    def run(token: float = 0.0, pixel: float = 0.0, reference: float = 0.0) -> tuple[Any, torch.Tensor]:
+        embedding, noise = POSITIVE[0][0].clone(), noise_of(latent)
+        embedding[:, 3] += token
+        noise[..., 5, 8] += pixel
+        latents = [tiny_flow_models.latent(4, height=4, width=6), tiny_flow_models.latent(5, height=6, width=4)]
+        latents[1] = latents[1] + reference
+        return [[embedding, {**POSITIVE[0][1], **options, "reference_latents": latents}]], noise
+
+    (text, image, references), keys = spans_and_keys(
+        model, latent, [run(), run(token=1.0), run(pixel=1.0), run(reference=1.0)]
+    )
+    before = 32 + 64
+    assert text == slice(before, before + TOKENS)
+    before += 32 + 32 + features
+    assert references == (slice(before, before + 6), slice(before + 32, before + 38))
+    assert image == slice(before + 64, before + 64 + CELLS)
+    assert changed_positions(keys[0], keys[1]) == [text.start + 3]
+    assert changed_positions(keys[0], keys[2]) == [image.start + 2 * 6 + 4]
+    assert changed_positions(keys[0], keys[3]) == list(range(references[1].start, references[1].stop))
+
+
+class MingImage(NextDiT):
+    """Its sequence in newer engines: more tokens behind the text, reference images behind the image."""
+
+    def forward(self, x, timesteps, context, direct_context, ref_frames, transformer_options):
+        def padded(parts: list[torch.Tensor], token: torch.Tensor) -> torch.Tensor:
+            joined = torch.cat(parts, dim=1)
+            return torch.cat([joined, token.expand(1, -joined.shape[1] % 32, -1)], dim=1)
+
+        patches = [
+            self.x_embedder(rearrange(each, "b c (h p) (w q) -> b (h w) (p q c)", p=2, q=2))
+            for each in (x, *ref_frames)
+        ]
+        texts = [self.cap_embedder(context), direct_context]
+        sequence = torch.cat([padded(texts, self.cap_pad_token), padded(patches, self.x_pad_token)], dim=1)
+        rotation = self.rope_embedder(torch.zeros(1, sequence.shape[1], 3)).movedim(1, 2)
+        for number, layer in enumerate(self.layers):
+            transformer_options.update(block_type="double", block_index=number)
+            sequence = sequence + layer.attention(sequence, None, rotation, transformer_options)
+        return sequence
+
+
+def test_reference_images_of_newer_engines_behind_the_image() -> None:
+    network = tiny_flow_models.z_image().model.diffusion_model
+    network.__class__ = MingImage
+    draw = torch.Generator().manual_seed(8)
+    inputs = {
+        "context": torch.randn(1, TOKENS, CONTEXT, generator=draw),
+        "direct_context": torch.randn(1, 26, 256, generator=draw),
+        "x": torch.randn(1, 16, 8, 12, generator=draw),
+        "ref_frames": torch.randn(2, 1, 16, 4, 6, generator=draw),
+    }
+    seen: list[Any] = []
+
+    def tap(site, attended, value, attend, options):
+        if site.key[1] == 0:
+            seen.append(attended)
+        return attend(attended.query, attended.key, value)
+
+    def run(x, context, direct_context, ref_frames):
+        def executor(x, t, c_concat, c_crossattn, control, options, **conditions):
+            return network(x, t, c_crossattn, transformer_options=options, **conditions)
+
+        conditions = {"direct_context": direct_context, "ref_frames": list(ref_frames)}
+        joint._tapping(network, tap)(executor, x, torch.ones(1), None, context, None, {}, **conditions)
+
+    with torch.no_grad():
+        run(**inputs)
+        for name in inputs:
+            run(**{**inputs, name: inputs[name] + 1.0})
+    places = seen[0].text, seen[0].image, *seen[0].references
+    assert places == (slice(0, 8), slice(64, 88), slice(88, 94), slice(94, 100))
+    expected = [range(8), range(8, 34), range(64, 88), range(88, 100)]
+    assert [changed_positions(seen[0].key, each.key) for each in seen[1:]] == [list(each) for each in expected]
 
 
 @pytest.mark.parametrize("kind", ["boolean", "additive", "padding"])
@@ -270,11 +391,11 @@ def test_blocks_that_cannot_be_identified_and_other_networks_are_refused() -> No
 
 
 def test_inputs_with_an_unknown_place_are_refused() -> None:
-    qwen, lumina = NETWORKS["qwen"], NETWORKS["lumina"]
+    qwen, hidream = NETWORKS["qwen"], NETWORKS["hidream"]
     with pytest.raises(ValueError, match="a video of 3 frames"):
         sample(reading(qwen.model(), lambda *_: None), torch.zeros(1, 16, 3, 8, 8))
-    with pytest.raises(ValueError, match="place of reference images in the attention of a NextDiT is not known"):
-        joint._layout(lumina.model().model.diffusion_model, lumina.latent(1), 8, {"ref_latents": [lumina.latent(2)]})
+    with pytest.raises(ValueError, match="place of reference images in the attention of a HiDream.* is not known"):
+        joint._layout(hidream.model().model.diffusion_model, hidream.latent(1), 8, {"image_cond": hidream.latent(2)})
     model, latent = NETWORKS["flux"].model(), NETWORKS["flux"].latent(3)
     masking = reading(model, lambda *_: None)
     masking.set_model_patch_replace(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.conds
+import comfy.model_base
 import comfy.model_sampling
 import comfy.sample
 import comfy.samplers
@@ -197,3 +199,21 @@ def test_what_flow_models_lack_is_refused_by_name(model: Any, pivot: Inversion) 
     for call, words in refused:
         with pytest.raises(IdentityEditError, match=f"The model {name} .*{words}.*; load a Stable Diffusion"):
             call()
+
+
+def test_another_text_brings_its_length_and_its_pooled_output() -> None:
+    """OmniGen 2 counts its tokens by a mask, and some Lumina models take a pooled output."""
+    new, length = torch.zeros(1, 5, tiny_models.CONTEXT), comfy.conds.CONDConstant(tiny_models.TOKENS)
+    old = {"c_crossattn": comfy.conds.CONDRegular(SOURCE[0][0]), "num_tokens": length}
+    base = tiny_flow_models.omnigen2().model
+    base.__class__ = comfy.model_base.Omnigen2
+    made = engine.conditionings_with_embedding(base, [{"model_conds": old}], new)[0]["model_conds"]
+    assert made["num_tokens"].cond == made["c_crossattn"].cond.shape[1] == 5
+    base, pooled = tiny_flow_models.z_image().model, TARGET[0][1]["pooled_output"]
+    if "clip_text_pooled" not in base.extra_conds(pooled_output=pooled, noise=new, device="cpu"):  # 0.3.75
+        return
+    old["clip_text_pooled"] = comfy.conds.CONDRegular(SOURCE[0][1]["pooled_output"])
+    made = engine.conditionings_with_embedding(base, [{"model_conds": old}], new, pooled)[0]["model_conds"]
+    assert torch.equal(made["clip_text_pooled"].cond, pooled)
+    exchanged = engine.conditionings_with_text([{"model_conds": old}], [{"model_conds": made}])
+    assert torch.equal(exchanged[0]["model_conds"]["clip_text_pooled"].cond, pooled)

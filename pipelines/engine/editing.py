@@ -94,7 +94,8 @@ class EditRun:
         seed: the NOISE's seed.
         target: guided estimate of the target prompt.
         source: guided estimate of the source prompt; raises `IdentityEditError` for a guider without one.
-        mask: [B or 1, 1, H, W], 1 where the image may change (Set Latent Noise Mask), or None.
+        mask: (noise level) -> [B or 1, 1, H, W], 1 where the image may change (Set Latent Noise Mask, at each level
+            by Differential Diffusion), or None.
     """
 
     path: NoisePath
@@ -105,16 +106,16 @@ class EditRun:
     seed: int
     target: Estimate
     source: Estimate
-    mask: torch.Tensor | None
+    mask: Callable[[torch.Tensor], torch.Tensor] | None
 
     @property
     def steps(self) -> int:
         """N."""
         return int(self.sigmas.shape[0]) - 1
 
-    def within_mask(self, changed: torch.Tensor, unchanged: torch.Tensor) -> torch.Tensor:
-        """`changed` where the image may change, `unchanged` elsewhere."""
-        return changed if self.mask is None else torch.lerp(unchanged, changed, self.mask.to(changed))
+    def within_mask(self, changed: torch.Tensor, unchanged: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        """`changed` where the image may change in the step from `sigma`, `unchanged` elsewhere."""
+        return changed if self.mask is None else torch.lerp(unchanged, changed, self.mask(sigma).to(changed))
 
 
 Algorithm = Callable[[EditRun], Iterator[tuple[torch.Tensor, torch.Tensor]]]
@@ -160,6 +161,14 @@ class EditSampler(comfy.samplers.Sampler):
             with model_wrap.at_source():
                 return target(x, sigma)
 
+        at_level = extra_args.get("model_options", {}).get("denoise_mask_function")
+
+        def mask(sigma: torch.Tensor) -> Any:
+            if at_level is None:
+                return denoise_mask
+            levels = sigma.reshape(-1).expand(image.shape[0])
+            return at_level(levels, denoise_mask, extra_options={"model": model_wrap, "sigmas": sigmas})
+
         run = EditRun(
             path=family.noise_path,
             sigmas=sigmas,
@@ -169,7 +178,7 @@ class EditSampler(comfy.samplers.Sampler):
             seed=int(extra_args.get("seed") or 0),
             target=target,
             source=source,
-            mask=denoise_mask,
+            mask=None if denoise_mask is None else mask,
         )
         latent = image
         for i, (latent, preview) in enumerate(tqdm(self.algorithm(run), total=run.steps, disable=disable_pbar)):

@@ -31,14 +31,14 @@ def direct_inversion_sampler(model: Model, inversion: Inversion) -> engine.EditS
     def edit(run: engine.EditRun) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         check_sampled_latent(inversion, run.image)
         rows = inversion.rows(run.sigmas)
-        pivot = inversion.trajectory[rows].to(run.image)
-        x = pivot[0]
+        x = inversion.trajectory[rows[0]].to(run.image)
         for i in range(run.steps):
             s, s_next = run.sigmas[i : i + 2]
+            pivot, pivot_next = inversion.trajectory[rows[i] : rows[i] + 2].to(x)
             denoised = run.target(x, s)
-            deviation = pivot[i + 1] - run.path.step(pivot[i], run.source(pivot[i], s), s, s_next)
+            deviation = pivot_next - run.path.step(pivot, run.source(pivot, s), s, s_next)
             x = run.path.step(x, denoised, s, s_next) + deviation
-            x = run.within_mask(x, pivot[i + 1])
+            x = run.within_mask(x, pivot_next, s)
             yield (x / run.path.image_scale(s_next) if i == run.steps - 1 else x), denoised
 
     return engine.EditSampler(edit)

@@ -48,7 +48,7 @@ def flow_edit_sampler(skip: float = SKIP, last_steps: float = 0.0, averages: int
                 v_tar = path.slope(z_tar, run.target(z_tar, t), t)
                 v_src = path.slope(z_src, run.source(z_src, t), t)
                 v_delta = v_delta + (v_tar - v_src) / averages
-            z = run.within_mask(z + (t_next - t) * v_delta, x_src)
+            z = run.within_mask(z + (t_next - t) * v_delta, x_src, t)
             yield z, z
         if last < run.steps:
             yield from _ordinary_sampling(run, last, z, noise[last * averages].to(z))
@@ -65,5 +65,5 @@ def _ordinary_sampling(
     for t, t_next in pairwise(levels):
         denoised = run.target(x, t)
         x = run.path.step(x, denoised, t, t_next)
-        x = run.within_mask(x, run.path.noised(run.image, eps, t_next))
+        x = run.within_mask(x, run.path.noised(run.image, eps, t_next), t)
         yield x / run.path.alpha(t_next), denoised

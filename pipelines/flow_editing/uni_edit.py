@@ -47,7 +47,7 @@ def uni_edit_sampler(alpha: float = ALPHA, omega: float = OMEGA) -> engine.EditS
             v = fused + omega * (1 + mask) * difference  # and correction
             x = x + (t_next - t) * v
             unchanged = path.noised(run.image, path.predicted_noise(inverted, run.image, levels[0]), t_next)
-            x = run.within_mask(x, unchanged)
+            x = run.within_mask(x, unchanged, t)
             yield x / path.image_scale(t_next), x - t * v
 
     return engine.EditSampler(edit)

@@ -142,10 +142,12 @@ def check_inversion(
             f"again with this one."
         )
     check_step_count(inversion, steps)
-    if latent_shape is not None and tuple(latent_shape) != tuple(inversion.trajectory.shape[1:]):
+    shape = tuple(inversion.trajectory.shape[1:])
+    # One frame may be missing in a LATENT, as in those of Empty SD3 Latent Image for Qwen-Image.
+    if latent_shape is not None and tuple(latent_shape) not in (shape, shape[:2] + shape[-2:]):
         raise IdentityEditError(
-            f"The inversion holds latents {tuple(inversion.trajectory.shape[1:])} but the latent is "
-            f"{tuple(latent_shape)}; use the size and batch of the inverted image."
+            f"The inversion holds latents {shape} but the latent is {tuple(latent_shape)}; use the size and batch of "
+            f"the inverted image."
         )
 
 

@@ -114,7 +114,7 @@ def rf_inversion_sampler(eta: float = ETA, start: float = 0.0, stop: float = STO
                 # The velocity along the straight line to the image is (x - z_0) / s: the same mixture of estimates.
                 denoised = denoised + eta * (run.image - denoised)
             x = run.path.step(x, denoised, s, s_next)
-            x = run.within_mask(x, run.path.noised(run.image, run.noise, s_next))
+            x = run.within_mask(x, run.path.noised(run.image, run.noise, s_next), s)
             if i == run.steps - 1:
                 x = x / run.path.image_scale(s_next)
             yield x, denoised

@@ -246,3 +246,5 @@ def test_only_one_frame_is_edited() -> None:
     assert made.trajectory.ndim == 6
     noise = InvertedNoise(model, made).generate_noise({"samples": flat})
     assert noise.shape == image(model).shape
+    for latent in (flat, image(model)):
+        inversion.check_inversion(made, model, latent_shape=tuple(latent.shape))

@@ -76,12 +76,18 @@ def of_little_memory(patch: pytest.MonkeyPatch, share: str) -> None:
         patch.setattr(management, "get_free_memory", get_free_memory)
 
 
+@functools.cache
+def shared_world() -> WorldWithLoRA:
+    """What its inputs are made of is the same for all nodes and all sizes of memory; files are each one's own."""
+    return WorldWithLoRA()
+
+
 def results_of(name: str, root: Path, share: str | None) -> tuple[list[torch.Tensor], list[int]]:
     """The node's tensors, and of each network that was loaded in part how many weights were patched on the way."""
     (root / str(share)).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         world_in(root / str(share), patch)
-        world = WorldWithLoRA()
+        world = shared_world()
         inputs = good(world, name)
         comfy.model_management.unload_all_models()  # what the inputs were made with
         if share is not None:

@@ -74,7 +74,7 @@ def literal_inversion(
 
 @pytest.mark.parametrize(
     ("family", "steps", "eta"),
-    [("sd1", 10, 1.0), ("sd1", 50, 1.0), ("sd2_v", 10, 1.0), ("sd2_v", 50, 1.0), ("sdxl", 10, 1.0), ("sd1", 10, 0.6)],
+    [("sd1", 50, 1.0), ("sd1", 7, 0.6), ("sd2_v", 10, 1.0), ("sdxl", 10, 1.0)],
 )
 def test_latents_and_noise_maps_agree_with_the_formulas(family: str, steps: int, eta: float):
     patcher, latent = tiny_models.FAMILIES[family](), tiny_models.latent(2, width=12)
@@ -92,8 +92,7 @@ def test_latents_and_noise_maps_agree_with_the_formulas(family: str, steps: int,
         assert relative_error(ours.noise_maps[i], expected_maps[i]) < 1e-3, i
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2_v", "sdxl"])
-@pytest.mark.parametrize("steps", [10, 50])
+@pytest.mark.parametrize(("family", "steps"), [("sd1", 30), ("sd2_v", 6), ("sdxl", 6)])
 def test_the_image_comes_back(family: str, steps: int):
     patcher, latent = tiny_models.FAMILIES[family](), tiny_models.latent(2, batch=2, width=12)
     made = edit_friendly.edit_friendly_ddpm_inversion(patcher, latent, POSITIVE, NEGATIVE, steps=steps)

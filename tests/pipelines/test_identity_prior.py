@@ -112,8 +112,7 @@ TRAINED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("inference_mode", [False, True])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("inference_mode", "checkpointing"), [(False, True), (True, False)])
 def test_gradients_against_float64_differences_of_other_libraries(inference_mode: bool, checkpointing: bool):
     with torch.inference_mode(inference_mode):  # execution.py runs every prompt in it, loading the checkpoint included
         model, clip = make("sd1")

@@ -42,12 +42,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.mark.parametrize("name", NODES)
 def test_a_nodes_defaults_run(name: str, world: World) -> None:
-    """Those of whatever counts steps or timesteps, but the steps of a training, which are no noise levels."""
+    """Those of whatever counts steps or timesteps, but the updates of a training, which are no noise levels."""
     inputs = good(world, name)
     for item in CLASSES[name].define_schema().inputs:
         default = getattr(item, "default", None)
         trains = item.id == "steps" and (name.startswith("Train") or name == "OptimizeTextEmbedding")
-        if default is not None and "step" in item.id and not trains and item.id not in ("inner_steps",):
+        if (
+            default is not None
+            and "step" in item.id
+            and not trains
+            and item.id not in ("inner_steps", "updates_per_step")
+        ):
             inputs[item.id] = default
     inputs |= {"model": lcm(inputs["model"])}
     for tensor in tensors_in(run(name, inputs, world)):

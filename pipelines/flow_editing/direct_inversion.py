@@ -31,7 +31,7 @@ def direct_inversion_sampler(model: Model, inversion: Inversion) -> engine.EditS
     def edit(run: engine.EditRun) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         check_sampled_latent(inversion, run.image)
         rows = inversion.rows(run.sigmas)
-        x = inversion.trajectory[rows[0]].to(run.image)
+        x = inversion.trajectory[rows[0]].to(run.image).expand_as(run.image)
         for i in range(run.steps):
             s, s_next = run.sigmas[i : i + 2]
             pivot, pivot_next = inversion.trajectory[rows[i] : rows[i] + 2].to(x)

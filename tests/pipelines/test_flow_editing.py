@@ -132,6 +132,20 @@ def test_direct_inversion_adds_the_drift_of_the_source(model: Any) -> None:
     assert relative_error(ours, to_socket(model, x / made.noise_path.image_scale(levels[-1]))) < 1e-4
 
 
+def test_direct_inversion_of_one_image_edits_every_latent() -> None:
+    model = tiny_flow_models.sd3(output_gain=0.2)
+    made = inversion.invert_image(model, image(model), SOURCE, steps=3)
+    guider = engine.EditGuider(model, SOURCE, TARGET, None, 1.0, 1.0)
+    one, two = (
+        guider.sample(
+            torch.zeros_like(latent), latent, direct_inversion_sampler(model, made), made.sigmas, disable_pbar=True
+        )
+        for latent in (image(model), image(model, 2))
+    )
+    assert two.shape == image(model, 2).shape
+    assert relative_error(two, one.expand_as(two)) < 1e-5
+
+
 def test_rf_inversions_sampler_is_drawn_to_the_image(model: Any) -> None:
     sigmas = schedule(model)
     made = inversion.invert_image(model, image(model), SOURCE, steps=STEPS, end_at_zero=True)

@@ -20,7 +20,7 @@ from engine import Server, make_base
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTE = 10**6
-MOST_PACKED, MOST_UNPACKED = 110 * MEGABYTE, 122 * MEGABYTE
+MOST_PACKED, MOST_UNPACKED = 127 * MEGABYTE, 140 * MEGABYTE
 
 FORBIDDEN_MODULES = {
     *("subprocess", "multiprocessing", "pty", "runpy", "code", "codeop", "ctypes", "webbrowser", "venv"),

@@ -153,7 +153,5 @@ def test_coarse_patches_give_the_same_weights_on_a_constant_image(pack):
     assert averages[0].std() > 0.2, "not all alike anyhow"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not (WEIGHTS_FOLDER / FLOW_NAME).exists(), reason="the flow checkpoint is not committed yet")
 def test_the_committed_checkpoint_is_small():
     assert (WEIGHTS_FOLDER / FLOW_NAME).stat().st_size <= 40 * 10**6

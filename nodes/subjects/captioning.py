@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.files import atomic_write
+from ...pipelines.shared.images import as_color
 from ...pipelines.subjects import captioning
 from ...pipelines.subjects import images as subjects
 from ..saved_files import next_path
@@ -197,7 +198,9 @@ class SaveImagesWithCaptions(io.ComfyNode):
     @checked
     def execute(cls, images: torch.Tensor, caption: str, filename_prefix: str) -> io.NodeOutput:
         next_path(filename_prefix, EXAMPLE)  # a sentence where the folder cannot be used
-        saved = ui.ImageSaveHelper.get_save_images_ui(images, filename_prefix=filename_prefix, cls=cls)
+        plain = images.detach().float()
+        plain = plain if plain.shape[-1] == 4 else as_color(plain)  # what PNG files hold
+        saved = ui.ImageSaveHelper.get_save_images_ui(plain, filename_prefix=filename_prefix, cls=cls)
         for image in saved.results:
             path = os.path.join(folder_paths.get_output_directory(), image.subfolder, image.filename)
             with atomic_write(os.path.splitext(path)[0] + ".txt") as temporary, open(temporary, "wb") as file:

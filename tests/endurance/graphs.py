@@ -165,8 +165,10 @@ STRINGS: dict[str, list[str]] = {
 their default. A strange text is among the options of all of them."""
 
 DEMO, DEMO_MCDM = "identity-edit-demo.safetensors", "identity-edit-demo-mcdm.safetensors"
+DEMO_FLOW = "identity-edit-demo-flow.safetensors"
 MCDM_FILE = f"{DEMO_MCDM} [diffusion_models]"
 OVERRIDES: dict[tuple[str, str], list[Any]] = {
+    ("CheckpointLoaderSimple", "ckpt_name"): [DEMO] * 4 + [DEMO_FLOW],
     ("IdentityEditGeneratePairs", "folder"): ["pairs/generated", "pairs/random", ""],
     ("IdentityEditTrainMCDM", "folder"): ["pairs/random", "pairs/generated"] * 4 + ["pairs"],
     ("IdentityEditTrainMCDM", "image_embedding"): ["new", "new", MCDM_FILE],

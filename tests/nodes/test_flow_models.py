@@ -22,7 +22,7 @@ WORKING = {
     "IdentityAwareMaskBlend", "SegmentSubject", "DiffEdit",
     "ApplySubject", "MutualSelfAttention",
     "SourceTargetGuider", "DirectInversionSampler", "OptimizeTextEmbedding",
-    "MCDMEditMask", "PairGuider", "GeneratePairs",
+    "MCDMEditMask", "PairGuider", "GeneratePairs", "ReferenceGuidedNullTextOptimizer",
 }  # fmt: skip
 
 

@@ -178,10 +178,13 @@ class Editor:
         )
         return self.sampled(pivot.with_embeddings(found.embeddings))
 
-    def edit_friendly(self) -> torch.Tensor:
-        made = edit_friendly_ddpm_inversion(
+    def noised(self) -> inversions.Inversion:
+        return edit_friendly_ddpm_inversion(
             self.model, self.latent, self.source, self.empty, self.steps, 1.0, seed=self.seed
         )
+
+    def edit_friendly(self) -> torch.Tensor:
+        made = self.noised()
         skip = skipped_steps(self.steps, 0.2)
         return inversions.sample_inversion(self.model, made, self.target, self.empty, self.scale, skip)
 
@@ -220,10 +223,7 @@ class Editor:
         return inversions.sample_inversion(model, pivot, target, self.empty, self.scale)
 
     def masked(self) -> torch.Tensor:
-        made = edit_friendly_ddpm_inversion(
-            self.model, self.latent, self.source, self.empty, self.steps, 1.0, seed=self.seed
-        )
-        return self.blended(made, self.target, skip=0.2)
+        return self.blended(self.noised(), self.target, skip=0.2)
 
     def injected_and_masked(self) -> torch.Tensor:
         pivot = self.inverted(methods.FIXED_POINT)

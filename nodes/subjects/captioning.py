@@ -9,16 +9,16 @@ import torch
 from comfy_api.latest import io, ui
 
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.files import atomic_write
 from ...pipelines.shared.images import as_color
 from ...pipelines.subjects import captioning
 from ...pipelines.subjects import images as subjects
 from ..saved_files import next_path
 from ..sockets import SubjectImages, checked, schema, seed_input, show_text
+from .images import REGULARIZATION_FOLDER
 from .inputs import check_model, list_models, model_path, progress_bar
 
 NO_MODEL = "no model"
-EXAMPLE = "regularization/cat/cat"
+EXAMPLE = f"{REGULARIZATION_FOLDER}/cat/cat"
 DO_NOT_SAVE, SAVE_NEW, OVERWRITE = SAVE_CHOICES = ("no", "new files only", "overwrite")
 
 
@@ -203,8 +203,7 @@ class SaveImagesWithCaptions(io.ComfyNode):
         saved = ui.ImageSaveHelper.get_save_images_ui(plain, filename_prefix=filename_prefix, cls=cls)
         for image in saved.results:
             path = os.path.join(folder_paths.get_output_directory(), image.subfolder, image.filename)
-            with atomic_write(os.path.splitext(path)[0] + ".txt") as temporary, open(temporary, "wb") as file:
-                file.write(caption.strip().encode())
+            subjects.write_text(os.path.splitext(path)[0] + ".txt", caption.strip())
         return io.NodeOutput(ui=saved)
 
 

@@ -280,9 +280,20 @@ def save_captions(subject: SubjectImages, *, overwrite: bool = False) -> list[st
             continue
         if os.path.exists(path) and _read_text(path, file) == caption:
             continue
-        _write_text(path, caption + "\n")
+        write_text(path, caption + "\n")
         written.append(file)
     return written
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a caption file, whole or not at all; raises `IdentityEditError` when it cannot be written."""
+    try:
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise IdentityEditError(
+            f"The caption {path} cannot be written ({error.strerror}); make its folder writable, or do not save."
+        ) from error
 
 
 # --- Reading a folder ------------------------------------------------------------------------------------------------
@@ -501,13 +512,3 @@ def _mask_of(image: torch.Tensor, mask: torch.Tensor, what: str) -> torch.Tensor
 
 def _as_list(batches: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
     return list(batches) if isinstance(batches, (list, tuple)) else [batches]
-
-
-def _write_text(path: str, text: str) -> None:
-    try:
-        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise IdentityEditError(
-            f"The caption {path} cannot be written ({error.strerror}); make its folder writable, or do not save."
-        ) from error

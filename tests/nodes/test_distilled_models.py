@@ -86,7 +86,7 @@ def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pyte
         with caplog.at_level(logging.WARNING):
             made = node.execute(model=model, source=SOURCE, latent=latent, steps=steps, **more).args[0]
         if steps == 10:
-            assert made.steps == 10 and not caplog.messages
+            assert made.steps == 10 and "steps are used instead" not in caplog.text
         else:
             assert made.steps in (49, 50)
             assert f"(LCM sampling), so {made.steps} steps are used instead of 100" in caplog.text

@@ -37,8 +37,8 @@ FOLDERS = ("benchmarks", "evaluation", "tests/endurance")
 ON_THE_PROCESSOR = ("align_reference", "dynamic_vram", "face_identity", "quantized_weights")
 """Benchmarks that take no accelerator where there is one."""
 WITHOUT_COMFYUI = (
-    "busy_core", "engines", "gpu", "interrupts", "launch_options", "page_load", "processors", "random_graphs",
-    "real_sizes", "soak", "startup",
+    "busy_core", "engines", "gpu", "interrupts", "launch_options", "mutations", "page_load", "processors",
+    "random_graphs", "real_sizes", "soak", "startup",
 )  # fmt: skip
 """Benchmarks that start servers or other processes, or that choose ComfyUI's options themselves."""
 DEMO_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo.safetensors"

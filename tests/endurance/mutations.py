@@ -1,9 +1,10 @@
-"""Breaks the code in many places, one after another, and says whether the tests notice: `.venv/bin/python
-scripts/mutations.py [NAME ...]`.
+"""Do the tests notice when the code is broken? `python -m benchmarks mutations`.
 
 Each change is made in a temporary copy of the repository, in the one file that holds its text, and the files of tests
 named beside it are run there. A change that no test notices is a guarantee that nothing holds: the command then ends
-with 1. The text is looked for in the whole pack, so that it may move between files.
+with 1. The text is looked for in the whole pack, so that it may move between files. --names runs the changes whose
+names contain one of them; their rows in benchmarks/results/mutations.json are replaced, the others stay, and
+mutations.md is made of all.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from ...benchmarks.harness import ROOT, markdown, read_results, source_commit, write_results
+
 ROOMS = ("attention", "pipelines", "nodes", "demo_world")
 NOT_COPIED = (".git", ".venv", ".*_cache", "__pycache__", "demo_output")
 PATIENCE = 1200.0
@@ -473,28 +475,49 @@ def outcome(mutation: Mutation, root: Path) -> str:
         path.write_text(before, encoding="utf-8")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     if done.returncode == 1 and failed:
-        return f"caught by {failed[0].split(' - ')[0].split(' ', 1)[1]}"
+        return f"caught by `{failed[0].split(' - ')[0].split(' ', 1)[1]}`"
     if done.returncode == 0:
         return "NOT CAUGHT"
     return f"not tried: pytest ended with {done.returncode}: {(failed or done.stdout.splitlines() or ['nothing'])[-1]}"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only the changes whose names contain one of these")
-    names = parser.parse_args().names
-    chosen = [one for one in MUTATIONS if not names or any(name in one.name for name in names)]
-    outcomes = []
+def write_table(rows: dict[str, dict[str, object]]) -> None:
+    caught = sum(is_caught(row) for row in rows.values())
+    lines = [
+        "# Do the tests notice when the code is broken?",
+        "",
+        "`python -m benchmarks mutations`; each change alone, with the files of tests that should notice it, and the "
+        f"first test that failed. {caught} of {len(rows)} changes are caught.",
+        "",
+        *markdown(
+            ["change", "what the tests do", "commit"],
+            ([name, row["outcome"], row["commit"]] for name, row in rows.items()),
+        ),
+    ]
+    write_results("mutations", {"rows": rows}, lines)
+
+
+def is_caught(row: dict[str, object]) -> bool:
+    return str(row["outcome"]).startswith("caught")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--names", nargs="+", default=[""], metavar="NAME", help="only changes whose names contain one")
+
+
+def main(arguments: argparse.Namespace) -> None:
+    before, commit = read_results("mutations").get("rows", {}), source_commit()
+    rows = {each.name: before[each.name] for each in MUTATIONS if each.name in before}
+    chosen = [each for each in MUTATIONS if any(name in each.name for name in arguments.names)]
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         root = copied(Path(folder))
-        for mutation in chosen:
-            start = time.perf_counter()
-            outcomes.append(outcome(mutation, root))
-            print(f"{mutation.name}: {outcomes[-1]} ({time.perf_counter() - start:.0f} s)", flush=True)
-    caught = sum(one.startswith("caught") for one in outcomes)
-    print(f"{caught} of {len(outcomes)} caught")
-    return 0 if caught == len(outcomes) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        try:
+            for mutation in chosen:
+                start = time.perf_counter()
+                found = outcome(mutation, root)
+                print(f"{mutation.name}: {found} ({time.perf_counter() - start:.0f} s)", flush=True)
+                rows[mutation.name] = {"outcome": found, "commit": commit}
+        finally:  # what is done stays when the run is interrupted
+            write_table({each.name: rows[each.name] for each in MUTATIONS if each.name in rows})
+    if not all(is_caught(rows[mutation.name]) for mutation in chosen):
+        sys.exit(1)

@@ -40,8 +40,8 @@ SETS = [
     *(TIMESTEPS[i : i + 3] for i in range(len(TIMESTEPS) - 2)),
     TIMESTEPS[1:6],
 ]
-POWERS = (0, 1, 2, 4)
-THRESHOLDS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
+POWERS = (0, 1, 2, 4, 6, 8)
+THRESHOLDS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6)
 SEED = 11
 
 

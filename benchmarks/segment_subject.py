@@ -132,7 +132,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             for threshold in THRESHOLDS:
                 each = overlap(values > threshold, true)
                 rows.append((float(each[:half].mean()), chosen, threshold, power, each[half:]))
-        defaults = (tuple(sorted(by_attention.TIMESTEPS)), by_attention.THRESHOLD, by_attention.POWER)
+        settings = by_attention.default_settings(model)
+        defaults = settings.timesteps, settings.threshold, settings.power
         own = next(row for row in rows if row[1:4] == defaults)
         best = {f"best of {n}": max((r for r in rows if len(r[1]) == n), key=lambda row: row[0]) for n in (1, 2, 3, 5)}
         for what, (choosing, chosen, threshold, power, reported) in {**best, "defaults": own}.items():
@@ -148,6 +149,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     by_attention.attention_masks(model, latents[:1], by_class[0], embed(clip, [f"a {names[0]}"]), (128, 128))
     figures["seconds_an_image"] = time.perf_counter() - start
+    figures["model_calls"] = len(settings.timesteps)
     save_sheet(RESULTS / f"{arguments.name}.jpg", sheets)
     return figures
 
@@ -167,7 +169,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         *markdown(("evaluated with", "timesteps", "threshold", "lambda", *scores), rows),
         "",
         f"One image with the defaults: {figures['seconds_an_image']:.2f} s on this machine's "
-        f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {len(by_attention.TIMESTEPS)} model calls.",
+        f"{'GPU' if torch.cuda.is_available() else 'CPU'}, {figures['model_calls']} model calls.",
         "",
         f"![images; masks with the class word; masks with the caption]({arguments.name}.jpg)",
     ]

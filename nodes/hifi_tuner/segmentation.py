@@ -37,6 +37,10 @@ def _parts_input() -> io.Input:
     )
 
 
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 def _outputs() -> list[Any]:
     return [
         io.Mask.Output("mask", tooltip="Mask of the subject (1 on the subject), at the images' size."),
@@ -48,6 +52,7 @@ def _outputs() -> list[Any]:
 class SegmentSubject(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        unet, joint = attention_segmentation.CROSS_ATTENTION, attention_segmentation.JOINT_ATTENTION
         return schema(
             node_id="IdentityEditSegmentSubject",
             display_name="Segment Subject",
@@ -71,9 +76,9 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 fraction_input(
                     "threshold",
-                    attention_segmentation.THRESHOLD,
+                    0.0,
                     "Fraction of the normalized map above which a pixel belongs to the subject; lower gives a "
-                    "larger mask. Measured like the timesteps.",
+                    f"larger mask. 0 is automatic: {unet.threshold:g}, of flow models {joint.threshold:g}.",
                 ),
                 io.String.Input(
                     "caption",
@@ -84,18 +89,20 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 io.String.Input(
                     "timesteps",
-                    default=", ".join(map(str, attention_segmentation.TIMESTEPS)),
+                    default="",
                     tooltip="Noise levels at which the model sees the image, 0 to 999, separated by commas; one model "
-                    "call each. For flow models, thousandths of the noise. Low ones overlapped best with the true "
-                    "masks of the demo world (benchmarks/results/segment_subject.md).",
+                    "call each. For flow models, thousandths of the noise. Empty is automatic: "
+                    f"{_listed(unet.timesteps)}, of flow models {_listed(joint.timesteps)}, which overlapped best with "
+                    "the true masks of the demo world (benchmarks/results/segment_subject.md).",
                 ),
                 io.Int.Input(
                     "self_attention_power",
-                    default=attention_segmentation.POWER,
-                    min=0,
+                    default=-1,
+                    min=-1,
                     max=16,
                     tooltip="Lambda in Liu et al. 2024, eq. 2: how many times the map is propagated along the "
-                    "self-attention. 0 uses the cross-attention alone. Measured like the timesteps.",
+                    f"self-attention. 0 uses the cross-attention alone. -1 is automatic: {unet.power}, of flow models "
+                    f"{joint.power}.",
                 ),
                 io.Combo.Input(
                     "layers",
@@ -147,7 +154,8 @@ class SegmentSubject(io.ComfyNode):
         contrast: str = "",
     ) -> io.NodeOutput:
         images = as_color(images)
-        steps = whole_numbers(timesteps)
+        settings = attention_segmentation.default_settings(model)
+        steps = whole_numbers(timesteps) if timesteps.strip() else settings.timesteps
         if steps is None:
             raise IdentityEditError(
                 f"timesteps is '{timesteps}'; write whole numbers from 0 to 999, separated by commas, such as '1, 101, "
@@ -173,9 +181,11 @@ class SegmentSubject(io.ComfyNode):
             identity,
             conditioning,
             (height, width),
-            timesteps=tuple(steps),
-            threshold=threshold,
-            power=self_attention_power,
+            settings=attention_segmentation.MaskSettings(
+                tuple(steps),
+                threshold or settings.threshold,
+                settings.power if self_attention_power == -1 else self_attention_power,
+            ),
             layers=layers,
             seed=seed,
             callback=progress(model, len(steps)),

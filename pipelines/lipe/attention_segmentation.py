@@ -4,6 +4,7 @@ without a segmentation network."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -18,13 +19,33 @@ from ..shared.errors import IdentityEditError
 from ..shared.input_checks import check_number
 from .identity_prompt import IdentityPrompt, capture_identity
 
-TIMESTEPS = (1, 101, 201)
-"""Timesteps, of 1000, at which attention is recorded, one model call each."""
 FLOW_TIMESTEPS = 1000
-THRESHOLD = 0.45
-POWER = 2
-"""This combination overlapped best with the true masks of the demo world; a single timestep (101) and higher ones are
-little worse, see benchmarks/results/segment_subject.md. Liu et al. 2024 give no values."""
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """How a mask is made of attention.
+
+    Attributes:
+        timesteps: of 1000, at which attention is recorded, one model call each.
+        threshold: value of the normalized map above which a pixel belongs to the subject.
+        power: lambda of eq. 2; 0 uses only the cross-attention.
+    """
+
+    timesteps: tuple[int, ...]
+    threshold: float
+    power: int
+
+
+CROSS_ATTENTION = MaskSettings((1, 101, 201), 0.45, 2)
+JOINT_ATTENTION = MaskSettings((201, 301, 401), 0.55, 8)
+"""These overlapped best with the true masks of the demo world; a single timestep is little worse, see
+benchmarks/results/segment_subject.md and segment_subject_flow.md. Liu et al. 2024 give no values."""
+
+
+def default_settings(model: Model) -> MaskSettings:
+    """The settings of the model's kind of attention."""
+    return JOINT_ATTENTION if engine.is_joint(model) else CROSS_ATTENTION
 
 
 def attention_masks(
@@ -34,9 +55,7 @@ def attention_masks(
     conditioning: Conditioning,
     size: tuple[int, int],
     *,
-    timesteps: Sequence[int] = TIMESTEPS,
-    threshold: float = THRESHOLD,
-    power: int = POWER,
+    settings: MaskSettings | None = None,
     layers: str = AUTOMATIC,
     seed: int = 0,
     callback: engine.Callback | None = None,
@@ -48,28 +67,28 @@ def attention_masks(
     (eq. 2), normalized and thresholded.
 
     Args:
-        model, latent, identity, conditioning, timesteps, layers, seed, callback: as for `record_attention`.
+        model, latent, identity, conditioning, layers, seed, callback: as for `record_attention`.
         size: height and width of the masks (and images).
-        threshold: value of the normalized map above which a pixel belongs to the subject.
-        power: lambda of eq. 2; 0 uses only the cross-attention.
+        settings: None for `default_settings`.
 
     Returns:
         [B, height, width] float32, 0 or 1.
     """
-    check_number(threshold, "threshold", 0.0, 1.0)
-    check_number(power, "self_attention_power", 0, None)
+    settings = settings or default_settings(model)
+    check_number(settings.threshold, "threshold", 0.0, 1.0)
+    check_number(settings.power, "self_attention_power", 0, None)
     attention = record_attention(
         model,
         latent,
         identity,
         conditioning,
-        timesteps=timesteps,
-        self_attention=power > 0,
+        timesteps=settings.timesteps,
+        self_attention=settings.power > 0,
         layers=layers,
         seed=seed,
         callback=callback,
     )
-    return identity_mask(attention, *size, threshold, power)
+    return identity_mask(attention, *size, settings.threshold, settings.power)
 
 
 def record_attention(
@@ -78,7 +97,7 @@ def record_attention(
     identity: IdentityPrompt,
     conditioning: Conditioning,
     *,
-    timesteps: Sequence[int] = TIMESTEPS,
+    timesteps: Sequence[int],
     self_attention: bool = True,
     layers: str = AUTOMATIC,
     seed: int = 0,

@@ -16,7 +16,7 @@ from identity_edit_pack.nodes.hifi_tuner import segmentation as nodes
 from identity_edit_pack.pipelines.hifi_tuner import reference_alignment as alignment
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 
-CHECKPOINT = Path(__file__).resolve().parents[2] / "demo_world" / "weights" / "identity-edit-demo.safetensors"
+WEIGHTS = Path(__file__).resolve().parents[2] / "demo_world" / "weights"
 
 
 def defaults(node: Any) -> dict[str, Any]:
@@ -38,13 +38,23 @@ def segment_with_sam(images: torch.Tensor = IMAGES, **inputs: Any) -> tuple[Any,
     return nodes.SegmentSubjectWithSAM.execute(images, **{**SAM_SETTINGS, **inputs}).args
 
 
-@pytest.fixture(scope="module")
-def checkpoint() -> dict[str, Any]:
+def loaded(name: str) -> dict[str, Any]:
     import comfy.sd
     from identity_edit_pack.demo_world import family
 
     family.register()
-    return dict(zip(("model", "clip", "vae"), comfy.sd.load_checkpoint_guess_config(str(CHECKPOINT))[:3], strict=True))
+    parts = comfy.sd.load_checkpoint_guess_config(str(WEIGHTS / f"{name}.safetensors"))[:3]
+    return dict(zip(("model", "clip", "vae"), parts, strict=True))
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> dict[str, Any]:
+    return loaded("identity-edit-demo")
+
+
+@pytest.fixture(scope="module")
+def flow_checkpoint() -> dict[str, Any]:
+    return loaded("identity-edit-demo-flow")
 
 
 @pytest.fixture
@@ -66,6 +76,20 @@ def test_attention_finds_the_subject_of_the_demo_world(checkpoint: dict[str, Any
     assert min(overlap(found, true) for found, true in zip(mask, MASKS, strict=True)) > 0.7
     assert report.startswith("The mask covers ") and "Warning" not in report
     assert torch.equal(segment(subject="cat", **checkpoint)[0], mask), "the same seed gives another mask"
+
+
+def test_automatic_settings_are_those_that_were_measured(
+    checkpoint: dict[str, Any], flow_checkpoint: dict[str, Any]
+) -> None:
+    words = {"subject": "cat", "caption": "a blue cat standing on the beach"}
+    measured = [
+        (checkpoint, {"timesteps": "1, 101, 201", "threshold": 0.45, "self_attention_power": 2}),
+        (flow_checkpoint, {"timesteps": "201, 301, 401", "threshold": 0.55, "self_attention_power": 8}),
+    ]
+    for given, settings in measured:
+        assert torch.equal(segment(**words, **given)[0], segment(**words, **settings, **given)[0])
+    crossed = segment(**words, **measured[0][1], **flow_checkpoint)[0]
+    assert not torch.equal(segment(**words, **flow_checkpoint)[0], crossed)
 
 
 def test_attention_takes_images_of_any_size(checkpoint: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from identity_edit_pack.attention.joint_capture import capture_joint_attention
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.inversion.inversion import invert_image, sampling_step
 from identity_edit_pack.pipelines.lipe import attention_segmentation
+from identity_edit_pack.pipelines.lipe.attention_segmentation import MaskSettings
 from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings, identity_mask_blend
 from identity_edit_pack.pipelines.lipe.identity_prompt import (
     IdentityPrompt,
@@ -182,7 +183,7 @@ def test_segmentation_reads_the_identity_prompt_in_noised_images(model: Any) -> 
         "apply_model", "test", lambda executor, x, t, *args, **kwargs: (counted.append(float(t[0])), executor(
             x, t, *args, **kwargs))[1])  # fmt: skip
     masks = attention_segmentation.attention_masks(
-        clone, latent, IDENTITY, SOURCE, (64, 64), timesteps=(99, 499), threshold=0.5, power=2, seed=5
+        clone, latent, IDENTITY, SOURCE, (64, 64), settings=MaskSettings((99, 499), 0.5, 2), seed=5
     )
     assert counted == pytest.approx([0.5, 0.1]), "one model call each"
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(5))
@@ -197,7 +198,9 @@ def test_segmentation_reads_the_identity_prompt_in_noised_images(model: Any) -> 
     assert attention.evaluations == 2
     assert torch.equal(masks, identity_mask(attention, 64, 64, 0.5, 2)) and 0 < float(masks.mean()) < 1
     with pytest.raises(IdentityEditError, match="whole numbers from 0 to 999"):
-        attention_segmentation.attention_masks(model, latent, IDENTITY, SOURCE, (64, 64), timesteps=(1000,))
+        attention_segmentation.attention_masks(
+            model, latent, IDENTITY, SOURCE, (64, 64), settings=MaskSettings((1000,), 0.5, 2)
+        )
 
 
 def test_the_blend_is_algorithm_1(model: Any) -> None:

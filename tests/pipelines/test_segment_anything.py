@@ -15,6 +15,7 @@ import torch
 from identity_edit_pack.attention import identity_mask
 from identity_edit_pack.pipelines.lipe import attention_segmentation as by_attention
 from identity_edit_pack.pipelines.lipe import identity_prompt
+from identity_edit_pack.pipelines.lipe.attention_segmentation import MaskSettings
 from identity_edit_pack.pipelines.networks import grounding_dino
 from identity_edit_pack.pipelines.networks import segment_anything as sam
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -36,7 +37,7 @@ def test_attention_masks_are_cut_out_of_what_the_network_attends_to() -> None:
     )
     assert attention.evaluations == 2
     masks = by_attention.attention_masks(
-        model, latent, identity(), tiny_models.conditioning(5), (64, 64), timesteps=(401, 1), threshold=0.4, power=1
+        model, latent, identity(), tiny_models.conditioning(5), (64, 64), settings=MaskSettings((401, 1), 0.4, 1)
     )
     assert torch.equal(masks, identity_mask.identity_mask(attention, 64, 64, 0.4, 1))
     assert masks.shape == (2, 64, 64) and set(masks.unique().tolist()) == {0.0, 1.0}
@@ -64,9 +65,11 @@ def test_bad_attention_options_are_named() -> None:
     model, latent, prompt = tiny_models.sd1(), tiny_models.latent(4), tiny_models.conditioning(5)
     for timesteps in ((), (1000,), (-1,)):
         with pytest.raises(IdentityEditError, match="timesteps is"):
-            by_attention.attention_masks(model, latent, identity(), prompt, (8, 8), timesteps=timesteps)
+            by_attention.attention_masks(
+                model, latent, identity(), prompt, (8, 8), settings=MaskSettings(timesteps, 0.4, 1)
+            )
     with pytest.raises(IdentityEditError, match="threshold is 2"):
-        by_attention.attention_masks(model, latent, identity(), prompt, (8, 8), threshold=2.0)
+        by_attention.attention_masks(model, latent, identity(), prompt, (8, 8), settings=MaskSettings((1,), 2.0, 1))
 
 
 # --- Segment Anything ------------------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ class EditSampler(comfy.samplers.Sampler):
     def __init__(self, algorithm: Algorithm) -> None:
         self.algorithm = algorithm
 
+    @torch.no_grad()
     def sample(
         self,
         model_wrap: Any,

@@ -136,6 +136,7 @@ def edit_friendly_sampler(model: Model, inversion: Inversion) -> Callable[..., t
             f"Edit-Friendly DDPM Inversion."
         )
 
+    @torch.no_grad()
     def sample_edit_friendly_ddpm(
         model: Any,
         x: torch.Tensor,

@@ -101,6 +101,7 @@ def steps_of(
 def sampler_of(method: str, path: NoisePath) -> Callable[..., torch.Tensor]:
     """The sampling of a method of `OWN_SAMPLERS` as a sampler function for ComfyUI's KSAMPLER."""
 
+    @torch.no_grad()
     def sample(
         model: Any,
         x: torch.Tensor,

@@ -108,6 +108,21 @@ def test_uni_edit_is_its_algorithm(model: Any) -> None:
     assert relative_error(ours, to_socket(model, x / path.image_scale(levels[-1]))) < 1e-4
 
 
+def test_no_gradients_are_kept_outside_of_a_server() -> None:
+    """As by the stock samplers: a script may call a guider without `torch.no_grad`."""
+    model = tiny_flow_models.flux(output_gain=0.2)
+    model.model.diffusion_model.requires_grad_(True)
+    pivot = inversion.invert_image(model, image(model), SOURCE, steps=STEPS, end_at_zero=True)
+    for sampler in (flow_edit_sampler(0.0), uni_edit_sampler(), direct_inversion_sampler(model, pivot)):
+        assert not run(model, sampler, schedule(model)).requires_grad
+    for method in methods.OWN_SAMPLERS:
+        sampler = comfy.samplers.KSAMPLER(methods.sampler_of(method, engine.FLOW))
+        guider = comfy.samplers.CFGGuider(model)
+        guider.set_conds(TARGET, NEGATIVE)
+        noise = torch.randn(image(model).shape, generator=torch.Generator().manual_seed(1))
+        assert not guider.sample(noise, image(model), sampler, schedule(model), disable_pbar=True).requires_grad
+
+
 def test_direct_inversion_returns_the_image_for_the_source_prompt_at_any_scale(model: Any) -> None:
     made = inversion.invert_image(model, image(model), SOURCE, steps=STEPS, end_at_zero=True)
     sampler = direct_inversion_sampler(model, made)

@@ -51,15 +51,22 @@ class IdentityAttention:
         steps: cross-attention of every step (from 0) with its tokens apart, if `by_step`: the maps of the first image's
             tokens, then those of the second and so on, in place of the batch.
         step_count: number of steps of the run.
+        is_joint: whether it was read from joint attention.
     """
 
     def __init__(
-        self, columns: Sequence[int], choice: str = AUTOMATIC, self_attention: bool = True, by_step: bool = False
+        self,
+        columns: Sequence[int],
+        choice: str = AUTOMATIC,
+        self_attention: bool = True,
+        by_step: bool = False,
+        is_joint: bool = False,
     ) -> None:
         self.columns = tuple(columns)
         self.choice = choice
         self.reads_self_attention = self_attention
         self.by_step = by_step
+        self.is_joint = is_joint
         self.clear()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IdentityAttention:
@@ -76,7 +83,7 @@ class IdentityAttention:
 
     def at_step(self, step: int) -> IdentityAttention:
         """The entry of `steps`, new if needed."""
-        return self.steps.setdefault(step, IdentityAttention(self.columns, self.choice, False))
+        return self.steps.setdefault(step, IdentityAttention(self.columns, self.choice, False, is_joint=self.is_joint))
 
     def self_attention(self) -> torch.Tensor:
         """Mean self-attention [B, N, N] float32 over the positions of `self_grid`; each row sums to 1.

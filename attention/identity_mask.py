@@ -8,11 +8,14 @@ from .capture import IdentityAttention
 from .errors import IdentityEditError
 from .masks import normalized, resized
 
-SELF_ATTENTION_POWER = 1
-"""lambda of eq. 2. Not given in the paper; measured, see `THRESHOLD`."""
-THRESHOLD = 0.4
-"""Threshold of the normalized map. Not given in the paper; these two values overlapped well with the true masks of the
-demo world, see benchmarks/results/lipe_edit.md."""
+THRESHOLD, SELF_ATTENTION_POWER = 0.4, 1
+"""Threshold of the normalized map, and lambda of eq. 2. Not given in the paper; these values overlapped well with the
+true masks of the demo world, see benchmarks/results/lipe_edit.md."""
+JOINT_THRESHOLD, JOINT_POWER = 0.55, 8
+"""The same of joint attention: benchmarks/results/segment_subject_flow.md. Of 12 edits of the demo world's flow
+checkpoint the source masks overlapped .82 with these, .63 with those above."""
+AUTOMATIC_THRESHOLD, AUTOMATIC_POWER = 0.0, -1
+"""Stand for the values of the attention's kind."""
 
 
 def rough_mask(attention: IdentityAttention) -> torch.Tensor:
@@ -35,7 +38,7 @@ def rough_mask(attention: IdentityAttention) -> torch.Tensor:
     return torch.where(weight > 0, total / weight.clamp(min=1e-12), torch.zeros_like(total))
 
 
-def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int = SELF_ATTENTION_POWER) -> torch.Tensor:
+def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int) -> torch.Tensor:
     """M^2, eq. 2: SA^lambda M^1, which spreads the rough mask over related positions.
 
     SA is row-stochastic: each multiplication replaces a value by the mean of the positions it attends to. Multiplying
@@ -55,9 +58,11 @@ def refined_mask(rough: torch.Tensor, self_attention: torch.Tensor, power: int =
     return mask.view_as(rough)
 
 
-def identity_map(attention: IdentityAttention, height: int, width: int, power: int) -> torch.Tensor:
+def identity_map(attention: IdentityAttention, height: int, width: int, power: int = AUTOMATIC_POWER) -> torch.Tensor:
     """The normalized map [B, height, width] in [0, 1], before thresholding: M^1 for power 0, else M^2."""
     mask = rough_mask(attention)
+    if power == AUTOMATIC_POWER:
+        power = JOINT_POWER if attention.is_joint else SELF_ATTENTION_POWER
     if power > 0:
         mask = refined_mask(mask, attention.self_attention(), power)
     return resized(normalized(mask), (height, width))
@@ -67,8 +72,8 @@ def identity_mask(
     attention: IdentityAttention,
     height: int,
     width: int,
-    threshold: float = THRESHOLD,
-    power: int = SELF_ATTENTION_POWER,
+    threshold: float = AUTOMATIC_THRESHOLD,
+    power: int = AUTOMATIC_POWER,
 ) -> torch.Tensor:
     """The identity mask of a run.
 
@@ -83,4 +88,6 @@ def identity_mask(
     Returns:
         [B, height, width] float32, 0 or 1.
     """
+    if threshold == AUTOMATIC_THRESHOLD:
+        threshold = JOINT_THRESHOLD if attention.is_joint else THRESHOLD
     return (identity_map(attention, height, width, power) > threshold).float()

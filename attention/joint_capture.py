@@ -70,7 +70,7 @@ def capture_joint_attention(
         for positions in (columns, contrast):
             if positions is columns or len(contrast) > 0:
                 check_columns(positions, prompt[0][0], "identity prompt")
-    attention = IdentityAttention(columns, layers, self_attention, by_step)
+    attention = IdentityAttention(columns, layers, self_attention, by_step, is_joint=True)
     return _JointRecorder(attention, prompt, contrast).on(model), attention
 
 

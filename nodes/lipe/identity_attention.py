@@ -73,23 +73,23 @@ def layers_input() -> io.Input:
 def threshold_input() -> io.Input:
     return fraction_input(
         "threshold",
-        masks.THRESHOLD,
-        "Fraction of the normalized attention above which a pixel belongs to the subject. "
-        "Lower gives larger masks. Not given in the paper; 0.4 overlapped well with the true masks of "
-        "the demo world (benchmarks/results/lipe_edit.md).",
+        masks.AUTOMATIC_THRESHOLD,
+        "Fraction of the normalized attention above which a pixel belongs to the subject. Lower gives larger masks. "
+        f"0 is automatic: {masks.THRESHOLD:g}, of flow models {masks.JOINT_THRESHOLD:g}, which overlapped well with "
+        "the true masks of the demo world (benchmarks/results/lipe_edit.md). Not given in the paper.",
     )
 
 
 def power_input() -> io.Input:
     return io.Int.Input(
         "self_attention_power",
-        default=masks.SELF_ATTENTION_POWER,
-        min=0,
+        default=masks.AUTOMATIC_POWER,
+        min=masks.AUTOMATIC_POWER,
         max=16,
-        tooltip="Lambda in Liu et al. 2024, eq. 2: how many times the map is propagated along the "
-        "self-attention. 0 uses the cross-attention alone. Not given in the paper; 1 overlapped best "
-        "with the true masks of the demo world (benchmarks/results/lipe_edit.md), similar work uses up "
-        "to 4. On flow models 6 is better.",
+        tooltip="Lambda in Liu et al. 2024, eq. 2: how many times the map is propagated along the self-attention. 0 "
+        f"uses the cross-attention alone. -1 is automatic: {masks.SELF_ATTENTION_POWER}, of flow models "
+        f"{masks.JOINT_POWER}, which overlapped best with the true masks of the demo world "
+        "(benchmarks/results/lipe_edit.md). Not given in the paper; similar work uses up to 4.",
     )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ...attention.capture import IdentityAttention
-from ...attention.identity_mask import identity_mask
+from ...attention.identity_mask import JOINT_POWER, JOINT_THRESHOLD, identity_mask
 from ...attention.sites import AUTOMATIC
 from .. import engine
 from ..engine.families.schedule import noise_levels, rows_of
@@ -38,7 +38,7 @@ class MaskSettings:
 
 
 CROSS_ATTENTION = MaskSettings((1, 101, 201), 0.45, 2)
-JOINT_ATTENTION = MaskSettings((201, 301, 401), 0.55, 8)
+JOINT_ATTENTION = MaskSettings((201, 301, 401), JOINT_THRESHOLD, JOINT_POWER)
 """These overlapped best with the true masks of the demo world; a single timestep is little worse, see
 benchmarks/results/segment_subject.md and segment_subject_flow.md. Liu et al. 2024 give no values."""
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ...attention.capture import IdentityAttention
-from ...attention.identity_mask import SELF_ATTENTION_POWER, THRESHOLD, identity_mask
+from ...attention.identity_mask import AUTOMATIC_POWER, AUTOMATIC_THRESHOLD, identity_mask
 from ...attention.masks import feathered, union
 from ...attention.sites import AUTOMATIC
 from .. import engine
@@ -65,8 +65,8 @@ class BlendSettings:
     """Settings of the attention masks and the blending.
 
     Attributes:
-        threshold: threshold of the normalized map, 0 to 1.
-        power: lambda of eq. 2; 0 uses only the cross-attention.
+        threshold: threshold of the normalized map, 0 to 1; 0 is automatic.
+        power: lambda of eq. 2; 0 uses only the cross-attention, -1 is automatic.
         layers: a choice of `attention.sites.choose_layers`.
         feathering: standard deviation, in latent pixels, of the Gaussian that feathers M_t; 0 in the paper.
         skip: fraction of the first steps to skip, 0 to 1; the last step is never skipped. 0 in the paper.
@@ -76,8 +76,8 @@ class BlendSettings:
             uses their union.
     """
 
-    threshold: float = THRESHOLD
-    power: int = SELF_ATTENTION_POWER
+    threshold: float = AUTOMATIC_THRESHOLD
+    power: int = AUTOMATIC_POWER
     layers: str = AUTOMATIC
     feathering: float = 0.0
     skip: float = 0.0
@@ -86,7 +86,7 @@ class BlendSettings:
 
     def __post_init__(self) -> None:
         check_number(self.threshold, "threshold", 0.0, 1.0)
-        check_number(self.power, "self_attention_power", 0, None)
+        check_number(self.power, "self_attention_power", -1, None)
         check_number(self.feathering, "feathering", 0.0, None)
         check_number(self.blend_until, "blend_until", 0.0, 1.0)
         check_choice(self.given_masks, "given_masks", GIVEN_MASKS)
@@ -211,7 +211,7 @@ def _recorded(
         return model, None
     if identity is None:
         raise IdentityEditError("There is no identity prompt; write one, or connect both masks.")
-    return capture_identity(model, identity, settings.layers, settings.power > 0)
+    return capture_identity(model, identity, settings.layers, settings.power != 0)
 
 
 def _mask(

@@ -85,3 +85,15 @@ def test_union_and_feathering() -> None:
 def test_an_empty_recording_says_so() -> None:
     with pytest.raises(ValueError, match="No attention has been recorded"):
         identity_mask.rough_mask(IdentityAttention((1,)))
+
+
+@pytest.mark.parametrize(("is_joint", "threshold", "power"), [(False, 0.4, 1), (True, 0.55, 8)])
+def test_automatic_values_are_those_of_the_kind_of_attention(is_joint: bool, threshold: float, power: int) -> None:
+    attention = recorded()
+    attention.is_joint = is_joint
+    expected = identity_mask.identity_mask(attention, 12, 8, threshold, power)
+    assert torch.equal(identity_mask.identity_mask(attention, 12, 8), expected)
+    assert 0 < float(expected.mean()) < 1
+    others = (threshold, 2), (0.3, power)
+    assert not any(torch.equal(identity_mask.identity_mask(attention, 12, 8, *other), expected) for other in others)
+    assert torch.equal(identity_mask.identity_map(attention, 8, 8), identity_mask.identity_map(attention, 8, 8, power))

@@ -207,7 +207,7 @@ def test_a_prompt_that_begins_later_blends_with_the_source_mask_until_then() -> 
         ({"skip": 1.5}, "skip is 1.5"),
         ({"blend_until": 1.5}, "blend_until is 1.5"),
         ({"threshold": 2.0}, "threshold is 2"),
-        ({"power": -1}, "self_attention_power is -1"),
+        ({"power": -2}, "self_attention_power is -2"),
         ({"layers": "8"}, "layers is '8'"),
     ],
 )

@@ -13,6 +13,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.samplers
 import comfy.sd
+import numpy as np
 import pytest
 import tiny_models
 import tiny_styles
@@ -67,6 +68,20 @@ def test_each_token_sees_its_rows_alone() -> None:
         assert moved.tolist() == [place == index for place in range(4)]
     nobody, _ = styles.style_tokens(style, dataclasses.replace(W_PLUS, rows=W_PLUS.average[None]))
     assert torch.allclose(nobody, null)
+
+
+def test_tokens_are_normalized_projections_of_the_difference_from_the_average() -> None:
+    style = tiny_styles.style_attention(tiny_models.sd1())
+    tokens, null = styles.style_tokens(style, W_PLUS)
+    weights = {name: value.double().numpy() for name, value in style.network.mapping.state_dict().items()}
+    for found, rows in ((tokens, W_PLUS.rows[:1]), (null, W_PLUS.average[None])):
+        away = (rows.double() - W_PLUS.average.double()).numpy()
+        for index, (first, last) in enumerate(style.row_groups):
+            token = weights[f"layers.{index}.weight"] @ away[0, first - 1 : last].reshape(-1)
+            token = token + weights[f"layers.{index}.bias"]
+            expected = (token - token.mean()) / np.sqrt(token.var() + 1e-5)
+            expected = expected * weights["normalize.weight"] + weights["normalize.bias"]
+            assert np.allclose(found[0, index].double().numpy(), expected, atol=1e-4)
 
 
 def test_lambda_over_the_steps() -> None:

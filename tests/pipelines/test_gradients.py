@@ -11,6 +11,7 @@ import tiny_models
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.engine.gradient_context import gradient_context
 from identity_edit_pack.pipelines.shared import gradients
 from identity_edit_pack.pipelines.shared.conditioning import coverage_warning
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -68,6 +69,20 @@ def test_gradient_with_every_backend(
         gradient, denoised = gradient_of_embedding(tiny_models.sd1(), checkpointing)
     assert close(gradient, expected)
     assert not denoised.requires_grad
+
+
+def test_the_context_alone_leaves_inference_mode(expected: torch.Tensor):
+    """As trainings use it, without a sampling loop around it."""
+    with torch.inference_mode():
+        patcher = tiny_models.sd1()
+        with gradient_context([patcher]):
+            variable = tiny_models.conditioning(2)[0][0].clone().requires_grad_(True)
+            x = tiny_models.latent(3) * 0.18215
+            denoised = patcher.model.apply_model(x, torch.tensor([2.0]), c_crossattn=variable, transformer_options={})
+            direction = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+            (gradient,) = torch.autograd.grad((denoised * direction).sum(), variable)
+        assert torch.is_inference_mode_enabled()
+    assert close(gradient, expected)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2_v", "sdxl"])

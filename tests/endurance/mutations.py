@@ -396,6 +396,12 @@ MUTATIONS = [
         ("pipelines/test_keep_rest.py",),
     ),
     Mutation(
+        "trust of a large movement",
+        "if support * belief < LEAST_SUPPORT:",
+        "if support < LEAST_SUPPORT:",
+        ("pipelines/test_keep_rest.py",),
+    ),
+    Mutation(
         "trust of halves",
         "max(distances[:2]) / EXTENDED, length)",
         "length)",

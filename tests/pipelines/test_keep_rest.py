@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from identity_edit_pack.benchmarks.keep_rest import rendered_case
 from identity_edit_pack.demo_world import attributes as world
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.nodes.keep_rest.select import table_line
 from identity_edit_pack.pipelines.keep_rest import blending, boxes, colors, identity, selection
 from identity_edit_pack.pipelines.keep_rest import keep as pipeline
-from identity_edit_pack.pipelines.keep_rest.registration import register
+from identity_edit_pack.pipelines.keep_rest.registration import LARGEST_DOUBT, LEAST_SUPPORT, register
 from identity_edit_pack.pipelines.keep_rest.transform import Transform, moved_back, sampling_grid
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from scipy import ndimage
@@ -146,6 +147,16 @@ def test_a_compromise_between_halves_that_moved_differently_is_not_trusted(shift
     edited[:, :150] = np.roll(image, shift, (0, 1))[:, :150]
     found = register(tensor(image), tensor(edited))
     assert found.fault is not None and "halves" in found.fault
+
+
+def test_a_subject_that_jumped_through_a_plain_scene_is_not_taken_for_the_image() -> None:
+    """All of what is found again is the subject, a seventh of the side away."""
+    _, image, edited = rendered_case(394, np.random.default_rng([0, 0, 394]))
+    seen = moved(edited, Transform(0.9538, 0.9417, -0.97, -6.68, -14.11).matrix())
+    found = register(tensor(image), tensor(seen))
+    assert found.support > LEAST_SUPPORT and found.doubt < LARGEST_DOUBT, "nothing else speaks against it"
+    assert corner_error(found.transform, Transform(0.9538, 0.9417, -0.97, -6.68, -14.11), 512, 512) > 50
+    assert found.fault is not None and "moved" in found.fault
 
 
 def test_flat_and_tiny_images_are_not_registered() -> None:

@@ -86,7 +86,9 @@ def test_more_steps_than_levels_are_all_of_them_and_said(node: Any, caplog: pyte
         with caplog.at_level(logging.WARNING):
             made = node.execute(model=model, source=SOURCE, latent=latent, steps=steps, **more).args[0]
         if steps == 10:
-            assert made.steps == 10 and "steps are used instead" not in caplog.text
+            # ComfyUI's own warning of a model that an earlier test has left is not this run's.
+            said = [message for message in caplog.messages if "memory leak with model" not in message]
+            assert made.steps == 10 and not said
         else:
             assert made.steps in (49, 50)
             assert f"(LCM sampling), so {made.steps} steps are used instead of 100" in caplog.text

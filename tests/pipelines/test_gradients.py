@@ -325,7 +325,8 @@ def test_caches_of_steps_are_left_out_and_the_log_says_so(node: str, caplog: pyt
     cached = getattr(nodes_easycache, node).execute(plain, 0.5, 0.0, 1.0, False).args[0]
     sides = tiny_models.latent(3), tiny_models.conditioning(1)
     expected = invert_image(plain, *sides, steps=6).trajectory
-    assert "cache is disabled" not in caplog.text
+    # ComfyUI's own warning of a model that an earlier test has left is not this run's.
+    assert not [message for message in caplog.messages if "memory leak with model" not in message]
     assert torch.equal(invert_image(cached, *sides, steps=6).trajectory, expected)
     assert "cache is disabled here" in caplog.text
     assert "easycache" in cached.model_options["transformer_options"], "the given model keeps it"

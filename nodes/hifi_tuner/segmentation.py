@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io
 from torch.nn.functional import interpolate
 
+from ...attention.identity_mask import AUTOMATIC_POWER, AUTOMATIC_THRESHOLD
 from ...attention.sites import AUTOMATIC, LAYER_CHOICES
 from ...pipelines.engine.host import stop_if_interrupted
 from ...pipelines.hifi_tuner import reference_alignment as alignment
@@ -76,7 +77,7 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 fraction_input(
                     "threshold",
-                    0.0,
+                    AUTOMATIC_THRESHOLD,
                     "Fraction of the normalized map above which a pixel belongs to the subject; lower gives a "
                     f"larger mask. 0 is automatic: {unet.threshold:g}, of flow models {joint.threshold:g}.",
                 ),
@@ -97,8 +98,8 @@ class SegmentSubject(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "self_attention_power",
-                    default=-1,
-                    min=-1,
+                    default=AUTOMATIC_POWER,
+                    min=AUTOMATIC_POWER,
                     max=16,
                     tooltip="Lambda in Liu et al. 2024, eq. 2: how many times the map is propagated along the "
                     f"self-attention. 0 uses the cross-attention alone. -1 is automatic: {unet.power}, of flow models "
@@ -183,8 +184,8 @@ class SegmentSubject(io.ComfyNode):
             (height, width),
             settings=attention_segmentation.MaskSettings(
                 tuple(steps),
-                threshold or settings.threshold,
-                settings.power if self_attention_power == -1 else self_attention_power,
+                settings.threshold if threshold == AUTOMATIC_THRESHOLD else threshold,
+                settings.power if self_attention_power == AUTOMATIC_POWER else self_attention_power,
             ),
             layers=layers,
             seed=seed,

@@ -86,7 +86,7 @@ class BlendSettings:
 
     def __post_init__(self) -> None:
         check_number(self.threshold, "threshold", 0.0, 1.0)
-        check_number(self.power, "self_attention_power", -1, None)
+        check_number(self.power, "self_attention_power", AUTOMATIC_POWER, None)
         check_number(self.feathering, "feathering", 0.0, None)
         check_number(self.blend_until, "blend_until", 0.0, 1.0)
         check_choice(self.given_masks, "given_masks", GIVEN_MASKS)

@@ -512,8 +512,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    before, commit = read_results("mutations").get("rows", {}), source_commit()
-    rows = {each.name: before[each.name] for each in MUTATIONS if each.name in before}
+    rows, commit = read_results("mutations").get("rows", {}), source_commit()
     chosen = [each for each in MUTATIONS if any(name in each.name for name in arguments.names)]
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         root = copied(Path(folder))

@@ -39,9 +39,9 @@ from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.timestep_aware.text_injection import injected_conditioning, timestep_aware_sampling
 from tqdm import tqdm
 
-from .edits import Pair, embed, mean_psnr, report_table, save_sheet, score_edits
-from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint
-from .orders import Cases, shared_options
+from .edits import Pair, embed, mean_psnr, save_sheet, score_edits
+from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint, markdown
+from .orders import Cases, order, shared_options
 from .timestep_aware_edit import batches_of_pairs
 
 COLUMNS = {
@@ -250,13 +250,13 @@ class Editor:
 
 
 def edit_batch(
-    model: Any, clip: Any, vae: Any, pairs: list[Pair], arguments: argparse.Namespace
+    model: Any, clip: Any, vae: Any, pairs: list[Pair], seed: int, arguments: argparse.Namespace
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """The images [B, 128, 128, 3] of every method, and its model calls on each of them."""
     with torch.no_grad():
         latent = vae.encode(torch.stack([pair.before for pair in pairs]))
         true_edit = vae.encode(torch.stack([pair.after for pair in pairs]))
-    editor = Editor(model, clip, pairs, latent, arguments.steps, arguments.guidance_scale, arguments.seed)
+    editor = Editor(model, clip, pairs, latent, arguments.steps, arguments.guidance_scale, seed)
     latents, calls = {"source, autoencoded": latent, "true edit, autoencoded": true_edit}, {}
     for name, edit in editor.methods().items():
         editor.calls = 0
@@ -272,7 +272,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     cases = Cases(arguments, list(batches))
     for unit in tqdm(cases.left, unit="batch"):
         batch = batches[unit]
-        columns, calls = edit_batch(*checkpoint, batch, arguments)
+        # Each batch has noise of its own.
+        seed = arguments.seed + cases.units.index(unit)
+        columns, calls = edit_batch(*checkpoint, batch, seed, arguments)
         if unit == cases.units[0]:
             befores = torch.stack([pair.before for pair in batch])
             save_sheet(RESULTS / f"{arguments.name}.jpg", [befores, *columns.values()])
@@ -293,9 +295,19 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = []
+    for name, scores in figures["values"].items():
+        cells = []
+        for key in COLUMNS:
+            mean = order(scores[key], [0.0] * figures["cases"])
+            digits = 1 if key.endswith("_db") else 2
+            interval = f" [{mean.low:.{digits}f}, {mean.high:.{digits}f}]" if mean.low < mean.high else ""
+            cells.append(f"{mean.difference:.{digits}f}{interval}")
+        rows.append((name, *cells))
     return [
         "Editing with and without inversion on unseen subjects of the demo world",
         f"{figures['cases']} pairs by {arguments.checkpoint.name}, {arguments.steps} steps, guidance scale "
-        f"{arguments.guidance_scale} of the target prompt; {figures['minutes']:.0f} minutes.",
-        *report_table(figures["rows"], COLUMNS),
+        f"{arguments.guidance_scale} of the target prompt; {figures['minutes']:.0f} minutes. In brackets: the 95 % "
+        "bootstrap interval of the mean over pairs.",
+        *markdown(("", *COLUMNS.values()), rows),
     ]

@@ -139,11 +139,11 @@ def start_server() -> Callable[..., contextlib.AbstractContextManager[RunningSer
     return running_server
 
 
-@pytest.fixture(scope="module", params=["split", "quad", "pytorch"])
+@pytest.fixture(scope="module", params=["split", "pytorch"])
 def server_by_attention(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
-    """A ComfyUI for each of its attention functions that run on a CPU."""
+    """A ComfyUI for each of its attention functions that run on a CPU, but for its own choice there."""
     option = f"--use-{request.param}-cross-attention"
     with running_server(tmp_path_factory.mktemp(f"comfyui_{request.param}"), option) as running:
         yield running

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.endurance, pytest.mark.fuzz]
 
-GRAPHS = 16
+GRAPHS = 8
 
 
 @pytest.fixture(scope="module")

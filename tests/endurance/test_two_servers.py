@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from api_workflows import read_workflow
 from engine import make_base
 from identity_edit_pack.tests.endurance import cheap_workflows
+from identity_edit_pack.tests.engine.test_timestep_aware_edit import inversion_prompt, node
 from safetensors import safe_open
 
 if TYPE_CHECKING:
@@ -21,11 +20,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.endurance
 
 SHARED = ("models", "output")
-TRAINED = {
-    # workflow: (folder of its results, the node and the input that list them)
-    "mcdm_train": ("checkpoints", "IdentityEditMCDMConditioner", "file"),
-    "hifi_train_subject": ("subject_embeddings", "IdentityEditStepWiseEmbeddingLoader", "file"),
-}
+INVERSIONS = "inversions"
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +44,31 @@ def both(servers: tuple[RunningServer, RunningServer], work: Callable[[RunningSe
         return list(threads.map(work, servers))
 
 
-def small(name: str) -> dict[str, Any]:
-    """The workflow without what only shows images, with one step."""
-    prompt = cheap_workflows.cheap(read_workflow(name), {**cheap_workflows.MOST, "steps": 1})
+def training() -> dict[str, Any]:
+    """One step of `mcdm_train`, without what only shows images; its encoded pairs are a file that both servers make."""
+    prompt = cheap_workflows.cheap(read_workflow("mcdm_train"), {**cheap_workflows.MOST, "steps": 1})
     shows = ("PreviewImage", "SaveImage", "LossGraphNode", "MaskPreview")
     return {key: node for key, node in prompt.items() if node["class_type"] not in shows}
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_the_same_training_at_the_same_time(name: str, servers: tuple[RunningServer, RunningServer]) -> None:
-    folder, node, listing = TRAINED[name]
+def saved_inversion() -> dict[str, Any]:
+    prompt = inversion_prompt()
+    prompt["save"] = node("IdentityEditSaveInversion", inversion=["inversion", 0], filename_prefix=f"{INVERSIONS}/same")
+    return prompt
+
+
+WORK = {
+    # what both do: (its prompt, the folder of its results, the node that lists them in its `file`)
+    "training": (training, "checkpoints", "IdentityEditMCDMConditioner"),
+    "inversion": (saved_inversion, INVERSIONS, "IdentityEditLoadInversion"),
+}
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_the_same_work_at_the_same_time(name: str, servers: tuple[RunningServer, RunningServer]) -> None:
+    make, folder, loader = WORK[name]
     output = servers[0].process.base / "output"
-    prompt = small(name)
+    prompt = make()
     both(servers, lambda server: server.run(prompt, timeout=900))
     files = sorted((output / folder).glob("*.safetensors"))
     assert len(files) == 2, "each server's result has a name of its own"
@@ -72,28 +80,21 @@ def test_the_same_training_at_the_same_time(name: str, servers: tuple[RunningSer
     left = [path for path in output.rglob("*") if path.suffix in (".tmp", ".part", ".bin")]
     assert not left, left
     for server in servers:
-        information = server.client.get(f"/object_info/{node}").json()[node]["input"]["required"][listing]
+        information = server.client.get(f"/object_info/{loader}").json()[loader]["input"]["required"]["file"]
         listed = information[1]["options"] if information[0] == "COMBO" else information[0]
         for path in files:
             assert any(path.name in each for each in listed), listed
 
 
 def test_each_loads_what_the_other_has_saved(servers: tuple[RunningServer, RunningServer]) -> None:
-    output = servers[0].process.base / "output" / "subject_embeddings"
-    names = sorted(os.listdir(output))
-    assert [name for name in names if name.endswith(".safetensors")]
+    names = [path.name for path in (servers[0].process.base / "output" / INVERSIONS).glob("*.safetensors")]
 
     def load_all(server: RunningServer) -> int:
-        loaded = 0
-        for path in output.glob("*.safetensors"):
-            prompt = {
-                "1": {
-                    "class_type": "IdentityEditStepWiseEmbeddingLoader",
-                    "inputs": {"file": f"subject_embeddings/{Path(path).name} [output]"},
-                },
-                "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 2]}},
-            }
-            loaded += "cat" in str(server.run(prompt).outputs["2"]["text"])
-        return loaded
+        prompt = {"model": inversion_prompt()["model"]}
+        for name in names:
+            file = f"{INVERSIONS}/{name} [output]"
+            prompt[name] = node("IdentityEditLoadInversion", model=["model", 0], file=file, steps=0)
+            prompt[f"{name} shown"] = node("PreviewAny", source=[name, 2])
+        return sum("tensor" in str(shown["text"]) for shown in server.run(prompt).outputs.values())
 
     assert both(servers, load_all) == [2, 2]

@@ -38,12 +38,13 @@ def optimizing_prompt(checkpointing: bool) -> Prompt:
 
 
 def test_optimization_by_every_attention_function(server: RunningServer, server_by_attention: RunningServer) -> None:
-    usual = optimizing_prompt(checkpointing=False)
+    usual, with_checkpointing = (optimizing_prompt(checkpointing) for checkpointing in (False, True))
     edited, reconstruction = shown(server, usual, "edited"), shown(server, usual, "null_text")
-    for checkpointing in (False, True):
-        prompt = optimizing_prompt(checkpointing)
-        assert np.abs(shown(server_by_attention, prompt, "edited") - edited).max() <= 3
-        assert np.abs(shown(server_by_attention, prompt, "null_text") - reconstruction).max() <= 3
+    for another, prompt in (
+        (server, with_checkpointing), (server_by_attention, usual), (server_by_attention, with_checkpointing)
+    ):  # fmt: skip
+        assert np.abs(shown(another, prompt, "edited") - edited).max() <= 3
+        assert np.abs(shown(another, prompt, "null_text") - reconstruction).max() <= 3
     without = copy.deepcopy(usual)
     without["null_text"]["inputs"]["method"] = "negative-prompt inversion (fast)"
     assert np.abs(shown(server, without, "edited") - edited).max() > 3, "the optimization has no effect"

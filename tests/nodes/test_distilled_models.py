@@ -24,7 +24,6 @@ from identity_edit_pack.tests.nodes.test_bad_inputs import run, tensors_in
 pytestmark = pytest.mark.slow
 
 SOURCE, NEGATIVE = (tiny_models.conditioning(seed) for seed in (1, 3))
-COSTLY = {"steps", "count", "attempts", "size", "width", "height", "batch_size", "gradient_accumulation", "tokens"}
 NODES = [
     name for name, node in CLASSES.items() if "MODEL" in [item.get_io_type() for item in node.define_schema().inputs]
 ]
@@ -46,7 +45,7 @@ def test_a_nodes_defaults_run(name: str, world: World) -> None:
     inputs = good(world, name)
     for item in CLASSES[name].define_schema().inputs:
         default = getattr(item, "default", None)
-        trains = item.id == "steps" and (name.startswith("Train") or name == "OptimizeTextEmbedding")
+        trains = item.id == "steps" and name.startswith(("Train", "OptimizeTextEmbedding", "ImagicFineTuning"))
         if (
             default is not None
             and "step" in item.id

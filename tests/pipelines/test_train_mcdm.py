@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +31,6 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.training.loop import TrainingSettings
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = MCDMSettings(
     steps=4, learning_rate=1e-3, batch_size=2, ema_decay=0.9, image_tokens=77, precision="float32", checkpointing=False,
     seed=7, checkpoint_every=1, sample_steps=2,
@@ -139,9 +136,8 @@ def test_the_loss_is_that_of_the_stock_model_with_the_conditions_of_inference(na
     assert run.losses[0] == pytest.approx(sum(losses) / 6, rel=2e-3)
 
 
-@pytest.mark.parametrize("inference_mode", [False, True])
-def test_training_lowers_the_loss_changes_all_parts_and_leaves_the_given_model(inference_mode: bool, tmp_path: Path):
-    with torch.inference_mode(inference_mode):
+def test_training_lowers_the_loss_changes_all_parts_and_leaves_the_given_model(tmp_path: Path):
+    with torch.inference_mode():  # as ComfyUI runs a node
         parts = networks()
         before = {key: value.clone() for key, value in parts[0].model.state_dict().items()}
         settings = dataclasses.replace(SETTINGS, dropout=0.0, steps=40, learning_rate=3e-3, ema_decay=0.0)
@@ -226,37 +222,6 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(tmp_path: Path):
     assert resumed[1].resumed_at == 2
     assert_same_result(resumed, whole)
     assert os.path.exists(train_mcdm.checkpoint_path(str(tmp_path / "stopped"), resumed[0]))
-
-
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {tests!r}); sys.path.insert(0, {scripts!r})
-import load_pack
-load_pack.prepare_engine(cpu=True); load_pack.load_pack()
-import torch
-from pathlib import Path
-from identity_edit_pack.tests.pipelines import test_train_mcdm as here
-def kill(done, *_):
-    if done == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-folder = Path({folder!r})
-pairs = here.make_pairs(folder)
-here.train(pairs, folder / "run", progress=kill)
-"""
-
-
-def test_a_killed_run_goes_on_with_the_same_losses(tmp_path: Path):
-    code = KILLED.format(tests=str(ROOT / "tests"), scripts=str(ROOT / "scripts"), folder=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    pairs = [
-        PairFiles(tmp_path / f"{n}-a.png", tmp_path / f"{n}-b.png", f"a cat {n}, calm", f"a cat {n}, laughing")
-        for n in range(5)
-    ]
-    resumed = train(pairs, tmp_path / "run")
-    assert resumed[1].resumed_at == 3
-    whole = train(pairs, tmp_path / "whole")
-    assert resumed[1].losses == pytest.approx(whole[1].losses, rel=1e-6)
 
 
 def test_encoding_goes_on_where_it_was_stopped(tmp_path: Path):

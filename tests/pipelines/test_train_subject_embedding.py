@@ -346,17 +346,15 @@ def test_the_rows_of_table_2_are_settings(kind: str):
     assert torch.equal(again.vectors[name], subjects["baseline"].vectors[name])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_bfloat16_and_checkpointing(checkpointing: bool):
+def test_bfloat16_and_checkpointing():
     model, clip = make("sd1")
-    settings = dataclasses.replace(SETTINGS, precision="bfloat16", checkpointing=checkpointing, kind=WORD)
-    subject, run = train(model, clip, settings)
-    exact, exact_run = train(model, clip, dataclasses.replace(settings, precision="float32", checkpointing=False))
+    settings = dataclasses.replace(SETTINGS, precision="float32", kind=WORD)
+    exact, exact_run = train(model, clip, settings)
+    same, _ = train(model, clip, dataclasses.replace(settings, checkpointing=True))
+    torch.testing.assert_close(same.vectors, exact.vectors, rtol=1e-4, atol=1e-4)
+    subject, run = train(model, clip, dataclasses.replace(settings, precision="bfloat16", checkpointing=True))
     assert subject.vectors["clip_l"].dtype == torch.float32
     assert run.losses == pytest.approx(exact_run.losses, rel=0.05)
-    if checkpointing:
-        same, _ = train(model, clip, dataclasses.replace(settings, precision="float32"))
-        torch.testing.assert_close(same.vectors, exact.vectors, rtol=1e-4, atol=1e-4)
 
 
 def test_on_a_model_with_an_identity_prior():

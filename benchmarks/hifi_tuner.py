@@ -7,7 +7,7 @@ Table 2 of Wang et al. 2023 in small, row by row, on subjects that the demo chec
 - + regularization: five rows of the text embedding, from and tied to those of the empty prompt (eq. 6);
 - + step-wise: rows of their own for every DDIM step (eq. 7, algorithm 1);
 - + reference guidance: a second pass led by a reference image (algorithm 2);
-- DreamBooth: all attention weights, with prior preservation; and the same with reference guidance;
+- DreamBooth: all weights, with prior preservation; and the same with reference guidance;
 - Stable Diffusion: the checkpoint itself, with the class word (table 1).
 
 Each learns from four images, one in each pose, with their true masks and the caption "a sks cat" (no word about pose
@@ -57,6 +57,7 @@ from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_pr
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, apply_step_embeddings
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
+from identity_edit_pack.pipelines.training.weights import ALL
 from tqdm import tqdm
 
 from .edits import PAPER_SCORES, embed, report_table, save_sheet
@@ -170,7 +171,7 @@ def way_of_subject(run: Run, subject: SubjectEmbedding) -> Way:
 def way_of_prior(run: Run, images: TrainingImages) -> Way:
     arguments = argparse.Namespace(**{**vars(run.arguments), "training_steps": run.arguments.prior_steps})
     regularization = regularization_set(run.base, run.species, arguments.seed)
-    tuned = with_prior(run.base, images, regularization, run.species, arguments)
+    tuned = with_prior(run.base, images, regularization, run.species, arguments, ALL)
     positive = embed(tuned.clip, [caption_with(asked, run.name) for asked in run.asked])
     return Way(tuned.model, tuned.model, tuned.clip, positive)
 
@@ -302,14 +303,14 @@ SUBJECT_OPTIONS: Options = {
 OPTIONS: Options = {
     **shared_options(2, "hifi_tuner"),
     "prompts": (20, f"the first of {len(PROMPTS)} (20)"),
-    "images": (2, "images for each prompt (2)"),
+    "images": (1, "images for each prompt (1)"),
     "inner_steps": (4, "J of algorithm 2 (4; the paper's are 10)"),
     "guidance_learning_rate": (1e-2, "of algorithm 2 (1e-2)"),
     "word_learning_rate": (5e-3, "of word vectors"),
     "prior_steps": (150, "of DreamBooth (150)"),
-    "learning_rate": (1e-4, "of DreamBooth"),
+    "dreambooth_learning_rate": (2e-5, "of DreamBooth"),
     **SUBJECT_OPTIONS,
-    "subjects": (3, "unseen subjects for each seed (3)"),
+    "subjects": (4, "unseen subjects for each seed (4)"),
 }
 
 
@@ -361,7 +362,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         f"pose; embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
         f"{arguments.embedding_learning_rate:g} (words {arguments.word_learning_rate:g}) and "
         f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps, DreamBooth {arguments.prior_steps} "
-        f"steps of the attention layers (the paper's: all weights); guidance {arguments.guidance_scale:g}, J = "
+        f"steps of all weights at {arguments.dreambooth_learning_rate:g}; guidance {arguments.guidance_scale:g}, J = "
         f"{arguments.inner_steps} at learning rate {arguments.guidance_learning_rate:g}; "
         f"{figures['minutes']:.0f} minutes.",
         *report_table(figures["rows"], columns),

@@ -4,14 +4,15 @@ Tables 1 and 2 and figure 7 of Liu et al. 2024 in small. For each of a few subje
 seen, identity priors are learned from four images, with editing-oriented captions and with plain ones; then new
 images of the subject are edited (pose, expression, view) by
 
+- Imagic: the checkpoint fine-tuned to the one image, and an optimized embedding;
 - MasaCtrl: mutual self-attention on the checkpoint as it is;
-- DreamCtrl: the prior of plain captions, and mutual self-attention;
-- the prior of plain captions, and NIMA ("without editing-oriented captions");
+- DreamCtrl: a prior of all weights and plain captions (DreamBooth), and mutual self-attention;
+- a prior of plain captions, and NIMA ("without editing-oriented captions");
 - the prior of editing-oriented captions, sampled without masks ("without NIMA");
 - LIPE: the prior of editing-oriented captions, and NIMA.
 
-All start from the same edit-friendly DDPM inversion (same noise), as in the paper. Prompts name the subject by its
-class word alone, with the rare token where a prior has learned it; MasaCtrl is shown once more with the subject
+All but Imagic start from the same edit-friendly DDPM inversion (same noise), as in the paper. Prompts name the subject
+by its class word alone, with the rare token where a prior has learned it; MasaCtrl is shown once more with the subject
 described in words, which this world's captions can do completely. The regularization set is sampled by the checkpoint
 itself. Scores as in `timestep_aware_edit.py`, prompts of the CLIP scores with the class word. The masks that LIPE found
 are compared with the renderer's for every lambda of equation 2 and a few thresholds.
@@ -47,10 +48,12 @@ from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prio
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
+from identity_edit_pack.pipelines.training.weights import ALL, ATTENTION
 from tqdm import tqdm
 
 from .edits import PAPER_SCORES, Pair, edits_table, embed, render_pair, save_sheet, score_edits
 from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint, markdown
+from .imagic import IMAGIC, IMAGIC_OPTIONS, imagic
 from .orders import Cases, Claim, Published, Rows, orders_section, shared_options
 
 EDITED = ("pose", "expression", "facing")
@@ -159,11 +162,13 @@ def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: boo
 
 
 def with_prior(
-    base: Checkpoint, identity: TrainingImages, regularization: TrainingImages, species: str, arguments: Any
-) -> Checkpoint:
+    base: Checkpoint, identity: TrainingImages, regularization: TrainingImages, species: str, arguments: Any,
+    weights: str = ATTENTION,
+) -> Checkpoint:  # fmt: skip
+    learning_rate = arguments.dreambooth_learning_rate if weights == ALL else arguments.learning_rate
     settings = PriorSettings(
-        token=arguments.token, class_word=species, precision="float32", weight_decay=0.0,
-        steps=arguments.training_steps, learning_rate=arguments.learning_rate, seed=arguments.seed,
+        token=arguments.token, class_word=species, precision="float32", weight_decay=0.0, weights=weights,
+        steps=arguments.training_steps, learning_rate=learning_rate, seed=arguments.seed,
     )  # fmt: skip
     prior, _ = train_identity_prior(base.model, base.clip, identity, regularization, settings)
     return Checkpoint(*apply_identity_prior(base.model, base.clip, prior), base.vae)
@@ -181,9 +186,9 @@ class Editor:
         self.target = embed(clip, [name(pair.target, 0) for pair in pairs])
         self.negative = embed(clip, [""])
         with torch.no_grad():
-            latent = checkpoint.vae.encode(torch.stack([pair.before for pair in pairs]))
+            self.latent = checkpoint.vae.encode(torch.stack([pair.before for pair in pairs]))
         self.inversion: Inversion = edit_friendly_ddpm_inversion(
-            checkpoint.model, latent, self.source, self.negative,
+            checkpoint.model, self.latent, self.source, self.negative,
             steps=arguments.steps, guidance_scale=arguments.source_guidance_scale, seed=arguments.seed,
         )  # fmt: skip
 
@@ -196,6 +201,10 @@ class Editor:
     @property
     def first_step(self) -> int:
         return round(self.arguments.skip * self.arguments.steps)
+
+    def imagic(self) -> torch.Tensor:
+        model, steps = self.checkpoint.model, self.arguments.steps
+        return imagic(model, self.latent, self.target, self.negative, steps, self.arguments)
 
     def masactrl(self) -> torch.Tensor:
         return self.sampled(mutual_self_attention(self.checkpoint.model, self.inversion, self.source, self.negative))
@@ -225,10 +234,10 @@ def edit_subject(
     species = subject.species
     identity_name = f"{arguments.token} {species}"
     regularization = regularization_set(base, species, arguments.seed)
-    detailed, plain = (
-        with_prior(base, identity_set(base, subject, identity_name, kind, arguments.seed), regularization, species,
-                   arguments)
-        for kind in (True, False)
+    detailed, plain, dreambooth = (
+        with_prior(base, identity_set(base, subject, identity_name, captions, arguments.seed), regularization, species,
+                   arguments, weights)
+        for captions, weights in ((True, ATTENTION), (False, ATTENTION), (False, ALL))
     )  # fmt: skip
 
     def by_class(attributes: Attributes, template: int) -> str:
@@ -240,12 +249,14 @@ def edit_subject(
     on_base = Editor(base, pairs, by_class, arguments)
     described = Editor(base, pairs, caption, arguments)
     on_plain = Editor(plain, pairs, by_token, arguments)
+    on_dreambooth = Editor(dreambooth, pairs, by_token, arguments)
     on_detailed = Editor(detailed, pairs, by_token, arguments)
     lipe = on_detailed.nima(identity_name)
     latents = {
+        IMAGIC: on_base.imagic(),
         MASACTRL: on_base.masactrl(),
         "MasaCtrl, subject described": described.masactrl(),
-        DREAMCTRL: on_plain.masactrl(),
+        DREAMCTRL: on_dreambooth.masactrl(),
         WITHOUT_CAPTIONS: on_plain.nima(identity_name).latent,
         WITHOUT_NIMA: on_detailed.sampled(),
         LIPE: lipe.latent,
@@ -268,13 +279,13 @@ def edit_subject(
 
 MASACTRL, LIPE = "MasaCtrl", "LIPE"
 WITHOUT_CAPTIONS, WITHOUT_NIMA = "LIPE without editing-oriented captions", "LIPE without NIMA"
-COMPARED = ((LIPE, MASACTRL), (LIPE, DREAMCTRL), (DREAMCTRL, MASACTRL))
+COMPARED = ((LIPE, IMAGIC), (LIPE, MASACTRL), (LIPE, DREAMCTRL), (DREAMCTRL, MASACTRL))
 PUBLISHED = (
     Published(
         "Table 1",
         {"identity": "identity_kept", "background": "background_psnr_db", "editing": "edit_done"},
         {
-            "Imagic": (0.4545, 0.5908, 0.1818),
+            IMAGIC: (0.4545, 0.5908, 0.1818),
             MASACTRL: (0.1785, 0.4714, 0.3964),
             DREAMCTRL: (0.7535, 0.6892, 0.6464),
             "MyStyle": (0.7500, 0.8100, 0.4400),
@@ -286,7 +297,7 @@ PUBLISHED = (
         "Table 2",
         {"DINOv2-I": "feature_similarity", "CLIP-I": "clip_i", "CLIP-T": "clip_t", "CLIP-D": "clip_d"},
         {
-            "Imagic": (0.6961, 0.7356, 0.2310, 0.0138),
+            IMAGIC: (0.6961, 0.7356, 0.2310, 0.0138),
             MASACTRL: (0.6027, 0.7425, 0.2628, 0.0178),
             DREAMCTRL: (0.7804, 0.8517, 0.2304, 0.0433),
             "MyStyle": (0.8148, 0.7371, 0.1892, 0.0251),
@@ -303,15 +314,17 @@ CLAIMS = (
 
 OPTIONS: Options = {
     **shared_options(2, "lipe_edit"),
-    "subjects": (3, "unseen subjects for each seed (3)"),
-    "edits": (9, "of each subject, a third of each kind (9)"),
+    "subjects": (4, "unseen subjects for each seed (4)"),
+    "edits": (6, "of each subject, a third of each kind (6)"),
     "steps": (40, "DDPM steps (40)"),
     "source_guidance_scale": (2.0, "of the inversion"),
     "guidance_scale": (4.0, "of the target prompt"),
     "skip": (0.1, "share of the first steps that is left out"),
     "training_steps": (150, "of each prior (150)"),
     "learning_rate": (1e-4, "of the priors (1e-4; the paper's is 5e-4)"),
+    "dreambooth_learning_rate": (2e-5, "of DreamCtrl's prior of all weights (2e-5; the paper's is 5e-6)"),
     "token": ("sks", "the rare token"),
+    **IMAGIC_OPTIONS,
     **SEED,
     **CHECKPOINT,
 }
@@ -360,8 +373,9 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         f"edits, edit-friendly DDPM inversion with {arguments.steps} steps (source guidance "
         f"{arguments.source_guidance_scale:g}, target guidance {arguments.guidance_scale:g}, skip {arguments.skip:g}), "
         f"priors of {arguments.training_steps} steps from {REFERENCES} images at learning rate "
-        f"{arguments.learning_rate:g}; {figures['minutes']:.0f} minutes. DreamCtrl's prior changes the attention "
-        "layers, the paper's all weights.",
+        f"{arguments.learning_rate:g} (attention layers) and {arguments.dreambooth_learning_rate:g} (DreamCtrl's, all "
+        f"weights), Imagic {arguments.imagic_steps} steps at {arguments.imagic_learning_rate:g}; "
+        f"{figures['minutes']:.0f} minutes.",
         *edits_table(figures["rows"], PAPER_SCORES),
         "",
         "Overlap (intersection over union) of the masks that LIPE found with the true ones:",

@@ -336,7 +336,7 @@ SAMPLING: Options = {
 }
 OPTIONS: Options = {
     **shared_options(2, "style_identity"),
-    "people": (3, "held-out people for each seed (3)"),
+    "people": (4, "held-out people for each seed (4)"),
     "prompts": (len(PROMPTS), f"the first of {len(PROMPTS)} (all)"),
     "parts": (list(PARTS), "what is measured (all)", {"choices": PARTS}),
     "photos": ([4, 6, 8, 10], "numbers of photos (4 6 8 10)"),

@@ -2,11 +2,12 @@
 
 Non-rigid edits (pose, expression, costume) of images of subjects that the demo checkpoint has never seen, by every
 stage of Jung et al. 2024: DDIM inversion with the target prompt, null-text inversion with the target prompt, text
-optimization added, and timestep-aware injection at 10, 20 and 40 % added; beside them null-text inversion with an empty
-source prompt (figure 7), and MasaCtrl after null-text inversion (figure 6). The renderer knows the true edit, so that
-the background is what lies outside the subject in both images. Scores: share of edits that the attribute classifier
-sees, share of images whose species, color and pattern it all sees kept, PSNR of the background and of the whole image
-against the source image, SSIM against the true edit, and the papers' own in the form of `paper_scores.py`.
+optimization added, and timestep-aware injection at 10, 20 and 40 % added; beside them null-text inversion with an
+empty source prompt (figure 7), with guidance in the inversion too (section 4), MasaCtrl after null-text inversion
+(figure 6), and Imagic (figure 8). The renderer knows the true edit, so that the background is what lies outside the
+subject in both images. Scores: share of edits that the attribute classifier sees, share of images whose species, color
+and pattern it all sees kept, PSNR of the background and of the whole image against the source image, SSIM against the
+true edit, and the papers' own in the form of `paper_scores.py`.
 Writes benchmarks/results/timestep_aware_edit.json, .md, .png (the trade-off) and .jpg (the first pairs, as they came).
 """
 
@@ -32,10 +33,12 @@ from tqdm import tqdm
 
 from .edits import PAPER_SCORES, Pair, edits_table, embed, render_pair, save_sheet, score_edits
 from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint
+from .imagic import IMAGIC, IMAGIC_OPTIONS, imagic
 from .orders import Cases, Claim, Published, orders_section, shared_options
 
 DDIM, NULL_TEXT, OPTIMIZED = "DDIM + target", "null-text + target", "+ text optimization"
 UNNAMED, MASACTRL = "null-text + target, empty source prompt", "null-text + MasaCtrl"
+GUIDED = "null-text + target, inversion guided too"
 INJECTED = {ratio: f"+ injection {ratio * 100:.0f} %" for ratio in (0.1, 0.2, 0.4)}
 PUBLISHED: tuple[Published, ...] = ()
 """The paper prints no table."""
@@ -88,21 +91,20 @@ def edit_batch(
         latent = vae.encode(torch.stack([pair.before for pair in pairs]))
     source = embed(clip, [caption(pair.source) for pair in pairs])
     target = embed(clip, [caption(pair.target) for pair in pairs])
+    empty, without = embed(clip, [""]), embed(clip, [""] * len(pairs))
     scale = arguments.guidance_scale
 
     inversion = invert_image(model, latent, source, steps=arguments.steps)
     null_text = null_text_optimization(
-        model, inversion, source, embed(clip, [""]), guidance_scale=scale, method=arguments.null_text
+        model, inversion, source, empty, guidance_scale=scale, method=arguments.null_text
     )
     pivot = inversion.with_embeddings(null_text.embeddings)
     optimized: Conditioning = [[optimize_text_embedding(model, latent, target).embedding, {}]]
     edit = edit_conditioning(target, optimized, arguments.eta)
-    without = embed(clip, [""] * len(pairs))
-    unnamed = invert_image(model, latent, without, steps=arguments.steps)
-    of_unnamed = null_text_optimization(
-        model, unnamed, without, embed(clip, [""]), guidance_scale=scale, method=arguments.null_text
-    )
-    unnamed = unnamed.with_embeddings(of_unnamed.embeddings)
+    others = {
+        UNNAMED: (without, invert_image(model, latent, without, steps=arguments.steps)),
+        GUIDED: (source, invert_image(model, latent, source, empty, steps=arguments.steps, guidance_scale=scale)),
+    }
     masactrl = mutual_self_attention(model, pivot, source)
     latents = {
         "source image, autoencoder only": latent,
@@ -110,9 +112,13 @@ def edit_batch(
         DDIM: sample_inversion(model, inversion, target),
         MASACTRL: sample_inversion(masactrl, pivot, target, guidance_scale=scale),
         NULL_TEXT: timestep_aware_sampling(model, pivot, source, target, None, 0.0, scale).latent,
-        UNNAMED: timestep_aware_sampling(model, unnamed, without, target, None, 0.0, scale).latent,
         OPTIMIZED: timestep_aware_sampling(model, pivot, source, edit, None, 0.0, scale).latent,
+        IMAGIC: imagic(model, latent, target, empty, arguments.steps, arguments),
     }
+    for name, (prompt, other) in others.items():
+        found = null_text_optimization(model, other, prompt, empty, guidance_scale=scale, method=arguments.null_text)
+        other = other.with_embeddings(found.embeddings)
+        latents[name] = timestep_aware_sampling(model, other, prompt, target, None, 0.0, scale).latent
     for ratio, name in INJECTED.items():
         latents[name] = timestep_aware_sampling(model, pivot, source, edit, None, ratio, scale).latent
     with torch.no_grad():
@@ -141,6 +147,7 @@ OPTIONS: Options = {
     "null_text": ("adaptive", "method of optimization", {"choices": NULL_TEXT_METHODS}),
     "eta": (0.7, "interpolation toward the target prompt (0.7)"),
     "batch": (12, "images at once"),
+    **IMAGIC_OPTIONS,
     **SEED,
     **CHECKPOINT,
 }

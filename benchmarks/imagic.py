@@ -1,0 +1,53 @@
+"""Imagic (Kawar et al. 2023), a baseline of Liu et al. 2024 and Jung et al. 2024, on a batch of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.sample
+import torch
+from identity_edit_pack.pipelines.shared.conditioning import Conditioning, single_embedding
+from identity_edit_pack.pipelines.timestep_aware.model_fine_tuning import FineTuningSettings, fine_tune_model
+from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning
+from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
+
+from .harness import Options
+
+IMAGIC = "Imagic"
+IMAGIC_OPTIONS: Options = {
+    "imagic_steps": (50, "of Imagic's fine-tuning (the paper's: 1500)"),
+    "imagic_learning_rate": (4e-5, "of all weights in it (the paper's: 2e-6)"),
+    "imagic_eta": (0.7, "interpolation toward the target prompt (0.7; the paper's: .6 to .8)"),
+}
+
+
+def imagic(
+    model: Any, latent: torch.Tensor, target: Conditioning, negative: Conditioning, steps: int, arguments: Any
+) -> torch.Tensor:
+    """Edited latents: an embedding is optimized for every image, the model is fine-tuned to each, and samples fresh
+    noise with the interpolated embedding.
+
+    Args:
+        latent: the images [B, 4, H, W].
+        target: a prompt for each.
+        steps: of DDIM.
+    """
+    optimized: Conditioning = [[optimize_text_embedding(model, latent, target).embedding, {}]]
+    edit = edit_conditioning(target, optimized, arguments.imagic_eta)
+    noise = comfy.sample.prepare_noise(latent, arguments.seed)
+    edited = []
+    for row in range(len(latent)):
+        one = slice(row, row + 1)
+        e_opt, e_edit = ([[single_embedding(each, "")[0][one], {}]] for each in (optimized, edit))
+        settings = FineTuningSettings(
+            steps=arguments.imagic_steps, learning_rate=arguments.imagic_learning_rate, precision="float32",
+            seed=arguments.seed,
+        )  # fmt: skip
+        tuned, _ = fine_tune_model(model, latent[one], e_opt, settings)
+        edited.append(
+            comfy.sample.sample(
+                tuned, noise[one], steps, arguments.guidance_scale, "ddim", "ddim_uniform", e_edit, negative,
+                torch.zeros_like(latent[one]), disable_pbar=True, seed=0,
+            )
+        )  # fmt: skip
+    return torch.cat(edited)

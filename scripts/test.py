@@ -2,7 +2,8 @@
 
 ruff, mypy, import-linter, then the whole test suite, on as many processes as there are cores (`-n 0`: in one), with its
 slowest ten tests and what was skipped, and why. All run even when an early one fails. `--fast` leaves out the tests
-that need a server or a browser, that try bad values by the hundred, or that compute for long.
+that need a server or a browser, that try bad values by the hundred, or that took more than 0.3 seconds when durations
+were recorded.
 
 `--engine FOLDER` runs the test suite alone, on the ComfyUI in that folder, with an environment of its own below
 .venv/engines; nothing is written into the folder.
@@ -28,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--fast", action="store_true", help="only the tests that take little time, without a server")
+    parser.add_argument("--fast", action="store_true", help="only the tests that take a moment, without a server")
     parser.add_argument("--engine", metavar="FOLDER", help="run the tests on the ComfyUI in this folder")
     arguments, of_pytest = parser.parse_known_args()
     of_pytest = [*(FAST if arguments.fast else []), *of_pytest]

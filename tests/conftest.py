@@ -74,8 +74,9 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    slow = frozenset(parallel.recorded("slow", []))
     for item in items:
-        parallel.mark(item)
+        parallel.mark(item, slow)
     if parallel.is_worker():
         parallel.longest_first(items)
 

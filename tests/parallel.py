@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ import pytest
 DURATIONS = Path(__file__).with_name("durations.json")
 TOGETHER = ("tests/page/",)
 """Folders whose files go to the same worker."""
-SLOWEST = 20
-"""Tests that durations.json names one by one."""
+SLOW_SECONDS = 0.3
+"""A function of which one test took longer is marked `slow`; durations.json names them."""
 UNKNOWN_SECONDS = 5.0
 """Of a file that durations.json does not know."""
 
@@ -32,16 +33,16 @@ def group_of(node_id: str) -> str:
 
 def longest_first(items: list[pytest.Item]) -> None:
     """Sort the collected tests in place: groups by their recorded seconds, tests of a group in their own order."""
-    known = recorded_seconds()
+    known = recorded("files", {})
     seconds: dict[str, float] = defaultdict(float)
     for file in dict.fromkeys(item.nodeid.split("::")[0] for item in items):
         seconds[group_of(file)] += known.get(file, UNKNOWN_SECONDS)
     items.sort(key=lambda item: (-seconds[group_of(item.nodeid)], group_of(item.nodeid)))
 
 
-def recorded_seconds() -> dict[str, float]:
-    """By file of tests, what durations.json says."""
-    return json.loads(DURATIONS.read_text(encoding="utf-8"))["files"] if DURATIONS.is_file() else {}
+def recorded(name: str, otherwise: Any) -> Any:
+    """What durations.json says: "files", the seconds of each file of tests; "slow", functions, sorted."""
+    return json.loads(DURATIONS.read_text(encoding="utf-8")).get(name, otherwise) if DURATIONS.is_file() else otherwise
 
 
 class Durations:
@@ -57,13 +58,14 @@ class Durations:
         files: dict[str, float] = defaultdict(float)
         for test, seconds in self.seconds.items():
             files[test.split("::")[0]] += seconds
-        before = recorded_seconds()
+        known = {**recorded("files", {}), **files}
+        # Of files that ran as a whole or in part, other functions than before may be slow.
+        slow = {function for function in recorded("slow", []) if function.split("::")[0] not in files}
+        slow |= {function_of(test) for test, seconds in self.seconds.items() if seconds > SLOW_SECONDS}
         root = DURATIONS.parents[1]
-        merged = {file: round(files.get(file, before.get(file, 0.0)), 1) for file in {**before, **files}}
-        slowest = sorted(self.seconds.items(), key=lambda item: -item[1])
         written = {
-            "files": dict(sorted((file, seconds) for file, seconds in merged.items() if (root / file).is_file())),
-            "slowest": {test: round(seconds, 1) for test, seconds in slowest[:SLOWEST]},
+            "files": {file: round(known[file], 1) for file in sorted(known) if (root / file).is_file()},
+            "slow": sorted(function for function in slow if (root / function.split("::")[0]).is_file()),
         }
         DURATIONS.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
@@ -72,8 +74,16 @@ SERVERS = {"server", "start_server", "server_by_attention"}
 """Fixtures that start a ComfyUI."""
 
 
-def mark(item: pytest.Item) -> None:
-    """Give a test the markers that follow from where it is and what it asks for; the others are in the files."""
+def function_of(node_id: str) -> str:
+    """Of a test, without its parameters."""
+    return node_id.split("[")[0]
+
+
+def mark(item: pytest.Item, slow: Collection[str]) -> None:
+    """Give a test the markers that follow from where it is, what it asks for and how long it took; others are in the
+    files."""
+    if function_of(item.nodeid) in slow:
+        item.add_marker("slow")
     if item.nodeid.startswith("tests/page/"):
         item.add_marker("page")
     if item.nodeid.startswith("tests/engine/") or SERVERS & set(getattr(item, "fixturenames", ())):

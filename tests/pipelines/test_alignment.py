@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -14,8 +16,10 @@ from scipy.spatial import cKDTree
 SIZE = 512
 
 
-def draw_case(generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
+@functools.cache
+def case(seed: int) -> tuple[torch.Tensor, torch.Tensor, tuple[float, ...]]:
     """A random asymmetric mask, its image under a similarity transform (neither is resampled), and the transform."""
+    generator = np.random.default_rng(seed)
     amplitudes = generator.normal(size=(7, 2)) * (0.25 / np.sqrt(np.arange(1, 8)))[:, None]
 
     def inside(points: np.ndarray) -> torch.Tensor:
@@ -33,35 +37,32 @@ def draw_case(generator: np.random.Generator) -> tuple[torch.Tensor, torch.Tenso
     return mask, moved, (float(scale), float(rotation), *map(float, translation))
 
 
-CASES = [draw_case(np.random.default_rng(seed)) for seed in range(20)]
-
-
 def recovered(found: alignment.Similarity, true: tuple[float, ...]) -> bool:
     distance = np.hypot(found.translation_x - true[2], found.translation_y - true[3])
     return abs(found.scale / true[0] - 1) < 0.02 and abs(found.rotation - true[1]) < 1.0 and float(distance) < 1.0
 
 
 def test_known_transforms_of_random_masks_are_recovered() -> None:
-    right = [recovered(alignment.align_masks(mask, moved), true) for mask, moved, true in CASES]
+    right = [recovered(alignment.align_masks(mask, moved), true) for mask, moved, true in map(case, range(20))]
     assert sum(right) >= 19
 
 
 def test_gradient_descent_of_the_paper_reaches_the_same_place() -> None:
-    mask, moved, true = CASES[0]
+    mask, moved, true = case(0)
     found = alignment.align_masks(mask, moved, optimizer=alignment.GRADIENT_DESCENT)
     assert abs(found.scale / true[0] - 1) < 0.02 and abs(found.rotation - true[1]) < 2.0
 
 
 def test_the_paper_s_sum_is_zero_wherever_the_reference_lies_inside() -> None:
     """Why the scale is bounded and both directions count: one alone lets the reference shrink to its bound."""
-    mask, moved, true = CASES[1]
+    mask, moved, true = case(1)
     shrunken = alignment.align_masks(mask, moved, symmetric=False, scale_limit=2.0)
     assert shrunken.distance < 0.1
     assert abs(alignment.align_masks(mask, moved, scale_limit=2.0).scale / true[0] - 1) < 0.02
 
 
 def test_the_limits_hold() -> None:
-    mask, moved, _ = CASES[2]
+    mask, moved, _ = case(2)
     area_ratio = float((moved.sum() / mask.sum()).sqrt())
     fixed = alignment.align_masks(mask, moved, scale_limit=1.0, rotation_limit=0.0)
     assert fixed.scale == pytest.approx(area_ratio) and fixed.rotation == 0.0
@@ -70,7 +71,7 @@ def test_the_limits_hold() -> None:
 
 
 def test_nearest_distances_are_those_of_a_k_d_tree() -> None:
-    mask = CASES[0][0].numpy()
+    mask = case(0)[0].numpy()
     field = alignment._DistanceField(mask)
     points = np.random.default_rng(0).integers(-400, 400, (500, 2)) + 0.5  # pixel centers: nothing is interpolated
     distances, gradients = field(points)
@@ -90,7 +91,7 @@ def test_the_derivatives_are_those_of_the_distances(monkeypatch: pytest.MonkeyPa
         return type("Result", (), {"x": start})
 
     monkeypatch.setattr("scipy.optimize.least_squares", catch)
-    alignment.align_masks(*CASES[3][:2])
+    alignment.align_masks(*case(3)[:2])
     theta = np.array([0.05, 0.3, 0.21, -0.17])
     derivative = caught["jac"](theta)
     for i in range(4):
@@ -141,7 +142,7 @@ def test_a_reference_of_the_demo_world_lies_on_another_pose() -> None:
 
 
 def test_references_of_other_sizes_take_the_generated_size() -> None:
-    mask, moved, true = CASES[4]
+    mask, moved, true = case(4)
     small = torch.nn.functional.avg_pool2d(moved[None].float(), 2)[0]
     result = alignment.align_reference(torch.rand(SIZE, SIZE, 3), mask.float(), small)
     assert result.image.shape == (256, 256, 3) and result.mask.shape == (256, 256)

@@ -6,6 +6,17 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   const roundUp = (value) => Math.ceil(value / 10) * 10;
   const isOurs = (node) => node.type.startsWith("IdentityEdit");
 
+  // A text that nodes show once they have run makes them higher.
+  const textHeight = 70;
+  const withText = [
+    "AlignReference", "ApplyStyleCrossAttention", "ApplySubject", "AugmentImages", "AverageWPlus", "DiffEdit",
+    "EncodeWPlus", "IdentityAwareMaskBlend", "ImagicFineTuning", "LoadIdentityPrior", "LoadIdentityWords",
+    "LoadStyleAttention", "LoadSubjectImages", "LoadWPlus", "LoadWPlusEncoder", "MCDMConditioner", "MCDMEditMask",
+    "MCDMGuider", "MixWPlus", "NullTextOptimization", "OptimizeTextEmbedding", "ReferenceGuidedNullTextOptimizer",
+    "RegisterEdit", "RegularizationPrompts", "ReplaceSubject", "SegmentSubjectWithSAM", "SelectReference",
+    "StepWiseEmbeddingLoader", "SubjectFromImages", "TimestepAwareTextInjectionSampler",
+  ].map((name) => `IdentityEdit${name}`);
+
   // The page cuts a widget's label when label and value do not fit side by side into the node.
   const ruler = document.createElement("canvas").getContext("2d");
   ruler.font = app.canvas.inner_text_font;
@@ -39,7 +50,7 @@ async ({ prompt, layout, outputNodes, name, id, pack, engineVersion }) => {
   const heightOf = (node) => {
     const shown = (node.widgets ?? []).filter((widget) => !widget.hidden);
     const texts = shown.filter((widget) => widget.element).length;
-    const further = node.subgraph ? 70 : node.type === "LoadImage" ? 340 : 0;  // it shows the image
+    const further = node.subgraph ? 70 : node.type === "LoadImage" ? 340 : withText.includes(node.type) ? textHeight : 0;
     return node.size[1] + further + roundUp((isOurs(node) ? 28 : 4) + 3 * shown.length + 20 * texts);
   };
 

@@ -300,7 +300,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         cells = []
         for key in COLUMNS:
             mean = order(scores[key], [0.0] * figures["cases"])
-            digits = 1 if key.endswith("_db") else 2
+            digits = 0 if key == "model_calls" else 1 if key.endswith("_db") else 2
             interval = f" [{mean.low:.{digits}f}, {mean.high:.{digits}f}]" if mean.low < mean.high else ""
             cells.append(f"{mean.difference:.{digits}f}{interval}")
         rows.append((name, *cells))

@@ -171,7 +171,8 @@ def way_of_subject(run: Run, subject: SubjectEmbedding) -> Way:
 def way_of_prior(run: Run, images: TrainingImages) -> Way:
     arguments = argparse.Namespace(**{**vars(run.arguments), "training_steps": run.arguments.prior_steps})
     regularization = regularization_set(run.base, run.species, arguments.seed)
-    tuned = with_prior(run.base, images, regularization, run.species, arguments, ALL)
+    learning_rate = arguments.dreambooth_learning_rate
+    tuned = with_prior(run.base, images, regularization, run.species, arguments, ALL, learning_rate)
     positive = embed(tuned.clip, [caption_with(asked, run.name) for asked in run.asked])
     return Way(tuned.model, tuned.model, tuned.clip, positive)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import comfy.sample
 import torch
-from identity_edit_pack.pipelines.shared.conditioning import Conditioning, single_embedding
+from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.timestep_aware.model_fine_tuning import FineTuningSettings, fine_tune_model
 from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning
 from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
@@ -32,17 +32,17 @@ def imagic(
         target: a prompt for each.
         steps: of DDIM.
     """
-    optimized: Conditioning = [[optimize_text_embedding(model, latent, target).embedding, {}]]
-    edit = edit_conditioning(target, optimized, arguments.imagic_eta)
+    optimized = optimize_text_embedding(model, latent, target).embedding
+    edit: torch.Tensor = edit_conditioning(target, [[optimized, {}]], arguments.imagic_eta)[0][0]
     noise = comfy.sample.prepare_noise(latent, arguments.seed)
+    settings = FineTuningSettings(
+        steps=arguments.imagic_steps, learning_rate=arguments.imagic_learning_rate, precision="float32",
+        seed=arguments.seed,
+    )  # fmt: skip
     edited = []
     for row in range(len(latent)):
         one = slice(row, row + 1)
-        e_opt, e_edit = ([[single_embedding(each, "")[0][one], {}]] for each in (optimized, edit))
-        settings = FineTuningSettings(
-            steps=arguments.imagic_steps, learning_rate=arguments.imagic_learning_rate, precision="float32",
-            seed=arguments.seed,
-        )  # fmt: skip
+        e_opt, e_edit = ([[each[one], {}]] for each in (optimized, edit))
         tuned, _ = fine_tune_model(model, latent[one], e_opt, settings)
         edited.append(
             comfy.sample.sample(

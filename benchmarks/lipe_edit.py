@@ -163,9 +163,8 @@ def identity_set(base: Checkpoint, subject: Attributes, name: str, detailed: boo
 
 def with_prior(
     base: Checkpoint, identity: TrainingImages, regularization: TrainingImages, species: str, arguments: Any,
-    weights: str = ATTENTION,
+    weights: str, learning_rate: float,
 ) -> Checkpoint:  # fmt: skip
-    learning_rate = arguments.dreambooth_learning_rate if weights == ALL else arguments.learning_rate
     settings = PriorSettings(
         token=arguments.token, class_word=species, precision="float32", weight_decay=0.0, weights=weights,
         steps=arguments.training_steps, learning_rate=learning_rate, seed=arguments.seed,
@@ -236,8 +235,12 @@ def edit_subject(
     regularization = regularization_set(base, species, arguments.seed)
     detailed, plain, dreambooth = (
         with_prior(base, identity_set(base, subject, identity_name, captions, arguments.seed), regularization, species,
-                   arguments, weights)
-        for captions, weights in ((True, ATTENTION), (False, ATTENTION), (False, ALL))
+                   arguments, weights, learning_rate)
+        for captions, weights, learning_rate in (
+            (True, ATTENTION, arguments.learning_rate),
+            (False, ATTENTION, arguments.learning_rate),
+            (False, ALL, arguments.dreambooth_learning_rate),
+        )
     )  # fmt: skip
 
     def by_class(attributes: Attributes, template: int) -> str:

@@ -168,5 +168,7 @@ def test_comfyui_loads_it(archive: zipfile.ZipFile, tmp_path: Path, node_classes
         known = client.object_info()
         assert set(node_classes) <= set(known)
         assert "identityedit" in client.get("/workflow_templates").json()
+        assert client.get("/api/workflow_templates/identityedit/reconstruct.json").json()["nodes"]
+        assert client.get("/extensions/identityedit/docs/IdentityEditNoiseInversion.md").text.startswith("#")
         models = known["UNETLoader"]["input"]["required"]["unet_name"][0]
         assert any(name.startswith("identity-edit-demo-mcdm") for name in models)

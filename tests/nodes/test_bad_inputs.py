@@ -82,8 +82,7 @@ def use(name: str, outputs: tuple[Any, ...], world: World) -> tuple[Any, ...]:
     if latent.shape[1] != channels:  # a model of another family, with a latent of its own
         latent = latent[:, :1].expand(-1, channels, -1, -1)
     sampler = comfy.samplers.sampler_object("euler")
-    one_step = world.sigmas[:2]
-    return (guider.sample(torch.zeros_like(latent), latent, sampler, one_step, disable_pbar=True, seed=7),)
+    return (guider.sample(torch.zeros_like(latent), latent, sampler, world.sigmas, disable_pbar=True, seed=7),)
 
 
 # -- what must hold ----------------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_identical_prompts_give_the_source_bit_for_bit(family: str, edit: str) -
     assert torch.equal(source, plain) and torch.equal(target, plain)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "uni_pc"])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "heun", "dpmpp_2m", "uni_pc"])
 def test_the_source_of_an_edit_is_the_plain_image(clip: Any, sampler: str) -> None:
     model, negative = tiny_models.sd1(), p2p.encode(clip, "")
     plain = sample(model, p2p.encode(clip, CAT), negative, sampler)

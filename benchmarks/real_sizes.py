@@ -215,6 +215,11 @@ def write_here(name: str, arguments: argparse.Namespace) -> None:
     models = arguments.base / "models"
     if name == "vision":
         checkpoints.write_clip_vision(models / "clip_vision" / "vision.safetensors")
+    elif name == "pose":
+        checkpoints.write_controlnet(models / "controlnet" / "pose.safetensors")
+    elif name == "mcdm":
+        path = models / "diffusion_models" / "mcdm.safetensors"
+        checkpoints.write_untrained_mcdm("sd15.safetensors", "vision.safetensors", path, arguments.size)
     else:
         checkpoints.write_checkpoint(name, models / "checkpoints" / f"{name}.safetensors")
 

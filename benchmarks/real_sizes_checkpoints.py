@@ -2,7 +2,7 @@
 
 UNet, text encoders and VAE are ComfyUI's own classes, made on PyTorch's meta device for the names and shapes of their
 weights; the weights are drawn, of a size that keeps signals up, and stored in float16 as published checkpoints are.
-Beside them a CLIP vision of ViT-L/14's size.
+Beside them a CLIP vision of ViT-L/14's size, and a ControlNet for SD 1.5.
 """
 
 from __future__ import annotations
@@ -84,6 +84,42 @@ def write_clip_vision(path: Path, seed: int = 0) -> None:
     meta = torch.device("meta")
     made = comfy.clip_model.CLIPVisionModelProjection(config, torch.float16, meta, comfy.ops.manual_cast)
     _write(made.state_dict(), path, seed)
+
+
+def write_untrained_mcdm(checkpoint: str, vision: str, path: Path, size: int) -> None:
+    """An MCDM that was not trained: a checkpoint's weights, and an image embedding as it begins.
+
+    Args:
+        checkpoint, vision: names of files that ComfyUI's folders hold.
+        size: pixels of the side of its images.
+    """
+    from identity_edit_pack.pipelines import engine
+    from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
+    from identity_edit_pack.pipelines.engine.vision import vision_tag
+    from identity_edit_pack.pipelines.mcdm import model as mcdm
+
+    import nodes as stock
+
+    model, clip, vae = stock.CheckpointLoaderSimple().load_checkpoint(checkpoint)
+    encoder = stock.CLIPVisionLoader().load_clip(vision)[0]
+    edit_model, shape = as_edit_model(model), (4, size // 8, size // 8)
+    embedding = mcdm.new_embedding(edit_model, encoder, shape, torch.Generator().manual_seed(3), mcdm.IMAGE_TOKENS)
+    begun = mcdm.MCDM(embedding, vision_tag(encoder), engine.model_tag(edit_model), shape, {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mcdm.save_mcdm(begun, str(path), edit_model, clip, vae, {}, "float16")
+
+
+def write_controlnet(path: Path, seed: int = 0) -> None:
+    """Draw a ControlNet for SD 1.5, as Load ControlNet Model reads it."""
+    import comfy.cldm.cldm
+    import comfy.ops
+
+    config = {name: value for name, value in UNETS["sd15"].items() if name != "transformer_depth_output"}
+    made = comfy.cldm.cldm.ControlNet(
+        **config, hint_channels=3, num_heads=8, dtype=torch.float16, device=torch.device("meta"),
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    _write({f"control_model.{name}": tensor for name, tensor in made.state_dict().items()}, path, seed)
 
 
 def _checkpoint(family: str) -> dict[str, torch.Tensor]:

@@ -18,20 +18,19 @@ import torch
 from comfy_extras import nodes_custom_sampler as samplers
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from identity_edit_pack.nodes import NODE_CLASSES
-from identity_edit_pack.pipelines import engine
-from identity_edit_pack.pipelines.engine.edit_model import as_edit_model
-from identity_edit_pack.pipelines.engine.vision import vision_tag
 from identity_edit_pack.pipelines.lipe.identity_prior import attention_keys
-from identity_edit_pack.pipelines.mcdm import model as mcdm
 from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
 
 import nodes as stock
+
+from .real_sizes_checkpoints import write_untrained_mcdm
 
 PREFIX = "IdentityEdit"
 PACK = {node.GET_SCHEMA().node_id: node for node in NODE_CLASSES}
 SOURCE_PROMPT, TARGET_PROMPT, CLASS_WORD = "a photo of a cat on a sofa", "a photo of a dog on a sofa", "cat"
 SAMPLING = "sampling with it"
 MODEL_SOCKETS = {"MODEL", "CLIP", "VAE", "CLIP_VISION"}
+VISION = "vision.safetensors"
 CHOSEN_BY_COMFYUI = "as ComfyUI chooses"
 BYTES_OF_A_TRAINED_WEIGHT = 16
 """Itself, its gradient and AdamW's two moments, each in float32."""
@@ -79,7 +78,7 @@ class Models:
         return row
 
     def clip_vision(self) -> Any:
-        return stock.CLIPVisionLoader().load_clip("vision.safetensors")[0]
+        return stock.CLIPVisionLoader().load_clip(VISION)[0]
 
     def prompt(self, text: str) -> Any:
         return stock.CLIPTextEncode().encode(self.clip, text)[0]
@@ -382,15 +381,10 @@ def train_mcdm(models: Models) -> None:
 
 def mcdm_editing(models: Models) -> None:
     """With the file of an MCDM that was not trained: the checkpoint's weights, and an image embedding as it begins."""
-    vision = models.clip_vision()
-    shape = (4, models.size // 8, models.size // 8)
-    edit_model = as_edit_model(models.model)
-    embedding = mcdm.new_embedding(edit_model, vision, shape, torch.Generator().manual_seed(3), mcdm.IMAGE_TOKENS)
-    begun = mcdm.MCDM(embedding, vision_tag(vision), engine.model_tag(edit_model), shape, {})
     file = f"mcdm_{models.family}.safetensors"
     path = Path(stock.folder_paths.folder_names_and_paths["checkpoints"][0][0]) / file
-    mcdm.save_mcdm(begun, str(path), edit_model, models.clip, models.vae, {}, "float16")
-    del edit_model
+    write_untrained_mcdm(f"{models.family}.safetensors", VISION, path, models.size)
+    vision = models.clip_vision()
     models.load(file)
     prompts = {"target_prompt": TARGET_PROMPT, "source_prompt": SOURCE_PROMPT}
     inputs = {"clip_vision": vision, "image": models.images(1), "file": file, **prompts}

@@ -1,0 +1,158 @@
+"""The workflows that begin with one's own photos, on SD 1.5 at full width: `python -m benchmarks photo_workflows`.
+
+Each shipped workflow with photos runs on a server of its own as its API JSON has it, but for two steps of everything
+and images of --size pixels. The checkpoint, the CLIP vision, the MCDM and the ControlNet have random weights, so a row
+says that all of it fits together at this width and what memory and time it takes, and nothing about images. The photos
+are those of scripts/demo_photos.py. The W+ encoder is the demo world's, for its size does not depend on the checkpoint.
+
+Rows are kept in benchmarks/results/photo_workflows.json as they are made; --only chooses what is run again. --base
+keeps the files for another call. Writes benchmarks/results/photo_workflows.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+from api_client import Client, PromptError
+from api_workflows import Prompt, demo_values, read_workflow
+from demo_photos import draw_photos
+from engine import Server
+
+from .harness import ROOT, Options, command_of, markdown, read_results, source_commit
+
+NAME = "photo_workflows"
+WITHOUT_A_MODEL = ("keep_the_rest_photos",)
+WORKFLOWS = [name for name in demo_values() if name not in WITHOUT_A_MODEL]
+CHECKPOINT, VISION, MCDM, POSE = FILES = (
+    "sd15.safetensors", "vision.safetensors", "mcdm.safetensors", "pose.safetensors",
+)  # fmt: skip
+REPLACED = {
+    "identity-edit-demo.safetensors": CHECKPOINT,
+    "clip_vision_h.safetensors": VISION,
+    "identity-edit-demo-mcdm.safetensors": MCDM,
+    "identity-edit-demo-mcdm.safetensors [diffusion_models]": f"{MCDM} [diffusion_models]",
+    "identity-edit-demo-pose.safetensors": POSE,
+}
+"""Files of the shipped workflows, and those of full width in their place."""
+FEWEST = {
+    "steps": 2, "inner_steps": 1, "noise_steps": 1, "sampling_steps": 2, "updates_per_step": 1, "seeds": 1, "count": 1,
+    "batch_size": 1, "amount": 1, "sample_every": 0, "checkpoint_every": 0,
+}  # fmt: skip
+"""The value of an input, by its name. A training makes a sample image of 20 steps at its end."""
+PIXELS = 512
+"""An input of this value is the side of images in the shipped workflows."""
+
+
+def at_full_width(prompt: Prompt, size: int) -> Prompt:
+    """A shipped workflow with the files of full width, two steps of everything and images of `size` pixels."""
+    changed = {key: {**node, "inputs": dict(node["inputs"])} for key, node in prompt.items()}
+    for node in changed.values():
+        for name, value in node["inputs"].items():
+            if isinstance(value, str):
+                node["inputs"][name] = REPLACED.get(value, value)
+            elif name in FEWEST and isinstance(value, int):
+                node["inputs"][name] = FEWEST[name]
+            elif value == PIXELS and not isinstance(value, bool):
+                node["inputs"][name] = size
+    return changed
+
+
+def write_files(base: Path, arguments: argparse.Namespace) -> None:
+    """Each in a process of its own, whose memory is given back."""
+    for file in FILES:
+        folders = {VISION: "clip_vision", MCDM: "diffusion_models", POSE: "controlnet"}
+        if not (base / "models" / folders.get(file, "checkpoints") / file).is_file():
+            command = [*command_of("real_sizes"), "--write", Path(file).stem, "--base", str(base)]
+            command += ["--threads", str(arguments.threads), "--size", str(arguments.size)]
+            subprocess.run(command, check=True, cwd=ROOT)
+
+
+class Memory:
+    """The highest memory of a process while the block runs, without what is mapped of files.
+
+    Attributes:
+        highest: bytes.
+    """
+
+    def __init__(self, process_id: int) -> None:
+        self.process = psutil.Process(process_id)
+        self.highest = 0
+        self.done = threading.Event()
+        self.watcher = threading.Thread(target=self.watch, daemon=True)
+
+    def watch(self) -> None:
+        while not self.done.wait(0.2):
+            memory = self.process.memory_info()
+            self.highest = max(self.highest, memory.rss - getattr(memory, "shared", 0))
+
+    def __enter__(self) -> Memory:
+        self.watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.watcher.join()
+
+
+def run_workflow(name: str, base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One workflow on a server of its own, so that the memory is its own."""
+    variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
+    row: dict[str, Any] = {"workflow": name, "size": arguments.size, "commit": source_commit()}
+    prompt = at_full_width(read_workflow(name), arguments.size)
+    with Server(base, environment=variables) as server:
+        assert server.process_id is not None
+        client = Client(server.address)
+        with Memory(server.process_id) as memory:
+            begin = time.perf_counter()
+            try:
+                run = client.run(prompt, timeout=3600)
+                shown = [image.size for key in run.outputs for image in client.images(run, key)]
+                row |= {"result": "ok", "images": len(shown)}
+            except (PromptError, TimeoutError) as error:
+                row["result"] = str(error)
+        return row | {"seconds": round(time.perf_counter() - begin, 1), "memory_mib": round(memory.highest / 2**20)}
+
+
+OPTIONS: Options = {
+    "only": (WORKFLOWS, "workflows to run (all)", {"choices": WORKFLOWS}),
+    "size": (512, "images' width and height (512)"),
+    "threads": (1, "of PyTorch (1)"),
+    "base": (None, "folder for the files and the server (a temporary one)", {"type": Path}),
+}
+
+
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory(prefix="identity-edit-photos-") as temporary:
+        base = arguments.base or Path(temporary)
+        write_files(base, arguments)
+        draw_photos(base / "input")
+        for name in arguments.only:
+            row = run_workflow(name, base, arguments)
+            others = [each for each in read_results(NAME).get("rows", []) if each["workflow"] != name]
+            rows = sorted([*others, row], key=lambda each: WORKFLOWS.index(each["workflow"]))
+            yield {"rows": rows}
+
+
+def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
+    rows = figures["rows"]
+    lines = [
+        (row["workflow"], f"{row['size']}x{row['size']}", row["result"], row.get("images", ""),
+         f"{row['seconds']:.0f}", row["memory_mib"])
+        for row in rows
+    ]  # fmt: skip
+    return [
+        "The workflows with photos on SD 1.5 at full width",
+        "random weights, two steps of everything, on a processor in float32 with as many threads as --threads says; "
+        "the commit of a row stands in the JSON file. Memory is the server's highest, without what is mapped of files.",
+        *markdown(("workflow", "images of", "result", "images shown", "seconds", "memory, MiB"), lines),
+        "",
+        "`keep_the_rest_photos` uses no model.",
+    ]

@@ -38,8 +38,8 @@ class Paper:
 
 
 NO_DREAMBOOTH = (
-    '{} here changes the attention layers, in the paper all weights: those fit the caption "a sks cat" and draw another '
-    "cat for prompts that say more (tried on one subject, learning rates 1e-5 to 3e-4)."
+    '{} here changes the attention layers, in the paper all weights: those fit the caption "a sks cat" and draw '
+    "another cat for prompts that say more (tried on one subject, learning rates 1e-5 to 3e-4)."
 )
 PAPERS = (
     Paper(

@@ -84,8 +84,8 @@ PAPERS = (
             "*Pasted* rows have the source's pixels outside the mask, which is the pack's addition; the paper's rows "
             "are those without. In a table without values of every case only *MCDM* and *DiffEdit* are pasted, so they "
             "are not compared with its other rows.",
-            "MCDM without a condition has the condition's null value, by weights trained with it; the paper trained "
-            "without it. Training from scratch, pix2pix-zero, SPADE and BBDM are not measured.",
+            "MCDM *without* a condition has the condition's null value, by weights trained with it; *trained without* "
+            "is the paper's. Training from scratch, pix2pix-zero, SPADE and BBDM are not measured.",
             "FID's counterpart, the Fréchet distance of the classifier's features, belongs to a whole row and has no "
             "interval.",
         ),

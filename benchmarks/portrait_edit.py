@@ -6,8 +6,9 @@ demo MCDM has learned from generated pairs (three expressions, three costumes); 
 - SDEdit (Meng et al. 2022) at two strengths, prompt-to-prompt after DDIM inversion, and DiffEdit with the
   ordinary demo checkpoint: told the same as MCDM, the edit's words alone; DiffEdit once more told everything, the whole
   caption of the image and of its edit.
-- MCDM without a condition means with its null value at inference, by the same weights; the paper trained without it.
-  All but "without mask" have the mask's guidance (eq. 3), as the paper's rows.
+- MCDM without a condition means with its null value at inference, by the same weights. The paper trained without it:
+  these rows are "MCDM trained without", where `--retrained` names such checkpoints (see docs/demo-world.md).
+  All but "without mask" have the mask's guidance (eq. 3), as the paper's rows, and the mask is that of the whole MCDM.
 - Every row twice: as it is, and with the source's own pixels pasted outside of a mask, which is the pack's addition
   (workflow `mcdm_edit`) and not the paper's. DiffEdit has its own mask, all others have MCDM's.
 
@@ -83,6 +84,11 @@ GUIDANCE_SCALE = 4.0
 """Of the shipped workflows with the ordinary demo checkpoint; 1 with prompt-to-prompt, after plain DDIM inversion."""
 NAMES = ("MCDM without spatial", "MCDM without image embedding", "MCDM without mask", "MCDM")
 WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK, FULL = NAMES
+RETRAINED = {
+    mcdm.IMAGE_ALONE: "MCDM trained without spatial",
+    mcdm.SPATIAL_ALONE: "MCDM trained without image embedding",
+}
+"""By the conditions that an MCDM was trained with, its row."""
 SDEDIT, DIFFEDIT, TOLD = ("SDEdit 0.5", "SDEdit 0.8"), "DiffEdit", "DiffEdit, told everything"
 PASTED = ", pasted"
 SCORES = {
@@ -103,30 +109,36 @@ VALUES: dict[str, tuple[float | None, ...]] = {
     "SPADE": (0.761, 0.936, 0.651, 0.427, 67.96, 31.02),
     "BBDM": (0.776, 0.937, 0.676, 0.432, 64.17, 27.26),
     "MCDM without pretraining": (0.734, 0.940, 0.672, 0.420, 84.58, 28.82),
-    WITHOUT_SPATIAL: (0.767, 0.735, 0.665, 0.430, 78.38, 24.56),
-    WITHOUT_IMAGE: (0.785, 0.941, 0.636, 0.408, 65.74, 23.07),
+    RETRAINED[mcdm.IMAGE_ALONE]: (0.767, 0.735, 0.665, 0.430, 78.38, 24.56),
+    RETRAINED[mcdm.SPATIAL_ALONE]: (0.785, 0.941, 0.636, 0.408, 65.74, 23.07),
     WITHOUT_MASK: (0.788, 0.940, 0.639, 0.421, 63.52, 26.61),
     FULL: (0.791, 0.943, 0.633, 0.400, 52.56, 22.09),
 }
-BELOW = (*SDEDIT, P2P, DIFFEDIT, WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK)
+BELOW = (*SDEDIT, P2P, DIFFEDIT, *RETRAINED.values(), WITHOUT_MASK)
+NULL_VALUES = (WITHOUT_SPATIAL, WITHOUT_IMAGE)
 PUBLISHED = (Published("Table 1", SCORES, VALUES, tuple((FULL, name) for name in BELOW)),)
 CLAIMS = (
     *(
+        Claim("table 1, null values", FULL, name, score)
+        for name in NULL_VALUES
+        for score in ("ssim", "feature_distance")
+    ),
+    *(
         Claim("table 1, all pasted", FULL + PASTED, name + PASTED, score)
-        for name in BELOW
+        for name in (*BELOW, *NULL_VALUES)
         for score in ("ssim", "feature_distance")
     ),
     *(
         Claim("figure 6, identity", FULL + pasted, name + pasted, "identity_kept")
         for pasted in ("", PASTED)
-        for name in (WITHOUT_SPATIAL, WITHOUT_IMAGE, WITHOUT_MASK)
+        for name in (*RETRAINED.values(), *NULL_VALUES, WITHOUT_MASK)
     ),
 )
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The networks: the ordinary checkpoint's, and the MCDM's."""
+    """The networks: the ordinary checkpoint's, the MCDM's, and by row those of MCDMs that lack a condition."""
 
     model: Any
     clip: Any
@@ -134,6 +146,7 @@ class Parts:
     edit_model: Any
     vision: Any
     mcdm: Any
+    retrained: dict[str, tuple[Any, Any]]
 
 
 def draw_pair(seed: int, index: int) -> Pair:
@@ -207,7 +220,7 @@ def by_diffedit(parts: Parts, pairs: list[Pair], words: Words, seed: int, name: 
 
 
 def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """All four, and the mask; the latter and what is seen of the images are made once."""
+    """All four, those of other trainings, and the mask; the latter and what is seen of the images are made once."""
     model, images = parts.edit_model, torch.stack([pair.before for pair in pairs])
     seen = mcdm.see_images(parts.mcdm, model, parts.vision, parts.vae, images)
     source, target, empty = (mcdm.with_images(each, seen) for each in prompts(parts, pairs, edit_words))
@@ -230,6 +243,13 @@ def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Name
         WITHOUT_MASK: mcdm_guider(model, target, empty, scales),
         FULL: guided(),
     }
+    for name, (other, learned) in parts.retrained.items():
+        of_other = mcdm.see_images(learned, other, parts.vision, parts.vae, images)
+        source, target, empty = (
+            mcdm.only_with(mcdm.with_images(each, of_other), learned, mcdm.trained_with(learned))
+            for each in prompts(parts, pairs, edit_words)
+        )
+        guiders[name] = mcdm_guider(other, target, empty, scales, source, mask)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
     zeros = torch.zeros_like(seen.latent)
     made = {}
@@ -291,8 +311,12 @@ def load(arguments: argparse.Namespace) -> None:
     """Load the networks in a worker process."""
     global _worker
     checkpoint = load_checkpoint(arguments.checkpoint)
-    edit_model = comfy.sd.load_diffusion_model(str(arguments.mcdm))
-    _worker = Parts(*checkpoint, edit_model, load_clip_vision(), mcdm.load_mcdm(str(arguments.mcdm))), arguments
+    (edit_model, learned), *others = (
+        (comfy.sd.load_diffusion_model(str(file)), mcdm.load_mcdm(str(file)))
+        for file in (arguments.mcdm, *arguments.retrained)
+    )
+    retrained = {RETRAINED[mcdm.trained_with(each[1])]: each for each in others}
+    _worker = Parts(*checkpoint, edit_model, load_clip_vision(), learned, retrained), arguments
 
 
 def edit_batch(task: tuple[list[Pair], int, str]) -> dict[str, np.ndarray]:
@@ -324,15 +348,15 @@ def edit_batch(task: tuple[list[Pair], int, str]) -> dict[str, np.ndarray]:
             save_file(images, path)
         made |= images
     before, mask = torch.stack([pair.before for pair in pairs]), torch.from_numpy(made["mask"])
-    for name in (*SDEDIT, P2P, *NAMES):
+    for name in (*SDEDIT, P2P, *NAMES, *parts.retrained):
         made[name + PASTED] = composite(before, torch.from_numpy(made[name]), mask).numpy()
     return made
 
 
-def mcdm_settings(arguments: argparse.Namespace) -> tuple[float, ...]:
+def mcdm_settings(arguments: argparse.Namespace) -> tuple[Any, ...]:
     """For which its images are kept."""
     names = ("image_scale", "spatial_scale", "text_scale", "threshold", "costume_threshold", "kernel")
-    return tuple(getattr(arguments, name) for name in names)
+    return *(getattr(arguments, name) for name in names), *(file.stem for file in arguments.retrained)
 
 
 OPTIONS: Options = {
@@ -347,6 +371,7 @@ OPTIONS: Options = {
     "text_scale": (4.0, "of its text; 5 in the paper"),
     "keep": (None, "a folder in which images are kept, so that a run that was stopped goes on", {"type": Path}),
     "mcdm": (DEMO_MCDM, "a checkpoint of Train MCDM (the demo world's)"),
+    "retrained": ([], "checkpoints trained without a condition (none)", {"nargs": "*", "type": Path}),
     "processes": (1, "that share the portraits (1)"),
     **SEED,
     **CHECKPOINT,
@@ -402,7 +427,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         f"{arguments.kernel}"
         + (f"; {figures['minutes']:.0f} minutes." if arguments.keep is None else ".")
         + " *pasted*: with the source's pixels outside of the mask, which the paper does not do. MCDM without a "
-        "condition has its null value at inference; the paper's was trained without it.",
+        "condition has its null value at inference; *trained without* is the paper's.",
         *markdown(("method", "edit done", "expression / costume", "identity kept", "both", *scores, *papers), rows),
         *orders_section(PUBLISHED, CLAIMS, figures, "Chen et al. 2024"),
     ]

@@ -201,8 +201,7 @@ def with_images(conditioning: Conditioning, images: SourceImages) -> Conditionin
 
 
 def without_images(conditioning: Conditioning, *, spatial: bool, image: bool, name: str) -> Conditioning:
-    """A CONDITIONING of `with_images` with c_s and c_im replaced by their null values if `spatial` and `image` are
-    false.
+    """A CONDITIONING of `with_images` with the null value of c_s in its place if `spatial`, and of c_im if `image`.
 
     Raises:
         IdentityEditError: when it has none of them.

@@ -68,6 +68,7 @@ ROWS = {
     "Train Subject Embedding (word)": "subject_word",
     "Train Style Attention": "style_attention",
     "Train Identity Prior": "identity_prior",
+    "Train Identity Prior (low rank)": "identity_prior_of_low_rank",
 }
 """What is run, and its function in real_sizes_nodes.py."""
 TRAININGS = {name for name in ROWS if name.startswith("Train ")}

@@ -20,6 +20,7 @@ from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from identity_edit_pack.nodes import NODE_CLASSES
 from identity_edit_pack.pipelines.lipe.identity_prior import attention_keys
 from identity_edit_pack.pipelines.pidiff.w_plus import WPlus
+from identity_edit_pack.pipelines.training.weights import ATTENTION, LOW_RANK
 
 import nodes as stock
 
@@ -288,8 +289,16 @@ def identity_prior(models: Models) -> None:
     of_model, of_clip = attention_keys(models.model, models.clip)
     weights = {**models.model.model.state_dict(), **models.clip.patcher.model.state_dict()}
     models.check_memory(sum(weights[key].numel() for key in (*of_model, *of_clip)))
-    subject = models.subject(models.size)
-    path = models.run("TrainIdentityPrior", **training(models), vae=models.vae, subject=subject)[5]
+    train_and_use_prior(models, ATTENTION)
+
+
+def identity_prior_of_low_rank(models: Models) -> None:
+    train_and_use_prior(models, LOW_RANK)
+
+
+def train_and_use_prior(models: Models, weights: str) -> None:
+    settings = {**training(models), "weights": weights, "subject": models.subject(models.size)}
+    path = models.run("TrainIdentityPrior", vae=models.vae, **settings)[5]
     file = in_output_folder(path)
     model, clip, prompt, _ = models.run("LoadIdentityPrior", file=file)
     models.sample(model, stock.CLIPTextEncode().encode(clip, prompt)[0])

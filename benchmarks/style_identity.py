@@ -56,7 +56,7 @@ from identity_edit_pack.pipelines.pidiff.w_plus import WPlus, average_styles
 from identity_edit_pack.pipelines.pidiff.w_plus_encoder import WPlusEncoder, encode_w_plus, fitted, load_w_plus_encoder
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
-from identity_edit_pack.pipelines.training.loop import BFLOAT16, PRECISIONS
+from identity_edit_pack.pipelines.training.loop import FLOAT32, PRECISIONS
 
 from .edits import PAPER_SCORES, embed, report_table, save_sheet
 from .harness import CHECKPOINT, RESULTS, SEED, THREADS, Options, in_processes, load_checkpoint
@@ -342,7 +342,7 @@ OPTIONS: Options = {
     "photos": ([4, 6, 8, 10], "numbers of photos (4 6 8 10)"),
     "training_steps": (300, "of both attentions (300; the paper's are 600)"),
     "learning_rate": (1e-3, "of both attentions (1e-3)"),
-    "precision": (BFLOAT16, "of all trainings (bfloat16)", {"choices": tuple(PRECISIONS)}),
+    "precision": (FLOAT32, "of all trainings (float32)", {"choices": tuple(PRECISIONS)}),
     "style_noise": (0.2, "of both attentions (0.2)"),
     "word_steps": (400, "of textual inversion (400)"),
     "word_learning_rate": (5e-3, "of textual inversion (5e-3)"),

@@ -49,6 +49,8 @@ PAPERS = (
         (
             "The user study of table 1 stands beside what the attribute classifier and the true background say.",
             "MyStyle is not measured: it is no diffusion model.",
+            "Every method but Imagic does nearly every edit here, so orders of *editing* cannot show. Imagic leaves "
+            "most edits of pose and facing undone, and an image that has not changed has the source's features.",
             NO_DREAMBOOTH.format("DreamCtrl"),
         ),
     ),
@@ -58,7 +60,7 @@ PAPERS = (
         ("hifi_tuner",),
         (
             "*+ regularization* also turns word vectors into rows of the text embedding, with another learning rate. "
-            "The tie acts mildly at its default weight: the rows end 1.5 % nearer to their start.",
+            "The tie was inert at the weight of this table, so its row does not test it.",
             "The classifier sees all that the prompts ask in every row, so that score cannot show what a technique "
             "does to prompt fidelity.",
             NO_DREAMBOOTH.format("DreamBooth"),

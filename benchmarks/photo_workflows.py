@@ -51,9 +51,14 @@ PIXELS = 512
 """An input of this value is the side of images in the shipped workflows."""
 
 
-def at_full_width(prompt: Prompt, size: int) -> Prompt:
-    """A shipped workflow with the files of full width, two steps of everything and images of `size` pixels."""
-    changed = {key: {**node, "inputs": dict(node["inputs"])} for key, node in prompt.items()}
+def at_full_width(name: str, size: int) -> Prompt:
+    """A shipped workflow with the files of full width, two steps of everything and images of `size` pixels; in words,
+    what the photos show."""
+    changed = read_workflow(name)
+    for target, value in demo_values()[name]["values"].items():
+        node, _, key = target.partition(".")
+        if isinstance(value, str) and key != "class_type":
+            changed[node]["inputs"][key] = value
     for node in changed.values():
         for name, value in node["inputs"].items():
             if isinstance(value, str):
@@ -106,7 +111,7 @@ def run_workflow(name: str, base: Path, arguments: argparse.Namespace) -> dict[s
     """One workflow on a server of its own, so that the memory is its own."""
     variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     row: dict[str, Any] = {"workflow": name, "size": arguments.size, "commit": source_commit()}
-    prompt = at_full_width(read_workflow(name), arguments.size)
+    prompt = at_full_width(name, arguments.size)
     with Server(base, environment=variables) as server:
         assert server.process_id is not None
         client = Client(server.address)

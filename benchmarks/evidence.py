@@ -75,6 +75,7 @@ PAPERS = (
             "many settings; here each method has one setting, and both scores. The aesthetic score has no counterpart.",
             "DDIM is sampled with guidance scale 1, as in the paper. The demo checkpoint follows captions at that "
             "scale except for poses, so null-text inversion has little to add in this world.",
+            "Injection is not meant to raise *edit done*: its rows say how many edits it costs.",
             "DDS is not measured.",
         ),
     ),

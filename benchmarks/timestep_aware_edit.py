@@ -126,7 +126,7 @@ def edit_batch(
 
 
 def plot_trade_off(report: dict[str, Any], count: int, name: str) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure, axes = pyplot.subplots(figsize=(9, 4.5))
     for method, row in report.items():
         if "+" in method:
             axes.scatter(row["background_psnr_db"], row["edit_done"], label=method)
@@ -134,7 +134,7 @@ def plot_trade_off(report: dict[str, Any], count: int, name: str) -> None:
     axes.set_ylabel("share of edits done")
     axes.set_title(f"{count} edits of unseen subjects")
     axes.margins(0.2)
-    axes.legend(loc="lower right")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(RESULTS / f"{name}.png", dpi=120)
 

@@ -245,11 +245,11 @@ def by_mcdm(parts: Parts, pairs: list[Pair], seed: int, arguments: argparse.Name
     }
     for name, (other, learned) in parts.retrained.items():
         of_other = mcdm.see_images(learned, other, parts.vision, parts.vae, images)
-        source, target, empty = (
+        same, positive, negative = (
             mcdm.only_with(mcdm.with_images(each, of_other), learned, mcdm.trained_with(learned))
             for each in prompts(parts, pairs, edit_words)
         )
-        guiders[name] = mcdm_guider(other, target, empty, scales, source, mask)
+        guiders[name] = mcdm_guider(other, positive, negative, scales, same, mask)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
     zeros = torch.zeros_like(seen.latent)
     made = {}

@@ -219,8 +219,12 @@ def write_here(name: str, arguments: argparse.Namespace) -> None:
     elif name == "pose":
         checkpoints.write_controlnet(models / "controlnet" / "pose.safetensors")
     elif name == "mcdm":
+        import nodes as stock
+
+        model, clip, vae = stock.CheckpointLoaderSimple().load_checkpoint("sd15.safetensors")[:3]
+        vision = stock.CLIPVisionLoader().load_clip("vision.safetensors")[0]
         path = models / "diffusion_models" / "mcdm.safetensors"
-        checkpoints.write_untrained_mcdm("sd15.safetensors", "vision.safetensors", path, arguments.size)
+        checkpoints.write_untrained_mcdm(model, clip, vae, vision, path, arguments.size)
     else:
         checkpoints.write_checkpoint(name, models / "checkpoints" / f"{name}.safetensors")
 

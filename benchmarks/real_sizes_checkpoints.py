@@ -86,11 +86,10 @@ def write_clip_vision(path: Path, seed: int = 0) -> None:
     _write(made.state_dict(), path, seed)
 
 
-def write_untrained_mcdm(checkpoint: str, vision: str, path: Path, size: int) -> None:
+def write_untrained_mcdm(model: Any, clip: Any, vae: Any, vision: Any, path: Path, size: int) -> None:
     """An MCDM that was not trained: a checkpoint's weights, and an image embedding as it begins.
 
     Args:
-        checkpoint, vision: names of files that ComfyUI's folders hold.
         size: pixels of the side of its images.
     """
     from identity_edit_pack.pipelines import engine
@@ -98,13 +97,9 @@ def write_untrained_mcdm(checkpoint: str, vision: str, path: Path, size: int) ->
     from identity_edit_pack.pipelines.engine.vision import vision_tag
     from identity_edit_pack.pipelines.mcdm import model as mcdm
 
-    import nodes as stock
-
-    model, clip, vae = stock.CheckpointLoaderSimple().load_checkpoint(checkpoint)
-    encoder = stock.CLIPVisionLoader().load_clip(vision)[0]
     edit_model, shape = as_edit_model(model), (4, size // 8, size // 8)
-    embedding = mcdm.new_embedding(edit_model, encoder, shape, torch.Generator().manual_seed(3), mcdm.IMAGE_TOKENS)
-    begun = mcdm.MCDM(embedding, vision_tag(encoder), engine.model_tag(edit_model), shape, {})
+    embedding = mcdm.new_embedding(edit_model, vision, shape, torch.Generator().manual_seed(3), mcdm.IMAGE_TOKENS)
+    begun = mcdm.MCDM(embedding, vision_tag(vision), engine.model_tag(edit_model), shape, {})
     path.parent.mkdir(parents=True, exist_ok=True)
     mcdm.save_mcdm(begun, str(path), edit_model, clip, vae, {}, "float16")
 

@@ -31,7 +31,6 @@ PACK = {node.GET_SCHEMA().node_id: node for node in NODE_CLASSES}
 SOURCE_PROMPT, TARGET_PROMPT, CLASS_WORD = "a photo of a cat on a sofa", "a photo of a dog on a sofa", "cat"
 SAMPLING = "sampling with it"
 MODEL_SOCKETS = {"MODEL", "CLIP", "VAE", "CLIP_VISION"}
-VISION = "vision.safetensors"
 CHOSEN_BY_COMFYUI = "as ComfyUI chooses"
 BYTES_OF_A_TRAINED_WEIGHT = 16
 """Itself, its gradient and AdamW's two moments, each in float32."""
@@ -79,7 +78,7 @@ class Models:
         return row
 
     def clip_vision(self) -> Any:
-        return stock.CLIPVisionLoader().load_clip(VISION)[0]
+        return stock.CLIPVisionLoader().load_clip("vision.safetensors")[0]
 
     def prompt(self, text: str) -> Any:
         return stock.CLIPTextEncode().encode(self.clip, text)[0]
@@ -392,8 +391,8 @@ def mcdm_editing(models: Models) -> None:
     """With the file of an MCDM that was not trained: the checkpoint's weights, and an image embedding as it begins."""
     file = f"mcdm_{models.family}.safetensors"
     path = Path(stock.folder_paths.folder_names_and_paths["checkpoints"][0][0]) / file
-    write_untrained_mcdm(f"{models.family}.safetensors", VISION, path, models.size)
     vision = models.clip_vision()
+    write_untrained_mcdm(models.model, models.clip, models.vae, vision, path, models.size)
     models.load(file)
     prompts = {"target_prompt": TARGET_PROMPT, "source_prompt": SOURCE_PROMPT}
     inputs = {"clip_vision": vision, "image": models.images(1), "file": file, **prompts}

@@ -153,11 +153,12 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
          f"{row['seconds']:.0f}", row["memory_mib"])
         for row in rows
     ]  # fmt: skip
+    missing = [name for name in WORKFLOWS if name not in {row["workflow"] for row in rows}]
     return [
         "The workflows with photos on SD 1.5 at full width",
         "random weights, two steps of everything, on a processor in float32 with as many threads as --threads says; "
         "the commit of a row stands in the JSON file. Memory is the server's highest, without what is mapped of files.",
         *markdown(("workflow", "images of", "result", "images shown", "seconds", "memory, MiB"), lines),
         "",
-        "`keep_the_rest_photos` uses no model.",
+        f"Not run yet: {', '.join(missing) or 'none'}. `keep_the_rest_photos` uses no model.",
     ]

@@ -9,7 +9,6 @@ import torch
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.timestep_aware.model_fine_tuning import FineTuningSettings, fine_tune_model
 from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning
-from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
 
 from .harness import Options
 
@@ -22,17 +21,18 @@ IMAGIC_OPTIONS: Options = {
 
 
 def imagic(
-    model: Any, latent: torch.Tensor, target: Conditioning, negative: Conditioning, steps: int, arguments: Any
-) -> torch.Tensor:
-    """Edited latents: an embedding is optimized for every image, the model is fine-tuned to each, and samples fresh
-    noise with the interpolated embedding.
+    model: Any, latent: torch.Tensor, optimized: torch.Tensor, target: Conditioning, negative: Conditioning, steps: int,
+    arguments: Any,
+) -> torch.Tensor:  # fmt: skip
+    """Edited latents: the model is fine-tuned to each image with the embedding that was optimized for it, and samples
+    fresh noise with the interpolated embedding.
 
     Args:
         latent: the images [B, 4, H, W].
+        optimized: an embedding for each, see `optimize_text_embedding`.
         target: a prompt for each.
         steps: of DDIM.
     """
-    optimized = optimize_text_embedding(model, latent, target).embedding
     edit: torch.Tensor = edit_conditioning(target, [[optimized, {}]], arguments.imagic_eta)[0][0]
     noise = comfy.sample.prepare_noise(latent, arguments.seed)
     settings = FineTuningSettings(

@@ -1,4 +1,4 @@
-"""Does a personalised identity prior with identity-aware masks edit better? `python -m benchmarks lipe_edit`.
+"""Does a personalized identity prior with identity-aware masks edit better? `python -m benchmarks lipe_edit`.
 
 Tables 1 and 2 and figure 7 of Liu et al. 2024 in small. For each of a few subjects that the demo checkpoint has never
 seen, identity priors are learned from four images, with editing-oriented captions and with plain ones; then new
@@ -47,6 +47,7 @@ from identity_edit_pack.pipelines.lipe.identity_mask_blend import BlendSettings,
 from identity_edit_pack.pipelines.lipe.identity_prior import apply_identity_prior
 from identity_edit_pack.pipelines.lipe.identity_prompt import encode_identity_prompt
 from identity_edit_pack.pipelines.lipe.train_identity_prior import PriorSettings, train_identity_prior
+from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
@@ -206,7 +207,8 @@ class Editor:
 
     def imagic(self) -> torch.Tensor:
         model, steps = self.checkpoint.model, self.arguments.steps
-        return imagic(model, self.latent, self.target, self.negative, steps, self.arguments)
+        optimized = optimize_text_embedding(model, self.latent, self.target).embedding
+        return imagic(model, self.latent, optimized, self.target, self.negative, steps, self.arguments)
 
     def masactrl(self) -> torch.Tensor:
         return self.sampled(mutual_self_attention(self.checkpoint.model, self.inversion, self.source, self.negative))
@@ -368,7 +370,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         for threshold in THRESHOLDS
     )
     return [
-        "Personalised identity prior and identity-aware masks on unseen subjects of the demo world",
+        "Personalized identity prior and identity-aware masks on unseen subjects of the demo world",
         f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, {figures['cases']} "
         f"edits, edit-friendly DDPM inversion with {arguments.steps} steps (source guidance "
         f"{arguments.source_guidance_scale:g}, target guidance {arguments.guidance_scale:g}, skip {arguments.skip:g}), "

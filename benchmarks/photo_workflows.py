@@ -12,7 +12,6 @@ keeps the files for another call. Writes benchmarks/results/photo_workflows.json
 from __future__ import annotations
 
 import argparse
-import subprocess
 import tempfile
 import threading
 import time
@@ -26,7 +25,9 @@ from api_workflows import Prompt, demo_values, read_workflow
 from demo_photos import draw_photos
 from engine import Server
 
-from .harness import ROOT, Options, command_of, markdown, read_results, source_commit
+from ..tests.endurance.cheap_workflows import MOST, cheap
+from .harness import Options, markdown, read_results, source_commit
+from .real_sizes import used_memory, write_checkpoint
 
 NAME = "photo_workflows"
 WITHOUT_A_MODEL = ("keep_the_rest_photos",)
@@ -42,11 +43,8 @@ REPLACED = {
     "identity-edit-demo-pose.safetensors": POSE,
 }
 """Files of the shipped workflows, and those of full width in their place."""
-FEWEST = {
-    "steps": 2, "inner_steps": 1, "noise_steps": 1, "sampling_steps": 2, "updates_per_step": 1, "seeds": 1, "count": 1,
-    "batch_size": 1, "amount": 1, "sample_every": 0, "checkpoint_every": 0,
-}  # fmt: skip
-"""The value of an input, by its name. A training makes a sample image of 20 steps at its end."""
+FEWEST = {**MOST, "noise_steps": 1, "seeds": 1, "count": 1, "batch_size": 1, "amount": 1}
+"""The largest value of an input, by its name. A training makes a sample image of 20 steps at its end."""
 PIXELS = 512
 """An input of this value is the side of images in the shipped workflows."""
 
@@ -63,21 +61,9 @@ def at_full_width(name: str, size: int) -> Prompt:
         for name, value in node["inputs"].items():
             if isinstance(value, str):
                 node["inputs"][name] = REPLACED.get(value, value)
-            elif name in FEWEST and isinstance(value, int):
-                node["inputs"][name] = FEWEST[name]
             elif value == PIXELS and not isinstance(value, bool):
                 node["inputs"][name] = size
-    return changed
-
-
-def write_files(base: Path, arguments: argparse.Namespace) -> None:
-    """Each in a process of its own, whose memory is given back."""
-    for file in FILES:
-        folders = {VISION: "clip_vision", MCDM: "diffusion_models", POSE: "controlnet"}
-        if not (base / "models" / folders.get(file, "checkpoints") / file).is_file():
-            command = [*command_of("real_sizes"), "--write", Path(file).stem, "--base", str(base)]
-            command += ["--threads", str(arguments.threads), "--size", str(arguments.size)]
-            subprocess.run(command, check=True, cwd=ROOT)
+    return cheap(changed, FEWEST)
 
 
 class Memory:
@@ -95,8 +81,7 @@ class Memory:
 
     def watch(self) -> None:
         while not self.done.wait(0.2):
-            memory = self.process.memory_info()
-            self.highest = max(self.highest, memory.rss - getattr(memory, "shared", 0))
+            self.highest = max(self.highest, used_memory(self.process))
 
     def __enter__(self) -> Memory:
         self.watcher.start()
@@ -136,8 +121,9 @@ OPTIONS: Options = {
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="identity-edit-photos-") as temporary:
-        base = arguments.base or Path(temporary)
-        write_files(base, arguments)
+        base = arguments.base = arguments.base or Path(temporary)
+        for file in FILES:
+            write_checkpoint(Path(file).stem, arguments)
         draw_photos(base / "input")
         for name in arguments.only:
             row = run_workflow(name, base, arguments)

@@ -35,6 +35,8 @@ from .harness import ROOT, Options, command_of, markdown, read_results, source_c
 
 NAME = "real_sizes"
 FAMILIES = {"sd15": "SD 1.5", "sd21": "SD 2.1 (v-prediction)", "sdxl": "SDXL"}
+FOLDERS_OF_FILES = {"vision": "clip_vision", "pose": "controlnet", "mcdm": "diffusion_models"}
+"""Of ComfyUI's models, for files that are no checkpoints."""
 GIB = 2**30
 GIB_NEEDED = {"sd15": 6.0, "sd21": 6.5, "sdxl": 10.0}
 """Before a row begins, beside what is left to others."""
@@ -179,13 +181,18 @@ def watch(process: subprocess.Popen[str], arguments: argparse.Namespace, stopped
     watched = psutil.Process(process.pid)
     with contextlib.suppress(psutil.Error):
         while process.poll() is None:
-            memory = watched.memory_info()
-            used = memory.rss - getattr(memory, "shared", 0)  # a checkpoint's mapped file can be dropped at any time
+            used = used_memory(watched)
             if used > arguments.most_gib * GIB or psutil.virtual_memory().available < arguments.leave_gib * GIB / 2:
                 stopped.append(float(used))
                 process.kill()
                 return
             time.sleep(0.2)
+
+
+def used_memory(process: psutil.Process) -> int:
+    """Bytes, without what is mapped of files, such as a checkpoint's, which can be dropped at any time."""
+    memory = process.memory_info()
+    return memory.rss - getattr(memory, "shared", 0)
 
 
 def size_of(name: str, arguments: argparse.Namespace) -> int:
@@ -200,9 +207,9 @@ def wait_for_memory(gib: float) -> None:
 
 def write_checkpoint(name: str, arguments: argparse.Namespace) -> None:
     """In a process of its own, whose memory is given back."""
-    folder = "clip_vision" if name == "vision" else "checkpoints"
+    folder = FOLDERS_OF_FILES.get(name, "checkpoints")
     if not (arguments.base / "models" / folder / f"{name}.safetensors").is_file():
-        command = [*command_of(NAME), "--write", name, "--base", str(arguments.base)]
+        command = [*command_of(NAME), "--write", name, "--base", str(arguments.base), "--size", str(arguments.size)]
         subprocess.run([*command, "--threads", str(arguments.threads)], check=True, cwd=ROOT)
 
 
@@ -213,20 +220,19 @@ def write_here(name: str, arguments: argparse.Namespace) -> None:
     from . import real_sizes_checkpoints as checkpoints
 
     torch.set_num_threads(arguments.threads)
-    models = arguments.base / "models"
+    path = arguments.base / "models" / FOLDERS_OF_FILES.get(name, "checkpoints") / f"{name}.safetensors"
     if name == "vision":
-        checkpoints.write_clip_vision(models / "clip_vision" / "vision.safetensors")
+        checkpoints.write_clip_vision(path)
     elif name == "pose":
-        checkpoints.write_controlnet(models / "controlnet" / "pose.safetensors")
+        checkpoints.write_controlnet(path)
     elif name == "mcdm":
         import nodes as stock
 
         model, clip, vae = stock.CheckpointLoaderSimple().load_checkpoint("sd15.safetensors")[:3]
         vision = stock.CLIPVisionLoader().load_clip("vision.safetensors")[0]
-        path = models / "diffusion_models" / "mcdm.safetensors"
         checkpoints.write_untrained_mcdm(model, clip, vae, vision, path, arguments.size)
     else:
-        checkpoints.write_checkpoint(name, models / "checkpoints" / f"{name}.safetensors")
+        checkpoints.write_checkpoint(name, path)
 
 
 def write_rows(rows: list[dict[str, Any]], nodes: list[str]) -> None:

@@ -25,7 +25,6 @@ from identity_edit_pack.pipelines.attention_control.mutual_self_attention import
 from identity_edit_pack.pipelines.inversion.inversion import invert_image, sample_inversion
 from identity_edit_pack.pipelines.inversion.null_text import METHODS as NULL_TEXT_METHODS
 from identity_edit_pack.pipelines.inversion.null_text import null_text_optimization
-from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from identity_edit_pack.pipelines.timestep_aware.text_injection import edit_conditioning, timestep_aware_sampling
 from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
 from matplotlib import pyplot
@@ -99,8 +98,8 @@ def edit_batch(
         model, inversion, source, empty, guidance_scale=scale, method=arguments.null_text
     )
     pivot = inversion.with_embeddings(null_text.embeddings)
-    optimized: Conditioning = [[optimize_text_embedding(model, latent, target).embedding, {}]]
-    edit = edit_conditioning(target, optimized, arguments.eta)
+    optimized = optimize_text_embedding(model, latent, target).embedding
+    edit = edit_conditioning(target, [[optimized, {}]], arguments.eta)
     others = {
         UNNAMED: (without, invert_image(model, latent, without, steps=arguments.steps)),
         GUIDED: (source, invert_image(model, latent, source, empty, steps=arguments.steps, guidance_scale=scale)),
@@ -113,7 +112,7 @@ def edit_batch(
         MASACTRL: sample_inversion(masactrl, pivot, target, guidance_scale=scale),
         NULL_TEXT: timestep_aware_sampling(model, pivot, source, target, None, 0.0, scale).latent,
         OPTIMIZED: timestep_aware_sampling(model, pivot, source, edit, None, 0.0, scale).latent,
-        IMAGIC: imagic(model, latent, target, empty, arguments.steps, arguments),
+        IMAGIC: imagic(model, latent, optimized, target, empty, arguments.steps, arguments),
     }
     for name, (prompt, other) in others.items():
         found = null_text_optimization(model, other, prompt, empty, guidance_scale=scale, method=arguments.null_text)

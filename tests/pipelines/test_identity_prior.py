@@ -1,4 +1,4 @@
-"""The personalised identity prior: exact gradients, the right weights, nothing left behind, files and LoRAs."""
+"""The personalized identity prior: exact gradients, the right weights, nothing left behind, files and LoRAs."""
 
 from __future__ import annotations
 

@@ -382,7 +382,7 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model used for the inversion."),
                 Inversion.Input(
                     "inversion",
-                    tooltip="Inversion from Null-Text Optimization (guidance scale 7.5), or directly from DDIM "
+                    tooltip="Inversion from Null-Text Optimization (guidance scale 7.5), or directly from Noise "
                     "Inversion (guidance scale 1).",
                 ),
                 *_prompt_inputs(),

@@ -111,7 +111,7 @@ def joint_sites(network: Any) -> list[Site]:
         IdentityEditError: for an unsupported network.
     """
     return [
-        Site((kind, number, 0), _patch_side(network))
+        Site((kind, number, 0), patch_side(network))
         for kind, name in _architecture(network).blocks.items()
         for number in range(len(getattr(network, name)))
         if number not in getattr(network, _SKIPPED_BLOCKS[kind], ())
@@ -286,14 +286,15 @@ class _Cursor:
         self.end += -(self.end - start) % multiple
 
 
-def _patch_side(network: Any) -> int:
+def patch_side(network: Any) -> int:
+    """Latent pixels per image position along each side."""
     name = _architecture(network).patch
     side = getattr(network, name) if name else 1
     return int(side[-1]) if isinstance(side, (list, tuple)) else int(side)
 
 
 def _grid(network: Any, latent: torch.Tensor) -> tuple[int, int]:
-    side = _patch_side(network)
+    side = patch_side(network)
     return -(-latent.shape[-2] // side), -(-latent.shape[-1] // side)
 
 

@@ -155,13 +155,11 @@ class _JointRecorder(Recorder):
 
     def _tokens(self, attended: Attended, entry: dict[str, Any]) -> tuple[list[int], list[int]]:
         """The subject's tokens and those of the contrast among the text tokens of the sequence."""
-        sampled = entry["model_conds"]["c_crossattn"].cond
+        own = entry["cross_attn"] if self._prompt is None else self._prompt[0][0]
         if self._prompt is None:
-            check_columns(self._attention.columns, sampled, "prompt")
-            count = sampled.shape[1]
-        else:
-            count = self._prompt[0][0].shape[1]
-        before = sampled.shape[1] - count  # Flux.2 pads texts at the start
+            check_columns(self._attention.columns, own, "prompt")
+        count = own.shape[1]
+        before = entry["model_conds"]["c_crossattn"].cond.shape[1] - count  # Flux.2 pads texts at the start
         columns, contrast = (
             [before + column % count for column in positions] for positions in (self._attention.columns, self._contrast)
         )

@@ -17,7 +17,6 @@ from ..pipelines import engine
 from ..pipelines.faces import detection
 from ..pipelines.faces.similarity import NEEDED as RECOGNIZER_NEEDED
 from ..pipelines.shared.errors import IdentityEditError, check_conditioning, check_latent, for_console, loggable
-from ..pipelines.shared.images import PIXELS_PER_LATENT_PIXEL
 from ..pipelines.shared.input_checks import BRIGHTEST, check_images, check_mask, check_number, check_sigmas, check_text
 from ..pipelines.shared.masks import CUT_OUT, as_masks, is_placeholder_mask, is_transparency
 from ..pipelines.text.prompt_tokens import check_clip
@@ -87,7 +86,7 @@ def checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutpu
         before = _notes.set(())
         try:
             check_inputs(schema, given)
-            _notes.set(tuple(bring_to_form(schema, given)))
+            _notes.set((*bring_to_form(schema, given), *_of_distilled_guidance(given)))
             output = execute(cls, **given)
             check_results(schema, output)
         except Exception as error:
@@ -221,6 +220,18 @@ def bring_to_form(schema: io.Schema, given: dict[str, Any]) -> list[str]:
     return notes
 
 
+def _of_distilled_guidance(given: dict[str, Any]) -> list[str]:
+    """A note for each guidance scale above 1 that adds to the guidance of a model with distilled guidance."""
+    scales = {name: value for name, value in given.items() if name.endswith("guidance_scale") and value > 1.0}
+    model = given.get("model")
+    if not scales or model is None or engine.Capability.TRUE_GUIDANCE in engine.require(model).capabilities:
+        return []
+    return [
+        f"The model has distilled guidance, to which {name} {value:g} adds a second guidance; set it to 1."
+        for name, value in scales.items()
+    ]
+
+
 SEED_MAXIMUM = 0xFFFFFFFFFFFFFFFF
 
 
@@ -318,9 +329,11 @@ def progress(model: Any, total: int) -> engine.Callback:
     return latent_preview.prepare_callback(model, max(1, total))
 
 
-def at_image_size(mask: torch.Tensor) -> torch.Tensor:
-    """A latent-size mask [B, H, W] at image size, by nearest-neighbor upsampling, exactly as it was used."""
-    return mask.repeat_interleave(PIXELS_PER_LATENT_PIXEL, dim=1).repeat_interleave(PIXELS_PER_LATENT_PIXEL, dim=2)
+def at_image_size(mask: torch.Tensor, model: Any) -> torch.Tensor:
+    """A mask [B, H, W] of the model's latent size at image size, by nearest-neighbor upsampling, exactly as it was
+    used."""
+    pixels = engine.pixels_per_latent_pixel(model)
+    return mask.repeat_interleave(pixels, dim=1).repeat_interleave(pixels, dim=2)
 
 
 def latent_samples(latent: dict[str, Any], name: str) -> torch.Tensor:

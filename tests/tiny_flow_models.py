@@ -2,7 +2,8 @@
 classes in float32 on the CPU. Flux has double and single blocks and rotary embeddings; Stable Diffusion 3.5 medium has
 an attention of the image alone beside its first joint attention; Qwen-Image's latents have frames; Lumina 2 and Z-Image
 refine the text first; AuraFlow has register tokens; HiDream reads several texts. OmniGen 2 has reference images before
-the image, JoyImage the text behind both; Mage-Flow's and Ideogram 4's image positions are latent pixels."""
+the image, JoyImage the text behind both; Mage-Flow's, Ideogram 4's and Flux.2's image positions are latent pixels. Wan
+has cross-attention instead, and is a video model."""
 
 from __future__ import annotations
 
@@ -35,6 +36,27 @@ def flux(
     network = {**_FLUX, "image_model": "flux", "vec_in_dim": POOLED, "guidance_embed": guidance_embed}
     network |= _newer_than_0_3_75(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[])
     return _patcher(comfy.supported_models.Flux, base, network, seed, output_gain)
+
+
+def flux2(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    """As Flux.2 Klein: one modulation for all blocks, no pooled vector, four axes, and texts of at least 512 tokens."""
+    network = {
+        **_FLUX, "image_model": "flux2", "in_channels": 128, "out_channels": 128, "patch_size": 1, "vec_in_dim": None,
+        "mlp_ratio": 3.0, "axes_dim": [8, 8, 8, 8], "theta": 2000, "qkv_bias": False, "guidance_embed": False,
+        "global_modulation": True, "mlp_silu_act": True, "ops_bias": False, "default_ref_method": "index",
+        "ref_index_scale": 10.0,
+    }  # fmt: skip
+    network |= _newer_than_0_3_75(comfy.ldm.flux.model.FluxParams, txt_ids_dims=[3])
+    return _patcher(comfy.supported_models.Flux2, comfy.model_base.Flux2, network, seed, output_gain)
+
+
+def wan(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
+    """A video model, for one frame: cross-attention to the text."""
+    network = {
+        "image_model": "wan2.1", "model_type": "t2v", "patch_size": (1, 2, 2), "in_dim": CHANNELS, "out_dim": CHANNELS,
+        "dim": 64, "ffn_dim": 128, "num_heads": 2, "num_layers": 2, "text_dim": CONTEXT, "freq_dim": 32,
+    }  # fmt: skip
+    return _patcher(comfy.supported_models.WAN21_T2V, comfy.model_base.WAN21, network, seed, output_gain)
 
 
 def chroma(seed: int = 0, output_gain: float = 1.0) -> comfy.model_patcher.ModelPatcher:
@@ -159,8 +181,9 @@ FAMILIES: dict[str, Any] = {"flux": flux, "sd3": sd3}
 """Two families with all that tests of a technique need to meet."""
 ALL: dict[str, Any] = {
     **FAMILIES, "chroma": chroma, "qwen_image": qwen_image, "lumina2": lumina2, "z_image": z_image,
-    "aura_flow": aura_flow,
+    "aura_flow": aura_flow, "flux2": flux2, "wan": wan,
 }  # fmt: skip
+JOINT: dict[str, Any] = {name: make for name, make in ALL.items() if name != "wan"}
 
 
 def latent(seed: int, batch: int = 1, height: int = 8, width: int = 8, channels: int = CHANNELS) -> torch.Tensor:
@@ -203,7 +226,7 @@ def _patcher(
 
 
 def _last_layer(network: Any) -> torch.nn.Module:
-    for name in ("final_layer.linear", "proj_out", "final_linear", "last.linear", "norm_out.linear_2"):
+    for name in ("final_layer.linear", "proj_out", "final_linear", "last.linear", "norm_out.linear_2", "head.head"):
         try:
             return network.get_submodule(name)
         except AttributeError:

@@ -119,8 +119,8 @@ class PromptToPrompt(io.ComfyNode):
                     "inversion",
                     optional=True,
                     tooltip="Inversion of a real image, best from Null-Text Optimization, whose embeddings then "
-                    "are the negative. Sample from its latent with its sigmas. Without it, each latent is sampled "
-                    "as source and as target.",
+                    "are the negative. Sample from its latent with its sigmas, on flow models from its noise. Without "
+                    "it, each latent is sampled as source and as target.",
                 ),
             ],
             outputs=[
@@ -168,7 +168,9 @@ class PromptToPrompt(io.ComfyNode):
         )
         steps = _ANY if inversion is None else inversion.steps
         factors = control.parse_reweight(reweight)
-        replaced = self_replace_steps if engine.is_joint(model) else max(cross_replace_steps, self_replace_steps)
+        replaced, names = max(cross_replace_steps, self_replace_steps), "cross_replace_steps and self_replace_steps are"
+        if engine.is_joint(model):
+            replaced, names = self_replace_steps, "self_replace_steps is"
         show_warnings(
             cls,
             first_said(
@@ -179,8 +181,7 @@ class PromptToPrompt(io.ComfyNode):
                 ),
                 (
                     takes_no_part(replaced, steps) and not blend_words.strip(),
-                    "cross_replace_steps and self_replace_steps are 0, so the target prompt is sampled as without this "
-                    "node; raise one of them.",
+                    f"{names} 0, so the target prompt is sampled as without this node; raise it.",
                 ),
                 (
                     bool(factors) and takes_no_part(cross_replace_steps, steps),

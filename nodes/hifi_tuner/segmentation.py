@@ -10,6 +10,7 @@ from torch.nn.functional import interpolate
 
 from ...attention.identity_mask import AUTOMATIC_POWER, AUTOMATIC_THRESHOLD
 from ...attention.sites import AUTOMATIC, LAYER_CHOICES
+from ...pipelines import engine
 from ...pipelines.engine.host import stop_if_interrupted
 from ...pipelines.hifi_tuner import reference_alignment as alignment
 from ...pipelines.lipe import attention_segmentation, heatmap
@@ -18,7 +19,7 @@ from ...pipelines.networks import grounding_dino as dino
 from ...pipelines.networks import segment_anything as pipeline
 from ...pipelines.networks.model_folders import list_models, missing_model, model_path
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color, encoded
+from ...pipelines.shared.images import as_color, encoded
 from ...pipelines.shared.parsing import whole_numbers
 from ..sockets import ClipOfAnyFamily, checked, fraction_input, progress, schema, seed_input, show_text
 
@@ -169,16 +170,16 @@ class SegmentSubject(io.ComfyNode):
             identity = identity_in_caption(clip, subject, caption.strip(), against)
         conditioning = clip.encode_from_tokens_scheduled(clip.tokenize(caption.strip() or subject))
         height, width = images.shape[1:3]
-        # The VAE takes multiples of 8 pixels; scaling the image to them aligns the mask to a fraction of a pixel.
+        # The VAE takes multiples of 8 or 16 pixels; scaling the image to them aligns the mask to a fraction of a pixel.
         factor = min(1.0, longest_side / max(height, width))
-        cells = (max(1, round(side * factor / PIXELS_PER_LATENT_PIXEL)) for side in (height, width))
-        whole = tuple(count * PIXELS_PER_LATENT_PIXEL for count in cells)
+        pixels = engine.pixels_per_latent_pixel(model)
+        whole = tuple(max(1, round(side * factor / pixels)) * pixels for side in (height, width))
         shown = images
         if whole != (height, width):
             shown = interpolate(images.movedim(-1, 1), size=whole, mode="bilinear", antialias=True).movedim(1, -1)
         found = attention_segmentation.attention_masks(
             model,
-            encoded(vae, shown, "An image"),
+            encoded(vae, shown, "An image", with_frames=engine.has_frames(model)),
             identity,
             conditioning,
             (height, width),

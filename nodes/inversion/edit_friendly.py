@@ -35,8 +35,8 @@ class EditFriendlyDDPMInversion(io.ComfyNode):
             advanced=["eta", "zero_last_noise_map"],
             description=(
                 "Computes a noise map for every sampling step, from which the model reproduces an "
-                "image exactly (Huberman-Spiegelglas et al. 2024). Sample an edit from it with Edit-Friendly "
-                "DDPM Sampler."
+                "image exactly (Huberman-Spiegelglas et al. 2024). Sample an edit from it with Inversion "
+                "Sampler."
             ),
             inputs=[
                 any_model_input(),

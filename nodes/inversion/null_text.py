@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ...pipelines import engine
 from ...pipelines.inversion import null_text
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.inversion.inversion import sample_inversion
@@ -22,10 +23,12 @@ from ..sockets import (
     show_text,
 )
 
+AUTOMATIC = "automatic"
 NULL_TEXT_OPTIMIZATION = "null-text optimization"
 ADAPTIVE_NULL_TEXT_OPTIMIZATION = "null-text optimization (adaptive)"
 NEGATIVE_PROMPT_INVERSION = "negative-prompt inversion (fast)"
 _METHODS = {
+    AUTOMATIC: null_text.AUTOMATIC,
     NULL_TEXT_OPTIMIZATION: null_text.PAPER,
     ADAPTIVE_NULL_TEXT_OPTIMIZATION: null_text.ADAPTIVE,
     NEGATIVE_PROMPT_INVERSION: None,  # optimizes nothing
@@ -56,12 +59,14 @@ class NullTextOptimization(io.ComfyNode):
                 io.Combo.Input(
                     "method",
                     options=list(_METHODS),
-                    default=NULL_TEXT_OPTIMIZATION,
+                    default=AUTOMATIC,
                     tooltip="Method that computes the unconditional embeddings. Null-text optimization "
                     "reconstructs the image most closely (Jung et al. 2024, figure 7) and follows its reference "
                     "implementation update by update. The adaptive form aims at the same reconstruction with fewer "
-                    "model calls. Negative-prompt inversion optimizes nothing and reconstructs as well as DDIM "
-                    "without guidance (Miyake et al. 2023).",
+                    "model calls. Automatic: the adaptive form for flow models, whose gradients the reference "
+                    "implementation's learning rate does not fit; else null-text optimization. "
+                    "Negative-prompt inversion optimizes nothing and reconstructs as well as DDIM without guidance "
+                    "(Miyake et al. 2023).",
                 ),
                 guidance_scale_input(
                     null_text.GUIDANCE_SCALE,
@@ -142,6 +147,7 @@ class NullTextOptimization(io.ComfyNode):
     ) -> io.NodeOutput:
         form = choice_of(_METHODS, method, "method")
         if form is None:
+            engine.require(model, engine.Capability.TRUE_GUIDANCE)
             table = null_text.negative_prompt_inversion(inversion, source)
             null_conditioning = with_embedding(negative, table.embeddings[0], table.pooled_row(0))
             # Positive and negative are both the source prompt: every guidance scale gives the result of scale 1.
@@ -151,6 +157,7 @@ class NullTextOptimization(io.ComfyNode):
                 cls, f"Negative-prompt inversion: no optimization, {steps} model calls for the reconstruction."
             )
         else:
+            form = null_text.method_for(model, form)
             updates = inner_steps or null_text.DEFAULT_INNER_STEPS[form]
             found = null_text.null_text_optimization(
                 model,
@@ -166,7 +173,7 @@ class NullTextOptimization(io.ComfyNode):
                 callback=progress(model, inversion.steps * (updates + 1)),
             )
             table, latent, null_conditioning = found.embeddings, found.reconstruction, negative
-            text = show_text(cls, _report(found), found.warning)
+            text = show_text(cls, _report(found, form), found.warning)
         return io.NodeOutput(
             apply_step_embeddings(model, table, "negative"),
             null_conditioning,
@@ -176,11 +183,12 @@ class NullTextOptimization(io.ComfyNode):
         )
 
 
-def _report(found: null_text.NullText) -> str:
+def _report(found: null_text.NullText, form: str) -> str:
     converged = int(found.converged.all(dim=1).sum())
     steps = int(found.converged.shape[0])
+    name = ADAPTIVE_NULL_TEXT_OPTIMIZATION if form == null_text.ADAPTIVE else NULL_TEXT_OPTIMIZATION
     lines = [
-        f"Null-text optimization: {converged} of {steps} steps converged, {int(found.inner_steps.sum())} updates, "
+        f"{name.capitalize()}: {converged} of {steps} steps converged, {int(found.inner_steps.sum())} updates, "
         f"{found.evaluations} model calls.",
         "Loss after each step: " + ", ".join(f"{value:.1e}" for value in found.final_losses.amax(dim=1).tolist()),
     ]

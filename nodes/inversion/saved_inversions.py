@@ -74,7 +74,9 @@ class LoadInversion(io.ComfyNode):
             outputs=[
                 Inversion.Output("inversion", tooltip="The loaded inversion."),
                 io.Latent.Output(
-                    "inverted_latent", tooltip="Noisiest latent, x_T. Sample from it WITHOUT adding noise."
+                    "inverted_latent",
+                    tooltip="Noisiest latent, x_T. Sample from it WITHOUT adding noise. On flow models it is the "
+                    "image's latent; connect the noise output with it.",
                 ),
                 io.Sigmas.Output("sigmas", tooltip="Schedule of the inversion."),
                 io.Model.Output(

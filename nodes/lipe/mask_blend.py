@@ -132,7 +132,8 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     "Guidance scale of the target prompt. 0 uses the inversion's default: "
                     f"{scales[identity_mask_blend.EDIT_FRIENDLY_DDPM]:g} for edit-friendly DDPM as in its reference "
                     "implementation, the scale that null-text embeddings were optimized for, else "
-                    f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023).",
+                    f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023). Flow models: "
+                    f"{identity_mask_blend.FLOW_GUIDANCE_SCALE:g}, and 1 with distilled guidance.",
                 ),
                 threshold_input(),
                 io.Float.Input(
@@ -242,8 +243,8 @@ class IdentityAwareMaskBlend(io.ComfyNode):
         )
         return io.NodeOutput(
             {"samples": result.latent},
-            at_image_size(result.source_mask),
-            at_image_size(result.target_mask),
+            at_image_size(result.source_mask, model),
+            at_image_size(result.target_mask, model),
             result.source_attention or IdentityAttention(()),
             result.target_attention or IdentityAttention(()),
             show_text(cls, text, joined(_idle(source, target, skip, blend_until, inversion.steps), result.warning)),

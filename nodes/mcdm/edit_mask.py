@@ -151,12 +151,12 @@ class MCDMEditMask(io.ComfyNode):
         )
         shares = ", ".join(f"{share:.0%}" for share in result.mask.mean(dim=(1, 2)).tolist())
         text = f"{result.evaluations} model calls; the mask covers {shares} of the image."
-        mask = at_image_size(result.mask)
+        mask = at_image_size(result.mask, model)
         if soft_border > 0.0:
             mask = blurred(mask, soft_border, math.ceil(3.0 * soft_border), "replicate")
         return io.NodeOutput(
             mask,
-            at_image_size(result.contrast),
+            at_image_size(result.contrast, model),
             show_text(cls, text, joined(result.warning, noise_mask_left_out(latent))),
         )
 

@@ -15,7 +15,7 @@ from ...pipelines.mcdm.pair_folder import PairFolder
 from ...pipelines.shared.errors import IdentityEditError
 from ...pipelines.shared.images import matched_images, to_pillow
 from ..saved_files import check_name
-from ..sockets import checked, schema, seed_input, show_text
+from ..sockets import ClipOfAnyFamily, any_model_input, checked, schema, seed_input, show_text
 from .pair_guider import guidance_inputs, idle
 from .pair_settings import Conditions, Prompts, Settings, validation_input
 
@@ -44,8 +44,8 @@ class GeneratePairs(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="A Stable Diffusion 1.x, 2.x or XL model that can draw the subjects."),
-                io.Clip.Input("clip", tooltip="The text encoders of the same checkpoint."),
+                any_model_input(),
+                ClipOfAnyFamily("clip", tooltip="The text encoders of the same checkpoint."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 io.Sampler.Input(
                     "sampler",

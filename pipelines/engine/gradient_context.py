@@ -8,12 +8,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import comfy.model_management
+import comfy.ops
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer, get_attention_function
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 
+from ...attention.joint import has_joint_attention, patch_side
 from ..shared.comfy_types import Model
 from ..shared.errors import IdentityEditError
 from ..shared.gradients import (
@@ -65,6 +68,7 @@ def gradient_context(
                 modules.append(patcher.model)
                 modules += modules_in(getattr(patcher, "model_options", None))
             stack.enter_context(plain_frozen_tensors(modules))
+            stack.enter_context(_layers_in_full_precision(modules))
             transformers = [network for network in map(_diffusion_transformer, patchers) if network is not None]
             if transformers:
                 stack.enter_context(_differentiable_kernels())
@@ -109,6 +113,30 @@ def _differentiable_kernels() -> Iterator[None]:
         yield
     finally:
         comfy.model_management.in_training = before
+
+
+@contextlib.contextmanager
+def _layers_in_full_precision(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let layers of quantized weights multiply in full precision where the engine quantizes their input by an
+    operation without a backward pass (before its `QuantLinearFunc`); everything is undone at the end."""
+    if hasattr(comfy.ops, "QuantLinearFunc"):
+        yield
+        return
+    # The attributes with which ComfyUI itself asks for casts, in 0.3.75 and after.
+    asks = ("comfy_cast_weights", "comfy_force_cast_weights")
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    try:
+        for layer in {id(part): part for root in modules for part in root.modules()}.values():
+            if getattr(layer, "layout_type", None) is not None:
+                attributes = vars(layer)
+                before.append((attributes, {name: attributes[name] for name in asks if name in attributes}))
+                attributes.update(dict.fromkeys(asks, True))
+        yield
+    finally:
+        for attributes, found in before:
+            for name in asks:
+                attributes.pop(name, None)
+            attributes.update(found)
 
 
 @contextlib.contextmanager
@@ -210,5 +238,6 @@ def gradient_memory(model: Model, latent_shape: list[int], checkpointing: bool) 
     if isinstance(network, UNetModel):
         return float(pixels * network.model_channels * (100 if checkpointing else 500) * dtype.itemsize)
     blocks, width = len(_blocks_of(network)), require(model).width
-    tokens = pixels / 4 + latent_shape[0] * _TEXT_TOKENS  # of 2x2 latent pixels
+    patch = patch_side(network) if has_joint_attention(network) else 2
+    tokens = pixels / patch**2 + latent_shape[0] * _TEXT_TOKENS
     return float(tokens * width * (3 * blocks + 40 if checkpointing else 40 * blocks) * dtype.itemsize)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.conds
+import comfy.latent_formats
 import comfy.patcher_extension
 import torch
 
@@ -20,6 +21,8 @@ from .weights import samples_of_weights
 
 _QUANTIZED_ROUNDING = 0.2
 """Largest relative error of 4-bit weights, with a margin; 8-bit weights are within 0.02."""
+_PIXELS_PER_LATENT_PIXEL = {"Flux2": 16, "Wan22": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
+"""By latent format, for a ComfyUI whose latent formats do not say it (0.3.75)."""
 _IMAGE_SPECIFIC = ("control", "gligen", "mask")
 """Conditioning options that apply to one particular image."""
 
@@ -56,6 +59,20 @@ def check_text_width(model: Model, embedding: torch.Tensor, pooled: torch.Tensor
 def to_socket_scale(model: Model, latent: torch.Tensor) -> torch.Tensor:
     """Convert a latent from the model's scale to that of LATENT sockets (ComfyUI's `process_out`)."""
     return model.get_model_object("latent_format").process_out(latent)
+
+
+def pixels_per_latent_pixel(model: Model) -> int:
+    """Image pixels per latent pixel along each side: 8, and 16 of Flux.2."""
+    latent_format = model.get_model_object("latent_format")
+    said = getattr(latent_format, "spacial_downscale_ratio", None)
+    if said is not None:
+        return int(said)
+    older = (kind for kind in _PIXELS_PER_LATENT_PIXEL if isinstance(latent_format, _latent_format(kind)))
+    return _PIXELS_PER_LATENT_PIXEL.get(next(older, ""), 8)
+
+
+def _latent_format(name: str) -> type | tuple[()]:
+    return getattr(comfy.latent_formats, name, ())
 
 
 def has_frames(model: Model) -> bool:

@@ -160,7 +160,6 @@ def reference_guided_sampling(
         unguided_losses = torch.stack(unguided) if each_step else torch.empty(0, batch)
         warnings = (
             _warning_of_inputs(inversion, guided),
-            _warning_of_guidance(model, guidance_scale),
             _warning_of_losses(losses, final_losses, unguided_losses),
         )
         return ReferenceGuidance(
@@ -345,15 +344,6 @@ def _warning_of_inputs(inversion: Inversion, guided: range) -> str | None:
             f"exact; set it to 1 in Noise Inversion."
         )
     return None
-
-
-def _warning_of_guidance(model: Model, guidance_scale: float) -> str | None:
-    if guidance_scale == 1.0 or engine.Capability.TRUE_GUIDANCE in engine.require(model).capabilities:
-        return None
-    return (
-        f"The model has distilled guidance, to which guidance scale {guidance_scale:g} adds a second guidance; set it "
-        f"to 1 here and cfg to 1 in the first pass."
-    )
 
 
 def _warning_of_losses(

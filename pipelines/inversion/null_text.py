@@ -26,7 +26,7 @@ ADAPTIVE_INNER_STEPS = 4
 LEARNING_RATE = 1e-2
 EARLY_STOP = 1e-5
 EARLY_STOP_PER_STEP = 2e-5
-PAPER, ADAPTIVE = "paper", "adaptive"
+AUTOMATIC, PAPER, ADAPTIVE = "automatic", "paper", "adaptive"
 METHODS = (PAPER, ADAPTIVE)
 DEFAULT_INNER_STEPS = {PAPER: INNER_STEPS, ADAPTIVE: ADAPTIVE_INNER_STEPS}
 
@@ -157,6 +157,17 @@ def null_text_optimization(
         checkpointing=checkpointing,
         callback=callback,
     )
+
+
+def method_for(model: Model, method: str) -> str:
+    """PAPER or ADAPTIVE where `method` is AUTOMATIC, else `method`.
+
+    On flow models the reference's learning rate moves the embeddings too little; the adaptive step size needs no value
+    of its own.
+    """
+    if method != AUTOMATIC:
+        return method
+    return ADAPTIVE if engine.Capability.VELOCITY in engine.require(model).capabilities else PAPER
 
 
 def learning_rate_at(i: int, first: float) -> float:

@@ -31,6 +31,8 @@ from .identity_prompt import IdentityPrompt, capture_identity
 GUIDANCE_SCALES = {EDIT_FRIENDLY_DDPM: 15.0, DDIM: 7.5}
 """Default guidance scales of the target prompt: of edit-friendly DDPM inversion's reference implementation, and of
 null-text inversion (Mokady et al. 2023), the usual value for editing from a DDIM inversion."""
+FLOW_GUIDANCE_SCALE = 4.0
+"""Of flow models, between the values of their own workflows (2.5 to 5); 1 with distilled guidance."""
 
 REPLACE, UNITE = "replace", "unite"
 GIVEN_MASKS = (REPLACE, UNITE)
@@ -117,7 +119,7 @@ def identity_mask_blend(
             masked decoding of DiffEdit (Couairon et al. 2023, section 3.2, step 3).
         negative: CONDITIONING of the negative side; not needed with guidance scale 1 or with per-step embeddings.
         guidance_scale: guidance scale of the target prompt; None uses that of the per-step embeddings, or else that of
-            `GUIDANCE_SCALES`.
+            `GUIDANCE_SCALES`, `FLOW_GUIDANCE_SCALE` or 1.
         settings: settings of masks and blending.
         source_mask, target_mask: optional masks [1 or B, h, w], 0 to 1, of any size.
         callback: progress with preview.
@@ -131,7 +133,7 @@ def identity_mask_blend(
     check_inversion(inversion, model)
     table = inversion.embeddings
     if guidance_scale is None:
-        guidance_scale = _default_guidance_scale(inversion)
+        guidance_scale = _default_guidance_scale(model, inversion)
     negative = negative_side(inversion, target, negative, guidance_scale)
     names = ("The source mask", "The target mask") if identity else ("The mask", "The mask")  # as DiffEdit has it
     source_mask = _on_grid(inversion, source_mask, names[0])
@@ -192,9 +194,15 @@ def identity_mask_blend(
     return engine.run_loop(target_model, target, negative, x_first, levels, denoise, callback=callback)
 
 
-def _default_guidance_scale(inversion: Inversion) -> float:
-    optimized_for = None if inversion.embeddings is None else inversion.embeddings.guidance_scale
-    return optimized_for or GUIDANCE_SCALES[DDIM if inversion.noise_maps is None else EDIT_FRIENDLY_DDPM]
+def _default_guidance_scale(model: Model, inversion: Inversion) -> float:
+    if inversion.embeddings is not None and inversion.embeddings.guidance_scale:
+        return inversion.embeddings.guidance_scale
+    capabilities = engine.require(model).capabilities
+    if engine.Capability.TRUE_GUIDANCE not in capabilities:
+        return 1.0
+    if engine.Capability.VELOCITY in capabilities:
+        return FLOW_GUIDANCE_SCALE
+    return GUIDANCE_SCALES[DDIM if inversion.noise_maps is None else EDIT_FRIENDLY_DDPM]
 
 
 def _on_grid(inversion: Inversion, mask: torch.Tensor | None, name: str) -> torch.Tensor | None:

@@ -43,7 +43,7 @@ class EditMaskSettings:
     """Edit mask settings; the defaults are those of Chen et al. 2024 (supplement 1.3).
 
     Attributes:
-        steps, noise_steps: the noise level after `noise_steps` of `steps` steps.
+        steps, noise_steps: the noise level after `noise_steps` of `steps` steps; of a flow model their ratio.
         seeds: number of noise samples over which the difference is averaged.
         outliers: differences above this multiple of their mean are clipped before normalization; 0 disables it. 3 in
             diffusers' implementation of DiffEdit.
@@ -103,8 +103,7 @@ def edit_mask(
     """
     settings = settings or EditMaskSettings()
     family = engine.require(model)
-    table = family.sampling.sigmas.detach().float().cpu()
-    sigma = table[round((table.shape[0] - 1) * settings.noise_steps / settings.steps)]
+    sigma = _noise_level(family, settings.noise_steps / settings.steps)
 
     def find(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> EditMask:
         level = sigma.to(evaluator.device)
@@ -133,6 +132,15 @@ def edit_mask(
     z_image = engine.model_latent(model, latent)
     levels = torch.stack([sigma, torch.zeros(())])
     return engine.run_loop(model, target, source, z_image, levels, find, callback=callback)
+
+
+def _noise_level(family: engine.Family, share: float) -> torch.Tensor:
+    """The noise level after a share of the steps: of the timesteps, or of the noise levels of a flow model, whatever
+    shift its schedule has."""
+    if engine.Capability.DISCRETE_TIMESTEPS not in family.capabilities:
+        return torch.tensor(share)
+    table = family.sampling.sigmas.detach().float().cpu()
+    return table[round((table.shape[0] - 1) * share)]
 
 
 def _blurred(contrast: torch.Tensor, kernel: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from ..engine.host import stock_noise
 from ..networks.image_encoders import encoder_of_clip_vision
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError
-from ..shared.images import PIXELS_PER_LATENT_PIXEL, matched_images
+from ..shared.images import matched_images
 from ..shared.parsing import as_range
 from .identity_words import IdentityWords, identity_conditioning, identity_vectors
 from .pair_folder import PairFolder
@@ -66,7 +66,7 @@ class PairSettings:
         shared_prompt: p, with "{subject}" in it.
         negative_prompt: of the classifier-free guidance.
         seed: of all draws.
-        width, height: of one image in pixels, multiples of 8.
+        width, height: of one image in pixels, multiples of 8 (of 16 for Flux.2).
         validation_share: share of the pairs (of the identity images, where there are any) that are for validation.
         guidance_scale, shared_weight, source_weight, target_weight: see `pair_guidance.pair_guider`.
         smallest_similarity: cosine similarity of the two images' CLIP image embeddings below which a pair is not
@@ -103,10 +103,6 @@ class PairSettings:
         names = [edit.name for edit in self.edits]
         if len(set(names)) != len(names):
             raise IdentityEditError(f"Two edits are called {max(names, key=names.count)}; give each its own name.")
-        for name in ("width", "height"):
-            size = getattr(self, name)
-            if size < PIXELS_PER_LATENT_PIXEL or size % PIXELS_PER_LATENT_PIXEL:
-                raise IdentityEditError(f"{name} is {size}; choose a multiple of {PIXELS_PER_LATENT_PIXEL}.")
         if not 0.0 <= self.validation_share < 1.0:
             raise IdentityEditError(f"validation_share is {self.validation_share}; choose a share from 0 to below 1.")
         if self.attempts < 1:
@@ -270,6 +266,10 @@ def generate_pairs(
         raise IdentityEditError(
             "smallest_similarity is above 0 but there is no clip_vision; connect one, or set it to 0."
         )
+    pixels = engine.pixels_per_latent_pixel(model)
+    for name, size in (("width", settings.width), ("height", settings.height)):
+        if size < pixels or size % pixels:
+            raise IdentityEditError(f"{name} is {size}; choose a multiple of {pixels}.")
     wanted = list(numbers if numbers is not None else range(settings.count))
     folder.claim(_description(model, sigmas, settings, identities, poses))
     finished, rejected = folder.finished(), folder.rejected()
@@ -343,11 +343,14 @@ def _draw(
     seed: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Source and target [H, W, 3] from the noise of a seed."""
-    height, width = settings.height // PIXELS_PER_LATENT_PIXEL, 2 * settings.width // PIXELS_PER_LATENT_PIXEL
-    latent = torch.zeros(1, engine.latent_channels(model), height, width)
+    pixels = engine.pixels_per_latent_pixel(model)
+    height, width = settings.height // pixels, 2 * (settings.width // pixels)
+    frames = (1,) if engine.has_frames(model) else ()
+    latent = torch.zeros(1, engine.latent_channels(model), *frames, height, width)
     noise = stock_noise(latent, seed)
     sampled = guider.sample(noise, latent, sampler, sigmas, disable_pbar=True, seed=seed)
-    source, target = halves(vae.decode(sampled), 2, "The pair")
+    decoded = vae.decode(sampled)
+    source, target = halves(decoded.flatten(0, -4), 2, "The pair")  # a VAE with frames returns [1, 1, H, W, 3]
     return source[0], target[0]
 
 

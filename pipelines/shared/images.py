@@ -13,7 +13,9 @@ from .errors import IdentityEditError, check_finite, not_finite
 from .input_checks import BRIGHTEST_HDR, check_images
 
 PIXELS_PER_LATENT_PIXEL = 8
-"""Image pixels per latent pixel, along each side."""
+"""Image pixels per latent pixel of Stable Diffusion and most flow models, along each side."""
+CROPS = (8, 16, 32)
+"""VAE Encode crops images to multiples of these, by VAE."""
 MOST_PIXELS = 100_000_000
 """Largest accepted image, twice the resolution of cameras. (A file of a few kilobytes can claim any size.)"""
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}
@@ -67,14 +69,14 @@ def _colors(values: torch.Tensor) -> torch.Tensor:
     return values[..., :3].clamp(0.0, 1.0)
 
 
-def middle(batch: torch.Tensor) -> torch.Tensor:
-    """Center crop of images [B, H, W, C] or masks [B, H, W] to multiples of 8 pixels, as VAE Encode does.
+def middle(batch: torch.Tensor, multiple: int = PIXELS_PER_LATENT_PIXEL) -> torch.Tensor:
+    """Center crop of images [B, H, W, C] or masks [B, H, W] to multiples of so many pixels, as VAE Encode does.
 
-    Sides below 8 pixels are kept; such images have no latent.
+    Smaller sides are kept; such images have no latent.
     """
     for dimension in (1, 2):
         side = batch.shape[dimension]
-        kept = side // PIXELS_PER_LATENT_PIXEL * PIXELS_PER_LATENT_PIXEL or side
+        kept = side // multiple * multiple or side
         batch = batch.narrow(dimension, (side - kept) // 2, kept)
     return batch
 
@@ -100,8 +102,8 @@ def matched_images(
     sizes = [f"{each.shape[2]}x{each.shape[1]}" for each in images]
     note = None
     if images[0].shape[1:] != images[1].shape[1:]:
-        for cut, other in ((0, 1), (1, 0)):
-            smaller = middle(images[cut])
+        for cut, other, multiple in ((*pair, multiple) for multiple in CROPS for pair in ((0, 1), (1, 0))):
+            smaller = middle(images[cut], multiple)
             if smaller.shape[1:] == images[other].shape[1:]:
                 images[cut] = smaller
                 note = f"{names[cut]} ({sizes[cut]}) was center-cropped to {sizes[other]}, as VAE Encode does."
@@ -121,16 +123,18 @@ def matched_images(
     return images[0], images[1], note
 
 
-def encoded(vae: Vae, images: torch.Tensor, name: str) -> torch.Tensor:
+def encoded(vae: Vae, images: torch.Tensor, name: str, *, with_frames: bool = False) -> torch.Tensor:
     """Encode images with a VAE.
 
     Args:
         vae: VAE.
         images: [B, H, W, 3], 0 to 1; the VAE crops sides to multiples of 8 pixels.
         name: the images' name for messages.
+        with_frames: for a model whose latents have frames, such as Qwen-Image: its VAE takes a batch for the frames of
+            one video, so every image is encoded alone.
 
     Returns:
-        [B, C, h, w] float32 CPU, in the scale of LATENT sockets.
+        [B, C, h, w] float32 CPU, in the scale of LATENT sockets; [B, C, 1, h, w] with frames.
 
     Raises:
         IdentityEditError: for images below 8 pixels, latents of a video VAE, or values that are not finite.
@@ -138,8 +142,9 @@ def encoded(vae: Vae, images: torch.Tensor, name: str) -> torch.Tensor:
     height, width = images.shape[1:3]
     if min(height, width) < PIXELS_PER_LATENT_PIXEL:
         raise IdentityEditError(f"{name} is {width}x{height} pixels; use one of 64 or more.")
-    latents = vae.encode(images[..., :3]).detach().float().cpu()
-    if latents.ndim != 4:
+    batches = images[..., :3].split(1) if with_frames else [images[..., :3]]
+    latents = torch.cat([vae.encode(batch).detach().float().cpu() for batch in batches])
+    if latents.ndim != 4 and not with_frames:
         raise IdentityEditError(
             f"The vae returns latents {tuple(latents.shape)}, as video VAEs do; use the VAE of the same checkpoint as "
             f"the model."

@@ -9,7 +9,7 @@ import torch
 
 from ...attention.masks import resized
 from .errors import IdentityEditError
-from .images import PIXELS_PER_LATENT_PIXEL, middle
+from .images import CROPS, middle
 from .input_checks import check_mask
 
 _NO_MASK = (64, 64)
@@ -38,9 +38,13 @@ def as_masks(mask: torch.Tensor, name: str) -> torch.Tensor:
 def cut_to(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Masks [B, h, w] with VAE Encode's center crop, if that gives the size of this image or of the image of this
     latent; otherwise unchanged."""
-    cut = middle(masks)
-    fits = any(tuple(cut.shape[1:]) == (height * factor, width * factor) for factor in (1, PIXELS_PER_LATENT_PIXEL))
-    return cut if fits and tuple(masks.shape[1:]) != (height, width) else masks
+    if tuple(masks.shape[1:]) == (height, width):
+        return masks
+    for multiple in CROPS:
+        cut = middle(masks, multiple)
+        if tuple(cut.shape[1:]) in ((height, width), (height * multiple, width * multiple)):
+            return cut
+    return masks
 
 
 def of_size(masks: torch.Tensor, height: int, width: int) -> torch.Tensor:

@@ -197,6 +197,20 @@ def test_texts_padded_at_the_start() -> None:
     assert torch.equal(*found) and float(found[0].std()) > 0.1
 
 
+def test_a_sampled_text_padded_at_the_start() -> None:
+    """Its columns are those of the prompt, not of what Flux.2 puts before it."""
+    network = replace(NETWORKS["flux"], make=partial(tiny_flow_models.flux, base=comfy.model_base.Flux2))
+    model, latent = network.model(), network.latent(4)
+    padded = [[torch.nn.functional.pad(POSITIVE[0][0], (0, 0, 512 - TOKENS, 0)), POSITIVE[0][1]]]
+    found = []
+    for prompt, before in ((POSITIVE, 0), (padded, 512 - TOKENS)):
+        columns, contrast = tuple(before + c for c in COLUMNS), tuple(before + c for c in CONTRAST)
+        recording, attention = capture_joint_attention(model, None, columns, contrast)
+        sample(recording, latent, prompt)
+        found.append(attention.cross[GRID].total)
+    assert torch.equal(*found) and float(found[0].std()) > 0.1
+
+
 def test_image_maps_are_never_larger_than_32_by_32() -> None:
     network = NETWORKS["flux"]
     recording, attention = record(network.model(), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import comfy.text_encoders.flux
@@ -15,6 +16,7 @@ from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.bad_values import SixteenChannelVAE
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import as_comfyui_gives, complaint_about_message
+from PIL import Image
 
 WORKING = {
     "NoiseInversion", "EditFriendlyDDPMInversion", "InversionSampler", "TimestepAwareTextInjection",
@@ -86,7 +88,9 @@ def test_a_node_works_or_refuses_by_its_technique(name: str, world: World, of_fl
         assert name in WORKING
 
 
-@pytest.mark.parametrize("name", ["IdentityAttention", "IdentityAwareMaskBlend", "SegmentSubject", "PromptToPrompt"])
+@pytest.mark.parametrize(
+    "name", ["IdentityAttention", "IdentityAwareMaskBlend", "SegmentSubject", "PromptToPrompt", "GeneratePairs"]
+)
 def test_text_encoders_of_flow_models_serve_where_their_tokens_are_known(
     name: str, world: World, of_flux: dict[str, Any]
 ) -> None:
@@ -107,6 +111,8 @@ def test_text_encoders_of_flow_models_serve_where_their_tokens_are_known(
                                       if key in good(world, name)}}  # fmt: skip
     if name == "PromptToPrompt":
         inputs |= {"reweight": "", "inversion": of_flux["ddim"]}
+    elif name == "GeneratePairs":
+        inputs |= {"folder": "pairs/flux", "conditions": None}
     elif name != "IdentityAwareMaskBlend":
         inputs["contrast"] = "grass"
     else:
@@ -117,3 +123,78 @@ def test_text_encoders_of_flow_models_serve_where_their_tokens_are_known(
     assert result.args
     with pytest.raises(IdentityEditError, match=r"clip belongs to another model family \(Flux"):
         CLASSES["ApplySubject"].execute(**{**good(world, "ApplySubject"), "model": of_flux["MODEL"], "clip": Clip()})
+
+
+class FramesVAE(SixteenChannelVAE):
+    """Of Qwen-Image and Wan: a batch of images is one video, and the latents have frames."""
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        return super().encode(images).movedim(0, 1)[None]
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return torch.stack([super(FramesVAE, self).decode(video.movedim(1, 0)) for video in latents])
+
+
+@pytest.mark.parametrize("name", ["GeneratePairs", "SegmentSubject"])
+def test_latents_with_frames_are_made_of_images_and_become_images(
+    name: str, world: World, of_flux: dict[str, Any]
+) -> None:
+    model = tiny_flow_models.qwen_image(output_gain=0.2)
+    inputs = {**good(world, name), "model": model, "vae": FramesVAE(), "clip": world.clip}
+    if name == "GeneratePairs":
+        inputs["folder"] = "pairs/frames"
+    else:
+        inputs |= {"contrast": "grass", "images": torch.cat([inputs["images"], 1.0 - inputs["images"]])}
+    first = CLASSES[name].execute(**as_comfyui_gives(name, inputs)).args[0]
+    assert first.shape[0] == (1 if name == "GeneratePairs" else 2) and bool(first.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [64, 72])
+def test_pairs_of_flux_2_have_the_size_that_was_asked_for(size: int, world: World, of_flux: dict[str, Any]) -> None:
+    """Its latent pixels have 16 image pixels."""
+
+    class VAE(SixteenChannelVAE):
+        latent_channels = 128
+
+        def decode(self, latents: torch.Tensor) -> torch.Tensor:
+            return super().decode(latents.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+
+    model = tiny_flow_models.flux2(output_gain=0.2)
+    inputs = {**good(world, "GeneratePairs"), "model": model, "vae": VAE(), "folder": f"pairs/flux2_{size}"}
+    inputs |= {"clip": world.clip, "width": size, "height": 64, "count": 1}
+    if size % 16:
+        with pytest.raises(IdentityEditError, match="width is 72; choose a multiple of 16"):
+            CLASSES["GeneratePairs"].execute(**as_comfyui_gives("GeneratePairs", inputs))
+        return
+    folder = Path(CLASSES["GeneratePairs"].execute(**as_comfyui_gives("GeneratePairs", inputs)).args[1])
+    images = [Image.open(path).size for path in sorted(folder.rglob("*.png"))]
+    assert images.count((64, 64)) >= 2, images
+
+
+def test_a_second_guidance_of_a_distilled_model_is_said(
+    world: World, of_flux: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = {**good(world, "EditFriendlyDDPMInversion"), "model": of_flux["MODEL"], "latent": of_flux["LATENT"]}
+    inputs |= {"source": of_flux["CONDITIONING"], "negative": of_flux["CONDITIONING"], "steps": 2}
+    for scale in (3.5, 1.0):
+        caplog.clear()
+        given = as_comfyui_gives("EditFriendlyDDPMInversion", {**inputs, "guidance_scale": scale})
+        CLASSES["EditFriendlyDDPMInversion"].execute(**given)
+        assert ("adds a second guidance; set it to 1" in caplog.text) == (scale != 1.0)
+
+
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_negative_prompt_inversion_needs_true_guidance(name: str, world: World, of_flux: dict[str, Any]) -> None:
+    model = tiny_flow_models.FAMILIES[name](output_gain=0.2)
+    prompt = tiny_models.conditioning(1)
+    found = inversion.invert_image(model, of_flux["LATENT"]["samples"], prompt, steps=3)
+    inputs = {**good(world, "NullTextOptimization"), "model": model, "inversion": found, "source": prompt}
+    inputs |= {"negative": tiny_models.conditioning(2), "method": "negative-prompt inversion (fast)"}
+    if name == "flux":
+        with pytest.raises(IdentityEditError, match="distilled guidance and no unconditional side"):
+            CLASSES["NullTextOptimization"].execute(**as_comfyui_gives("NullTextOptimization", inputs))
+    else:
+        CLASSES["NullTextOptimization"].execute(**as_comfyui_gives("NullTextOptimization", inputs))
+        inputs |= {"method": "automatic", "inner_steps": 1}
+        report = CLASSES["NullTextOptimization"].execute(**as_comfyui_gives("NullTextOptimization", inputs)).args[4]
+        assert report.startswith("Null-text optimization (adaptive)")

@@ -47,9 +47,9 @@ class Clip:
 CLIP = Clip()
 
 
-@pytest.fixture(scope="module", params=tiny_flow_models.ALL)
+@pytest.fixture(scope="module", params=tiny_flow_models.JOINT)
 def model(request: pytest.FixtureRequest) -> Any:
-    return tiny_flow_models.ALL[request.param](output_gain=0.2)
+    return tiny_flow_models.JOINT[request.param](output_gain=0.2)
 
 
 NEGATIVE = tiny_models.conditioning(3)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
 import pytest
 import tiny_flow_models
 import tiny_models
 import torch
 from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.engine.gradient_context import gradient_context
 from identity_edit_pack.pipelines.inversion import inversion, null_text
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.timestep_aware import text_optimization
@@ -101,3 +104,21 @@ def test_text_optimization_lowers_the_error_of_the_velocity(model: Any) -> None:
     )
     before = text_optimization.optimize_text_embedding(model, latent, TARGET, steps=12, learning_rate=1e-9, seed=1)
     assert float(again.losses.mean()) < float(before.losses.mean())
+
+
+@pytest.mark.skipif(hasattr(comfy.ops, "QuantLinearFunc"), reason="this ComfyUI has a backward pass of its own")
+def test_layers_that_quantize_their_input_have_a_gradient() -> None:
+    """Scaled float8 with an input scale, as ComfyUI reads it on a card that multiplies float8."""
+    operations = comfy.ops.mixed_precision_ops({"layer": {"format": "float8_e4m3fn"}}, torch.float32)
+    network = torch.nn.Module()
+    network.layer = operations.Linear(16, 16, bias=False, dtype=torch.float32)
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(1)).to(torch.float8_e4m3fn)
+    scales = {"layer.weight_scale": torch.tensor(0.5), "layer.input_scale": torch.tensor(0.02)}
+    network.load_state_dict({"layer.weight": weight, **scales})
+    attributes = dict(vars(network.layer))
+    patcher = comfy.model_patcher.ModelPatcher(network, torch.device("cpu"), torch.device("cpu"))
+    with torch.inference_mode(), gradient_context([patcher], load=False):
+        x = torch.ones(2, 16, requires_grad=True)
+        (gradient,) = torch.autograd.grad(network.layer(x).sum(), x)
+    torch.testing.assert_close(gradient, (0.5 * weight.float()).sum(dim=0).expand(2, -1))
+    assert vars(network.layer) == attributes

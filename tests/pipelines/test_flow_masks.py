@@ -163,9 +163,9 @@ def test_masked_prompts_keep_their_contrast() -> None:
     assert identity.options["attention_mask"][0, 75:].tolist() == [1, 0, 1, 1]
 
 
-@pytest.fixture(scope="module", params=tiny_flow_models.ALL)
+@pytest.fixture(scope="module", params=tiny_flow_models.JOINT)
 def model(request: pytest.FixtureRequest) -> Any:
-    return tiny_flow_models.ALL[request.param](output_gain=0.2)
+    return tiny_flow_models.JOINT[request.param](output_gain=0.2)
 
 
 IDENTITY = IdentityPrompt(

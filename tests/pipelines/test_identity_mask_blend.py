@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
+import tiny_flow_models
 import tiny_models
 import torch
 from identity_edit_pack.attention.identity_mask import identity_mask
@@ -170,6 +171,22 @@ def test_the_default_guidance_scale_is_the_methods_own() -> None:
         inversion = invert(model, method)
         given = blend(model, inversion, guidance_scale=scale)
         assert torch.equal(blend(model, inversion, guidance_scale=None).latent, given.latent)
+
+
+def test_the_default_guidance_scale_of_flow_models() -> None:
+    """4, and with distilled guidance 1, which needs no negative."""
+    for make, scale in ((tiny_flow_models.sd3, 4.0), (tiny_flow_models.flux, 1.0)):
+        model = make(output_gain=0.2)
+        pivot = edit_friendly_ddpm_inversion(model, tiny_flow_models.latent(4), SOURCE, NEGATIVE, steps=3)
+        inside = torch.ones(1, 8, 8)
+        default, given = (
+            identity_mask_blend.identity_mask_blend(
+                model, pivot, SOURCE, TARGET, None, NEGATIVE, guidance_scale=each, source_mask=inside,
+                target_mask=inside,
+            )
+            for each in (None, scale)
+        )  # fmt: skip
+        assert torch.equal(default.latent, given.latent)
 
 
 def test_guidance_scale_1_needs_no_negative_and_half_the_evaluations() -> None:

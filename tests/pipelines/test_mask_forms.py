@@ -5,7 +5,10 @@ from __future__ import annotations
 import comfy.sd
 import comfy.utils
 import pytest
+import tiny_flow_models
+import tiny_models
 import torch
+from identity_edit_pack.nodes.sockets import at_image_size
 from identity_edit_pack.pipelines.shared import masks
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.pipelines.shared.images import matched_images, middle
@@ -31,6 +34,25 @@ def test_what_vae_encode_cuts_off_an_image_is_cut_off_its_mask(size: tuple[int, 
     images = mask[..., None].expand(-1, -1, -1, 3)
     first, second, note = matched_images(images, kept[..., None], ("photo", "edit"))
     assert torch.equal(first, second) and note is not None and note.startswith("photo (")
+
+
+@pytest.mark.parametrize("size", [(97, 131), (111, 143), (104, 136)])
+def test_a_vae_of_16_pixels_cuts_more(size: tuple[int, int]) -> None:
+    """Flux.2's: the latent of an image of 97x131 is that of its middle 96x128, and 104x136 lose 8 more."""
+    mask = torch.rand(1, *size)
+    vae = comfy.sd.VAE.__new__(comfy.sd.VAE)
+    vae.downscale_ratio, vae.crop_input, vae.latent_dim, vae.output_channels = 16, True, 2, 1
+    kept = vae.vae_encode_crop_pixels(mask[..., None])[..., 0]
+    assert torch.equal(masks.of_size(mask, 96, 128), kept)
+    torch.testing.assert_close(masks.of_size(mask, 6, 8), torch.nn.functional.avg_pool2d(kept[:, None], 16)[:, 0])
+
+
+def test_masks_of_latent_pixels_are_shown_at_the_images_size() -> None:
+    mask = torch.rand(1, 4, 6)
+    for make, pixels in ((tiny_models.sd1, 8), (tiny_flow_models.flux, 8), (tiny_flow_models.flux2, 16)):
+        shown = at_image_size(mask, make())
+        assert shown.shape == (1, 4 * pixels, 6 * pixels)
+        assert torch.equal(shown[:, ::pixels, ::pixels], mask)
 
 
 def test_one_mask_is_for_all_images() -> None:

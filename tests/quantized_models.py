@@ -1,4 +1,4 @@
-"""The tiny SD1-like model with its linear layers quantized, as ComfyUI loads such checkpoints, and as GGUF packs do.
+"""Tiny models with their linear layers quantized, as ComfyUI loads such checkpoints, and as GGUF packs do.
 
 Formats of ComfyUI's own need an engine that has them: see `formats`. GGUF is no format of ComfyUI's; its packs bring
 layers that keep a weight as bytes and a ModelPatcher that hands LoRAs to them, and both are made here in small.
@@ -12,9 +12,7 @@ from typing import Any
 import comfy.lora
 import comfy.model_patcher
 import comfy.ops
-import comfy.supported_models
 import comfy.utils
-import tiny_models
 import torch
 
 GGUF = "GGUF-like"
@@ -35,8 +33,8 @@ def formats() -> list[str]:
 
 
 def quantized(patcher: Any, kind: str) -> comfy.model_patcher.ModelPatcher:
-    """An SD1-like model with every linear layer in a quantized form: the same weights but for rounding. The given one
-    is no longer to be used."""
+    """A model with every linear layer in a quantized form: the same weights but for rounding. The given one is no
+    longer to be used."""
     if kind == GGUF:
         _with_layers_of_bytes(patcher.model.diffusion_model)
         return GGUFLikePatcher(patcher.model, patcher.load_device, patcher.offload_device)
@@ -54,8 +52,9 @@ def quantized(patcher: Any, kind: str) -> comfy.model_patcher.ModelPatcher:
             weights[f"{layer}.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
         else:
             weights[key] = value
-    channels = network.input_blocks[0][0].in_channels
-    config = comfy.supported_models.SD15(tiny_models._unet_config(in_channels=channels))
+    of_patcher = patcher.model.model_config
+    config = type(of_patcher)(dict(of_patcher.unet_config))
+    config.unet_config.update(of_patcher.unet_config)  # in place of the family's own sizes
     config.quant_config = {"mixed_ops": True}
     config.set_inference_dtype(torch.bfloat16, torch.float32)
     model = type(patcher.model)(config, model_type=patcher.model.model_type, device=torch.device("cpu"))

@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 import quantized_models
+import tiny_flow_models
 import tiny_models
 import torch
+from identity_edit_pack.attention.joint_capture import capture_joint_attention
+from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.engine import model_tag
+from identity_edit_pack.pipelines.inversion import inversion, methods
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 from identity_edit_pack.tests.nodes.test_bad_inputs import run
@@ -101,3 +105,35 @@ def test_an_identity_prior_moves_a_quantized_model_as_it_moves_the_plain_one(kin
     cosine = torch.nn.functional.cosine_similarity(expected.flatten(), found.flatten(), dim=0)
     # ComfyUI rounds the changed weights again, in four bits by about as much as this change.
     assert cosine > (0.5 if kind == "nvfp4" else 0.9)
+
+
+@pytest.mark.parametrize("kind", quantized_models.formats())
+@pytest.mark.parametrize("family", ["sd3", "qwen_image", "z_image", "flux2"])
+def test_a_flow_model_is_inverted_read_and_optimized_in_its_quantized_form(family: str, kind: str) -> None:
+    """Its estimates and its gradients are those of the plain model but for rounding, of weights and of inputs."""
+    source, negative = tiny_models.conditioning(1), tiny_models.conditioning(3)
+
+    def estimate_and_gradient(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        z_0 = engine.model_latent(model, tiny_flow_models.latent_for(model, 4))
+
+        def loop(evaluator: engine.NetworkEvaluator, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            variable = negative[0][0].clone().requires_grad_(True)
+            denoised = evaluator.denoised(x, torch.tensor(0.7), "negative", variable)
+            (gradient,) = torch.autograd.grad((denoised * z_0.clone()).sum(), variable)
+            return denoised.detach(), gradient
+
+        return engine.run_loop(model, source, negative, z_0, torch.tensor([0.7, 0.0]), loop, gradients=True)
+
+    with torch.inference_mode():
+        plain = estimate_and_gradient(tiny_flow_models.ALL[family](output_gain=0.2))
+        model = quantized_models.quantized(tiny_flow_models.ALL[family](output_gain=0.2), kind)
+        for found, expected in zip(estimate_and_gradient(model), plain, strict=True):
+            cosine = torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0)
+            # Random networks amplify what float8 and four bits round of their inputs, too.
+            assert cosine > {"nvfp4": 0.5, "float8_e4m3fn": 0.7}.get(kind, 0.95), cosine
+        z_0 = tiny_flow_models.latent_for(model, 4)
+        recording, attention = capture_joint_attention(model, None, (1, 2), (5,))
+        made = inversion.invert_image(recording, z_0, source, steps=6, method=methods.FIXED_POINT, iterations=8)
+        back = inversion.sample_inversion(recording, made, source)
+        assert tiny_models.relative_error(back, z_0) < 0.05
+        assert all(bool(each.total.isfinite().all()) for each in attention.cross.values()) and attention.cross

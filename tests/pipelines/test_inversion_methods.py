@@ -113,9 +113,9 @@ def test_stock_euler_returns_the_image_of_a_fixed_point_inversion(model: Any) ->
     assert relative_error(inversion.sample_inversion(model, ddim, SOURCE), z_0) > 5 * error
 
 
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_the_models_own_shift_is_followed(shift: float) -> None:
-    model = tiny_flow_models.sd3(output_gain=0.05)
+@pytest.mark.parametrize(("family", "shift"), [("sd3", 1.0), ("sd3", 3.0), ("flux", 1.15)])
+def test_the_models_own_shift_is_followed(family: str, shift: float) -> None:
+    model = tiny_flow_models.ALL[family](output_gain=0.05)
     sampling = type(model.get_model_object("model_sampling"))(model.model.model_config)
     sampling.set_parameters(shift=shift)
     model = model.clone()

@@ -26,8 +26,12 @@ from environment import ScriptError, make_environment
 
 from .harness import ROOT, command_of, markdown, read_results, source_commit, write_results
 
-WORKFLOWS = ("timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_generate")
-"""Together they use what a ComfyUI may have changed: gradients, recorded and exchanged attention, added layers."""
+WORKFLOWS = (
+    "timestep_aware_edit", "nima_only", "prompt_to_prompt", "pidiff_generate", "flow_edit", "flow_timestep_aware_edit",
+    "flow_nima", "flow_prompt_to_prompt",
+)  # fmt: skip
+"""Together they use what a ComfyUI may have changed: gradients, recorded and exchanged attention, added layers, and
+the same of a flow model."""
 
 COMMAND = "python -m benchmarks engines FOLDER [FOLDER ...] --tests tests/engine/test_server.py"
 MOST_STEPS = 6

@@ -170,6 +170,17 @@ def test_every_node_is_in_a_workflow() -> None:
     assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} - used == set()
 
 
+def test_captions_can_come_from_a_captioner_alone() -> None:
+    """Images before Caption Images are loaded without caption files, which its notes call optional."""
+    loaded = {}
+    for name in NAMES:
+        prompt = read_api(name)
+        for node in prompt.values():
+            if node["class_type"] == "IdentityEditCaptionImages":
+                loaded[name] = prompt[node["inputs"]["subject"][0]]["inputs"].get("captions")
+    assert len(loaded) >= 4 and "caption files" not in loaded.values(), loaded
+
+
 def read_api(name: str) -> dict[str, Any]:
     return json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
 

@@ -51,6 +51,7 @@ class IdentityAttention:
         steps: cross-attention of every step (from 0) with its tokens apart, if `by_step`: the maps of the first image's
             tokens, then those of the second and so on, in place of the batch.
         step_count: number of steps of the run.
+        latent_size: height and width of the run's latents; (0, 0) before the first run.
         is_joint: whether it was read from joint attention.
     """
 
@@ -80,6 +81,7 @@ class IdentityAttention:
         self._self: MeanMap | None = None
         self.steps: dict[int, IdentityAttention] = {}
         self.step_count = 0
+        self.latent_size: Grid = (0, 0)
 
     def at_step(self, step: int) -> IdentityAttention:
         """The entry of `steps`, new if needed."""
@@ -252,6 +254,7 @@ class Recorder(ABC):
         self._run = run = self._begin(network, noise)
         run.sigmas = args[2].tolist() if len(args) > 2 else kwargs["sigmas"].tolist()
         self._attention.step_count = len(run.sigmas) - 1
+        self._attention.latent_size = (run.height, run.width)
         try:
             result = executor(noise, *args, **kwargs)
             missing = run.missing()

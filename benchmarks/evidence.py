@@ -59,8 +59,8 @@ PAPERS = (
         hifi_tuner,
         ("hifi_tuner",),
         (
-            "*+ regularization* also turns word vectors into rows of the text embedding, with another learning rate, so "
-            "that its row is not the tie's alone. The tie has its default weight of 1e-6.",
+            "*+ regularization* also turns word vectors into rows of the text embedding, with another learning rate, "
+            "so that its row is not the tie's alone. The tie has its default weight of 1e-6.",
             "The classifier sees all that the prompts ask in every row, so that score cannot show what a technique "
             "does to prompt fidelity. Nor can CLIP-T: the renderer's images show exactly what the prompts ask and have "
             "less of it (0.699) than every row, so a row that falls toward them is not worse.",

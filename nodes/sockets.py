@@ -148,7 +148,8 @@ class ClipOfAnyFamily(io.Clip.Input):
 
 
 def _check_clip(clip: Any, item: Any, model: Any) -> None:
-    of_any_family = isinstance(item, ClipOfAnyFamily) and model is not None and engine.is_joint(model)
+    is_flow = model is not None and engine.Capability.VELOCITY in engine.require(model).capabilities
+    of_any_family = isinstance(item, ClipOfAnyFamily) and is_flow
     check_clip(clip, item.id, of_any_family)
 
 

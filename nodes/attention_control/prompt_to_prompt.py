@@ -168,9 +168,10 @@ class PromptToPrompt(io.ComfyNode):
         )
         steps = _ANY if inversion is None else inversion.steps
         factors = control.parse_reweight(reweight)
-        replaced, names = max(cross_replace_steps, self_replace_steps), "cross_replace_steps and self_replace_steps are"
+        replaced = max(cross_replace_steps, self_replace_steps)
+        idle, remedy = "cross_replace_steps and self_replace_steps are 0", "raise one of them"
         if engine.is_joint(model):
-            replaced, names = self_replace_steps, "self_replace_steps is"
+            replaced, idle, remedy = self_replace_steps, "self_replace_steps is 0", "raise it"
         show_warnings(
             cls,
             first_said(
@@ -181,7 +182,7 @@ class PromptToPrompt(io.ComfyNode):
                 ),
                 (
                     takes_no_part(replaced, steps) and not blend_words.strip(),
-                    f"{names} 0, so the target prompt is sampled as without this node; raise it.",
+                    f"{idle}, so the target prompt is sampled as without this node; {remedy}.",
                 ),
                 (
                     bool(factors) and takes_no_part(cross_replace_steps, steps),

@@ -19,7 +19,7 @@ from ...pipelines.lipe.identity_prompt import (
     token_positions,
 )
 from ...pipelines.shared.errors import IdentityEditError
-from ...pipelines.shared.images import PIXELS_PER_LATENT_PIXEL, as_color
+from ...pipelines.shared.images import as_color
 from ...pipelines.shared.masks import masks_for
 from ...pipelines.shared.parsing import whole_numbers
 from ..sockets import ClipOfAnyFamily, checked, fraction_input, mask_input, schema
@@ -239,7 +239,7 @@ class AttentionHeatmap(io.ComfyNode):
         values = mask
         if identity_attention is not None:
             power = 0 if show == CROSS_ATTENTION else self_attention_power
-            height, width = (max(1, size // PIXELS_PER_LATENT_PIXEL) for size in image.shape[1:3])
+            height, width = identity_attention.latent_size  # as the masks of the run were made
             if show == MASK:
                 values = masks.identity_mask(identity_attention, height, width, threshold, power)
                 drawn = heatmap.outlined(drawn, values)

@@ -133,7 +133,8 @@ class IdentityAwareMaskBlend(io.ComfyNode):
                     f"{scales[identity_mask_blend.EDIT_FRIENDLY_DDPM]:g} for edit-friendly DDPM as in its reference "
                     "implementation, the scale that null-text embeddings were optimized for, else "
                     f"{scales[identity_mask_blend.DDIM]:g} (Mokady et al. 2023). Flow models: "
-                    f"{identity_mask_blend.FLOW_GUIDANCE_SCALE:g}, and 1 with distilled guidance.",
+                    f"{identity_mask_blend.FLOW_GUIDANCE_SCALE:g}, or 1 where guidance is an input of the model "
+                    "(Flux.1 dev); set 1 yourself for models of few steps (Klein, Turbo).",
                 ),
                 threshold_input(),
                 io.Float.Input(

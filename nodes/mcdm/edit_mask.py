@@ -65,7 +65,7 @@ class MCDMEditMask(io.ComfyNode):
                     min=1,
                     max=1000,
                     tooltip="Steps of noise added to the image. 10 of 20 in Chen et al. 2024 (supplement 1.3), "
-                    "half of the schedule as in DiffEdit.",
+                    "half of the schedule as in DiffEdit. On flow models, noise_steps / steps is the noise level.",
                 ),
                 io.Int.Input(
                     "seeds",

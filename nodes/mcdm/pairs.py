@@ -55,7 +55,8 @@ class GeneratePairs(io.ComfyNode):
                 ),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="Noise schedule, from a scheduler node: KarrasScheduler with 20 steps in Chen et al. 2024.",
+                    tooltip="Noise schedule, from a scheduler node: KarrasScheduler with 20 steps in Chen et al. 2024, "
+                    "BasicScheduler for flow models.",
                 ),
                 Prompts.Input("prompts", tooltip="Edits, subjects and prompts, from Pair Prompts."),
                 io.Int.Input("count", default=8, min=1, max=1000000, tooltip="Total number of pairs in the dataset."),
@@ -69,7 +70,7 @@ class GeneratePairs(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Width of one image in pixels. 512 in Chen et al. 2024.",
+                    tooltip="Width of one image in pixels. 512 in Chen et al. 2024. Flux.2 needs a multiple of 16.",
                 ),
                 io.Int.Input(
                     "height",
@@ -77,7 +78,7 @@ class GeneratePairs(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Height of one image in pixels. 512 in Chen et al. 2024.",
+                    tooltip="Height of one image in pixels. 512 in Chen et al. 2024. Flux.2 needs a multiple of 16.",
                 ),
                 guidance_inputs()[0],
                 _folder_input("edits", "Existing pairs are kept; only missing ones are generated."),

@@ -58,7 +58,7 @@ def gradient_context(
     patchers = list(patchers)
     patchers += [added for patcher in patchers for added in patcher.get_nested_additional_models()]
     patchers = list({id(patcher): patcher for patcher in patchers}.values())
-    with readable_memory_errors():
+    with readable_errors():
         if load:
             load_completely(patchers, memory_required)
         with torch.inference_mode(False), torch.enable_grad(), contextlib.ExitStack() as stack:
@@ -140,11 +140,17 @@ def _layers_in_full_precision(modules: Iterable[torch.nn.Module]) -> Iterator[No
 
 
 @contextlib.contextmanager
-def readable_memory_errors() -> Iterator[None]:
-    """Convert torch's out-of-memory error to an `IdentityEditError` with a remedy."""
+def readable_errors() -> Iterator[None]:
+    """Convert torch's out-of-memory error, and that of layers without a gradient, to an `IdentityEditError` with a
+    remedy."""
     try:
         yield
     except RuntimeError as error:
+        if "support automatic differentiation" in str(error):
+            raise IdentityEditError(
+                "The model's float8 layers have no gradient in this ComfyUI; load it with another weight_dtype than "
+                "fp8_e4m3fn_fast."
+            ) from error
         if not _is_out_of_memory(error):
             raise
         raise IdentityEditError(

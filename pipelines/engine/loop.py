@@ -24,7 +24,7 @@ from .gradient_context import (
     gradient_context,
     gradient_memory,
     load_completely,
-    readable_memory_errors,
+    readable_errors,
     use_differentiable_attention,
 )
 from .guidance import estimates_of, guided_estimate
@@ -164,7 +164,7 @@ def run_loop(
     with contextlib.ExitStack() as stack:
         if gradients:
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(readable_memory_errors())
+            stack.enter_context(readable_errors())
             positive, negative, latent, sigmas = copy_outside_inference_mode((positive, negative, latent, sigmas))
             patcher.add_wrapper_with_key(kinds.PREPARE_SAMPLING, _KEY, sampler.load_completely)
             use_differentiable_attention(patcher)

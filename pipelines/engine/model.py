@@ -21,7 +21,9 @@ from .weights import samples_of_weights
 
 _QUANTIZED_ROUNDING = 0.2
 """Largest relative error of 4-bit weights, with a margin; 8-bit weights are within 0.02."""
-_PIXELS_PER_LATENT_PIXEL = {"Flux2": 16, "Wan22": 16, "HunyuanImage21": 32, "ChromaRadiance": 1}
+_PIXELS_PER_LATENT_PIXEL = {
+    "Flux2": 16, "Wan22": 16, "HunyuanImage21": 32, "HunyuanVideo15": 16, "LTXV": 32, "ChromaRadiance": 1,
+}  # fmt: skip
 """By latent format, for a ComfyUI whose latent formats do not say it (0.3.75)."""
 _IMAGE_SPECIFIC = ("control", "gligen", "mask")
 """Conditioning options that apply to one particular image."""
@@ -318,7 +320,7 @@ def conditionings_with_embedding(
         else:
             model_conds = _with_joint_text(base, model_conds, embedding, pooled)
         marked = {KEEPS_EMBEDDING: True} if keep else {}
-        result.append({**conditioning, "model_conds": model_conds, **marked})
+        result.append({**conditioning, "cross_attn": embedding, "model_conds": model_conds, **marked})
     return result
 
 

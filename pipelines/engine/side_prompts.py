@@ -28,6 +28,7 @@ def conditionings_with_text(conditionings: list[dict[str, Any]], prompt: list[di
     return [
         {
             **conditioning,
+            "cross_attn": prompt[0].get("cross_attn"),
             "model_conds": {
                 **{name: value for name, value in conditioning["model_conds"].items() if name not in _TEXT},
                 **text,

@@ -103,7 +103,7 @@ def pair_guider(
         if x.shape[-1] % 2:
             raise IdentityEditError(
                 f"The latent has odd width {x.shape[-1]} and cannot be split in half; choose a width that is a "
-                f"multiple of 16 pixels."
+                f"multiple of {2 * engine.pixels_per_latent_pixel(model)} pixels."
             )
         guided = {
             name: guider.guided(estimates, name, x, guidance_scale).float()

@@ -14,8 +14,8 @@ from .input_checks import BRIGHTEST_HDR, check_images
 
 PIXELS_PER_LATENT_PIXEL = 8
 """Image pixels per latent pixel of Stable Diffusion and most flow models, along each side."""
-CROPS = (8, 16, 32)
-"""VAE Encode crops images to multiples of these, by VAE."""
+CROPS = (8, 16)
+"""VAE Encode crops images to multiples of these, by VAE (16: Flux.2's)."""
 MOST_PIXELS = 100_000_000
 """Largest accepted image, twice the resolution of cameras. (A file of a few kilobytes can claim any size.)"""
 _NO_IMAGES = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"}

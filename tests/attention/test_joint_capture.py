@@ -17,6 +17,7 @@ import torch
 from identity_edit_pack.attention import identity_mask, sites
 from identity_edit_pack.attention.joint_capture import capture_joint_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
+from identity_edit_pack.pipelines.text.step_embeddings import apply_step_embeddings, constant_embedding
 from identity_edit_pack.tests.attention.joint_sampling import POSITIVE, SIGMAS, Call, calls_noted_by, sample
 from tiny_joint_networks import CELLS, NETWORKS, TOKENS, Network
 
@@ -209,6 +210,20 @@ def test_a_sampled_text_padded_at_the_start() -> None:
         sample(recording, latent, prompt)
         found.append(attention.cross[GRID].total)
     assert torch.equal(*found) and float(found[0].std()) > 0.1
+
+
+def test_a_text_of_another_length_for_a_step_is_read_by_its_own_columns() -> None:
+    """Qwen-Image; the connected text is longer than that of the steps."""
+    network = NETWORKS["qwen"]
+    model, latent = network.model(), network.latent(4)
+    of_steps, connected = tiny_joint_networks.conditioning(3, tokens=7), tiny_joint_networks.conditioning(5, tokens=12)
+    found = []
+    for prompt in (of_steps, connected):
+        tabled = apply_step_embeddings(model, constant_embedding(SIGMAS, of_steps[0][0]), "positive")
+        recording, attention = capture_joint_attention(tabled, None, COLUMNS, CONTRAST)
+        sample(recording, latent, prompt)
+        found.append(attention.cross[GRID].total)
+    assert torch.equal(*found)
 
 
 def test_image_maps_are_never_larger_than_32_by_32() -> None:

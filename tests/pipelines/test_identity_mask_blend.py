@@ -181,8 +181,8 @@ def test_the_default_guidance_scale_of_flow_models() -> None:
         inside = torch.ones(1, 8, 8)
         default, given = (
             identity_mask_blend.identity_mask_blend(
-                model, pivot, SOURCE, TARGET, None, NEGATIVE, guidance_scale=each, source_mask=inside,
-                target_mask=inside,
+                model, pivot, SOURCE, TARGET, None, None if scale == 1.0 else NEGATIVE, guidance_scale=each,
+                source_mask=inside, target_mask=inside,
             )
             for each in (None, scale)
         )  # fmt: skip

@@ -45,6 +45,7 @@ OPTIONS: Options = {
     "size": (1024, "images' width and height"),
     "steps": (20, "of a run"),
     "runs": (3, "rounds"),
+    "dtype": ("", "of the weights: float32 or bfloat16 (float32 on a processor, else bfloat16)"),
     **THREADS,
 }
 
@@ -61,7 +62,8 @@ def load(arguments: argparse.Namespace) -> Any:
     if any(field.name == "txt_ids_dims" for field in dataclasses.fields(comfy.ldm.flux.model.FluxParams)):
         network["txt_ids_dims"] = []  # newer than 0.3.75
     config = comfy.supported_models.Flux(network)
-    config.set_inference_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16, None)
+    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    config.set_inference_dtype(getattr(torch, dtype), None)
     model = comfy.model_base.Flux(config, device=device)
     model.diffusion_model.to(device)
     torch.manual_seed(0)
@@ -146,6 +148,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {arguments.threads} threads",
         "size": arguments.size,
         "blocks": [arguments.double, arguments.single],
+        "dtype": str(model.model_dtype()).removeprefix("torch."),
         "runs": found,
         "medians": {
             variant: {name: statistics.median(each[name] for each in runs) for name in runs[0]}
@@ -168,7 +171,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         f"Joint attention: time and memory at {figures['size']}x{figures['size']}",
         f"medians of {len(figures['runs'][PLAIN])} guided runs of {arguments.steps} steps, {figures['device']}, "
         f"width {arguments.width}, {figures['blocks'][0]} double and {figures['blocks'][1]} single blocks, random "
-        f"weights.",
+        f"weights in {figures['dtype']}.",
         *markdown(titles, rows),
         "",
         f"Goals: at most {TIME_GOAL:g} of plain sampling's seconds (of a call, for the exchanges), and {MEMORY_GOAL} "

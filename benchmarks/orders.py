@@ -58,7 +58,7 @@ class Cases:
     def __init__(self, arguments: argparse.Namespace, units: Sequence[str], *, resume: bool = True) -> None:
         self.name, self.units = arguments.name, list(units)
         self.settings = {
-            name: value.name if isinstance(value, Path) else str(value)
+            name: as_setting(value)
             for name, value in vars(arguments).items()
             if name not in ("name", "processes", "threads", "keep")
         }
@@ -95,6 +95,13 @@ class Cases:
             "groups": self.groups,
             "values": self.values,
         }
+
+
+def as_setting(value: Any) -> str:
+    """As text; of a file its name, whose folder is no setting."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(as_setting, value))}]"
+    return value.name if isinstance(value, Path) else str(value)
 
 
 def as_number(value: Any) -> float | None:

@@ -382,6 +382,7 @@ def test_recorded_attention_is_the_mean_softmax_and_changes_no_bit(kind: str) ->
             maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[..., 2].mean(1)
             totals.setdefault(maps.shape[1], []).append(maps)
     assert {grid[0] * grid[1] for grid in attention.cross} == set(totals)
+    assert attention.latent_size == latent.shape[-2:]  # for Attention Heatmap
     for grid, mean in attention.cross.items():
         expected_mean = torch.stack(totals[grid[0] * grid[1]]).mean(0).unflatten(1, grid)
         assert float((mean.total / mean.weight - expected_mean).abs().max()) < 1e-5

@@ -68,20 +68,20 @@ class IdentityAttention:
         self.reads_self_attention = self_attention
         self.by_step = by_step
         self.is_joint = is_joint
-        self.clear()
+        self.begin((0, 0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> IdentityAttention:
         return self  # shared by all clones of a model
 
-    def clear(self) -> None:
-        """Discard the last run."""
+    def begin(self, latent_size: Grid) -> None:
+        """Discard the last run for one of latents of this height and width."""
+        self.latent_size = latent_size
         self.evaluations = 0
         self.cross: dict[Grid, MeanMap] = {}
         self.self_grid: Grid | None = None
         self._self: MeanMap | None = None
         self.steps: dict[int, IdentityAttention] = {}
         self.step_count = 0
-        self.latent_size: Grid = (0, 0)
 
     def at_step(self, step: int) -> IdentityAttention:
         """The entry of `steps`, new if needed."""
@@ -250,11 +250,10 @@ class Recorder(ABC):
 
     def _outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         network = executor.class_obj.model_patcher.get_model_object("diffusion_model")
-        self._attention.clear()
+        self._attention.begin((noise.shape[-2], noise.shape[-1]))
         self._run = run = self._begin(network, noise)
         run.sigmas = args[2].tolist() if len(args) > 2 else kwargs["sigmas"].tolist()
         self._attention.step_count = len(run.sigmas) - 1
-        self._attention.latent_size = (run.height, run.width)
         try:
             result = executor(noise, *args, **kwargs)
             missing = run.missing()

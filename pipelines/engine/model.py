@@ -69,12 +69,10 @@ def pixels_per_latent_pixel(model: Model) -> int:
     said = getattr(latent_format, "spacial_downscale_ratio", None)
     if said is not None:
         return int(said)
-    older = (kind for kind in _PIXELS_PER_LATENT_PIXEL if isinstance(latent_format, _latent_format(kind)))
-    return _PIXELS_PER_LATENT_PIXEL.get(next(older, ""), 8)
-
-
-def _latent_format(name: str) -> type | tuple[()]:
-    return getattr(comfy.latent_formats, name, ())
+    for name, pixels in _PIXELS_PER_LATENT_PIXEL.items():
+        if isinstance(latent_format, getattr(comfy.latent_formats, name, ())):
+            return pixels
+    return 8
 
 
 def has_frames(model: Model) -> bool:

@@ -367,8 +367,7 @@ def apply_style_attention(
 
     def outer_sample(executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if attention is not None:
-            attention.clear()
-            attention.latent_size = (noise.shape[-2], noise.shape[-1])
+            attention.begin((noise.shape[-2], noise.shape[-1]))
             chosen = choose_layers(attention_layers(network), noise.shape[-2], noise.shape[-1], attention.choice)
             recorded_layers.clear()
             recorded_layers.update(layer.key for layer in chosen)

@@ -197,7 +197,7 @@ def test_guidance_scale_0_is_the_inversions_own() -> None:
 def recorded() -> IdentityAttention:
     """The left half of a 4x4 grid."""
     attention = IdentityAttention((1,))
-    attention.latent_size = (4, 4)
+    attention.begin((4, 4))
     maps = torch.zeros(1, 4, 4)
     maps[:, :, :2] = 1
     attention.cross[4, 4] = MeanMap(maps, torch.ones(1, 4, 4))

@@ -89,7 +89,8 @@ class EditRun:
         path: the model's noise path.
         sigmas: [N + 1] descending noise levels.
         image: z_0 [B, C, H, W] of the LATENT.
-        noise: the NOISE [B, C, H, W].
+        noise: the NOISE [B, C, H, W] at the model's noise scale.
+        noise_scale: by which the algorithm's own noise is multiplied, see `Family`.
         start: x [B, C, H, W] at sigmas[0], as every stock sampler would start.
         seed: the NOISE's seed.
         target: guided estimate of the target prompt.
@@ -102,6 +103,7 @@ class EditRun:
     sigmas: torch.Tensor
     image: torch.Tensor
     noise: torch.Tensor
+    noise_scale: float
     start: torch.Tensor
     seed: int
     target: Estimate
@@ -174,7 +176,8 @@ class EditSampler(comfy.samplers.Sampler):
             path=family.noise_path,
             sigmas=sigmas,
             image=image,
-            noise=noise,
+            noise=family.noise_scale * noise,
+            noise_scale=family.noise_scale,
             start=start_of_run(sampling, sigmas[0], noise.clone(), image),
             seed=int(extra_args.get("seed") or 0),
             target=target,

@@ -36,7 +36,7 @@ def flow_edit_sampler(skip: float = SKIP, last_steps: float = 0.0, averages: int
     def edit(run: engine.EditRun) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         first = skipped_steps(run.steps, skip)
         last = max(first, run.steps - round(last_steps * run.steps))
-        noise = independent_noise(run.steps * averages, run.image, run.seed)
+        noise = run.noise_scale * independent_noise(run.steps * averages, run.image, run.seed)
         path, x_src = run.path, run.image
         z = x_src  # Z^FE at the first step
         for i in range(first, last):

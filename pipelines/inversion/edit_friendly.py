@@ -82,7 +82,7 @@ def edit_friendly_ddpm_inversion(
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         sigmas = schedule.sigmas.to(evaluator.device)
         path = family.noise_path
-        eps = independent_noise(steps, z_0, seed)
+        eps = family.noise_scale * independent_noise(steps, z_0, seed)
         # Eq. 6: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps_t with independent eps_t. The last latent is the image.
         latents = [path.noised(z_0, eps[i].to(z_0), sigmas[i]) for i in range(steps)]
         latents.append(z_0 * path.image_scale(sigmas[-1]))

@@ -61,7 +61,7 @@ def rf_inversion(
     Returns:
         the inversion, in N model calls (2 N unless guidance scale is 1).
     """
-    engine.require(model, engine.Capability.VELOCITY)
+    family = engine.require(model, engine.Capability.VELOCITY)
     check_number(gamma, "gamma", 0.0, 1.0)
     check_negative(negative, guidance_scale)
     levels = levels_of(model, steps, end_at_zero, sigmas)
@@ -70,7 +70,7 @@ def rf_inversion(
         ascending = levels.flip(0).to(evaluator.device)
         estimate = partial(evaluator.guided, guidance_scale=guidance_scale)
         start = z_0 * engine.FLOW.image_scale(ascending[0])
-        noise = independent_noise(1, z_0, seed)[0].to(z_0)
+        noise = family.noise_scale * independent_noise(1, z_0, seed)[0].to(z_0)
         trajectory = [start.cpu()]
         for i, (y, denoised) in enumerate(controlled_inversion(start, noise, ascending, estimate, gamma)):
             trajectory.append(y.cpu())

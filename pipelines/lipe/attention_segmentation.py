@@ -123,7 +123,7 @@ def record_attention(
     capturing, attention = capture_identity(model, identity, layers, self_attention=self_attention, sampled=True)
     if engine.is_joint(model):
         conditioning = identity.conditioning
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
+    noise = family.noise_scale * torch.randn(latent.shape, generator=torch.Generator().manual_seed(seed))
 
     def evaluate(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> None:
         for i, sigma in enumerate(sigmas.to(evaluator.device)):

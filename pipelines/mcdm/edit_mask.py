@@ -109,7 +109,7 @@ def edit_mask(
         level = sigma.to(evaluator.device)
         total = torch.zeros_like(z_0.mean(dim=1))
         for i in range(settings.seeds):
-            noise = torch.randn(z_0.shape, generator=torch.Generator().manual_seed(seed + i))
+            noise = family.noise_scale * torch.randn(z_0.shape, generator=torch.Generator().manual_seed(seed + i))
             x = family.noise_path.noised(z_0, noise.to(z_0), level)
             with_target, with_source = evaluator.both(x, level)
             total += (with_target - with_source).abs().mean(dim=1)  # over the channels

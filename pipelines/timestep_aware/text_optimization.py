@@ -85,7 +85,7 @@ def optimize_text_embedding(
         for step in range(steps):
             # Eq. 2: e_opt = argmin_e E_{t, eps} | eps - eps_theta(z_t, t, e) |^2
             t = int(torch.randint(sigmas.shape[0], (1,), generator=generator))
-            eps = torch.randn(z_0[:1].shape, generator=generator).to(evaluator.device)
+            eps = family.noise_scale * torch.randn(z_0[:1].shape, generator=generator).to(evaluator.device)
             x = path.noised(z_0, eps, sigmas[t])
             denoised = evaluator.denoised(x, sigmas[t], "positive", torch.cat(e))
             # The predicted noise minus eps; on a flow model the velocity minus eps - z_0.

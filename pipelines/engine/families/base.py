@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from enum import Enum
 from typing import Any, ClassVar
 
+import torch
+
 from ...shared.comfy_types import Model
 from .noise import NoisePath
 from .schedule import Schedule
@@ -74,6 +76,14 @@ class Family(ABC):
         Raises:
             IdentityEditError: when `steps` is outside its range.
         """
+
+    @property
+    def noise_scale(self) -> float:
+        """Standard deviation of the noise that the model was trained with, by which noise drawn for it is multiplied:
+        1, or that of ComfyUI's Model Noise Scale node and of HiDream-O1."""
+        half = torch.full((1,), 0.5)
+        start = self.sampling.noise_scaling(half, torch.ones(1), torch.zeros(1))
+        return float(start / half)
 
     @property
     @abstractmethod

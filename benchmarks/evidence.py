@@ -13,7 +13,7 @@ from typing import Any
 
 from . import hifi_tuner, lipe_edit, portrait_edit, style_identity, timestep_aware_edit
 from .harness import ROOT, markdown, read_results
-from .orders import NOT_MEASURED, ONCE, Published, orders_table
+from .orders import FEWEST, Published, orders_table
 
 PAGE = ROOT / "docs" / "evidence.md"
 
@@ -25,13 +25,13 @@ class Paper:
     Attributes:
         title: authors, year and method.
         module: the benchmark.
-        results: names of its results, the first that of its default run.
+        result: the name of its results.
         notes: reasons that were found, and what is left out.
     """
 
     title: str
     module: ModuleType
-    results: tuple[str, ...]
+    result: str
     notes: tuple[str, ...]
 
 
@@ -43,7 +43,7 @@ PAPERS = (
     Paper(
         "Liu et al. 2024 (LIPE)",
         lipe_edit,
-        ("lipe_edit",),
+        "lipe_edit",
         (
             "The user study of table 1 stands beside what the attribute classifier and the true background say.",
             "MyStyle is not measured: it is no diffusion model.",
@@ -55,20 +55,21 @@ PAPERS = (
     Paper(
         "Wang et al. 2023 (HiFi Tuner)",
         hifi_tuner,
-        ("hifi_tuner",),
+        "hifi_tuner",
         (
             "*+ regularization* also turns word vectors into rows of the text embedding, with another learning rate, "
-            "so that its row is not the tie's alone. The tie has its default weight of 1e-6.",
-            "The classifier sees all that the prompts ask in every row, so that score cannot show what a technique "
-            "does to prompt fidelity. Nor can CLIP-T: the renderer's images show exactly what the prompts ask and have "
-            "less of it (0.699) than every row, so a row that falls toward them is not worse.",
+            "so its row shows more than the regularization, which has its default weight of 1e-6. "
+            "[embedding_tie.md](../benchmarks/results/embedding_tie.md) has the regularization alone.",
+            "The classifier sees nearly all that the prompts ask in every row, so that score cannot show what a "
+            "technique does to prompt fidelity. Nor can CLIP-T: the renderer's images show exactly what the prompts "
+            "ask and have less of it (0.699) than every row, so a row that falls toward them is not worse.",
             NO_DREAMBOOTH.format("DreamBooth"),
         ),
     ),
     Paper(
         "Jung et al. 2024 (timestep-aware sampling)",
         timestep_aware_edit,
-        ("timestep_aware_edit",),
+        "timestep_aware_edit",
         (
             "The paper prints no table: the orders are those of its figures. Figure 6 compares at equal LPIPS over "
             "many settings; here each method has one setting, and both scores. The aesthetic score has no counterpart.",
@@ -81,16 +82,16 @@ PAPERS = (
     Paper(
         "Chen et al. 2024 (MCDM)",
         portrait_edit,
-        ("portrait_edit",),
+        "portrait_edit",
         (
             "*Pasted* rows have the source's pixels outside the mask, which is the pack's addition; the paper's rows "
             "are those without.",
-            "Without pasting, prompt-to-prompt and DiffEdit keep more of the portrait here: both begin from an almost "
-            "exact inversion, while MCDM draws the whole portrait anew, learned from 486 pairs in 2,200 steps (69,900 "
-            "pairs and 200,000 steps in the paper). Pasted, it is ahead of DiffEdit and SDEdit and level with "
-            "prompt-to-prompt.",
+            "Without pasting, prompt-to-prompt keeps more of the portrait here, and DiffEdit has a higher SSIM but "
+            "keeps the identity less often: both begin from an almost exact inversion, while MCDM draws the whole "
+            "portrait anew, learned from 486 pairs in 2,200 steps (69,900 pairs and 200,000 steps in the paper). "
+            "Pasted, it is ahead of DiffEdit and SDEdit and level with prompt-to-prompt.",
             "An MCDM trained without the image embedding does as well here: 16x16 latent pixels of the spatial "
-            "condition say all that a drawn face has. Without the spatial condition it loses the person.",
+            "condition say all that a drawn face has. Without the spatial condition it keeps fewer identities.",
             "MCDM *without* a condition has the condition's null value, by weights trained with it; *trained without* "
             "is the paper's. Training from scratch, pix2pix-zero, SPADE and BBDM are not measured.",
             "FID's counterpart, the Fréchet distance of the classifier's features, belongs to a whole row and has no "
@@ -100,7 +101,7 @@ PAPERS = (
     Paper(
         "Gu et al. 2025 (PIDiff)",
         style_identity,
-        ("style_identity", "style_photos"),
+        "style_identity",
         (
             "The paper's DreamBooth stands beside the identity prior, which trains attention layers alone.",
             "Lambda 0.4 keeps nobody in the demo world; the person appears from 0.6 and is kept best at 1, where the "
@@ -109,21 +110,6 @@ PAPERS = (
         ),
     ),
 )  # fmt: skip
-
-
-def figures_of(paper: Paper) -> dict[str, Any]:
-    """The results of a paper, those of several runs together where none has values of every case."""
-    first = read_results(paper.results[0])
-    if "values" in first:
-        return first
-    rows: dict[str, Any] = {}
-    for name in paper.results:
-        found = read_results(name)
-        for row, scores in (found.get("rows") or found["methods"]).items():
-            rows[row.replace("isation", "ization")] = scores  # as results of before spell it
-    if "photos: 4" in rows:
-        rows.setdefault("photos: 6", rows["methods: SCA"])  # one training
-    return {**first, "rows": rows}
 
 
 def beside(table: Published, rows: dict[str, Any]) -> list[str]:
@@ -143,21 +129,14 @@ def beside(table: Published, rows: dict[str, Any]) -> list[str]:
 
 
 def part_of(paper: Paper) -> list[str]:
-    figures, module = figures_of(paper), paper.module
-    measured = "values" in figures
-    runs = [(name, read_results(name)) for name in (paper.results[:1] if measured else paper.results)]
-    tables = ", ".join(
-        f"[{name}.md](../benchmarks/results/{name}.md) by `{run['command']}` at commit {run['commit']}"
-        for name, run in runs
-    )
-    lines = ["", f"## {paper.title}", "", f"{tables}."]
-    if not measured:
-        lines += [
-            "",
-            "These figures are of one run with one seed, without values of every case, so every order is "
-            f"*{ONCE}* or *{NOT_MEASURED}*. `python -m benchmarks {paper.results[0]}` measures them again, with "
-            "several seeds and intervals.",
-        ]
+    figures, module = read_results(paper.result), paper.module
+    lines = [
+        "",
+        f"## {paper.title}",
+        "",
+        f"[{paper.result}.md](../benchmarks/results/{paper.result}.md) by `{figures['command']}` at commit "
+        f"{figures['commit']}.",
+    ]
     for table in module.PUBLISHED:
         lines += ["", f"{table.name}:", "", *beside(table, figures["rows"])]
     claims = [*(claim for table in module.PUBLISHED for claim in table.claims()), *module.CLAIMS]
@@ -178,9 +157,10 @@ def page() -> str:
         "classifier, which also decides *edit done* and *identity kept*. CLIP-T of a perfect image is that of the "
         "renderer's row in each table, not 1.",
         "",
-        "An order is *seen* where the 95 % bootstrap interval of the paired difference lies above 0 in the paper's "
-        "direction, *not seen* where it lies below 0 or below a gain that counts as none, and *open* else. Subjects "
-        "that share a training count as one.",
+        f"Where fewer than {FEWEST} independent groups differ, an order is *open*. Otherwise it is *seen* where the "
+        "95 % bootstrap interval of the paired difference lies above 0 in the paper's direction, *not seen* where it "
+        "lies below 0 or below a gain that counts as none (0.1 dB, 0.002 of CLIP's scores, 0.005 of features, 0.01 of "
+        "all others), and *open* else. Images whose subject shares a training are one group.",
     ]
     for paper in PAPERS:
         lines += part_of(paper)

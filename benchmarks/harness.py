@@ -44,11 +44,16 @@ WITHOUT_COMFYUI = (
 DEMO_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo.safetensors"
 DEMO_MCDM = ROOT / "demo_world/diffusion_models/identity-edit-demo-mcdm.safetensors"
 SCORED = (
-    "demo_world", "flow_editing", "hifi_tuner", "lipe_edit", "portrait_edit", "style_identity", "style_mixing",
-    "subject_replacement", "timestep_aware_edit",
+    "demo_world", "embedding_tie", "flow_editing", "hifi_tuner", "lipe_edit", "portrait_edit", "style_identity",
+    "style_mixing", "subject_replacement", "timestep_aware_edit",
 )  # fmt: skip
-"""Benchmarks that score images and hold no times: they run with ComfyUI's options --use-pytorch-cross-attention and
---force-channels-last, which take a quarter off the time on a processor."""
+"""Benchmarks that score images and hold no times."""
+COMFYUI_OPTIONS = {
+    **dict.fromkeys(SCORED, ("use_pytorch_cross_attention", "force_channels_last")),
+    "joint_attention_cost": ("use_pytorch_cross_attention",),
+}
+"""ComfyUI's own options that a benchmark runs with. Both together take a quarter off the time on a processor;
+PyTorch's attention is what ComfyUI chooses on NVIDIA cards."""
 
 Options = dict[str, tuple[Any, ...]]
 CHECKPOINT = {"checkpoint": (DEMO_CHECKPOINT, "the checkpoint (the demo world's)")}
@@ -75,7 +80,7 @@ def main() -> None:
     if name not in known:
         lines = "\n".join(f"  {each}: {does}" for each, (_, does) in known.items())
         sys.exit(f"usage: python -m benchmarks NAME [options]\n{lines}")
-    prepare(cpu=name in ON_THE_PROCESSOR, engine=name not in WITHOUT_COMFYUI, scored=name in SCORED)
+    prepare(cpu=name in ON_THE_PROCESSOR, engine=name not in WITHOUT_COMFYUI, options=COMFYUI_OPTIONS.get(name, ()))
     from identity_edit_pack.attention.errors import IdentityEditError
     from user_comfyui import ScriptError
 
@@ -87,7 +92,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
 
 
-def prepare(*, cpu: bool = False, engine: bool = True, scored: bool = False) -> None:
+def prepare(*, cpu: bool = False, engine: bool = True, options: Iterable[str] = ()) -> None:
     """ComfyUI and the pack in this process; the pack by its folder, for its entry point would import ComfyUI."""
     sys.path += [str(ROOT / "scripts"), str(ROOT / "tests")]
     import load_pack
@@ -99,7 +104,8 @@ def prepare(*, cpu: bool = False, engine: bool = True, scored: bool = False) -> 
         load_pack.prepare_engine(cpu=cpu or not load_pack.cuda_is_available())
         from comfy.cli_args import args
 
-        args.use_pytorch_cross_attention = args.force_channels_last = scored
+        for option in options:
+            setattr(args, option, True)
     package = ModuleType(PACK_NAME)
     package.__path__ = [str(ROOT)]
     sys.modules[PACK_NAME] = package
@@ -188,7 +194,7 @@ def in_processes(
 
 
 def begin_process(module: str, load: str, arguments: argparse.Namespace) -> None:
-    prepare(scored=module.rpartition(".")[2] in SCORED)
+    prepare(options=COMFYUI_OPTIONS.get(module.rpartition(".")[2], ()))
     import torch
 
     torch.set_num_threads(arguments.threads)

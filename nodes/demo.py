@@ -61,7 +61,7 @@ class DrawDemoImage(io.ComfyNode):
             ],
             outputs=[
                 io.Image.Output("image", tooltip="The image, 128x128."),
-                io.Mask.Output("mask", tooltip="1 on the subject, costume included."),
+                io.Mask.Output("mask", tooltip="Mask. 1 on the subject, costume included."),
                 io.String.Output("caption", tooltip="Caption of the image, worded like the training captions."),
             ],
         )

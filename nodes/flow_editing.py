@@ -64,7 +64,7 @@ class SourceTargetGuider(io.ComfyNode):
                     "negative", optional=True, tooltip="Negative prompt. Needed only for a guidance scale other than 1."
                 ),
             ],
-            outputs=[io.Guider.Output("guider", tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Guider.Output("guider", tooltip="Guider for SamplerCustomAdvanced.")],
         )
 
     @classmethod

@@ -260,7 +260,7 @@ def checkpointing_input(default: bool = True) -> io.Boolean.Input:
     return io.Boolean.Input(
         "checkpointing",
         default=default,
-        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes about a third longer, with "
+        tooltip="Gradient checkpointing. When on, uses a fraction of the memory and takes up to a third longer, with "
         f"the same result.{when}",
     )
 

@@ -277,7 +277,7 @@ class TimestepAwareTextInjection(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that will sample; only its noise schedule is used."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="Sigmas of the sampling run: from Noise Inversion, or from Basic Scheduler with "
+                    tooltip="Sigmas of the sampling run: from Noise Inversion, or from BasicScheduler with "
                     "KSampler's scheduler and steps.",
                 ),
                 *_prompt_inputs(),
@@ -327,7 +327,7 @@ class TimestepAwareTextInjectionModel(io.ComfyNode):
                 ),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="Sigmas of the sampling run: from Noise Inversion, or from Basic Scheduler with "
+                    tooltip="Sigmas of the sampling run: from Noise Inversion, or from BasicScheduler with "
                     "KSampler's scheduler and steps.",
                 ),
                 *_prompt_inputs(),

@@ -59,8 +59,9 @@ class MutualSelfAttention(io.ComfyNode):
                     tooltip="First self-attention layer that attends to the image, counted from 0 in execution "
                     "order. -1 is automatic: the decoder's layers above its coarsest grid, 10 of 16 in SD1.x and "
                     "64 of 70 in SDXL, as in the reference implementation; of flow models the last third of the "
-                    "blocks. There, changes of pose kept less of the identity with it than without in a small model; "
-                    "a reference image (Kontext, Qwen-Image-Edit) is the better tool.",
+                    "blocks. On the demo world's flow model it left a quarter of the edits undone "
+                    "(benchmarks/results/flow_editing.md); a reference image (Kontext, Qwen-Image-Edit) is the better "
+                    "tool.",
                 ),
                 io.Conditioning.Input(
                     "negative",

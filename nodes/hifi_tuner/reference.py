@@ -186,8 +186,8 @@ class AlignReference(io.ComfyNode):
                     options=list(alignment.OPTIMIZERS),
                     default=alignment.LEAST_SQUARES,
                     tooltip="Optimizer of the alignment. Gradient descent is the method of Wang et al. 2023; least "
-                    "squares (Gauss-Newton) finds the same place more often and in less time "
-                    "(benchmarks/results/align_reference.md).",
+                    "squares (Gauss-Newton) finds the place more often and in less time with symmetric on, and less "
+                    "often with it off (benchmarks/results/align_reference.md).",
                 ),
                 io.Float.Input(
                     "scale_limit",

@@ -94,8 +94,9 @@ class SegmentSubject(io.ComfyNode):
                     default="",
                     tooltip="Noise levels at which the model sees the image, 0 to 999, separated by commas; one model "
                     "call each. For flow models, thousandths of the noise. Empty is automatic: "
-                    f"{_listed(unet.timesteps)}, of flow models {_listed(joint.timesteps)}, which overlapped best with "
-                    "the true masks of the demo world (benchmarks/results/segment_subject.md).",
+                    f"{_listed(unet.timesteps)}, of flow models {_listed(joint.timesteps)}, which overlapped well with "
+                    "the true masks of the demo world where a caption names the subject; without a caption, flow "
+                    "models outline better at 1 (benchmarks/results/segment_subject.md, segment_subject_flow.md).",
                 ),
                 io.Int.Input(
                     "self_attention_power",

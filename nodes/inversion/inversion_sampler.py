@@ -130,7 +130,7 @@ class RFInversionSampler(io.ComfyNode):
                     "values keep more of the image.",
                 ),
             ],
-            outputs=[io.Sampler.Output("sampler", tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Sampler.Output("sampler", tooltip="Sampler for SamplerCustomAdvanced.")],
         )
 
     @classmethod

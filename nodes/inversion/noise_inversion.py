@@ -122,7 +122,7 @@ class NoiseInversion(io.ComfyNode):
                 io.Sigmas.Input(
                     "sigmas",
                     optional=True,
-                    tooltip="Schedule, such as from Basic Scheduler or Flux2Scheduler. When connected, steps and "
+                    tooltip="Schedule, such as from BasicScheduler or Flux2Scheduler. When connected, steps and "
                     "end_at_zero have no effect. Without it, the schedule is the model's own: DDIM's for Stable "
                     "Diffusion, 'simple' with the model's shift for flow models.",
                 ),

@@ -61,9 +61,9 @@ class NullTextOptimization(io.ComfyNode):
                     options=list(_METHODS),
                     default=AUTOMATIC,
                     tooltip="Method that computes the unconditional embeddings. Null-text optimization "
-                    "reconstructs the image most closely (Jung et al. 2024, figure 7) and follows its reference "
-                    "implementation update by update. The adaptive form aims at the same reconstruction with fewer "
-                    "model calls. Automatic: the adaptive form for flow models, whose gradients the reference "
+                    "follows the reference implementation update by update. The adaptive form takes about half of the "
+                    "model calls and reconstructs at least as closely (benchmarks/results/null_text_speed.md). "
+                    "Automatic: the adaptive form for flow models, whose gradients the reference "
                     "implementation's learning rate does not fit; else null-text optimization. "
                     "Negative-prompt inversion optimizes nothing and reconstructs as well as DDIM without guidance "
                     "(Miyake et al. 2023).",

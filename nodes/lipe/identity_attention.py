@@ -76,7 +76,8 @@ def threshold_input() -> io.Input:
         masks.AUTOMATIC_THRESHOLD,
         "Fraction of the normalized attention above which a pixel belongs to the subject. Lower gives larger masks. "
         f"0 is automatic: {masks.THRESHOLD:g}, of flow models {masks.JOINT_THRESHOLD:g}, which overlapped well with "
-        "the true masks of the demo world (benchmarks/results/lipe_edit.md). Not given in the paper.",
+        "the true masks of the demo world (benchmarks/results/segment_subject.md, segment_subject_flow.md). Not given "
+        "in the paper.",
     )
 
 
@@ -89,7 +90,8 @@ def power_input() -> io.Input:
         tooltip="Lambda in Liu et al. 2024, eq. 2: how many times the map is propagated along the self-attention. 0 "
         f"uses the cross-attention alone. -1 is automatic: {masks.SELF_ATTENTION_POWER}, of flow models "
         f"{masks.JOINT_POWER}, which overlapped best with the true masks of the demo world "
-        "(benchmarks/results/lipe_edit.md). Not given in the paper; similar work uses up to 4.",
+        "(benchmarks/results/lipe_edit.md, segment_subject_flow.md). Not given in the paper; similar work uses up to "
+        "4.",
     )
 
 

@@ -83,7 +83,7 @@ class TrainIdentityPrior(io.ComfyNode):
                     PriorSettings.steps,
                     100000,
                     "Number of training steps. Liu et al. 2024 (appendix E.2.5) report 1000 epochs, each of which is "
-                    "one step per image at batch size 1; 1000 steps are our default. 400 in Wang et al. 2023, with all "
+                    "one step per image at batch size 1; 1000 steps are the default. 400 in Wang et al. 2023, with all "
                     "weights.",
                 ),
                 learning_rate_input(

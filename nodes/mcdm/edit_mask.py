@@ -112,7 +112,8 @@ class MCDMEditMask(io.ComfyNode):
             ],
             outputs=[
                 io.Mask.Output(
-                    "mask", tooltip="1 where the edit may change the image, at image size; in between on a soft border."
+                    "mask",
+                    tooltip="Mask. 1 where the edit may change the image, at image size; in between on a soft border.",
                 ),
                 io.Mask.Output(
                     "contrast", tooltip="The map before thresholding, 0 to 1; use it to choose a threshold."

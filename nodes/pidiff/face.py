@@ -125,14 +125,14 @@ class AlignFace(io.ComfyNode):
                     default=pipeline.SMALLEST_SIDE,
                     min=8,
                     max=2048,
-                    tooltip="Minimum side length of a face crop in pixels; smaller faces are not used. 48: smaller "
-                    "faces were no longer recognized reliably (benchmarks/results/face_identity.md).",
+                    tooltip="Minimum side length of a face crop in pixels; smaller faces are not used. 48 leaves "
+                    "a margin: faces were recognized down to 40 (benchmarks/results/face_identity.md).",
                 ),
                 io.Combo.Input(
                     "background",
                     options=[KEEP, REMOVE],
                     default=REMOVE,
-                    tooltip="Remove fills the background with gray, outside mask or, without one, outside the "
+                    tooltip="Background. Remove fills it with gray, outside mask or, without one, outside the "
                     "subject that background_model finds. Gu et al. 2025 remove it so that it is not learned as part "
                     "of the identity.",
                 ),

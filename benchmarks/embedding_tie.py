@@ -109,8 +109,9 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         "The regularization of HiFi Tuner's embeddings on unseen subjects of the demo world",
         f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, learned from four "
         f"images in one place without a mask in {arguments.training_steps} steps of batch {arguments.batch_size} at "
-        f"learning rate {arguments.embedding_learning_rate:g}, and drawn in other places ({figures['cases']} images a row); "
-        f"{arguments.steps} steps of DDIM, guidance {arguments.guidance_scale:g}; {figures['minutes']:.0f} minutes.",
+        f"learning rate {arguments.embedding_learning_rate:g}, and drawn in other places ({figures['cases']} images a "
+        f"row); {arguments.steps} steps of DDIM, guidance {arguments.guidance_scale:g}; {figures['minutes']:.0f} "
+        "minutes.",
         *report_table(figures["rows"], columns),
         *orders_section((), CLAIMS, figures, "Wang et al. 2023"),
     ]

@@ -26,7 +26,7 @@ from comfy.patcher_extension import WrappersMP
 from .errors import IdentityEditError
 from .maps import MeanMap, heads_apart
 from .regions import Region, region_of
-from .sites import AUTOMATIC, Attended, LayerKey, choose_layers
+from .sites import AUTOMATIC, Attended, LayerKey, choose_layers, is_of_source
 from .unet import AttentionLayer, Patched, attention_layers, layer_key
 
 _KEY = "identity_edit_attention"
@@ -287,8 +287,12 @@ class Recorder(ABC):
     ) -> Any:
         run = self._run
         side = None if run is None or run.guider is None else _positive_side(run.guider, conds)
-        size = (x.shape[0], x.shape[-2], x.shape[-1])
-        if run is None or side is None or size != (run.batch, run.height, run.width):
+        options = args[1] if len(args) > 1 else kwargs.get("model_options", {})
+        if run is None or side is None or is_of_source(options) or x.shape[-2:] != (run.height, run.width):
+            return executor(network, conds, x, *args, **kwargs)
+        if self._attention.evaluations == 0:
+            run.batch = x.shape[0]  # Prompt-to-Prompt evaluates the targets alone
+        if x.shape[0] != run.batch:
             return executor(network, conds, x, *args, **kwargs)
         guider, run.guider = run.guider, None
         return self._evaluate(run, guider, side, executor, network, conds, x, *args, **kwargs)

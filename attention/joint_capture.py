@@ -13,6 +13,7 @@ additional model calls on the sampled latent. Read on ComfyUI 0.3.75 and 0.33.0:
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from .sites import AUTOMATIC, LAST, Attended, Site, choose_blocks
 
 _KEY = "identity_edit_joint_attention"
 _SIDE = "identity_edit_identity"
-"""Name of the identity prompt among the guider's conditionings."""
+"""Start of an identity prompt's name among the guider's conditionings."""
 
 EVALUATIONS = 4
 """Additional model calls of a run for the identity prompt, evenly spread over its steps. Our choice: the noise level
@@ -80,6 +81,7 @@ class _JointRecorder(Recorder):
     def __init__(self, attention: IdentityAttention, prompt: list[list[Any]] | None, contrast: Sequence[int]) -> None:
         super().__init__(attention)
         self._prompt, self._contrast = prompt, tuple(contrast)
+        self._side = f"{_SIDE}_{uuid.uuid4()}"  # another recorder of the same run has another prompt
         self._evaluated: set[int] = set()  # steps with an additional model call
 
     def _with_hooks(self, model: Any) -> Any:
@@ -104,7 +106,7 @@ class _JointRecorder(Recorder):
         )
 
     def _outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with side_prompts(executor.class_obj, {} if self._prompt is None else {_SIDE: self._prompt}):
+        with side_prompts(executor.class_obj, {} if self._prompt is None else {self._side: self._prompt}):
             return super()._outer_sample(executor, noise, *args, **kwargs)
 
     def _evaluate(
@@ -115,7 +117,7 @@ class _JointRecorder(Recorder):
         result = executor(network, conds, *args, **kwargs)
         if run.step not in self._evaluated and (self._attention.by_step or run.step in _evaluated_steps(run)):
             self._evaluated.add(run.step)
-            whole = guider.conds[_SIDE][:1]  # ComfyUI adds an entry for each area of the sampled prompt
+            whole = guider.conds[self._side][:1]  # ComfyUI adds an entry for each area of the sampled prompt
             super()._evaluate(run, guider, 0, executor, network, [whole], *args, **kwargs)
         return result
 

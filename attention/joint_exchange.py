@@ -18,7 +18,7 @@ from .errors import IdentityEditError
 from .joint import Attend, options_with_tap
 from .mutual_self_attention import MutualMasks
 from .prompt_to_prompt import SOURCE, TARGET, LocalBlend
-from .sites import Attended, LayerKey, Site
+from .sites import Attended, LayerKey, Site, of_source
 from .unet import by_conditioning
 
 _KEY = "identity_edit_joint_exchange"
@@ -75,7 +75,7 @@ class JointMutualAttention:
 
     def recording(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the source's model call; they do not change its result."""
-        return options_with_tap(model_options, self.network, _KEY, self._record)
+        return options_with_tap(of_source(model_options), self.network, _KEY, self._record)
 
     def injecting(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the target's model call, after the source's."""
@@ -177,7 +177,7 @@ class JointControl:
 
     def recording(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the source's model call; they do not change its result."""
-        return options_with_tap(model_options, self.network, _KEY, self._record)
+        return options_with_tap(of_source(model_options), self.network, _KEY, self._record)
 
     def injecting(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the target's model call, after the source's.

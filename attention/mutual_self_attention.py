@@ -18,7 +18,7 @@ import torch
 
 from .errors import IdentityEditError
 from .regions import region_of
-from .sites import LayerKey
+from .sites import LayerKey, of_source
 from .unet import AttentionLayer, Patched, attention_layers, by_conditioning, keys_and_values, layer_key, with_patches
 
 AUTOMATIC = -1
@@ -112,7 +112,7 @@ class SourceFeatures:
 
     def recording(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the source's model call; they do not change its result."""
-        return with_patches(model_options, attn1_patch=self.recording_patch())
+        return with_patches(of_source(model_options), attn1_patch=self.recording_patch())
 
     def injecting(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the target's model call, after the source's."""

@@ -35,7 +35,7 @@ from .errors import IdentityEditError
 from .maps import MeanMap, cross_attention_columns, heads_apart
 from .masks import blurred, resized
 from .regions import region_of
-from .sites import LayerKey
+from .sites import LayerKey, of_source
 from .unet import AttentionLayer, Patched, by_conditioning, keys_and_values, layer_key, with_patches
 
 REFERENCE_FACTOR, REFERENCE_CELLS = 4, 16
@@ -176,7 +176,8 @@ class AttentionControl:
 
     def recording(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the source's model call; they do not change its result."""
-        return _with_attn2(with_patches(model_options, attn1_patch=self._record_self), self._keys(), self._record_cross)
+        options = with_patches(of_source(model_options), attn1_patch=self._record_self)
+        return _with_attn2(options, self._keys(), self._record_cross)
 
     def injecting(self, model_options: dict[str, Any] | None) -> dict[str, Any]:
         """Model options for the target's model call, after the source's.

@@ -43,8 +43,9 @@ class Region:
         return indices[self.rows, self.columns].flatten()
 
     def part_of(self, mask: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """A latent mask [B, H, W], averaged to the grid and cropped to the rectangle: [B, h, w] float32."""
-        mask = mask.to(device=device, dtype=torch.float32).unsqueeze(1)
+        """A latent mask [B, H, W] or with frames [1, B, H, W], averaged to the grid and cropped to the rectangle:
+        [B, h, w] float32."""
+        mask = mask.to(device=device, dtype=torch.float32).reshape(-1, 1, *mask.shape[-2:])
         return adaptive_avg_pool2d(mask, self.grid).squeeze(1)[:, self.rows, self.columns]
 
     def weight(self, entry: dict[str, Any], device: torch.device, batch: int) -> torch.Tensor:
@@ -61,7 +62,7 @@ class Region:
         mask = entry.get("mask")
         if mask is None:
             return torch.full((1, *self.shape), strength, device=device)
-        inside = self.part_of(mask[:batch], device)
+        inside = self.part_of(mask, device)[:batch]
         if inside.shape[0] > 1:
             inside = inside.repeat(batch // inside.shape[0], 1, 1)
         return (inside * (strength * float(entry.get("mask_strength", 1.0)))).clamp(min=0.0)
@@ -71,7 +72,8 @@ def region_of(entry: dict[str, Any], height: int, width: int, shape: Sequence[in
     """The region of a conditioning on a layer's grid.
 
     Args:
-        entry: a conditioning of a guider; its area, if any, is (height, width, top, left) in latent pixels.
+        entry: a conditioning of a guider; its area, if any, is (height, width, top, left) in latent pixels, of video
+            models (frames, height, width, first frame, top, left).
         height, width: the latent's size.
         shape: rows and columns of the layer's activations for this conditioning.
     """
@@ -79,8 +81,9 @@ def region_of(entry: dict[str, Any], height: int, width: int, shape: Sequence[in
     area = entry.get("area")
     if area is None:
         return Region((rows, columns), (rows, columns))
-    top, left = int(area[2]), int(area[3])
-    area_height, area_width = min(height - top, int(area[0])), min(width - left, int(area[1]))
+    half = len(area) // 2
+    (given_height, given_width), (top, left) = map(int, area[:half][-2:]), map(int, area[half:][-2:])
+    area_height, area_width = min(height - top, given_height), min(width - left, given_width)
     grid = max(rows, round(rows * height / area_height)), max(columns, round(columns * width / area_width))
     return Region(
         grid,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -169,3 +169,16 @@ def choose_blocks(sites: Sequence[Site], choice: str) -> list[Site]:
             f"{', '.join(ranges)}."
         )
     return list(sites[ranges[choice]])
+
+
+_OF_SOURCE = "identity_edit_of_source"
+
+
+def of_source(model_options: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy of model options that marks a model call as that of a source image or prompt, which is not recorded."""
+    options = dict(model_options or {})
+    return {**options, "transformer_options": {**options.get("transformer_options", {}), _OF_SOURCE: True}}
+
+
+def is_of_source(model_options: dict[str, Any]) -> bool:
+    return bool(model_options.get("transformer_options", {}).get(_OF_SOURCE, False))

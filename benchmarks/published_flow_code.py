@@ -141,8 +141,8 @@ def euler(code: Path, image: torch.Tensor, noise: torch.Tensor) -> tuple[torch.T
 
 def edit_run(image: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor, seed: int) -> engine.EditRun:
     return engine.EditRun(
-        path=engine.FLOW, sigmas=sigmas, image=unfolded(image), noise=unfolded(noise), start=unfolded(noise),
-        seed=seed, target=packed(TARGET), source=packed(SOURCE), mask=None,
+        path=engine.FLOW, sigmas=sigmas, image=unfolded(image), noise=unfolded(noise), noise_scale=1.0,
+        start=unfolded(noise), seed=seed, target=packed(TARGET), source=packed(SOURCE), mask=None,
     )  # fmt: skip
 
 

@@ -127,9 +127,11 @@ def file_input(made_by: str, folder: str, without: str | None = None) -> io.Comb
     )
 
 
-def check_file(file: str, remedy: str, folders: Sequence[str] = ()) -> bool | str:
-    """For `validate_inputs`: True when a name of `loadable_files` or `model_folder_files` is a file, else an error
-    message; `remedy` is the alternative to choosing another file."""
+def check_file(file: str | None, remedy: str, folders: Sequence[str] = ()) -> bool | str:
+    """For `validate_inputs`: True when a name of `loadable_files` or `model_folder_files` is a file, or unknown because
+    the combo is linked, else an error message; `remedy` is the alternative to choosing another file."""
+    if file is None:
+        return True
     try:
         path = path_of(file, folders)
     except IdentityEditError as error:
@@ -186,8 +188,14 @@ def path_below(folder: str, name: str, what: str) -> str:
     return path
 
 
+def fingerprint_of(file: str | None, folders: Sequence[str] = ()) -> float:
+    """For `fingerprint_inputs`: `changed_at` of a name of `loadable_files` or `model_folder_files`; 0 for None, a
+    linked combo, whose file ComfyUI does not know yet."""
+    return 0.0 if file is None else changed_at(path_of(file, folders))
+
+
 def changed_at(path: str | None) -> float:
-    """Modification time of a file, for `fingerprint_inputs`; 0 for a missing file."""
+    """Modification time of a file; 0 for a missing file."""
     return os.path.getmtime(path) if path is not None and os.path.isfile(path) else 0.0
 
 

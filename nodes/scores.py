@@ -168,13 +168,13 @@ class ScoreModels(io.ComfyNode):
     @classmethod
     def validate_inputs(
         cls,
-        clip_model: str = NONE,
-        dino: str = NONE,
-        dinov2: str = NONE,
-        structure: str = NONE,
-        recognizer: str = NONE,
-        aesthetic: str = NONE,
-        inception: str = NONE,
+        clip_model: str | None = NONE,
+        dino: str | None = NONE,
+        dinov2: str | None = NONE,
+        structure: str | None = NONE,
+        recognizer: str | None = NONE,
+        aesthetic: str | None = NONE,
+        inception: str | None = NONE,
     ) -> bool | str:
         folders = [
             (NONE if clip_model == INPUTS else clip_model, clip_scores.NEEDED),
@@ -184,12 +184,12 @@ class ScoreModels(io.ComfyNode):
         ]
         encoders = list_models(ENCODER_FOLDER)
         for name, needed in folders:
-            if name not in (NONE, *encoders):
+            if name is not None and name not in (NONE, *encoders):
                 return missing_model(ENCODER_FOLDER, name, needed)
         weights = score_files.files()
-        if aesthetic not in (NONE, *weights):
+        if aesthetic is not None and aesthetic not in (NONE, *weights):
             return score_files.missing_file(aesthetic, AESTHETIC_PURPOSE, AESTHETIC_NEEDED)
-        if inception not in (NONE, *weights):
+        if inception is not None and inception not in (NONE, *weights):
             return score_files.missing_file(inception, INCEPTION_PURPOSE, INCEPTION_NEEDED)
         return recognizer_exists(recognizer, NONE)
 

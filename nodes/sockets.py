@@ -133,7 +133,7 @@ _CHECKS: dict[str, Callable[[Any, Any, Any], object]] = {
     "VAE": lambda value, item, model: _check_vae(value, item.id, _channels(model)),
     "IMAGE": lambda value, item, model: check_images(value, item.id),
     "MASK": lambda value, item, model: check_mask(value, item.id),
-    "LATENT": lambda value, item, model: _check_latent(value, item.id, model),
+    "LATENT": lambda value, item, model: _check_latent(value, item, model),
     "CONDITIONING": lambda value, item, model: _check_conditioning(value, item.id, model),
     "SIGMAS": lambda value, item, model: check_sigmas(value, item.id),
     "INT": lambda value, item, model: check_number(value, item.id, item.min, item.max),
@@ -158,8 +158,14 @@ def _check_clip_vision(clip_vision: Any, name: str) -> None:
         raise IdentityEditError(f"{name} is not a CLIP vision model; connect a Load CLIP Vision node.")
 
 
-def _check_latent(latent: Any, name: str, model: Any) -> None:
-    check_latent(latent_samples(latent, name), name, _channels(model), model is not None and engine.has_frames(model))
+class EmptyLatent(io.Latent.Input):
+    """LATENT input that also takes an empty latent of other channels, as ComfyUI's samplers do."""
+
+
+def _check_latent(latent: Any, item: Any, model: Any) -> None:
+    samples = latent_samples(latent, item.id)
+    channels = None if isinstance(item, EmptyLatent) and not bool(samples.any()) else _channels(model)
+    check_latent(samples, item.id, channels, model is not None and engine.has_frames(model))
 
 
 def _channels(model: Any) -> int | None:
@@ -291,10 +297,11 @@ def recognizer_input(none: str) -> io.Combo.Input:
     )
 
 
-def recognizer_exists(name: str, none: str) -> bool | str:
-    """For `validate_inputs`: True for an option of `recognizer_input`, else the error message."""
-    known = name == none or name in detection.list_detectors()
-    return known or detection.missing_file(name, RECOGNIZER_NEEDED)
+def recognizer_exists(name: str | None, none: str) -> bool | str:
+    """For `validate_inputs`: True for an option of `recognizer_input`, or None (linked), else the error message."""
+    if name is None or name == none or name in detection.list_detectors():
+        return True
+    return detection.missing_file(name, RECOGNIZER_NEEDED)
 
 
 def _check_vae(vae: Any, name: str, channels: int | None) -> None:

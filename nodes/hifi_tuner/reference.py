@@ -95,8 +95,8 @@ class SelectReference(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, encoder: str) -> bool | str:
-        if encoder in (BUILT_IN, CLIP_VISION) or encoder in list_models(MODEL_FOLDER):
+    def validate_inputs(cls, encoder: str | None) -> bool | str:
+        if encoder in (None, BUILT_IN, CLIP_VISION) or encoder in list_models(MODEL_FOLDER):
             return True
         return missing_model(MODEL_FOLDER, encoder, image_encoders.NEEDED)
 

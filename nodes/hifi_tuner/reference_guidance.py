@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from comfy_api.latest import io
 
+from ...pipelines.engine.host import empty_latent
 from ...pipelines.hifi_tuner import reference_guidance as guidance
 from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.inversion.inversion import check_step_count
@@ -14,12 +15,12 @@ from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
 from ..idle import first_said, joined
 from ..sockets import (
+    EmptyLatent,
     Inversion,
     checked,
     checkpointing_input,
     fraction_input,
     guidance_scale_input,
-    latent_samples,
     mask_input,
     progress,
     schema,
@@ -56,7 +57,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     tooltip="Negative prompt of the first pass, from which the optimization starts; empty in Wang "
                     "et al. 2023.",
                 ),
-                io.Latent.Input(
+                EmptyLatent(
                     "latent",
                     tooltip="Latent input of the first pass: Empty Latent Image, with the same size and batch.",
                 ),
@@ -161,7 +162,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
         blending: float = guidance.BLENDING,
     ) -> io.NodeOutput:
         check_step_count(inversion, steps or None)
-        empty = latent_samples(latent, "The latent")
+        empty = empty_latent(model, latent)
         if latent.get("noise_mask") is not None:
             raise IdentityEditError(
                 "The latent has a noise mask, which limits the first pass to a part of the image; connect Empty Latent "

@@ -254,10 +254,10 @@ class SegmentSubjectWithSAM(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, sam: str, grounding_dino: str) -> bool | str:
-        if sam not in list_models(pipeline.SAM_FOLDER, pipeline.CHECKPOINT_ENDINGS):
+    def validate_inputs(cls, sam: str | None, grounding_dino: str | None) -> bool | str:
+        if sam is not None and sam not in list_models(pipeline.SAM_FOLDER, pipeline.CHECKPOINT_ENDINGS):
             return missing_model(pipeline.SAM_FOLDER, sam, pipeline.SAM_NEEDED)
-        if grounding_dino not in (NO_MODEL, *list_models(dino.FOLDER)):
+        if grounding_dino is not None and grounding_dino not in (NO_MODEL, *list_models(dino.FOLDER)):
             return missing_model(dino.FOLDER, grounding_dino, dino.NEEDED)
         return True
 

@@ -21,10 +21,10 @@ from ...pipelines.training.images import check_masks, encode_images
 from ...pipelines.training.loop import TrainingRun
 from ..saved_files import (
     FILE_ENDING,
-    changed_at,
     check_file,
     check_name,
     filename_prefix_input,
+    fingerprint_of,
     loadable_files,
     model_folder_files,
     next_path,
@@ -250,12 +250,12 @@ class StepWiseEmbeddingLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return check_file(file, "train the subject again", MODEL_FOLDERS)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(path_of(file, MODEL_FOLDERS))
+    def fingerprint_inputs(cls, file: str | None, **_: Any) -> float:
+        return fingerprint_of(file, MODEL_FOLDERS)
 
     @classmethod
     @checked

@@ -9,7 +9,14 @@ from comfy_api.latest import io, ui
 from ...pipelines.inversion import inversion as inversions
 from ...pipelines.inversion.inverted_noise import InvertedNoise
 from ...pipelines.text.step_embeddings import apply_step_embeddings
-from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, saved_path
+from ..saved_files import (
+    check_file,
+    file_input,
+    filename_prefix_input,
+    fingerprint_of,
+    new_path,
+    saved_path,
+)
 from ..sockets import Inversion, checked, latent_samples, schema, show_text, steps_input
 
 FILE_FOLDER = "inversions"
@@ -94,12 +101,12 @@ class LoadInversion(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return check_file(file, "save the inversion again")
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(saved_path(file))
+    def fingerprint_inputs(cls, file: str | None, **_: Any) -> float:
+        return fingerprint_of(file)
 
     @classmethod
     @checked

@@ -69,7 +69,7 @@ class RegisterEdit(io.ComfyNode):
                 io.Image.Output(
                     "registered",
                     tooltip="Registered edit at the original's size. It shows the original where the edit does not "
-                    "reach. An edit that cannot be registered is unchanged.",
+                    "reach. An edit that cannot be registered is only scaled to it.",
                 ),
                 io.Mask.Output("covered", tooltip="Area that the edit covers: 1 inside."),
                 io.String.Output("transform", tooltip="JSON with shift, zoom and rotation of every edit."),
@@ -104,8 +104,10 @@ class RegisterEdit(io.ComfyNode):
                 results.append(moved_back(each.transform, first, second, each.flow))
                 lines.append(f"{name}: {each}; {each.support:.0%} of the structure agrees.")
             else:
-                results.append((as_color(second[None])[0], torch.ones(second.shape[:2])))
-                warnings.append(f"{name} was not registered and is unchanged. {each.fault}")
+                size = (first.shape[0], first.shape[1])
+                unchanged = as_color(second[None])[0]
+                results.append((unchanged if second.shape[:2] == size else at_size(unchanged, size), torch.ones(size)))
+                warnings.append(f"{name} was not registered and at most scaled to the original's size. {each.fault}")
         text = show_text(cls, "\n".join(lines), " ".join(warnings) or None)
         entries = [{**asdict(each.transform), "trusted": each.fault is None} for each in found]
         return io.NodeOutput(

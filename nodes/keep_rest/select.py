@@ -76,7 +76,7 @@ class SelectEdit(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, recognizer: str = NONE) -> bool | str:
+    def validate_inputs(cls, recognizer: str | None = NONE) -> bool | str:
         return recognizer_exists(recognizer, NONE)
 
     @classmethod

@@ -16,7 +16,15 @@ from ...pipelines.training.images import TrainingImages, check_masks, encode_ima
 from ...pipelines.training.loop import TrainingRun
 from ...pipelines.training.weights import ATTENTION, RANK
 from ..idle import first_said, joined
-from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, next_path, saved_path
+from ..saved_files import (
+    check_file,
+    file_input,
+    filename_prefix_input,
+    fingerprint_of,
+    new_path,
+    next_path,
+    saved_path,
+)
 from ..sockets import SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
@@ -264,12 +272,12 @@ class LoadIdentityPrior(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return check_file(file, "train the prior again")
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return _modified(file)
+    def fingerprint_inputs(cls, file: str | None, **_: Any) -> float:
+        return fingerprint_of(file)
 
     @classmethod
     @checked
@@ -333,12 +341,12 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return check_file(file, "train the prior again")
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return _modified(file)
+    def fingerprint_inputs(cls, file: str | None, **_: Any) -> float:
+        return fingerprint_of(file)
 
     @classmethod
     @checked
@@ -360,10 +368,6 @@ class SaveIdentityPriorAsLoRA(io.ComfyNode):
         mebibytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) / 2**20
         text = f"LoRA of rank {rank}: relative error {error:.3f}, {mebibytes:.1f} MiB.\nSaved as {path}"
         return io.NodeOutput(path, error, show_text(cls, text), ui=ui.PreviewText(text))
-
-
-def _modified(file: str) -> float:
-    return changed_at(saved_path(file))
 
 
 NODES: list[type[io.ComfyNode]] = [TrainIdentityPrior, LoadIdentityPrior, SaveIdentityPriorAsLoRA]

@@ -13,7 +13,14 @@ from ...pipelines.mcdm.identity_words import IdentityWords as Words
 from ...pipelines.mcdm.train_identity_words import IdentitySettings
 from ...pipelines.subjects.images import SubjectImages as Images
 from ...pipelines.training.images import encode_images
-from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, next_path, saved_path
+from ..saved_files import (
+    check_file,
+    file_input,
+    filename_prefix_input,
+    fingerprint_of,
+    next_path,
+    saved_path,
+)
 from ..sockets import IdentityWords, SubjectImages, checked, schema, seed_input, show_text, steps_input
 from ..training import (
     CHECKPOINT_FOLDER,
@@ -182,12 +189,12 @@ class LoadIdentityWords(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return check_file(file, "train the identity words again")
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(saved_path(file))
+    def fingerprint_inputs(cls, file: str | None, **_: Any) -> float:
+        return fingerprint_of(file)
 
     @classmethod
     @checked

@@ -86,14 +86,14 @@ class MCDMConditioner(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        if file not in model_files():
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        if file is not None and file not in model_files():
             return for_console(f"file '{file}' no longer exists; choose another one, or train it again.")
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return os.path.getmtime(model_path(file)) if file in model_files() else 0.0
+    def fingerprint_inputs(cls, file: str | None, **_: Any) -> float:
+        return os.path.getmtime(model_path(file)) if file is not None and file in model_files() else 0.0
 
     @classmethod
     @checked

@@ -63,8 +63,8 @@ class LoadFaceDetector(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, detector: str) -> bool | str:
-        if detector in (NO_MODEL, pipeline.MTCNN, *pipeline.list_detectors()):
+    def validate_inputs(cls, detector: str | None) -> bool | str:
+        if detector is None or detector in (NO_MODEL, pipeline.MTCNN, *pipeline.list_detectors()):
             return True
         return pipeline.missing_file(detector)
 
@@ -194,9 +194,9 @@ class AlignFace(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, background: str = KEEP, background_model: str = NO_MODEL) -> bool | str:
+    def validate_inputs(cls, background: str | None = KEEP, background_model: str | None = NO_MODEL) -> bool | str:
         models = list_models(BACKGROUND_FOLDER, BACKGROUND_ENDINGS)
-        if background == KEEP or background_model == NO_MODEL or background_model in models:
+        if background_model is None or background in (None, KEEP) or background_model in (NO_MODEL, *models):
             return True
         return missing_model(BACKGROUND_FOLDER, background_model, BACKGROUND_NEEDED)
 

@@ -81,7 +81,7 @@ class IdentitySimilarity(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, recognizer: str) -> bool | str:
+    def validate_inputs(cls, recognizer: str | None) -> bool | str:
         return recognizer_exists(recognizer, NO_MODEL)
 
     @classmethod

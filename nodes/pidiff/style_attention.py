@@ -22,9 +22,9 @@ from ...pipelines.training.images import encode_images
 from ...pipelines.training.loop import TrainingRun
 from ..idle import first_said, is_empty, joined
 from ..saved_files import (
-    changed_at,
     check_file,
     filename_prefix_input,
+    fingerprint_of,
     loadable_files,
     model_folder_files,
     next_path,
@@ -247,12 +247,12 @@ class LoadStyleAttention(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return check_file(file, "train the style attention again", (FILE_FOLDER,))
 
     @classmethod
-    def fingerprint_inputs(cls, file: str, **_: Any) -> float:
-        return changed_at(path_of(file, (FILE_FOLDER,)))
+    def fingerprint_inputs(cls, file: str | None, **_: Any) -> float:
+        return fingerprint_of(file, (FILE_FOLDER,))
 
     @classmethod
     @checked

@@ -14,7 +14,15 @@ from ...pipelines.pidiff.w_plus import WPlus as Styles
 from ...pipelines.pidiff.w_plus_encoder import WPlusEncoder as Encoder
 from ...pipelines.shared.images import as_color
 from ..idle import first_said
-from ..saved_files import changed_at, check_file, file_input, filename_prefix_input, new_path, saved_path
+from ..saved_files import (
+    changed_at,
+    check_file,
+    file_input,
+    filename_prefix_input,
+    fingerprint_of,
+    new_path,
+    saved_path,
+)
 from ..sockets import WPlus, WPlusEncoder, checked, schema, show_text
 
 FILE_FOLDER = "w_plus"
@@ -49,14 +57,14 @@ class LoadWPlusEncoder(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        if file in list_models(ENCODER_FOLDER, encoders.ENDINGS):
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        if file is None or file in list_models(ENCODER_FOLDER, encoders.ENDINGS):
             return True
         return missing_model(ENCODER_FOLDER, file, encoders.NEEDED)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> float:
-        return changed_at(list_models(ENCODER_FOLDER, encoders.ENDINGS).get(file))
+    def fingerprint_inputs(cls, file: str | None) -> float:
+        return changed_at(list_models(ENCODER_FOLDER, encoders.ENDINGS).get(file or ""))
 
     @classmethod
     @checked
@@ -278,12 +286,12 @@ class LoadWPlus(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
+    def validate_inputs(cls, file: str | None) -> bool | str:
         return check_file(file, "save the W+ codes again")
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> float:
-        return changed_at(saved_path(file))
+    def fingerprint_inputs(cls, file: str | None) -> float:
+        return fingerprint_of(file)
 
     @classmethod
     @checked

@@ -117,7 +117,7 @@ class CaptionImages(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, model: str) -> bool | str:
+    def validate_inputs(cls, model: str | None) -> bool | str:
         return model == NO_MODEL or check_model(model)
 
     @classmethod

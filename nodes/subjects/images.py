@@ -106,8 +106,8 @@ class LoadSubjectImages(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, folder: str) -> bool | str:
-        if folder not in _folders():
+    def validate_inputs(cls, folder: str | None) -> bool | str:
+        if folder not in (None, *_folders()):
             return for_console(
                 f"folder '{folder}' is not below ComfyUI's input folder; create it there, add 3 to 5 images with "
                 f"captions, and press R."
@@ -115,8 +115,10 @@ class LoadSubjectImages(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **_: Any) -> str:
+    def fingerprint_inputs(cls, folder: str | None, **_: Any) -> str:
         digest = hashlib.sha256()
+        if folder is None:
+            return ""  # linked
         for root, _folders, files in sorted(os.walk(_folder_path(folder))):
             for name in sorted(files):
                 status = os.stat(os.path.join(root, name))

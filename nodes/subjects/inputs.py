@@ -21,9 +21,9 @@ def list_models() -> dict[str, str]:
     return model_folders.list_models(MODEL_FOLDER)
 
 
-def check_model(name: str) -> bool | str:
-    """For `validate_inputs`: True for one of `list_models`, or the sentence that says it is missing."""
-    return name in list_models() or model_folders.missing_model(MODEL_FOLDER, name, MODEL_FILES)
+def check_model(name: str | None) -> bool | str:
+    """For `validate_inputs`: True for one of `list_models` or None (linked), else the sentence that it is missing."""
+    return name is None or name in list_models() or model_folders.missing_model(MODEL_FOLDER, name, MODEL_FILES)
 
 
 def model_path(name: str) -> str:

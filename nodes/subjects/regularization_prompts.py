@@ -111,7 +111,7 @@ class RegularizationPrompts(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, source: str) -> bool | str:
+    def validate_inputs(cls, source: str | None) -> bool | str:
         return source in (SHIPPED_LIST, OWN_PROMPTS, ENDPOINT) or check_model(source)
 
     @classmethod

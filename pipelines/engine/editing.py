@@ -10,6 +10,7 @@ from typing import Any
 import comfy.samplers
 import torch
 
+from ...attention.sites import of_source
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning
 from ..shared.errors import IdentityEditError, check_areas
@@ -68,7 +69,9 @@ class EditGuider(comfy.samplers.CFGGuider):
         self, x: torch.Tensor, timestep: torch.Tensor, model_options: dict[str, Any] | None = None, seed: Any = None
     ) -> torch.Tensor:
         """Called by ComfyUI inside the PREDICT_NOISE wrappers; x and result [B, C, H, W], timestep [B] sigmas."""
-        side, scale = ("source", self._source_scale) if self._at_source else ("positive", self.cfg)
+        side, scale, options = "positive", self.cfg, model_options or {}
+        if self._at_source:
+            side, scale, options = "source", self._source_scale, of_source(options)
         return comfy.samplers.sampling_function(
             self.inner_model,
             x,
@@ -76,7 +79,7 @@ class EditGuider(comfy.samplers.CFGGuider):
             self.conds.get("negative"),
             self.conds[side],
             scale,
-            model_options=model_options or {},
+            model_options=options,
             seed=seed,
         )
 

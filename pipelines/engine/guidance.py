@@ -46,7 +46,8 @@ class CombiningGuider(comfy.samplers.CFGGuider):
         """Called by ComfyUI inside the PREDICT_NOISE wrappers; x and result [B, C, H, W], timestep [B] sigmas."""
         options = model_options or {}
         # ComfyUI numbers the conditionings; attention patches rely on 0 for the prompt and 1 for the negative prompt.
-        prompts = sorted((name for name in self.conds if name != "negative"), key=lambda name: name != "positive")
+        own = [name for name in self.original_conds if name != "negative"]  # not those of techniques around the run
+        prompts = sorted(own, key=lambda name: name != "positive")
         names = [prompts[0], "negative", *prompts[1:]]
         conditionings: list[Any] = [self.conds.get(name) for name in names]
         results = estimates_of(self.inner_model, conditionings, x, timestep, options)

@@ -4,12 +4,16 @@ image scaling."""
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import comfy.model_management as management
 import comfy.sample
 import comfy.utils
 import torch
+
+from ..shared.comfy_types import Model
 
 
 def device_with_room(size: float) -> torch.device:
@@ -32,6 +36,14 @@ def supports_bfloat16(device: torch.device) -> bool:
 def stop_if_interrupted() -> None:
     """Raise ComfyUI's InterruptProcessingException if the user has pressed Cancel."""
     management.throw_exception_if_processing_interrupted()
+
+
+def empty_latent(model: Model, latent: dict[str, Any]) -> torch.Tensor:
+    """The samples of a LATENT as ComfyUI's samplers take them: of an empty one, the model's channels and size."""
+    fix = comfy.sample.fix_empty_latent_channels
+    ratio = "downscale_ratio_spacial"  # newer than 0.3.75
+    known = {ratio: latent.get(ratio)} if ratio in inspect.signature(fix).parameters else {}
+    return fix(model, latent["samples"], **known)
 
 
 def stock_noise(latent: torch.Tensor, seed: int, batch_index: Iterable[int] | None = None) -> torch.Tensor:

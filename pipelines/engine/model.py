@@ -206,7 +206,8 @@ def drop_step_caches(clone: Model) -> None:
     """Remove caches that reuse earlier model calls (EasyCache, LazyCache and similar) from a clone, with a log message.
 
     They assume a sampler that takes small steps in one direction, and change the result of an inversion or of a
-    repeated evaluation at the same noise level. Caches are recognized by "cache" in their name.
+    repeated evaluation at the same noise level. Caches are recognized by "cache" in their name; TeaCache and First
+    Block Cache are a function around the model.
     """
     options = clone.model_options["transformer_options"]
     option_wrappers = options.get("wrappers", {})
@@ -221,6 +222,9 @@ def drop_step_caches(clone: Model) -> None:
         for key in [key for key in by_key if _is_cache(key)]:
             del by_key[key]
             dropped.add(key)
+    if name := _cache_around(clone.model_options):
+        del clone.model_options["model_function_wrapper"]
+        dropped.add(name)
     if dropped:
         logging.warning(
             "IdentityEdit: the model's %s is disabled here because it would change the result; sampling still uses it.",
@@ -238,6 +242,10 @@ def stop_step_caches(guider: Any) -> None:
     runs = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
     wrappers = transformer.get("wrappers", {})
     stopped = {key for kind, by_key in wrappers.items() for key in by_key if kind != runs and _is_cache(key)}
+    options = dict(guider.model_options)
+    if name := _cache_around(options):
+        del options["model_function_wrapper"]
+        stopped.add(name)
     if not stopped:
         return
     logging.warning(
@@ -248,11 +256,18 @@ def stop_step_caches(guider: Any) -> None:
         kind: {key: each for key, each in by_key.items() if kind == runs or key not in stopped}
         for kind, by_key in wrappers.items()
     }
-    guider.model_options = {**guider.model_options, "transformer_options": {**transformer, "wrappers": wrappers}}
+    guider.model_options = {**options, "transformer_options": {**transformer, "wrappers": wrappers}}
 
 
 def _is_cache(key: Any) -> bool:
     return isinstance(key, str) and "cache" in key.lower()
+
+
+def _cache_around(model_options: dict[str, Any]) -> str:
+    """The name of a cache that is a function around the model, or ""."""
+    function = model_options.get("model_function_wrapper")
+    name = getattr(function, "__qualname__", type(function).__qualname__).partition(".<locals>")[0]
+    return name if _is_cache(f"{getattr(function, '__module__', '')}.{name}") else ""
 
 
 def with_wrappers(

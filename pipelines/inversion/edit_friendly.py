@@ -155,7 +155,9 @@ def edit_friendly_sampler(model: Model, inversion: Inversion) -> Callable[..., t
             if callback is not None:
                 callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             x = sampling_step(inversion, rows[i], x, denoised)
-        return x / inversion.noise_path.image_scale(sigmas[-1]) if rows[-1] == inversion.steps else x
+        if rows[-1] < inversion.steps or inversion.noise_path is engine.FLOW:
+            return x  # ComfyUI itself divides a flow model's last latent by 1 - sigma
+        return x / inversion.noise_path.image_scale(sigmas[-1])
 
     return sample_edit_friendly_ddpm
 

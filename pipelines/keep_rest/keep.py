@@ -92,6 +92,7 @@ def keep_rest(
             f"registered has {registered.shape[1]}x{registered.shape[0]} pixels and original {original.shape[1]}x"
             f"{original.shape[0]}; connect the output of Register Edit."
         )
+    original, registered = original.detach().cpu(), registered.detach().cpu()
     height, width = original.shape[:2]
     factor = min(1.0, (MOST_PIXELS / (height * width)) ** 0.5)
     size = (max(1, round(height * factor)), max(1, round(width * factor)))
@@ -122,10 +123,10 @@ def keep_rest(
     share = float(hard.float().mean())
     if mask is None and share > EVERYTHING:
         reason = f"The edit changed {share:.0%} of the image, so there is nothing to keep, and it is returned as it is."
-        return _as_it_is(registered, change.noise, reason)
+        return _as_it_is(original, registered, change.noise, reason)
     outside = of_size((hard | change.mask | ~covered)[None].float(), *half)[0] == 0.0
     if matching(small[0], small_corrected, outside) < LEAST_MATCHING:
-        return _as_it_is(registered, change.noise, NOT_REGISTERED)
+        return _as_it_is(original, registered, change.noise, NOT_REGISTERED)
     side = max(size) / 100.0
     soft = soft_mask(hard, grow * side, feather * side)
     outside = soft == 0.0
@@ -147,9 +148,11 @@ def keep_rest(
     )
 
 
-def _as_it_is(registered: torch.Tensor, noise: float, reason: str) -> Kept:
-    """An edit in which nothing can be kept."""
-    image = registered.float() if registered.shape[-1] in (3, 4) else _with_colors(registered)
+def _as_it_is(original: torch.Tensor, registered: torch.Tensor, noise: float, reason: str) -> Kept:
+    """An edit in which nothing can be kept but the original's alpha."""
+    image = as_color(registered[None])[0]
+    if original.shape[-1] in (2, 4):
+        image = torch.cat([image, original[..., -1:].float()], dim=-1)
     ones = torch.ones(image.shape[:2])
     return Kept(image, ones, 1.0, 0.0, float("nan"), float("nan"), noise, reason)
 

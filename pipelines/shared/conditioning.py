@@ -87,17 +87,24 @@ def coverage_warning(conditioning: Conditioning, latent: torch.Tensor) -> str | 
     return None
 
 
+def area_in_pixels(area: Any, height: int, width: int) -> tuple[int, int, int, int]:
+    """Height, width, top and left in latent pixels of an `area` of a CONDITIONING, in latent pixels or percentages;
+    areas of video models also have frames in front of each pair."""
+    numbers = list(area[1:] if area[0] == "percentage" else area)
+    half = len(numbers) // 2
+    parts = [*numbers[:half][-2:], *numbers[half:][-2:]]
+    if area[0] == "percentage":
+        parts = [round(part * size) for part, size in zip(parts, (height, width, height, width), strict=True)]
+    return int(parts[0]), int(parts[1]), int(parts[2]), int(parts[3])
+
+
 def _covered(options: dict[str, Any], latent: torch.Tensor) -> torch.Tensor:
     """Bool mask [H, W] of the latent pixels that an entry of a CONDITIONING applies to."""
     height, width = latent.shape[-2:]
     covered = torch.ones((height, width), dtype=torch.bool)
     if options.get("area") is not None:
         covered[:] = False
-        if options["area"][0] == "percentage":
-            sizes = (height, width, height, width)
-            h, w, y, x = (round(part * size) for part, size in zip(options["area"][1:], sizes, strict=True))
-        else:
-            h, w, y, x = options["area"][-4:]
+        h, w, y, x = area_in_pixels(options["area"], height, width)
         covered[y : y + h, x : x + w] = True
     if options.get("mask") is not None:
         mask = options["mask"].detach().float().cpu()

@@ -95,7 +95,7 @@ def edit_conditioning(target: Conditioning, optimized: Conditioning | None, eta:
             f"The target embedding {tuple(e_tgt.shape)} and the optimized one {tuple(e_opt.shape)} differ in tokens or "
             f"channels; optimize this target prompt with this model."
         )
-    return with_embedding(target, eta * e_tgt + (1.0 - eta) * e_opt)
+    return with_embedding(target, eta * e_tgt + (1.0 - eta) * e_opt.to(e_tgt))
 
 
 def switch_percent(model: Model, sigmas: torch.Tensor, first_edit_step: int) -> float:

@@ -52,10 +52,19 @@ def test_one_transform_for_all_is_the_median() -> None:
     assert first == second and first["shift_x"] == pytest.approx(4.0, abs=0.1)
 
 
-def test_another_image_is_returned_unchanged_with_a_sentence() -> None:
-    other = photo("rocket")[:, :200]
-    registered, _, _, trusted, report = RegisterEdit.execute(photo(), other, EACH).args
-    assert torch.equal(registered, other) and not trusted and "unchanged" in report
+@pytest.mark.parametrize("other", [photo().flip(1), photo("rocket")[:, :200]])
+def test_another_image_comes_back_at_the_originals_size_and_nothing_is_kept(other: torch.Tensor) -> None:
+    registered, covered, _, trusted, report = RegisterEdit.execute(photo(), other, EACH).args
+    assert registered.shape == photo().shape and covered.shape == (1, 256, 256)
+    assert not trusted and "was not registered" in report
+    if other.shape == photo().shape:
+        assert torch.equal(registered, other)
+    with_alpha = torch.cat([photo(), torch.ones(1, 256, 256, 1)], dim=-1)
+    with_alpha[:, :8, :8, 3] = 0.5
+    image, mask, _, _ = KeepTheRest.execute(with_alpha, torch.cat([registered, photo()]), **KEEP).args
+    assert torch.equal(image[0, ..., :3], registered[0]) and bool((mask[0] == 1.0).all())
+    assert torch.equal(image[..., 3], with_alpha[..., 3].expand(2, -1, -1))
+    assert torch.equal(image[1, 16:, 16:], with_alpha[0, 16:, 16:])
 
 
 def test_an_edit_of_another_size_comes_back_at_the_originals() -> None:

@@ -116,3 +116,21 @@ def test_another_model_is_refused() -> None:
     given = arguments(tiny_models.sd1())
     with pytest.raises(IdentityEditError, match="another model"):
         ReferenceGuidedNullTextOptimizer.execute(**{**given, "model": tiny_models.sd1(seed=3)})
+
+
+@pytest.mark.parametrize("make", [tiny_flow_models.sd3, tiny_flow_models.qwen_image])
+def test_an_empty_latent_of_other_channels_is_the_models(make: Any) -> None:
+    """As ComfyUI's samplers take Empty Latent Image for every model."""
+    model = make(output_gain=0.05)
+    image = tiny_flow_models.latent_for(model, 4)
+    pivot = inversion.invert_image(model, image, POSITIVE, steps=5)
+    empty, own = torch.zeros(1, 4, *image.shape[-2:]), torch.zeros_like(image)
+    found = [
+        ReferenceGuidedNullTextOptimizer.execute(
+            **arguments(model, inversion=pivot, latent={"samples": each}, guidance_scale=1.0)
+        ).args[0]["samples"]
+        for each in (empty, own)
+    ]
+    assert torch.equal(*found)
+    with pytest.raises(IdentityEditError, match="latent has 4 channels but the model takes 16"):
+        ReferenceGuidedNullTextOptimizer.execute(**arguments(model, inversion=pivot, latent={"samples": empty + 1.0}))

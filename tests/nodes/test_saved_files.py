@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -145,3 +146,14 @@ def test_a_run_makes_no_schema(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(NoiseInversion, "define_schema", classmethod(define_schema))
     assert invert(tiny_models.sd1()).steps == 2
+
+
+def test_a_linked_combo_is_not_known_before_the_run(inputs: Path) -> None:
+    """ComfyUI gives None for it, to `validate_inputs` and `fingerprint_inputs`."""
+    checked = [node for node in NODE_CLASSES if "validate_inputs" in vars(node)]
+    assert len(checked) > 15
+    for node in checked:
+        assert node.validate_inputs(**dict.fromkeys(inspect.signature(node.validate_inputs).parameters)) is True, node
+    for node in [node for node in NODE_CLASSES if "fingerprint_inputs" in vars(node)]:
+        required = inspect.signature(node.fingerprint_inputs).parameters.values()
+        node.fingerprint_inputs(**{each.name: None for each in required if each.kind is not each.VAR_KEYWORD})

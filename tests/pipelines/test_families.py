@@ -217,3 +217,12 @@ def test_another_text_brings_its_length_and_its_pooled_output() -> None:
     assert torch.equal(made["clip_text_pooled"].cond, pooled)
     exchanged = engine.conditionings_with_text([{"model_conds": old}], [{"model_conds": made}])
     assert torch.equal(exchanged[0]["model_conds"]["clip_text_pooled"].cond, pooled)
+
+
+def test_a_text_that_an_adapter_makes_of_several_is_not_exchanged_for_a_learned_one() -> None:
+    """Anima's, of a language model's embedding and T5's tokens."""
+    model = tiny_flow_models.sd3()
+    assert engine.Capability.ONE_TEXT in engine.require(model).capabilities
+    model.model.diffusion_model.llm_adapter = torch.nn.Identity()
+    with pytest.raises(IdentityEditError, match="reads the texts of several encoders"):
+        engine.require(model, engine.Capability.ONE_TEXT)

@@ -21,6 +21,7 @@ from identity_edit_pack.pipelines.inversion.inverted_noise import InvertedNoise
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
 from tiny_models import relative_error
 
+from .test_gradients import TeaCache
 from .test_inversion_methods import NEGATIVE, SOURCE, TARGET, image, velocity_of
 
 STEPS = 8
@@ -250,6 +251,14 @@ def test_caches_of_steps_do_not_mix_source_and_target(node: str, make: Any, capl
     assert "cache" not in caplog.text
     assert torch.equal(run(cached, make(), schedule(model)), plain)
     assert "cache is disabled in this run" in caplog.text
+
+
+@pytest.mark.parametrize("make", [tiny_models.sd1, tiny_flow_models.sd3])
+def test_a_cache_around_the_model_does_not_mix_source_and_target(make: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = make(output_gain=0.2)
+    cached = TeaCache().apply_teacache(model)
+    plain, with_cache = (run(each, flow_edit_sampler(), schedule(model)) for each in (model, cached))
+    assert torch.equal(plain, with_cache) and "TeaCache.apply_teacache is disabled in this run" in caplog.text
 
 
 @pytest.mark.parametrize("make", [flow_edit_sampler, uni_edit_sampler, rf_inversion.rf_inversion_sampler])

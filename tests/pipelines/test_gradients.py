@@ -332,6 +332,41 @@ def test_caches_of_steps_are_left_out_and_the_log_says_so(node: str, caplog: pyt
     assert "easycache" in cached.model_options["transformer_options"], "the given model keeps it"
 
 
+class TeaCache:
+    """In the form of caches that are a function around the model, whose state outlives a run."""
+
+    def apply_teacache(self, model: Any) -> Any:
+        model, kept = model.clone(), []
+
+        def around(apply: Any, call: dict[str, Any]) -> torch.Tensor:
+            if not kept:
+                kept.append(apply(call["input"], call["timestep"], **call["c"]))
+            return kept[0]
+
+        model.set_model_unet_function_wrapper(around)
+        return model
+
+
+def halved(apply: Any, call: dict[str, Any]) -> torch.Tensor:
+    return 0.5 * apply(call["input"], call["timestep"], **call["c"])
+
+
+def test_caches_around_the_model_are_left_out_too(caplog: pytest.LogCaptureFixture):
+    from identity_edit_pack.pipelines.inversion.inversion import invert_image
+
+    plain = tiny_models.sd1(output_gain=0.05)
+    cached = TeaCache().apply_teacache(plain)
+    sides = tiny_models.latent(3), tiny_models.conditioning(1)
+    assert torch.equal(
+        invert_image(cached, *sides, steps=6).trajectory, invert_image(plain, *sides, steps=6).trajectory
+    )
+    assert "TeaCache.apply_teacache is disabled here" in caplog.text
+    other = plain.clone()
+    other.set_model_unet_function_wrapper(halved)
+    changed = invert_image(other, *sides, steps=6).trajectory
+    assert not torch.equal(changed, invert_image(plain, *sides, steps=6).trajectory), "other wrappers stay"
+
+
 @pytest.mark.parametrize(
     ("options", "is_partial"),
     [

@@ -29,8 +29,9 @@ _TEXT_INPUTS = ("txt_in", "context_embedder", "cap_embedder.1", "cond_seq_linear
 Wan."""
 _POOLED_INPUTS = ("vector_in.in_layer", "y_embedder.mlp.0", "p_embedder.pooled_embedder.linear_1")
 """First linear layer of the pooled output: Flux, Stable Diffusion 3, HiDream."""
-_SEVERAL_TEXTS = "caption_projection"
-"""HiDream's projections of the texts of several encoders, of which a CONDITIONING's embedding is only one."""
+_SEVERAL_TEXTS = ("caption_projection", "llm_adapter")
+"""HiDream's projections and Anima's adapter of the texts of several encoders, of which a CONDITIONING's embedding is
+only one."""
 
 
 class Flow(Family):
@@ -49,7 +50,7 @@ class Flow(Family):
                 (Capability.TEXT_ATTENTION, has_joint_attention(network)),
                 (Capability.GRADIENTS, self.text_width > 0),
                 (Capability.TRUE_GUIDANCE, not self.has_distilled_guidance),
-                (Capability.ONE_TEXT, not hasattr(network, _SEVERAL_TEXTS)),
+                (Capability.ONE_TEXT, not any(hasattr(network, name) for name in _SEVERAL_TEXTS)),
             )
             if offered
         )

@@ -28,6 +28,8 @@ KIND = "identity prior"
 _IN_LORA_FILES = re.compile(r".+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])")
 """Layers of text encoders that LoRA files call `lora_te...`."""
 MODEL_PREFIX, CLIP_PREFIX = "model.", "clip."
+_OVERSAMPLING = 16
+"""Dimensions of the random projection beside those that are kept."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +150,9 @@ def as_lora(
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Convert the prior to a LoRA for stock loaders: the best low-rank approximation of each weight difference.
 
-    Each matrix or kernel is truncated to the `rank` largest singular values (Eckart and Young 1936); biases and the
-    weights of norms are kept exactly.
+    Each matrix or kernel is truncated to the `rank` largest singular values (Eckart and Young 1936), which are found by
+    a random projection where they are few among many (Halko et al. 2011); biases and the weights of norms are kept
+    exactly.
 
     Args:
         prior: the prior to approximate.
@@ -178,10 +181,9 @@ def as_lora(
             tensors[f"{name}.diff_b" if part == "bias" else f"{name}.diff"] = change
             continue
         exact = change.float().flatten(1)
-        u, s, v = torch.linalg.svd(exact, full_matrices=False)
-        kept = min(rank, s.shape[0])
-        root = s[:kept].sqrt()
-        up, down = (u[:, :kept] * root).to(change.dtype), (root[:, None] * v[:kept]).to(change.dtype)
+        u, s, v = _largest_singular_values(exact, min(rank, *exact.shape))
+        kept, root = s.shape[0], s.sqrt()
+        up, down = (u * root).to(change.dtype), (root[:, None] * v).to(change.dtype)
         kernel = change.shape[2:]  # of a convolution
         tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *(1 for _ in kernel))
         tensors[f"{name}.lora_down.weight"] = down.reshape(kept, -1, *kernel)
@@ -189,6 +191,17 @@ def as_lora(
         error += float((exact - up.float() @ down.float()).square().sum())
         size += float(exact.square().sum())
     return tensors, (error / size) ** 0.5 if size else 0.0
+
+
+def _largest_singular_values(matrix: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U [m, count], S [count] and V [count, n] of the largest singular values of a matrix [m, n]."""
+    if 4 * (count + _OVERSAMPLING) > min(matrix.shape):
+        u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :count], s[:count], v[:count]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        u, s, v = torch.svd_lowrank(matrix, q=count + _OVERSAMPLING, niter=4)
+    return u[:, :count], s[:count], v[:, :count].T
 
 
 def save_lora(prior: IdentityPrior, tensors: dict[str, torch.Tensor], rank: int, error: float, path: str) -> None:

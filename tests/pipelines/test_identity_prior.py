@@ -674,6 +674,22 @@ def test_a_lora_of_lower_rank_is_the_best_there_is(learned: Any, rank: int):
         priors.as_lora(prior, 0)
 
 
+def test_a_lora_of_large_weights_is_nearly_the_best(learned: Any):
+    """By random projection: exact for a change of that rank, and within 1 % of the smallest error for another."""
+    prior, generator = learned[3], torch.Generator().manual_seed(5)
+    left, right = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((300, 8), (8, 400)))
+    noise = torch.randn(300, 400, generator=generator, dtype=torch.float64)
+    before = torch.random.get_rng_state()
+    for share, largest in ((0.0, 1e-5), (0.5, 1.0)):
+        change = left @ right + share * noise
+        alone = dataclasses.replace(prior, model_change={"diffusion_model.out.weight": change.float()}, clip_change={})
+        squares = torch.linalg.svdvals(change).square()
+        best = float((squares[8:].sum() / squares.sum()).sqrt())
+        error = priors.as_lora(alone, 8)[1]
+        assert error <= 1.01 * best + 1e-6 and error < largest
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_halves_in_the_file_are_close_to_what_was_learned():
     with torch.inference_mode():
         exact, half = (

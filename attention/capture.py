@@ -26,7 +26,7 @@ from comfy.patcher_extension import WrappersMP
 from .errors import IdentityEditError
 from .maps import MeanMap, heads_apart
 from .regions import Region, region_of
-from .sites import AUTOMATIC, Attended, LayerKey, choose_layers, is_of_source
+from .sites import AUTOMATIC, Attended, LayerKey, choose_layers, is_of_source, on_one_gpu
 from .unet import AttentionLayer, Patched, attention_layers, layer_key
 
 _KEY = "identity_edit_attention"
@@ -283,19 +283,24 @@ class Recorder(ABC):
             run.guider = None
 
     def _calc_cond_batch(
-        self, executor: Any, network: Any, conds: Any, x: torch.Tensor, *args: Any, **kwargs: Any
+        self,
+        executor: Any,
+        network: Any,
+        conds: Any,
+        x: torch.Tensor,
+        timestep: torch.Tensor,
+        model_options: dict[str, Any],
     ) -> Any:
         run = self._run
         side = None if run is None or run.guider is None else _positive_side(run.guider, conds)
-        options = args[1] if len(args) > 1 else kwargs.get("model_options", {})
-        if run is None or side is None or is_of_source(options) or x.shape[-2:] != (run.height, run.width):
-            return executor(network, conds, x, *args, **kwargs)
+        if run is None or side is None or is_of_source(model_options) or x.shape[-2:] != (run.height, run.width):
+            return executor(network, conds, x, timestep, model_options)
         if self._attention.evaluations == 0:
             run.batch = x.shape[0]  # Prompt-to-Prompt evaluates the targets alone
         if x.shape[0] != run.batch:
-            return executor(network, conds, x, *args, **kwargs)
+            return executor(network, conds, x, timestep, model_options)
         guider, run.guider = run.guider, None
-        return self._evaluate(run, guider, side, executor, network, conds, x, *args, **kwargs)
+        return self._evaluate(run, guider, side, executor, network, conds, x, timestep, on_one_gpu(model_options))
 
     def _evaluate(
         self, run: Run, guider: Any, side: int, executor: Any, network: Any, conds: Any, *args: Any, **kwargs: Any

@@ -26,7 +26,7 @@ from einops import rearrange
 
 from .errors import IdentityEditError
 from .maps import heads_apart
-from .sites import Attended, Site
+from .sites import Attended, Site, on_one_gpu
 
 _OVERRIDE = "optimized_attention_override"
 
@@ -144,7 +144,7 @@ def with_tap(model: Any, key: str, tap: Tap, is_needed: Callable[[], bool] = lam
 
 def options_with_tap(model_options: dict[str, Any] | None, network: Any, key: str, tap: Tap) -> dict[str, Any]:
     """A copy of model options for one model call in which every joint attention is replaced by `tap`."""
-    options = dict(model_options or {})
+    options = on_one_gpu(model_options)
     transformer = dict(options.get("transformer_options", {}))
     wrappers = {kind: dict(by_key) for kind, by_key in transformer.get("wrappers", {}).items()}
     transformer["wrappers"] = wrappers

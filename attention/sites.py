@@ -180,5 +180,11 @@ def of_source(model_options: dict[str, Any] | None) -> dict[str, Any]:
     return {**options, "transformer_options": {**options.get("transformer_options", {}), _OF_SOURCE: True}}
 
 
+def on_one_gpu(model_options: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy of model options for a model call on the model's own GPU: ComfyUI's clones on other GPUs have other layers
+    and tensors than those that are read or exchanged."""
+    return {name: value for name, value in (model_options or {}).items() if name != "multigpu_clones"}
+
+
 def is_of_source(model_options: dict[str, Any]) -> bool:
     return bool(model_options.get("transformer_options", {}).get(_OF_SOURCE, False))

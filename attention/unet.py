@@ -17,7 +17,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, ResBlock, UNetModel, Upsample
 
 from .errors import IdentityEditError
-from .sites import LayerKey, Site
+from .sites import LayerKey, Site, on_one_gpu
 
 Patched = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Return value of an `attn1_patch`: inputs of queries, keys and values; None for keys or values that share an input."""
@@ -97,7 +97,7 @@ def by_conditioning(extra: Mapping[str, Any], *tensors: torch.Tensor) -> list[tu
 
 def with_patches(model_options: dict[str, Any] | None, **patches: Any) -> dict[str, Any]:
     """A copy of model options with patches appended to their lists."""
-    options = dict(model_options or {})
+    options = on_one_gpu(model_options)
     transformer = dict(options.get("transformer_options", {}))
     lists = dict(transformer.get("patches", {}))
     for name, patch in patches.items():

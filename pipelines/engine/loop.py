@@ -14,6 +14,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
+from ...attention.sites import on_one_gpu
 from ..shared.comfy_types import Model
 from ..shared.conditioning import Conditioning, copy_outside_inference_mode, coverage_warning
 from ..shared.errors import check_areas
@@ -259,7 +260,8 @@ class _LoopSampler(comfy.samplers.Sampler):
     ) -> torch.Tensor:
         """Called by ComfyUI between loading and cleanup."""
         if self._gradients:
-            extra_args = {**extra_args, "model_options": autograd_safe_options(extra_args["model_options"])}
+            options = on_one_gpu(extra_args["model_options"])  # those on other GPUs run without gradients
+            extra_args = {**extra_args, "model_options": autograd_safe_options(options)}
         self._evaluator = NetworkEvaluator(model_wrap, extra_args, self._callback)
         # A copy, because autograd cannot use tensors created in inference mode.
         latent = self._latent.detach().to(self._evaluator.device, torch.float32, copy=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.patcher_extension
 import comfy.samplers
 import pytest
 import tiny_flow_models
@@ -22,6 +23,7 @@ from identity_edit_pack.pipelines.inversion.inversion import invert_image
 from identity_edit_pack.pipelines.inversion.inverted_noise import InvertedNoise
 from identity_edit_pack.pipelines.lipe.identity_prompt import capture_identity, contrast_for, encode_identity_prompt
 from identity_edit_pack.pipelines.mcdm.pair_guidance import pair_guider
+from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
 from tiny_models import relative_error
 
 from .test_flow_attention_control import CLIP as FLOW_CLIP
@@ -153,3 +155,31 @@ def test_a_guider_of_several_prompts_does_not_evaluate_the_recorders(model: Any)
         run(guider, torch.ones_like(latent), latent, euler(), sigmas)
         counts.append(guider.evaluations)
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("technique", ["recorded", "attending", "controlled", "optimized"])
+def test_attention_and_gradients_stay_on_the_models_own_gpu(model: Any, technique: str) -> None:
+    """ComfyUI's clones on other GPUs have layers of their own, and run without gradients."""
+    latent = image(model)
+    inversion = invert_image(model, latent, prompt_of(model, SOURCE), steps=STEPS)
+    positive, clone = prompt_of(model, TARGET), model.clone()
+    if technique == "recorded":
+        clone = recording(model)[0]
+    elif technique == "attending":
+        clone = mutual_self_attention(model, inversion, prompt_of(model, SOURCE), start_step=0.0)
+    elif technique == "controlled":
+        clone, positive = prompt_to_prompt(model, clip_of(model), SOURCE, TARGET, inversion=inversion)
+    used: list[bool] = []
+
+    def calls(executor: Any, network: Any, conds: Any, x: Any, timestep: Any, options: dict[str, Any]) -> Any:
+        used.append("multigpu_clones" in options)
+        return executor(network, conds, x, timestep, {k: v for k, v in options.items() if k != "multigpu_clones"})
+
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "test", calls)
+    clone.model_options["multigpu_clones"] = {}
+    if technique == "optimized":
+        optimize_text_embedding(clone, latent, positive, steps=2)
+    else:
+        noise = InvertedNoise(model, inversion).generate_noise({"samples": latent})
+        run(guided(clone, positive), noise, latent, euler(), inversion.sigmas)
+    assert len(used) > 0 and not all(used)

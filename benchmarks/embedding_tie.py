@@ -25,7 +25,7 @@ from .edits import PAPER_SCORES, report_table, save_sheet
 from .harness import RESULTS, Options, load_checkpoint
 from .hifi_subjects import PROMPTS, render_source, score, seen
 from .hifi_tuner import SUBJECT_OPTIONS, Run, begin, first_pass, learned, training_images, way_of_subject
-from .lipe_edit import Checkpoint, caption_with, draw_subjects, subject_of
+from .lipe_edit import Checkpoint, caption_with, subjects_of_seeds
 from .orders import Cases, Claim, orders_section, shared_options
 
 
@@ -65,11 +65,7 @@ def in_one_place(run: Run) -> Run:
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
-    subjects = {
-        f"{seed} {subject_of(subject)}": (seed, subject)
-        for seed in range(arguments.seed, arguments.seed + arguments.seeds)
-        for subject in draw_subjects(arguments.subjects, seed)
-    }
+    subjects = subjects_of_seeds(arguments)
     cases = Cases(arguments, list(subjects))
     sheet: dict[str, list[torch.Tensor]] = {}
     is_whole = cases.left == cases.units

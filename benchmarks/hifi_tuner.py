@@ -62,7 +62,7 @@ from tqdm import tqdm
 from .edits import PAPER_SCORES, embed, report_table, save_sheet
 from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint
 from .hifi_subjects import PROMPTS, Source, asked_of, draw_sources, render_source, score
-from .lipe_edit import Checkpoint, caption_with, draw_subjects, regularization_set, subject_of, with_prior
+from .lipe_edit import Checkpoint, caption_with, regularization_set, subjects_of_seeds, with_prior
 from .orders import Cases, Claim, Published, orders_section, shared_options
 
 TEXTUAL_INVERSION, MASK, REGULARIZATION = "Textual Inversion", "+ mask", "+ regularization"
@@ -316,11 +316,7 @@ OPTIONS: Options = {
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
-    subjects = {
-        f"{seed} {subject_of(subject)}": (seed, subject)
-        for seed in range(arguments.seed, arguments.seed + arguments.seeds)
-        for subject in draw_subjects(arguments.subjects, seed)
-    }
+    subjects = subjects_of_seeds(arguments)
     cases = Cases(arguments, list(subjects))
     sheet: dict[str, list[torch.Tensor]] = {}
     is_whole = cases.left == cases.units

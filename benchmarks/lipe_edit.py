@@ -105,6 +105,15 @@ def draw_subjects(count: int, seed: int) -> list[Attributes]:
     return list(found.values())
 
 
+def subjects_of_seeds(arguments: Any) -> dict[str, tuple[int, Attributes]]:
+    """Subjects of every seed, with it, by the names of the units in which a table is measured."""
+    return {
+        f"{seed} {subject_of(subject)}": (seed, subject)
+        for seed in range(arguments.seed, arguments.seed + arguments.seeds)
+        for subject in draw_subjects(arguments.subjects, seed)
+    }
+
+
 def as_subject(subject: Attributes, generator: random.Random) -> Attributes:
     """The subject in any pose, place and mood, without a costume."""
     shown = random_attributes(generator, "figure", held_out=None)
@@ -334,12 +343,7 @@ OPTIONS: Options = {
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
-    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    subjects = {
-        f"{seed} {subject_of(subject)}": (seed, subject)
-        for seed in seeds
-        for subject in draw_subjects(arguments.subjects, seed)
-    }
+    subjects = subjects_of_seeds(arguments)
     cases = Cases(arguments, list(subjects))
     for unit in tqdm(cases.left, unit="subject"):
         seed, subject = subjects[unit]

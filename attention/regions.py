@@ -68,6 +68,13 @@ class Region:
         return (inside * (strength * float(entry.get("mask_strength", 1.0)))).clamp(min=0.0)
 
 
+def flat_area(numbers: Sequence[float]) -> tuple[float, float, float, float]:
+    """(height, width, top, left) of a conditioning's area; that of a video model has frames in front of each pair."""
+    half = len(numbers) // 2
+    (height, width), (top, left) = numbers[:half][-2:], numbers[half:][-2:]
+    return height, width, top, left
+
+
 def region_of(entry: dict[str, Any], height: int, width: int, shape: Sequence[int]) -> Region:
     """The region of a conditioning on a layer's grid.
 
@@ -81,8 +88,7 @@ def region_of(entry: dict[str, Any], height: int, width: int, shape: Sequence[in
     area = entry.get("area")
     if area is None:
         return Region((rows, columns), (rows, columns))
-    half = len(area) // 2
-    (given_height, given_width), (top, left) = map(int, area[:half][-2:]), map(int, area[half:][-2:])
+    given_height, given_width, top, left = map(int, flat_area(area))
     area_height, area_width = min(height - top, given_height), min(width - left, given_width)
     grid = max(rows, round(rows * height / area_height)), max(columns, round(columns * width / area_width))
     return Region(

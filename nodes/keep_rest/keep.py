@@ -26,12 +26,13 @@ EACH, COMMON = BATCHES = ("each edit by itself", "one transform for all")
 
 
 def pairs(original: torch.Tensor, edited: torch.Tensor, names: tuple[str, str]) -> list[tuple[torch.Tensor, ...]]:
-    """An original for every edit: one for all, or one for each."""
+    """An original for every edit, one for all or one for each, on the CPU, where both nodes work."""
     if len(original) not in (1, len(edited)):
         raise IdentityEditError(
             f"{names[0]} holds {len(original)} images and {names[1]} {len(edited)}; connect one {names[0]}, or one for "
             f"each."
         )
+    original, edited = original.cpu(), edited.cpu()
     return [(original[min(number, len(original) - 1)], edit) for number, edit in enumerate(edited)]
 
 

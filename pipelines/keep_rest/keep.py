@@ -92,7 +92,6 @@ def keep_rest(
             f"registered has {registered.shape[1]}x{registered.shape[0]} pixels and original {original.shape[1]}x"
             f"{original.shape[0]}; connect the output of Register Edit."
         )
-    original, registered = original.detach().cpu(), registered.detach().cpu()
     height, width = original.shape[:2]
     factor = min(1.0, (MOST_PIXELS / (height * width)) ** 0.5)
     size = (max(1, round(height * factor)), max(1, round(width * factor)))

@@ -25,7 +25,7 @@ def planes(image: torch.Tensor) -> torch.Tensor:
     """Colors [3, H, W] of an image [H, W, C], transparent parts in gray."""
     maps = torch.empty(3, *image.shape[:2])
     for start in range(0, len(image), ROWS):
-        strip = image[start : start + ROWS].cpu()
+        strip = image[start : start + ROWS]
         colors = as_color(strip[None])[0]
         if image.shape[-1] in (2, 4):
             opacity = strip[..., -1:].float().clamp(0.0, 1.0)

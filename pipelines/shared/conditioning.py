@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ...attention.regions import flat_area
 from .errors import IdentityEditError, check_conditioning
 
 Conditioning = list[list[Any]]
@@ -88,14 +89,12 @@ def coverage_warning(conditioning: Conditioning, latent: torch.Tensor) -> str | 
 
 
 def area_in_pixels(area: Any, height: int, width: int) -> tuple[int, int, int, int]:
-    """Height, width, top and left in latent pixels of an `area` of a CONDITIONING, in latent pixels or percentages;
-    areas of video models also have frames in front of each pair."""
-    numbers = list(area[1:] if area[0] == "percentage" else area)
-    half = len(numbers) // 2
-    parts = [*numbers[:half][-2:], *numbers[half:][-2:]]
-    if area[0] == "percentage":
-        parts = [round(part * size) for part, size in zip(parts, (height, width, height, width), strict=True)]
-    return int(parts[0]), int(parts[1]), int(parts[2]), int(parts[3])
+    """Height, width, top and left in latent pixels of an `area` of a CONDITIONING, in latent pixels or percentages."""
+    if area[0] != "percentage":
+        h, w, y, x = flat_area(area)
+        return int(h), int(w), int(y), int(x)
+    h, w, y, x = flat_area(area[1:])
+    return round(h * height), round(w * width), round(y * height), round(x * width)
 
 
 def _covered(options: dict[str, Any], latent: torch.Tensor) -> torch.Tensor:

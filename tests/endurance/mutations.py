@@ -144,8 +144,8 @@ MUTATIONS = [
     ),
     Mutation(
         "top and left of an area",
-        "(given_height, given_width), (top, left) =",
-        "(given_height, given_width), (left, top) =",
+        "given_height, given_width, top, left =",
+        "given_height, given_width, left, top =",
         ("test_capture.py", "test_mutual_self_attention.py", "test_style_cross_attention.py"),
     ),
     Mutation(

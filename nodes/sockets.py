@@ -164,8 +164,11 @@ class EmptyLatent(io.Latent.Input):
 
 def _check_latent(latent: Any, item: Any, model: Any) -> None:
     samples = latent_samples(latent, item.id)
-    channels = None if isinstance(item, EmptyLatent) and not bool(samples.any()) else _channels(model)
-    check_latent(samples, item.id, channels, model is not None and engine.has_frames(model))
+    may_be_empty = isinstance(item, EmptyLatent) and isinstance(samples, torch.Tensor)
+    is_empty = may_be_empty and not bool(samples.any())
+    check_latent(
+        samples, item.id, None if is_empty else _channels(model), model is not None and engine.has_frames(model)
+    )
 
 
 def _channels(model: Any) -> int | None:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ...attention.capture import IdentityAttention
-from ...attention.sites import choose_layers
+from ...attention.sites import choose_layers, on_one_gpu
 from ...attention.style_cross_attention import (
     KINDS,
     Evaluation,
@@ -361,7 +361,7 @@ def apply_style_attention(
             ),
         )
         try:
-            return executor(x, timestep, model_options, seed)
+            return executor(x, timestep, on_one_gpu(model_options), seed)
         finally:
             styles.evaluation = before
 

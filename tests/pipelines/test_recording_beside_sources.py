@@ -11,6 +11,7 @@ import comfy.samplers
 import pytest
 import tiny_flow_models
 import tiny_models
+import tiny_styles
 import tiny_text_encoders
 import torch
 from identity_edit_pack.attention.identity_mask import rough_mask
@@ -23,6 +24,7 @@ from identity_edit_pack.pipelines.inversion.inversion import invert_image
 from identity_edit_pack.pipelines.inversion.inverted_noise import InvertedNoise
 from identity_edit_pack.pipelines.lipe.identity_prompt import capture_identity, contrast_for, encode_identity_prompt
 from identity_edit_pack.pipelines.mcdm.pair_guidance import pair_guider
+from identity_edit_pack.pipelines.pidiff.style_attention import apply_style_attention
 from identity_edit_pack.pipelines.timestep_aware.text_optimization import optimize_text_embedding
 from tiny_models import relative_error
 
@@ -157,6 +159,19 @@ def test_a_guider_of_several_prompts_does_not_evaluate_the_recorders(model: Any)
     assert counts[0] == counts[1]
 
 
+def uses_of_other_gpus(clone: Any) -> list[bool]:
+    """Filled with whether each evaluation of `clone` could use ComfyUI's clones on other GPUs."""
+    used: list[bool] = []
+
+    def calls(executor: Any, network: Any, conds: Any, x: Any, timestep: Any, options: dict[str, Any]) -> Any:
+        used.append("multigpu_clones" in options)
+        return executor(network, conds, x, timestep, {k: v for k, v in options.items() if k != "multigpu_clones"})
+
+    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "test", calls)
+    clone.model_options["multigpu_clones"] = {}
+    return used
+
+
 @pytest.mark.parametrize("technique", ["recorded", "attending", "controlled", "optimized"])
 def test_attention_and_gradients_stay_on_the_models_own_gpu(model: Any, technique: str) -> None:
     """ComfyUI's clones on other GPUs have layers of their own, and run without gradients."""
@@ -169,17 +184,20 @@ def test_attention_and_gradients_stay_on_the_models_own_gpu(model: Any, techniqu
         clone = mutual_self_attention(model, inversion, prompt_of(model, SOURCE), start_step=0.0)
     elif technique == "controlled":
         clone, positive = prompt_to_prompt(model, clip_of(model), SOURCE, TARGET, inversion=inversion)
-    used: list[bool] = []
-
-    def calls(executor: Any, network: Any, conds: Any, x: Any, timestep: Any, options: dict[str, Any]) -> Any:
-        used.append("multigpu_clones" in options)
-        return executor(network, conds, x, timestep, {k: v for k, v in options.items() if k != "multigpu_clones"})
-
-    clone.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, "test", calls)
-    clone.model_options["multigpu_clones"] = {}
+    used = uses_of_other_gpus(clone)
     if technique == "optimized":
         optimize_text_embedding(clone, latent, positive, steps=2)
     else:
         noise = InvertedNoise(model, inversion).generate_noise({"samples": latent})
         run(guided(clone, positive), noise, latent, euler(), inversion.sigmas)
     assert len(used) > 0 and not all(used)
+
+
+def test_styles_stay_on_the_models_own_gpu() -> None:
+    model = tiny_models.sd1()
+    styled = apply_style_attention(model, tiny_styles.style_attention(model), tiny_styles.w_plus(), strength=1.0)
+    used = uses_of_other_gpus(styled)
+    latent = tiny_models.latent(4)
+    sigmas = engine.require(model).schedule(STEPS, end_at_zero=True).sigmas
+    run(guided(styled, prompt_of(model, TARGET)), latent, torch.zeros_like(latent), euler(), sigmas)
+    assert len(used) > 0 and not any(used)

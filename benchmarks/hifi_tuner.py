@@ -38,8 +38,8 @@ import torch
 from identity_edit_pack.demo_world.attributes import Attributes, caption
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
-from identity_edit_pack.pipelines.engine.families.noise import DIFFUSION
-from identity_edit_pack.pipelines.engine.families.schedule import Schedule, ddim_schedule
+from identity_edit_pack.pipelines import engine
+from identity_edit_pack.pipelines.engine.families.schedule import Schedule
 from identity_edit_pack.pipelines.hifi_tuner.reference_alignment import align_reference
 from identity_edit_pack.pipelines.hifi_tuner.reference_guidance import first_pass_latent, reference_guided_sampling
 from identity_edit_pack.pipelines.hifi_tuner.reference_selection import histogram_features, select_reference
@@ -113,7 +113,8 @@ class Run:
 
 
 def begin(base: Checkpoint, subject: Attributes, arguments: Any) -> Run:
-    schedule = ddim_schedule(base.model.get_model_object("model_sampling"), arguments.steps)
+    family = engine.require(base.model)
+    schedule = family.schedule(arguments.steps, end_at_zero=family.noise_path is engine.FLOW)
     empty = torch.zeros(arguments.prompts, 4, 16, 16)
     seeds = range(arguments.seed, arguments.seed + arguments.images)
     sources = draw_sources(subject, arguments.seed)
@@ -181,7 +182,7 @@ def first_pass(run: Run, way: Way) -> torch.Tensor:
         way.model, torch.zeros_like(run.start), run.arguments.guidance_scale, sampler, sigmas, way.positive,
         run.negative, run.start, disable_pbar=True, seed=0,
     )  # fmt: skip
-    return x / DIFFUSION.scale(sigmas[-1])
+    return x / engine.require(run.base.model).noise_path.image_scale(sigmas[-1])
 
 
 @torch.no_grad()

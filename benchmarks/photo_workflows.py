@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from api_client import Client, PromptError
+from api_client import Client
 from api_workflows import Prompt, demo_values, read_workflow
 from demo_photos import draw_photos
 from engine import Server
+from user_comfyui import ScriptError
 
 from ..tests.endurance.cheap_workflows import MOST, cheap
 from .harness import Options, markdown, read_results, source_commit
@@ -81,7 +82,10 @@ class Memory:
 
     def watch(self) -> None:
         while not self.done.wait(0.2):
-            self.highest = max(self.highest, used_memory(self.process))
+            try:
+                self.highest = max(self.highest, used_memory(self.process))
+            except psutil.NoSuchProcess:  # ended for lack of memory
+                return
 
     def __enter__(self) -> Memory:
         self.watcher.start()
@@ -106,7 +110,7 @@ def run_workflow(name: str, base: Path, arguments: argparse.Namespace) -> dict[s
                 run = client.run(prompt, timeout=3600)
                 shown = [image.size for key in run.outputs for image in client.images(run, key)]
                 row |= {"result": "ok", "images": len(shown)}
-            except (PromptError, TimeoutError) as error:
+            except (ScriptError, TimeoutError) as error:
                 row["result"] = str(error)
         return row | {"seconds": round(time.perf_counter() - begin, 1), "memory_mib": round(memory.highest / 2**20)}
 

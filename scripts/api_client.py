@@ -108,7 +108,8 @@ class Client:
         """Queue a prompt, wait for its end and return its outputs.
 
         timeout: seconds without any message from the server after which TimeoutError is raised.
-        Raises ValidationError, ExecutionError or Interrupted, each with the node at fault.
+        Raises ValidationError, ExecutionError or Interrupted, each with the node at fault, and ScriptError when the
+        server has ended.
         """
         url = f"ws://{self.address}/ws?clientId={self.client_id}"
         socket = websocket.create_connection(url, timeout=timeout)
@@ -119,6 +120,10 @@ class Client:
             run.seconds = time.perf_counter() - start
         except websocket.WebSocketTimeoutException:
             raise TimeoutError(f"the server sent nothing for {timeout:.0f} seconds") from None
+        except (websocket.WebSocketConnectionClosedException, ConnectionError):
+            raise ScriptError(
+                "ComfyUI ended before the workflow did; its log says why, or the system ended it for lack of memory."
+            ) from None
         finally:
             socket.close()
         run.outputs = self.get(f"/history/{run.prompt_id}").json()[run.prompt_id]["outputs"]

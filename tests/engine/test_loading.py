@@ -1,4 +1,5 @@
-"""Where the pack and ComfyUI may lie: folders of any name, the pack twice, and a ComfyUI of the user's own."""
+"""Where the pack and ComfyUI may lie: folders of any name, the pack twice, and a ComfyUI of the user's own; and a
+ComfyUI that ends."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from api_client import Client
 from engine import PACK_FOLDER, Server, find_engine
+from user_comfyui import ScriptError
 
 from .test_timestep_aware_edit import inversion_prompt, node, with_image
 
@@ -67,6 +70,14 @@ def test_two_copies_are_named_and_work(tmp_path: Path, node_classes: dict[str, A
         loaders = client.object_info()
         checkpoints = loaders["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0]
         assert len(checkpoints) == len(set(checkpoints))
+
+
+def test_a_server_that_ends_is_reported(tmp_path: Path) -> None:
+    """As one does that the system ends for lack of memory."""
+    with Server(tmp_path, environment=VARIABLES) as process:
+        client = Client(process.address)
+        with pytest.raises(ScriptError, match="ComfyUI ended before the workflow did"):
+            client.run(small_prompt(), listener=lambda kind, data: process.kill())
 
 
 def tree(folder: Path) -> dict[str, str]:

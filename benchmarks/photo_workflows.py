@@ -99,9 +99,11 @@ class Memory:
 def run_workflow(name: str, base: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """One workflow on a server of its own, so that the memory is its own."""
     variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
+    launch = tuple(f"--{option}" for option in arguments.launch)
     row: dict[str, Any] = {"workflow": name, "size": arguments.size, "commit": source_commit()}
+    row |= {"launch": " ".join(launch)} if launch else {}
     prompt = at_full_width(name, arguments.size)
-    with Server(base, environment=variables) as server:
+    with Server(base, arguments=launch, environment=variables) as server:
         assert server.process_id is not None
         client = Client(server.address)
         with Memory(server.process_id) as memory:
@@ -119,6 +121,11 @@ OPTIONS: Options = {
     "only": (WORKFLOWS, "workflows to run (all)", {"choices": WORKFLOWS}),
     "size": (512, "images' width and height (512)"),
     "threads": (1, "of PyTorch (1)"),
+    "launch": (
+        [],
+        "launch options of ComfyUI without their dashes, such as bf16-unet (none)",
+        {"type": str, "nargs": "+"},
+    ),
     "base": (None, "folder for the files and the server (a temporary one)", {"type": Path}),
 }
 
@@ -139,7 +146,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     rows = figures["rows"]
     lines = [
-        (row["workflow"], f"{row['size']}x{row['size']}", row["result"], row.get("images", ""),
+        (row["workflow"], f"{row['size']}x{row['size']}",
+         ", with ".join(filter(None, (row["result"], row.get("launch")))), row.get("images", ""),
          f"{row['seconds']:.0f}", row["memory_mib"])
         for row in rows
     ]  # fmt: skip

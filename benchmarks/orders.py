@@ -217,18 +217,22 @@ class Published:
         values: by row, the paper's value of each column; None where it has none. Rows that the table here has bear
             its names, all others the paper's.
         orders: pairs of rows that the paper compares.
+        maintained: scores that the paper says do not change between them, which have no order.
     """
 
     name: str
     scores: dict[str, str]
     values: dict[str, tuple[float | None, ...]]
     orders: tuple[tuple[str, str], ...] = ()
+    maintained: tuple[str, ...] = ()
 
     def claims(self) -> list[Claim]:
         """A claim for each pair and score, in the direction of the paper's values; none where its columns of one score
         disagree."""
         found = []
         for (first, second), score in itertools.product(self.orders, dict.fromkeys(self.scores.values())):
+            if score in self.maintained:
+                continue
             columns = [index for index, name in enumerate(self.scores.values()) if name == score]
             titles = [title for title, name in self.scores.items() if name == score]
             pairs = [(self.values[first][index], self.values[second][index]) for index in columns]

@@ -92,9 +92,9 @@ def aligned_references(run: Run, images: torch.Tensor, masks: torch.Tensor) -> t
 
 
 def second_passes(
-    run: Run, way: Way, latents: torch.Tensor, **settings: list[float]
+    run: Run, way: Way, latents: torch.Tensor, settings: list[dict[str, Any]]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Images of a second pass for each value of a setting of `reference_guided_sampling`, and the references."""
+    """Images of a second pass for each of some settings of `reference_guided_sampling`, and the references."""
     base, arguments = run.base, run.arguments
     with torch.no_grad():
         images = base.vae.decode(latents).cpu()
@@ -105,11 +105,10 @@ def second_passes(
     prompts = embed(base.clip, [caption(by_pose[asked.pose]) for asked in run.asked])
     inversion = invert_image(base.model, encoded, prompts, sigmas=run.schedule.sigmas, method=FIXED_POINT)
     made = []
-    ((name, values),) = settings.items()
-    for value in values:
+    for each in settings:
         found = reference_guided_sampling(
             base.model, run.start, inversion, masks, way.positive, run.negative,
-            guidance_scale=arguments.guidance_scale, **{name: value},
+            guidance_scale=arguments.guidance_scale, **each,
         )  # fmt: skip
         with torch.no_grad():
             made.append(base.vae.decode(found.latent).cpu())
@@ -134,14 +133,14 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         way = Way(base.model, base.model, base.clip, embed(base.clip, prompts))
         made, references = [], []
         for scale, settings in (
-            (1.0, {"blending": arguments.blending}),
-            (arguments.guidance_scale, {"inner_steps": [arguments.inner_steps]}),
+            (1.0, [{"blending": share} for share in arguments.blending]),
+            (arguments.guidance_scale, [{"inner_steps": arguments.inner_steps}]),
         ):
             guided = dataclasses.replace(
                 run, arguments=argparse.Namespace(**{**vars(run.arguments), "guidance_scale": scale})
             )
-            images, aligned = second_passes(guided, way, first_pass(guided, way), **settings)
-            made += images
+            drawn, aligned = second_passes(guided, way, first_pass(guided, way), settings)
+            made += drawn
             references.append(aligned)
         sources = torch.stack([source.image for source in run.sources])
         images = dict(zip(rows_of(arguments), made, strict=True))

@@ -44,6 +44,9 @@ PUBLISHED: tuple[Published, ...] = ()
 CLAIMS = (
     Claim("figure 6, CLIP-T", INJECTED[0.2], MASACTRL, "clip_t"),
     Claim("figure 6, LPIPS", INJECTED[0.2], MASACTRL, "feature_distance"),
+    Claim("figure 6, CLIP-T", MASACTRL, IMAGIC, "clip_t"),
+    *(Claim("figure 6, CLIP-T", name, IMAGIC, "clip_t") for name in INJECTED.values()),
+    Claim("figure 6, LPIPS", INJECTED[0.4], IMAGIC, "feature_distance"),
     Claim("figure 7, editing", NULL_TEXT, DDIM, "edit_done"),
     Claim("figure 7, editing", NULL_TEXT, DDIM, "clip_t"),
     Claim("figure 7, structure", UNNAMED, NULL_TEXT, "feature_distance"),

@@ -35,7 +35,7 @@ TEMPLATES = (
     "a cropped photo of {}",
     "a photo of {}",
     "a close-up photo of {}",
-    "an image of {}",
+    "a picture of {}",
     "a portrait of {}",
 )
 """The first two are from Gu et al. 2025, section 2.2.1; the others are similar."""

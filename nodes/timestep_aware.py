@@ -14,7 +14,7 @@ from ..pipelines.text.step_embeddings import apply_step_embeddings
 from ..pipelines.timestep_aware import text_injection
 from ..pipelines.timestep_aware import text_optimization as optimization
 from ..pipelines.timestep_aware.model_fine_tuning import FineTuningSettings, fine_tune_model
-from ..pipelines.training.weights import ALL
+from ..pipelines.training.weights import ALL, LOW_RANK
 from .idle import first_said, joined, noise_mask_left_out, same_prompt
 from .sockets import (
     Inversion,
@@ -41,6 +41,10 @@ from .training import (
     training_progress,
     weights_inputs,
 )
+
+FOR_LOW_RANK, LOWEST_OF_LOW_RANK = 5e-4, 2e-5
+"""A learning rate of Imagic's fine-tuning that suits low-rank weights, and one below which they hardly change: they
+begin at 0, and Adam moves each by about the learning rate a step."""
 
 
 class OptimizeTextEmbedding(io.ComfyNode):
@@ -193,7 +197,15 @@ class ImagicFineTuning(io.ComfyNode):
         samples = latent_samples(latent, "The latent")
         patched, run = fine_tune_model(model, samples, optimized, settings, training_progress(model, steps))
         text = f"Imagic fine-tuning: {steps_of(run)}; loss {first_and_last(run.losses)}."
-        return io.NodeOutput(patched, {"loss": run.losses}, show_text(cls, text, noise_mask_left_out(latent)))
+        slow = first_said(
+            (
+                weights == LOW_RANK and learning_rate < LOWEST_OF_LOW_RANK,
+                f"low rank hardly learns at learning_rate {learning_rate:g}; set {FOR_LOW_RANK:g}, as in Liu et al. "
+                f"2024.",
+            )
+        )
+        shown = show_text(cls, text, joined(noise_mask_left_out(latent), slow))
+        return io.NodeOutput(patched, {"loss": run.losses}, shown)
 
 
 def _prompt_inputs() -> list[io.Input]:

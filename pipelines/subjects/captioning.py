@@ -104,7 +104,11 @@ def caption_images(
                     f"{name} has no caption; choose a model, write its line in captions, or put a caption file beside "
                     f"it."
                 )
-            continue  # the test image needs one only for an edit
+            notes.append(
+                f"{name}, the test image, has no caption, so its source prompt is empty; choose a model, write its "
+                f"line in captions, or put a caption file beside it."
+            )
+            continue
         captions[number] = identity_caption(caption, subject.class_word, subject.token)
         if not has_word(caption, subject.class_word):
             notes.append(

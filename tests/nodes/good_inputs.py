@@ -390,7 +390,7 @@ GOOD: dict[str, Callable[[World], dict[str, Any]]] = {
     },
     "ImagicFineTuning": lambda w: with_training_settings({
         **TRAINING, "model": w.model, "latent": w.latent, "optimized": w.conditioning(2), "steps": 1,
-        "weights": "low rank",
+        "weights": "low rank", "learning_rate": 5e-4,
     }),
     "TimestepAwareTextInjection": lambda w: {**_edit(w), "sigmas": w.sigmas, "optimized": w.conditioning(5)},
     "TimestepAwareTextInjectionModel": lambda w: {**_edit(w), "sigmas": w.sigmas, "optimized": w.conditioning(5)},

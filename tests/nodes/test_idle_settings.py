@@ -35,6 +35,7 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("EditFriendlyDDPMInversion", {"latent": "masked"}, "noise mask"),
     ("OptimizeTextEmbedding", {"latent": "masked"}, "noise mask"),
     ("MCDMEditMask", {"latent": "masked"}, "noise mask"),
+    ("ImagicFineTuning", {"learning_rate": 2e-6}, "low rank hardly learns"),
     ("InversionSampler", {"skip": 1.0}, "skip is 1"),
     ("RFInversionSampler", {"eta": 0.0}, "eta is 0"),
     ("RFInversionSampler", {"stop": 0.0}, "stop is not above start"),

@@ -163,6 +163,9 @@ def test_the_subject_gets_its_name(caption: str, expected: str) -> None:
 def test_missing_and_surplus_captions_are_named() -> None:
     with pytest.raises(IdentityEditError, match="image 2 has no caption; choose a model"):
         captioning.caption_images(subject(["a dog", ""]))
+    unnamed = replace(subject(), test_image=images(3)[2], test_name="test/9.png", test_caption="")
+    captioned, notes = captioning.caption_images(unnamed, lines=["a dog", "a dog"])
+    assert captioned.test_caption == "" and len(notes) == 1 and "test/9.png, the test image, has no caption" in notes[0]
     with pytest.raises(IdentityEditError, match="3 lines for 2 images"):
         captioning.caption_images(subject(), lines=["dog"] * 3)
 

@@ -54,7 +54,8 @@ from identity_edit_pack.pipelines.training.images import encode_images
 from tqdm import tqdm
 
 from .edits import save_sheet
-from .harness import RESULTS, ROOT, SEED, THREADS, Options, load_checkpoint, markdown, means
+from .harness import RESULTS, ROOT, SEED, THREADS, Options, load_checkpoint, markdown
+from .orders import Cases, Claim, orders_section, shared_options
 
 SHARED_PROMPT = f"a portrait of the same {datasets.SUBJECT} on the left and right"
 Condition = tuple[datasets.PairSettings, datasets.Identities | None, datasets.Poses | None, bool]
@@ -143,8 +144,8 @@ def apart(checkpoint: Any, sampler: Any, sigmas: torch.Tensor, settings: dataset
     return images[0], images[1], plan.edit
 
 
-def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]], asked_for: list[Attributes]) -> dict[str, float]:
-    """Shares of the pairs; `asked_for` is who each should show."""
+def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]], asked_for: list[Attributes]) -> list[dict[str, float]]:
+    """What is right in each pair; `asked_for` is who it should show."""
     classifier = load_classifier()
     answers = [classify(classifier, torch.stack(images)) for images in ([p[0] for p in pairs], [p[1] for p in pairs])]
     rows = []
@@ -168,7 +169,7 @@ def score(pairs: list[tuple[torch.Tensor, torch.Tensor, str]], asked_for: list[A
                 "same_place_and_facing": before["place"] == after["place"] and before["facing"] == after["facing"],
             }
         )
-    return means(rows)
+    return rows
 
 
 def drawn_poses(count: int, seed: int) -> torch.Tensor:
@@ -194,8 +195,18 @@ def shown_people(
     return found
 
 
+CLAIMS = tuple(
+    Claim(what, better, worse, score)
+    for who in ("identity words", "described")
+    for what, better, worse, score in (
+        ("figure 3b, no pose", f"{who}, pose", who, "same_place_and_facing"),
+        ("figure 3c, no identity", f"{who}, pose", "person, pose", "same_identity"),
+        ("figure 3c, no identity", f"{who}, pose", "person, pose", "identity_attributes_alike"),
+    )
+)
 OPTIONS: Options = {
-    "pairs": (24, "of each row (24)"),
+    **shared_options(2, "pair_generation"),
+    "pairs": (20, "of each row and seed (20)"),
     "training_images": (1500, "of the identity words"),
     "training_steps": (2000, "of the identity words"),
     "identity_words": (ROOT / "demo_output" / "identity_words.safetensors", "their file, trained where it is missing"),
@@ -214,20 +225,38 @@ TITLES = {
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    model, clip, vae = checkpoint = load_checkpoint()
+    checkpoint = load_checkpoint()
     clip_vision = load_clip_vision()
     words, trained = identity_words(
         checkpoint, clip_vision, arguments.identity_words, arguments.training_images, arguments.training_steps
     )
-    people = portraits(arguments.pairs, arguments.seed)
+    cases = Cases(arguments, [str(seed) for seed in range(arguments.seed, arguments.seed + arguments.seeds)])
+    timed: list[dict[str, float]] = []
+    sheet: list[torch.Tensor] = []
+    for unit in cases.units:
+        rows, seconds, images = pairs_of_seed(checkpoint, clip_vision, words, int(unit), arguments.pairs)
+        cases.add(rows, independent=True)
+        timed.append(seconds)
+        sheet = sheet or images
+    save_sheet(RESULTS / f"{arguments.name}.jpg", sheet, columns=6)
+    seconds_a_pair = {name: sum(each[name] for each in timed) / len(timed) for name in timed[0]}
+    return {**cases.figures(), "identity_words": trained, "seconds_a_pair": seconds_a_pair}
+
+
+def pairs_of_seed(
+    checkpoint: Any, clip_vision: Any, words: IdentityWords, seed: int, count: int
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, float], list[torch.Tensor]]:
+    """By row the scores of each pair and the seconds it took, and the sheet's rows."""
+    model, clip, vae = checkpoint
+    people = portraits(count, seed)
     base = datasets.PairSettings(
-        count=arguments.pairs, edits=datasets.parse_edits(EDITS), subjects=tuple(map(described, people)),
-        shared_prompt=SHARED_PROMPT, width=128, height=128, seed=arguments.seed, guidance_scale=GUIDANCE_SCALE,
+        count=count, edits=datasets.parse_edits(EDITS), subjects=tuple(map(described, people)),
+        shared_prompt=SHARED_PROMPT, width=128, height=128, seed=seed, guidance_scale=GUIDANCE_SCALE,
     )  # fmt: skip
     plain = dataclasses.replace(base, subjects=("person",))
     papers = dataclasses.replace(base, guidance_scale=datasets.GUIDANCE_SCALE)
     identities = datasets.Identities(words, features_of(clip_vision, drawn(people, 2)), "person")
-    poses = datasets.Poses(comfy.controlnet.load_controlnet(str(CONTROL_PATH)), drawn_poses(40, arguments.seed))
+    poses = datasets.Poses(comfy.controlnet.load_controlnet(str(CONTROL_PATH)), drawn_poses(40, seed))
     sampler = comfy.samplers.sampler_object(SAMPLER)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
     conditions: dict[str, Condition] = {
@@ -240,30 +269,29 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "described, pose": (base, None, poses, True),
         f"described, pose, guidance scale {datasets.GUIDANCE_SCALE}": (papers, None, poses, True),
     }
-    rows: dict[str, dict[str, float]] = {}
+    rows: dict[str, list[dict[str, float]]] = {}
+    times: dict[str, float] = {}
     sheet = []
     for name, (settings, who, pose, composed) in conditions.items():
         start = time.perf_counter()
-        numbers = tqdm(range(arguments.pairs), desc=name)
+        numbers = tqdm(range(count), desc=name)
         if composed:
             with tempfile.TemporaryDirectory() as temporary:
                 folder = PairFolder(temporary)
                 datasets.generate_pairs(
                     model, clip, vae, sampler, sigmas, folder, settings, identities=who, poses=pose, numbers=numbers
                 )
-                folders = [folder.path / "pairs" / f"{number:06}" for number in range(arguments.pairs)]
+                folders = [folder.path / "pairs" / f"{number:06}" for number in range(count)]
                 pairs = [
                     (*(read_image(at / side, side)[0] for side in (SOURCE, TARGET)), read_pair(at)["edit"])
                     for at in folders
                 ]
         else:
             pairs = [apart(checkpoint, sampler, sigmas, settings, number) for number in numbers]
-        seconds = (time.perf_counter() - start) / arguments.pairs
-        rows[name] = score(pairs, shown_people(settings, who, pose, people)) | {"seconds_a_pair": seconds}
+        times[name] = (time.perf_counter() - start) / count
+        rows[name] = score(pairs, shown_people(settings, who, pose, people))
         sheet.append(torch.stack([torch.cat([source, target], dim=1) for source, target, _ in pairs]))
-        print(name, rows[name], flush=True)
-    save_sheet(RESULTS / "pair_generation.jpg", sheet, columns=6)
-    return {"identity_words": trained, "rows": rows}
+    return rows, times, sheet
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
@@ -271,10 +299,11 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     for name, row in figures["rows"].items():
         nobody = name.startswith("person")  # is asked for
         shares = ("-" if nobody and key == "identity_asked_for" else f"{row[key]:.2f}" for key in TITLES)
-        rows.append((name, *shares, f"{row['seconds_a_pair']:.1f}"))
+        rows.append((name, *shares, f"{figures['seconds_a_pair'][name]:.1f}"))
     return [
         "Generated pairs of the demo checkpoint",
-        f"{arguments.pairs} pairs a row, seed {arguments.seed}, {STEPS} steps of {SAMPLER}, guidance scale "
-        f"{GUIDANCE_SCALE:g}. Identity words: {figures['identity_words']}.",
+        f"{figures['cases']} pairs a row from {arguments.seeds} seeds from {arguments.seed} on, {STEPS} steps of "
+        f"{SAMPLER}, guidance scale {GUIDANCE_SCALE:g}. Identity words: {figures['identity_words']}.",
         *markdown(("", *TITLES.values(), "seconds a pair"), rows),
+        *orders_section((), CLAIMS, figures, "Chen et al. 2024"),
     ]

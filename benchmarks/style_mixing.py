@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,15 +33,16 @@ from identity_edit_pack.pipelines.pidiff.w_plus_encoder import encode_w_plus, fi
 from tqdm import tqdm
 
 from .edits import save_sheet
-from .harness import RESULTS, Options, load_checkpoint, markdown, means
+from .harness import RESULTS, Options, load_checkpoint, markdown
 from .hifi_subjects import seen
+from .orders import Cases, orders_section, shared_options
 from .style_identity import (
+    CLAIMS,
     PROMPTS,
     SAMPLING,
     STRENGTHS,
     Parts,
     Person,
-    Rows,
     asked_of,
     by_style,
     draw_people,
@@ -83,35 +85,42 @@ def score_mixing(
 
 
 OPTIONS: Options = {
-    "people": (8, "each is mixed with the next (8)"),
+    **shared_options(2, "style_mixing"),
+    "people": (4, "for each seed; each is mixed with the next (4)"),
     "style_attention": (STYLE_PATH, "the trained attention (the demo world's)"),
     **SAMPLING,
 }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    parts = Parts(*load_checkpoint(arguments.checkpoint), load_w_plus_encoder(str(arguments.encoder)), arguments)
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     style = load_style_attention(str(arguments.style_attention))
-    people = [photograph(parts, identity, 6) for identity in draw_people(arguments.people, arguments.seed)]
-    rows: Rows = {}
+    parts = Parts(*load_checkpoint(arguments.checkpoint), load_w_plus_encoder(str(arguments.encoder)), arguments)
+    cases = Cases(
+        arguments, [str(seed) for seed in range(arguments.seed, arguments.seed + arguments.seeds)], resume=False
+    )
     mixing: Mixing = {}
     sheet = []
-    for number, person in enumerate(tqdm(people, unit="person")):
-        asked = asked_of(person.identity, len(PROMPTS))
-        mean, prompts = average_styles([person.styles]), [caption_calling(each) for each in asked]
-        for strength in STRENGTHS:
-            made = by_style(parts, style, mean, prompts, strength)
-            rows.setdefault(f"strength: {strength:g}", []).extend(score(made, asked, person.images))
-        found, images = score_mixing(parts, style, person, people[(number + 1) % len(people)])
-        sheet.append(torch.stack(images))
-        for name, right in found.items():
-            mixing.setdefault(name, []).extend(right)
-    save_sheet(RESULTS / "style_mixing.jpg", sheet)
-    return {
-        "training": style.training,
-        "rows": {name: means(each) for name, each in rows.items()},
-        "mixing": {name: sum(right) / len(right) for name, right in mixing.items()},
-    }
+    for unit in cases.units:
+        seed = int(unit)
+        of_seed = dataclasses.replace(parts, arguments=argparse.Namespace(**{**vars(arguments), "seed": seed}))
+        people = [photograph(of_seed, identity, 6) for identity in draw_people(arguments.people, seed)]
+        for number, person in enumerate(tqdm(people, unit="person")):
+            asked = asked_of(person.identity, len(PROMPTS))
+            mean, prompts = average_styles([person.styles]), [caption_calling(each) for each in asked]
+            rows = {
+                f"strength: {strength:g}": score(
+                    by_style(of_seed, style, mean, prompts, strength), asked, person.images
+                )
+                for strength in STRENGTHS
+            }
+            cases.add(rows)
+            found, images = score_mixing(of_seed, style, person, people[(number + 1) % len(people)])
+            sheet.append(torch.stack(images))
+            for name, right in found.items():
+                mixing.setdefault(name, []).extend(right)
+    save_sheet(RESULTS / f"{arguments.name}.jpg", sheet)
+    mixed = {name: sum(right) / len(right) for name, right in mixing.items()}
+    yield {**cases.figures(), "training": style.training, "mixing": mixed}
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
@@ -128,10 +137,12 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     training = figures["training"]
     return [
         "People that nobody trained on, by their W+ codes",
-        f"{arguments.people} people, {len(PROMPTS)} prompts, seed {arguments.seed}; style attention of "
-        f"{training['steps']} steps and {training['images']} portraits; {arguments.steps} steps of DDIM, guidance "
-        f"{arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; {figures['minutes']:.0f} minutes.",
+        f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.people} people each, {len(PROMPTS)} prompts; "
+        f"style attention of {training['steps']} steps and {training['images']} portraits; {arguments.steps} steps of "
+        f"DDIM, guidance {arguments.guidance_scale:g}; mixes at lambda {arguments.strength:g}; "
+        f"{figures['minutes']:.0f} minutes.",
         *part_table(figures["rows"], "strength", "Lambda")[1:],
+        *orders_section((), CLAIMS, figures, "Gu et al. 2025"),
         "",
         "## Mixing: attributes from the right parent, by row group",
         "",

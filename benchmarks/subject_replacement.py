@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,16 +26,26 @@ from identity_edit_pack.pipelines.inversion.null_text import ADAPTIVE, null_text
 from tqdm import tqdm
 
 from .edits import Pair, embed, report_table, save_sheet
-from .harness import RESULTS, Options, load_checkpoint, means
+from .harness import RESULTS, Options, load_checkpoint
 from .hifi_subjects import draw_replacements, score_replacement
 from .hifi_tuner import SUBJECT_OPTIONS, begin, learned, training_images
-from .lipe_edit import Checkpoint, caption_with, draw_subjects
+from .lipe_edit import Checkpoint, caption_with, subjects_of_seeds
+from .orders import Cases, Claim, orders_section, shared_options
 
 WITHOUT_CONTROL, ALGORITHM_3 = "without attention control", "algorithm 3"
 
 
 def row_name(share: float) -> str:
     return ALGORITHM_3 if share == 1.0 else f"{ALGORITHM_3}, in the first {share:.0%} of the steps"
+
+
+CLAIMS = (
+    Claim("algorithm 3, the rest of the image", ALGORITHM_3, WITHOUT_CONTROL, "background_psnr_db"),
+    Claim("algorithm 3, the new subject", ALGORITHM_3, WITHOUT_CONTROL, "subject_replaced"),
+    Claim("this pack's cross_replace_steps", row_name(0.4), ALGORITHM_3, "subject_replaced"),
+    Claim("this pack's cross_replace_steps", row_name(0.4), WITHOUT_CONTROL, "background_psnr_db"),
+)
+"""The paper shows images of replacements, and no figures."""
 
 
 def replace_subjects(
@@ -71,47 +82,48 @@ def one_image(inversion: Inversion, index: int) -> Inversion:
     """The inversion of one image of a batch."""
     table = inversion.embeddings
     assert table is not None
-    own = dataclasses.replace(table, embeddings=table.embeddings[:, index : index + 1])
+    pooled = None if table.pooled is None else table.pooled[:, index : index + 1]
+    own = dataclasses.replace(table, embeddings=table.embeddings[:, index : index + 1], pooled=pooled)
     return dataclasses.replace(inversion, trajectory=inversion.trajectory[:, index : index + 1], embeddings=own)
 
 
 OPTIONS: Options = {
     "replacements": (6, "images of others a subject (6)"),
     "cross_replace_steps": ([1.0, 0.4], "shares of the steps (1 0.4)"),
+    **shared_options(2, "subject_replacement"),
     **SUBJECT_OPTIONS,
+    "subjects": (4, "unseen subjects for each seed (4)"),
     "guidance_scale": (1.5, "of all sampling (1.5)"),
 }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     arguments.prompts = arguments.images = 1  # of `begin`; nothing is drawn from prompts here
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
-    scores: dict[str, list[dict[str, float]]] = {}
+    subjects = subjects_of_seeds(arguments)
+    cases = Cases(arguments, list(subjects))
     sheet: dict[str, list[torch.Tensor]] = {}
-    for of in tqdm(draw_subjects(arguments.subjects, arguments.seed), unit="subject"):
-        run = begin(base, of, arguments)
+    is_whole = cases.left == cases.units
+    for unit in tqdm(cases.left, unit="subject"):
+        seed, of = subjects[unit]
+        run = begin(base, of, argparse.Namespace(**{**vars(arguments), "seed": seed}))
         subject = learned(
             run, training_images(run), kind=OUTPUT, masked=True, updates_per_step=arguments.updates_per_step,
             regularization_weight=arguments.regularization_weight,
         )  # fmt: skip
-        pairs = draw_replacements(of, arguments.replacements, arguments.seed)
+        pairs = draw_replacements(of, arguments.replacements, seed)
         latents = replace_subjects(base, of.species, subject, pairs, arguments)
         with torch.no_grad():
             images = {name: base.vae.decode(made).cpu() for name, made in latents.items()}
         images["renderer"] = torch.stack([pair.after for pair in pairs])
+        cases.add({name: score_replacement(classifier, made, pairs) for name, made in images.items()})
         before = torch.stack([pair.before for pair in pairs])
-        sheet.setdefault("subject", []).append(run.sources[0].image.expand(2, -1, -1, -1))
-        sheet.setdefault("before", []).append(before[:2])
-        for name, made in images.items():
-            scores.setdefault(name, []).extend(score_replacement(classifier, made, pairs))
+        for name, made in {"subject": run.sources[0].image.expand(2, -1, -1, -1), "before": before, **images}.items():
             sheet.setdefault(name, []).append(made[:2])
-    save_sheet(RESULTS / "subject_replacement.jpg", [torch.cat(row) for row in sheet.values()])
-    return {
-        "settings": {name: str(value) for name, value in vars(arguments).items() if name != "checkpoint"},
-        "images": len(scores["renderer"]),
-        "rows": {name: means(rows) for name, rows in scores.items()},
-    }
+        if is_whole:  # a run that goes on leaves the sheet of the first subjects
+            save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(row) for row in sheet.values()])
+        yield cases.figures()
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
@@ -124,11 +136,12 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     }
     return [
         "Subject replacement on unseen subjects of the demo world",
-        f"{arguments.subjects} subjects, {figures['images']} images; embeddings {arguments.training_steps} steps of "
-        f"batch {arguments.batch_size} at learning rate {arguments.embedding_learning_rate:g} and "
-        f"{arguments.updates_per_step} for each of {arguments.steps} DDIM steps; guidance "
-        f"{arguments.guidance_scale:g}; {figures['minutes']:.0f} minutes.",
+        f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, {figures['cases']} "
+        f"images a row; embeddings {arguments.training_steps} steps of batch {arguments.batch_size} at learning rate "
+        f"{arguments.embedding_learning_rate:g} and {arguments.updates_per_step} for each of {arguments.steps} DDIM "
+        f"steps; guidance {arguments.guidance_scale:g}; {figures['minutes']:.0f} minutes.",
         *report_table(figures["rows"], columns),
+        *orders_section((), CLAIMS, figures, "Wang et al. 2023"),
         "",
         "Rows of the image: the subject, the image, and the rows of the table in their order.",
     ]

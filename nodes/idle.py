@@ -1,4 +1,4 @@
-"""Detection of settings without any effect.
+"""Detection of settings without any effect, and of inversions that do not lead back to their image.
 
 They are valid, but the result looks like a failure of the method, so the node shows a one-line warning (`show_text`).
 """
@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 
+from ..pipelines.inversion.inversion import EDIT_FRIENDLY_DDPM, Inversion
+from ..pipelines.inversion.methods import DDIM, FIXED_POINT, UNI_INV
 from ..pipelines.shared.conditioning import Conditioning
+
+LARGEST_LAST_UPDATE = 0.02
+"""Of a fixed point, relative to the latent. On the demo flow model the image's error is about two thirds of it."""
 
 
 def first_said(*cases: tuple[bool, str]) -> str | None:
@@ -52,6 +57,27 @@ def blend_idle(blends: bool, threshold: float, start: float, steps: int) -> str 
             blends and threshold >= 1.0,
             "blend_threshold is 1, which no attention exceeds, so the local blend returns the source image; lower it.",
         ),
+    )
+
+
+def not_reversed_by_euler(inversion: Inversion) -> str | None:
+    """Warning of a node that samples from an inversion in Euler's steps, for one that they do not reverse; else None.
+    Null-text embeddings correct any."""
+    if inversion.embeddings is not None or inversion.method in (DDIM, FIXED_POINT, UNI_INV, EDIT_FRIENDLY_DDPM):
+        return None
+    return (
+        f"The inversion was made by {inversion.method}, which this node's steps (euler) do not reverse, so the image "
+        f"drifts; choose fixed point in Noise Inversion."
+    )
+
+
+def not_converged(inversion: Inversion) -> str | None:
+    """Warning of an inversion by the fixed point that did not come near it, else None."""
+    if inversion.last_update <= LARGEST_LAST_UPDATE:
+        return None
+    return (
+        f"The fixed point has not converged: the last of the iterations still changed a latent by "
+        f"{inversion.last_update:.0%}, so euler will not return exactly to the image; raise iterations or steps."
     )
 
 

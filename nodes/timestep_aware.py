@@ -15,7 +15,7 @@ from ..pipelines.timestep_aware import text_injection
 from ..pipelines.timestep_aware import text_optimization as optimization
 from ..pipelines.timestep_aware.model_fine_tuning import FineTuningSettings, fine_tune_model
 from ..pipelines.training.weights import ALL, LOW_RANK
-from .idle import first_said, joined, noise_mask_left_out, same_prompt
+from .idle import first_said, joined, noise_mask_left_out, not_reversed_by_euler, same_prompt
 from .sockets import (
     Inversion,
     any_model_input,
@@ -456,7 +456,10 @@ class TimestepAwareTextInjectionSampler(io.ComfyNode):
             f"calls."
         )
         unused = _idle(source, edit, optimized, ratio, eta, inversion.steps)
-        return io.NodeOutput({"samples": result.latent}, show_text(cls, text, joined(unused, result.warning)))
+        return io.NodeOutput(
+            {"samples": result.latent},
+            show_text(cls, text, joined(unused, not_reversed_by_euler(inversion), result.warning)),
+        )
 
 
 NODES: list[type[io.ComfyNode]] = [

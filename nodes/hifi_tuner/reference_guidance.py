@@ -13,7 +13,7 @@ from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.inversion.inversion import check_step_count
 from ...pipelines.shared.conditioning import Conditioning
 from ...pipelines.shared.errors import IdentityEditError
-from ..idle import first_said, joined
+from ..idle import first_said, joined, not_reversed_by_euler
 from ..sockets import (
     EmptyLatent,
     Inversion,
@@ -204,7 +204,9 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
             ),
         )
         text = show_text(
-            cls, _report(found, inversion.steps, None if optimized else blending), joined(unused, found.warning)
+            cls,
+            _report(found, inversion.steps, None if optimized else blending),
+            joined(unused, not_reversed_by_euler(inversion), found.warning),
         )
         return io.NodeOutput({**latent, "samples": found.latent}, text)
 

@@ -14,7 +14,7 @@ from ...pipelines.inversion.inversion import invert_image
 from ...pipelines.inversion.inverted_noise import InvertedNoise
 from ...pipelines.inversion.rf_inversion import GAMMA, RF_INVERSION, rf_inversion
 from ...pipelines.shared.conditioning import Conditioning
-from ..idle import noise_mask_left_out
+from ..idle import noise_mask_left_out, not_converged
 from ..sockets import (
     Inversion,
     any_model_input,
@@ -187,7 +187,7 @@ class NoiseInversion(io.ComfyNode):
             sigmas=sigmas,
             **settings,
         )
-        show_warnings(cls, fewer_steps(total, result.steps), noise_mask_left_out(latent))
+        show_warnings(cls, fewer_steps(total, result.steps), not_converged(result), noise_mask_left_out(latent))
         # Without the image's noise mask: a sampler would blend with x_T as if it were the image.
         start = {"samples": result.start_latent(model)}
         return io.NodeOutput(result, start, result.sigmas.clone(), InvertedNoise(model, result))

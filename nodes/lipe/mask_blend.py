@@ -12,7 +12,7 @@ from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.lipe import identity_mask_blend
 from ...pipelines.lipe.identity_prompt import contrast_for, encode_identity_prompt
 from ...pipelines.shared.conditioning import Conditioning
-from ..idle import first_said, joined, same_prompt, takes_no_part
+from ..idle import first_said, joined, not_reversed_by_euler, same_prompt, takes_no_part
 from ..sockets import (
     ClipOfAnyFamily,
     Inversion,
@@ -242,13 +242,14 @@ class IdentityAwareMaskBlend(io.ComfyNode):
             f"{result.evaluations} model calls; the source mask covers {shares[0]} of the image, the target "
             f"mask {shares[1]}."
         )
+        unused = _idle(source, target, skip, blend_until, inversion.steps)
         return io.NodeOutput(
             {"samples": result.latent},
             at_image_size(result.source_mask, model),
             at_image_size(result.target_mask, model),
             result.source_attention or IdentityAttention(()),
             result.target_attention or IdentityAttention(()),
-            show_text(cls, text, joined(_idle(source, target, skip, blend_until, inversion.steps), result.warning)),
+            show_text(cls, text, joined(unused, not_reversed_by_euler(inversion), result.warning)),
             result.step_masks.flatten(0, 1) if len(result.step_masks) else torch.zeros_like(result.target_mask),
         )
 

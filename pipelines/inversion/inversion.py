@@ -45,6 +45,8 @@ class Inversion:
         noise_maps: [N, B, C, H, W] float32 CPU, of unit scale: noise_maps[i] is the z of the step from sigmas[i] to
             sigmas[i + 1] (Huberman-Spiegelglas et al. 2024, eq. 5). None for a deterministic inversion.
         eta: fraction of each step's noise: 0 for a deterministic inversion, otherwise up to 1 (DDPM).
+        last_update: the largest change of a latent by the last iteration of the fixed point, relative to it; 0 for
+            other methods and for inversions from files.
     """
 
     trajectory: torch.Tensor
@@ -55,6 +57,7 @@ class Inversion:
     embeddings: StepEmbeddings | None = None
     noise_maps: torch.Tensor | None = None
     eta: float = 0.0
+    last_update: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -252,13 +255,14 @@ def invert_image(
     check_number(iterations, "iterations", 1, None)
     levels = levels_of(model, steps, end_at_zero, sigmas)
     check_negative(negative, guidance_scale)
+    updates = [0.0]
 
     def loop(evaluator: engine.NetworkEvaluator, z_0: torch.Tensor) -> torch.Tensor:
         ascending = levels.flip(0).to(evaluator.device)
         start = z_0 * path.image_scale(ascending[0])
         trajectory = [start.cpu()]
         estimate = partial(evaluator.guided, guidance_scale=guidance_scale)
-        for i, (x, denoised) in enumerate(steps_of(method, path, start, ascending, estimate, iterations)):
+        for i, (x, denoised) in enumerate(steps_of(method, path, start, ascending, estimate, iterations, updates)):
             trajectory.append(x.cpu())
             evaluator.report(i, denoised, x, len(levels) - 1)
         return torch.stack(trajectory[::-1])
@@ -272,6 +276,7 @@ def invert_image(
         method=method,
         guidance_scale=float(guidance_scale),
         model=engine.model_tag(model),
+        last_update=max(updates),
     )
 
 

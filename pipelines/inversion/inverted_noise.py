@@ -38,7 +38,8 @@ class InvertedNoise:
         check_skip(self.skip, self.inversion.steps)
 
     def generate_noise(self, input_latent: dict[str, Any]) -> torch.Tensor:
-        """The noise [B, C, H, W] with which a run on this LATENT starts at the inversion's latent.
+        """The noise [B, C, H, W] with which a run on this LATENT starts at the inversion's latent; that of one image
+        serves every latent of a batch.
 
         Called by ComfyUI's sampling nodes.
 
@@ -49,6 +50,8 @@ class InvertedNoise:
         latent = input_latent["samples"].to(device="cpu", dtype=torch.float32)
         if engine.has_frames(self.model) and latent.ndim == 4:
             latent = latent.unsqueeze(2)
+        if len(x) == 1:  # one image for every latent of a batch
+            x = x.expand(len(latent), *x.shape[1:])
         if latent.shape != x.shape:
             raise IdentityEditError(
                 f"The latent is {tuple(latent.shape)} but the inversion {tuple(x.shape)}; connect the latent of the "

@@ -37,19 +37,27 @@ Steps = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
 def fixed_point(
-    path: NoisePath, x: torch.Tensor, sigmas: torch.Tensor, estimate: Estimate, iterations: int = ITERATIONS
+    path: NoisePath,
+    x: torch.Tensor,
+    sigmas: torch.Tensor,
+    estimate: Estimate,
+    iterations: int = ITERATIONS,
+    updates: list[float] | None = None,
 ) -> Steps:
     """Inverts euler: solves x' = x + (s' - s) v(x', s') by fixed-point iteration.
 
     One iteration is DDIM inversion (Song et al. 2021, section 4.3), with eps(z_t, t + 1) in the papers' scale as in the
     reference implementation of null-text inversion. More iterations converge to the exact inverse (Pan et al. 2023,
-    AIDI; Garibi et al. 2024, ReNoise), as long as a step is short enough.
+    AIDI; Garibi et al. 2024, ReNoise), as long as a step is short enough. `updates` gets the size of each step's last
+    change of x', relative to x'.
     """
     for s, s_next in pairwise(sigmas):
         y = x * (path.network_scale(s_next) / path.network_scale(s))  # the papers' z_t as an x at s_next
         for _ in range(iterations):
-            denoised = estimate(y, s_next)
+            before, denoised = y, estimate(y, s_next)
             y = x + (s_next - s) * path.slope(y, denoised, s_next)
+        if updates is not None:
+            updates.append(float((y - before).norm() / y.norm()))
         x = y
         yield x, denoised
 
@@ -91,10 +99,14 @@ def steps_of(
     sigmas: torch.Tensor,
     estimate: Estimate,
     iterations: int = ITERATIONS,
+    updates: list[float] | None = None,
 ) -> Steps:
-    """The steps of a method of `METHODS` from x at sigmas[0]; `iterations` are those of the fixed point."""
-    if method in (DDIM, FIXED_POINT):
-        return fixed_point(path, x, sigmas, estimate, 1 if method == DDIM else iterations)
+    """The steps of a method of `METHODS` from x at sigmas[0]; `iterations` and `updates` are those of the fixed
+    point."""
+    if method == DDIM:
+        return fixed_point(path, x, sigmas, estimate, 1)
+    if method == FIXED_POINT:
+        return fixed_point(path, x, sigmas, estimate, iterations, updates)
     return {UNI_INV: uni_inv, MIDPOINT: midpoint, FIREFLOW: fireflow}[method](path, x, sigmas, estimate)
 
 

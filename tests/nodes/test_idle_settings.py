@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from identity_edit_pack.nodes.idle import noise_mask_left_out, same_prompt
+from identity_edit_pack.pipelines.inversion.methods import MIDPOINT
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 
@@ -36,6 +38,13 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
     ("OptimizeTextEmbedding", {"latent": "masked"}, "noise mask"),
     ("MCDMEditMask", {"latent": "masked"}, "noise mask"),
     ("ImagicFineTuning", {"learning_rate": 2e-6}, "low rank hardly learns"),
+    ("NoiseInversion", {"method": "fixed point", "iterations": 1}, "fixed point has not converged"),
+    *(
+        (name, {"inversion": MIDPOINT}, "euler) do not reverse")
+        for name in (
+            "TimestepAwareTextInjectionSampler", "IdentityAwareMaskBlend", "ReferenceGuidedNullTextOptimizer"
+        )
+    ),
     ("InversionSampler", {"skip": 1.0}, "skip is 1"),
     ("RFInversionSampler", {"eta": 0.0}, "eta is 0"),
     ("RFInversionSampler", {"stop": 0.0}, "stop is not above start"),
@@ -101,6 +110,8 @@ def inputs_of(name: str, changes: dict[str, Any], world: World) -> dict[str, Any
             value = {**inputs[key], "noise_mask": torch.zeros(1, 8, 8)}
         elif key in ("target", "positive", "second", "optimized") and isinstance(value, str):
             value = inputs[value]
+        elif key == "inversion":
+            value = dataclasses.replace(inputs[key], method=value, embeddings=None)
         inputs[key] = value
     return inputs
 

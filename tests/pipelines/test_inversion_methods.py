@@ -113,6 +113,27 @@ def test_stock_euler_returns_the_image_of_a_fixed_point_inversion(model: Any) ->
     assert relative_error(inversion.sample_inversion(model, ddim, SOURCE), z_0) > 5 * error
 
 
+def test_one_inversion_serves_every_latent_of_a_batch(model: Any) -> None:
+    z_0 = image(model)
+    made = inversion.invert_image(model, z_0, SOURCE, steps=4, end_at_zero=True, method=methods.FIXED_POINT)
+    both = torch.cat([z_0, torch.zeros_like(z_0)])
+    one, other = (InvertedNoise(model, made).generate_noise({"samples": each}) for each in (z_0, both[1:]))
+    assert torch.equal(InvertedNoise(model, made).generate_noise({"samples": both}), torch.cat([one, other]))
+
+
+def test_the_last_update_says_how_near_the_fixed_point_is() -> None:
+    model = tiny_flow_models.sd3(output_gain=0.5)
+    z_0, found = image(model), {}
+    for iterations in (1, 2, 3, 12):
+        found[iterations] = inversion.invert_image(
+            model, z_0, SOURCE, steps=1, end_at_zero=True, method=methods.FIXED_POINT, iterations=iterations
+        )
+    changed = found[3].trajectory[0] - found[2].trajectory[0]
+    assert found[3].last_update == pytest.approx(float(changed.norm() / found[3].trajectory[0].norm()), rel=1e-4)
+    assert found[1].last_update > found[3].last_update > found[12].last_update
+    assert inversion.invert_image(model, z_0, SOURCE, steps=1).last_update == 0.0
+
+
 @pytest.mark.parametrize(("family", "shift"), [("sd3", 1.0), ("sd3", 3.0), ("flux", 1.15)])
 def test_the_models_own_shift_is_followed(family: str, shift: float) -> None:
     model = tiny_flow_models.ALL[family](output_gain=0.05)

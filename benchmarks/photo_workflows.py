@@ -147,7 +147,7 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     rows = figures["rows"]
     lines = [
         (row["workflow"], f"{row['size']}x{row['size']}",
-         ", with ".join(filter(None, (row["result"], row.get("launch")))), row.get("images", ""),
+         ", with ".join(filter(None, (row["result"].rstrip("."), row.get("launch")))), row.get("images", ""),
          f"{row['seconds']:.0f}", row["memory_mib"])
         for row in rows
     ]  # fmt: skip

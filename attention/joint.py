@@ -143,12 +143,23 @@ def with_tap(model: Any, key: str, tap: Tap, is_needed: Callable[[], bool] = lam
 
 
 def options_with_tap(model_options: dict[str, Any] | None, network: Any, key: str, tap: Tap) -> dict[str, Any]:
-    """A copy of model options for one model call in which every joint attention is replaced by `tap`."""
+    """A copy of model options for one model call in which every joint attention is replaced by `tap`.
+
+    A guidance function that evaluates the network once more with other blocks, such as skip layer guidance, is not
+    tapped.
+    """
     options = on_one_gpu(model_options)
     transformer = dict(options.get("transformer_options", {}))
+    replaced, tapping = transformer.get("patches_replace", {}), _tapping(network, tap)
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        of_call = args[5] if len(args) > 5 else kwargs["transformer_options"]
+        is_own = of_call.get("patches_replace", {}) == replaced
+        return tapping(executor, *args, **kwargs) if is_own else executor(*args, **kwargs)
+
     wrappers = {kind: dict(by_key) for kind, by_key in transformer.get("wrappers", {}).items()}
     transformer["wrappers"] = wrappers
-    add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, _tapping(network, tap), transformer)
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, apply_model, transformer)
     return {**options, "transformer_options": transformer}
 
 

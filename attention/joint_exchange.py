@@ -217,17 +217,20 @@ class JointControl:
     def _add_to_blend(self, of: str, site: Site, attended: Attended, options: Mapping[str, Any]) -> None:
         if self.blend is None or site.key not in self.blend_sites or not self.blend.columns[of]:
             return
-        before = attended.text.stop - attended.text.start - self.counts[of]  # Flux.2 pads texts at the start
-        if before < 0:
+        length = attended.text.stop - attended.text.start
+        if length < self.counts[of]:
             raise IdentityEditError(
-                f"The {of}'s conditioning has {before + self.counts[of]} tokens but its prompt has {self.counts[of]}; "
-                f"connect the conditioning of the prompt that was used for attention control."
+                f"The {of}'s conditioning has {length} tokens but its prompt has {self.counts[of]}; connect the "
+                f"conditioning of the prompt that was used for attention control."
             )
         uuids = options["uuids"]
         rows = attended.query.shape[0] // len(uuids)
         with torch.no_grad():
             for number, uuid in enumerate(uuids):
                 if uuid in self.entries:
+                    # Flux.2 pads texts at the start; other nodes append tokens to the target's (Flux Redux).
+                    own = self.counts[of] if of == SOURCE else self.entries[uuid]["cross_attn"].shape[1]
+                    before = length - own
                     part = attended.part(slice(number * rows, (number + 1) * rows))
                     maps = part.to_text([before + column for column in self.blend.columns[of]]).flatten(1)
                     self.blend.add(of, maps, self.entries[uuid], self.height, self.width, attended.grid)

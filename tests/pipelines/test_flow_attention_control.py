@@ -12,6 +12,7 @@ import tiny_text_encoders
 import torch
 from identity_edit_pack.attention.joint import joint_sites
 from identity_edit_pack.attention.joint_exchange import JointControl, JointMutualAttention
+from identity_edit_pack.attention.sites import Attended
 from identity_edit_pack.pipelines import engine
 from identity_edit_pack.pipelines.attention_control.mutual_self_attention import (
     BACKGROUND,
@@ -167,6 +168,41 @@ def test_the_image_changes_only_where_it_attends_to_the_words(model: Any) -> Non
     changed = ((edited - source).abs() > 1e-4).any(dim=1)
     assert 0 < float(changed.float().mean()) < 1
     assert torch.equal(source, sample(guided(model, encode(CLIP, SOURCE)), noise, latent))
+
+
+def test_the_local_blend_reads_its_words_beside_appended_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as those of Flux Redux."""
+    read: list[list[list[int]]] = []
+    to_text = Attended.to_text
+    monkeypatch.setattr(Attended, "to_text", lambda own, columns: (read[-1].append(columns), to_text(own, columns))[1])
+    latent = empty(model, 1)
+    for appended in (0, 5):
+        read.append([])
+        controlled, ((embedding, options),) = prompt_to_prompt(model, CLIP, SOURCE, TARGET, blend_words="dog")
+        longer = torch.cat([embedding, torch.ones_like(embedding[:, :appended])], dim=1)
+        sample(guided(controlled, [[longer, options]]), noise_of(latent), latent)
+    pads = min(min(columns) for columns in read[0]) >= embedding.shape[1]  # Flux.2, at the start
+    assert len(read[0]) > 0
+    assert read[1] == [[column - appended * pads for column in columns] for columns in read[0]]
+
+
+@pytest.mark.parametrize("technique", ["prompt-to-prompt", "mutual self-attention"])
+def test_skip_layer_guidance_is_left_alone(model: Any, pivot: Inversion, technique: str) -> None:
+    """It evaluates the network once more without some blocks, whose number says nothing then."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    images = []
+    for scale in (None, 0.0, 3.0):
+        given = model
+        if scale is not None:
+            given = SkipLayerGuidanceDiT.execute(model, scale, 0.0, 1.0, double_layers="0", single_layers="0").args[0]
+        positive = encode(CLIP, TARGET)
+        if technique == "prompt-to-prompt":
+            controlled, positive = prompt_to_prompt(given, CLIP, SOURCE, TARGET, inversion=pivot)
+        else:
+            controlled = mutual_self_attention(given, pivot, encode(CLIP, SOURCE), start_step=0.0)
+        images.append(from_inversion(controlled, pivot, positive))
+    assert torch.equal(images[0], images[1]) and torch.isfinite(images[2]).all()
 
 
 def test_what_prompt_to_prompt_cannot_do_on_flow_models_is_named(model: Any) -> None:

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from identity_edit_pack.demo_world.attributes import PLACE_PHRASES, Attributes, caption
+from identity_edit_pack.demo_world.attributes import COLORS, PATTERNS, PLACE_PHRASES, Attributes, caption
 from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.hifi_tuner.reference_alignment import align_reference
@@ -33,14 +35,14 @@ from .edits import PAPER_SCORES, embed, report_table, save_sheet
 from .harness import RESULTS, ROOT, SEED, Options, load_checkpoint
 from .hifi_subjects import PROMPTS, render_source, score
 from .hifi_tuner import Run, Way, begin, first_pass
-from .lipe_edit import Checkpoint, draw_subjects, subject_of
+from .lipe_edit import SPECIES, Checkpoint, subject_of
 from .orders import Cases, shared_options
 
 FLOW_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo-flow.safetensors"
 OPTIONS: Options = {
     **shared_options(2, "reference_blending"),
     "subjects": (4, "unseen subjects for each seed (4)"),
-    "prompts": (10, f"the first of {len(PROMPTS)} (10)"),
+    "prompts": (8, f"the first of {len(PROMPTS)} (8)"),
     "images": (1, "images for each prompt (1)"),
     "steps": (20, "Euler steps (20)"),
     "guidance_scale": (4.0, "of true guidance (4)"),
@@ -62,8 +64,11 @@ def rows_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def patterned_subjects(count: int, seed: int) -> list[Attributes]:
-    """Different held-out subjects with a pattern."""
-    return [subject for subject in draw_subjects(4 * count, seed) if subject.pattern != "plain"][:count]
+    """Different held-out subjects with a pattern; there are seven."""
+    every = itertools.product(SPECIES, COLORS, PATTERNS)
+    found = [Attributes(species=species, color=color, pattern=pattern) for species, color, pattern in every]
+    patterned = [subject for subject in found if subject.held_out and subject.pattern != "plain"]
+    return random.Random(f"blended subjects {seed}").sample(patterned, count)
 
 
 def without_pattern(asked: Attributes) -> str:

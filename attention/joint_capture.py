@@ -29,6 +29,10 @@ _KEY = "identity_edit_joint_attention"
 _SIDE = "identity_edit_identity"
 """Start of an identity prompt's name among the guider's conditionings."""
 
+_SHARED = ("reference_latents", "reference_latents_method", "guidance", "concat_latent_image", "concat_mask")
+"""Options of the sampled prompt that the identity prompt is evaluated with, too: what the network sees beside the
+text."""
+
 EVALUATIONS = 4
 """Additional model calls of a run for the identity prompt, evenly spread over its steps. Our choice: the noise level
 hardly matters."""
@@ -106,7 +110,13 @@ class _JointRecorder(Recorder):
         )
 
     def _outer_sample(self, executor: Any, noise: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with side_prompts(executor.class_obj, {} if self._prompt is None else {self._side: self._prompt}):
+        guider, prompts = executor.class_obj, {}
+        if self._prompt is not None:
+            ((embedding, options),) = self._prompt
+            sampled = next(iter(guider.conds.get("positive") or ()), {})
+            shared = {name: sampled[name] for name in _SHARED if name in sampled}
+            prompts = {self._side: [[embedding, {**options, **shared}]]}
+        with side_prompts(guider, prompts):
             return super()._outer_sample(executor, noise, *args, **kwargs)
 
     def _evaluate(

@@ -14,6 +14,7 @@ import tiny_flow_models
 import tiny_joint_networks
 import tiny_models
 import torch
+from comfy.patcher_extension import WrappersMP
 from identity_edit_pack.attention import identity_mask, sites
 from identity_edit_pack.attention.joint_capture import capture_joint_attention
 from identity_edit_pack.pipelines.shared.errors import IdentityEditError
@@ -264,6 +265,23 @@ def test_blocks_are_counted_only_in_the_call_that_is_read() -> None:
     recording, attention = record(getattr(model, "args", model)[0])
     sample(recording, network.latent(4))
     assert attention.evaluations == len(SIGMAS) - 1
+
+
+def test_an_identity_prompt_sees_what_the_sampled_prompt_does() -> None:
+    """Kontext's reference images and Flux's guidance."""
+    network = NETWORKS["flux"]
+    given = {"reference_latents": [network.latent(5)], "guidance": 1.5}
+    positive = [[POSITIVE[0][0], {**POSITIVE[0][1], **given}]]
+    recording, attention = record(network.model())
+    seen: list[tuple[bool, float]] = []
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append((kwargs.get("ref_latents") is not None, float(kwargs["guidance"].max())))
+        return executor(*args, **kwargs)
+
+    recording.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", apply_model)
+    sample(recording, network.latent(4), positive, cfg=1.0)
+    assert attention.evaluations == len(SIGMAS) - 1 and set(seen) == {(True, 1.5)}
 
 
 def test_what_cannot_be_recorded_is_refused() -> None:

@@ -64,6 +64,8 @@ PAPERS = (
             "technique does to prompt fidelity. Nor can CLIP-T: the renderer's images show exactly what the prompts "
             "ask and have less of it (0.699) than every row, so a row that falls toward them is not worse.",
             NO_DREAMBOOTH.format("DreamBooth"),
+            "Algorithm 3 has its own table: "
+            "[subject_replacement.md](../benchmarks/results/subject_replacement.md).",
         ),
     ),
     Paper(

@@ -207,7 +207,7 @@ def _source_conditionings(
     for side, conditionings in conds.items():
         if conditionings is not None and side in prompts:
             if is_joint:
-                conditionings = engine.conditionings_with_text(conditionings, conds[_KEY + side])
+                conditionings = engine.conditionings_with_text(conditionings, conds[_KEY + side], with_guidance=True)
             else:
                 embedding, pooled = single_embedding(prompts[side], "The source prompt")
                 conditionings = engine.conditionings_with_embedding(

@@ -21,10 +21,13 @@ _TEXT = (
 """Inputs that belong to a text, and not to the sampled image or its guidance."""
 
 
-def conditionings_with_text(conditionings: list[dict[str, Any]], prompt: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A copy of a guider's conditionings of one side with the text of a side prompt of one entry; per-step embeddings
-    do not replace it."""
-    text = {name: value for name, value in prompt[0]["model_conds"].items() if name in _TEXT}
+def conditionings_with_text(
+    conditionings: list[dict[str, Any]], prompt: list[dict[str, Any]], *, with_guidance: bool = False
+) -> list[dict[str, Any]]:
+    """A copy of a guider's conditionings of one side with the text of a side prompt of one entry, which per-step
+    embeddings do not replace; their distilled guidance (FluxGuidance) is the prompt's or their own."""
+    taken = (*_TEXT, "guidance") if with_guidance else _TEXT
+    text = {name: value for name, value in prompt[0]["model_conds"].items() if name in taken}
     return [
         {
             **conditioning,

@@ -10,6 +10,7 @@ import tiny_flow_models
 import tiny_models
 import tiny_text_encoders
 import torch
+from comfy.patcher_extension import WrappersMP
 from identity_edit_pack.attention.joint import joint_sites
 from identity_edit_pack.attention.joint_exchange import JointControl, JointMutualAttention
 from identity_edit_pack.attention.sites import Attended
@@ -311,6 +312,27 @@ def test_caches_of_steps_do_not_mix_source_and_target(flux_pivot: Any, node: str
     expected = from_inversion(apply(model), pivot, target)
     for both in (apply(cached(model)), cached(apply(model))):
         assert torch.equal(from_inversion(both, pivot, target), expected)
+
+
+def test_the_source_of_mutual_self_attention_has_its_own_distilled_guidance() -> None:
+    """That of its inversion (FluxGuidance)."""
+    model = tiny_flow_models.flux(output_gain=0.2)
+    ((embedding, options),) = encode(CLIP, SOURCE)
+    source, target = ([[embedding, {**options, "guidance": value}]] for value in (1.5, 4.0))
+    pivot = invert_image(model, tiny_flow_models.latent_for(model, 4), source, steps=STEPS)
+    attending = mutual_self_attention(model, pivot, source, start_step=0.0)
+    seen: list[float] = []
+
+    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seen.append(float(kwargs["guidance"].max()))
+        return executor(*args, **kwargs)
+
+    attending.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test", apply_model)
+    guider = guided(attending, target)
+    guider.set_cfg(1.0)
+    start = pivot.trajectory[0] / pivot.noise_path.scale(pivot.sigmas[0])
+    sample(guider, start, torch.zeros_like(start), pivot.sigmas)
+    assert seen == [1.5, 4.0] * STEPS
 
 
 @pytest.mark.parametrize("technique", ["mutual self-attention", "prompt-to-prompt"])

@@ -181,8 +181,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the level of a fixed point",
-        "denoised = estimate(y, s_next)",
-        "denoised = estimate(y, s)",
+        "before, denoised = y, estimate(y, s_next)",
+        "before, denoised = y, estimate(y, s)",
         ("test_inversion_methods.py",),
     ),
     Mutation(

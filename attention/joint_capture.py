@@ -113,7 +113,7 @@ class _JointRecorder(Recorder):
         guider, prompts = executor.class_obj, {}
         if self._prompt is not None:
             ((embedding, options),) = self._prompt
-            sampled = next(iter(guider.conds.get("positive") or ()), {})
+            sampled: dict[str, Any] = next(iter(guider.conds.get("positive") or ()), {})
             shared = {name: sampled[name] for name in _SHARED if name in sampled}
             prompts = {self._side: [[embedding, {**options, **shared}]]}
         with side_prompts(guider, prompts):

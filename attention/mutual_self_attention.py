@@ -26,7 +26,9 @@ AUTOMATIC = -1
 Patch = Callable[[torch.Tensor, "torch.Tensor | None", "torch.Tensor | None", dict[str, Any]], Patched]
 
 
-def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, AttentionLayer]:
+def mutual_layers(
+    network: Any, start_layer: int = AUTOMATIC, end_layer: int = AUTOMATIC
+) -> dict[LayerKey, AttentionLayer]:
     """The layers whose self-attention takes keys and values from the source.
 
     Args:
@@ -34,25 +36,37 @@ def mutual_layers(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, 
         start_layer: index of the first one among the self-attention layers, from 0 in the order in which they run. The
             reference implementation uses 10 for the 16 layers of SD1.x and 64 (also 44 and 54) for the 70 of SDXL.
             `AUTOMATIC` generalizes 10 and 64 to any UNet: the decoder's layers except those on its coarsest grid.
+        end_layer: index of the last one; `AUTOMATIC` is the network's last.
 
     Raises:
         IdentityEditError: when the network is not a UNet or has no such layer.
     """
     layers = [layer for layer in attention_layers(network) if layer.attends_to_itself]
+    check_layers(start_layer, end_layer, len(layers), "self-attention layers")
+    layers = layers if end_layer == AUTOMATIC else layers[: end_layer + 1]
     if start_layer == AUTOMATIC:
         decoder = [layer for layer in layers if layer.key[0] == "output"]
         coarsest = max((layer.downsampling for layer in decoder), default=0)
         chosen = [layer for layer in decoder if layer.downsampling < coarsest] or decoder
     else:
-        if not 0 <= start_layer < len(layers):
-            raise IdentityEditError(
-                f"start_layer is {start_layer} but the model has {len(layers)} self-attention layers; choose a number "
-                f"from 0 to {len(layers) - 1}, or {AUTOMATIC} for automatic."
-            )
         chosen = layers[start_layer:]
     if not chosen:
-        raise IdentityEditError("The model's decoder has no self-attention; set start_layer manually.")
+        raise IdentityEditError("The model's decoder has no self-attention up to end_layer; set start_layer manually.")
     return {layer.key: layer for layer in chosen}
+
+
+def check_layers(start_layer: int, end_layer: int, count: int, what: str) -> None:
+    """Raise `IdentityEditError` unless both are automatic or among `count` layers, the last not before the first."""
+    for name, layer in (("start_layer", start_layer), ("end_layer", end_layer)):
+        if layer != AUTOMATIC and not 0 <= layer < count:
+            raise IdentityEditError(
+                f"{name} is {layer} but the model has {count} {what}; choose a number from 0 to {count - 1}, or "
+                f"{AUTOMATIC} for automatic."
+            )
+    if AUTOMATIC != end_layer < start_layer:
+        raise IdentityEditError(
+            f"end_layer is {end_layer}, before start_layer {start_layer}; choose a larger end_layer, or {AUTOMATIC}."
+        )
 
 
 @dataclass

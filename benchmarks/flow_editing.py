@@ -202,7 +202,7 @@ class Editor:
         model = mutual_self_attention(self.model, pivot, self.source, self.empty)
         return inversions.sample_inversion(model, pivot, self.target, self.empty, self.scale)
 
-    def each(self, edit: Callable[[Editor], torch.Tensor]) -> torch.Tensor:
+    def each(self, edit: Callable[[Any], torch.Tensor]) -> torch.Tensor:
         """Of methods whose words are one image's: every image alone."""
         edited = []
         for row, pair in enumerate(self.pairs):
@@ -250,13 +250,13 @@ class Editor:
 
 
 def edit_batch(
-    model: Any, clip: Any, vae: Any, pairs: list[Pair], seed: int, arguments: argparse.Namespace
+    model: Any, clip: Any, vae: Any, pairs: list[Pair], seed: int, arguments: argparse.Namespace, kind: type[Editor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """The images [B, 128, 128, 3] of every method, and its model calls on each of them."""
     with torch.no_grad():
         latent = vae.encode(torch.stack([pair.before for pair in pairs]))
         true_edit = vae.encode(torch.stack([pair.after for pair in pairs]))
-    editor = Editor(model, clip, pairs, latent, arguments.steps, arguments.guidance_scale, seed)
+    editor = kind(model, clip, pairs, latent, arguments.steps, arguments.guidance_scale, seed)
     latents, calls = {"source, autoencoded": latent, "true edit, autoencoded": true_edit}, {}
     for name, edit in editor.methods().items():
         editor.calls = 0
@@ -266,7 +266,7 @@ def edit_batch(
         return {name: vae.decode(value).cpu() for name, value in latents.items()}, calls
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def measure(arguments: argparse.Namespace, kind: type[Editor] = Editor) -> Iterator[dict[str, Any]]:
     checkpoint = load_checkpoint(arguments.checkpoint)
     batches = batches_of_pairs(arguments)
     cases = Cases(arguments, list(batches))
@@ -274,7 +274,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         batch = batches[unit]
         # Each batch has noise of its own.
         seed = arguments.seed + cases.units.index(unit)
-        columns, calls = edit_batch(*checkpoint, batch, seed, arguments)
+        columns, calls = edit_batch(*checkpoint, batch, seed, arguments, kind)
         if unit == cases.units[0]:
             befores = torch.stack([pair.before for pair in batch])
             save_sheet(RESULTS / f"{arguments.name}.jpg", [befores, *columns.values()])

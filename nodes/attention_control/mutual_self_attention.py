@@ -23,7 +23,7 @@ class MutualSelfAttention(io.ComfyNode):
             display_name="Mutual Self-Attention",
             category="attention control",
             search_aliases=["MasaCtrl", "non-rigid editing", "consistent editing", "reference attention"],
-            advanced=["start_layer", "exchange"],
+            advanced=["start_layer", "exchange", "end_layer"],
             description=(
                 "Lets the self-attention of an edit attend to the inverted image (MasaCtrl, Cao et al. "
                 "2023): the layout follows the target prompt, the appearance comes from the image. No "
@@ -88,6 +88,15 @@ class MutualSelfAttention(io.ComfyNode):
                     "models (KV-Edit, Zhu et al. 2025); with start_step and start_layer 0, and Identity-Aware Mask "
                     "Blend as the sampler, which restores the background in each step.",
                 ),
+                io.Int.Input(
+                    "end_layer",
+                    default=AUTOMATIC,
+                    min=AUTOMATIC,
+                    max=1000,
+                    optional=True,
+                    tooltip="Last layer that attends to the image, counted like start_layer. -1 is the last one of "
+                    "the model.",
+                ),
             ],
             outputs=[
                 io.Model.Output(
@@ -111,6 +120,7 @@ class MutualSelfAttention(io.ComfyNode):
         source_mask: torch.Tensor | None = None,
         target_mask: torch.Tensor | None = None,
         exchange: str = mutual_self_attention.IMAGE,
+        end_layer: int = AUTOMATIC,
     ) -> io.NodeOutput:
         if takes_all(start_step, inversion.steps):
             show_warnings(
@@ -129,6 +139,7 @@ class MutualSelfAttention(io.ComfyNode):
                 source_mask=source_mask,
                 target_mask=target_mask,
                 exchange=exchange,
+                end_layer=end_layer,
             )
         )
 

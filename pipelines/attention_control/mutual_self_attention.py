@@ -12,7 +12,7 @@ import torch
 
 from ...attention.joint import joint_sites
 from ...attention.joint_exchange import JointMutualAttention
-from ...attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeatures, mutual_layers
+from ...attention.mutual_self_attention import AUTOMATIC, MutualMasks, SourceFeatures, check_layers, mutual_layers
 from ...attention.sites import LAST, LayerKey, Site, choose_blocks
 from ...attention.unet import without_guidance_functions
 from .. import engine
@@ -43,6 +43,7 @@ def mutual_self_attention(
     source_mask: torch.Tensor | None = None,
     target_mask: torch.Tensor | None = None,
     exchange: str = IMAGE,
+    end_layer: int = AUTOMATIC,
 ) -> Model:
     """A clone of `model` whose self-attention takes its keys and values from an inverted image.
 
@@ -63,6 +64,7 @@ def mutual_self_attention(
         start_layer: see `mutual_layers`; with joint attention `mutual_blocks`.
         source_mask, target_mask: MASK [1 or B, H, W] of the subject in the source and of its intended place in the
             target; subject then attends to subject and background to background. Both or neither.
+        end_layer: the last layer or block, counted like `start_layer`; `AUTOMATIC` is the last of all.
         exchange: IMAGE, or with joint attention BACKGROUND, which takes keys and values outside `target_mask` alone
             from the source (KV-Edit, Zhu et al. 2025). KV-Edit does so in all blocks and steps, and resets the latent
             there in each step, as Identity-Aware Mask Blend does.
@@ -93,8 +95,8 @@ def mutual_self_attention(
     if source_mask is not None and target_mask is not None:
         masks = as_masks(source_mask, "source_mask"), as_masks(target_mask, "target_mask")
     network = model.get_model_object("diffusion_model")
-    layers = {} if is_joint else mutual_layers(network, start_layer)
-    blocks = mutual_blocks(network, start_layer) if is_joint else {}
+    layers = {} if is_joint else mutual_layers(network, start_layer, end_layer)
+    blocks = mutual_blocks(network, start_layer, end_layer) if is_joint else {}
     first_step = round(start_step * inversion.steps)
 
     def attend_to_source(
@@ -148,26 +150,28 @@ def mutual_self_attention(
     return engine.with_wrappers(model, _KEY, attend_to_source, outer_sample=begin)
 
 
-def mutual_blocks(network: Any, start_layer: int = AUTOMATIC) -> dict[LayerKey, Site]:
+def mutual_blocks(network: Any, start_layer: int = AUTOMATIC, end_layer: int = AUTOMATIC) -> dict[LayerKey, Site]:
     """The blocks with joint attention in which the target takes keys and values from the source.
 
     Args:
         network: the transformer.
         start_layer: index of the first one, from 0 in execution order. `AUTOMATIC` is the last third: in a small model
             of the demo world, earlier blocks kept less of the identity in edits of pose and expression.
+        end_layer: index of the last one; `AUTOMATIC` is the network's last.
 
     Raises:
         IdentityEditError: when the network has no such block.
     """
     sites = joint_sites(network)
-    if start_layer == AUTOMATIC:
-        return {site.key: site for site in choose_blocks(sites, LAST)}
-    if not 0 <= start_layer < len(sites):
+    check_layers(start_layer, end_layer, len(sites), "blocks with joint attention")
+    until = sites if end_layer == AUTOMATIC else sites[: end_layer + 1]
+    first = sites.index(choose_blocks(sites, LAST)[0]) if start_layer == AUTOMATIC else start_layer
+    if not until[first:]:
         raise IdentityEditError(
-            f"start_layer is {start_layer} but the model has {len(sites)} blocks with joint attention; choose a number "
-            f"from 0 to {len(sites) - 1}, or {AUTOMATIC} for automatic."
+            f"end_layer is {end_layer}, before the automatic start_layer {first}; choose a larger end_layer, or set "
+            f"start_layer."
         )
-    return {site.key: site for site in sites[start_layer:]}
+    return {site.key: site for site in until[first:]}
 
 
 def _source_prompts(

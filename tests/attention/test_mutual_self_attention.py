@@ -438,6 +438,12 @@ def test_bad_inputs_are_refused() -> None:
         mutual_self_attention(model, pivot, SOURCE, start_step=4)
     with pytest.raises(IdentityEditError, match="start_layer is 99"):
         mutual_self_attention(model, pivot, SOURCE, start_layer=99)
+    with pytest.raises(IdentityEditError, match="end_layer is 1, before start_layer 2"):
+        mutual_self_attention(model, pivot, SOURCE, start_layer=2, end_layer=1)
+    layers = list(mutual.mutual_layers(model.get_model_object("diffusion_model"), 0))
+    for start, end in ((0, 2), (1, 1)):
+        chosen = mutual.mutual_layers(model.get_model_object("diffusion_model"), start, end)
+        assert list(chosen) == layers[start : end + 1]
     with pytest.raises(IdentityEditError, match="another model"):
         mutual_self_attention(tiny_models.sd1(seed=5), pivot, SOURCE)
     with pytest.raises(IdentityEditError, match="one for all, or one for each"):

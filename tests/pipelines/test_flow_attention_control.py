@@ -216,14 +216,19 @@ def test_what_prompt_to_prompt_cannot_do_on_flow_models_is_named(model: Any) -> 
             prompt_to_prompt(model, tiny_text_encoders.clip("sd1"), SOURCE, TARGET)
 
 
-@pytest.mark.parametrize("start_layer", [-1, 1])
-def test_keys_and_values_come_from_the_inverted_image(model: Any, pivot: Inversion, start_layer: int) -> None:
+@pytest.mark.parametrize(("start_layer", "end_layer"), [(-1, -1), (1, -1), (0, 0)])
+def test_keys_and_values_come_from_the_inverted_image(
+    model: Any, pivot: Inversion, start_layer: int, end_layer: int
+) -> None:
     target = encode(CLIP, TARGET)
-    attending = mutual_self_attention(model, pivot, encode(CLIP, SOURCE), start_step=0.25, start_layer=start_layer)
+    attending = mutual_self_attention(
+        model, pivot, encode(CLIP, SOURCE), start_step=0.25, start_layer=start_layer, end_layer=end_layer
+    )
     found = from_inversion(attending, pivot, target)
     network = model.model.diffusion_model
     sites = joint_sites(network)
-    chosen = sites[-1:] if start_layer == -1 else sites[1:]  # a third of 2 or 4 blocks
+    # Automatic is a third of 2 or 4 blocks.
+    chosen = {(-1, -1): sites[-1:], (1, -1): sites[1:], (0, 0): sites[:1]}[start_layer, end_layer]
 
     def exchange(_: Any) -> JointMutualAttention:
         return JointMutualAttention(network, {site.key: site for site in chosen})
@@ -352,6 +357,9 @@ def test_an_area_of_the_prompt_does_not_mix_it_with_the_negative(flux_pivot: Any
 def test_what_mutual_self_attention_cannot_do_is_named(model: Any, pivot: Inversion) -> None:
     count = len(joint_sites(model.model.diffusion_model))
     refused = [
+        ({"end_layer": count}, f"end_layer is {count} but the model has {count} blocks with joint attention"),
+        ({"start_layer": 1, "end_layer": 0}, "end_layer is 0, before start_layer 1"),
+        ({"end_layer": 0}, "end_layer is 0, before the automatic start_layer"),
         ({"start_layer": count}, f"start_layer is {count} but the model has {count} blocks with joint attention"),
         ({"source_mask": torch.ones(1, 64, 64)}, "Only one of source_mask and target_mask"),
         ({"exchange": BACKGROUND}, "exchange is background but there is no target_mask"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class AttentionEditor(flow_editing.Editor):
         }
         return {
             "inversion by fixed point": lambda: self.sampled(self.inverted(methods.FIXED_POINT)),
-            **{f"mutual self-attention, {name}": lambda of=of: self.attending(*of) for name, of in ranges.items()},
+            **{f"mutual self-attention, {name}": partial(self.attending, *of) for name, of in ranges.items()},
             "mask blend, true masks": lambda: self.each(AttentionEditor.blended_by_masks),
             "mask blend and kept background, true masks": lambda: self.each(AttentionEditor.background_kept),
             "Prompt-to-Prompt": lambda: self.each(AttentionEditor.controlled),

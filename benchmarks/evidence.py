@@ -116,6 +116,8 @@ PAPERS = (
             "CLIP-T cannot show here what a method does to prompt fidelity: the renderer's images show exactly what "
             "the prompts ask and have 0.595, as much as style cross-attention and less than the other rows, and it is "
             "highest where the person is lost. By the classifier all rows follow the text (0.97 to 1.00).",
+            "People that no attention was trained on, and mixes of two, have their own table: "
+            "[style_mixing.md](../benchmarks/results/style_mixing.md).",
             "Custom Diffusion, BLIP-Diffusion, ViCo, IP-Adapter and W+ adapter are not part of the pack.",
         ),
     ),

@@ -60,7 +60,7 @@ def blended_row(share: float) -> str:
 def rows_of(arguments: argparse.Namespace) -> list[str]:
     scale = f"guidance {arguments.guidance_scale:g}"
     blended = [blended_row(share) for share in arguments.blending]
-    return ["guidance 1, first pass", *blended, f"{scale}, first pass", f"{scale}, optimized"]
+    return ["guidance 1, first pass", *blended, f"{scale}, first pass", f"{scale}, optimized", f"{scale}, blending 0.5"]
 
 
 def patterned_subjects(count: int, seed: int) -> list[Attributes]:
@@ -139,7 +139,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         made, references = [], []
         for scale, settings in (
             (1.0, [{"blending": share} for share in arguments.blending]),
-            (arguments.guidance_scale, [{"inner_steps": arguments.inner_steps}]),
+            (arguments.guidance_scale, [{"inner_steps": arguments.inner_steps}, {"inner_steps": 0, "blending": 0.5}]),
         ):
             guided = dataclasses.replace(
                 run, arguments=argparse.Namespace(**{**vars(run.arguments), "guidance_scale": scale})

@@ -94,7 +94,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip="Optimizer updates per guided step: the strength of the reference. 10 in Wang et al. "
-                    "2023; more gives a closer resemblance. 0 only pastes the reference into the first guided step.",
+                    "2023; more gives a closer resemblance. 0 only pastes the reference into the first guided step, and "
+                    "on flow models blends it in by the share of blending.",
                 ),
                 io.Float.Input(
                     "learning_rate",
@@ -127,8 +128,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     "blending",
                     guidance.BLENDING,
                     "Share of the reference blended into each guided step on flow models where no embedding can be "
-                    "optimized: with distilled guidance, or at guidance scale 1. 0 only pastes the reference into the "
-                    "first guided step, 1 follows it exactly.",
+                    "optimized: with distilled guidance, at guidance scale 1, or with inner_steps 0. 0 only pastes the "
+                    "reference into the first guided step, 1 follows it exactly.",
                     optional=True,
                 ),
             ],
@@ -169,7 +170,7 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                 "Image."
             )
         guided = guidance.guided_steps(inversion.steps, start_percent, end_percent)
-        optimized = guidance.optimizes(model, guidance_scale)
+        optimized = guidance.optimizes(model, guidance_scale, inner_steps)
         updates = inner_steps if optimized else 0
         found = guidance.reference_guided_sampling(
             model,

@@ -5,10 +5,10 @@ inverted with DDIM. The second pass starts from the same x_T, and in its middle 
 follows the reference's trajectory: it is replaced once, then kept close by optimizing the unconditional embedding
 there, while the rest is sampled normally and adapts.
 
-A model without an unconditional side (distilled guidance) has no such embedding. There the variable of eq. 10 is the
-estimate of z_0 itself: F is affine in it, so the minimum is the estimate whose step leads to the reference's next
-latent, and a share of it is blended into the model's. In ComfyUI's scale of flow models, x = (1 - s) z_0 + s eps, this
-moves x_{t-1}[M] the same share of the way to x*_{t-1}[M].
+A model without an unconditional side (distilled guidance) has no such embedding. There, and on other flow models
+without updates, the variable of eq. 10 is the estimate of z_0 itself: F is affine in it, so the minimum is the estimate
+whose step leads to the reference's next latent, and a share of it is blended into the model's. In ComfyUI's scale of
+flow models, x = (1 - s) z_0 + s eps, this moves x_{t-1}[M] the same share of the way to x*_{t-1}[M].
 
 This cannot be a SAMPLER: ComfyUI loads the model (perhaps partially) and encodes the conditionings in inference mode
 before calling a sampler, so gradients are unavailable, and a sampler gets only the guider's combined estimate, whereas
@@ -116,7 +116,8 @@ def reference_guided_sampling(
             paper.
         start_percent, end_percent: fractions of the steps, 0 to 1, after which guidance starts and ends, see
             `guided_steps`. 0.2 and 0.8 are the paper's t_s = 40 and t_e = 10.
-        inner_steps: J, updates per guided step; more for a closer resemblance. 0 only replaces the latent at t_s.
+        inner_steps: J, updates per guided step; more for a closer resemblance. 0 only replaces the latent at t_s, and
+            blends on flow models.
         learning_rate: Adam's constant learning rate. 0.01 in the paper. Adam is restarted at each step, as in null-text
             optimization.
         early_stop: a latent stops when its loss is below this; 0, as in the paper, makes all J updates.
@@ -128,7 +129,7 @@ def reference_guided_sampling(
     Raises:
         IdentityEditError: when an input cannot be used or the optimization diverges (NaN/Inf).
     """
-    optimized = optimizes(model, guidance_scale)
+    optimized = optimizes(model, guidance_scale, inner_steps)
     check_inversion(inversion, model)
     check_deterministic(inversion, "connect one from Noise Inversion")
     x_t = engine.model_latent(model, start)
@@ -289,12 +290,12 @@ def first_pass_latent(
     return engine.to_socket_scale(model, x)
 
 
-def optimizes(model: Model, guidance_scale: float) -> bool:
+def optimizes(model: Model, guidance_scale: float, inner_steps: int = INNER_STEPS) -> bool:
     """Whether reference guidance optimizes the unconditional embedding, else it blends the estimate: on flow models
-    with distilled guidance or sampled at guidance scale 1, which have no unconditional side, and on those whose text
-    cannot be learned."""
+    with distilled guidance or sampled at guidance scale 1, which have no unconditional side, on those whose text cannot
+    be learned, and on all without updates."""
     capabilities = engine.require(model).capabilities
-    if engine.Capability.VELOCITY in capabilities and guidance_scale == 1.0:
+    if engine.Capability.VELOCITY in capabilities and (guidance_scale == 1.0 or inner_steps == 0):
         return False
     needed = {engine.Capability.GRADIENTS, engine.Capability.TRUE_GUIDANCE, engine.Capability.ONE_TEXT}
     return needed <= capabilities

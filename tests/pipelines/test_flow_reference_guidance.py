@@ -111,7 +111,7 @@ def test_optimization_brings_the_subject_nearer_on_every_family_with_guidance(na
     """As much at ten times the learning rate: the step size adapts."""
     model = tiny_flow_models.ALL[name](output_gain=0.1)
     pivot = pivot_of(model)
-    pasted = guided(model, pivot, inner_steps=0)
+    pasted = guided(model, pivot, inner_steps=0, blending=0.0)
     falls = []
     for learning_rate in (0.01, 0.1):
         found = guided(model, pivot, inner_steps=4, learning_rate=learning_rate, end_percent=1.0)
@@ -123,13 +123,16 @@ def test_optimization_brings_the_subject_nearer_on_every_family_with_guidance(na
     assert 0.5 < falls[1] / falls[0] < 2.0, falls
 
 
-@pytest.mark.parametrize(("name", "scale"), BLENDED)
-def test_blending_moves_each_step_toward_the_reference(name: str, scale: float) -> None:
+@pytest.mark.parametrize(("name", "scale", "updates"), [*((*each, 10) for each in BLENDED), ("sd3", 3.0, 0)])
+def test_blending_moves_each_step_toward_the_reference(name: str, scale: float, updates: int) -> None:
     """In float64: F(x)[M] moves by the share toward x*_{t-1}[M], whatever the estimate's form."""
     model = EVERY[name](output_gain=0.1)
     pivot = pivot_of(model)
     previews: list[torch.Tensor] = []
-    found = guided(model, pivot, scale, blending=0.3, callback=lambda i, denoised, x, n: previews.append(denoised))
+    found = guided(
+        model, pivot, scale, inner_steps=updates, blending=0.3,
+        callback=lambda i, denoised, x, n: previews.append(denoised),
+    )  # fmt: skip
     v_p, v_n = velocity_of(model, POSITIVE), velocity_of(model, NEGATIVE)
     x, x_star = engine.to_model_scale(model, start_of(model, pivot)).double(), pivot.trajectory.double()
     for i in range(STEPS):

@@ -94,8 +94,8 @@ class ReferenceGuidedNullTextOptimizer(io.ComfyNode):
                     min=0,
                     max=1000,
                     tooltip="Optimizer updates per guided step: the strength of the reference. 10 in Wang et al. "
-                    "2023; more gives a closer resemblance. 0 only pastes the reference into the first guided step, and "
-                    "on flow models blends it in by the share of blending.",
+                    "2023; more gives a closer resemblance. 0 only pastes the reference into the first guided step, "
+                    "and on flow models blends it in by the share of blending.",
                 ),
                 io.Float.Input(
                     "learning_rate",

@@ -314,6 +314,15 @@ OPTIONS: Options = {
 }
 
 
+SUBJECT_COLUMNS = {
+    "identity_kept": "identity kept",
+    "identity_attributes_kept": "of its attributes",
+    "text_similarity": "text followed",
+    "text_and_identity": "all of both",
+    **{key: title for key, title in PAPER_SCORES.items() if key != "clip_d"},
+}
+
+
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
@@ -344,13 +353,6 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    columns = {
-        "identity_kept": "identity kept",
-        "identity_attributes_kept": "of its attributes",
-        "text_similarity": "text followed",
-        "text_and_identity": "all of both",
-        **{key: title for key, title in PAPER_SCORES.items() if key != "clip_d"},
-    }
     return [
         "HiFi Tuner on unseen subjects of the demo world",
         f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, {arguments.prompts} "
@@ -361,6 +363,6 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
         f"steps of the attention layers at {arguments.learning_rate:g}; guidance {arguments.guidance_scale:g}, J = "
         f"{arguments.inner_steps} at learning rate {arguments.guidance_learning_rate:g}; "
         f"{figures['minutes']:.0f} minutes.",
-        *report_table(figures["rows"], columns),
+        *report_table(figures["rows"], SUBJECT_COLUMNS),
         *orders_section(PUBLISHED, CLAIMS, figures, "Wang et al. 2023"),
     ]

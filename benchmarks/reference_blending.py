@@ -31,10 +31,10 @@ from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_m
 from identity_edit_pack.pipelines.lipe.identity_prompt import identity_in_caption
 from tqdm import tqdm
 
-from .edits import PAPER_SCORES, embed, report_table, save_sheet
+from .edits import embed, report_table, save_sheet
 from .harness import RESULTS, ROOT, SEED, Options, load_checkpoint
 from .hifi_subjects import PROMPTS, render_source, score
-from .hifi_tuner import Run, Way, begin, first_pass
+from .hifi_tuner import SUBJECT_COLUMNS, Run, Way, begin, first_pass
 from .lipe_edit import SPECIES, Checkpoint, subject_of
 from .orders import Cases, shared_options
 
@@ -160,20 +160,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    columns = {
-        "identity_kept": "identity kept",
-        "identity_attributes_kept": "of its attributes",
-        "text_similarity": "text followed",
-        "text_and_identity": "all of both",
-        **{key: title for key, title in PAPER_SCORES.items() if key != "clip_d"},
-    }
     return [
         "Reference guidance on a flow model",
         f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, {arguments.prompts} "
         f"prompts without the pattern ({figures['cases']} images a row), a reference in each prompt's pose; "
         f"{arguments.steps} steps of Euler's method, J = {arguments.inner_steps} with the adaptive step size; "
         f"{figures['minutes']:.0f} minutes.",
-        *report_table(figures["rows"], columns),
+        *report_table(figures["rows"], SUBJECT_COLUMNS),
         "",
         f"![sources; references of guidance 1; the rows of the table]({arguments.name}.jpg)",
     ]

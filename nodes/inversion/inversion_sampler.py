@@ -11,6 +11,7 @@ from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.inversion.inversion import check_inversion
 from ...pipelines.inversion.inverted_noise import InvertedNoise
 from ...pipelines.inversion.methods import OWN_SAMPLERS, sampler_of
+from ..idle import first_said
 from ..sockets import Inversion, checked, schema, show_warnings
 
 
@@ -75,12 +76,23 @@ class InversionSampler(io.ComfyNode):
         else:
             sampler = comfy.samplers.sampler_object("euler")
         first = edit_friendly.skipped_steps(inversion.steps, skip)
-        if first < round(skip * inversion.steps):
-            show_warnings(
-                cls,
-                f"skip is {skip:g}, so all {inversion.steps} steps but the last are skipped and the image hardly "
-                f"changes; choose a smaller value.",
-            )
+        show_warnings(
+            cls,
+            first_said(
+                (
+                    inversion.method == rf_inversion.RF_INVERSION,
+                    "The inversion was made by RF-Inversion, which euler does not reverse; connect RF-Inversion "
+                    "Sampler in the place of this sampler.",
+                )
+            ),
+            first_said(
+                (
+                    first < round(skip * inversion.steps),
+                    f"skip is {skip:g}, so all {inversion.steps} steps but the last are skipped and the image hardly "
+                    f"changes; choose a smaller value.",
+                )
+            ),
+        )
         return io.NodeOutput(
             sampler,
             inversion.sigmas[first:].clone(),

@@ -99,8 +99,8 @@ class Inversion:
         if float(distances[nearest]) > SAME_LEVEL * max(sigma, float(self.sigmas[nearest])):
             raise IdentityEditError(
                 f"The sampler uses the noise level {sigma:.5g}, which the inversion does not contain (the nearest is "
-                f"{float(self.sigmas[nearest]):.5g}); sample with the inversion's sigmas and a sampler without "
-                f"intermediate steps, such as euler."
+                f"{float(self.sigmas[nearest]):.5g}); invert with DDIM or fixed point, and sample with the "
+                f"inversion's sigmas and a sampler without intermediate steps, such as euler."
             )
         return nearest
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from identity_edit_pack.nodes.idle import noise_mask_left_out, same_prompt
 from identity_edit_pack.pipelines.inversion.methods import MIDPOINT
+from identity_edit_pack.pipelines.inversion.rf_inversion import RF_INVERSION
 from identity_edit_pack.tests import tiny_models
 from identity_edit_pack.tests.nodes.good_inputs import CLASSES, World, good, world_in
 
@@ -46,6 +47,7 @@ IDLE: list[tuple[str, dict[str, Any], str]] = [
         )
     ),
     ("InversionSampler", {"skip": 1.0}, "skip is 1"),
+    ("InversionSampler", {"inversion": RF_INVERSION, "skip": 0.0}, "connect RF-Inversion Sampler"),
     ("RFInversionSampler", {"eta": 0.0}, "eta is 0"),
     ("RFInversionSampler", {"stop": 0.0}, "stop is not above start"),
     ("SourceTargetGuider", {"target": "source", "target_guidance_scale": 1.0}, "are the same"),
@@ -111,7 +113,7 @@ def inputs_of(name: str, changes: dict[str, Any], world: World) -> dict[str, Any
         elif key in ("target", "positive", "second", "optimized") and isinstance(value, str):
             value = inputs[value]
         elif key == "inversion":
-            value = dataclasses.replace(inputs[key], method=value, embeddings=None)
+            value = dataclasses.replace(inputs[key], method=value, embeddings=None, noise_maps=None, eta=0.0)
         inputs[key] = value
     return inputs
 

@@ -133,12 +133,8 @@ def with_tap(model: Any, key: str, tap: Tap, is_needed: Callable[[], bool] = lam
             indices, or for inputs whose place in the sequence is unknown.
     """
     clone = model.clone()
-    tapping = _tapping(model.get_model_object("diffusion_model"), tap)
-
-    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return tapping(executor, *args, **kwargs) if is_needed() else executor(*args, **kwargs)
-
-    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, apply_model)
+    tapping = _tapping(model.get_model_object("diffusion_model"), tap, lambda options: is_needed())
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, tapping)
     return clone
 
 
@@ -150,16 +146,11 @@ def options_with_tap(model_options: dict[str, Any] | None, network: Any, key: st
     """
     options = on_one_gpu(model_options)
     transformer = dict(options.get("transformer_options", {}))
-    replaced, tapping = transformer.get("patches_replace", {}), _tapping(network, tap)
-
-    def apply_model(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        of_call = args[5] if len(args) > 5 else kwargs["transformer_options"]
-        is_own = of_call.get("patches_replace", {}) == replaced
-        return tapping(executor, *args, **kwargs) if is_own else executor(*args, **kwargs)
-
+    replaced = transformer.get("patches_replace", {})
+    tapping = _tapping(network, tap, lambda options: options.get("patches_replace", {}) == replaced)
     wrappers = {kind: dict(by_key) for kind, by_key in transformer.get("wrappers", {}).items()}
     transformer["wrappers"] = wrappers
-    add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, apply_model, transformer)
+    add_wrapper_with_key(WrappersMP.APPLY_MODEL, key, tapping, transformer)
     return {**options, "transformer_options": transformer}
 
 
@@ -175,8 +166,10 @@ def side_prompts(guider: Any, prompts: Mapping[str, list[Any]]) -> Iterator[None
             guider.conds.pop(name, None)
 
 
-def _tapping(network: Any, tap: Tap) -> Callable[..., torch.Tensor]:
-    """An APPLY_MODEL wrapper that sets the attention override."""
+def _tapping(
+    network: Any, tap: Tap, is_needed: Callable[[Mapping[str, Any]], bool] = lambda options: True
+) -> Callable[..., torch.Tensor]:
+    """An APPLY_MODEL wrapper that sets the attention override where `is_needed`, by a call's transformer options."""
     sites = joint_sites(network)
 
     def apply_model(
@@ -189,6 +182,8 @@ def _tapping(network: Any, tap: Tap) -> Callable[..., torch.Tensor]:
         transformer_options: dict[str, Any],
         **kwargs: Any,
     ) -> torch.Tensor:
+        if not is_needed(transformer_options):
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
         layout = _layout(network, x, c_crossattn.shape[1], kwargs)
         call = _NetworkCall(sites, layout, tap, transformer_options)
         result = executor(x, t, c_concat, c_crossattn, control, {**transformer_options, _OVERRIDE: call}, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from PIL import Image
 from skimage.metrics import structural_similarity
 
-from .harness import markdown
+from .harness import RESULTS, markdown
+from .orders import Cases
 from .paper_scores import scores_of_edits
 
 PAPER_SCORES = {
@@ -146,6 +148,21 @@ def edits_table(report: dict[str, Any], more: dict[str, str]) -> list[str]:
         rows.append((name, f"{row['edit_done']:.2f}", by_kind, *kept, *scores))
     titles = "identity kept", "both", "background PSNR", *more.values(), "SSIM to true edit"
     return markdown(("method", "edit done", " / ".join(kinds), *titles), rows)
+
+
+class Sheet:
+    """Images of a table's rows, saved as its cases are measured; a run that goes on leaves the sheet of the first."""
+
+    def __init__(self, cases: Cases) -> None:
+        self._path, self._is_whole = RESULTS / f"{cases.name}.jpg", cases.left == cases.units
+        self._rows: dict[str, list[torch.Tensor]] = {}
+
+    def add(self, rows: Mapping[str, torch.Tensor]) -> None:
+        """The next images [n, H, W, 3] of every row."""
+        for row, images in rows.items():
+            self._rows.setdefault(row, []).append(images)
+        if self._is_whole:
+            save_sheet(self._path, [torch.cat(row) for row in self._rows.values()])
 
 
 def save_sheet(path: Path, rows: list[torch.Tensor], columns: int = 12) -> None:

@@ -21,8 +21,8 @@ from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT
 from tqdm import tqdm
 
-from .edits import PAPER_SCORES, report_table, save_sheet
-from .harness import RESULTS, Options, load_checkpoint
+from .edits import PAPER_SCORES, Sheet, report_table
+from .harness import Options, load_checkpoint
 from .hifi_subjects import PROMPTS, render_source, score, seen
 from .hifi_tuner import SUBJECT_OPTIONS, Run, begin, first_pass, learned, training_images, way_of_subject
 from .lipe_edit import Checkpoint, caption_with, subjects_of_seeds
@@ -67,14 +67,13 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     classifier = load_classifier()
     subjects = subjects_of_seeds(arguments)
     cases = Cases(arguments, list(subjects))
-    sheet: dict[str, list[torch.Tensor]] = {}
-    is_whole = cases.left == cases.units
+    sheet = Sheet(cases)
     for unit in tqdm(cases.left, unit="subject"):
         seed, subject = subjects[unit]
         run = in_one_place(begin(base, subject, argparse.Namespace(**{**vars(arguments), "seed": seed})))
         images, sources = training_images(run), torch.stack([source.image for source in run.sources])
         prompts = [caption_with(asked, subject.species) for asked in run.asked]
-        rows = {}
+        rows, shown = {}, {}
         for weight in arguments.weights:
             found = learned(run, images, kind=OUTPUT, masked=False, regularization_weight=weight, updates_per_step=0)
             with torch.no_grad():
@@ -85,11 +84,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     score(classifier, made, run.asked, sources, prompts), seen(classifier, made), strict=True
                 )
             ]
-            sheet.setdefault(row_of(weight), []).append(made[[0, len(made) // 2]])
-        sheet.setdefault("photographs", []).append(sources[:2])
+            shown[row_of(weight)] = made[[0, len(made) // 2]]
         cases.add(rows)
-        if is_whole:  # a run that goes on leaves the sheet of the first subjects
-            save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(row) for row in sheet.values()])
+        sheet.add({**shown, "photographs": sources[:2]})
         yield cases.figures()
 
 

@@ -66,21 +66,22 @@ class AttentionEditor(flow_editing.Editor):
         )
         return inversions.sample_inversion(model, pivot, self.target, self.empty, self.scale)
 
+    @property
+    def mask(self) -> torch.Tensor:
+        """[1, 128, 128], the subject before or after the edit of the only image."""
+        return (self.pairs[0].mask_before | self.pairs[0].mask_after).float()[None]
+
     def blended_by_masks(self, model: Any = None) -> torch.Tensor:
-        pair = self.pairs[0]
-        mask = (pair.mask_before | pair.mask_after).float()[None]
         return identity_mask_blend(
             model or self.model, self.inverted(methods.FIXED_POINT), self.source, self.target, None, self.empty,
-            guidance_scale=self.scale, source_mask=mask, target_mask=mask,
+            guidance_scale=self.scale, source_mask=self.mask, target_mask=self.mask,
         ).latent  # fmt: skip
 
     def background_kept(self) -> torch.Tensor:
-        pair = self.pairs[0]
-        mask = (pair.mask_before | pair.mask_after).float()[None]
         pivot = self.inverted(methods.FIXED_POINT)
         return self.blended_by_masks(
             mutual_self_attention(
-                self.model, pivot, self.source, self.empty, 0.0, 0, target_mask=mask, exchange=BACKGROUND
+                self.model, pivot, self.source, self.empty, 0.0, 0, target_mask=self.mask, exchange=BACKGROUND
             )
         )
 

@@ -59,8 +59,8 @@ from identity_edit_pack.pipelines.text.step_embeddings import StepEmbeddings, ap
 from identity_edit_pack.pipelines.training.images import TrainingImages, encode_images
 from tqdm import tqdm
 
-from .edits import PAPER_SCORES, embed, report_table, save_sheet
-from .harness import CHECKPOINT, RESULTS, SEED, Options, load_checkpoint
+from .edits import PAPER_SCORES, Sheet, embed, report_table
+from .harness import CHECKPOINT, SEED, Options, load_checkpoint
 from .hifi_subjects import PROMPTS, Source, asked_of, draw_sources, render_source, score
 from .lipe_edit import Checkpoint, caption_with, regularization_set, subjects_of_seeds, with_prior
 from .orders import Cases, Claim, Published, orders_section, shared_options
@@ -328,8 +328,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     classifier = load_classifier()
     subjects = subjects_of_seeds(arguments)
     cases = Cases(arguments, list(subjects))
-    sheet: dict[str, list[torch.Tensor]] = {}
-    is_whole = cases.left == cases.units
+    sheet = Sheet(cases)
     for unit in tqdm(cases.left, unit="subject"):
         seed, subject = subjects[unit]
         run = begin(base, subject, argparse.Namespace(**{**vars(arguments), "seed": seed}))
@@ -345,10 +344,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for row in (*LADDER[:-1], "reference", GUIDED, DREAMBOOTH, "reference of DreamBooth", DREAMBOOTH_GUIDED):
             made = {"reference": references[GUIDED], "reference of DreamBooth": references[DREAMBOOTH_GUIDED]}.get(row)
             rows[row] = (images[row] if made is None else made)[[0, arguments.prompts // 2]]
-        for row, two in rows.items():
-            sheet.setdefault(row, []).append(two)
-        if is_whole:  # a run that goes on leaves the sheet of the first subjects
-            save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(row) for row in sheet.values()])
+        sheet.add(rows)
         yield cases.figures()
 
 

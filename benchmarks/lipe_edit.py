@@ -105,12 +105,14 @@ def draw_subjects(count: int, seed: int) -> list[Attributes]:
     return list(found.values())
 
 
-def subjects_of_seeds(arguments: Any) -> dict[str, tuple[int, Attributes]]:
+def subjects_of_seeds(
+    arguments: Any, draw: Callable[[int, int], list[Attributes]] = draw_subjects
+) -> dict[str, tuple[int, Attributes]]:
     """Subjects of every seed, with it, by the names of the units in which a table is measured."""
     return {
         f"{seed} {subject_of(subject)}": (seed, subject)
         for seed in range(arguments.seed, arguments.seed + arguments.seeds)
-        for subject in draw_subjects(arguments.subjects, seed)
+        for subject in draw(arguments.subjects, seed)
     }
 
 

@@ -31,11 +31,11 @@ from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_m
 from identity_edit_pack.pipelines.lipe.identity_prompt import identity_in_caption
 from tqdm import tqdm
 
-from .edits import embed, report_table, save_sheet
-from .harness import RESULTS, ROOT, SEED, Options, load_checkpoint
+from .edits import Sheet, embed, report_table
+from .harness import ROOT, SEED, Options, load_checkpoint
 from .hifi_subjects import PROMPTS, render_source, score
 from .hifi_tuner import SUBJECT_COLUMNS, Run, Way, begin, first_pass
-from .lipe_edit import SPECIES, Checkpoint, subject_of
+from .lipe_edit import SPECIES, Checkpoint, subjects_of_seeds
 from .orders import Cases, shared_options
 
 FLOW_CHECKPOINT = ROOT / "demo_world/weights/identity-edit-demo-flow.safetensors"
@@ -123,14 +123,9 @@ def second_passes(
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     base = Checkpoint(*load_checkpoint(arguments.checkpoint))
     classifier = load_classifier()
-    subjects = {
-        f"{seed} {subject_of(subject)}": (seed, subject)
-        for seed in range(arguments.seed, arguments.seed + arguments.seeds)
-        for subject in patterned_subjects(arguments.subjects, seed)
-    }
+    subjects = subjects_of_seeds(arguments, patterned_subjects)
     cases = Cases(arguments, list(subjects))
-    sheet: dict[str, list[torch.Tensor]] = {}
-    is_whole = cases.left == cases.units
+    sheet = Sheet(cases)
     for unit in tqdm(cases.left, unit="subject"):
         seed, subject = subjects[unit]
         run = begin(base, subject, argparse.Namespace(**{**vars(arguments), "seed": seed}))
@@ -152,10 +147,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         true = [render_source(asked, EVALUATION_SEED + index).image for index, asked in enumerate(run.asked)]
         images["renderer"] = torch.stack(true)
         cases.add({row: score(classifier, shown, run.asked, sources, prompts) for row, shown in images.items()})
-        for row, shown in {"sources": sources, "references": references[0], **images}.items():
-            sheet.setdefault(row, []).append(shown[[0, len(shown) // 2]])
-        if is_whole:  # a run that goes on leaves the sheet of the first subjects
-            save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(row) for row in sheet.values()])
+        rows = {"sources": sources, "references": references[0], **images}
+        sheet.add({row: shown[[0, len(shown) // 2]] for row, shown in rows.items()})
         yield cases.figures()
 
 

@@ -25,8 +25,8 @@ from identity_edit_pack.pipelines.inversion.inversion import Inversion, invert_i
 from identity_edit_pack.pipelines.inversion.null_text import ADAPTIVE, null_text_optimization
 from tqdm import tqdm
 
-from .edits import Pair, embed, report_table, save_sheet
-from .harness import RESULTS, Options, load_checkpoint
+from .edits import Pair, Sheet, embed, report_table
+from .harness import Options, load_checkpoint
 from .hifi_subjects import draw_replacements, score_replacement
 from .hifi_tuner import SUBJECT_OPTIONS, begin, learned, training_images
 from .lipe_edit import Checkpoint, caption_with, subjects_of_seeds
@@ -103,8 +103,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     classifier = load_classifier()
     subjects = subjects_of_seeds(arguments)
     cases = Cases(arguments, list(subjects))
-    sheet: dict[str, list[torch.Tensor]] = {}
-    is_whole = cases.left == cases.units
+    sheet = Sheet(cases)
     for unit in tqdm(cases.left, unit="subject"):
         seed, of = subjects[unit]
         run = begin(base, of, argparse.Namespace(**{**vars(arguments), "seed": seed}))
@@ -119,10 +118,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         images["renderer"] = torch.stack([pair.after for pair in pairs])
         cases.add({name: score_replacement(classifier, made, pairs) for name, made in images.items()})
         before = torch.stack([pair.before for pair in pairs])
-        for name, made in {"subject": run.sources[0].image.expand(2, -1, -1, -1), "before": before, **images}.items():
-            sheet.setdefault(name, []).append(made[:2])
-        if is_whole:  # a run that goes on leaves the sheet of the first subjects
-            save_sheet(RESULTS / f"{arguments.name}.jpg", [torch.cat(row) for row in sheet.values()])
+        rows = {"subject": run.sources[0].image.expand(2, -1, -1, -1), "before": before, **images}
+        sheet.add({name: made[:2] for name, made in rows.items()})
         yield cases.figures()
 
 

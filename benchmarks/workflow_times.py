@@ -27,7 +27,7 @@ LONGEST, LONGEST_TRAINING = 60, 300
 TRAININGS = ("IdentityEditTrain", "IdentityEditImagicFineTuning")
 """Beginnings of the names of nodes that train."""
 
-OPTIONS: Options = {"only": (workflow_names(), "workflows to run (all)", {"choices": workflow_names(), "nargs": "+"})}
+OPTIONS: Options = {"only": (workflow_names(), "workflows to run (all)", {"choices": workflow_names()})}
 
 
 def trains(prompt: Prompt) -> bool:

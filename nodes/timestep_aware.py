@@ -197,13 +197,10 @@ class ImagicFineTuning(io.ComfyNode):
         samples = latent_samples(latent, "The latent")
         patched, run = fine_tune_model(model, samples, optimized, settings, training_progress(model, steps))
         text = f"Imagic fine-tuning: {steps_of(run)}; loss {first_and_last(run.losses)}."
-        slow = first_said(
-            (
-                weights == LOW_RANK and learning_rate < LOWEST_OF_LOW_RANK,
-                f"low rank hardly learns at learning_rate {learning_rate:g}; set {FOR_LOW_RANK:g}, as in Liu et al. "
-                f"2024.",
-            )
-        )
+        slow = None
+        if weights == LOW_RANK and learning_rate < LOWEST_OF_LOW_RANK:
+            rate = f"{FOR_LOW_RANK:g}, as in Liu et al. 2024"
+            slow = f"low rank hardly learns at learning_rate {learning_rate:g}; set {rate}."
         shown = show_text(cls, text, joined(noise_mask_left_out(latent), slow))
         return io.NodeOutput(patched, {"loss": run.losses}, shown)
 

@@ -11,7 +11,6 @@ from ...pipelines.inversion.inversion import Inversion as InversionData
 from ...pipelines.inversion.inversion import check_inversion
 from ...pipelines.inversion.inverted_noise import InvertedNoise
 from ...pipelines.inversion.methods import OWN_SAMPLERS, sampler_of
-from ..idle import first_said
 from ..sockets import Inversion, checked, schema, show_warnings
 
 
@@ -78,20 +77,14 @@ class InversionSampler(io.ComfyNode):
         first = edit_friendly.skipped_steps(inversion.steps, skip)
         show_warnings(
             cls,
-            first_said(
-                (
-                    inversion.method == rf_inversion.RF_INVERSION,
-                    "The inversion was made by RF-Inversion, which euler does not reverse; connect RF-Inversion "
-                    "Sampler in the place of this sampler.",
-                )
-            ),
-            first_said(
-                (
-                    first < round(skip * inversion.steps),
-                    f"skip is {skip:g}, so all {inversion.steps} steps but the last are skipped and the image hardly "
-                    f"changes; choose a smaller value.",
-                )
-            ),
+            "The inversion was made by RF-Inversion, which euler does not reverse; connect RF-Inversion Sampler in the "
+            "place of this sampler."
+            if inversion.method == rf_inversion.RF_INVERSION
+            else None,
+            f"skip is {skip:g}, so all {inversion.steps} steps but the last are skipped and the image hardly changes; "
+            f"choose a smaller value."
+            if first < round(skip * inversion.steps)
+            else None,
         )
         return io.NodeOutput(
             sampler,

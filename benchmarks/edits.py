@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from identity_edit_pack.demo_world.attributes import IDENTITY_OF, Attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify, load_classifier
-from identity_edit_pack.demo_world.images import HEADS
 from identity_edit_pack.demo_world.renderer import render
 from identity_edit_pack.pipelines.shared.conditioning import Conditioning
 from PIL import Image
@@ -35,8 +34,8 @@ class Pair:
     """An image and its true edit.
 
     Attributes:
-        source, target: what the two images show; they differ in `edited` alone.
-        edited: the attribute that changes.
+        source, target: what the two images show.
+        edited: the kind of edit: the attribute that changes, or those that do.
         before, after: the two images [128, 128, 3] in [0, 1].
         mask_before, mask_after: [128, 128] bool, the subject in them.
     """
@@ -92,8 +91,9 @@ def score_each(classifier: AttributeClassifier, images: torch.Tensor, pairs: lis
     answers = classify(classifier, images)
     rows = []
     for index, (image, pair) in enumerate(zip(images, pairs, strict=True)):
-        sees = {head: HEADS[head][int(answers[head][index])] for head in HEADS}
-        done = sees[pair.edited] == getattr(pair.target, pair.edited)
+        sees = {head: values[int(answers[head][index])] for head, values in classifier.choices.items()}
+        changed = [head for head in sees if getattr(pair.source, head) != getattr(pair.target, head)]
+        done = all(sees[head] == getattr(pair.target, head) for head in changed)
         kept = all(sees[head] == getattr(pair.target, head) for head in IDENTITY_OF["figure"])
         rows.append(
             {
@@ -111,14 +111,19 @@ def score_each(classifier: AttributeClassifier, images: torch.Tensor, pairs: lis
 
 
 def score_edits(
-    images: torch.Tensor, pairs: list[Pair], prompts: list[str], sources: list[str]
+    images: torch.Tensor,
+    pairs: list[Pair],
+    prompts: list[str],
+    sources: list[str],
+    classifier: AttributeClassifier | None = None,
 ) -> list[dict[str, Any]]:
     """`score_each`, whether an edit of its kind is done, and the papers' own scores.
 
     Args:
         prompts, sources: for each pair, the target and the source prompt.
+        classifier: the demo world's by default.
     """
-    seen = score_each(load_classifier(), images, pairs)
+    seen = score_each(classifier or load_classifier(), images, pairs)
     papers = scores_of_edits(images, torch.stack([pair.before for pair in pairs]), prompts, sources)
     return [
         {**row, f"{pair.edited}_done": row["edit_done"], **scores}

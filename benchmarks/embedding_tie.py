@@ -16,15 +16,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from identity_edit_pack.demo_world.classifier import load_classifier
 from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT
 from tqdm import tqdm
 
+from .demo_worlds import PROMPTS, world_of
 from .edits import PAPER_SCORES, Sheet, report_table
-from .harness import Options, load_checkpoint
-from .hifi_subjects import PROMPTS, render_source, score, seen
-from .hifi_tuner import SUBJECT_OPTIONS, Run, begin, first_pass, learned, training_images, way_of_subject
+from .harness import Options
+from .hifi_subjects import render_source, score, seen
+from .hifi_tuner import (
+    HARDER_COLUMNS,
+    SUBJECT_COLUMNS,
+    SUBJECT_OPTIONS,
+    Run,
+    begin,
+    first_pass,
+    learned,
+    training_images,
+    way_of_subject,
+)
 from .lipe_edit import Checkpoint, caption_with, subjects_of_seeds
 from .orders import Cases, Claim, orders_section, shared_options
 
@@ -63,8 +73,8 @@ def in_one_place(run: Run) -> Run:
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    base = Checkpoint(*load_checkpoint(arguments.checkpoint))
-    classifier = load_classifier()
+    world = world_of(arguments)
+    base, classifier = Checkpoint(*world.checkpoint(arguments.checkpoint)), world.classifier()
     subjects = subjects_of_seeds(arguments)
     cases = Cases(arguments, list(subjects))
     sheet = Sheet(cases)
@@ -81,7 +91,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             rows[row_of(weight)] = [
                 {**scores, "place_of_photographs": float(what["place"] == run.sources[0].shown.place)}
                 for scores, what in zip(
-                    score(classifier, made, run.asked, sources, prompts), seen(classifier, made), strict=True
+                    score(classifier, made, run.asked, sources, prompts, world.asked),
+                    seen(classifier, made),
+                    strict=True,
                 )
             ]
             shown[row_of(weight)] = made[[0, len(made) // 2]]
@@ -91,20 +103,16 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
-    columns = {
-        "identity_kept": "identity kept",
-        "identity_attributes_kept": "of its attributes",
-        "text_similarity": "text followed",
-        "place_of_photographs": "place of the photographs",
-        **{key: title for key, title in PAPER_SCORES.items() if key != "clip_d"},
-    }
+    is_harder = arguments.world == "harder"
+    columns = (HARDER_COLUMNS if is_harder else SUBJECT_COLUMNS) | {"place_of_photographs": "place of the photographs"}
+    claims = [claim for claim in CLAIMS if not (is_harder and claim.score in PAPER_SCORES)]
     return [
-        "The regularization of HiFi Tuner's embeddings on unseen subjects of the demo world",
+        f"The regularization of HiFi Tuner's embeddings on unseen subjects of the {world_of(arguments).title}",
         f"{arguments.seeds} seeds from {arguments.seed} on, {arguments.subjects} subjects each, learned from four "
         f"images in one place without a mask in {arguments.training_steps} steps of batch {arguments.batch_size} at "
         f"learning rate {arguments.embedding_learning_rate:g}, and drawn in other places ({figures['cases']} images a "
         f"row); {arguments.steps} steps of DDIM, guidance {arguments.guidance_scale:g}; {figures['minutes']:.0f} "
         "minutes.",
         *report_table(figures["rows"], columns),
-        *orders_section((), CLAIMS, figures, "Wang et al. 2023"),
+        *orders_section((), claims, figures, "Wang et al. 2023"),
     ]

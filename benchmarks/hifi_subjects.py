@@ -9,43 +9,13 @@ import numpy as np
 import torch
 from identity_edit_pack.demo_world.attributes import ATTRIBUTES_OF, IDENTITY_OF, Attributes, random_attributes
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, classify
-from identity_edit_pack.demo_world.images import EVALUATION_SEED, HEADS
+from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.demo_world.renderer import render
 
+from .demo_worlds import ASKED, PROMPTS, WORLDS, World
 from .edits import Pair, mean_psnr, render_pair
 from .lipe_edit import SPECIES, as_subject
 from .paper_scores import scores_of_subjects
-
-PROMPTS: tuple[dict[str, str], ...] = (
-    {"place": "snow", "costume": "santa hat"},
-    {"place": "beach", "pose": "sitting"},
-    {"place": "room", "expression": "smiling"},
-    {"place": "night", "pose": "jumping"},
-    {"place": "grass", "pose": "lying"},
-    {"place": "room", "costume": "crown", "pose": "sitting"},
-    {"place": "snow", "costume": "scarf", "pose": "jumping"},
-    {"place": "grass", "expression": "angry"},
-    {"place": "beach", "expression": "crying", "pose": "lying"},
-    {"place": "night", "costume": "crown"},
-    {"place": "grass"},
-    {"place": "snow"},
-    {"place": "beach"},
-    {"place": "room"},
-    {"place": "night"},
-    {"place": "grass", "costume": "santa hat", "expression": "smiling"},
-    {"place": "beach", "costume": "scarf"},
-    {"place": "room", "pose": "jumping"},
-    {"place": "night", "pose": "sitting", "costume": "scarf"},
-    {"place": "snow", "pose": "lying", "expression": "angry"},
-    {"place": "beach", "costume": "crown", "pose": "jumping"},
-    {"place": "room", "costume": "santa hat", "pose": "lying"},
-    {"place": "night", "expression": "smiling", "pose": "lying"},
-    {"place": "grass", "costume": "scarf", "expression": "crying"},
-    {"place": "snow", "pose": "sitting", "expression": "smiling"},
-)
-"""What each prompt asks; where it is silent the subject stands, neutral, without a costume. The first ten hold every
-place, pose, costume and expression."""
-ASKED = ("place", "pose", "costume", "expression", "facing")
 
 
 @dataclass(frozen=True)
@@ -62,19 +32,21 @@ def render_source(shown: Attributes, seed: int) -> Source:
     return Source(shown, torch.from_numpy(image.copy()).float() / 255, torch.from_numpy(mask != 0).float())
 
 
-def draw_sources(subject: Attributes, seed: int) -> list[Source]:
+def draw_sources(subject: Attributes, seed: int, world: World = WORLDS["demo"]) -> list[Source]:
     """The photographs of a subject: one in each pose, neutral, in any place and from either side."""
     generator = random.Random(f"hifi sources {seed} {subject.identity}")
     return [
         render_source(
-            as_subject(subject, generator).replace(pose=pose, expression="neutral"),
+            as_subject(subject, generator, world).replace(pose=pose, expression="neutral"),
             EVALUATION_SEED + generator.randrange(1 << 32),
         )
         for pose in ATTRIBUTES_OF["figure"]["pose"]
     ]
 
 
-def asked_of(sources: list[Source], count: int, seeds: int) -> list[Attributes]:
+def asked_of(
+    sources: list[Source], count: int, seeds: int, prompts: tuple[dict[str, str], ...] = PROMPTS
+) -> list[Attributes]:
     """What the prompts ask of this subject: all prompts for the first seed, then for the next.
 
     The templates of the DreamBooth set ask for no view. Here a caption names one, so it is that of the photograph in
@@ -83,7 +55,7 @@ def asked_of(sources: list[Source], count: int, seeds: int) -> list[Attributes]:
     subject = sources[0].shown
     plain = Attributes(species=subject.species, color=subject.color, pattern=subject.pattern)
     facing = {source.shown.pose: source.shown.facing for source in sources}
-    asked = [plain.replace(**what) for what in PROMPTS[:count]]
+    asked = [plain.replace(**what) for what in prompts[:count]]
     return [what.replace(facing=facing[what.pose]) for what in asked] * seeds
 
 
@@ -102,7 +74,10 @@ def draw_replacements(subject: Attributes, count: int, seed: int) -> list[Pair]:
 def seen(classifier: AttributeClassifier, images: torch.Tensor) -> list[dict[str, str]]:
     """For each image the attributes that the classifier sees."""
     answers = classify(classifier, images)
-    return [{head: HEADS[head][int(answers[head][index])] for head in HEADS} for index in range(len(images))]
+    return [
+        {head: values[int(answers[head][index])] for head, values in classifier.choices.items()}
+        for index in range(len(images))
+    ]
 
 
 def score(
@@ -111,18 +86,20 @@ def score(
     asked: list[Attributes],
     sources: torch.Tensor,
     prompts: list[str],
+    heads: tuple[str, ...] = ASKED,
 ) -> list[dict[str, float]]:
-    """Subject and text similarity of each image of one subject; prompts name it by its class."""
+    """Subject and text similarity of each image of one subject; prompts name it by its class and ask for `heads`."""
     rows = []
     papers = scores_of_subjects(images, sources, prompts)
     for what, attributes, scores in zip(seen(classifier, images), asked, papers, strict=True):
         identity = [what[head] == getattr(attributes, head) for head in IDENTITY_OF["figure"]]
-        text = [what[head] == getattr(attributes, head) for head in ASKED]
+        text = [what[head] == getattr(attributes, head) for head in heads]
         rows.append(
             {
                 "identity_kept": float(all(identity)),
                 "identity_attributes_kept": float(np.mean(identity)),
                 "text_similarity": float(np.mean(text)),
+                "text_followed": float(all(text)),
                 "text_and_identity": float(all(identity) and all(text)),
                 **scores,
             }

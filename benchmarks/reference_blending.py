@@ -31,9 +31,10 @@ from identity_edit_pack.pipelines.lipe.attention_segmentation import attention_m
 from identity_edit_pack.pipelines.lipe.identity_prompt import identity_in_caption
 from tqdm import tqdm
 
+from .demo_worlds import PROMPTS
 from .edits import Sheet, embed, report_table
 from .harness import ROOT, SEED, Options, load_checkpoint
-from .hifi_subjects import PROMPTS, render_source, score
+from .hifi_subjects import render_source, score
 from .hifi_tuner import SUBJECT_COLUMNS, Run, Way, begin, first_pass
 from .lipe_edit import SPECIES, Checkpoint, subjects_of_seeds
 from .orders import Cases, shared_options

@@ -13,6 +13,7 @@ from typing import Any
 TRAININGS: dict[str, tuple[str, int, int, float]] = {
     "autoencoder": ("train the autoencoder", 2000, 8, 3e-3),
     "unet": ("train the UNet and the text encoder", 6000, 32, 3e-3),
+    "harder": ("train the harder world's low-rank adaptation on the unpacked checkpoint", 2800, 16, 3e-3),
     "flow": ("train the flow transformer on the unpacked checkpoint's text encoder", 3000, 32, 3e-3),
     "classifier": ("train the attribute classifier", 1500, 32, 3e-3),
     "clip_vision": ("train the CLIP image encoder", 1400, 16, 3e-3),
@@ -32,6 +33,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
             "help": "latent pixels per token: 2, then 1",
         },
     },
+    "classifier": {"--world": {"choices": ("demo", "harder"), "default": "demo", "help": "whose attributes it sees"}},
     "clip_vision": {"--probe": {"action": "store_true", "help": "only print the committed encoder's probe accuracy"}},
     "control": {"--count": {"type": int, "default": 6000, "help": "number of training portraits"}},
     "w_plus": {
@@ -63,6 +65,7 @@ def main() -> None:
             command.add_argument(option, **keywords)
     encode = commands.add_parser("encode", help="render the training set and encode it")
     encode.add_argument("--count", type=int, default=48_000, help="number of images, in whole shards of 1024")
+    encode.add_argument("--world", choices=("demo", "harder"), default="demo", help="which images")
     export = commands.add_parser("export", help="write the checkpoint that ComfyUI loads")
     export.add_argument("--network", choices=("unet", "flow"), default="unet")
     export.add_argument("--destination", type=Path, help="the file (in demo_world/weights by default)")
@@ -82,13 +85,16 @@ def run(command: str, options: dict[str, Any]) -> None:
     if command == "encode":
         import torch
 
+        from .attributes import random_attributes
+        from .harder import draw_training
         from .latents import encode_training_set
         from .networks import make_autoencoder
 
         folder = options["folder"]
         trained = make_autoencoder()
         trained.load_state_dict(torch.load(folder / "autoencoder.pt", weights_only=True))
-        encode_training_set(trained, folder, options["count"])
+        draw = draw_training if options["world"] == "harder" else random_attributes
+        encode_training_set(trained, folder, options["count"], draw=draw)
     elif command == "export":
         from .export import export_checkpoint
 

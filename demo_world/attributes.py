@@ -39,6 +39,20 @@ PORTRAIT_ATTRIBUTES = {
 }
 ATTRIBUTES_OF = {"figure": FIGURE_ATTRIBUTES, "portrait": PORTRAIT_ATTRIBUTES}
 
+# What only figures of the harder world have (see `harder.py`): words that are rare in its captions, a size, and an
+# object beside the subject.
+RARE_COSTUMES = ("top hat", "bow tie", "party hat")
+RARE_PLACES = ("desert",)
+SIZES = ("usual", "small")
+OBJECTS = ("none", *(f"{color} {shape}" for shape in ("ball", "balloon", "box") for color in ("red", "yellow", "blue")))
+HARDER_ATTRIBUTES = {
+    **FIGURE_ATTRIBUTES,
+    "costume": COSTUMES + RARE_COSTUMES,
+    "place": PLACES + RARE_PLACES,
+    "size": SIZES,
+    "beside": OBJECTS,
+}
+
 # Attributes of the identity; an edit may change the others.
 IDENTITY_OF = {
     "figure": ("species", "color", "pattern"),
@@ -67,14 +81,16 @@ class Attributes:
     expression: str = "neutral"
     costume: str = "none"
     place: str = "grass"
+    size: str = "usual"
+    beside: str = "none"
 
     def __post_init__(self) -> None:
         if self.framing not in FRAMINGS:
             raise ValueError(f"framing {self.framing!r} is not one of {', '.join(FRAMINGS)}")
-        for framing in FRAMINGS:
-            for name, choices in ATTRIBUTES_OF[framing].items():
-                if getattr(self, name) not in choices:
-                    raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
+        every = HARDER_ATTRIBUTES | PORTRAIT_ATTRIBUTES
+        for name, choices in (every | HARDER_ATTRIBUTES if self.framing == "figure" else every).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
 
     @property
     def visible(self) -> dict[str, str]:
@@ -131,6 +147,7 @@ PLACE_PHRASES = {
     "beach": "on the beach",
     "room": "in a room",
     "night": "at night",
+    "desert": "in a desert",
 }
 POSE_PHRASES = {"standing": "standing", "sitting": "sitting", "jumping": "jumping", "lying": "lying down"}
 CAPTION_TEMPLATES = 5
@@ -145,7 +162,10 @@ def caption(attributes: Attributes, template: int = 0) -> str:
     """
     a = attributes
     expression = "" if a.expression == "neutral" else a.expression + " "
+    size = "" if a.size == "usual" else a.size + " "
     costume = "" if a.costume == "none" else f"wearing a {a.costume}"
+    beside = "" if a.beside == "none" else f"with a {a.beside}"
+    costume = " ".join(part for part in (costume, beside) if part)
     place = PLACE_PHRASES[a.place]
     facing = f"facing {a.facing}"
     if a.framing == "portrait":
@@ -153,9 +173,9 @@ def caption(attributes: Attributes, template: int = 0) -> str:
     else:
         pattern = "" if a.pattern == "plain" else a.pattern + " "
         if a.species == "person":
-            subject = f"a {expression}person in {pattern}{a.color} clothes"
+            subject = f"a {size}{expression}person in {pattern}{a.color} clothes"
         else:
-            subject = f"a {expression}{pattern}{a.color} {a.species}"
+            subject = f"a {size}{expression}{pattern}{a.color} {a.species}"
         action = POSE_PHRASES[a.pose]
     orders = (
         (subject, costume, action, place, facing),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,10 +19,15 @@ EVALUATION_SEED = 1 << 40
 HEADS: dict[str, tuple[str, ...]] = {"framing": FRAMINGS} | ATTRIBUTES_OF["figure"] | ATTRIBUTES_OF["portrait"]
 
 
-def labels_of(attributes: Attributes) -> list[int]:
-    """The class index of every head of ``HEADS``, -1 where the framing does not show the attribute."""
-    shown = {"framing": attributes.framing} | attributes.visible
-    return [choices.index(shown[name]) if name in shown else -1 for name, choices in HEADS.items()]
+def labels_of(attributes: Attributes, choices: dict[str, tuple[str, ...]] = HEADS) -> list[int]:
+    """The class index of every head, -1 where the framing does not show the attribute."""
+    shown = {"framing": attributes.framing, "size": attributes.size, "beside": attributes.beside, **attributes.visible}
+    return [values.index(shown[name]) if name in shown else -1 for name, values in choices.items()]
+
+
+def draw_every_identity(generator: random.Random) -> Attributes:
+    """Of the demo world, held-out identities too."""
+    return random_attributes(generator, held_out=None)
 
 
 def to_tensor(image: np.ndarray) -> torch.Tensor:
@@ -38,19 +43,24 @@ def rendered(samples: Iterable[tuple[Attributes, int]]) -> torch.Tensor:
 class TrainingImages(IterableDataset):
     """An endless stream of (image [3, 128, 128] in [-1, 1], subject mask [1, 128, 128] in [0, 1], labels)."""
 
-    def __init__(self, seed: int, held_out: bool | None = False) -> None:
-        self.seed, self.held_out = seed, held_out
+    def __init__(
+        self,
+        seed: int,
+        draw: Callable[[random.Random], Attributes] = random_attributes,
+        choices: dict[str, tuple[str, ...]] = HEADS,
+    ) -> None:
+        self.seed, self.draw, self.choices = seed, draw, choices
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         worker = get_worker_info()
         generator = random.Random(self.seed * 64 + (worker.id if worker else 0))
         while True:
-            attributes = random_attributes(generator, held_out=self.held_out)
+            attributes = self.draw(generator)
             image, mask = render(attributes, generator.randrange(EVALUATION_SEED))
             yield (
                 to_tensor(image),
                 torch.from_numpy(np.array(mask))[None].float() / 255,
-                torch.tensor(labels_of(attributes)),
+                torch.tensor(labels_of(attributes, self.choices)),
             )
 
 

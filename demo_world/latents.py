@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .attributes import CAPTION_TEMPLATES, caption, random_attributes
+from .attributes import CAPTION_TEMPLATES, Attributes, caption, random_attributes
 from .images import EVALUATION_SEED, to_tensor
 from .renderer import render
 from .training import fast_precision
@@ -24,15 +25,15 @@ SHARD, BATCH = 1024, 32
 class CaptionedImages(Dataset):
     """Training images [3, 128, 128] of these indices with their captions in all templates."""
 
-    def __init__(self, indices: range, seed: int) -> None:
-        self.indices, self.seed = indices, seed
+    def __init__(self, indices: range, seed: int, draw: Callable[[random.Random], Attributes]) -> None:
+        self.indices, self.seed, self.draw = indices, seed, draw
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> tuple[torch.Tensor, list[str]]:
         generator = random.Random(f"caption {self.seed} {self.indices[position]}")
-        attributes = random_attributes(generator)
+        attributes = self.draw(generator)
         image, _ = render(attributes, generator.randrange(EVALUATION_SEED))
         return to_tensor(image), [caption(attributes, template) for template in range(CAPTION_TEMPLATES)]
 
@@ -58,7 +59,13 @@ class WordTokenizer:
 
 
 @torch.no_grad()
-def encode_training_set(autoencoder: nn.Module, folder: Path, count: int, seed: int = 0) -> None:
+def encode_training_set(
+    autoencoder: nn.Module,
+    folder: Path,
+    count: int,
+    seed: int = 0,
+    draw: Callable[[random.Random], Attributes] = random_attributes,
+) -> None:
     """Write the first ``count`` images, rounded up to whole shards; existing shards are kept.
 
     Shards have ``latents`` [N, 4, 16, 16] (unit variance, fp16), ``tokens`` [N, templates, 77] and ``empty`` [77].
@@ -71,7 +78,8 @@ def encode_training_set(autoencoder: nn.Module, folder: Path, count: int, seed: 
         if path.exists():
             continue
         latents, tokens = [], []
-        for images, captions in DataLoader(CaptionedImages(range(shard * SHARD, (shard + 1) * SHARD), seed), BATCH):
+        drawn = CaptionedImages(range(shard * SHARD, (shard + 1) * SHARD), seed, draw)
+        for images, captions in DataLoader(drawn, BATCH):
             with fast_precision("cpu"):
                 encoded = autoencoder.taesd_encoder(images.to(memory_format=torch.channels_last) * 0.5 + 0.5)
             latents.append(encoded.to(torch.float16).contiguous())

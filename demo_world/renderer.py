@@ -46,6 +46,9 @@ PATTERN_INK: dict[str, Color] = {
     "green": (26, 92, 40),
 }
 HAIR: dict[str, Color] = {"black": (40, 36, 44), "brown": (122, 72, 36), "blonde": (244, 208, 96), "red": (206, 72, 28)}
+# Objects and rare costumes of the harder world.
+OBJECT_COLORS: dict[str, Color] = {"red": (226, 40, 48), "yellow": (255, 222, 40), "blue": (40, 92, 224)}
+SMALL_SCALE = 0.84
 EYES: dict[str, Color] = {"brown": (110, 60, 24), "blue": (48, 120, 230), "green": (40, 160, 70)}
 
 
@@ -205,6 +208,13 @@ def paint_place(canvas: Canvas, place: str, layout: Layout) -> None:
         canvas.rectangle(side - 16, 8, side + 16, 42, (120, 84, 60))
         for x in (side - 13, side + 1.5):
             canvas.rectangle(x, 11, x + 11.5, 39, (178, 222, 248))
+    elif place == "desert":
+        canvas.rectangle(0, 0, SIZE, SIZE, (242, 220, 160))
+        canvas.rectangle(0, horizon, SIZE, SIZE, (170, 120, 84))
+        canvas.background(capsule(side, horizon + 6, side, horizon - 34, 6), (58, 112, 96))
+        for dx, dy in ((-13, 12), (13, 18)):
+            canvas.background(capsule(side + dx, horizon - dy, side + dx, horizon - dy - 10, 4), (58, 112, 96))
+            canvas.background(capsule(side, horizon - dy, side + dx, horizon - dy, 4), (58, 112, 96))
     else:
         canvas.rectangle(0, 0, SIZE, SIZE, (28, 32, 80))
         canvas.rectangle(0, horizon, SIZE, SIZE, (48, 72, 66))
@@ -212,6 +222,26 @@ def paint_place(canvas: Canvas, place: str, layout: Layout) -> None:
         disc(side + 5, 16, 9, 9, (28, 32, 80))
         for u, v in layout.scatter:
             disc(4 + 120 * u, 4 + (horizon - 12) * v, 1.6, 1.6, (255, 250, 210))
+
+
+def paint_object(canvas: Canvas, beside: str, layout: Layout) -> None:
+    """An object on the side that has no ornament, behind the subject; a balloon is in the sky."""
+    name, shape = beside.split()
+    color = OBJECT_COLORS[name]
+    x = 112 if layout.ornament_side < 0 else 16
+
+    def outlined(points: Points, color: Color) -> None:
+        middle = points.mean(0)
+        canvas.background(middle + (points - middle) * 1.14, OUTLINE)
+        canvas.background(points, color)
+
+    if shape == "balloon":
+        canvas.rectangle(x - 1, 34, x + 1, 60, OUTLINE)
+        outlined(ellipse(x, 22, 11, 13), color)
+    elif shape == "ball":
+        outlined(ellipse(x, 108, 12, 12), color)
+    else:
+        outlined(np.array([(x - 12, 96), (x + 12, 96), (x + 12, 120), (x - 12, 120)]), color)
 
 
 def paint_face(head: Pen, expression: str, iris: Color, size: float, muzzle: bool, nose: Color) -> None:
@@ -267,6 +297,14 @@ def paint_headwear(head: Pen, costume: str, rx: float, top: float) -> None:
         spikes = [(-18, 3), (-21, -19), (-10, -8), (0, -23), (10, -8), (21, -19), (18, 3)]
         head.part(np.array(spikes) * s + [0, y], (255, 214, 36))
         head.part(ellipse(0, y - 5 * s, 3.6 * s, 3.6 * s), (220, 36, 60), outline=0)
+    elif costume == "top hat":
+        head.part(np.array([(-15 * s, y), (-17 * s, y - 28 * s), (17 * s, y - 28 * s), (15 * s, y)]), (44, 40, 52))
+        head.part(np.array([(-15 * s, y - 3 * s), (-16 * s, y - 10 * s), (16 * s, y - 10 * s), (15 * s, y - 3 * s)]),
+                  (240, 240, 240), outline=0)  # fmt: skip
+        head.part(capsule(-26 * s, y, 26 * s, y, 3.4 * s), (44, 40, 52))
+    elif costume == "party hat":
+        head.part(np.array([(-15 * s, y), (0, y - 32 * s), (15 * s, y)]), (150, 60, 190))
+        head.part(ellipse(0, y - 32 * s, 6 * s, 6 * s), (255, 214, 36))
 
 
 def paint_scarf(head: Pen, chin: float, half: float, size: float = 1.0) -> None:
@@ -274,6 +312,14 @@ def paint_scarf(head: Pen, chin: float, half: float, size: float = 1.0) -> None:
     purple: Color = (150, 60, 190)
     head.part(capsule(-half * 0.5, chin, -half * 0.5 - 4 * size, chin + 15 * size, 4.6 * size), shade(purple, 0.8))
     head.part(capsule(-half, chin, half, chin, 5.6 * size), purple)
+
+
+def paint_bow_tie(head: Pen, chin: float) -> None:
+    """A bow tie under the chin."""
+    red: Color = (218, 34, 44)
+    for side in (-1, 1):
+        head.part(np.array([(0, chin), (side * 17, chin - 10), (side * 17, chin + 10)]), red)
+    head.part(ellipse(0, chin, 4.5, 4.5), shade(red, 0.7), outline=0)
 
 
 def paint_pattern(canvas: Canvas, pen: Pen, pattern: str, color: Color, phase: float) -> None:
@@ -300,13 +346,16 @@ def paint_figure(canvas: Canvas, a: Attributes, layout: Layout) -> None:
     """A whole animal or person, standing on the ground."""
     forward = 1 if a.facing == "right" else -1
     # A jumping person is taller than an animal: less lift keeps the hat in the frame.
-    lift = 0 if a.pose != "jumping" else 12 if a.species == "person" else 18
+    lift = 0.0 if a.pose != "jumping" else 12.0 if a.species == "person" else 18.0
     ground = 117 + layout.shift_y
-    x = SIZE / 2 + layout.shift_x
-    shadow = ellipse(x, ground + 1, 24 if lift else 32, 4.5)
+    # A small subject may stand farther from the middle.
+    factor, reach = (SMALL_SCALE, 3) if a.size == "small" else (1.0, 1)
+    lift *= factor
+    x = SIZE / 2 + layout.shift_x * reach
+    shadow = ellipse(x, ground + 1, (24 if lift else 32) * factor, 4.5 * factor)
     under = canvas.image.getpixel((int(x * SUPERSAMPLING), int((ground + 1) * SUPERSAMPLING)))
     canvas.background(shadow, shade(under, 0.76))  # type: ignore[arg-type]
-    pen = Pen(canvas, x, ground - lift, layout.scale, forward)
+    pen = Pen(canvas, x, ground - lift, layout.scale * factor, forward)
     head = pen.at(*(paint_person_body(pen, a) if a.species == "person" else paint_animal_body(pen, a)))
     if a.species == "person":
         paint_person_head(head)
@@ -319,6 +368,8 @@ def paint_figure(canvas: Canvas, a: Attributes, layout: Layout) -> None:
     paint_face(head, a.expression, INK, 1.0, muzzle, nose)
     if a.costume == "scarf":
         paint_scarf(head, 24, 17)
+    elif a.costume == "bow tie":
+        paint_bow_tie(head, 25)
     paint_headwear(head, a.costume, 25, -23)
 
 
@@ -489,6 +540,8 @@ def render(attributes: Attributes, seed: int) -> tuple[np.ndarray, np.ndarray]:
     layout = layout_of(seed)
     canvas = Canvas()
     paint_place(canvas, attributes.place, layout)
+    if attributes.beside != "none":
+        paint_object(canvas, attributes.beside, layout)
     if attributes.framing == "portrait":
         paint_portrait(canvas, attributes, layout)
     else:

@@ -8,8 +8,10 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from .classifier import AttributeClassifier, save_classifier
-from .images import TrainingImages, evaluation_set, labels_of, rendered
+from . import harder
+from .attributes import HARDER_ATTRIBUTES
+from .classifier import CLASSIFIER_PATH, AttributeClassifier, save_classifier
+from .images import HEADS, TrainingImages, draw_every_identity, evaluation_set, labels_of, rendered
 from .training import train
 
 
@@ -45,15 +47,21 @@ def attribute_accuracy(logits: dict[str, torch.Tensor], labels: torch.Tensor) ->
     return ", ".join(shares)
 
 
-def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
-    """Train, or resume, on all identities (including the held-out ones, which it scores) and save the weights."""
+def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: float, world: str = "demo") -> None:
+    """Train, or resume, on all identities (including the held-out ones, which it scores) and save the weights.
+
+    Args:
+        world: ``"demo"``, or ``"harder"`` for all values and compositions of the harder world.
+    """
     torch.manual_seed(2)
-    classifier = AttributeClassifier().to(memory_format=torch.channels_last)
-    stream = TrainingImages(seed=3, held_out=None)
+    harder_world = world == "harder"
+    choices = HARDER_ATTRIBUTES if harder_world else HEADS
+    classifier = AttributeClassifier(choices).to(memory_format=torch.channels_last)
+    stream = TrainingImages(seed=3, draw=harder.draw_any if harder_world else draw_every_identity, choices=choices)
     batches = iter(DataLoader(stream, batch_size=batch_size, num_workers=1))
-    pairs = evaluation_set(400, seed=9)
+    pairs = harder.evaluation_set(400, seed=9) if harder_world else evaluation_set(400, seed=9)
     images = rendered(pairs)
-    truth = torch.tensor([labels_of(attributes) for attributes, _ in pairs])
+    truth = torch.tensor([labels_of(attributes, choices) for attributes, _ in pairs])
 
     def loss_of(step: int) -> torch.Tensor:
         clean, _, labels = next(batches)
@@ -73,8 +81,8 @@ def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: f
         steps=steps,
         learning_rate=learning_rate,
         weight_decay=0.01,
-        checkpoint=folder / "classifier_state.pt",
+        checkpoint=folder / ("harder_classifier_state.pt" if harder_world else "classifier_state.pt"),
         on_checkpoint=accuracy,
     )
     print(accuracy())
-    save_classifier(classifier)
+    save_classifier(classifier, harder.CLASSIFIER_PATH if harder_world else CLASSIFIER_PATH)

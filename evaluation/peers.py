@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..benchmarks import edits, lipe_edit, portrait_edit
+from ..benchmarks.demo_worlds import WORLDS
 from ..benchmarks.edits import Pair
 from ..benchmarks.harness import CHECKPOINT, DEMO_MCDM, RESULTS, SEED, Options, markdown, means
 from . import generating_methods
@@ -92,7 +93,7 @@ class Task:
 
 def figure_tasks(count: int, folder: Path, seed: int) -> list[Task]:
     """The three kinds of edit of one subject after the other."""
-    kinds = len(lipe_edit.EDITED)
+    kinds = len(WORLDS["demo"].edits)
     tasks: list[Task] = []
     for number, subject in enumerate(lipe_edit.draw_subjects(-(-count // kinds), seed)):
         references = write_references(subject, folder / f"subject {number}", seed)

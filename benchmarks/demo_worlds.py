@@ -15,7 +15,11 @@ from identity_edit_pack.demo_world.images import evaluation_set
 from .harness import Options, load_checkpoint
 
 WORLD: Options = {
-    "world": ("demo", 'of the subjects: "demo", or "harder" with rarer words, smaller subjects, objects (demo)')
+    "world": (
+        "demo",
+        "of the subjects: demo, or harder with rarer words, smaller subjects and objects beside them (demo)",
+        {"choices": ("demo", "harder")},
+    )
 }
 PROMPTS: tuple[dict[str, str], ...] = (
     {"place": "snow", "costume": "santa hat"},

@@ -20,7 +20,7 @@ from identity_edit_pack.demo_world.images import EVALUATION_SEED
 from identity_edit_pack.pipelines.hifi_tuner.subject_embedding import OUTPUT
 from tqdm import tqdm
 
-from .demo_worlds import PROMPTS, world_of
+from .demo_worlds import PROMPTS, WORLD, world_of
 from .edits import PAPER_SCORES, Sheet, report_table
 from .harness import Options
 from .hifi_subjects import render_source, score, seen
@@ -54,6 +54,7 @@ CLAIMS = tuple(
 OPTIONS: Options = {
     **shared_options(2, "embedding_tie"),
     **SUBJECT_OPTIONS,
+    **WORLD,
     "subjects": (4, "unseen subjects for each seed (4)"),
     "prompts": (len(PROMPTS), f"the first of {len(PROMPTS)}, less those in the photographs' place (all)"),
     "weights": ([0.0, 1e-6, 1e-5], "w_s (0, 1e-6, 1e-5)"),

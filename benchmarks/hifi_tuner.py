@@ -311,7 +311,6 @@ SUBJECT_OPTIONS: Options = {
     "regularization_weight": (1e-6, "w_s of eq. 6 (1e-6, the node's default)"),
     "embedding_learning_rate": (2e-2, "of rows of the text embedding (the paper's: 5e-3)"),
     "token": ("sks", "the rare token"),
-    **WORLD,
     **SEED,
     **CHECKPOINT,
 }
@@ -326,6 +325,7 @@ OPTIONS: Options = {
     "prior_steps": (150, "of DreamBooth (150)"),
     "learning_rate": (1e-4, "of DreamBooth"),
     **SUBJECT_OPTIONS,
+    **WORLD,
     "subjects": (4, "unseen subjects for each seed (4)"),
 }
 

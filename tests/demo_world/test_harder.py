@@ -24,6 +24,7 @@ from identity_edit_pack.demo_world.classifier import classify, load_classifier
 from identity_edit_pack.demo_world.export import CHECKPOINT_NAME, WEIGHTS_FOLDER
 from identity_edit_pack.demo_world.images import labels_of
 from identity_edit_pack.demo_world.renderer import render
+from identity_edit_pack.demo_world.train_harder import LowRank
 
 NEW = ("costume", "place", "size", "beside")
 
@@ -73,6 +74,19 @@ def test_training_leaves_out_what_it_says():
 def test_about_half_of_the_evaluation_was_never_trained():
     shown = [attributes for attributes, _ in harder.evaluation_set(400)]
     assert 0.4 < np.mean([harder.never_trained(attributes) for attributes in shown]) < 0.65
+
+
+def test_training_goes_on_from_a_lora_file():
+    network = torch.nn.Sequential(torch.nn.Conv2d(64, 40, 3), torch.nn.Linear(48, 64), torch.nn.GroupNorm(4, 64))
+    weights = dict(network.named_parameters())
+    trained, again = LowRank(network), LowRank(network)
+    assert all(torch.equal(trained.changed(weights)[name], weight) for name, weight in weights.items())
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.normal_()
+    again.start_from(trained.lora(weights))
+    assert all(torch.equal(again.changed(weights)[name], trained.changed(weights)[name]) for name in weights)
+    assert not torch.equal(again.changed(weights)["0.bias"], weights["0.bias"])
 
 
 @pytest.mark.slow

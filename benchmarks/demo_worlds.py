@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from identity_edit_pack.demo_world import harder
-from identity_edit_pack.demo_world.attributes import HARDER_ATTRIBUTES, Attributes, random_attributes
+from identity_edit_pack.demo_world.attributes import (
+    FIGURE_ATTRIBUTES,
+    HARDER_ATTRIBUTES,
+    RARE_COSTUMES,
+    Attributes,
+    random_attributes,
+)
 from identity_edit_pack.demo_world.classifier import AttributeClassifier, load_classifier
 from identity_edit_pack.demo_world.images import evaluation_set
 
@@ -79,6 +85,7 @@ class World:
         prompts: what prompts ask of a subject.
         asked: the attributes that prompts ask for.
         edits: attributes that an edit changes, by turns.
+        choices: by attribute, the values to which an edit changes it.
         evaluation_set: images for a count and a seed that no training renders, as attributes and render seeds.
     """
 
@@ -88,6 +95,7 @@ class World:
     prompts: tuple[dict[str, str], ...]
     asked: tuple[str, ...]
     edits: tuple[tuple[str, ...], ...]
+    choices: dict[str, tuple[str, ...]]
     evaluation_set: Callable[[int, int], list[tuple[Attributes, int]]]
 
     def checkpoint(self, path: Any) -> tuple[Any, Any, Any]:
@@ -115,12 +123,12 @@ ASKED = ("place", "pose", "costume", "expression", "facing")
 WORLDS = {
     "demo": World(
         "demo world", draw_figure, draw_trained_figure, PROMPTS, ASKED, (("pose",), ("expression",), ("facing",)),
-        evaluation_set,
+        FIGURE_ATTRIBUTES, evaluation_set,
     ),
     "harder": HarderWorld(
         "harder demo world", harder.draw_any, harder.draw_training, draw_harder_prompts(len(PROMPTS)),
-        (*ASKED, "beside"), (("pose", "expression"), ("expression", "facing"), ("facing", "pose")),
-        harder.evaluation_set,
+        (*ASKED, "beside"), tuple((name, "costume") for name in ("pose", "expression", "facing")),
+        {**HARDER_ATTRIBUTES, "costume": RARE_COSTUMES}, harder.evaluation_set,
     ),
 }  # fmt: skip
 

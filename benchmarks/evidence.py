@@ -191,7 +191,7 @@ def page() -> str:
         "The demo checkpoint does nearly all that prompts and edits ask, whatever the method. In the "
         "[harder world](demo-world.md#the-harder-world) it does not: subjects may be small and stand beside an object, "
         "some words are rare, prompts name everything at once and half of them compose what was never trained, and an "
-        "edit changes two attributes. Its own attribute classifier scores it; the other encoders do not know it.",
+        "edit also puts a rare costume on. Its own attribute classifier scores it; the other encoders do not know it.",
     ]
     for paper in PAPERS:
         lines += part_of(paper)

@@ -32,7 +32,6 @@ import comfy.sample
 import torch
 from identity_edit_pack.attention.identity_mask import identity_mask
 from identity_edit_pack.demo_world.attributes import (
-    ATTRIBUTES_OF,
     CAPTION_TEMPLATES,
     Attributes,
     caption,
@@ -129,7 +128,7 @@ def draw_pairs(subject: Attributes, count: int, seed: int, world: World = WORLDS
         target = source = as_subject(subject, generator, world)
         edited = world.edits[index % len(world.edits)]
         for name in edited:
-            others = [choice for choice in ATTRIBUTES_OF["figure"][name] if choice != getattr(source, name)]
+            others = [choice for choice in world.choices[name] if choice != getattr(source, name)]
             target = target.replace(**{name: generator.choice(others)})
         seed_of_layout = EVALUATION_SEED + generator.randrange(1 << 32)
         pairs.append(render_pair(source, target, " and ".join(edited), seed_of_layout))

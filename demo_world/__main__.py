@@ -13,7 +13,7 @@ from typing import Any
 TRAININGS: dict[str, tuple[str, int, int, float]] = {
     "autoencoder": ("train the autoencoder", 2000, 8, 3e-3),
     "unet": ("train the UNet and the text encoder", 6000, 32, 3e-3),
-    "harder": ("train the harder world's low-rank adaptation on the unpacked checkpoint", 2800, 16, 3e-3),
+    "harder": ("train the harder world's low-rank adaptation of the committed checkpoint", 2800, 16, 3e-3),
     "flow": ("train the flow transformer on the unpacked checkpoint's text encoder", 3000, 32, 3e-3),
     "classifier": ("train the attribute classifier", 1500, 32, 3e-3),
     "clip_vision": ("train the CLIP image encoder", 1400, 16, 3e-3),

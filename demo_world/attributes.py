@@ -87,8 +87,8 @@ class Attributes:
     def __post_init__(self) -> None:
         if self.framing not in FRAMINGS:
             raise ValueError(f"framing {self.framing!r} is not one of {', '.join(FRAMINGS)}")
-        every = HARDER_ATTRIBUTES | PORTRAIT_ATTRIBUTES
-        for name, choices in (every | HARDER_ATTRIBUTES if self.framing == "figure" else every).items():
+        figure, portrait = HARDER_ATTRIBUTES, PORTRAIT_ATTRIBUTES
+        for name, choices in (portrait | figure if self.framing == "figure" else figure | portrait).items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(choices)}")
 

@@ -17,7 +17,7 @@ from .export import CHECKPOINT_NAME, WEIGHTS_FOLDER, write_weights
 from .harder import LORA_PATH
 from .latents import load_training_set
 from .networks import TEXT_CONFIG, TextEncoder, make_unet
-from .train_unet import CAPTION_DROPOUT, MATRIX_ATTENTION, SNR_GAMMA, add_noise, sd1_alphas_cumprod
+from .train_unet import CAPTION_DROPOUT, MATRIX_ATTENTION, add_noise, min_snr_loss, sd1_alphas_cumprod
 from .training import train
 
 RANK = 32
@@ -46,7 +46,7 @@ class LowRank(nn.Module):
         return {name: weights[name] + change.view(weights[name].shape) for name, change in named.items()}
 
     def lora(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The keys of a LoRA file for a network with these weights."""
+        """The changes by the keys of a LoRA file for a network with these weights."""
         state = {}
         for key, down in self.down.items():
             name = key.replace("|", ".")
@@ -56,18 +56,12 @@ class LowRank(nn.Module):
         for key, change in self.whole.items():
             base, _, kind = f"diffusion_model.{key}".replace("|", ".").rpartition(".")
             state[f"{base}.{'diff' if kind == 'weight' else 'diff_b'}"] = change
-        return {name: value.detach().clone() for name, value in state.items()}
+        return {name: value.detach() for name, value in state.items()}
 
-    def start_from(self, state: dict[str, torch.Tensor]) -> None:
-        """The inverse of ``lora``."""
-        with torch.no_grad():
-            for base in (key.removesuffix(".lora_up.weight") for key in state if key.endswith(".lora_up.weight")):
-                key = f"{base.removeprefix('diffusion_model.')}.weight".replace(".", "|")
-                self.up[key].copy_(state[f"{base}.lora_up.weight"].flatten(1))
-                self.down[key].copy_(state[f"{base}.lora_down.weight"].flatten(1))
-            for key, change in self.whole.items():
-                base, _, kind = f"diffusion_model.{key}".replace("|", ".").rpartition(".")
-                change.copy_(state[f"{base}.{'diff' if kind == 'weight' else 'diff_b'}"])
+    def start_from(self, state: dict[str, torch.Tensor], weights: dict[str, torch.Tensor]) -> None:
+        """Take the changes of a file that `lora` gave."""
+        for name, value in self.lora(weights).items():
+            value.copy_(state[name])
 
 
 def train_harder(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
@@ -92,7 +86,7 @@ def train_harder(folder: Path, steps: int, batch_size: int, learning_rate: float
     weights = dict(unet.named_parameters())
     low_rank = LowRank(unet)
     if LORA_PATH.exists():
-        low_rank.start_from(load_file(LORA_PATH))
+        low_rank.start_from(load_file(LORA_PATH), weights)
 
     def loss_of(step: int) -> torch.Tensor:
         # Seeded by the step, so that a resumed run equals an uninterrupted one.
@@ -105,10 +99,7 @@ def train_harder(folder: Path, steps: int, batch_size: int, learning_rate: float
         arguments = (noisy, timesteps.float())
         keywords = {"context": text_encoder(text), "transformer_options": MATRIX_ATTENTION}
         predicted = functional_call(unet, low_rank.changed(weights), arguments, keywords)
-        error = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
-        alpha = alphas_cumprod[timesteps]
-        snr = alpha / (1 - alpha)
-        return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
+        return min_snr_loss(predicted, noise, alphas_cumprod[timesteps])
 
     def save() -> str:
         write_weights(LORA_PATH, low_rank.lora(weights), "demo world, harder")

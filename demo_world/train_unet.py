@@ -46,6 +46,13 @@ def add_noise(
     return noisy, noise, timesteps
 
 
+def min_snr_loss(predicted: torch.Tensor, noise: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of predicted noise [B, C, h, w], weighted by the signal's share ``alpha`` [B]."""
+    error = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
+    snr = alpha / (1 - alpha)
+    return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
+
+
 def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) -> None:
     """Train on ``folder/latents.safetensors`` and write ``folder/unet.pt`` (the EMA of the weights).
 
@@ -77,10 +84,7 @@ def train_unet(folder: Path, steps: int, batch_size: int, learning_rate: float) 
         text[torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT] = empty
         noisy, noise, timesteps = add_noise(latents[chosen].float(), alphas_cumprod, generator)
         predicted = unet(noisy, timesteps.float(), context=text_encoder(text), transformer_options=MATRIX_ATTENTION)
-        error = ((predicted.float() - noise) ** 2).mean((1, 2, 3))
-        alpha = alphas_cumprod[timesteps]
-        snr = alpha / (1 - alpha)
-        return (error * snr.clamp(max=SNR_GAMMA) / snr).mean()
+        return min_snr_loss(predicted, noise, alphas_cumprod[timesteps])
 
     def save() -> str:
         state = {"unet": unet.state_dict(), "text_encoder": text_encoder.state_dict(), "token_ids": token_ids}

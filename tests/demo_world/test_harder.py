@@ -84,7 +84,7 @@ def test_training_goes_on_from_a_lora_file():
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.normal_()
-    again.start_from(trained.lora(weights))
+    again.start_from(trained.lora(weights), weights)
     assert all(torch.equal(again.changed(weights)[name], trained.changed(weights)[name]) for name in weights)
     assert not torch.equal(again.changed(weights)["0.bias"], weights["0.bias"])
 

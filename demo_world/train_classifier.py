@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from . import harder
-from .attributes import HARDER_ATTRIBUTES
+from .attributes import HARDER_ATTRIBUTES, Attributes
 from .classifier import CLASSIFIER_PATH, AttributeClassifier, save_classifier
 from .images import HEADS, TrainingImages, draw_every_identity, evaluation_set, labels_of, rendered
 from .training import train
@@ -47,6 +50,28 @@ def attribute_accuracy(logits: dict[str, torch.Tensor], labels: torch.Tensor) ->
     return ", ".join(shares)
 
 
+class ClassifiedWorld(NamedTuple):
+    """What a world's classifier is trained on and where its weights go."""
+
+    choices: dict[str, tuple[str, ...]]
+    draw: Callable[[random.Random], Attributes]
+    evaluation_set: Callable[[int, int], list[tuple[Attributes, int]]]
+    state: str
+    path: Path
+
+
+WORLDS = {
+    "demo": ClassifiedWorld(HEADS, draw_every_identity, evaluation_set, "classifier_state.pt", CLASSIFIER_PATH),
+    "harder": ClassifiedWorld(
+        HARDER_ATTRIBUTES,
+        harder.draw_any,
+        harder.evaluation_set,
+        "harder_classifier_state.pt",
+        harder.CLASSIFIER_PATH,
+    ),
+}
+
+
 def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: float, world: str = "demo") -> None:
     """Train, or resume, on all identities (including the held-out ones, which it scores) and save the weights.
 
@@ -54,12 +79,10 @@ def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: f
         world: ``"demo"``, or ``"harder"`` for all values and compositions of the harder world.
     """
     torch.manual_seed(2)
-    harder_world = world == "harder"
-    choices = HARDER_ATTRIBUTES if harder_world else HEADS
+    choices, draw, evaluation, state, path = WORLDS[world]
     classifier = AttributeClassifier(choices).to(memory_format=torch.channels_last)
-    stream = TrainingImages(seed=3, draw=harder.draw_any if harder_world else draw_every_identity, choices=choices)
-    batches = iter(DataLoader(stream, batch_size=batch_size, num_workers=1))
-    pairs = harder.evaluation_set(400, seed=9) if harder_world else evaluation_set(400, seed=9)
+    batches = iter(DataLoader(TrainingImages(seed=3, draw=draw, choices=choices), batch_size=batch_size, num_workers=1))
+    pairs = evaluation(400, 9)
     images = rendered(pairs)
     truth = torch.tensor([labels_of(attributes, choices) for attributes, _ in pairs])
 
@@ -81,8 +104,8 @@ def train_classifier(folder: Path, steps: int, batch_size: int, learning_rate: f
         steps=steps,
         learning_rate=learning_rate,
         weight_decay=0.01,
-        checkpoint=folder / ("harder_classifier_state.pt" if harder_world else "classifier_state.pt"),
+        checkpoint=folder / state,
         on_checkpoint=accuracy,
     )
     print(accuracy())
-    save_classifier(classifier, harder.CLASSIFIER_PATH if harder_world else CLASSIFIER_PATH)
+    save_classifier(classifier, path)

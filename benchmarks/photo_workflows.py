@@ -1,9 +1,10 @@
-"""The workflows that begin with one's own photos, on SD 1.5 at full width: `python -m benchmarks photo_workflows`.
+"""The workflows that begin with one's own photos, at full width: `python -m benchmarks photo_workflows`.
 
 Each shipped workflow with photos runs on a server of its own as its API JSON has it, but for two steps of everything
-and images of --size pixels. The checkpoint, the CLIP vision, the MCDM and the ControlNet have random weights, so a row
-says that all of it fits together at this width and what memory and time it takes, and nothing about images. The photos
-are those of scripts/demo_photos.py. The W+ encoder is the demo world's, for its size does not depend on the checkpoint.
+and images of --size pixels, on SD 1.5 or (--family sdxl) on SDXL with *weights* low rank. The checkpoint, the CLIP
+vision, the MCDM and the ControlNet have random weights, so a row says that all of it fits together at this width and
+what memory and time it takes, and nothing about images. The photos are those of scripts/demo_photos.py. The W+ encoder
+is the demo world's, for its size does not depend on the checkpoint.
 
 Rows are kept in benchmarks/results/photo_workflows.json as they are made; --only chooses what is run again. --base
 keeps the files for another call. Writes benchmarks/results/photo_workflows.json and .md.
@@ -33,15 +34,16 @@ from .real_sizes import used_memory, write_checkpoint
 NAME = "photo_workflows"
 WITHOUT_A_MODEL = ("keep_the_rest_photos",)
 WORKFLOWS = [name for name in demo_values() if name not in WITHOUT_A_MODEL]
-CHECKPOINT, VISION, MCDM, POSE = FILES = (
-    "sd15.safetensors", "vision.safetensors", "mcdm.safetensors", "pose.safetensors",
-)  # fmt: skip
+FAMILIES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
+TRAINED_MCDM = ("mcdm_photos_pairs", "mcdm_photos_train", "mcdm_photos", "mcdm_saved_words")
+WORKFLOWS_OF = {"sd15": WORKFLOWS, "sdxl": [name for name in WORKFLOWS if name not in TRAINED_MCDM]}
+"""An MCDM of SDXL takes 51 GB to train."""
+FILES_OF = {"sd15": ("sd15", "vision", "mcdm", "pose"), "sdxl": ("sdxl",)}
 REPLACED = {
-    "identity-edit-demo.safetensors": CHECKPOINT,
-    "clip_vision_h.safetensors": VISION,
-    "identity-edit-demo-mcdm.safetensors": MCDM,
-    "identity-edit-demo-mcdm.safetensors [diffusion_models]": f"{MCDM} [diffusion_models]",
-    "identity-edit-demo-pose.safetensors": POSE,
+    "clip_vision_h.safetensors": "vision.safetensors",
+    "identity-edit-demo-mcdm.safetensors": "mcdm.safetensors",
+    "identity-edit-demo-mcdm.safetensors [diffusion_models]": "mcdm.safetensors [diffusion_models]",
+    "identity-edit-demo-pose.safetensors": "pose.safetensors",
 }
 """Files of the shipped workflows, and those of full width in their place."""
 FEWEST = {**MOST, "noise_steps": 1, "seeds": 1, "count": 1, "batch_size": 1, "amount": 1}
@@ -50,9 +52,10 @@ PIXELS = 512
 """An input of this value is the side of images in the shipped workflows."""
 
 
-def at_full_width(name: str, size: int) -> Prompt:
+def at_full_width(name: str, family: str, size: int) -> Prompt:
     """A shipped workflow with the files of full width, two steps of everything and images of `size` pixels; in words,
     what the photos show."""
+    replaced = {**REPLACED, "identity-edit-demo.safetensors": f"{family}.safetensors"}
     changed = read_workflow(name)
     for target, value in demo_values()[name]["values"].items():
         node, _, key = target.partition(".")
@@ -61,9 +64,11 @@ def at_full_width(name: str, size: int) -> Prompt:
     for node in changed.values():
         for name, value in node["inputs"].items():
             if isinstance(value, str):
-                node["inputs"][name] = REPLACED.get(value, value)
+                node["inputs"][name] = replaced.get(value, value)
             elif value == PIXELS and not isinstance(value, bool):
                 node["inputs"][name] = size
+        if family == "sdxl" and "weights" in node["inputs"]:
+            node["inputs"]["weights"] = "low rank"
     return cheap(changed, FEWEST)
 
 
@@ -100,9 +105,10 @@ def run_workflow(name: str, base: Path, arguments: argparse.Namespace) -> dict[s
     """One workflow on a server of its own, so that the memory is its own."""
     variables = {"OMP_NUM_THREADS": str(arguments.threads), "HF_HUB_OFFLINE": "1"}
     launch = tuple(f"--{option}" for option in arguments.launch)
-    row: dict[str, Any] = {"workflow": name, "size": arguments.size, "commit": source_commit()}
+    row: dict[str, Any] = {"workflow": name, "family": arguments.family, "size": arguments.size}
+    row["commit"] = source_commit()
     row |= {"launch": " ".join(launch)} if launch else {}
-    prompt = at_full_width(name, arguments.size)
+    prompt = at_full_width(name, arguments.family, arguments.size)
     with Server(base, arguments=launch, environment=variables) as server:
         assert server.process_id is not None
         client = Client(server.address)
@@ -119,6 +125,7 @@ def run_workflow(name: str, base: Path, arguments: argparse.Namespace) -> dict[s
 
 OPTIONS: Options = {
     "only": (WORKFLOWS, "workflows to run (all)", {"choices": WORKFLOWS}),
+    "family": ("sd15", "of the checkpoint (sd15)", {"choices": list(FAMILIES)}),
     "size": (512, "images' width and height (512)"),
     "threads": (1, "of PyTorch (1)"),
     "launch": (
@@ -133,30 +140,42 @@ OPTIONS: Options = {
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     with tempfile.TemporaryDirectory(prefix="identity-edit-photos-") as temporary:
         base = arguments.base = arguments.base or Path(temporary)
-        for file in FILES:
-            write_checkpoint(Path(file).stem, arguments)
+        for file in FILES_OF[arguments.family]:
+            write_checkpoint(file, arguments)
         draw_photos(base / "input")
-        for name in arguments.only:
+        for name in (name for name in WORKFLOWS_OF[arguments.family] if name in arguments.only):
             row = run_workflow(name, base, arguments)
-            others = [each for each in read_results(NAME).get("rows", []) if each["workflow"] != name]
-            rows = sorted([*others, row], key=lambda each: WORKFLOWS.index(each["workflow"]))
-            yield {"rows": rows}
+            others = [each for each in read_results(NAME).get("rows", []) if place(each) != place(row)]
+            yield {"rows": sorted([*others, row], key=place)}
+
+
+def place(row: dict[str, Any]) -> tuple[int, int]:
+    """Of a row in the table."""
+    return list(FAMILIES).index(row["family"]), WORKFLOWS.index(row["workflow"])
 
 
 def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     rows = figures["rows"]
     lines = [
-        (row["workflow"], f"{row['size']}x{row['size']}",
+        (row["workflow"], FAMILIES[row["family"]], f"{row['size']}x{row['size']}",
          ", with ".join(filter(None, (row["result"].rstrip("."), row.get("launch")))), row.get("images", ""),
          f"{row['seconds']:.0f}", row["memory_mib"])
         for row in rows
     ]  # fmt: skip
-    missing = [name for name in WORKFLOWS if name not in {row["workflow"] for row in rows}]
+    run = {(row["family"], row["workflow"]) for row in rows}
+    missing = [
+        f"{name} on {title}"
+        for family, title in FAMILIES.items()
+        for name in WORKFLOWS_OF[family]
+        if (family, name) not in run
+    ]
     return [
-        "The workflows with photos on SD 1.5 at full width",
-        "random weights, two steps of everything, on a processor in float32 with as many threads as --threads says; "
-        "the commit of a row stands in the JSON file. Memory is the server's highest, without what is mapped of files.",
-        *markdown(("workflow", "images of", "result", "images shown", "seconds", "memory, MiB"), lines),
+        "The workflows with photos at full width",
+        "random weights, two steps of everything, on a processor in float32 unless a launch option says otherwise, "
+        "with as many threads as --threads says; the commit of a row stands in the JSON file. Memory is the server's "
+        "highest, without what is mapped of files. On SDXL *weights* is low rank.",
+        *markdown(("workflow", "checkpoint", "images of", "result", "images shown", "seconds", "memory, MiB"), lines),
         "",
-        f"Not run yet: {', '.join(missing) or 'none'}. `keep_the_rest_photos` uses no model.",
+        f"Not run yet: {', '.join(missing) or 'none'}. On SDXL without those of a trained MCDM, which takes 51 GB to "
+        "train. `keep_the_rest_photos` uses no model.",
     ]

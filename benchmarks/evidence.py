@@ -64,7 +64,9 @@ PAPERS = (
         (
             "*+ regularization* also turns word vectors into rows of the text embedding, with another learning rate, "
             "so its row shows more than the regularization, which has its default weight of 1e-6. "
-            "[embedding_tie.md](../benchmarks/results/embedding_tie.md) has the regularization alone.",
+            "[embedding_tie.md](../benchmarks/results/embedding_tie.md) has the regularization alone, "
+            "[embedding_tie_harder.md](../benchmarks/results/embedding_tie_harder.md) in the harder world: it changes "
+            "nothing there either, for subjects are learned without their place with and without it.",
             "The classifier sees nearly all that the prompts ask in every row, so that score cannot show what a "
             "technique does to prompt fidelity. Nor can CLIP-T: the renderer's images show exactly what the prompts "
             "ask and have less of it (0.699) than every row, so a row that falls toward them is not worse.",

@@ -1,9 +1,9 @@
 """How long does every shipped workflow take on this processor? `python -m benchmarks workflow_times`.
 
-Each runs once, as `demo.py --workflow NAME` runs it: on a server that has loaded nothing yet, with its shipped values,
-those for one's own photos with the demo checkpoint and drawn photos. Workflows that load what others save come after
-them. Seconds are those of the whole workflow without the server's start, on one core fewer than there are. A workflow
-should end within a minute, one that trains within five.
+Each runs once, as `demo.py --workflow NAME` runs it: on a server that has loaded nothing yet and finds nothing trained,
+with its shipped values, those for one's own photos with the demo checkpoint and drawn photos. The latter share a
+folder, and those that load what others save come after them. Seconds are those of the whole workflow without the
+server's start, on one core fewer than there are. A workflow should end within a minute, one that trains within five.
 Writes benchmarks/results/workflow_times.json and .md.
 """
 
@@ -52,10 +52,10 @@ def in_order(names: list[str]) -> list[str]:
 def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="identity-edit-") as folder:
-        base = Path(folder)
-        draw_photos(base / "input")
+        draw_photos(Path(folder, "photos", "input"))
         for name in in_order(arguments.only):
             prompt = with_demo_values(name, read_workflow(name))
+            base = Path(folder, "photos" if name in demo_values() else name)
             with Server(base, environment={"HF_HUB_OFFLINE": "1"}) as server:
                 run = Client(server.address).run(prompt)
             rows.append({"workflow": name, "seconds": run.seconds, "trains": trains(prompt)})

@@ -106,7 +106,7 @@ PAPERS = (
             "Without pasting, prompt-to-prompt keeps more of the portrait here, and DiffEdit has a higher SSIM but "
             "keeps the identity less often: both begin from an almost exact inversion, while MCDM draws the whole "
             "portrait anew, learned from 486 pairs in 2,200 steps (69,900 pairs and 200,000 steps in the paper). "
-            "Pasted, it is ahead of DiffEdit and SDEdit and level with prompt-to-prompt.",
+            "Pasted, it is ahead of DiffEdit and SDEdit and level with prompt-to-prompt by SSIM and feature distance.",
             "An MCDM trained without the image embedding does as well here: 16x16 latent pixels of the spatial "
             "condition say all that a drawn face has. Without the spatial condition it keeps fewer identities.",
             "MCDM *without* a condition has the condition's null value, by weights trained with it; *trained without* "

@@ -76,7 +76,7 @@ def threshold_input() -> io.Input:
         masks.AUTOMATIC_THRESHOLD,
         "Fraction of the normalized attention above which a pixel belongs to the subject. Lower gives larger masks. "
         f"0 is automatic: {masks.THRESHOLD:g}, of flow models {masks.JOINT_THRESHOLD:g}, which overlapped well with "
-        "the true masks of the demo world (benchmarks/results/segment_subject.md, segment_subject_flow.md). Not given "
+        "the true masks of the demo world (benchmarks/results/lipe_edit.md, segment_subject_flow.md). Not given "
         "in the paper.",
     )
 

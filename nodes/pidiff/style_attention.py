@@ -82,7 +82,7 @@ class TrainStyleAttention(io.ComfyNode):
                 SubjectImages.Input(
                     "images",
                     tooltip="Images of one person; of 4, 6, 8 and 10 images 6 worked best in Gu et al. 2025 (table 2), "
-                    "10 in the demo world. Their token is the placeholder token of the person.",
+                    "8 in the demo world. Their token is the placeholder token of the person.",
                 ),
                 WPlus.Input("w_plus", tooltip="W+ codes of the same images, in the same order."),
                 io.Combo.Input(

@@ -25,10 +25,21 @@ from identity_edit_pack.tests.nodes.test_bad_inputs import run
 pytestmark = pytest.mark.slow
 
 NODES = [name for name, node in CLASSES.items() if "MODEL" in {item.get_io_type() for item in node.GET_SCHEMA().inputs}]
-LEARN_ALL_WEIGHTS = {"TrainMCDM"}
-"""Nodes that refuse weights which are quantized."""
-LEARN_WEIGHTS = {"TrainIdentityPrior", "TrainStyleAttention", *LEARN_ALL_WEIGHTS}
-"""Nodes that refuse weights which only their layer can read."""
+WITH_WEIGHTS = [
+    ("TrainIdentityPrior", "attention layers"),
+    ("TrainIdentityPrior", "low rank"),
+    ("TrainIdentityPrior", "all weights"),
+    ("ImagicFineTuning", "low rank"),
+    ("ImagicFineTuning", "all weights"),
+]
+USES = [(name, "") for name in NODES if name not in dict(WITH_WEIGHTS)] + WITH_WEIGHTS
+"""Nodes, and the values of their input *weights*."""
+LEARN_ALL_WEIGHTS = {("TrainMCDM", "")}
+"""They refuse weights which are quantized."""
+LEARN_WEIGHTS = {("TrainStyleAttention", ""), *LEARN_ALL_WEIGHTS} | {
+    (name, weights) for name, weights in WITH_WEIGHTS if weights != "low rank"
+}
+"""They refuse weights which only their layer can read."""
 
 
 class QuantizedWorld(World):
@@ -52,24 +63,25 @@ class QuantizedWorld(World):
         return World().saved_prior()
 
 
-def answer(name: str, kind: str, folder: Path) -> str:
+def answer(name: str, weights: str, kind: str, folder: Path) -> str:
     """'works', or the sentence with which the node refuses."""
     with pytest.MonkeyPatch.context() as patch:
         world_in(folder, patch)
         world = QuantizedWorld(kind)
         try:
+            chosen = {"weights": weights} if weights else {}
             with torch.inference_mode():  # as ComfyUI runs all of a prompt
-                run(name, good(world, name), world)
+                run(name, {**good(world, name), **chosen}, world)
         except IdentityEditError as error:
             return str(error)
         return "works"
 
 
 @pytest.mark.parametrize("kind", quantized_models.formats())
-@pytest.mark.parametrize("name", NODES)
-def test_a_node_works_or_says_why_not(name: str, kind: str, tmp_path: Path) -> None:
-    said = answer(name, kind, tmp_path)
-    refuses = name in (LEARN_WEIGHTS if kind == quantized_models.GGUF else LEARN_ALL_WEIGHTS)
+@pytest.mark.parametrize(("name", "weights"), USES)
+def test_a_node_works_or_says_why_not(name: str, weights: str, kind: str, tmp_path: Path) -> None:
+    said = answer(name, weights, kind, tmp_path)
+    refuses = (name, weights) in (LEARN_WEIGHTS if kind == quantized_models.GGUF else LEARN_ALL_WEIGHTS)
     assert ("quantized" in said and "float16" in said) if refuses else said == "works", said
 
 

@@ -161,7 +161,8 @@ class TrainingSettings(io.ComfyNode):
                     min=-1,
                     max=1_000_000,
                     tooltip="Steps between sample images. One is always made at the end; 0 disables the rest. -1: the "
-                    "default, 1000 in Train MCDM, 100 in the others. Train Identity Words and Imagic Fine-Tuning make none.",
+                    "default, 1000 in Train MCDM, 100 in the others. Train Identity Words and Imagic Fine-Tuning make "
+                    "none.",
                 ),
                 io.String.Input(
                     "sample_prompt",
@@ -176,8 +177,8 @@ class TrainingSettings(io.ComfyNode):
                     max=1_000_000,
                     tooltip="Steps between checkpoints. Re-queue the node with the same settings to resume a canceled "
                     "or killed run. 0 disables checkpoints. -1: the default, 1000 in Train MCDM, where each is four "
-                    "times the size of the UNet in float32, 200 in Train Identity Words, 100 in the others. Imagic Fine-Tuning "
-                    "makes none.",
+                    "times the size of the UNet in float32, 200 in Train Identity Words, 100 in the others. "
+                    "Imagic Fine-Tuning makes none.",
                 ),
             ],
             outputs=[Settings.Output("training_settings", tooltip="The settings, for any training node.")],

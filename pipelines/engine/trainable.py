@@ -251,8 +251,8 @@ def float32_weight(module: torch.nn.Module, name: str, key: str, *, in_use: bool
     # A layer that scales its weight itself (scaled float8 of older versions) would scale a plain one again.
     if plain is None or (plain is not weight and type(weight.data) is torch.Tensor):
         raise IdentityEditError(
-            f"The weight {key} is stored in a quantized form that cannot be trained; load the checkpoint in float16, "
-            f"bfloat16 or float32."
+            f"The weight {key} is stored in a quantized form that cannot be trained; choose 'low rank', where the node "
+            f"offers it, or load the checkpoint in float16, bfloat16 or float32."
         )
     copy = plain.detach().to(torch.float32, copy=True)
     for function in getattr(module, f"{name}_function", ()) if in_use else ():

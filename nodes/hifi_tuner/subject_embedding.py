@@ -122,7 +122,8 @@ class TrainSubjectEmbedding(io.ComfyNode):
                     round=1e-10,
                     tooltip="Loss weight of the squared distance from the initial embeddings, those of the empty "
                     "prompt or the class word: w_s in Wang et al. 2023, eq. 6, who do not report its value. 1e-6 is "
-                    "the default and acts mildly; 1e-4 holds the embeddings at their start. 0 disables it.",
+                    "the default and acts mildly; at 1e-4 nothing was learned in the demo world "
+                    "(benchmarks/results/embedding_tie.md). 0 disables it.",
                 ),
                 io.Boolean.Input(
                     "masked_loss",

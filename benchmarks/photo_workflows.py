@@ -29,12 +29,11 @@ from user_comfyui import ScriptError
 
 from ..tests.endurance.cheap_workflows import MOST, cheap
 from .harness import Options, markdown, read_results, source_commit
-from .real_sizes import used_memory, write_checkpoint
+from .real_sizes import FAMILIES, used_memory, write_checkpoint
 
 NAME = "photo_workflows"
 WITHOUT_A_MODEL = ("keep_the_rest_photos",)
 WORKFLOWS = [name for name in demo_values() if name not in WITHOUT_A_MODEL]
-FAMILIES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 TRAINED_MCDM = ("mcdm_photos_pairs", "mcdm_photos_train", "mcdm_photos", "mcdm_saved_words")
 WORKFLOWS_OF = {"sd15": WORKFLOWS, "sdxl": [name for name in WORKFLOWS if name not in TRAINED_MCDM]}
 """An MCDM of SDXL takes 51 GB to train."""
@@ -125,7 +124,7 @@ def run_workflow(name: str, base: Path, arguments: argparse.Namespace) -> dict[s
 
 OPTIONS: Options = {
     "only": (WORKFLOWS, "workflows to run (all)", {"choices": WORKFLOWS}),
-    "family": ("sd15", "of the checkpoint (sd15)", {"choices": list(FAMILIES)}),
+    "family": ("sd15", "of the checkpoint (sd15)", {"choices": list(WORKFLOWS_OF)}),
     "size": (512, "images' width and height (512)"),
     "threads": (1, "of PyTorch (1)"),
     "launch": (
@@ -143,7 +142,9 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for file in FILES_OF[arguments.family]:
             write_checkpoint(file, arguments)
         draw_photos(base / "input")
-        for name in (name for name in WORKFLOWS_OF[arguments.family] if name in arguments.only):
+        for name in WORKFLOWS_OF[arguments.family]:
+            if name not in arguments.only:
+                continue
             row = run_workflow(name, base, arguments)
             others = [each for each in read_results(NAME).get("rows", []) if place(each) != place(row)]
             yield {"rows": sorted([*others, row], key=place)}
@@ -164,9 +165,9 @@ def table(figures: dict[str, Any], arguments: argparse.Namespace) -> list[str]:
     ]  # fmt: skip
     run = {(row["family"], row["workflow"]) for row in rows}
     missing = [
-        f"{name} on {title}"
-        for family, title in FAMILIES.items()
-        for name in WORKFLOWS_OF[family]
+        f"{name} on {FAMILIES[family]}"
+        for family, names in WORKFLOWS_OF.items()
+        for name in names
         if (family, name) not in run
     ]
     return [

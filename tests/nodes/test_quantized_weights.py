@@ -25,19 +25,15 @@ from identity_edit_pack.tests.nodes.test_bad_inputs import run
 pytestmark = pytest.mark.slow
 
 NODES = [name for name, node in CLASSES.items() if "MODEL" in {item.get_io_type() for item in node.GET_SCHEMA().inputs}]
-WITH_WEIGHTS = [
-    ("TrainIdentityPrior", "attention layers"),
-    ("TrainIdentityPrior", "low rank"),
-    ("TrainIdentityPrior", "all weights"),
-    ("ImagicFineTuning", "low rank"),
-    ("ImagicFineTuning", "all weights"),
-]
-USES = [(name, "") for name in NODES if name not in dict(WITH_WEIGHTS)] + WITH_WEIGHTS
-"""Nodes, and the values of their input *weights*."""
+WEIGHTS = {
+    name: item.options for name in NODES for item in CLASSES[name].define_schema().inputs if item.id == "weights"
+}
+USES = [(name, weights) for name in NODES for weights in WEIGHTS.get(name, [""])]
+"""Nodes, and every value of their input *weights*."""
 LEARN_ALL_WEIGHTS = {("TrainMCDM", "")}
 """They refuse weights which are quantized."""
 LEARN_WEIGHTS = {("TrainStyleAttention", ""), *LEARN_ALL_WEIGHTS} | {
-    (name, weights) for name, weights in WITH_WEIGHTS if weights != "low rank"
+    (name, weights) for name, weights in USES if weights not in ("", "low rank")
 }
 """They refuse weights which only their layer can read."""
 
